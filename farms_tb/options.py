@@ -1,0 +1,186 @@
+"""The options of the method, checked once, as two frozen dataclasses.
+
+`SpectralOptions` says how an alpha is measured (weights to alpha), `BalanceOptions` what is made of it (alpha
+to learning-rate ratio). Every public entry point takes the same names with the same defaults and builds these.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+Esd = Literal["farms", "full"]
+Fit = Literal["median", "goodness-of-fit", "xmin_peak"]
+AssignFunc = Literal["tb_linear_map", "tb_sqrt", "tb_log2", "tb_step", "tb_sigmoid"]
+Metric = Literal[
+    "alpha", "ks_distance", "alpha_hat", "spectral_norm", "norm", "stable_rank", "norm_stable_rank", "entropy"
+]
+Kind = Literal["real", "spectral"]
+Norms = Literal["follow", "base"]
+
+
+def check_choice(argument: str, value: object, choices: Any) -> None:
+    """Raise a `ValueError` naming `argument` unless `value` is one of the `Literal` type `choices`."""
+    valid = get_args(choices)
+    if value not in valid:
+        listed = ", ".join(repr(choice) for choice in valid)
+        raise ValueError(f"{argument} must be one of {listed}, got {value!r}")
+
+
+def check_number(
+    argument: str, value: object, *, above: float | None = None, at_least: float | None = None
+) -> None:
+    """Raise unless `value` is a finite real number inside the bound."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{argument} must be a number, got {value!r} of type {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{argument} must be finite, got {value!r}")
+    if above is not None and not value > above:
+        raise ValueError(f"{argument} must be above {above}, got {value!r}")
+    if at_least is not None and not value >= at_least:
+        raise ValueError(f"{argument} must be at least {at_least}, got {value!r}")
+
+
+def check_integer(argument: str, value: object, at_least: int) -> None:
+    """Raise unless `value` is an integer of at least `at_least`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{argument} must be an integer, got {value!r} of type {type(value).__name__}")
+    check_number(argument, value, at_least=at_least)
+
+
+def check_bool(argument: str, value: object) -> None:
+    """Raise unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{argument} must be True or False, got {value!r} of type {type(value).__name__}")
+
+
+@dataclass(frozen=True)
+class SpectralOptions:
+    """How a layer's alpha is measured.
+
+    Attributes:
+        esd: `"farms"` fits windows of one fixed aspect ratio (Hu et al., ICML 2025), `"full"` the whole weight
+            matrix (TempBalance, Zhou et al., NeurIPS 2023).
+        fit: where the power-law tail begins. `"median"`: at the eigenvalue of rank N / `xmin_pos`;
+            `"goodness-of-fit"`: where the Kolmogorov-Smirnov distance is smallest; `"xmin_peak"`: the same
+            search near the peak of the ESD.
+        aspect_ratio: columns / rows of a window.
+        window: rows of a window of a linear layer. Smaller matrices get the largest window of the same aspect
+            ratio that fits.
+        windows_per_dim: start positions of windows along each dimension of a linear layer.
+        window_step: a fixed distance between start positions, instead of `windows_per_dim`.
+        xmin_pos: the median fit's divisor: 2 takes the upper half of the eigenvalues as the tail.
+        filter_zeros: drop eigenvalues below 1e-5 before the fit, as the papers do on request (all are kept
+            where none would be left).
+        relative_cutoff: drop eigenvalues below this fraction of the largest one. Unlike `filter_zeros` it does
+            not depend on the scale of the weights. 0 drops none.
+        min_eigenvalues: a sample with fewer eigenvalues has no alpha.
+    """
+
+    esd: Esd = "farms"
+    fit: Fit = "median"
+    aspect_ratio: float = 1.0
+    window: int = 100
+    windows_per_dim: int = 9
+    window_step: int | None = None
+    xmin_pos: float = 2.0
+    filter_zeros: bool = False
+    relative_cutoff: float = 0.0
+    min_eigenvalues: int = 5
+
+    def __post_init__(self) -> None:
+        check_choice("esd", self.esd, Esd)
+        check_choice("fit", self.fit, Fit)
+        check_number("aspect_ratio", self.aspect_ratio, above=0)
+        check_integer("window", self.window, at_least=2)
+        check_integer("windows_per_dim", self.windows_per_dim, at_least=1)
+        if self.window_step is not None:
+            check_integer("window_step", self.window_step, at_least=1)
+        check_number("xmin_pos", self.xmin_pos, above=1)
+        check_bool("filter_zeros", self.filter_zeros)
+        check_number("relative_cutoff", self.relative_cutoff, at_least=0)
+        if self.relative_cutoff >= 1:
+            raise ValueError(f"relative_cutoff must be below 1, got {self.relative_cutoff!r}")
+        check_integer("min_eigenvalues", self.min_eigenvalues, at_least=2)
+
+
+@dataclass(frozen=True)
+class TemperatureOptions:
+    """How alphas become learning-rate ratios; see `farms_tb.lr_ratios`."""
+
+    assign_func: AssignFunc = "tb_linear_map"
+    lr_min_ratio: float = 0.5
+    lr_max_ratio: float = 1.5
+    sigmoid_min: float = 0.5
+    sigmoid_max: float = 0.5
+    sigmoid_tau: float = 10.0
+
+    def __post_init__(self) -> None:
+        check_choice("assign_func", self.assign_func, AssignFunc)
+        check_number("lr_min_ratio", self.lr_min_ratio, at_least=0)
+        check_number("lr_max_ratio", self.lr_max_ratio, above=0)
+        if self.lr_min_ratio > self.lr_max_ratio:
+            raise ValueError(
+                f"lr_min_ratio must not exceed lr_max_ratio, got lr_min_ratio={self.lr_min_ratio!r} and "
+                f"lr_max_ratio={self.lr_max_ratio!r}"
+            )
+        check_number("sigmoid_min", self.sigmoid_min, at_least=0)
+        check_number("sigmoid_max", self.sigmoid_max, at_least=0)
+        check_number("sigmoid_tau", self.sigmoid_tau, above=0)
+
+
+@dataclass(frozen=True)
+class BalanceOptions:
+    """Which layers get a learning rate of their own, and from what.
+
+    Attributes:
+        temperature: the map from alphas to ratios.
+        metric: the figure of a layer that is mapped; `"alpha"` in the papers.
+        exclude_first: leave the first matrix layer, in order of registration, at ratio 1.
+        exclude_last: leave the last matrix layer at ratio 1.
+        exclude: shell-style patterns (`"lifting*"`) of layer names to leave at ratio 1.
+        balance: the kinds of layers that are balanced, each kind within itself: `"real"` weights, complex
+            `"spectral"` ones, or both. The others are measured and keep ratio 1.
+        norms: `"follow"` gives a normalisation layer the ratio of the layer that feeds it, `"base"` ratio 1.
+    """
+
+    temperature: TemperatureOptions = TemperatureOptions()
+    metric: Metric = "alpha"
+    exclude_first: bool = True
+    exclude_last: bool = True
+    exclude: Sequence[str] = ()
+    balance: Sequence[Kind] = ("real",)
+    norms: Norms = "follow"
+
+    def __post_init__(self) -> None:
+        check_choice("metric", self.metric, Metric)
+        check_bool("exclude_first", self.exclude_first)
+        check_bool("exclude_last", self.exclude_last)
+        check_choice("norms", self.norms, Norms)
+        for argument in ("exclude", "balance"):
+            values = getattr(self, argument)
+            if isinstance(values, str) or not all(isinstance(value, str) for value in values):
+                raise TypeError(f"{argument} must be a sequence of strings, got {values!r}")
+            # Hydra hands over its own list type; a tuple is comparable, hashable and safe to store.
+            object.__setattr__(self, argument, tuple(values))
+        for kind in self.balance:
+            check_choice("balance", kind, Kind)
+        if self.metric != "alpha" and self.temperature.assign_func in ("tb_sqrt", "tb_log2"):
+            raise ValueError(
+                f"assign_func={self.temperature.assign_func!r} is defined for metric='alpha', whose values are "
+                f"above 1, got metric={self.metric!r}; use 'tb_linear_map', 'tb_step' or 'tb_sigmoid'"
+            )
+
+
+def as_plain(*options: SpectralOptions | BalanceOptions) -> dict[str, Any]:
+    """Return the options as one flat dict of plain values, safe in a checkpoint loaded with `weights_only`."""
+    plain: dict[str, Any] = {}
+    for part in options:
+        for name, value in asdict(part).items():
+            if isinstance(value, dict):
+                plain.update(value)
+            else:
+                plain[name] = list(value) if isinstance(value, tuple) else value
+    return plain

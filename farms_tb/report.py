@@ -1,0 +1,147 @@
+"""What a measurement found: one record a layer, printed as a table."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from farms_tb.options import Metric
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+OK = "ok"
+
+
+@dataclass(frozen=True)
+class EsdHistogram:
+    """An empirical spectral density as counts over equal bins of log10 of the eigenvalues.
+
+    Attributes:
+        counts: eigenvalues in each bin; zeros among the eigenvalues are left out.
+        low: log10 of the smallest positive eigenvalue, the left edge of the first bin.
+        high: log10 of the largest eigenvalue, the right edge of the last bin.
+    """
+
+    counts: tuple[int, ...]
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """The figures of one layer. With several blocks, each is the mean over blocks.
+
+    Attributes:
+        alpha: power-law exponent of the tail of the ESD; None where there is none, and `status` says why.
+        ks_distance: Kolmogorov-Smirnov distance between the tail and the fitted law, 0 the best.
+        alpha_hat: alpha * log10(largest eigenvalue).
+        spectral_norm: largest eigenvalue (squared largest singular value).
+        norm: sum of the eigenvalues (squared Frobenius norm).
+        stable_rank: sum / largest.
+        norm_stable_rank: sum / number of eigenvalues, by the papers' name.
+        entropy: Shannon entropy of the eigenvalues as shares of their sum, over its maximum log N: 1 for equal
+            eigenvalues, towards 0 where one dominates.
+        num_eigenvalues: eigenvalues in all samples together, after filtering.
+        status: `"ok"`, or the reason why there is no alpha.
+        kind: `"real"` or `"spectral"` (complex) weights; empty where there is no stack.
+        shape: (K, R, C) of the stack of matrices; empty where there is none.
+        histogram: the ESD of all samples together, where asked for.
+    """
+
+    alpha: float | None = None
+    ks_distance: float | None = None
+    alpha_hat: float | None = None
+    spectral_norm: float | None = None
+    norm: float | None = None
+    stable_rank: float | None = None
+    norm_stable_rank: float | None = None
+    entropy: float | None = None
+    num_eigenvalues: int = 0
+    status: str = OK
+    kind: str = ""
+    shape: tuple[int, ...] = ()
+    histogram: EsdHistogram | None = field(default=None, repr=False)
+
+    def metric(self, name: Metric) -> float | None:
+        """Return the figure called `name`, or None where the layer has no alpha."""
+        value: float | None = getattr(self, name)
+        return value if self.status == OK else None
+
+
+@dataclass(frozen=True)
+class Report:
+    """One measurement of a model.
+
+    Attributes:
+        layers: record of each layer by name, in order of registration.
+        options: the options of the measurement as a flat dict.
+    """
+
+    layers: dict[str, LayerRecord]
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def alphas(self) -> dict[str, float | None]:
+        """Alpha of each layer by name; what `farms_tb.lr_ratios` takes."""
+        return {name: record.alpha for name, record in self.layers.items()}
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return one flat dict of plain values a layer, for a table or a file."""
+        rows = []
+        for name, record in self.layers.items():
+            row = {"layer": name, **asdict(record)}
+            del row["histogram"]
+            row["shape"] = "x".join(map(str, record.shape))
+            rows.append(row)
+        return rows
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """Return the report as a pandas `DataFrame`, one row a layer, indexed by layer.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        try:
+            import pandas as pd
+        except ImportError as error:
+            raise ImportError("to_dataframe() needs pandas: pip install pandas") from error
+        return pd.DataFrame(self.rows()).set_index("layer")
+
+    def __str__(self) -> str:
+        header = (
+            "layer",
+            "K x R x C",
+            "alpha",
+            "KS",
+            "alpha_hat",
+            "spec. norm",
+            "stable rank",
+            "N",
+            "status",
+        )
+        table = [header]
+        for name, record in self.layers.items():
+            figures = (record.alpha, record.ks_distance, record.alpha_hat)
+            figures += (record.spectral_norm, record.stable_rank)
+            shape = " x ".join(map(str, record.shape)) or "-"
+            number = str(record.num_eigenvalues or "-")
+            table.append((name, shape, *map(_short, figures), number, record.status))
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = [_line(cells, widths) for cells in table]
+        lines.insert(1, "-" * max(map(len, lines)))
+        return "\n".join(lines)
+
+
+def _short(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def _line(cells: tuple[str, ...], widths: list[int]) -> str:
+    """Align names and reasons to the left, figures to the right."""
+    last = len(cells) - 1
+    aligned = [
+        cell.ljust(width) if column in (0, last) else cell.rjust(width)
+        for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
+    ]
+    return "  ".join(aligned).rstrip()

@@ -1,0 +1,130 @@
+"""From alphas to learning-rate ratios: the temperature maps of TempBalance.
+
+A large alpha marks an undertrained layer, which gets a larger learning rate; a small one a smaller one.
+Sources: TempBalance (Zhou et al., NeurIPS 2023, arXiv 2312.00359) and its application to SciML (arXiv 2410.12178).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+from farms_tb.options import AssignFunc, TemperatureOptions
+
+
+def lr_ratios(
+    alphas: Mapping[str, float | None],
+    assign_func: AssignFunc = "tb_linear_map",
+    lr_min_ratio: float = 0.5,
+    lr_max_ratio: float = 1.5,
+    sigmoid_min: float = 0.5,
+    sigmoid_max: float = 0.5,
+    sigmoid_tau: float = 10.0,
+) -> dict[str, float]:
+    """Map the alphas of layers to the ratios of their learning rates to the base learning rate.
+
+    With n layers that have an alpha:
+
+    - `"tb_linear_map"`: alpha interpolated linearly from [min, max] to [lr_min_ratio, lr_max_ratio];
+    - `"tb_sqrt"`: sqrt(alpha) * n / sum of sqrt(alpha);
+    - `"tb_log2"`: log2(alpha) * n / sum of log2(alpha);
+    - `"tb_step"`: lr_min_ratio + (lr_max_ratio - lr_min_ratio) * rank / n, rank 0 the smallest alpha;
+    - `"tb_sigmoid"`: 10^(s * (sigmoid(tau * (alpha - mean)) - 1/2)), s = sigmoid_max above the mean and
+      sigmoid_min at or below it, so ratios lie between 10^(-sigmoid_min / 2) and 10^(sigmoid_max / 2).
+
+    Args:
+        alphas: alpha of each layer; None or NaN where a layer has none.
+        assign_func: the map.
+        lr_min_ratio: ratio of the smallest alpha (linear map, step).
+        lr_max_ratio: ratio of the largest alpha (linear map); the bound of the step map.
+        sigmoid_min: strength s of the sigmoid at or below the mean.
+        sigmoid_max: strength s of the sigmoid above the mean.
+        sigmoid_tau: steepness tau of the sigmoid.
+
+    Returns:
+        The ratio of every layer of `alphas`, in its order. A layer without an alpha has ratio 1 and takes no
+        part in min, max, mean or n. One layer, or alphas that are all equal: every ratio is 1.
+
+    Raises:
+        ValueError: an unknown `assign_func`, `lr_min_ratio` above `lr_max_ratio`, an option out of range, an
+            infinite alpha, or one that `tb_sqrt` (below 0) or `tb_log2` (not above 1) cannot map.
+
+    Example:
+        >>> lr_ratios({"conv1": 2.0, "conv2": 3.0, "fc": 4.0})
+        {'conv1': 0.5, 'conv2': 1.0, 'fc': 1.5}
+    """
+    options = TemperatureOptions(
+        assign_func, lr_min_ratio, lr_max_ratio, sigmoid_min, sigmoid_max, sigmoid_tau
+    )
+    return ratios_from(alphas, options)
+
+
+def ratios_from(alphas: Mapping[str, float | None], options: TemperatureOptions) -> dict[str, float]:
+    """`lr_ratios` with its options already checked."""
+    known = {name: float(alpha) for name, alpha in alphas.items() if alpha is not None and alpha == alpha}
+    for name, alpha in known.items():
+        if math.isinf(alpha):
+            raise ValueError(f"the alpha of {name!r} is infinite; pass None for a layer without an alpha")
+    ratios = dict.fromkeys(alphas, 1.0)
+    values = list(known.values())
+    if values and min(values) < max(values):
+        _check_domain(known, options.assign_func)
+        ratios.update(zip(known, _MAPS[options.assign_func](values, options), strict=True))
+    return ratios
+
+
+def _check_domain(alphas: Mapping[str, float], assign_func: AssignFunc) -> None:
+    bound = {"tb_sqrt": 0.0, "tb_log2": 1.0}.get(assign_func, -math.inf)
+    for name, alpha in alphas.items():
+        if not alpha > bound:
+            raise ValueError(f"{assign_func} needs alphas above {bound:g}, got {alpha!r} for {name!r}")
+
+
+def _linear_map(alphas: Sequence[float], options: TemperatureOptions) -> list[float]:
+    low, high = options.lr_min_ratio, options.lr_max_ratio
+    smallest, largest = min(alphas), max(alphas)
+    # Halved, so that the range of two huge values of opposite sign does not overflow.
+    span = largest / 2 - smallest / 2
+    positions = ((alpha / 2 - smallest / 2) / span for alpha in alphas)
+    return [min(max(low + (high - low) * position, low), high) for position in positions]
+
+
+def _sqrt(alphas: Sequence[float], options: TemperatureOptions) -> list[float]:
+    return _share([math.sqrt(alpha) for alpha in alphas])
+
+
+def _log2(alphas: Sequence[float], options: TemperatureOptions) -> list[float]:
+    return _share([math.log2(alpha) for alpha in alphas])
+
+
+def _share(weights: Sequence[float]) -> list[float]:
+    """Scale weights to a mean of 1."""
+    mean = math.fsum(weights) / len(weights)
+    return [weight / mean for weight in weights]
+
+
+def _step(alphas: Sequence[float], options: TemperatureOptions) -> list[float]:
+    low, high = options.lr_min_ratio, options.lr_max_ratio
+    ratios = [0.0] * len(alphas)
+    for rank, index in enumerate(sorted(range(len(alphas)), key=alphas.__getitem__)):
+        ratios[index] = low + (high - low) * rank / len(alphas)
+    return ratios
+
+
+def _sigmoid(alphas: Sequence[float], options: TemperatureOptions) -> list[float]:
+    mean = math.fsum(alpha / len(alphas) for alpha in alphas)
+    ratios = []
+    for alpha in alphas:
+        strength = options.sigmoid_max if alpha > mean else options.sigmoid_min
+        # sigmoid(x) - 1/2 = tanh(x / 2) / 2, which overflows for no x.
+        ratios.append(10 ** (strength * math.tanh(options.sigmoid_tau * (alpha - mean) / 2) / 2))
+    return ratios
+
+
+_MAPS: dict[AssignFunc, Callable[[Sequence[float], TemperatureOptions], list[float]]] = {
+    "tb_linear_map": _linear_map,
+    "tb_sqrt": _sqrt,
+    "tb_log2": _log2,
+    "tb_step": _step,
+    "tb_sigmoid": _sigmoid,
+}
