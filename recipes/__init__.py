@@ -1,0 +1,1 @@
+"""Runnable experiments: `python -m recipes.train` trains, tests and draws one of the configs in `conf/`."""

@@ -1,0 +1,31 @@
+"""Callbacks of the recipes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+
+__all__ = ["LastStepRates"]
+
+
+class LastStepRates(Callback):
+    """Remember the learning rate and the layers' ratios of the last step.
+
+    After training they can't be asked for any more: the scheduler has moved on, often to zero, and the callback has
+    measured the final weights.
+
+    Args:
+        balancer: The FARMS callback, None where there is none.
+    """
+
+    def __init__(self, balancer: Any = None) -> None:
+        self.balancer = balancer
+        self.lr: float | None = None
+        self.ratios: dict[str, float] = {}
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Note what the coming step will use."""
+        self.lr = float(trainer.optimizers[0].param_groups[0]["lr"])
+        if self.balancer is not None:
+            self.ratios = dict(self.balancer.ratios)

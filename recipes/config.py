@@ -1,0 +1,123 @@
+"""What must be right about the settings before anything is made, and how their parts are built."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
+from hydra.utils import get_class, instantiate
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from recipes.errors import RecipeError
+
+__all__ = ["ARMS", "build", "check_combination", "check_config", "check_resumed_config", "choice"]
+
+ARMS = ("farms", "full", "off", "monitor")
+SECTIONS = (
+    *("name", "seed", "ckpt_path", "arms", "arm", "lr", "farms", "task"),
+    *("data", "model", "optimizer", "scheduler", "callbacks", "logger", "trainer", "paths"),
+)
+
+
+def choice(cfg: DictConfig, group: str) -> str:
+    """Return `group=name` as the user chose it, or the class it stands for where Hydra did not compose `cfg`."""
+    if HydraConfig.initialized():
+        return f"{group}={HydraConfig.get().runtime.choices.get(group)}"
+    return f"{group}={OmegaConf.select(cfg, f'{group}._target_')}"
+
+
+def check_config(cfg: DictConfig) -> None:
+    """Check what can be checked without building or reading anything.
+
+    Raises:
+        RecipeError: A section is missing or unknown, a value can't be resolved, the arm's name is not one of `ARMS`,
+            the checkpoint to resume from is not there, or model and data do not go together.
+    """
+    unknown = sorted(set(map(str, cfg)) - set(SECTIONS))
+    if unknown:
+        raise RecipeError(f"unknown settings at the top level: {', '.join(unknown)}; known are {', '.join(SECTIONS)}")
+    missing = sorted(set(SECTIONS) - set(map(str, cfg)))
+    if missing:
+        raise RecipeError(f"missing settings at the top level: {', '.join(missing)}; conf/train.yaml shows them")
+    try:
+        OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise RecipeError(f"the settings do not resolve: {error}") from error
+    if cfg.arm not in ARMS or (cfg.farms is None) != (cfg.arm == "off"):
+        raise RecipeError(f"arm={cfg.arm} does not match {choice(cfg, 'farms')}; choose with farms={'|'.join(ARMS)}")
+    if cfg.ckpt_path is not None and not Path(cfg.ckpt_path).is_file():
+        raise RecipeError(f"ckpt_path={cfg.ckpt_path} is not a file; a run keeps its own in checkpoints/last.ckpt")
+    _check_kinds(cfg)
+
+
+def _check_kinds(cfg: DictConfig) -> None:
+    """Refuse a model for images on fields, and the other way round."""
+    needs, gives = (getattr(get_class(cfg[part]._target_), "kind", "") for part in ("model", "data"))
+    if needs != gives:
+        raise RecipeError(
+            f"{choice(cfg, 'model')} and {choice(cfg, 'data')} do not go together: the model learns {needs}, "
+            f"the data are {gives}. Choose both, or one experiment=..."
+        )
+
+
+def check_combination(cfg: DictConfig, model: Any, data: Any) -> None:
+    """Let the network refuse inputs of a shape it can't take.
+
+    Raises:
+        RecipeError: It does.
+    """
+    check_input = getattr(model.net, "check_input", None)
+    if check_input is None:
+        return
+    try:
+        check_input(data.sample_shape)
+    except ValueError as error:
+        raise RecipeError(f"{choice(cfg, 'model')} does not fit {choice(cfg, 'data')}: {error}") from error
+
+
+def check_resumed_config(cfg: DictConfig, saved_file: Path) -> list[str]:
+    """Compare the settings with those of the run that is resumed.
+
+    Args:
+        cfg: The settings now.
+        saved_file: The run folder's `config.yaml`.
+
+    Returns:
+        Sections other than model, data and trainer that differ, for a note to the user.
+
+    Raises:
+        RecipeError: The model or the data differ.
+    """
+    saved = OmegaConf.to_container(OmegaConf.load(saved_file))
+    now = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(saved, dict) and isinstance(now, dict)  # both are mappings at the top level
+    changed = [section for section in SECTIONS if saved.get(section) != now.get(section)]
+    fatal = [section for section in changed if section in ("model", "data")]
+    if fatal:
+        raise RecipeError(
+            f"ckpt_path={cfg.ckpt_path} comes from a run with another {' and another '.join(fatal)}; "
+            f"repeat that run's overrides (its settings are in {saved_file})"
+        )
+    return [section for section in changed if section not in ("ckpt_path", "paths", "trainer")]
+
+
+def build(cfg: DictConfig, path: str, **extra: Any) -> Any:
+    """Instantiate the settings at `path`.
+
+    Args:
+        cfg: All settings.
+        path: Dotted path, say "logger.wandb".
+        extra: More keyword arguments.
+
+    Raises:
+        RecipeError: The constructor refuses; the message names the settings and the reason.
+    """
+    try:
+        return instantiate(OmegaConf.select(cfg, path), _convert_="all", **extra)
+    except InstantiationException as error:
+        reason = error.__cause__ or error
+        hint = "; pip install 'farms-tb[recipes]', or logger=csv" if isinstance(reason, ImportError) else ""
+        raise RecipeError(f"{path}: {reason}{hint}") from error

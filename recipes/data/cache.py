@@ -1,0 +1,85 @@
+"""Arrays cached in one file that is either whole and the right one, or made again."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+__all__ = ["Arrays", "StaleCacheError", "load_or_make", "read_arrays", "write_arrays"]
+
+Arrays = dict[str, np.ndarray]
+
+_log = logging.getLogger(__name__)
+_DESCRIPTION = "description"
+_UNREADABLE = (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error)
+
+
+class StaleCacheError(ValueError):
+    """A cache file that is cut short, damaged, or describes other data."""
+
+
+def load_or_make(path: Path, description: Mapping[str, Any], make: Callable[[], Arrays]) -> Arrays:
+    """Read the arrays in `path`, or make and keep them.
+
+    Args:
+        path: An `.npz` file; its folder is created.
+        description: What the arrays are (plain JSON values). A file with another description is not used.
+        make: Called without arguments when there is no usable file.
+
+    Returns:
+        The arrays by name.
+    """
+    try:
+        return read_arrays(path, description)
+    except FileNotFoundError:
+        pass
+    except StaleCacheError as error:
+        _log.warning("%s; making the data again", error)
+    arrays = make()
+    write_arrays(path, description, arrays)
+    return arrays
+
+
+def read_arrays(path: Path, description: Mapping[str, Any]) -> Arrays:
+    """Read every array of `path`; the zip container's checksums are verified on the way.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        StaleCacheError: The file is cut short or damaged, or its description differs.
+    """
+    if not path.exists():
+        raise FileNotFoundError(path)
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+        found = json.loads(str(arrays.pop(_DESCRIPTION)))
+    except _UNREADABLE as error:
+        raise StaleCacheError(f"the cached data in {path} is cut short or damaged ({error})") from error
+    if found != dict(description):
+        raise StaleCacheError(f"the cached data in {path} describes other data: {found}")
+    return arrays
+
+
+def write_arrays(path: Path, description: Mapping[str, Any], arrays: Arrays) -> None:
+    """Write the arrays beside `path`, then move the finished file into place in one step.
+
+    A reader sees the old file or the whole new one, also when writing stops half way or two runs write at once.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            np.savez(file, **{_DESCRIPTION: np.array(json.dumps(dict(description)))}, **arrays)  # type: ignore[arg-type]
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,102 @@
+"""scikit-learn's handwritten digits: 1797 grey images of 8x8 pixels, bundled, nothing to download."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning import LightningDataModule
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch.nn import functional
+from torch.utils.data import DataLoader, TensorDataset
+
+from recipes.data.loaders import evaluation_loader, training_loader
+
+__all__ = ["DigitsData"]
+
+TOTAL = 1797
+
+
+class DigitsData(LightningDataModule):
+    """The digits as image classification, split by class-balanced sampling into train, validation and test.
+
+    Args:
+        train_size: Training images; what is left after all three splits is not used.
+        val_size: Validation images.
+        test_size: Test images.
+        image_size: Side of the images; larger than 8 enlarges them by bilinear interpolation.
+        batch_size: Images a batch.
+        seed: Seed of the split. The test set does not depend on the other sizes.
+        shuffle_seed: Seed of the order of the training images.
+        num_workers: Processes that load batches; 0 suits data in memory.
+    """
+
+    kind = "images"
+
+    def __init__(
+        self,
+        train_size: int = 1000,
+        val_size: int = 297,
+        test_size: int = 500,
+        image_size: int = 8,
+        batch_size: int = 64,
+        seed: int = 0,
+        shuffle_seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        sizes = (train_size, val_size, test_size)
+        if min(sizes) < 10 or sum(sizes) > TOTAL:
+            raise ValueError(
+                f"data.train_size, val_size and test_size must each be at least 10 and sum to at most {TOTAL}, "
+                f"got {train_size} + {val_size} + {test_size}"
+            )
+        self.train_size, self.val_size, self.test_size = sizes
+        self.image_size = image_size
+        self.batch_size = batch_size
+        self.shuffle_seed = shuffle_seed
+        self.seed = seed
+        self.num_workers = num_workers
+        self.datasets: dict[str, TensorDataset] = {}
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """Shape of one input, (channels, height, width)."""
+        return (1, self.image_size, self.image_size)
+
+    def _images(self) -> tuple[torch.Tensor, torch.Tensor]:
+        digits = load_digits()
+        images = torch.as_tensor(digits.images, dtype=torch.float32)[:, None] / 16.0
+        if self.image_size != 8:
+            images = functional.interpolate(images, size=(self.image_size, self.image_size), mode="bilinear")
+        return images, torch.as_tensor(digits.target, dtype=torch.long)
+
+    def setup(self, stage: str) -> None:
+        """Split the images and standardise them with the training images' mean and deviation."""
+        if self.datasets:
+            return
+        images, labels = self._images()
+        rest, test = self._split(labels, range(TOTAL), self.test_size)
+        rest, val = self._split(labels, rest, self.val_size)
+        train = rest if len(rest) == self.train_size else self._split(labels, rest, self.train_size)[1]
+        mean, std = images[train].mean(), images[train].std()
+        chosen = {"train": train, "val": val, "test": test}
+        self.datasets = {s: TensorDataset((images[i] - mean) / std, labels[i]) for s, i in chosen.items()}
+
+    def _split(self, labels: torch.Tensor, indices: Any, size: int) -> tuple[list[int], list[int]]:
+        indices = list(indices)
+        rest, taken = train_test_split(indices, test_size=size, random_state=self.seed, stratify=labels[indices])
+        return rest, taken
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Shuffled training batches: images (B, 1, H, W) and labels (B,)."""
+        return training_loader(self.datasets["train"], self.batch_size, self.shuffle_seed, self.num_workers)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Validation batches."""
+        return evaluation_loader(self.datasets["val"], 256, self.num_workers)
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """Test batches."""
+        return evaluation_loader(self.datasets["test"], 256, self.num_workers)

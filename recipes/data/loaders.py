@@ -1,0 +1,61 @@
+"""Data loaders whose shuffling depends on the seed and the epoch alone, so that a resumed run sees the same batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+__all__ = ["EpochShuffle", "evaluation_loader", "training_loader"]
+
+
+class EpochShuffle(Sampler[int]):
+    """Shuffle indices 0..size-1 by (seed, epoch); Lightning calls `set_epoch` before each epoch.
+
+    Args:
+        size: Number of samples.
+        seed: Seed of the shuffles.
+    """
+
+    def __init__(self, size: int, seed: int) -> None:
+        self.size = size
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the shuffle of `epoch`."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        yield from torch.randperm(self.size, generator=generator).tolist()
+
+
+def training_loader(dataset: Dataset[Any], batch_size: int, seed: int, num_workers: int) -> DataLoader[Any]:
+    """Shuffled batches; a last incomplete batch of one sample is dropped, for BatchNorm's sake."""
+    size = len(dataset)  # type: ignore[arg-type]
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=EpochShuffle(size, seed),
+        drop_last=size > batch_size and size % batch_size == 1,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def evaluation_loader(dataset: Dataset[Any], batch_size: int, num_workers: int) -> DataLoader[Any]:
+    """Batches in order."""
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        pin_memory=torch.cuda.is_available(),
+    )

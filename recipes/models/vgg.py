@@ -1,0 +1,60 @@
+"""VGG-16 and VGG-19 with BatchNorm for small images (Simonyan and Zisserman, 2015), from torchvision's layers."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torchvision.models.vgg import cfgs, make_layers
+
+__all__ = ["DEPTHS", "SmallImageVGG"]
+
+DEPTHS = {16: "D", 19: "E"}
+HALVINGS = 5
+
+
+class SmallImageVGG(nn.Module):
+    """VGG's convolutions, then one Linear layer.
+
+    Args:
+        depth: 16 or 19.
+        in_channels: Channels of the images.
+        out_channels: Classes.
+        width: Features of the first stage (64 in the papers); the last stage has 8 * width.
+    """
+
+    def __init__(self, depth: int = 16, in_channels: int = 3, out_channels: int = 10, width: int = 64) -> None:
+        super().__init__()
+        if depth not in DEPTHS:
+            raise ValueError(f"model.net.depth must be one of {', '.join(map(str, DEPTHS))}, got {depth}")
+        if width < 1:
+            raise ValueError(f"model.net.width must be positive, got {width}")
+        plan = [step if step == "M" else int(step) * width // 64 for step in cfgs[DEPTHS[depth]]]
+        self.features = make_layers(plan, batch_norm=True)
+        if in_channels != 3:
+            self.features[0] = nn.Conv2d(in_channels, plan[0], kernel_size=3, padding=1)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.classifier = nn.Linear(8 * width, out_channels)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+
+    def check_input(self, shape: tuple[int, ...]) -> None:
+        """Refuse images that five halvings would make empty.
+
+        Args:
+            shape: (channels, height, width) or (batch, channels, height, width).
+
+        Raises:
+            ValueError: A side is below 32.
+        """
+        if min(shape[-2:]) < 2**HALVINGS:
+            raise ValueError(
+                f"VGG halves the image {HALVINGS} times and needs sides of at least {2**HALVINGS}, "
+                f"got {tuple(shape[-2:])}; with data=digits set data.image_size=32"
+            )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map images (B, in_channels, H, W) to logits (B, out_channels)."""
+        self.check_input(x.shape)
+        return torch.as_tensor(self.classifier(self.avgpool(self.features(x)).flatten(1)))
