@@ -1,21 +1,45 @@
-"""FARMS alphas and layer-wise learning rates for PyTorch and Lightning."""
+"""FARMS alphas and layer-wise learning rates for PyTorch and Lightning.
+
+- `analyze(model)`: how well each layer is trained, as a report.
+- `FARMSTempBalance()`: the Lightning callback that measures, balances and logs.
+- `TempBalance(model, optimizer)`: the same for a plain PyTorch loop.
+- `lr_ratios(alphas)`: the maps from alphas to learning-rate ratios.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from farms_tb.analysis import analyze
+from farms_tb.balance import StepGroup, TempBalance
 from farms_tb.matrices import MatrixStack, NoSpectrumError, layer_matrices
 from farms_tb.report import EsdHistogram, LayerRecord, Report
 from farms_tb.temperature import lr_ratios
 
+if TYPE_CHECKING:
+    from farms_tb.callback import FARMSTempBalance
+
+__version__ = "0.1.0"
+
 __all__ = [
     "EsdHistogram",
+    "FARMSTempBalance",
     "LayerRecord",
     "MatrixStack",
     "NoSpectrumError",
     "Report",
+    "StepGroup",
+    "TempBalance",
     "analyze",
     "layer_matrices",
     "lr_ratios",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the callback, and Lightning with it, only for those who use it."""
+    if name == "FARMSTempBalance":
+        from farms_tb.callback import FARMSTempBalance
+
+        return FARMSTempBalance
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,6 +1,6 @@
 """Measure a model: every layer's ESD, its power-law fit and the figures beside it.
 
-`analyze` is the entry point. A layer's result travels as one row of float64 numbers (`_Row`), so that processes can
+`analyze` is the entry point. A layer's result travels as one row of float64 numbers, so that processes can
 share the work and merge it by adding rows, exactly.
 """
 
@@ -92,7 +92,7 @@ def analyze(
 
     Example:
         >>> _ = torch.manual_seed(0)
-        >>> report = analyze(nn.Sequential(nn.Conv2d(16, 64, 3), nn.ReLU(), nn.Conv2d(64, 16, 3)))
+        >>> report = analyze(nn.Sequential(nn.Linear(512, 128), nn.ReLU(), nn.Linear(128, 1024)))
         >>> {name: round(record.alpha, 1) for name, record in report.layers.items()}
         {'0': 2.1, '2': 2.1}
     """
@@ -155,11 +155,16 @@ def measure(
         failed = table.new_zeros(1, ROW_LENGTH)
         failed[0, 0] = 0.0 if error is None else 1.0
         # The failures travel with the rows: one collective call, and no process waits for one that gave up.
-        table, failed = add_up(torch.cat([table, failed])).split([len(layers), 1])
-        if failed[0, 0] > 0:
-            reason = f": {error}" if error is not None else ", see its output"
+        summed = add_up(torch.cat([table, failed]))
+        table, failures = summed[:-1], int(summed[-1, 0])
+        if failures:
+            here = (
+                f"on this rank {rank}: {error}"
+                if error is not None
+                else "elsewhere: see the output of other ranks"
+            )
             raise RuntimeError(
-                f"measuring the layers failed on another or this rank ({rank}){reason}"
+                f"measuring the layers failed on {failures} of {world_size} ranks, {here}"
             ) from error
     if error is not None:
         raise error
@@ -248,9 +253,7 @@ def _first_counted(eigenvalues: Tensor, factor: Tensor, options: SpectralOptions
     return first
 
 
-def _outcome(
-    eigenvalues: Tensor, fits: PowerLawFit, kept: Tensor, options: SpectralOptions
-) -> tuple[int, float]:
+def _outcome(eigenvalues: Tensor, fits: PowerLawFit, kept: Tensor, options: SpectralOptions) -> tuple[int, float]:
     """Say whether the layer has an alpha, which it has when every sample has; or why not, and a number for it."""
     if int(kept.min()) < options.min_eigenvalues:
         return _TOO_FEW, float(kept.min())

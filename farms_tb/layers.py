@@ -40,6 +40,7 @@ class Layer:
         shape: (K, R, C) of the stack; empty where there is none.
         parameters: names of the parameters that take this layer's learning-rate ratio.
         problem: why the layer has no spectrum; empty where it has one.
+        has_rule: whether the module's type is one that holds matrices.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Layer:
     shape: tuple[int, ...] = ()
     parameters: tuple[str, ...] = ()
     problem: str = ""
+    has_rule: bool = True
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -92,7 +94,7 @@ def find_layers(model: nn.Module) -> list[Layer]:
             inside.update(id(child) for child in _own_modules(module))
             layers.extend(_module_layers(path, module, names, claimed))
         elif id(module) not in inside and _has_matrix(module):
-            layers.append(Layer(path or "weight", path, module, problem=_no_rule(module)))
+            layers.append(Layer(path or "weight", path, module, problem=_no_rule(module), has_rule=False))
     return layers
 
 
@@ -112,9 +114,7 @@ def read_stacks(module: nn.Module) -> list[MatrixStack]:
 @contextmanager
 def _measuring(module: nn.Module) -> Iterator[None]:
     # A spectral-norm parametrization in training mode moves its power iteration each time the weight is read.
-    parametrizations = (
-        getattr(module, "parametrizations", None) if parametrize.is_parametrized(module) else None
-    )
+    parametrizations = getattr(module, "parametrizations", None) if parametrize.is_parametrized(module) else None
     changed = [part for part in parametrizations.modules() if part.training] if parametrizations else []
     for part in changed:
         part.training = False
@@ -142,9 +142,7 @@ def _own_modules(module: nn.Module) -> Iterator[nn.Module]:
             yield from _own_modules(child)
 
 
-def _module_layers(
-    path: str, module: nn.Module, names: dict[int, str], claimed: dict[int, str]
-) -> list[Layer]:
+def _module_layers(path: str, module: nn.Module, names: dict[int, str], claimed: dict[int, str]) -> list[Layer]:
     """Return the layers of one module whose type has a rule."""
     own = [parameter for part in _own_modules(module) for parameter in part._parameters.values()]
     parameters = {id(parameter): parameter for parameter in own if parameter is not None}

@@ -29,7 +29,6 @@ from dataclasses import dataclass
 from functools import singledispatch
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 CONV_NORM = 0.5
@@ -134,14 +133,15 @@ def _convolution(module: Any) -> list[MatrixStack]:
     if module.groups == 1:
         matrices = weight.permute(2, 0, 1)
     else:
-        matrices = weight.unflatten(0, (module.groups, -1)).permute(0, 3, 1, 2).flatten(0, 1)
+        grouped = weight.reshape(module.groups, -1, *weight.shape[1:])
+        matrices = grouped.permute(0, 3, 1, 2).flatten(0, 1)
     return [MatrixStack(matrices, eigenvalue_scale=CONV_NORM)]
 
 
 @layer_matrices.register
 def _attention(module: nn.MultiheadAttention) -> list[MatrixStack]:
     if module.in_proj_weight is not None:
-        packed = dense(module.in_proj_weight).unflatten(0, (3, -1))
+        packed = dense(module.in_proj_weight).chunk(3)
         return [
             MatrixStack(weight[None], sampling="grid", part=part, parameter="in_proj_weight")
             for part, weight in zip("qkv", packed, strict=True)

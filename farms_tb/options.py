@@ -7,8 +7,8 @@ to learning-rate ratio). Every public entry point takes the same names with the 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
 Esd = Literal["farms", "full"]
@@ -172,6 +172,16 @@ class BalanceOptions:
                 f"assign_func={self.temperature.assign_func!r} is defined for metric='alpha', whose values are "
                 f"above 1, got metric={self.metric!r}; use 'tb_linear_map', 'tb_step' or 'tb_sigmoid'"
             )
+
+
+def collect_options(values: Mapping[str, Any]) -> tuple[SpectralOptions, BalanceOptions]:
+    """Build the options from a mapping that holds a value for each of their names, and maybe more."""
+
+    def pick(cls: Any) -> dict[str, Any]:
+        return {field.name: values[field.name] for field in fields(cls) if field.name != "temperature"}
+
+    temperature = TemperatureOptions(**pick(TemperatureOptions))
+    return SpectralOptions(**pick(SpectralOptions)), BalanceOptions(temperature, **pick(BalanceOptions))
 
 
 def as_plain(*options: SpectralOptions | BalanceOptions) -> dict[str, Any]:

@@ -120,13 +120,11 @@ class Report:
             "N",
             "status",
         )
-        table = [header]
-        for name, record in self.layers.items():
-            figures = (record.alpha, record.ks_distance, record.alpha_hat)
-            figures += (record.spectral_norm, record.stable_rank)
-            shape = " x ".join(map(str, record.shape)) or "-"
-            number = str(record.num_eigenvalues or "-")
-            table.append((name, shape, *map(_short, figures), number, record.status))
+        table: list[tuple[str, ...]] = [header]
+        for name, r in self.layers.items():
+            figures = (r.alpha, r.ks_distance, r.alpha_hat, r.spectral_norm, r.stable_rank)
+            shape = " x ".join(map(str, r.shape)) or "-"
+            table.append((name, shape, *map(_short, figures), str(r.num_eigenvalues or "-"), r.status))
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = [_line(cells, widths) for cells in table]
         lines.insert(1, "-" * max(map(len, lines)))

@@ -41,7 +41,8 @@ def pooled_eigenvalues(windows: Windows, chunk_bytes: int = CHUNK_BYTES) -> Tens
     small = min(height, width)
     dtype = torch.complex128 if view.is_complex() else torch.float64
     per_window = (height * width + 2 * small * small) * dtype.itemsize
-    chunks = torch.arange(math.prod(lead), device=view.device).split(max(1, chunk_bytes // per_window))
+    indices = torch.arange(math.prod(lead), device=view.device)
+    chunks = torch.split(indices, max(1, chunk_bytes // per_window))
     # Indexing copies the windows of one chunk and no more, however much they overlap.
     values = [_eigenvalues(view[torch.unravel_index(chunk, lead)].to(dtype)) for chunk in chunks]
     return torch.cat(values).reshape(windows.samples, -1).sort(dim=-1).values
@@ -51,7 +52,7 @@ def _eigenvalues(matrices: Tensor) -> Tensor:
     """Return the squared singular values `(n, min(h, w))` of `(n, h, w)` matrices, ascending."""
     rows, columns = matrices.shape[-2:]
     gram = matrices.mH @ matrices if rows >= columns else matrices @ matrices.mH
-    values = torch.linalg.eigvalsh(gram).clamp_min(0)
+    values: Tensor = torch.linalg.eigvalsh(gram).clamp_min(0)
     largest = values[:, -1:]
     squared_too_far = ((values < _GRAM_LIMIT * largest) & (largest > 0)).any(-1)
     if squared_too_far.any():

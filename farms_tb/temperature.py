@@ -53,9 +53,7 @@ def lr_ratios(
         >>> lr_ratios({"conv1": 2.0, "conv2": 3.0, "fc": 4.0})
         {'conv1': 0.5, 'conv2': 1.0, 'fc': 1.5}
     """
-    options = TemperatureOptions(
-        assign_func, lr_min_ratio, lr_max_ratio, sigmoid_min, sigmoid_max, sigmoid_tau
-    )
+    options = TemperatureOptions(assign_func, lr_min_ratio, lr_max_ratio, sigmoid_min, sigmoid_max, sigmoid_tau)
     return ratios_from(alphas, options)
 
 

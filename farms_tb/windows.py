@@ -79,14 +79,15 @@ def _row_blocks(matrices: Tensor, aspect_ratio: float) -> Windows | None:
     height, width = window_shape(min(rows, columns), columns, None, aspect_ratio)
     if height == 0:
         return None
-    blocks = rows // height
-    view = matrices[:, : blocks * height, :width].unflatten(1, (blocks, height)).transpose(0, 1)
-    return Windows(view, blocks)
+    # Unfolded, the order is (K, B, w, h).
+    view = matrices[:, :, :width].unfold(1, height, height).transpose(2, 3).transpose(0, 1)
+    return Windows(view, view.shape[0])
 
 
 def _grid(matrices: Tensor, options: SpectralOptions) -> Windows | None:
     """Lay overlapping windows on a grid, all in one sample: `(K, positions, positions, h, w)`."""
-    height, width = window_shape(*matrices.shape[1:], options.window, options.aspect_ratio)
+    _, rows, columns = matrices.shape
+    height, width = window_shape(rows, columns, options.window, options.aspect_ratio)
     if height == 0:
         return None
     view = matrices

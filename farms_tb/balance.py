@@ -1,0 +1,505 @@
+"""From alphas to the learning rate of every parameter, for a plain PyTorch loop or any trainer.
+
+`LayerBalancer` holds the rules: which layers take part, which parameters follow which layer. `TempBalance` is the
+public class for a plain loop; the Lightning callback drives the same `LayerBalancer`.
+Source of the method: TempBalance, Zhou et al., NeurIPS 2023, arXiv 2312.00359.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from farms_tb.analysis import checked_layers, measure
+from farms_tb.layers import Layer, clean_name, norm_feeders, unwrap
+from farms_tb.layerwise_step import LayerwiseStep, stepping_optimizers
+from farms_tb.options import (
+    AssignFunc,
+    BalanceOptions,
+    Esd,
+    Fit,
+    Kind,
+    Metric,
+    Norms,
+    SpectralOptions,
+    as_plain,
+    collect_options,
+)
+from farms_tb.report import LayerRecord, Report
+from farms_tb.temperature import ratios_from
+
+STATE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class StepGroup:
+    """A param group that the optimizer really steps with.
+
+    Attributes:
+        group: index of the user's param group that it is part of.
+        layers: names of the measured layers among its parameters.
+        parameters: names of the parameters.
+        ratio: learning-rate ratio of all of them.
+        lr: learning rate of all of them now, the user's (or the scheduler's) lr * ratio.
+    """
+
+    group: int
+    layers: tuple[str, ...]
+    parameters: tuple[str, ...]
+    ratio: float
+    lr: float
+
+
+class LayerBalancer:
+    """Measure the layers of a model and hand out learning rates.
+
+    Args:
+        model: the model that is trained.
+        optimizers: the optimizers that train it; each gets layer-wise learning rates until `detach`.
+        spectral: how alphas are measured.
+        balance: what is made of them.
+        share: measure each layer on one process only and share the results.
+
+    Attributes:
+        layers: the model's layers.
+        report: the latest measurement; None before the first.
+        ratios: ratio in force for each layer by name.
+
+    Raises:
+        TypeError: not a module, or not a torch optimizer.
+        ValueError: no layer to analyse, none of its parameters in an optimizer, a pattern of `exclude` that
+            matches nothing, or an optimizer that cannot have layer-wise learning rates.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizers: Sequence[Optimizer],
+        spectral: SpectralOptions,
+        balance: BalanceOptions,
+        share: bool = False,
+    ) -> None:
+        self.spectral, self.balance = spectral, balance
+        self.report: Report | None = None
+        self.layers = checked_layers(model)
+        self._model = unwrap(model)
+        self._share = share
+        self._signature: tuple[int, ...] = ()
+        self._warned: set[str] = set()
+        self._read_model()
+        self.ratios = dict.fromkeys((layer.name for layer in self.layers), 1.0)
+        self._check_trained(optimizers)
+        self._steps: list[LayerwiseStep] = []
+        try:
+            for optimizer in optimizers:
+                self._steps += [LayerwiseStep(inner) for inner in stepping_optimizers(_raw(optimizer))]
+        except Exception:
+            self.detach()
+            raise
+
+    def measure(self, histogram: bool = False) -> Report:
+        """Measure every layer, on all processes together where shared; ratios stay as they are."""
+        if self._signature != self._sign():
+            self._read_model()
+        shared = self._share and dist.is_available() and dist.is_initialized()
+        self.report = measure(
+            self.layers,
+            self.spectral,
+            histogram=histogram,
+            rank=dist.get_rank() if shared else 0,
+            world_size=dist.get_world_size() if shared else 1,
+            add_up=_all_reduce if shared else None,
+        )
+        return self.report
+
+    def update(self, histogram: bool = False) -> Report:
+        """Measure, and put the ratios that follow in force."""
+        report = self.measure(histogram)
+        self._put_in_force(self._ratios_for(report))
+        return report
+
+    def parameter_ratios(self) -> dict[str, float]:
+        """Return the ratio in force for each parameter of the model by name."""
+        owners = self._owners
+        return {
+            name: self._shared_ratio(owners.get(name, ()))
+            for name in (clean_name(raw) for raw, _ in self._model.named_parameters())
+        }
+
+    def param_groups(self, optimizer: Optimizer) -> list[StepGroup]:
+        """Return the groups that `optimizer` really steps with.
+
+        Raises:
+            ValueError: the optimizer is none of those balanced here.
+        """
+        inner = list(stepping_optimizers(_raw(optimizer)))
+        steps = [step for step in self._steps if any(step.optimizer is own for own in inner)]
+        if not steps:
+            raise ValueError(f"this {type(optimizer).__name__} is not one that is being balanced")
+        names = {id(parameter): clean_name(name) for name, parameter in self._model.named_parameters()}
+        groups = []
+        for split in (split for step in steps for split in step.split_groups()):
+            parameters = tuple(names.get(id(parameter), "(not in the model)") for parameter in split.params)
+            layers = dict.fromkeys(owner for name in parameters for owner in self._own_layers.get(name, ()))
+            groups.append(StepGroup(split.index, tuple(layers), parameters, split.ratio, float(split.lr)))
+        return groups
+
+    def layer_lrs(self) -> dict[str, float]:
+        """Return the learning rate now of each layer that is trained."""
+        parameters = dict(self._model.named_parameters())
+        by_id = {id(parameters[name]): name for name in parameters}
+        lrs: dict[str, float] = {}
+        for step in self._steps:
+            for split in step.split_groups():
+                for parameter in split.params:
+                    for layer in self._own_layers.get(clean_name(by_id.get(id(parameter), "")), ()):
+                        lrs.setdefault(layer, float(split.lr))
+        return {layer.name: lrs[layer.name] for layer in self.layers if layer.name in lrs}
+
+    def detach(self) -> None:
+        """Give the optimizers back as they were. Reports and ratios stay readable."""
+        for step in self._steps:
+            step.detach()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that a resumed run needs, as plain values."""
+        records = {} if self.report is None else self.report.layers
+        return {
+            "version": STATE_VERSION,
+            "options": as_plain(self.spectral, self.balance),
+            "ratios": dict(self.ratios),
+            "report": {name: _plain_record(record) for name, record in records.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> bool:
+        """Put the saved ratios in force.
+
+        Returns:
+            Whether the state fits: False where the options or the layers are others now, after a warning that
+            names them. The layers that remain keep their saved ratios; measure anew.
+
+        Raises:
+            ValueError: the state is not one of this class, or of a newer version of this package.
+        """
+        if not isinstance(state, dict) or not {"version", "options", "ratios", "report"} <= set(state):
+            raise ValueError("not a state of farms_tb: expected a dict with version, options, ratios and report")
+        if state["version"] > STATE_VERSION:
+            raise ValueError(
+                f"the state has version {state['version']}, this farms_tb reads up to {STATE_VERSION}: upgrade it"
+            )
+        changes = self._changes(state)
+        if changes:
+            warnings.warn(
+                "the checkpoint was written with other settings, measuring anew: " + changes, stacklevel=2
+            )
+        saved = state["ratios"]
+        self._put_in_force({layer.name: float(saved.get(layer.name, 1.0)) for layer in self.layers})
+        records = {
+            name: LayerRecord(**{**row, "shape": tuple(row["shape"])}) for name, row in state["report"].items()
+        }
+        self.report = Report(records, as_plain(self.spectral)) if records else None
+        return not changes
+
+    def _changes(self, state: dict[str, Any]) -> str:
+        """Say in what the saved state differs from this run; empty where in nothing."""
+        now, saved = as_plain(self.spectral, self.balance), state["options"]
+        parts = [
+            f"{name} was {saved.get(name)!r} and is {now.get(name)!r}"
+            for name in {**now, **saved}
+            if saved.get(name) != now.get(name)
+        ]
+        names = {layer.name for layer in self.layers}
+        gone, new = sorted(set(state["ratios"]) - names), sorted(names - set(state["ratios"]))
+        parts += [f"layers {', '.join(gone)} are not in the model"] if gone else []
+        parts += [f"layers {', '.join(new)} are not in the checkpoint"] if new else []
+        return "; ".join(parts)
+
+    def _sign(self) -> tuple[int, ...]:
+        return tuple(id(parameter) for parameter in self._model.parameters())
+
+    def _read_model(self) -> None:
+        """Work out the layers, their parameters and who is excluded; again whenever parameters were replaced."""
+        self.layers = checked_layers(self._model)
+        self._signature = self._sign()
+        self._excluded = self._exclusions()
+        self._own_layers = _owners(self.layers)
+        self._owners = dict(self._own_layers)
+        if self.balance.norms == "follow":
+            self._owners.update(_norm_owners(self._model, self.layers, self._own_layers))
+
+    def _exclusions(self) -> set[str]:
+        matrix_layers = [layer for layer in self.layers if layer.has_rule]
+        ends = []
+        if self.balance.exclude_first:
+            ends.append(matrix_layers[0].module_name)
+        if self.balance.exclude_last:
+            ends.append(matrix_layers[-1].module_name)
+        excluded = {layer.name for layer in matrix_layers if layer.module_name in ends}
+        for pattern in self.balance.exclude:
+            matches = {layer.name for layer in self.layers if _matches(layer.name, pattern)}
+            if not matches:
+                names = ", ".join(layer.name for layer in self.layers)
+                raise ValueError(f"exclude={pattern!r} matches no layer; the layers are {names}")
+            excluded |= matches
+        return excluded
+
+    def _check_trained(self, optimizers: Sequence[Optimizer]) -> None:
+        if not optimizers:
+            raise ValueError("there is no optimizer to balance")
+        for optimizer in map(_raw, optimizers):
+            if not isinstance(optimizer, Optimizer):
+                kind = type(optimizer).__name__
+                raise TypeError(f"layer-wise learning rates need a torch.optim.Optimizer, got {kind}")
+        held = {
+            id(p)
+            for optimizer in map(_raw, optimizers)
+            for group in optimizer.param_groups
+            for p in group["params"]
+        }
+        if not any(id(p) in held for layer in self.layers for p in layer.module.parameters()):
+            raise ValueError(
+                "none of the model's layers has a parameter in the optimizer: build the optimizer from the "
+                "parameters of the same model"
+            )
+
+    def _trained(self) -> set[str]:
+        """Names of the parameters that some optimizer trains."""
+        held = {
+            id(parameter)
+            for step in self._steps
+            for group in step.optimizer.param_groups
+            for parameter in group["params"]
+        }
+        named = self._model.named_parameters()
+        return {clean_name(name) for name, p in named if p.requires_grad and id(p) in held}
+
+    def _ratios_for(self, report: Report) -> dict[str, float]:
+        """Map the metric of the layers that take part, each kind within itself; 1 for the others."""
+        ratios = dict.fromkeys(report.layers, 1.0)
+        trained = self._trained()
+        for kind in self.balance.balance:
+            members = [layer for layer in self.layers if layer.kind == kind and self._takes_part(layer, trained)]
+            metrics = {layer.name: report.layers[layer.name].metric(self.balance.metric) for layer in members}
+            self._warn_missing(report, metrics)
+            ratios.update(ratios_from(metrics, self.balance.temperature))
+        return ratios
+
+    def _takes_part(self, layer: Layer, trained: set[str]) -> bool:
+        return not layer.problem and layer.name not in self._excluded and not trained.isdisjoint(layer.parameters)
+
+    def _warn_missing(self, report: Report, metrics: dict[str, float | None]) -> None:
+        missing = [name for name, value in metrics.items() if value is None and name not in self._warned]
+        self._warned.update(missing)
+        if missing and (not self._share or dist.get_rank() == 0):
+            reasons = "; ".join(f"{name}: {report.layers[name].status}" for name in missing)
+            warnings.warn(
+                f"layers without a {self.balance.metric} keep the base learning rate: {reasons}", stacklevel=2
+            )
+
+    def _put_in_force(self, ratios: dict[str, float]) -> None:
+        self.ratios = ratios
+        by_name = self.parameter_ratios()
+        by_id = {id(p): by_name[clean_name(name)] for name, p in self._model.named_parameters()}
+        for step in self._steps:
+            step.ratios = by_id
+
+    def _shared_ratio(self, owners: Sequence[str]) -> float:
+        """Return the mean of the owners' ratios: the packed q, k and v of attention have three and one lr."""
+        ratios = [self.ratios.get(owner, 1.0) for owner in owners]
+        return math.fsum(ratios) / len(ratios) if len(set(ratios)) > 1 else next(iter(ratios), 1.0)
+
+
+class TempBalance:
+    """Layer-wise learning rates for a plain PyTorch loop.
+
+    Measures the model when it is made and whenever `step()` is called, once an epoch say, and gives each layer the
+    learning rate lr * ratio, where lr is what the param group, and so any scheduler, says at that moment.
+    `optimizer.param_groups` itself is never changed.
+
+    Under `DistributedDataParallel` or FSDP2, make it and call `step()` on every process: they share the work.
+
+    Args:
+        model: the model that is trained.
+        optimizer: the optimizer that trains it, or several.
+        esd: see `farms_tb.analyze`, like all options up to `min_eigenvalues`.
+        fit: where the power-law tail begins.
+        aspect_ratio: columns / rows of a window.
+        window: rows of a window of a linear layer.
+        windows_per_dim: start positions of windows along each dimension.
+        window_step: a fixed distance between start positions instead.
+        xmin_pos: the median fit's divisor.
+        filter_zeros: drop eigenvalues below 1e-5.
+        relative_cutoff: drop eigenvalues below this fraction of the largest one.
+        min_eigenvalues: samples with fewer eigenvalues have no alpha.
+        assign_func: the map from alphas to ratios, see `farms_tb.lr_ratios`, like those to `sigmoid_tau`.
+        lr_min_ratio: ratio of the layer with the smallest alpha.
+        lr_max_ratio: ratio of the layer with the largest alpha.
+        sigmoid_min: strength of the sigmoid map at or below the mean alpha.
+        sigmoid_max: strength of the sigmoid map above it.
+        sigmoid_tau: steepness of the sigmoid map.
+        metric: the figure that is mapped, `"alpha"` in the papers.
+        exclude_first: leave the first matrix layer, in order of registration, at ratio 1.
+        exclude_last: leave the last matrix layer at ratio 1.
+        exclude: shell-style patterns of layer names to leave at ratio 1.
+        balance: kinds of layers that are balanced, each within itself: `"real"`, `"spectral"` (complex weights).
+        norms: `"follow"` gives a norm the ratio of the layer that feeds it, `"base"` ratio 1.
+
+    Attributes:
+        report: the latest measurement.
+        ratios: ratio in force for each layer by name.
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        ValueError: an option out of range, no layer to analyse, none of its parameters in the optimizer, a pattern
+            that matches nothing, or an optimizer that cannot have layer-wise learning rates.
+
+    Example:
+        >>> import torch
+        >>> model = nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 48), nn.Linear(48, 64), nn.Linear(64, 8))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> balancer = TempBalance(model, optimizer)
+        >>> for epoch in range(2):
+        ...     loss = model(torch.randn(4, 32)).square().mean()
+        ...     loss.backward()
+        ...     optimizer.step()
+        ...     _ = balancer.step()
+        >>> sorted(balancer.ratios.values())
+        [0.5, 1.0, 1.0, 1.5]
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | Sequence[Optimizer],
+        *,
+        esd: Esd = "farms",
+        fit: Fit = "median",
+        aspect_ratio: float = 1.0,
+        window: int = 100,
+        windows_per_dim: int = 9,
+        window_step: int | None = None,
+        xmin_pos: float = 2.0,
+        filter_zeros: bool = False,
+        relative_cutoff: float = 0.0,
+        min_eigenvalues: int = 5,
+        assign_func: AssignFunc = "tb_linear_map",
+        lr_min_ratio: float = 0.5,
+        lr_max_ratio: float = 1.5,
+        sigmoid_min: float = 0.5,
+        sigmoid_max: float = 0.5,
+        sigmoid_tau: float = 10.0,
+        metric: Metric = "alpha",
+        exclude_first: bool = True,
+        exclude_last: bool = True,
+        exclude: Sequence[str] = (),
+        balance: Sequence[Kind] = ("real",),
+        norms: Norms = "follow",
+    ) -> None:
+        spectral, balancing = collect_options(locals())
+        optimizers = optimizer if isinstance(optimizer, Sequence) else [optimizer]
+        self._balancer = LayerBalancer(model, optimizers, spectral, balancing, share=_is_sharded(model))
+        try:
+            self._balancer.update()
+        except Exception:
+            self._balancer.detach()
+            raise
+
+    @property
+    def report(self) -> Report:
+        """The latest measurement."""
+        assert self._balancer.report is not None
+        return self._balancer.report
+
+    @property
+    def ratios(self) -> dict[str, float]:
+        """Learning-rate ratio in force for each layer by name."""
+        return dict(self._balancer.ratios)
+
+    def step(self) -> Report:
+        """Measure the model and put new ratios in force; on every process where there are several."""
+        return self._balancer.update()
+
+    def parameter_ratios(self) -> dict[str, float]:
+        """Return the ratio in force for each parameter of the model by name."""
+        return self._balancer.parameter_ratios()
+
+    def param_groups(self, optimizer: Optimizer) -> list[StepGroup]:
+        """Return the groups that `optimizer` really steps with, their layers, parameters, ratio and lr."""
+        return self._balancer.param_groups(optimizer)
+
+    def detach(self) -> None:
+        """Stop balancing: the optimizer steps as if this object had never been."""
+        self._balancer.detach()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the ratios in force and the report as plain values, for a checkpoint."""
+        return self._balancer.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict()`; where options or layers changed since, warn and measure anew.
+
+        Raises:
+            ValueError: not such a state, or one of a newer version.
+        """
+        if not self._balancer.load_state_dict(state):
+            self._balancer.update()
+
+
+def _raw(optimizer: Any) -> Any:
+    """Return the torch optimizer inside Lightning's `LightningOptimizer`."""
+    inner = getattr(optimizer, "_optimizer", None)
+    return inner if not isinstance(optimizer, Optimizer) and isinstance(inner, Optimizer) else optimizer
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    """Tell whether the processes train one model together: DDP, or FSDP2's DTensor weights."""
+    return isinstance(model, nn.parallel.DistributedDataParallel) or any(
+        hasattr(parameter, "full_tensor") for parameter in model.parameters()
+    )
+
+
+def _all_reduce(table: Tensor) -> Tensor:
+    dist.all_reduce(table)
+    return table
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Match the whole name, or its end from some dot on: `lifting.*` matches `net.lifting.fcs.0`."""
+    return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
+
+
+def _owners(layers: Sequence[Layer]) -> dict[str, tuple[str, ...]]:
+    """Return the layers whose ratio each parameter takes."""
+    owners: dict[str, tuple[str, ...]] = {}
+    for layer in layers:
+        for parameter in layer.parameters:
+            owners[parameter] = (*owners.get(parameter, ()), layer.name)
+    return owners
+
+
+def _norm_owners(
+    model: nn.Module, layers: Sequence[Layer], taken: dict[str, tuple[str, ...]]
+) -> dict[str, tuple[str, ...]]:
+    """Return the layers that each parameter of a normalisation layer follows."""
+    by_module: dict[str, tuple[str, ...]] = {}
+    for layer in layers:
+        by_module[layer.module_name] = (*by_module.get(layer.module_name, ()), layer.name)
+    owners = {}
+    for norm, feeder in norm_feeders(model, list(layers)).items():
+        for name in (f"{norm}.weight", f"{norm}.bias"):
+            if name not in taken:
+                owners[name.removeprefix(".")] = by_module[feeder]
+    return owners
+
+
+def _plain_record(record: LayerRecord) -> dict[str, Any]:
+    plain = asdict(replace(record, histogram=None))
+    return {**plain, "shape": list(record.shape)}

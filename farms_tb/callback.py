@@ -1,0 +1,295 @@
+"""The Lightning callback: measures at the start of epochs, balances the optimizers' steps, logs, resumes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from farms_tb.balance import LayerBalancer, StepGroup
+from farms_tb.logs import alpha_summary, log_measurement
+from farms_tb.options import (
+    AssignFunc,
+    Esd,
+    Fit,
+    Kind,
+    Metric,
+    Norms,
+    check_bool,
+    check_integer,
+    collect_options,
+)
+from farms_tb.report import Report
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+_REFUSED_STRATEGIES = {
+    "DeepSpeedStrategy": "DeepSpeed keeps the parameters and the optimizer to itself",
+    "FSDPStrategy": "FSDP1 flattens the layers into one parameter",
+    "XLAStrategy": "XLA devices are not supported",
+    "XLAFSDPStrategy": "XLA devices are not supported",
+    "DataParallelStrategy": "data parallelism in one process is not supported",
+}
+
+
+class FARMSTempBalance(Callback):
+    """See how well each layer is trained, and balance the layers' learning rates.
+
+    At the start of training and of every epoch the callback measures the power-law exponent alpha of each
+    layer's weights, maps the alphas to learning-rate ratios, and logs both. At any step a parameter's learning
+    rate is what the scheduler says, times its layer's ratio. The module, the optimizers and the schedulers stay
+    as they are: `optimizer.param_groups` never changes, and with ratios of 1 training is bit-identical to
+    training without the callback. Its state is saved in checkpoints, and a resumed run continues as if it had
+    not stopped.
+
+    Logged at each measurement, with every logger of the trainer: `farms/alpha/<layer>`, `farms/ratio/<layer>`,
+    `farms/lr/<layer>`, `farms/alpha_mean`, `farms/alpha_std`, and `epoch`, the number of completed epochs. After
+    training a last row holds the alphas of the final weights. `farms/alpha_mean` and `farms/alpha_std` can be
+    monitored by other callbacks.
+
+    Args:
+        esd: `"farms"` measures windows of one fixed aspect ratio, `"full"` whole weight matrices (TempBalance).
+        fit: where the power-law tail begins: `"median"`, `"goodness-of-fit"` or `"xmin_peak"`.
+        aspect_ratio: columns / rows of a window.
+        window: rows of a window of a linear layer.
+        windows_per_dim: start positions of windows along each dimension of a linear layer.
+        window_step: a fixed distance between start positions instead.
+        xmin_pos: the median fit's tail starts at index int(N / xmin_pos) of N eigenvalues.
+        filter_zeros: drop eigenvalues below 1e-5 (the papers' rule).
+        relative_cutoff: drop eigenvalues below this fraction of the largest one.
+        min_eigenvalues: samples with fewer eigenvalues have no alpha.
+        assign_func: the map from alphas to ratios: `"tb_linear_map"`, `"tb_sqrt"`, `"tb_log2"`, `"tb_step"` or
+            `"tb_sigmoid"`; see `farms_tb.lr_ratios`.
+        lr_min_ratio: ratio of the layer with the smallest alpha.
+        lr_max_ratio: ratio of the layer with the largest alpha. With both at 1 nothing is balanced, only measured.
+        sigmoid_min: strength of the sigmoid map at or below the mean alpha.
+        sigmoid_max: strength of the sigmoid map above it.
+        sigmoid_tau: steepness of the sigmoid map.
+        metric: the figure that is mapped; `"alpha"` in the papers.
+        exclude_first: leave the first matrix layer, in order of registration, at ratio 1.
+        exclude_last: leave the last matrix layer at ratio 1.
+        exclude: shell-style patterns of layer names to leave at ratio 1, matched from any dot: `"lifting.*"`.
+        balance: kinds of layers that are balanced, each within itself: `"real"`, `"spectral"` (complex weights).
+            The others are measured and logged.
+        norms: `"follow"` gives a normalisation layer the ratio of the layer that feeds it, `"base"` ratio 1.
+        every_n_epochs: measure at the start of every n-th epoch.
+        every_n_steps: measure every n optimizer steps instead of by epochs.
+        log: log to the trainer's loggers.
+        histogram_every_n: log the ESD of each layer, as a histogram of log10 of the eigenvalues, at every n-th
+            measurement (W&B and TensorBoard).
+
+    Attributes:
+        report: the latest measurement; after training, of the final weights. None before training.
+        ratios: learning-rate ratio in force for each layer by name; empty before training.
+
+    Raises:
+        TypeError: an option of the wrong type.
+        ValueError: an option unknown or out of range. At the start of `fit`: a second callback of this class, a
+            strategy or an optimizer that cannot have layer-wise learning rates, no layer to analyse, none of its
+            parameters in an optimizer, a pattern of `exclude` that matches no layer.
+
+    Example:
+        >>> import lightning as L
+        >>> trainer = L.Trainer(callbacks=[FARMSTempBalance()], logger=False)
+    """
+
+    def __init__(
+        self,
+        *,
+        esd: Esd = "farms",
+        fit: Fit = "median",
+        aspect_ratio: float = 1.0,
+        window: int = 100,
+        windows_per_dim: int = 9,
+        window_step: int | None = None,
+        xmin_pos: float = 2.0,
+        filter_zeros: bool = False,
+        relative_cutoff: float = 0.0,
+        min_eigenvalues: int = 5,
+        assign_func: AssignFunc = "tb_linear_map",
+        lr_min_ratio: float = 0.5,
+        lr_max_ratio: float = 1.5,
+        sigmoid_min: float = 0.5,
+        sigmoid_max: float = 0.5,
+        sigmoid_tau: float = 10.0,
+        metric: Metric = "alpha",
+        exclude_first: bool = True,
+        exclude_last: bool = True,
+        exclude: Sequence[str] = (),
+        balance: Sequence[Kind] = ("real",),
+        norms: Norms = "follow",
+        every_n_epochs: int = 1,
+        every_n_steps: int | None = None,
+        log: bool = True,
+        histogram_every_n: int | None = None,
+    ) -> None:
+        super().__init__()
+        self._spectral, self._balance = collect_options(locals())
+        check_integer("every_n_epochs", every_n_epochs, at_least=1)
+        if every_n_steps is not None:
+            check_integer("every_n_steps", every_n_steps, at_least=1)
+        if histogram_every_n is not None:
+            check_integer("histogram_every_n", histogram_every_n, at_least=1)
+        check_bool("log", log)
+        self.every_n_epochs = every_n_epochs
+        self.every_n_steps = every_n_steps
+        self.log = log
+        self.histogram_every_n = histogram_every_n
+        self._balancer: LayerBalancer | None = None
+        self._restored: dict[str, Any] | None = None
+        self._forget()
+
+    def _forget(self) -> None:
+        """Set the clock back to before the first measurement."""
+        self._epoch = self._step = -1
+        self._measurements = 0
+
+    @property
+    def state_key(self) -> str:
+        """A fixed name, so that a checkpoint finds the callback whatever its options."""
+        return "FARMSTempBalance"
+
+    @property
+    def report(self) -> Report | None:
+        """The latest measurement; after training, of the final weights. None before training."""
+        return None if self._balancer is None else self._balancer.report
+
+    @property
+    def ratios(self) -> dict[str, float]:
+        """Learning-rate ratio in force for each layer by name; empty before training."""
+        return {} if self._balancer is None else dict(self._balancer.ratios)
+
+    def parameter_ratios(self, pl_module: LightningModule) -> dict[str, float]:
+        """Return the learning-rate ratio in force for each parameter of `pl_module` by name.
+
+        Raises:
+            RuntimeError: before training.
+        """
+        ratios = self._started().parameter_ratios()
+        return {name: ratios.get(name.replace("_orig_mod.", ""), 1.0) for name, _ in pl_module.named_parameters()}
+
+    def param_groups(self, optimizer: Optimizer) -> list[StepGroup]:
+        """Return the groups that `optimizer` really steps with: their layers, parameters, ratio and lr.
+
+        Raises:
+            RuntimeError: before training.
+            ValueError: the optimizer is not one that is being balanced.
+        """
+        return self._started().param_groups(optimizer)
+
+    def _started(self) -> LayerBalancer:
+        if self._balancer is None:
+            raise RuntimeError("FARMSTempBalance has nothing to show before training: call trainer.fit first")
+        return self._balancer
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what cannot work before any time is spent."""
+        if stage != "fit":
+            return
+        others = [callback for callback in trainer.callbacks if isinstance(callback, FARMSTempBalance)]  # type: ignore[attr-defined]
+        if len(others) > 1:
+            raise ValueError("the trainer has two FARMSTempBalance callbacks: keep one")
+        strategy = type(trainer.strategy).__name__
+        if strategy in _REFUSED_STRATEGIES:
+            raise ValueError(
+                f"FARMSTempBalance does not work with {strategy}: {_REFUSED_STRATEGIES[strategy]}. "
+                "Use one device, DDP or FSDP2 (ModelParallelStrategy)"
+            )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Attach to the optimizers, which are set up and restored by now, and put restored ratios in force."""
+        self._release()
+        self._balancer = LayerBalancer(
+            pl_module, trainer.optimizers, self._spectral, self._balance, share=trainer.world_size > 1
+        )
+        state, self._restored = self._restored, None
+        self._forget()
+        if state is not None and self._balancer.load_state_dict(state["balancer"]):
+            self._epoch, self._step = state["epoch"], state["step"]
+            self._measurements = state["measurements"]
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure if it is time."""
+        self._measure_if_due(trainer, pl_module)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Measure if it is time: a run resumed from the last batch of an epoch skips `on_train_epoch_start`."""
+        self._measure_if_due(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure the final weights, for the report and the loggers, and let go of the optimizers."""
+        if self._balancer is not None and trainer.global_step != self._step:
+            self._balancer.measure()
+            self._log(trainer, final=True)
+        self._release()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Let go of the optimizers."""
+        self._release()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let go of the optimizers."""
+        self._release()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return ratios, report and clock as plain values, for the checkpoint."""
+        if self._balancer is None or self._measurements == 0:
+            return {} if self._restored is None else self._restored
+        return {
+            "balancer": self._balancer.state_dict(),
+            "epoch": self._epoch,
+            "step": self._step,
+            "measurements": self._measurements,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the state until training starts."""
+        self._restored = state_dict or None
+
+    def _measure_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._balancer is None or not self._is_due(trainer):
+            return
+        histogram = self.histogram_every_n is not None and self._measurements % self.histogram_every_n == 0
+        self._balancer.update(histogram=histogram)
+        self._epoch, self._step = trainer.current_epoch, trainer.global_step
+        self._measurements += 1
+        self._log(trainer)
+        self._publish(trainer, pl_module)
+
+    def _is_due(self, trainer: Trainer) -> bool:
+        if self._measurements == 0:
+            return True
+        if self.every_n_steps is not None:
+            return trainer.global_step // self.every_n_steps > self._step // self.every_n_steps
+        return trainer.current_epoch != self._epoch and trainer.current_epoch % self.every_n_epochs == 0
+
+    def _log(self, trainer: Trainer, final: bool = False) -> None:
+        if self.log and trainer.is_global_zero and self.report is not None:
+            balancer = self._started()
+            # The final weights take no further step: a ratio or lr beside their alphas would be made up.
+            ratios, lrs = ({}, {}) if final else (balancer.ratios, balancer.layer_lrs())
+            by_epoch = self.every_n_steps is None
+            log_measurement(trainer, self.report, ratios, lrs, "epoch" if by_epoch else "trainer/global_step")
+
+    def _publish(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Offer the aggregates to callbacks that monitor a metric."""
+        if trainer.barebones or self.report is None:
+            return
+        for name, value in alpha_summary(self.report).items():
+            pl_module.log(
+                name,
+                value,
+                on_step=False,
+                on_epoch=True,
+                logger=False,
+                batch_size=1,
+                sync_dist=trainer.world_size > 1,
+            )
+
+    def _release(self) -> None:
+        if self._balancer is not None:
+            self._balancer.detach()

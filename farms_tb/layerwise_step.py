@@ -1,0 +1,238 @@
+"""Learning rates of their own for parameters, shown to `optimizer.step()` and to nobody else.
+
+Outside `step` the optimizer's `param_groups` are exactly the user's: schedulers, checkpoints, clipping and
+learning-rate monitors never see anything else. For the length of a step the optimizer is replaced, through its
+own step hooks, by a view of itself: an instance of a subclass that shares all of its state and whose
+`param_groups` are the user's groups split by ratio, each with lr = the group's lr * ratio.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+Group = dict[str, Any]
+
+_TESTED = tuple(
+    "ASGD Adadelta Adafactor Adagrad Adam AdamW Adamax Muon NAdam RAdam RMSprop SGD SparseAdam".split()
+)  # noqa: SIM905
+_MISSING = object()
+_attached: WeakKeyDictionary[Optimizer, LayerwiseStep] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class SplitGroup:
+    """Parameters of one of the user's groups that have one ratio.
+
+    Attributes:
+        index: position of the user's group in `optimizer.param_groups`.
+        params: the parameters, in the user's order.
+        ratio: learning-rate ratio.
+        lr: the learning rate that a step would use now: the group's lr * ratio.
+    """
+
+    index: int
+    params: list[Tensor]
+    ratio: float
+    lr: float | Tensor
+
+
+def stepping_optimizers(optimizer: Optimizer) -> Iterator[Optimizer]:
+    """Yield the optimizers that do the work: those wrapped inside `optimizer` (SAM, Lookahead), or itself."""
+    inner = [
+        value for value in vars(optimizer).values() if isinstance(value, Optimizer) and value is not optimizer
+    ]
+    for wrapped in inner:
+        yield from stepping_optimizers(wrapped)
+    if not inner:
+        yield optimizer
+
+
+class LayerwiseStep:
+    """Give parameters of one optimizer learning rates of their own while it steps.
+
+    Args:
+        optimizer: any `torch.optim.Optimizer` whose groups have an `lr`.
+
+    Attributes:
+        ratios: learning-rate ratio of a parameter by its `id`; 1 where there is none. May be replaced at any time
+            between steps. While every ratio is 1 the optimizer steps as if nothing were attached.
+
+    Raises:
+        TypeError: not a torch optimizer.
+        ValueError: an optimizer that cannot have layer-wise learning rates, or that already has them.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        check_optimizer(optimizer)
+        self.optimizer = optimizer
+        self.ratios: Mapping[int, float] = {}
+        self._view = self._make_view()
+        # While a step runs: the groups it sees, and for each of the user's groups the ones it was split into.
+        self._shown: list[Group] | None = None
+        self._split: list[tuple[Group, list[Group], list[Tensor | float]]] = []
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
+        _attached[optimizer] = self
+
+    def detach(self) -> None:
+        """Leave the optimizer as it was found. Safe to call twice."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        if _attached.get(self.optimizer) is self:
+            del _attached[self.optimizer]
+
+    def split_groups(self) -> list[SplitGroup]:
+        """Return the groups that a step would see now, in order."""
+        found = []
+        for index, group in enumerate(self.optimizer.param_groups):
+            for ratio, params in self._by_ratio(group).items():
+                found.append(SplitGroup(index, params, ratio, _scaled(group["lr"], ratio)))
+        return found
+
+    def _make_view(self) -> Optimizer:
+        cls = type(self.optimizer)
+        shown = property(lambda _: self._groups_to_show(), self._refuse_new_groups)
+        names = {"param_groups": shown, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
+        view: Optimizer = object.__new__(type(cls.__name__, (cls,), names))
+        view.__dict__ = self.optimizer.__dict__
+        return view
+
+    def _refuse_new_groups(self, _: Optimizer, groups: list[Group]) -> None:
+        raise RuntimeError(self._incompatible("replaced its param_groups"))
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        # `super().step()` in a subclass fires the hooks again, for the view: scaled already.
+        if optimizer is self._view or all(ratio == 1 for ratio in self.ratios.values()):
+            return None
+        self._shown = None
+        self._split = []
+        _, *rest = args
+        if rest and callable(rest[0]):
+            rest[0] = self._with_refresh(rest[0])
+        elif callable(kwargs.get("closure")):
+            kwargs = {**kwargs, "closure": self._with_refresh(kwargs["closure"])}
+        return (self._view, *rest), kwargs
+
+    def _with_refresh(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """Wrap a closure: whatever it sets in the user's groups, the lr above all, holds for this step."""
+
+        def refreshing() -> Any:
+            result = closure()
+            self._refresh()
+            return result
+
+        return refreshing
+
+    def _groups_to_show(self) -> list[Group]:
+        if self._shown is None:
+            self._split = [self._split_group(group) for group in self.optimizer.__dict__["param_groups"]]
+            self._shown = [group for _, groups, _ in self._split for group in groups]
+        return self._shown
+
+    def _split_group(self, group: Group) -> tuple[Group, list[Group], list[Tensor | float]]:
+        by_ratio = self._by_ratio(group)
+        if set(by_ratio) <= {1.0}:
+            return group, [group], [group["lr"]]
+        lrs = [_scaled(group["lr"], ratio) for ratio in by_ratio]
+        params = by_ratio.values()
+        return group, [{**group, "params": p, "lr": lr} for p, lr in zip(params, lrs, strict=True)], lrs
+
+    def _by_ratio(self, group: Group) -> dict[float, list[Tensor]]:
+        by_ratio: dict[float, list[Tensor]] = {}
+        for parameter in group["params"]:
+            by_ratio.setdefault(self.ratios.get(id(parameter), 1.0), []).append(parameter)
+        return by_ratio
+
+    def _refresh(self) -> None:
+        if self._shown is None:
+            return
+        before, self._shown = self._shown, None
+        now = self._groups_to_show()
+        # The step may hold on to the list or to its groups: change them in place.
+        if [list(map(id, g["params"])) for g in now] == [list(map(id, g["params"])) for g in before]:
+            for old, new in zip(before, now, strict=True):
+                old.update(new)
+            kept = iter(before)
+            self._split = [(group, [next(kept) for _ in groups], lrs) for group, groups, lrs in self._split]
+            now = list(before)
+        before[:] = now
+        self._shown = before
+
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if optimizer is self._view or self._shown is None:
+            return
+        shown, split = self._shown, self._split
+        self._shown, self._split = None, []
+        if len(shown) != sum(len(groups) for _, groups, _ in split):
+            raise RuntimeError(self._incompatible("added or removed param groups"))
+        for group, groups, lrs in split:
+            if groups != [group] or groups[0] is not group:
+                self._write_back(group, groups, lrs)
+
+    def _write_back(self, group: Group, groups: list[Group], lrs: list[Tensor | float]) -> None:
+        """Carry what the step wrote into its groups over to the user's group."""
+        if any(shown["lr"] is not lr for shown, lr in zip(groups, lrs, strict=True)):
+            raise RuntimeError(self._incompatible("wrote group['lr']"))
+        for key in {key for shown in groups for key in shown} - {"params", "lr"}:
+            values = [shown.get(key, _MISSING) for shown in groups]
+            if all(value is group.get(key, _MISSING) for value in values):
+                continue
+            if not all(_same(values[0], value) for value in values[1:]):
+                raise RuntimeError(
+                    self._incompatible(f"keeps group[{key!r}], which depends on the learning rate,")
+                )
+            group[key] = values[0]
+
+    def _incompatible(self, deed: str) -> str:
+        return (
+            f"{type(self.optimizer).__name__}.step() {deed} during a step with layer-wise learning rates: the two "
+            "cannot be combined. Use another optimizer, or lr_min_ratio=lr_max_ratio=1 to measure only"
+        )
+
+
+def check_optimizer(optimizer: Optimizer) -> None:
+    """Raise where layer-wise learning rates cannot work, warn where they are untested."""
+    name = type(optimizer).__name__
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"layer-wise learning rates need a torch.optim.Optimizer, got {name}")
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError("LBFGS takes one step along one direction for all layers: choose another optimizer")
+    if name == "ZeroRedundancyOptimizer":
+        raise ValueError(
+            "ZeroRedundancyOptimizer steps with parts of parameters: choose a plain optimizer or FSDP2"
+        )
+    for index, group in enumerate(optimizer.param_groups):
+        if "lr" not in group:
+            raise ValueError(f"param group {index} of {name} has no 'lr' to scale: choose another optimizer")
+    if optimizer in _attached:
+        raise ValueError(
+            f"this {name} already has layer-wise learning rates: use one FARMSTempBalance or TempBalance"
+        )
+    if name == "Rprop":
+        warnings.warn("Rprop uses its lr for the first step alone: ratios have no effect after it", stacklevel=3)
+    elif not (name in _TESTED and type(optimizer).__module__.startswith("torch.optim")):
+        warnings.warn(
+            f"layer-wise learning rates are untested with {name}: check callback.param_groups(optimizer)",
+            stacklevel=3,
+        )
+
+
+def _scaled(lr: float | Tensor, ratio: float) -> float | Tensor:
+    return lr if ratio == 1 else lr * ratio
+
+
+def _same(first: object, second: object) -> bool:
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        return first.shape == second.shape and bool((first == second).all())
+    return first is second or (not isinstance(first, Tensor) and bool(first == second))

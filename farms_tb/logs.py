@@ -1,0 +1,104 @@
+"""Write a measurement to the trainer's loggers: one row each, and the ESDs where asked for.
+
+Keys: `farms/alpha/<layer>`, `farms/ratio/<layer>`, `farms/lr/<layer>`, `farms/alpha_mean`, `farms/alpha_std`,
+`epoch`; ESDs under `farms_esd/<layer>`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+
+from farms_tb.report import EsdHistogram, Report
+
+
+def alpha_summary(report: Report) -> dict[str, float]:
+    """Return mean and standard deviation of alpha over the real layers, or over all where none is real.
+
+    Alphas of complex spectral weights are on another scale, so the two kinds are not mixed. Empty where no layer
+    has an alpha.
+    """
+    for kinds in (("real",), ("real", "spectral")):
+        alphas = [r.alpha for r in report.layers.values() if r.alpha is not None and r.kind in kinds]
+        if alphas:
+            mean = math.fsum(alphas) / len(alphas)
+            variance = math.fsum((alpha - mean) ** 2 for alpha in alphas) / len(alphas)
+            return {"farms/alpha_mean": mean, "farms/alpha_std": math.sqrt(variance)}
+    return {}
+
+
+def log_measurement(
+    trainer: Trainer, report: Report, ratios: Mapping[str, float], lrs: Mapping[str, float], x_axis: str
+) -> None:
+    """Log one measurement with every logger of the trainer; to be called on rank zero.
+
+    Args:
+        trainer: its loggers, epoch and step are used.
+        report: the measurement.
+        ratios: learning-rate ratio of each layer.
+        lrs: learning rate of each layer.
+        x_axis: the logged metric that W&B plots the curves against.
+    """
+    row: dict[str, float] = {"epoch": trainer.current_epoch, **alpha_summary(report)}
+    for name, record in report.layers.items():
+        figures = {"alpha": record.alpha, "ratio": ratios.get(name), "lr": lrs.get(name)}
+        if record.kind:
+            row.update({f"farms/{key}/{name}": value for key, value in figures.items() if value is not None})
+    histograms = {
+        f"farms_esd/{name}": record.histogram
+        for name, record in report.layers.items()
+        if record.histogram is not None
+    }
+    # The step that LearningRateMonitor uses: it counts batches that stepped, as the user's own curves do.
+    step = trainer.fit_loop.epoch_loop._batches_that_stepped
+    for logger in trainer.loggers:
+        _log(logger, row, histograms, step, x_axis)
+
+
+def _log(
+    logger: Logger, row: dict[str, float], histograms: Mapping[str, EsdHistogram], step: int, x_axis: str
+) -> None:
+    if isinstance(logger, WandbLogger):
+        for pattern in ("farms/*", "farms_esd/*"):
+            logger.experiment.define_metric(pattern, step_metric=x_axis)
+        logger.log_metrics({**row, **_wandb_histograms(histograms)}, step=step)
+        return
+    logger.log_metrics(row, step=step)
+    if isinstance(logger, TensorBoardLogger):
+        for name, histogram in histograms.items():
+            _tensorboard_histogram(logger.experiment, name, histogram, step)
+
+
+def _wandb_histograms(histograms: Mapping[str, EsdHistogram]) -> dict[str, Any]:
+    if not histograms:
+        return {}
+    import wandb
+
+    return {
+        name: wandb.Histogram(np_histogram=(np.asarray(h.counts), _edges(h))) for name, h in histograms.items()
+    }
+
+
+def _edges(histogram: EsdHistogram) -> np.ndarray[Any, np.dtype[np.float64]]:
+    return np.linspace(histogram.low, histogram.high, len(histogram.counts) + 1)
+
+
+def _tensorboard_histogram(writer: Any, name: str, histogram: EsdHistogram, step: int) -> None:
+    edges, counts = _edges(histogram), np.asarray(histogram.counts)
+    centres = (edges[1:] + edges[:-1]) / 2
+    writer.add_histogram_raw(
+        name,
+        min=histogram.low,
+        max=histogram.high,
+        num=int(counts.sum()),
+        sum=float(counts @ centres),
+        sum_squares=float(counts @ centres**2),
+        bucket_limits=edges[1:].tolist(),
+        bucket_counts=counts.tolist(),
+        global_step=step,
+    )
