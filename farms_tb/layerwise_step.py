@@ -20,9 +20,6 @@ from torch.optim import Optimizer
 
 Group = dict[str, Any]
 
-_TESTED = tuple(
-    "ASGD Adadelta Adafactor Adagrad Adam AdamW Adamax Muon NAdam RAdam RMSprop SGD SparseAdam".split()
-)  # noqa: SIM905
 _MISSING = object()
 _attached: WeakKeyDictionary[Optimizer, LayerwiseStep] = WeakKeyDictionary()
 
@@ -221,7 +218,7 @@ def check_optimizer(optimizer: Optimizer) -> None:
         )
     if name == "Rprop":
         warnings.warn("Rprop uses its lr for the first step alone: ratios have no effect after it", stacklevel=3)
-    elif not (name in _TESTED and type(optimizer).__module__.startswith("torch.optim")):
+    elif not type(optimizer).__module__.startswith("torch.optim"):
         warnings.warn(
             f"layer-wise learning rates are untested with {name}: check callback.param_groups(optimizer)",
             stacklevel=3,
