@@ -5,8 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
 
-__all__ = ["LastStepRates"]
+__all__ = ["LastStepRates", "Progress"]
+
+
+class Progress(RichProgressBar):
+    """Lightning's rich progress bar without the logger's version number."""
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> Any:
+        """Return what stands beside the bar."""
+        return {name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"}
 
 
 class LastStepRates(Callback):

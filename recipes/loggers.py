@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from lightning.fabric.loggers.logger import rank_zero_experiment
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-__all__ = ["METRICS_FILE", "RunFolderCSVLogger", "forget_rows_after", "read_rows"]
+__all__ = ["METRICS_FILE", "RunFolderCSVLogger", "RunFolderWandbLogger", "forget_rows_after", "read_rows"]
 
 METRICS_FILE = ExperimentWriter.NAME_METRICS_FILE
 
@@ -73,3 +73,27 @@ class RunFolderCSVLogger(CSVLogger):
     def save(self) -> None:
         """Write the rows gathered since the last time."""
         self.experiment.save()
+
+
+class RunFolderWandbLogger(WandbLogger):
+    """Lightning's WandbLogger, quiet, with the run's files under `save_dir`.
+
+    Args:
+        save_dir: The run folder.
+        offline: Write to disk only; `wandb sync` uploads later.
+        options: More keyword arguments of `WandbLogger` and `wandb.init`.
+    """
+
+    def __init__(self, save_dir: str | os.PathLike[str], offline: bool = True, **options: Any) -> None:
+        super().__init__(save_dir=save_dir, offline=offline, **options)
+        import wandb
+
+        self._wandb_init.setdefault("settings", wandb.Settings(console="off", silent=offline))
+        self._wandb_init.pop("anonymous", None)  # W&B gave the option up and warns of it
+
+    def close(self) -> None:
+        """Finish the run and W&B's helper process; an offline run's file is complete only after that."""
+        import wandb
+
+        wandb.finish()
+        wandb.teardown()

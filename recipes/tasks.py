@@ -78,9 +78,17 @@ class _Task(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": self._make_scheduler(optimizer)}
 
     def _log_epoch(self, stage: str, batch: Batch, **values: Any) -> None:
-        row = {f"{stage}/{name}": value for name, value in values.items()}
-        distributed = self.trainer.world_size > 1
-        self.log_dict(row, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(batch[0]), sync_dist=distributed)
+        """Log means over the epoch; the first value, the one that matters most, shows beside the progress bar."""
+        for position, (name, value) in enumerate(values.items()):
+            self.log(
+                f"{stage}/{name}",
+                value,
+                on_step=False,
+                on_epoch=True,
+                prog_bar=position == 0,
+                batch_size=len(batch[0]),
+                sync_dist=self.trainer.world_size > 1,
+            )
 
 
 class FieldRegression(_Task):
@@ -96,9 +104,8 @@ class FieldRegression(_Task):
 
     def _evaluate(self, stage: str, batch: Batch) -> None:
         prediction = self(batch[0])
-        loss = functional.mse_loss(prediction, batch[1])
         scores = {"nrmse": nrmse(prediction, batch[1]), "relative_l2": relative_l2(prediction, batch[1])}
-        self._log_epoch(stage, batch, loss=loss, **scores)
+        self._log_epoch(stage, batch, **scores, loss=functional.mse_loss(prediction, batch[1]))
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
         """Score a validation batch."""
@@ -141,7 +148,7 @@ class ImageClassification(_Task):
     def _evaluate(self, stage: str, batch: Batch, accuracy: MulticlassAccuracy) -> None:
         logits = self(batch[0])
         accuracy(logits, batch[1])
-        self._log_epoch(stage, batch, loss=functional.cross_entropy(logits, batch[1]), accuracy=accuracy)
+        self._log_epoch(stage, batch, accuracy=accuracy, loss=functional.cross_entropy(logits, batch[1]))
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
         """Score a validation batch."""

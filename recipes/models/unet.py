@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import torch
 from torch import nn
 
@@ -12,11 +14,12 @@ LEVELS = 4
 
 def double_convolution(in_channels: int, out_channels: int) -> nn.Sequential:
     """Two 3x3 convolutions without bias, each followed by BatchNorm and Tanh; keeps (H, W)."""
-    layers: list[nn.Module] = []
-    for channels in (in_channels, out_channels):
-        convolution = nn.Conv2d(channels, out_channels, kernel_size=3, padding=1, bias=False)
-        layers += [convolution, nn.BatchNorm2d(out_channels), nn.Tanh()]
-    return nn.Sequential(*layers)
+    layers: dict[str, nn.Module] = {}
+    for index, channels in enumerate((in_channels, out_channels), start=1):
+        layers[f"conv{index}"] = nn.Conv2d(channels, out_channels, kernel_size=3, padding=1, bias=False)
+        layers[f"norm{index}"] = nn.BatchNorm2d(out_channels)
+        layers[f"tanh{index}"] = nn.Tanh()
+    return nn.Sequential(OrderedDict(layers))
 
 
 class UNet(nn.Module):
@@ -40,7 +43,7 @@ class UNet(nn.Module):
         self.decoders = nn.ModuleList()
         for wide, narrow in zip(widths[:0:-1], widths[-2::-1], strict=True):
             up = nn.ConvTranspose2d(wide, narrow, kernel_size=2, stride=2)
-            self.decoders.append(nn.ModuleDict({"up": up, "convs": double_convolution(wide, narrow)}))
+            self.decoders.append(nn.ModuleDict({"up": up, "merge": double_convolution(wide, narrow)}))
         self.head = nn.Conv2d(width, out_channels, kernel_size=1)
         self.pool = nn.MaxPool2d(2)
 
@@ -70,5 +73,5 @@ class UNet(nn.Module):
             x = self.pool(x)
         x = self.bottleneck(x)
         for decoder, skip in zip(self.decoders, reversed(skips), strict=True):
-            x = decoder["convs"](torch.cat([decoder["up"](x), skip], dim=1))  # type: ignore[index]
+            x = decoder["merge"](torch.cat([decoder["up"](x), skip], dim=1))  # type: ignore[index]
         return torch.as_tensor(self.head(x))

@@ -1,0 +1,130 @@
+"""What a run leaves behind and prints at its end: the layers, the scores, the pictures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from rich import box
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+import farms_tb
+from farms_tb.plots import plot_alpha_curves, plot_ratio_curves, read_history
+from recipes.callbacks import LastStepRates
+from recipes.loggers import METRICS_FILE
+
+__all__ = ["LayerRow", "draw_curves", "layer_table", "measure_layers", "print_summary", "write_summary"]
+
+SPECTRAL_OPTIONS = (
+    *("fit", "aspect_ratio", "window", "windows_per_dim", "window_step"),
+    *("xmin_pos", "filter_zeros", "relative_cutoff"),
+)
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One layer after training.
+
+    Attributes:
+        layer: Its name.
+        alpha_full: Alpha of the whole weight matrix (TempBalance).
+        alpha_farms: Alpha by FARMS.
+        ratio: Learning-rate ratio of the last step.
+        lr: Learning rate of the last step.
+        note: Why an alpha is missing; empty where both are there.
+    """
+
+    layer: str
+    alpha_full: float | None
+    alpha_farms: float | None
+    ratio: float
+    lr: float | None
+    note: str
+
+
+def measure_layers(model: torch.nn.Module, cfg: DictConfig, last: LastStepRates) -> list[LayerRow]:
+    """Measure the trained weights both ways, with the spectral options of `cfg.farms` where there are any."""
+    options = OmegaConf.to_container(cfg.farms, resolve=True) if cfg.farms is not None else {}
+    assert isinstance(options, dict)  # the callback's keyword arguments
+    shared: dict[str, Any] = {name: options[name] for name in SPECTRAL_OPTIONS if name in options}
+    full, farms = (
+        farms_tb.analyze(model, esd=esd, min_eigenvalues=cfg.arms[esd].min_eigenvalues, **shared).layers
+        for esd in ("full", "farms")
+    )
+    return [_layer_row(name, full[name], farms[name], last) for name in farms]
+
+
+def _layer_row(name: str, full: Any, farms: Any, last: LastStepRates) -> LayerRow:
+    reasons = [record.status for record in (full, farms) if record.status != "ok"]
+    ratio = last.ratios.get(name, 1.0)
+    lr = None if last.lr is None else last.lr * ratio
+    return LayerRow(name, full.alpha, farms.alpha, ratio, lr, "; ".join(dict.fromkeys(reasons)))
+
+
+def layer_table(rows: Sequence[LayerRow]) -> Table:
+    """Lay the layers out as a table, alpha of the whole matrix beside alpha by FARMS."""
+    table = Table(title="Layers after training; ratio and lr of the last step", title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("layer", no_wrap=True)
+    for heading in ("alpha full", "alpha FARMS", "ratio", "lr"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    notes = any(row.note for row in rows)
+    if notes:
+        table.add_column("status")
+    for row in rows:
+        cells = [row.layer, _cell(row.alpha_full, ".2f"), _cell(row.alpha_farms, ".2f")]
+        cells += [_cell(row.ratio, ".2f"), _cell(row.lr, ".2e")]
+        table.add_row(*map(Text, [*cells, row.note or "ok"][: len(table.columns)]))
+    return table
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def draw_curves(folder: Path, layers: Sequence[str], title: str) -> list[Path]:
+    """Draw `alpha.png` and `lr_ratio.png` from the run's metrics.
+
+    Returns:
+        The pictures made; none where the run logged no alpha.
+    """
+    metrics = folder / METRICS_FILE
+    if not metrics.exists():
+        return []
+    history = read_history(metrics, layers)
+    if not history.alpha:
+        return []
+    pictures = [folder / "alpha.png", folder / "lr_ratio.png"]
+    plot_alpha_curves(history, pictures[0], title=title)
+    plot_ratio_curves(history, pictures[1], title=title)
+    return pictures
+
+
+def write_summary(folder: Path, facts: Mapping[str, Any], rows: Sequence[LayerRow]) -> None:
+    """Write `summary.json`: the facts and one entry a layer."""
+    text = json.dumps({**facts, "layers": [asdict(row) for row in rows]}, indent=2)
+    (folder / "summary.json").write_text(text + "\n", encoding="utf-8")
+
+
+def print_summary(console: Console, folder: Path, facts: Mapping[str, Any], rows: Sequence[LayerRow]) -> None:
+    """Print the layers, the scores and where everything is."""
+    console.print(layer_table(rows))
+    scores = "   ".join(f"{name} {value:.4g}" for name, value in facts["test"].items())
+    lines = [
+        f"[bold]{scores}[/bold]",
+        f"best epoch {_cell(facts['best_epoch'], 'd')} by {facts['monitor']} {_cell(facts['best_score'], '.4g')}, "
+        f"{facts['parameters']:,} parameters, {facts['seconds']:.0f} s",
+        f"run folder  {folder}",
+        f"in it       {', '.join(sorted(path.name for path in folder.iterdir() if path.name[0] != '.'))}",
+    ]
+    for run in facts["wandb"]:
+        lines.append(f"W&B         {run}")
+    title = f"{facts['name']}, farms={facts['arm']}, seed {facts['seed']}"
+    console.print(Panel("\n".join(lines), title=title, title_align="left", expand=False))
