@@ -42,13 +42,15 @@ class SplitGroup:
 
 
 def stepping_optimizers(optimizer: Optimizer) -> Iterator[Optimizer]:
-    """Yield the optimizers that do the work: those wrapped inside `optimizer` (SAM, Lookahead), or itself."""
-    inner = [
-        value for value in vars(optimizer).values() if isinstance(value, Optimizer) and value is not optimizer
-    ]
+    """Yield the optimizers that move the parameters: those that `optimizer` wraps (SAM, Lookahead), or itself.
+
+    One that wraps another and also moves parameters of its own comes after those it wraps.
+    """
+    inner = [value for value in vars(optimizer).values() if isinstance(value, Optimizer)]
     for wrapped in inner:
         yield from stepping_optimizers(wrapped)
-    if not inner:
+    moved = {id(p) for wrapped in inner for group in wrapped.param_groups for p in group["params"]}
+    if any(id(p) not in moved for group in optimizer.param_groups for p in group["params"]):
         yield optimizer
 
 

@@ -185,7 +185,13 @@ def _modes_in_use(module: Any) -> tuple[slice, ...]:
     return tuple(slices)
 
 
+def _transformers_conv1d(module: Any) -> list[MatrixStack]:
+    """The linear layer of Hugging Face's GPT-2, which stores its weight as (in, out)."""
+    return [MatrixStack(dense(module.weight)[None], sampling="grid")]
+
+
 # Rules for classes of packages that may not be installed, looked up by their full name.
 _RULES_BY_NAME: dict[str, Callable[[Any], list[MatrixStack]]] = {
     "neuralop.layers.spectral_convolution.SpectralConv": _spectral_convolution,
+    "transformers.pytorch_utils.Conv1D": _transformers_conv1d,
 }
