@@ -1,6 +1,7 @@
 """Curves of what the callback logged, from the `metrics.csv` that Lightning's CSVLogger writes.
 
-matplotlib is imported where something is drawn, and without its global state, so that drawing works without a display.
+matplotlib is imported where something is drawn, and without its global state, so that drawing works without a
+display.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ COLOURS = "viridis"
 Quantity = Literal["alpha", "ratio", "lr"]
 _KEY = re.compile(r"farms/(?P<quantity>alpha|ratio|lr)/(?P<layer>.+)")
 _Path = str | os.PathLike[str]
+_Colour = tuple[float, float, float, float]
 
 
 class Curve(NamedTuple):
@@ -50,11 +52,13 @@ class History:
         alpha: power-law exponents.
         ratio: learning-rate ratios.
         lr: learning rates in force.
+        layers: all names, in order of depth.
     """
 
     alpha: Mapping[str, Curve] = field(default_factory=dict)
     ratio: Mapping[str, Curve] = field(default_factory=dict)
     lr: Mapping[str, Curve] = field(default_factory=dict)
+    layers: tuple[str, ...] = ()
 
 
 def read_history(metrics_csv: _Path, layers: Sequence[str] | None = None) -> History:
@@ -62,8 +66,9 @@ def read_history(metrics_csv: _Path, layers: Sequence[str] | None = None) -> His
 
     Args:
         metrics_csv: the file.
-        layers: names of the layers in order of depth, say `callback.report.layers`. The file's columns are sorted by
-            name; without this argument layers are ordered by name too, with numbers in names counting as numbers.
+        layers: names of the layers in order of depth, say `list(callback.report.layers)`. The file's columns
+            are sorted by name; without this argument layers are ordered by name too, with numbers in names
+            counting as numbers.
 
     Returns:
         The curves. A measurement that a resumed run repeated counts once, the later row of equal epoch and step.
@@ -79,15 +84,15 @@ def read_history(metrics_csv: _Path, layers: Sequence[str] | None = None) -> His
                 if match and cell not in ("", None):
                     when = (float(row.get("epoch") or "nan"), int(float(row.get("step") or 0)))
                     points[match["quantity"]].setdefault(match["layer"], {})[when] = float(cell)
-    return History(**{quantity: _curves(found, layers) for quantity, found in points.items()})
+    names = _by_depth(set().union(*points.values()), layers or ())
+    curves = {quantity: {n: _curve(found[n]) for n in names if n in found} for quantity, found in points.items()}
+    return History(**curves, layers=names)
 
 
-def _curves(
-    found: Mapping[str, Mapping[tuple[float, int], float]], layers: Sequence[str] | None
-) -> dict[str, Curve]:
-    order = {name: position for position, name in enumerate(layers or ())}
-    names = sorted(found, key=lambda name: (order.get(name, len(order)), _natural(name)))
-    return {name: _curve(found[name]) for name in names}
+def _by_depth(names: Iterable[str], layers: Sequence[str]) -> tuple[str, ...]:
+    """Order `names` as in `layers`; those that are not in it come last, by name."""
+    depth = {name: position for position, name in enumerate(layers)}
+    return tuple(sorted(names, key=lambda name: (depth.get(name, len(depth)), _natural(name))))
 
 
 def _curve(points: Mapping[tuple[float, int], float]) -> Curve:
@@ -120,7 +125,7 @@ def plot_alpha_curves(history: History, path: _Path | None = None, *, title: str
         ImportError: matplotlib is not installed.
         ValueError: the history has no alpha.
     """
-    return _plot(history.alpha, path, title, "power-law exponent alpha", reference=None)
+    return _plot(history, history.alpha, path, title, "power-law exponent alpha", reference=None)
 
 
 def plot_ratio_curves(history: History, path: _Path | None = None, *, title: str = "") -> Figure:
@@ -138,12 +143,18 @@ def plot_ratio_curves(history: History, path: _Path | None = None, *, title: str
         ImportError: matplotlib is not installed.
         ValueError: the history has no ratio.
     """
-    return _plot(history.ratio, path, title, "learning rate / scheduler's learning rate", reference=1.0)
+    return _plot(history, history.ratio, path, title, "learning rate / scheduler's learning rate", reference=1.0)
 
 
 def _plot(
-    curves: Mapping[str, Curve], path: _Path | None, title: str, label: str, reference: float | None
+    history: History,
+    curves: Mapping[str, Curve],
+    path: _Path | None,
+    title: str,
+    label: str,
+    reference: float | None,
 ) -> Figure:
+    colours = _colours(history.layers or tuple(curves))
     if not curves:
         raise ValueError(
             "the history holds no farms/ measurement: train with FARMSTempBalance(log=True) and a logger"
@@ -152,14 +163,14 @@ def _plot(
     if reference is not None:
         axes.axhline(reference, color="0.6", linewidth=1.0, linestyle="--", zorder=1)
     by_step = _measured_within_epochs(curves.values())
-    for colour, (name, curve) in zip(_colours(len(curves)), curves.items(), strict=True):
+    for name, curve in curves.items():
         x = curve.steps if by_step else curve.epochs
         marker = "o" if len(x) < 3 else ""
-        axes.plot(x, curve.values, color=colour, linewidth=1.4, marker=marker, markersize=3, label=name)
+        axes.plot(x, curve.values, color=colours[name], linewidth=1.4, marker=marker, markersize=3, label=name)
     axes.set_xlabel("optimizer steps" if by_step else "completed epochs")
     axes.set_ylabel(label)
     axes.set_title(title, loc="left", fontsize="medium")
-    _explain_colours(figure, axes, list(curves))
+    _explain_colours(figure, axes, {name: colours[name] for name in curves})
     if path is not None:
         figure.savefig(path, dpi=150, bbox_inches="tight")
     return figure
@@ -171,11 +182,9 @@ def _measured_within_epochs(curves: Iterable[Curve]) -> bool:
 
 
 def _new_figure(wide: bool) -> tuple[Figure, Axes]:
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
-    except ImportError as error:
-        raise ImportError('drawing needs matplotlib: pip install "farms-tb[plot]"') from error
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
     figure = Figure(figsize=(9.0 if wide else 8.0, 4.8), layout="constrained")
     axes = figure.add_subplot()
     axes.grid(color="0.9", linewidth=0.6)
@@ -185,15 +194,19 @@ def _new_figure(wide: bool) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _colours(count: int) -> list[tuple[float, float, float, float]]:
+def _colours(layers: Sequence[str]) -> dict[str, _Colour]:
     """Colours of the layers, dark at the input; the palest end of the map, which print loses, is left out."""
-    from matplotlib import colormaps
+    try:
+        from matplotlib import colormaps
+    except ImportError as error:
+        raise ImportError('drawing needs matplotlib: pip install "farms-tb[plot]"') from error
+    last = max(1, len(layers) - 1)
+    return {name: colormaps[COLOURS](0.92 * position / last) for position, name in enumerate(layers)}
 
-    spread = [0.92 * index / max(1, count - 1) for index in range(count)]
-    return [colormaps[COLOURS](value) for value in spread]
 
-
-def _explain_colours(figure: Figure, axes: Axes, names: list[str]) -> None:
+def _explain_colours(figure: Figure, axes: Axes, colours: Mapping[str, _Colour]) -> None:
+    """Put a legend beside the axes, or for many layers a colour bar with some of their names."""
+    names = list(colours)
     if len(names) <= MAX_LEGEND:
         axes.legend(
             loc="center left",
@@ -207,7 +220,7 @@ def _explain_colours(figure: Figure, axes: Axes, names: list[str]) -> None:
     from matplotlib.colors import ListedColormap, NoNorm
 
     shown = sorted({round(index * (len(names) - 1) / 7) for index in range(8)})
-    mappable = ScalarMappable(norm=NoNorm(), cmap=ListedColormap(_colours(len(names))))
+    mappable = ScalarMappable(norm=NoNorm(), cmap=ListedColormap(list(colours.values())))
     bar = figure.colorbar(mappable, ax=axes, ticks=shown, label="layer, by depth", pad=0.02)
     bar.ax.set_yticklabels([names[index] for index in shown], fontsize="x-small")
     bar.ax.invert_yaxis()

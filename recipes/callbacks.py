@@ -21,8 +21,7 @@ class Progress(RichProgressBar):
 class LastStepRates(Callback):
     """Remember the learning rate and the layers' ratios of the last step.
 
-    After training they can't be asked for any more: the scheduler has moved on, often to zero, and the callback has
-    measured the final weights.
+    After training the rate can't be asked for any more: the scheduler has moved on, often to zero.
 
     Args:
         balancer: The FARMS callback, None where there is none.
@@ -33,7 +32,9 @@ class LastStepRates(Callback):
         self.lr: float | None = None
         self.ratios: dict[str, float] = {}
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """Note what the coming step will use."""
         self.lr = float(trainer.optimizers[0].param_groups[0]["lr"])
         if self.balancer is not None:

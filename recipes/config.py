@@ -33,12 +33,14 @@ def check_config(cfg: DictConfig) -> None:
     """Check what can be checked without building or reading anything.
 
     Raises:
-        RecipeError: A section is missing or unknown, a value can't be resolved, the arm's name is not one of `ARMS`,
-            the checkpoint to resume from is not there, or model and data do not go together.
+        RecipeError: A section is missing or unknown, a value can't be resolved, the arm's name is not one of
+            `ARMS`, the checkpoint to resume from is not there, or model and data do not go together.
     """
     unknown = sorted(set(map(str, cfg)) - set(SECTIONS))
     if unknown:
-        raise RecipeError(f"unknown settings at the top level: {', '.join(unknown)}; known are {', '.join(SECTIONS)}")
+        raise RecipeError(
+            f"unknown settings at the top level: {', '.join(unknown)}; known are {', '.join(SECTIONS)}"
+        )
     missing = sorted(set(SECTIONS) - set(map(str, cfg)))
     if missing:
         raise RecipeError(f"missing settings at the top level: {', '.join(missing)}; conf/train.yaml shows them")
@@ -47,7 +49,9 @@ def check_config(cfg: DictConfig) -> None:
     except OmegaConfBaseException as error:
         raise RecipeError(f"the settings do not resolve: {error}") from error
     if cfg.arm not in ARMS or (cfg.farms is None) != (cfg.arm == "off"):
-        raise RecipeError(f"arm={cfg.arm} does not match {choice(cfg, 'farms')}; choose with farms={'|'.join(ARMS)}")
+        raise RecipeError(
+            f"arm={cfg.arm} does not match {choice(cfg, 'farms')}; choose with farms={'|'.join(ARMS)}"
+        )
     if cfg.ckpt_path is not None and not Path(cfg.ckpt_path).is_file():
         raise RecipeError(f"ckpt_path={cfg.ckpt_path} is not a file; a run keeps its own in checkpoints/last.ckpt")
     _check_kinds(cfg)
@@ -78,6 +82,11 @@ def check_combination(cfg: DictConfig, model: Any, data: Any) -> None:
         raise RecipeError(f"{choice(cfg, 'model')} does not fit {choice(cfg, 'data')}: {error}") from error
 
 
+def _plain(cfg: Any, section: str) -> Any:
+    value = OmegaConf.select(cfg, section)
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+
+
 def check_resumed_config(cfg: DictConfig, saved_file: Path) -> list[str]:
     """Compare the settings with those of the run that is resumed.
 
@@ -91,10 +100,8 @@ def check_resumed_config(cfg: DictConfig, saved_file: Path) -> list[str]:
     Raises:
         RecipeError: The model or the data differ.
     """
-    saved = OmegaConf.to_container(OmegaConf.load(saved_file))
-    now = OmegaConf.to_container(cfg, resolve=True)
-    assert isinstance(saved, dict) and isinstance(now, dict)  # both are mappings at the top level
-    changed = [section for section in SECTIONS if saved.get(section) != now.get(section)]
+    saved = OmegaConf.load(saved_file)
+    changed = [section for section in SECTIONS if _plain(saved, section) != _plain(cfg, section)]
     fatal = [section for section in changed if section in ("model", "data")]
     if fatal:
         raise RecipeError(

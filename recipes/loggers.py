@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import csv
-import os
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only
 
 __all__ = ["METRICS_FILE", "RunFolderCSVLogger", "RunFolderWandbLogger", "forget_rows_after", "read_rows"]
 
@@ -41,15 +40,15 @@ def forget_rows_after(path: Path, step: int) -> None:
 class RunFolderCSVLogger(CSVLogger):
     """Lightning's CSVLogger, writing `metrics.csv` into `save_dir` itself.
 
-    Lightning's own deletes an earlier file of that name; this one goes on writing it. Settings are not written: the
-    run folder's `config.yaml` has them.
+    Lightning's own deletes an earlier file of that name; this one goes on writing it. Settings are not written:
+    the run folder's `config.yaml` has them.
 
     Args:
         save_dir: The run folder.
         flush_logs_every_n_steps: How often rows reach the disk.
     """
 
-    def __init__(self, save_dir: str | os.PathLike[str], flush_logs_every_n_steps: int = 100) -> None:
+    def __init__(self, save_dir: str | Path, flush_logs_every_n_steps: int = 100) -> None:
         super().__init__(save_dir, name="", version="", flush_logs_every_n_steps=flush_logs_every_n_steps)
 
     @property
@@ -63,7 +62,7 @@ class RunFolderCSVLogger(CSVLogger):
                 self._experiment = ExperimentWriter(log_dir=self.save_dir)
             self._experiment.metrics = earlier
             self._experiment.save()
-        return self._experiment
+        return cast(ExperimentWriter, self._experiment)
 
     @rank_zero_only
     def log_hyperparams(self, params: Any = None, *args: Any, **kwargs: Any) -> None:
@@ -84,7 +83,7 @@ class RunFolderWandbLogger(WandbLogger):
         options: More keyword arguments of `WandbLogger` and `wandb.init`.
     """
 
-    def __init__(self, save_dir: str | os.PathLike[str], offline: bool = True, **options: Any) -> None:
+    def __init__(self, save_dir: str | Path, offline: bool = True, **options: Any) -> None:
         super().__init__(save_dir=save_dir, offline=offline, **options)
         import wandb
 

@@ -71,7 +71,9 @@ def _layer_row(name: str, full: Any, farms: Any, last: LastStepRates) -> LayerRo
 
 def layer_table(rows: Sequence[LayerRow]) -> Table:
     """Lay the layers out as a table, alpha of the whole matrix beside alpha by FARMS."""
-    table = Table(title="Layers after training; ratio and lr of the last step", title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(
+        title="Layers after training; ratio and lr of the last step", title_justify="left", box=box.SIMPLE_HEAD
+    )
     table.add_column("layer", no_wrap=True)
     for heading in ("alpha full", "alpha FARMS", "ratio", "lr"):
         table.add_column(heading, justify="right", no_wrap=True)

@@ -30,7 +30,7 @@ def nrmse(prediction: Tensor, target: Tensor) -> Tensor:
         One number.
     """
     error, size = (x.flatten(2).square().mean(-1).sqrt() for x in (prediction - target, target))
-    return (error / size).mean()
+    return torch.mean(error / size)
 
 
 def relative_l2(prediction: Tensor, target: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ def relative_l2(prediction: Tensor, target: Tensor) -> Tensor:
         One number.
     """
     error, size = (torch.linalg.vector_norm(x.flatten(1), dim=-1) for x in (prediction - target, target))
-    return (error / size).mean()
+    return torch.mean(error / size)
 
 
 class _Task(LightningModule):
@@ -69,6 +69,13 @@ class _Task(LightningModule):
     def forward(self, x: Tensor) -> Tensor:
         """Apply the network."""
         return torch.as_tensor(self.net(x))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave out the constructor's arguments that neuralop's models put among their weights.
+
+        They hold functions and classes, which a checkpoint loaded with `weights_only` must not.
+        """
+        checkpoint["state_dict"].pop("_metadata", None)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Make optimizer and scheduler."""

@@ -1,8 +1,8 @@
 """Train, test and draw one experiment: `python -m recipes.train`.
 
-Settings come from `conf/` through Hydra; `experiment=...` picks an experiment, `farms=farms|full|off|monitor` the arm,
-any other setting is overridden by its name (`trainer.max_epochs=5 data.batch_size=10`). Nothing is made or downloaded
-before the output folder is known to be writable and the settings to be consistent.
+Settings come from `conf/` through Hydra; `experiment=...` picks an experiment, `farms=farms|full|off|monitor` the
+arm, any other setting is overridden by its name (`trainer.max_epochs=5 data.batch_size=10`). Nothing is made or
+downloaded before the output folder is known to be writable and the settings to be consistent.
 
 The run folder `<paths.output_dir>/<name>/<date_time>` holds
 
@@ -31,7 +31,6 @@ import torch
 from lightning import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities.model_summary import get_human_readable_count
 from omegaconf import DictConfig, OmegaConf
 from rich.markup import escape
 
@@ -47,8 +46,12 @@ __all__ = ["CONFIG_DIR", "main", "train"]
 
 CONFIG_DIR = str(Path(__file__).resolve().parents[1] / "conf")
 
-# Data in memory need no loader processes; short epochs need no denser logging; the rest is Lightning talking to itself.
-_NOT_FOR_USERS = (".*does not have many workers.*", ".*is smaller than the logging interval.*", ".*isinstance\\(treespec, LeafSpec\\).*")
+# Data in memory need no loader processes, short epochs no denser logging; the last is Lightning's own affair.
+_NOT_FOR_USERS = (
+    ".*does not have many workers.*",
+    ".*is smaller than the logging interval.*",
+    ".*isinstance\\(treespec, LeafSpec\\).*",
+)
 
 
 @dataclass(frozen=True)
@@ -129,8 +132,8 @@ def train(cfg: DictConfig) -> dict[str, Any]:
 
 
 def _announcement(cfg: DictConfig, run: Run, folder: Path) -> str:
-    size = get_human_readable_count(_parameters(run.model)).strip()
-    return f"[bold]{cfg.name}[/bold] farms={cfg.arm} seed={cfg.seed}: {size} parameters, into {escape(str(folder))}"
+    size = f"{_parameters(run.model):,} parameters"
+    return f"[bold]{cfg.name}[/bold] farms={cfg.arm} seed={cfg.seed}: {size}, into {escape(str(folder))}"
 
 
 def _parameters(model: torch.nn.Module) -> int:

@@ -29,10 +29,10 @@ VARIANTS = {
 
 
 class CIFARData(LightningDataModule):
-    """CIFAR with random crops (padding 4) and flips for training, and a validation split carved from the training set.
+    """CIFAR with random crops (padding 4) and flips for training.
 
-    The papers train on all 50 000 training images and choose the best epoch on the test set; here the epoch is chosen
-    on `val_size` training images held out, and the test set is seen once.
+    The papers train on all 50 000 training images and choose the best epoch on the test set; here the epoch is
+    chosen on `val_size` training images held out, and the test set is seen once.
 
     Args:
         data_dir: Where torchvision keeps the archive; downloaded there on first use.
@@ -86,9 +86,9 @@ class CIFARData(LightningDataModule):
             kind = self.variant.dataset
             raise RecipeError(
                 f"{kind.__name__} is not in {self.data_dir.resolve()} and could not be downloaded ({error}). "
-                f"Fetch {kind.filename} from {kind.url} on a machine with a network and put it (MD5 {kind.tgz_md5}), "
-                f"or the folder {kind.base_folder} unpacked from it, there; or choose another folder with "
-                "paths.data_dir=..."
+                f"Fetch {kind.filename} from {kind.url} on a machine with a network and put it "
+                f"(MD5 {kind.tgz_md5}), or the folder {kind.base_folder} unpacked from it, there; "
+                "or choose another folder with paths.data_dir=..."
             ) from error
 
     def _open(self, train: bool, transform: Any, download: bool = False) -> datasets.CIFAR10:

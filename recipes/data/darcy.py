@@ -55,7 +55,8 @@ def gaussian_field(rng: np.random.Generator, n: int, modes: int = 32, tau: float
     cosines = np.cos(np.pi * np.outer(cell_centres(n), k)) * np.where(k == 0, 1.0, np.sqrt(2.0))
     amplitude = 1.0 / (np.pi**2 * (k[:, None] ** 2 + k**2) + tau**2)
     amplitude[0, 0] = 0.0  # zero mean: both values of the coefficient occur in every sample
-    return cosines @ (amplitude * rng.standard_normal((modes, modes))) @ cosines.T
+    field = cosines @ (amplitude * rng.standard_normal((modes, modes))) @ cosines.T
+    return np.asarray(field)
 
 
 def bumps(rng: np.random.Generator, n: int, count: int = 5) -> np.ndarray:
@@ -237,7 +238,12 @@ class DarcyData(LightningDataModule):
         return (1, self.spec.resolution, self.spec.resolution)
 
     def _load(self, split: str) -> Arrays:
-        description: dict[str, Any] = {**asdict(self.spec), "split": split, "count": self.sizes[split], "version": 1}
+        description: dict[str, Any] = {
+            **asdict(self.spec),
+            "split": split,
+            "count": self.sizes[split],
+            "version": 1,
+        }
         tag = hashlib.sha256(json.dumps(description).encode()).hexdigest()[:10]
         name = f"{self.spec.family}_{self.spec.resolution}_{split}_{self.sizes[split]}_{tag}.npz"
         make = lambda: generate(self.spec, split, self.sizes[split], self.workers)  # noqa: E731

@@ -1,4 +1,4 @@
-"""Data loaders whose shuffling depends on the seed and the epoch alone, so that a resumed run sees the same batches."""
+"""Data loaders shuffled by seed and epoch alone, so that a resumed run sees the same batches."""
 
 from __future__ import annotations
 

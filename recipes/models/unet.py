@@ -1,4 +1,4 @@
-"""A UNet for fields on a square grid (Ronneberger et al., 2015), as in PDEBench (Takamoto et al., NeurIPS 2022)."""
+"""PDEBench's UNet for fields on a square grid (Ronneberger et al., 2015; Takamoto et al., NeurIPS 2022)."""
 
 from __future__ import annotations
 
