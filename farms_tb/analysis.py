@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -177,7 +178,8 @@ def _own_rows(
     layers: Sequence[Layer], options: SpectralOptions, histogram: bool, rank: int, world_size: int
 ) -> tuple[Tensor, Exception | None]:
     """Return a row for each layer, zeros for those of other ranks, and the error that stopped the work if any."""
-    device = next((p.device for layer in layers for p in layer.module.parameters()), torch.device("cpu"))
+    weights = (parameter for layer in layers for parameter in layer.module.parameters())
+    device = _solver_device(next((weight.device for weight in weights), torch.device("cpu")))
     rows = [torch.zeros(ROW_LENGTH, dtype=torch.float64, device=device) for _ in layers]
     error: Exception | None = None
     module, stacks = None, []
@@ -200,6 +202,7 @@ def _own_rows(
 @torch.no_grad()
 def measure_stack(stack: MatrixStack, options: SpectralOptions, histogram: bool = False) -> Tensor:
     """Return the row `(ROW_LENGTH,)` float64 of one layer, on the device of its weight."""
+    stack = replace(stack, matrices=stack.matrices.to(_solver_device(stack.matrices.device)))
     largest = stack.matrices.abs().amax()
     if not largest.isfinite():
         return _row(stack, _NON_FINITE)
@@ -224,6 +227,11 @@ def measure_stack(stack: MatrixStack, options: SpectralOptions, histogram: bool 
     if histogram:
         row[_HEAD:] = _histogram(eigenvalues, first, factor)
     return row
+
+
+def _solver_device(device: torch.device) -> torch.device:
+    """Eigenvalues need float64, which Apple's GPUs lack and others are not tested for: the CPU stands in."""
+    return device if device.type in ("cpu", "cuda") else torch.device("cpu")
 
 
 def _row(stack: MatrixStack, outcome: int, detail: float = 0.0) -> Tensor:

@@ -91,7 +91,8 @@ def fit_power_law(
 def _hill_alphas(logs: Tensor) -> Tensor:
     """Return the Hill estimate `(S, N)` for a tail that starts at each index; not finite where there is none."""
     length = torch.arange(logs.shape[-1], 0, -1, dtype=logs.dtype, device=logs.device)
-    tail_sums = logs.flip(-1).cumsum(-1).flip(-1)
+    # On the CPU, where a running sum adds up in one order: CUDA's differs from run to run.
+    tail_sums = logs.cpu().flip(-1).cumsum(-1).flip(-1).to(logs.device)
     return 1 + length / (tail_sums - length * logs)
 
 
