@@ -73,8 +73,9 @@ def fit_power_law(
     alphas = _hill_alphas(logs)
     if fit == "median":
         size = eigenvalues.shape[-1]
-        # Truncated in the way of int(N / xmin_pos); the clamp only matters for samples of no eigenvalues.
-        start = (first + ((size - first) / xmin_pos).long()).clamp_max(size - 1)
+        # Truncated in the way of int(N / xmin_pos), in double precision: a quotient of integers is single.
+        # The clamp only matters for samples of no eigenvalues.
+        start = (first + ((size - first).to(logs.dtype) / xmin_pos).long()).clamp_max(size - 1)
         alpha = alphas.gather(-1, start[:, None])
         distance = _ks_distances(logs, alpha, start[:, None])
     else:
@@ -140,5 +141,6 @@ def _ks_distances(logs: Tensor, alphas: Tensor, starts: Tensor) -> Tensor:
     offset = index - starts[..., None]
     rise = logs[:, None, :] - logs.gather(-1, starts)[..., None]
     fitted = 1 - ((1 - alphas)[..., None] * rise).exp()
-    empirical = offset / (logs.shape[-1] - starts)[..., None]
+    # In double precision: a quotient of integer tensors is single.
+    empirical = offset / (logs.shape[-1] - starts)[..., None].to(logs.dtype)
     return (fitted - empirical).abs().where(offset >= 0, 0).amax(-1)

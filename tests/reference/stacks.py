@@ -1,0 +1,62 @@
+"""Layers to lists of matrices, one kernel position, group or Fourier mode at a time.
+
+A stack is a list of numpy arrays (R, C), each with R >= C.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+
+
+def upright(matrix):
+    """Transpose a matrix that is wider than tall."""
+    return matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
+
+
+def linear(weight):
+    """One matrix (out, in)."""
+    return [upright(np.array(weight))]
+
+
+def attention(in_proj):
+    """q, k and v: three stacks of one matrix each, from the packed (3E, E)."""
+    width = in_proj.shape[0] // 3
+    return [linear(in_proj[part * width : (part + 1) * width]) for part in range(3)]
+
+
+def convolution(weight, groups=1):
+    """One out/g x in/g matrix for each group and kernel position of a weight (out, in/g, *kernel)."""
+    out_per_group = weight.shape[0] // groups
+    stack = []
+    for group in range(groups):
+        for position in itertools.product(*map(range, weight.shape[2:])):
+            matrix = np.zeros((out_per_group, weight.shape[1]))
+            for out in range(out_per_group):
+                for into in range(weight.shape[1]):
+                    matrix[out, into] = weight[(group * out_per_group + out, into, *position)]
+            stack.append(upright(matrix))
+    return stack
+
+
+def transposed_convolution(weight, groups=1):
+    """One in/g x out/g matrix for each group and kernel position of a weight (in, out/g, *kernel)."""
+    in_per_group = weight.shape[0] // groups
+    stack = []
+    for group in range(groups):
+        for position in itertools.product(*map(range, weight.shape[2:])):
+            matrix = np.zeros((weight.shape[1], in_per_group))
+            for into in range(in_per_group):
+                for out in range(weight.shape[1]):
+                    matrix[out, into] = weight[(group * in_per_group + into, out, *position)]
+            stack.append(upright(matrix))
+    return stack
+
+
+def spectral(weight):
+    """One complex in x out matrix for each mode of a weight (in, out, *modes)."""
+    return [
+        upright(np.array(weight[(slice(None), slice(None), *mode)]))
+        for mode in itertools.product(*map(range, weight.shape[2:]))
+    ]

@@ -1,0 +1,116 @@
+"""Eigenvalues against singular values in float64, where it is easy and where it is hard."""
+
+import pytest
+import torch
+
+from farms_tb import spectra
+from farms_tb.spectra import pooled_eigenvalues
+from farms_tb.windows import Windows
+
+from .reference import spectrum
+
+
+def pooled(matrices, samples=1, **options):
+    return pooled_eigenvalues(Windows(matrices, samples), **options)
+
+
+def orthogonal(size, dtype=torch.float64):
+    return torch.linalg.qr(torch.randn(size, size, dtype=dtype)).Q
+
+
+def with_singular_values(values, rows=None, dtype=torch.float64):
+    """A matrix of these singular values and random singular vectors."""
+    columns = len(values)
+    left = orthogonal(rows or columns, dtype)[:, :columns]
+    return left @ torch.diag(torch.as_tensor(values, dtype=torch.float64)).to(dtype) @ orthogonal(columns, dtype)
+
+
+def assert_matches_svd(matrices, rtol):
+    expected = torch.tensor([spectrum.eigenvalues(list(matrices.numpy()))], dtype=torch.float64)
+    torch.testing.assert_close(pooled(matrices), expected, rtol=rtol, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64, torch.complex128])
+@pytest.mark.parametrize("shape", [(4, 12, 12), (3, 30, 7), (3, 7, 30), (5, 1, 4), (1, 1, 1)])
+def test_match_singular_values(shape, dtype):
+    assert_matches_svd(torch.randn(shape, dtype=dtype), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_weights_are_solved_in_double(dtype):
+    matrices = torch.randn(2, 10, 10, dtype=dtype)
+    torch.testing.assert_close(pooled(matrices), pooled(matrices.double()), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("rows", [20, 50])
+@pytest.mark.parametrize("condition", [1e2, 1e4, 1e6, 1e8, 1e10, 1e13])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+def test_ill_conditioned(condition, rows, dtype):
+    # Squared, a condition number of 1e8 is 1e16: the Gram matrix alone would keep no digit of the small end.
+    singular = torch.logspace(0, -torch.tensor(condition).log10().item(), 20, dtype=torch.float64)
+    matrix = with_singular_values(singular, rows, dtype)
+    found = pooled(matrix[None])[0]
+    # A singular value itself is only known to about 1e-16 of the largest.
+    rtol = max(1e-5, 1e-14 * condition)
+    torch.testing.assert_close(found, singular.square().flip(0), rtol=rtol, atol=0)
+
+
+def test_one_ill_conditioned_window_among_others():
+    singular = torch.logspace(0, -9, 12, dtype=torch.float64)
+    matrices = torch.stack([torch.randn(12, 12, dtype=torch.float64), with_singular_values(singular)])
+    assert_matches_svd(matrices, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+@pytest.mark.parametrize("rank", [1, 5, 19])
+def test_rank_deficient(rank, dtype):
+    matrix = torch.randn(30, rank, dtype=dtype) @ torch.randn(rank, 20, dtype=dtype)
+    found = pooled(matrix[None])[0]
+    assert (found[: 20 - rank] == 0).all()
+    assert (found[20 - rank :] > 0).all()
+
+
+def test_zero_window():
+    assert (pooled(torch.zeros(2, 5, 5)) == 0).all()
+
+
+def test_never_negative_and_ascending():
+    matrices = torch.randn(50, 8, 3) @ torch.randn(50, 3, 8)
+    found = pooled(matrices, samples=10)
+    assert found.shape == (10, 40)
+    assert (found >= 0).all()
+    assert (found.diff(dim=-1) >= 0).all()
+    assert found.dtype == torch.float64
+
+
+def test_samples_are_runs_of_windows():
+    matrices = torch.randn(2, 3, 6, 6)
+    found = pooled(matrices, samples=2)
+    for sample, windows in zip(found, matrices, strict=True):
+        torch.testing.assert_close(sample, pooled(windows)[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 5_000, 20_000, 10**9])
+def test_chunks_change_nothing(chunk_bytes):
+    view = torch.randn(40, 30).unfold(0, 10, 3).unfold(1, 10, 4)
+    whole = pooled(view, samples=view.shape[0])
+    chunked = pooled(view, samples=view.shape[0], chunk_bytes=chunk_bytes)
+    torch.testing.assert_close(chunked, whole, rtol=1e-12, atol=1e-14)
+
+
+def test_chunks_are_solved_one_at_a_time(monkeypatch):
+    # 1000 overlapping windows must never be in memory together.
+    sizes = []
+    solve = spectra._eigenvalues
+    monkeypatch.setattr(spectra, "_eigenvalues", lambda matrices: sizes.append(len(matrices)) or solve(matrices))
+    view = torch.randn(1000 + 9, 10).unfold(0, 10, 1).mT
+    per_window = 3 * 10 * 10 * 8
+    pooled(view, chunk_bytes=100 * per_window)
+    assert sizes == [100] * 10
+
+
+def test_weights_are_left_alone():
+    matrices = torch.randn(2, 6, 4)
+    before = matrices.clone()
+    pooled(matrices)
+    assert torch.equal(matrices, before)
