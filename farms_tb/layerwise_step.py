@@ -46,12 +46,56 @@ def stepping_optimizers(optimizer: Optimizer) -> Iterator[Optimizer]:
 
     One that wraps another and also moves parameters of its own comes after those it wraps.
     """
-    inner = [value for value in vars(optimizer).values() if isinstance(value, Optimizer)]
+    inner = [
+        value for value in vars(optimizer).values() if isinstance(value, Optimizer) and value is not optimizer
+    ]
     for wrapped in inner:
         yield from stepping_optimizers(wrapped)
     moved = {id(p) for wrapped in inner for group in wrapped.param_groups for p in group["params"]}
     if any(id(p) not in moved for group in optimizer.param_groups for p in group["params"]):
         yield optimizer
+
+
+class _Split:
+    """One of the user's groups, and the groups that a step sees in its place.
+
+    Tensors in the groups of the step are copies, so that one written in place (a counter) is written once, and
+    is seen to be.
+    """
+
+    def __init__(self, group: Group, by_ratio: Mapping[float, list[Tensor]]) -> None:
+        self.group = group
+        self.whole = set(by_ratio) <= {1.0}
+        self._ratios = list(by_ratio)
+        self.shown = [group]
+        if not self.whole:
+            self.shown = [
+                {key: self._own(key, value, ratio) for key, value in group.items()} | {"params": params}
+                for ratio, params in by_ratio.items()
+            ]
+        self._given = [_note(shown) for shown in self.shown]
+        self._users = _note(group)
+
+    def follow_user(self) -> None:
+        """Hand what the user changed since on to the groups of the step, scaled where it is the lr."""
+        if self.whole:
+            return
+        for key in _changed(self.group, self._users) & self.group.keys():
+            for shown, given, ratio in zip(self.shown, self._given, self._ratios, strict=True):
+                shown[key] = self._own(key, self.group[key], ratio)
+                given[key] = _note(shown)[key]
+        self._users = _note(self.group)
+
+    def written_by_step(self) -> set[str]:
+        """Return the keys of the groups of the step that differ from what the step was given."""
+        pairs = zip(self.shown, self._given, strict=True)
+        return set().union(*(_changed(shown, given) for shown, given in pairs))
+
+    @staticmethod
+    def _own(key: str, value: Any, ratio: float) -> Any:
+        if key == "lr":
+            return _scaled(value, ratio)
+        return value.clone() if isinstance(value, Tensor) else value
 
 
 class LayerwiseStep:
@@ -74,9 +118,9 @@ class LayerwiseStep:
         self.optimizer = optimizer
         self.ratios: Mapping[int, float] = {}
         self._view = self._make_view()
-        # While a step runs: the groups it sees, and for each of the user's groups the ones it was split into.
+        # While a step runs: the groups it sees, and for each of the user's groups how it was split.
         self._shown: list[Group] | None = None
-        self._split: list[tuple[Group, list[Group], list[Tensor | float]]] = []
+        self._split: list[_Split] = []
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -112,10 +156,12 @@ class LayerwiseStep:
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         # `super().step()` in a subclass fires the hooks again, for the view: scaled already.
-        if optimizer is self._view or all(ratio == 1 for ratio in self.ratios.values()):
+        if optimizer is self._view:
             return None
-        self._shown = None
-        self._split = []
+        # A step that raised never came to its end.
+        self._shown, self._split = None, []
+        if all(ratio == 1 for ratio in self.ratios.values()):
+            return None
         _, *rest = args
         if rest and callable(rest[0]):
             rest[0] = self._with_refresh(rest[0])
@@ -135,17 +181,10 @@ class LayerwiseStep:
 
     def _groups_to_show(self) -> list[Group]:
         if self._shown is None:
-            self._split = [self._split_group(group) for group in self.optimizer.__dict__["param_groups"]]
-            self._shown = [group for _, groups, _ in self._split for group in groups]
+            users = self.optimizer.__dict__["param_groups"]
+            self._split = [_Split(group, self._by_ratio(group)) for group in users]
+            self._shown = [group for split in self._split for group in split.shown]
         return self._shown
-
-    def _split_group(self, group: Group) -> tuple[Group, list[Group], list[Tensor | float]]:
-        by_ratio = self._by_ratio(group)
-        if set(by_ratio) <= {1.0}:
-            return group, [group], [group["lr"]]
-        lrs = [_scaled(group["lr"], ratio) for ratio in by_ratio]
-        params = by_ratio.values()
-        return group, [{**group, "params": p, "lr": lr} for p, lr in zip(params, lrs, strict=True)], lrs
 
     def _by_ratio(self, group: Group) -> dict[float, list[Tensor]]:
         by_ratio: dict[float, list[Tensor]] = {}
@@ -154,44 +193,43 @@ class LayerwiseStep:
         return by_ratio
 
     def _refresh(self) -> None:
+        """Let the groups of the step follow what became of the user's since they were split."""
         if self._shown is None:
             return
-        before, self._shown = self._shown, None
-        now = self._groups_to_show()
-        # The step may hold on to the list or to its groups: change them in place.
-        if [list(map(id, g["params"])) for g in now] == [list(map(id, g["params"])) for g in before]:
-            for old, new in zip(before, now, strict=True):
-                old.update(new)
-            kept = iter(before)
-            self._split = [(group, [next(kept) for _ in groups], lrs) for group, groups, lrs in self._split]
-            now = list(before)
-        before[:] = now
-        self._shown = before
+        users = self.optimizer.__dict__["param_groups"]
+        if [id(split.group) for split in self._split] != [id(group) for group in users[: len(self._split)]]:
+            self._split = []
+            self._shown.clear()
+        for split in self._split:
+            split.follow_user()
+        for group in users[len(self._split) :]:
+            self._split.append(_Split(group, self._by_ratio(group)))
+            # The step may hold on to the list: it grows in place.
+            self._shown += self._split[-1].shown
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if optimizer is self._view or self._shown is None:
             return
-        shown, split = self._shown, self._split
+        shown, splits = self._shown, self._split
         self._shown, self._split = None, []
-        if len(shown) != sum(len(groups) for _, groups, _ in split):
+        if len(shown) != sum(len(split.shown) for split in splits):
             raise RuntimeError(self._incompatible("added or removed param groups"))
-        for group, groups, lrs in split:
-            if groups != [group] or groups[0] is not group:
-                self._write_back(group, groups, lrs)
+        for split in splits:
+            if not split.whole:
+                self._write_back(split)
 
-    def _write_back(self, group: Group, groups: list[Group], lrs: list[Tensor | float]) -> None:
+    def _write_back(self, split: _Split) -> None:
         """Carry what the step wrote into its groups over to the user's group."""
-        if any(shown["lr"] is not lr for shown, lr in zip(groups, lrs, strict=True)):
+        written = split.written_by_step()
+        if "lr" in written:
             raise RuntimeError(self._incompatible("wrote group['lr']"))
-        for key in {key for shown in groups for key in shown} - {"params", "lr"}:
-            values = [shown.get(key, _MISSING) for shown in groups]
-            if all(value is group.get(key, _MISSING) for value in values):
-                continue
+        for key in written:
+            values = [shown.get(key, _MISSING) for shown in split.shown]
             if not all(_same(values[0], value) for value in values[1:]):
                 raise RuntimeError(
                     self._incompatible(f"keeps group[{key!r}], which depends on the learning rate,")
                 )
-            group[key] = values[0]
+            _store(split.group, key, values[0])
 
     def _incompatible(self, deed: str) -> str:
         return (
@@ -207,7 +245,7 @@ def check_optimizer(optimizer: Optimizer) -> None:
         raise TypeError(f"layer-wise learning rates need a torch.optim.Optimizer, got {name}")
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ValueError("LBFGS takes one step along one direction for all layers: choose another optimizer")
-    if name == "ZeroRedundancyOptimizer":
+    if "ZeroRedundancyOptimizer" in (cls.__name__ for cls in type(optimizer).__mro__):
         raise ValueError(
             "ZeroRedundancyOptimizer steps with parts of parameters: choose a plain optimizer or FSDP2"
         )
@@ -228,7 +266,35 @@ def check_optimizer(optimizer: Optimizer) -> None:
 
 
 def _scaled(lr: float | Tensor, ratio: float) -> float | Tensor:
-    return lr if ratio == 1 else lr * ratio
+    return lr * ratio
+
+
+def _note(group: Group) -> dict[str, tuple[Any, int]]:
+    """Remember each value of a group but its parameters; a tensor with the count of its changes in place."""
+    return {
+        key: (value, value._version if isinstance(value, Tensor) else 0)
+        for key, value in group.items()
+        if key != "params"
+    }
+
+
+def _changed(group: Group, noted: Mapping[str, tuple[Any, int]]) -> set[str]:
+    """Return the keys that were written, added or removed since."""
+    now, missing = _note(group), (_MISSING, 0)
+    pairs = {key: (now.get(key, missing), noted.get(key, missing)) for key in {**now, **noted}}
+    return {key for key, (new, old) in pairs.items() if new[0] is not old[0] or new[1] != old[1]}
+
+
+def _store(group: Group, key: str, value: Any) -> None:
+    """Set the user's value; a tensor of theirs stays the same tensor."""
+    mine = group.get(key)
+    if value is _MISSING:
+        group.pop(key, None)
+    elif isinstance(mine, Tensor) and isinstance(value, Tensor) and mine.shape == value.shape:
+        with torch.no_grad():
+            mine.copy_(value)
+    else:
+        group[key] = value
 
 
 def _same(first: object, second: object) -> bool:

@@ -1,0 +1,187 @@
+"""Tiny models, trainers and probes shared by the integration tests."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader, TensorDataset
+
+EPOCHS, BATCHES, BATCH_SIZE = 3, 4, 4
+
+# What Lightning and torch say about runs as small as these.
+LIGHTNING_NOISE = [
+    pytest.mark.filterwarnings(f"ignore:{message}")
+    for message in (
+        r".*does not have many workers",
+        r".*isinstance\(treespec, LeafSpec\)",
+        r".*`training_step` to be included",
+        r".*The number of training batches .* is smaller than the logging interval",
+        r".*Checkpoint directory .* exists and is not empty",
+        r".*You're resuming from a checkpoint that ended before the epoch ended",
+    )
+]
+
+
+def make_net(bias: bool = True, seed: int = 0) -> nn.Sequential:
+    """Return five linear layers, three of which are balanced by default, and a norm that follows the second."""
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Linear(6, 12, bias=bias),
+        nn.Tanh(),
+        nn.Linear(12, 16, bias=bias),
+        *([nn.LayerNorm(16)] if bias else []),
+        nn.Tanh(),
+        nn.Linear(16, 12, bias=bias),
+        nn.Tanh(),
+        nn.Linear(12, 12, bias=bias),
+        nn.Tanh(),
+        nn.Linear(12, 2, bias=bias),
+    )
+
+
+def make_data(batches: int = BATCHES) -> DataLoader:
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.randn(batches * BATCH_SIZE, 6, generator=generator)
+    return DataLoader(TensorDataset(inputs, inputs[:, :2].sin()), batch_size=BATCH_SIZE)
+
+
+class Module(LightningModule):
+    """A regression that takes its optimizer and scheduler from outside."""
+
+    def __init__(
+        self,
+        optimizer: Callable[..., Optimizer] = lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9),
+        scheduler: Callable[[Optimizer], Any] | None = None,
+        interval: str = "epoch",
+        net: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.net = make_net() if net is None else net
+        self._optimizer, self._scheduler, self._interval = optimizer, scheduler, interval
+
+    def loss(self, batch: Any) -> Tensor:
+        inputs, targets = batch
+        return nn.functional.mse_loss(self.net(inputs), targets)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = self.loss(batch)
+        self.log("loss", loss)
+        # The same in every run, so that a scheduler which watches it does the same with and without balancing.
+        self.log("plateau", float(self.current_epoch // 2), on_step=False, on_epoch=True)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", self.loss(batch))
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self._optimizer(self.parameters())
+        if self._scheduler is None:
+            return optimizer
+        config = {"scheduler": self._scheduler(optimizer), "interval": self._interval, "monitor": "plateau"}
+        return {"optimizer": optimizer, "lr_scheduler": config}
+
+
+def make_trainer(callbacks: Any = (), **options: Any) -> Trainer:
+    defaults: dict[str, Any] = {
+        "max_epochs": EPOCHS,
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "log_every_n_steps": 1,
+    }
+    return Trainer(callbacks=list(callbacks), **{**defaults, **options})
+
+
+def fit(
+    module: LightningModule, callbacks: Any = (), ckpt_path: str | Path | None = None, **options: Any
+) -> Trainer:
+    """Train `module` and return the trainer."""
+    trainer = make_trainer(callbacks, **options)
+    trainer.fit(module, make_data(), ckpt_path=ckpt_path)
+    return trainer
+
+
+def weights(module: nn.Module) -> dict[str, Tensor]:
+    return {name.replace("_orig_mod.", ""): p.detach().clone() for name, p in module.named_parameters()}
+
+
+def assert_same_weights(actual: nn.Module, expected: nn.Module) -> None:
+    """Compare to the bit, and name the parameters that differ."""
+    one, other = weights(actual), weights(expected)
+    assert one.keys() == other.keys()
+    differ = [name for name in one if not torch.equal(one[name], other[name])]
+    assert not differ, f"not bit-identical: {differ}"
+
+
+def assert_same_state(actual: Any, expected: Any, path: str = "") -> None:
+    """Compare two nested states to the bit, types and tensors included."""
+    assert type(actual) is type(expected), path
+    if isinstance(actual, Tensor):
+        assert actual.dtype == expected.dtype, path
+        assert torch.equal(actual, expected), path
+    elif isinstance(actual, dict):
+        assert actual.keys() == expected.keys(), path
+        for key in actual:
+            assert_same_state(actual[key], expected[key], f"{path}[{key!r}]")
+    elif isinstance(actual, (list, tuple)):
+        assert len(actual) == len(expected), path
+        for index, pair in enumerate(zip(actual, expected, strict=True)):
+            assert_same_state(*pair, f"{path}[{index}]")
+    else:
+        assert actual == expected, path
+
+
+@contextmanager
+def spy_on_updates(name: str) -> Iterator[list[dict[int, float]]]:
+    """Record the lr that each parameter is really updated with, by its id, at each step.
+
+    Args:
+        name: name of the optimizer class in `torch.optim`, whose update function is watched.
+    """
+    file = {"AdamW": "adam", "SparseAdam": "_functional", "Adafactor": "_adafactor", "Muon": "_muon"}
+    module = importlib.import_module(f"torch.optim.{file.get(name, name.lower())}")
+    function = {"AdamW": "adam", "SparseAdam": "sparse_adam"}.get(name, name.lower())
+    original = getattr(module, function)
+    seen: list[dict[int, float]] = []
+
+    def watched(params: list[Tensor], *args: Any, **kwargs: Any) -> Any:
+        # A parameter that comes up again begins the next step.
+        if not seen or any(id(p) in seen[-1] for p in params):
+            seen.append({})
+        seen[-1].update(dict.fromkeys(map(id, params), float(kwargs["lr"])))
+        return original(params, *args, **kwargs)
+
+    setattr(module, function, watched)
+    try:
+        yield seen
+    finally:
+        setattr(module, function, original)
+
+
+class Probe(Callback):
+    """Note what a user sees before each step: the groups' lr, and the ratio of each parameter."""
+
+    def __init__(self, balance: Any = None) -> None:
+        self.balance = balance
+        self.lrs: list[dict[int, float]] = []
+        self.ratios: list[dict[int, float]] = []
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Optimizer) -> None:
+        groups = optimizer.param_groups
+        self.lrs.append({id(p): float(group["lr"]) for group in groups for p in group["params"]})
+        if self.balance is not None:
+            by_name = self.balance.parameter_ratios(pl_module)
+            self.ratios.append({id(p): by_name[name] for name, p in pl_module.named_parameters()})
