@@ -34,7 +34,7 @@ def check_config(cfg: DictConfig) -> None:
 
     Raises:
         RecipeError: A section is missing or unknown, a value can't be resolved, the arm's name is not one of
-            `ARMS`, the checkpoint to resume from is not there, or model and data do not go together.
+            `ARMS` or not the one chosen, the checkpoint to resume from is not there, or model and data do not go together.
     """
     unknown = sorted(set(map(str, cfg)) - set(SECTIONS))
     if unknown:
@@ -48,13 +48,19 @@ def check_config(cfg: DictConfig) -> None:
         OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise RecipeError(f"the settings do not resolve: {error}") from error
-    if cfg.arm not in ARMS or (cfg.farms is None) != (cfg.arm == "off"):
-        raise RecipeError(
-            f"arm={cfg.arm} does not match {choice(cfg, 'farms')}; choose with farms={'|'.join(ARMS)}"
-        )
+    _check_arm(cfg)
     if cfg.ckpt_path is not None and not Path(cfg.ckpt_path).is_file():
         raise RecipeError(f"ckpt_path={cfg.ckpt_path} is not a file; a run keeps its own in checkpoints/last.ckpt")
     _check_kinds(cfg)
+
+
+def _check_arm(cfg: DictConfig) -> None:
+    """Refuse an arm whose name belies its settings."""
+    chosen = HydraConfig.get().runtime.choices.get("farms") if HydraConfig.initialized() else cfg.arm
+    if cfg.arm not in ARMS or cfg.arm != chosen or (cfg.farms is None) != (cfg.arm == "off"):
+        raise RecipeError(
+            f"arm={cfg.arm} does not match {choice(cfg, 'farms')}; choose with farms={'|'.join(ARMS)}"
+        )
 
 
 def _check_kinds(cfg: DictConfig) -> None:

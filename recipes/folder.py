@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from recipes.errors import RecipeError
 
-__all__ = ["CONFIG_FILE", "open_run_folder", "save_config"]
+__all__ = ["CONFIG_FILE", "drop_if_empty", "open_run_folder", "save_config"]
 
 CONFIG_FILE = "config.yaml"
 
@@ -63,6 +63,12 @@ def _new_folder(parent: Path) -> Path:
             continue
         return folder
     raise AssertionError("unreachable: the count has no end")
+
+
+def drop_if_empty(folder: Path) -> None:
+    """Remove a run folder in which nothing was written."""
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def save_config(cfg: DictConfig, folder: Path) -> None:

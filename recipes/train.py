@@ -38,7 +38,7 @@ from recipes.callbacks import LastStepRates
 from recipes.config import build, check_combination, check_config, check_resumed_config
 from recipes.console import make_console
 from recipes.errors import RecipeError
-from recipes.folder import CONFIG_FILE, open_run_folder, save_config
+from recipes.folder import CONFIG_FILE, drop_if_empty, open_run_folder, save_config
 from recipes.loggers import METRICS_FILE, RunFolderWandbLogger, forget_rows_after
 from recipes.summary import draw_curves, measure_layers, print_summary, write_summary
 
@@ -110,9 +110,17 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         RecipeError: A setting, a folder or a data file is at fault.
     """
+    folder = open_run_folder(cfg)
+    try:
+        return _train_in(folder, cfg)
+    finally:
+        drop_if_empty(folder)
+
+
+def _train_in(folder: Path, cfg: DictConfig) -> dict[str, Any]:
+    """Run one experiment in its folder; see `train`."""
     started = time.monotonic()
     console = make_console()
-    folder = open_run_folder(cfg)
     check_config(cfg)
     if cfg.ckpt_path is not None and (folder / CONFIG_FILE).exists():
         for section in check_resumed_config(cfg, folder / CONFIG_FILE):

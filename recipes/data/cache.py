@@ -59,7 +59,7 @@ def read_arrays(path: Path, description: Mapping[str, Any]) -> Arrays:
     if not path.exists():
         raise FileNotFoundError(path)
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
         found = json.loads(str(arrays.pop(_DESCRIPTION)))
     except _UNREADABLE as error:

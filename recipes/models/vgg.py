@@ -19,15 +19,15 @@ class SmallImageVGG(nn.Module):
         depth: 16 or 19.
         in_channels: Channels of the images.
         out_channels: Classes.
-        width: Features of the first stage (64 in the papers); the last stage has 8 * width.
+        width: Features of the first stage (64 in the papers), a multiple of 8; the last stage has 8 * width.
     """
 
     def __init__(self, depth: int = 16, in_channels: int = 3, out_channels: int = 10, width: int = 64) -> None:
         super().__init__()
         if depth not in DEPTHS:
             raise ValueError(f"model.net.depth must be one of {', '.join(map(str, DEPTHS))}, got {depth}")
-        if width < 1:
-            raise ValueError(f"model.net.width must be positive, got {width}")
+        if width < 8 or width % 8:
+            raise ValueError(f"model.net.width must be a positive multiple of 8, got {width}")
         plan = [step if step == "M" else int(step) * width // 64 for step in cfgs[DEPTHS[depth]]]
         self.features = make_layers(plan, batch_norm=True)
         if in_channels != 3:
