@@ -181,7 +181,8 @@ def _modes_in_use(module: Any) -> tuple[slice, ...]:
         elif half_spectrum:
             slices.append(slice(None, -cut))
         else:
-            slices.append(slice(cut // 2, -(cut // 2) or None))
+            # Of an odd number, the forward pass cuts the larger half at the end.
+            slices.append(slice(cut // 2, -(cut - cut // 2)))
     return tuple(slices)
 
 

@@ -30,9 +30,14 @@ def check_choice(argument: str, value: object, choices: Any) -> None:
 
 
 def check_number(
-    argument: str, value: object, *, above: float | None = None, at_least: float | None = None
+    argument: str,
+    value: object,
+    *,
+    above: float | None = None,
+    at_least: float | None = None,
+    at_most: float | None = None,
 ) -> None:
-    """Raise unless `value` is a finite real number inside the bound."""
+    """Raise unless `value` is a finite real number inside the bounds."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{argument} must be a number, got {value!r} of type {type(value).__name__}")
     if not math.isfinite(value):
@@ -41,6 +46,8 @@ def check_number(
         raise ValueError(f"{argument} must be above {above}, got {value!r}")
     if at_least is not None and not value >= at_least:
         raise ValueError(f"{argument} must be at least {at_least}, got {value!r}")
+    if at_most is not None and not value <= at_most:
+        raise ValueError(f"{argument} must be at most {at_most}, got {value!r}")
 
 
 def check_integer(argument: str, value: object, at_least: int) -> None:
@@ -126,8 +133,9 @@ class TemperatureOptions:
                 f"lr_min_ratio must not exceed lr_max_ratio, got lr_min_ratio={self.lr_min_ratio!r} and "
                 f"lr_max_ratio={self.lr_max_ratio!r}"
             )
-        check_number("sigmoid_min", self.sigmoid_min, at_least=0)
-        check_number("sigmoid_max", self.sigmoid_max, at_least=0)
+        # Powers of ten: far stronger than any use, and far from where a float overflows.
+        check_number("sigmoid_min", self.sigmoid_min, at_least=0, at_most=100)
+        check_number("sigmoid_max", self.sigmoid_max, at_least=0, at_most=100)
         check_number("sigmoid_tau", self.sigmoid_tau, above=0)
 
 

@@ -81,9 +81,10 @@ def _check_domain(alphas: Mapping[str, float], assign_func: AssignFunc) -> None:
 def _linear_map(alphas: Sequence[float], options: TemperatureOptions) -> list[float]:
     low, high = options.lr_min_ratio, options.lr_max_ratio
     smallest, largest = min(alphas), max(alphas)
-    # Halved, so that the range of two huge values of opposite sign does not overflow.
-    span = largest / 2 - smallest / 2
-    positions = ((alpha / 2 - smallest / 2) / span for alpha in alphas)
+    # Halved where the range of two huge values of opposite sign would overflow; tiny ones would vanish.
+    scale = 1.0 if math.isfinite(largest - smallest) else 0.5
+    span = largest * scale - smallest * scale
+    positions = ((alpha * scale - smallest * scale) / span for alpha in alphas)
     return [min(max(low + (high - low) * position, low), high) for position in positions]
 
 

@@ -17,7 +17,7 @@ def upright(matrix):
 
 def linear(weight):
     """One matrix (out, in)."""
-    return [upright(np.array(weight))]
+    return [upright(weight)]
 
 
 def attention(in_proj):
@@ -28,35 +28,26 @@ def attention(in_proj):
 
 def convolution(weight, groups=1):
     """One out/g x in/g matrix for each group and kernel position of a weight (out, in/g, *kernel)."""
-    out_per_group = weight.shape[0] // groups
+    rows = weight.shape[0] // groups
     stack = []
     for group in range(groups):
         for position in itertools.product(*map(range, weight.shape[2:])):
-            matrix = np.zeros((out_per_group, weight.shape[1]))
-            for out in range(out_per_group):
-                for into in range(weight.shape[1]):
-                    matrix[out, into] = weight[(group * out_per_group + out, into, *position)]
+            matrix = np.zeros((rows, weight.shape[1]))
+            for row in range(rows):
+                for column in range(weight.shape[1]):
+                    matrix[row, column] = weight[(group * rows + row, column, *position)]
             stack.append(upright(matrix))
     return stack
 
 
 def transposed_convolution(weight, groups=1):
     """One in/g x out/g matrix for each group and kernel position of a weight (in, out/g, *kernel)."""
-    in_per_group = weight.shape[0] // groups
-    stack = []
-    for group in range(groups):
-        for position in itertools.product(*map(range, weight.shape[2:])):
-            matrix = np.zeros((weight.shape[1], in_per_group))
-            for into in range(in_per_group):
-                for out in range(weight.shape[1]):
-                    matrix[out, into] = weight[(group * in_per_group + into, out, *position)]
-            stack.append(upright(matrix))
-    return stack
+    return convolution(weight, groups)  # The same loop: here the groups split the first dimension too.
 
 
 def spectral(weight):
     """One complex in x out matrix for each mode of a weight (in, out, *modes)."""
     return [
-        upright(np.array(weight[(slice(None), slice(None), *mode)]))
+        upright(weight[(slice(None), slice(None), *mode)])
         for mode in itertools.product(*map(range, weight.shape[2:]))
     ]
