@@ -80,6 +80,9 @@ def find_layers(model: nn.Module) -> list[Layer]:
     Returns:
         The layers, those without a spectrum among them with a `problem`. Modules whose type has no rule are
         listed where they hold a parameter of at least two dimensions of their own.
+
+    Raises:
+        ValueError: a registered rule gave two weights the same name.
     """
     model = unwrap(model)
     names = _parameter_names(model)
@@ -95,7 +98,20 @@ def find_layers(model: nn.Module) -> list[Layer]:
             layers.extend(_module_layers(path, module, names, claimed))
         elif id(module) not in inside and _has_matrix(module):
             layers.append(Layer(path or "weight", path, module, problem=_no_rule(module), has_rule=False))
+    _check_names(layers)
     return layers
+
+
+def _check_names(layers: list[Layer]) -> None:
+    """Of two layers of one name, a report would drop the first without a word."""
+    seen: set[str] = set()
+    for layer in layers:
+        if layer.name in seen:
+            raise ValueError(
+                f"two weights called {layer.name!r}: the rule registered for {type(layer.module).__name__} must "
+                "give each its own `part`"
+            )
+        seen.add(layer.name)
 
 
 def read_stacks(module: nn.Module) -> list[MatrixStack]:
