@@ -8,6 +8,8 @@ window holds eigenvalues for which that is too much, its singular values are com
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -16,6 +18,9 @@ from farms_tb.windows import Windows
 
 CHUNK_BYTES = 2**28
 """Memory that a chunk of windows may take while it is solved."""
+
+# Cubed sizes of the windows of one chunk added up: a few milliseconds of work, so that threads finish together.
+_CHUNK_WORK = 3 * 10**7
 
 # Below this fraction of the largest eigenvalue the Gram matrix gives fewer than about five digits.
 _GRAM_LIMIT = 1e-10
@@ -41,11 +46,33 @@ def pooled_eigenvalues(windows: Windows, chunk_bytes: int = CHUNK_BYTES) -> Tens
     small = min(height, width)
     dtype = torch.complex128 if view.is_complex() else torch.float64
     per_window = (height * width + 2 * small * small) * dtype.itemsize
-    indices = torch.arange(math.prod(lead), device=view.device)
-    chunks = torch.split(indices, max(1, chunk_bytes // per_window))
-    # Indexing copies the windows of one chunk and no more, however much they overlap.
-    values = [_eigenvalues(view[torch.unravel_index(chunk, lead)].to(dtype)) for chunk in chunks]
+    chunk_size = chunk_bytes // per_window
+    if view.device.type == "cpu":
+        chunk_size = min(chunk_size, _CHUNK_WORK // small**3)
+    chunks = torch.split(torch.arange(math.prod(lead), device=view.device), max(1, chunk_size))
+
+    def solve(chunk: Tensor) -> Tensor:
+        # Indexing copies the windows of one chunk and no more, however much they overlap.
+        return _eigenvalues(view[torch.unravel_index(chunk, lead)].to(dtype))
+
+    values = _map(solve, chunks, view.device, chunk_bytes // (max(1, chunk_size) * per_window))
     return torch.cat(values).reshape(windows.samples, -1).sort(dim=-1).values
+
+
+def _map(
+    solve: Callable[[Tensor], Tensor], chunks: Sequence[Tensor], device: torch.device, most: int
+) -> list[Tensor]:
+    """Solve chunks, on the CPU on as many threads as torch may use, but on no more than `most` at a time.
+
+    LAPACK's own threads gain nothing at these sizes and round differently: each chunk is solved by one thread, so
+    that results don't depend on their number. Where torch is held to one, as in loader workers, so is this.
+    """
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or threads == 1:
+        return [solve(chunk) for chunk in chunks]
+    workers = max(1, min(threads, len(chunks), most))
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        return list(pool.map(solve, chunks))
 
 
 def _eigenvalues(matrices: Tensor) -> Tensor:
