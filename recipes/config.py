@@ -34,7 +34,8 @@ def check_config(cfg: DictConfig) -> None:
 
     Raises:
         RecipeError: A section is missing or unknown, a value can't be resolved, the arm's name is not one of
-            `ARMS` or not the one chosen, the checkpoint to resume from is not there, or model and data do not go together.
+            `ARMS` or not the one chosen, the checkpoint to resume from is not there, or model and data do not go
+            together.
     """
     unknown = sorted(set(map(str, cfg)) - set(SECTIONS))
     if unknown:

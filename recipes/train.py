@@ -46,10 +46,12 @@ __all__ = ["CONFIG_DIR", "main", "train"]
 
 CONFIG_DIR = str(Path(__file__).resolve().parents[1] / "conf")
 
-# Data in memory need no loader processes, short epochs no denser logging; the last is Lightning's own affair.
+# Data in memory need no loader processes, short epochs no denser logging, a resumed run has a folder; the last is
+# Lightning's own affair.
 _NOT_FOR_USERS = (
     ".*does not have many workers.*",
     ".*is smaller than the logging interval.*",
+    ".*Checkpoint directory .* exists and is not empty.*",
     ".*isinstance\\(treespec, LeafSpec\\).*",
 )
 

@@ -11,21 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig
 
-from recipes.train import CONFIG_DIR
-
-TINY_DARCY = (
-    *("data.resolution=16", "data.train_size=12", "data.val_size=4", "data.test_size=4", "data.batch_size=4"),
-    *("data.workers=1", "trainer.max_epochs=2", "trainer.accelerator=cpu", "trainer.log_every_n_steps=1"),
-)
-TINY_UNET = (*TINY_DARCY, "model.net.width=4")
+from tests.recipes.recipe_runs import compose_settings
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True, scope="package")
 def _one_thread() -> Iterator[None]:
     """Toy networks lose time to threads."""
     before = torch.get_num_threads()
@@ -43,16 +36,6 @@ def _clean_process() -> Iterator[None]:
     HydraConfig.instance().cfg = None
     os.environ.clear()
     os.environ.update(environment)
-
-
-def compose_settings(*overrides: str) -> DictConfig:
-    """Compose the settings as the command line does."""
-    with initialize_config_dir(CONFIG_DIR, version_base="1.3"):
-        cfg = compose("train", overrides=list(overrides), return_hydra_config=True)
-    HydraConfig.instance().set_config(cfg)
-    with open_dict(cfg):
-        del cfg["hydra"]
-    return cfg
 
 
 @pytest.fixture

@@ -134,7 +134,7 @@ def test_cifar_validates_on_training_images(fake_cifar: Path, classes: int) -> N
 
 def test_cifar_too_small_for_its_validation_split(fake_cifar: Path) -> None:
     data = CIFARData(fake_cifar, val_size=40, num_workers=0)
-    with pytest.raises(RecipeError, match="data.val_size=40 leaves none of the 40 images"):
+    with pytest.raises(RecipeError, match=r"data\.val_size=40 leaves none of the 40 images"):
         data.setup("fit")
 
 

@@ -1,0 +1,242 @@
+"""A whole run: what it leaves behind, resuming, the command line."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from farms_tb.plots import read_history
+from recipes.config import build
+from recipes.errors import RecipeError
+from recipes.tasks import nrmse
+from recipes.train import CONFIG_DIR, train
+from tests.recipes.recipe_runs import TINY_UNET, compose_settings, wandb_records
+
+Settings = Callable[..., DictConfig]
+ROOT = Path(CONFIG_DIR).parent
+
+
+class Finished(NamedTuple):
+    """A run that is over."""
+
+    cfg: DictConfig
+    facts: dict[str, Any]
+    folder: Path
+    printed: str
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
+    """The default experiment at toy size, with W&B offline."""
+    root = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("WANDB_MODE", raising=False)
+        patch.setenv("WANDB_API_KEY", "")
+        cfg = compose_settings(f"paths.output_dir={root}/runs", f"paths.data_dir={root}/data", *TINY_UNET)
+        with redirect_stdout(StringIO()) as printed:
+            facts = train(cfg)
+        yield Finished(cfg, facts, Path(cfg.paths.run_dir), printed.getvalue())
+
+
+def test_run_folder_is_complete(finished: Finished) -> None:
+    names = {path.name for path in finished.folder.iterdir()}
+    assert names == {
+        "config.yaml",
+        "checkpoints",
+        "metrics.csv",
+        "alpha.png",
+        "lr_ratio.png",
+        "summary.json",
+        "wandb",
+    }
+    assert {path.name for path in (finished.folder / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    assert finished.folder.parent == Path(finished.cfg.paths.output_dir) / "darcy_unet"
+    for picture in ("alpha.png", "lr_ratio.png"):
+        assert (finished.folder / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_config_is_saved_resolved(finished: Finished) -> None:
+    text = (finished.folder / "config.yaml").read_text(encoding="utf-8")
+    assert "${" not in text
+    assert OmegaConf.create(text) == OmegaConf.to_container(finished.cfg, resolve=True)
+
+
+def test_metrics_hold_the_layers_and_the_scores(finished: Finished) -> None:
+    with (finished.folder / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {"train/loss", "val/nrmse", "test/nrmse", "farms/alpha_mean", "epoch", "step"} <= set(rows[0])
+    history = read_history(finished.folder / "metrics.csv")
+    curve = history.alpha["net.bottleneck.conv1"]
+    assert curve.epochs == (0, 1, 2)
+    assert curve.steps == (0, 3, 6)
+    assert history.ratio["net.bottleneck.conv1"].epochs[:2] == (0, 1)
+
+
+def test_best_checkpoint_is_the_one_that_validates_best_and_is_tested(finished: Finished) -> None:
+    with (finished.folder / "metrics.csv").open(newline="") as file:
+        scores = [float(row["val/nrmse"]) for row in csv.DictReader(file) if row["val/nrmse"]]
+    assert finished.facts["best_score"] == pytest.approx(min(scores))
+    assert finished.facts["best_epoch"] == scores.index(min(scores)) + 1
+
+    data = build(finished.cfg, "data")
+    data.setup("test")
+    net = build(finished.cfg, "model.net").eval()
+    weights = torch.load(finished.folder / "checkpoints/best.ckpt", weights_only=True)["state_dict"]
+    net.load_state_dict({name.removeprefix("net."): tensor for name, tensor in weights.items()})
+    a, u = data.datasets["test"].tensors
+    with torch.no_grad():
+        assert finished.facts["test"]["test/nrmse"] == pytest.approx(float(nrmse(net(a), u)), rel=1e-4)
+
+
+def test_summary_holds_facts_and_layers(finished: Finished) -> None:
+    summary = json.loads((finished.folder / "summary.json").read_text(encoding="utf-8"))
+    layers = {row["layer"]: row for row in summary.pop("layers")}
+    assert summary == finished.facts
+    assert len(layers) == 23
+    assert layers["net.encoders.0.conv1"]["note"] == "one row or one column: no spectrum"
+    row = layers["net.bottleneck.conv1"]
+    history = read_history(finished.folder / "metrics.csv")
+    assert row["alpha_farms"] == pytest.approx(history.alpha["net.bottleneck.conv1"].values[-1])
+    assert (
+        layers["net.encoders.1.conv1"]["alpha_full"] > layers["net.encoders.1.conv1"]["alpha_farms"] + 0.5
+    )  # 2:1
+    assert row["ratio"] == pytest.approx(history.ratio["net.bottleneck.conv1"].values[1])
+    assert row["lr"] == pytest.approx(history.lr["net.bottleneck.conv1"].values[1])
+
+
+def test_the_table_and_the_scores_are_printed(finished: Finished) -> None:
+    for words in (
+        "alpha full",
+        "alpha FARMS",
+        "net.bottleneck.conv1",
+        "test/nrmse",
+        str(finished.folder),
+        "summary.json",
+    ):
+        assert words in finished.printed
+
+
+def test_offline_wandb_run_reads_back(finished: Finished) -> None:
+    (file,) = finished.folder.glob("wandb/offline-run-*/run-*.wandb")
+    records = list(wandb_records(file))
+    keys = {item.key or "/".join(item.nested_key) for record in records for item in record.history.item}
+    kinds = {record.WhichOneof("record_type") for record in records}
+    assert {
+        "farms/alpha/net.bottleneck.conv1",
+        "farms/ratio/net.bottleneck.conv1",
+        "val/nrmse",
+        "test/nrmse",
+    } <= keys
+    assert {"run", "exit"} <= kinds  # finished, not cut
+
+
+@pytest.mark.parametrize("arm", ["full", "off", "monitor"])
+def test_other_arms_run(settings: Settings, arm: str) -> None:
+    cfg = settings(*TINY_UNET, f"farms={arm}", "logger=csv")
+    train(cfg)
+    folder = Path(cfg.paths.run_dir)
+    assert (folder / "alpha.png").exists() == (arm != "off")
+    layers = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["layers"]
+    assert all(row["ratio"] == 1.0 for row in layers) == (arm != "full")
+
+
+def test_monitoring_changes_nothing(settings: Settings) -> None:
+    watched, alone = (train(settings(*TINY_UNET, f"farms={arm}", "logger=csv")) for arm in ("monitor", "off"))
+    assert watched["test"] == alone["test"]
+
+
+def _last_weights(folder: Path) -> dict[str, torch.Tensor]:
+    weights: dict[str, torch.Tensor] = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)[
+        "state_dict"
+    ]
+    return weights
+
+
+def test_resuming_goes_on_in_the_same_folder(settings: Settings, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny = (*TINY_UNET, "scheduler=constant", "logger=csv")
+    straight = settings(*tiny, "trainer.max_epochs=3")
+    train(straight)
+    stopped = settings(*tiny, "trainer.max_epochs=1")
+    train(stopped)
+    checkpoint = Path(stopped.paths.run_dir) / "checkpoints/last.ckpt"
+    resumed = settings(*tiny, "trainer.max_epochs=3", f"ckpt_path={checkpoint}")
+    facts = train(resumed)
+
+    assert Path(resumed.paths.run_dir) == Path(stopped.paths.run_dir)
+    assert facts["epochs"] == 3
+    expected, found = (_last_weights(Path(cfg.paths.run_dir)) for cfg in (straight, resumed))
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    first, second = (read_history(Path(cfg.paths.run_dir) / "metrics.csv") for cfg in (straight, resumed))
+    assert first == second
+    assert "other settings" not in capsys.readouterr().out
+
+
+def test_resuming_cuts_the_metrics_back_to_the_checkpoint(settings: Settings) -> None:
+    cfg = settings(*TINY_UNET, "logger=csv")
+    train(cfg)
+    folder = Path(cfg.paths.run_dir)
+    metrics, before = folder / "metrics.csv", read_history(folder / "metrics.csv")
+    with metrics.open("a", newline="") as file:  # a row of an epoch that was killed before its checkpoint
+        header = metrics.read_text(encoding="utf-8").splitlines()[0].split(",")
+        values = {"step": "9", "epoch": "3", "farms/alpha/net.bottleneck.conv1": "7.0"}
+        csv.writer(file).writerow([values.get(name, "") for name in header])
+    train(settings(*TINY_UNET, "logger=csv", f"ckpt_path={folder}/checkpoints/last.ckpt"))
+    assert read_history(metrics).alpha == before.alpha
+
+
+def test_resuming_with_other_settings(settings: Settings, capsys: pytest.CaptureFixture[str]) -> None:
+    cfg = settings(*TINY_UNET, "logger=csv")
+    train(cfg)
+    resume = f"ckpt_path={cfg.paths.run_dir}/checkpoints/last.ckpt"
+    with pytest.raises(RecipeError, match=r"another model; repeat that run's overrides .*config\.yaml"):
+        train(settings(*TINY_UNET, "model.net.width=8", "logger=csv", resume))
+    train(settings(*TINY_UNET, "optimizer.weight_decay=0", "logger=csv", resume))
+    assert "other settings under 'optimizer'" in capsys.readouterr().out
+
+
+def test_two_runs_in_one_second_have_two_folders(settings: Settings) -> None:
+    from recipes.folder import open_run_folder
+
+    folders = {open_run_folder(settings()) for _ in range(3)}
+    assert len(folders) == 3
+
+
+def test_unwritable_output_folder(settings: Settings, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for option in ("paths.output_dir", "paths.run_dir"):
+        with pytest.raises(
+            RecipeError, match=r"the output folder can't be written.*paths\.output_dir=.*paths\.run_dir="
+        ):
+            train(settings(f"{option}={tmp_path}/file/x"))
+    assert not (tmp_path / "data").exists()
+
+
+def _command_line(*overrides: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "recipes.train", *overrides], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_command_line_refuses_an_unknown_key() -> None:
+    result = _command_line("trainer.max_epocs=3")
+    assert result.returncode == 1
+    assert "Key 'max_epocs' is not in struct" in result.stderr
+
+
+def test_command_line_shows_mistakes_without_a_traceback(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    result = _command_line(f"paths.output_dir={tmp_path}/file")
+    assert result.returncode == 2
+    assert "error: the output folder can't be written" in result.stderr
+    assert "Traceback" not in result.stderr + result.stdout
