@@ -202,7 +202,7 @@ def _own_rows(
 @torch.no_grad()
 def measure_stack(stack: MatrixStack, options: SpectralOptions, histogram: bool = False) -> Tensor:
     """Return the row `(ROW_LENGTH,)` float64 of one layer, on the device of its weight."""
-    stack = replace(stack, matrices=stack.matrices.to(_solver_device(stack.matrices.device)))
+    stack = replace(stack, matrices=_solvable(stack.matrices))
     largest = stack.matrices.abs().amax()
     if not largest.isfinite():
         return _row(stack, _NON_FINITE)
@@ -221,12 +221,20 @@ def measure_stack(stack: MatrixStack, options: SpectralOptions, histogram: bool 
     fits = fit_power_law(eigenvalues, options.fit, options.xmin_pos, first)
     outcome, detail = _outcome(eigenvalues, fits, kept, options)
     row = _row(stack, outcome, detail)
-    figures = _figures(eigenvalues, fits, first, factor)
+    # Apart from the factor, which leaves the range of float64 before its logarithm leaves anything.
+    log_factor = 2 * exponent * math.log10(2) + math.log10(stack.eigenvalue_scale)
+    figures = _figures(eigenvalues, fits, first, factor, log_factor)
     row[2 : 2 + len(figures)] = figures
     row[_HEAD - 1] = kept.sum()
     if histogram:
-        row[_HEAD:] = _histogram(eigenvalues, first, factor)
+        row[_HEAD:] = _histogram(eigenvalues, first, log_factor)
     return row
+
+
+def _solvable(matrices: Tensor) -> Tensor:
+    """Move the matrices where they can be solved; eight-bit floats, which have no arithmetic, become float32."""
+    matrices = matrices.to(_solver_device(matrices.device))
+    return matrices.float() if matrices.element_size() == 1 else matrices
 
 
 def _solver_device(device: torch.device) -> torch.device:
@@ -279,17 +287,18 @@ def _outcome(eigenvalues: Tensor, fits: PowerLawFit, kept: Tensor, options: Spec
     return (_NO_PEAK if no_peak else _FLAT), float(missing.sum())
 
 
-def _figures(eigenvalues: Tensor, fits: PowerLawFit, first: Tensor, factor: Tensor) -> Tensor:
+def _figures(eigenvalues: Tensor, fits: PowerLawFit, first: Tensor, factor: Tensor, log_factor: float) -> Tensor:
     """Return the mean over samples of each of `_FIGURES`."""
     counted = torch.arange(eigenvalues.shape[-1], device=first.device) >= first[:, None]
     values = eigenvalues.where(counted, 0)
-    number = counted.sum(-1)
+    # In double precision: the logarithm of an integer tensor is single.
+    number = counted.sum(-1).to(values.dtype)
     largest, total = values[:, -1], values.sum(-1)
     shares = values / total[:, None]
     figures = (
         fits.alpha,
         fits.ks_distance,
-        fits.alpha * (largest * factor).log10(),
+        fits.alpha * (largest.log10() + log_factor),
         largest * factor,
         total * factor,
         total / largest,
@@ -299,10 +308,12 @@ def _figures(eigenvalues: Tensor, fits: PowerLawFit, first: Tensor, factor: Tens
     return torch.stack(figures).mean(-1)
 
 
-def _histogram(eigenvalues: Tensor, first: Tensor, factor: Tensor) -> Tensor:
-    """Return low, high and counts of log10 of all positive eigenvalues that count."""
+def _histogram(eigenvalues: Tensor, first: Tensor, log_factor: float) -> Tensor:
+    """Return low, high and counts of log10 of all positive eigenvalues that count; zeros where there are none."""
     index = torch.arange(eigenvalues.shape[-1], device=first.device)
-    logs = (eigenvalues * factor).log10()[(index >= first[:, None]) & (eigenvalues > 0)]
+    logs = eigenvalues[(index >= first[:, None]) & (eigenvalues > 0)].log10() + log_factor
+    if not len(logs):
+        return logs.new_zeros(2 + HISTOGRAM_BINS)
     low, high = logs.min(), logs.max()
     position = ((logs - low) / (high - low) * HISTOGRAM_BINS).nan_to_num(0).long()
     counts = torch.bincount(position.clamp(0, HISTOGRAM_BINS - 1), minlength=HISTOGRAM_BINS)

@@ -55,22 +55,14 @@ def wanted_figures(layer):
 
 def twin_figures(weight, options):
     """The same layer by the slow twin."""
-    stack = stacks.convolution(weight) if weight.ndim == 4 else stacks.linear(weight)
-    if options["esd"] == "full":
-        samples = windows.full(stack)
-    elif weight.ndim == 4:
-        samples = windows.row_blocks(stack, options["aspect_ratio"])
+    options = dict(options)
+    fit, xmin_pos = options.pop("fit"), options.pop("xmin_pos", 2.0)
+    cutoff = ZERO_CUTOFF if options.pop("filter_zeros", False) else 0.0
+    if weight.ndim == 4:
+        samples, scale = windows.samples(stacks.convolution(weight), "blocks", **options), 0.5
     else:
-        samples = windows.grid(
-            stack,
-            options["aspect_ratio"],
-            options["window"],
-            options.get("windows_per_dim", 9),
-            options.get("window_step"),
-        )
-    scale = 0.5 if weight.ndim == 4 else 1.0
-    cutoff = ZERO_CUTOFF if options.get("filter_zeros") else 0.0
-    return spectrum.layer_metrics(samples, scale, options["fit"], options.get("xmin_pos", 2.0), cutoff)
+        samples, scale = windows.samples(stacks.linear(weight), "grid", **options), 1.0
+    return spectrum.layer_metrics(samples, scale, fit, xmin_pos, cutoff)
 
 
 def test_reference_is_complete():

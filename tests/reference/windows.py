@@ -8,6 +8,15 @@ EPS = 1e-9
 """So that 30 / 0.3 rows are 100 rows."""
 
 
+def samples(stack, sampling, esd="farms", aspect_ratio=1.0, window=100, windows_per_dim=9, window_step=None):
+    """The samples of a stack by the names of the options."""
+    if esd == "full":
+        return full(stack)
+    if sampling == "blocks":
+        return row_blocks(stack, aspect_ratio)
+    return grid(stack, aspect_ratio, window, windows_per_dim, window_step)
+
+
 def full(stack):
     """One sample: the whole of every matrix."""
     return [list(stack)]
