@@ -230,19 +230,20 @@ class TestKnownAnswers:
         assert_same_figures({"weight": figures(record)}, {"weight": expected})
 
 
-class TestInvariance:
-    MODULES = {
-        "linear": lambda: nn.Linear(150, 60),
-        "conv": lambda: nn.Conv2d(8, 20, 3),
-        "complex": lambda: Kernel(5, 24, 9, dtype=torch.complex128),
-    }
+MODULES = {
+    "linear": lambda: nn.Linear(150, 60),
+    "conv": lambda: nn.Conv2d(8, 20, 3),
+    "complex": lambda: Kernel(5, 24, 9, dtype=torch.complex128),
+}
 
+
+class TestInvariance:
     @pytest.mark.parametrize("esd", ["farms", "full"])
     @pytest.mark.parametrize("fit", ["median", "goodness-of-fit"])
     @pytest.mark.parametrize("scale", [10.0**power for power in (-30, -12, -3, -1, 1, 3, 12)] + [-1.0, 3.7])
     @pytest.mark.parametrize("name", MODULES)
     def test_scale(self, name, scale, fit, esd):
-        module = self.MODULES[name]().double()
+        module = MODULES[name]().double()
         before = analyze(module, fit=fit, esd=esd)
         with torch.no_grad():
             next(module.parameters()).mul_(scale)
@@ -284,7 +285,7 @@ class TestInvariance:
     @pytest.mark.parametrize("name", MODULES)
     def test_permutations_of_whole_matrices(self, name):
         # Promised where the sample is of whole matrices, or of windows as large as they are.
-        module = self.MODULES[name]()
+        module = MODULES[name]()
         before = analyze(module, esd="full")
         with torch.no_grad():
             weight = next(module.parameters())

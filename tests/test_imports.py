@@ -1,0 +1,130 @@
+"""What importing the package needs, and what it leaves alone."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import farms_tb
+
+PACKAGE = Path(farms_tb.__file__).parent
+OPTIONAL = (
+    *("lightning", "pytorch_lightning", "lightning_fabric", "wandb", "matplotlib", "pandas", "hydra", "omegaconf"),
+    *("scipy", "sklearn", "neuralop", "tltorch", "torchvision", "rich"),
+)
+MATHEMATICS = ("options", "matrices", "layers", "windows", "spectra", "power_law", "temperature", "analysis")
+
+REFUSE_OPTIONAL = f"""
+import importlib.abc, importlib.machinery, sys
+
+OPTIONAL = {OPTIONAL!r}
+
+class Refuse(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    # Found, as torch asks of some packages whether they are there, but not to be imported.
+    def find_spec(self, name, path=None, target=None):
+        return importlib.machinery.ModuleSpec(name, self) if name.split(".")[0] in OPTIONAL else None
+
+    def exec_module(self, module):
+        raise ImportError("refused: " + module.__name__)
+
+sys.meta_path.insert(0, Refuse())
+"""
+
+
+def run(code):
+    """Run code in a new interpreter where none of the optional packages can be imported."""
+    command = [sys.executable, "-W", "error", "-c", REFUSE_OPTIONAL + code]
+    return subprocess.run(command, capture_output=True, text=True, cwd=PACKAGE.parent, timeout=120, check=False)
+
+
+def test_works_with_torch_alone():
+    finished = run(
+        """
+import torch
+import farms_tb
+
+model = torch.nn.Sequential(torch.nn.Linear(30, 40), torch.nn.Conv2d(9, 20, 3), torch.nn.Linear(40, 30))
+report = farms_tb.analyze(model)
+print(report)
+print(farms_tb.lr_ratios(report.alphas))
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+balancer = farms_tb.TempBalance(model, optimizer, exclude_first=False)
+sum(parameter.square().sum() for parameter in model.parameters()).backward()
+optimizer.step()
+balancer.step()
+loaded = {name.split(".")[0] for name in sys.modules}
+assert not loaded & set(OPTIONAL), loaded
+try:
+    farms_tb.FARMSTempBalance
+except ImportError as error:
+    print(error)
+"""
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert "refused: lightning" in finished.stdout
+
+
+def test_importing_changes_nothing():
+    finished = run(
+        """
+import warnings, torch
+before = (torch.get_num_threads(), torch.get_default_dtype(), torch.get_rng_state(), torch.is_grad_enabled())
+import farms_tb
+after = (torch.get_num_threads(), torch.get_default_dtype(), torch.get_rng_state(), torch.is_grad_enabled())
+assert before[:2] == after[:2] and torch.equal(before[2], after[2]) and before[3] == after[3]
+"""
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout == finished.stderr == ""
+
+
+def imported_packages(path):
+    """The top-level packages that a module imports when it is imported, those for type checkers left out."""
+    found = set()
+    nodes = list(ast.parse(path.read_text()).body)
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module.split(".")[0])
+        elif isinstance(node, (ast.Try, ast.With)):
+            nodes += node.body
+    return found
+
+
+@pytest.mark.parametrize("name", MATHEMATICS)
+def test_the_mathematics_imports_only_torch(name):
+    path = PACKAGE / f"{name}.py"
+    assert imported_packages(path) - set(sys.stdlib_module_names) <= {"torch", "farms_tb"}
+    # Not even inside a function, but for what registration looks up by name.
+    inside = {
+        (node.module or "").split(".")[0] if isinstance(node, ast.ImportFrom) else node.names[0].name.split(".")[0]
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+    }
+    assert not inside & set(OPTIONAL)
+
+
+def test_the_mathematics_does_not_know_the_training():
+    for name in MATHEMATICS:
+        text = (PACKAGE / f"{name}.py").read_text()
+        for other in ("balance", "callback", "layerwise_step", "logs", "plots"):
+            assert f"farms_tb.{other} import" not in text, f"{name} imports {other}"
+
+
+def test_all_names_exist():
+    assert all(isinstance(name, str) for name in farms_tb.__all__)
+    assert sorted(farms_tb.__all__) == farms_tb.__all__
+    for name in farms_tb.__all__:
+        assert getattr(farms_tb, name) is not None
+
+
+def test_unknown_names():
+    with pytest.raises(AttributeError, match="module 'farms_tb' has no attribute 'FarmsTempBalance'"):
+        farms_tb.FarmsTempBalance  # noqa: B018
+
+
+def test_type_hints_are_announced():
+    assert (PACKAGE / "py.typed").exists()
