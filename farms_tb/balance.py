@@ -301,7 +301,7 @@ class LayerBalancer:
         if missing and (not self._share or dist.get_rank() == 0):
             reasons = "; ".join(f"{name}: {report.layers[name].status}" for name in missing)
             warnings.warn(
-                f"layers without a {self.balance.metric} keep the base learning rate: {reasons}", stacklevel=2
+                f"layers with no {self.balance.metric} keep the base learning rate: {reasons}", stacklevel=2
             )
 
     def _put_in_force(self, ratios: dict[str, float]) -> None:
@@ -461,9 +461,9 @@ def _raw(optimizer: Any) -> Any:
 
 def _is_sharded(model: nn.Module) -> bool:
     """Tell whether the processes train one model together: DDP, or FSDP2's DTensor weights."""
-    return isinstance(model, nn.parallel.DistributedDataParallel) or any(
-        hasattr(parameter, "full_tensor") for parameter in model.parameters()
-    )
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        return True
+    return isinstance(model, nn.Module) and any(hasattr(p, "full_tensor") for p in model.parameters())
 
 
 def _all_reduce(table: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from farms_tb.balance import LayerBalancer, StepGroup
@@ -138,6 +139,7 @@ class FARMSTempBalance(Callback):
         self.log = log
         self.histogram_every_n = histogram_every_n
         self._balancer: LayerBalancer | None = None
+        self._training = False
         self._restored: dict[str, Any] | None = None
         self._forget()
 
@@ -191,12 +193,12 @@ class FARMSTempBalance(Callback):
         others = [callback for callback in trainer.callbacks if isinstance(callback, FARMSTempBalance)]  # type: ignore[attr-defined]
         if len(others) > 1:
             raise ValueError("the trainer has two FARMSTempBalance callbacks: keep one")
-        strategy = type(trainer.strategy).__name__
-        if strategy in _REFUSED_STRATEGIES:
-            raise ValueError(
-                f"FARMSTempBalance does not work with {strategy}: {_REFUSED_STRATEGIES[strategy]}. "
-                "Use one device, DDP or FSDP2 (ModelParallelStrategy)"
-            )
+        for cls in type(trainer.strategy).__mro__:
+            if cls.__name__ in _REFUSED_STRATEGIES:
+                raise ValueError(
+                    f"FARMSTempBalance does not work with {cls.__name__}: {_REFUSED_STRATEGIES[cls.__name__]}. "
+                    "Use one device, DDP or FSDP2 (ModelParallelStrategy)"
+                )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach to the optimizers, which are set up and restored by now, and put restored ratios in force."""
@@ -204,8 +206,16 @@ class FARMSTempBalance(Callback):
         self._balancer = LayerBalancer(
             pl_module, trainer.optimizers, self._spectral, self._balance, share=trainer.world_size > 1
         )
-        state, self._restored = self._restored, None
+        self._training = True
         self._forget()
+        self._restore()
+        # The rest of an epoch resumed in its middle may be monitored too.
+        self._publish(trainer, pl_module)
+
+    def _restore(self) -> None:
+        """Put the restored ratios in force, and the clock where it was."""
+        assert self._balancer is not None
+        state, self._restored = self._restored, None
         if state is not None and self._balancer.load_state_dict(state["balancer"]):
             self._epoch, self._step = state["epoch"], state["step"]
             self._measurements = state["measurements"]
@@ -247,8 +257,10 @@ class FARMSTempBalance(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the state until training starts."""
+        """Keep the state until training starts; take it at once while training (a finder puts the run back)."""
         self._restored = state_dict or None
+        if self._training:
+            self._restore()
 
     def _measure_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._balancer is None or not self._is_due(trainer):
@@ -276,20 +288,16 @@ class FARMSTempBalance(Callback):
             log_measurement(trainer, self.report, ratios, lrs, "epoch" if by_epoch else "trainer/global_step")
 
     def _publish(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Offer the aggregates to callbacks that monitor a metric."""
-        if trainer.barebones or self.report is None:
-            return
-        for name, value in alpha_summary(self.report).items():
-            pl_module.log(
-                name,
-                value,
-                on_step=False,
-                on_epoch=True,
-                logger=False,
-                batch_size=1,
-                sync_dist=trainer.world_size > 1,
-            )
+        """Offer the aggregates to callbacks that monitor a metric.
+
+        Not by `pl_module.log`: what it logs at the start of an epoch is out of reach for the validation of that
+        epoch, where checkpoints and early stopping look.
+        """
+        if self.report is not None:
+            summary = alpha_summary(self.report).items()
+            trainer.callback_metrics.update({k: torch.tensor(v, device=pl_module.device) for k, v in summary})
 
     def _release(self) -> None:
+        self._training = False
         if self._balancer is not None:
             self._balancer.detach()

@@ -12,6 +12,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, TensorDataset
@@ -23,6 +24,7 @@ LIGHTNING_NOISE = [
     pytest.mark.filterwarnings(f"ignore:{message}")
     for message in (
         r".*does not have many workers",
+        r"You defined a `validation_step` but have no",
         r".*isinstance\(treespec, LeafSpec\)",
         r".*`training_step` to be included",
         r".*The number of training batches .* is smaller than the logging interval",
@@ -185,3 +187,25 @@ class Probe(Callback):
         if self.balance is not None:
             by_name = self.balance.parameter_ratios(pl_module)
             self.ratios.append({id(p): by_name[name] for name, p in pl_module.named_parameters()})
+
+
+class Recorder(Logger):
+    """A logger that keeps what it is given as (step, row)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[tuple[int | None, dict[str, float]]] = []
+
+    @property
+    def name(self) -> str:
+        return "recorder"
+
+    @property
+    def version(self) -> str:
+        return "0"
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.rows.append((step, dict(metrics)))
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        pass
