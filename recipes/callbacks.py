@@ -39,3 +39,11 @@ class LastStepRates(Callback):
         self.lr = float(trainer.optimizers[0].param_groups[0]["lr"])
         if self.balancer is not None:
             self.ratios = dict(self.balancer.ratios)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the rates for the checkpoint: resuming a run that is over takes no step."""
+        return {"lr": self.lr, "ratios": dict(self.ratios)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the rates from a checkpoint."""
+        self.lr, self.ratios = state_dict["lr"], dict(state_dict["ratios"])

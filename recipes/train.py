@@ -115,8 +115,19 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     folder = open_run_folder(cfg)
     try:
         return _train_in(folder, cfg)
+    except (KeyboardInterrupt, SystemExit):
+        _say_how_to_resume(folder)
+        raise
     finally:
         drop_if_empty(folder)
+
+
+def _say_how_to_resume(folder: Path) -> None:
+    """Point an interrupted user to the last checkpoint, if there is one."""
+    last = folder / "checkpoints" / "last.ckpt"
+    if last.exists():
+        hint = f"stopped; to go on, repeat the command with ckpt_path={last}"
+        make_console().print(f"[yellow]{escape(hint)}[/yellow]", soft_wrap=True)
 
 
 def _train_in(folder: Path, cfg: DictConfig) -> dict[str, Any]:

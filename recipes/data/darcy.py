@@ -75,7 +75,7 @@ def bumps(rng: np.random.Generator, n: int, count: int = 5) -> np.ndarray:
 FAMILIES: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {"grf": gaussian_field, "bumps": bumps}
 
 
-def _operator(a: np.ndarray) -> sparse.csc_array:
+def _operator(a: np.ndarray) -> sparse.csc_matrix:
     """Finite-volume matrix of -div(a grad .), times the cell area, for `a` of shape (n, n)."""
     n = len(a)
     down = 2 * a[:-1] * a[1:] / (a[:-1] + a[1:])
@@ -90,7 +90,7 @@ def _operator(a: np.ndarray) -> sparse.csc_array:
     below = -down.ravel()
     beside = -np.pad(right, ((0, 0), (0, 1))).ravel()[:-1]
     bands = [below, beside, diagonal.ravel(), beside, below]
-    return sparse.diags_array(bands, offsets=[-n, -1, 0, 1, n]).tocsc()
+    return sparse.diags(bands, offsets=[-n, -1, 0, 1, n], format="csc")
 
 
 def solve_darcy(a: np.ndarray, source: float | np.ndarray = 1.0) -> np.ndarray:

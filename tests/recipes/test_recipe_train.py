@@ -191,8 +191,26 @@ def test_resuming_cuts_the_metrics_back_to_the_checkpoint(settings: Settings) ->
         header = metrics.read_text(encoding="utf-8").splitlines()[0].split(",")
         values = {"step": "9", "epoch": "3", "farms/alpha/net.bottleneck.conv1": "7.0"}
         csv.writer(file).writerow([values.get(name, "") for name in header])
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     train(settings(*TINY_UNET, "logger=csv", f"ckpt_path={folder}/checkpoints/last.ckpt"))
     assert read_history(metrics).alpha == before.alpha
+    again = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    assert {**again, "seconds": 0} == {**summary, "seconds": 0}
+
+
+def test_an_interrupted_run_says_how_to_go_on(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("recipes.train.measure_layers", interrupt)
+    cfg = settings(*TINY_UNET, "logger=csv")
+    with pytest.raises(KeyboardInterrupt):
+        train(cfg)
+    assert (
+        f"repeat the command with ckpt_path={cfg.paths.run_dir}/checkpoints/last.ckpt" in capsys.readouterr().out
+    )
 
 
 def test_resuming_with_other_settings(settings: Settings, capsys: pytest.CaptureFixture[str]) -> None:
