@@ -18,10 +18,10 @@ from farms_tb.options import (
     Metric,
     Norms,
     check_bool,
-    check_integer,
     collect_options,
 )
 from farms_tb.report import Report
+from farms_tb.schedule import Schedule
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -128,25 +128,12 @@ class FARMSTempBalance(Callback):
     ) -> None:
         super().__init__()
         self._spectral, self._balance = collect_options(locals())
-        check_integer("every_n_epochs", every_n_epochs, at_least=1)
-        if every_n_steps is not None:
-            check_integer("every_n_steps", every_n_steps, at_least=1)
-        if histogram_every_n is not None:
-            check_integer("histogram_every_n", histogram_every_n, at_least=1)
+        self._schedule = Schedule(every_n_epochs, every_n_steps, histogram_every_n)
         check_bool("log", log)
-        self.every_n_epochs = every_n_epochs
-        self.every_n_steps = every_n_steps
-        self.log = log
-        self.histogram_every_n = histogram_every_n
+        self._write = log  # not `log`: Lightning puts a method of that name on every callback
         self._balancer: LayerBalancer | None = None
         self._training = False
         self._restored: dict[str, Any] | None = None
-        self._forget()
-
-    def _forget(self) -> None:
-        """Set the clock back to before the first measurement."""
-        self._epoch = self._step = -1
-        self._measurements = 0
 
     @property
     def state_key(self) -> str:
@@ -207,7 +194,7 @@ class FARMSTempBalance(Callback):
             pl_module, trainer.optimizers, self._spectral, self._balance, share=trainer.world_size > 1
         )
         self._training = True
-        self._forget()
+        self._schedule.reset()
         self._restore()
         # The rest of an epoch resumed in its middle may be monitored too.
         self._publish(trainer, pl_module)
@@ -217,8 +204,7 @@ class FARMSTempBalance(Callback):
         assert self._balancer is not None
         state, self._restored = self._restored, None
         if state is not None and self._balancer.load_state_dict(state["balancer"]):
-            self._epoch, self._step = state["epoch"], state["step"]
-            self._measurements = state["measurements"]
+            self._schedule.load_state_dict(state)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure if it is time."""
@@ -232,7 +218,7 @@ class FARMSTempBalance(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the final weights, for the report and the loggers, and let go of the optimizers."""
-        if self._balancer is not None and trainer.global_step != self._step:
+        if self._balancer is not None and trainer.global_step != self._schedule.step:
             self._balancer.measure()
             self._log(trainer, final=True)
         self._release()
@@ -247,14 +233,9 @@ class FARMSTempBalance(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return ratios, report and clock as plain values, for the checkpoint."""
-        if self._balancer is None or self._measurements == 0:
+        if self._balancer is None or self._schedule.measurements == 0:
             return {} if self._restored is None else self._restored
-        return {
-            "balancer": self._balancer.state_dict(),
-            "epoch": self._epoch,
-            "step": self._step,
-            "measurements": self._measurements,
-        }
+        return {"balancer": self._balancer.state_dict(), **self._schedule.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until training starts; take it at once while training (a finder puts the run back)."""
@@ -263,28 +244,20 @@ class FARMSTempBalance(Callback):
             self._restore()
 
     def _measure_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._balancer is None or not self._is_due(trainer):
+        epoch, step = trainer.current_epoch, trainer.global_step
+        if self._balancer is None or not self._schedule.is_due(epoch, step):
             return
-        histogram = self.histogram_every_n is not None and self._measurements % self.histogram_every_n == 0
-        self._balancer.update(histogram=histogram)
-        self._epoch, self._step = trainer.current_epoch, trainer.global_step
-        self._measurements += 1
+        self._balancer.update(histogram=self._schedule.wants_histogram())
+        self._schedule.tick(epoch, step)
         self._log(trainer)
         self._publish(trainer, pl_module)
 
-    def _is_due(self, trainer: Trainer) -> bool:
-        if self._measurements == 0:
-            return True
-        if self.every_n_steps is not None:
-            return trainer.global_step // self.every_n_steps > self._step // self.every_n_steps
-        return trainer.current_epoch != self._epoch and trainer.current_epoch % self.every_n_epochs == 0
-
     def _log(self, trainer: Trainer, final: bool = False) -> None:
-        if self.log and trainer.is_global_zero and self.report is not None:
+        if self._write and trainer.is_global_zero and self.report is not None:
             balancer = self._started()
             # The final weights take no further step: a ratio or lr beside their alphas would be made up.
             ratios, lrs = ({}, {}) if final else (balancer.ratios, balancer.layer_lrs())
-            by_epoch = self.every_n_steps is None
+            by_epoch = self._schedule.every_n_steps is None
             log_measurement(trainer, self.report, ratios, lrs, "epoch" if by_epoch else "trainer/global_step")
 
     def _publish(self, trainer: Trainer, pl_module: LightningModule) -> None:

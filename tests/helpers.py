@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -209,3 +210,29 @@ class Recorder(Logger):
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
         pass
+
+
+def read_wandb_file(path: Path) -> list[Any]:
+    """Return the records of a finished `run-*.wandb` file.
+
+    The file is a LevelDB log behind a header of seven bytes: blocks of 32 KiB that hold pieces, each a checksum
+    (4 bytes), a length (2), whether it is whole (1), first (2), middle (3) or last (4), and its bytes.
+    """
+    from wandb.proto import wandb_internal_pb2
+
+    block, head = 32768, 7
+    data, position, whole = path.read_bytes(), 7, b""
+    assert data[:4] == b":W&B"
+    records = []
+    while position + head <= len(data):
+        if block - position % block < head:
+            position += block - position % block
+            continue
+        length, kind = struct.unpack("<HB", data[position + 4 : position + head])
+        assert kind in (1, 2, 3, 4), "not a record: the file is cut short or of another version"
+        whole += data[position + head : position + head + length]
+        position += head + length
+        if kind in (1, 4):
+            records.append(wandb_internal_pb2.Record.FromString(whole))
+            whole = b""
+    return records

@@ -1,0 +1,90 @@
+"""What each of two processes runs in `test_distributed.py`: `python -m tests.distributed_runs JOB RANK FOLDER`."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from farms_tb import FARMSTempBalance, TempBalance
+from tests.helpers import Module, Recorder, make_data, make_net, make_trainer
+
+
+def loop(rank: int, breaks: bool = False) -> dict[str, Any]:
+    """Train under DistributedDataParallel; with `breaks`, one process fails to measure."""
+    dist.init_process_group("gloo", timeout=timedelta(seconds=30))
+    model = nn.parallel.DistributedDataParallel(make_net())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    balancer = TempBalance(model, optimizer)
+    alone = TempBalance(model.module, torch.optim.SGD(model.module.parameters(), lr=0.1))
+    ratios = [(balancer.ratios, alone.ratios)]
+    for epoch in range(2):
+        for step, (inputs, targets) in enumerate(make_data(4)):
+            if step % 2 == rank:
+                optimizer.zero_grad()
+                nn.functional.mse_loss(model(inputs), targets).backward()
+                optimizer.step()
+        if breaks and epoch == 1:
+            break_measuring(rank)
+        alone.step() if not breaks else None
+        balancer.step()
+        ratios.append((balancer.ratios, alone.ratios))
+    weights = {name: p.detach() for name, p in model.module.named_parameters()}
+    return {"ratios": ratios, "weights": weights, "alphas": balancer.report.alphas}
+
+
+def break_measuring(rank: int) -> None:
+    import farms_tb.analysis
+
+    def fail(*_: Any) -> None:
+        raise ArithmeticError("planned failure")
+
+    if rank == 1:
+        farms_tb.analysis.measure_stack = fail  # type: ignore[assignment]
+
+
+class Breaks(FARMSTempBalance):
+    """Fails to measure in the second epoch on the second process."""
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.current_epoch == 1:
+            break_measuring(trainer.global_rank)
+        super().on_train_epoch_start(trainer, pl_module)
+
+
+def lightning(rank: int, breaks: bool = False, strategy: str = "ddp") -> dict[str, Any]:
+    """Train with Lightning's own strategy; this process is launched as a cluster would."""
+    balance, logger = (Breaks if breaks else FARMSTempBalance)(), Recorder()
+    trainer = make_trainer([balance], logger=logger, devices=2, strategy=strategy)
+    module = Module()
+    trainer.fit(module, make_data(8))
+    return {
+        "ratios": balance.ratios,
+        "parameter_ratios": balance.parameter_ratios(module),
+        "alphas": balance.report.alphas,
+        "mean": float(trainer.callback_metrics["farms/alpha_mean"]),
+        "rows": [row for _, row in logger.rows if "farms/alpha_mean" in row],
+        "weights": {name: p.detach() for name, p in module.named_parameters()},
+    }
+
+
+JOBS = {
+    "loop": loop,
+    "loop that breaks": lambda rank: loop(rank, breaks=True),
+    "lightning": lightning,
+    "lightning that breaks": lambda rank: lightning(rank, breaks=True),
+}
+
+if __name__ == "__main__":
+    job, rank, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    os.chdir(folder)
+    torch.save(JOBS[job](rank), folder / f"{rank}.pt")

@@ -1,0 +1,85 @@
+"""Two real processes that train one model: the same ratios on both, and no process left waiting."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from farms_tb import analyze
+from tests.helpers import Module, assert_same_state, make_net
+
+ROOT = Path(__file__).resolve().parents[1]
+SECONDS = 120
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def run(job: str, folder: Path) -> tuple[list[int], list[str]]:
+    """Run `job` on two processes; return their exit codes and what they said."""
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.distributed_runs", job, str(rank), str(folder)],
+            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    try:
+        said = [process.communicate(timeout=SECONDS)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [process.returncode for process in processes], said
+
+
+def results(job: str, folder: Path) -> list[Any]:
+    codes, said = run(job, folder)
+    assert codes == [0, 0], "\n".join(said)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
+def test_plain_loop_under_ddp(tmp_path: Path) -> None:
+    first, second = results("loop", tmp_path)
+    assert_same_state(first, second)
+    # Shared among processes the measurement is that of one process, to the bit.
+    assert all(shared == alone for shared, alone in first["ratios"])
+    assert len({str(shared) for shared, _ in first["ratios"]}) == 3
+    net = make_net()
+    net.load_state_dict(first["weights"])
+    assert analyze(net).alphas == first["alphas"]
+
+
+def test_lightning_ddp(tmp_path: Path) -> None:
+    first, second = results("lightning", tmp_path)
+    assert first["rows"], "rank zero logs"
+    assert not second["rows"], "the others don't"
+    first.pop("rows"), second.pop("rows")
+    assert_same_state(first, second)
+    module = Module()
+    module.load_state_dict(first["weights"])
+    assert analyze(module).alphas == first["alphas"]
+    assert {0.5, 1.5} <= set(first["ratios"].values())
+
+
+@pytest.mark.parametrize("job", ["loop that breaks", "lightning that breaks"])
+def test_failure_on_one_process_stops_both(job: str, tmp_path: Path) -> None:
+    codes, (first, second) = run(job, tmp_path)
+    assert codes == [1, 1], first + second
+    assert "measuring the layers failed on 1 of 2 ranks, elsewhere: see the output of other ranks" in first
+    assert "measuring the layers failed on 1 of 2 ranks, on this rank 1: planned failure" in second
