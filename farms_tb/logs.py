@@ -1,4 +1,4 @@
-"""Write a measurement to the trainer's loggers: one row each, and the ESDs where asked for.
+"""Write a measurement to a trainer's loggers: one row each, and the ESDs where asked for.
 
 Keys: `farms/alpha/<layer>`, `farms/ratio/<layer>`, `farms/lr/<layer>`, `farms/alpha_mean`, `farms/alpha_std`,
 `epoch`; ESDs under `farms_esd/<layer>`.
@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
 from farms_tb.report import EsdHistogram, Report
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.loggers import Logger
 
 
 def alpha_summary(report: Report) -> dict[str, float]:
@@ -32,10 +34,26 @@ def alpha_summary(report: Report) -> dict[str, float]:
     return {}
 
 
+def measurement_row(report: Report, ratios: Mapping[str, float], lrs: Mapping[str, float]) -> dict[str, float]:
+    """Return one measurement as a row of figures: the aggregates, and each layer's alpha, ratio and lr."""
+    row = alpha_summary(report)
+    for name, record in report.layers.items():
+        figures = {"alpha": record.alpha, "ratio": ratios.get(name), "lr": lrs.get(name)}
+        if record.kind:
+            row.update({f"farms/{key}/{name}": value for key, value in figures.items() if value is not None})
+    return row
+
+
+def esd_histograms(report: Report) -> dict[str, EsdHistogram]:
+    """Return the ESDs that were counted, by the name they are logged under."""
+    histograms = {name: record.histogram for name, record in report.layers.items()}
+    return {f"farms_esd/{name}": h for name, h in histograms.items() if h is not None}
+
+
 def log_measurement(
     trainer: Trainer, report: Report, ratios: Mapping[str, float], lrs: Mapping[str, float], x_axis: str
 ) -> None:
-    """Log one measurement with every logger of the trainer; to be called on rank zero.
+    """Log one measurement with every logger of the Lightning trainer; to be called on rank zero.
 
     Args:
         trainer: its loggers, epoch and step are used.
@@ -44,16 +62,8 @@ def log_measurement(
         lrs: learning rate of each layer.
         x_axis: the logged metric that W&B plots the curves against.
     """
-    row: dict[str, float] = {"epoch": trainer.current_epoch, **alpha_summary(report)}
-    for name, record in report.layers.items():
-        figures = {"alpha": record.alpha, "ratio": ratios.get(name), "lr": lrs.get(name)}
-        if record.kind:
-            row.update({f"farms/{key}/{name}": value for key, value in figures.items() if value is not None})
-    histograms = {
-        f"farms_esd/{name}": record.histogram
-        for name, record in report.layers.items()
-        if record.histogram is not None
-    }
+    row = {"epoch": trainer.current_epoch, **measurement_row(report, ratios, lrs)}
+    histograms = esd_histograms(report)
     # The step that LearningRateMonitor uses: it counts batches that stepped, as the user's own curves do.
     step = trainer.fit_loop.epoch_loop._batches_that_stepped
     for logger in trainer.loggers:
@@ -63,18 +73,21 @@ def log_measurement(
 def _log(
     logger: Logger, row: dict[str, float], histograms: Mapping[str, EsdHistogram], step: int, x_axis: str
 ) -> None:
+    from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+
     if isinstance(logger, WandbLogger):
         for pattern in ("farms/*", "farms_esd/*"):
             logger.experiment.define_metric(pattern, step_metric=x_axis)
-        logger.log_metrics({**row, **_wandb_histograms(histograms)}, step=step)
+        logger.log_metrics({**row, **wandb_histograms(histograms)}, step=step)
         return
     logger.log_metrics(row, step=step)
     if isinstance(logger, TensorBoardLogger):
         for name, histogram in histograms.items():
-            _tensorboard_histogram(logger.experiment, name, histogram, step)
+            tensorboard_histogram(logger.experiment, name, histogram, step)
 
 
-def _wandb_histograms(histograms: Mapping[str, EsdHistogram]) -> dict[str, Any]:
+def wandb_histograms(histograms: Mapping[str, EsdHistogram]) -> dict[str, Any]:
+    """Return the ESDs as W&B has them."""
     if not histograms:
         return {}
     import wandb
@@ -88,7 +101,8 @@ def _edges(histogram: EsdHistogram) -> np.ndarray[Any, np.dtype[np.float64]]:
     return np.linspace(histogram.low, histogram.high, len(histogram.counts) + 1)
 
 
-def _tensorboard_histogram(writer: Any, name: str, histogram: EsdHistogram, step: int) -> None:
+def tensorboard_histogram(writer: Any, name: str, histogram: EsdHistogram, step: int) -> None:
+    """Write one ESD with a `SummaryWriter`."""
     edges, counts = _edges(histogram), np.asarray(histogram.counts)
     centres = (edges[1:] + edges[:-1]) / 2
     writer.add_histogram_raw(
