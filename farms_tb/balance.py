@@ -16,6 +16,7 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from farms_tb.analysis import checked_layers, measure
@@ -92,7 +93,7 @@ class LayerBalancer:
         self.layers = checked_layers(model)
         self._model = unwrap(model)
         self._share = share
-        self._signature: tuple[int, ...] = ()
+        self._signature: tuple[tuple[int, bool], ...] = ()
         self._warned: set[str] = set()
         self._read_model()
         self.ratios = dict.fromkeys((layer.name for layer in self.layers), 1.0)
@@ -222,8 +223,9 @@ class LayerBalancer:
         parts += [f"layers {', '.join(new)} are not in the checkpoint"] if new else []
         return "; ".join(parts)
 
-    def _sign(self) -> tuple[int, ...]:
-        return tuple(id(parameter) for parameter in self._model.parameters())
+    def _sign(self) -> tuple[tuple[int, bool], ...]:
+        # A lazy parameter stays the same object when it gets its values.
+        return tuple((id(parameter), is_lazy(parameter)) for parameter in self._model.parameters())
 
     def _read_model(self) -> None:
         """Work out the layers, their parameters and who is excluded; again whenever parameters were replaced."""

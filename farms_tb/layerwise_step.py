@@ -52,7 +52,7 @@ def stepping_optimizers(optimizer: Optimizer) -> Iterator[Optimizer]:
     for wrapped in inner:
         yield from stepping_optimizers(wrapped)
     moved = {id(p) for wrapped in inner for group in wrapped.param_groups for p in group["params"]}
-    if any(id(p) not in moved for group in optimizer.param_groups for p in group["params"]):
+    if not inner or any(id(p) not in moved for group in optimizer.param_groups for p in group["params"]):
         yield optimizer
 
 

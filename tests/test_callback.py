@@ -500,6 +500,36 @@ def test_tied_weight_belongs_to_its_first_owner() -> None:
     assert balance.parameter_ratios(module)["net.7.weight"] == balance.ratios["net.7"]
 
 
+def test_lazy_layer_takes_part_once_it_has_values() -> None:
+    net = make_net()
+    net[2] = nn.LazyLinear(16)
+    module, balance = Module(net=net), FARMSTempBalance()
+    probe = Probe(balance)
+    fit(module, [balance, probe])
+    ratios = [row[id(net[2].weight)] for row in probe.ratios]
+    assert set(ratios[:BATCHES]) == {1.0}
+    assert balance.ratios["net.2"] == ratios[-1] != 1
+
+
+def test_weights_under_parametrizations() -> None:
+    """Reading them for a measurement moves no power iteration; all their parts take the layer's ratio."""
+    modules = []
+    for callbacks in ([], [FARMSTempBalance(lr_min_ratio=1.0, lr_max_ratio=1.0)]):
+        net = make_net()
+        nn.utils.parametrizations.weight_norm(net[2])
+        nn.utils.parametrizations.spectral_norm(net[5])
+        modules.append(Module(net=net))
+        fit(modules[-1], callbacks)
+    assert_same_state(dict(modules[0].state_dict()), dict(modules[1].state_dict()))
+    balance = FARMSTempBalance()
+    seen, said = effective(modules[0], [balance])
+    assert seen == said
+    by_name = balance.parameter_ratios(modules[0])
+    for layer, parts in {"net.2": ("weight.original0", "weight.original1"), "net.5": ("weight.original",)}.items():
+        assert balance.ratios[layer] != 1
+        assert all(by_name[f"{layer}.parametrizations.{part}"] == balance.ratios[layer] for part in parts)
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 @pytest.mark.parametrize("part", ["submodule", "inner", "whole"])
 def test_names_inside_torch_compile(part: str) -> None:

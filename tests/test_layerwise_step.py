@@ -479,13 +479,12 @@ def test_step_that_raises_leaves_nothing_behind() -> None:
     assert [dict(group) for group in optimizer.param_groups] == groups
     # Neither a step with ratios of 1 nor one with others is confused by what the failed one left.
     stepper.ratios = {}
-    optimizer.param_groups[0]["momentum"] = 0.3
+    optimizer.param_groups[0]["counter"] = 5
     optimizer.step()
-    assert optimizer.param_groups[0]["counter"] == 1001
-    assert optimizer.param_groups[0]["momentum"] == 0.3
+    assert optimizer.param_groups[0]["counter"] == 6
     stepper.ratios = {id(p): ratio for p, ratio in zip(params, RATIOS, strict=False)}
     optimizer.step()
-    assert optimizer.param_groups[0]["counter"] == 1002
+    assert optimizer.param_groups[0]["counter"] == 7
 
 
 def test_steps_skipped_by_grad_scaler() -> None:
@@ -534,6 +533,11 @@ def test_extreme_ratios(ratio: float) -> None:
     optimizer.step()
     assert params[0].grad is not None
     torch.testing.assert_close(params[0].detach(), before - 1e-3 * ratio * params[0].grad)
+
+
+def test_optimizer_that_gets_its_parameters_later() -> None:
+    optimizer = torch.optim.SGD([{"params": []}], lr=0.1)
+    assert list(stepping_optimizers(optimizer)) == [optimizer]
 
 
 def test_groups_that_are_empty_or_whole() -> None:
