@@ -17,7 +17,7 @@ __all__ = ["ARMS", "build", "check_combination", "check_config", "check_resumed_
 
 ARMS = ("farms", "full", "off", "monitor")
 SECTIONS = (
-    *("name", "seed", "ckpt_path", "arms", "arm", "lr", "farms", "task"),
+    *("name", "seed", "threads", "ckpt_path", "arms", "arm", "lr", "farms", "task"),
     *("data", "model", "optimizer", "scheduler", "callbacks", "logger", "trainer", "paths"),
 )
 
@@ -50,6 +50,8 @@ def check_config(cfg: DictConfig) -> None:
     except OmegaConfBaseException as error:
         raise RecipeError(f"the settings do not resolve: {error}") from error
     _check_arm(cfg)
+    if cfg.threads is not None and (not isinstance(cfg.threads, int) or cfg.threads < 1):
+        raise RecipeError(f"threads must be null or a positive number, got {cfg.threads}")
     if cfg.ckpt_path is not None and not Path(cfg.ckpt_path).is_file():
         raise RecipeError(f"ckpt_path={cfg.ckpt_path} is not a file; a run keeps its own in checkpoints/last.ckpt")
     _check_kinds(cfg)

@@ -83,6 +83,8 @@ def build_run(cfg: DictConfig) -> Run:
     Raises:
         RecipeError: A part refuses its settings, or two parts do not fit.
     """
+    if cfg.threads is not None:
+        torch.set_num_threads(cfg.threads)
     data = build(cfg, "data")
     factories = {"optimizer": build(cfg, "optimizer"), "scheduler": build(cfg, "scheduler")}
     seed_everything(cfg.seed, workers=True, verbose=False)
