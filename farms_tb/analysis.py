@@ -233,7 +233,8 @@ def measure_stack(stack: MatrixStack, options: SpectralOptions, histogram: bool 
 
 def _solvable(matrices: Tensor) -> Tensor:
     """Move the matrices where they can be solved; eight-bit floats, which have no arithmetic, become float32."""
-    matrices = matrices.to(_solver_device(matrices.device))
+    # Detached, as a rule may forget to and threads do not inherit `no_grad`: eigenvectors would be computed too.
+    matrices = matrices.detach().to(_solver_device(matrices.device))
     return matrices.float() if matrices.element_size() == 1 else matrices
 
 

@@ -71,8 +71,12 @@ def _map(
     if device.type != "cpu" or threads == 1:
         return [solve(chunk) for chunk in chunks]
     workers = max(1, min(threads, len(chunks), most))
-    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        return list(pool.map(solve, chunks))
+    try:
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(solve, chunks))
+    finally:
+        # A thread that sets its number sets it for every thread started later, too.
+        torch.set_num_threads(threads)
 
 
 def _eigenvalues(matrices: Tensor) -> Tensor:

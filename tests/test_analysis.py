@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import farms_tb
-from farms_tb import MatrixStack, analyze, layer_matrices, lr_ratios
+from farms_tb import MatrixStack, analyze, layer_matrices, lr_ratios, spectra
 from farms_tb.analysis import ROW_LENGTH, checked_layers, measure
 from farms_tb.layers import find_layers
 from farms_tb.options import SpectralOptions
@@ -340,6 +340,27 @@ class TestNothingIsChanged:
     def test_gradients_stay_enabled(self):
         analyze(nn.Linear(9, 9))
         assert torch.is_grad_enabled()
+
+    @pytest.mark.parametrize("threads", [1, 2])
+    def test_a_rule_may_forget_to_detach(self, threads, monkeypatch):
+        class Forgetful(Kernel):
+            pass
+
+        @layer_matrices.register
+        def _(module: Forgetful) -> list[MatrixStack]:
+            return [MatrixStack(module.stack)]
+
+        module = Forgetful(6, 30, 30)
+        solved = []
+        solve = spectra._eigenvalues
+        monkeypatch.setattr(spectra, "_eigenvalues", lambda m: solved.append(m.requires_grad) or solve(m))
+        torch.set_num_threads(threads)
+        try:
+            analyze(module, esd="full")
+        finally:
+            torch.set_num_threads(1)
+        assert solved
+        assert not any(solved)
 
     def test_inference_mode(self):
         layer = nn.Linear(30, 30)

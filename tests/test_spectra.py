@@ -1,5 +1,7 @@
 """Eigenvalues against singular values in float64, where it is easy and where it is hard."""
 
+import threading
+
 import pytest
 import torch
 
@@ -115,3 +117,37 @@ def test_weights_are_left_alone():
     before = matrices.clone()
     pooled(matrices)
     assert torch.equal(matrices, before)
+
+
+@pytest.fixture
+def four_threads():
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(1)
+
+
+def threads_of_a_new_thread():
+    found = []
+    thread = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+def test_threads_change_nothing(four_threads, monkeypatch):
+    monkeypatch.setattr(spectra, "_CHUNK_WORK", 3 * 20**3)
+    matrices = torch.randn(50, 30, 20)
+    shared = pooled(matrices, samples=5)
+    assert (torch.get_num_threads(), threads_of_a_new_thread()) == (4, 4)
+    torch.set_num_threads(1)
+    assert torch.equal(pooled(matrices, samples=5), shared)
+
+
+def test_an_error_in_a_thread_is_raised(four_threads, monkeypatch):
+    def fail(_):
+        raise RuntimeError("no convergence")
+
+    monkeypatch.setattr(spectra, "_eigenvalues", fail)
+    with pytest.raises(RuntimeError, match="no convergence"):
+        pooled(torch.randn(50, 30, 20))
+    assert (torch.get_num_threads(), threads_of_a_new_thread()) == (4, 4)
