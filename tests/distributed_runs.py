@@ -40,6 +40,31 @@ def loop(rank: int, breaks: bool = False) -> dict[str, Any]:
     return {"ratios": ratios, "weights": weights, "alphas": balancer.report.alphas}
 
 
+def sharded(rank: int) -> dict[str, Any]:
+    """Train under FSDP2 and, beside it, the same model whole."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo", timeout=timedelta(seconds=30))
+    nets = [make_net(), make_net()]
+    for part in (*(layer for layer in nets[0] if isinstance(layer, nn.Linear)), nets[0]):
+        fully_shard(part, mesh=init_device_mesh("cpu", (2,)))
+    optimizers = [torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9) for net in nets]
+    balancers = [TempBalance(*pair) for pair in zip(nets, optimizers, strict=True)]
+    ratios = []
+    for _ in range(2):
+        for inputs, targets in make_data(3):
+            for net, optimizer in zip(nets, optimizers, strict=True):
+                optimizer.zero_grad()
+                nn.functional.mse_loss(net(inputs), targets).backward()
+                optimizer.step()
+        for balancer in balancers:
+            balancer.step()
+        ratios.append([balancer.ratios for balancer in balancers])
+    weights = [p.full_tensor().detach() for p in nets[0].parameters()]
+    return {"ratios": ratios, "sharded": weights, "whole": [p.detach() for p in nets[1].parameters()]}
+
+
 def break_measuring(rank: int) -> None:
     import farms_tb.analysis
 
@@ -78,6 +103,7 @@ def lightning(rank: int, breaks: bool = False, strategy: str = "ddp") -> dict[st
 JOBS = {
     "loop": loop,
     "loop that breaks": lambda rank: loop(rank, breaks=True),
+    "sharded": sharded,
     "lightning": lightning,
     "lightning that breaks": lambda rank: lightning(rank, breaks=True),
 }

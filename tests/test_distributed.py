@@ -65,6 +65,16 @@ def test_plain_loop_under_ddp(tmp_path: Path) -> None:
     assert analyze(net).alphas == first["alphas"]
 
 
+def test_fsdp2(tmp_path: Path) -> None:
+    """Weights that lie in parts on two processes are measured and stepped as the whole model is."""
+    first, second = results("sharded", tmp_path)
+    assert_same_state(first, second)
+    assert all(sharded == whole for sharded, whole in first["ratios"])
+    assert {0.5, 1.5} <= set(first["ratios"][-1][0].values())
+    for sharded, whole in zip(first["sharded"], first["whole"], strict=True):
+        torch.testing.assert_close(sharded, whole)
+
+
 def test_lightning_ddp(tmp_path: Path) -> None:
     first, second = results("lightning", tmp_path)
     assert first["rows"], "rank zero logs"

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.callbacks import Callback, LambdaCallback, ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.optim.lr_scheduler import OneCycleLR
 
 from farms_tb import FARMSTempBalance
@@ -124,6 +125,21 @@ def test_after_an_exception(first: bool, clock: dict[str, Any], tmp_path: Path) 
     with pytest.raises(ZeroDivisionError, match="planned"):
         train([*(broken if first else broken[::-1]), OnExceptionCheckpoint(tmp_path, "broken")])
     finish_and_compare(clock, tmp_path / "broken.ckpt", module, balance, logger, failed=1)
+
+
+def test_after_sigterm(tmp_path: Path) -> None:
+    """What a cluster sends before it takes the machine away."""
+
+    def terminate(trainer: Any, *_: Any) -> None:
+        if trainer.global_step == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    balance, logger = FARMSTempBalance(), Recorder()
+    module, _ = train([balance], logger=logger, enable_checkpointing=False)
+    stop = LambdaCallback(on_train_batch_start=terminate)
+    with pytest.raises(SIGTERMException):
+        train([FARMSTempBalance(), stop, OnExceptionCheckpoint(tmp_path, "terminated")])
+    finish_and_compare({}, tmp_path / "terminated.ckpt", module, balance, logger)
 
 
 def test_after_sigkill(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,17 @@ def test_state_of_a_newer_version_is_refused() -> None:
     state = {**balancer.state_dict(), "version": 99}
     with pytest.raises(ValueError, match="the state has version 99, this farms_tb reads up to 1: upgrade it"):
         balancer.load_state_dict(state)
+
+
+def test_state_of_the_first_version_loads() -> None:
+    """A file that stays as it was written: what a run saved once, every later version reads without a word."""
+    state = json.loads((Path(__file__).parent / "data" / "tempbalance_state_v1.json").read_text())
+    net = make_net(seed=3)
+    balancer = TempBalance(net, torch.optim.SGD(net.parameters(), lr=0.1))
+    assert balancer.ratios != state["ratios"]
+    balancer.load_state_dict(state)
+    assert balancer.ratios == state["ratios"]
+    assert balancer.report.alphas == {name: record["alpha"] for name, record in state["report"].items()}
 
 
 def test_detach_gives_the_optimizer_back() -> None:
