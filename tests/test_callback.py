@@ -604,7 +604,7 @@ class FindAgain(LearningRateFinder):
         return
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        if trainer.current_epoch == 0:
+        if trainer.current_epoch == 1:
             self.lr_find(trainer, pl_module)
 
 
@@ -826,12 +826,12 @@ def test_strategies_are_refused_by_name(name: str) -> None:
 
 
 class Block(nn.Module):
-    """A residual block with names as torchvision gives them."""
+    """A residual block with names as torchvision gives them, the norms listed after both convolutions."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(6, 8, 3, padding=1), nn.BatchNorm2d(8)
-        self.conv2, self.bn2 = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.conv1, self.conv2 = nn.Conv2d(6, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.bn1, self.bn2 = nn.BatchNorm2d(8), nn.BatchNorm2d(8)
         self.downsample = nn.Sequential(nn.Conv2d(6, 8, 1), nn.BatchNorm2d(8))
         self.norm = nn.LayerNorm(8)
         self.fc = nn.Linear(8, 8)

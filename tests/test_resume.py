@@ -95,6 +95,7 @@ def finish_and_compare(
     assert_same_weights(resumed, module)
     assert resumed_balance.ratios == balance.ratios
     assert resumed_balance.report == balance.report
+    assert_same_state(resumed_balance.state_dict(), balance.state_dict())
     ours, whole = (
         [(step, row) for step, row in log.rows if any(key.startswith("farms") for key in row)]
         for log in (resumed_logger, logger)
