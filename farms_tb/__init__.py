@@ -2,6 +2,7 @@
 
 - `analyze(model)`: how well each layer is trained, as a report.
 - `FARMSTempBalance()`: the Lightning callback that measures, balances and logs.
+- `FARMSTrainerCallback()`: the same for Hugging Face's Trainer; needs the extra `transformers`.
 - `TempBalance(model, optimizer)`: the same for a plain PyTorch loop.
 - `lr_ratios(alphas)`: the maps from alphas to learning-rate ratios.
 """
@@ -18,9 +19,11 @@ from farms_tb.temperature import lr_ratios
 
 if TYPE_CHECKING:
     from farms_tb.callback import FARMSTempBalance
+    from farms_tb.huggingface import FARMSTrainerCallback as FARMSTrainerCallback
 
 __version__ = "0.1.0"
 
+# Not FARMSTrainerCallback: `from farms_tb import *` works without transformers.
 __all__ = [
     "EsdHistogram",
     "FARMSTempBalance",
@@ -37,9 +40,13 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import the callback, and Lightning with it, only for those who use it."""
+    """Import a callback, and its trainer's package with it, only for those who use it."""
     if name == "FARMSTempBalance":
         from farms_tb.callback import FARMSTempBalance
 
         return FARMSTempBalance
+    if name == "FARMSTrainerCallback":
+        from farms_tb.huggingface import FARMSTrainerCallback
+
+        return FARMSTrainerCallback
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -18,7 +18,9 @@ WHEN_AND_WHAT_TO_LOG = {"every_n_epochs": 1, "every_n_steps": None, "log": True,
 
 def options_of(function: object) -> dict[str, object]:
     parameters = inspect.signature(function).parameters.values()  # type: ignore[arg-type]
-    return {parameter.name: parameter.default for parameter in parameters if parameter.default is not parameter.empty}
+    return {
+        parameter.name: parameter.default for parameter in parameters if parameter.default is not parameter.empty
+    }
 
 
 @pytest.mark.parametrize(
@@ -28,14 +30,17 @@ def options_of(function: object) -> dict[str, object]:
         (farms_tb.lr_ratios, TEMPERATURE),
         (farms_tb.TempBalance, SPECTRAL | TEMPERATURE | BALANCE),
         (farms_tb.FARMSTempBalance, SPECTRAL | TEMPERATURE | BALANCE | WHEN_AND_WHAT_TO_LOG),
+        (farms_tb.FARMSTrainerCallback, SPECTRAL | TEMPERATURE | BALANCE | WHEN_AND_WHAT_TO_LOG),
     ],
-    ids=["analyze", "lr_ratios", "TempBalance", "FARMSTempBalance"],
+    ids=["analyze", "lr_ratios", "TempBalance", "FARMSTempBalance", "FARMSTrainerCallback"],
 )
 def test_options_agree(entry_point: object, options: dict[str, object]) -> None:
     assert options_of(entry_point) == options
 
 
-@pytest.mark.parametrize("entry_point", ["analyze", "lr_ratios", "TempBalance", "FARMSTempBalance"])
+@pytest.mark.parametrize(
+    "entry_point", ["analyze", "lr_ratios", "TempBalance", "FARMSTempBalance", "FARMSTrainerCallback"]
+)
 def test_every_option_is_documented(entry_point: str) -> None:
     documented = inspect.getdoc(getattr(farms_tb, entry_point)) or ""
     for name in options_of(getattr(farms_tb, entry_point)):

@@ -12,7 +12,7 @@ import farms_tb
 PACKAGE = Path(farms_tb.__file__).parent
 OPTIONAL = (
     *("lightning", "pytorch_lightning", "lightning_fabric", "wandb", "matplotlib", "pandas", "hydra", "omegaconf"),
-    *("scipy", "sklearn", "neuralop", "tltorch", "torchvision", "rich"),
+    *("scipy", "sklearn", "neuralop", "tltorch", "torchvision", "rich", "transformers", "accelerate"),
 )
 MATHEMATICS = ("options", "matrices", "layers", "windows", "spectra", "power_law", "temperature", "analysis")
 
@@ -56,14 +56,16 @@ optimizer.step()
 balancer.step()
 loaded = {name.split(".")[0] for name in sys.modules}
 assert not loaded & set(OPTIONAL), loaded
-try:
-    farms_tb.FARMSTempBalance
-except ImportError as error:
-    print(error)
+for name in ("FARMSTempBalance", "FARMSTrainerCallback"):
+    try:
+        getattr(farms_tb, name)
+    except ImportError as error:
+        print(error)
 """
     )
     assert finished.returncode == 0, finished.stderr
     assert "refused: lightning" in finished.stdout
+    assert 'pip install "farms-tb[transformers]"' in finished.stdout
 
 
 def test_importing_changes_nothing():

@@ -14,10 +14,10 @@ BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encod
 
 
 def test_readme_has_examples() -> None:
-    assert len(BLOCKS) == 2
+    assert len(BLOCKS) == 3
 
 
-@pytest.mark.parametrize("code", BLOCKS, ids=["lightning", "plain"])
+@pytest.mark.parametrize("code", BLOCKS, ids=["lightning", "huggingface", "plain"])
 def test_readme_example_runs(code: str, tmp_path: Path) -> None:
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False
