@@ -155,8 +155,7 @@ class LayerBalancer:
 
     def layer_lrs(self) -> dict[str, float]:
         """Return the learning rate now of each layer that is trained."""
-        parameters = dict(self._model.named_parameters())
-        by_id = {id(parameters[name]): name for name in parameters}
+        by_id = {id(p): name for name, p in self._model.named_parameters() if p.requires_grad}
         lrs: dict[str, float] = {}
         for step in self._steps:
             for split in step.split_groups():
@@ -211,7 +210,9 @@ class LayerBalancer:
 
     def _changes(self, state: dict[str, Any]) -> str:
         """Say in what the saved state differs from this run; empty where in nothing."""
-        now, saved = as_plain(self.spectral, self.balance), state["options"]
+        now = as_plain(self.spectral, self.balance)
+        # An option that the checkpoint does not know yet was at its default in effect.
+        saved = as_plain(SpectralOptions(), BalanceOptions()) | state["options"]
         parts = [
             f"{name} was {saved.get(name)!r} and is {now.get(name)!r}"
             for name in {**now, **saved}

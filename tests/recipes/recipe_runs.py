@@ -1,11 +1,6 @@
-"""Settings of toy size, and a reader of W&B's offline files."""
+"""Settings of toy size."""
 
 from __future__ import annotations
-
-import struct
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
@@ -18,26 +13,6 @@ TINY_DARCY = (
     *("data.workers=1", "trainer=cpu", "trainer.log_every_n_steps=1"),
 )
 TINY_UNET = (*TINY_DARCY, "trainer.max_epochs=2", "model.net.width=4")
-
-
-def wandb_records(path: Path) -> Iterator[Any]:
-    """Read a `.wandb` file: LevelDB's log format (blocks of 32 KiB, records that may span them) behind 7 bytes."""
-    from wandb.proto import wandb_internal_pb2
-
-    data, position, parts = path.read_bytes(), 7, b""
-    while position < len(data):
-        room = 32768 - position % 32768
-        if room < 7:
-            position += room
-            continue
-        length, kind = struct.unpack("<HB", data[position + 4 : position + 7])
-        parts += data[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):  # a full record, or the last part of one
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(parts)
-            yield record
-            parts = b""
 
 
 def compose_settings(*overrides: str) -> DictConfig:

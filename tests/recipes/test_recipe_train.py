@@ -21,7 +21,8 @@ from recipes.config import build
 from recipes.errors import RecipeError
 from recipes.tasks import nrmse
 from recipes.train import CONFIG_DIR, train
-from tests.recipes.recipe_runs import TINY_UNET, compose_settings, wandb_records
+from tests.helpers import read_wandb_file
+from tests.recipes.recipe_runs import TINY_UNET, compose_settings
 
 Settings = Callable[..., DictConfig]
 ROOT = Path(CONFIG_DIR).parent
@@ -129,7 +130,7 @@ def test_the_table_and_the_scores_are_printed(finished: Finished) -> None:
 
 def test_offline_wandb_run_reads_back(finished: Finished) -> None:
     (file,) = finished.folder.glob("wandb/offline-run-*/run-*.wandb")
-    records = list(wandb_records(file))
+    records = read_wandb_file(file)
     keys = {item.key or "/".join(item.nested_key) for record in records for item in record.history.item}
     kinds = {record.WhichOneof("record_type") for record in records}
     assert {
