@@ -1,6 +1,7 @@
 """FARMS alphas and layer-wise learning rates for PyTorch and Lightning.
 
 - `analyze(model)`: how well each layer is trained, as a report.
+- `analyze_checkpoint(path)`: the same of a file of weights, safe for files of others.
 - `FARMSTempBalance()`: the Lightning callback that measures, balances and logs.
 - `FARMSTrainerCallback()`: the same for Hugging Face's Trainer; needs the extra `transformers`.
 - `TempBalance(model, optimizer)`: the same for a plain PyTorch loop.
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from farms_tb.analysis import analyze
 from farms_tb.balance import StepGroup, TempBalance
+from farms_tb.checkpoint import analyze_checkpoint
 from farms_tb.matrices import MatrixStack, NoSpectrumError, layer_matrices
 from farms_tb.report import EsdHistogram, LayerRecord, Report
 from farms_tb.temperature import lr_ratios
@@ -34,6 +36,7 @@ __all__ = [
     "StepGroup",
     "TempBalance",
     "analyze",
+    "analyze_checkpoint",
     "layer_matrices",
     "lr_ratios",
 ]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from farms_tb.layers import Layer, find_layers, read_stacks
+from farms_tb.layers import Layer, find_layers, read_stacks, stack_problem
 from farms_tb.matrices import MatrixStack, NoSpectrumError
 from farms_tb.options import Esd, Fit, SpectralOptions, as_plain
 from farms_tb.power_law import PowerLawFit, fit_power_law
@@ -170,8 +170,18 @@ def measure(
     if error is not None:
         raise error
     rows = table.cpu().tolist()
-    records = {layer.name: _record(layer, row, options) for layer, row in zip(layers, rows, strict=True)}
+    records = {
+        layer.name: _record(row, options, layer.kind, layer.shape, layer.problem)
+        for layer, row in zip(layers, rows, strict=True)
+    }
     return Report(records, as_plain(options))
+
+
+def stack_record(stack: MatrixStack, options: SpectralOptions) -> LayerRecord:
+    """Measure one weight that belongs to no module."""
+    problem = stack_problem(stack)
+    row = [] if problem else measure_stack(stack, options).tolist()
+    return _record(row, options, stack.kind, tuple(stack.matrices.shape), problem)
 
 
 def _own_rows(
@@ -321,10 +331,12 @@ def _histogram(eigenvalues: Tensor, first: Tensor, log_factor: float) -> Tensor:
     return torch.cat([torch.stack([low, high]), counts.to(logs.dtype)])
 
 
-def _record(layer: Layer, row: Sequence[float], options: SpectralOptions) -> LayerRecord:
+def _record(
+    row: Sequence[float], options: SpectralOptions, kind: str, shape: tuple[int, ...], problem: str
+) -> LayerRecord:
     """Turn a row back into a record."""
-    if layer.problem:
-        return LayerRecord(status=layer.problem, kind=layer.kind, shape=layer.shape)
+    if problem:
+        return LayerRecord(status=problem, kind=kind, shape=shape)
     outcome, detail = int(row[0]), int(row[1])
     figures: dict[str, Any] = {
         name: value if math.isfinite(value) else None
@@ -340,7 +352,7 @@ def _record(layer: Layer, row: Sequence[float], options: SpectralOptions) -> Lay
         **figures,
         num_eigenvalues=number,
         status=_OUTCOMES[outcome].format(detail, options.min_eigenvalues),
-        kind=layer.kind,
-        shape=layer.shape,
+        kind=kind,
+        shape=shape,
         histogram=EsdHistogram(tuple(map(int, counts)), low, high) if any(counts) else None,
     )

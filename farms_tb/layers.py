@@ -7,7 +7,7 @@ listed with the reason.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -127,6 +127,11 @@ def read_stacks(module: nn.Module) -> list[MatrixStack]:
     return stacks
 
 
+def stack_problem(stack: MatrixStack) -> str:
+    """Say why a stack has no spectrum; empty where it has one."""
+    return "" if min(stack.matrices.shape[1:]) > 1 else "one row or one column: no spectrum"
+
+
 @contextmanager
 def _measuring(module: nn.Module) -> Iterator[None]:
     # A spectral-norm parametrization in training mode moves its power iteration each time the weight is read.
@@ -162,7 +167,7 @@ def _module_layers(path: str, module: nn.Module, names: dict[int, str], claimed:
     """Return the layers of one module whose type has a rule."""
     own = [parameter for part in _own_modules(module) for parameter in part._parameters.values()]
     parameters = {id(parameter): parameter for parameter in own if parameter is not None}
-    problem = _tied(parameters, claimed) or _unreadable(parameters)
+    problem = _tied(parameters, claimed) or unreadable(parameters.values())
     free = {key: names[key] for key in parameters if key not in claimed and key in names}
     claimed.update(dict.fromkeys(free, path or "weight"))
     stacks: list[MatrixStack] = []
@@ -188,7 +193,7 @@ def _module_layers(path: str, module: nn.Module, names: dict[int, str], claimed:
                 shape=tuple(stack.matrices.shape),
                 # Of the parameters that belong to another part alone, none; what no part claims, all share.
                 parameters=tuple(name for key, name in free.items() if key == mine or key not in shared),
-                problem="" if min(stack.matrices.shape[1:]) > 1 else "one row or one column: no spectrum",
+                problem=stack_problem(stack),
             )
         )
     return layers
@@ -201,8 +206,9 @@ def _tied(parameters: dict[int, nn.Parameter], claimed: dict[int, str]) -> str:
     return ""
 
 
-def _unreadable(parameters: dict[int, nn.Parameter]) -> str:
-    for parameter in parameters.values():
+def unreadable(parameters: Iterable[Tensor]) -> str:
+    """Say why weights cannot be measured; empty where they can."""
+    for parameter in parameters:
         if is_lazy(parameter):
             return "not initialised yet: run one batch through the model first"
         if parameter.is_meta:

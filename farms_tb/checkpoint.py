@@ -1,0 +1,369 @@
+"""Measure the weights in a file, without the model and without running anything that the file holds.
+
+A file holds names and tensors and nothing of the modules they come from, so a layer's type is told by its name and
+the number of its dimensions:
+
+=============================================  ==============================================================
+name and weight                                taken for
+=============================================  ==============================================================
+`weight`, 2 dimensions                         a linear layer; an embedding, which is listed but not measured,
+                                               where its name contains "emb", "wte" or "wpe"
+`weight`, 3 to 5 dimensions, real              a convolution of one group, transposed or not
+`in_proj_weight`, or `q_proj_weight` and so on  q, k and v of attention
+any name, 3 and more dimensions, complex       a spectral convolution (in, out, *modes), all modes in use
+=============================================  ==============================================================
+
+What is anything else is listed with the reason, as in `farms_tb.analyze`.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from farms_tb.analysis import stack_record
+from farms_tb.layers import clean_name, unreadable
+from farms_tb.matrices import CONV_NORM, MatrixStack, NoSpectrumError
+from farms_tb.options import Esd, Fit, SpectralOptions, as_plain
+from farms_tb.report import LayerRecord, Report
+
+INDEX = ".safetensors.index.json"
+
+_EMBEDDINGS = ("emb", "wte", "wpe")
+_ATTENTION_PARTS = {f"{part}_proj_weight": part for part in "qkv"}
+# Where training scripts keep the weights in a checkpoint that holds more; the first is Lightning's.
+_STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model")
+
+
+def analyze_checkpoint(
+    path: str | PathLike[str],
+    *,
+    esd: Esd = "farms",
+    fit: Fit = "median",
+    aspect_ratio: float = 1.0,
+    window: int = 100,
+    windows_per_dim: int = 9,
+    window_step: int | None = None,
+    xmin_pos: float = 2.0,
+    filter_zeros: bool = False,
+    relative_cutoff: float = 0.0,
+    min_eigenvalues: int = 5,
+) -> Report:
+    """Measure how well each layer is trained, from a file of weights, also of one that somebody else made.
+
+    Nothing in the file is executed: safetensors hold no code, and of a pickle only tensors and plain containers
+    are read (`torch.load(weights_only=True)`). One layer's weights are in memory at a time, but for torch files
+    of before version 1.6.
+
+    The alphas are those of `analyze` on the model that the weights come from, with the exception of what a file
+    does not tell: the groups of a convolution (it is measured as if it had one), the modes in use of a spectral
+    one, layers registered by the user. See `farms_tb.checkpoint` for how a layer's type is told.
+
+    Args:
+        path: a `.safetensors` file; a directory as Hugging Face saves it, or its `model.safetensors.index.json`;
+            a file by `torch.save` of a state dict or of a dict that holds one as `"state_dict"` (a Lightning
+            checkpoint), `"model_state_dict"` or `"model"`.
+        esd: see `farms_tb.analyze`, like all options.
+        fit: where the power-law tail begins.
+        aspect_ratio: columns / rows of a window.
+        window: rows of a window of a linear layer.
+        windows_per_dim: start positions of windows along each dimension.
+        window_step: a fixed distance between start positions instead.
+        xmin_pos: the median fit's divisor.
+        filter_zeros: drop eigenvalues below 1e-5.
+        relative_cutoff: drop eigenvalues below this fraction of the largest one.
+        min_eigenvalues: samples with fewer eigenvalues have no alpha.
+
+    Returns:
+        A report, its layers called by the path of their parameter without `.weight`; in the order of a torch file,
+        and sorted by name from safetensors, which have no order.
+
+    Raises:
+        FileNotFoundError: no such file, or one of several parts is missing.
+        ValueError: an option is out of range; or the file is cut short, is no checkpoint, holds no matrix, or is a
+            pickle of more than weights.
+        ImportError: a `.safetensors` file, and the package safetensors is not installed.
+
+    Example:
+        >>> import tempfile
+        >>> model = torch.nn.Sequential(torch.nn.Linear(512, 128), torch.nn.ReLU(), torch.nn.Linear(128, 1024))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     torch.save(model.state_dict(), f"{folder}/weights.pt")
+        ...     report = analyze_checkpoint(f"{folder}/weights.pt")
+        >>> {name: round(record.alpha, 1) for name, record in report.layers.items()}
+        {'0': 2.1, '2': 2.1}
+    """
+    options = SpectralOptions(
+        esd,
+        fit,
+        aspect_ratio,
+        window,
+        windows_per_dim,
+        window_step,
+        xmin_pos,
+        filter_zeros,
+        relative_cutoff,
+        min_eigenvalues,
+    )
+    records: dict[str, LayerRecord] = {}
+    measured: dict[object, str] = {}
+    for stored in _stored_tensors(Path(path)):
+        if not stored.may_be_layer:
+            continue
+        for name, record in _records(stored, measured, options):
+            # Only a dict made by hand has both `a` and `a.weight`.
+            records[name if name not in records else stored.key] = record
+    if not measured:
+        reasons = "".join(f"\n  {name}: {record.status}" for name, record in list(records.items())[:10])
+        raise ValueError(f"{path} has no weight that can be analysed" + reasons)
+    return Report(records, as_plain(options))
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor in a file.
+
+    Attributes:
+        key: its name there.
+        shape: its shape.
+        read: reads it.
+        identity: equal for two names of one tensor.
+    """
+
+    key: str
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+    identity: object
+
+    @property
+    def path_and_name(self) -> tuple[str, str]:
+        """Path of the module, and name of the parameter there."""
+        # tltorch keeps a dense weight as the `tensor` of a module `weight`.
+        path, _, name = clean_name(self.key).removesuffix(".tensor").rpartition(".")
+        return path, name
+
+    @property
+    def may_be_layer(self) -> bool:
+        """Not a vector in any disguise, but for the weights of linear layers and convolutions of one channel."""
+        matrix_like = self.path_and_name[1] == "weight" and len(self.shape) > 1
+        return matrix_like or sum(size > 1 for size in self.shape) > 1
+
+
+def _records(
+    stored: _Stored, measured: dict[object, str], options: SpectralOptions
+) -> Iterator[tuple[str, LayerRecord]]:
+    """Yield the layers of one tensor, measured, and note in `measured` that it was."""
+    path, own = stored.path_and_name
+    name = path if own == "weight" or own == "in_proj_weight" or own in _ATTENTION_PARTS else f"{path}.{own}"
+    name = name.strip(".") or own
+    if stored.identity in measured:
+        yield name, LayerRecord(status=f"tied to {measured[stored.identity]!r}")
+        return
+    try:
+        stacks = _stacks(stored, stored.read())
+    except NoSpectrumError as error:
+        yield name, LayerRecord(status=str(error))
+        return
+    for stack in stacks:
+        record = stack_record(stack, options)
+        if min(record.shape[1:]) > 1:
+            measured[stored.identity] = name
+        yield (f"{path}.{stack.part}".strip(".") if stack.part else name), record
+
+
+def _stacks(stored: _Stored, weight: Tensor) -> list[MatrixStack]:
+    """Return the weight as stacks of matrices by its name and shape.
+
+    Raises:
+        NoSpectrumError: it is none, or cannot be told to be one.
+    """
+    path, own = stored.path_and_name
+    problem = unreadable([weight])
+    if problem or weight.layout != torch.strided:
+        raise NoSpectrumError(problem or f"a sparse weight ({weight.layout})")
+    if ".weight." in f".{path}.":
+        raise NoSpectrumError(
+            "part of a parametrized or factorised weight: build the model and use analyze(model)"
+        )
+    if own == "in_proj_weight" and weight.ndim == 2 and len(weight) % 3 == 0:
+        parts = zip("qkv", weight.chunk(3), strict=True)
+        return [MatrixStack(matrix[None], sampling="grid", part=part) for part, matrix in parts]
+    if own in _ATTENTION_PARTS and weight.ndim == 2:
+        return [MatrixStack(weight[None], sampling="grid", part=_ATTENTION_PARTS[own])]
+    if weight.is_complex() and weight.ndim >= 3:
+        return [MatrixStack(weight.flatten(2).permute(2, 0, 1))]
+    if own != "weight":
+        raise NoSpectrumError(f"a parameter called {own!r}: its name does not tell what it is")
+    if weight.ndim == 2:
+        if _is_embedding(path):
+            raise NoSpectrumError("embedding, by its name: not analysed by default")
+        return [MatrixStack(weight[None], sampling="grid")]
+    if weight.ndim <= 5:
+        return [MatrixStack(weight.flatten(2).permute(2, 0, 1), eigenvalue_scale=CONV_NORM)]
+    raise NoSpectrumError(f"a weight of {weight.ndim} dimensions: neither linear nor convolution")
+
+
+def _is_embedding(path: str) -> bool:
+    """Look at the module's own name: `patch_embed.proj` is no embedding, `tok_emb` and `embeds.0` are."""
+    own = [part for part in path.split(".") if not part.isdigit()][-1:]
+    return any(word in part.lower() for part in own for word in _EMBEDDINGS)
+
+
+def _stored_tensors(path: Path) -> Iterator[_Stored]:
+    """Yield the tensors of a file, whatever its format."""
+    if path.is_dir():
+        path = _weights_in(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    if path.suffix == ".safetensors" or path.name.endswith(INDEX):
+        return _in_safetensors(path)
+    return _in_torch_file(path)
+
+
+def _weights_in(folder: Path) -> Path:
+    """Return the one index, or else the one safetensors file, in a directory."""
+    for pattern in (f"*{INDEX}", "*.safetensors"):
+        found = sorted(folder.glob(pattern))
+        if len(found) == 1:
+            return found[0]
+        if found:
+            names = ", ".join(file.name for file in found[:5])
+            raise ValueError(f"{folder} has several files of weights, pass one of them: {names}")
+    raise ValueError(
+        f"{folder} is a directory without a .safetensors file or model{INDEX}: pass the file of the weights"
+    )
+
+
+def _in_safetensors(path: Path) -> Iterator[_Stored]:
+    try:
+        from safetensors import safe_open
+    except ImportError as error:
+        raise ImportError(f'reading {path.name} needs safetensors: pip install "farms-tb[safetensors]"') from error
+    with ExitStack() as stack:
+        files: dict[str, Any] = {}
+
+        def opened(name: str) -> Any:
+            if name not in files:
+                with _intact(path.parent / name):
+                    files[name] = stack.enter_context(safe_open(path.parent / name, framework="pt"))
+            return files[name]
+
+        indexed = path.name.endswith(INDEX)
+        parts = _parts(path) if indexed else dict.fromkeys(opened(path.name).keys(), path.name)
+        for key in sorted(parts, key=_natural):
+            file = path.parent / parts[key]
+            with _intact(file):
+                shape = opened(file.name).get_slice(key).get_shape()
+            yield _Stored(key, tuple(shape), partial(_read, opened(file.name), key, file), key)
+
+
+def _read(handle: Any, key: str, file: Path) -> Tensor:
+    with _intact(file):
+        tensor: Tensor = handle.get_tensor(key)
+    return tensor
+
+
+@contextmanager
+def _intact(file: Path) -> Iterator[None]:
+    """Name the file in what safetensors has to say about it."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(
+            f"cannot read {file}: no safetensors file, or one that is cut short or damaged ({error})"
+        ) from error
+
+
+def _parts(index: Path) -> dict[str, str]:
+    """Return the file, beside the index, of each tensor."""
+    try:
+        parts = json.loads(index.read_bytes())["weight_map"]
+        valid = all(Path(name).name == name for name in parts.values())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        valid = False
+    if not valid:
+        raise ValueError(f"{index} is no index: expected JSON whose 'weight_map' names a file beside it a tensor")
+    missing = sorted({name for name in parts.values() if not (index.parent / name).is_file()})
+    if missing:
+        raise FileNotFoundError(f"{index} names files that are not beside it: {', '.join(missing[:5])}")
+    return dict(parts)
+
+
+def _natural(key: str) -> list[tuple[int, str]]:
+    """Sort `layers.10` after `layers.2`."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in key.split(".")]
+
+
+def _in_torch_file(path: Path) -> Iterator[_Stored]:
+    for key, tensor in _state_dict(_load(path), path).items():
+        if isinstance(key, str) and isinstance(tensor, Tensor):
+            yield _Stored(key, tuple(tensor.shape), partial(_same, tensor), _identity(key, tensor))
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _identity(key: str, tensor: Tensor) -> object:
+    """Tell two names of one weight: tied weights share their memory, in a torch file too."""
+    if tensor.layout != torch.strided or tensor.is_meta:
+        return key
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+
+
+def _load(path: Path) -> Any:
+    """Read a torch file without running it."""
+    with path.open("rb") as file:
+        pickled = file.read(1) == b"\x80"
+    zipped = zipfile.is_zipfile(path)
+    try:
+        with warnings.catch_warnings():
+            # The file is read or refused: what torch has to add is of no use to who reads it.
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except Exception as error:
+        said = str(error)
+        needs = re.search(r"(?:GLOBAL|class|function) ([\w.]+\.\w+)", said)
+        refused = isinstance(error, pickle.UnpicklingError)
+        if "TorchScript" in said or (refused and (needs or zipped or pickled)):
+            what = f" ({needs[1]})" if needs else ""
+            raise ValueError(
+                f"{path} holds more than weights{what}, and loading that could run anything: save the state dict "
+                "instead, by torch.save(model.state_dict(), path) or as safetensors; or, if you trust the file, "
+                "load it yourself with torch.load(path, weights_only=False) and call analyze(model)"
+            ) from error
+        # Torch advises to load what is no pickle without its safeguards.
+        detail = "no pickle" if refused else said.partition("\n")[0] or type(error).__name__
+        raise ValueError(
+            f"cannot read {path}: no checkpoint, or one that is empty, cut short or damaged ({detail})"
+        ) from error
+
+
+def _state_dict(loaded: Any, path: Path) -> Mapping[str, Any]:
+    """Return the tensors by name in what a file holds."""
+    found = loaded
+    if isinstance(loaded, dict):
+        found = next((loaded[key] for key in _STATE_DICT_KEYS if isinstance(loaded.get(key), dict)), loaded)
+    if isinstance(found, dict) and any(isinstance(value, Tensor) for value in found.values()):
+        return found
+    held = (
+        f"a dict with {', '.join(map(repr, list(found)[:5]))}" if isinstance(found, dict) else type(found).__name__
+    )
+    raise ValueError(
+        f"{path} holds no state dict: expected tensors by name, alone or as {_STATE_DICT_KEYS[0]!r}, got {held}"
+    )
