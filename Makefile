@@ -8,7 +8,7 @@ RUN := $(VENV)/bin/python
 .PHONY: help demo test lint format clean
 
 help:
-	@echo "make demo    install, then train a UNet on Darcy flow with FARMS-guided learning rates (about 3 minutes)"
+	@echo "make demo    install, then train a UNet on Darcy flow with FARMS-guided learning rates (about two minutes)"
 	@echo "make test    install, then run the test suite"
 	@echo "make lint    install, then check style, docstrings and types"
 	@echo "make format  rewrite the code in the project's style"
