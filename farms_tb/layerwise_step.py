@@ -11,6 +11,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import zip_longest
+from operator import is_
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -67,35 +69,79 @@ class _Split:
         self.group = group
         self.whole = set(by_ratio) <= {1.0}
         self._ratios = list(by_ratio)
+        self._params = list(group["params"])
         self.shown = [group]
         if not self.whole:
             self.shown = [
                 {key: self._own(key, value, ratio) for key, value in group.items()} | {"params": params}
                 for ratio, params in by_ratio.items()
             ]
-        self._given = [_note(shown) for shown in self.shown]
-        self._users = _note(group)
+        self._given = [_Note(shown) for shown in self.shown]
+        self._users = _Note(group)
+
+    def still_of(self, group: Group) -> bool:
+        """Tell whether this is how `group` is split now too, provided that the ratios are the same.
+
+        Never where the group holds tensors: their copies are made within the step, so that a captured graph of it
+        makes them again.
+        """
+        params = group["params"]
+        return (
+            group is self.group
+            and group.keys() == self.shown[0].keys()
+            and not any(isinstance(value, Tensor) for value in group.values())
+            and len(params) == len(self._params)
+            # By identity: tensors compare by value.
+            and all(map(is_, params, self._params))
+        )
 
     def follow_user(self) -> None:
         """Hand what the user changed since on to the groups of the step, scaled where it is the lr."""
         if self.whole:
             return
-        for key in _changed(self.group, self._users) & self.group.keys():
-            for shown, given, ratio in zip(self.shown, self._given, self._ratios, strict=True):
+        changed = self._users.changes(self.group) & self.group.keys()
+        if not changed:
+            return
+        for shown, given, ratio in zip(self.shown, self._given, self._ratios, strict=True):
+            for key in changed:
                 shown[key] = self._own(key, self.group[key], ratio)
-                given[key] = _note(shown)[key]
-        self._users = _note(self.group)
+                given.update(key, shown[key])
+        self._users = _Note(self.group)
 
     def written_by_step(self) -> set[str]:
         """Return the keys of the groups of the step that differ from what the step was given."""
-        pairs = zip(self.shown, self._given, strict=True)
-        return set().union(*(_changed(shown, given) for shown, given in pairs))
+        written: set[str] = set()
+        for shown, given in zip(self.shown, self._given, strict=True):
+            written |= given.changes(shown)
+        return written
 
     @staticmethod
     def _own(key: str, value: Any, ratio: float) -> Any:
         if key == "lr":
             return _scaled(value, ratio)
         return value.clone() if isinstance(value, Tensor) else value
+
+
+class _Note:
+    """The values of a group but for its parameters at some time, and how often tensors among them had changed."""
+
+    def __init__(self, group: Group) -> None:
+        self._values = {key: value for key, value in group.items() if key != "params"}
+        self._versions = {key: v._version for key, v in self._values.items() if isinstance(v, Tensor)}
+
+    def update(self, key: str, value: Any) -> None:
+        """Note a new value."""
+        self._values[key] = value
+        self._versions.pop(key, None)
+        if isinstance(value, Tensor):
+            self._versions[key] = value._version
+
+    def changes(self, group: Group) -> set[str]:
+        """Return the keys that were written, added or removed since."""
+        values = self._values
+        written = {key for key, value in values.items() if group.get(key, _MISSING) is not value}
+        written |= {key for key, version in self._versions.items() if values[key]._version != version}
+        return written | (group.keys() - values.keys() - {"params"})
 
 
 class LayerwiseStep:
@@ -121,6 +167,9 @@ class LayerwiseStep:
         # While a step runs: the groups it sees, and for each of the user's groups how it was split.
         self._shown: list[Group] | None = None
         self._split: list[_Split] = []
+        # The split of the last step, for as long as it holds: with a thousand layers it takes as long as the step.
+        self._kept: list[_Split] = []
+        self._kept_ratios: Mapping[int, float] = {}
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -131,7 +180,7 @@ class LayerwiseStep:
         """Leave the optimizer as it was found. Safe to call twice."""
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        self._handles, self._kept = [], []
         if _attached.get(self.optimizer) is self:
             del _attached[self.optimizer]
 
@@ -182,9 +231,18 @@ class LayerwiseStep:
     def _groups_to_show(self) -> list[Group]:
         if self._shown is None:
             users = self.optimizer.__dict__["param_groups"]
-            self._split = [_Split(group, self._by_ratio(group)) for group in users]
+            kept, self._kept = self._kept, []
+            if self._kept_ratios != self.ratios:
+                kept, self._kept_ratios = [], dict(self.ratios)
+            self._split = [self._split_of(group, old) for group, old in zip_longest(users, kept[: len(users)])]
             self._shown = [group for split in self._split for group in split.shown]
         return self._shown
+
+    def _split_of(self, group: Group, old: _Split | None) -> _Split:
+        if old is None or not old.still_of(group):
+            return _Split(group, self._by_ratio(group))
+        old.follow_user()
+        return old
 
     def _by_ratio(self, group: Group) -> dict[float, list[Tensor]]:
         by_ratio: dict[float, list[Tensor]] = {}
@@ -214,12 +272,11 @@ class LayerwiseStep:
         self._shown, self._split = None, []
         if len(shown) != sum(len(split.shown) for split in splits):
             raise RuntimeError(self._incompatible("added or removed param groups"))
-        for split in splits:
-            if not split.whole:
-                self._write_back(split)
+        written = [not split.whole and self._write_back(split) for split in splits]
+        self._kept = [] if any(written) else splits
 
-    def _write_back(self, split: _Split) -> None:
-        """Carry what the step wrote into its groups over to the user's group."""
+    def _write_back(self, split: _Split) -> bool:
+        """Carry what the step wrote into its groups over to the user's group; return whether it wrote anything."""
         written = split.written_by_step()
         if "lr" in written:
             raise RuntimeError(self._incompatible("wrote group['lr']"))
@@ -230,6 +287,7 @@ class LayerwiseStep:
                     self._incompatible(f"keeps group[{key!r}], which depends on the learning rate,")
                 )
             _store(split.group, key, values[0])
+        return bool(written)
 
     def _incompatible(self, deed: str) -> str:
         return (
@@ -267,22 +325,6 @@ def check_optimizer(optimizer: Optimizer) -> None:
 
 def _scaled(lr: float | Tensor, ratio: float) -> float | Tensor:
     return lr * ratio
-
-
-def _note(group: Group) -> dict[str, tuple[Any, int]]:
-    """Remember each value of a group but its parameters; a tensor with the count of its changes in place."""
-    return {
-        key: (value, value._version if isinstance(value, Tensor) else 0)
-        for key, value in group.items()
-        if key != "params"
-    }
-
-
-def _changed(group: Group, noted: Mapping[str, tuple[Any, int]]) -> set[str]:
-    """Return the keys that were written, added or removed since."""
-    now, missing = _note(group), (_MISSING, 0)
-    pairs = {key: (now.get(key, missing), noted.get(key, missing)) for key in {**now, **noted}}
-    return {key for key, (new, old) in pairs.items() if new[0] is not old[0] or new[1] != old[1]}
 
 
 def _store(group: Group, key: str, value: Any) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from farms_tb.layerwise_step import LayerwiseStep, check_optimizer, stepping_optimizers
+from farms_tb.layerwise_step import LayerwiseStep, _Split, check_optimizer, stepping_optimizers
 from tests.helpers import assert_same_state, make_net, spy_on_updates
 
 RATIOS = (0.5, 1.0, 1.7)
@@ -378,6 +378,152 @@ def test_wrappers_scale_once(wrap: Callable[[Any], Optimizer]) -> None:
         for _ in range(3):
             optimizer.step(closure)
     assert [[lrs[id(p)] for p in params] for lrs in seen] == [[0.05, 0.1, 0.1 * 1.7, 0.1]] * 3
+
+
+# The split of a step is kept for the next
+
+
+def set_lr(optimizer: Optimizer, stepper: LayerwiseStep, params: list[nn.Parameter]) -> None:
+    optimizer.param_groups[0]["lr"] = 0.3
+
+
+def set_lr_in_place(optimizer: Optimizer, stepper: LayerwiseStep, params: list[nn.Parameter]) -> None:
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.3)
+    optimizer.step()
+    optimizer.param_groups[0]["lr"].mul_(0.5)
+
+
+def set_options(optimizer: Optimizer, stepper: LayerwiseStep, params: list[nn.Parameter]) -> None:
+    optimizer.param_groups[0].update(momentum=0.5, weight_decay=0.1)
+
+
+def change_keys(optimizer: Optimizer, stepper: LayerwiseStep, params: list[nn.Parameter]) -> None:
+    group = optimizer.param_groups[0]
+    group["tag"] = None
+    optimizer.step()
+    del group["tag"]
+    group["other"] = None
+
+
+def replace_ratios(optimizer: Optimizer, stepper: LayerwiseStep, params: list[nn.Parameter]) -> None:
+    stepper.ratios = {id(p): 0.1 for p in params[1:]}
+
+
+def ratios_in_place(optimizer: Optimizer, stepper: LayerwiseStep, params: list[nn.Parameter]) -> None:
+    assert isinstance(stepper.ratios, dict)
+    stepper.ratios[id(params[1])] = 0.2
+
+
+def other_order(optimizer: Optimizer, stepper: LayerwiseStep, params: list[nn.Parameter]) -> None:
+    optimizer.param_groups[0]["params"].reverse()
+
+
+def replace_parameter(optimizer: Optimizer, stepper: LayerwiseStep, params: list[nn.Parameter]) -> None:
+    params[2] = optimizer.param_groups[0]["params"][2] = nn.Parameter(torch.ones(3, 3))
+
+
+def drop_parameter(optimizer: Optimizer, stepper: LayerwiseStep, params: list[nn.Parameter]) -> None:
+    optimizer.param_groups[0]["params"].pop()
+
+
+def add_group(optimizer: Optimizer, stepper: LayerwiseStep, params: list[nn.Parameter]) -> None:
+    moved = optimizer.param_groups[0]["params"].pop()
+    optimizer.add_param_group({"params": [moved], "lr": 0.7})
+
+
+def drop_group(optimizer: Optimizer, stepper: LayerwiseStep, params: list[nn.Parameter]) -> None:
+    add_group(optimizer, stepper, params)
+    optimizer.step()
+    del optimizer.param_groups[0]
+
+
+def replace_group(optimizer: Optimizer, stepper: LayerwiseStep, params: list[nn.Parameter]) -> None:
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
+def all_ones_for_a_step(optimizer: Optimizer, stepper: LayerwiseStep, params: list[nn.Parameter]) -> None:
+    ratios, stepper.ratios = stepper.ratios, {}
+    optimizer.param_groups[0]["momentum"] = 0.5
+    optimizer.step()
+    stepper.ratios = ratios
+
+
+EDITS = [
+    set_lr,
+    set_lr_in_place,
+    set_options,
+    change_keys,
+    replace_ratios,
+    ratios_in_place,
+    other_order,
+    replace_parameter,
+    drop_parameter,
+    add_group,
+    drop_group,
+    replace_group,
+    all_ones_for_a_step,
+]
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_what_changes_between_steps_counts(edit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The oracle is a stepper that splits the groups anew at every step."""
+    seen: list[Any] = []
+
+    class Recorder(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            seen.append([{**group, "params": list(map(places, group["params"]))} for group in self.param_groups])
+            return super().step(closure)
+
+    Recorder.__module__ = "torch.optim.sgd"
+
+    def places(parameter: nn.Parameter) -> int:
+        return next(i for i, p in enumerate(params) if p is parameter)
+
+    shown = []
+    for keep in (True, False):
+        params, seen = make_params(), []
+        optimizer = Recorder(params, lr=0.1, momentum=0.9)
+        stepper = attach(optimizer, params)
+        if not keep:
+            monkeypatch.setattr(_Split, "still_of", lambda self, group: False)
+        for step in range(4):
+            set_grads(params, step)
+            if step == 2:
+                edit(optimizer, stepper, params)
+            optimizer.step()
+        shown.append({"seen": seen, "params": params})
+    assert_same_state(*shown)
+
+
+def test_unchanged_groups_are_not_split_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = make_params()
+    optimizer = torch.optim.SGD(params, lr=0.1)
+    stepper = attach(optimizer, params)
+    split = []
+    monkeypatch.setattr(
+        stepper, "_by_ratio", lambda group: split.append(group) or type(stepper)._by_ratio(stepper, group)
+    )
+    for step in range(5):
+        set_grads(params, step)
+        optimizer.param_groups[0]["lr"] *= 0.9
+        optimizer.step()
+    assert len(split) == 1
+
+
+def test_tensors_of_a_group_are_scaled_within_each_step() -> None:
+    """So that a captured CUDA graph of the step, run again, follows an lr that is written in place."""
+    params = make_params()
+    lr = torch.tensor(0.1)
+    optimizer = torch.optim.SGD(params, lr=lr)
+    stepper = attach(optimizer, params)
+    shown = []
+    for step in range(2):
+        set_grads(params, step)
+        with spy_on_updates("SGD"):
+            optimizer.step()
+        shown.append([id(group["lr"]) for split in stepper._kept for group in split.shown])
+    assert set(shown[0]).isdisjoint(shown[1])
 
 
 # Closures, hooks and errors
