@@ -8,7 +8,6 @@ Source of the method: TempBalance, Zhou et al., NeurIPS 2023, arXiv 2312.00359.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
@@ -36,6 +35,7 @@ from farms_tb.options import (
 )
 from farms_tb.report import LayerRecord, Report
 from farms_tb.temperature import ratios_from
+from farms_tb.warning import warn_once
 
 STATE_VERSION = 1
 
@@ -157,11 +157,11 @@ class LayerBalancer:
         """Return the learning rate now of each layer that is trained."""
         by_id = {id(p): name for name, p in self._model.named_parameters() if p.requires_grad}
         lrs: dict[str, float] = {}
-        for step in self._steps:
-            for split in step.split_groups():
-                for parameter in split.params:
-                    for layer in self._own_layers.get(clean_name(by_id.get(id(parameter), "")), ()):
-                        lrs.setdefault(layer, float(split.lr))
+        for split in (split for step in self._steps for split in step.split_groups()):
+            lr = float(split.lr)
+            for parameter in split.params:
+                for layer in self._own_layers.get(clean_name(by_id.get(id(parameter), "")), ()):
+                    lrs.setdefault(layer, lr)
         return {layer.name: lrs[layer.name] for layer in self.layers if layer.name in lrs}
 
     def detach(self) -> None:
@@ -197,9 +197,7 @@ class LayerBalancer:
             )
         changes = self._changes(state)
         if changes:
-            warnings.warn(
-                "the checkpoint was written with other settings, measuring anew: " + changes, stacklevel=2
-            )
+            warn_once("the checkpoint was written with other settings, measuring anew: " + changes, self._model)
         saved = state["ratios"]
         self._put_in_force({layer.name: float(saved.get(layer.name, 1.0)) for layer in self.layers})
         records = {
@@ -301,16 +299,16 @@ class LayerBalancer:
     def _warn_missing(self, report: Report, metrics: dict[str, float | None]) -> None:
         missing = [name for name, value in metrics.items() if value is None and name not in self._warned]
         self._warned.update(missing)
-        if missing and (not self._share or dist.get_rank() == 0):
+        if missing:
             reasons = "; ".join(f"{name}: {report.layers[name].status}" for name in missing)
-            warnings.warn(
-                f"layers with no {self.balance.metric} keep the base learning rate: {reasons}", stacklevel=2
-            )
+            warn_once(f"layers with no {self.balance.metric} keep the base learning rate: {reasons}", self._model)
 
     def _put_in_force(self, ratios: dict[str, float]) -> None:
         self.ratios = ratios
-        by_name = self.parameter_ratios()
-        by_id = {id(p): by_name[clean_name(name)] for name, p in self._model.named_parameters()}
+        by_id = {
+            id(parameter): self._shared_ratio(self._owners.get(clean_name(name), ()))
+            for name, parameter in self._model.named_parameters()
+        }
         for step in self._steps:
             step.ratios = by_id
 

@@ -8,7 +8,6 @@ own step hooks, by a view of itself: an instance of a subclass that shares all o
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -19,6 +18,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+from farms_tb.warning import warn_once
 
 Group = dict[str, Any]
 
@@ -315,12 +316,11 @@ def check_optimizer(optimizer: Optimizer) -> None:
             f"this {name} already has layer-wise learning rates: use one FARMSTempBalance or TempBalance"
         )
     if name == "Rprop":
-        warnings.warn("Rprop uses its lr for the first step alone: ratios have no effect after it", stacklevel=3)
+        message = "Rprop uses its lr for the first step alone: ratios have no effect after it"
+        warn_once(message, type(optimizer), stacklevel=3)
     elif not type(optimizer).__module__.startswith("torch.optim"):
-        warnings.warn(
-            f"layer-wise learning rates are untested with {name}: check callback.param_groups(optimizer)",
-            stacklevel=3,
-        )
+        message = f"layer-wise learning rates are untested with {name}: check callback.param_groups(optimizer)"
+        warn_once(message, type(optimizer), stacklevel=3)
 
 
 def _scaled(lr: float | Tensor, ratio: float) -> float | Tensor:

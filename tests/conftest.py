@@ -1,8 +1,10 @@
-"""Every test starts from the same seed; property tests draw the same examples on every machine."""
+"""Each test starts from one seed, with nothing warned about yet; property tests draw the same examples everywhere."""
 
 import pytest
 import torch
 from hypothesis import settings
+
+from farms_tb import warning
 
 torch.set_num_threads(1)
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
@@ -10,5 +12,6 @@ settings.load_profile("repeatable")
 
 
 @pytest.fixture(autouse=True)
-def seed():
+def fresh():
     torch.manual_seed(0)
+    warning._said.clear()
