@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from farms_tb.layers import Layer, find_layers, read_stacks, stack_problem
+from farms_tb.layers import NO_VALUES, Layer, find_layers, read_stacks, stack_problem
 from farms_tb.matrices import MatrixStack, NoSpectrumError
 from farms_tb.options import Esd, Fit, SpectralOptions, as_plain
 from farms_tb.power_law import PowerLawFit, fit_power_law
@@ -51,8 +51,9 @@ _OUTCOMES = (
     "low rank: zero eigenvalues in the tail of {} sample(s)",
     "flat spectrum: the eigenvalues in the tail of {} sample(s) are all equal",
     "no eigenvalue in the range that fit='xmin_peak' searches in {} sample(s)",
+    NO_VALUES,
 )
-_OK, _NON_FINITE, _ZERO, _NO_WINDOW, _TOO_FEW, _LOW_RANK, _FLAT, _NO_PEAK = range(1, len(_OUTCOMES))
+_OK, _NON_FINITE, _ZERO, _NO_WINDOW, _TOO_FEW, _LOW_RANK, _FLAT, _NO_PEAK, _NO_VALUES = range(1, len(_OUTCOMES))
 
 
 def analyze(
@@ -72,7 +73,8 @@ def analyze(
     """Measure how well each layer of a model is trained.
 
     Args:
-        model: any module, on any device. Nothing of it is changed.
+        model: any module, on any device. Nothing of it is changed. On the meta device the report is a plan: the
+            layers, their shapes and how many eigenvalues a measurement would solve for.
         esd: `"farms"` for windows of one fixed aspect ratio, `"full"` for whole weight matrices (TempBalance).
         fit: where the power-law tail begins: `"median"`, `"goodness-of-fit"` or `"xmin_peak"`.
         aspect_ratio: columns / rows of a window.
@@ -109,15 +111,21 @@ def analyze(
         relative_cutoff,
         min_eigenvalues,
     )
-    return measure(checked_layers(model), options)
+    return measure(checked_layers(model, plan=True), options)
 
 
-def checked_layers(model: nn.Module) -> list[Layer]:
-    """`find_layers`, with an error where there is nothing to measure."""
+def checked_layers(model: nn.Module, *, plan: bool = False) -> list[Layer]:
+    """`find_layers`, with an error where there is nothing to measure, or to plan for."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
     layers = find_layers(model)
-    if all(layer.problem for layer in layers):
+    planned = any(layer.planned for layer in layers)
+    if all(layer.problem for layer in layers) and not (plan and planned):
+        if planned:
+            raise ValueError(
+                f"{type(model).__name__} is on the meta device: its layers have no values to balance. Give it "
+                "memory first, model.to_empty(device=...), and load or initialise its weights"
+            )
         reasons = "".join(f"\n  {layer.name}: {layer.problem}" for layer in layers[:10])
         raise ValueError(
             f"{type(model).__name__} has no layer that can be analysed; linear, convolution, attention and "
@@ -171,7 +179,7 @@ def measure(
         raise error
     rows = table.cpu().tolist()
     records = {
-        layer.name: _record(row, options, layer.kind, layer.shape, layer.problem)
+        layer.name: _record(row, options, layer.kind, layer.shape, "" if layer.planned else layer.problem)
         for layer, row in zip(layers, rows, strict=True)
     }
     return Report(records, as_plain(options))
@@ -194,7 +202,7 @@ def _own_rows(
     error: Exception | None = None
     module, stacks = None, []
     for index, layer in enumerate(layers):
-        if layer.problem:
+        if layer.problem and not layer.planned:
             continue
         try:
             # Every rank reads every layer: gathering a sharded weight is a collective call.
@@ -212,6 +220,8 @@ def _own_rows(
 @torch.no_grad()
 def measure_stack(stack: MatrixStack, options: SpectralOptions, histogram: bool = False) -> Tensor:
     """Return the row `(ROW_LENGTH,)` float64 of one layer, on the device of its weight."""
+    if stack.matrices.is_meta:
+        return _plan(stack, options)
     stack = replace(stack, matrices=_solvable(stack.matrices))
     largest = stack.matrices.abs().amax()
     if not largest.isfinite():
@@ -238,6 +248,22 @@ def measure_stack(stack: MatrixStack, options: SpectralOptions, histogram: bool 
     row[_HEAD - 1] = kept.sum()
     if histogram:
         row[_HEAD:] = _histogram(eigenvalues, first, log_factor)
+    return row
+
+
+def _plan(stack: MatrixStack, options: SpectralOptions) -> Tensor:
+    """Return the row of a weight without values: how many eigenvalues it has, or what its shape rules out."""
+    row = torch.zeros(ROW_LENGTH, dtype=torch.float64)
+    windows = layer_windows(stack, options)
+    if windows is None:
+        row[0] = _NO_WINDOW
+        return row
+    *lead, height, width = windows.view.shape
+    number = math.prod(lead) * min(height, width)
+    sample = number // windows.samples
+    row[0], row[1] = (_NO_VALUES, 0) if sample >= options.min_eigenvalues else (_TOO_FEW, sample)
+    row[2 : _HEAD - 1] = torch.nan
+    row[_HEAD - 1] = number
     return row
 
 

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from farms_tb.balance import LayerBalancer, StepGroup
-from farms_tb.logs import alpha_summary, log_measurement
+from farms_tb.logs import alpha_summary, log_measurement, warn_of_many_layers
 from farms_tb.options import (
     AssignFunc,
     Esd,
@@ -47,8 +47,8 @@ class FARMSTempBalance(Callback):
 
     Logged at each measurement, with every logger of the trainer: `farms/alpha/<layer>`, `farms/ratio/<layer>`,
     `farms/lr/<layer>`, `farms/alpha_mean`, `farms/alpha_std`, and `epoch`, the number of completed epochs. After
-    training a last row holds the alphas of the final weights. `farms/alpha_mean` and `farms/alpha_std` can be
-    monitored by other callbacks.
+    training a last row holds the alphas of the final weights. Of a model of more than 2400 layers the aggregates
+    alone are logged. `farms/alpha_mean` and `farms/alpha_std` can be monitored by other callbacks.
 
     Args:
         esd: `"farms"` measures windows of one fixed aspect ratio, `"full"` whole weight matrices (TempBalance).
@@ -193,6 +193,8 @@ class FARMSTempBalance(Callback):
         self._balancer = LayerBalancer(
             pl_module, trainer.optimizers, self._spectral, self._balance, share=trainer.world_size > 1
         )
+        if self._write:
+            warn_of_many_layers(len(self._balancer.layers), pl_module)
         self._training = True
         self._schedule.reset()
         self._restore()

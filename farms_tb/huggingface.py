@@ -16,6 +16,7 @@ from farms_tb.logs import (
     measurement_row,
     tensorboard_histogram,
     wandb_histograms,
+    warn_of_many_layers,
 )
 from farms_tb.options import AssignFunc, Esd, Fit, Kind, Metric, Norms, as_plain, check_bool, collect_options
 from farms_tb.report import Report
@@ -60,7 +61,7 @@ class FARMSTrainerCallback(TrainerCallback, ExportableState):
     `farms/alpha/<layer>`, `farms/ratio/<layer>`, `farms/lr/<layer>`, `farms/alpha_mean`, `farms/alpha_std`. Like
     all of the trainer's figures they appear under `train/` in W&B and TensorBoard. When training is over a last
     row holds the alphas of the final weights, before `load_best_model_at_end` puts others in their place. The
-    console gets the two aggregates only.
+    console gets the two aggregates only, and with more than 2400 layers so does everything else.
 
     A run resumed by `train(resume_from_checkpoint=...)` continues bit-identically, with or without
     `restore_callback_states_from_checkpoint`. That flag also brings back the options of the checkpoint, in a new
@@ -222,6 +223,8 @@ class FARMSTrainerCallback(TrainerCallback, ExportableState):
         self._balancer = LayerBalancer(
             kwargs["model"], [optimizer], self._spectral, self._balance, share=args.world_size > 1
         )
+        if self._write:
+            warn_of_many_layers(len(self._balancer.layers), kwargs["model"])
         self._training = True
         self._schedule.reset()
         # `state.epoch` counts epochs in fractions of their steps: exact at their ends, but a dataset without a

@@ -26,6 +26,9 @@ _NORMS: tuple[type[nn.Module], ...] = (
     nn.RMSNorm,
 )
 
+NO_VALUES = "on the meta device: no values"
+"""Problem of a layer whose weights have a shape and nothing in it."""
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -52,6 +55,11 @@ class Layer:
     parameters: tuple[str, ...] = ()
     problem: str = ""
     has_rule: bool = True
+
+    @property
+    def planned(self) -> bool:
+        """Whether the layer would be measured if it had values."""
+        return bool(self.kind) and self.problem == NO_VALUES
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -171,12 +179,16 @@ def _module_layers(path: str, module: nn.Module, names: dict[int, str], claimed:
     free = {key: names[key] for key in parameters if key not in claimed and key in names}
     claimed.update(dict.fromkeys(free, path or "weight"))
     stacks: list[MatrixStack] = []
-    if not problem:
+    if problem in ("", NO_VALUES):
         try:
             stacks = read_stacks(module)
         except NoSpectrumError as error:
             problem = str(error)
-    if problem:
+        except RuntimeError:
+            # A rule may compute with values where there are none.
+            if not problem:
+                raise
+    if not stacks:
         return [Layer(path or "weight", path, module, parameters=tuple(free.values()), problem=problem)]
     separate = {id(module._parameters.get(stack.parameter)) for stack in stacks if stack.parameter}
     shared = () if len(separate) < len(stacks) else separate
@@ -193,7 +205,7 @@ def _module_layers(path: str, module: nn.Module, names: dict[int, str], claimed:
                 shape=tuple(stack.matrices.shape),
                 # Of the parameters that belong to another part alone, none; what no part claims, all share.
                 parameters=tuple(name for key, name in free.items() if key == mine or key not in shared),
-                problem=stack_problem(stack),
+                problem=stack_problem(stack) or problem,
             )
         )
     return layers
@@ -212,7 +224,7 @@ def unreadable(parameters: Iterable[Tensor]) -> str:
         if is_lazy(parameter):
             return "not initialised yet: run one batch through the model first"
         if parameter.is_meta:
-            return "on the meta device: no values"
+            return NO_VALUES
         if not (parameter.is_floating_point() or parameter.is_complex()):
             return f"weights of type {parameter.dtype}: not floating point"
     return ""
@@ -243,18 +255,19 @@ def norm_feeders(model: nn.Module, layers: list[Layer]) -> dict[str, str]:
     """
     modules = {layer.module_name: layer.module for layer in layers if layer.kind}
     feeders: dict[str, str] = {}
-    seen: list[str] = []
-    for path, module in unwrap(model).named_modules():
+    nearest: dict[int | None, tuple[int, str]] = {}
+    for position, (path, module) in enumerate(unwrap(model).named_modules()):
         path = clean_name(path)
         if path in modules:
-            seen.append(path)
+            nearest[_width(modules[path])] = position, path
         elif isinstance(module, _NORMS):
             parent, _, own = path.rpartition(".")
             sibling = ".".join(filter(None, (parent, re.sub("bn|norm", "conv", own))))
-            wide = (name for name in reversed(seen) if _width(modules[name]) in _norm_widths(module))
-            feeder = sibling if sibling in modules else next(wide, None)
-            if feeder is not None:
-                feeders[path] = feeder
+            wide = [nearest[width] for width in _norm_widths(module) if width in nearest]
+            if sibling in modules:
+                feeders[path] = sibling
+            elif wide:
+                feeders[path] = max(wide)[1]
     return feeders
 
 

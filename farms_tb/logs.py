@@ -1,7 +1,7 @@
 """Write a measurement to a trainer's loggers: one row each, and the ESDs where asked for.
 
 Keys: `farms/alpha/<layer>`, `farms/ratio/<layer>`, `farms/lr/<layer>`, `farms/alpha_mean`, `farms/alpha_std`,
-`epoch`; ESDs under `farms_esd/<layer>`.
+`epoch`; ESDs under `farms_esd/<layer>`. Of a model of more than `MAX_LOGGED_LAYERS` layers the aggregates alone.
 """
 
 from __future__ import annotations
@@ -13,10 +13,25 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from farms_tb.report import EsdHistogram, Report
+from farms_tb.warning import warn_once
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
     from lightning.pytorch.loggers import Logger
+
+MAX_LOGGED_LAYERS = 2400
+"""Four keys each are fewer than the 10 000 metrics of a project beyond which W&B's pages become slow."""
+
+
+def warn_of_many_layers(number: int, model: object) -> None:
+    """Say, once for each model, that its layers are too many to log."""
+    if number > MAX_LOGGED_LAYERS:
+        warn_once(
+            f"the model has {number} layers: of more than {MAX_LOGGED_LAYERS}, farms/alpha_mean and "
+            "farms/alpha_std alone are logged; the callback's report and ratios hold every layer",
+            model,
+            stacklevel=3,
+        )
 
 
 def alpha_summary(report: Report) -> dict[str, float]:
@@ -35,8 +50,13 @@ def alpha_summary(report: Report) -> dict[str, float]:
 
 
 def measurement_row(report: Report, ratios: Mapping[str, float], lrs: Mapping[str, float]) -> dict[str, float]:
-    """Return one measurement as a row of figures: the aggregates, and each layer's alpha, ratio and lr."""
+    """Return one measurement as a row of figures: the aggregates, and each layer's alpha, ratio and lr.
+
+    Of more than `MAX_LOGGED_LAYERS` layers, the aggregates alone.
+    """
     row = alpha_summary(report)
+    if len(report.layers) > MAX_LOGGED_LAYERS:
+        return row
     for name, record in report.layers.items():
         figures = {"alpha": record.alpha, "ratio": ratios.get(name), "lr": lrs.get(name)}
         if record.kind:
@@ -45,7 +65,9 @@ def measurement_row(report: Report, ratios: Mapping[str, float], lrs: Mapping[st
 
 
 def esd_histograms(report: Report) -> dict[str, EsdHistogram]:
-    """Return the ESDs that were counted, by the name they are logged under."""
+    """Return the ESDs that were counted, by the name they are logged under; none of too many layers."""
+    if len(report.layers) > MAX_LOGGED_LAYERS:
+        return {}
     histograms = {name: record.histogram for name, record in report.layers.items()}
     return {f"farms_esd/{name}": h for name, h in histograms.items() if h is not None}
 
@@ -73,15 +95,15 @@ def log_measurement(
 def _log(
     logger: Logger, row: dict[str, float], histograms: Mapping[str, EsdHistogram], step: int, x_axis: str
 ) -> None:
-    from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
-
-    if isinstance(logger, WandbLogger):
+    # By name: those of the package pytorch_lightning are classes of their own.
+    kinds = {cls.__name__ for cls in type(logger).__mro__}
+    if "WandbLogger" in kinds:
         for pattern in ("farms/*", "farms_esd/*"):
             logger.experiment.define_metric(pattern, step_metric=x_axis)
         logger.log_metrics({**row, **wandb_histograms(histograms)}, step=step)
         return
     logger.log_metrics(row, step=step)
-    if isinstance(logger, TensorBoardLogger):
+    if "TensorBoardLogger" in kinds:
         for name, histogram in histograms.items():
             tensorboard_histogram(logger.experiment, name, histogram, step)
 

@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from functools import singledispatch
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 CONV_NORM = 0.5
@@ -81,6 +82,8 @@ def dense(weight: Tensor) -> Tensor:
     """Detach `weight` and gather it where it is sharded (DTensor): a collective call on every rank."""
     weight = weight.detach()
     gather: Callable[[], Tensor] | None = getattr(weight, "full_tensor", None)
+    if gather is not None and weight.is_meta:
+        return torch.empty(weight.shape, dtype=weight.dtype, device="meta")
     return weight if gather is None else gather()
 
 

@@ -42,7 +42,8 @@ class LayerRecord:
         norm_stable_rank: sum / number of eigenvalues, by the papers' name.
         entropy: Shannon entropy of the eigenvalues as shares of their sum, over its maximum log N: 1 for equal
             eigenvalues, towards 0 where one dominates.
-        num_eigenvalues: eigenvalues in all samples together, after filtering.
+        num_eigenvalues: eigenvalues in all samples together, after filtering; on the meta device the number that a
+            measurement would solve for.
         status: `"ok"`, or the reason why there is no alpha.
         kind: `"real"` or `"spectral"` (complex) weights; empty where there is no stack.
         shape: (K, R, C) of the stack of matrices; empty where there is none.
