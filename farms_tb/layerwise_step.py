@@ -273,11 +273,13 @@ class LayerwiseStep:
         self._shown, self._split = None, []
         if len(shown) != sum(len(split.shown) for split in splits):
             raise RuntimeError(self._incompatible("added or removed param groups"))
-        written = [not split.whole and self._write_back(split) for split in splits]
-        self._kept = [] if any(written) else splits
+        for split in splits:
+            if not split.whole:
+                self._write_back(split)
+        self._kept = splits
 
-    def _write_back(self, split: _Split) -> bool:
-        """Carry what the step wrote into its groups over to the user's group; return whether it wrote anything."""
+    def _write_back(self, split: _Split) -> None:
+        """Carry what the step wrote into its groups over to the user's group."""
         written = split.written_by_step()
         if "lr" in written:
             raise RuntimeError(self._incompatible("wrote group['lr']"))
@@ -288,7 +290,6 @@ class LayerwiseStep:
                     self._incompatible(f"keeps group[{key!r}], which depends on the learning rate,")
                 )
             _store(split.group, key, values[0])
-        return bool(written)
 
     def _incompatible(self, deed: str) -> str:
         return (

@@ -405,6 +405,17 @@ def change_keys(optimizer: Optimizer, stepper: LayerwiseStep, params: list[nn.Pa
     group["other"] = None
 
 
+def add_key_that_the_step_drops(optimizer: Optimizer, stepper: LayerwiseStep, params: list[nn.Parameter]) -> None:
+    for value in (1, 2):
+        optimizer.param_groups[0]["dropped"] = value
+        optimizer.step()
+        assert "dropped" not in optimizer.param_groups[0]
+
+
+def set_counter(optimizer: Optimizer, stepper: LayerwiseStep, params: list[nn.Parameter]) -> None:
+    optimizer.param_groups[0]["counter"] = 7
+
+
 def replace_ratios(optimizer: Optimizer, stepper: LayerwiseStep, params: list[nn.Parameter]) -> None:
     stepper.ratios = {id(p): 0.1 for p in params[1:]}
 
@@ -439,6 +450,7 @@ def drop_group(optimizer: Optimizer, stepper: LayerwiseStep, params: list[nn.Par
 
 def replace_group(optimizer: Optimizer, stepper: LayerwiseStep, params: list[nn.Parameter]) -> None:
     optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.param_groups[0]["lr"] = 0.3
 
 
 def all_ones_for_a_step(optimizer: Optimizer, stepper: LayerwiseStep, params: list[nn.Parameter]) -> None:
@@ -453,6 +465,8 @@ EDITS = [
     set_lr_in_place,
     set_options,
     change_keys,
+    add_key_that_the_step_drops,
+    set_counter,
     replace_ratios,
     ratios_in_place,
     other_order,
@@ -473,6 +487,9 @@ def test_what_changes_between_steps_counts(edit: Any, monkeypatch: pytest.Monkey
     class Recorder(torch.optim.SGD):
         def step(self, closure: Any = None) -> Any:
             seen.append([{**group, "params": list(map(places, group["params"]))} for group in self.param_groups])
+            for group in self.param_groups:
+                group["counter"] = group.get("counter", 1000) + 1
+                group.pop("dropped", None)
             return super().step(closure)
 
     Recorder.__module__ = "torch.optim.sgd"
@@ -492,7 +509,8 @@ def test_what_changes_between_steps_counts(edit: Any, monkeypatch: pytest.Monkey
             if step == 2:
                 edit(optimizer, stepper, params)
             optimizer.step()
-        shown.append({"seen": seen, "params": params})
+        groups = [{**group, "params": []} for group in optimizer.param_groups]
+        shown.append({"seen": seen, "params": params, "groups": groups})
     assert_same_state(*shown)
 
 
