@@ -5,11 +5,13 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: help demo test lint format clean
+.PHONY: help demo test test-nightly lint format clean
 
 help:
 	@echo "make demo    install, then train a UNet on Darcy flow with FARMS-guided learning rates (about two minutes)"
 	@echo "make test    install, then run the test suite"
+	@echo "make test-nightly"
+	@echo "             install, then try ten thousand generated models, others each time (about four minutes)"
 	@echo "make lint    install, then check style, docstrings and types"
 	@echo "make format  rewrite the code in the project's style"
 	@echo "make clean   remove .venv and caches, keep runs and data"
@@ -21,6 +23,10 @@ demo: $(VENV)/.recipes
 test: $(VENV)/.test
 	@echo "==> Running the tests"
 	$(RUN) -m pytest -n auto
+
+test-nightly: $(VENV)/.test
+	@echo "==> Trying ten thousand generated models"
+	$(RUN) -m pytest tests/test_properties.py --hypothesis-profile=nightly --hypothesis-show-statistics --timeout=0
 
 lint: $(VENV)/.test
 	@echo "==> Checking style, docstrings and types"
