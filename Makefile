@@ -1,20 +1,24 @@
 # `make demo` and `make test` work on a fresh machine with Python 3.10 or later: each makes .venv and installs
-# what it needs, once, and again only when pyproject.toml changes.
+# what it needs, once, and again only when pyproject.toml changes. `make test-oldest` does so in .venv-oldest.
 
 PYTHON ?= python3
+OLDEST_PYTHON ?= python3.10
 VENV := .venv
+OLDEST := .venv-oldest
 RUN := $(VENV)/bin/python
 
-.PHONY: help demo test test-nightly lint format clean
+.PHONY: help demo test test-oldest test-nightly lint format clean
 
 help:
 	@echo "make demo    install, then train a UNet on Darcy flow with FARMS-guided learning rates (about two minutes)"
 	@echo "make test    install, then run the test suite"
+	@echo "make test-oldest"
+	@echo "             install the oldest versions of everything that are supported, then run the test suite with them"
 	@echo "make test-nightly"
 	@echo "             install, then try ten thousand generated models, others each time (about four minutes)"
 	@echo "make lint    install, then check style, docstrings and types"
 	@echo "make format  rewrite the code in the project's style"
-	@echo "make clean   remove .venv and caches, keep runs and data"
+	@echo "make clean   remove .venv, .venv-oldest and caches, keep runs and data"
 
 demo: $(VENV)/.recipes
 	@echo "==> Training the default recipe: UNet on Darcy flow (python -m recipes.train)"
@@ -23,6 +27,10 @@ demo: $(VENV)/.recipes
 test: $(VENV)/.test
 	@echo "==> Running the tests"
 	$(RUN) -m pytest -n auto
+
+test-oldest: $(OLDEST)/.test
+	@echo "==> Running the tests with the oldest versions that are supported (tests/oldest.txt)"
+	$(OLDEST)/bin/python -m pytest -n auto
 
 test-nightly: $(VENV)/.test
 	@echo "==> Trying ten thousand generated models"
@@ -39,7 +47,7 @@ format: $(VENV)/.test
 	$(VENV)/bin/ruff format .
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) $(OLDEST) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
 
 $(VENV)/.%: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("farms_tb needs Python 3.10 or later, this is " + sys.version.split()[0] + ": set PYTHON=/path/to/python3.12" if sys.version_info < (3, 10) else 0)'
@@ -48,4 +56,14 @@ $(VENV)/.%: pyproject.toml
 	@echo "==> Installing farms_tb and what '$*' needs (PyTorch is large: minutes on a first run)"
 	@$(RUN) -m pip install --quiet --upgrade pip
 	$(RUN) -m pip install --quiet --editable '.[$*]'
+	@touch $@
+
+$(OLDEST)/.test: pyproject.toml tests/oldest.txt
+	@$(OLDEST_PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 10))' \
+		|| { echo "make test-oldest needs Python 3.10: set OLDEST_PYTHON=/path/to/python3.10"; exit 1; }
+	@echo "==> Making $(OLDEST)"
+	@test -x $(OLDEST)/bin/python || $(OLDEST_PYTHON) -m venv $(OLDEST)
+	@echo "==> Installing farms_tb, what its tests need, and the versions in tests/oldest.txt (minutes on a first run)"
+	@$(OLDEST)/bin/python -m pip install --quiet --upgrade pip
+	$(OLDEST)/bin/python -m pip install --quiet --editable '.[test]' --constraint tests/oldest.txt
 	@touch $@

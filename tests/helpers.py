@@ -154,9 +154,10 @@ def spy_on_updates(name: str) -> Iterator[list[dict[int, float]]]:
     Args:
         name: name of the optimizer class in `torch.optim`, whose update function is watched.
     """
-    file = {"AdamW": "adam", "SparseAdam": "_functional", "Adafactor": "_adafactor", "Muon": "_muon"}
-    module = importlib.import_module(f"torch.optim.{file.get(name, name.lower())}")
-    function = {"AdamW": "adam", "SparseAdam": "sparse_adam"}.get(name, name.lower())
+    # Where the class that `step` comes from is written: AdamW's is Adam's, from torch 2.7 on.
+    home = getattr(torch.optim, name).step.__module__.removeprefix("torch.optim.")
+    function = home.lstrip("_")
+    module = importlib.import_module(f"torch.optim.{'_functional' if name == 'SparseAdam' else home}")
     original = getattr(module, function)
     seen: list[dict[int, float]] = []
 
@@ -175,15 +176,17 @@ def spy_on_updates(name: str) -> Iterator[list[dict[int, float]]]:
 
 
 class Probe(Callback):
-    """Note what a user sees before each step: the groups' lr, and the ratio of each parameter."""
+    """Note what a user sees before each step: the groups' lr, of which types, and the ratio of each parameter."""
 
     def __init__(self, balance: Any = None) -> None:
         self.balance = balance
         self.lrs: list[dict[int, float]] = []
+        self.kinds: list[set[type]] = []
         self.ratios: list[dict[int, float]] = []
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Optimizer) -> None:
         groups = optimizer.param_groups
+        self.kinds.append({type(group["lr"]) for group in groups})
         self.lrs.append({id(p): float(group["lr"]) for group in groups for p in group["params"]})
         if self.balance is not None:
             by_name = self.balance.parameter_ratios(pl_module)

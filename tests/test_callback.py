@@ -28,6 +28,7 @@ from torch.optim import lr_scheduler as sched
 import farms_tb
 from farms_tb import FARMSTempBalance, analyze, lr_ratios
 from tests.helpers import (
+    BATCH_SIZE,
     BATCHES,
     EPOCHS,
     LIGHTNING_NOISE,
@@ -139,6 +140,8 @@ def run(module: Module, callbacks: list[Any], name: str) -> list[list[float]]:
 PAIRS = [(o, s) for o in OPTIMIZERS for s in SCHEDULERS]
 
 
+# SequentialLR of torch 2.6 uses what torch 2.6 deprecates.
+@pytest.mark.filterwarnings(r"ignore:The epoch parameter in `scheduler.step\(\)` was not necessary")
 @pytest.mark.parametrize(("optimizer", "scheduler"), PAIRS)
 def test_effective_lr_is_that_of_the_plain_run_times_ratio(optimizer: str, scheduler: str) -> None:
     name = OPTIMIZERS[optimizer][0]
@@ -148,10 +151,13 @@ def test_effective_lr_is_that_of_the_plain_run_times_ratio(optimizer: str, sched
     module = module_for(optimizer, scheduler, interval)
     probe = Probe(balance)
     balanced = run(module, [balance, probe], name)
-    tensor_lr = "tensor" in optimizer
-    for step, (ratios, before, now) in enumerate(zip(probe.ratios, plain, balanced, strict=True)):
+    steps = zip(probe.ratios, probe.kinds, plain, balanced, strict=True)
+    for step, (ratios, kinds, before, now) in enumerate(steps):
         ratio = [ratios[id(p)] for p in module.parameters()]
         assert len(set(ratio)) >= 3, "nothing is balanced: the test shows nothing"
+        # ReduceLROnPlateau of torch 2.6 puts a float where a tensor was.
+        tensor_lr = kinds == {Tensor}
+        assert tensor_lr or (kinds == {float} and ("tensor" not in optimizer or "Plateau" in scheduler))
         expected = [
             float(torch.tensor(lr) * r) if tensor_lr else lr * r for lr, r in zip(before, ratio, strict=True)
         ]
@@ -587,9 +593,10 @@ def test_finders_as_callbacks(first: bool) -> None:
     trainer = make_trainer([*finders, balance, probe] if first else [balance, *finders, probe])
     with spy_on_updates("SGD") as seen:
         trainer.fit(module)
-    assert module.batch_size == 4
+    # Lightning before 2.6 goes on with a size that it has not tried.
+    assert module.batch_size in (4, 8)
     steps = len(probe.lrs)
-    assert steps == EPOCHS * 4
+    assert steps == EPOCHS * BATCHES * BATCH_SIZE // module.batch_size
     for lrs, shown, ratios in zip(seen[-steps:], probe.lrs, probe.ratios, strict=True):
         assert lrs == {key: shown[key] * ratios[key] for key in lrs}
     finding = seen[:-steps]
