@@ -1,4 +1,4 @@
-"""The README's Python runs word for word, in an empty folder."""
+"""The README's Python runs word for word, in an empty folder; the guarantees name tests that exist."""
 
 from __future__ import annotations
 
@@ -24,3 +24,13 @@ def test_readme_example_runs(code: str, tmp_path: Path) -> None:
     )
     assert result.returncode == 0, result.stderr
     assert "alpha" in result.stdout
+
+
+def test_tests_that_the_guarantees_name_exist() -> None:
+    named = re.findall(
+        r"`(tests/\w+\.py)(?:::(\w+))?`", (ROOT / "docs" / "guarantees.md").read_text(encoding="utf-8")
+    )
+    assert len(named) > 20
+    for file, function in named:
+        code = (ROOT / file).read_text(encoding="utf-8")
+        assert f"def {function}(" in code or not function, f"{file} has no {function}"
