@@ -17,7 +17,6 @@ from farms_tb.warning import warn_once
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
-    from lightning.pytorch.loggers import Logger
 
 MAX_LOGGED_LAYERS = 2400
 """Four keys each are fewer than the 10 000 metrics of a project beyond which W&B's pages become slow."""
@@ -93,7 +92,7 @@ def log_measurement(
 
 
 def _log(
-    logger: Logger, row: dict[str, float], histograms: Mapping[str, EsdHistogram], step: int, x_axis: str
+    logger: Any, row: dict[str, float], histograms: Mapping[str, EsdHistogram], step: int, x_axis: str
 ) -> None:
     # By name: those of the package pytorch_lightning are classes of their own.
     kinds = {cls.__name__ for cls in type(logger).__mro__}
