@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from operator import is_
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
@@ -24,7 +24,8 @@ from farms_tb.warning import warn_once
 Group = dict[str, Any]
 
 _MISSING = object()
-_attached: WeakKeyDictionary[Optimizer, LayerwiseStep] = WeakKeyDictionary()
+# By a weak reference: what is attached holds its optimizer, which would live for ever.
+_attached: WeakKeyDictionary[Optimizer, ReferenceType[LayerwiseStep]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -175,14 +176,15 @@ class LayerwiseStep:
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         ]
-        _attached[optimizer] = self
+        _attached[optimizer] = ref(self)
 
     def detach(self) -> None:
         """Leave the optimizer as it was found. Safe to call twice."""
         for handle in self._handles:
             handle.remove()
         self._handles, self._kept = [], []
-        if _attached.get(self.optimizer) is self:
+        attached = _attached.get(self.optimizer)
+        if attached is not None and attached() is self:
             del _attached[self.optimizer]
 
     def split_groups(self) -> list[SplitGroup]:

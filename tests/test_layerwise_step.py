@@ -727,13 +727,32 @@ def test_step_inside_torch_compile() -> None:
         torch.testing.assert_close(p.detach(), old - 0.1 * ratio * p.grad)
 
 
-def test_attached_optimizer_is_freed() -> None:
-    optimizer = torch.optim.SGD(make_params(), lr=0.1)
-    LayerwiseStep(optimizer).detach()
-    reference = weakref.ref(optimizer)
-    del optimizer
+@pytest.mark.parametrize("detach", [True, False])
+def test_attached_optimizer_is_freed(detach: bool) -> None:
+    params = make_params()
+    optimizer = torch.optim.SGD(params, lr=0.1)
+    stepper = attach(optimizer, params)
+    set_grads(params, 0)
+    optimizer.step()
+    if detach:
+        stepper.detach()
+    references = [weakref.ref(thing) for thing in (optimizer, stepper, *params)]
+    del optimizer, stepper, params
     gc.collect()
-    assert reference() is None
+    assert [reference() for reference in references] == [None] * 6
+
+
+def test_stays_attached_when_nothing_else_holds_on_to_it() -> None:
+    params = make_params(1)
+    optimizer = torch.optim.SGD(params, lr=0.1)
+    LayerwiseStep(optimizer).ratios = {id(params[0]): 0.5}
+    gc.collect()
+    set_grads(params, 0)
+    with spy_on_updates("SGD") as seen:
+        optimizer.step()
+    assert seen == [{id(params[0]): 0.05}]
+    with pytest.raises(ValueError, match="already has layer-wise learning rates"):
+        LayerwiseStep(optimizer)
 
 
 # Refused at the start

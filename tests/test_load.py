@@ -10,6 +10,7 @@ import json
 import sys
 import time
 import tracemalloc
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from types import BuiltinFunctionType, FrameType, FunctionType, ModuleType
@@ -193,6 +194,19 @@ class TestManyUpdates:
         objects, things = grown(balancer.step, balancer, optimizer, warning._said, times=100)
         assert abs(objects) < 50
         assert abs(things) < 50
+
+    def test_models_that_are_dropped_are_freed(self) -> None:
+        """A search over settings in one process trains one model after another, and may never detach."""
+        freed = []
+        for _ in range(3):
+            net = make_net()
+            optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+            balancer = TempBalance(net, optimizer)
+            train_step(net, optimizer)
+            freed += [weakref.ref(thing) for thing in (net, net[0].weight, optimizer, balancer)]
+        del net, optimizer, balancer
+        gc.collect()
+        assert [reference() for reference in freed] == [None] * 12
 
     def test_attaching_and_detaching(self) -> None:
         net = make_net()
