@@ -13,6 +13,7 @@ import tracemalloc
 import weakref
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from types import BuiltinFunctionType, FrameType, FunctionType, ModuleType
 from typing import Any
 
@@ -355,3 +356,24 @@ class TestManyKeys:
 
     def test_bound_is_below_what_wandb_advises(self) -> None:
         assert 4 * logs.MAX_LOGGED_LAYERS < 10_000
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads resident memory from /proc")
+def test_benchmark_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from benchmarks import load
+
+    monkeypatch.setattr(load, "BLOCK", 10)
+    options = ["--layers", "3", "6", "--updates", "30", "--times", "1", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["load", *options])
+    threads = torch.get_num_threads()
+    try:
+        load.main()
+    finally:
+        torch.set_num_threads(threads)
+    assert {path.name for path in tmp_path.iterdir()} == {"load.png", "run.csv", "scaling.csv"}
+    assert len((tmp_path / "run.csv").read_text().splitlines()) == 4
+    printed = capsys.readouterr().out
+    for word in ("machine", "versions", "find_layers", "30 updates", "2.16 billion parameters, 48 layers"):
+        assert word in printed
