@@ -90,7 +90,6 @@ class LayerBalancer:
     ) -> None:
         self.spectral, self.balance = spectral, balance
         self.report: Report | None = None
-        self.layers = checked_layers(model)
         self._model = unwrap(model)
         self._share = share
         self._signature: tuple[tuple[int, bool], ...] = ()
