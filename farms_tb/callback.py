@@ -190,9 +190,7 @@ class FARMSTempBalance(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach to the optimizers, which are set up and restored by now, and put restored ratios in force."""
         self._release()
-        self._balancer = LayerBalancer(
-            pl_module, trainer.optimizers, self._spectral, self._balance, share=trainer.world_size > 1
-        )
+        self._balancer = self._make_balancer(trainer, pl_module)
         if self._write:
             warn_of_many_layers(len(self._balancer.layers), pl_module)
         self._training = True
@@ -200,6 +198,12 @@ class FARMSTempBalance(Callback):
         self._restore()
         # The rest of an epoch resumed in its middle may be monitored too.
         self._publish(trainer, pl_module)
+
+    def _make_balancer(self, trainer: Trainer, pl_module: LightningModule) -> LayerBalancer:
+        """Attach to the trainer's optimizers; the place for a subclass with rules of its own."""
+        return LayerBalancer(
+            pl_module, trainer.optimizers, self._spectral, self._balance, share=trainer.world_size > 1
+        )
 
     def _restore(self) -> None:
         """Put the restored ratios in force, and the clock where it was."""
