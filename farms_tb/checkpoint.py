@@ -13,19 +13,22 @@ name and weight                                taken for
 any name, 3 and more dimensions, complex       a spectral convolution (in, out, *modes), all modes in use
 =============================================  ==============================================================
 
-What is anything else is listed with the reason, as in `farms_tb.analyze`.
+What is anything else is listed with the reason, as in `farms_tb.analyze`. So are quantised weights: integers, and
+8-bit floats with a scale for each block; the scales beside them are not listed. 8-bit floats with one scale or none
+are measured: alpha does not depend on it.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -37,15 +40,22 @@ from torch import Tensor
 from farms_tb.analysis import stack_record
 from farms_tb.layers import clean_name, unreadable
 from farms_tb.matrices import CONV_NORM, MatrixStack, NoSpectrumError
-from farms_tb.options import Esd, Fit, SpectralOptions, as_plain
+from farms_tb.options import Esd, Fit, SpectralOptions, as_plain, check_bool
 from farms_tb.report import LayerRecord, Report
 
-INDEX = ".safetensors.index.json"
+INDEX = ".index.json"
 
 _EMBEDDINGS = ("emb", "wte", "wpe")
 _ATTENTION_PARTS = {f"{part}_proj_weight": part for part in "qkv"}
 # Where training scripts keep the weights in a checkpoint that holds more; the first is Lightning's.
 _STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model")
+# What a Hugging Face directory holds; the first that is there is read.
+_IN_FOLDER = (f"*.safetensors{INDEX}", "*.safetensors", f"*.bin{INDEX}", "pytorch_model.bin")
+
+# How quantised layers are saved by bitsandbytes, GPTQ, AWQ, compressed-tensors and in 8-bit floats.
+_QUANTISED = ("weight", "qweight", "weight_packed")
+_SCALES = ("weight_scale", "weight_scale_inv", "scales", "SCB")
+_BESIDE_QUANTISED = (*_SCALES, "qzeros", "g_idx", "weight_g_idx", "weight_zero_point", "weight_shape")
 
 
 def analyze_checkpoint(
@@ -61,21 +71,24 @@ def analyze_checkpoint(
     filter_zeros: bool = False,
     relative_cutoff: float = 0.0,
     min_eigenvalues: int = 5,
+    null: bool = False,
+    histogram: bool = False,
 ) -> Report:
     """Measure how well each layer is trained, from a file of weights, also of one that somebody else made.
 
     Nothing in the file is executed: safetensors hold no code, and of a pickle only tensors and plain containers
-    are read (`torch.load(weights_only=True)`). One layer's weights are in memory at a time, but for torch files
-    of before version 1.6.
+    are read (`torch.load(weights_only=True)`). One layer's weights are in memory at a time, but for torch files:
+    those of before version 1.6 are read whole, later ones are mapped into memory, which the system takes back
+    when it needs it.
 
     The alphas are those of `analyze` on the model that the weights come from, with the exception of what a file
     does not tell: the groups of a convolution (it is measured as if it had one), the modes in use of a spectral
     one, layers registered by the user. See `farms_tb.checkpoint` for how a layer's type is told.
 
     Args:
-        path: a `.safetensors` file; a directory as Hugging Face saves it, or its `model.safetensors.index.json`;
-            a file by `torch.save` of a state dict or of a dict that holds one as `"state_dict"` (a Lightning
-            checkpoint), `"model_state_dict"` or `"model"`.
+        path: a `.safetensors` file; a directory as Hugging Face saves it, or its `model.safetensors.index.json`
+            or `pytorch_model.bin.index.json`; a file by `torch.save` of a state dict or of a dict that holds one
+            as `"state_dict"` (a Lightning checkpoint), `"model_state_dict"` or `"model"`.
         esd: see `farms_tb.analyze`, like all options.
         fit: where the power-law tail begins.
         aspect_ratio: columns / rows of a window.
@@ -86,6 +99,8 @@ def analyze_checkpoint(
         filter_zeros: drop eigenvalues below 1e-5.
         relative_cutoff: drop eigenvalues below this fraction of the largest one.
         min_eigenvalues: samples with fewer eigenvalues have no alpha.
+        null: also measure each layer with its entries shuffled.
+        histogram: also count each layer's ESD.
 
     Returns:
         A report, its layers called by the path of their parameter without `.weight`; in the order of a torch file,
@@ -118,22 +133,22 @@ def analyze_checkpoint(
         relative_cutoff,
         min_eigenvalues,
     )
-    records: dict[str, LayerRecord] = {}
-    measured: dict[object, str] = {}
-    for stored in _stored_tensors(Path(path)):
-        if not stored.may_be_layer:
-            continue
-        for name, record in _records(stored, measured, options):
-            # Only a dict made by hand has both `a` and `a.weight`.
-            records[name if name not in records else stored.key] = record
-    if not measured:
+    check_bool("null", null)
+    check_bool("histogram", histogram)
+    records = {
+        name: found
+        if isinstance(found, LayerRecord)
+        else stack_record(found, options, null=null, histogram=histogram)
+        for name, found in stored_layers(stored_tensors(path))
+    }
+    if not any(record.shape and min(record.shape[1:]) > 1 for record in records.values()):
         reasons = "".join(f"\n  {name}: {record.status}" for name, record in list(records.items())[:10])
         raise ValueError(f"{path} has no weight that can be analysed" + reasons)
     return Report(records, as_plain(options))
 
 
 @dataclass(frozen=True)
-class _Stored:
+class StoredTensor:
     """A tensor in a file.
 
     Attributes:
@@ -141,12 +156,14 @@ class _Stored:
         shape: its shape.
         read: reads it.
         identity: equal for two names of one tensor.
+        block_scales: whether scales lie beside it, one for each block or row.
     """
 
     key: str
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
     identity: object
+    block_scales: bool = False
 
     @property
     def path_and_name(self) -> tuple[str, str]:
@@ -162,13 +179,58 @@ class _Stored:
         return matrix_like or sum(size > 1 for size in self.shape) > 1
 
 
-def _records(
-    stored: _Stored, measured: dict[object, str], options: SpectralOptions
-) -> Iterator[tuple[str, LayerRecord]]:
-    """Yield the layers of one tensor, measured, and note in `measured` that it was."""
+def stored_tensors(path: str | PathLike[str]) -> list[StoredTensor]:
+    """List the tensors in a file that may be layers; nothing is read but their names and shapes.
+
+    Args:
+        path: see `analyze_checkpoint`.
+
+    Raises:
+        FileNotFoundError, ValueError, ImportError: see `analyze_checkpoint`.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = _weights_in(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    if path.name.endswith(INDEX):
+        parts = _parts(path)
+        found = [tensor for name in sorted(set(parts.values())) for tensor in _in_file(path.parent / name)]
+        absent = sorted(parts.keys() - {tensor.key for tensor in found})
+        if absent:
+            raise ValueError(f"{path} names tensors that its files do not hold: {', '.join(absent[:5])}")
+    else:
+        found = list(_in_file(path))
+    if path.suffix in (".safetensors", ".json"):
+        # Neither safetensors nor parts of a checkpoint have an order of their own.
+        found.sort(key=lambda tensor: _natural(tensor.key))
+    return _without_scales(found)
+
+
+def stored_layers(tensors: Iterable[StoredTensor]) -> Iterator[tuple[str, MatrixStack | LayerRecord]]:
+    """Read one tensor after the other.
+
+    Args:
+        tensors: what `stored_tensors` returned.
+
+    Yields:
+        Name of each layer, with its weight or a record that says why it has no spectrum.
+    """
+    measured: dict[object, str] = {}
+    names: set[str] = set()
+    for stored in tensors:
+        for name, found in _layers(stored, measured):
+            # Only a dict made by hand has both `a` and `a.weight`.
+            name = stored.key if name in names else name
+            names.add(name)
+            yield name, found
+
+
+def _layers(stored: StoredTensor, measured: dict[object, str]) -> Iterator[tuple[str, MatrixStack | LayerRecord]]:
+    """Yield the layers of one tensor, and note in `measured` that it has a spectrum."""
     path, own = stored.path_and_name
-    name = path if own == "weight" or own == "in_proj_weight" or own in _ATTENTION_PARTS else f"{path}.{own}"
-    name = name.strip(".") or own
+    unnamed = own in (*_QUANTISED, "in_proj_weight") or own in _ATTENTION_PARTS
+    name = (path if unnamed else f"{path}.{own}").strip(".") or own
     if stored.identity in measured:
         yield name, LayerRecord(status=f"tied to {measured[stored.identity]!r}")
         return
@@ -178,19 +240,22 @@ def _records(
         yield name, LayerRecord(status=str(error))
         return
     for stack in stacks:
-        record = stack_record(stack, options)
-        if min(record.shape[1:]) > 1:
+        if min(stack.matrices.shape[1:]) > 1:
             measured[stored.identity] = name
-        yield (f"{path}.{stack.part}".strip(".") if stack.part else name), record
+        yield (f"{path}.{stack.part}".strip(".") if stack.part else name), stack
 
 
-def _stacks(stored: _Stored, weight: Tensor) -> list[MatrixStack]:
+def _stacks(stored: StoredTensor, weight: Tensor) -> list[MatrixStack]:
     """Return the weight as stacks of matrices by its name and shape.
 
     Raises:
         NoSpectrumError: it is none, or cannot be told to be one.
     """
     path, own = stored.path_and_name
+    packed = not (weight.is_floating_point() or weight.is_complex()) or "float4" in str(weight.dtype)
+    if own in _QUANTISED and (packed or (weight.element_size() == 1 and stored.block_scales)):
+        scaled = "" if packed else ", a scale for each block"
+        raise NoSpectrumError(f"quantised weights ({weight.dtype}{scaled}): dequantise the model first")
     problem = unreadable([weight])
     if problem or weight.layout != torch.strided:
         raise NoSpectrumError(problem or f"a sparse weight ({weight.layout})")
@@ -222,20 +287,9 @@ def _is_embedding(path: str) -> bool:
     return any(word in part.lower() for part in own for word in _EMBEDDINGS)
 
 
-def _stored_tensors(path: Path) -> Iterator[_Stored]:
-    """Yield the tensors of a file, whatever its format."""
-    if path.is_dir():
-        path = _weights_in(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no such file: {path}")
-    if path.suffix == ".safetensors" or path.name.endswith(INDEX):
-        return _in_safetensors(path)
-    return _in_torch_file(path)
-
-
 def _weights_in(folder: Path) -> Path:
-    """Return the one index, or else the one safetensors file, in a directory."""
-    for pattern in (f"*{INDEX}", "*.safetensors"):
+    """Return the one index, or else the one file of weights, in a directory."""
+    for pattern in _IN_FOLDER:
         found = sorted(folder.glob(pattern))
         if len(found) == 1:
             return found[0]
@@ -243,49 +297,56 @@ def _weights_in(folder: Path) -> Path:
             names = ", ".join(file.name for file in found[:5])
             raise ValueError(f"{folder} has several files of weights, pass one of them: {names}")
     raise ValueError(
-        f"{folder} is a directory without a .safetensors file or model{INDEX}: pass the file of the weights"
+        f"{folder} is a directory without a .safetensors file or model.safetensors{INDEX}: pass the file of the "
+        "weights"
     )
 
 
-def _in_safetensors(path: Path) -> Iterator[_Stored]:
-    try:
-        from safetensors import safe_open
-    except ImportError as error:
-        raise ImportError(f'reading {path.name} needs safetensors: pip install "farms-tb[safetensors]"') from error
-    with ExitStack() as stack:
-        files: dict[str, Any] = {}
-
-        def opened(name: str) -> Any:
-            if name not in files:
-                with _intact(path.parent / name):
-                    files[name] = stack.enter_context(safe_open(path.parent / name, framework="pt"))
-            return files[name]
-
-        indexed = path.name.endswith(INDEX)
-        parts = _parts(path) if indexed else dict.fromkeys(opened(path.name).keys(), path.name)
-        for key in sorted(parts, key=_natural):
-            file = path.parent / parts[key]
-            with _intact(file):
-                shape = opened(file.name).get_slice(key).get_shape()
-            yield _Stored(key, tuple(shape), partial(_read, opened(file.name), key, file), key)
+def _without_scales(tensors: list[StoredTensor]) -> list[StoredTensor]:
+    """Keep what may be a layer; note of a weight whether a scale for each block lies beside it."""
+    paths = {path for path, own in (tensor.path_and_name for tensor in tensors) if own in _QUANTISED}
+    scaled = set()
+    kept = []
+    for tensor in tensors:
+        path, own = tensor.path_and_name
+        beside = own in _BESIDE_QUANTISED and path in paths
+        if beside and own in _SCALES and math.prod(tensor.shape) > 1:
+            scaled.add(path)
+        if tensor.may_be_layer and not beside:
+            kept.append(tensor)
+    return [replace(tensor, block_scales=tensor.path_and_name[0] in scaled) for tensor in kept]
 
 
-def _read(handle: Any, key: str, file: Path) -> Tensor:
-    with _intact(file):
-        tensor: Tensor = handle.get_tensor(key)
+def _in_file(path: Path) -> Iterator[StoredTensor]:
+    return _in_safetensors(path) if path.suffix == ".safetensors" else _in_torch_file(path)
+
+
+def _in_safetensors(path: Path) -> Iterator[StoredTensor]:
+    with _opened(path) as file:
+        for key in file.keys():  # noqa: SIM118 (no dict)
+            yield StoredTensor(key, tuple(file.get_slice(key).get_shape()), partial(_read, path, key), key)
+
+
+def _read(path: Path, key: str) -> Tensor:
+    # The file is mapped as long as it is open: what was read of it would stay in memory until its last tensor.
+    with _opened(path) as file:
+        tensor: Tensor = file.get_tensor(key)
     return tensor
 
 
 @contextmanager
-def _intact(file: Path) -> Iterator[None]:
-    """Name the file in what safetensors has to say about it."""
-    from safetensors import SafetensorError
-
+def _opened(path: Path) -> Iterator[Any]:
+    """Open safetensors, and name the file in what they have to say about it."""
     try:
-        yield
+        from safetensors import SafetensorError, safe_open
+    except ImportError as error:
+        raise ImportError(f'reading {path.name} needs safetensors: pip install "farms-tb[safetensors]"') from error
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
     except SafetensorError as error:
         raise ValueError(
-            f"cannot read {file}: no safetensors file, or one that is cut short or damaged ({error})"
+            f"cannot read {path}: no safetensors file, or one that is cut short or damaged ({error})"
         ) from error
 
 
@@ -309,10 +370,10 @@ def _natural(key: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in key.split(".")]
 
 
-def _in_torch_file(path: Path) -> Iterator[_Stored]:
+def _in_torch_file(path: Path) -> Iterator[StoredTensor]:
     for key, tensor in _state_dict(_load(path), path).items():
         if isinstance(key, str) and isinstance(tensor, Tensor):
-            yield _Stored(key, tuple(tensor.shape), partial(_same, tensor), _identity(key, tensor))
+            yield StoredTensor(key, tuple(tensor.shape), partial(_same, tensor), _identity(key, tensor))
 
 
 def _same(tensor: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import inspect
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -220,7 +221,7 @@ def test_what_is_listed_with_a_reason(tmp_path: Path) -> None:
         "normed.parametrizations.weight.original1": part,
         "tucker.weight.core": part,
         "tucker.weight.factors.factor_0": part,
-        "int8": "weights of type torch.int8: not floating point",
+        "int8": "quantised weights (torch.int8): dequantise the model first",
         "sparse": "a sparse weight (torch.sparse_coo)",
         "meta": "on the meta device: no values",
         "six": "a weight of 6 dimensions: neither linear nor convolution",
@@ -375,7 +376,11 @@ def test_files_without_a_matrix(save: Any, tmp_path: Path) -> None:
         ('{"weight_map": {"fc.weight": "../a.safetensors"}}', ValueError, "expected JSON whose 'weight_map'"),
         ('{"weight_map": {"fc.weight": "/a.safetensors"}}', ValueError, "expected JSON whose 'weight_map'"),
         ('{"weight_map": {"fc.weight": "b.safetensors"}}', FileNotFoundError, "not beside it: b.safetensors"),
-        ('{"weight_map": {"gone.weight": "a.safetensors"}}', ValueError, "a.safetensors: .*gone.weight"),
+        (
+            '{"weight_map": {"gone.weight": "a.safetensors"}}',
+            ValueError,
+            "index.json names tensors that its files do not hold: gone.weight",
+        ),
     ],
 )
 def test_bad_indices(index: str, error: type[Exception], words: str, tmp_path: Path) -> None:
@@ -419,7 +424,7 @@ import safetensors.torch
 torch.set_num_threads(1)
 before, highest = anonymous(), [0.0]
 measure = checkpoint.stack_record
-def watched(stack, options):
+def watched(stack, options, **flags):
     stack.matrices.sum()
     highest[0] = max(highest[0], anonymous())
     from farms_tb.report import LayerRecord
@@ -433,3 +438,102 @@ print(highest[0] - before)
         pytest.skip("needs /proc")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert float(done.stdout) < 100
+
+
+def test_peak_memory_of_a_sharded_directory(tmp_path: Path) -> None:
+    """Sixteen layers of 32 MiB in four files: the peak counts what is mapped of the files too."""
+    one = torch.randn(4096, 4096).to(torch.bfloat16)
+    weight_map = {}
+    for shard in range(4):
+        names = [f"{shard}.{number}.weight" for number in range(4)]
+        save_file({name: one.roll(shard) for name in names}, tmp_path / f"{shard}.safetensors")
+        weight_map.update(dict.fromkeys(names, f"{shard}.safetensors"))
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    code = f"""
+import resource, torch
+from safetensors import safe_open
+from farms_tb import analyze, analyze_checkpoint
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+torch.set_num_threads(1)
+small = torch.nn.Linear(4096, 4096, dtype=torch.bfloat16)
+analyze(small, windows_per_dim=1)
+before = peak()
+assert len(analyze_checkpoint({str(tmp_path)!r}, windows_per_dim=1).alphas) == 16
+print(peak() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert float(done.stdout) < 150  # of 512
+
+
+def test_torch_files_in_parts(tmp_path: Path) -> None:
+    """As transformers saved models before it used safetensors: `pytorch_model.bin`, one or several."""
+    model = resnet18()
+    save_torch(model, tmp_path).rename(tmp_path / "pytorch_model.bin")
+    assert_same_layers(analyze_checkpoint(tmp_path), analyze(model))
+    state = list(weights(model).items())
+    for number, part in enumerate((state[::2], state[1::2])):
+        torch.save(dict(part), tmp_path / f"part{number}.bin")
+    weight_map = {name: f"part{index % 2}.bin" for index, (name, _) in enumerate(state)}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert_same_layers(analyze_checkpoint(tmp_path), analyze(model))
+
+
+def test_null_and_histogram(tmp_path: Path) -> None:
+    model = mixed()
+    flags = {"null": True, "histogram": True}
+    found = analyze_checkpoint(save_torch(model, tmp_path), **flags)
+    assert_same_layers(found, analyze(model, **flags))
+    assert found.layers["linear"].null_std
+    assert found.layers["linear"].histogram
+    for flag in flags:
+        with pytest.raises(TypeError, match=f"{flag} must be True or False, got 1"):
+            analyze_checkpoint(tmp_path / "weights.pt", **{flag: 1})
+
+
+QUANTISED: dict[str, dict[str, Any]] = {
+    "bitsandbytes 8 bit": {"weight": torch.ones(16, 24, dtype=torch.int8), "SCB": torch.ones(16)},
+    "bitsandbytes 4 bit": {
+        "weight": torch.ones(192, 1, dtype=torch.uint8),
+        "weight.absmax": torch.ones(6),
+        "weight.quant_state.bitsandbytes__nf4": torch.ones(80, dtype=torch.uint8),
+    },
+    "GPTQ and AWQ": {
+        "qweight": torch.ones(2, 24, dtype=torch.int32),
+        "qzeros": torch.ones(2, 3, dtype=torch.int32),
+        "scales": torch.ones(2, 24, dtype=torch.float16),
+        "g_idx": torch.ones(16, dtype=torch.int32),
+    },
+    "compressed-tensors": {
+        "weight_packed": torch.ones(16, 3, dtype=torch.int32),
+        "weight_scale": torch.ones(16, 1, dtype=torch.bfloat16),
+        "weight_shape": torch.tensor([16, 24]),
+    },
+    "8-bit floats in blocks": {
+        "weight": torch.ones(16, 24).to(torch.float8_e4m3fn),
+        "weight_scale_inv": torch.ones(2, 3),
+    },
+}
+
+
+@pytest.mark.parametrize("layout", QUANTISED)
+def test_quantised_weights(layout: str, tmp_path: Path) -> None:
+    quantised = {f"body.{name}": tensor for name, tensor in QUANTISED[layout].items()}
+    save_file({**quantised, "head.weight": torch.randn(16, 24)}, tmp_path / "a.safetensors")
+    layers = analyze_checkpoint(tmp_path / "a.safetensors").layers
+    assert list(layers) == ["body", "head"]
+    assert re.fullmatch(
+        r"quantised weights \(torch.\w+(, a scale for each block)?\): dequantise the model first",
+        layers["body"].status,
+    )
+    assert layers["head"].alpha is not None
+
+
+def test_8_bit_floats_of_one_scale_are_measured(tmp_path: Path) -> None:
+    eighths = torch.randn(64, 48).to(torch.float8_e4m3fn)
+    save_file({"a.weight": eighths, "a.weight_scale": torch.tensor([0.1])}, tmp_path / "a.safetensors")
+    layers = analyze_checkpoint(tmp_path).layers
+    linear = nn.Linear(48, 64)
+    linear.weight.data = eighths.float()
+    assert list(layers) == ["a"]
+    assert layers["a"] == next(iter(analyze(linear).layers.values()))

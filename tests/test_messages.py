@@ -24,8 +24,8 @@ from torch import nn
 import farms_tb
 from farms_tb import FARMSTempBalance, MatrixStack, Report, TempBalance, analyze, analyze_checkpoint, lr_ratios
 from farms_tb import analysis as analysis_module
-from farms_tb.analysis import measure
-from farms_tb.checkpoint import _stacks, _Stored
+from farms_tb.analysis import Team, measure
+from farms_tb.checkpoint import StoredTensor, _stacks
 from farms_tb.layers import find_layers, read_stacks
 from farms_tb.layerwise_step import LayerwiseStep
 from farms_tb.logs import MAX_LOGGED_LAYERS, warn_of_many_layers
@@ -54,7 +54,7 @@ def step(cls: Any) -> None:
 
 
 def stored(key: str, weight: torch.Tensor) -> list[MatrixStack]:
-    return _stacks(_Stored(key, tuple(weight.shape), lambda: weight, key), weight)
+    return _stacks(StoredTensor(key, tuple(weight.shape), lambda: weight, key), weight)
 
 
 def write(path: Path, content: Any) -> Path:
@@ -67,6 +67,11 @@ def write(path: Path, content: Any) -> Path:
 
 def written(name: str, content: Any) -> Callable[[Path, pytest.MonkeyPatch], Any]:
     return lambda folder, _: analyze_checkpoint(write(folder / name, content))
+
+
+def indexed(folder: Path, names: str, held: Any) -> Path:
+    write(folder / "a.bin", held)
+    return write(folder / "a.bin.index.json", json.dumps({"weight_map": {names: "a.bin"}}))
 
 
 def in_folder(**files: str) -> Callable[[Path, pytest.MonkeyPatch], Any]:
@@ -107,7 +112,7 @@ def fails_on_one_rank(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         raise FloatingPointError
 
     monkeypatch.setattr(analysis_module, "measure_stack", fail)
-    measure(find_layers(make_net()), SpectralOptions(), world_size=2, add_up=lambda table: table)
+    measure(find_layers(make_net()), SpectralOptions(), team=Team(0, 2, lambda table: table))
 
 
 def refused_strategy() -> None:
@@ -329,6 +334,10 @@ MESSAGES: list[tuple[str, Callable[[Path, pytest.MonkeyPatch], Any]]] = [
         "names files that are not beside it: a.safetensors",
         in_folder(model__safetensors__index__json=json.dumps({"weight_map": {"a.weight": "a.safetensors"}})),
     ),
+    (
+        "names tensors that its files do not hold: a.weight",
+        lambda folder, _: analyze_checkpoint(indexed(folder, "a.weight", {"b.weight": torch.eye(9)})),
+    ),
     ("a.pt: no checkpoint, or one that is empty, cut short or damaged (no pickle)", written("a.pt", "[]")),
     (
         "a.pt holds more than weights (torch.nn.modules.linear.Linear), and loading",
@@ -347,6 +356,10 @@ MESSAGES: list[tuple[str, Callable[[Path, pytest.MonkeyPatch], Any]]] = [
     (
         "a parameter called 'table': its name does not tell what it is",
         always(lambda: stored("a.table", torch.eye(9))),
+    ),
+    (
+        "quantised weights (torch.int8): dequantise the model first",
+        always(lambda: stored("a.weight", torch.ones(9, 9).to(torch.int8))),
     ),
     ("embedding, by its name: not analysed by default", always(lambda: stored("wte.weight", torch.eye(9)))),
     (
