@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from farms_tb.analysis import checked_layers, measure
+from farms_tb.analysis import Team, checked_layers, measure, measure_nulls, with_nulls
 from farms_tb.layers import Layer, clean_name, norm_feeders, unwrap
 from farms_tb.layerwise_step import LayerwiseStep, stepping_optimizers
 from farms_tb.options import (
@@ -33,11 +33,11 @@ from farms_tb.options import (
     as_plain,
     collect_options,
 )
-from farms_tb.report import LayerRecord, Report
-from farms_tb.temperature import ratios_from
+from farms_tb.report import OK, LayerRecord, Report
+from farms_tb.temperature import noise_lambda, ratios_from
 from farms_tb.warning import warn_once
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,9 @@ class LayerBalancer:
         layers: the model's layers.
         report: the latest measurement; None before the first.
         ratios: ratio in force for each layer by name.
+        summary: what the latest update did as a whole, by the name it is logged under: `farms/ratio_mean`, the
+            mean ratio of the balanced layers, and with the noise-aware map `farms/lambda`, see
+            `farms_tb.temperature.noise_lambda`.
 
     Raises:
         TypeError: not a module, or not a torch optimizer.
@@ -94,6 +97,9 @@ class LayerBalancer:
         self._share = share
         self._signature: tuple[tuple[int, bool], ...] = ()
         self._warned: set[str] = set()
+        self._nulls: dict[str, tuple[float, float]] = {}
+        self._balanced: list[list[str]] = []
+        self.summary: dict[str, float] = {}
         self._read_model()
         self.ratios = dict.fromkeys((layer.name for layer in self.layers), 1.0)
         self._check_trained(optimizers)
@@ -109,21 +115,26 @@ class LayerBalancer:
         """Measure every layer, on all processes together where shared; ratios stay as they are."""
         if self._signature != self._sign():
             self._read_model()
-        shared = self._share and dist.is_available() and dist.is_initialized()
-        self.report = measure(
-            self.layers,
-            self.spectral,
-            histogram=histogram,
-            rank=dist.get_rank() if shared else 0,
-            world_size=dist.get_world_size() if shared else 1,
-            add_up=_all_reduce if shared else None,
-        )
-        return self.report
+        team = None
+        if self._share and dist.is_available() and dist.is_initialized():
+            team = Team(dist.get_rank(), dist.get_world_size(), _all_reduce)
+        report = measure(self.layers, self.spectral, histogram=histogram, team=team)
+        if self._noise_aware:
+            # Once for each layer, from the first weights that have an alpha: the null of random weights stays.
+            report = with_nulls(report, self._nulls)
+            new = measure_nulls(self.layers, report, self.spectral, team=team)
+            self._nulls.update(new)
+            report = with_nulls(report, new)
+        self.report = report
+        return report
 
     def update(self, histogram: bool = False) -> Report:
         """Measure, and put the ratios that follow in force."""
+        trained = self.report is not None
         report = self.measure(histogram)
         self._put_in_force(self._ratios_for(report))
+        if trained:
+            self._warn_of_noise(report)
         return report
 
     def parameter_ratios(self) -> dict[str, float]:
@@ -203,6 +214,11 @@ class LayerBalancer:
             name: LayerRecord(**{**row, "shape": tuple(row["shape"])}) for name, row in state["report"].items()
         }
         self.report = Report(records, as_plain(self.spectral)) if records else None
+        self._nulls = {
+            name: (record.null_mean, record.null_std)
+            for name, record in records.items()
+            if record.null_mean is not None and record.null_std is not None and not changes
+        }
         return not changes
 
     def _changes(self, state: dict[str, Any]) -> str:
@@ -285,12 +301,30 @@ class LayerBalancer:
         """Map the metric of the layers that take part, each kind within itself; 1 for the others."""
         ratios = dict.fromkeys(report.layers, 1.0)
         trained = self._trained()
+        self.summary, self._balanced = {}, []
         for kind in self.balance.balance:
             members = [layer for layer in self.layers if layer.kind == kind and self._takes_part(layer, trained)]
-            metrics = {layer.name: report.layers[layer.name].metric(self.balance.metric) for layer in members}
-            self._warn_missing(report, metrics)
-            ratios.update(ratios_from(metrics, self.balance.temperature))
+            values = {layer.name: self._mapped(report.layers[layer.name]) for layer in members}
+            self._warn_missing(report, values)
+            ratios.update(ratios_from(values, self.balance.temperature))
+            known = {name: value for name, value in values.items() if value is not None}
+            self._balanced.append(list(known))
+            if self._noise_aware and known:
+                # Kinds are balanced apart; real weights are all there are, but for Fourier layers.
+                key = "farms/lambda" if kind == "real" else f"farms/lambda_{kind}"
+                self.summary[key] = noise_lambda(list(known.values()))
+        balanced = [ratios[name] for names in self._balanced for name in names]
+        if balanced:
+            self.summary["farms/ratio_mean"] = math.fsum(balanced) / len(balanced)
         return ratios
+
+    @property
+    def _noise_aware(self) -> bool:
+        return self.balance.temperature.assign_func == "noise_aware"
+
+    def _mapped(self, record: LayerRecord) -> float | None:
+        """Return the figure of a layer that becomes its ratio."""
+        return record.z_score if self._noise_aware else record.metric(self.balance.metric)
 
     def _takes_part(self, layer: Layer, trained: set[str]) -> bool:
         return not layer.problem and layer.name not in self._excluded and not trained.isdisjoint(layer.parameters)
@@ -299,8 +333,37 @@ class LayerBalancer:
         missing = [name for name, value in metrics.items() if value is None and name not in self._warned]
         self._warned.update(missing)
         if missing:
-            reasons = "; ".join(f"{name}: {report.layers[name].status}" for name in missing)
+            reasons = "; ".join(f"{name}: {self._reason(report.layers[name])}" for name in missing)
             warn_once(f"layers with no {self.balance.metric} keep the base learning rate: {reasons}", self._model)
+
+    def _reason(self, record: LayerRecord) -> str:
+        return record.status if record.status != OK else "its entries, shuffled, have no alpha to compare with"
+
+    def _warn_of_noise(self, report: Report) -> None:
+        """Say, once, where a map that knows nothing of noise follows it: of weights that were trained already."""
+        if self._noise_aware or self.balance.metric != "alpha":
+            return
+        for names in self._balanced:
+            if len({self.ratios[name] for name in names}) < 2:
+                continue
+            records = {name: report.layers[name] for name in names}
+            share = _noise_share(list(records.values()))
+            if share > 0.5 and "noise" not in self._warned:
+                self._warned.add("noise")
+                warn_once(
+                    f"{share:.0%} of the variance of alpha between the layers is sampling noise, and so are their "
+                    "learning rates: assign_func='noise_aware' leaves noise out",
+                    self._model,
+                )
+            top = max(names, key=lambda name: records[name].alpha or 0.0)
+            if _is_single(records[top]) and not all(map(_is_single, records.values())) and top not in self._warned:
+                self._warned.add(top)
+                warn_once(
+                    f"{top} has the largest alpha and is a single matrix, which reads higher than a stack of "
+                    f"several that is as random; the mean ratio is {self.summary['farms/ratio_mean']:.2f}. "
+                    "assign_func='noise_aware' compares each layer with random ones of its shape",
+                    self._model,
+                )
 
     def _put_in_force(self, ratios: dict[str, float]) -> None:
         self.ratios = ratios
@@ -451,6 +514,23 @@ class TempBalance:
         """
         if not self._balancer.load_state_dict(state):
             self._balancer.update()
+
+
+def _noise_share(records: Sequence[LayerRecord]) -> float:
+    """Return which part of the variance of alpha over the layers its standard errors make up, 0 to 1."""
+    alphas = [record.alpha for record in records if record.alpha is not None]
+    errors = [record.alpha_error for record in records if record.alpha_error is not None]
+    if len(alphas) < 2 or not errors:
+        return 0.0
+    mean = math.fsum(alphas) / len(alphas)
+    variance = math.fsum((alpha - mean) ** 2 for alpha in alphas) / (len(alphas) - 1)
+    noise = math.fsum(error**2 for error in errors) / len(errors)
+    return min(1.0, noise / variance) if variance > 0 else 0.0
+
+
+def _is_single(record: LayerRecord) -> bool:
+    """Tell whether each sample is one window: a 1x1 convolution, or a linear layer of a window's size."""
+    return bool(record.shape) and record.shape[0] == 1 and record.num_eigenvalues <= record.shape[1]
 
 
 def _raw(optimizer: Any) -> Any:

@@ -46,9 +46,10 @@ class FARMSTempBalance(Callback):
     not stopped.
 
     Logged at each measurement, with every logger of the trainer: `farms/alpha/<layer>`, `farms/ratio/<layer>`,
-    `farms/lr/<layer>`, `farms/alpha_mean`, `farms/alpha_std`, and `epoch`, the number of completed epochs. After
-    training a last row holds the alphas of the final weights. Of a model of more than 2400 layers the aggregates
-    alone are logged. `farms/alpha_mean` and `farms/alpha_std` can be monitored by other callbacks.
+    `farms/lr/<layer>`, `farms/alpha_mean`, `farms/alpha_std`, `farms/ratio_mean`, and `epoch`, the number of
+    completed epochs; with the noise-aware map also `farms/z/<layer>` and `farms/lambda`. After training a last row
+    holds the alphas of the final weights. Of a model of more than 1900 layers the aggregates alone are logged.
+    `farms/alpha_mean` and `farms/alpha_std` can be monitored by other callbacks.
 
     Args:
         esd: `"farms"` measures windows of one fixed aspect ratio, `"full"` whole weight matrices (TempBalance).
@@ -61,8 +62,8 @@ class FARMSTempBalance(Callback):
         filter_zeros: drop eigenvalues below 1e-5 (the papers' rule).
         relative_cutoff: drop eigenvalues below this fraction of the largest one.
         min_eigenvalues: samples with fewer eigenvalues have no alpha.
-        assign_func: the map from alphas to ratios: `"tb_linear_map"`, `"tb_sqrt"`, `"tb_log2"`, `"tb_step"` or
-            `"tb_sigmoid"`; see `farms_tb.lr_ratios`.
+        assign_func: the map from alphas to ratios: `"tb_linear_map"`, `"tb_sqrt"`, `"tb_log2"`, `"tb_step"`,
+            `"tb_sigmoid"` or `"noise_aware"`; see `farms_tb.lr_ratios`.
         lr_min_ratio: ratio of the layer with the smallest alpha.
         lr_max_ratio: ratio of the layer with the largest alpha. With both at 1 nothing is balanced, only measured.
         sigmoid_min: strength of the sigmoid map at or below the mean alpha.
@@ -262,9 +263,9 @@ class FARMSTempBalance(Callback):
         if self._write and trainer.is_global_zero and self.report is not None:
             balancer = self._started()
             # The final weights take no further step: a ratio or lr beside their alphas would be made up.
-            ratios, lrs = ({}, {}) if final else (balancer.ratios, balancer.layer_lrs())
+            figures = ({}, {}, {}) if final else (balancer.ratios, balancer.layer_lrs(), balancer.summary)
             by_epoch = self._schedule.every_n_steps is None
-            log_measurement(trainer, self.report, ratios, lrs, "epoch" if by_epoch else "trainer/global_step")
+            log_measurement(trainer, self.report, *figures, "epoch" if by_epoch else "trainer/global_step")
 
     def _publish(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Offer the aggregates to callbacks that monitor a metric.

@@ -61,7 +61,7 @@ class FARMSTrainerCallback(TrainerCallback, ExportableState):
     `farms/alpha/<layer>`, `farms/ratio/<layer>`, `farms/lr/<layer>`, `farms/alpha_mean`, `farms/alpha_std`. Like
     all of the trainer's figures they appear under `train/` in W&B and TensorBoard. When training is over a last
     row holds the alphas of the final weights, before `load_best_model_at_end` puts others in their place. The
-    console gets the two aggregates only, and with more than 2400 layers so does everything else.
+    console gets the two aggregates only, and with more than 1900 layers so does everything else.
 
     A run resumed by `train(resume_from_checkpoint=...)` continues bit-identically, with or without
     `restore_callback_states_from_checkpoint`. That flag also brings back the options of the checkpoint, in a new
@@ -81,8 +81,8 @@ class FARMSTrainerCallback(TrainerCallback, ExportableState):
         filter_zeros: drop eigenvalues below 1e-5 (the papers' rule).
         relative_cutoff: drop eigenvalues below this fraction of the largest one.
         min_eigenvalues: samples with fewer eigenvalues have no alpha.
-        assign_func: the map from alphas to ratios: `"tb_linear_map"`, `"tb_sqrt"`, `"tb_log2"`, `"tb_step"` or
-            `"tb_sigmoid"`; see `farms_tb.lr_ratios`.
+        assign_func: the map from alphas to ratios: `"tb_linear_map"`, `"tb_sqrt"`, `"tb_log2"`, `"tb_step"`,
+            `"tb_sigmoid"` or `"noise_aware"`; see `farms_tb.lr_ratios`.
         lr_min_ratio: ratio of the layer with the smallest alpha.
         lr_max_ratio: ratio of the layer with the largest alpha. With both at 1 nothing is balanced, only measured.
         sigmoid_min: strength of the sigmoid map at or below the mean alpha.
@@ -348,9 +348,9 @@ class FARMSTrainerCallback(TrainerCallback, ExportableState):
             return control
         balancer = self._started()
         # The final weights take no further step: a ratio or lr beside their alphas would be made up.
-        ratios, lrs = ({}, {}) if final else (balancer.ratios, balancer.layer_lrs())
+        figures = ({}, {}, {}) if final else (balancer.ratios, balancer.layer_lrs(), balancer.summary)
         epoch = {"epoch": state.epoch}
-        row = measurement_row(self.report, ratios, lrs) | epoch
+        row = measurement_row(self.report, *figures) | epoch
         state.log_history.append({**row, "step": state.global_step})
         brief = alpha_summary(self.report) | epoch
         for callback in _callbacks_of_trainer():

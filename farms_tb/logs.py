@@ -1,7 +1,8 @@
 """Write a measurement to a trainer's loggers: one row each, and the ESDs where asked for.
 
 Keys: `farms/alpha/<layer>`, `farms/ratio/<layer>`, `farms/lr/<layer>`, `farms/alpha_mean`, `farms/alpha_std`,
-`epoch`; ESDs under `farms_esd/<layer>`. Of a model of more than `MAX_LOGGED_LAYERS` layers the aggregates alone.
+`farms/ratio_mean`, `epoch`; with the noise-aware map also `farms/z/<layer>` and `farms/lambda`. ESDs under
+`farms_esd/<layer>`. Of a model of more than `MAX_LOGGED_LAYERS` layers the aggregates alone.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from farms_tb.warning import warn_once
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
-MAX_LOGGED_LAYERS = 2400
-"""Four keys each are fewer than the 10 000 metrics of a project beyond which W&B's pages become slow."""
+MAX_LOGGED_LAYERS = 1900
+"""Five keys each are fewer than the 10 000 metrics of a project beyond which W&B's pages become slow."""
 
 
 def warn_of_many_layers(number: int, model: object) -> None:
@@ -48,16 +49,23 @@ def alpha_summary(report: Report) -> dict[str, float]:
     return {}
 
 
-def measurement_row(report: Report, ratios: Mapping[str, float], lrs: Mapping[str, float]) -> dict[str, float]:
-    """Return one measurement as a row of figures: the aggregates, and each layer's alpha, ratio and lr.
+def measurement_row(
+    report: Report, ratios: Mapping[str, float], lrs: Mapping[str, float], summary: Mapping[str, float]
+) -> dict[str, float]:
+    """Return one measurement as a row of figures: the aggregates, and each layer's alpha, ratio, lr and z-score.
 
     Of more than `MAX_LOGGED_LAYERS` layers, the aggregates alone.
     """
-    row = alpha_summary(report)
+    row = {**alpha_summary(report), **summary}
     if len(report.layers) > MAX_LOGGED_LAYERS:
         return row
     for name, record in report.layers.items():
-        figures = {"alpha": record.alpha, "ratio": ratios.get(name), "lr": lrs.get(name)}
+        figures = {
+            "alpha": record.alpha,
+            "ratio": ratios.get(name),
+            "lr": lrs.get(name),
+            "z": record.z_score,
+        }
         if record.kind:
             row.update({f"farms/{key}/{name}": value for key, value in figures.items() if value is not None})
     return row
@@ -72,7 +80,12 @@ def esd_histograms(report: Report) -> dict[str, EsdHistogram]:
 
 
 def log_measurement(
-    trainer: Trainer, report: Report, ratios: Mapping[str, float], lrs: Mapping[str, float], x_axis: str
+    trainer: Trainer,
+    report: Report,
+    ratios: Mapping[str, float],
+    lrs: Mapping[str, float],
+    summary: Mapping[str, float],
+    x_axis: str,
 ) -> None:
     """Log one measurement with every logger of the Lightning trainer; to be called on rank zero.
 
@@ -81,9 +94,10 @@ def log_measurement(
         report: the measurement.
         ratios: learning-rate ratio of each layer.
         lrs: learning rate of each layer.
+        summary: figures of the update as a whole.
         x_axis: the logged metric that W&B plots the curves against.
     """
-    row = {"epoch": trainer.current_epoch, **measurement_row(report, ratios, lrs)}
+    row = {"epoch": trainer.current_epoch, **measurement_row(report, ratios, lrs, summary)}
     histograms = esd_histograms(report)
     # The step that LearningRateMonitor uses: it counts batches that stepped, as the user's own curves do.
     step = trainer.fit_loop.epoch_loop._batches_that_stepped

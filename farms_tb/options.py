@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 
 Esd = Literal["farms", "full"]
 Fit = Literal["median", "goodness-of-fit", "xmin_peak"]
-AssignFunc = Literal["tb_linear_map", "tb_sqrt", "tb_log2", "tb_step", "tb_sigmoid"]
+AssignFunc = Literal["tb_linear_map", "tb_sqrt", "tb_log2", "tb_step", "tb_sigmoid", "noise_aware"]
 Metric = Literal[
     "alpha", "ks_distance", "alpha_hat", "spectral_norm", "norm", "stable_rank", "norm_stable_rank", "entropy"
 ]
@@ -179,6 +179,11 @@ class BalanceOptions:
             raise ValueError(
                 f"assign_func={self.temperature.assign_func!r} is defined for metric='alpha', whose values are "
                 f"above 1, got metric={self.metric!r}; use 'tb_linear_map', 'tb_step' or 'tb_sigmoid'"
+            )
+        if self.metric != "alpha" and self.temperature.assign_func == "noise_aware":
+            raise ValueError(
+                "assign_func='noise_aware' compares alpha with that of random layers, it knows no other metric: "
+                f"got metric={self.metric!r}"
             )
 
 

@@ -45,6 +45,10 @@ class LayerRecord:
         num_eigenvalues: eigenvalues in all samples together, after filtering; on the meta device the number that a
             measurement would solve for.
         status: `"ok"`, or the reason why there is no alpha.
+        alpha_error: standard error of alpha, see `farms_tb.standard_error`.
+        xmin: eigenvalue at which the tail begins; the geometric mean over blocks.
+        null_mean: mean alpha of random layers of this shape, where asked for: the same entries, shuffled.
+        null_std: standard deviation of their alphas.
         kind: `"real"` or `"spectral"` (complex) weights; empty where there is no stack.
         shape: (K, R, C) of the stack of matrices; empty where there is none.
         histogram: the ESD of all samples together, where asked for.
@@ -58,11 +62,22 @@ class LayerRecord:
     stable_rank: float | None = None
     norm_stable_rank: float | None = None
     entropy: float | None = None
+    alpha_error: float | None = None
+    xmin: float | None = None
+    null_mean: float | None = None
+    null_std: float | None = None
     num_eigenvalues: int = 0
     status: str = OK
     kind: str = ""
     shape: tuple[int, ...] = ()
     histogram: EsdHistogram | None = field(default=None, repr=False)
+
+    @property
+    def z_score(self) -> float | None:
+        """How far alpha is from that of a random layer, in standard deviations; None without a null."""
+        if self.alpha is None or self.null_mean is None or self.null_std is None:
+            return None
+        return (self.alpha - self.null_mean) / self.null_std
 
     def metric(self, name: Metric) -> float | None:
         """Return the figure called `name`, or None where the layer has no alpha."""
@@ -87,11 +102,16 @@ class Report:
         """Alpha of each layer by name; what `farms_tb.lr_ratios` takes."""
         return {name: record.alpha for name, record in self.layers.items()}
 
+    @property
+    def z_scores(self) -> dict[str, float | None]:
+        """z-score of each layer by name; what `farms_tb.lr_ratios` takes for the noise-aware map."""
+        return {name: record.z_score for name, record in self.layers.items()}
+
     def rows(self) -> list[dict[str, Any]]:
         """Return one flat dict of plain values a layer, for a table or a file."""
         rows = []
         for name, record in self.layers.items():
-            row = {"layer": name, **asdict(record)}
+            row = {"layer": name, **asdict(record), "z_score": record.z_score}
             del row["histogram"]
             row["shape"] = "x".join(map(str, record.shape))
             rows.append(row)

@@ -1,4 +1,4 @@
-"""Eigenvalues of windows: squared singular values, ascending, pooled into samples.
+"""Eigenvalues of windows: squared singular values, ascending.
 
 The eigenvalues of the small Gram matrix (w x w for windows of h x w, w <= h) are the squared singular values.
 Squaring costs accuracy at the small end: a Gram eigenvalue is off by about 1e-16 of the largest one. Where a
@@ -26,20 +26,20 @@ _CHUNK_WORK = 3 * 10**7
 _GRAM_LIMIT = 1e-10
 
 
-def pooled_eigenvalues(windows: Windows, chunk_bytes: int = CHUNK_BYTES) -> Tensor:
-    """Return the eigenvalues of each sample of windows.
+def window_eigenvalues(windows: Windows, chunk_bytes: int = CHUNK_BYTES) -> Tensor:
+    """Return the eigenvalues of each window.
 
     Args:
         windows: `samples` runs of n windows of h x w, finite, real or complex.
         chunk_bytes: memory, in bytes, for the windows that are solved at once; at least one window is.
 
     Returns:
-        `(samples, n * min(h, w))`, float64, ascending and not negative. What lies below the numerical rank of
+        `(samples, n, min(h, w))`, float64, ascending and not negative. What lies below the numerical rank of
         its window is exactly 0.
 
     Example:
-        >>> pooled_eigenvalues(Windows(torch.diag(torch.tensor([3.0, 1.0]))[None], samples=1))
-        tensor([[1., 9.]], dtype=torch.float64)
+        >>> window_eigenvalues(Windows(torch.diag(torch.tensor([3.0, 1.0]))[None], samples=1))
+        tensor([[[1., 9.]]], dtype=torch.float64)
     """
     view = windows.view
     lead, (height, width) = view.shape[:-2], view.shape[-2:]
@@ -56,7 +56,7 @@ def pooled_eigenvalues(windows: Windows, chunk_bytes: int = CHUNK_BYTES) -> Tens
         return _eigenvalues(view[torch.unravel_index(chunk, lead)].to(dtype))
 
     values = _map(solve, chunks, view.device, chunk_bytes // (max(1, chunk_size) * per_window))
-    return torch.cat(values).reshape(windows.samples, -1).sort(dim=-1).values
+    return torch.cat(values).reshape(windows.samples, -1, small)
 
 
 def _map(

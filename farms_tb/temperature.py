@@ -30,12 +30,16 @@ def lr_ratios(
     - `"tb_log2"`: log2(alpha) * n / sum of log2(alpha);
     - `"tb_step"`: lr_min_ratio + (lr_max_ratio - lr_min_ratio) * rank / n, rank 0 the smallest alpha;
     - `"tb_sigmoid"`: 10^(s * (sigmoid(tau * (alpha - mean)) - 1/2)), s = sigmoid_max above the mean and
-      sigmoid_min at or below it, so ratios lie between 10^(-sigmoid_min / 2) and 10^(sigmoid_max / 2).
+      sigmoid_min at or below it, so ratios lie between 10^(-sigmoid_min / 2) and 10^(sigmoid_max / 2);
+    - `"noise_aware"`: takes z-scores in place of alphas (`analyze(model, null=True).z_scores`). The linear map of
+      z, to the power of `noise_lambda`, the share of the spread of z that noise does not explain. Layers that
+      differ by no more than random ones would all keep ratio 1; layers far apart get the linear map's ratios.
+      It is this package's own, not from the papers.
 
     Args:
         alphas: alpha of each layer; None or NaN where a layer has none.
         assign_func: the map.
-        lr_min_ratio: ratio of the smallest alpha (linear map, step).
+        lr_min_ratio: ratio of the smallest alpha (linear map, step); of the noise-aware map before it is shrunk.
         lr_max_ratio: ratio of the largest alpha (linear map); the bound of the step map.
         sigmoid_min: strength s of the sigmoid at or below the mean.
         sigmoid_max: strength s of the sigmoid above the mean.
@@ -69,6 +73,25 @@ def ratios_from(alphas: Mapping[str, float | None], options: TemperatureOptions)
         _check_domain(known, options.assign_func)
         ratios.update(zip(known, _MAPS[options.assign_func](values, options), strict=True))
     return ratios
+
+
+def noise_lambda(z_scores: Sequence[float]) -> float:
+    """Return the share of the variance of z-scores that noise does not explain, max(0, 1 - 1 / variance).
+
+    The z-scores of random layers have variance 1. 0 for fewer than two.
+
+    Example:
+        >>> noise_lambda([-2.0, 0.0, 2.0])
+        0.75
+    """
+    largest = max(map(abs, z_scores), default=0.0)
+    if len(z_scores) < 2 or largest == 0:
+        return 0.0
+    # As shares of the largest, whose squares cannot overflow.
+    shares = [z / largest for z in z_scores]
+    mean = math.fsum(shares) / len(shares)
+    variance = math.fsum((share - mean) ** 2 for share in shares) / (len(shares) - 1) * largest * largest
+    return 1 - 1 / variance if variance > 1 else 0.0
 
 
 def _check_domain(alphas: Mapping[str, float], assign_func: AssignFunc) -> None:
@@ -120,10 +143,16 @@ def _sigmoid(alphas: Sequence[float], options: TemperatureOptions) -> list[float
     return ratios
 
 
+def _noise_aware(z_scores: Sequence[float], options: TemperatureOptions) -> list[float]:
+    share = noise_lambda(z_scores)
+    return [ratio**share for ratio in _linear_map(z_scores, options)]
+
+
 _MAPS: dict[AssignFunc, Callable[[Sequence[float], TemperatureOptions], list[float]]] = {
     "tb_linear_map": _linear_map,
     "tb_sqrt": _sqrt,
     "tb_log2": _log2,
     "tb_step": _step,
     "tb_sigmoid": _sigmoid,
+    "noise_aware": _noise_aware,
 }

@@ -13,8 +13,9 @@ from torch.nn.utils import parametrizations
 
 import farms_tb
 from farms_tb import MatrixStack, analyze, layer_matrices, lr_ratios, spectra
-from farms_tb.analysis import ROW_LENGTH, checked_layers, measure
+from farms_tb.analysis import Team, checked_layers, measure
 from farms_tb.layers import find_layers
+from farms_tb.measurement import ROW_LENGTH
 from farms_tb.options import SpectralOptions
 from recipes.models.unet import UNet
 
@@ -532,7 +533,7 @@ class TestSharedAmongProcesses:
                 found.append(table)
                 return table * 0
 
-            measure(layers, SpectralOptions(), histogram=True, rank=rank, world_size=world_size, add_up=keep)
+            measure(layers, SpectralOptions(), histogram=True, team=Team(rank, world_size, keep))
         return found
 
     @pytest.mark.parametrize("world_size", [2, 3, 7])
@@ -541,8 +542,8 @@ class TestSharedAmongProcesses:
         alone = measure(layers, SpectralOptions(), histogram=True)
         total = torch.stack(self.tables(layers, world_size)).sum(0)
         for rank in range(world_size):
-            shared = {"rank": rank, "world_size": world_size, "add_up": lambda _: total}
-            assert measure(layers, SpectralOptions(), histogram=True, **shared) == alone
+            team = Team(rank, world_size, lambda _: total)
+            assert measure(layers, SpectralOptions(), histogram=True, team=team) == alone
 
     def test_every_layer_is_measured_once(self):
         layers = find_layers(nn.Sequential(*(nn.Linear(8, 8) for _ in range(5))))
@@ -557,12 +558,11 @@ class TestSharedAmongProcesses:
 
         failure = torch.zeros(3, ROW_LENGTH, dtype=torch.float64)
         failure[-1, 0] = 1
-        shared = {"world_size": 2, "add_up": lambda table: failure}
         with pytest.raises(RuntimeError, match="failed on 1 of 2 ranks, elsewhere: see the output of other ranks"):
-            measure(layers, SpectralOptions(), rank=1, **shared)
-        monkeypatch.setattr("farms_tb.analysis.pooled_eigenvalues", fail)
+            measure(layers, SpectralOptions(), team=Team(1, 2, lambda table: failure))
+        monkeypatch.setattr("farms_tb.measurement.window_eigenvalues", fail)
         with pytest.raises(RuntimeError, match="failed on 1 of 2 ranks, on this rank 0: no room"):
-            measure(layers, SpectralOptions(), rank=0, **shared)
+            measure(layers, SpectralOptions(), team=Team(0, 2, lambda table: failure))
         with pytest.raises(MemoryError, match="no room"):
             measure(layers, SpectralOptions())
 

@@ -26,7 +26,7 @@ def options_of(function: object) -> dict[str, object]:
 @pytest.mark.parametrize(
     ("entry_point", "options"),
     [
-        (farms_tb.analyze, SPECTRAL),
+        (farms_tb.analyze, SPECTRAL | {"null": False, "histogram": False}),
         (farms_tb.lr_ratios, TEMPERATURE),
         (farms_tb.TempBalance, SPECTRAL | TEMPERATURE | BALANCE),
         (farms_tb.FARMSTempBalance, SPECTRAL | TEMPERATURE | BALANCE | WHEN_AND_WHAT_TO_LOG),

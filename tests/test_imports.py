@@ -14,7 +14,19 @@ OPTIONAL = (
     *("lightning", "pytorch_lightning", "lightning_fabric", "wandb", "matplotlib", "pandas", "hydra", "omegaconf"),
     *("scipy", "sklearn", "neuralop", "tltorch", "torchvision", "rich", "transformers", "accelerate"),
 )
-MATHEMATICS = ("options", "matrices", "layers", "windows", "spectra", "power_law", "temperature", "analysis")
+MATHEMATICS = (
+    "options",
+    "matrices",
+    "layers",
+    "windows",
+    "spectra",
+    "power_law",
+    "temperature",
+    "analysis",
+    "measurement",
+    "standard_error",
+    "null",
+)
 
 REFUSE_OPTIONAL = f"""
 import importlib.abc, importlib.machinery, sys

@@ -81,7 +81,7 @@ class TestThousandLayers:
 
     def test_keys_of_a_row(self, balanced: Any) -> None:
         _, _, balancer = balanced
-        row = logs.measurement_row(balancer.report, balancer.ratios, balancer._balancer.layer_lrs())
+        row = logs.measurement_row(balancer.report, balancer.ratios, balancer._balancer.layer_lrs(), {})
         assert len(row) == 3 * 1000 + 2
 
 

@@ -55,7 +55,7 @@ def test_spectral_options(options, error, message):
         (
             {"assign_func": "linear"},
             ValueError,
-            "one of 'tb_linear_map', 'tb_sqrt', 'tb_log2', 'tb_step', 'tb_sigmoid', got 'linear'",
+            "one of 'tb_linear_map', 'tb_sqrt', 'tb_log2', 'tb_step', 'tb_sigmoid', 'noise_aware', got 'linear'",
         ),
         ({"lr_min_ratio": -0.1}, ValueError, r"lr_min_ratio must be at least 0, got -0\.1"),
         ({"lr_max_ratio": 0}, ValueError, "lr_max_ratio must be above 0, got 0"),

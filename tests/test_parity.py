@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import farms_tb
-from farms_tb.analysis import ZERO_CUTOFF
+from farms_tb.measurement import ZERO_CUTOFF
 from farms_tb.power_law import fit_power_law
 
 from .reference import spectrum, stacks, windows

@@ -61,7 +61,7 @@ def test_rows_are_flat_and_plain():
     assert last["alpha"] is None
     names = {field.name for field in fields(LayerRecord)} - {"histogram"}
     for row in REPORT.rows():
-        assert set(row) == names | {"layer"}
+        assert set(row) == names | {"layer", "z_score"}
         assert all(value is None or isinstance(value, (int, float, str)) for value in row.values())
 
 

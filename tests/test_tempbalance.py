@@ -170,7 +170,7 @@ def test_state_of_a_newer_version_is_refused() -> None:
     net = make_net()
     balancer = TempBalance(net, torch.optim.SGD(net.parameters(), lr=0.1))
     state = {**balancer.state_dict(), "version": 99}
-    with pytest.raises(ValueError, match="the state has version 99, this farms_tb reads up to 1: upgrade it"):
+    with pytest.raises(ValueError, match="the state has version 99, this farms_tb reads up to 2: upgrade it"):
         balancer.load_state_dict(state)
 
 
