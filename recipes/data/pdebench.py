@@ -1,0 +1,424 @@
+"""PDEBench's data files: Darcy flow and compressible Navier-Stokes (Takamoto et al., NeurIPS 2022).
+
+How the samples are split. The first tenth of a file is the test set: 1000 of 10 000, a ninth of the number
+left. Of these, the pool, every k-th is trained on, k = 1 / fraction. So far this is the split of Liu et al.,
+"Model Balancing Helps Low-data Training and Fine-tuning" (EMNLP 2024), where the best epoch is chosen on the
+test set.
+
+Here it is chosen on samples of the pool that are held out, the last of every `val_every` in a row: with 10, 900
+of the 9000, the same ones for every fraction. For an even k (and an even `val_every`) none of them is an every
+k-th one, so the training set is the published one to the sample: 4500, 2250, 900, 225 and 50 for fractions of
+1/2, 1/4, 1/10, 1/40 and 1/180. For an odd k the training set lacks those held out: fraction 1 trains on 8100 of
+9000.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from recipes.data.download import FILES, FOLDER
+from recipes.data.hdf5 import SampleReader, in_memory
+from recipes.data.loaders import evaluation_loader, training_loader
+from recipes.errors import RecipeError
+
+__all__ = ["PDEBenchDarcy", "PDEBenchFlow", "split_samples"]
+
+Pair = tuple[Tensor, Tensor]
+Shapes = dict[str, tuple[int, ...]]
+
+BETAS = (0.01, 0.1, 1.0, 10.0, 100.0)
+CHANNELS = {1: ("density", "pressure", "Vx"), 2: ("density", "pressure", "Vx", "Vy")}
+
+
+def sample_step(fraction: float | str) -> int:
+    """Return k of the data fraction 1/k.
+
+    Raises:
+        ValueError: It is no such fraction.
+    """
+    try:
+        exact = Fraction(str(fraction)).limit_denominator(1_000_000)
+    except (ValueError, ZeroDivisionError):
+        exact = Fraction(0)
+    if exact.numerator != 1:
+        raise ValueError(f"data.fraction must be one over a whole number, such as 1, 0.1 or 1/180, got {fraction}")
+    return exact.denominator
+
+
+def split_samples(total: int, step: int, val_every: int) -> dict[str, list[int]]:
+    """Split the samples of a file; see the top of this module.
+
+    Args:
+        total: Samples in the file.
+        step: Every step-th of the pool is trained on.
+        val_every: The last of every so many of the pool is held out.
+
+    Returns:
+        Indices into the file, ascending, under "train", "val" and "test".
+
+    Raises:
+        RecipeError: A split would be empty.
+    """
+    test = total // 10
+    pool = range(test, total)
+    if test == 0:
+        raise RecipeError(f"the file holds {total} samples; a tenth is the test set, so at least 10 are needed")
+    if len(pool) < val_every:
+        raise RecipeError(
+            f"data.val_every={val_every} holds out none of the {len(pool)} samples that are not for testing; "
+            "take a smaller one"
+        )
+    if len(pool) < step:
+        raise RecipeError(
+            f"data.fraction=1/{step} of the {len(pool)} samples that are not for testing is less than one; "
+            "take a larger one"
+        )
+    val = pool[val_every - 1 :: val_every]
+    return {"train": [i for i in pool[::step] if i not in val], "val": list(val), "test": list(range(test))}
+
+
+@dataclass(frozen=True)
+class _Options:
+    """The arguments that `PDEBenchDarcy` and `PDEBenchFlow` share; `PDEBenchDarcy` says what they mean."""
+
+    data_dir: str | Path
+    path: str | Path | None
+    every_point: int
+    fraction: float | str
+    val_every: int
+    batch_size: int
+    shuffle_seed: int
+    memory_gb: float
+    num_workers: int
+
+    def __post_init__(self) -> None:
+        if self.every_point < 1:
+            raise ValueError(f"data.every_point must be at least 1, got {self.every_point}")
+        if self.val_every < 2:
+            raise ValueError(
+                f"data.val_every must be at least 2 (1 leaves nothing to train on), got {self.val_every}"
+            )
+        sample_step(self.fraction)
+
+    @property
+    def step(self) -> int:
+        """Every step-th sample of the pool is trained on."""
+        return sample_step(self.fraction)
+
+
+def _remedy(name: str, generator: str | None, data_dir: str | Path) -> str:
+    """Say how to come by a file."""
+    download = f"`python -m recipes.data.download {name} --data-dir {data_dir}`"
+    text = f"{download} fetches PDEBench's file ({FILES[name].size / 1e9:.1f} GB)"
+    if generator is not None:
+        text += f"; `python -m recipes.generate {generator}` makes one of the same layout, for data.path"
+    return text
+
+
+class _Samples(Dataset[Pair]):
+    """Pairs made from samples of a file when they are asked for.
+
+    Args:
+        reader: The file.
+        indices: The samples.
+        select: Which part of each dataset's samples is used.
+    """
+
+    def __init__(self, reader: SampleReader, indices: Sequence[int], select: dict[str, tuple[slice, ...]]) -> None:
+        self.reader = reader
+        self.indices = indices
+        self.select = select
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def _fields(self, position: int) -> list[np.ndarray]:
+        index = self.indices[position]
+        return [self.reader.read(key, index, select) for key, select in self.select.items()]
+
+
+class _DarcySamples(_Samples):
+    """Coefficient and solution, both (1, X, Y)."""
+
+    def __getitem__(self, position: int) -> Pair:
+        nu, u = self._fields(position)
+        return torch.from_numpy(nu)[None], torch.from_numpy(u)
+
+
+class _FlowSamples(_Samples):
+    """History (T_in, C, *space) and future (T_out, C, *space).
+
+    Args:
+        reader: The file.
+        indices: The samples.
+        select: Which part of each dataset's samples is used, in the order of the channels.
+        history: Frames of the history.
+    """
+
+    def __init__(
+        self, reader: SampleReader, indices: Sequence[int], select: dict[str, tuple[slice, ...]], history: int
+    ) -> None:
+        super().__init__(reader, indices, select)
+        self.history = history
+
+    def __getitem__(self, position: int) -> Pair:
+        frames = torch.from_numpy(np.stack(self._fields(position), axis=1))
+        return frames[: self.history], frames[self.history :]
+
+
+class _PDEBenchData(LightningDataModule, ABC):
+    """A file in one of PDEBench's layouts, thinned and split.
+
+    Args:
+        name: The published file, one of `FILES`.
+        generator: Arguments of `recipes.generate` that make such files, if there is such a generator.
+        dimensions: Of space: the last axes of each dataset.
+        select: Which part of each dataset's samples is used.
+        options: The arguments that `PDEBenchDarcy` and `PDEBenchFlow` share.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        generator: str | None,
+        dimensions: int,
+        select: dict[str, tuple[slice, ...]],
+        options: _Options,
+    ) -> None:
+        super().__init__()
+        path = options.path or Path(options.data_dir) / FOLDER / FILES[name].file_name
+        self.reader = SampleReader(Path(path), tuple(select), _remedy(name, generator, options.data_dir))
+        self.dimensions = dimensions
+        self.select = select
+        self.options = options
+        self.num_workers = options.num_workers
+        self.datasets: dict[str, Dataset[Any]] = {}
+
+    @abstractmethod
+    def _check_layout(self, shapes: Shapes) -> None:
+        """Refuse datasets that are of another layout, or too small for the options."""
+
+    @abstractmethod
+    def _samples(self, indices: Sequence[int]) -> Dataset[Pair]:
+        """Return samples that are read when they are asked for."""
+
+    @cached_property
+    def _shapes(self) -> Shapes:
+        """Shapes of the datasets, once they are known to be right."""
+        shapes = self.reader.shapes()
+        self._check_layout(shapes)
+        every = self.options.every_point
+        for side in self._space(shapes):
+            if side % every:
+                raise RecipeError(f"data.every_point={every} does not divide a grid of {side} points")
+        return shapes
+
+    def _space(self, shapes: Shapes) -> tuple[int, ...]:
+        return next(iter(shapes.values()))[-self.dimensions :]
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Points along each axis of space that are used."""
+        return tuple(side // self.options.every_point for side in self._space(self._shapes))
+
+    def _split(self) -> dict[str, list[int]]:
+        total = next(iter(self._shapes.values()))[0]
+        return split_samples(total, self.options.step, self.options.val_every)
+
+    def _sample_bytes(self) -> int:
+        """Bytes of one sample as it is used."""
+        return 4 * sum(
+            math.prod(len(range(size)[part]) for part, size in zip(self.select[key], shape[1:], strict=True))
+            for key, shape in self._shapes.items()
+        )
+
+    def prepare_data(self) -> None:
+        """Check the file and that the options fit it, before any time is spent.
+
+        Raises:
+            RecipeError: The file is missing, damaged or of another layout, or the options do not fit it.
+        """
+        self._split()
+
+    def setup(self, stage: str) -> None:
+        """Open the splits; read them where they fit in `memory_gb`."""
+        if self.datasets:
+            return
+        splits = self._split()
+        self.datasets = {split: self._samples(indices) for split, indices in splits.items()}
+        if self._sample_bytes() * sum(map(len, splits.values())) <= self.options.memory_gb * 1e9:
+            self.num_workers = 0
+            self.datasets = {
+                split: in_memory(samples, f"Reading {split} samples") for split, samples in self.datasets.items()
+            }
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Shuffled training batches."""
+        options = self.options
+        return training_loader(self.datasets["train"], options.batch_size, options.shuffle_seed, self.num_workers)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Validation batches."""
+        return evaluation_loader(self.datasets["val"], self.options.batch_size, self.num_workers)
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """Test batches."""
+        return evaluation_loader(self.datasets["test"], self.options.batch_size, self.num_workers)
+
+
+class PDEBenchDarcy(_PDEBenchData):
+    """Darcy flow: from the coefficient nu to the solution u, as they are in the file.
+
+    Batches are (nu, u), both float32 (B, 1, X, Y).
+
+    Args:
+        data_dir: PDEBench's file is `<data_dir>/pdebench/2D_DarcyFlow_beta<beta>_Train.hdf5`.
+        beta: The constant source: 0.01, 0.1, 1, 10 or 100.
+        path: Another file of the same layout, instead: `nu` (N, X, Y) and `tensor` (N, 1, X, Y).
+        every_point: Keep every so many-th point along each axis; must divide the grid.
+        fraction: Part of the pool that is trained on, one over a whole number; "1/180" is understood.
+        val_every: The last of every so many samples of the pool is held out for validation.
+        batch_size: Samples a batch.
+        shuffle_seed: Seed of the order of the training samples.
+        memory_gb: The samples in use are read once and kept if they take no more memory than this; otherwise each
+            batch is read from the file. Each process of a distributed run keeps its own.
+        num_workers: Processes that read batches from the file; samples kept in memory need none.
+    """
+
+    kind = "fields"
+
+    def __init__(
+        self,
+        data_dir: str | Path,
+        beta: float = 1.0,
+        path: str | Path | None = None,
+        every_point: int = 1,
+        fraction: float | str = 1,
+        val_every: int = 10,
+        batch_size: int = 50,
+        shuffle_seed: int = 0,
+        memory_gb: float = 4.0,
+        num_workers: int = 2,
+    ) -> None:
+        if beta not in BETAS:
+            raise ValueError(f"data.beta must be one of {', '.join(map(str, BETAS))}, got {beta}")
+        options = _Options(
+            data_dir, path, every_point, fraction, val_every, batch_size, shuffle_seed, memory_gb, num_workers
+        )
+        points = (slice(None, None, every_point),) * 2
+        select = {"nu": points, "tensor": (slice(None), *points)}
+        super().__init__(f"darcy_beta{float(beta)}", "darcy", 2, select, options)
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """Shape of one input, (channels, height, width)."""
+        return (1, *self.grid)
+
+    def _check_layout(self, shapes: Shapes) -> None:
+        nu, u = shapes["nu"], shapes["tensor"]
+        if len(nu) != 3 or u != (nu[0], 1, *nu[1:]):
+            raise RecipeError(
+                f"{self.reader.path}: nu must have shape (N, X, Y) and tensor (N, 1, X, Y), got {nu} and {u}"
+            )
+
+    def _samples(self, indices: Sequence[int]) -> Dataset[Pair]:
+        return _DarcySamples(self.reader, indices, self.select)
+
+
+class PDEBenchFlow(_PDEBenchData):
+    """Compressible Navier-Stokes: the frames that follow `history` frames, as they are in the file.
+
+    Batches are (history, future), float32 (B, history, C, *space) and (B, rollout_to - history, C, *space). The
+    channels are density, pressure, Vx and, in two dimensions, Vy.
+
+    Args:
+        data_dir: PDEBench's file is `<data_dir>/pdebench/1D_CFD_Rand_Eta0.01_Zeta0.01_periodic_Train.hdf5` or
+            `<data_dir>/pdebench/2D_CFD_Rand_M0.1_Eta0.01_Zeta0.01_periodic_128_Train.hdf5`.
+        dimensions: Of space, 1 or 2.
+        path: Another file of the same layout, instead: `density`, `pressure`, `Vx`[, `Vy`], each (N, T, X[, Y]).
+        every_point: Keep every so many-th point along each axis; must divide the grid.
+        every_frame: Keep every so many-th frame, from the first on.
+        history: Frames that are given, after thinning.
+        rollout_to: Frames in all, given and to be predicted, after thinning.
+        fraction: Part of the pool that is trained on, one over a whole number; "1/180" is understood.
+        val_every: The last of every so many samples of the pool is held out for validation.
+        batch_size: Samples a batch.
+        shuffle_seed: Seed of the order of the training samples.
+        memory_gb: The samples in use are read once and kept if they take no more memory than this; otherwise each
+            batch is read from the file. Each process of a distributed run keeps its own.
+        num_workers: Processes that read batches from the file; samples kept in memory need none.
+    """
+
+    kind = "trajectories"
+
+    def __init__(
+        self,
+        data_dir: str | Path,
+        dimensions: int = 1,
+        path: str | Path | None = None,
+        every_point: int = 1,
+        every_frame: int = 1,
+        history: int = 10,
+        rollout_to: int = 21,
+        fraction: float | str = 1,
+        val_every: int = 10,
+        batch_size: int = 20,
+        shuffle_seed: int = 0,
+        memory_gb: float = 4.0,
+        num_workers: int = 2,
+    ) -> None:
+        if dimensions not in CHANNELS:
+            raise ValueError(f"data.dimensions must be 1 or 2, got {dimensions}")
+        if every_frame < 1:
+            raise ValueError(f"data.every_frame must be at least 1, got {every_frame}")
+        if not 0 < history < rollout_to:
+            raise ValueError(
+                f"data.history={history} must be at least 1 and below data.rollout_to={rollout_to}: "
+                "the frames between them are predicted"
+            )
+        options = _Options(
+            data_dir, path, every_point, fraction, val_every, batch_size, shuffle_seed, memory_gb, num_workers
+        )
+        frames = slice(0, (rollout_to - 1) * every_frame + 1, every_frame)
+        points = (slice(None, None, every_point),) * dimensions
+        select = dict.fromkeys(CHANNELS[dimensions], (frames, *points))
+        generator = "cfd1d" if dimensions == 1 else None
+        super().__init__(f"cfd{dimensions}d", generator, dimensions, select, options)
+        self.channels = len(select)
+        self.every_frame = every_frame
+        self.history = history
+        self.rollout_to = rollout_to
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """Shape of one frame, (channels, *space)."""
+        return (self.channels, *self.grid)
+
+    def _check_layout(self, shapes: Shapes) -> None:
+        first = shapes["density"]
+        if len(first) != 2 + self.dimensions or any(shape != first for shape in shapes.values()):
+            axes = ", ".join(("N", "T", "X", "Y")[: 2 + self.dimensions])
+            found = ", ".join(f"{key} {shape}" for key, shape in shapes.items())
+            raise RecipeError(f"{self.reader.path}: the datasets must have one shape ({axes}), got {found}")
+        frames = math.ceil(first[1] / self.every_frame)
+        if frames < self.rollout_to:
+            raise RecipeError(
+                f"data.rollout_to={self.rollout_to} exceeds the {frames} frames that "
+                f"data.every_frame={self.every_frame} leaves of {first[1]} in {self.reader.path}"
+            )
+
+    def _samples(self, indices: Sequence[int]) -> Dataset[Pair]:
+        return _FlowSamples(self.reader, indices, self.select, self.history)
