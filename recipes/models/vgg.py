@@ -9,7 +9,7 @@ from torchvision.models.vgg import cfgs, make_layers
 __all__ = ["DEPTHS", "SmallImageVGG"]
 
 DEPTHS = {16: "D", 19: "E"}
-HALVINGS = 5
+HALVINGS = 5  # max-pools, one after every stage
 
 
 class SmallImageVGG(nn.Module):
@@ -20,16 +20,29 @@ class SmallImageVGG(nn.Module):
         in_channels: Channels of the images.
         out_channels: Classes.
         width: Features of the first stage (64 in the papers), a multiple of 8; the last stage has 8 * width.
+        halvings: Max-pools to keep, the first ones of 5. Images of 8x8 pixels allow 3.
     """
 
-    def __init__(self, depth: int = 16, in_channels: int = 3, out_channels: int = 10, width: int = 64) -> None:
+    def __init__(
+        self,
+        depth: int = 16,
+        in_channels: int = 3,
+        out_channels: int = 10,
+        width: int = 64,
+        halvings: int = HALVINGS,
+    ) -> None:
         super().__init__()
         if depth not in DEPTHS:
             raise ValueError(f"model.net.depth must be one of {', '.join(map(str, DEPTHS))}, got {depth}")
         if width < 8 or width % 8:
             raise ValueError(f"model.net.width must be a positive multiple of 8, got {width}")
+        if not 0 <= halvings <= HALVINGS:
+            raise ValueError(f"model.net.halvings must be from 0 to {HALVINGS}, got {halvings}")
+        self.halvings = halvings
         plan = [step if step == "M" else int(step) * width // 64 for step in cfgs[DEPTHS[depth]]]
-        self.features = make_layers(plan, batch_norm=True)
+        pools = [index for index, step in enumerate(plan) if step == "M"]
+        plan = [step for index, step in enumerate(plan) if index not in pools[halvings:]]
+        self.features = make_layers(plan, batch_norm=True)  # type: ignore[arg-type]
         if in_channels != 3:
             self.features[0] = nn.Conv2d(in_channels, plan[0], kernel_size=3, padding=1)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
@@ -40,17 +53,17 @@ class SmallImageVGG(nn.Module):
                 nn.init.zeros_(module.bias)  # type: ignore[arg-type]
 
     def check_input(self, shape: tuple[int, ...]) -> None:
-        """Refuse images that five halvings would make empty.
+        """Refuse images that the halvings would make empty.
 
         Args:
             shape: (channels, height, width) or (batch, channels, height, width).
 
         Raises:
-            ValueError: A side is below 32.
+            ValueError: A side is below 2 ** halvings.
         """
-        if min(shape[-2:]) < 2**HALVINGS:
+        if min(shape[-2:]) < 2**self.halvings:
             raise ValueError(
-                f"VGG halves the image {HALVINGS} times and needs sides of at least {2**HALVINGS}, "
+                f"VGG halves the image {self.halvings} times and needs sides of at least {2**self.halvings}, "
                 f"got {tuple(shape[-2:])}; with data=digits set data.image_size=32"
             )
 

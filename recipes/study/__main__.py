@@ -1,0 +1,103 @@
+"""Does layer-wise balancing help on a task? `python -m recipes.study experiment=...`.
+
+Trains several arms on the same seeds, each arm with a base learning rate tuned on validation data, and compares
+their test errors with the baseline's, seed by seed:
+
+    python -m recipes.study experiment=study/digits_resnet18_50          one cell
+    python -m recipes.study experiment=study/darcy_fno,study/darcy_unet  several, each alone and pooled
+    python -m recipes.study study=small                                  the cells of conf/study/small.yaml
+    python -m recipes.study study=small study.seeds=5 trainer.max_epochs=20
+    python -m recipes.study --report study=small                         table and figure again, no training
+
+Arms are off, full, farms, noise_aware and placebo (FARMS's ratios on the wrong layers); `conf/study.yaml` holds
+and explains the settings. Every other setting goes to each run as it would to `python -m recipes.train`.
+
+A study that was stopped, or killed, goes on where it was when the command is repeated: `results.csv` in the cell's
+folder has a row for every finished run, and is whole at any moment. More seeds and more arms may join later; any
+other change of settings is refused. The number of processes does not change the results.
+
+How it is done:
+
+- Runs of one seed share data, initial network and order of batches; with `study.vary_data` each seed has a data
+  split of its own, so that the intervals cover other data too.
+- The learning rate of an arm is the one with the smallest mean log validation error over seeds that are used for
+  nothing else; see `recipes.study.plan.tune`. Where data are few (digits), validation images of one split are test
+  images of another; every arm gains the same from that.
+- Final weights are tested, not those of the best epoch.
+- The effect is the mean log ratio of test errors, with a t-interval; see `recipes.study.statistics`. Its p-value
+  is corrected over the arms of a cell (Holm).
+- A run that diverged is out when a learning rate is chosen; as a final run it counts with the error of a network
+  that has learnt nothing: 1 - 1 / classes, or 1 for nRMSE and relative L2.
+
+Exits with status 2 and one message when a setting, a folder or a run is at fault.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shlex
+import sys
+import warnings
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.markup import escape
+
+from recipes.console import make_console
+from recipes.errors import RecipeError
+from recipes.study.cells import Study, load_study
+from recipes.study.records import read_records
+from recipes.study.report import EFFECTS_FILE, FIGURE_FILE, Records, draw, print_rows, summarise, write_effects
+from recipes.study.runner import run_study
+from recipes.train import CONFIG_DIR
+
+__all__ = ["main"]
+
+
+def _report(study: Study, results: dict[str, Records], console: Console) -> None:
+    arms = list(dict.fromkeys(arm for cell in study.cells for arm in cell.options.arms))
+    baseline = study.cells[0].options.baseline
+    rows = summarise(results, arms, baseline)
+    folder = study.cells[0].folder if len(study.cells) == 1 else study.folder
+    print_rows(console, rows, baseline)
+    if not rows:
+        return
+    write_effects(rows, folder / EFFECTS_FILE)
+    draw(rows, baseline, folder / FIGURE_FILE)
+    console.print(f"in {escape(str(folder))}: {EFFECTS_FILE}, {FIGURE_FILE}; results.csv in each cell's folder")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run from the command line; show the user's mistakes without a traceback."""
+    parser = argparse.ArgumentParser(
+        "python -m recipes.study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--report", action="store_true", help="draw table and figure of what is there, train nothing"
+    )
+    parser.add_argument("overrides", nargs="*", help="settings, as name=value")
+    options = parser.parse_args(arguments)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    console = make_console()
+    try:
+        study = load_study(CONFIG_DIR, options.overrides)
+        if options.report:
+            results: dict[str, Records] = {cell.name: read_records(cell.folder) for cell in study.cells}
+        else:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                results = dict(run_study(study, console))
+        _report(study, results, console)
+    except RecipeError as error:
+        make_console(stderr=True).print(f"[bold red]error:[/bold red] {escape(str(error))}", soft_wrap=True)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        command = shlex.join(["python", "-m", "recipes.study", *(arguments or sys.argv[1:])])
+        console.print(f"[yellow]stopped; to go on, repeat {escape(command)}[/yellow]", soft_wrap=True)
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

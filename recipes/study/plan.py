@@ -1,0 +1,113 @@
+"""Which runs a study needs: a pure function of its options and of the runs that are finished.
+
+So a study that was stopped goes on where it was, and the number of processes decides nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from recipes.study.records import Job, Record
+
+__all__ = ["ArmPlan", "Tuning", "plan_arm", "tune"]
+
+TUNE_SEEDS_START = 1_000_000
+"""Tuning has seeds of its own, out of the way of the final ones, which are 1, 2, 3, ..."""
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How far the search for an arm's learning rate has come.
+
+    Attributes:
+        lrs: The learning rates tried or to be tried, ascending.
+        missing: Runs it still needs before it knows more.
+        best: The chosen learning rate; None while runs are missing.
+        scores: Mean log validation error of each learning rate; infinite where a run diverged. Empty while runs
+            are missing.
+    """
+
+    lrs: tuple[float, ...]
+    missing: tuple[Job, ...]
+    best: float | None
+    scores: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class ArmPlan:
+    """What an arm needs.
+
+    Attributes:
+        tuning: Its search for a learning rate.
+        missing: Runs that can be started now.
+        done: Number of runs of the plan that are finished.
+        total: Runs in all, as far as is known: the search may grow.
+    """
+
+    tuning: Tuning
+    missing: tuple[Job, ...]
+    done: int
+    total: int
+
+
+def tune(
+    arm: str, lr: float, grid: tuple[float, ...], seeds: int, extend: int, finished: Mapping[Job, Record]
+) -> Tuning:
+    """Choose the learning rate whose mean log error on validation data is smallest; the smaller one of equals.
+
+    A learning rate under which a run diverged is out. Where the best is at an end of the grid, the grid grows there
+    by one, in the step of its last two, at most `extend` times at each end. Where all diverged it grows downwards,
+    and in the end the smallest is taken.
+
+    Args:
+        arm: The arm.
+        lr: The arm's own learning rate.
+        grid: Multiples of `lr` to try, ascending. A single one is taken untried.
+        seeds: Runs for each.
+        extend: How often the grid may grow at each end.
+        finished: The runs so far.
+    """
+    lrs = [_tidy(lr * multiple) for multiple in grid]
+    if len(lrs) == 1:
+        return Tuning((lrs[0],), (), lrs[0], ())
+    below = above = extend
+    while True:
+        jobs = {
+            rate: [Job(arm, "tune", TUNE_SEEDS_START + 1 + index, rate) for index in range(seeds)] for rate in lrs
+        }
+        missing = tuple(job for rate in lrs for job in jobs[rate] if job not in finished)
+        if missing:
+            return Tuning(tuple(lrs), missing, None, ())
+        scores = [_score([finished[job] for job in jobs[rate]]) for rate in lrs]
+        best = scores.index(min(scores))
+        if best == 0 and below > 0:
+            below -= 1
+            lrs.insert(0, _tidy(lrs[0] ** 2 / lrs[1]))
+        elif best == len(lrs) - 1 and above > 0:
+            above -= 1
+            lrs.append(_tidy(lrs[-1] ** 2 / lrs[-2]))
+        else:
+            return Tuning(tuple(lrs), (), lrs[best], tuple(scores))
+
+
+def _tidy(lr: float) -> float:
+    """Round to six digits, so that a rate reads the same everywhere."""
+    return float(f"{lr:.6g}")
+
+
+def _score(records: list[Record]) -> float:
+    if any(record.status == "diverged" for record in records):
+        return math.inf
+    return math.fsum(record.log_error("val") for record in records) / len(records)
+
+
+def plan_arm(tuning: Tuning, arm: str, seeds: int, tune_seeds: int, finished: Mapping[Job, Record]) -> ArmPlan:
+    """Add the final runs to the search."""
+    searching = len(tuning.lrs) * tune_seeds if len(tuning.lrs) > 1 else 0
+    if tuning.best is None:
+        return ArmPlan(tuning, tuning.missing, searching - len(tuning.missing), searching + seeds)
+    finals = [Job(arm, "final", seed, tuning.best) for seed in range(1, seeds + 1)]
+    missing = tuple(job for job in finals if job not in finished)
+    return ArmPlan(tuning, missing, searching + seeds - len(missing), searching + seeds)

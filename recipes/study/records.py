@@ -1,0 +1,152 @@
+"""The results of a cell: one CSV, a row for every finished run, whole at any moment."""
+
+from __future__ import annotations
+
+import csv
+import tempfile
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_type_hints
+
+from recipes.errors import RecipeError
+from recipes.study.statistics import log_error
+
+__all__ = ["RESULTS_FILE", "Job", "Phase", "Record", "read_records", "write_records", "write_rows"]
+
+RESULTS_FILE = "results.csv"
+
+Phase = Literal["tune", "final"]
+
+
+class Job(NamedTuple):
+    """One run of a cell; what makes it this run and no other.
+
+    Attributes:
+        arm: The arm.
+        phase: "tune" for runs that choose the learning rate, "final" for those that are compared.
+        seed: Seed of the run.
+        lr: Base learning rate.
+    """
+
+    arm: str
+    phase: Phase
+    seed: int
+    lr: float
+
+
+@dataclass(frozen=True)
+class Record:
+    """A finished run.
+
+    Attributes:
+        experiment: Name of the cell.
+        arm: See `Job`, like the next three.
+        phase: See `Job`.
+        seed: See `Job`.
+        lr: See `Job`.
+        status: "ok", or "diverged": a loss or score at the end was not finite.
+        metric: Name of the score in `val` and `test`, say "accuracy".
+        val: Score of the final weights on validation data; NaN where diverged.
+        test: Score of the final weights on test data; NaN where diverged.
+        val_samples: Number of validation samples.
+        test_samples: Number of test samples.
+        blind_error: Error of a network that has learnt nothing; see `recipes.study.single.METRICS`.
+        parameters: Number of trainable parameters.
+        epochs: Epochs trained.
+        steps: Optimizer steps taken.
+        seconds: Time of the whole run, with data, validation and test.
+        train_seconds: Time of the training loop, without the callback's measurements.
+        callback_seconds: Time of the callback's measurements, all together.
+        device: Where it ran.
+        config: Fingerprint of the arm's settings.
+    """
+
+    experiment: str
+    arm: str
+    phase: Phase
+    seed: int
+    lr: float
+    status: Literal["ok", "diverged"]
+    metric: str
+    val: float
+    test: float
+    val_samples: int
+    test_samples: int
+    blind_error: float
+    parameters: int
+    epochs: int
+    steps: int
+    seconds: float
+    train_seconds: float
+    callback_seconds: float
+    device: str
+    config: str
+
+    @property
+    def job(self) -> Job:
+        """The run that this is the result of."""
+        return Job(self.arm, self.phase, self.seed, self.lr)
+
+    def error(self, split: Literal["val", "test"]) -> float:
+        """Return the error, smaller is better: 1 - accuracy, else the score itself.
+
+        A diverged run has learnt nothing, and counts as such.
+        """
+        if self.status == "diverged":
+            return self.blind_error
+        score = self.val if split == "val" else self.test
+        return 1.0 - score if self.metric == "accuracy" else score
+
+    def log_error(self, split: Literal["val", "test"]) -> float:
+        """Return the log of the error, with half a sample added to a share of samples."""
+        samples = self.val_samples if split == "val" else self.test_samples
+        return log_error(self.error(split), samples if self.metric == "accuracy" else None)
+
+
+def read_records(folder: Path) -> dict[Job, Record]:
+    """Read the finished runs in `folder`; none where there is no file yet.
+
+    Raises:
+        RecipeError: The file is not one of `write_records`.
+    """
+    path = folder / RESULTS_FILE
+    if not path.exists():
+        return {}
+    types = get_type_hints(Record)
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            records = [_record(row, types) for row in csv.DictReader(file, strict=True)]
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
+        raise RecipeError(
+            f"{path} is not a study's results file ({error}); move it away, or choose another study.folder"
+        ) from error
+    return {record.job: record for record in records}
+
+
+def _record(row: dict[str, str], types: dict[str, Any]) -> Record:
+    plain = {float: float, int: int}
+    return Record(**{f.name: plain.get(types[f.name], str)(row[f.name]) for f in fields(Record)})
+
+
+def write_records(folder: Path, records: Iterable[Record]) -> None:
+    """Write all finished runs of a cell, in an order that does not depend on who finished first."""
+    ordered = sorted(records, key=lambda record: (record.experiment, record.phase != "tune", *record.job))
+    write_rows(folder / RESULTS_FILE, [asdict(record) for record in ordered], [f.name for f in fields(Record)])
+
+
+def write_rows(path: Path, rows: Iterable[dict[str, Any]], columns: list[str]) -> None:
+    """Write a CSV beside `path`, then move it into place in one step; NaN becomes "nan", None an empty cell."""
+    with tempfile.NamedTemporaryFile(
+        "w", dir=path.parent, prefix=f".{path.stem}-", suffix=".part", delete=False, newline="", encoding="utf-8"
+    ) as file:
+        part = Path(file.name)
+        try:
+            writer = csv.DictWriter(file, columns, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+    part.chmod(0o644)
+    part.replace(path)

@@ -1,0 +1,149 @@
+"""Bring a study to its end: hand out runs, keep what they find, show how far it is."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+from collections.abc import Iterator
+from datetime import timedelta
+
+from filelock import FileLock, Timeout
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from recipes.errors import RecipeError
+from recipes.study.cells import Cell, Study, check_cell, keep_settings
+from recipes.study.plan import ArmPlan, Tuning, plan_arm, tune
+from recipes.study.records import Job, Record, read_records, write_records
+from recipes.study.workers import Workers, available_cores
+
+__all__ = ["run_study"]
+
+Results = dict[str, dict[Job, Record]]
+
+
+def run_study(study: Study, console: Console) -> Results:
+    """Do every run that is not done yet.
+
+    Args:
+        study: The study.
+        console: Where progress is shown.
+
+    Returns:
+        All finished runs of each cell.
+
+    Raises:
+        RecipeError: A setting, a folder or a run is at fault, or another process is at work in the folder.
+    """
+    for cell in study.cells:
+        check_cell(cell)
+    with contextlib.ExitStack() as stack:
+        for cell in study.cells:
+            keep_settings(cell)
+            stack.enter_context(_locked(cell))
+        results = {cell.name: read_records(cell.folder) for cell in study.cells}
+        _Progress(study, results, console).run()
+    return results
+
+
+@contextlib.contextmanager
+def _locked(cell: Cell) -> Iterator[None]:
+    """Keep a second study out of the folder; the system frees the lock of a process that is killed."""
+    try:
+        with FileLock(cell.folder / ".lock", timeout=0):
+            yield
+    except Timeout:
+        raise RecipeError(
+            f"another study is at work in {cell.folder}; wait for it, or choose another study.folder"
+        ) from None
+
+
+class _Progress:
+    """The state of a study that is going on."""
+
+    def __init__(self, study: Study, results: Results, console: Console) -> None:
+        self._cells = {cell.name: cell for cell in study.cells}
+        self._count = study.workers or available_cores()
+        self._results = results
+        self._console = console
+        self._said: set[tuple[str, ...]] = set()
+        self._plans = {
+            (cell.name, arm): self._plan(cell, arm) for cell in study.cells for arm in cell.options.arms
+        }
+
+    def _plan(self, cell: Cell, arm: str) -> ArmPlan:
+        options, finished = cell.options, self._results[cell.name]
+        tuning = tune(arm, cell.lr(arm), options.grid, options.tune_seeds, options.extend, finished)
+        return plan_arm(tuning, arm, options.seeds, options.tune_seeds, finished)
+
+    def _missing(self) -> list[tuple[str, Job]]:
+        return [(name, job) for (name, _), plan in self._plans.items() for job in plan.missing]
+
+    def run(self) -> None:
+        """Work until no run is missing."""
+        if not self._missing():
+            return
+        columns = (
+            *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()),
+            TextColumn("{task.fields[left]}"),
+        )
+        with Workers(self._count) as workers, Progress(*columns, console=self._console) as bar:
+            task = bar.add_task("runs", total=self._total(), completed=self._done(), left="")
+            while True:
+                going = workers.tasks
+                waiting = [key for key in self._missing() if key not in going]
+                for name, job in waiting[: workers.idle]:
+                    workers.submit((name, job), self._cells[name].settings(job))
+                if not workers.tasks:
+                    return
+                for (name, job), facts, messages in workers.finished(timeout=1.0):
+                    self._keep(name, job, facts)
+                    self._tell(name, job.arm, messages)
+                bar.update(task, total=self._total(), completed=self._done(), left=self._left())
+
+    def _keep(self, name: str, job: Job, facts: dict[str, object]) -> None:
+        cell = self._cells[name]
+        record = Record(experiment=name, **job._asdict(), **facts, config=cell.fingerprint(job.arm))  # type: ignore[arg-type]
+        self._results[name][job] = record
+        write_records(cell.folder, self._results[name].values())
+        before = self._plans[name, job.arm]
+        after = self._plans[name, job.arm] = self._plan(cell, job.arm)
+        if before.tuning.best is None and after.tuning.best is not None:
+            self._console.print(f"{name} {job.arm}: {_tuned(after.tuning)}", highlight=False, soft_wrap=True)
+
+    def _tell(self, name: str, arm: str, messages: list[str]) -> None:
+        """Show each warning once an arm, whatever layers and numbers it names."""
+        for message in messages:
+            key = (name, arm, re.sub(r"\S*\d\S*", "", message))
+            if key not in self._said:
+                self._said.add(key)
+                self._console.print(f"[yellow]{name} {arm}: {escape(message)}[/yellow]", soft_wrap=True)
+
+    def _total(self) -> int:
+        return sum(plan.total for plan in self._plans.values())
+
+    def _done(self) -> int:
+        return sum(plan.done for plan in self._plans.values())
+
+    def _left(self) -> str:
+        """Estimate the time left from each cell's mean time a run."""
+        times = {name: [r.seconds for r in records.values()] for name, records in self._results.items()}
+        known = [second for seconds in times.values() for second in seconds]
+        if not known:
+            return ""
+        mean = math.fsum(known) / len(known)
+        seconds = 0.0
+        for (name, _), plan in self._plans.items():
+            own = times[name]
+            seconds += (plan.total - plan.done) * (math.fsum(own) / len(own) if own else mean)
+        return f"about {timedelta(seconds=round(seconds / self._count))} left"
+
+
+def _tuned(tuning: Tuning) -> str:
+    tried = ", ".join(
+        f"{lr:g}: {math.exp(score):.4g}" if math.isfinite(score) else f"{lr:g}: diverged"
+        for lr, score in zip(tuning.lrs, tuning.scores, strict=True)
+    )
+    return f"lr {tuning.best:g} (validation error of each: {tried})"

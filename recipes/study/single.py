@@ -1,0 +1,144 @@
+"""One run of a study: build, train, validate and test the final weights, and nothing else."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+from lightning import LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch.profilers import SimpleProfiler
+from omegaconf import DictConfig, OmegaConf
+
+from recipes.config import build, check_combination
+from recipes.errors import RecipeError
+
+__all__ = ["METRICS", "Parts", "assemble", "metric_of", "run_once"]
+
+METRICS = {"accuracy": "1 - accuracy", "nrmse": "nRMSE", "relative_l2": "relative L2 error"}
+"""The scores a study can compare, and their errors. A network that has learnt nothing has the error of blind
+guessing, 1 - 1 / classes, or that of predicting zero, 1."""
+
+_NEVER = 10**9
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The parts of a run.
+
+    Attributes:
+        data: The data.
+        model: The task with its network.
+        trainer: The trainer.
+        clock: Times of the trainer's actions.
+    """
+
+    data: LightningDataModule
+    model: LightningModule
+    trainer: Trainer
+    clock: SimpleProfiler
+
+
+def metric_of(cfg: DictConfig) -> str:
+    """Return the name of the score that is compared, that of `task.monitor`.
+
+    Raises:
+        RecipeError: It is not one of `METRICS`.
+    """
+    metric = str(cfg.task.monitor).removeprefix("val/")
+    if metric not in METRICS:
+        known = ", ".join(f"val/{name}" for name in METRICS)
+        raise RecipeError(f"a study compares errors: task.monitor must be one of {known}, got {cfg.task.monitor}")
+    return metric
+
+
+def assemble(cfg: DictConfig) -> Parts:
+    """Build every part; none of them makes or loads data yet.
+
+    No logger, no checkpoints, no progress bar; validation data are looked at once, after training.
+
+    Raises:
+        RecipeError: A part refuses its settings, or two parts do not fit.
+    """
+    data = build(cfg, "data")
+    factories = {"optimizer": build(cfg, "optimizer"), "scheduler": build(cfg, "scheduler")}
+    seed_everything(cfg.seed, workers=True, verbose=False)
+    model = build(cfg, "model", **factories)
+    check_combination(cfg, model, data)
+    clock = SimpleProfiler()
+    trainer = build(
+        cfg,
+        "trainer",
+        callbacks=[] if cfg.farms is None else [build(cfg, "farms")],
+        logger=False,
+        profiler=clock,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        check_val_every_n_epoch=_NEVER,
+    )
+    return Parts(data, model, trainer, clock)
+
+
+def run_once(settings: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Train, validate and test.
+
+    Args:
+        settings: All settings of the run, resolved.
+
+    Returns:
+        The fields of `recipes.study.records.Record` that the run decides, and the callback's warnings.
+
+    Raises:
+        RecipeError: A part refuses its settings.
+    """
+    started = time.perf_counter()
+    cfg = OmegaConf.create(settings)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        parts = assemble(cfg)
+        parts.trainer.fit(parts.model, datamodule=parts.data)
+        times = _times(parts.clock)
+        epochs, steps = parts.trainer.current_epoch, parts.trainer.global_step
+        scores = {
+            **parts.trainer.validate(parts.model, datamodule=parts.data, verbose=False)[0],
+            **parts.trainer.test(parts.model, datamodule=parts.data, verbose=False)[0],
+        }
+    metric = metric_of(cfg)
+    finite = all(math.isfinite(score) for score in scores.values())
+    facts = {
+        "status": "ok" if finite else "diverged",
+        "metric": metric,
+        "val": scores[f"val/{metric}"] if finite else math.nan,
+        "test": scores[f"test/{metric}"] if finite else math.nan,
+        "val_samples": _size(parts.data.val_dataloader()),
+        "test_samples": _size(parts.data.test_dataloader()),
+        "blind_error": 1.0 - 1.0 / cfg.task.out_channels if metric == "accuracy" else 1.0,
+        "parameters": sum(p.numel() for p in parts.model.parameters() if p.requires_grad),
+        "epochs": epochs,
+        "steps": steps,
+        **times,
+        "device": str(parts.trainer.strategy.root_device),
+        "seconds": round(time.perf_counter() - started, 3),
+    }
+    return facts, [str(warning.message) for warning in caught if "farms_tb" in warning.filename]
+
+
+def _size(loader: Any) -> int:
+    return len(loader.dataset)
+
+
+def _times(clock: SimpleProfiler) -> dict[str, float]:
+    """Split the time of the training loop into the callback's and the rest."""
+    durations = clock.recorded_durations
+    callback = {
+        name: math.fsum(d) for name, d in durations.items() if name.startswith("[Callback]FARMSTempBalance")
+    }
+    # The trainer's clock for an epoch runs while batches are trained, so it holds the hooks around batches.
+    within = math.fsum(seconds for name, seconds in callback.items() if "_batch_" in name)
+    loop = math.fsum(durations["run_training_epoch"])
+    return {
+        "train_seconds": round(loop - within, 4),
+        "callback_seconds": round(math.fsum(callback.values()), 4),
+    }

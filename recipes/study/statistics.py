@@ -1,0 +1,113 @@
+"""What a study concludes from its errors: paired log ratios, their intervals, Holm's correction.
+
+The effect of an arm on one seed is the log of its error over the baseline's on the same seed, that is with the
+same data, the same initial network and the same order of batches. Negative means that the arm is better; 100 times
+the effect is, for small effects, the change of the error in per cent.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+__all__ = ["LEVEL", "Effect", "holm", "log_error", "pooled_effect"]
+
+LEVEL = 0.95
+"""Coverage of the intervals."""
+
+
+@dataclass(frozen=True)
+class Effect:
+    """A mean log ratio with its uncertainty.
+
+    Attributes:
+        mean: Mean log ratio.
+        low: Lower end of its interval; NaN where a cell has fewer than two pairs.
+        high: Upper end of its interval; NaN where a cell has fewer than two pairs.
+        p: Two-sided p-value of no effect; NaN where a cell has fewer than two pairs.
+        pairs: Number of log ratios that went in.
+    """
+
+    mean: float
+    low: float
+    high: float
+    p: float
+    pairs: int
+
+
+def log_error(error: float, samples: int | None) -> float:
+    """Return the log of an error.
+
+    Args:
+        error: The error, at least 0.
+        samples: Number of test samples n where the error is a share of them, None where it is a magnitude. To a
+            share 1/(2n) is added: half a sample, so that no error at all has a log too.
+    """
+    return math.log(error if samples is None else error + 0.5 / samples)
+
+
+def pooled_effect(cells: Sequence[Mapping[int, float]]) -> Effect:
+    """Average log ratios over the seeds of each cell, then over cells, with a t-interval.
+
+    The mean is the plain mean of the cells' means: every cell counts the same, however many seeds it has. Cells
+    that share a seed share what the seed decides (the data, say), so their log ratios may be correlated. The
+    variance therefore adds up each seed's residuals over the cells before squaring (a cluster-robust variance,
+    clusters being seeds):
+
+        var = sum over s of ( sum over c that have s of  sqrt(n_c / (n_c - 1)) (d_cs - mean_c) / (C n_c) )^2
+
+    for log ratios d_cs of C cells with n_c seeds each. The degrees of freedom are those of the smallest cell,
+    n_c - 1. For one cell all this is the textbook's paired t-interval and t-test.
+
+    Args:
+        cells: For each cell the log ratio of each seed; no cell is empty.
+
+    Returns:
+        The effect.
+
+    Raises:
+        ValueError: There is no cell, or one without a log ratio.
+    """
+    if not cells or not all(cells):
+        raise ValueError("pooled_effect needs at least one log ratio in every cell")
+    pairs = sum(map(len, cells))
+    means = [math.fsum(cell.values()) / len(cell) for cell in cells]
+    mean = math.fsum(means) / len(cells)
+    smallest = min(map(len, cells))
+    if smallest < 2:
+        return Effect(mean, math.nan, math.nan, math.nan, pairs)
+    residuals: dict[int, float] = {}
+    for cell, centre in zip(cells, means, strict=True):
+        n = len(cell)
+        for seed, value in cell.items():
+            share = math.sqrt(n / (n - 1)) * (value - centre) / (len(cells) * n)
+            residuals[seed] = residuals.get(seed, 0.0) + share
+    error = math.sqrt(math.fsum(residual**2 for residual in residuals.values()))
+    if error == 0.0:
+        return Effect(mean, mean, mean, float(mean == 0.0), pairs)
+    half = error * float(stats.t.ppf((1 + LEVEL) / 2, smallest - 1))
+    p = 2 * float(stats.t.sf(abs(mean) / error, smallest - 1))
+    return Effect(mean, mean - half, mean + half, p, pairs)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjust p-values for being one of several (Holm, Scandinavian Journal of Statistics, 1979).
+
+    Args:
+        p_values: The p-values; NaN stands for a test that could not be made and is left out of the count.
+
+    Returns:
+        The adjusted ones in the same order: below 0.05 is significant at a family-wise error rate of 5 per cent.
+    """
+    p = np.asarray(p_values, dtype=float)
+    adjusted = np.full(len(p), math.nan)
+    order = [int(i) for i in np.argsort(p, kind="stable") if not math.isnan(p[i])]
+    highest = 0.0
+    for rank, index in enumerate(order):
+        highest = max(highest, min(1.0, (len(order) - rank) * float(p[index])))
+        adjusted[index] = highest
+    return [float(value) for value in adjusted]

@@ -1,0 +1,153 @@
+"""Processes that run one training after the other, each on one thread and, where there are GPUs, on one GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+import traceback
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from recipes.errors import RecipeError
+from recipes.study.single import run_once
+
+__all__ = ["Workers", "available_cores"]
+
+
+def available_cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@dataclass
+class _Worker:
+    process: BaseProcess
+    connection: Connection
+    task: Hashable | None = None
+
+
+class Workers:
+    """A few processes that live until the `with` block ends.
+
+    Args:
+        count: Number of processes.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._workers: list[_Worker] = []
+
+    def __enter__(self) -> Workers:
+        """Start the processes."""
+        context = multiprocessing.get_context(
+            "spawn"
+        )  # a forked process can't use CUDA, or threads that were running
+        for index in range(self._count):
+            here, there = context.Pipe()
+            process = context.Process(target=_work, args=(there, index), daemon=True)
+            process.start()
+            there.close()
+            self._workers.append(_Worker(process, here))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop them, in the middle of a run too."""
+        for worker in self._workers:
+            worker.process.terminate()
+        for worker in self._workers:
+            worker.process.join()
+            worker.connection.close()
+        self._workers.clear()
+
+    @property
+    def idle(self) -> int:
+        """Number of processes with nothing to do."""
+        return sum(worker.task is None for worker in self._workers)
+
+    @property
+    def tasks(self) -> set[Hashable]:
+        """Names of the runs that are going on."""
+        return {worker.task for worker in self._workers if worker.task is not None}
+
+    def submit(self, task: Hashable, settings: dict[str, Any]) -> None:
+        """Give a run to an idle process."""
+        worker = next(worker for worker in self._workers if worker.task is None)
+        worker.task = task
+        with contextlib.suppress(BrokenPipeError):  # `finished` tells of a process that died
+            worker.connection.send(settings)
+
+    def finished(self, timeout: float) -> Iterator[tuple[Any, dict[str, Any], list[str]]]:
+        """Wait until a run is done, or `timeout` seconds.
+
+        Yields:
+            Name, facts and warnings of every run that is done.
+
+        Raises:
+            RecipeError: A run failed, or its process died.
+        """
+        busy = {worker.connection: worker for worker in self._workers if worker.task is not None}
+        for connection in wait(list(busy), timeout):
+            worker = busy[connection]  # type: ignore[index]
+            try:
+                facts, messages, failure = worker.connection.recv()
+            except (EOFError, ConnectionResetError):
+                worker.process.join()
+                raise RecipeError(
+                    f"the process of {worker.task} died (exit code {worker.process.exitcode}), maybe for want of "
+                    "memory; repeat the command to go on, with a smaller study.workers"
+                ) from None
+            if failure:
+                raise RecipeError(f"the run {worker.task} failed: {failure}")
+            task, worker.task = worker.task, None
+            yield task, facts, messages
+
+
+def _work(connection: Connection, index: int) -> None:
+    """Serve runs until the parent hangs up."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    torch.set_num_threads(1)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    while True:
+        try:
+            settings = connection.recv()
+        except EOFError:
+            return
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                answer: tuple[Any, ...] = (*run_once(_on_device(settings, index)), "")
+        except RecipeError as error:
+            answer = (None, [], str(error))
+        except Exception:
+            answer = (None, [], traceback.format_exc())
+        connection.send(answer)
+
+
+def _leave_with_parent() -> None:
+    """End this process when its parent is gone, even one that was killed and could not say so."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _on_device(settings: dict[str, Any], index: int) -> dict[str, Any]:
+    """Spread the processes over the GPUs."""
+    trainer = settings["trainer"]
+    if not torch.cuda.is_available() or trainer["accelerator"] not in ("auto", "gpu", "cuda"):
+        return settings
+    return {**settings, "trainer": {**trainer, "devices": [index % torch.cuda.device_count()]}}
