@@ -49,6 +49,7 @@ class UNet(nn.Module):
             raise ValueError(f"channels and width must be positive, got {in_channels}, {out_channels} and {width}")
         if dimension not in CONVOLUTIONS:
             raise ValueError(f"dimension must be 1 or 2, got {dimension}")
+        self.in_channels = in_channels
         self.dimension = dimension
         widths = [width * 2**level for level in range(LEVELS + 1)]
         self.encoders = nn.ModuleList()
