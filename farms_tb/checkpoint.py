@@ -14,7 +14,7 @@ any name, 3 and more dimensions, complex       a spectral convolution (in, out, 
 =============================================  ==============================================================
 
 What is anything else is listed with the reason, as in `farms_tb.analyze`. So are quantised weights: integers, and
-8-bit floats with a scale for each block; the scales beside them are not listed. 8-bit floats with one scale or none
+8-bit floats with a scale for each block; the scales beside them are not listed. 8-bit floats with one or no scale
 are measured: alpha does not depend on it.
 """
 

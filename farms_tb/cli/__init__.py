@@ -1,0 +1,26 @@
+"""The command `farms-tb`: measure models and files of weights, and follow a run, from a terminal.
+
+Needs the extra `cli`; the rest of the package does without.
+"""
+
+from __future__ import annotations
+
+import sys
+from io import TextIOWrapper
+
+__all__ = ["main"]
+
+
+def main() -> None:
+    """Run the command line."""
+    try:
+        from farms_tb.cli.app import app
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in ("typer", "rich"):
+            raise
+        sys.exit(f'farms-tb needs {error.name}: pip install "farms-tb[cli]"')
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal or a file in an old encoding gets a question mark for what it cannot show, not a traceback.
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    app()

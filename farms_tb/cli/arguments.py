@@ -1,0 +1,85 @@
+"""Arguments and options that several commands have."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from farms_tb.cli.messages import complaints
+from farms_tb.cli.output import Format
+from farms_tb.options import SpectralOptions
+
+MODEL_HELP = (
+    "A file of weights (safetensors, torch state dict, Lightning checkpoint), a Hugging Face directory; a model "
+    "of torchvision or timm (resnet18, timm:vit_base_patch16_224); or module:function, called without arguments."
+)
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)]
+Pretrained = Annotated[
+    bool,
+    typer.Option("--pretrained", help="Trained weights for models of torchvision and timm; else random ones."),
+]
+Filter = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--filter", metavar="PATTERN", help="Only layers with such a name (shell-style, may be repeated)."
+    ),
+]
+OutputFormat = Annotated[
+    Format | None, typer.Option("--format", help="Of the result. Default: by the ending of --output, else table.")
+]
+Output = Annotated[
+    Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the result there, not to stdout.")
+]
+Device = Annotated[str, typer.Option(help="Where eigenvalues are computed: cpu, cuda, cuda:1.")]
+Strict = Annotated[bool, typer.Option("--strict", help="Exit with 1 where some layer has no alpha.")]
+RunFolderArgument = Annotated[
+    Path, typer.Argument(metavar="RUN_FOLDER", help="Where the run writes its metrics.csv.", show_default=False)
+]
+
+
+def takes_spectral_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command one option for each field of `SpectralOptions`; it gets them as `options`."""
+    described = _described_attributes(SpectralOptions)
+    hints = get_type_hints(SpectralOptions)
+    added = [
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=field.default,
+            annotation=Annotated[
+                hints[field.name],
+                typer.Option(help=described[field.name]),
+            ],
+        )
+        for field in fields(SpectralOptions)
+    ]
+
+    @functools.wraps(command)
+    def wrapper(**values: Any) -> None:
+        with complaints():
+            options = SpectralOptions(**{parameter.name: values.pop(parameter.name) for parameter in added})
+        command(options=options, **values)
+
+    signature = inspect.signature(command, eval_str=True)
+    own = [parameter for parameter in signature.parameters.values() if parameter.name != "options"]
+    wrapper.__signature__ = signature.replace(parameters=[*own, *added])  # type: ignore[attr-defined]
+    wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *added)}
+    return wrapper
+
+
+def _described_attributes(cls: type) -> dict[str, str]:
+    """Return what a class's docstring says of each attribute, in the words of a command line."""
+    attributes = (inspect.getdoc(cls) or "").partition("Attributes:\n")[2]
+    described = {}
+    for name, text in re.findall(r"^ {4}(\w+): (.+(?:\n {5}.+)*)", attributes, flags=re.MULTILINE):
+        text = re.sub(r"`(\w+)`", lambda match: "--" + match[1].replace("_", "-"), " ".join(text.split()))
+        text = text.replace("`", "")
+        described[name] = text[0].upper() + text[1:]
+    return described

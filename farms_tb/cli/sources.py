@@ -1,0 +1,143 @@
+"""What a MODEL stands for: a file of weights, a model of torchvision or timm, a function of the user's."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from farms_tb.analysis import checked_layers
+from farms_tb.checkpoint import stored_layers, stored_tensors
+from farms_tb.layers import Layer, read_stacks
+from farms_tb.matrices import MatrixStack
+from farms_tb.report import LayerRecord
+
+_FILE_ENDINGS = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".json")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where layers come from.
+
+    Attributes:
+        items: what is read, one after the other.
+        read: reads items; yields the name of each layer, with its weight or a record that says why it has none.
+    """
+
+    items: Sequence[Any]
+    read: Callable[[Iterable[Any]], Iterator[tuple[str, MatrixStack | LayerRecord]]]
+
+
+def open_source(model: str, *, pretrained: bool = False) -> Source:
+    """Find a model; of a file, nothing is read but names and shapes.
+
+    Args:
+        model: a file or directory that `farms_tb.analyze_checkpoint` takes; `"resnet18"`,
+            `"torchvision:resnet18"`, `"timm:vit_base_patch16_224"`; or `"module:function"`, called without
+            arguments.
+        pretrained: load the weights that torchvision or timm has for a model, which may download them; without it
+            they are random, the same each time.
+
+    Raises:
+        FileNotFoundError, ValueError, TypeError, ImportError: there is no such model, or nothing in it to measure.
+
+    Example:
+        >>> source = open_source("torch.nn:Flatten")
+        Traceback (most recent call last):
+        ...
+        ValueError: Flatten has no layer that can be analysed; linear, convolution, attention and \
+spectral-convolution layers can, others by farms_tb.layer_matrices.register
+    """
+    if Path(model).exists():
+        if pretrained:
+            raise ValueError(f"--pretrained is for models of torchvision and timm, {model} is a file")
+        return Source(stored_tensors(model), stored_layers)
+    return Source(checked_layers(_build(model, pretrained)), _model_layers)
+
+
+def _model_layers(layers: Iterable[Layer]) -> Iterator[tuple[str, MatrixStack | LayerRecord]]:
+    for layer in layers:
+        if layer.problem:
+            yield layer.name, LayerRecord(status=layer.problem, kind=layer.kind, shape=layer.shape)
+        else:
+            yield layer.name, read_stacks(layer.module)[layer.index]
+
+
+def _build(model: str, pretrained: bool) -> nn.Module:
+    prefix, colon, name = model.partition(":")
+    torch.manual_seed(0)
+    if prefix in _LIBRARIES:
+        return _from_library(prefix, name, pretrained)
+    if colon:
+        if pretrained:
+            raise ValueError(f"--pretrained is for models of torchvision and timm, {model} is a function")
+        return _from_function(prefix, name)
+    if os.sep in model or model.endswith(_FILE_ENDINGS):
+        raise FileNotFoundError(f"no such file: {model}")
+    installed = [library for library in _LIBRARIES if find_spec(library)]
+    for library in installed:
+        if model in _names(library):
+            return _from_library(library, model, pretrained)
+    searched = f"{' and '.join(installed)} know no model" if installed else "neither torchvision nor timm is here"
+    raise ValueError(f"{model!r} is no file, and {searched} of this name{_similar(model, installed)}")
+
+
+_LIBRARIES = ("torchvision", "timm")
+
+
+def _from_library(library: str, name: str, pretrained: bool) -> nn.Module:
+    if not find_spec(library):
+        raise ImportError(f"{library}:{name} needs {library}: pip install {library}")
+    # timm's names may end in a tag that says which weights are meant.
+    if name.partition(".")[0] not in _names(library):
+        raise ValueError(f"{library} knows no model {name!r}{_similar(name, [library])}")
+    model: nn.Module
+    try:
+        if library == "torchvision":
+            from torchvision.models import get_model
+
+            model = get_model(name, weights="DEFAULT" if pretrained else None)
+        else:
+            import timm
+
+            model = timm.create_model(name, pretrained=pretrained)
+    except Exception as error:
+        raise ValueError(f"{library} cannot make {name!r}: {type(error).__name__}: {error}") from error
+    return model
+
+
+def _names(library: str) -> list[str]:
+    names: list[str] = (
+        importlib.import_module("torchvision.models").list_models()
+        if library == "torchvision"
+        else importlib.import_module("timm").list_models()
+    )
+    return names
+
+
+def _similar(name: str, libraries: Iterable[str]) -> str:
+    known = [known for library in libraries for known in _names(library)]
+    found = get_close_matches(name, dict.fromkeys(known), n=3)
+    return f"; did you mean {' or '.join(found)}?" if found else ""
+
+
+def _from_function(module: str, function: str) -> nn.Module:
+    # As with `python -m`: what lies where the command is run can be imported.
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        make = getattr(importlib.import_module(module), function)
+        made: nn.Module = make()
+    except Exception as error:
+        raise ValueError(f"{module}:{function}() failed: {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.remove(str(Path.cwd()))
+    return made
