@@ -15,9 +15,9 @@ from recipes.errors import RecipeError
 
 __all__ = ["ARMS", "build", "check_combination", "check_config", "check_resumed_config", "choice"]
 
-ARMS = ("farms", "full", "off", "monitor")
+ARMS = ("farms", "full", "off", "monitor", "noise_aware", "placebo")
 SECTIONS = (
-    *("name", "seed", "threads", "ckpt_path", "arms", "arm", "lr", "farms", "task"),
+    *("name", "seed", "seeds", "threads", "ckpt_path", "arms", "arm", "lr", "farms", "task"),
     *("data", "model", "optimizer", "scheduler", "callbacks", "logger", "trainer", "paths"),
 )
 
@@ -77,11 +77,23 @@ def _check_kinds(cfg: DictConfig) -> None:
 
 
 def check_combination(cfg: DictConfig, model: Any, data: Any) -> None:
-    """Let the network refuse inputs of a shape it can't take.
+    """Check that model and data fit in what can be changed by hand.
 
     Raises:
-        RecipeError: It does.
+        RecipeError: The network can't take inputs of this shape, the data have another number of classes, or there
+            is nothing to choose the best epoch on.
     """
+    classes = getattr(data, "num_classes", cfg.task.out_channels)
+    if classes != cfg.task.out_channels:
+        raise RecipeError(
+            f"task.out_channels={cfg.task.out_channels}, but {choice(cfg, 'data')} has {classes} classes; "
+            f"leave it at {classes}"
+        )
+    if getattr(data, "val_size", 1) == 0 and cfg.task.monitor is not None:
+        raise RecipeError(
+            f"data.val_size=0 leaves no {cfg.task.monitor} to choose the best epoch by; set task.monitor=null too "
+            "(the weights of the last epoch are tested), or hold images out"
+        )
     check_input = getattr(model.net, "check_input", None)
     if check_input is None:
         return
@@ -104,7 +116,7 @@ def check_resumed_config(cfg: DictConfig, saved_file: Path) -> list[str]:
         saved_file: The run folder's `config.yaml`.
 
     Returns:
-        Sections other than model, data and trainer that differ, for a note to the user.
+        Other sections that differ and that the result depends on, for a note to the user.
 
     Raises:
         RecipeError: The model or the data differ.
@@ -117,7 +129,7 @@ def check_resumed_config(cfg: DictConfig, saved_file: Path) -> list[str]:
             f"ckpt_path={cfg.ckpt_path} comes from a run with another {' and another '.join(fatal)}; "
             f"repeat that run's overrides (its settings are in {saved_file})"
         )
-    return [section for section in changed if section not in ("ckpt_path", "paths", "trainer")]
+    return [section for section in changed if section not in ("seeds", "ckpt_path", "paths", "trainer")]
 
 
 def build(cfg: DictConfig, path: str, **extra: Any) -> Any:

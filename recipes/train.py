@@ -46,13 +46,14 @@ __all__ = ["CONFIG_DIR", "main", "train"]
 
 CONFIG_DIR = str(Path(__file__).resolve().parents[1] / "conf")
 
-# Data in memory need no loader processes, short epochs no denser logging, a resumed run has a folder; the last is
-# Lightning's own affair.
+# Data in memory need no loader processes, short epochs no denser logging, a resumed run has a folder, `val_size=0`
+# means it; the one about specs is Lightning's own affair.
 _NOT_FOR_USERS = (
     ".*does not have many workers.*",
     ".*is smaller than the logging interval.*",
     ".*Checkpoint directory .* exists and is not empty.*",
     ".*isinstance\\(treespec, LeafSpec\\).*",
+    "Total length of `list` across ranks is zero.*",
 )
 
 

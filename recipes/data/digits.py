@@ -33,6 +33,7 @@ class DigitsData(LightningDataModule):
     """
 
     kind = "images"
+    num_classes = 10
 
     def __init__(
         self,

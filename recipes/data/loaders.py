@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -36,7 +36,13 @@ class EpochShuffle(Sampler[int]):
         yield from torch.randperm(self.size, generator=generator).tolist()
 
 
-def training_loader(dataset: Dataset[Any], batch_size: int, seed: int, num_workers: int) -> DataLoader[Any]:
+def training_loader(
+    dataset: Dataset[Any],
+    batch_size: int,
+    seed: int,
+    num_workers: int = 0,
+    collate_fn: Callable[[Any], Any] | None = None,
+) -> DataLoader[Any]:
     """Shuffled batches; a last incomplete batch of one sample is dropped, for BatchNorm's sake."""
     size = len(dataset)  # type: ignore[arg-type]
     return DataLoader(
@@ -44,17 +50,21 @@ def training_loader(dataset: Dataset[Any], batch_size: int, seed: int, num_worke
         batch_size=batch_size,
         sampler=EpochShuffle(size, seed),
         drop_last=size > batch_size and size % batch_size == 1,
+        collate_fn=collate_fn,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         pin_memory=torch.cuda.is_available(),
     )
 
 
-def evaluation_loader(dataset: Dataset[Any], batch_size: int, num_workers: int) -> DataLoader[Any]:
+def evaluation_loader(
+    dataset: Dataset[Any], batch_size: int, num_workers: int = 0, collate_fn: Callable[[Any], Any] | None = None
+) -> DataLoader[Any]:
     """Batches in order."""
     return DataLoader(
         dataset,
         batch_size=batch_size,
+        collate_fn=collate_fn,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         pin_memory=torch.cuda.is_available(),

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import os
-import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from tests.recipes.fake_images import write_cifar, write_svhn, write_tiny_imagenet
 from tests.recipes.recipe_runs import compose_settings
 
 
@@ -48,27 +46,22 @@ def settings(tmp_path: Path) -> Callable[..., DictConfig]:
     return make
 
 
+@pytest.fixture(scope="session")
+def image_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The papers' image sets as tiny files, not to be written to."""
+    folder = tmp_path_factory.mktemp("images")
+    write_cifar(folder)
+    write_svhn(folder)
+    write_tiny_imagenet(folder)
+    return folder
+
+
 @pytest.fixture
-def fake_cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """CIFAR-10 and CIFAR-100 of forty random images, unpacked as torchvision expects them."""
-    rng = np.random.default_rng(0)
-
-    def images(count: int, classes: int, labels: str) -> dict[str, Any]:
-        pixels = rng.integers(0, 256, (count, 3072), dtype=np.uint8)
-        return {"data": pixels, labels: rng.integers(0, classes, count).tolist()}
-
-    files: dict[str, dict[str, Any]] = {
-        "cifar-100-python/train": images(40, 100, "fine_labels"),
-        "cifar-100-python/test": images(16, 100, "fine_labels"),
-        "cifar-100-python/meta": {"fine_label_names": [f"class {i}" for i in range(100)]},
-        "cifar-10-batches-py/test_batch": images(16, 10, "labels"),
-        "cifar-10-batches-py/batches.meta": {"label_names": [f"class {i}" for i in range(10)]},
-    }
-    for index in range(1, 6):
-        files[f"cifar-10-batches-py/data_batch_{index}"] = images(8, 10, "labels")
-    for name, content in files.items():
-        path = tmp_path / "data" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(pickle.dumps(content))
-    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda path, md5=None: Path(path).exists())
-    return tmp_path / "data"
+def fake_images(image_files: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of the tiny image sets, whose checksums torchvision takes for the real ones."""
+    for module in ("cifar", "svhn"):
+        monkeypatch.setattr(
+            f"torchvision.datasets.{module}.check_integrity", lambda path, md5=None: Path(path).exists()
+        )
+    monkeypatch.setattr("torchvision.datasets.svhn.download_url", lambda *args, **options: None)
+    return image_files

@@ -1,20 +1,18 @@
-"""The networks, the scores and the vision data."""
+"""The networks and the scores."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from itertools import pairwise
 
 import pytest
 import torch
 import torchvision
 from torch import nn
 
-from recipes.data.cifar import CIFARData
-from recipes.data.digits import DigitsData
-from recipes.errors import RecipeError
 from recipes.models.resnet import SmallImageResNet
 from recipes.models.unet import UNet
 from recipes.models.vgg import SmallImageVGG
+from recipes.models.wrn import WideResNet
 from recipes.tasks import nrmse, relative_l2
 
 
@@ -66,6 +64,35 @@ def test_vgg_has_one_linear_layer(depth: int, layers: int) -> None:
     assert small(torch.randn(2, 1, 32, 32)).shape == (2, 10)
 
 
+@pytest.mark.parametrize(
+    ("depth", "widen", "classes", "parameters"),
+    [(28, 10, 10, 36_479_194), (16, 8, 10, 10_961_370), (40, 4, 10, 8_949_210), (28, 6, 200, 13_217_944)],
+)
+def test_wide_resnets_have_the_published_sizes(depth: int, widen: int, classes: int, parameters: int) -> None:
+    """The paper's 36.5M, 11.0M and 8.9M; WRN-28-6, which it lacks, counted by hand below."""
+    with torch.device("meta"):
+        net = WideResNet(depth, widen, 3, classes)
+    assert _parameters(net) == parameters
+    widths, blocks = [16, 16 * widen, 32 * widen, 64 * widen], depth // 6
+    convolutions = 27 * 16 + sum(9 * o * (i + (2 * blocks - 1) * o) + i * o for i, o in pairwise(widths))
+    norms = sum(2 * i + (2 * blocks - 1) * 2 * o for i, o in pairwise(widths)) + 2 * widths[-1]
+    assert parameters == convolutions + norms + (widths[-1] + 1) * classes
+    assert sum(isinstance(module, nn.Conv2d) for module in net.modules()) == depth - 4 + 1 + 3
+
+
+def test_wide_block_by_hand() -> None:
+    """The shortcut starts behind the first activation where the shape changes, else at the input."""
+    net = WideResNet(depth=16, widen=2, in_channels=1, width=2).eval()
+    x = torch.randn(2, 4, 8, 8)
+    for block, stride in ((net.layer2[0], 2), (net.layer1[1], 1)):
+        relu, conv = nn.functional.relu, nn.functional.conv2d
+        first = relu(block.bn1(x))
+        second = relu(block.bn2(conv(first, block.conv1.weight, stride=stride, padding=1)))
+        skipped = x if stride == 1 else conv(first, block.shortcut.weight, stride=2)
+        torch.testing.assert_close(block(x), skipped + conv(second, block.conv2.weight, padding=1))
+    assert net(torch.randn(2, 1, 64, 64)).shape == (2, 10)
+
+
 def test_vgg_refuses_small_images() -> None:
     with pytest.raises(ValueError, match=r"at least 32, got \(8, 8\).*data.image_size=32"):
         SmallImageVGG(width=8, in_channels=1)(torch.randn(1, 1, 8, 8))
@@ -77,6 +104,8 @@ def test_vgg_refuses_small_images() -> None:
         (lambda: UNet(width=0), "width must be positive"),
         (lambda: SmallImageResNet(depth=20), "depth must be one of 18, 34, got 20"),
         (lambda: SmallImageResNet(width=0), "width must be positive"),
+        (lambda: WideResNet(depth=18), "depth must be 6n \\+ 4 .* got 18"),
+        (lambda: WideResNet(widen=0), "widen and width must be positive, got 0 and 16"),
         (lambda: SmallImageVGG(depth=11), "depth must be one of 16, 19, got 11"),
         (lambda: SmallImageVGG(width=0), "width must be a positive multiple of 8"),
     ],
@@ -91,73 +120,3 @@ def test_scores_by_hand() -> None:
     error = torch.tensor([[[[0.0, 5.0]], [[0.0, 0.5]]]])
     assert float(nrmse(target + error, target)) == pytest.approx((1.0 + 0.5) / 2)
     assert float(relative_l2(target + error, target)) == pytest.approx((25.25 / 26) ** 0.5)
-
-
-def test_digits_are_split_once() -> None:
-    data, larger = DigitsData(train_size=500), DigitsData(train_size=1000)
-    for module in (data, larger):
-        module.setup("fit")
-    sizes = {split: len(dataset) for split, dataset in data.datasets.items()}
-    assert sizes == {"train": 500, "val": 297, "test": 500}
-    assert torch.equal(data.datasets["test"].tensors[1], larger.datasets["test"].tensors[1])
-    images = torch.cat([larger.datasets[split].tensors[0].flatten(1) for split in ("train", "val", "test")])
-    assert len(images) == 1797
-    assert next(iter(data.train_dataloader()))[0].shape == (64, 1, 8, 8)
-
-
-def test_digits_enlarged() -> None:
-    data = DigitsData(image_size=32)
-    data.setup("fit")
-    assert next(iter(data.val_dataloader()))[0].shape[1:] == data.sample_shape == (1, 32, 32)
-
-
-def test_digits_too_many() -> None:
-    with pytest.raises(ValueError, match="at most 1797, got 1700 \\+ 297 \\+ 500"):
-        DigitsData(train_size=1700)
-
-
-@pytest.mark.parametrize("classes", [10, 100])
-def test_cifar_validates_on_training_images(fake_cifar: Path, classes: int) -> None:
-    data = CIFARData(fake_cifar, num_classes=classes, val_size=10, batch_size=6, num_workers=0)
-    data.prepare_data()
-    data.setup("fit")
-    train, val, test = (data.subsets[split] for split in ("train", "val", "test"))
-    assert (len(train), len(val), len(test)) == (30, 10, 16)  # type: ignore[arg-type]
-    assert set(train.indices).isdisjoint(val.indices)  # type: ignore[attr-defined]
-    assert torch.equal(val[0][0], val[0][0])  # not augmented
-    draws = [train[0][0] for _ in range(8)]
-    assert any(not torch.equal(draws[0], draw) for draw in draws)
-    images, labels = next(iter(data.train_dataloader()))
-    assert images.shape == (6, *data.sample_shape)
-    assert labels.max() < classes
-
-
-def test_cifar_too_small_for_its_validation_split(fake_cifar: Path) -> None:
-    data = CIFARData(fake_cifar, val_size=40, num_workers=0)
-    with pytest.raises(RecipeError, match=r"data\.val_size=40 leaves none of the 40 images"):
-        data.setup("fit")
-
-
-def test_missing_cifar(tmp_path: Path) -> None:
-    data = CIFARData(tmp_path, num_classes=100, download=False)
-    with pytest.raises(RecipeError, match=r"CIFAR100 is not in .*cifar-100-python\.tar\.gz.*paths\.data_dir"):
-        data.prepare_data()
-
-
-def test_cifar_without_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_network(*args: object, **kwargs: object) -> None:
-        raise OSError("no route to host")
-
-    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", no_network)
-    with pytest.raises(
-        RecipeError, match=r"could not be downloaded \(no route to host\).*cifar-10-python\.tar\.gz"
-    ):
-        CIFARData(tmp_path, num_classes=10).prepare_data()
-
-
-@pytest.mark.parametrize(
-    ("options", "message"), [({"num_classes": 7}, "10 or 100"), ({"val_size": 0}, "at least 1")]
-)
-def test_bad_cifar_settings(tmp_path: Path, options: dict[str, int], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        CIFARData(tmp_path, **options)  # type: ignore[arg-type]

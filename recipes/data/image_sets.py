@@ -1,0 +1,156 @@
+"""The image sets of the papers: CIFAR-10, CIFAR-100 (Krizhevsky, 2009), SVHN (Netzer et al., 2011), Tiny ImageNet.
+
+Each is read whole, as one array of uint8 pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torchvision import datasets
+from torchvision.datasets.utils import check_integrity
+
+from recipes.data import tinyimagenet
+from recipes.errors import RecipeError
+
+__all__ = ["IMAGE_SETS", "Archive", "ImageSet"]
+
+Triple = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Archive:
+    """A file that is downloaded.
+
+    Attributes:
+        url: Where from.
+        name: File name in the data folder.
+        md5: Its checksum.
+    """
+
+    url: str
+    name: str
+    md5: str
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """How to get and scale one set of square colour images.
+
+    Attributes:
+        title: Its name, for messages.
+        classes: Number of classes.
+        side: Height and width, pixels.
+        scaling: Mean and standard deviation of the channels, pixels in [0, 1], as published.
+        archives: What is downloaded.
+        fetch: `fetch(data_dir, download)` makes the set ready; raises OSError or RuntimeError where it can't.
+        open: `open(data_dir, train)` returns uint8 pixels (N, H, W, 3) and labels (N,).
+    """
+
+    title: str
+    classes: int
+    side: int
+    scaling: tuple[Triple, Triple]
+    archives: tuple[Archive, ...]
+    fetch: Callable[[Path, bool], None]
+    open: Callable[[Path, bool], tuple[Any, Any]]
+
+    def prepare(self, data_dir: Path, download: bool) -> None:
+        """Download and unpack what is missing; archives that lie there whole are unpacked in any case.
+
+        Args:
+            data_dir: Holds the archives and what is unpacked from them.
+            download: Whether a missing or damaged archive may be downloaded.
+
+        Raises:
+            RecipeError: The images are not there and can't be had; the message names the files and the way out.
+        """
+        try:
+            data_dir.mkdir(parents=True, exist_ok=True)
+            self.fetch(data_dir, download or all(self._state(data_dir, a) == "whole" for a in self.archives))
+        except (OSError, RuntimeError) as error:
+            states = "; ".join(
+                f"{a.name} is {self._state(data_dir, a)} (from {a.url}, MD5 {a.md5})" for a in self.archives
+            )
+            tried = f"could not be downloaded ({error})" if download else "data.download=false forbids a download"
+            raise RecipeError(
+                f"{self.title} is not whole in {data_dir.resolve()} and {tried}: {states}. Fetch the missing, "
+                "delete the damaged, or choose another folder with paths.data_dir=..."
+            ) from error
+
+    @staticmethod
+    def _state(data_dir: Path, archive: Archive) -> str:
+        path = data_dir / archive.name
+        if not path.exists():
+            return "missing"
+        return "whole" if check_integrity(str(path), archive.md5) else "cut short or damaged"
+
+    def read(self, data_dir: Path, train: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Read the training or the test images.
+
+        Returns:
+            Pixels uint8 (N, 3, H, W) and labels int64 (N,).
+
+        Raises:
+            RecipeError: The images or labels are not those of this set.
+        """
+        pixels, labels = self.open(data_dir, train)
+        images = torch.from_numpy(np.asarray(pixels)).permute(0, 3, 1, 2).contiguous()
+        targets = torch.as_tensor(labels, dtype=torch.long)
+        if images.shape[1:] != (3, self.side, self.side) or images.dtype != torch.uint8:
+            raise RecipeError(
+                f"{self.title} in {data_dir} has images {tuple(images.shape[1:])} of {images.dtype}, "
+                f"expected (3, {self.side}, {self.side}) of torch.uint8; fetch it again"
+            )
+        if len(targets) == 0 or not 0 <= int(targets.min()) <= int(targets.max()) < self.classes:
+            raise RecipeError(
+                f"{self.title} in {data_dir}: it has labels outside 0 to {self.classes - 1}; fetch it again"
+            )
+        return images, targets
+
+
+def _cifar(title: str, kind: type[datasets.CIFAR10], classes: int, scaling: tuple[Triple, Triple]) -> ImageSet:
+    def fetch(data_dir: Path, download: bool) -> None:
+        kind(str(data_dir), download=download)
+
+    def read(data_dir: Path, train: bool) -> tuple[Any, Any]:
+        dataset = kind(str(data_dir), train=train)
+        return dataset.data, dataset.targets
+
+    archive = Archive(kind.url, kind.filename, kind.tgz_md5)
+    return ImageSet(title, classes, 32, scaling, (archive,), fetch, read)
+
+
+def _svhn() -> ImageSet:
+    def fetch(data_dir: Path, download: bool) -> None:
+        for split in ("train", "test"):
+            datasets.SVHN(str(data_dir), split, download=download)
+
+    def read(data_dir: Path, train: bool) -> tuple[Any, Any]:
+        dataset = datasets.SVHN(str(data_dir), "train" if train else "test")
+        return dataset.data.transpose(0, 2, 3, 1), dataset.labels
+
+    archives = tuple(Archive(*datasets.SVHN.split_list[split]) for split in ("train", "test"))
+    scaling = (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)
+    return ImageSet("SVHN", 10, 32, scaling, archives, fetch, read)
+
+
+IMAGE_SETS = {
+    "cifar10": _cifar("CIFAR-10", datasets.CIFAR10, 10, ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))),
+    "cifar100": _cifar("CIFAR-100", datasets.CIFAR100, 100, ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))),
+    "svhn": _svhn(),
+    "tinyimagenet": ImageSet(
+        "Tiny ImageNet",
+        tinyimagenet.CLASSES,
+        tinyimagenet.SIDE,
+        scaling=((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        archives=(Archive(tinyimagenet.URL, tinyimagenet.ARCHIVE, tinyimagenet.MD5),),
+        fetch=tinyimagenet.prepare,
+        open=tinyimagenet.read,
+    ),
+}

@@ -1,0 +1,175 @@
+"""Image classification as in the papers: images lie in memory as bytes and are augmented on the device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning import LightningDataModule
+from torch.utils.data import DataLoader, Dataset
+
+from recipes.data.augment import crop_and_flip, draw_crops
+from recipes.data.image_sets import IMAGE_SETS
+from recipes.data.loaders import evaluation_loader, training_loader
+from recipes.errors import RecipeError
+
+__all__ = ["ImageData", "Images"]
+
+PADDING = 4
+
+
+class Images(Dataset[tuple[torch.Tensor, ...]]):
+    """Images, labels, and places, read a batch at a time.
+
+    Args:
+        images: uint8 (N, C, H, W), shared by all the splits that are cut from it.
+        labels: int64 (N,).
+        indices: Those that belong to this split, int64 (M,).
+        with_places: Also return each sample's place in `indices`, int64.
+    """
+
+    def __init__(
+        self, images: torch.Tensor, labels: torch.Tensor, indices: torch.Tensor, with_places: bool = False
+    ) -> None:
+        self.images = images
+        self.labels = labels
+        self.indices = indices
+        self.with_places = with_places
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, place: int) -> tuple[torch.Tensor, ...]:
+        return tuple(part[0] for part in self.__getitems__([place]))
+
+    def __getitems__(self, places: list[int]) -> tuple[torch.Tensor, ...]:
+        """Return the batch itself; torch's loader asks for one where a data set offers this."""
+        chosen = torch.tensor(places)
+        indices = self.indices[chosen]
+        batch = self.images[indices], self.labels[indices]
+        return (*batch, chosen) if self.with_places else batch
+
+
+class ImageData(LightningDataModule):
+    """One of the papers' image sets, with random crops (padding 4) and flips for training.
+
+    The whole set lies in memory as bytes; batches are cropped, mirrored and scaled once they are on the device.
+    What happens to an image in an epoch depends on `shuffle_seed`, the epoch and the image alone: a resumed run,
+    and several processes, see the same.
+
+    The papers train on all training images and choose the best epoch on the test set. Here the epoch is chosen on
+    `val_size` training images held out, and the test set is seen once.
+
+    Args:
+        data_dir: Where the archives lie, or go on first use.
+        dataset: "cifar10", "cifar100", "svhn" or "tinyimagenet".
+        val_size: Training images held out for validation; 0 trains on all of them and validates on none.
+        batch_size: Images a batch.
+        seed: Seed of the validation split.
+        shuffle_seed: Seed of the order and the augmentation of the training images.
+        download: Whether a missing archive may be downloaded.
+    """
+
+    kind = "images"
+
+    def __init__(
+        self,
+        data_dir: str | Path,
+        dataset: str = "cifar10",
+        val_size: int = 5000,
+        batch_size: int = 128,
+        seed: int = 0,
+        shuffle_seed: int = 0,
+        download: bool = True,
+    ) -> None:
+        super().__init__()
+        if dataset not in IMAGE_SETS:
+            raise ValueError(f"data.dataset must be one of {', '.join(IMAGE_SETS)}, got {dataset!r}")
+        if val_size < 0:
+            raise ValueError(f"data.val_size must be at least 0, got {val_size}")
+        self.image_set = IMAGE_SETS[dataset]
+        self.num_classes = self.image_set.classes
+        self.sample_shape = (3, self.image_set.side, self.image_set.side)
+        self.data_dir = Path(data_dir)
+        self.val_size = val_size
+        self.batch_size = batch_size
+        self.seed = seed
+        self.shuffle_seed = shuffle_seed
+        self.download = download
+        self.subsets: dict[str, Images] = {}
+
+    def prepare_data(self) -> None:
+        """Download and unpack what is missing (once, on one process)."""
+        self.image_set.prepare(self.data_dir, self.download)
+
+    def setup(self, stage: str) -> None:
+        """Read the images and split the training images."""
+        if self.subsets:
+            return
+        images, labels = self.image_set.read(self.data_dir, train=True)
+        if self.val_size >= len(images):
+            raise RecipeError(f"data.val_size={self.val_size} leaves none of the {len(images)} images to train on")
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(self.seed))
+        test = self.image_set.read(self.data_dir, train=False)
+        self.subsets = {
+            "train": Images(images, labels, order[self.val_size :], with_places=True),
+            "val": Images(images, labels, order[: self.val_size]),
+            "test": Images(*test, torch.arange(len(test[0]))),
+        }
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Shuffled batches: pixels uint8 (B, 3, H, W), labels (B,) and places in the training set (B,)."""
+        return training_loader(self.subsets["train"], self.batch_size, self.shuffle_seed, collate_fn=as_it_is)
+
+    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+        """Validation batches: pixels uint8 (B, 3, H, W) and labels (B,); none with `val_size=0`."""
+        return self._evaluation_loader("val") if self.val_size else []
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """Test batches, as for validation."""
+        return self._evaluation_loader("test")
+
+    def _evaluation_loader(self, split: str) -> DataLoader[Any]:
+        return evaluation_loader(self.subsets[split], 4 * self.batch_size, collate_fn=as_it_is)
+
+    def on_before_batch_transfer(
+        self, batch: tuple[torch.Tensor, ...], dataloader_idx: int
+    ) -> tuple[torch.Tensor, ...]:
+        """Look up what this epoch does to each training image.
+
+        Returns:
+            Pixels, labels and, of a training batch, crops int64 (B, 3).
+        """
+        pixels, labels, *places = batch
+        return (pixels, labels, self._crops()[places[0]]) if places else batch
+
+    def on_after_batch_transfer(
+        self, batch: tuple[torch.Tensor, ...], dataloader_idx: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Augment training images, and scale all images, on the device.
+
+        Returns:
+            Images, float (B, 3, H, W), and labels (B,).
+        """
+        pixels, labels, *crops = batch
+        return self._scaled(crop_and_flip(pixels, crops[0], PADDING) if crops else pixels), labels
+
+    def _crops(self) -> torch.Tensor:
+        epoch = 0 if self.trainer is None else self.trainer.current_epoch
+        seed = int(np.random.SeedSequence((self.shuffle_seed, epoch)).generate_state(1)[0])
+        return draw_crops(len(self.subsets["train"]), PADDING, seed)
+
+    def _scaled(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Standardise by the published numbers, in the precision that the trainer asks for."""
+        mean, std = (torch.tensor(x).to(pixels.device)[:, None, None] for x in self.image_set.scaling)
+        images = (pixels.float() / 255 - mean) / std
+        if self.trainer is None:
+            return images
+        return torch.as_tensor(self.trainer.precision_plugin.convert_input(images))
+
+
+def as_it_is(batch: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Return the batch: `Images` hands out whole ones."""
+    return batch
