@@ -1,0 +1,470 @@
+"use strict";
+
+const data = JSON.parse(document.getElementById("data").textContent);
+const { layers } = data;
+const QUANTITIES = {
+  alpha: { label: "alpha", title: "power-law exponent alpha" },
+  ratio: { label: "ratio", title: "learning rate / scheduler's learning rate", base: 1 },
+  lr: { label: "learning rate", title: "learning rate" },
+};
+const byId = (id) => document.getElementById(id);
+const state = { quantity: "alpha", view: "curves", axis: data.by_step ? "step" : "epoch", chosen: null, sort: null, esd: data.esd };
+
+// ---- elements ------------------------------------------------------------------------------------------------
+
+function fill(element, attributes, children) {
+  for (const [name, value] of Object.entries(attributes || {})) {
+    if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
+    else if (value !== null && value !== false) element.setAttribute(name, value === true ? "" : value);
+  }
+  // Strings become text nodes: a layer's name is never read as HTML.
+  element.append(...children.filter((child) => child !== null));
+  return element;
+}
+const el = (tag, attributes, ...children) => fill(document.createElement(tag), attributes, children);
+const svg = (tag, attributes, ...children) => fill(document.createElementNS("http://www.w3.org/2000/svg", tag), attributes, children);
+
+function choice(id, options, current, onchange) {
+  const place = byId(id) || el("fieldset", { class: "switch", id });
+  for (const [value, label] of options) {
+    const input = el("input", { type: "radio", name: id, value, checked: value === current, onchange: () => onchange(value) });
+    place.append(el("label", null, input, label));
+  }
+  place.hidden = options.length < 2;
+  return place;
+}
+
+// ---- numbers and colours ---------------------------------------------------------------------------------------
+
+const known = (value) => value !== null && value !== undefined;
+function number(value, digits = 3) {
+  if (!known(value)) return "–";
+  if (value !== 0 && (Math.abs(value) < 1e-3 || Math.abs(value) >= 1e5)) return value.toExponential(digits - 1);
+  return String(Number(value.toPrecision(Math.max(digits, Math.trunc(Math.abs(value)).toString().length))));
+}
+const fixed = (digits) => (value) => (known(value) ? value.toFixed(digits) : "–");
+
+const VIRIDIS = ["440154", "482878", "3e4989", "31688e", "26828e", "1f9e89", "35b779", "6ece58", "b5de2b", "fde725"];
+const DIVERGING = ["542788", "998ec3", "d8daeb", "f7f7f7", "fee0b6", "f1a340", "b35806"];
+function colour(map, t) {
+  const at = Math.min(1, Math.max(0, t)) * (map.length - 1);
+  const [low, part] = [Math.floor(at), at % 1];
+  const channel = (i, k) => parseInt(map[Math.min(i, map.length - 1)].slice(2 * k, 2 * k + 2), 16);
+  return `rgb(${[0, 1, 2].map((k) => Math.round(channel(low, k) * (1 - part) + channel(low + 1, k) * part)).join(",")})`;
+}
+// Dark at the input on paper, and the end that would be lost on the ground left out, in either scheme.
+const depth = (index) => index / Math.max(1, layers.length - 1);
+const tint = (index) => `--light:${colour(VIRIDIS, 0.9 * depth(index))};--dark:${colour(VIRIDIS, 0.35 + 0.65 * depth(index))}`;
+layers.forEach((layer, index) => Object.assign(layer, { index, tint: tint(index), shown: true }));
+const gradient = (from, to) => `linear-gradient(to right, ${[0, 1, 2, 3, 4, 5].map((i) => colour(VIRIDIS, from + (to - from) * i / 5)).join(",")})`;
+
+// ---- scales and axes -------------------------------------------------------------------------------------------
+
+/** Both kinds of ticks are pairs of a value and its label. */
+function niceTicks(low, high, wanted) {
+  const raw = (high - low) / wanted || 1;
+  const power = 10 ** Math.floor(Math.log10(raw));
+  const step = [1, 2, 5, 10].map((m) => m * power).find((s) => s >= raw * 0.999);
+  const ticks = [];
+  for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i++) ticks.push(Number((i * step).toPrecision(12)));
+  const digits = Math.max(0, -Math.floor(Math.log10(step) + 1e-9));
+  return ticks.map((tick) => [tick, Math.abs(high) < 1e-3 ? number(tick) : tick.toFixed(Math.min(digits, 8))]);
+}
+const SUPERSCRIPTS = { "-": "⁻", 0: "⁰", 1: "¹", 2: "²", 3: "³", 4: "⁴", 5: "⁵", 6: "⁶", 7: "⁷", 8: "⁸", 9: "⁹" };
+function decadeTicks(low, high, wanted) {
+  const [from, to] = [Math.ceil(Math.log10(low) - 1e-9), Math.floor(Math.log10(high) + 1e-9)];
+  const step = Math.max(1, Math.ceil((to - from + 1) / wanted));
+  const ticks = [];
+  for (let p = from; p <= to; p += step) ticks.push([10 ** p, `10${[...String(p)].map((c) => SUPERSCRIPTS[c]).join("")}`]);
+  return ticks;
+}
+function scale(low, high, from, to, log = false) {
+  const f = log ? Math.log10 : (x) => x;
+  const span = f(high) - f(low) || 1;
+  return Object.assign((x) => from + (f(x) - f(low)) / span * (to - from), { low, high, log });
+}
+
+const MARGIN = { left: 58, right: 14, top: 10, bottom: 36 };
+function frame(width, height, label) {
+  return svg("svg", { viewBox: `0 0 ${width} ${height}`, height, role: "img", "aria-label": label });
+}
+function drawAxes(root, width, height, x, y, xTitle, yTitle) {
+  const [right, bottom] = [width - MARGIN.right, height - MARGIN.bottom];
+  const ticks = (s, wanted) => (s.log ? decadeTicks : niceTicks)(s.low, s.high, wanted);
+  for (const [tick, label] of ticks(y, Math.max(3, height / 60))) {
+    root.append(svg("line", { class: "grid", x1: MARGIN.left, x2: right, y1: y(tick), y2: y(tick) }),
+      svg("text", { x: MARGIN.left - 7, y: y(tick) + 4, "text-anchor": "end" }, label));
+  }
+  for (const [tick, label] of ticks(x, Math.max(4, width / 100))) {
+    root.append(svg("line", { class: "grid", x1: x(tick), x2: x(tick), y1: MARGIN.top, y2: bottom }),
+      svg("text", { x: x(tick), y: bottom + 15, "text-anchor": "middle" }, label));
+  }
+  const middle = (MARGIN.top + bottom) / 2;
+  root.append(svg("path", { class: "frame", d: `M${MARGIN.left},${MARGIN.top}V${bottom}H${right}` }),
+    svg("text", { x: (MARGIN.left + right) / 2, y: height - 4, "text-anchor": "middle" }, xTitle),
+    svg("text", { x: 12, y: middle, "text-anchor": "middle", transform: `rotate(-90 12 ${middle})` }, yTitle));
+}
+
+function tip(event, text) {
+  const box = byId("tip");
+  box.hidden = !text;
+  if (!text) return;
+  box.textContent = text;
+  const { width, height } = box.getBoundingClientRect();
+  box.style.left = `${Math.max(4, Math.min(event.clientX + 14, innerWidth - width - 8))}px`;
+  box.style.top = `${event.clientY + 18 + height > innerHeight ? event.clientY - height - 12 : event.clientY + 18}px`;
+}
+function local(root, event) {
+  const box = root.getBoundingClientRect();
+  return [event.clientX - box.left, event.clientY - box.top];
+}
+
+// ---- curves ----------------------------------------------------------------------------------------------------
+
+const axisTitle = () => (state.axis === "step" ? "optimizer steps" : "completed epochs");
+const when = (i) => `${state.axis === "step" ? "step" : "epoch"} ${number(data.when[state.axis][i], 6)}`;
+const describe = (layer, quantity, i) => `${layer.name}\n${when(i)}: ${QUANTITIES[quantity].label} ${number(layer[quantity][i], 4)}`;
+const range = (values) => values.reduce(([low, high], v) => (known(v) ? [Math.min(low, v), Math.max(high, v)] : [low, high]), [Infinity, -Infinity]);
+
+/** Draw layers' curves into a place; the main chart also highlights, and is walked through with the arrow keys. */
+function curveChart(place, shown, quantity, height, main) {
+  const { title, base } = QUANTITIES[quantity];
+  const width = Math.max(280, place.clientWidth);
+  const xs = data.when[state.axis];
+  let [low, high] = range(shown.flatMap((layer) => layer[quantity]));
+  if (known(base) && low <= high) [low, high] = [Math.min(low, base), Math.max(high, base)];
+  place.replaceChildren();
+  if (low > high) {
+    place.append(el("p", { class: "quiet" }, shown.length ? `No ${QUANTITIES[quantity].label} was logged.` : "No layer is shown: tick some below."));
+    return;
+  }
+  const pad = (high - low) * 0.05 || Math.abs(high) * 0.05 || 1;
+  const y = scale(low - pad, high + pad, height - MARGIN.bottom, MARGIN.top);
+  let [first, last] = range(xs);
+  if (first === last) [first, last] = [first - 1, last + 1];
+  const x = scale(first, last, MARGIN.left, width - MARGIN.right);
+  const root = frame(width, height, `${title} of ${shown.length} layers over training`);
+  // Hundreds of faint lines add up to a strong ground.
+  root.style.setProperty("--dim", Math.max(0.03, Math.min(0.16, 4 / shown.length)));
+  drawAxes(root, width, height, x, y, axisTitle(), main ? title : QUANTITIES[quantity].label);
+  if (known(base)) root.append(svg("line", { class: "base", x1: MARGIN.left, x2: width - MARGIN.right, y1: y(base), y2: y(base) }));
+  const lines = shown.map((layer) => {
+    const points = layer[quantity].map((v, i) => (known(v) ? [x(xs[i]), y(v), i] : null)).filter(Boolean);
+    const style = layer.tint;
+    const path = points.length === 1
+      ? svg("circle", { class: "single", style, cx: points[0][0], cy: points[0][1], r: 3.5 })
+      : svg("path", { class: "curve", style, d: points.map(([px, py], k) => `${k ? "L" : "M"}${px.toFixed(1)},${py.toFixed(1)}`).join("") });
+    path.dataset.layer = layer.index;
+    root.append(path);
+    return { layer, points, path };
+  });
+  const dot = svg("circle", { class: "dot", r: 4.5, visibility: "hidden" });
+  root.append(dot);
+  place.append(root);
+
+  let near = null;
+  function mark(line, point, event) {
+    if (near) near.path.classList.remove("near");
+    near = line;
+    if (line) {
+      line.path.classList.add("near");
+      line.path.after(dot);
+      dot.setAttribute("style", line.layer.tint);
+      dot.setAttribute("cx", point[0]);
+      dot.setAttribute("cy", point[1]);
+      root.insertBefore(line.path, dot);
+    }
+    dot.setAttribute("visibility", line ? "visible" : "hidden");
+    place.classList.toggle("focus", main && Boolean(line || chosenLine()));
+    tip(event, line && describe(line.layer, quantity, point[2]));
+  }
+  const chosenLine = () => lines.find(({ layer }) => layer === state.chosen && main);
+  function nearest([mx, my]) {
+    let best = null;
+    for (const line of lines) {
+      const { points } = line;
+      if (!points.length) continue;
+      let k = points.findIndex(([px]) => px >= mx);
+      if (k < 0) k = points.length - 1;
+      const [a, b] = [points[Math.max(0, k - 1)], points[k]];
+      const part = b[0] > a[0] ? Math.min(1, Math.max(0, (mx - a[0]) / (b[0] - a[0]))) : 1;
+      const distance = Math.abs(a[1] + (b[1] - a[1]) * part - my);
+      if (!best || distance < best.distance) best = { line, point: part < 0.5 ? a : b, distance };
+    }
+    return best && best.distance < 30 ? best : null;
+  }
+  root.addEventListener("pointermove", (event) => {
+    const found = nearest(local(root, event));
+    mark(found && found.line, found && found.point, event);
+  });
+  root.addEventListener("pointerleave", (event) => mark(null, null, event));
+  if (!main) return;
+  root.addEventListener("click", (event) => {
+    const found = nearest(local(root, event));
+    if (found) choose(found.line.layer);
+  });
+  const chosen = chosenLine();
+  if (chosen) {
+    chosen.path.classList.add("chosen");
+    root.insertBefore(chosen.path, dot);
+    place.classList.add("focus");
+  } else place.classList.remove("focus");
+  root.setAttribute("tabindex", 0);
+  let position = 0;
+  root.addEventListener("keydown", (event) => {
+    const move = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0], Enter: [0, 0], Escape: null }[event.key];
+    if (move === undefined) return;
+    event.preventDefault();
+    if (move === null) { mark(null, null, event); choose(null); return; }
+    const drawn = lines.filter(({ points }) => points.length);
+    const current = drawn.indexOf(near || chosenLine() || drawn[0]);
+    const line = drawn[(current + move[0] + drawn.length) % drawn.length];
+    position = Math.min(line.points.length - 1, Math.max(0, position + move[1]));
+    const point = line.points[position];
+    const box = root.getBoundingClientRect();
+    mark(line, point, { clientX: box.left + point[0], clientY: box.top + point[1] });
+    if (event.key === "Enter") { choose(line.layer); byId("curves").firstChild.focus(); }
+  });
+  root.addEventListener("blur", (event) => mark(null, null, event));
+}
+
+/** Draw a map: a row a layer, a column a measurement. For hundreds of layers, whose curves hide one another. */
+function mapChart(place, shown, quantity) {
+  const rows = shown.filter((layer) => layer[quantity].some(known));
+  // The last measurement, of the final weights, has alphas and no ratios.
+  const columns = data.when[state.axis].map((_, i) => i).filter((i) => rows.some((layer) => known(layer[quantity][i])));
+  place.classList.remove("focus");
+  place.replaceChildren();
+  if (!rows.length) { place.append(el("p", { class: "quiet" }, `No ${QUANTITIES[quantity].label} to map.`)); return; }
+  const width = Math.max(280, place.clientWidth);
+  const height = Math.min(640, Math.max(160, 14 * rows.length));
+  const canvas = el("canvas", { width: columns.length, height: rows.length, role: "img", "aria-label": `${QUANTITIES[quantity].title} as a map` });
+  // One pixel a cell, magnified: sharp at any size, and cheap for any number of layers.
+  canvas.style.cssText = `width:${width}px;height:${height}px;image-rendering:pixelated`;
+  const pen = canvas.getContext("2d");
+  const [low, high] = range(rows.flatMap((layer) => layer[quantity]));
+  const widest = Math.max(1.05, ...rows.flatMap((layer) => layer[quantity]).filter((v) => v > 0).map((v) => Math.max(v, 1 / v)));
+  const shade = (v) => (quantity === "ratio"
+    ? colour(DIVERGING, 0.5 + Math.log(Math.max(v, 1e-9)) / Math.log(widest) / 2)
+    : colour(VIRIDIS, (v - low) / (high - low || 1)));
+  const none = getComputedStyle(document.body).getPropertyValue("--map-none");
+  rows.forEach((layer, row) => columns.forEach((i, column) => {
+    pen.fillStyle = known(layer[quantity][i]) ? shade(layer[quantity][i]) : none;
+    pen.fillRect(column, row, 1, 1);
+  }));
+  const cell = (event) => {
+    const [px, py] = local(canvas, event);
+    const [column, row] = [Math.floor(px / width * columns.length), Math.floor(py / height * rows.length)];
+    return rows[row] && column in columns ? [rows[row], columns[column]] : null;
+  };
+  canvas.addEventListener("pointermove", (event) => { const at = cell(event); tip(event, at && describe(at[0], quantity, at[1])); });
+  canvas.addEventListener("pointerleave", (event) => tip(event, null));
+  canvas.addEventListener("click", (event) => { const at = cell(event); if (at) choose(at[0]); });
+  place.append(canvas, el("p", { class: "quiet" },
+    `Layers from the input at the top, measurements from left to right, ${when(columns[0])} to ${when(columns.at(-1))}. ` +
+    (quantity === "ratio" ? `Violet: below the scheduler's rate, down to 1/${number(widest, 2)}; orange: above it, up to ${number(widest, 2)}.`
+      : `Dark: ${number(low)}; bright: ${number(high)}.`)));
+}
+
+function drawHistory() {
+  const shown = layers.filter((layer) => layer.shown);
+  if (!data.when.epoch.length) {
+    byId("curves").replaceChildren(el("p", { class: "quiet" }, "Nothing was logged yet."));
+    return;
+  }
+  const curves = state.view === "curves";
+  if (curves) curveChart(byId("curves"), shown.filter((layer) => layer[state.quantity].some(known)), state.quantity, 380, true);
+  else mapChart(byId("curves"), shown, state.quantity);
+  byId("depth").hidden = !curves;
+}
+
+// ---- spectrum --------------------------------------------------------------------------------------------------
+
+function spectrumChart(place, layer, esd) {
+  const [width, height] = [Math.max(280, place.clientWidth), 270];
+  const { edges: [from, to], density, tail, mean, aspect } = esd;
+  const edges = density.map((_, i) => 10 ** (from + (to - from) * i / density.length)).concat(10 ** to);
+  const law = data.laws[aspect];
+  const start = Math.max(edges[0], Math.min(edges.at(-1) * 1e-4, tail ? tail[0][0] / 3 : Infinity));
+  const positive = density.filter((d, i) => d > 0 && edges[i + 1] > start);
+  const [low, high] = [Math.min(...positive) / 3, Math.max(...positive) * 3];
+  const x = scale(start, edges.at(-1) * 1.4, MARGIN.left, width - MARGIN.right, true);
+  const bottom = height - MARGIN.bottom;
+  const y = scale(low, high, bottom, MARGIN.top, true);
+  const root = frame(width, height, `Spectrum of ${layer.name} with its fitted tail and the Marchenko-Pastur law`);
+  const clip = svg("clipPath", { id: "inside" }, svg("rect", { x: MARGIN.left, y: MARGIN.top, width: width - MARGIN.left - MARGIN.right, height: bottom - MARGIN.top }));
+  root.append(clip);
+  drawAxes(root, width, height, x, y, "eigenvalue", "density");
+  const inside = svg("g", { "clip-path": "url(#inside)" });
+  const bins = density.map((d, i) => (d > 0 ? `M${x(edges[i])},${bottom}V${y(d)}H${x(edges[i + 1])}V${bottom}Z` : "")).join("");
+  inside.append(svg("path", { class: "bins", style: layer.tint, d: bins }));
+  const line = (points) => points.map(([px, py], k) => `${k ? "L" : "M"}${x(px).toFixed(1)},${y(Math.max(py, low / 10)).toFixed(1)}`).join("");
+  if (law && mean) inside.append(svg("path", { class: "law", d: line(law.x.map((v, i) => [v * mean, law.y[i] / mean])) }));
+  if (tail) {
+    inside.append(svg("line", { class: "start", x1: x(tail[0][0]), x2: x(tail[0][0]), y1: MARGIN.top, y2: bottom }),
+      svg("path", { class: "tail", d: line(tail) }));
+  }
+  root.append(inside);
+  root.addEventListener("pointermove", (event) => {
+    const [mx] = local(root, event);
+    const i = density.findIndex((_, k) => mx >= x(edges[k]) && mx < x(edges[k + 1]));
+    tip(event, i < 0 ? null : `eigenvalues ${number(edges[i])} to ${number(edges[i + 1])}\ndensity ${number(density[i])}`);
+  });
+  root.addEventListener("pointerleave", (event) => tip(event, null));
+  place.replaceChildren(root);
+}
+
+// ---- detail ----------------------------------------------------------------------------------------------------
+
+const withError = (value, error) => (known(value) ? `${value.toFixed(3)}${known(error) ? ` ± ${error.toFixed(3)}` : ""}` : "–");
+
+function drawDetail() {
+  const place = byId("detail");
+  const layer = state.chosen;
+  place.replaceChildren(el("h2", { id: "detail-heading" }, layer ? layer.name : "No layer chosen"));
+  if (!layer) {
+    place.append(el("p", { class: "quiet" }, "Choose a layer in the table or in the chart to see its spectrum."));
+    return;
+  }
+  const facts = [
+    ["stack K × R × C", layer.shape || "–"], ["weights", layer.kind || "–"], ["FARMS alpha", withError(layer.farms, layer.error)],
+    ["full-matrix alpha", withError(layer.full)], ["KS distance", number(layer.ks)], ["stable rank", number(layer.stable_rank)],
+    ["largest eigenvalue", number(layer.spectral_norm)], ["eigenvalues", layer.count || "–"], ["last ratio", fixed(3)(layer.last_ratio)],
+  ];
+  if (known(layer.z)) facts.push(["random weights' alpha", withError(layer.null_mean, layer.null_std)], ["z-score", number(layer.z)]);
+  place.append(el("dl", null, ...facts.map(([name, value]) => el("div", null, el("dt", null, name), el("dd", null, String(value))))));
+  if (layer.status !== "ok") place.append(el("p", null, `No alpha: ${layer.status}.`));
+  const found = Object.entries({ farms: "FARMS windows", full: "whole matrix" }).filter(([esd]) => layer.esd[esd]);
+  if (found.length) {
+    const current = layer.esd[state.esd] ? state.esd : found[0][0];
+    const chart = el("div", { class: "chart", id: "spectrum" });
+    const picker = choice("esd", found, current, (esd) => { state.esd = esd; spectrumChart(chart, layer, layer.esd[esd]); });
+    place.append(el("div", { class: "bar" }, el("h3", { style: "margin-right:auto" }, "Spectrum"), picker), chart,
+      el("p", { class: "key" }, el("span", { class: "k-bins", style: layer.tint }, "eigenvalues"),
+        el("span", { class: "k-tail" }, "fitted tail"), el("span", { class: "k-law" }, "random weights (Marchenko-Pastur)")));
+    spectrumChart(chart, layer, layer.esd[current]);
+  } else place.append(el("p", { class: "quiet" }, data.weights ? "The weights that were measured hold no spectrum of this layer." : "No spectrum: no checkpoint was found that could be measured."));
+  for (const quantity of Object.keys(QUANTITIES)) {
+    if (!layer[quantity].some(known)) continue;
+    const chart = el("div", { class: "chart" });
+    place.append(el("h3", null, `${QUANTITIES[quantity].label[0].toUpperCase()}${QUANTITIES[quantity].label.slice(1)} over training`), chart);
+    curveChart(chart, [layer], quantity, 150, false);
+  }
+}
+
+function choose(layer) {
+  state.chosen = layer;
+  if (layer) layer.shown = true;
+  for (const other of layers) {
+    other.row.setAttribute("aria-selected", other === layer);
+    other.box.checked = other.shown;
+  }
+  if (layer) layer.row.scrollIntoView({ block: "nearest" });
+  drawHistory();
+  drawDetail();
+}
+
+// ---- table -----------------------------------------------------------------------------------------------------
+
+const COLUMNS = [
+  ["alpha", "farms", fixed(3), "Alpha by FARMS, of the weights measured"],
+  ["± error", "error", fixed(3), "Standard error of the FARMS alpha"],
+  ["full alpha", "full", fixed(3), "Alpha of the whole matrix"],
+  ["bias", "bias", fixed(3), "Full-matrix alpha minus FARMS alpha: what the shape of the layer adds"],
+  ["KS", "ks", fixed(3), "Kolmogorov-Smirnov distance between the tail and the fitted law, 0 the best"],
+  ["stable rank", "stable_rank", fixed(1), "Sum of the eigenvalues / the largest"],
+  ["z", "z", fixed(1), "Distance from random weights of this shape, in their standard deviations"],
+  ["ratio", "last_ratio", fixed(3), "Learning rate / scheduler's learning rate, as last logged"],
+].filter(([, key]) => layers.some((layer) => known(layer[key])));
+const body = el("tbody");
+
+function buildTable() {
+  const heads = [["#", "index", "By depth"], ["layer", "name", "By name"], ...COLUMNS.map(([label, key, , title]) => [label, key, title]), ["status", "status", "Why there is no alpha"]];
+  const all = el("input", { type: "checkbox", checked: true, "aria-label": "Show all listed layers in the chart", onchange: () => {
+    for (const layer of layers) if (!layer.row.hidden) layer.box.checked = layer.shown = all.checked;
+    drawHistory();
+  } });
+  const row = el("tr", null, el("th", { class: "text" }, all), ...heads.map(([label, key, title]) =>
+    el("th", { scope: "col", class: ["name", "status"].includes(key) ? "text" : null, "data-key": key },
+      el("button", { type: "button", title, onclick: () => sortBy(key) }, label))));
+  for (const layer of layers) {
+    layer.box = el("input", { type: "checkbox", checked: true, "aria-label": `Show ${layer.name} in the chart`, onclick: (event) => event.stopPropagation(),
+      onchange: () => { layer.shown = layer.box.checked; drawHistory(); } });
+    layer.button = el("button", { type: "button" }, el("span", { class: "swatch", style: layer.tint }), layer.name);
+    layer.row = el("tr", { "aria-selected": "false", onclick: () => choose(layer) },
+      el("td", { class: "text" }, layer.box), el("td", null, String(layer.index + 1)), el("td", { class: "text" }, layer.button),
+      ...COLUMNS.map(([, key, format]) => el("td", null, format(layer[key]))),
+      el("td", { class: "text status", title: layer.status }, layer.status));
+    body.append(layer.row);
+  }
+  byId("table").append(el("thead", null, row), body);
+  body.addEventListener("keydown", (event) => {
+    const step = { ArrowDown: 1, ArrowUp: -1 }[event.key];
+    if (!step || event.target.tagName !== "BUTTON") return;
+    event.preventDefault();
+    const rows = [...body.rows].filter((r) => !r.hidden);
+    const next = rows[rows.indexOf(event.target.closest("tr")) + step];
+    if (next) next.querySelector("button").focus();
+  });
+  byId("filter").addEventListener("input", filterRows);
+}
+
+function sortBy(key) {
+  const down = state.sort && state.sort.key === key && !state.sort.down;
+  state.sort = { key, down };
+  const text = ["name", "status"].includes(key);
+  const compare = (a, b) => {
+    const [p, q] = [a[key], b[key]];
+    if (!known(p) || !known(q)) return known(q) - known(p); // without a value: last, either way round
+    const order = text ? p.localeCompare(q, undefined, { numeric: true }) : p - q;
+    return (down ? -order : order) || a.index - b.index;
+  };
+  body.append(...[...layers].sort(compare).map((layer) => layer.row));
+  for (const head of document.querySelectorAll("th[data-key]")) {
+    if (head.dataset.key === key) head.setAttribute("aria-sort", down ? "descending" : "ascending");
+    else head.removeAttribute("aria-sort");
+  }
+}
+
+function filterRows() {
+  const words = byId("filter").value.toLowerCase().split(/\s+/);
+  let listed = 0;
+  for (const layer of layers) {
+    layer.row.hidden = !words.every((word) => layer.name.toLowerCase().includes(word));
+    listed += !layer.row.hidden;
+  }
+  byId("count").textContent = listed === layers.length ? `${listed}` : `${listed} of ${layers.length}`;
+}
+
+// ---- the page --------------------------------------------------------------------------------------------------
+
+function drawSettings() {
+  const place = byId("settings");
+  const list = (values) => el("dl", null, ...Object.entries(values).map(([name, value]) =>
+    el("div", null, el("dt", null, name), el("dd", null, value || "–"))));
+  place.append(el("h2", { id: "settings-heading" }, "Settings"));
+  if (Object.keys(data.options).length) place.append(list(data.options));
+  if (data.settings) place.append(el("details", null, el("summary", null, "All settings of the run"), el("pre", { tabindex: 0 }, data.settings)));
+  if (!data.settings && !Object.keys(data.options).length) place.append(el("p", { class: "quiet" }, "The run left no settings behind."));
+}
+
+byId("title").textContent = data.title;
+byId("facts").textContent = data.facts.join(" · ");
+if (data.missing.length) {
+  byId("missing").hidden = false;
+  byId("missing").append(el("strong", null, "Not everything is here"), el("ul", null, ...data.missing.map((sentence) => el("li", null, sentence))));
+}
+byId("depth").querySelector("i").style.cssText = `--light:${gradient(0, 0.9)};--dark:${gradient(0.35, 1)}`;
+byId("hint").textContent = "A smaller alpha means a heavier tail: a layer that has learnt more. Point at a curve for its values, click it for the layer's spectrum; with the keyboard, use the arrow keys and Enter.";
+const logged = Object.entries(QUANTITIES).filter(([key]) => layers.some((layer) => layer[key].some(known)));
+if (logged.length) state.quantity = logged[0][0];
+choice("quantity", logged.map(([key, { label }]) => [key, label]), state.quantity, (key) => { state.quantity = key; drawHistory(); });
+choice("view", logged.length ? [["curves", "curves"], ["map", "map"]] : [], state.view, (key) => { state.view = key; drawHistory(); });
+choice("axis", logged.length ? [["epoch", "epochs"], ["step", "steps"]] : [], state.axis, (key) => { state.axis = key; drawHistory(); drawDetail(); });
+buildTable();
+filterRows();
+drawSettings();
+drawHistory();
+drawDetail();
+let width = innerWidth;
+addEventListener("resize", () => { if (innerWidth !== width) { width = innerWidth; drawHistory(); drawDetail(); } });
