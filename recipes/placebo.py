@@ -40,9 +40,9 @@ class PlaceboTempBalance(FARMSTempBalance):
 
     At every measurement the ratios are those that FARMS would give, under one permutation of the layers that is
     drawn uniformly from the seed and fixed for the whole run. So the layers train at unequal rates of the same
-    sizes, changing as often, but a layer's rate has nothing to do with its own alpha. An arm that does not beat its
-    placebo owes what it gains to unequal rates, not to its measurement. As the seed alone decides, a resumed run
-    has the same permutation.
+    sizes, changing as often, but a layer's rate has nothing to do with its own alpha. An arm that does not beat
+    its placebo owes what it gains to unequal rates, not to its measurement. As the seed alone decides, a resumed
+    run has the same permutation.
 
     Args:
         placebo_seed: Seed of the permutation, at least 0.

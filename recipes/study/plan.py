@@ -57,9 +57,9 @@ def tune(
 ) -> Tuning:
     """Choose the learning rate whose mean log error on validation data is smallest; the smaller one of equals.
 
-    A learning rate under which a run diverged is out. Where the best is at an end of the grid, the grid grows there
-    by one, in the step of its last two, at most `extend` times at each end. Where all diverged it grows downwards,
-    and in the end the smallest is taken.
+    A learning rate under which a run diverged is out. Where the best is at an end of the grid, the grid grows
+    there by one, in the step of its last two, at most `extend` times at each end. Where all diverged it grows
+    downwards, and in the end the smallest is taken.
 
     Args:
         arm: The arm.

@@ -61,8 +61,8 @@ class Row:
 def summarise(cells: Mapping[str, Records], arms: Sequence[str], baseline: str) -> list[Row]:
     """Compare the arms with the baseline in every cell, and over all cells where there are several.
 
-    Only pairs count: seeds for which both the arm and the baseline are done. A cell without a pair of an arm is not
-    in that arm's pooled effect.
+    Only pairs count: seeds for which both the arm and the baseline are done. A cell without a pair of an arm is
+    not in that arm's pooled effect.
 
     Args:
         cells: The finished runs by cell.
