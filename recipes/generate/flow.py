@@ -4,16 +4,17 @@
     (rho v)_t + (rho v^2 + p)_x = tau_x
     E_t     + ((E + p) v)_x   = (v tau)_x,    E = p/(gamma - 1) + rho v^2/2,    tau = rho (4/3 eta + zeta) v_x
 
-without heat conduction. `eta` and `zeta` are kinematic: PDEBench's paper prints tau without the factor rho, the program
-that made its files has it (Takamoto et al., NeurIPS 2022, `1D_CFD_*`), and the files are what data made here stand in for.
+without heat conduction. `eta` and `zeta` are kinematic: PDEBench's paper (Takamoto et al., NeurIPS 2022) prints
+tau without the factor rho, but the program that made its files has it, and data made here stand in for them.
 
-Scheme: MUSCL-Hancock (van Leer, SIAM J. Sci. Stat. Comput. 5, 1984) with van Leer's limiter on primitive variables,
-the HLLC flux (Toro, Spruce and Speares, Shock Waves 4, 1994) between Einfeldt's wave speeds, and viscosity in explicit
-sub-cycles, half a step before and half a step after (Strang splitting). Second order where the flow is smooth.
+Scheme: MUSCL-Hancock (van Leer, SIAM J. Sci. Stat. Comput. 5, 1984) with van Leer's limiter on primitive
+variables, the HLLC flux (Toro, Spruce and Speares, Shock Waves 4, 1994) between Einfeldt's wave speeds, and
+viscosity in explicit sub-cycles, half a step before and half a step after (Strang splitting). Second order where
+the flow is smooth.
 
-Arrays have shape (3, B, n): density, velocity, pressure ("primitive") or density, momentum, energy ("conserved") of
-B samples at n cell centres, float64. Each sample runs on its own clock and no operation mixes samples or depends on
-their number, so that a sample comes out the same to the bit in any batch.
+Arrays have shape (3, B, n): density, velocity, pressure ("primitive") or density, momentum, energy ("conserved")
+of B samples at n cell centres, float64. Each sample runs on its own clock, and no operation mixes samples or
+depends on their number, so that a sample comes out the same to the bit in any batch.
 """
 
 from __future__ import annotations
@@ -62,11 +63,8 @@ def primitive(state: np.ndarray, gas: Gas) -> np.ndarray:
 def _extended(values: np.ndarray, ghosts: int, gas: Gas) -> np.ndarray:
     """Add ghost cells at both ends of the last axis."""
     if gas.periodic:
-        ends = values[..., -ghosts:], values[..., :ghosts]
-    else:
-        ends = (np.repeat(values[..., edge], ghosts, axis=-1) for edge in (slice(0, 1), slice(-1, None)))
-    before, after = ends
-    return np.concatenate([before, values, after], axis=-1)
+        return np.concatenate([values[..., -ghosts:], values, values[..., :ghosts]], axis=-1)
+    return np.concatenate([values[..., :1]] * ghosts + [values] + [values[..., -1:]] * ghosts, axis=-1)
 
 
 def _limited_slopes(values: np.ndarray) -> np.ndarray:
@@ -81,7 +79,7 @@ def _limited_slopes(values: np.ndarray) -> np.ndarray:
     steps = np.diff(values)
     product = np.maximum(steps[..., :-1] * steps[..., 1:], 0.0)
     total = steps[..., :-1] + steps[..., 1:]
-    return 2 * product / np.where(product > 0, total, 1.0)
+    return np.asarray(2 * product / np.where(product > 0, total, 1.0))
 
 
 def _face_states(state: np.ndarray, dt: np.ndarray, gas: Gas) -> tuple[np.ndarray, np.ndarray]:
@@ -90,7 +88,7 @@ def _face_states(state: np.ndarray, dt: np.ndarray, gas: Gas) -> tuple[np.ndarra
     slopes = _limited_slopes(cells)
     cells = cells[..., 1:-1]
     density, velocity, pressure = cells
-    d_density, d_velocity, d_pressure = slopes
+    _, d_velocity, d_pressure = slopes
     change = velocity * slopes
     change[0] += density * d_velocity
     change[1] += d_pressure / density
@@ -118,7 +116,7 @@ def hllc_flux(left: np.ndarray, right: np.ndarray, gamma: float) -> np.ndarray:
     density_l, velocity_l, pressure_l = left
     density_r, velocity_r, pressure_r = right
     squared_l, squared_r = gamma * pressure_l / density_l, gamma * pressure_r / density_r
-    # Speeds of the outer waves: Einfeldt's, of each side and of the Roe average, which keep density and pressure positive.
+    # Speeds of the outer waves: Einfeldt's, of each side and of the Roe average; they keep the gas positive.
     root_l, root_r = np.sqrt(density_l), np.sqrt(density_r)
     share = root_l / (root_l + root_r)
     jump = velocity_l - velocity_r
@@ -130,7 +128,7 @@ def hllc_flux(left: np.ndarray, right: np.ndarray, gamma: float) -> np.ndarray:
     inflow_l, inflow_r = density_l * (slow - velocity_l), density_r * (fast - velocity_r)
     contact = (pressure_r - pressure_l + inflow_l * velocity_l - inflow_r * velocity_r) / (inflow_l - inflow_r)
 
-    # The face lies on one side of the contact; `wave` is the outer wave of that side, 0 once it has passed the face.
+    # The face is on one side of the contact; `wave` is the outer wave of that side, 0 once it has passed the face.
     on_left = contact >= 0
     density, velocity, pressure = np.where(on_left, left, right)
     wave = np.where(on_left, np.minimum(slow, 0.0), np.maximum(fast, 0.0))
@@ -165,7 +163,7 @@ def _diffused(state: np.ndarray, dt: np.ndarray, gas: Gas) -> np.ndarray:
     """Conserved state after a step of viscosity alone, in as many equal Euler steps as keep the gas from cooling.
 
     Viscous heating is never negative as long as dt <= spacing^2 / (2 viscosity) times the least ratio of a cell's
-    density to that of its faces. Under that bound the error in time of an Euler step is of second order in the spacing.
+    density to that of its faces. Under that bound an Euler step's error in time is of second order in the spacing.
     """
     density, momentum, energy = state[0], state[1].copy(), state[2].copy()
     extended = _extended(density, 1, gas)
@@ -186,7 +184,7 @@ def _largest_step(state: np.ndarray, gas: Gas) -> np.ndarray:
     """Longest stable step of each sample by the speed of its sound waves, shape (B, 1)."""
     density, velocity, pressure = primitive(state, gas)
     speed = np.abs(velocity) + np.sqrt(gas.gamma * pressure / density)
-    return CFL * gas.spacing / speed.max(axis=1, keepdims=True)
+    return np.asarray(CFL * gas.spacing / speed.max(axis=1, keepdims=True))
 
 
 def simulate(initial: np.ndarray, times: np.ndarray, gas: Gas) -> np.ndarray:

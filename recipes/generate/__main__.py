@@ -1,0 +1,101 @@
+"""Make a data file in PDEBench's layout, for where its own can't be downloaded.
+
+    python -m recipes.generate darcy                   2D_DarcyFlow_beta1.0_Train.hdf5, 10 000 samples
+    python -m recipes.generate darcy beta=0.1 resolution=64 samples=1000 family=grf
+    python -m recipes.generate cfd1d samples=100       1D_CFD_Rand_Eta0.01_Zeta0.01_periodic_Train.hdf5
+    python -m recipes.generate cfd1d points=128 eta=0.1 zeta=0.1 file=flows.hdf5
+
+`conf/generate_darcy.yaml` and `conf/generate_cfd1d.yaml` list the settings. The file goes to the folder where the
+recipes look for PDEBench's own, `<paths.data_dir>/pdebench`. A stopped run leaves `<file>.part`; the same command
+goes on from there.
+
+Exits with status 2 and one message when a setting, a folder or a file is at fault.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from rich.markup import escape
+
+from recipes.console import make_console
+from recipes.data.download import FOLDER
+from recipes.errors import RecipeError
+from recipes.generate.preview import draw_preview
+from recipes.generate.run import KINDS, Job, Spec, generate
+
+__all__ = ["main", "read_settings"]
+
+CONFIG_DIR = Path(__file__).resolve().parents[2] / "conf"
+
+
+def read_settings(kind: str, cfg: DictConfig) -> tuple[Spec, Job]:
+    """Turn the composed settings into what is made and how.
+
+    Raises:
+        RecipeError: A setting is of the wrong type or out of its range.
+    """
+    try:
+        spec = _typed(KINDS[kind], cfg)
+        file = Path(cfg.file or Path(cfg.paths.data_dir) / FOLDER / spec.file_name)
+        return spec, _typed(Job, cfg, file=file)
+    except OmegaConfBaseException as error:
+        raise RecipeError(f"{error.full_key}: {error.msg}") from error
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+
+
+def _typed(kind: type[Any], cfg: DictConfig, **given: Any) -> Any:
+    """Build a dataclass from the settings of its fields' names, converted to the fields' types."""
+    schema = OmegaConf.structured(kind)
+    OmegaConf.set_readonly(schema, False)
+    chosen = {field.name: cfg[field.name] for field in fields(kind) if field.name not in given}
+    return OmegaConf.to_object(OmegaConf.merge(schema, chosen, given))
+
+
+def run(kind: str, cfg: DictConfig) -> None:
+    """Make the file, show what it is and draw its first samples; say how to go on where that was stopped."""
+    console = make_console()
+    spec, job = read_settings(kind, cfg)
+    try:
+        generate(spec, job, console)
+    except KeyboardInterrupt:
+        console.print("[yellow]stopped; the same command goes on from here[/yellow]")
+        raise SystemExit(130) from None
+    made = [str(job.file)]
+    if cfg.preview:
+        draw_preview(job.file, job.file.with_suffix(".png"))
+        made.append(str(job.file.with_suffix(".png")))
+    console.print(f"made {escape(' and '.join(made))}", soft_wrap=True)
+
+
+def main() -> None:
+    """Run from the command line; show the user's mistakes without a traceback."""
+    kind = sys.argv.pop(1) if len(sys.argv) > 1 else ""
+    if kind not in KINDS:
+        wanted = f"say what to make: python -m recipes.generate {'|'.join(KINDS)} [setting=value ...]"
+        _refuse(f"{wanted}, got {kind!r}" if kind else wanted)
+
+    @hydra.main(config_path=str(CONFIG_DIR), config_name=f"generate_{kind}", version_base="1.3")
+    def task(cfg: DictConfig) -> None:
+        try:
+            run(kind, cfg)
+        except RecipeError as error:
+            _refuse(str(error))
+
+    task()
+
+
+def _refuse(message: str) -> None:
+    make_console(stderr=True).print(f"[bold red]error:[/bold red] {escape(message)}", soft_wrap=True)
+    raise SystemExit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,205 @@
+"""A data file that is being made: HDF5 of its final size, and a record of which samples are in it already.
+
+The file `<name>.part` is a whole HDF5 file with every data set laid out in one piece, so that samples are written
+in place without touching HDF5's own structures. Behind it, where HDF5 does not look, stands a record: one byte a
+sample, 1 once the sample is on disk, and a magic word. A run that is killed at any moment leaves a file that the
+next run goes on with. At the end the record is cut off and the file gets its name.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol
+
+import h5py
+import numpy as np
+
+from recipes.data.cache import Arrays
+from recipes.errors import RecipeError
+
+__all__ = ["PartFile", "Problem", "Settings"]
+
+Settings = Mapping[str, str | int | float]
+
+_MAGIC = b"FARMSTB1"
+
+
+class Problem(Protocol):
+    """What a file holds and how its samples are made; sent to worker processes."""
+
+    @property
+    def batch(self) -> int:
+        """Samples that are best made at once."""
+
+    @property
+    def fields(self) -> Mapping[str, tuple[int, ...]]:
+        """Shape of one sample of each data set."""
+
+    @property
+    def coordinates(self) -> Arrays:
+        """Other data sets, written once."""
+
+    def make(self, indices: range) -> Arrays:
+        """Make the samples of these numbers, by data set; each depends on its number alone."""
+
+
+class PartFile:
+    """The unfinished file of one run; a context manager that holds it open and locked.
+
+    Args:
+        target: The finished file's path; its folder is created.
+        problem: Gives the data sets.
+        samples: How many samples the file holds.
+        settings: What the samples depend on; kept as attributes of the file.
+
+    Raises:
+        RecipeError: The folder can't be written or has too little space, another run is writing the file, or an
+            unfinished file is there that holds other data.
+    """
+
+    def __init__(self, target: Path, problem: Problem, samples: int, settings: Settings) -> None:
+        self.target = target
+        self.path = target.with_name(target.name + ".part")
+        self.samples = samples
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if not self.path.exists():
+                self._create(problem, settings)
+            self._file = self.path.open("r+b", buffering=0)
+        except OSError as error:
+            raise RecipeError(f"{self.path} can't be written ({error}); choose another place") from error
+        try:
+            self._lock()
+            self._offsets = self._check(settings)
+            self._end, self._done = self._read_record()
+            self._check_space()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> PartFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    @property
+    def missing(self) -> list[int]:
+        """Numbers of the samples that are not in the file yet."""
+        return [int(index) for index in np.flatnonzero(self._done == 0)]
+
+    def write(self, start: int, arrays: Arrays) -> None:
+        """Put consecutive samples in their place.
+
+        Args:
+            start: Number of the first.
+            arrays: Samples of every data set, first axis by sample.
+
+        Raises:
+            RecipeError: They can't be written, for want of space say.
+        """
+        count = len(next(iter(arrays.values())))
+        try:
+            for name, values in arrays.items():
+                data = np.ascontiguousarray(values, dtype="<f4")
+                self._write_at(self._offsets[name] + start * data[0].nbytes, data.tobytes())
+            os.fsync(self._file.fileno())  # the record must not reach the disk before what it vouches for
+            self._write_at(self._end + start, b"\1" * count)
+        except OSError as error:
+            raise RecipeError(
+                f"writing {self.path} failed ({error}). {self.samples - len(self.missing)} of {self.samples} "
+                "samples are in it: make room and run the same command again to go on from there"
+            ) from error
+        self._done[start : start + count] = 1
+
+    def finish(self) -> None:
+        """Cut the record off and give the file its name.
+
+        Raises:
+            ValueError: Samples are missing.
+        """
+        if self.missing:
+            raise ValueError(f"{len(self.missing)} samples are missing in {self.path}")
+        self._file.truncate(self._end)
+        os.fsync(self._file.fileno())
+        self.path.replace(self.target)
+
+    def _create(self, problem: Problem, settings: Settings) -> None:
+        """Lay the file out under a third name: under its own it is whole."""
+        draft = self.path.with_name(self.path.name + ".new")
+        with h5py.File(draft, "w") as file:
+            file.attrs.update(settings)
+            for name, values in problem.coordinates.items():
+                file.create_dataset(name, data=values.astype("<f4"))
+            for name, shape in problem.fields.items():
+                _lay_out(file, name, (self.samples, *shape))
+        with draft.open("ab") as record:
+            record.write(bytes(self.samples) + _MAGIC)
+        draft.replace(self.path)
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise RecipeError(f"another run is writing {self.path}; wait for it, or stop it") from error
+
+    def _check(self, settings: Settings) -> dict[str, int]:
+        """Compare the settings with those in the file; return where each data set begins, in bytes."""
+        try:
+            with h5py.File(self.path, "r", locking=False) as file:
+                found = {name: getattr(value, "item", lambda v=value: v)() for name, value in file.attrs.items()}
+                offsets = {name: data.id.get_offset() for name, data in file.items()}
+        except OSError as error:
+            raise RecipeError(
+                f"{self.path} is not an unfinished file of this generator ({error}); delete it to start anew"
+            ) from error
+        names = [name for name in {**settings, **found} if settings.get(name) != found.get(name)]
+        if names:
+            there = ", ".join(f"{name}={found.get(name)}" for name in names)
+            here = ", ".join(f"{name}={settings.get(name)}" for name in names)
+            raise RecipeError(
+                f"{self.path} was begun with other settings: {there}, not {here}. Repeat those to go on with it, "
+                "choose another file, or delete it to start anew"
+            )
+        return offsets
+
+    def _read_record(self) -> tuple[int, np.ndarray]:
+        """Return where the HDF5 part ends and the record begins, and the record, one byte a sample."""
+        size = os.fstat(self._file.fileno()).st_size
+        end = size - self.samples - len(_MAGIC)
+        record = os.pread(self._file.fileno(), size - end, end) if end > 0 else b""
+        if record.endswith(_MAGIC):
+            return end, np.frombuffer(record[: self.samples], dtype=np.uint8).copy()
+        return size, np.ones(self.samples, dtype=np.uint8)  # stopped between cutting and renaming
+
+    def _check_space(self) -> None:
+        status, free = os.fstat(self._file.fileno()), shutil.disk_usage(self.path.parent).free
+        needed = status.st_size - 512 * status.st_blocks
+        if needed > free:
+            raise RecipeError(
+                f"{self.target} takes another {needed / 1e9:.3g} GB, and its disk has {free / 1e9:.3g} GB left; "
+                "make room, choose another place, or make fewer samples"
+            )
+
+    def _write_at(self, offset: int, data: bytes) -> None:
+        rest = memoryview(data)
+        while rest:
+            written = os.pwrite(self._file.fileno(), rest, offset)
+            rest, offset = rest[written:], offset + written
+
+
+def _lay_out(file: h5py.File, name: str, shape: tuple[int, ...]) -> None:
+    """Make a float32 data set that has its place in the file, in one piece, before anything is written to it."""
+    layout = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    layout.set_layout(h5py.h5d.CONTIGUOUS)
+    layout.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    layout.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    layout.set_obj_track_times(False)
+    h5py.h5d.create(file.id, name.encode(), h5py.h5t.IEEE_F32LE, h5py.h5s.create_simple(shape), layout)

@@ -1,0 +1,82 @@
+"""Samples made by several processes, one thread each."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context, parent_process
+
+from threadpoolctl import threadpool_limits
+
+from recipes.data.cache import Arrays
+from recipes.errors import RecipeError
+from recipes.generate.files import Problem
+
+__all__ = ["available_cores", "make_samples", "runs"]
+
+
+def available_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def runs(indices: Sequence[int], longest: int) -> Iterator[range]:
+    """Cut increasing numbers into ranges of consecutive ones, none longer than `longest`.
+
+    >>> list(runs([0, 1, 2, 5, 6], 2))
+    [range(0, 2), range(2, 3), range(5, 7)]
+    """
+    start = 0
+    for end in range(1, len(indices) + 1):
+        if end == len(indices) or end - start == longest or indices[end] != indices[end - 1] + 1:
+            yield range(indices[start], indices[end - 1] + 1)
+            start = end
+
+
+def make_samples(problem: Problem, tasks: Iterable[range], workers: int) -> Iterator[tuple[range, Arrays]]:
+    """Make samples in worker processes.
+
+    Args:
+        problem: Makes them.
+        tasks: Numbers of the samples, a range a task.
+        workers: Number of processes.
+
+    Yields:
+        Each task with its samples, in the order in which they get done.
+
+    Raises:
+        RecipeError: A worker was killed.
+    """
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_prepare_worker)
+    try:
+        for future in as_completed([pool.submit(_make, problem, task) for task in tasks]):
+            yield future.result()
+    except BrokenProcessPool as error:
+        raise RecipeError(
+            "a worker process was killed, perhaps for want of memory; run the same command again, with fewer "
+            "workers=..., to go on"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _make(problem: Problem, task: range) -> tuple[range, Arrays]:
+    return task, problem.make(task)
+
+
+def _prepare_worker() -> None:
+    """One thread; quiet when the user presses Ctrl-C; gone when the parent is, however that ended."""
+    threadpool_limits(1)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

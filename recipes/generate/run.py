@@ -1,0 +1,94 @@
+"""Make one data file: checked, in parallel, under a progress bar, and going on where a stopped run was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from recipes.errors import RecipeError
+from recipes.generate.cfd1d import CFD1DSpec
+from recipes.generate.darcy import DarcySpec
+from recipes.generate.files import PartFile
+from recipes.generate.parallel import available_cores, make_samples, runs
+
+__all__ = ["KINDS", "Job", "Spec", "generate"]
+
+Spec = DarcySpec | CFD1DSpec
+KINDS: dict[str, type[Spec]] = {"darcy": DarcySpec, "cfd1d": CFD1DSpec}
+
+VERSION = 1
+"""Goes up when the same settings come to mean other samples; a file begun before is not gone on with."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """How many samples are made, by how many processes, and where they go.
+
+    Attributes:
+        file: The finished file.
+        samples: Samples in it.
+        workers: Processes, None for one a core.
+        overwrite: Whether a finished file of that name may be replaced.
+    """
+
+    file: Path
+    samples: int = 10_000
+    workers: int | None = None
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise ValueError(f"samples must be at least 1, got {self.samples}")
+        if self.workers is not None and self.workers < 1:
+            raise ValueError(f"workers must be at least 1, or null for one a core, got {self.workers}")
+
+
+def generate(spec: Spec, job: Job, console: Console) -> None:
+    """Make the samples that `<file>.part` lacks, then give the file its name.
+
+    What a sample is depends on the settings and its number alone, not on the workers or on interruptions.
+
+    Args:
+        spec: Which samples.
+        job: How many, and where.
+        console: Shows the progress.
+
+    Raises:
+        RecipeError: The file exists, its folder can't be written or is too small, or a `.part` file of other
+            settings is in the way.
+    """
+    if job.file.exists() and not job.overwrite:
+        raise RecipeError(f"{job.file} exists; choose another file=..., or replace it by overwrite=true")
+    kind = next(name for name, known in KINDS.items() if isinstance(spec, known))
+    settings = {"generator": f"recipes.generate {kind}, version {VERSION}", **asdict(spec), "samples": job.samples}
+    with PartFile(job.file, spec, job.samples, settings) as part:
+        missing = part.missing
+        with _progress(console) as progress:
+            bar = progress.add_task(job.file.name, total=job.samples, completed=job.samples - len(missing))
+            for done in _write_all(spec, part, missing, job.workers or available_cores()):
+                progress.advance(bar, done)
+        part.finish()
+
+
+def _write_all(spec: Spec, part: PartFile, missing: list[int], workers: int) -> Iterator[int]:
+    """Make and write the samples; yield how many at a time."""
+    tasks = list(runs(missing, min(spec.batch, -(-len(missing) // workers))))
+    for task, arrays in make_samples(spec, tasks, min(workers, len(tasks))):
+        part.write(task.start, arrays)
+        yield len(task)
+
+
+def _progress(console: Console) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console)
