@@ -82,7 +82,7 @@ class RunFolder:
         full: measurement of the same weights as whole matrices.
         options: the callback's options; empty where they are not known.
         weights: what was measured, in words: the checkpoint, its epoch and step.
-        settings: text of `config.yaml` or `hparams.yaml`.
+        settings: text of `config.yaml` or `hparams.yaml`; empty where there is neither.
         summary: content of `summary.json`.
         missing: a sentence for each thing that is not there, or not whole.
     """
@@ -155,7 +155,7 @@ def read_run_folder(
         full=_in_order(full, depth),
         options=state.get("options", {} if farms is None else farms.options),
         weights=weights if farms is not None else "",
-        settings=_settings(folder, root, missing),
+        settings=_settings(folder, root),
         summary=_summary(folder, missing),
         missing=tuple(missing),
     )
@@ -288,12 +288,11 @@ def _in_order(report: Report | None, depth: Sequence[str]) -> Report | None:
     return Report({name: report.layers[name] for name in names}, report.options)
 
 
-def _settings(folder: Path, root: Path, missing: list[str]) -> str:
+def _settings(folder: Path, root: Path) -> str:
     for place in dict.fromkeys((folder, root)):
         for name in SETTINGS_FILES:
             if (place / name).is_file():
                 return (place / name).read_text(encoding="utf-8", errors="replace")
-    missing.append(f"No {' or '.join(SETTINGS_FILES)}, so no settings but the callback's.")
     return ""
 
 

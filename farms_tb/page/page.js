@@ -445,7 +445,7 @@ function drawSettings() {
   place.append(el("h2", { id: "settings-heading" }, "Settings"));
   if (Object.keys(data.options).length) place.append(list(data.options));
   if (data.settings) place.append(el("details", null, el("summary", null, "All settings of the run"), el("pre", { tabindex: 0 }, data.settings)));
-  if (!data.settings && !Object.keys(data.options).length) place.append(el("p", { class: "quiet" }, "The run left no settings behind."));
+  else place.append(el("p", { class: "quiet" }, "The run folder holds no config.yaml or hparams.yaml."));
 }
 
 byId("title").textContent = data.title;
