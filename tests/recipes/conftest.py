@@ -12,7 +12,9 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from recipes.data.download import FOLDER
 from tests.recipes.fake_images import write_cifar, write_svhn, write_tiny_imagenet
+from tests.recipes.pdebench_files import write_published
 from tests.recipes.recipe_runs import compose_settings
 
 
@@ -65,3 +67,16 @@ def fake_images(image_files: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         )
     monkeypatch.setattr("torchvision.datasets.svhn.download_url", lambda *args, **options: None)
     return image_files
+
+
+@pytest.fixture(scope="session")
+def _pdebench_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_published(tmp_path_factory.mktemp("pdebench"))
+
+
+@pytest.fixture
+def fake_pdebench(tmp_path: Path, _pdebench_files: Path) -> Path:
+    """PDEBench's files of twenty random samples on small grids, where `settings` looks for them."""
+    (tmp_path / "data").mkdir(exist_ok=True)
+    (tmp_path / "data" / FOLDER).symlink_to(_pdebench_files / FOLDER)
+    return tmp_path / "data"

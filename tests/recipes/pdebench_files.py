@@ -7,6 +7,8 @@ from pathlib import Path
 import h5py
 import numpy as np
 
+from recipes.data.download import FILES, FOLDER
+
 FLOW_KEYS = {1: ("density", "pressure", "Vx"), 2: ("density", "pressure", "Vx", "Vy")}
 
 
@@ -49,3 +51,16 @@ def write_sparse_flow(path: Path, shape: tuple[int, ...]) -> Path:
             space = h5py.h5s.create_simple(shape)
             h5py.h5d.create(file.id, key.encode(), h5py.h5t.NATIVE_FLOAT, space, creation)
     return path
+
+
+def write_published(folder: Path, samples: int = 20) -> Path:
+    """Write every published file, with its frames, on the smallest grids that PDEBench's UNet takes after thinning."""
+    for file in FILES.values():
+        path = folder / FOLDER / file.file_name
+        if path.name.startswith("1D_CFD"):
+            write_flow(path, 1, samples, frames=101, side=128)
+        elif path.name.startswith("2D_CFD"):
+            write_flow(path, 2, samples, frames=21, side=32)
+        else:
+            write_darcy(path, samples, side=16)
+    return folder

@@ -2,68 +2,104 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import RunMode
 from lightning import LightningDataModule, LightningModule
 from omegaconf import DictConfig, OmegaConf
 
 from farms_tb import FARMSTempBalance
 from recipes.config import build, check_config
+from recipes.data.download import FILES as DATA_FILES
+from recipes.data.download import FOLDER
+from recipes.data.pdebench import PDEBenchFlow
 from recipes.errors import RecipeError
 from recipes.train import CONFIG_DIR, build_run, train
+from tests.recipes.pdebench_files import write_darcy, write_flow
 from tests.recipes.recipe_runs import TINY_DARCY
 
 Settings = Callable[..., DictConfig]
 
+CONF = Path(CONFIG_DIR)
+EXPERIMENTS = sorted(
+    file.relative_to(CONF / "experiment").with_suffix("").as_posix()
+    for file in (CONF / "experiment").rglob("*.yaml")
+    if not file.stem.startswith("_")
+)
+DEMOS = ["cifar100_resnet18", "cifar100_vgg16", "darcy_fno", "darcy_unet", "digits_resnet18"]
+ELSEWHERE = {"experiment", "study"}  # experiments below; studies are composed by their own command
 GROUPS = {
     folder.name: sorted(file.stem for file in folder.glob("*.yaml") if not file.stem.startswith("_"))
-    for folder in sorted(Path(CONFIG_DIR).iterdir())
-    if folder.is_dir()
+    for folder in sorted(CONF.iterdir())
+    if folder.is_dir() and folder.name not in ELSEWHERE
 }
 FILES = [(group, name) for group, names in GROUPS.items() for name in names]
-EXPERIMENTS = GROUPS["experiment"]
 
-# (farms, full-matrix TempBalance): (lowest ratio, highest ratio), (first, last layer left out); base learning rate
-PUBLISHED = {
-    "cifar100_resnet18": (((0.1, 1.9), (True, True)), ((0.2, 1.8), (True, True)), 0.1),
-    "cifar100_vgg16": (((0.2, 1.8), (False, True)), ((0.3, 1.7), (True, True)), 0.05),
-}
 # What a config file needs from its neighbours.
-COMPANIONS = {
+COMPANIONS: dict[tuple[str, str], tuple[str, ...]] = {
     ("data", "digits"): ("model=resnet18",),
     ("data", "cifar10"): ("model=resnet18",),
     ("data", "cifar100"): ("model=resnet18",),
+    ("data", "svhn"): ("model=resnet18",),
+    ("data", "tinyimagenet"): ("model=resnet18",),
+    ("data", "pdebench_cfd1d"): ("model=fno_cfd1d", "data.every_point=1", "data.every_frame=1"),
+    ("data", "pdebench_cfd2d"): ("model=fno_cfd2d", "data.every_point=1"),
     ("model", "resnet18"): ("data=digits",),
     ("model", "resnet34"): ("data=digits",),
     ("model", "vgg16"): ("data=digits", "data.image_size=32"),
     ("model", "vgg19"): ("data=digits", "data.image_size=32"),
+    ("model", "wrn16_8"): ("data=digits", "model.net.width=2"),
+    ("model", "wrn28_6"): ("data=digits", "model.net.width=2"),
+    ("model", "fno_cfd1d"): ("data=pdebench_cfd1d", "data.every_point=1", "data.every_frame=1"),
+    ("model", "unet_cfd1d"): ("data=pdebench_cfd1d", "data.every_point=1", "data.every_frame=1"),
+    ("model", "fno_cfd2d"): ("data=pdebench_cfd2d", "data.every_point=1"),
+    ("model", "unet_cfd2d"): ("data=pdebench_cfd2d", "data.every_point=1"),
     ("trainer", "gpu"): ("trainer.accelerator=cpu",),
+    ("trainer", "ddp"): ("trainer.accelerator=cpu",),
+    ("trainer", "fsdp"): ("trainer.accelerator=cpu",),
 }
 
 
+@pytest.fixture(scope="session")
+def pde_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """PDEBench's files, tiny, under their names."""
+    folder = tmp_path_factory.mktemp("pde") / FOLDER
+    for name, file in DATA_FILES.items():
+        if name.startswith("darcy"):
+            write_darcy(folder / file.file_name, samples=20)
+        else:
+            write_flow(folder / file.file_name, dimensions=int(name[3]), samples=20)
+    return folder.parent
+
+
 def test_groups_are_the_promised_ones() -> None:
-    promised = {
-        "model",
-        "data",
-        "optimizer",
-        "scheduler",
-        "farms",
-        "logger",
-        "trainer",
-        "experiment",
-        "paths",
-        "debug",
-    }
-    assert set(GROUPS) == promised | {"callbacks"}
-    assert set(EXPERIMENTS) == {"darcy_unet", "darcy_fno", "digits_resnet18", *PUBLISHED}
+    promised = "data model optimizer scheduler farms logger trainer paths debug callbacks sweep"
+    assert set(GROUPS) == set(promised.split())
+    assert set(GROUPS["farms"]) >= {"farms", "full", "off", "monitor"}
+
+
+def test_experiments_are_the_published_ones() -> None:
+    """Forty settings of the papers, and the demos."""
+    folders = Counter(Path(name).parent.as_posix() for name in EXPERIMENTS)
+    del folders["study"]
+    assert folders == {".": 5, "farms": 8, "tempbalance": 12, "sciml": 19}
+    assert [name for name in EXPERIMENTS if "/" not in name] == DEMOS
 
 
 @pytest.mark.parametrize(("group", "name"), FILES, ids=lambda value: value)
-def test_every_config_composes_and_builds(settings: Settings, tmp_path: Path, group: str, name: str) -> None:
-    cfg = settings(f"{group}={name}", *COMPANIONS.get((group, name), ()), f"paths.run_dir={tmp_path}/run")
+def test_every_config_composes_and_builds(
+    settings: Settings, tmp_path: Path, pde_files: Path, group: str, name: str
+) -> None:
+    folders = (f"paths.run_dir={tmp_path}/run", f"paths.data_dir={pde_files}")
+    cfg = settings(f"{group}={name}", *folders, *COMPANIONS.get((group, name), ()))
     check_config(cfg)
     run = build_run(cfg)
     assert isinstance(run.data, LightningDataModule)
@@ -74,57 +110,208 @@ def test_every_config_composes_and_builds(settings: Settings, tmp_path: Path, gr
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_experiments_say_how_to_run_them(name: str) -> None:
-    first, second = (Path(CONFIG_DIR) / "experiment" / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[:2]
+def test_experiments_say_how_to_run_them_and_bear_their_name(settings: Settings, name: str) -> None:
+    first, second = (CONF / "experiment" / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[:2]
     assert first == "# @package _global_"
-    assert second.startswith("# python -m recipes.train")
-    assert name == "darcy_unet" or f"experiment={name}" in second
+    command, *options = second.split("experiment=")
+    assert command.strip() in ("# python -m recipes.train", "# python -m recipes.study")
+    assert name == "darcy_unet" or options[0].split()[0] == name
+    if not name.startswith("study/"):
+        assert settings(f"experiment={name}").name == name
+
+
+# Narrower networks and smaller batches, nothing else. Fractions need more samples than the tiny files have.
+IMAGES = ("model.net.width=8", "data.val_size=8", "data.batch_size=8")
+FNO_1D, FNO_2D = (("model.net.hidden_channels=8", f"model.net.n_modes={modes}") for modes in ("[4]", "[4,4]"))
+PDE = ("data.fraction=1", "data.num_workers=0", "data.batch_size=2")
+FLOW = (*PDE, "data.every_point=1", "data.every_frame=1")
+SMALL = {
+    r"(tempbalance/|farms/)?(cifar|svhn)": IMAGES,
+    r"tempbalance/tinyimagenet_resnet": IMAGES,
+    r"tempbalance/tinyimagenet_wrn": ("model.net.width=2", *IMAGES[1:]),
+    r"digits_resnet18": ("model.net.width=8",),
+    r"study/digits": (),
+    r"(study/)?darcy_fno": (*TINY_DARCY, *FNO_2D),
+    r"(study/)?darcy_unet": (*TINY_DARCY, "model.net.width=4"),
+    r"sciml/darcy_.*_fno": (*PDE, *FNO_2D),
+    r"sciml/darcy_.*_unet": (*PDE, "model.net.width=4"),
+    r"sciml/cfd1d_fno": (*FLOW, *FNO_1D),
+    r"sciml/cfd2d_fno": (*FLOW, *FNO_2D),
+    r"sciml/cfd.*_unet": (*FLOW, "model.net.width=4"),
+}
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_every_experiment_runs_one_batch(settings: Settings, fake_cifar: Path, name: str) -> None:
-    vision = ("model.net.width=8", "data.num_workers=0", "data.val_size=8", "data.batch_size=8")
-    fno = ("model.net.hidden_channels=8", "model.net.n_modes=[4,4]")
-    small = {
-        "cifar": vision,
-        "digits": ("model.net.width=8",),
-        "darcy_fno": (*TINY_DARCY, *fno),
-        "darcy_unet": (*TINY_DARCY, "model.net.width=4"),
-    }
-    overrides = next(options for start, options in small.items() if name.startswith(start))
-    cfg = settings(f"experiment={name}", *overrides, "debug=one_batch", "trainer=cpu", "logger=csv")
+def test_every_experiment_runs_one_batch(
+    settings: Settings, fake_images: Path, pde_files: Path, name: str
+) -> None:
+    overrides = next(options for pattern, options in SMALL.items() if re.match(pattern, name))
+    if "darcy" in name and not name.startswith("sciml/"):
+        folder: tuple[str, ...] = ()  # made on the spot
+    else:
+        folder = (f"paths.data_dir={pde_files if name.startswith('sciml/') else fake_images}",)
+    cfg = settings(f"experiment={name}", *folder, *overrides, "debug=one_batch", "trainer=cpu", "logger=csv")
     facts = train(cfg)
     assert facts["epochs"] == facts["steps"] == 1
     assert all(torch.isfinite(torch.tensor(value)) for value in facts["test"].values())
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_published_settings(settings: Settings, name: str) -> None:
-    *arms, lr = PUBLISHED[name]
-    for arm, (ratios, ends) in zip(("farms", "full"), arms, strict=True):
-        cfg = settings(f"experiment={name}", f"farms={arm}")
-        farms = cfg.farms
-        assert (farms.lr_min_ratio, farms.lr_max_ratio) == ratios
-        assert (farms.exclude_first, farms.exclude_last) == ends
-        assert (farms.esd, farms.min_eigenvalues) == (arm, 5 if arm == "farms" else 50)
-        assert (farms.fit, farms.xmin_pos, farms.assign_func, farms.metric) == (
-            "median",
-            2,
-            "tb_linear_map",
-            "alpha",
-        )
-        assert (farms.window, farms.aspect_ratio, farms.windows_per_dim, farms.filter_zeros) == (
-            100,
-            1.0,
-            9,
-            False,
-        )
-        assert (cfg.optimizer.lr, cfg.optimizer.momentum, cfg.optimizer.weight_decay) == (lr, 0.9, 5e-4)
-        assert (cfg.trainer.max_epochs, cfg.scheduler.T_max, cfg.scheduler.eta_min) == (200, 200, 0.0)
-        assert (cfg.data.batch_size, cfg.model.net.width, cfg.seed) == (128, 64, 43)
-    off = settings(f"experiment={name}", "farms=off")
-    assert off.farms is None
-    assert off.optimizer.lr == lr
+# Network: parameters with three channels in and 100 classes out, counted from the papers' descriptions.
+NETWORKS = {"resnet18": 11_220_132, "resnet34": 21_328_292, "vgg16": 14_774_436, "vgg19": 20_086_692}
+
+
+@pytest.mark.parametrize(("network", "parameters"), NETWORKS.items())
+def test_published_networks_have_their_full_width(settings: Settings, network: str, parameters: int) -> None:
+    cfg = settings(f"experiment=farms/cifar100_{network}")
+    with torch.device("meta"):
+        net = build(cfg, "model.net")
+    assert sum(parameter.numel() for parameter in net.parameters()) == parameters
+
+
+# The FARMS paper on CIFAR-100. Learning rate of the baseline and tuned, then the lowest ratio (the highest is two
+# minus that) of: full-matrix TempBalance on all layers, without first and last, FARMS on all layers, FARMS with
+# layers left out, and which.
+FARMS_PAPER = {
+    "resnet18": (0.1, 0.1, 0.6, 0.2, 0.1, 0.1, (True, True)),
+    "resnet34": (0.05, 0.1, 0.5, 0.3, 0.2, 0.3, (True, True)),
+    "vgg16": (0.05, 0.05, 0.6, 0.3, 0.2, 0.2, (False, True)),
+    "vgg19": (0.05, 0.05, 0.6, 0.2, 0.2, 0.4, (False, True)),
+}
+# The TempBalance paper: learning rate, that of the baseline, lowest ratio.
+TEMPBALANCE_PAPER = {
+    "cifar100_resnet18": (0.1, 0.1, 0.5),
+    "cifar100_resnet34": (0.1, 0.05, 0.5),
+    "cifar100_vgg16": (0.05, 0.05, 0.5),
+    "cifar100_vgg19": (0.05, 0.05, 0.5),
+    "cifar10_resnet18": (0.1, 0.1, 0.5),
+    "cifar10_vgg16": (0.05, 0.1, 0.5),
+    "svhn_resnet18": (0.1, 0.1, 0.5),
+    "svhn_vgg16": (0.05, 0.05, 0.5),
+    "tinyimagenet_resnet18": (0.1, 0.1, 0.6),
+    "tinyimagenet_resnet34": (0.1, 0.1, 0.6),
+    "tinyimagenet_wrn16_8": (0.1, 0.1, 0.6),
+    "tinyimagenet_wrn28_6": (0.1, 0.05, 0.6),
+}
+# Sigmoid strength of the FNO on 2D flows, by data fraction.
+STRENGTHS = {"": 0.125, "_1of2": 0.5, "_1of4": 1.0, "_1of10": 0.25, "_1of40": 0.5, "_1of180": 1.0}
+
+
+def _assert_image_training(cfg: DictConfig, lr: float) -> None:
+    optimizer = cfg.optimizer
+    assert (optimizer._target_, optimizer.momentum, optimizer.weight_decay) == ("torch.optim.SGD", 0.9, 5e-4)
+    assert (optimizer.lr, optimizer.nesterov) == (lr, False)
+    assert (cfg.trainer.max_epochs, cfg.scheduler.T_max, cfg.scheduler.eta_min) == (200, 200, 0.0)
+    assert (cfg.data.batch_size, cfg.seed) == (128, 43)
+
+
+def _assert_image_arm(cfg: DictConfig, lowest: float, ends: tuple[bool, bool]) -> None:
+    farms = cfg.farms
+    assert (farms.lr_min_ratio, farms.lr_max_ratio) == pytest.approx((lowest, 2 - lowest))
+    assert (farms.exclude_first, farms.exclude_last, list(farms.exclude)) == (*ends, [])
+    assert (farms.esd, farms.min_eigenvalues) == (cfg.arm, 5 if cfg.arm == "farms" else 50)
+    assert (farms.fit, farms.xmin_pos, farms.metric) == ("median", 2, "alpha")
+    assert (farms.assign_func, farms.filter_zeros, farms.norms) == ("tb_linear_map", False, "follow")
+    assert (farms.window, farms.aspect_ratio, farms.windows_per_dim) == (100, 1.0, 9)
+
+
+@pytest.mark.parametrize("network", FARMS_PAPER)
+def test_settings_of_the_farms_paper(settings: Settings, network: str) -> None:
+    base, tuned, full_all, full, farms_all, farms, ends = FARMS_PAPER[network]
+    none, both = (False, False), (True, True)
+    for suffix, arms in (
+        ("_all", {"full": (full_all, none), "farms": (farms_all, none)}),
+        ("", {"full": (full, both), "farms": (farms, ends)}),
+    ):
+        name = f"experiment=farms/cifar100_{network}{suffix}"
+        for arm, (lowest, left_out) in arms.items():
+            cfg = settings(name, f"farms={arm}")
+            _assert_image_arm(cfg, lowest, left_out)
+            _assert_image_training(cfg, tuned)
+        off = settings(name, "farms=off")
+        assert off.farms is None
+        assert off.seeds == "43,37,13"
+        _assert_image_training(off, base)
+        assert settings(name).arm == "farms"
+    if network in ("resnet18", "vgg16"):
+        short, long = (settings(f"experiment={prefix}cifar100_{network}") for prefix in ("", "farms/"))
+        assert {**short, "name": long.name} == dict(long)
+
+
+@pytest.mark.parametrize("task", TEMPBALANCE_PAPER)
+def test_settings_of_the_tempbalance_paper(settings: Settings, task: str) -> None:
+    tuned, base, lowest = TEMPBALANCE_PAPER[task]
+    cfg = settings(f"experiment=tempbalance/{task}")
+    assert cfg.arm == "full"
+    assert cfg.seeds == "43,37,13,51,71"
+    assert cfg.data.dataset == task.split("_")[0]
+    _assert_image_arm(cfg, lowest, (True, True))
+    _assert_image_training(cfg, tuned)
+    _assert_image_training(settings(f"experiment=tempbalance/{task}", "farms=off"), base)
+
+
+@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name.startswith("sciml/")])
+def test_settings_of_pdebench(settings: Settings, name: str) -> None:
+    published = "cfd2d_fno" in name
+    cfg = settings(f"experiment={name}", "farms=full")
+    farms, optimizer, scheduler = cfg.farms, cfg.optimizer, cfg.scheduler
+    assert (farms.assign_func, farms.sigmoid_tau, farms.fit) == ("tb_sigmoid", 10.0, "median")
+    assert (farms.filter_zeros, farms.min_eigenvalues) == (True, 12)
+    strength = STRENGTHS[name.removeprefix("sciml/cfd2d_fno")] if published else 0.5
+    assert farms.sigmoid_min == farms.sigmoid_max == strength
+    assert (optimizer._target_, optimizer.weight_decay) == ("torch.optim.Adam", 1e-4)
+    assert (optimizer.lr, cfg.trainer.max_epochs) == ((2.5e-3, 700) if published else (1e-3, 500))
+    assert (scheduler.step_size, scheduler.gamma) == (100, 0.5)
+    assert (cfg.seed, cfg.seeds) == (2024, "2024,2023,2022")
+    fraction = name.split("_1of")[1] if "_1of" in name else "1"
+    assert str(cfg.data.fraction) == (f"1/{fraction}" if "_1of" in name else "1")
+    if "darcy" in name:
+        assert cfg.data.beta == float(name.split("beta")[1].split("_")[0])
+        assert (cfg.data.batch_size, cfg.data.every_point) == (50, 1)
+    else:
+        assert cfg.data.batch_size == (20 if "2d" in name else 100)
+    net = cfg.model.net
+    if "fno" in name:
+        assert (net.n_modes[0], net.hidden_channels, net.n_layers) == (22 if "1d" in name else 24, 20, 4)
+    else:
+        assert net.width == 32
+
+
+def _sweep(*overrides: str) -> list[list[str]]:
+    """Return the overrides of each run that a sweep makes, in the order in which Hydra launches them."""
+    with initialize_config_dir(CONFIG_DIR, version_base="1.3"):
+        cfg = compose("train", overrides=list(overrides), return_hydra_config=True)
+    assert cfg.hydra.mode == RunMode.MULTIRUN
+    params = OmegaConf.to_container(cfg.hydra.sweeper.params, resolve=True)
+    assert isinstance(params, dict)
+    parsed = OverridesParser.create().parse_overrides([f"{key}={value}" for key, value in params.items()])
+    return BasicSweeper.split_arguments(parsed, max_batch_size=None)[0]
+
+
+@pytest.mark.parametrize(
+    ("experiment", "seeds"),
+    [
+        ("farms/cifar100_vgg19", "43 37 13"),
+        ("tempbalance/svhn_vgg16", "43 37 13 51 71"),
+        ("sciml/cfd1d_unet", "2024 2023 2022"),
+    ],
+)
+def test_one_flag_sweeps_the_published_seeds(experiment: str, seeds: str) -> None:
+    runs = _sweep(f"experiment={experiment}", "sweep=seeds")
+    assert runs == [[f"seed={seed}"] for seed in seeds.split()]
+
+
+def test_ablations_sweep_the_published_values(settings: Settings) -> None:
+    experiment = "experiment=farms/cifar100_resnet18"
+    ratios = [settings(experiment, *run).farms.aspect_ratio for run in _sweep(experiment, "sweep=aspect_ratio")]
+    assert ratios == [0.5, 0.75, 1, 1.25, 1.5]
+    ranges = [settings(experiment, *run).farms for run in _sweep(experiment, "sweep=ratio_range")]
+    expected = [(0.1, 1.9), (0.2, 1.8), (0.3, 1.7), (0.4, 1.6), (0.5, 1.5)]
+    assert [(farms.lr_min_ratio, farms.lr_max_ratio) for farms in ranges] == expected
+    assert all(farms.exclude_first for farms in ranges)  # the other settings of the arm stay
+    fractions = _sweep("experiment=sciml/cfd1d_fno", "sweep=fractions")
+    found = [PDEBenchFlow("data", fraction=settings(*run).data.fraction).options.step for run in fractions]
+    assert found == [1, 2, 4, 10, 40, 180]
+    assert len(_sweep(experiment, "sweep=[aspect_ratio,seeds]")) == 15
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
