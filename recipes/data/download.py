@@ -2,7 +2,7 @@
 
 The files come from DaRUS, the data repository of the University of Stuttgart (https://doi.org/10.18419/darus-2986),
 and go to `<data_dir>/pdebench`. A download that was stopped goes on where it stopped when the command is repeated.
-A file gets its name once its MD5 checksum is right; until then it is called `<name>.part`.
+A file gets its name once its MD5 checksum is right; until then it is called `<name>.download`.
 """
 
 from __future__ import annotations
@@ -98,13 +98,16 @@ def download(files: Sequence[DataFile], folder: Path) -> None:
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     console = make_console()
     for file in files:
-        with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
-            path = folder / file.file_name
+        path = folder / file.file_name
+        console.print(f"{file.size / 1e9:.1f} GB: {escape(str(path))}", soft_wrap=True)
+        with Progress(
+            *columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal
+        ) as progress:
             if path.exists():
                 _check_present(path, file, progress)
             else:
                 _Download(file, path, progress).run()
-        console.print(f"[green]whole[/green] {escape(str(path))}", soft_wrap=True)
+        console.print("[green]whole, with the right checksum[/green]")
 
 
 def _check_space(files: Sequence[DataFile], folder: Path) -> None:
@@ -120,7 +123,7 @@ def _check_space(files: Sequence[DataFile], folder: Path) -> None:
 
 
 def _part(path: Path) -> Path:
-    return path.with_name(path.name + ".part")
+    return path.with_name(path.name + ".download")  # the generator calls its own `.part`
 
 
 def _checksum(path: Path, progress: Progress) -> str:

@@ -14,6 +14,7 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
+from recipes.console import make_console
 from recipes.errors import RecipeError
 
 __all__ = ["SampleReader", "in_memory"]
@@ -116,7 +117,8 @@ def in_memory(samples: Dataset[T], description: str) -> TensorDataset:
     """
     size = len(samples)  # type: ignore[arg-type]
     stacks = [torch.empty(size, *x.shape) for x in samples[0]]
-    for index in track(range(size), description, transient=True):
+    console = make_console()
+    for index in track(range(size), description, console=console, transient=True, disable=not console.is_terminal):
         for stack, x in zip(stacks, samples[index], strict=True):
             stack[index] = x
     return TensorDataset(*stacks)

@@ -119,12 +119,14 @@ class _Options:
         return sample_step(self.fraction)
 
 
-def _remedy(name: str, generator: str | None, data_dir: str | Path) -> str:
+def _remedy(name: str, generate: str | None, options: _Options) -> str:
     """Say how to come by a file."""
-    download = f"`python -m recipes.data.download {name} --data-dir {data_dir}`"
-    text = f"{download} fetches PDEBench's file ({FILES[name].size / 1e9:.1f} GB)"
-    if generator is not None:
-        text += f"; `python -m recipes.generate {generator}` makes one of the same layout, for data.path"
+    folder = options.data_dir
+    text = "" if options.path is None else "Correct data.path, or leave it out: "
+    text += f"`python -m recipes.data.download {name} --data-dir {folder}` fetches PDEBench's file"
+    text += f" ({FILES[name].size / 1e9:.1f} GB)"
+    if generate is not None:
+        text += f", `python -m recipes.generate {generate} paths.data_dir={folder}` makes one like it"
     return text
 
 
@@ -184,7 +186,7 @@ class _PDEBenchData(LightningDataModule, ABC):
 
     Args:
         name: The published file, one of `FILES`.
-        generator: Arguments of `recipes.generate` that make such files, if there is such a generator.
+        generate: Arguments for `recipes.generate` to make a file like it, if there is such a generator.
         dimensions: Of space: the last axes of each dataset.
         select: Which part of each dataset's samples is used.
         options: The arguments that `PDEBenchDarcy` and `PDEBenchFlow` share.
@@ -193,14 +195,14 @@ class _PDEBenchData(LightningDataModule, ABC):
     def __init__(
         self,
         name: str,
-        generator: str | None,
+        generate: str | None,
         dimensions: int,
         select: dict[str, tuple[slice, ...]],
         options: _Options,
     ) -> None:
         super().__init__()
         path = options.path or Path(options.data_dir) / FOLDER / FILES[name].file_name
-        self.reader = SampleReader(Path(path), tuple(select), _remedy(name, generator, options.data_dir))
+        self.reader = SampleReader(Path(path), tuple(select), _remedy(name, generate, options))
         self.dimensions = dimensions
         self.select = select
         self.options = options
@@ -320,7 +322,7 @@ class PDEBenchDarcy(_PDEBenchData):
         )
         points = (slice(None, None, every_point),) * 2
         select = {"nu": points, "tensor": (slice(None), *points)}
-        super().__init__(f"darcy_beta{float(beta)}", "darcy", 2, select, options)
+        super().__init__(f"darcy_beta{float(beta)}", f"darcy beta={float(beta)}", 2, select, options)
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
@@ -395,8 +397,8 @@ class PDEBenchFlow(_PDEBenchData):
         frames = slice(0, (rollout_to - 1) * every_frame + 1, every_frame)
         points = (slice(None, None, every_point),) * dimensions
         select = dict.fromkeys(CHANNELS[dimensions], (frames, *points))
-        generator = "cfd1d" if dimensions == 1 else None
-        super().__init__(f"cfd{dimensions}d", generator, dimensions, select, options)
+        generate = "cfd1d" if dimensions == 1 else None
+        super().__init__(f"cfd{dimensions}d", generate, dimensions, select, options)
         self.channels = len(select)
         self.every_frame = every_frame
         self.history = history

@@ -54,7 +54,7 @@ def write_sparse_flow(path: Path, shape: tuple[int, ...]) -> Path:
 
 
 def write_published(folder: Path, samples: int = 20) -> Path:
-    """Write every published file, with its frames, on the smallest grids that PDEBench's UNet takes after thinning."""
+    """Write every published file, with all its frames, on the smallest grids that the UNet takes once thinned."""
     for file in FILES.values():
         path = folder / FOLDER / file.file_name
         if path.name.startswith("1D_CFD"):

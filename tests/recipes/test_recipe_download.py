@@ -156,7 +156,7 @@ def test_goes_on_where_the_connection_broke(
 
 def test_goes_on_in_another_run(server: Any, tmp_path: Path) -> None:
     state, file = server
-    (tmp_path / "x.hdf5.part").write_bytes(CONTENT[:1_234_567])
+    (tmp_path / "x.hdf5.download").write_bytes(CONTENT[:1_234_567])
     download([file()], tmp_path)
     _assert_whole(tmp_path)
     assert state.ranges == ["bytes=1234567-"]
@@ -164,7 +164,7 @@ def test_goes_on_in_another_run(server: Any, tmp_path: Path) -> None:
 
 def test_part_that_was_whole_already(server: Any, tmp_path: Path) -> None:
     state, file = server
-    (tmp_path / "x.hdf5.part").write_bytes(CONTENT)
+    (tmp_path / "x.hdf5.download").write_bytes(CONTENT)
     download([file()], tmp_path)
     _assert_whole(tmp_path)
     assert state.ranges == [f"bytes={len(CONTENT)}-"]
@@ -172,7 +172,7 @@ def test_part_that_was_whole_already(server: Any, tmp_path: Path) -> None:
 
 def test_part_that_is_too_long_starts_anew(server: Any, tmp_path: Path) -> None:
     state, file = server
-    (tmp_path / "x.hdf5.part").write_bytes(CONTENT + b"more")
+    (tmp_path / "x.hdf5.download").write_bytes(CONTENT + b"more")
     download([file()], tmp_path)
     _assert_whole(tmp_path)
     assert state.ranges == [f"bytes={len(CONTENT) + 4}-", None]
@@ -183,7 +183,7 @@ def test_wrong_bytes_leave_nothing(server: Any, tmp_path: Path, start: int) -> N
     state, file = server
     state.faults = ["wrong"] if start == 0 else []
     if start:
-        (tmp_path / "x.hdf5.part").write_bytes(bytes(start))  # of another file: the checksum finds out
+        (tmp_path / "x.hdf5.download").write_bytes(bytes(start))  # of another file: the checksum finds out
     with pytest.raises(RecipeError, match=f"other bytes than published .*, published {MD5}.* thrown away"):
         download([file()], tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -206,7 +206,7 @@ def test_refusals_stop_at_once_and_keep_what_is_there(
     state, file = server
     state.faults = [fault]
     if before:
-        (tmp_path / "x.hdf5.part").write_bytes(before)
+        (tmp_path / "x.hdf5.download").write_bytes(before)
     with pytest.raises(RecipeError, match=message):
         download([file()], tmp_path)
     assert len(state.ranges) == 1
@@ -220,7 +220,7 @@ def test_gives_up_after_attempts_that_bring_nothing(server: Any, tmp_path: Path,
     with pytest.raises(RecipeError, match=r"cannot be reached .* goes on where it stopped"):
         download([file()], tmp_path)
     assert len(state.ranges) == 1 + module.ATTEMPTS
-    assert (tmp_path / "x.hdf5.part").read_bytes() == CONTENT[:1_000_000]
+    assert (tmp_path / "x.hdf5.download").read_bytes() == CONTENT[:1_000_000]
 
 
 def test_no_server(tmp_path: Path, server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,7 +245,7 @@ def test_space_counts_what_is_still_to_come(server: Any, tmp_path: Path, monkeyp
     monkeypatch.setattr(module.shutil, "disk_usage", lambda path: SimpleNamespace(free=2_000_000))
     with pytest.raises(RecipeError, match=r"0.0 GB are needed"):
         download([file()], tmp_path)
-    (tmp_path / "x.hdf5.part").write_bytes(CONTENT[:1_500_000])
+    (tmp_path / "x.hdf5.download").write_bytes(CONTENT[:1_500_000])
     download([file()], tmp_path)
     download([file()], tmp_path)  # nothing to come
     _assert_whole(tmp_path)
@@ -256,11 +256,11 @@ def test_disk_that_fills_up(server: Any, tmp_path: Path) -> None:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, before[1]))
     try:
-        with pytest.raises(RecipeError, match=r"x\.hdf5\.part: File too large; .* goes on where it stopped"):
+        with pytest.raises(RecipeError, match=r"x\.hdf5\.download: File too large; .* goes on where it stopped"):
             download([file()], tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert (tmp_path / "x.hdf5.part").stat().st_size == 2_000_000
+    assert (tmp_path / "x.hdf5.download").stat().st_size == 2_000_000
     download([file()], tmp_path)
     _assert_whole(tmp_path)
 

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from recipes.config import build
 from recipes.data.pdebench import PDEBenchDarcy, PDEBenchFlow, split_samples
 from recipes.errors import RecipeError
+from recipes.train import train
 from tests.helpers import LIGHTNING_NOISE
 from tests.recipes.pdebench_files import FLOW_KEYS, write_darcy, write_flow, write_sparse_flow
 
@@ -334,7 +335,7 @@ def test_bad_options(tmp_path: Path, make: Callable[[Path], Any], message: str) 
 @pytest.mark.parametrize(
     ("name", "download", "generate"),
     [
-        ("pdebench_darcy", "darcy_beta1.0 --data-dir {}` .*1.3 GB", "darcy"),
+        ("pdebench_darcy", "darcy_beta1.0 --data-dir {}` .*1.3 GB", "darcy beta=1.0"),
         ("pdebench_cfd1d", "cfd1d --data-dir {}` .*12.4 GB", "cfd1d"),
         ("pdebench_cfd2d", "cfd2d --data-dir {}` .*55.1 GB", None),
     ],
@@ -349,7 +350,10 @@ def test_missing_file_says_where_and_how(
     assert str(data.reader.path.name) in str(caught.value)
     with pytest.raises(RecipeError, match=f"`python -m recipes.data.download {download.format(folder)}"):
         data.prepare_data()
-    assert (f"`python -m recipes.generate {generate}`" in str(caught.value)) == (generate is not None)
+    made = f"`python -m recipes.generate {generate} paths.data_dir={folder}` makes one like it"
+    assert (made in str(caught.value)) == (generate is not None)
+    with pytest.raises(RecipeError, match=r"mine\.hdf5 is not in .* Correct data\.path, or leave it out: `python"):
+        build(settings(f"data={name}", "data.path=mine.hdf5"), "data").prepare_data()
 
 
 def _refuse(data: Any, message: str) -> None:
@@ -453,3 +457,27 @@ def test_unreadable_sample(tmp_path: Path) -> None:
     path.write_bytes(damaged)
     with pytest.raises(RecipeError, match=r"cannot read sample 5 of 'density' .*`python -m recipes.data.download"):
         _ready(PDEBenchFlow(tmp_path, path=path))
+
+
+# --- in a recipe ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [
+        ("pdebench_darcy", "unet"),
+        ("pdebench_cfd1d", "unet_cfd1d"),
+        ("pdebench_cfd2d", "unet_cfd2d"),
+    ],
+)
+@pytest.mark.usefixtures("fake_pdebench")
+def test_recipe_runs(settings: Settings, name: str, model: str) -> None:
+    small = ("model.net.width=4", "data.batch_size=2", "data.fraction=1/4", "trainer=cpu", "logger=csv")
+    facts = train(settings(f"data={name}", f"model={model}", *small, "debug=one_batch"))
+    assert np.isfinite(facts["test"]["test/nrmse"])
+
+
+def test_recipe_without_its_file_stops_at_once(settings: Settings, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"Train\.hdf5 is not in .*`python -m recipes\.data\.download cfd1d"):
+        train(settings("data=pdebench_cfd1d", "model=unet_cfd1d"))
+    assert not any((tmp_path / "runs").rglob("*.*"))
