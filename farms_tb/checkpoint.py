@@ -99,7 +99,7 @@ def analyze_checkpoint(
         filter_zeros: drop eigenvalues below 1e-5.
         relative_cutoff: drop eigenvalues below this fraction of the largest one.
         min_eigenvalues: samples with fewer eigenvalues have no alpha.
-        null: also measure each layer with its entries shuffled.
+        null: also measure a layer of each shape with its entries shuffled.
         histogram: also count each layer's ESD.
 
     Returns:
@@ -135,16 +135,43 @@ def analyze_checkpoint(
     )
     check_bool("null", null)
     check_bool("histogram", histogram)
+    nulls: Nulls | None = {} if null else None
     records = {
         name: found
         if isinstance(found, LayerRecord)
-        else stack_record(found, options, null=null, histogram=histogram)
+        else weight_record(found, options, histogram=histogram, nulls=nulls)
         for name, found in stored_layers(stored_tensors(path))
     }
     if not any(record.shape and min(record.shape[1:]) > 1 for record in records.values()):
         reasons = "".join(f"\n  {name}: {record.status}" for name, record in list(records.items())[:10])
         raise ValueError(f"{path} has no weight that can be analysed" + reasons)
     return Report(records, as_plain(options))
+
+
+Nulls = dict[object, LayerRecord]
+"""A record with the null of each shape of layer."""
+
+
+def weight_record(
+    stack: MatrixStack, options: SpectralOptions, *, histogram: bool = False, nulls: Nulls | None = None
+) -> LayerRecord:
+    """Measure one of many weights that belong to no module.
+
+    Args:
+        stack: the weight.
+        options: how alpha is measured.
+        histogram: also count its ESD.
+        nulls: the nulls of the shapes so far, which grow; layers of one shape share that of the first. None for
+            no null.
+    """
+    record = stack_record(stack, options, histogram=histogram)
+    if nulls is None or record.alpha is None:
+        return record
+    # The number of eigenvalues tells a 1x1 convolution from a linear layer of its shape.
+    shape = record.shape, record.kind, record.num_eigenvalues
+    if shape not in nulls:
+        nulls[shape] = stack_record(stack, options, null=True)
+    return replace(record, null_mean=nulls[shape].null_mean, null_std=nulls[shape].null_std)
 
 
 @dataclass(frozen=True)

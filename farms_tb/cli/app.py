@@ -83,7 +83,7 @@ def analyze(
         bool, typer.Option(help="Also measure whole matrices, for the bias of their alpha. Slow for large ones.")
     ] = True,
     null: Annotated[
-        bool, typer.Option("--null", help="Also measure each layer's entries shuffled, for the z-score of alpha.")
+        bool, typer.Option("--null", help="Also measure shuffled layers, for the z-score of alpha.")
     ] = False,
     pretrained: Pretrained = False,
     patterns: Filter = None,
@@ -208,7 +208,7 @@ def _finish(found: Sequence[Measured], rows: Sequence[Row], figure: str, strict:
     if not measured:
         say(
             "Nothing could be measured: "
-            + ("the status of each layer says why" if rows else "no layer has such a name")
+            + ("the status of each layer says why" if rows else "no weight matrix of such a name")
         )
     if not measured or any(part.stopped for part in found) or (strict and len(measured) < len(rows)):
         raise typer.Exit(EXIT_PART)

@@ -19,11 +19,8 @@ def changes(a: Measured, b: Measured) -> list[Row]:
         change = None if None in alphas else alphas[1] - alphas[0]  # type: ignore[operator]
         error = None if None in errors else math.hypot(*errors)  # type: ignore[arg-type]
         shapes = dict.fromkeys("x".join(map(str, record.shape)) for record in records if record is not None)
-        reasons = [
-            f"only in {other}" if record is None else f"{own}: {record.status}"
-            for own, other, record in zip("AB", "BA", records, strict=True)
-            if record is None or record.status != OK
-        ]
+        only = ["only in B"] if records[0] is None else ["only in A"] if records[1] is None else []
+        reasons = [f"{own}: {r.status}" for own, r in zip("AB", records, strict=True) if r and r.status != OK]
         rows.append(
             {
                 "layer": name,
@@ -33,7 +30,7 @@ def changes(a: Measured, b: Measured) -> list[Row]:
                 "change": change,
                 "change_error": error,
                 "change_in_errors": change / error if change is not None and error else None,
-                "status": "; ".join(dict.fromkeys(reasons)) or OK,
+                "status": "; ".join([*only, *reasons]) or OK,
             }
         )
     return sorted(rows, key=lambda row: -1.0 if row["change"] is None else abs(row["change"]), reverse=True)

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from farms_tb.analysis import stack_record
+from farms_tb.checkpoint import Nulls, weight_record
 from farms_tb.cli.sources import Source
 from farms_tb.matrices import MatrixStack
 from farms_tb.options import SpectralOptions
@@ -24,7 +24,7 @@ class Wanted:
     Attributes:
         options: how alpha is measured.
         full: also measure whole matrices.
-        null: also measure each layer with its entries shuffled.
+        null: also measure a layer of each shape with its entries shuffled.
         patterns: shell-style patterns of layer names; none for every layer.
         device: where eigenvalues are computed.
     """
@@ -55,12 +55,14 @@ class Measured:
         full: figures of the whole matrices, where asked for.
         stopped: why not all layers were measured; empty where they were.
         interrupted: whether that was Ctrl-C.
+        nulls: the nulls of the shapes so far.
     """
 
     records: dict[str, LayerRecord] = field(default_factory=dict)
     full: dict[str, LayerRecord] = field(default_factory=dict)
     stopped: str = ""
     interrupted: bool = False
+    nulls: Nulls = field(default_factory=dict)
 
     def rows(self) -> list[dict[str, Any]]:
         """Return one flat dict of plain values a layer, the most asked-for figures first."""
@@ -125,9 +127,10 @@ def _measure_layer(found: Measured, name: str, weight: MatrixStack | LayerRecord
         found.records[name] = weight
         return
     stack = replace(weight, matrices=weight.matrices.to(wanted.device))
-    record = _attempt(lambda: stack_record(stack, wanted.options, null=wanted.null), stack)
+    nulls = found.nulls if wanted.null else None
+    record = _attempt(lambda: weight_record(stack, wanted.options, nulls=nulls), stack)
     if wanted.full and record.status == OK:
-        found.full[name] = _attempt(lambda: stack_record(stack, replace(wanted.options, esd="full")), stack)
+        found.full[name] = _attempt(lambda: weight_record(stack, replace(wanted.options, esd="full")), stack)
     found.records[name] = record
 
 

@@ -58,12 +58,12 @@ def print_table(console: Console, title: str, columns: Sequence[Column], rows: S
         width = console.measure(table, options=console.options.update(width=sys.maxsize)).maximum
         if width <= room:
             break
-    if title:
-        console.print(Text(title, style="bold"), soft_wrap=True)
     if not console.is_terminal:
         console.width = width
+    console.print(Text(title, style="bold"), soft_wrap=not console.is_terminal)
     console.print(table)
     if noted:
+        console.print()
         for reason, note in notes.items():
             console.print(Text(f"{note} {reason}", style="dim"))
 
