@@ -97,8 +97,9 @@ def check_combination(cfg: DictConfig, model: Any, data: Any) -> None:
     check_input = getattr(model.net, "check_input", None)
     if check_input is None:
         return
+    shape = data.sample_shape  # a data file that is missing says so itself
     try:
-        check_input(data.sample_shape)
+        check_input(shape)
     except ValueError as error:
         raise RecipeError(f"{choice(cfg, 'model')} does not fit {choice(cfg, 'data')}: {error}") from error
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
+from rich import box
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
@@ -253,7 +254,8 @@ def _read(response: http.client.HTTPResponse) -> bytes:
 
 
 def _print_list() -> None:
-    table = Table("name", "file", "GB", title="PDEBench's data files")
+    table = Table("name", "file", title="PDEBench's data files", title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("GB", justify="right")
     for name, file in FILES.items():
         table.add_row(name, file.file_name, f"{file.size / 1e9:.1f}")
     make_console().print(table)
