@@ -23,6 +23,7 @@ from recipes.tasks import FieldRegression, Forecast, rollout
 from tests.helpers import LIGHTNING_NOISE
 
 Settings = Callable[..., DictConfig]
+Pair = tuple[Tensor, Tensor]
 CHANNELS, HISTORY, FUTURE = 2, 3, 4
 
 
@@ -33,7 +34,7 @@ class Shift(nn.Module):
         return window[:, -CHANNELS:].roll([1] * (window.ndim - 2), dims=list(range(2, window.ndim)))
 
 
-def advection(samples: int, *space: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+def advection(samples: int, *space: int, seed: int = 0) -> Pair:
     """Smooth periodic fields that move by one point a frame along every axis: history and future."""
     generator = torch.Generator().manual_seed(seed)
     modes = torch.zeros(samples, CHANNELS, *space, dtype=torch.complex64)
@@ -87,9 +88,7 @@ def test_exact_dynamics_have_no_error(space: tuple[int, ...]) -> None:
     assert not torch.equal(task.predict((history.roll(1, dims=-1), future)), future)
 
 
-def gradient(
-    task: Forecast, batch: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
-) -> tuple[Tensor, float]:
+def gradient(task: Forecast, batch: Pair, monkeypatch: pytest.MonkeyPatch) -> tuple[Tensor, float]:
     """Gradient and loss of one training step."""
     monkeypatch.setattr(task, "_log_epoch", lambda *args, **values: None)
     task.zero_grad()
@@ -98,7 +97,7 @@ def gradient(
     return torch.cat([parameter.grad.flatten() for parameter in task.net.parameters()]), float(loss.detach())
 
 
-def slow_gradient(net: nn.Module, batch: tuple[Tensor, Tensor], graded: int, forced: bool) -> tuple[Tensor, float]:
+def slow_gradient(net: nn.Module, batch: Pair, graded: int, forced: bool) -> tuple[Tensor, float]:
     """The same, each frame from a window that was made beforehand and cut off the graph where it has to be."""
     history, future = batch
     frames, loss = list(history.unbind(1)), torch.tensor(0.0)
@@ -156,9 +155,7 @@ def test_a_rollout_that_does_not_fit_says_what_to_set() -> None:
     history, _ = advection(1, 16)
     with pytest.raises(RecipeError, match=r"takes 4 channels, but 3 frames of 2 channels are 6; set task.in_ch"):
         rollout(UNet(4, CHANNELS, width=2, dimension=1), history, 1)
-    with pytest.raises(
-        RecipeError, match=r"must map \(1, 6, 16\) to the next frame \(1, 2, 16\), not to \(1, 5, 16\)"
-    ):
+    with pytest.raises(RecipeError, match=r"must map \(1, 6, 16\) .* frame \(1, 2, 16\), not to \(1, 5, 16\)"):
         rollout(nn.Conv1d(6, 5, 1), history, 1)
 
 
@@ -174,7 +171,7 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
         forecast(small_net(1), **options)
 
 
-def loader(pair: tuple[Tensor, Tensor], batch_size: int = 8) -> DataLoader[Any]:
+def loader(pair: Pair, batch_size: int = 8) -> DataLoader[Any]:
     return DataLoader(TensorDataset(*pair), batch_size=batch_size)
 
 

@@ -58,12 +58,13 @@ def test_run_folder_is_complete(finished: Finished) -> None:
         "metrics.csv",
         "alpha.png",
         "lr_ratio.png",
+        "predictions.png",
         "summary.json",
         "wandb",
     }
     assert {path.name for path in (finished.folder / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
     assert finished.folder.parent == Path(finished.cfg.paths.output_dir) / "darcy_unet"
-    for picture in ("alpha.png", "lr_ratio.png"):
+    for picture in ("alpha.png", "lr_ratio.png", "predictions.png"):
         assert (finished.folder / picture).read_bytes().startswith(b"\x89PNG")
 
 
@@ -132,6 +133,7 @@ def test_offline_wandb_run_reads_back(finished: Finished) -> None:
     (file,) = finished.folder.glob("wandb/offline-run-*/run-*.wandb")
     records = read_wandb_file(file)
     keys = {item.key or "/".join(item.nested_key) for record in records for item in record.history.item}
+    assert len(list(finished.folder.glob("wandb/offline-run-*/files/media/images/pictures/predictions*.png"))) == 1
     kinds = {record.WhichOneof("record_type") for record in records}
     assert {
         "farms/alpha/net.bottleneck.conv1",
