@@ -1,0 +1,518 @@
+"""Studies: statistics against scipy and by simulation, the plan, the placebo, whole ones in real processes."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from hydra.core.global_hydra import GlobalHydra
+from lightning import LightningModule, Trainer
+from scipy import stats
+from torch import nn
+
+from farms_tb import FARMSTempBalance
+from recipes.errors import RecipeError
+from recipes.placebo import PlaceboTempBalance
+from recipes.study.__main__ import main
+from recipes.study.cells import load_study
+from recipes.study.plan import Tuning, plan_arm, tune
+from recipes.study.records import Job, Record, read_records, write_records
+from recipes.study.report import POOLED, Row, summarise
+from recipes.study.single import run_once
+from recipes.study.statistics import Effect, holm, log_error, pooled_effect
+from recipes.train import CONFIG_DIR
+
+ROOT = Path(CONFIG_DIR).parent
+
+
+def _effect(cells: Sequence[Sequence[float]]) -> Effect:
+    return pooled_effect([dict(enumerate(cell)) for cell in cells])
+
+
+# Statistics
+
+
+def test_one_cell_is_the_paired_t_test() -> None:
+    rng = np.random.default_rng(0)
+    ours, theirs = rng.normal(0.1, 1, 12), rng.normal(0, 1, 12)
+    effect = _effect([list(ours - theirs)])
+    test = stats.ttest_rel(ours, theirs)
+    interval = test.confidence_interval(0.95)
+    np.testing.assert_allclose([effect.low, effect.high, effect.p], [interval.low, interval.high, test.pvalue])
+    assert effect.mean == pytest.approx((ours - theirs).mean())
+    assert effect.pairs == 12
+
+
+def test_cells_with_the_same_seeds_are_averaged_seed_by_seed() -> None:
+    table = np.random.default_rng(1).normal(size=(3, 9)) + np.random.default_rng(2).normal(size=9)
+    effect = _effect(table.tolist())
+    test = stats.ttest_1samp(table.mean(axis=0), 0.0)
+    np.testing.assert_allclose([effect.low, effect.high], test.confidence_interval(0.95))
+    assert effect.p == pytest.approx(test.pvalue)
+
+
+def test_cells_without_a_common_seed_add_their_variances() -> None:
+    rng = np.random.default_rng(3)
+    first, second = rng.normal(size=8), rng.normal(size=20)
+    effect = pooled_effect([dict(enumerate(first)), dict(enumerate(second, start=100))])
+    error = math.sqrt(first.var(ddof=1) / 8 + second.var(ddof=1) / 20) / 2
+    assert effect.mean == pytest.approx((first.mean() + second.mean()) / 2)
+    assert effect.high - effect.mean == pytest.approx(error * stats.t.ppf(0.975, 7))
+
+
+def test_pooled_effect_at_its_edges() -> None:
+    assert _effect([[0.0, 0.0]]) == Effect(0.0, 0.0, 0.0, 1.0, 2)
+    assert _effect([[0.5, 0.5]]) == Effect(0.5, 0.5, 0.5, 0.0, 2)
+    single = _effect([[0.5]])
+    assert single.mean == 0.5
+    assert math.isnan(single.low + single.high + single.p)
+    for cells in ([], [[0.1], []]):
+        with pytest.raises(ValueError, match="at least one log ratio in every cell"):
+            _effect(cells)
+
+
+def _holm_by_definition(p: Sequence[float]) -> list[float]:
+    """The adjusted value of each is the smallest level at which the step-down procedure rejects it."""
+    adjusted = []
+    for own in p:
+        below = [q for q in p if q <= own]
+        steps = [(len(p) - sum(r < q for r in p)) * q for q in below]
+        adjusted.append(min(1.0, max(steps)))
+    return adjusted
+
+
+def test_holm() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.6, 0.5]) == [1.0, 1.0]
+    assert holm([]) == []
+    rng = np.random.default_rng(4)
+    for size in range(1, 7):
+        p = list(rng.uniform(size=size) ** 3)
+        assert holm(p) == pytest.approx(_holm_by_definition(p))
+    with_gap = holm([0.01, math.nan, 0.03])
+    assert with_gap[::2] == pytest.approx(holm([0.01, 0.03]))
+    assert math.isnan(with_gap[1])
+
+
+def test_no_error_at_all_has_a_log() -> None:
+    assert log_error(0.0, 500) == pytest.approx(math.log(0.001))
+    assert log_error(0.1, None) == pytest.approx(math.log(0.1))
+
+
+def _studies(effects: Mapping[str, float], count: int) -> list[list[Row]]:
+    """Synthetic studies of three cells with unequal seeds, noise and correlation between cells of a seed."""
+    rng = np.random.default_rng(5)
+    results = []
+    for _ in range(count):
+        shared = {arm: rng.normal(0, 0.04, 20) for arm in effects}
+        cells = {}
+        for name, seeds, noise in (("a", 20, 0.05), ("b", 20, 0.10), ("c", 12, 0.08)):
+            difficulty = rng.normal(-1.5, 0.3, seeds)
+            records = {}
+            for arm, effect in {"off": 0.0, **effects}.items():
+                own = effect + rng.normal(0, noise, seeds) + (shared[arm][:seeds] if arm != "off" else 0.0)
+                for seed in range(seeds):
+                    record = _record(arm, "final", seed, 0.1, test=math.exp(difficulty[seed] + own[seed]))
+                    records[record.job] = replace(record, experiment=name)
+            cells[name] = records
+        results.append(summarise(cells, ["off", *effects], "off"))
+    return results
+
+
+def test_intervals_cover_and_a_null_is_rarely_called_an_effect() -> None:
+    studies = _studies({"x": 0.03, "y": 0.0, "z": 0.0}, 300)
+    pooled = [{row.arm: row for row in rows if row.cell == POOLED} for rows in studies]
+    single = [row for rows in studies for row in rows if row.cell == "c" and row.arm == "x"]
+    covered = np.mean([rows["x"].effect.low <= 0.03 <= rows["x"].effect.high for rows in pooled])  # type: ignore[union-attr]
+    covered_single = np.mean([row.effect.low <= 0.03 <= row.effect.high for row in single])  # type: ignore[union-attr]
+    false_alarms = np.mean([min(rows["y"].p_holm, rows["z"].p_holm) < 0.05 for rows in pooled])
+    # Three standard errors of a share of 0.95 (0.05) over 300 studies are 0.038.
+    assert abs(covered - 0.95) < 0.038
+    assert abs(covered_single - 0.95) < 0.038
+    assert false_alarms < 0.088
+
+
+def test_an_effect_of_ten_per_cent_is_found() -> None:
+    studies = _studies({"x": math.log(0.9), "y": 0.0}, 40)
+    rows = [row for rows in studies for row in rows if row.cell == POOLED and row.arm == "x"]
+    assert np.mean([row.p_holm < 0.05 for row in rows]) > 0.95
+    assert np.mean([row.effect.mean for row in rows]) == pytest.approx(math.log(0.9), abs=0.01)  # type: ignore[union-attr]
+
+
+# The plan
+
+
+def _record(arm: str, phase: Any, seed: int, lr: float, **facts: Any) -> Record:
+    record = Record(
+        experiment="cell",
+        arm=arm,
+        phase=phase,
+        seed=seed,
+        lr=lr,
+        status="ok",
+        metric="nrmse",
+        val=0.5,
+        test=0.5,
+        val_samples=10,
+        test_samples=20,
+        blind_error=1.0,
+        parameters=7,
+        epochs=1,
+        steps=2,
+        seconds=3.0,
+        train_seconds=2.0,
+        callback_seconds=0.1,
+        device="cpu",
+        config="0" * 12,
+    )
+    return replace(record, **facts)
+
+
+def _tuned(error: Callable[[float], float], grid: tuple[float, ...] = (0.5, 1, 2), extend: int = 2) -> Tuning:
+    """Search to the end; an infinite error diverges."""
+    finished: dict[Job, Record] = {}
+    while True:
+        tuning = tune("x", 0.1, grid, 2, extend, finished)
+        if tuning.best is not None:
+            assert len(finished) == (2 * len(tuning.lrs) if len(grid) > 1 else 0)
+            return tuning
+        job, value = tuning.missing[0], error(tuning.missing[0].lr)
+        bad = {"status": "diverged", "val": math.nan}
+        finished[job] = _record(*job, **({"val": value} if math.isfinite(value) else bad))
+
+
+@pytest.mark.parametrize(
+    ("error", "lrs", "best"),
+    [
+        (lambda lr: abs(math.log(lr / 0.11)) + 1, (0.05, 0.1, 0.2), 0.1),
+        (lambda lr: abs(math.log(lr / 0.02)) + 1, (0.0125, 0.025, 0.05, 0.1, 0.2), 0.025),
+        (lambda lr: 1 + lr, (0.0125, 0.025, 0.05, 0.1, 0.2), 0.0125),
+        (lambda lr: 1 / lr, (0.05, 0.1, 0.2, 0.4, 0.8), 0.8),
+        (lambda lr: 1 / lr if lr < 0.15 else math.inf, (0.05, 0.1, 0.2), 0.1),
+        (lambda lr: math.inf, (0.0125, 0.025, 0.05, 0.1, 0.2), 0.0125),
+        (lambda lr: 1.0, (0.0125, 0.025, 0.05, 0.1, 0.2), 0.0125),
+    ],
+    ids=["inside", "below", "far below", "far above", "diverges above", "always diverges", "no difference"],
+)
+def test_grid_grows_where_the_best_is_at_its_end(error: Any, lrs: tuple[float, ...], best: float) -> None:
+    tuning = _tuned(error)
+    assert (tuning.lrs, tuning.best) == (lrs, best)
+
+
+def test_grid_that_must_not_grow_and_grid_of_one() -> None:
+    assert _tuned(lambda lr: lr, extend=0).best == 0.05
+    assert _tuned(lambda lr: lr, grid=(3,)) == Tuning((0.3,), (), 0.3, ())
+
+
+def test_final_runs_have_other_seeds_than_tuning() -> None:
+    tuning = tune("x", 0.1, (1, 2), 3, 0, {})
+    tuning_seeds = {job.seed for job in tuning.missing}
+    finished = {job: _record(*job, val=job.lr) for job in tuning.missing}
+    plan = plan_arm(tune("x", 0.1, (1, 2), 3, 0, finished), "x", 50, 3, finished)
+    assert {job.lr for job in plan.missing} == {0.1}
+    assert [job.seed for job in plan.missing] == list(range(1, 51))
+    assert tuning_seeds.isdisjoint(range(1, 10_000))
+    assert (plan.done, plan.total) == (6, 56)
+    partly = {**finished, plan.missing[0]: _record(*plan.missing[0])}
+    assert plan_arm(tune("x", 0.1, (1, 2), 3, 0, partly), "x", 50, 3, partly).missing == plan.missing[1:]
+
+
+# Records and what is made of them
+
+
+def test_records_come_back_exactly(tmp_path: Path) -> None:
+    records = [
+        _record("x", "final", 2, 0.1, val=1 / 3, test=0.1 + 0.2),
+        _record("off", "tune", 1, 1e-7, status="diverged", val=math.nan, test=math.nan),
+    ]
+    write_records(tmp_path, records)
+    back = read_records(tmp_path)
+    assert str(list(back.values())) == str(records[::-1])  # as text: NaN is not equal to itself
+    text = (tmp_path / "results.csv").read_text()
+    write_records(tmp_path, reversed(records))
+    assert (tmp_path / "results.csv").read_text() == text
+    assert [path.name for path in tmp_path.iterdir()] == ["results.csv"]
+
+
+def test_foreign_results_file(tmp_path: Path) -> None:
+    (tmp_path / "results.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(RecipeError, match=r"is not a study's results file .*study\.folder"):
+        read_records(tmp_path)
+
+
+def test_diverged_final_runs_count_as_having_learnt_nothing() -> None:
+    def cell(worst: Record) -> dict[Job, Record]:
+        records = [_record(arm, "final", seed, 0.1, test=0.2) for arm in ("off", "x") for seed in (1, 2)]
+        return {record.job: record for record in [*records, worst]}
+
+    diverged = _record("x", "final", 2, 0.1, status="diverged", test=math.nan)
+    row = summarise({"c": cell(diverged)}, ["off", "x"], "off")[1]
+    assert (row.runs, row.diverged) == (2, 1)
+    assert row.effect is not None
+    assert row.effect.mean == pytest.approx(math.log(1.0 / 0.2) / 2)
+    # Accuracy: an error is 1 - accuracy plus half a sample of twenty.
+    right = _record("x", "final", 1, 0.1, metric="accuracy", test=1.0)
+    assert right.error("test") == 0.0
+    assert right.log_error("test") == pytest.approx(math.log(0.025))
+
+
+def test_only_pairs_count_and_overhead_is_of_the_baselines_training() -> None:
+    records = [_record("off", "final", seed, 0.1, test=0.1 * seed, train_seconds=4.0) for seed in (1, 2, 3)]
+    records += [_record("x", "final", seed, 0.1, test=0.2 * seed, callback_seconds=1.0) for seed in (2, 3, 4)]
+    off, x = summarise({"c": {record.job: record for record in records}}, ["off", "x", "y"], "off")
+    assert off.effect is None
+    assert x.effect is not None
+    assert (x.effect.mean, x.effect.pairs) == (pytest.approx(math.log(2)), 2)
+    assert x.overhead == pytest.approx(0.25)
+
+
+# The placebo
+
+
+class _Net(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(*(nn.Linear(24, 24) for _ in range(8)))
+
+    def training_step(self, batch: torch.Tensor, _: int) -> torch.Tensor:
+        return self.net(batch).square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+
+def _fit(callback: FARMSTempBalance, epochs: int, ckpt_path: Path | None = None) -> tuple[_Net, Trainer]:
+    model = _Net()
+    data = torch.utils.data.DataLoader(torch.arange(96.0).view(4, 24).sin(), 2)
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    trainer = Trainer(max_epochs=epochs, accelerator="cpu", callbacks=[callback], logger=False, **quiet)
+    trainer.fit(model, data, ckpt_path=ckpt_path)
+    return model, trainer
+
+
+@pytest.mark.filterwarnings("ignore")  # Lightning's hints about data and loggers, the core's about noise
+def test_placebo_permutes_the_ratios_of_the_layers_that_take_part() -> None:
+    options = {"lr_min_ratio": 0.2, "lr_max_ratio": 1.8, "exclude": ["net.3"]}
+    farms = FARMSTempBalance(**options)
+    _fit(farms, 1)
+    shuffled = []
+    for seed in range(6):
+        placebo = PlaceboTempBalance(placebo_seed=seed, **options)
+        _fit(placebo, 1)
+        assert sorted(placebo.ratios.values()) == sorted(farms.ratios.values())
+        assert [placebo.ratios[f"net.{i}"] for i in (0, 3, 7)] == [1.0, 1.0, 1.0]
+        shuffled.append(placebo.ratios)
+    assert len({tuple(ratios.values()) for ratios in [farms.ratios, *shuffled]}) > 5
+    again = PlaceboTempBalance(placebo_seed=5, **options)
+    _fit(again, 1)
+    assert again.ratios == shuffled[5]
+    with pytest.raises(ValueError, match="placebo_seed must be"):
+        PlaceboTempBalance(placebo_seed=-1)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_placebo_resumes_bit_identically(tmp_path: Path) -> None:
+    whole, _ = _fit(PlaceboTempBalance(placebo_seed=3), 4)
+    _, trainer = _fit(PlaceboTempBalance(placebo_seed=3), 2)
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    resumed, _ = _fit(PlaceboTempBalance(placebo_seed=3), 4, tmp_path / "half.ckpt")
+    other, _ = _fit(PlaceboTempBalance(placebo_seed=4), 4)
+    weights = [torch.nn.utils.parameters_to_vector(model.parameters()) for model in (whole, resumed, other)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+# Settings
+
+
+TINY = (
+    *("experiment=digits_resnet18", "model.net.width=2", "trainer.max_epochs=2", "trainer=cpu"),
+    *("data.train_size=20", "data.val_size=40", "data.test_size=40", "data.batch_size=10"),
+    *('study.arms=["off",farms]', "study.seeds=2", "study.grid=[1,2]", "study.tune_seeds=1", "study.extend=0"),
+)
+
+
+def _tiny(tmp_path: Path, *more: str) -> list[str]:
+    return [*TINY, f"study.folder={tmp_path}/study", *more]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ((), r"say what to study: experiment=<name>\[,<name>...\], or study=small"),
+        (("experiment=nothing",), "experiment=nothing: .*experiment/nothing"),
+        (("experiment=darcy_fno", "seed=3"), "seed=3 can't be set: a study sets seed, lr, farms"),
+        (("experiment=darcy_fno", "farms=full"), "farms=full can't be set"),
+        (
+            ("experiment=darcy_fno", "study.arms=[farms]"),
+            r"study.baseline=off is not one of study.arms \['farms'\]",
+        ),
+        (("experiment=darcy_fno", "study.arms=[fams]"), "study.arms must be different ones of farms, full, off"),
+        (("experiment=darcy_fno", "study.seeds=0"), "study.seeds must be a whole number of at least 1, got 0"),
+        (("experiment=darcy_fno", "study.grid=[2,1]"), "study.grid must be positive multiples in ascending order"),
+        (("experiment=darcy_fno", "study.grid=[0]"), "study.grid must be positive multiples"),
+        (("experiment=darcy_fno", "study.vary_data=3"), "study.vary_data must be true or false"),
+        (("experiment=darcy_fno", "study.workers=0"), "study.workers must be null or a positive number"),
+        (("experiment=darcy_fno", "+study.colour=1"), "unknown settings under study: colour"),
+        (("experiment=darcy_fno", "study.sheeds=1"), "the study's settings: .*sheeds"),
+        (("experiment=darcy_fno,darcy_fno",), "two experiments have the same name: darcy_fno"),
+        (
+            ("experiment=darcy_fno", "task.monitor=val/loss"),
+            "task.monitor must be one of val/accuracy, .*got val/loss",
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_mistakes_in_the_settings(overrides: tuple[str, ...], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load_study(CONFIG_DIR, overrides)
+
+
+def test_mistakes_stop_before_time_is_spent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for override, message in (
+        ("model.net.width=0", "width must be positive"),
+        ("data.train_size=5", "at least 10"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main(_tiny(tmp_path, override))
+        assert stopped.value.code == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "study").exists()
+
+
+def test_arms_of_a_seed_share_all_but_the_callback() -> None:
+    study = load_study(CONFIG_DIR, ["study=small"])
+    names = ["off", "full", "farms", "noise_aware", "placebo"]
+    assert len(study.cells) == 8
+    for cell in study.cells:
+        assert list(cell.arms) == names
+        settings = [cell.settings(Job(arm, "final", 7, 0.03)) for arm in names]
+        for plain in settings:
+            assert (plain["seed"], plain["data"]["seed"], plain["data"]["shuffle_seed"]) == (7, 7, 7)
+            assert plain["optimizer"]["lr"] == 0.03
+            updates = plain["trainer"]["max_epochs"] / (plain["farms"] or {"every_n_epochs": 2})["every_n_epochs"]
+            assert 20 <= updates <= 40 or plain["farms"] is None
+        rest = [{k: v for k, v in plain.items() if k not in ("farms", "arm", "logger")} for plain in settings]
+        assert all(plain == rest[0] for plain in rest)
+        assert len({cell.fingerprint(arm) for arm in names}) == 5
+        assert settings[4]["farms"]["placebo_seed"] == 7
+
+
+def test_experiments_say_how_to_run_them() -> None:
+    files = sorted((Path(CONFIG_DIR) / "experiment" / "study").glob("*.yaml"))
+    assert [path.stem for path in files] == sorted(
+        cell.rpartition("/")[2] for cell in ("darcy_fno", "darcy_unet", *_digits_cells())
+    )
+    for path in files:
+        assert path.read_text().splitlines()[1] == f"# python -m recipes.study experiment=study/{path.stem}"
+
+
+def _digits_cells() -> list[str]:
+    return [f"digits_{model}_{size}" for model in ("resnet18", "vgg16") for size in (50, 100, 300)]
+
+
+# Whole studies, in real processes
+
+
+TIMES = ("seconds", "train_seconds", "callback_seconds")
+
+
+def _results(folder: Path) -> dict[Job, dict[str, Any]]:
+    records = read_records(folder / "study" / "digits_resnet18")
+    return {job: {k: v for k, v in asdict(r).items() if k not in TIMES} for job, r in records.items()}
+
+
+def _wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_killed_study_goes_on_and_ends_as_if_each_run_had_been_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = _tiny(tmp_path)
+    command = [sys.executable, "-m", "recipes.study", *arguments, "study.workers=2"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    _wait_for(lambda: len(_results(tmp_path)) >= 2)
+    workers = psutil.Process(process.pid).children()
+    process.kill()
+    process.wait()
+    psutil.wait_procs(workers, timeout=20)
+    assert not any(worker.is_running() for worker in workers)
+    before = (tmp_path / "study" / "digits_resnet18" / "results.csv").read_text().splitlines()
+    assert 3 <= len(before) < 9
+
+    main([*arguments, "study.workers=1"])
+    folder = tmp_path / "study" / "digits_resnet18"
+    after = (folder / "results.csv").read_text().splitlines()
+    assert set(before) < set(after)
+    assert "no arm differs" in capsys.readouterr().out or "beyond the noise" in after
+    assert {path.name for path in folder.iterdir()} >= {
+        "settings.yaml",
+        "results.csv",
+        "effects.csv",
+        "effects.png",
+    }
+
+    # Other processes, another order, a stop in the middle: each run is the one that this process makes alone.
+    GlobalHydra.instance().clear()
+    cell = load_study(CONFIG_DIR, arguments).cells[0]
+    found = _results(tmp_path)
+    assert len(found) == 2 * (2 + 2)
+    for job, facts in found.items():
+        alone, _ = run_once(cell.settings(job))
+        assert {name: facts[name] for name in alone if name not in TIMES} == {
+            name: value for name, value in alone.items() if name not in TIMES
+        }
+
+    # The report trains nothing, and the same results give the same pictures and tables.
+    effects = (folder / "effects.csv").read_text()
+    (folder / "effects.csv").unlink()
+    main(["--report", *arguments])
+    assert (folder / "effects.csv").read_text() == effects
+    assert (folder / "results.csv").read_text().splitlines() == after
+
+    # Settings that results depend on must stay; more seeds and arms may join.
+    capsys.readouterr()
+    for override, change in (
+        ("trainer.max_epochs=3", "off.trainer.max_epochs was 2 and is 3"),
+        ("study.tune_seeds=2", "study.tune_seeds was 1 and is 2"),
+        ("arms.farms.lr_max_ratio=1.9", "farms.farms.lr_max_ratio was 1.5 and is 1.9"),
+    ):
+        with pytest.raises(SystemExit):
+            main([*arguments, override])
+        assert change in capsys.readouterr().err
+    assert (folder / "results.csv").read_text().splitlines() == after
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_run_that_fails_is_named_and_a_diverged_one_is_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cell = load_study(CONFIG_DIR, _tiny(tmp_path)).cells[0]
+    facts, _ = run_once(cell.settings(Job("farms", "final", 1, 1e30)))
+    assert facts["status"] == "diverged"
+    assert math.isnan(facts["val"])
+    assert math.isnan(facts["test"])
+    assert facts["blind_error"] == pytest.approx(0.9)
+    main_arguments = _tiny(tmp_path, "arms.farms.exclude=[nowhere]", "study.workers=1")
+    with pytest.raises(SystemExit):
+        main(main_arguments)
+    error = capsys.readouterr().err
+    assert "arm='farms', phase='tune'" in error
+    assert "exclude='nowhere' matches no layer" in error
+    assert all(job.arm == "off" for job in _results(tmp_path))
