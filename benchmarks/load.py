@@ -74,7 +74,7 @@ def scaling_row(layers: int, times: int) -> dict[str, float]:
     inner = balancer._balancer
 
     def log_row() -> dict[str, float]:
-        return measurement_row(balancer.report, balancer.ratios, inner.layer_lrs())
+        return measurement_row(balancer.report, balancer.ratios, inner.layer_lrs(), inner.summary)
 
     work = [lambda: find_layers(net), lambda: inner.measure(), balancer.step, log_row, balancer.state_dict]
     names = ("find_layers", "measure", "update", "log_row", "state_dict")
@@ -118,7 +118,9 @@ def begin_run() -> Callable[[], None]:
         optimizer.step()
         scheduler.step()
         balancer.step()
-        measurement_row(balancer.report, balancer.ratios, balancer._balancer.layer_lrs())
+        measurement_row(
+            balancer.report, balancer.ratios, balancer._balancer.layer_lrs(), balancer._balancer.summary
+        )
         balancer.state_dict()
 
     return update

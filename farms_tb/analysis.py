@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from farms_tb.layers import Layer, find_layers, read_stacks, stack_problem
 from farms_tb.matrices import MatrixStack, NoSpectrumError
 from farms_tb.measurement import ROW_LENGTH, measure_stack, record_from_row, solver_device
-from farms_tb.null import null_alpha
+from farms_tb.null import MAX_DRAWS, draws_for, null_of, shuffled_alphas
 from farms_tb.options import Esd, Fit, SpectralOptions, as_plain, check_bool
 from farms_tb.report import LayerRecord, Report
 
@@ -50,8 +51,8 @@ def analyze(
         filter_zeros: drop eigenvalues below 1e-5, all kept where none would be left.
         relative_cutoff: drop eigenvalues below this fraction of the largest one of their sample.
         min_eigenvalues: samples with fewer eigenvalues have no alpha.
-        null: also measure each layer with its entries shuffled, 8 to 32 times, which tells what alpha a random
-            layer of its shape has: `null_mean`, `null_std` and `z_score` of its record.
+        null: also measure layers with their entries shuffled, 8 to 32 times for each shape, which tells what alpha
+            a random layer of that shape has: `null_mean`, `null_std` and `z_score` of a record.
         histogram: also count each layer's ESD, the `histogram` of its record.
 
     Returns:
@@ -138,7 +139,7 @@ def measure(
     Raises:
         RuntimeError: the measurement failed on some process; raised on every one.
     """
-    rows = _rows(layers, lambda stack: measure_stack(stack, options, histogram), ROW_LENGTH, team)
+    rows = _rows(layers, lambda _, stack: measure_stack(stack, options, histogram), ROW_LENGTH, team)
     records = {
         layer.name: record_from_row(row, options, layer.kind, layer.shape, "" if layer.planned else layer.problem)
         for layer, row in zip(layers, rows, strict=True)
@@ -149,7 +150,9 @@ def measure(
 def measure_nulls(
     layers: Sequence[Layer], report: Report, options: SpectralOptions, *, team: Team | None = None
 ) -> dict[str, tuple[float, float]]:
-    """Measure the null of every layer that has an alpha and no null yet: `farms_tb.null.null_alpha`.
+    """Measure the null of every layer that has an alpha and no null yet: see `farms_tb.null`.
+
+    Layers of one shape share a null, and the draws for it among them.
 
     Args:
         layers: the layers of the report.
@@ -160,10 +163,34 @@ def measure_nulls(
     Returns:
         Mean and standard deviation by layer, the same on every process; no entry for a layer without a null.
     """
-    records = report.layers
-    wanted = [la for la in layers if records[la.name].alpha is not None and records[la.name].null_std is None]
-    rows = _rows(wanted, lambda stack: null_alpha(stack, options), 2, team)
-    return {la.name: (row[0], row[1]) for la, row in zip(wanted, rows, strict=True) if row[1] > 0}
+    groups: dict[Any, list[Layer]] = {}
+    for layer in layers:
+        record = report.layers[layer.name]
+        if record.alpha is not None:
+            # The number of eigenvalues tells a 1x1 convolution from a linear layer of its shape.
+            groups.setdefault((record.shape, record.kind, record.num_eigenvalues), []).append(layer)
+    nulls: dict[str, tuple[float, float]] = {}
+    turns: dict[str, tuple[int, int]] = {}
+    wanted: list[Layer] = []
+    for members in groups.values():
+        null = next(filter(None, (report.layers[layer.name].null for layer in members)), None)
+        if null is None:
+            turns.update({layer.name: (turn, len(members)) for turn, layer in enumerate(members)})
+            wanted += members
+        else:
+            nulls.update({layer.name: null for layer in members})
+
+    def work(layer: Layer, stack: MatrixStack) -> Tensor:
+        turn, number = turns[layer.name]
+        return shuffled_alphas(stack, options, len(range(turn, draws_for(stack), number)), seed=turn)
+
+    rows = _rows(wanted, work, MAX_DRAWS, team)
+    alphas = {layer.name: [a for a in row if a] for layer, row in zip(wanted, rows, strict=True)}
+    for members in groups.values():
+        null = null_of([alpha for layer in members for alpha in alphas.get(layer.name, ())])
+        if null is not None:
+            nulls.update({layer.name: null for layer in members})
+    return nulls
 
 
 def with_nulls(report: Report, nulls: Mapping[str, tuple[float, float]]) -> Report:
@@ -183,13 +210,14 @@ def stack_record(
     row = [] if problem else measure_stack(stack, options, histogram).tolist()
     record = record_from_row(row, options, stack.kind, tuple(stack.matrices.shape), problem)
     if null and record.alpha is not None:
-        mean, std = null_alpha(stack, options).tolist()
-        record = replace(record, null_mean=mean, null_std=std) if std > 0 else record
+        null_draws = shuffled_alphas(stack, options, draws_for(stack)).tolist()
+        found = null_of([alpha for alpha in null_draws if alpha])
+        record = record if found is None else replace(record, null_mean=found[0], null_std=found[1])
     return record
 
 
 def _rows(
-    layers: Sequence[Layer], work: Callable[[MatrixStack], Tensor], length: int, team: Team | None
+    layers: Sequence[Layer], work: Callable[[Layer, MatrixStack], Tensor], length: int, team: Team | None
 ) -> list[list[float]]:
     """Return a row of `length` numbers for each layer, on every process where there are several."""
     table, error = _own_rows(layers, work, length, team)
@@ -215,7 +243,7 @@ def _rows(
 
 
 def _own_rows(
-    layers: Sequence[Layer], work: Callable[[MatrixStack], Tensor], length: int, team: Team | None
+    layers: Sequence[Layer], work: Callable[[Layer, MatrixStack], Tensor], length: int, team: Team | None
 ) -> tuple[Tensor, Exception | None]:
     """Return a row for each layer, zeros for those of other ranks, and the error that stopped the work if any."""
     weights = (parameter for layer in layers for parameter in layer.module.parameters())
@@ -231,7 +259,7 @@ def _own_rows(
             if layer.module is not module:
                 module, stacks = layer.module, read_stacks(layer.module)
             if error is None and (team is None or index % team.world_size == team.rank):
-                table[index] = work(stacks[layer.index])
+                table[index] = work(layer, stacks[layer.index])
         except NoSpectrumError:
             continue
         except Exception as caught:

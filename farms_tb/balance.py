@@ -214,11 +214,7 @@ class LayerBalancer:
             name: LayerRecord(**{**row, "shape": tuple(row["shape"])}) for name, row in state["report"].items()
         }
         self.report = Report(records, as_plain(self.spectral)) if records else None
-        self._nulls = {
-            name: (record.null_mean, record.null_std)
-            for name, record in records.items()
-            if record.null_mean is not None and record.null_std is not None and not changes
-        }
+        self._nulls = {name: r.null for name, r in records.items() if r.null is not None and not changes}
         return not changes
 
     def _changes(self, state: dict[str, Any]) -> str:

@@ -2,13 +2,15 @@
 
 The alpha of a small stack of matrices is a noisy number with a bias of its own. Both depend on how many matrices
 there are and how large, not on the aspect ratio alone. So a layer is compared with random layers of just its
-shape: itself, its entries shuffled, which keeps their distribution and destroys every correlation.
+shape: layers with their entries shuffled, which keeps their distribution and destroys every correlation.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
+from statistics import fmean, pvariance
 
 import torch
 from torch import Tensor
@@ -19,37 +21,46 @@ from farms_tb.options import SpectralOptions
 
 MIN_DRAWS, MAX_DRAWS = 8, 32
 
-# Entries * columns of all draws together: beyond it a layer gets fewer draws. `null_alpha` makes up for the
+# Entries * columns of all draws together: beyond it a layer gets fewer draws. `null_of` makes up for the
 # uncertainty that this leaves.
 _WORK = 2 * 10**8
 
 
-def null_alpha(stack: MatrixStack, options: SpectralOptions) -> Tensor:
-    """Measure a stack of matrices with its entries shuffled, several times.
+def draws_for(stack: MatrixStack) -> int:
+    """Return how many shuffles tell the null of stacks of this shape."""
+    return max(MIN_DRAWS, min(MAX_DRAWS, _WORK // (stack.matrices.numel() * stack.matrices.shape[-1])))
+
+
+def shuffled_alphas(stack: MatrixStack, options: SpectralOptions, draws: int, seed: int = 0) -> Tensor:
+    """Measure a stack of matrices with its entries shuffled.
 
     Args:
         stack: the layer's matrices.
         options: how alpha is measured.
+        draws: how many times, at most `MAX_DRAWS`.
+        seed: seed of the shuffles, which touch no other random state.
 
     Returns:
-        `(2,)` float64: mean m and standard deviation s of alpha over the draws, zeros where the shuffled stack
-        has no alpha. s is widened so that z = (alpha - m) / s has variance 1 for a random layer, although m and s
-        are estimates: its square by (1 + 1/n) (n - 1) / (n - 3) for n draws, the variance of Student's t. The same
-        numbers on every run and process: the shuffles are seeded, and no other random state is touched.
+        `(MAX_DRAWS,)` float64, the alphas that there are, and zeros.
     """
-    shape, size = stack.matrices.shape, stack.matrices.numel()
-    draws = max(MIN_DRAWS, min(MAX_DRAWS, _WORK // (size * shape[-1])))
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     entries = stack.matrices.detach().flatten()
-    alphas = []
-    for _ in range(draws):
-        order = torch.randperm(size, generator=generator).to(entries.device)
-        row = measure_stack(replace(stack, matrices=entries[order].view(shape)), options)
-        alphas.append(alpha_of_row(row))
-    found = torch.stack(alphas)
-    found = found[found.isfinite()]
-    number = len(found)
-    if number < MIN_DRAWS // 2 + 1:
-        return found.new_zeros(2)
-    widened = math.sqrt((1 + 1 / number) * (number - 1) / (number - 3))
-    return torch.stack([found.mean(), found.std() * widened])
+    alphas = torch.zeros(MAX_DRAWS, dtype=torch.float64)
+    for draw in range(draws):
+        order = torch.randperm(len(entries), generator=generator).to(entries.device)
+        row = measure_stack(replace(stack, matrices=entries[order].view(stack.matrices.shape)), options)
+        alphas[draw] = alpha_of_row(row).nan_to_num(0)
+    return alphas
+
+
+def null_of(alphas: Sequence[float]) -> tuple[float, float] | None:
+    """Return mean m and standard deviation s of the alphas of shuffled layers; None of too few.
+
+    s is widened so that z = (alpha - m) / s has variance 1 for a random layer although m and s are estimates: its
+    square by (1 + 1/n) (n - 1) / (n - 3) for n draws, the variance of Student's t.
+    """
+    number = len(alphas)
+    if number <= MIN_DRAWS // 2:
+        return None
+    mean, variance = fmean(alphas), pvariance(alphas) * number / (number - 3) * (1 + 1 / number)
+    return (mean, math.sqrt(variance)) if variance > 0 else None

@@ -73,11 +73,17 @@ class LayerRecord:
     histogram: EsdHistogram | None = field(default=None, repr=False)
 
     @property
+    def null(self) -> tuple[float, float] | None:
+        """`null_mean` and `null_std`; None where they were not asked for."""
+        return None if self.null_mean is None or self.null_std is None else (self.null_mean, self.null_std)
+
+    @property
     def z_score(self) -> float | None:
         """How far alpha is from that of a random layer, in standard deviations; None without a null."""
-        if self.alpha is None or self.null_mean is None or self.null_std is None:
+        if self.alpha is None or self.null is None:
             return None
-        return (self.alpha - self.null_mean) / self.null_std
+        mean, std = self.null
+        return (self.alpha - mean) / std
 
     def metric(self, name: Metric) -> float | None:
         """Return the figure called `name`, or None where the layer has no alpha."""

@@ -269,7 +269,7 @@ def test_log_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(layers) == 9
     expected = {"epoch", "farms/alpha_mean", "farms/alpha_std"} | {f"farms/alpha/{name}" for name in layers}
     assert set(rows[-1]) == expected
-    expected |= {f"farms/{key}/{name}" for key in ("ratio", "lr") for name in layers}
+    expected |= {"farms/ratio_mean"} | {f"farms/{key}/{name}" for key in ("ratio", "lr") for name in layers}
     assert [set(row) for row in rows[:-1]] == [expected] * EPOCHS
     assert all(rows[0][f"farms/lr/{name}"] == 0.01 * rows[0][f"farms/ratio/{name}"] for name in layers)
     assert rows[-1][f"farms/alpha/{FIRST}"] == callback.report.layers[FIRST].alpha

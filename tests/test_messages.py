@@ -31,7 +31,16 @@ from farms_tb.layerwise_step import LayerwiseStep
 from farms_tb.logs import MAX_LOGGED_LAYERS, warn_of_many_layers
 from farms_tb.matrices import layer_matrices
 from farms_tb.options import SpectralOptions
-from farms_tb.plots import Curve, History, plot_alpha_curves
+from farms_tb.plots import (
+    Curve,
+    History,
+    plot_alpha_by_depth,
+    plot_alpha_curves,
+    plot_esd,
+    plot_esds,
+    plot_full_against_farms,
+)
+from farms_tb.run_folder import read_run_folder
 from tests.helpers import make_net
 from tests.test_layerwise_step import AddsGroups, KeepsLrSum, ReplacesGroups, WritesLr
 
@@ -115,6 +124,14 @@ def fails_on_one_rank(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measure(find_layers(make_net()), SpectralOptions(), team=Team(0, 2, lambda table: table))
 
 
+def single_on_top() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(*(nn.Conv2d(16, 16, size) for size in (3, 1, 3, 3)))
+    with torch.no_grad():
+        nn.init.orthogonal_(net[1].weight).mul_(torch.linspace(1, 1.2, 16)[:, None, None, None])
+    balanced(net, exclude_first=False).step()
+
+
 def refused_strategy() -> None:
     callback = FARMSTempBalance()
     strategy = type("DeepSpeedStrategy", (), {})()
@@ -195,6 +212,10 @@ MESSAGES: list[tuple[str, Callable[[Path, pytest.MonkeyPatch], Any]]] = [
     ("weights of type torch.int64: not floating point", always(lambda: MatrixStack(torch.ones(1, 9, 9).long()))),
     ("separable spectral convolution: no in x out matrix", always(lambda: read_stacks(spectral("separable")))),
     # Options
+    (
+        "assign_func='noise_aware' compares alpha with that of random layers",
+        always(lambda: sgd(assign_func="noise_aware", metric="entropy")),
+    ),
     ("esd must be one of 'farms', 'full', got 'half'", always(lambda: sgd(esd="half"))),
     ("xmin_pos must be a number, got '2' of type str", always(lambda: sgd(xmin_pos="2"))),
     ("aspect_ratio must be finite, got inf", always(lambda: sgd(aspect_ratio=math.inf))),
@@ -246,6 +267,8 @@ MESSAGES: list[tuple[str, Callable[[Path, pytest.MonkeyPatch], Any]]] = [
         "layers with no alpha keep the base learning rate: 5: all weights are zero",
         always(lambda: balanced(zeroed())),
     ),
+    ("of the variance of alpha between the layers is sampling noise", always(lambda: balanced().step())),
+    ("1 has the largest alpha and is a single matrix", always(single_on_top)),
     # Optimizers
     ("ReplacesGroups.step() replaced its param_groups during a step", always(lambda: step(ReplacesGroups))),
     ("AddsGroups.step() added or removed param groups during a step", always(lambda: step(AddsGroups))),
@@ -317,6 +340,25 @@ MESSAGES: list[tuple[str, Callable[[Path, pytest.MonkeyPatch], Any]]] = [
     (
         "the history holds no farms/ measurement: train with FARMSTempBalance(log=True)",
         always(lambda: plot_alpha_curves(History())),
+    ),
+    ("the report holds no alpha: print(report) says why", always(lambda: plot_alpha_by_depth(Report({})))),
+    (
+        "no layer has both a FARMS and a full-matrix alpha: nothing to compare",
+        always(lambda: plot_full_against_farms(Report({}), Report({}))),
+    ),
+    (
+        "the report holds no histogram: measure with analyze(..., histogram=True)",
+        always(lambda: plot_esds(Report({}))),
+    ),
+    (
+        "no layer 'head' with a histogram; those with one are 0, 2, 5, 7, 9",
+        always(lambda: plot_esd(analyze(make_net(), histogram=True), "head")),
+    ),
+    # Run folders
+    ("no such folder: ", lambda folder, _: read_run_folder(folder / "run")),
+    (
+        "is no run folder: it holds neither a metrics.csv with farms/ columns",
+        lambda folder, _: read_run_folder(folder),
     ),
     # Files
     ("no such file: ", lambda folder, _: analyze_checkpoint(folder / "a.pt")),
@@ -408,7 +450,7 @@ def sites() -> list[tuple[Path, ast.AST]]:
     """Every statement of the package that raises an exception of its own making, or warns."""
     return [
         (path, node)
-        for path in sorted(PACKAGE.glob("*.py"))
+        for path in sorted(PACKAGE.rglob("*.py"))
         for node in ast.walk(ast.parse(path.read_text()))
         if is_warning(node) or (isinstance(node, ast.Raise) and not is_raised_again(node))
     ]

@@ -207,7 +207,7 @@ def test_state_is_plain_values(checkpoints: dict[str, Path]) -> None:
             yield value
 
     assert {type(leaf) for leaf in leaves(state)} <= {float, int, str, bool, type(None)}
-    assert state["balancer"]["version"] == 1
+    assert state["balancer"]["version"] == 2
     assert (state["epoch"], state["step"], state["measurements"]) == (1, 4, 2)
 
 
