@@ -155,9 +155,7 @@ def plot_esd(report: Report, layer: str, path: PathLike | None = None, *, title:
         ImportError: matplotlib is not installed.
         ValueError: no layer of that name has a histogram.
     """
-    drawable = _with_histogram(report)
-    if layer not in drawable:
-        raise ValueError(f"no layer {layer!r} with a histogram; those with one are {', '.join(drawable)}")
+    _with_histogram(report, [layer])
     figure = new_figure(5.0, 3.6)
     axes = figure.add_subplot()
     _draw_esd(axes, report, layer, depth_colours(list(report.layers))[layer])
@@ -187,11 +185,9 @@ def plot_esds(
         ImportError: matplotlib is not installed.
         ValueError: a layer has no histogram, or none has.
     """
-    drawable = _with_histogram(report)
-    chosen = [drawable[index] for index in spread(len(drawable), MAX_SPECTRA)] if layers is None else list(layers)
-    unknown = [name for name in chosen if name not in drawable]
-    if unknown:
-        raise ValueError(f"no layer {unknown[0]!r} with a histogram; those with one are {', '.join(drawable)}")
+    chosen = _with_histogram(report, layers or ())
+    if layers is None:
+        chosen = [chosen[index] for index in spread(len(chosen), MAX_SPECTRA)]
     columns = min(4, math.ceil(math.sqrt(len(chosen))))
     rows = math.ceil(len(chosen) / columns)
     figure = new_figure(2.3 * columns + 0.4, 1.9 * rows + 0.8)
@@ -199,7 +195,7 @@ def plot_esds(
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat[len(chosen) :]:
         axes.set_axis_off()
-    for axes, name in zip(grid.flat, chosen, strict=False):
+    for axes, name in zip(grid.flat[: len(chosen)], chosen, strict=True):
         _draw_esd(axes, report, name, colours[name])
         axes.set_title(name if len(name) <= 32 else "…" + name[-31:], fontsize=7)
         axes.tick_params(labelsize=6)
@@ -238,8 +234,12 @@ def _with_alpha(report: Report) -> dict[str, LayerRecord]:
     return found
 
 
-def _with_histogram(report: Report) -> list[str]:
+def _with_histogram(report: Report, layers: Sequence[str]) -> list[str]:
+    """Return `layers`, all those with a histogram where there are none; an error where one has no histogram."""
     found = [name for name, record in report.layers.items() if record.histogram is not None]
     if not found:
         raise ValueError("the report holds no histogram: measure with analyze(..., histogram=True)")
-    return found
+    unknown = [name for name in layers if name not in found]
+    if unknown:
+        raise ValueError(f"no layer {unknown[0]!r} with a histogram; those with one are {', '.join(found)}")
+    return list(layers) or found
