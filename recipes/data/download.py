@@ -92,9 +92,13 @@ def download(files: Sequence[DataFile], folder: Path) -> None:
         folder: Where they go; created.
 
     Raises:
-        RecipeError: The disk is too small, the server does not send the file, or its checksum is wrong.
+        RecipeError: The folder can't be made, the disk is too small, the server does not send the file, or its
+            checksum is wrong.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RecipeError(f"{folder} can't be made ({error}); choose another folder with --data-dir") from error
     _check_space([file for file in files if not (folder / file.file_name).exists()], folder)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     console = make_console()
@@ -180,14 +184,14 @@ class _Download:
 
     def _fetch(self) -> None:
         """Attempt until the last byte is there, or attempts bring nothing any more."""
-        failures = 0
+        failures, best = 0, self._have()
         while True:
-            before = self._have()
             try:
-                self._attempt(before)
+                self._attempt(self._have())
                 return
             except _DroppedError as error:
-                failures = 0 if self._have() > before else failures + 1
+                failures = 0 if self._have() > best else failures + 1
+                best = max(best, self._have())
                 if failures == ATTEMPTS:
                     raise RecipeError(
                         f"{self.file.url} cannot be reached ({error}); "

@@ -30,7 +30,8 @@ class Server:
     """Sends `content`, with whatever is wrong in the next of `faults`.
 
     A fault is the number of bytes after which the connection is cut, an HTTP status, or "page", "wrong" (other
-    bytes), "everything" (ignores the range), "chunked" (of a length not told), "redirect".
+    bytes), "everything" (ignores the range), "half" (so does this, and is cut), "chunked" (of a length not told),
+    "redirect".
     """
 
     content: bytes = CONTENT
@@ -55,14 +56,16 @@ class Server:
             self._send(handler, 200, bytes(len(body)))
         elif fault == "chunked":
             self._send_chunks(handler, body)
-        elif start and fault != "everything":
+        elif fault in ("everything", "half"):
+            self._send(handler, 200, body, cut=len(body) // 2 if fault == "half" else None)
+        elif start:
             if start >= len(body):
                 self._send(handler, 416, b"", {"Content-Range": f"bytes */{len(body)}"})
             else:
                 told = {"Content-Range": f"bytes {start}-{len(body) - 1}/{len(body)}"}
                 self._send(handler, 206, body[start:], told, cut=fault)
         else:
-            self._send(handler, 200, body, cut=fault if fault != "everything" else None)
+            self._send(handler, 200, body, cut=fault)
 
     def _send(
         self,
@@ -221,6 +224,20 @@ def test_gives_up_after_attempts_that_bring_nothing(server: Any, tmp_path: Path,
         download([file()], tmp_path)
     assert len(state.ranges) == 1 + module.ATTEMPTS
     assert (tmp_path / "x.hdf5.download").read_bytes() == CONTENT[:1_000_000]
+
+
+def test_gives_up_on_a_server_that_starts_anew_and_breaks(server: Any, tmp_path: Path) -> None:
+    state, file = server
+    state.faults = [1_000_000, *["half", 1, 1] * 50]
+    with pytest.raises(RecipeError, match="cannot be reached"):
+        download([file()], tmp_path)
+    assert len(state.ranges) < 50
+
+
+def test_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "pdebench").write_text("a file")
+    with pytest.raises(RecipeError, match=r"pdebench can't be made .* --data-dir"):
+        download([], tmp_path / "pdebench")
 
 
 def test_no_server(tmp_path: Path, server: Any, monkeypatch: pytest.MonkeyPatch) -> None:

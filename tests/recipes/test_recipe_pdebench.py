@@ -478,6 +478,8 @@ def test_recipe_runs(settings: Settings, name: str, model: str) -> None:
 
 
 def test_recipe_without_its_file_stops_at_once(settings: Settings, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"^1D_CFD_.*_Train\.hdf5 is not in .*`python -m recipes\.data\.download cfd1d"):
+    with pytest.raises(
+        RecipeError, match=r"^1D_CFD_.*_Train\.hdf5 is not in .*`python -m recipes\.data\.download cfd1d"
+    ):
         train(settings("data=pdebench_cfd1d", "model=unet_cfd1d"))
     assert not any((tmp_path / "runs").rglob("*.*"))
