@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 
 __all__ = ["make_console"]
@@ -10,6 +11,10 @@ PIPE_WIDTH = 120
 
 
 def make_console(stderr: bool = False) -> Console:
-    """Return a console as wide as the terminal; wide enough for the tables where output goes to a file."""
-    console = Console(stderr=stderr)
-    return console if console.is_terminal else Console(stderr=stderr, width=PIPE_WIDTH)
+    """Return a console as wide as the terminal; wide enough for the tables where output goes to a file.
+
+    Of several processes that train one model the first alone prints; errors come from all.
+    """
+    quiet = rank_zero_only.rank > 0 and not stderr
+    console = Console(stderr=stderr, quiet=quiet)
+    return console if console.is_terminal else Console(stderr=stderr, quiet=quiet, width=PIPE_WIDTH)

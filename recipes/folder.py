@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import os
 import tempfile
 from datetime import datetime
 from pathlib import Path
 
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from recipes.errors import RecipeError
@@ -14,23 +16,26 @@ from recipes.errors import RecipeError
 __all__ = ["CONFIG_FILE", "drop_if_empty", "open_run_folder", "save_config"]
 
 CONFIG_FILE = "config.yaml"
+SHARED_FOLDER = "FARMS_TB_RUN_DIR"  # environment variable: processes that Lightning starts find the folder by it
 
 
 def open_run_folder(cfg: DictConfig) -> Path:
     """Make the run folder and enter it into `cfg.paths.run_dir`.
 
     It is `paths.run_dir` where that is set; the folder of the run that `ckpt_path` belongs to when resuming; else
-    `<output_dir>/<name>/<date_time>`, with a number behind it where that is taken.
+    `<output_dir>/<name>/<date_time>`, with a number behind it where that is taken. Of several processes that train
+    one model the first makes it, and those that it starts find it.
 
     Returns:
         The folder.
 
     Raises:
-        RecipeError: It can't be made or written.
+        RecipeError: It can't be made or written, or this process can't know which one the first has made.
     """
     folder = _resumed_folder(cfg) if cfg.paths.run_dir is None else Path(cfg.paths.run_dir)
     try:
-        folder = _new_folder(Path(cfg.paths.output_dir) / cfg.name) if folder is None else folder
+        if folder is None:
+            folder = _shared_folder() or _new_folder(Path(cfg.paths.output_dir) / cfg.name)
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
@@ -40,7 +45,22 @@ def open_run_folder(cfg: DictConfig) -> Path:
             "or paths.run_dir=..."
         ) from error
     cfg.paths.run_dir = str(folder)
+    if rank_zero_only.rank == 0:
+        os.environ[SHARED_FOLDER] = str(folder.resolve())
     return folder
+
+
+def _shared_folder() -> Path | None:
+    """Return the folder that the process that started this one has made; None for the first process."""
+    if rank_zero_only.rank == 0:
+        return None
+    folder = os.environ.get(SHARED_FOLDER)
+    if folder is None:
+        raise RecipeError(
+            f"process {rank_zero_only.rank} can't know the run folder that process 0 makes: where torchrun or "
+            "SLURM starts the processes, set paths.run_dir=..."
+        )
+    return Path(folder)
 
 
 def _resumed_folder(cfg: DictConfig) -> Path | None:
@@ -71,6 +91,7 @@ def drop_if_empty(folder: Path) -> None:
         folder.rmdir()
 
 
+@rank_zero_only
 def save_config(cfg: DictConfig, folder: Path) -> None:
-    """Write the settings, every reference resolved, to `config.yaml`."""
+    """Write the settings, every reference resolved, to `config.yaml`; the first process alone does."""
     OmegaConf.save(cfg, folder / CONFIG_FILE, resolve=True)

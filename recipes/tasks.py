@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from lightning import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn import functional
@@ -14,6 +13,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from recipes.errors import RecipeError
 from recipes.metrics import FieldErrors, nrmse, relative_l2
+from recipes.sharding import ShardedNet
 
 __all__ = ["FieldRegression", "Forecast", "ImageClassification", "nrmse", "relative_l2", "rollout"]
 
@@ -22,7 +22,7 @@ OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 SchedulerFactory = Callable[[torch.optim.Optimizer], Any]
 
 
-class _Task(LightningModule):
+class _Task(ShardedNet):
     """A network with its optimizer and scheduler, both given as factories.
 
     Args:

@@ -35,7 +35,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.markup import escape
 
 from recipes.callbacks import LastStepRates
-from recipes.config import build, check_combination, check_config, check_resumed_config
+from recipes.config import build, check_combination, check_config, check_processes, check_resumed_config
 from recipes.console import make_console
 from recipes.errors import RecipeError
 from recipes.folder import CONFIG_FILE, drop_if_empty, open_run_folder, save_config
@@ -100,6 +100,7 @@ def build_run(cfg: DictConfig) -> Run:
     callbacks = [*([balancer] if balancer is not None else []), last, *callbacks]
     loggers: list[Logger] = [build(cfg, f"logger.{name}") for name in cfg.logger]
     trainer = build(cfg, "trainer", callbacks=callbacks, logger=loggers)
+    check_processes(trainer)
     return Run(data, model, last, checkpoints[0], loggers, trainer)
 
 
@@ -149,9 +150,10 @@ def _train_in(folder: Path, cfg: DictConfig) -> dict[str, Any]:
         console.print(_announcement(cfg, run, folder))
         facts, rows = _fit_and_test(cfg, run, folder)
     facts["seconds"] = round(time.monotonic() - started, 1)
-    draw_curves(folder, [row.layer for row in rows], title=f"{cfg.name}, farms={cfg.arm}, seed {cfg.seed}")
-    write_summary(folder, facts, rows)
-    print_summary(console, folder, facts, rows)
+    if run.trainer.is_global_zero:
+        draw_curves(folder, [row.layer for row in rows], title=f"{cfg.name}, farms={cfg.arm}, seed {cfg.seed}")
+        write_summary(folder, facts, rows)
+        print_summary(console, folder, facts, rows)
     return facts
 
 
@@ -166,7 +168,7 @@ def _parameters(model: torch.nn.Module) -> int:
 
 def _fit_and_test(cfg: DictConfig, run: Run, folder: Path) -> tuple[dict[str, Any], list[Any]]:
     """Train, measure the final weights, then test the best ones."""
-    if cfg.ckpt_path is not None:
+    if cfg.ckpt_path is not None and run.trainer.is_global_zero:
         _forget_unsaved_rows(cfg.ckpt_path, folder)
     _log_settings(cfg, run)
     try:
