@@ -133,7 +133,7 @@ def _part(path: Path) -> Path:
 
 def _checksum(path: Path, progress: Progress) -> str:
     digest = hashlib.md5(usedforsecurity=False)
-    bar = progress.add_task(f"checking {path.name}", total=path.stat().st_size)
+    bar = progress.add_task("checking", total=path.stat().st_size)
     with path.open("rb") as file:
         while block := file.read(BLOCK):
             digest.update(block)
@@ -165,7 +165,7 @@ class _Download:
         self.path = path
         self.part = _part(path)
         self.progress = progress
-        self.bar = progress.add_task(path.name, total=file.size)
+        self.bar = progress.add_task("fetching", total=file.size)
 
     def run(self) -> None:
         """Fetch, check, rename."""
