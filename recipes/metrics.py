@@ -1,4 +1,4 @@
-"""PDEBench's error measures (Takamoto et al., NeurIPS 2022, section 4) for fields on a regular grid.
+"""PDEBench's error measures (Takamoto et al., NeurIPS 2022) for fields on a regular grid.
 
 One layout everywhere: `(B, C, *space)`, one or two dimensions of space. Time-dependent fields `(B, T, C, *space)`
 are taken as `flatten(1, 2)`: each channel at each time counts as a channel, as in PDEBench.
@@ -183,7 +183,7 @@ class FieldErrors(Metric):
 
     `compute` returns, under PDEBench's names,
 
-    - `rmse`, `nrmse`, `brmse` (boundary), `frmse_low`, `frmse_mid` and `frmse_high` (Fourier bands), averaged over
+    - `nrmse`, `rmse`, `brmse` (boundary), `frmse_low`, `frmse_mid` and `frmse_high` (Fourier bands), averaged over
       samples and channels;
     - `relative_l2`, averaged over samples;
     - `crmse`, the root mean square over samples of the conserved quantity's error, averaged over channels;
@@ -191,7 +191,7 @@ class FieldErrors(Metric):
     """
 
     full_state_update = False
-    averaged = ("rmse", "nrmse", "relative_l2", "brmse", *(f"frmse_{band}" for band in BANDS))
+    averaged = ("nrmse", "relative_l2", "rmse", "brmse", *(f"frmse_{band}" for band in BANDS))
 
     samples: Tensor
     sums: Tensor
@@ -214,9 +214,9 @@ class FieldErrors(Metric):
             target: Fields of the same shape.
         """
         averaged = (
-            rmse(prediction, target),
             nrmse_by_channel(prediction, target),
             relative_l2_by_sample(prediction, target)[:, None],
+            rmse(prediction, target),
             boundary_rmse(prediction, target),
             *fourier_rmse(prediction, target).unbind(-1),
         )

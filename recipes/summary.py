@@ -118,9 +118,9 @@ def write_summary(folder: Path, facts: Mapping[str, Any], rows: Sequence[LayerRo
 def print_summary(console: Console, folder: Path, facts: Mapping[str, Any], rows: Sequence[LayerRow]) -> None:
     """Print the layers, the scores and where everything is."""
     console.print(layer_table(rows))
-    scores = "   ".join(f"{name} {value:.4g}" for name, value in facts["test"].items())
+    scores = [f"{name} {value:.4g}" for name, value in facts["test"].items()]
     lines = [
-        f"[bold]{scores}[/bold]",
+        *(f"[bold]{'   '.join(scores[start : start + 5])}[/bold]" for start in range(0, len(scores), 5)),
         f"best epoch {_cell(facts['best_epoch'], 'd')} by {facts['monitor']} {_cell(facts['best_score'], '.4g')}, "
         f"{facts['parameters']:,} parameters, {facts['seconds']:.0f} s",
         f"run folder  {folder}",

@@ -215,7 +215,7 @@ def test_two_processes_have_the_scores_of_one(tmp_path: Path) -> None:
         for rank in (0, 1)
     ]
     try:
-        assert [worker.wait(timeout=100) for worker in workers] == [0, 0]
+        assert [worker.wait(timeout=200) for worker in workers] == [0, 0]
     finally:
         for worker in workers:
             worker.kill()
