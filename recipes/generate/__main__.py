@@ -27,7 +27,6 @@ from rich.markup import escape
 from recipes.console import make_console
 from recipes.data.download import FOLDER
 from recipes.errors import RecipeError
-from recipes.generate.preview import draw_preview
 from recipes.generate.run import KINDS, Job, Spec, generate
 
 __all__ = ["main", "read_settings"]
@@ -70,6 +69,8 @@ def run(kind: str, cfg: DictConfig) -> None:
         raise SystemExit(130) from None
     made = [str(job.file)]
     if cfg.preview:
+        from recipes.generate.preview import draw_preview  # workers import this module, and need no matplotlib
+
         draw_preview(job.file, job.file.with_suffix(".png"))
         made.append(str(job.file.with_suffix(".png")))
     console.print(f"made {escape(' and '.join(made))}", soft_wrap=True)

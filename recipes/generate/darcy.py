@@ -134,7 +134,7 @@ class DarcySpec:
         if self.resolution < 2:
             raise ValueError(f"resolution must be at least 2, got {self.resolution}")
         if not 0 < self.low <= self.high < np.inf:
-            raise ValueError(f"low and high need 0 < low <= high, got {self.low} and {self.high}")
+            raise ValueError(f"low and high need 0 < low <= high < infinity, got {self.low} and {self.high}")
         if self.beta == 0 or not np.isfinite(self.beta):
             raise ValueError(f"beta must be finite and not 0, got {self.beta}")
         if self.seed < 0:

@@ -19,10 +19,10 @@ from rich.progress import (
 from recipes.errors import RecipeError
 from recipes.generate.cfd1d import CFD1DSpec
 from recipes.generate.darcy import DarcySpec
-from recipes.generate.files import PartFile
+from recipes.generate.files import PartFile, Settings
 from recipes.generate.parallel import available_cores, make_samples, runs
 
-__all__ = ["KINDS", "Job", "Spec", "generate"]
+__all__ = ["KINDS", "Job", "Spec", "generate", "recorded_settings"]
 
 Spec = DarcySpec | CFD1DSpec
 KINDS: dict[str, type[Spec]] = {"darcy": DarcySpec, "cfd1d": CFD1DSpec}
@@ -70,9 +70,7 @@ def generate(spec: Spec, job: Job, console: Console) -> None:
     """
     if job.file.exists() and not job.overwrite:
         raise RecipeError(f"{job.file} exists; choose another file=..., or replace it by overwrite=true")
-    kind = next(name for name, known in KINDS.items() if isinstance(spec, known))
-    settings = {"generator": f"recipes.generate {kind}, version {VERSION}", **asdict(spec), "samples": job.samples}
-    with PartFile(job.file, spec, job.samples, settings) as part:
+    with PartFile(job.file, spec, job.samples, recorded_settings(spec, job.samples)) as part:
         missing = part.missing
         with _progress(console) as progress:
             bar = progress.add_task(job.file.name, total=job.samples, completed=job.samples - len(missing))
@@ -81,8 +79,16 @@ def generate(spec: Spec, job: Job, console: Console) -> None:
         part.finish()
 
 
+def recorded_settings(spec: Spec, samples: int) -> Settings:
+    """Return what the file's attributes say of how it was made; all that its content depends on."""
+    kind = next(name for name, known in KINDS.items() if isinstance(spec, known))
+    return {"generator": f"recipes.generate {kind}, version {VERSION}", **asdict(spec), "samples": samples}
+
+
 def _write_all(spec: Spec, part: PartFile, missing: list[int], workers: int) -> Iterator[int]:
     """Make and write the samples; yield how many at a time."""
+    if not missing:
+        return
     tasks = list(runs(missing, min(spec.batch, -(-len(missing) // workers))))
     for task, arrays in make_samples(spec, tasks, min(workers, len(tasks))):
         part.write(task.start, arrays)

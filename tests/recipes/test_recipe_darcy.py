@@ -11,7 +11,8 @@ import torch
 
 from recipes.data import darcy
 from recipes.data.cache import StaleCacheError, load_or_make, read_arrays, write_arrays
-from recipes.data.darcy import DarcyData, DarcySpec, generate, sample, solve_darcy
+from recipes.data.darcy import DarcyData, generate
+from recipes.generate.darcy import FAMILIES, DarcySpec, cell_centres, sample, solve_darcy
 
 CENTRE = 0.0736713532814  # of -Laplace(u) = 1 on the unit square, by its Fourier series
 SMALL = DarcySpec(resolution=16)
@@ -24,7 +25,7 @@ def _centre_error(n: int) -> float:
 
 def _manufactured_error(n: int) -> float:
     """Largest error for u = sin(pi x) sin(pi y) and a = 1 + sin(2 pi x) cos(pi y) / 2."""
-    x, y = np.meshgrid(darcy.cell_centres(n), darcy.cell_centres(n), indexing="ij")
+    x, y = np.meshgrid(cell_centres(n), cell_centres(n), indexing="ij")
     pi, u = np.pi, np.sin(np.pi * x) * np.sin(np.pi * y)
     a = 1 + 0.5 * np.sin(2 * pi * x) * np.cos(pi * y)
     a_x, a_y = pi * np.cos(2 * pi * x) * np.cos(pi * y), -0.5 * pi * np.sin(2 * pi * x) * np.sin(pi * y)
@@ -33,16 +34,63 @@ def _manufactured_error(n: int) -> float:
     return float(np.abs(solve_darcy(a, source) - u).max())
 
 
+def _layered_error(n: int) -> float:
+    """Largest error for a jump of `a` from 1 to 10 at x = 1/2, where u has a kink: a u_x is what is continuous."""
+    x, y = np.meshgrid(cell_centres(n), cell_centres(n), indexing="ij")
+    pi, a = np.pi, np.where(x < 0.5, 1.0, 10.0)
+    u = (np.sin(2 * pi * x) / a + np.sin(pi * x)) * np.sin(pi * y)
+    source = (5 * pi**2 * np.sin(2 * pi * x) + 2 * pi**2 * a * np.sin(pi * x)) * np.sin(pi * y)
+    return float(np.abs(solve_darcy(a, source) - u).max())
+
+
 def test_centre_value_for_constant_coefficient() -> None:
     errors = [_centre_error(n) for n in (16, 32, 64)]
     np.testing.assert_allclose(errors, [2.3e-4, 5.7e-5, 1.4e-5], rtol=0.03)
 
 
-@pytest.mark.parametrize("error", [_centre_error, _manufactured_error])
+@pytest.mark.parametrize("error", [_centre_error, _manufactured_error, _layered_error])
 def test_second_order_convergence(error: Callable[[int], float]) -> None:
     errors = np.array([error(n) for n in (16, 32, 64, 128)])
     orders = np.log2(errors[:-1] / errors[1:])
     np.testing.assert_allclose(orders, 2.0, atol=0.08)
+
+
+def test_thresholded_fields_converge() -> None:
+    """Jumps inside cells cost the second order; the error still falls with the spacing."""
+    u = {n: sample(DarcySpec(resolution=n, low=3.0, high=12.0), "train", 1)[1] for n in (27, 81, 243)}
+    coarse = np.sqrt(np.square(u[27] - u[243][4::9, 4::9]).mean())
+    fine = np.sqrt(np.square(u[81] - u[243][1::3, 1::3]).mean())
+    assert coarse > 2.5 * fine
+    assert fine < 0.01 * u[243].max()
+
+
+def test_solution_obeys_the_maximum_principle() -> None:
+    """Fed at one point, u is positive and has its one peak there; what is fed evenly lies between even media."""
+    rng = np.random.default_rng(0)
+    a = 10.0 ** rng.uniform(-2, 2, (20, 20))
+    source = np.zeros_like(a)
+    source[6, 13] = 1.0
+    u = solve_darcy(a, source)
+    assert u.min() > 0
+    inner = np.pad(u, 1)  # the wall's zeros
+    around = np.stack([inner[:-2, 1:-1], inner[2:, 1:-1], inner[1:-1, :-2], inner[1:-1, 2:]]).max(axis=0)
+    np.testing.assert_array_equal(np.argwhere(u >= around), [[6, 13]])
+
+    _, even = sample(DarcySpec(resolution=24), "train", 2)
+    low, high = (solve_darcy(np.full((24, 24), value)).mean() for value in (0.1, 1.0))
+    assert high < even.mean() < low
+
+
+def test_reciprocity_and_mirrors() -> None:
+    """The response at A to a source at B is that at B to A's; mirrored and turned media have such solutions."""
+    rng = np.random.default_rng(1)
+    a = 10.0 ** rng.uniform(-1, 1, (12, 12))
+    first, second = np.zeros((2, 12, 12))
+    first[2, 3] = second[9, 5] = 1.0
+    assert solve_darcy(a, first)[9, 5] == pytest.approx(solve_darcy(a, second)[2, 3], rel=1e-11)
+    u = solve_darcy(a)
+    for turn in (np.flipud, np.fliplr, np.rot90, np.transpose):
+        np.testing.assert_allclose(solve_darcy(turn(a)), turn(u), rtol=1e-10)
 
 
 def test_solution_is_linear_in_the_source_and_symmetric() -> None:
@@ -53,7 +101,7 @@ def test_solution_is_linear_in_the_source_and_symmetric() -> None:
     assert (u > 0).all()
 
 
-@pytest.mark.parametrize("family", darcy.FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_one_seed_is_one_function_at_every_resolution(family: str) -> None:
     coarse, fine = (sample(DarcySpec(family=family, resolution=n), "train", 3) for n in (32, 96))
     assert set(np.unique(coarse[0])) == {np.float32(0.1), np.float32(1.0)}
@@ -165,7 +213,10 @@ def test_other_settings_have_another_cache(tmp_path: Path) -> None:
     [
         ({"family": "fog"}, "data.family must be one of grf, bumps, got 'fog'"),
         ({"resolution": 1}, "data.resolution must be at least 2"),
-        ({"low": 0.0}, "0 < low <= high"),
+        ({"low": 0.0}, "data.low and high need 0 < low <= high"),
+        ({"high": float("inf")}, "0 < low <= high < infinity"),
+        ({"beta": 0.0}, "data.beta must be finite and not 0"),
+        ({"seed": -1}, "data.seed must not be negative"),
         ({"val_size": 0}, "data.val_size must be at least 1"),
     ],
 )
