@@ -436,6 +436,20 @@ def test_compare_models_of_other_names(weights: Path, tmp_path: Path) -> None:
     assert "No layer has the same name in both: 0, 1, 2 in A, model.0, model.1, model.2 in B." in result.stderr
 
 
+def test_report_and_plot(tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text("epoch,farms/alpha/0,farms/ratio/0,step\n0,2.1,0.5,0\n1,1.9,1.5,8\n")
+    assert run("report", tmp_path).stdout == f"{tmp_path / 'report.html'}\n"
+    assert run("report", tmp_path, "-o", tmp_path / "b.html").stdout == f"{tmp_path / 'b.html'}\n"
+    assert (tmp_path / "b.html").read_text() == (tmp_path / "report.html").read_text()
+    for arguments, folder, ending in (
+        ([], "figures", ".png"),
+        (["-o", tmp_path / "p", "--format", "svg"], "p", ".svg"),
+    ):
+        drawn = run("plot", tmp_path, *arguments).stdout.splitlines()
+        assert str(tmp_path / folder / f"alpha{ending}") in drawn
+        assert all(Path(path).stat().st_size > 1000 for path in drawn)
+
+
 def test_the_command_itself(weights: Path) -> None:
     """In a process of its own: nothing but data on stdout, and no traceback when the reader of a pipe goes."""
     command = [sys.executable, "-m", "farms_tb.cli", "analyze", str(weights), "--format", "csv"]

@@ -64,7 +64,7 @@ def test_lightnings_own_folders(tmp_path: Path) -> None:
 
 def test_nothing_there_yet(tmp_path: Path) -> None:
     assert "no alpha yet" in once(tmp_path)
-    assert "no alpha yet" in once(tmp_path / "later")
+    assert "later: not there yet" in once(tmp_path / "later")
     (tmp_path / "metrics.csv").write_text("")
     assert "no alpha yet" in once(tmp_path)
     (tmp_path / "metrics.csv").write_text("epoch,loss,step\n0,0.3,4\n")
@@ -186,7 +186,7 @@ def terminal() -> Iterator[Callable[..., Terminal]]:
 def test_in_a_terminal_from_nothing_to_the_end(tmp_path: Path, terminal: Callable[..., Terminal]) -> None:
     folder = tmp_path / "run"
     shown = terminal("watch", str(folder), "--every", "0.1")
-    shown.wait_for("no alpha yet")
+    shown.wait_for("run: not there yet")
     assert b"\x1b[?1049h" in shown.output  # a screen of its own, as pagers have
     folder.mkdir()
     with (folder / "metrics.csv").open("w") as file:

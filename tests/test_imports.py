@@ -12,7 +12,7 @@ import farms_tb
 PACKAGE = Path(farms_tb.__file__).parent
 OPTIONAL = (
     *("lightning", "pytorch_lightning", "lightning_fabric", "wandb", "matplotlib", "pandas", "hydra", "omegaconf"),
-    *("scipy", "sklearn", "neuralop", "tltorch", "torchvision", "rich", "transformers", "accelerate"),
+    *("scipy", "sklearn", "neuralop", "tltorch", "torchvision", "rich", "typer", "transformers", "accelerate"),
 )
 MATHEMATICS = (
     "options",

@@ -20,7 +20,7 @@ Quantity = Literal["alpha", "ratio"]
 
 _LEVELS, _ASCII_LEVELS = "▁▂▃▄▅▆▇█", "_.-~=+*#"
 # Heading, rule and notes around the layers; and the columns beside a curve, without the layer's name.
-_OTHER_LINES, _OTHER_CELLS, _WIDEST_NAME = 7, 32, 32
+_OTHER_LINES, _OTHER_CELLS, _WIDEST_NAME = 7, 28, 32
 
 
 def follow(run_folder: Path, quantity: Quantity, patterns: Sequence[str], every: float, once: bool) -> None:
@@ -35,13 +35,13 @@ def follow(run_folder: Path, quantity: Quantity, patterns: Sequence[str], every:
     """
     console = Console()
     if once or not console.is_terminal:
-        console.print(view(run_folder, quantity, patterns, console, console.is_terminal))
+        console.print(view(run_folder, quantity, patterns, console, crop=False))
         return
     shown: RenderableType = ""
     try:
         with Live(console=console, screen=True, auto_refresh=False) as live:
             while True:
-                shown = view(run_folder, quantity, patterns, console, True)
+                shown = view(run_folder, quantity, patterns, console, crop=True)
                 live.update(shown, refresh=True)
                 time.sleep(every)
     except KeyboardInterrupt:
@@ -65,8 +65,11 @@ def view(
     curves: Mapping[str, Curve] = getattr(history, quantity)
     shown = {name: c for name, c in curves.items() if any(fnmatchcase(name, pattern) for pattern in patterns)}
     if not shown:
-        what = f"of such a layer: there are {', '.join(list(curves)[:5])}, ..." if curves else "yet"
-        return Text(f"{run_folder}: no {quantity} {what}", style="dim")
+        if curves:
+            what = f"no {quantity} of such a layer: there are {', '.join(list(curves)[:5])}, ..."
+        else:
+            what = f"no {quantity} yet" if run_folder.exists() else "not there yet"
+        return Text(f"{run_folder}: {what}", style="dim")
     fit = max(1, console.height - _OTHER_LINES) if crop else len(shown)
     lines = dict(list(shown.items())[:fit])
     parts: list[RenderableType] = [
