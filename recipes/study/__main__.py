@@ -14,7 +14,7 @@ and explains the settings. Every other setting goes to each run as it would to `
 
 A study that was stopped, or killed, goes on where it was when the command is repeated: `results.csv` in the cell's
 folder has a row for every finished run, and is whole at any moment. More seeds and more arms may join later; any
-other change of settings is refused. The number of processes does not change the results.
+other change of settings is refused. On CPUs the number of processes does not change the results.
 
 How it is done:
 

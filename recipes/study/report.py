@@ -174,11 +174,14 @@ def _percent(log_ratio: float) -> float:
 
 
 def print_rows(console: Console, rows: Sequence[Row], baseline: str) -> None:
-    """Print the table and, in a sentence, what it says."""
+    """Print the table and, in a sentence, what it says.
+
+    The last column is the overhead: the callback's time in per cent of the baseline's training.
+    """
     table = Table(box=box.SIMPLE_HEAD, title=f"Test error by arm, compared with {baseline}", title_justify="left")
     table.add_column("cell", no_wrap=True)
     table.add_column("arm", no_wrap=True)
-    for heading in ("lr", "runs", "test error", "change %", "95% interval", "p (Holm)", "overhead %"):
+    for heading in ("lr", "runs", "test error %", "change %", "95% interval", "p (Holm)", "cost %"):
         table.add_column(heading, justify="right", no_wrap=True)
     before = None
     for row in rows:
@@ -192,8 +195,8 @@ def print_rows(console: Console, rows: Sequence[Row], baseline: str) -> None:
 
 def _cells(row: Row) -> list[str]:
     runs = f"{row.runs} ({row.diverged} diverged)" if row.diverged else str(row.runs)
-    spread = "" if math.isnan(row.error_sd) else f" ± {row.error_sd:.4f}"
-    error = "" if math.isnan(row.error_mean) else f"{row.error_mean:.4f}{spread}"
+    spread = "" if math.isnan(row.error_sd) else f" ± {100 * row.error_sd:.2f}"
+    error = "" if math.isnan(row.error_mean) else f"{100 * row.error_mean:.2f}{spread}"
     lr = "" if math.isnan(row.lr) else f"{row.lr:g}"
     if row.effect is None:
         change, interval, p = "", "", ""
@@ -238,7 +241,7 @@ def draw(rows: Sequence[Row], baseline: str, path: Path) -> None:
     shown = [row for row in rows if row.effect is not None]
     arms, names = list(dict.fromkeys(row.arm for row in shown)), list(dict.fromkeys(row.cell for row in shown))
     colours = dict(zip(arms, ("#0072B2", "#D55E00", "#009E73", "#8C8C8C", "#CC79A7"), strict=False))
-    figure = Figure(figsize=(7.5, 1.3 + 0.22 * len(shown) + 0.3 * len(names)), layout="constrained")
+    figure = Figure(figsize=(7.5, 1.3 + 0.17 * len(shown) + 0.25 * len(names)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     y, ticks, labelled = 0.0, [], set()

@@ -339,7 +339,7 @@ def test_placebo_resumes_bit_identically(tmp_path: Path) -> None:
 TINY = (
     *("experiment=digits_resnet18", "model.net.width=2", "trainer.max_epochs=2", "trainer=cpu"),
     *("data.train_size=20", "data.val_size=40", "data.test_size=40", "data.batch_size=10"),
-    *('study.arms=["off",farms]', "study.seeds=2", "study.grid=[1,2]", "study.tune_seeds=1", "study.extend=0"),
+    *('study.arms=["off",farms]', "study.seeds=4", "study.grid=[1,2]", "study.tune_seeds=1", "study.extend=0"),
 )
 
 
@@ -392,8 +392,8 @@ def test_mistakes_stop_before_time_is_spent(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_arms_of_a_seed_share_all_but_the_callback() -> None:
-    study = load_study(CONFIG_DIR, ["study=small"])
-    names = ["off", "full", "farms", "noise_aware", "placebo"]
+    names = ["off", "noise_aware", "placebo"]
+    study = load_study(CONFIG_DIR, ["study=small", f"study.arms={names}"])
     assert len(study.cells) == 8
     for cell in study.cells:
         assert list(cell.arms) == names
@@ -405,8 +405,8 @@ def test_arms_of_a_seed_share_all_but_the_callback() -> None:
             assert 20 <= updates <= 40 or plain["farms"] is None
         rest = [{k: v for k, v in plain.items() if k not in ("farms", "arm", "logger")} for plain in settings]
         assert all(plain == rest[0] for plain in rest)
-        assert len({cell.fingerprint(arm) for arm in names}) == 5
-        assert settings[4]["farms"]["placebo_seed"] == 7
+        assert len({cell.fingerprint(arm) for arm in names}) == 3
+        assert settings[2]["farms"]["placebo_seed"] == 7
 
 
 def test_experiments_say_how_to_run_them() -> None:
@@ -454,13 +454,13 @@ def test_killed_study_goes_on_and_ends_as_if_each_run_had_been_alone(
     psutil.wait_procs(workers, timeout=20)
     assert not any(worker.is_running() for worker in workers)
     before = (tmp_path / "study" / "digits_resnet18" / "results.csv").read_text().splitlines()
-    assert 3 <= len(before) < 9
+    assert 3 <= len(before) < 13
 
     main([*arguments, "study.workers=1"])
     folder = tmp_path / "study" / "digits_resnet18"
     after = (folder / "results.csv").read_text().splitlines()
     assert set(before) < set(after)
-    assert "no arm differs" in capsys.readouterr().out or "beyond the noise" in after
+    assert "beyond the noise (5%, Holm)" in capsys.readouterr().out
     assert {path.name for path in folder.iterdir()} >= {
         "settings.yaml",
         "results.csv",
@@ -472,7 +472,7 @@ def test_killed_study_goes_on_and_ends_as_if_each_run_had_been_alone(
     GlobalHydra.instance().clear()
     cell = load_study(CONFIG_DIR, arguments).cells[0]
     found = _results(tmp_path)
-    assert len(found) == 2 * (2 + 2)
+    assert len(found) == 2 * (2 + 4)
     for job, facts in found.items():
         alone, _ = run_once(cell.settings(job))
         assert {name: facts[name] for name in alone if name not in TIMES} == {
