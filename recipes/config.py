@@ -91,8 +91,8 @@ def check_combination(cfg: DictConfig, model: Any, data: Any) -> None:
     """Check that model and data fit in what can be changed by hand.
 
     Raises:
-        RecipeError: The network can't take inputs of this shape, the data have another number of classes, or there
-            is nothing to choose the best epoch on.
+        RecipeError: The network can't take inputs of this shape, the data have another number of classes or of
+            channels, or there is nothing to choose the best epoch on.
     """
     classes = getattr(data, "num_classes", cfg.task.out_channels)
     if classes != cfg.task.out_channels:
@@ -104,6 +104,19 @@ def check_combination(cfg: DictConfig, model: Any, data: Any) -> None:
         raise RecipeError(
             f"data.val_size=0 leaves no {cfg.task.monitor} to choose the best epoch by; set task.monitor=null too "
             "(the weights of the last epoch are tested), or hold images out"
+        )
+    if data.kind == "trajectories":
+        channels = (data.history * data.channels, data.channels)
+        if channels != (cfg.task.in_channels, cfg.task.out_channels):
+            raise RecipeError(
+                f"{data.history} frames of {data.channels} channels are mapped to the next one: set "
+                f"task.in_channels={channels[0]} task.out_channels={channels[1]}"
+            )
+    dimension = getattr(model.net, "n_dim", None)  # neuraloperator's
+    if dimension is not None and dimension != len(data.sample_shape) - 1:
+        raise RecipeError(
+            f"{choice(cfg, 'model')} does not fit {choice(cfg, 'data')}: it takes fields in {dimension}D, "
+            f"got (channels, *space) {data.sample_shape}"
         )
     check_input = getattr(model.net, "check_input", None)
     if check_input is None:
@@ -128,7 +141,7 @@ def check_processes(trainer: Trainer) -> None:
     if starts_some and swept and trainer.world_size > 1:
         raise RecipeError(
             f"a sweep can't start the {trainer.world_size} processes of trainer.devices by itself: start its "
-            "runs one by one (seed=...), or let SLURM start all processes (hydra/launcher=submitit_slurm)"
+            "runs one by one (seed=...), or let SLURM start all processes (hydra/launcher=slurm)"
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from recipes.errors import RecipeError
 from recipes.metrics import FieldErrors
 from recipes.models.unet import UNet
 from recipes.tasks import FieldRegression, Forecast, rollout
+from recipes.train import train
 from tests.helpers import LIGHTNING_NOISE
 
 Settings = Callable[..., DictConfig]
@@ -218,6 +220,26 @@ def test_static_fields_have_the_same_scores() -> None:
     assert set(validated) == {"val/nrmse", "val/relative_l2", "val/loss"}
     for name in ("nrmse", "relative_l2", "loss"):
         assert validated[f"val/{name}"] == pytest.approx(scores[f"test/{name}"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("model=fno_cfd1d", "data.history=5"), r"5 frames of 3 .* task.in_channels=15 task.out_channels=3"),
+        (
+            ("model=unet_cfd1d", "task.out_channels=1"),
+            r"10 frames of 3 .* task.in_channels=30 task.out_channels=3",
+        ),
+        (("model=fno_cfd2d",), r"model=fno_cfd2d does not fit data=pdebench_cfd1d: .* in 2D, got .* \(3, 16\)"),
+        (("model=unet_cfd2d",), r"model=unet_cfd2d does not fit data=pdebench_cfd1d: .* in 2D, .* \(3, 16\)"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_models_that_do_not_fit_the_flow_stop_the_run(
+    settings: Settings, fake_pdebench: Path, overrides: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(RecipeError, match=message):
+        train(settings("data=pdebench_cfd1d", "trainer=cpu", "logger=csv", *overrides))
 
 
 @with_noise
