@@ -1,4 +1,4 @@
-"""What a run leaves behind and prints at its end: the layers, the scores, the pictures."""
+"""What a run leaves behind and prints at its end: the layers, the scores, the pictures, the page."""
 
 from __future__ import annotations
 
@@ -17,11 +17,20 @@ from rich.table import Table
 from rich.text import Text
 
 import farms_tb
-from farms_tb.plots import plot_alpha_curves, plot_ratio_curves, read_history
+from farms_tb.page import write_page
+from farms_tb.plots import plot_alpha_curves, plot_ratio_curves, plot_ratio_map
+from farms_tb.run_folder import read_run_folder
 from recipes.callbacks import LastStepRates
-from recipes.loggers import METRICS_FILE
 
-__all__ = ["LayerRow", "draw_curves", "layer_table", "measure_layers", "print_summary", "write_summary"]
+__all__ = [
+    "FinalLayers",
+    "LayerRow",
+    "draw_run",
+    "layer_table",
+    "measure_layers",
+    "print_summary",
+    "write_summary",
+]
 
 SPECTRAL_OPTIONS = (
     *("fit", "aspect_ratio", "window", "windows_per_dim", "window_step"),
@@ -50,16 +59,32 @@ class LayerRow:
     note: str
 
 
-def measure_layers(model: torch.nn.Module, cfg: DictConfig, last: LastStepRates) -> list[LayerRow]:
+@dataclass(frozen=True)
+class FinalLayers:
+    """The layers after training.
+
+    Attributes:
+        rows: One a layer, in order of depth.
+        farms: Their measurement by FARMS, with spectra.
+        full: The same of whole matrices.
+    """
+
+    rows: list[LayerRow]
+    farms: farms_tb.Report
+    full: farms_tb.Report
+
+
+def measure_layers(model: torch.nn.Module, cfg: DictConfig, last: LastStepRates) -> FinalLayers:
     """Measure the trained weights both ways, with the spectral options of `cfg.farms` where there are any."""
     options = OmegaConf.to_container(cfg.farms, resolve=True) if cfg.farms is not None else {}
     assert isinstance(options, dict)  # the callback's keyword arguments
     shared: dict[str, Any] = {name: options[name] for name in SPECTRAL_OPTIONS if name in options}
     full, farms = (
-        farms_tb.analyze(model, esd=esd, min_eigenvalues=cfg.arms[esd].min_eigenvalues, **shared).layers
+        farms_tb.analyze(model, esd=esd, min_eigenvalues=cfg.arms[esd].min_eigenvalues, histogram=True, **shared)
         for esd in ("full", "farms")
     )
-    return [_layer_row(name, full[name], farms[name], last) for name in farms]
+    rows = [_layer_row(name, full.layers[name], farms.layers[name], last) for name in farms.layers]
+    return FinalLayers(rows, farms, full)
 
 
 def _layer_row(name: str, full: Any, farms: Any, last: LastStepRates) -> LayerRow:
@@ -91,22 +116,19 @@ def _cell(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def draw_curves(folder: Path, layers: Sequence[str], title: str) -> list[Path]:
-    """Draw `alpha.png` and `lr_ratio.png` from the run's metrics.
+def draw_run(folder: Path, layers: FinalLayers, title: str) -> list[Path]:
+    """Draw `alpha.png`, `lr_ratio.png` and `lr_ratio_map.png` from the run's metrics, and write `report.html`.
 
     Returns:
-        The pictures made; none where the run logged no alpha.
+        What was made; where the run logged no alpha, the page alone.
     """
-    metrics = folder / METRICS_FILE
-    if not metrics.exists():
-        return []
-    history = read_history(metrics, layers)
-    if not history.alpha:
-        return []
-    pictures = [folder / "alpha.png", folder / "lr_ratio.png"]
-    plot_alpha_curves(history, pictures[0], title=title)
-    plot_ratio_curves(history, pictures[1], title=title)
-    return pictures
+    run = read_run_folder(folder, farms=layers.farms, full=layers.full)
+    pictures = {"alpha": plot_alpha_curves, "lr_ratio": plot_ratio_curves, "lr_ratio_map": plot_ratio_map}
+    made = []
+    for name, plot in pictures.items() if run.history.alpha else ():
+        made.append(folder / f"{name}.png")
+        plot(run.history, made[-1], title=title)
+    return [*made, write_page(run)]
 
 
 def write_summary(folder: Path, facts: Mapping[str, Any], rows: Sequence[LayerRow]) -> None:

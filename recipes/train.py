@@ -9,7 +9,7 @@ The run folder `<paths.output_dir>/<name>/<date_time>` holds
 - `config.yaml`, the settings with every reference resolved;
 - `checkpoints/best.ckpt`, best on validation data and the one that is tested, and `checkpoints/last.ckpt`;
 - `metrics.csv` and the W&B run under `wandb/` (offline unless `logger.wandb.offline=false`);
-- `alpha.png` and `lr_ratio.png`, each layer's curves;
+- `alpha.png`, `lr_ratio.png` and `lr_ratio_map.png`, each layer's curves, and `report.html`, a page about the run;
 - `summary.json`, the test scores and the layers.
 
 `ckpt_path=<run folder>/checkpoints/last.ckpt` with the same overrides resumes a run in its folder.
@@ -40,7 +40,7 @@ from recipes.console import make_console
 from recipes.errors import RecipeError
 from recipes.folder import CONFIG_FILE, drop_if_empty, open_run_folder, save_config
 from recipes.loggers import METRICS_FILE, RunFolderWandbLogger, forget_rows_after
-from recipes.summary import draw_curves, measure_layers, print_summary, write_summary
+from recipes.summary import FinalLayers, draw_run, measure_layers, print_summary, write_summary
 
 __all__ = ["CONFIG_DIR", "main", "train"]
 
@@ -148,12 +148,12 @@ def _train_in(folder: Path, cfg: DictConfig) -> dict[str, Any]:
         run = build_run(cfg)
         save_config(cfg, folder)
         console.print(_announcement(cfg, run, folder))
-        facts, rows = _fit_and_test(cfg, run, folder)
+        facts, layers = _fit_and_test(cfg, run, folder)
     facts["seconds"] = round(time.monotonic() - started, 1)
     if run.trainer.is_global_zero:
-        draw_curves(folder, [row.layer for row in rows], title=f"{cfg.name}, farms={cfg.arm}, seed {cfg.seed}")
-        write_summary(folder, facts, rows)
-        print_summary(console, folder, facts, rows)
+        write_summary(folder, facts, layers.rows)
+        draw_run(folder, layers, title=f"{cfg.name}, farms={cfg.arm}, seed {cfg.seed}")
+        print_summary(console, folder, facts, layers.rows)
     return facts
 
 
@@ -166,21 +166,21 @@ def _parameters(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _fit_and_test(cfg: DictConfig, run: Run, folder: Path) -> tuple[dict[str, Any], list[Any]]:
+def _fit_and_test(cfg: DictConfig, run: Run, folder: Path) -> tuple[dict[str, Any], FinalLayers]:
     """Train, measure the final weights, then test the best ones."""
     if cfg.ckpt_path is not None and run.trainer.is_global_zero:
         _forget_unsaved_rows(cfg.ckpt_path, folder)
     _log_settings(cfg, run)
     try:
         run.trainer.fit(run.model, datamodule=run.data, ckpt_path=cfg.ckpt_path)
-        rows = measure_layers(run.model, cfg, run.last)
+        layers = measure_layers(run.model, cfg, run.last)
         best = run.checkpoint.best_model_path or None
         scores = run.trainer.test(run.model, datamodule=run.data, ckpt_path=best, verbose=False)[0]
     finally:
         for logger in run.loggers:
             if isinstance(logger, RunFolderWandbLogger):
                 logger.close()
-    return {**_facts(cfg, run, folder), "test": {name: float(value) for name, value in scores.items()}}, rows
+    return {**_facts(cfg, run, folder), "test": {name: float(value) for name, value in scores.items()}}, layers
 
 
 def _facts(cfg: DictConfig, run: Run, folder: Path) -> dict[str, Any]:

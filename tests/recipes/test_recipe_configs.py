@@ -147,7 +147,7 @@ SMALL = {
 def test_every_experiment_runs_one_batch(
     settings: Settings, fake_images: Path, pde_files: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("recipes.train.draw_curves", lambda *args, **options: [])  # seconds, and tested elsewhere
+    monkeypatch.setattr("recipes.train.draw_run", lambda *args, **options: [])  # seconds, and tested elsewhere
     overrides = next(options for pattern, options in SMALL.items() if re.match(pattern, name))
     if "darcy" in name and not name.startswith("sciml/"):
         folder: tuple[str, ...] = ()  # made on the spot

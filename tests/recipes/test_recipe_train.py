@@ -58,14 +58,17 @@ def test_run_folder_is_complete(finished: Finished) -> None:
         "metrics.csv",
         "alpha.png",
         "lr_ratio.png",
+        "lr_ratio_map.png",
         "predictions.png",
+        "report.html",
         "summary.json",
         "wandb",
     }
     assert {path.name for path in (finished.folder / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
     assert finished.folder.parent == Path(finished.cfg.paths.output_dir) / "darcy_unet"
-    for picture in ("alpha.png", "lr_ratio.png", "predictions.png"):
+    for picture in ("alpha.png", "lr_ratio.png", "lr_ratio_map.png", "predictions.png"):
         assert (finished.folder / picture).read_bytes().startswith(b"\x89PNG")
+    assert "net.bottleneck.conv1" in (finished.folder / "report.html").read_text(encoding="utf-8")
 
 
 def test_config_is_saved_resolved(finished: Finished) -> None:
