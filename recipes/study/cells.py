@@ -135,7 +135,7 @@ def _lasting(cfg: DictConfig) -> dict[str, Any]:
     """Return the settings that results depend on: not where files are, nor who logs what."""
     plain = _plain(cfg)
     for section in ("paths", "logger", "callbacks", "threads", "ckpt_path", "arms", "seed", "seeds"):
-        del plain[section]
+        plain.pop(section, None)
     plain["data"].pop("data_dir", None)
     plain["trainer"].pop("default_root_dir", None)
     return plain
