@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 
 __all__ = ["make_console"]
@@ -15,6 +14,8 @@ def make_console(stderr: bool = False) -> Console:
 
     Of several processes that train one model the first alone prints; errors come from all.
     """
+    from lightning.pytorch.utilities import rank_zero_only  # seconds to import, for what never prints
+
     quiet = rank_zero_only.rank > 0 and not stderr
     console = Console(stderr=stderr, quiet=quiet)
     return console if console.is_terminal else Console(stderr=stderr, quiet=quiet, width=PIPE_WIDTH)

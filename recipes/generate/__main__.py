@@ -22,9 +22,9 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
 from rich.markup import escape
 
-from recipes.console import make_console
 from recipes.data.download import FOLDER
 from recipes.errors import RecipeError
 from recipes.generate.run import KINDS, Job, Spec, generate
@@ -60,7 +60,7 @@ def _typed(kind: type[Any], cfg: DictConfig, **given: Any) -> Any:
 
 def run(kind: str, cfg: DictConfig) -> None:
     """Make the file, show what it is and draw its first samples; say how to go on where that was stopped."""
-    console = make_console()
+    console = Console()
     spec, job = read_settings(kind, cfg)
     try:
         generate(spec, job, console)
@@ -94,7 +94,7 @@ def main() -> None:
 
 
 def _refuse(message: str) -> None:
-    make_console(stderr=True).print(f"[bold red]error:[/bold red] {escape(message)}", soft_wrap=True)
+    Console(stderr=True).print(f"[bold red]error:[/bold red] {escape(message)}", soft_wrap=True)
     raise SystemExit(2)
 
 

@@ -73,7 +73,7 @@ def generate(spec: Spec, job: Job, console: Console) -> None:
     with PartFile(job.file, spec, job.samples, recorded_settings(spec, job.samples)) as part:
         missing = part.missing
         with _progress(console) as progress:
-            bar = progress.add_task(job.file.name, total=job.samples, completed=job.samples - len(missing))
+            bar = progress.add_task("samples", total=job.samples, completed=job.samples - len(missing))
             for done in _write_all(spec, part, missing, job.workers or available_cores()):
                 progress.advance(bar, done)
         part.finish()
