@@ -9,7 +9,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from farms_tb.balance import LayerBalancer, StepGroup
-from farms_tb.logs import alpha_summary, log_measurement, warn_of_many_layers
+from farms_tb.loggers import log_measurement
+from farms_tb.logs import Measurement, RunLog, XAxis, alpha_summary, choose_x_axis, warn_of_many_layers
 from farms_tb.options import (
     AssignFunc,
     Esd,
@@ -48,7 +49,9 @@ class FARMSTempBalance(Callback):
     Logged at each measurement, with every logger of the trainer: `farms/alpha/<layer>`, `farms/ratio/<layer>`,
     `farms/lr/<layer>`, `farms/alpha_mean`, `farms/alpha_std`, `farms/ratio_mean`, and `epoch`, the number of
     completed epochs; with the noise-aware map also `farms/z/<layer>` and `farms/lambda`. After training a last row
-    holds the alphas of the final weights. Of a model of more than 1900 layers the aggregates alone are logged.
+    holds the alphas of the final weights. Of a model of more than 1000 layers the aggregates alone are logged.
+    In W&B and TensorBoard, which sort by name, the keys of a layer are `farms_alpha/03_<layer>` and so on: a
+    section for each figure, in order of depth.
     `farms/alpha_mean` and `farms/alpha_std` can be monitored by other callbacks.
 
     Args:
@@ -81,6 +84,11 @@ class FARMSTempBalance(Callback):
         log: log to the trainer's loggers.
         histogram_every_n: log the ESD of each layer, as a histogram of log10 of the eigenvalues, at every n-th
             measurement (W&B and TensorBoard).
+        table_every_n: log the whole report as a table, and with matplotlib pictures of the run so far, at every
+            n-th measurement and of the final weights (W&B, TensorBoard, MLflow). In a resumed run, the pictures
+            begin where it was resumed.
+        x_axis: what W&B plots the curves against, `"epoch"` or `"step"`. By default epochs, and steps with
+            `every_n_steps`.
 
     Attributes:
         report: the latest measurement; after training, of the final weights. None before training.
@@ -126,11 +134,14 @@ class FARMSTempBalance(Callback):
         every_n_steps: int | None = None,
         log: bool = True,
         histogram_every_n: int | None = None,
+        table_every_n: int | None = None,
+        x_axis: XAxis | None = None,
     ) -> None:
         super().__init__()
         self._spectral, self._balance = collect_options(locals())
-        self._schedule = Schedule(every_n_epochs, every_n_steps, histogram_every_n)
+        self._schedule = Schedule(every_n_epochs, every_n_steps, histogram_every_n, table_every_n)
         check_bool("log", log)
+        self._run_log = RunLog(choose_x_axis(x_axis, every_n_steps))
         self._write = log  # not `log`: Lightning puts a method of that name on every callback
         self._balancer: LayerBalancer | None = None
         self._training = False
@@ -194,6 +205,7 @@ class FARMSTempBalance(Callback):
         self._balancer = self._make_balancer(trainer, pl_module)
         if self._write:
             warn_of_many_layers(len(self._balancer.layers), pl_module)
+        self._run_log = RunLog(self._run_log.x_axis)
         self._training = True
         self._schedule.reset()
         self._restore()
@@ -227,7 +239,7 @@ class FARMSTempBalance(Callback):
         """Measure the final weights, for the report and the loggers, and let go of the optimizers."""
         if self._balancer is not None and trainer.global_step != self._schedule.step:
             self._balancer.measure()
-            self._log(trainer, final=True)
+            self._log(trainer, table=self._schedule.table_every_n is not None, final=True)
         self._release()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -255,17 +267,23 @@ class FARMSTempBalance(Callback):
         if self._balancer is None or not self._schedule.is_due(epoch, step):
             return
         self._balancer.update(histogram=self._schedule.wants_histogram())
+        table = self._schedule.wants_table()
         self._schedule.tick(epoch, step)
-        self._log(trainer)
+        self._log(trainer, table)
         self._publish(trainer, pl_module)
 
-    def _log(self, trainer: Trainer, final: bool = False) -> None:
-        if self._write and trainer.is_global_zero and self.report is not None:
-            balancer = self._started()
-            # The final weights take no further step: a ratio or lr beside their alphas would be made up.
-            figures = ({}, {}, {}) if final else (balancer.ratios, balancer.layer_lrs(), balancer.summary)
-            by_epoch = self._schedule.every_n_steps is None
-            log_measurement(trainer, self.report, *figures, "epoch" if by_epoch else "trainer/global_step")
+    def _log(self, trainer: Trainer, table: bool, final: bool = False) -> None:
+        if not self._write or not trainer.is_global_zero or self.report is None:
+            return
+        balancer = self._started()
+        # The final weights take no further step: a ratio or lr beside their alphas would be made up.
+        figures = ({}, {}, {}) if final else (balancer.ratios, balancer.layer_lrs(), balancer.summary)
+        # The step that LearningRateMonitor uses: it counts batches that stepped, as the user's own curves do.
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped
+        measurement = Measurement(self.report, *figures, trainer.current_epoch, step)
+        if self._schedule.table_every_n is not None:
+            self._run_log.add(measurement)
+        log_measurement(trainer.loggers, measurement, self._run_log, table=table)
 
     def _publish(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Offer the aggregates to callbacks that monitor a metric.

@@ -10,14 +10,8 @@ from typing import TYPE_CHECKING, Any
 from farms_tb.balance import LayerBalancer, StepGroup
 from farms_tb.layers import clean_name
 from farms_tb.layerwise_step import stepping_optimizers
-from farms_tb.logs import (
-    alpha_summary,
-    esd_histograms,
-    measurement_row,
-    tensorboard_histogram,
-    wandb_histograms,
-    warn_of_many_layers,
-)
+from farms_tb.loggers import define_wandb_axes, tensorboard_media, wandb_values
+from farms_tb.logs import Measurement, RunLog, XAxis, alpha_summary, choose_x_axis, warn_of_many_layers
 from farms_tb.options import AssignFunc, Esd, Fit, Kind, Metric, Norms, as_plain, check_bool, collect_options
 from farms_tb.report import Report
 from farms_tb.schedule import Schedule
@@ -59,9 +53,10 @@ class FARMSTrainerCallback(TrainerCallback, ExportableState):
 
     Logged at each measurement, with every reporter of the trainer (`report_to`) and in `state.log_history`:
     `farms/alpha/<layer>`, `farms/ratio/<layer>`, `farms/lr/<layer>`, `farms/alpha_mean`, `farms/alpha_std`. Like
-    all of the trainer's figures they appear under `train/` in W&B and TensorBoard. When training is over a last
-    row holds the alphas of the final weights, before `load_best_model_at_end` puts others in their place. The
-    console gets the two aggregates only, and with more than 1900 layers so does everything else.
+    all of the trainer's figures they appear under `train/` in W&B and TensorBoard, there with the layers numbered
+    by depth: `train/farms_alpha/03_<layer>`. When training is over a last row holds the alphas of the final
+    weights, before `load_best_model_at_end` puts others in their place. The console gets the two aggregates only,
+    and with more than 1000 layers so does everything else.
 
     A run resumed by `train(resume_from_checkpoint=...)` continues bit-identically, with or without
     `restore_callback_states_from_checkpoint`. That flag also brings back the options of the checkpoint, in a new
@@ -100,6 +95,11 @@ class FARMSTrainerCallback(TrainerCallback, ExportableState):
         log: log to the trainer's reporters and to `state.log_history`.
         histogram_every_n: log the ESD of each layer, as a histogram of log10 of the eigenvalues, at every n-th
             measurement (W&B and TensorBoard).
+        table_every_n: log the whole report as a table, and with matplotlib pictures of the run so far, at every
+            n-th measurement and of the final weights (W&B, TensorBoard). In a resumed run, the pictures
+            begin where it was resumed.
+        x_axis: what W&B plots the curves against, `"epoch"` or `"step"`. By default epochs, and steps with
+            `every_n_steps`.
 
     Attributes:
         report: the latest measurement; after training, of the final weights. None before training.
@@ -146,10 +146,13 @@ class FARMSTrainerCallback(TrainerCallback, ExportableState):
         every_n_steps: int | None = None,
         log: bool = True,
         histogram_every_n: int | None = None,
+        table_every_n: int | None = None,
+        x_axis: XAxis | None = None,
     ) -> None:
         self._spectral, self._balance = collect_options(locals())
-        self._schedule = Schedule(every_n_epochs, every_n_steps, histogram_every_n)
+        self._schedule = Schedule(every_n_epochs, every_n_steps, histogram_every_n, table_every_n)
         check_bool("log", log)
+        self._run_log = RunLog(choose_x_axis(x_axis, every_n_steps))
         self._write = log
         self._balancer: LayerBalancer | None = None
         self._training = False
@@ -199,6 +202,8 @@ class FARMSTrainerCallback(TrainerCallback, ExportableState):
             "every_n_steps": schedule.every_n_steps,
             "log": self._write,
             "histogram_every_n": schedule.histogram_every_n,
+            "table_every_n": schedule.table_every_n,
+            "x_axis": self._run_log.x_axis,
         }
         progress = self._restored
         if self._balancer is not None and schedule.measurements:
@@ -225,6 +230,7 @@ class FARMSTrainerCallback(TrainerCallback, ExportableState):
         )
         if self._write:
             warn_of_many_layers(len(self._balancer.layers), kwargs["model"])
+        self._run_log = RunLog(self._run_log.x_axis)
         self._training = True
         self._schedule.reset()
         # `state.epoch` counts epochs in fractions of their steps: exact at their ends, but a dataset without a
@@ -317,8 +323,9 @@ class FARMSTrainerCallback(TrainerCallback, ExportableState):
         except Exception:
             self.detach()
             raise
+        table = self._schedule.wants_table()
         self._schedule.tick(self._epoch, state.global_step)
-        return self._log(args, state, control, **kwargs)
+        return self._log(args, state, control, table, **kwargs)
 
     def _measure_final_weights(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -329,13 +336,15 @@ class FARMSTrainerCallback(TrainerCallback, ExportableState):
         if state.global_step == self._schedule.step:
             return control
         self._started().measure()
-        return self._log(args, state, control, final=True, **kwargs)
+        table = self._schedule.table_every_n is not None
+        return self._log(args, state, control, table, final=True, **kwargs)
 
     def _log(
         self,
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
+        table: bool,
         final: bool = False,
         **kwargs: Any,
     ) -> TrainerControl:
@@ -349,21 +358,34 @@ class FARMSTrainerCallback(TrainerCallback, ExportableState):
         balancer = self._started()
         # The final weights take no further step: a ratio or lr beside their alphas would be made up.
         figures = ({}, {}, {}) if final else (balancer.ratios, balancer.layer_lrs(), balancer.summary)
-        epoch = {"epoch": state.epoch}
-        row = measurement_row(self.report, *figures) | epoch
+        measurement = Measurement(self.report, *figures, state.epoch, state.global_step)
+        row = measurement.row()
         state.log_history.append({**row, "step": state.global_step})
-        brief = alpha_summary(self.report) | epoch
-        for callback in _callbacks_of_trainer():
-            if callback is not self:
-                on_console = isinstance(callback, (ProgressCallback, PrinterCallback))
-                logs = dict(brief if on_console else row)
-                if isinstance(callback, WandbCallback):
-                    logs |= wandb_histograms(esd_histograms(self.report))
-                control = callback.on_log(args, state, control, logs=logs, **kwargs) or control
-                if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
-                    for name, histogram in esd_histograms(self.report).items():
-                        tensorboard_histogram(callback.tb_writer, f"train/{name}", histogram, state.global_step)
+        if self._schedule.table_every_n is not None:
+            self._run_log.add(measurement)
+        others = [callback for callback in _callbacks_of_trainer() if callback is not self]
+        table = table and any(isinstance(other, (WandbCallback, TensorBoardCallback)) for other in others)
+        media = self._run_log.media(measurement) if table else None
+        for callback in others:
+            logs: dict[str, Any] = dict(row)
+            if isinstance(callback, (ProgressCallback, PrinterCallback)):
+                logs = {"epoch": state.epoch, **alpha_summary(self.report)}
+            elif isinstance(callback, WandbCallback):
+                self._define_wandb_axes()
+                logs = wandb_values(measurement, media)
+            elif isinstance(callback, TensorBoardCallback):
+                logs = dict(measurement.row(by_depth=True))
+            control = callback.on_log(args, state, control, logs=logs, **kwargs) or control
+            if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+                tensorboard_media(callback.tb_writer, measurement, media, "train/")
         return control
+
+    def _define_wandb_axes(self) -> None:
+        import wandb
+
+        if wandb.run is not None:
+            step_metric = "train/global_step" if self._run_log.x_axis == "step" else "train/epoch"
+            define_wandb_axes(wandb.run, self._run_log, step_metric, "train/")
 
 
 def _callbacks_of_trainer() -> list[TrainerCallback]:

@@ -1,26 +1,141 @@
-"""Write a measurement to a trainer's loggers: one row each, and the ESDs where asked for.
+"""What is logged of a measurement: a row of figures, histograms, a table and pictures.
 
-Keys: `farms/alpha/<layer>`, `farms/ratio/<layer>`, `farms/lr/<layer>`, `farms/alpha_mean`, `farms/alpha_std`,
-`farms/ratio_mean`, `epoch`; with the noise-aware map also `farms/z/<layer>` and `farms/lambda`. ESDs under
-`farms_esd/<layer>`. Of a model of more than `MAX_LOGGED_LAYERS` layers the aggregates alone.
+Keys of a row: `farms/alpha/<layer>`, `farms/ratio/<layer>`, `farms/lr/<layer>`, `farms/alpha_mean`,
+`farms/alpha_std`, `farms/ratio_mean`, `epoch`; with the noise-aware map also `farms/z/<layer>` and `farms/lambda`.
+Of a model of more than `MAX_LOGGED_LAYERS` layers the aggregates alone.
+
+W&B and TensorBoard make a section of what stands before the first slash of a key, and sort the panels in it by
+name. For these two the keys of a layer are therefore `farms_alpha/03_<layer>`: a section for each figure, W&B's
+choice between the first and the last slash makes no difference, and the layer's depth, zero-padded, puts the
+panels in order. W&B's patterns (`farms_alpha/*`) match over one slash, not over two. ESDs are
+`farms_esd/03_<layer>`; the table and the pictures join the aggregates in the section `farms`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-
+from farms_tb.options import check_choice
 from farms_tb.report import EsdHistogram, Report
+from farms_tb.run_folder import Curve, History
 from farms_tb.warning import warn_once
 
 if TYPE_CHECKING:
-    from lightning.pytorch import Trainer
+    from matplotlib.figure import Figure
 
-MAX_LOGGED_LAYERS = 1900
-"""Five keys each are fewer than the 10 000 metrics of a project beyond which W&B's pages become slow."""
+XAxis = Literal["epoch", "step"]
+
+MAX_LOGGED_LAYERS = 1000
+"""W&B's pages become slow beyond 10 000 metrics in a project. A layer has at most nine, however one counts: alpha
+with its minimum and its last value, ratio, lr, z-score, and three parts of a histogram."""
+
+SECTIONS = ("farms", "farms_alpha", "farms_ratio", "farms_lr", "farms_z", "farms_esd")
+"""What stands before the slash of the keys for W&B and TensorBoard."""
+
+TABLE = "farms/report"
+COLUMNS = (
+    "layer",
+    "shape",
+    "alpha",
+    "alpha_error",
+    "ks_distance",
+    "stable_rank",
+    "ratio",
+    "lr",
+    "z",
+    "status",
+)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One measurement of a model in training, and what followed from it.
+
+    Attributes:
+        report: the measurement.
+        ratios: learning-rate ratio of each layer; empty where no step follows.
+        lrs: learning rate of each layer; empty where no step follows.
+        summary: figures of the update as a whole.
+        epoch: completed epochs.
+        step: optimizer steps.
+    """
+
+    report: Report
+    ratios: Mapping[str, float]
+    lrs: Mapping[str, float]
+    summary: Mapping[str, float]
+    epoch: float
+    step: int
+
+    def row(self, *, by_depth: bool = False) -> dict[str, float]:
+        """Return the row to log; `by_depth` with the keys for W&B and TensorBoard."""
+        figures = measurement_row(self.report, self.ratios, self.lrs, self.summary, by_depth=by_depth)
+        return {"epoch": self.epoch, **figures}
+
+
+@dataclass(frozen=True)
+class Media:
+    """What is no figure.
+
+    Attributes:
+        table: the whole report, a list of the values of `COLUMNS` for each layer; None for what there is not.
+        pictures: by the key they are logged under; empty where matplotlib is not installed.
+    """
+
+    table: list[list[Any]]
+    pictures: Mapping[str, Figure]
+
+
+@dataclass
+class RunLog:
+    """What a run of training has to remember for its logs.
+
+    Attributes:
+        x_axis: what W&B plots the curves against.
+    """
+
+    x_axis: XAxis
+    _alphas: dict[str, list[tuple[float, int, float]]] = field(default_factory=dict)
+    _ratios: dict[str, list[tuple[float, int, float]]] = field(default_factory=dict)
+    _defined: set[str] = field(default_factory=set)
+
+    def add(self, measurement: Measurement) -> None:
+        """Keep a measurement for the curves in the pictures."""
+        when = (measurement.epoch, measurement.step)
+        for points, values in (
+            (self._alphas, measurement.report.alphas),
+            (self._ratios, measurement.ratios),
+        ):
+            for name, value in values.items():
+                if value is not None:
+                    points.setdefault(name, []).append((*when, value))
+
+    def media(self, measurement: Measurement) -> Media:
+        """Return the table of a measurement, and the pictures of the run so far."""
+        layers = tuple(measurement.report.layers)
+        history = History(alpha=_curves(self._alphas), ratio=_curves(self._ratios), layers=layers)
+        return Media(table(measurement), pictures(measurement.report, history))
+
+    def is_new(self, run_id: str) -> bool:
+        """Tell, once, that the axes of a W&B run are still to be defined."""
+        new = run_id not in self._defined
+        self._defined.add(run_id)
+        return new
+
+
+def choose_x_axis(x_axis: XAxis | None, every_n_steps: int | None) -> XAxis:
+    """Return what to plot curves against: None means the unit in which measurements are spaced.
+
+    Raises:
+        ValueError: there is no such axis.
+    """
+    if x_axis is None:
+        return "epoch" if every_n_steps is None else "step"
+    check_choice("x_axis", x_axis, XAxis)
+    return x_axis
 
 
 def warn_of_many_layers(number: int, model: object) -> None:
@@ -50,15 +165,22 @@ def alpha_summary(report: Report) -> dict[str, float]:
 
 
 def measurement_row(
-    report: Report, ratios: Mapping[str, float], lrs: Mapping[str, float], summary: Mapping[str, float]
+    report: Report,
+    ratios: Mapping[str, float],
+    lrs: Mapping[str, float],
+    summary: Mapping[str, float],
+    *,
+    by_depth: bool = False,
 ) -> dict[str, float]:
     """Return one measurement as a row of figures: the aggregates, and each layer's alpha, ratio, lr and z-score.
 
-    Of more than `MAX_LOGGED_LAYERS` layers, the aggregates alone.
+    Of more than `MAX_LOGGED_LAYERS` layers, the aggregates alone. `by_depth` numbers the layers.
     """
     row = {**alpha_summary(report), **summary}
     if len(report.layers) > MAX_LOGGED_LAYERS:
         return row
+    shown = depth_names(report) if by_depth else {name: name for name in report.layers}
+    prefix = "farms_" if by_depth else "farms/"
     for name, record in report.layers.items():
         figures = {
             "alpha": record.alpha,
@@ -67,87 +189,63 @@ def measurement_row(
             "z": record.z_score,
         }
         if record.kind:
-            row.update({f"farms/{key}/{name}": value for key, value in figures.items() if value is not None})
+            row.update({f"{prefix}{k}/{shown[name]}": v for k, v in figures.items() if v is not None})
     return row
+
+
+def depth_names(report: Report) -> dict[str, str]:
+    """Return the layers' names behind their depth, so that sorted by name they are in order: `03_layer1.0.conv1`.
+
+    The first layer of the report has number 0, and the numbers have as many digits as the last, at least two.
+    """
+    digits = max(2, len(str(len(report.layers) - 1)))
+    return {name: f"{depth:0{digits}d}_{name}" for depth, name in enumerate(report.layers)}
 
 
 def esd_histograms(report: Report) -> dict[str, EsdHistogram]:
     """Return the ESDs that were counted, by the name they are logged under; none of too many layers."""
     if len(report.layers) > MAX_LOGGED_LAYERS:
         return {}
-    histograms = {name: record.histogram for name, record in report.layers.items()}
-    return {f"farms_esd/{name}": h for name, h in histograms.items() if h is not None}
+    histograms = {shown: report.layers[name].histogram for name, shown in depth_names(report).items()}
+    return {f"farms_esd/{shown}": h for shown, h in histograms.items() if h is not None}
 
 
-def log_measurement(
-    trainer: Trainer,
-    report: Report,
-    ratios: Mapping[str, float],
-    lrs: Mapping[str, float],
-    summary: Mapping[str, float],
-    x_axis: str,
-) -> None:
-    """Log one measurement with every logger of the Lightning trainer; to be called on rank zero.
-
-    Args:
-        trainer: its loggers, epoch and step are used.
-        report: the measurement.
-        ratios: learning-rate ratio of each layer.
-        lrs: learning rate of each layer.
-        summary: figures of the update as a whole.
-        x_axis: the logged metric that W&B plots the curves against.
-    """
-    row = {"epoch": trainer.current_epoch, **measurement_row(report, ratios, lrs, summary)}
-    histograms = esd_histograms(report)
-    # The step that LearningRateMonitor uses: it counts batches that stepped, as the user's own curves do.
-    step = trainer.fit_loop.epoch_loop._batches_that_stepped
-    for logger in trainer.loggers:
-        _log(logger, row, histograms, step, x_axis)
+def table(measurement: Measurement) -> list[list[Any]]:
+    """Return the values of `COLUMNS` for each layer."""
+    return [
+        [
+            name,
+            "x".join(map(str, r.shape)),
+            r.alpha,
+            r.alpha_error,
+            r.ks_distance,
+            r.stable_rank,
+            measurement.ratios.get(name),
+            measurement.lrs.get(name),
+            r.z_score,
+            r.status,
+        ]
+        for name, r in measurement.report.layers.items()
+    ]
 
 
-def _log(
-    logger: Any, row: dict[str, float], histograms: Mapping[str, EsdHistogram], step: int, x_axis: str
-) -> None:
-    # By name: those of the package pytorch_lightning are classes of their own.
-    kinds = {cls.__name__ for cls in type(logger).__mro__}
-    if "WandbLogger" in kinds:
-        for pattern in ("farms/*", "farms_esd/*"):
-            logger.experiment.define_metric(pattern, step_metric=x_axis)
-        logger.log_metrics({**row, **wandb_histograms(histograms)}, step=step)
-        return
-    logger.log_metrics(row, step=step)
-    if "TensorBoardLogger" in kinds:
-        for name, histogram in histograms.items():
-            tensorboard_histogram(logger.experiment, name, histogram, step)
-
-
-def wandb_histograms(histograms: Mapping[str, EsdHistogram]) -> dict[str, Any]:
-    """Return the ESDs as W&B has them."""
-    if not histograms:
+def pictures(report: Report, history: History) -> dict[str, Figure]:
+    """Draw what there are figures for, by the keys they are logged under; nothing without matplotlib."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
         return {}
-    import wandb
+    from farms_tb.plots import plot_alpha_by_depth, plot_alpha_curves, plot_ratio_map
 
-    return {
-        name: wandb.Histogram(np_histogram=(np.asarray(h.counts), _edges(h))) for name, h in histograms.items()
-    }
+    drawn = {}
+    if history.alpha:
+        drawn["farms/alpha_curves"] = plot_alpha_curves(history)
+    if history.ratio:
+        drawn["farms/ratio_map"] = plot_ratio_map(history)
+    if any(alpha is not None for alpha in report.alphas.values()):
+        drawn["farms/alpha_by_depth"] = plot_alpha_by_depth(report)
+    return drawn
 
 
-def _edges(histogram: EsdHistogram) -> np.ndarray[Any, np.dtype[np.float64]]:
-    return np.linspace(histogram.low, histogram.high, len(histogram.counts) + 1)
-
-
-def tensorboard_histogram(writer: Any, name: str, histogram: EsdHistogram, step: int) -> None:
-    """Write one ESD with a `SummaryWriter`."""
-    edges, counts = _edges(histogram), np.asarray(histogram.counts)
-    centres = (edges[1:] + edges[:-1]) / 2
-    writer.add_histogram_raw(
-        name,
-        min=histogram.low,
-        max=histogram.high,
-        num=int(counts.sum()),
-        sum=float(counts @ centres),
-        sum_squares=float(counts @ centres**2),
-        bucket_limits=edges[1:].tolist(),
-        bucket_counts=counts.tolist(),
-        global_step=step,
-    )
+def _curves(points: Mapping[str, list[tuple[float, int, float]]]) -> dict[str, Curve]:
+    return {name: Curve(*zip(*found, strict=True)) for name, found in points.items()}

@@ -17,6 +17,7 @@ class Schedule:
         every_n_epochs: measure at the start of every n-th epoch.
         every_n_steps: measure every n optimizer steps instead.
         histogram_every_n: count the ESDs at every n-th measurement; None for never.
+        table_every_n: log table and pictures at every n-th measurement; None for never.
         epoch: epoch of the last measurement, -1 before the first.
         step: optimizer steps done at the last measurement, -1 before the first.
         measurements: number of measurements so far.
@@ -25,6 +26,7 @@ class Schedule:
     every_n_epochs: int = 1
     every_n_steps: int | None = None
     histogram_every_n: int | None = None
+    table_every_n: int | None = None
     epoch: int = -1
     step: int = -1
     measurements: int = 0
@@ -33,8 +35,9 @@ class Schedule:
         check_integer("every_n_epochs", self.every_n_epochs, at_least=1)
         if self.every_n_steps is not None:
             check_integer("every_n_steps", self.every_n_steps, at_least=1)
-        if self.histogram_every_n is not None:
-            check_integer("histogram_every_n", self.histogram_every_n, at_least=1)
+        for option in ("histogram_every_n", "table_every_n"):
+            if getattr(self, option) is not None:
+                check_integer(option, getattr(self, option), at_least=1)
 
     def is_due(self, epoch: int, step: int) -> bool:
         """Tell whether to measure at this epoch, after this many optimizer steps."""
@@ -47,6 +50,10 @@ class Schedule:
     def wants_histogram(self) -> bool:
         """Tell whether the next measurement counts the ESDs."""
         return self.histogram_every_n is not None and self.measurements % self.histogram_every_n == 0
+
+    def wants_table(self) -> bool:
+        """Tell whether the next measurement is logged with table and pictures."""
+        return self.table_every_n is not None and self.measurements % self.table_every_n == 0
 
     def tick(self, epoch: int, step: int) -> None:
         """Note a measurement."""

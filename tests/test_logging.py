@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import csv
-import json
+import io
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from farms_tb import FARMSTempBalance, analyze
-from tests.helpers import BATCHES, EPOCHS, LIGHTNING_NOISE, Module, Recorder, fit, make_net, read_wandb_file
+from farms_tb import FARMSTempBalance, LayerRecord, Report, analyze
+from farms_tb.loggers import log_measurement
+from farms_tb.logs import COLUMNS, Measurement, RunLog, choose_x_axis, depth_names, measurement_row
+from farms_tb.plots import read_history
+from tests.helpers import BATCHES, EPOCHS, LIGHTNING_NOISE, Module, Recorder, fit, make_net
 
 pytestmark = LIGHTNING_NOISE
 
@@ -19,6 +25,14 @@ LAYERS = ["net.0", "net.2", "net.5", "net.7", "net.9"]
 SUMMARY = {"epoch", "farms/alpha_mean", "farms/alpha_std"}
 WHILE_TRAINING = SUMMARY | {"farms/ratio_mean"}
 PER_LAYER = {f"farms/{figure}/{layer}" for figure in ("alpha", "ratio", "lr") for layer in LAYERS}
+
+
+NUMBERED = {
+    f"farms_{figure}/{depth:02d}_{layer}"
+    for figure in ("alpha", "ratio", "lr")
+    for depth, layer in enumerate(LAYERS)
+}
+MEDIA = {"farms/alpha_curves", "farms/ratio_map", "farms/alpha_by_depth"}
 
 
 def farms_rows(logger: Recorder) -> list[tuple[int, dict[str, float]]]:
@@ -75,11 +89,53 @@ def test_log_off() -> None:
     assert not farms_rows(logger)
 
 
-def test_several_loggers() -> None:
-    loggers = [Recorder(), Recorder()]
-    fit(Module(), [FARMSTempBalance()], logger=loggers)
-    assert farms_rows(loggers[0]) == farms_rows(loggers[1])
-    assert farms_rows(loggers[0])
+def test_no_logger() -> None:
+    balance = FARMSTempBalance(histogram_every_n=1, table_every_n=1)
+    fit(Module(), [balance], logger=False)
+    assert balance.report is not None
+
+
+def test_each_of_several_loggers_gets_its_own_form(tmp_path: Path) -> None:
+    """One whose class nobody knows gets plain rows, whatever its neighbours get."""
+    pytest.importorskip("tensorboard")
+    unknown, board = Recorder(), TensorBoardLogger(tmp_path, name="", version="board")
+    files = CSVLogger(tmp_path, name="", version="csv")
+    fit(Module(), [FARMSTempBalance(histogram_every_n=1)], logger=[unknown, board, files])
+    assert farms_rows(unknown)[0][1].keys() == WHILE_TRAINING | PER_LAYER
+    with (tmp_path / "csv" / "metrics.csv").open() as file:
+        assert not NUMBERED & set(next(csv.reader(file)))
+    assert set(read_events(tmp_path / "board").Tags()["scalars"]) >= NUMBERED
+
+
+def test_names_sort_by_depth() -> None:
+    names = [f"layer.{index}" for index in range(112)]
+    report = Report({name: LayerRecord(alpha=2.0, kind="real", shape=(1, 4, 4)) for name in names})
+    for count in (3, 10, 11, 100, 101, 112):
+        shown = depth_names(Report({name: report.layers[name] for name in names[:count]}))
+        assert sorted(shown.values()) == [shown[name] for name in names[:count]]
+    assert (shown["layer.0"], shown["layer.111"]) == ("000_layer.0", "111_layer.111")
+
+
+def test_a_number_is_the_layers_place_in_the_report() -> None:
+    """Whether the layers before it could be measured or not: a layer keeps its panel over the run."""
+    ok = LayerRecord(alpha=2.0, kind="real", shape=(1, 4, 4))
+    report = Report({"a": ok, "b": LayerRecord(status="no stack"), "c": ok})
+    assert set(measurement_row(report, {}, {}, {}, by_depth=True)) >= {"farms_alpha/00_a", "farms_alpha/02_c"}
+
+
+@pytest.mark.parametrize(
+    ("x_axis", "every_n_steps", "chosen"),
+    [(None, None, "epoch"), (None, 5, "step"), ("step", None, "step"), ("epoch", 5, "epoch")],
+)
+def test_x_axis(x_axis: Any, every_n_steps: int | None, chosen: str) -> None:
+    assert choose_x_axis(x_axis, every_n_steps) == chosen
+
+
+@pytest.mark.parametrize("options", [{"x_axis": "steps"}, {"table_every_n": 0}])
+def test_mistakes(options: dict[str, Any]) -> None:
+    message = "x_axis must be one of 'epoch', 'step', got 'steps'|table_every_n must be at least 1, got 0"
+    with pytest.raises(ValueError, match=message):
+        FARMSTempBalance(**options)
 
 
 def test_csv(tmp_path: Path) -> None:
@@ -93,71 +149,146 @@ def test_csv(tmp_path: Path) -> None:
     assert all(float(rows[0][key]) > 0 for key in PER_LAYER)
 
 
-def test_tensorboard(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
+def test_csv_is_read_back_as_before(tmp_path: Path) -> None:
+    balance = FARMSTempBalance(table_every_n=1)
+    fit(Module(), [balance], logger=CSVLogger(tmp_path, name="", version=""))
+    history = read_history(tmp_path / "metrics.csv", LAYERS)
+    assert history.layers == tuple(LAYERS)
+    assert balance.report is not None
+    assert {name: curve.values[-1] for name, curve in history.alpha.items()} == balance.report.alphas
+
+
+def read_events(folder: Path) -> Any:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    fit(Module(), [FARMSTempBalance(histogram_every_n=2)], logger=TensorBoardLogger(tmp_path, name="", version=""))
-    events = EventAccumulator(str(tmp_path), size_guidance={"histograms": 0}).Reload()
-    assert set(events.Tags()["scalars"]) >= PER_LAYER | SUMMARY
-    histograms = events.Histograms("farms_esd/net.5")
+    guidance = {"histograms": 0, "images": 0, "tensors": 0}
+    return EventAccumulator(str(folder), size_guidance=guidance).Reload()
+
+
+@pytest.fixture(scope="module")
+def events(tmp_path_factory: Any) -> Any:
+    pytest.importorskip("tensorboard")
+    folder = tmp_path_factory.mktemp("board")
+    balance = FARMSTempBalance(histogram_every_n=2, table_every_n=2)
+    fit(Module(), [balance], logger=TensorBoardLogger(folder, name="", version=""))
+    return read_events(folder)
+
+
+def test_tensorboard_scalars_sort_by_depth(events: Any) -> None:
+    tags = set(events.Tags()["scalars"])
+    assert tags >= NUMBERED | WHILE_TRAINING
+    assert not tags & PER_LAYER
+    alphas = sorted(tag for tag in tags if tag.startswith("farms_alpha/"))
+    assert [tag.split("_", 2)[-1] for tag in alphas] == LAYERS
+    assert [event.step for event in events.Scalars(alphas[0])] == [0, 4, 8, 12]
+
+
+def test_tensorboard_histograms(events: Any) -> None:
+    histograms = events.Histograms("farms_esd/02_net.5")
     assert [event.step for event in histograms] == [0, 2 * BATCHES]
     assert histograms[0].histogram_value.num == sum(histograms[0].histogram_value.bucket)
 
 
+def test_tensorboard_table_and_pictures(events: Any) -> None:
+    steps = [0, 2 * BATCHES, EPOCHS * BATCHES]
+    texts = events.Tensors("farms/report/text_summary")
+    assert [event.step for event in texts] == steps
+    lines = texts[0].tensor_proto.string_val[0].decode().splitlines()
+    assert lines[0] == f"| {' | '.join(COLUMNS)} |"
+    assert [line.split(" | ")[0] for line in lines[2:]] == [f"| {layer}" for layer in LAYERS]
+    assert {line.count("|") for line in lines} == {len(COLUMNS) + 1}
+    assert set(events.Tags()["images"]) == MEDIA
+    for name in MEDIA:
+        assert [event.step for event in events.Images(name)] == steps
+    first, *_, last = events.Images("farms/alpha_curves")
+    assert first.encoded_image_string != last.encoded_image_string, "the curves grow"
+
+
+def test_tensorboard_prefix(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    logger = TensorBoardLogger(tmp_path, name="", version="", prefix="mine")
+    fit(Module(), [FARMSTempBalance(histogram_every_n=1, table_every_n=9)], logger=logger)
+    tags = read_events(tmp_path).Tags()
+    found = [tag for kind in ("scalars", "histograms", "images", "tensors") for tag in tags[kind]]
+    assert all(tag.startswith("mine-farms") for tag in found if "farms" in tag)
+    assert {"mine-farms_alpha/00_net.0", "mine-farms_esd/00_net.0", "mine-farms/alpha_curves"} <= set(found)
+
+
+def test_pictures_hold_every_measurement() -> None:
+    log, names = RunLog("epoch"), ["b", "a"]
+    for epoch in range(4):
+        alphas = dict.fromkeys(names, 2.0 + epoch)
+        record = {name: LayerRecord(alpha=alpha, kind="real", shape=(1, 4, 4)) for name, alpha in alphas.items()}
+        ratios = {} if epoch == 3 else {"b": 0.5, "a": 1.5}
+        measurement = Measurement(Report(record), ratios, {}, {}, epoch, 10 * epoch)
+        log.add(measurement)
+    media = log.media(measurement)
+    (axes, *_) = media.pictures["farms/alpha_curves"].axes
+    assert [line.get_label() for line in axes.get_lines()] == names
+    assert [list(line.get_ydata()) for line in axes.get_lines()] == [[2.0, 3.0, 4.0, 5.0]] * 2
+    image = media.pictures["farms/ratio_map"].axes[0].images[0].get_array()
+    assert np.array_equal(image, [[0.5] * 3, [1.5] * 3])
+    assert [row[:3] for row in media.table] == [["b", "1x4x4", 5.0], ["a", "1x4x4", 5.0]]
+
+
+def test_table_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tensorboard")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    logger = TensorBoardLogger(tmp_path, name="", version="")
+    fit(Module(), [FARMSTempBalance(table_every_n=1)], logger=logger)
+    tags = read_events(tmp_path).Tags()
+    assert "farms/report/text_summary" in tags["tensors"]
+    assert tags["images"] == []
+
+
 @pytest.fixture(scope="module")
-def wandb_records(tmp_path_factory: Any) -> list[Any]:
-    """Every record in the file of an offline run that is over."""
-    wandb = pytest.importorskip("wandb")
-    from lightning.pytorch.loggers import WandbLogger
+def mlflow_logger(tmp_path_factory: Any) -> Callable[[], Any]:
+    """Makes loggers that write into one store, whose tables take long to set up."""
+    pytest.importorskip("mlflow")
+    pytest.importorskip("sqlalchemy")
+    from lightning.pytorch.loggers import MLFlowLogger
 
-    folder = tmp_path_factory.mktemp("wandb")
-    logger = WandbLogger(project="tests", save_dir=folder, offline=True)
-    fit(Module(), [FARMSTempBalance(histogram_every_n=2)], logger=logger)
-    wandb.finish()
-    wandb.teardown()
-    (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
-    return read_wandb_file(path)
+    folder = tmp_path_factory.mktemp("mlflow")
+    options = {"tracking_uri": f"sqlite:///{folder / 'runs.db'}", "artifact_location": folder.as_uri()}
+    return lambda: MLFlowLogger(**options)
 
 
-def wandb_rows(records: list[Any]) -> list[dict[str, Any]]:
-    rows = []
-    for record in records:
-        row: dict[str, Any] = {}
-        for item in record.history.item:
-            # A histogram comes as one JSON value or, from newer versions, as one item for each of its keys.
-            key, *inner = item.nested_key or [item.key]
-            value = json.loads(item.value_json)
-            row[key] = {**row.get(key, {}), inner[0]: value} if inner else value
-        rows.append(row)
-    return [row for row in rows if "farms/alpha_mean" in row]
+# What MLflow's client and its packages say of themselves.
+@pytest.mark.filterwarnings("ignore")
+def test_mlflow(mlflow_logger: Callable[[], Any], tmp_path: Path) -> None:
+    logger = mlflow_logger()
+    balance = FARMSTempBalance(histogram_every_n=1, table_every_n=2)
+    fit(Module(), [balance], logger=logger)
+    client, run_id = logger.experiment, logger.run_id
+    assert client.get_run(run_id).data.metrics.keys() >= WHILE_TRAINING | PER_LAYER
+    points = client.get_metric_history(run_id, "farms/alpha/net.5")
+    assert [point.step for point in points] == [epoch * BATCHES for epoch in range(EPOCHS + 1)]
+    assert balance.report is not None
+    assert points[-1].value == balance.report.layers["net.5"].alpha
+    for step in (0, 8, 12):
+        found = {file.path for file in client.list_artifacts(run_id, f"farms/step_{step}")}
+        names = {"report.csv", *(f"{name.removeprefix('farms/')}.png" for name in MEDIA)}
+        assert found == {f"farms/step_{step}/{name}" for name in names}
+    text = Path(client.download_artifacts(run_id, "farms/step_12/report.csv", str(tmp_path))).read_text()
+    rows = list(csv.DictReader(io.StringIO(text)))
+    assert [row["layer"] for row in rows] == LAYERS
+    assert [float(row["alpha"]) for row in rows] == list(balance.report.alphas.values())
+    assert {row["ratio"] for row in rows} == {""}, "the final weights take no further step"
 
 
-def test_wandb_rows(wandb_records: list[Any]) -> None:
-    rows = wandb_rows(wandb_records)
-    assert [row["epoch"] for row in rows] == list(range(EPOCHS + 1))
-    assert [row["trainer/global_step"] for row in rows] == [epoch * BATCHES for epoch in range(EPOCHS + 1)]
-    assert all(row.keys() >= WHILE_TRAINING | PER_LAYER for row in rows[:-1])
-
-
-def test_wandb_histograms(wandb_records: list[Any]) -> None:
-    rows = wandb_rows(wandb_records)
-    with_histograms = [row["epoch"] for row in rows if "farms_esd/net.5" in row]
-    assert with_histograms == [0, 2]
-    histogram = rows[0]["farms_esd/net.5"]
-    assert histogram["_type"] == "histogram"
-    assert len(histogram["bins"]) == len(histogram["values"]) + 1
-
-
-def test_wandb_axes(wandb_records: list[Any]) -> None:
-    metrics = [r.metric for r in wandb_records if r.WhichOneof("record_type") == "metric"]
-    axes = {metric.glob_name or metric.name: metric.step_metric for metric in metrics}
-    assert axes["farms/*"] == "epoch"
-    assert axes["farms_esd/*"] == "epoch"
+@pytest.mark.filterwarnings("ignore")
+def test_mlflow_takes_names_it_does_not_allow(mlflow_logger: Callable[[], Any]) -> None:
+    """And more figures at once than it takes in one batch."""
+    ok = LayerRecord(alpha=2.0, kind="real", shape=(1, 4, 4))
+    report = Report({"odd[name]": ok, **{f"layer.{index}": ok for index in range(400)}})
+    ratios = dict.fromkeys(report.layers, 1.0)
+    logger = mlflow_logger()
+    log_measurement([logger], Measurement(report, ratios, ratios, {}, 0, 0), RunLog("epoch"))
+    metrics = logger.experiment.get_run(logger.run_id).data.metrics
+    assert len(metrics) == 3 * 401 + 3
+    assert "farms/alpha/oddname" in metrics
 
 
 def test_wandb_is_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
     monkeypatch.setitem(sys.modules, "wandb", None)
-    fit(Module(), [FARMSTempBalance(histogram_every_n=1)], logger=Recorder())
+    fit(Module(), [FARMSTempBalance(histogram_every_n=1, table_every_n=1)], logger=Recorder())

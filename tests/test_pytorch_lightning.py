@@ -113,7 +113,7 @@ def test_tensorboard_gets_histograms(tmp_path: Path) -> None:
     logger = pytorch_lightning.loggers.TensorBoardLogger(tmp_path, name="", version="")
     fit(pytorch_lightning, FARMSTempBalance(histogram_every_n=2), logger=logger)
     events = EventAccumulator(str(tmp_path), size_guidance={"histograms": 0}).Reload()
-    assert [event.step for event in events.Histograms("farms_esd/net.5")] == [0, 2 * BATCHES]
+    assert [event.step for event in events.Histograms("farms_esd/02_net.5")] == [0, 2 * BATCHES]
     assert len(events.Scalars("farms/alpha_mean")) == EPOCHS + 1
 
 
@@ -129,4 +129,4 @@ def test_wandb_gets_histograms_and_axes(tmp_path: Path) -> None:
     axes = {metric.glob_name: metric.step_metric for metric in metrics}
     assert (axes["farms/*"], axes["farms_esd/*"]) == ("epoch", "epoch")
     keys = [{(item.nested_key or [item.key])[0] for item in record.history.item} for record in records]
-    assert ["farms_esd/net.5" in row for row in keys if "farms/alpha_mean" in row] == [True, False, True, False]
+    assert ["farms_esd/02_net.5" in row for row in keys if "farms/alpha_mean" in row] == [True, False, True, False]
