@@ -45,6 +45,8 @@ def shuffled_alphas(stack: MatrixStack, options: SpectralOptions, draws: int, se
     """
     generator = torch.Generator().manual_seed(seed)
     entries = stack.matrices.detach().flatten()
+    if entries.element_size() == 1:
+        entries = entries.float()  # torch before 2.7 cannot reorder eight-bit floats
     alphas = torch.zeros(MAX_DRAWS, dtype=torch.float64)
     for draw in range(draws):
         order = torch.randperm(len(entries), generator=generator).to(entries.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -101,7 +102,8 @@ def measure(source: Source, wanted: Wanted, console: Console) -> Measured:
         transient=True,
         disable=not console.is_terminal,
     )
-    with progress:
+    # Some versions of rich end even a disabled bar with an empty line.
+    with progress if console.is_terminal else nullcontext():
         task = progress.add_task("", total=len(source.items))
 
         def counted(items: Iterable[Any]) -> Iterator[Any]:
