@@ -239,6 +239,10 @@ def test_table_sorts_filters_and_toggles(view: Any, tmp_path: Path) -> None:
     tab.get_by_role("searchbox").fill("layer 1")
     assert names(tab) == ["layer.10"]
     assert tab.inner_text("#count") == "1 of 4"
+    tab.locator("tbody tr:visible").hover()
+    assert tab.locator("#curves .near").get_attribute("data-layer") == "0"
+    tab.mouse.move(0, 0)
+    assert tab.locator("#curves .near").count() == 0
     assert tab.locator("#curves path.curve").count() == 4
     tab.get_by_label("Show all listed layers in the chart").uncheck()
     assert tab.locator("#curves path.curve").count() == 3

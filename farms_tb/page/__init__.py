@@ -20,7 +20,7 @@ from farms_tb.run_folder import Curve, RunFolder, read_run_folder
 __all__ = ["write_page"]
 
 PAGE_FILE = "report.html"
-LAST_MEASUREMENT = "not in the weights that were measured"
+NOT_MEASURED = "not in the weights that were measured"
 
 _HERE = Path(__file__).parent
 _Path = str | os.PathLike[str]
@@ -109,7 +109,7 @@ def _layer(name: str, run: RunFolder, when: list[_When]) -> dict[str, Any]:
     history = run.history
     farms, full = (report.layers.get(name) if report is not None else None for report in (run.farms, run.full))
     status = [record.status for record in (farms, full) if record is not None and record.status != OK]
-    record = farms or LayerRecord(status=LAST_MEASUREMENT)
+    record = farms or LayerRecord(status=NOT_MEASURED)
     curves = {
         quantity: _on_axis(getattr(history, quantity).get(name), when) for quantity in ("alpha", "ratio", "lr")
     }
@@ -118,7 +118,7 @@ def _layer(name: str, run: RunFolder, when: list[_When]) -> dict[str, Any]:
     return {
         "name": name,
         "kind": record.kind,
-        "shape": " x ".join(map(str, record.shape)),
+        "shape": list(record.shape),
         "status": "; ".join(dict.fromkeys(status)) or record.status,
         "farms": _number(record.alpha),
         "error": _number(record.alpha_error),

@@ -327,7 +327,7 @@ function drawDetail() {
     return;
   }
   const facts = [
-    ["stack K × R × C", layer.shape || "–"], ["weights", layer.kind || "–"], ["FARMS alpha", withError(layer.farms, layer.error)],
+    ["stack K × R × C", layer.shape.join(" × ") || "–"], ["weights", layer.kind || "–"], ["FARMS alpha", withError(layer.farms, layer.error)],
     ["full-matrix alpha", withError(layer.full)], ["KS distance", number(layer.ks)], ["stable rank", number(layer.stable_rank)],
     ["largest eigenvalue", number(layer.spectral_norm)], ["eigenvalues", layer.count || "–"], ["last ratio", fixed(3)(layer.last_ratio)],
   ];
@@ -350,6 +350,13 @@ function drawDetail() {
     place.append(el("h3", null, `${QUANTITIES[quantity].label[0].toUpperCase()}${QUANTITIES[quantity].label.slice(1)} over training`), chart);
     curveChart(chart, [layer], quantity, 150, false);
   }
+}
+
+/** Show which curve of the chart is a layer's, without choosing it. */
+function highlight(layer) {
+  const place = byId("curves");
+  for (const path of place.querySelectorAll("[data-layer]")) path.classList.toggle("near", layer !== null && Number(path.dataset.layer) === layer.index);
+  place.classList.toggle("focus", Boolean(place.querySelector(".near, .chosen")));
 }
 
 function choose(layer) {
@@ -391,7 +398,7 @@ function buildTable() {
     layer.box = el("input", { type: "checkbox", checked: true, "aria-label": `Show ${layer.name} in the chart`, onclick: (event) => event.stopPropagation(),
       onchange: () => { layer.shown = layer.box.checked; drawHistory(); } });
     layer.button = el("button", { type: "button" }, el("span", { class: "swatch", style: layer.tint }), layer.name);
-    layer.row = el("tr", { "aria-selected": "false", onclick: () => choose(layer) },
+    layer.row = el("tr", { "aria-selected": "false", onclick: () => choose(layer), onpointerenter: () => highlight(layer), onpointerleave: () => highlight(null) },
       el("td", { class: "text" }, layer.box), el("td", null, String(layer.index + 1)), el("td", { class: "text" }, layer.button),
       ...COLUMNS.map(([, key, format]) => el("td", null, format(layer[key]))),
       el("td", { class: "text status", title: layer.status }, layer.status));
