@@ -91,7 +91,7 @@ function frame(width, height, label) {
 function drawAxes(root, width, height, x, y, xTitle, yTitle) {
   const [right, bottom] = [width - MARGIN.right, height - MARGIN.bottom];
   const ticks = (s, wanted) => (s.log ? decadeTicks : niceTicks)(s.low, s.high, wanted);
-  for (const [tick, label] of ticks(y, Math.max(3, height / 60))) {
+  for (const [tick, label] of ticks(y, Math.max(3, height / 50))) {
     root.append(svg("line", { class: "grid", x1: MARGIN.left, x2: right, y1: y(tick), y2: y(tick) }),
       svg("text", { x: MARGIN.left - 7, y: y(tick) + 4, "text-anchor": "end" }, label));
   }
