@@ -7,24 +7,13 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
-from hydra.types import RunMode
 from hydra.utils import get_class, instantiate
-from lightning import Trainer
-from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from recipes.errors import RecipeError
 
-__all__ = [
-    "ARMS",
-    "build",
-    "check_combination",
-    "check_config",
-    "check_processes",
-    "check_resumed_config",
-    "choice",
-]
+__all__ = ["ARMS", "build", "check_combination", "check_config", "check_resumed_config", "choice"]
 
 ARMS = ("farms", "full", "off", "monitor", "noise_aware", "placebo")
 SECTIONS = (
@@ -126,23 +115,6 @@ def check_combination(cfg: DictConfig, model: Any, data: Any) -> None:
         check_input(shape)
     except ValueError as error:
         raise RecipeError(f"{choice(cfg, 'model')} does not fit {choice(cfg, 'data')}: {error}") from error
-
-
-def check_processes(trainer: Trainer) -> None:
-    """Refuse to start several processes from within a sweep: each would start the sweep again.
-
-    Raises:
-        RecipeError: This is such a sweep.
-    """
-    starts_some = isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher) and not (
-        trainer.strategy.launcher.cluster_environment.creates_processes_externally
-    )
-    swept = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
-    if starts_some and swept and trainer.world_size > 1:
-        raise RecipeError(
-            f"a sweep can't start the {trainer.world_size} processes of trainer.devices by itself: start its "
-            "runs one by one (seed=...), or let SLURM start all processes (hydra/launcher=slurm)"
-        )
 
 
 def _plain(cfg: Any, section: str) -> Any:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from rich.console import Console
 
+from recipes.processes import process_rank
+
 __all__ = ["make_console"]
 
 PIPE_WIDTH = 120
@@ -16,6 +18,6 @@ def make_console(stderr: bool = False) -> Console:
     """
     from lightning.pytorch.utilities import rank_zero_only  # seconds to import, for what never prints
 
-    quiet = rank_zero_only.rank > 0 and not stderr
+    quiet = process_rank() > 0 and not stderr
     console = Console(stderr=stderr, quiet=quiet)
     return console if console.is_terminal else Console(stderr=stderr, quiet=quiet, width=PIPE_WIDTH)

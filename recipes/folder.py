@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from recipes.errors import RecipeError
+from recipes.processes import process_rank
 
 __all__ = ["CONFIG_FILE", "drop_if_empty", "open_run_folder", "save_config"]
 
@@ -45,19 +46,19 @@ def open_run_folder(cfg: DictConfig) -> Path:
             "or paths.run_dir=..."
         ) from error
     cfg.paths.run_dir = str(folder)
-    if rank_zero_only.rank == 0:
+    if process_rank() == 0:
         os.environ[SHARED_FOLDER] = str(folder.resolve())
     return folder
 
 
 def _shared_folder() -> Path | None:
     """Return the folder that the process that started this one has made; None for the first process."""
-    if rank_zero_only.rank == 0:
+    if process_rank() == 0:
         return None
     folder = os.environ.get(SHARED_FOLDER)
     if folder is None:
         raise RecipeError(
-            f"process {rank_zero_only.rank} can't know the run folder that process 0 makes: where torchrun or "
+            f"process {process_rank()} can't know the run folder that process 0 makes: where torchrun or "
             "SLURM starts the processes, set paths.run_dir=..."
         )
     return Path(folder)

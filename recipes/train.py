@@ -35,11 +35,12 @@ from omegaconf import DictConfig, OmegaConf
 from rich.markup import escape
 
 from recipes.callbacks import LastStepRates
-from recipes.config import build, check_combination, check_config, check_processes, check_resumed_config
+from recipes.config import build, check_combination, check_config, check_resumed_config
 from recipes.console import make_console
 from recipes.errors import RecipeError
 from recipes.folder import CONFIG_FILE, drop_if_empty, open_run_folder, save_config
 from recipes.loggers import METRICS_FILE, RunFolderWandbLogger, forget_rows_after
+from recipes.processes import check_processes
 from recipes.summary import FinalLayers, draw_run, measure_layers, print_summary, write_summary
 
 __all__ = ["CONFIG_DIR", "main", "train"]
