@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from recipes.processes import process_rank
-
 __all__ = ["make_console"]
 
 PIPE_WIDTH = 120
@@ -16,7 +14,7 @@ def make_console(stderr: bool = False) -> Console:
 
     Of several processes that train one model the first alone prints; errors come from all.
     """
-    from lightning.pytorch.utilities import rank_zero_only  # seconds to import, for what never prints
+    from recipes.processes import process_rank  # brings Lightning: seconds to import, for what never prints
 
     quiet = process_rank() > 0 and not stderr
     console = Console(stderr=stderr, quiet=quiet)
