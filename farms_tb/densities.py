@@ -18,7 +18,7 @@ __all__ = ["Density", "aspect_of_sample", "esd_density", "marchenko_pastur", "ta
 
 Array = NDArray[np.float64]
 
-POINTS = 96
+POINTS = 192
 EIGENVALUES_PER_BIN = 6
 """On average at least; neighbouring bins are merged in twos until they hold as many."""
 
@@ -101,7 +101,7 @@ def marchenko_pastur(mean: float, aspect: float, lowest: float = 0.0) -> Density
         The law at points that are equally spaced in the logarithm, but closer at the edges.
     """
     lower, upper = (mean * (1 + sign * math.sqrt(aspect)) ** 2 for sign in (-1, 1))
-    start = max(lower, lowest, 1e-6 * upper)
+    start = max(lower, lowest, 1e-10 * upper)
     # Closer at both ends, where the density falls off like a square root.
     position = (1 - np.cos(np.linspace(0, np.pi, POINTS))) / 2
     x = np.clip(start * (upper / start) ** position, start, upper)
