@@ -12,6 +12,9 @@ The run folder `<paths.output_dir>/<name>/<date_time>` holds
 - `alpha.png`, `lr_ratio.png` and `lr_ratio_map.png`, each layer's curves, and `report.html`, a page about the run;
 - `summary.json`, the test scores and the layers.
 
+`sweep=seeds` runs an experiment with each of its published seeds; `hydra/launcher=joblib|slurm` side by side.
+`trainer=ddp|fsdp` trains on several devices; the first process alone writes and prints.
+
 `ckpt_path=<run folder>/checkpoints/last.ckpt` with the same overrides resumes a run in its folder.
 
 Exits with status 2 and one message when a setting, a folder or a data file is at fault.

@@ -1,1 +1,1 @@
-"""Data made or found on the spot: Darcy flow, scikit-learn's digits, torchvision's CIFAR."""
+"""Data: Darcy flow made on the spot, PDEBench's files, scikit-learn's digits, and the papers' image sets."""
