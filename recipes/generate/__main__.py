@@ -45,7 +45,7 @@ def read_settings(kind: str, cfg: DictConfig) -> tuple[Spec, Job]:
         file = Path(cfg.file or Path(cfg.paths.data_dir) / FOLDER / spec.file_name)
         return spec, _typed(Job, cfg, file=file)
     except OmegaConfBaseException as error:
-        raise RecipeError(f"{error.full_key}: {error.msg}") from error
+        raise RecipeError(f"{error.full_key}: {str(error.msg).splitlines()[0]}") from error
     except ValueError as error:
         raise RecipeError(str(error)) from error
 

@@ -9,6 +9,7 @@ next run goes on with. At the end the record is cut off and the file gets its na
 from __future__ import annotations
 
 import fcntl
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -69,6 +70,7 @@ class PartFile:
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             if not self.path.exists():
+                self._check_space(problem, present=0)
                 self._create(problem, settings)
             self._file = self.path.open("r+b", buffering=0)
         except OSError as error:
@@ -77,7 +79,7 @@ class PartFile:
             self._lock()
             self._offsets = self._check(settings)
             self._end, self._done = self._read_record()
-            self._check_space()
+            self._check_space(problem, present=512 * os.fstat(self._file.fileno()).st_blocks)
         except BaseException:
             self._file.close()
             raise
@@ -179,9 +181,10 @@ class PartFile:
             return end, np.frombuffer(record[: self.samples], dtype=np.uint8).copy()
         return size, np.ones(self.samples, dtype=np.uint8)  # stopped between cutting and renaming
 
-    def _check_space(self) -> None:
-        status, free = os.fstat(self._file.fileno()), shutil.disk_usage(self.path.parent).free
-        needed = status.st_size - 512 * status.st_blocks
+    def _check_space(self, problem: Problem, present: int) -> None:
+        """Compare what the disk has left with what the samples take; `present` bytes are on it already."""
+        needed = 4 * self.samples * sum(math.prod(shape) for shape in problem.fields.values()) - present
+        free = shutil.disk_usage(self.path.parent).free
         if needed > free:
             raise RecipeError(
                 f"{self.target} takes another {needed / 1e9:.3g} GB, and its disk has {free / 1e9:.3g} GB left; "

@@ -250,7 +250,8 @@ def test_disk_that_fills_in_the_middle(tmp_path: Path) -> None:
 
 def test_too_large_a_file_is_refused_at_once(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"takes another .* GB, and its disk has .* GB left"):
-        make(DarcySpec(resolution=4096), tmp_path / "x.hdf5", samples=100_000)
+        make(DarcySpec(resolution=4096), tmp_path / "x.hdf5", samples=10**9)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_other_settings_do_not_go_on(tmp_path: Path) -> None:
