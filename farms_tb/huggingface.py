@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from farms_tb.balance import LayerBalancer, StepGroup
@@ -371,8 +371,8 @@ class FARMSTrainerCallback(TrainerCallback, ExportableState):
             if isinstance(callback, (ProgressCallback, PrinterCallback)):
                 logs = {"epoch": state.epoch, **alpha_summary(self.report)}
             elif isinstance(callback, WandbCallback):
-                self._define_wandb_axes()
                 logs = wandb_values(measurement, media)
+                self._define_wandb_axes(logs)
             elif isinstance(callback, TensorBoardCallback):
                 logs = dict(measurement.row(by_depth=True))
             control = callback.on_log(args, state, control, logs=logs, **kwargs) or control
@@ -380,12 +380,12 @@ class FARMSTrainerCallback(TrainerCallback, ExportableState):
                 tensorboard_media(callback.tb_writer, measurement, media, "train/")
         return control
 
-    def _define_wandb_axes(self) -> None:
+    def _define_wandb_axes(self, keys: Iterable[str]) -> None:
         import wandb
 
         if wandb.run is not None:
             step_metric = "train/global_step" if self._run_log.x_axis == "step" else "train/epoch"
-            define_wandb_axes(wandb.run, self._run_log, step_metric, "train/")
+            define_wandb_axes(wandb.run, keys, self._run_log, step_metric, "train/")
 
 
 def _callbacks_of_trainer() -> list[TrainerCallback]:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from farms_tb.logs import COLUMNS, SECTIONS, TABLE, Measurement, Media, RunLog, esd_histograms
+from farms_tb.logs import COLUMNS, TABLE, Measurement, Media, RunLog, esd_histograms
 from farms_tb.report import EsdHistogram
 
 _SHOW_MEDIA = {"WandbLogger", "TensorBoardLogger", "MLFlowLogger"}
@@ -40,9 +40,10 @@ def log_measurement(
     media = run_log.media(measurement) if table else None
     for logger, found in kinds:
         if "WandbLogger" in found:
+            values = wandb_values(measurement, media)
             step_metric = "trainer/global_step" if run_log.x_axis == "step" else f"{_prefix(logger)}epoch"
-            define_wandb_axes(logger.experiment, run_log, step_metric, _prefix(logger))
-            logger.log_metrics(wandb_values(measurement, media), step=measurement.step)
+            define_wandb_axes(logger.experiment, values, run_log, step_metric, _prefix(logger))
+            logger.log_metrics(values, step=measurement.step)
         elif "TensorBoardLogger" in found:
             logger.log_metrics(measurement.row(by_depth=True), step=measurement.step)
             tensorboard_media(logger.experiment, measurement, media, _prefix(logger))
@@ -57,20 +58,24 @@ def _prefix(logger: Any) -> str:
     return f"{logger._prefix}{logger.LOGGER_JOIN_CHAR}" if logger._prefix else ""
 
 
-def define_wandb_axes(run: Any, run_log: RunLog, step_metric: str, prefix: str = "") -> None:
-    """Say, once for each W&B run, what the curves are plotted against, and what its table of runs shows of alphas.
+def define_wandb_axes(run: Any, keys: Iterable[str], run_log: RunLog, step_metric: str, prefix: str = "") -> None:
+    """Say, once for each key of a W&B run, what it is plotted against.
+
+    Key by key: Lightning and Hugging Face define an axis of their own for the pattern `*`, and which of two
+    patterns W&B goes by is left to chance. The run's summary holds the last value of each key, as always in W&B,
+    and the smallest mean alpha beside the last.
 
     Args:
         run: the `wandb.Run`.
+        keys: what is about to be logged.
         run_log: what the run remembers.
         step_metric: full name of the logged metric that is the x axis.
         prefix: what stands before each key.
     """
-    if run_log.is_new(run.id):
-        for section in SECTIONS:
-            # A small alpha marks a well-trained layer. The rest is as W&B does it: the last value.
-            summary = "min,last" if section == "farms_alpha" else None
-            run.define_metric(f"{prefix}{section}/*", step_metric=step_metric, summary=summary)
+    for key in run_log.new_keys(run.id, keys):
+        if key != "epoch":
+            summary = "min,last" if key == "farms/alpha_mean" else None
+            run.define_metric(prefix + key, step_metric=step_metric, summary=summary)
 
 
 def wandb_values(measurement: Measurement, media: Media | None) -> dict[str, Any]:

@@ -7,14 +7,14 @@ Of a model of more than `MAX_LOGGED_LAYERS` layers the aggregates alone.
 W&B and TensorBoard make a section of what stands before the first slash of a key, and sort the panels in it by
 name. For these two the keys of a layer are therefore `farms_alpha/03_<layer>`: a section for each figure, W&B's
 choice between the first and the last slash makes no difference, and the layer's depth, zero-padded, puts the
-panels in order. W&B's patterns (`farms_alpha/*`) match over one slash, not over two. ESDs are
-`farms_esd/03_<layer>`; the table and the pictures join the aggregates in the section `farms`.
+panels in order. ESDs are `farms_esd/03_<layer>`; the table and the pictures join the aggregates in the section
+`farms`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -29,11 +29,8 @@ if TYPE_CHECKING:
 XAxis = Literal["epoch", "step"]
 
 MAX_LOGGED_LAYERS = 1000
-"""W&B's pages become slow beyond 10 000 metrics in a project. A layer has at most nine, however one counts: alpha
-with its minimum and its last value, ratio, lr, z-score, and three parts of a histogram."""
-
-SECTIONS = ("farms", "farms_alpha", "farms_ratio", "farms_lr", "farms_z", "farms_esd")
-"""What stands before the slash of the keys for W&B and TensorBoard."""
+"""W&B's pages become slow beyond 10 000 metrics in a project. A layer has at most seven, however one counts:
+alpha, ratio, lr, z-score and the three parts of a histogram. The rest is left to what else a run logs."""
 
 TABLE = "farms/report"
 COLUMNS = (
@@ -100,7 +97,7 @@ class RunLog:
     x_axis: XAxis
     _alphas: dict[str, list[tuple[float, int, float]]] = field(default_factory=dict)
     _ratios: dict[str, list[tuple[float, int, float]]] = field(default_factory=dict)
-    _defined: set[str] = field(default_factory=set)
+    _keys: dict[str, set[str]] = field(default_factory=dict)
 
     def add(self, measurement: Measurement) -> None:
         """Keep a measurement for the curves in the pictures."""
@@ -119,10 +116,11 @@ class RunLog:
         history = History(alpha=_curves(self._alphas), ratio=_curves(self._ratios), layers=layers)
         return Media(table(measurement), pictures(measurement.report, history))
 
-    def is_new(self, run_id: str) -> bool:
-        """Tell, once, that the axes of a W&B run are still to be defined."""
-        new = run_id not in self._defined
-        self._defined.add(run_id)
+    def new_keys(self, run_id: str, keys: Iterable[str]) -> list[str]:
+        """Return the keys that a W&B run has not had before."""
+        known = self._keys.setdefault(run_id, set())
+        new = [key for key in keys if key not in known]
+        known.update(new)
         return new
 
 

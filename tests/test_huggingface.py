@@ -327,11 +327,11 @@ def test_histograms_go_to_the_reporters_that_have_them(tmp_path: Path) -> None:
     wandb = pytest.importorskip("wandb")
     online, board, probe = FakeWandb(), FakeTensorBoard(), Probe()
     _, trainer = train(tmp_path, online, board, FARMSTrainerCallback(histogram_every_n=2), probe)
-    name = f"farms_esd/00_{FIRST}"
+    name = f"farms_esd/02_{FIRST}"
     rows = [row for row in online.rows if "farms/alpha_mean" in row]
     assert [isinstance(row.get(name), wandb.Histogram) for row in rows] == [True, False, True, False]
     assert [step for key, step in board.histograms if key == f"train/{name}"] == [0, 8]
-    assert f"train/farms_alpha/00_{FIRST}" in board.scalars
+    assert f"train/farms_alpha/02_{FIRST}" in board.scalars
     # Others would not know what to do with one, and the history is saved as JSON.
     assert not any("farms_esd" in key for row in [*probe.rows, *trainer.state.log_history] for key in row)
 
