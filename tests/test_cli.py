@@ -311,7 +311,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     ),
     (
         ["analyze", "tests.test_cli:net", "-o", "no/such/a.csv"],
-        "cannot write no/such/a.csv: there is no folder no/such",
+        "cannot write no/such/a.csv: No such file or directory",
     ),
     (["analyze", "tests.test_cli:net", "-o", "tests"], "cannot write tests: it is a folder"),
     (["report", "no/such/run"], "no such folder: no/such/run"),

@@ -142,7 +142,7 @@ class Terminal:
         except OSError:
             pass  # Linux says so where a terminal has been left
 
-    def wait_for(self, words: str, seconds: float = 60) -> None:
+    def wait_for(self, words: str, seconds: float = 150) -> None:
         self._until(lambda: words in self.text, seconds, words)
 
     def _until(self, condition: Callable[[], bool], seconds: float, what: str) -> None:
@@ -161,7 +161,7 @@ class Terminal:
 
     def close(self) -> int:
         try:
-            return self.process.wait(60)
+            return self.process.wait(150)
         finally:
             self.process.kill()
             self._reader.join()

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, Literal, get_args
 
 from rich.console import Console
@@ -33,10 +34,14 @@ def chosen_format(form: Format | None, output: Path | None) -> Format:
             raise ValueError("Parquet is no text for a terminal: say --output FILE")
         if not find_spec("pyarrow"):
             raise ImportError('--format parquet needs pyarrow: pip install "farms-tb[cli]"')
-    if output is not None and not output.parent.is_dir():
-        raise ValueError(f"cannot write {output}: there is no folder {output.parent}")
-    if output is not None and output.is_dir():
-        raise ValueError(f"cannot write {output}: it is a folder")
+    if output is not None:
+        if output.is_dir():
+            raise ValueError(f"cannot write {output}: it is a folder")
+        try:
+            with TemporaryFile(dir=output.parent):
+                pass
+        except OSError as error:
+            raise ValueError(f"cannot write {output}: {error.strerror}") from error
     return chosen
 
 
