@@ -142,13 +142,13 @@ class Terminal:
         except OSError:
             pass  # Linux says so where a terminal has been left
 
-    def wait_for(self, words: str, seconds: float = 150) -> None:
+    def wait_for(self, words: str, seconds: float = 100) -> None:
         self._until(lambda: words in self.text, seconds, words)
 
     def _until(self, condition: Callable[[], bool], seconds: float, what: str) -> None:
         end = time.monotonic() + seconds
         while not condition():
-            assert time.monotonic() < end, f"no {what!r} in {self.text!r}"
+            assert time.monotonic() < end, f"no {what!r} in {self.text[-2000:]!r}"
             time.sleep(0.02)
 
     @property
@@ -185,7 +185,7 @@ def terminal() -> Iterator[Callable[..., Terminal]]:
 
 def test_in_a_terminal_from_nothing_to_the_end(tmp_path: Path, terminal: Callable[..., Terminal]) -> None:
     folder = tmp_path / "run"
-    shown = terminal("watch", str(folder), "--every", "0.1")
+    shown = terminal("watch", str(folder), "--every", "0.1", columns=250)
     shown.wait_for("run: not there yet")
     assert b"\x1b[?1049h" in shown.output  # a screen of its own, as pagers have
     folder.mkdir()
