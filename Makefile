@@ -7,7 +7,7 @@ VENV := .venv
 OLDEST := .venv-oldest
 RUN := $(VENV)/bin/python
 
-.PHONY: help demo test test-oldest test-nightly lint format clean
+.PHONY: help demo test test-oldest test-nightly docs lint format clean
 
 help:
 	@echo "make demo    install, then train a UNet on Darcy flow with FARMS-guided learning rates (about two minutes)"
@@ -16,6 +16,7 @@ help:
 	@echo "             install the oldest versions of everything that are supported, then run the test suite with them"
 	@echo "make test-nightly"
 	@echo "             install, then try ten thousand generated models, others each time (about four minutes)"
+	@echo "make docs    install, then build the documentation: site/index.html"
 	@echo "make lint    install, then check style, docstrings and types"
 	@echo "make format  rewrite the code in the project's style"
 	@echo "make clean   remove .venv, .venv-oldest and caches, keep runs and data"
@@ -36,6 +37,11 @@ test-nightly: $(VENV)/.test
 	@echo "==> Trying ten thousand generated models"
 	$(RUN) -m pytest tests/test_properties.py --hypothesis-profile=nightly --hypothesis-show-statistics --timeout=0
 
+docs: $(VENV)/.docs
+	@echo "==> Building the documentation"
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
+	@echo "==> Open site/index.html"
+
 lint: $(VENV)/.test
 	@echo "==> Checking style, docstrings and types"
 	$(VENV)/bin/ruff check .
@@ -47,7 +53,7 @@ format: $(VENV)/.test
 	$(VENV)/bin/ruff format .
 
 clean:
-	rm -rf $(VENV) $(OLDEST) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) $(OLDEST) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist site
 
 $(VENV)/.%: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("farms_tb needs Python 3.10 or later, this is " + sys.version.split()[0] + ": set PYTHON=/path/to/python3.12" if sys.version_info < (3, 10) else 0)'

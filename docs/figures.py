@@ -126,7 +126,7 @@ def draw_windows() -> None:
         place = (column * 0.55, -row * 0.75 - 1.5)
         colour = colours[(row + column) % 4]
         right.add_patch(Rectangle(place, 1.5, 1.5, facecolor=colour, edgecolor=colour, alpha=0.3, linewidth=1.5))
-    right.text(3.3, -2, "windows of 100 x 100 from up to\n9 x 9 places, overlapping:\nall together one sample,\none fit",
+    right.text(3.3, -2, "windows of 100 x 100 from up to\n9 x 9 places, overlapping:\none fit of all",
                va="center", fontsize=7.5, color="0.3")  # fmt: skip
     right.set_title("Linear layer: one matrix")
     _frame(right, (-0.2, 6.6), (-4.2, 0.2))

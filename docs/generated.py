@@ -1,0 +1,190 @@
+"""What the pages of the site are made of besides their own words: a hook of MkDocs, see `mkdocs.yml`.
+
+A line `<!-- generated: NAME ARGUMENTS -->` on a page becomes what the function of that name in `GENERATED`
+returns, so that tables of options, commands and experiments are never behind the code. Formulas become MathML,
+which browsers set by themselves: no script, no font, no network.
+"""
+
+from __future__ import annotations
+
+import ast
+import html
+import re
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import griffe
+from latex2mathml.converter import convert
+from mkdocs.exceptions import PluginError
+
+DOCS = Path(__file__).resolve().parent
+ROOT = DOCS.parent
+EXPERIMENTS = ROOT / "conf" / "experiment"
+HELP_WIDTH = 96
+
+_MARKER = re.compile(r"^<!-- generated: (\w+)(.*?) -->$", flags=re.MULTILINE)
+_COMMAND = re.compile(r"python -m \S+ \S+|[\w.]+=\S*\w(?: [\w.]+=\S*\w)*(?: -m)?")
+_FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', flags=re.DOTALL)
+
+
+def on_config(config: Any) -> Any:
+    """Add the pages of results to the navigation."""
+    results = next(part["Results"] for section in config.nav for part in _parts(section) if "Results" in part)
+    results += [str(path.relative_to(DOCS)) for path in results_pages()]
+    return config
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Fill in what is generated."""
+
+    def fill(marker: re.Match[str]) -> str:
+        try:
+            return GENERATED[marker[1]](*marker[2].split())
+        except (KeyError, StopIteration) as error:
+            raise PluginError(f"{page.file.src_path}: {marker[0]}: {error!r}") from error
+
+    return _MARKER.sub(fill, markdown)
+
+
+def on_page_content(content: str, **_: Any) -> str:
+    """Set the formulas."""
+
+    def mathml(formula: re.Match[str]) -> str:
+        display = "block" if formula[1] == "div" else "inline"
+        return convert(html.unescape(formula[2]).strip(), display=display)
+
+    return _FORMULA.sub(mathml, content)
+
+
+@cache
+def callback_options() -> dict[str, griffe.DocstringParameter]:
+    """Return what the callback's docstring says of each of its options, by name."""
+    callback = griffe.load("farms_tb.callback", search_paths=[ROOT])["FARMSTempBalance"]
+    sections = callback.docstring.parse("google")
+    section = next(s for s in sections if s.kind is griffe.DocstringSectionKind.parameters)
+    defaults = {parameter.name: parameter.default for parameter in callback["__init__"].parameters}
+    described = {parameter.name: parameter for parameter in section.value}
+    for name, parameter in described.items():
+        parameter.value = defaults[name]
+    return described
+
+
+def options_table(*names: str) -> str:
+    """Return a table of options of the callback: name, default, meaning."""
+    lines = ["| option | default | meaning |", "|---|---|---|"]
+    for name in names:
+        option = callback_options()[name]
+        text = " ".join(option.description.split()).replace("|", r"\|")
+        lines.append(f'| <code id="{name}">{name}</code> | `{option.value}` | {text[0].upper()}{text[1:]} |')
+    return "\n".join(lines)
+
+
+def commands() -> list[str]:
+    """Return the names of the commands of `farms-tb`."""
+    import typer
+
+    from farms_tb.cli.app import app
+
+    return list(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+
+
+def command_help(name: str) -> str:
+    """Return what `farms-tb NAME --help` prints."""
+    from typer.testing import CliRunner
+
+    from farms_tb.cli.app import app
+
+    width = {"terminal_width": HELP_WIDTH, "max_content_width": HELP_WIDTH}
+    result = CliRunner().invoke(app, [name, "--help"], prog_name="farms-tb", **width)
+    if result.exit_code:
+        raise KeyError(name)
+    return f"```text\n{result.output.strip()}\n```"
+
+
+def experiments() -> Iterator[tuple[str, str]]:
+    """Yield name and description of each experiment, from the head of its file."""
+    for path in sorted(EXPERIMENTS.rglob("*.yaml"), key=lambda path: (path.parent, path.name)):
+        if not path.name.startswith("_"):
+            yield str(path.relative_to(EXPERIMENTS).with_suffix("")), _head(path)
+
+
+def experiments_table(folder: str = "") -> str:
+    """Return a table of the experiments in one folder of `conf/experiment`."""
+    rows = [(name, text) for name, text in experiments() if name.rpartition("/")[0] == folder]
+    lines = [f"| `{name}` | {text} |" for name, text in rows]
+    if not lines:
+        raise KeyError(folder)
+    return "\n".join(["| experiment | what it trains |", "|---|---|", *lines])
+
+
+def _head(path: Path) -> str:
+    """Return the comment below the command at the head of a file of settings."""
+    comment = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        comment.append(line.removeprefix("#").strip())
+    _, _, text = "\n".join(comment).partition("\n\n")
+    text = " ".join(text.split()).replace("|", r"\|")
+    return _COMMAND.sub(r"`\g<0>`", text)
+
+
+def modules_table(folder: str) -> str:
+    """Return a table of the modules in a folder, with the first sentence of each."""
+    rows = []
+    for path in sorted((ROOT / folder).iterdir()):
+        source = path / "__init__.py" if path.is_dir() else path
+        name = f"{path.name}/" if path.is_dir() else path.name
+        text = ast.get_docstring(ast.parse(source.read_text(encoding="utf-8"))) if _is_module(source) else None
+        if text and (folder == "farms_tb" or name.startswith("test_")):
+            rows.append(f"| `{name}` | {text.splitlines()[0]} |")
+    return "\n".join(["| module | what it holds |", "|---|---|", *rows])
+
+
+def _is_module(path: Path) -> bool:
+    return path.suffix == ".py" and path.is_file() and path.parent.name + path.name != "farms_tb__init__.py"
+
+
+def targets_table() -> str:
+    """Return a table of the make targets, from what `make help` prints."""
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    lines = re.findall(r'^\t@echo "((?:make| ) .*)"$', makefile, flags=re.MULTILINE)
+    # A long target stands on a line of its own, its words on the next.
+    text = re.sub(r"\n\s+", "  ", "\n".join(lines))
+    rows = [
+        f"| `{target}` | {words} |" for target, words in re.findall(r"^(make \S+)\s+(.*)$", text, re.MULTILINE)
+    ]
+    return "\n".join(["| target | what it does |", "|---|---|", *rows])
+
+
+def results_pages() -> list[Path]:
+    """Return the pages of results."""
+    return sorted((DOCS / "results").glob("**/README.md"))
+
+
+def results_list() -> str:
+    """Return a list of the pages of results."""
+    return "\n".join(f"- [{_title(path)}]({path.relative_to(DOCS).as_posix()})" for path in results_pages())
+
+
+def _title(path: Path) -> str:
+    heading = re.search(r"^# (.+)$", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return heading[1] if heading else path.parent.name
+
+
+def _parts(section: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the named parts of a section of the navigation."""
+    content = next(iter(section.values()))
+    return [part for part in content if isinstance(part, dict)] if isinstance(content, list) else []
+
+
+GENERATED: dict[str, Callable[..., str]] = {
+    "options": options_table,
+    "command": command_help,
+    "experiments": experiments_table,
+    "modules": modules_table,
+    "targets": targets_table,
+    "results": results_list,
+}
