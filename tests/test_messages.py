@@ -19,11 +19,13 @@ from typing import Any
 
 import pytest
 import torch
+import wandb
 from torch import nn
 
 import farms_tb
 from farms_tb import FARMSTempBalance, MatrixStack, Report, TempBalance, analyze, analyze_checkpoint, lr_ratios
 from farms_tb import analysis as analysis_module
+from farms_tb import wandb_report
 from farms_tb.analysis import Team, measure
 from farms_tb.checkpoint import StoredTensor, _stacks
 from farms_tb.layers import find_layers, read_stacks
@@ -41,6 +43,7 @@ from farms_tb.plots import (
     plot_full_against_farms,
 )
 from farms_tb.run_folder import read_run_folder
+from farms_tb.wandb_report import build_workspace
 from tests.helpers import make_net
 from tests.test_layerwise_step import AddsGroups, KeepsLrSum, ReplacesGroups, WritesLr
 
@@ -98,6 +101,29 @@ def without(module: str, function: Callable[[Path], Any]) -> Callable[[Path, pyt
         function(folder)
 
     return trigger
+
+
+def workspace_messages() -> list[tuple[str, Any]]:
+    def unknown_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Without an account nothing is asked of the network."""
+        monkeypatch.delenv("WANDB_API_KEY", raising=False)
+        monkeypatch.setenv("NETRC", str(folder / "none"))
+        try:
+            wandb_report._logged_keys("team/project/run")
+        finally:
+            wandb.teardown()  # it would keep the environment of this test
+
+    return [
+        (
+            "a run is named ENTITY/PROJECT/RUN_ID, as in the address of its page, got 'run'",
+            always(lambda: wandb_report._split("run")),
+        ),
+        ("can't read the run team/project/run from W&B", unknown_run),
+        (
+            "team/project/run has no farms/ metrics: train with FARMSTempBalance() and a WandbLogger",
+            always(lambda: build_workspace("team/project/run", ["loss"])),
+        ),
+    ]
 
 
 def always(function: Callable[[], Any]) -> Callable[[Path, pytest.MonkeyPatch], Any]:
@@ -354,6 +380,12 @@ MESSAGES: list[tuple[str, Callable[[Path, pytest.MonkeyPatch], Any]]] = [
         "no layer 'head' with a histogram; those with one are 0, 2, 5, 7, 9",
         always(lambda: plot_esd(analyze(make_net(), histogram=True), "head")),
     ),
+    # A workspace in W&B
+    (
+        'a workspace needs wandb-workspaces: pip install "farms-tb[workspace]"',
+        without("wandb_workspaces", lambda folder: build_workspace("team/project/run", ["farms/alpha_mean"])),
+    ),
+    *workspace_messages(),
     # Run folders
     ("no such folder: ", lambda folder, _: read_run_folder(folder / "run")),
     (
