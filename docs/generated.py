@@ -22,9 +22,10 @@ from mkdocs.exceptions import PluginError
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
 EXPERIMENTS = ROOT / "conf" / "experiment"
-HELP_WIDTH = 96
+HELP_WIDTH = 88
 
 _MARKER = re.compile(r"^<!-- generated: (\w+)(.*?) -->$", flags=re.MULTILINE)
+_LINK_UP = re.compile(r"\[([^]]+)\]\((\.\./[^)#]+)[^)]*\)")
 _COMMAND = re.compile(r"python -m \S+ \S+|[\w.]+=\S*\w(?: [\w.]+=\S*\w)*(?: -m)?")
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', flags=re.DOTALL)
 
@@ -37,7 +38,7 @@ def on_config(config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Fill in what is generated."""
+    """Fill in what is generated; of links to files that are not on the site, leave the words."""
 
     def fill(marker: re.Match[str]) -> str:
         try:
@@ -45,7 +46,11 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         except (KeyError, StopIteration) as error:
             raise PluginError(f"{page.file.src_path}: {marker[0]}: {error!r}") from error
 
-    return _MARKER.sub(fill, markdown)
+    def shorten(link: re.Match[str]) -> str:
+        target = (DOCS / page.file.src_path).parent / link[2]
+        return link[0] if target.resolve().is_relative_to(DOCS) else link[1]
+
+    return _LINK_UP.sub(shorten, _MARKER.sub(fill, markdown))
 
 
 def on_page_content(content: str, **_: Any) -> str:

@@ -10,7 +10,7 @@ import sys
 from html.parser import HTMLParser
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from urllib.parse import unquote, urlsplit
 
 import pytest
@@ -174,12 +174,18 @@ def hook() -> ModuleType:
 def test_a_mistake_in_a_marker_stops_the_build(hook: ModuleType, marker: str) -> None:
     from mkdocs.exceptions import PluginError
 
-    class SomePage:
-        class file:  # noqa: N801
-            src_path = "some.md"
-
     with pytest.raises(PluginError, match=rf"some\.md: <!-- generated: {marker} -->"):
-        hook.on_page_markdown(f"A page.\n\n<!-- generated: {marker} -->\n", page=SomePage)
+        hook.on_page_markdown(f"A page.\n\n<!-- generated: {marker} -->\n", page=_page("some.md"))
+
+
+def test_links_to_files_off_the_site_stay_words(hook: ModuleType) -> None:
+    text = "[a](../../guarantees.md#the-step) [b](../../../README.md#install) [c](table.csv)"
+    shown = hook.on_page_markdown(text, page=_page("results/study/README.md"))
+    assert shown == "[a](../../guarantees.md#the-step) b [c](table.csv)"
+
+
+def _page(path: str) -> SimpleNamespace:
+    return SimpleNamespace(file=SimpleNamespace(src_path=path))
 
 
 def test_python_of_the_pages_runs(tmp_path: Path) -> None:
