@@ -28,7 +28,7 @@ def test_readme_example_runs(code: str, tmp_path: Path) -> None:
 
 def test_tests_that_the_guarantees_name_exist() -> None:
     named = re.findall(
-        r"`(tests/\w+\.py)(?:::(\w+))?`", (ROOT / "docs" / "guarantees.md").read_text(encoding="utf-8")
+        r"`(tests/[\w/]+\.py)(?:::(\w+))?`", (ROOT / "docs" / "guarantees.md").read_text(encoding="utf-8")
     )
     assert len(named) > 20
     for file, function in named:
