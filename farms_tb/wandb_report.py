@@ -45,12 +45,12 @@ def build_workspace(path: str, keys: Iterable[str], *, x_axis: XAxis = "epoch") 
         ValueError: the path is not of that form, or nothing of the callback is among the keys.
     """
     entity, project, run_id = _split(path)
-    found = {key: match for key in sorted(keys) if (match := _KEY.fullmatch(key))}
+    metrics = sorted(keys)
+    found = {key: match for key in metrics if (match := _KEY.fullmatch(key))}
     if not found:
         raise ValueError(f"{path} has no farms/ metrics: train with FARMSTempBalance() and a WandbLogger")
     workspaces = _package()
     prefix = next(iter(found.values()))["prefix"]
-    metrics = set(keys)
     steps = "train/global_step" if "train/global_step" in metrics else "trainer/global_step"
     x = f"{prefix}epoch" if x_axis == "epoch" else steps
     layers = {

@@ -23,9 +23,17 @@ import wandb
 from torch import nn
 
 import farms_tb
-from farms_tb import FARMSTempBalance, MatrixStack, Report, TempBalance, analyze, analyze_checkpoint, lr_ratios
+from farms_tb import (
+    FARMSTempBalance,
+    MatrixStack,
+    Report,
+    TempBalance,
+    analyze,
+    analyze_checkpoint,
+    lr_ratios,
+    wandb_report,
+)
 from farms_tb import analysis as analysis_module
-from farms_tb import wandb_report
 from farms_tb.analysis import Team, measure
 from farms_tb.checkpoint import StoredTensor, _stacks
 from farms_tb.layers import find_layers, read_stacks

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -33,7 +33,7 @@ def keys(tmp_path_factory: Any) -> Iterator[set[str]]:
     return {key for key, *_ in OfflineRun(folder).summary}
 
 
-def sections(keys: set[str], **options: Any) -> dict[str, list[Any]]:
+def sections(keys: Iterable[str], **options: Any) -> dict[str, list[Any]]:
     """The panels of each section, as JSON would have them."""
     model = build_workspace(RUN, keys, **options)._to_model().model_dump(by_alias=True, exclude_none=True)
     found = model["spec"]["section"]["panelBankConfig"]["sections"]
@@ -90,7 +90,7 @@ def test_the_workspace_is_of_the_one_run() -> None:
 )
 def test_prefix_and_x_axis(prefix: str, more: set[str], x_axis: Any, expected: str) -> None:
     """Hugging Face's Trainer puts `train/` before every key, a logger what the user likes."""
-    found = sections({prefix + key for key in FEW} | more, x_axis=x_axis)
+    found = sections(iter({prefix + key for key in FEW} | more), x_axis=x_axis)
     assert list(found) == ["mean over layers", "alpha", "ratio"]
     assert {panel["config"]["xAxis"] for panels in found.values() for panel in panels} == {expected}
     assert found["alpha"][1]["config"]["metrics"] == [f"{prefix}farms_alpha/00_a.b"]
