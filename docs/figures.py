@@ -209,7 +209,7 @@ def draw_noise_aware() -> None:
         axes.plot(
             places, lr_ratios(report.z_scores, "noise_aware").values(), "s-", color=BLUE, label="noise_aware"
         )
-        axes.set_title(f"{title}: λ = {share:.2f}")
+        axes.set_title(f"{title}: Λ = {share:.2f}")
         axes.set_xlabel("layer")
         axes.set_ylim(0.4, 1.6)
         axes.set_xticks(list(places), [str(place + 1) for place in places])

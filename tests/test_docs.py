@@ -11,6 +11,7 @@ from html.parser import HTMLParser
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pytest
@@ -20,6 +21,7 @@ from filelock import FileLock
 import farms_tb
 from farms_tb import page, plots
 from farms_tb.cli.app import app
+from tests.test_page import browser  # noqa: F401
 
 pytest.importorskip("mkdocs")
 
@@ -158,6 +160,17 @@ def test_formulas_are_set(site: Path) -> None:
     formulas = (DOCS / "method.md").read_text(encoding="utf-8").count("$$") // 2
     assert text.count('<math xmlns="http://www.w3.org/1998/Math/MathML" display="block">') == formulas > 5
     assert not re.search(r"arithmatex|\\frac|\\text|\$", text.partition("<article")[2].partition("</article>")[0])
+
+
+def test_search_works_from_disk_and_without_a_network(site: Path, browser: Any) -> None:  # noqa: F811
+    tab = browser.new_page()
+    requested: list[str] = []
+    tab.on("request", lambda request: requested.append(request.url))
+    tab.goto((site / "index.html").as_uri())
+    tab.locator(".md-search__input").fill("Marchenko")
+    tab.locator(".md-search-result__item a[href*='method.html']").first.wait_for(timeout=30_000)
+    assert [url for url in requested if urlsplit(url).scheme not in ("file", "data", "blob")] == []
+    tab.close()
 
 
 @pytest.fixture(scope="module")
