@@ -14,8 +14,12 @@ SPECTRAL = {field.name: field.default for field in fields(SpectralOptions)}
 TEMPERATURE = {field.name: field.default for field in fields(TemperatureOptions)}
 BALANCE = {field.name: field.default for field in fields(BalanceOptions) if field.name != "temperature"}
 WHEN_AND_WHAT_TO_LOG = {
-    **{"every_n_epochs": 1, "every_n_steps": None},
-    **{"log": True, "histogram_every_n": None, "table_every_n": None, "x_axis": None},
+    "every_n_epochs": 1,
+    "every_n_steps": None,
+    "log": True,
+    "histogram_every_n": None,
+    "table_every_n": None,
+    "x_axis": None,
 }
 
 
