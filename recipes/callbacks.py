@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 
-__all__ = ["LastStepRates", "Progress"]
+__all__ = ["LastCheckpoint", "LastStepRates", "Progress"]
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """Keep the state after the last epoch in `last.ckpt`, to resume from.
+
+    `ModelCheckpoint(save_last=True)` does not: where it monitors a metric it writes `last.ckpt` when that has
+    improved, and never after an epoch that was not validated. This is a class of its own because checkpoints tell
+    the states of callbacks apart by class.
+
+    Args:
+        dirpath: The folder.
+    """
+
+    def __init__(self, dirpath: str | Path) -> None:
+        super().__init__(dirpath, filename="last", save_on_train_epoch_end=True, enable_version_counter=False)
 
 
 class Progress(RichProgressBar):

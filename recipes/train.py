@@ -7,7 +7,8 @@ downloaded before the output folder is known to be writable and the settings to 
 The run folder `<paths.output_dir>/<name>/<date_time>` holds
 
 - `config.yaml`, the settings with every reference resolved;
-- `checkpoints/best.ckpt`, best on validation data and the one that is tested, and `checkpoints/last.ckpt`;
+- `checkpoints/best.ckpt`, best on validation data and the one that is tested, and `checkpoints/last.ckpt`, of the
+  last epoch;
 - `metrics.csv` and the W&B run under `wandb/` (offline unless `logger.wandb.offline=false`);
 - `alpha.png`, `lr_ratio.png` and `lr_ratio_map.png`, each layer's curves, and `report.html`, a page about the run;
 - `summary.json`, the test scores and the layers.
@@ -37,7 +38,7 @@ from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 from rich.markup import escape
 
-from recipes.callbacks import LastStepRates
+from recipes.callbacks import LastCheckpoint, LastStepRates
 from recipes.config import build, check_combination, check_config, check_resumed_config
 from recipes.console import make_console
 from recipes.errors import RecipeError
@@ -98,14 +99,15 @@ def build_run(cfg: DictConfig) -> Run:
     balancer = None if cfg.farms is None else build(cfg, "farms")
     last = LastStepRates(balancer)
     callbacks: list[Callback] = [build(cfg, f"callbacks.{name}") for name in cfg.callbacks]
-    checkpoints = [callback for callback in callbacks if isinstance(callback, ModelCheckpoint)]
-    if len(checkpoints) != 1:
-        raise RecipeError(f"callbacks needs exactly one ModelCheckpoint, got {len(checkpoints)}")
+    kept = [callback for callback in callbacks if isinstance(callback, ModelCheckpoint)]
+    best = [callback for callback in kept if not isinstance(callback, LastCheckpoint)]
+    if len(best) != 1:
+        raise RecipeError(f"callbacks needs exactly one ModelCheckpoint, got {len(best)}")
     callbacks = [*([balancer] if balancer is not None else []), last, *callbacks]
     loggers: list[Logger] = [build(cfg, f"logger.{name}") for name in cfg.logger]
     trainer = build(cfg, "trainer", callbacks=callbacks, logger=loggers)
     check_processes(trainer)
-    return Run(data, model, last, checkpoints[0], loggers, trainer)
+    return Run(data, model, last, best[0], loggers, trainer)
 
 
 def train(cfg: DictConfig) -> dict[str, Any]:

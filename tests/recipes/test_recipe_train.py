@@ -187,6 +187,28 @@ def test_resuming_goes_on_in_the_same_folder(settings: Settings, capsys: pytest.
     assert "other settings" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("options", "best"),
+    [
+        (("callbacks.checkpoint.monitor=epoch", "callbacks.checkpoint.mode=min"), 1),  # never better than at first
+        (("trainer.check_val_every_n_epoch=2",), 2),
+    ],
+    ids=["no_epoch_is_better", "not_every_epoch_is_validated"],
+)
+def test_last_checkpoint_is_that_of_the_last_epoch(
+    settings: Settings, options: tuple[str, ...], best: int
+) -> None:
+    tiny = (*TINY_UNET, "farms=off", "logger=csv", *options)
+    cfg = settings(*tiny, "trainer.max_epochs=3")
+    assert train(cfg)["best_epoch"] == best
+    last = Path(cfg.paths.run_dir) / "checkpoints/last.ckpt"
+    saved = torch.load(last, weights_only=True)
+    assert (saved["epoch"], saved["global_step"]) == (2, 9)
+    facts = train(settings(*tiny, "trainer.max_epochs=3", f"ckpt_path={last}"))
+    assert (facts["best_epoch"], facts["steps"]) == (best, 9)
+    assert {path.name for path in last.parent.iterdir()} == {"best.ckpt", "last.ckpt"}
+
+
 def test_resuming_cuts_the_metrics_back_to_the_checkpoint(settings: Settings) -> None:
     cfg = settings(*TINY_UNET, "logger=csv")
     train(cfg)
