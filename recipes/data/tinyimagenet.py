@@ -1,23 +1,35 @@
 """Tiny ImageNet (200 classes of 500 images of 64x64 pixels), read from the folder it ships as.
 
 The labels of its test images are not public: its validation images are the test set here, as in the papers.
+
+    python -m recipes.data.tinyimagenet data/tiny-imagenet-200
+
+moves the validation images into folders by class, for torchvision's `ImageFolder` and other programs. The recipes
+read the folder before and after that, and where it was stopped half way.
 """
 
 from __future__ import annotations
 
+import argparse
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from rich.markup import escape
 from rich.progress import track
 from torchvision.datasets.utils import check_integrity, download_url, extract_archive
 
+from recipes.console import make_console
 from recipes.data.cache import Arrays, load_or_make
 from recipes.errors import RecipeError
 
-__all__ = ["ARCHIVE", "CLASSES", "FOLDER", "MD5", "SIDE", "URL", "prepare", "read", "samples"]
+__all__ = [
+    *("ARCHIVE", "CLASSES", "FOLDER", "MD5", "SIDE", "URL"),
+    *("main", "prepare", "read", "samples", "sort_validation_images"),
+]
 
 FOLDER = "tiny-imagenet-200"
 ARCHIVE = f"{FOLDER}.zip"
@@ -156,3 +168,62 @@ def _validation_samples(folder: Path, labels: dict[str, int]) -> list[tuple[Path
     if unknown:
         raise RecipeError(f"{file} names classes that wnids.txt lacks: {unknown[0]}")
     return [(found[name], labels[wnid]) for name, wnid in listed]
+
+
+def sort_validation_images(folder: Path) -> int:
+    """Move `val/images/*.JPEG` to `val/<wnid>/images/`, as the training images lie.
+
+    Each image is renamed in one step, so a run that is stopped leaves every image in its old or in its new place,
+    and the next one moves the rest. `ImageFolder(folder / "val")` then gives the classes of `ImageFolder(folder /
+    "train")`; both count them in alphabetical order, `samples` in that of `wnids.txt`.
+
+    Args:
+        folder: The unpacked archive.
+
+    Returns:
+        How many were moved; 0 where all are sorted.
+
+    Raises:
+        RecipeError: The folder is not as it ships, and nothing was moved, or it can't be written.
+    """
+    if not (folder / "wnids.txt").is_file():
+        raise RecipeError(f"{folder} holds no wnids.txt; give the folder {FOLDER} that {ARCHIVE} unpacks to")
+    names = _lines(folder / "wnids.txt")
+    places = [
+        (path, folder / "val" / names[label] / "images" / path.name)
+        for path, label in samples(folder, train=False)
+    ]
+    unsorted = [(path, place) for path, place in places if path != place]
+    try:
+        for path, place in unsorted:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            path.rename(place)
+        shipped = folder / "val" / "images"  # ImageFolder would take it for a class
+        if shipped.is_dir() and not any(shipped.iterdir()):
+            shipped.rmdir()
+    except OSError as error:
+        raise RecipeError(
+            f"{folder / 'val'} can't be sorted ({error}); run this again once that is mended"
+        ) from error
+    return len(unsorted)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Sort the validation images from the command line; show the user's mistakes without a traceback."""
+    parser = argparse.ArgumentParser(
+        prog="python -m recipes.data.tinyimagenet",
+        description="Move Tiny ImageNet's validation images into folders by class.",
+    )
+    parser.add_argument("folder", type=Path, help=f"the unpacked archive, {FOLDER}")
+    folder = parser.parse_args(arguments).folder
+    try:
+        moved = sort_validation_images(folder)
+    except RecipeError as error:
+        make_console(stderr=True).print(f"[bold red]error:[/bold red] {escape(str(error))}", soft_wrap=True)
+        raise SystemExit(2) from None
+    text = f"{moved} validation images sorted by class in {folder / 'val'}" if moved else "sorted already"
+    make_console().print(escape(text), soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()
