@@ -5,7 +5,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 NOT_PINNED = {"pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "mypy", "timm", "peft"}
-NOT_PINNED |= {"playwright", "mkdocs-material", "latex2mathml"}
+NOT_PINNED |= {"playwright", "mkdocs-material", "latex2mathml", "wandb-workspaces"}
 
 
 def test_oldest_versions_are_the_lower_bounds() -> None:

@@ -24,6 +24,8 @@ def spoilt(seed: int = 0) -> nn.Sequential:
 def messages(function: Any) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        # Of what is said about such small nets; tests/test_noise.py looks at it.
+        warnings.filterwarnings("ignore", message=".* is sampling noise")
         function()
     return [str(warning.message).split(":")[0] for warning in caught]
 
