@@ -61,8 +61,8 @@ const gradient = (from, to) => `linear-gradient(to right, ${[0, 1, 2, 3, 4, 5].m
 // ---- scales and axes -------------------------------------------------------------------------------------------
 
 /** Both kinds of ticks are pairs of a value and its label. */
-function niceTicks(low, high, wanted) {
-  const raw = (high - low) / wanted || 1;
+function niceTicks(low, high, wanted, whole) {
+  const raw = Math.max((high - low) / wanted || 1, whole ? 1 : 0);
   const power = 10 ** Math.floor(Math.log10(raw));
   const step = [1, 2, 5, 10].map((m) => m * power).find((s) => s >= raw * 0.999);
   const ticks = [];
@@ -90,7 +90,7 @@ function frame(width, height, label) {
 }
 function drawAxes(root, width, height, x, y, xTitle, yTitle) {
   const [right, bottom] = [width - MARGIN.right, height - MARGIN.bottom];
-  const ticks = (s, wanted) => (s.log ? decadeTicks : niceTicks)(s.low, s.high, wanted);
+  const ticks = (s, wanted) => (s.log ? decadeTicks : niceTicks)(s.low, s.high, wanted, s.whole);
   for (const [tick, label] of ticks(y, Math.max(3, height / 50))) {
     root.append(svg("line", { class: "grid", x1: MARGIN.left, x2: right, y1: y(tick), y2: y(tick) }),
       svg("text", { x: MARGIN.left - 7, y: y(tick) + 4, "text-anchor": "end" }, label));
@@ -141,8 +141,8 @@ function curveChart(place, shown, quantity, height, main) {
   const pad = (high - low) * 0.05 || Math.abs(high) * 0.05 || 1;
   const y = scale(low - pad, high + pad, height - MARGIN.bottom, MARGIN.top);
   let [first, last] = range(xs);
-  if (first === last) [first, last] = [first - 1, last + 1];
-  const x = scale(first, last, MARGIN.left, width - MARGIN.right);
+  if (first === last) [first, last] = [first - 0.5, last + 0.5];
+  const x = Object.assign(scale(first, last, MARGIN.left, width - MARGIN.right), { whole: xs.every((v) => !known(v) || Number.isInteger(v)) });
   const root = frame(width, height, `${title} of ${shown.length} layers over training`);
   // Hundreds of faint lines add up to a strong ground.
   root.style.setProperty("--dim", Math.max(0.03, Math.min(0.16, 4 / shown.length)));
@@ -321,14 +321,15 @@ const withError = (value, error) => (known(value) ? `${value.toFixed(3)}${known(
 function drawDetail() {
   const place = byId("detail");
   const layer = state.chosen;
-  place.replaceChildren(el("h2", { id: "detail-heading" }, layer ? layer.name : "No layer chosen"));
-  if (!layer) {
-    place.append(el("p", { class: "quiet" }, "Choose a layer in the table or in the chart to see its spectrum."));
-    return;
-  }
+  place.hidden = !layer;
+  place.replaceChildren();
+  if (!layer) return;
+  const close = () => { choose(null); layer.button.focus(); };
+  place.append(el("div", { class: "bar" }, el("h2", { id: "detail-heading" }, layer.name),
+    el("button", { type: "button", class: "close", "aria-label": "Close", title: "Close", onclick: close }, "×")));
   const facts = [
     ["stack K × R × C", layer.shape.join(" × ") || "–"], ["weights", layer.kind || "–"], ["FARMS alpha", withError(layer.farms, layer.error)],
-    ["full-matrix alpha", withError(layer.full)], ["KS distance", number(layer.ks)], ["stable rank", number(layer.stable_rank)],
+    ["full-matrix alpha", withError(layer.full)], ["bias", fixed(3)(layer.bias)], ["KS distance", number(layer.ks)], ["stable rank", number(layer.stable_rank)],
     ["largest eigenvalue", number(layer.spectral_norm)], ["eigenvalues", layer.count || "–"], ["last ratio", fixed(3)(layer.last_ratio)],
   ];
   if (known(layer.z)) facts.push(["random weights' alpha", withError(layer.null_mean, layer.null_std)], ["z-score", number(layer.z)]);
@@ -369,30 +370,35 @@ function choose(layer) {
   if (layer) layer.row.scrollIntoView({ block: "nearest" });
   drawHistory();
   drawDetail();
+  // On a narrow page the detail stands below the table.
+  if (layer && byId("detail").getBoundingClientRect().top > innerHeight - 100) byId("detail").scrollIntoView();
 }
 
 // ---- table -----------------------------------------------------------------------------------------------------
 
+// The last of each: which columns go first where there is no room for all.
 const COLUMNS = [
   ["alpha", "farms", fixed(3), "Alpha by FARMS, of the weights measured"],
-  ["± error", "error", fixed(3), "Standard error of the FARMS alpha"],
-  ["full alpha", "full", fixed(3), "Alpha of the whole matrix"],
-  ["bias", "bias", fixed(3), "Full-matrix alpha minus FARMS alpha: what the shape of the layer adds"],
-  ["KS", "ks", fixed(3), "Kolmogorov-Smirnov distance between the tail and the fitted law, 0 the best"],
-  ["stable rank", "stable_rank", fixed(1), "Sum of the eigenvalues / the largest"],
-  ["z", "z", fixed(1), "Distance from random weights of this shape, in their standard deviations"],
+  ["±", "error", fixed(3), "Standard error of the FARMS alpha"],
+  ["full", "full", fixed(3), "Alpha of the whole matrix", "second"],
+  ["bias", "bias", fixed(3), "Full-matrix alpha minus FARMS alpha: what the shape of the layer adds", "second"],
+  ["KS", "ks", fixed(3), "Kolmogorov-Smirnov distance between the tail and the fitted law, 0 the best", "third"],
+  ["st. rank", "stable_rank", fixed(1), "Stable rank: sum of the eigenvalues / the largest", "third"],
+  ["z", "z", fixed(1), "Distance from random weights of this shape, in their standard deviations", "second"],
   ["ratio", "last_ratio", fixed(3), "Learning rate / scheduler's learning rate, as last logged"],
 ].filter(([, key]) => layers.some((layer) => known(layer[key])));
+const HAS_STATUS = layers.some((layer) => layer.status !== "ok");
 const body = el("tbody");
 
 function buildTable() {
-  const heads = [["#", "index", "By depth"], ["layer", "name", "By name"], ...COLUMNS.map(([label, key, , title]) => [label, key, title]), ["status", "status", "Why there is no alpha"]];
+  const heads = [["#", "index", "By depth"], ["layer", "name", "By name", "text"], ...COLUMNS.map(([label, key, , title, room]) => [label, key, title, room])];
+  if (HAS_STATUS) heads.push(["status", "status", "Why there is no alpha", "text second"]);
   const all = el("input", { type: "checkbox", checked: true, "aria-label": "Show all listed layers in the chart", onchange: () => {
     for (const layer of layers) if (!layer.row.hidden) layer.box.checked = layer.shown = all.checked;
     drawHistory();
   } });
-  const row = el("tr", null, el("th", { class: "text" }, all), ...heads.map(([label, key, title]) =>
-    el("th", { scope: "col", class: ["name", "status"].includes(key) ? "text" : null, "data-key": key },
+  const row = el("tr", null, el("th", { class: "text" }, all), ...heads.map(([label, key, title, look = null]) =>
+    el("th", { scope: "col", class: look, "data-key": key },
       el("button", { type: "button", title, onclick: () => sortBy(key) }, label))));
   for (const layer of layers) {
     layer.box = el("input", { type: "checkbox", checked: true, "aria-label": `Show ${layer.name} in the chart`, onclick: (event) => event.stopPropagation(),
@@ -400,8 +406,8 @@ function buildTable() {
     layer.button = el("button", { type: "button" }, el("span", { class: "swatch", style: layer.tint }), layer.name);
     layer.row = el("tr", { "aria-selected": "false", onclick: () => choose(layer), onpointerenter: () => highlight(layer), onpointerleave: () => highlight(null) },
       el("td", { class: "text" }, layer.box), el("td", null, String(layer.index + 1)), el("td", { class: "text" }, layer.button),
-      ...COLUMNS.map(([, key, format]) => el("td", null, format(layer[key]))),
-      el("td", { class: "text status", title: layer.status }, layer.status));
+      ...COLUMNS.map(([, key, format, , room = null]) => el("td", { class: room }, format(layer[key]))),
+      HAS_STATUS ? el("td", { class: "text second status", title: layer.status }, layer.status === "ok" ? "" : layer.status) : null);
     body.append(layer.row);
   }
   byId("table").append(el("thead", null, row), body);
@@ -462,7 +468,7 @@ if (data.missing.length) {
   byId("missing").append(el("strong", null, "Not everything is here"), el("ul", null, ...data.missing.map((sentence) => el("li", null, sentence))));
 }
 byId("depth").querySelector("i").style.cssText = `--light:${gradient(0, 0.9)};--dark:${gradient(0.35, 1)}`;
-byId("hint").textContent = "A smaller alpha means a heavier tail: a layer that has learnt more. Point at a curve for its values, click it for the layer's spectrum; with the keyboard, use the arrow keys and Enter.";
+byId("hint").textContent = "A smaller alpha means a heavier tail: a layer that has learnt more. Point at a curve for its values, click it, or a row of the table, for the layer's spectrum; with the keyboard, use the arrow keys and Enter.";
 const logged = Object.entries(QUANTITIES).filter(([key]) => layers.some((layer) => layer[key].some(known)));
 if (logged.length) state.quantity = logged[0][0];
 choice("quantity", logged.map(([key, { label }]) => [key, label]), state.quantity, (key) => { state.quantity = key; drawHistory(); });
