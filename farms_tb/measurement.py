@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from farms_tb.layers import NO_VALUES
 from farms_tb.matrices import MatrixStack
@@ -21,7 +22,7 @@ from farms_tb.power_law import PowerLawFit, fit_power_law
 from farms_tb.report import OK, EsdHistogram, LayerRecord
 from farms_tb.spectra import window_eigenvalues
 from farms_tb.standard_error import alpha_error
-from farms_tb.windows import layer_windows
+from farms_tb.windows import Windows, layer_windows
 
 ZERO_CUTOFF = 1e-5
 """Eigenvalues below this are what `filter_zeros` drops: the papers' absolute threshold."""
@@ -55,8 +56,11 @@ _OUTCOMES = (
     "flat spectrum: the eigenvalues in the tail of {} sample(s) are all equal",
     "no eigenvalue in the range that fit='xmin_peak' searches in {} sample(s)",
     NO_VALUES,
+    "the eigenvalue solver did not converge",
 )
-_OK, _NON_FINITE, _ZERO, _NO_WINDOW, _TOO_FEW, _LOW_RANK, _FLAT, _NO_PEAK, _NO_VALUES = range(1, len(_OUTCOMES))
+_OK, _NON_FINITE, _ZERO, _NO_WINDOW, _TOO_FEW, _LOW_RANK, _FLAT, _NO_PEAK, _NO_VALUES, _NOT_CONVERGED = range(
+    1, len(_OUTCOMES)
+)
 
 
 @torch.no_grad()
@@ -73,6 +77,20 @@ def measure_stack(stack: MatrixStack, options: SpectralOptions, histogram: bool 
     windows = layer_windows(stack, options)
     if windows is None:
         return _row(stack, _NO_WINDOW)
+    try:
+        return _measure_windows(stack, windows, largest, options, histogram)
+    except LinAlgError:
+        return _row(stack, _NOT_CONVERGED)
+
+
+def _measure_windows(
+    stack: MatrixStack, windows: Windows, largest: Tensor, options: SpectralOptions, histogram: bool
+) -> Tensor:
+    """Return the row of a layer that has windows, of finite numbers the largest of which is not 0.
+
+    Raises:
+        torch.linalg.LinAlgError: no solver converged on some window.
+    """
     exponent = _safe_exponent(stack.matrices.dtype, largest)
     if exponent:
         windows = windows._replace(view=windows.view * 2.0**-exponent)

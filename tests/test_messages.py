@@ -31,6 +31,7 @@ from farms_tb import (
     analyze,
     analyze_checkpoint,
     lr_ratios,
+    spectra,
     wandb_report,
 )
 from farms_tb import analysis as analysis_module
@@ -158,6 +159,18 @@ def fails_on_one_rank(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measure(find_layers(make_net()), SpectralOptions(), team=Team(0, 2, lambda table: table))
 
 
+def out_of_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    solve = spectra._eigenvalues
+
+    def solve_one(matrices: torch.Tensor) -> torch.Tensor:
+        if len(matrices) > 1:
+            raise torch.OutOfMemoryError
+        return solve(matrices)
+
+    monkeypatch.setattr(spectra, "_eigenvalues", solve_one)
+    analyze(nn.Conv2d(9, 9, 3))
+
+
 def single_on_top() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(*(nn.Conv2d(16, 16, size) for size in (3, 1, 3, 3)))
@@ -234,6 +247,7 @@ MESSAGES: list[tuple[str, Callable[[Path, pytest.MonkeyPatch], Any]]] = [
     ("ReLU has no layer that can be analysed; linear, convolution,", always(lambda: analyze(nn.ReLU()))),
     ("on the meta device", always(lambda: balanced(nn.Linear(9, 9, device="meta")))),
     ("measuring the layers failed on 1 of 2 ranks, on this rank 0: ", fails_on_one_rank),
+    ("too little free memory on cpu for the windows that are solved at once", out_of_memory),
     ("NoMatrix holds no matrix", always(lambda: read_stacks(NoMatrix()))),
     (
         "two weights called '0': the rule registered for TwoOfOneName must give each its own `part`",

@@ -151,3 +151,86 @@ def test_an_error_in_a_thread_is_raised(four_threads, monkeypatch):
     with pytest.raises(RuntimeError, match="no convergence"):
         pooled(torch.randn(50, 30, 20))
     assert (torch.get_num_threads(), threads_of_a_new_thread()) == (4, 4)
+
+
+def break_solver(monkeypatch, name, hard):
+    """Let a solver of torch fail for every batch that holds the matrix `hard`."""
+    solve = getattr(torch.linalg, name)
+
+    def solve_or_fail(batch):
+        if batch.shape[1:] == hard.shape and (batch == hard).flatten(1).all(-1).any():
+            raise torch.linalg.LinAlgError("no convergence")
+        return solve(batch)
+
+    monkeypatch.setattr(torch.linalg, name, solve_or_fail)
+
+
+class TestSolverThatDoesNotConverge:
+    """No matrix is known that defeats LAPACK: its functions are made to fail."""
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+    @pytest.mark.parametrize("shape", [(6, 5, 5), (6, 9, 4)])
+    def test_singular_values_are_solved_for_instead(self, shape, dtype, monkeypatch):
+        matrices = torch.randn(shape, dtype=dtype)
+        matrices[1, :, -1] = matrices[1, :, 0]  # of lower rank
+        whole = pooled(matrices, samples=6)
+        break_solver(monkeypatch, "eigvalsh", matrices[2].mH @ matrices[2])
+        torch.testing.assert_close(pooled(matrices, samples=6), whole, rtol=1e-9, atol=0)
+
+    def test_an_error_where_that_fails_too(self, four_threads, monkeypatch):
+        matrices = torch.randn(6, 5, 5, dtype=torch.float64)
+        break_solver(monkeypatch, "eigvalsh", matrices[2].mH @ matrices[2])
+        break_solver(monkeypatch, "svdvals", matrices[2])
+        with pytest.raises(torch.linalg.LinAlgError, match="no convergence"):
+            pooled(matrices)
+
+
+class TestTooLittleMemory:
+    """No GPU is needed to see what follows its error."""
+
+    @pytest.fixture
+    def solved(self, monkeypatch):
+        """Sizes of the chunks that were solved, where there is memory for two windows at once."""
+        solved = []
+        solve = spectra._eigenvalues
+
+        def solve_two(matrices):
+            if len(matrices) > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            solved.append(len(matrices))
+            return solve(matrices)
+
+        monkeypatch.setattr(spectra, "_eigenvalues", solve_two)
+        return solved
+
+    def test_chunks_are_halved_until_they_fit(self, solved):
+        view = torch.randn(17, 9).unfold(0, 7, 1).mT
+        with pytest.warns(UserWarning, match="fewer at a time, and on the CPU") as warned:
+            found = pooled(view, samples=11)
+        assert len(warned) == 1
+        assert sum(solved) == 11
+        expected = torch.linalg.svdvals(view.double()).square().flip(-1)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
+
+    def test_warned_of_once(self, solved):
+        with pytest.warns(UserWarning, match="too little free memory on cpu"):
+            pooled(torch.randn(9, 4, 4))
+        pooled(torch.randn(9, 4, 4))
+
+    @pytest.mark.parametrize("lead", [(5,), (2, 3)])
+    def test_a_single_window_that_does_not_fit_is_solved_on_the_cpu(self, lead, monkeypatch):
+        matrices = torch.randn(*lead, 6, 4)
+        whole = pooled(matrices, samples=lead[0])
+        sizes = []
+        solve = spectra._eigenvalues
+
+        def solve_one_at_the_second_attempt(matrices):
+            sizes.append(len(matrices))
+            if len(matrices) > 1 or sizes.count(1) % 2:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return solve(matrices)
+
+        monkeypatch.setattr(spectra, "_eigenvalues", solve_one_at_the_second_attempt)
+        with pytest.warns(UserWarning, match="on the CPU where there is none for a single one"):
+            found = pooled(matrices, samples=lead[0])
+        torch.testing.assert_close(found, whole, rtol=1e-12, atol=0)
