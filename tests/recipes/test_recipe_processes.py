@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -21,21 +22,25 @@ from hydra_plugins.hydra_submitit_launcher.config import SlurmQueueConf
 from omegaconf import DictConfig
 
 from farms_tb.plots import read_history
+from recipes.data.download import FILES, FOLDER
 from recipes.errors import RecipeError
 from recipes.folder import SHARED_FOLDER, _new_folder, open_run_folder
-from recipes.train import CONFIG_DIR, build_run
+from recipes.train import CONFIG_DIR, build_run, train
+from tests.recipes.pdebench_files import write_flow
+from tests.recipes.process_runs import train_in_pair
 from tests.recipes.recipe_runs import TINY_UNET
+from tests.test_distributed import free_port
 
 Settings = Callable[..., DictConfig]
 ROOT = Path(CONFIG_DIR).parent
 PROCESSES = ("trainer.accelerator=cpu", "trainer.devices=2")
 
 
-def run(folder: Path, *overrides: str) -> str:
+def run(folder: Path, data: Path, *overrides: str) -> str:
     """Run from the command line; return what was printed."""
     command = [sys.executable, "-m", "recipes.train", f"paths.output_dir={folder}/runs", *overrides]
     result = subprocess.run(
-        [*command, f"paths.data_dir={folder}/data", "logger=csv", "~callbacks.pictures"],
+        [*command, f"paths.data_dir={data}", "logger=csv", "~callbacks.pictures"],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -46,47 +51,80 @@ def run(folder: Path, *overrides: str) -> str:
     return result.stdout
 
 
+def run_in_pair(folder: Path, runs: dict[str, tuple[str, ...]]) -> None:
+    """Train one run after the other on two processes, which share one import of everything."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([train_in_pair.__module__])
+    port = free_port()
+    pair = [context.Process(target=train_in_pair, args=(rank, port, folder, runs)) for rank in (0, 1)]
+    try:
+        for process in pair:
+            process.start()
+        for process in pair:
+            process.join(240)
+        logs = [file.read_text(encoding="utf-8") for file in sorted(folder.glob("?.log"))]
+        assert [process.exitcode for process in pair] == [0, 0], "\n".join(logs)
+    finally:
+        for process in pair:
+            process.kill()
+
+
 def summary(folder: Path) -> dict[str, Any]:
-    (file,) = folder.glob("runs/*/*/summary.json")
-    return dict(json.loads(file.read_text(encoding="utf-8")))
+    return dict(json.loads((folder / "summary.json").read_text(encoding="utf-8")))
 
 
 def losses(folder: Path) -> list[float]:
-    (file,) = folder.glob("runs/*/*/metrics.csv")
-    with file.open(newline="", encoding="utf-8") as rows:
+    with (folder / "metrics.csv").open(newline="", encoding="utf-8") as rows:
         return [float(row["train/loss"]) for row in csv.DictReader(rows) if row.get("train/loss")]
+
+
+def best_weights(folder: Path) -> dict[str, torch.Tensor]:
+    return dict(torch.load(folder / "checkpoints/best.ckpt", weights_only=True)["state_dict"])
+
+
+def assert_same_run(folder: Path, twin: Path) -> None:
+    """Assert that two folders hold the same losses, scores, ratios and weights, to rounding."""
+    assert losses(folder) == pytest.approx(losses(twin), rel=1e-4)
+    one, other = summary(folder), summary(twin)
+    assert one["test"] == pytest.approx(other["test"], rel=1e-3, abs=1e-6)
+    assert [row["ratio"] for row in one["layers"]] == pytest.approx(
+        [row["ratio"] for row in other["layers"]], 1e-3
+    )
+    torch.testing.assert_close(best_weights(folder), best_weights(twin), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.skipif(torch.__version__ < "2.7", reason="FSDP2 of torch 2.6 needs a GPU")
 def test_ddp_and_fsdp_train_the_same_network(tmp_path: Path) -> None:
-    """Whether a process holds all weights or a part of them: the same losses, ratios and scores, in one folder."""
+    """Whether a process holds all weights or a part of them."""
     tiny = tuple(option for option in TINY_UNET if option != "trainer=cpu")
-    for strategy in ("ddp", "fsdp"):
-        folder = tmp_path / strategy
-        printed = run(folder, *tiny, *PROCESSES, f"trainer={strategy}", "data.batch_size=2", "farms=full")
-        assert printed.count("run folder") == 1
-        assert len(list((folder / "runs/darcy_unet").iterdir())) == 1
-        assert summary(folder)["steps"] == 2 * 12 // (2 * 2)  # epochs, samples, processes, batch
-        (alphas,) = folder.glob("runs/*/*/metrics.csv")
-        assert read_history(alphas).alpha["net.bottleneck.conv1"].steps == (
-            0,
-            3,
-            6,
-        )  # the first process alone logs
-    ddp, fsdp = tmp_path / "ddp", tmp_path / "fsdp"
-    assert losses(fsdp) == pytest.approx(losses(ddp), rel=1e-4)
-    one, other = summary(ddp), summary(fsdp)
-    assert other["test"] == pytest.approx(one["test"], rel=1e-3, abs=1e-6)
-    for row, twin in zip(one["layers"], other["layers"], strict=True):
-        assert twin["ratio"] == pytest.approx(row["ratio"], rel=1e-3)
-    weights = [torch.load(Path(s["best_checkpoint"]), weights_only=True)["state_dict"] for s in (one, other)]
-    torch.testing.assert_close(weights[1], weights[0], rtol=1e-3, atol=1e-4)
+    options = (*tiny, *PROCESSES, "data.batch_size=2", "farms=full", "logger=csv", "~callbacks.pictures")
+    run_in_pair(tmp_path, {strategy: (*options, f"trainer={strategy}") for strategy in ("ddp", "fsdp")})
+    assert summary(tmp_path / "ddp")["steps"] == 2 * 12 // (2 * 2)  # epochs, samples, processes, batch
+    assert_same_run(tmp_path / "fsdp", tmp_path / "ddp")
+
+
+def test_two_processes_forecast_as_one_does(settings: Settings, tmp_path: Path) -> None:
+    """By command: it starts the second process, and there is one folder, which the first process alone writes."""
+    write_flow(tmp_path / "data" / FOLDER / FILES["cfd1d"].file_name, dimensions=1, samples=22)
+    thin = ("data.every_point=1", "data.every_frame=1", "data.rollout_to=13", "data.fraction=1/2")
+    net = ("model.net.hidden_channels=8", "model.net.n_modes=[4]")
+    short = ("trainer.max_epochs=2", "trainer.log_every_n_steps=1", "arms.farms.min_eigenvalues=2")
+    options = ("experiment=sciml/cfd1d_fno", *thin, *net, *short)
+    alone = settings(*options, "data.batch_size=10", "trainer=cpu", "logger=csv", "~callbacks.pictures")
+    train(alone)
+    printed = run(tmp_path / "pair", tmp_path / "data", *options, "data.batch_size=5", *PROCESSES, "trainer=ddp")
+    assert printed.count("run folder") == 1
+    (folder,) = (tmp_path / "pair/runs/sciml/cfd1d_fno").iterdir()
+    history = read_history(folder / "metrics.csv")
+    assert history.alpha["net.projection.fcs.0"].steps == (0, 1, 2)  # the first process alone logs
+    assert_same_run(folder, Path(alone.paths.run_dir))
 
 
 def test_joblib_runs_a_sweep_side_by_side(tmp_path: Path) -> None:
     sizes = ("data.train_size=64", "data.val_size=20", "data.test_size=20", "model.net.width=4")
     tiny = ("experiment=digits_resnet18", "farms=off", "debug=one_batch", "trainer=cpu", *sizes)
-    run(tmp_path, *tiny, "sweep=seeds", "seeds='1,2'", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
+    sweep = ("sweep=seeds", "seeds='1,2'", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
+    run(tmp_path, tmp_path / "data", *tiny, *sweep)
     found = [json.loads(file.read_text(encoding="utf-8")) for file in tmp_path.glob("runs/digits*/*/summary.json")]
     assert sorted(facts["seed"] for facts in found) == [1, 2]
     assert found[0]["test"] != found[1]["test"]
