@@ -398,7 +398,7 @@ def _natural(key: str) -> list[tuple[int, str]]:
 
 
 def _in_torch_file(path: Path) -> Iterator[StoredTensor]:
-    for key, tensor in _state_dict(_load(path), path).items():
+    for key, tensor in _state_dict(read_torch_file(path), path).items():
         if isinstance(key, str) and isinstance(tensor, Tensor):
             yield StoredTensor(key, tuple(tensor.shape), partial(_same, tensor), _identity(key, tensor))
 
@@ -414,8 +414,12 @@ def _identity(key: str, tensor: Tensor) -> object:
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
-def _load(path: Path) -> Any:
-    """Read a torch file without running it."""
+def read_torch_file(path: Path) -> Any:
+    """Read a file by `torch.save` without running it, tensors on the CPU.
+
+    Raises:
+        ValueError: it is no such file, or cut short or damaged, or holds more than tensors and plain containers.
+    """
     with path.open("rb") as file:
         pickled = file.read(1) == b"\x80"
     zipped = zipfile.is_zipfile(path)

@@ -20,8 +20,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from farms_tb.checkpoint import _load, analyze_checkpoint
-from farms_tb.options import SpectralOptions
+from farms_tb.analysis import with_nulls
+from farms_tb.checkpoint import analyze_checkpoint, read_torch_file
+from farms_tb.options import Esd, SpectralOptions, as_plain
 from farms_tb.report import Report
 
 __all__ = ["Curve", "History", "RunFolder", "metrics_file", "read_history", "read_run_folder"]
@@ -30,6 +31,7 @@ METRICS_FILE = "metrics.csv"
 SETTINGS_FILES = ("config.yaml", "hparams.yaml")
 SUMMARY_FILE = "summary.json"
 
+_ESDS: tuple[Esd, Esd] = ("farms", "full")
 _KEY = re.compile(r"farms/(?P<quantity>alpha|ratio|lr)/(?P<layer>.+)")
 _Path = str | os.PathLike[str]
 
@@ -111,9 +113,11 @@ def read_run_folder(
 
     Args:
         folder: the run folder. With several `metrics.csv` in it (`version_0`, `version_1`), the newest is read.
-        farms: a measurement by FARMS windows that was made already, with histograms; saves measuring a checkpoint.
+        farms: a measurement by FARMS windows that was made already, with histograms; with both, no checkpoint is
+            measured.
         full: the same of whole matrices.
-        null: also measure each layer's entries in random order, for the null band and the z-scores.
+        null: also measure each layer's entries in random order, for the null band and the z-scores. A run with the
+            noise-aware map has measured them itself, and they are taken from its checkpoint.
 
     Returns:
         The run.
@@ -132,6 +136,9 @@ def read_run_folder(
     weights = "the weights at the end of training"
     if farms is None or full is None:
         farms, full, state, weights = _measure_newest(folder, root, null, missing)
+    else:
+        state = _state_of_newest(root)
+    farms, full = (r and with_nulls(r, _nulls_of(state, r.options)) for r in (farms, full))
     if metrics is None and farms is None:
         raise ValueError(
             f"{folder} is no run folder: it holds neither a {METRICS_FILE} with farms/ columns nor a checkpoint "
@@ -153,7 +160,7 @@ def read_run_folder(
         history=history,
         farms=_in_order(farms, depth),
         full=_in_order(full, depth),
-        options=state.get("options", {} if farms is None else farms.options),
+        options=state.get("options") or ({} if farms is None else farms.options),
         weights=weights if farms is not None else "",
         settings=_settings(folder, root),
         summary=_summary(folder, missing),
@@ -246,13 +253,8 @@ def _measure_newest(
         name = path.relative_to(folder)
         try:
             state, epoch, step = _callback_state(path)
-            chosen = {
-                f.name: state["options"][f.name] for f in fields(SpectralOptions) if f.name in state["options"]
-            }
-            farms, full = (
-                analyze_checkpoint(path, **{**chosen, "esd": esd}, histogram=True, null=null)
-                for esd in ("farms", "full")
-            )
+            chosen = _spectral(state["options"])
+            farms, full = (_measure(path, SpectralOptions(**{**chosen, "esd": esd}), state, null) for esd in _ESDS)
         except Exception as error:
             # A file that is being written fails in many ways, all of which mean: take the one before.
             reason = str(error).partition("\n")[0]
@@ -267,7 +269,7 @@ def _measure_newest(
 
 def _callback_state(path: Path) -> tuple[dict[str, Any], int | None, int | None]:
     """Return the callback's state in a checkpoint with at least `options` and `ratios`, its epoch and its step."""
-    loaded = _load(path)
+    loaded = read_torch_file(path)
     if not isinstance(loaded, dict):
         return {"options": {}, "ratios": {}}, None, None
     state = loaded.get("callbacks", {}).get("FARMSTempBalance", {}).get("balancer", {})
@@ -277,6 +279,36 @@ def _callback_state(path: Path) -> tuple[dict[str, Any], int | None, int | None]
         None if epoch is None else epoch + 1,
         loaded.get("global_step"),
     )
+
+
+def _measure(path: Path, options: SpectralOptions, state: Mapping[str, Any], null: bool) -> Report:
+    """Measure a checkpoint, and shuffle only what the run has not shuffled itself."""
+    shuffle = null and not _nulls_of(state, as_plain(options))
+    return analyze_checkpoint(path, **as_plain(options), histogram=True, null=shuffle)
+
+
+def _nulls_of(state: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+    """Return mean and standard deviation of each layer's null as the run measured it, where by these options."""
+    if not state or options != as_plain(SpectralOptions(**_spectral(state["options"]))):
+        return {}
+    nulls = {
+        name: (record.get("null_mean"), record.get("null_std")) for name, record in state.get("report", {}).items()
+    }
+    return {name: null for name, null in nulls.items() if None not in null}
+
+
+def _spectral(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {field.name: options[field.name] for field in fields(SpectralOptions) if field.name in options}
+
+
+def _state_of_newest(folder: Path) -> dict[str, Any]:
+    """Return the callback's state in the newest checkpoint that can be read; empty where there is none."""
+    for path in _newest_first(folder.rglob("*.ckpt")):
+        try:
+            return _callback_state(path)[0]
+        except (ValueError, OSError):
+            continue
+    return {}
 
 
 def _in_order(report: Report | None, depth: Sequence[str]) -> Report | None:

@@ -356,7 +356,7 @@ def test_few_epochs_are_whole_numbers(view: Any, tmp_path: Path, epochs: int) ->
     labels = tab.locator("#curves text[text-anchor=middle]:not([transform])").all_text_contents()
     *ticks, title = labels
     assert title == "completed epochs"
-    assert [int(tick) for tick in ticks][0] == 0
+    assert all(tick.isdigit() for tick in ticks)
     assert len(ticks) <= min(epochs, 16)
 
 

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from farms_tb import FARMSTempBalance, analyze
 from farms_tb.run_folder import RunFolder, read_run_folder
@@ -64,8 +65,32 @@ def test_null_where_asked_for(run: Path) -> None:
     assert asked.farms.layers["net.5"].z_score is not None
 
 
+def test_null_of_a_noise_aware_run(tmp_path: Path) -> None:
+    """It is the run's own, from the initial weights."""
+    module = train_run(tmp_path, assign_func="noise_aware")
+    (path,) = tmp_path.rglob("last.ckpt")
+    state = torch.load(path, weights_only=True)["callbacks"][FARMSTempBalance().state_key]
+    saved = state["balancer"]["report"]["net.5"]
+    reports = {esd: analyze(module, esd=esd) for esd in ("farms", "full")}
+    for arguments in ({}, {"null": True}, reports):
+        found = read_run_folder(tmp_path, **arguments)
+        assert found.farms is not None
+        assert found.full is not None
+        record = found.farms.layers["net.5"]
+        assert record.null == (saved["null_mean"], saved["null_std"])
+        assert record.alpha == pytest.approx(reports["farms"].alphas["net.5"])
+        assert record.z_score == pytest.approx((record.alpha - saved["null_mean"]) / saved["null_std"])
+        # The run measured no whole matrices, so it has no null of them.
+        assert (found.full.layers["net.5"].null is None) == ("null" not in arguments)
+        assert found.options["assign_func"] == "noise_aware"
+    other = {esd: analyze(module, esd=esd, xmin_pos=3.0) for esd in ("farms", "full")}
+    farms = read_run_folder(tmp_path, **other).farms
+    assert farms is not None
+    assert farms.layers["net.5"].null is None  # of other options, it would be the wrong one
+
+
 def test_measured_already(run: Path) -> None:
-    """Reports that are there are taken as they are, and no checkpoint is read."""
+    """Reports that are there are taken as they are, and checkpoints that cannot be read are no matter."""
     for path in run.rglob("*.ckpt"):
         path.write_bytes(b"")
     reports = {esd: analyze(Module(), esd=esd) for esd in ("farms", "full")}
@@ -137,8 +162,6 @@ def test_checkpoint_alone(run: Path, tmp_path: Path) -> None:
 
 
 def test_checkpoint_without_the_callback(run: Path) -> None:
-    import torch
-
     for path in run.rglob("*.ckpt"):
         loaded = torch.load(path, weights_only=True)
         loaded["callbacks"].pop(FARMSTempBalance().state_key)
