@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable
+from itertools import chain, zip_longest
 from pathlib import Path
 
 import pytest
@@ -42,30 +43,34 @@ GROUPS = {
     for folder in sorted(CONF.iterdir())
     if folder.is_dir() and folder.name not in ELSEWHERE
 }
-FILES = [(group, name) for group, names in GROUPS.items() for name in names]
+# Each file once: data and models alone, as they have to fit, and one of every other group together.
+ALONE = ("data", "model")
+SINGLE = [(f"{group}={name}",) for group in ALONE for name in GROUPS[group]]
+OTHERS = [[f"{group}={name}" for name in names] for group, names in GROUPS.items() if group not in ALONE]
+BATCHES = [*SINGLE, *(tuple(filter(None, files)) for files in zip_longest(*OTHERS))]
 
 # What a config file needs from its neighbours.
-COMPANIONS: dict[tuple[str, str], tuple[str, ...]] = {
-    ("data", "digits"): ("model=resnet18",),
-    ("data", "cifar10"): ("model=resnet18",),
-    ("data", "cifar100"): ("model=resnet18",),
-    ("data", "svhn"): ("model=resnet18",),
-    ("data", "tinyimagenet"): ("model=resnet18",),
-    ("data", "pdebench_cfd1d"): ("model=fno_cfd1d", "data.every_point=1", "data.every_frame=1"),
-    ("data", "pdebench_cfd2d"): ("model=fno_cfd2d", "data.every_point=1"),
-    ("model", "resnet18"): ("data=digits",),
-    ("model", "resnet34"): ("data=digits",),
-    ("model", "vgg16"): ("data=digits", "data.image_size=32"),
-    ("model", "vgg19"): ("data=digits", "data.image_size=32"),
-    ("model", "wrn16_8"): ("data=digits", "model.net.width=2"),
-    ("model", "wrn28_6"): ("data=digits", "model.net.width=2"),
-    ("model", "fno_cfd1d"): ("data=pdebench_cfd1d", "data.every_point=1", "data.every_frame=1"),
-    ("model", "unet_cfd1d"): ("data=pdebench_cfd1d", "data.every_point=1", "data.every_frame=1"),
-    ("model", "fno_cfd2d"): ("data=pdebench_cfd2d", "data.every_point=1"),
-    ("model", "unet_cfd2d"): ("data=pdebench_cfd2d", "data.every_point=1"),
-    ("trainer", "gpu"): ("trainer.accelerator=cpu",),
-    ("trainer", "ddp"): ("trainer.accelerator=cpu",),
-    ("trainer", "fsdp"): ("trainer.accelerator=cpu",),
+COMPANIONS: dict[str, tuple[str, ...]] = {
+    "data=digits": ("model=resnet18",),
+    "data=cifar10": ("model=resnet18",),
+    "data=cifar100": ("model=resnet18",),
+    "data=svhn": ("model=resnet18",),
+    "data=tinyimagenet": ("model=resnet18",),
+    "data=pdebench_cfd1d": ("model=fno_cfd1d", "data.every_point=1", "data.every_frame=1"),
+    "data=pdebench_cfd2d": ("model=fno_cfd2d", "data.every_point=1"),
+    "model=resnet18": ("data=digits",),
+    "model=resnet34": ("data=digits",),
+    "model=vgg16": ("data=digits", "data.image_size=32"),
+    "model=vgg19": ("data=digits", "data.image_size=32"),
+    "model=wrn16_8": ("data=digits", "model.net.width=2"),
+    "model=wrn28_6": ("data=digits", "model.net.width=2"),
+    "model=fno_cfd1d": ("data=pdebench_cfd1d", "data.every_point=1", "data.every_frame=1"),
+    "model=unet_cfd1d": ("data=pdebench_cfd1d", "data.every_point=1", "data.every_frame=1"),
+    "model=fno_cfd2d": ("data=pdebench_cfd2d", "data.every_point=1"),
+    "model=unet_cfd2d": ("data=pdebench_cfd2d", "data.every_point=1"),
+    "trainer=gpu": ("trainer.accelerator=cpu",),
+    "trainer=ddp": ("trainer.accelerator=cpu",),
+    "trainer=fsdp": ("trainer.accelerator=cpu", "trainer.devices=1"),
 }
 
 
@@ -95,19 +100,19 @@ def test_experiments_are_the_published_ones() -> None:
     assert [name for name in EXPERIMENTS if "/" not in name] == DEMOS
 
 
-@pytest.mark.parametrize(("group", "name"), FILES, ids=lambda value: value)
+@pytest.mark.parametrize("files", BATCHES, ids=" ".join)
 def test_every_config_composes_and_builds(
-    settings: Settings, tmp_path: Path, pde_files: Path, group: str, name: str
+    settings: Settings, tmp_path: Path, pde_files: Path, files: tuple[str, ...]
 ) -> None:
     folders = (f"paths.run_dir={tmp_path}/run", f"paths.data_dir={pde_files}")
-    cfg = settings(f"{group}={name}", *folders, *COMPANIONS.get((group, name), ()))
+    companions = chain.from_iterable(COMPANIONS.get(file, ()) for file in files)
+    cfg = settings(*files, *folders, *companions)
     check_config(cfg)
     run = build_run(cfg)
     assert isinstance(run.data, LightningDataModule)
     assert isinstance(run.model, LightningModule)
-    assert sum(isinstance(callback, FARMSTempBalance) for callback in run.trainer.callbacks) == (
-        cfg.farms is not None
-    )  # type: ignore[attr-defined]
+    callbacks = run.trainer.callbacks  # type: ignore[attr-defined]
+    assert sum(isinstance(callback, FARMSTempBalance) for callback in callbacks) == (cfg.farms is not None)
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -244,14 +249,14 @@ def test_settings_of_the_farms_paper(settings: Settings, network: str) -> None:
     ):
         name = f"experiment=farms/cifar100_{network}{suffix}"
         for arm, (lowest, left_out) in arms.items():
-            cfg = settings(name, f"farms={arm}")
+            cfg = settings(name, *([] if arm == "farms" else [f"farms={arm}"]))  # the one that is the default
+            assert cfg.arm == arm
             _assert_image_arm(cfg, lowest, left_out)
             _assert_image_training(cfg, tuned)
         off = settings(name, "farms=off")
         assert off.farms is None
         assert off.seeds == "43,37,13"
         _assert_image_training(off, base)
-        assert settings(name).arm == "farms"
     if network in ("resnet18", "vgg16"):
         short, long = (settings(f"experiment={prefix}cifar100_{network}") for prefix in ("", "farms/"))
         assert OmegaConf.to_yaml(short) == OmegaConf.to_yaml(long).replace(f"farms/{short.name}", short.name)
