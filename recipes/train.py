@@ -149,9 +149,9 @@ def _train_in(folder: Path, cfg: DictConfig) -> dict[str, Any]:
         for section in check_resumed_config(cfg, folder / CONFIG_FILE):
             console.print(f"[yellow]resuming with other settings under {section!r} than before[/yellow]")
     with warnings.catch_warnings():
-        for message in _NOT_FOR_USERS:
-            warnings.filterwarnings("ignore", message=message)
         run = build_run(cfg)
+        for message in _NOT_FOR_USERS:  # only now: packages imported for a part set filters of their own
+            warnings.filterwarnings("ignore", message=message)
         save_config(cfg, folder)
         console.print(_announcement(cfg, run, folder))
         facts, layers = _fit_and_test(cfg, run, folder)
