@@ -18,6 +18,7 @@ from farms_tb.measurement import ROW_LENGTH, measure_stack, record_from_row, sol
 from farms_tb.null import MAX_DRAWS, draws_for, null_of, shuffled_alphas
 from farms_tb.options import Esd, Fit, SpectralOptions, as_plain, check_bool
 from farms_tb.report import LayerRecord, Report
+from farms_tb.windows import layer_windows
 
 
 def analyze(
@@ -112,7 +113,7 @@ class Team:
     """The processes that measure a model together.
 
     Attributes:
-        rank: this process; layer i is measured by rank i % world_size.
+        rank: this process.
         world_size: their number.
         add_up: sums a float64 tensor over them.
     """
@@ -120,6 +121,21 @@ class Team:
     rank: int
     world_size: int
     add_up: Callable[[Tensor], Tensor]
+
+    def own(self, costs: Sequence[int]) -> set[int]:
+        """Return which tasks fall to this process: the costliest first, each goes to whoever has least to do.
+
+        Args:
+            costs: those of all tasks, the same on every process.
+        """
+        loads = [0] * self.world_size
+        own = set()
+        for task in sorted(range(len(costs)), key=lambda task: -costs[task]):
+            rank = loads.index(min(loads))
+            loads[rank] += costs[task]
+            if rank == self.rank:
+                own.add(task)
+        return own
 
 
 def measure(
@@ -139,12 +155,32 @@ def measure(
     Raises:
         RuntimeError: the measurement failed on some process; raised on every one.
     """
-    rows = _rows(layers, lambda _, stack: measure_stack(stack, options, histogram), ROW_LENGTH, team)
+    rows = _rows(
+        layers,
+        lambda _, stack: measure_stack(stack, options, histogram),
+        lambda layer: cost(layer, options),
+        ROW_LENGTH,
+        team,
+    )
     records = {
         layer.name: record_from_row(row, options, layer.kind, layer.shape, "" if layer.planned else layer.problem)
         for layer, row in zip(layers, rows, strict=True)
     }
     return Report(records, as_plain(options))
+
+
+def cost(layer: Layer, options: SpectralOptions) -> int:
+    """Return what measuring a layer costs, n h w min(h, w) for n windows of h x w: its shape alone decides."""
+    windows = layer_windows(_blank(layer), options) if layer.kind else None
+    if windows is None:
+        return 0
+    height, width = windows.view.shape[-2:]
+    return windows.view.numel() * min(height, width)
+
+
+def _blank(layer: Layer) -> MatrixStack:
+    """Return a stack of the layer's shape, without values."""
+    return MatrixStack(torch.empty(layer.shape, device="meta"), layer.sampling)
 
 
 def measure_nulls(
@@ -180,11 +216,17 @@ def measure_nulls(
         else:
             nulls.update({layer.name: null for layer in members})
 
-    def work(layer: Layer, stack: MatrixStack) -> Tensor:
+    def draws(layer: Layer, stack: MatrixStack) -> int:
         turn, number = turns[layer.name]
-        return shuffled_alphas(stack, options, len(range(turn, draws_for(stack), number)), seed=turn)
+        return len(range(turn, draws_for(stack), number))
 
-    rows = _rows(wanted, work, MAX_DRAWS, team)
+    rows = _rows(
+        wanted,
+        lambda layer, stack: shuffled_alphas(stack, options, draws(layer, stack), seed=turns[layer.name][0]),
+        lambda layer: draws(layer, _blank(layer)) * cost(layer, options),
+        MAX_DRAWS,
+        team,
+    )
     alphas = {layer.name: [a for a in row if a] for layer, row in zip(wanted, rows, strict=True)}
     for members in groups.values():
         null = null_of([alpha for layer in members for alpha in alphas.get(layer.name, ())])
@@ -217,10 +259,15 @@ def stack_record(
 
 
 def _rows(
-    layers: Sequence[Layer], work: Callable[[Layer, MatrixStack], Tensor], length: int, team: Team | None
+    layers: Sequence[Layer],
+    work: Callable[[Layer, MatrixStack], Tensor],
+    cost: Callable[[Layer], int],
+    length: int,
+    team: Team | None,
 ) -> list[list[float]]:
     """Return a row of `length` numbers for each layer, on every process where there are several."""
-    table, error = _own_rows(layers, work, length, team)
+    own = set(range(len(layers))) if team is None else team.own([cost(layer) for layer in layers])
+    table, error = _own_rows(layers, work, length, own)
     if team is not None:
         failed = table.new_zeros(1, length)
         failed[0, 0] = 0.0 if error is None else 1.0
@@ -243,9 +290,9 @@ def _rows(
 
 
 def _own_rows(
-    layers: Sequence[Layer], work: Callable[[Layer, MatrixStack], Tensor], length: int, team: Team | None
+    layers: Sequence[Layer], work: Callable[[Layer, MatrixStack], Tensor], length: int, own: set[int]
 ) -> tuple[Tensor, Exception | None]:
-    """Return a row for each layer, zeros for those of other ranks, and the error that stopped the work if any."""
+    """Return a row for each layer, zeros but for this rank's `own`, and the error that stopped the work if any."""
     weights = (parameter for layer in layers for parameter in layer.module.parameters())
     device = solver_device(next((weight.device for weight in weights), torch.device("cpu")))
     table = torch.zeros(len(layers), length, dtype=torch.float64, device=device)
@@ -258,7 +305,7 @@ def _own_rows(
             # Every rank reads every layer: gathering a sharded weight is a collective call.
             if layer.module is not module:
                 module, stacks = layer.module, read_stacks(layer.module)
-            if error is None and (team is None or index % team.world_size == team.rank):
+            if error is None and index in own:
                 table[index] = work(layer, stacks[layer.index])
         except NoSpectrumError:
             continue

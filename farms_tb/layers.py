@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from farms_tb.matrices import MatrixStack, NoSpectrumError, has_rule, layer_matrices
+from farms_tb.matrices import MatrixStack, NoSpectrumError, Sampling, has_rule, layer_matrices
 
 _NORMS: tuple[type[nn.Module], ...] = (
     nn.modules.batchnorm._BatchNorm,
@@ -44,6 +44,7 @@ class Layer:
         parameters: names of the parameters that take this layer's learning-rate ratio.
         problem: why the layer has no spectrum; empty where it has one.
         has_rule: whether the module's type is one that holds matrices.
+        sampling: that of the stack.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Layer:
     parameters: tuple[str, ...] = ()
     problem: str = ""
     has_rule: bool = True
+    sampling: Sampling = "blocks"
 
     @property
     def planned(self) -> bool:
@@ -206,6 +208,7 @@ def _module_layers(path: str, module: nn.Module, names: dict[int, str], claimed:
                 # Of the parameters that belong to another part alone, none; what no part claims, all share.
                 parameters=tuple(name for key, name in free.items() if key == mine or key not in shared),
                 problem=stack_problem(stack) or problem,
+                sampling=stack.sampling,
             )
         )
     return layers

@@ -32,6 +32,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+Sampling = Literal["blocks", "grid"]
+
 CONV_NORM = 0.5
 """Factor on a convolution's eigenvalues. It changes no alpha; with it spectral norms match the papers'."""
 
@@ -57,7 +59,7 @@ class MatrixStack:
     """
 
     matrices: Tensor
-    sampling: Literal["blocks", "grid"] = "blocks"
+    sampling: Sampling = "blocks"
     part: str = ""
     parameter: str = ""
     eigenvalue_scale: float = 1.0

@@ -1,4 +1,4 @@
-"""What each of two processes runs in `test_distributed.py`: `python -m tests.distributed_runs JOB RANK FOLDER`."""
+"""What each process of `test_distributed.py` runs: `python -m tests.distributed_runs JOB RANK FOLDER`."""
 
 from __future__ import annotations
 
@@ -14,12 +14,21 @@ import torch.distributed as dist
 from torch import nn
 
 from farms_tb import FARMSTempBalance, TempBalance
+from farms_tb.analysis import Team, measure_nulls
+from farms_tb.balance import _all_reduce
+from farms_tb.layers import find_layers
+from farms_tb.options import SpectralOptions
 from tests.helpers import Module, Recorder, make_data, make_net, make_trainer
+
+
+def meet() -> None:
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", timeout=timedelta(seconds=30))
 
 
 def loop(rank: int, breaks: bool = False) -> dict[str, Any]:
     """Train under DistributedDataParallel; with `breaks`, one process fails to measure."""
-    dist.init_process_group("gloo", timeout=timedelta(seconds=30))
+    meet()
     model = nn.parallel.DistributedDataParallel(make_net())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     balancer = TempBalance(model, optimizer)
@@ -27,7 +36,7 @@ def loop(rank: int, breaks: bool = False) -> dict[str, Any]:
     ratios = [(balancer.ratios, alone.ratios)]
     for epoch in range(2):
         for step, (inputs, targets) in enumerate(make_data(4)):
-            if step % 2 == rank:
+            if step % dist.get_world_size() == rank:
                 optimizer.zero_grad()
                 nn.functional.mse_loss(model(inputs), targets).backward()
                 optimizer.step()
@@ -45,10 +54,10 @@ def sharded(rank: int) -> dict[str, Any]:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    dist.init_process_group("gloo", timeout=timedelta(seconds=30))
+    meet()
     nets = [make_net(), make_net()]
     for part in (*(layer for layer in nets[0] if isinstance(layer, nn.Linear)), nets[0]):
-        fully_shard(part, mesh=init_device_mesh("cpu", (2,)))
+        fully_shard(part, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
     optimizers = [torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9) for net in nets]
     balancers = [TempBalance(*pair) for pair in zip(nets, optimizers, strict=True)]
     ratios = []
@@ -61,8 +70,18 @@ def sharded(rank: int) -> dict[str, Any]:
         for balancer in balancers:
             balancer.step()
         ratios.append([balancer.ratios for balancer in balancers])
+    team = Team(rank, dist.get_world_size(), _all_reduce)
+    nulls = [
+        measure_nulls(find_layers(net), balancer.report, SpectralOptions(), team=share)
+        for net, balancer, share in zip(nets, balancers, (team, None), strict=True)
+    ]
     weights = [p.full_tensor().detach() for p in nets[0].parameters()]
-    return {"ratios": ratios, "sharded": weights, "whole": [p.detach() for p in nets[1].parameters()]}
+    return {
+        "ratios": ratios,
+        "nulls": nulls,
+        "sharded": weights,
+        "whole": [p.detach() for p in nets[1].parameters()],
+    }
 
 
 def break_measuring(rank: int) -> None:
@@ -104,6 +123,7 @@ JOBS = {
     "loop": loop,
     "loop that breaks": lambda rank: loop(rank, breaks=True),
     "sharded": sharded,
+    "loop and sharded": lambda rank: {"loop": loop(rank), "sharded": sharded(rank)},
     "lightning": lightning,
     "lightning that breaks": lambda rank: lightning(rank, breaks=True),
 }

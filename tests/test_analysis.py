@@ -13,10 +13,11 @@ from torch.nn.utils import parametrizations
 
 import farms_tb
 from farms_tb import MatrixStack, analyze, layer_matrices, lr_ratios, spectra
-from farms_tb.analysis import Team, checked_layers, measure
+from farms_tb.analysis import Team, checked_layers, cost, measure
 from farms_tb.layers import find_layers
 from farms_tb.measurement import ROW_LENGTH
 from farms_tb.options import SpectralOptions
+from recipes.models.resnet import SmallImageResNet
 from recipes.models.unet import UNet
 
 from .reference import spectrum, stacks, windows
@@ -461,6 +462,32 @@ class TestBadInput:
             record = analyze(nn.Linear(2, 2), fit=fit, min_eigenvalues=2).layers["weight"]
             assert record.alpha is None or record.alpha > 1
 
+    @pytest.mark.parametrize("shape", [(4, 9, 6), (1, 40, 40)])  # the second one's error is that of its quarters
+    def test_solver_that_does_not_converge(self, shape, monkeypatch):
+        # No matrix is known that defeats LAPACK: it is made to fail for those of this size.
+        size = shape[-1] if shape[0] > 1 else 20
+        eigvalsh, svdvals = torch.linalg.eigvalsh, torch.linalg.svdvals
+
+        def unless_hard(solve):
+            def solve_or_fail(matrices):
+                if matrices.shape[-1] == size:
+                    raise torch.linalg.LinAlgError("no convergence")
+                return solve(matrices)
+
+            return solve_or_fail
+
+        monkeypatch.setattr(torch.linalg, "eigvalsh", unless_hard(eigvalsh))
+        monkeypatch.setattr(torch.linalg, "svdvals", unless_hard(svdvals))
+        model = nn.Sequential(nn.Linear(30, 30), Kernel(*shape), nn.Linear(14, 14))
+        records = analyze(model, null=True, histogram=True).layers
+        assert [record.status for record in records.values()] == [
+            "ok",
+            "the eigenvalue solver did not converge",
+            "ok",
+        ]
+        assert set(figures(records["1"]).values()) == {None, 0}
+        assert records["1"].histogram is records["1"].null_mean is None
+
     def test_no_window_fits(self):
         layer = nn.Linear(40, 3)
         assert status_of(layer, aspect_ratio=10) == "no window of this aspect ratio fits"
@@ -549,6 +576,57 @@ class TestSharedAmongProcesses:
         layers = find_layers(nn.Sequential(*(nn.Linear(8, 8) for _ in range(5))))
         measured = torch.stack([(table[:-1, 0] != 0).long() for table in self.tables(layers, 2)])
         assert measured.tolist() == [[1, 0, 1, 0, 1], [0, 1, 0, 1, 0]]
+
+    @pytest.mark.parametrize("esd", ["farms", "full"])
+    @pytest.mark.parametrize("processes", [2, 4])
+    @pytest.mark.parametrize(
+        "net",
+        [
+            pytest.param(lambda: SmallImageResNet(18), id="ResNet-18"),
+            pytest.param(lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(768, 12, 3072), 12), id="BERT"),
+        ],
+    )
+    @pytest.mark.filterwarnings("ignore:enable_nested_tensor")
+    def test_processes_have_equal_work(self, net, processes, esd):
+        with torch.device("meta"):
+            layers = find_layers(net())
+        costs = [cost(layer, SpectralOptions(esd=esd)) for layer in layers]
+        shares = [Team(rank, processes, torch.clone).own(costs) for rank in range(processes)]
+        assert sorted(task for share in shares for task in share) == list(range(len(layers)))
+        most = max(sum(costs[task] for task in share) for share in shares)
+        # No sharing does better than the mean, the largest layer, or two of the n + 1 largest ones on one of n.
+        ranked = sorted(costs, reverse=True)
+        least = max(sum(costs) / processes, ranked[0], ranked[processes - 1] + ranked[processes])
+        assert most <= 1.02 * least
+        assert least <= 1.1 * sum(costs) / processes
+
+    @pytest.mark.parametrize("processes", [1, 2, 3, 10])
+    @given(costs=st.lists(st.integers(0, 100), max_size=8))
+    @settings(max_examples=50)
+    def test_shares_are_close_to_the_best(self, costs, processes):
+        shares = [Team(rank, processes, torch.clone).own(costs) for rank in range(processes)]
+        assert sorted(task for share in shares for task in share) == list(range(len(costs)))
+        most = max(sum(costs[task] for task in share) for share in shares)
+        # Graham's bound: the last task to be given to the busiest process went to the one with least to do.
+        assert most <= sum(costs) / processes + max(costs, default=0)
+
+    @pytest.mark.parametrize(
+        ("layer", "options", "expected"),
+        [
+            (lambda: nn.Conv2d(16, 40, 3), {}, 9 * 2 * 16**3),
+            (lambda: nn.Conv2d(16, 40, 3), {"esd": "full"}, 9 * 40 * 16 * 16),
+            (lambda: nn.Linear(300, 200), {"window": 50, "windows_per_dim": 4}, 16 * 50**3),
+            (
+                lambda: nn.Linear(300, 200),
+                {"aspect_ratio": 0.5, "window": 60, "windows_per_dim": 2},
+                4 * 60 * 30**2,
+            ),
+            (lambda: nn.Linear(40, 3), {"aspect_ratio": 10}, 0),
+            (lambda: nn.LSTM(5, 5), {}, 0),
+        ],
+    )
+    def test_cost(self, layer, options, expected):
+        assert cost(find_layers(layer())[0], SpectralOptions(**options)) == expected
 
     def test_a_failure_is_raised_on_every_process(self, monkeypatch):
         layers = find_layers(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)))

@@ -1,4 +1,4 @@
-"""Two real processes that train one model: the same ratios on both, and no process left waiting."""
+"""Real processes that train one model: the same ratios on all of them, and none left waiting."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def free_port() -> int:
         return port
 
 
-def run(job: str, folder: Path) -> tuple[list[int], list[str]]:
-    """Run `job` on two processes; return their exit codes and what they said."""
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+def run(job: str, folder: Path, number: int = 2) -> tuple[list[int], list[str]]:
+    """Run `job` on several processes; return their exit codes and what they said."""
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(number)}
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", "tests.distributed_runs", job, str(rank), str(folder)],
@@ -38,7 +38,7 @@ def run(job: str, folder: Path) -> tuple[list[int], list[str]]:
             stdout=subprocess.DEVNULL,
             text=True,
         )
-        for rank in (0, 1)
+        for rank in range(number)
     ]
     try:
         said = [process.communicate(timeout=SECONDS)[1] for process in processes]
@@ -48,32 +48,54 @@ def run(job: str, folder: Path) -> tuple[list[int], list[str]]:
     return [process.returncode for process in processes], said
 
 
-def results(job: str, folder: Path) -> list[Any]:
-    codes, said = run(job, folder)
-    assert codes == [0, 0], "\n".join(said)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+def results(job: str, folder: Path, number: int = 2) -> list[Any]:
+    codes, said = run(job, folder, number)
+    assert not any(codes), "\n".join(said)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(number)]
+
+
+def check_loop(found: dict[str, Any]) -> None:
+    """Shared among processes the measurement is that of one process, to the bit."""
+    assert all(shared == alone for shared, alone in found["ratios"])
+    assert len({str(shared) for shared, _ in found["ratios"]}) == 3
+    net = make_net()
+    net.load_state_dict(found["weights"])
+    assert analyze(net).alphas == found["alphas"]
+
+
+def check_sharded(found: dict[str, Any]) -> None:
+    """Weights that lie in parts on several processes are measured and stepped as the whole model is."""
+    assert all(sharded == whole for sharded, whole in found["ratios"])
+    assert {0.5, 1.5} <= set(found["ratios"][-1][0].values())
+    assert len(found["nulls"][0]) == 5
+    assert found["nulls"][0] == found["nulls"][1]
+    for sharded, whole in zip(found["sharded"], found["whole"], strict=True):
+        torch.testing.assert_close(sharded, whole)
 
 
 def test_plain_loop_under_ddp(tmp_path: Path) -> None:
     first, second = results("loop", tmp_path)
     assert_same_state(first, second)
-    # Shared among processes the measurement is that of one process, to the bit.
-    assert all(shared == alone for shared, alone in first["ratios"])
-    assert len({str(shared) for shared, _ in first["ratios"]}) == 3
-    net = make_net()
-    net.load_state_dict(first["weights"])
-    assert analyze(net).alphas == first["alphas"]
+    check_loop(first)
 
 
-@pytest.mark.skipif(torch.__version__ < "2.7", reason="FSDP2 of torch 2.6 needs a GPU")
+needs_fsdp2 = pytest.mark.skipif(torch.__version__ < "2.7", reason="FSDP2 of torch 2.6 needs a GPU")
+
+
+@needs_fsdp2
 def test_fsdp2(tmp_path: Path) -> None:
-    """Weights that lie in parts on two processes are measured and stepped as the whole model is."""
     first, second = results("sharded", tmp_path)
     assert_same_state(first, second)
-    assert all(sharded == whole for sharded, whole in first["ratios"])
-    assert {0.5, 1.5} <= set(first["ratios"][-1][0].values())
-    for sharded, whole in zip(first["sharded"], first["whole"], strict=True):
-        torch.testing.assert_close(sharded, whole)
+    check_sharded(first)
+
+
+@needs_fsdp2
+def test_four_processes(tmp_path: Path) -> None:
+    first, *others = results("loop and sharded", tmp_path, 4)
+    for other in others:
+        assert_same_state(first, other)
+    check_loop(first["loop"])
+    check_sharded(first["sharded"])
 
 
 def test_lightning_ddp(tmp_path: Path) -> None:
