@@ -9,8 +9,10 @@ and the Kolmogorov-Smirnov distance
     D = max_{j >= i} | 1 - (lam_j / lam_i)^(1 - alpha) - (j - i) / n |.
 
 The three fits differ in how they choose i. All samples of a layer are fitted at once, without a loop over
-eigenvalues. Sources: Hill, Annals of Statistics 1975; Clauset, Shalizi and Newman, SIAM Review 2009; TempBalance
-(arXiv 2312.00359) for `median`; WeightWatcher (Martin, Peng and Mahoney 2021) for `xmin_peak`.
+eigenvalues; a search computes D in full for those few tails only that may have the smallest.
+
+Sources: Hill, Annals of Statistics 1975; Clauset, Shalizi and Newman, SIAM Review 2009; TempBalance (arXiv
+2312.00359) for `median`; WeightWatcher (Martin, Peng and Mahoney 2021) for `xmin_peak`.
 """
 
 from __future__ import annotations
@@ -25,7 +27,12 @@ from farms_tb.options import Fit
 FLAT_ALPHA = 1e4
 """A larger alpha is no exponent: the eigenvalues of the tail agree to four digits, as in an orthogonal matrix."""
 
-_SEARCH_BYTES = 2**27
+# Memory for the points of the tails that are looked at together: they fit a processor's cache.
+_SEARCH_BYTES = 2**22
+# A search looks at each tail in this many points; at those left in this many times as many; and so on.
+_FIRST_POINTS, _GROWTH = 32, 8
+# A bound may exceed the smallest D by this much: rounding, which is far smaller, must not decide.
+_SLACK = 1e-12
 _PEAK_BINS = 100
 
 
@@ -77,7 +84,8 @@ def fit_power_law(
         # The clamp only matters for samples of no eigenvalues.
         start = (first + ((size - first).to(logs.dtype) / xmin_pos).long()).clamp_max(size - 1)
         alpha = alphas.gather(-1, start[:, None])
-        distance = _ks_distances(logs, alpha, start[:, None])
+        tails = torch.zeros_like(logs, dtype=torch.bool).scatter(-1, start[:, None], True)
+        distance = _ks_distances(logs, alphas, tails, size)[:, None]
     else:
         candidates = _candidates(eigenvalues, alphas, first, fit)
         distances = _search(logs, alphas, candidates)
@@ -120,27 +128,47 @@ def _histogram_peak(eigenvalues: Tensor, counted: Tensor) -> Tensor:
 
 
 def _search(logs: Tensor, alphas: Tensor, candidates: Tensor) -> Tensor:
-    """Return D `(S, N)` for a tail that starts at each candidate; 1, the worst, elsewhere."""
-    samples, size = logs.shape
+    """Return D `(S, N)` for a tail that starts at each candidate that may be the best; 1, the worst, elsewhere.
+
+    D is a maximum over the points of a tail, so the maximum over some of them is a lower bound. A candidate is out
+    as soon as its bound exceeds the smallest D found in its sample; those left are looked at in ever more points.
+    """
+    size = logs.shape[-1]
+    length = torch.arange(size, 0, -1, device=logs.device)
     distances = torch.ones_like(logs)
-    step = max(1, _SEARCH_BYTES // (logs.element_size() * samples * size))
-    for start in range(0, size, step):
-        stop = min(start + step, size)
-        if not candidates[:, start:stop].any():
-            continue
-        # A tail never reaches back before its start, so the columns before this chunk are not needed.
-        tail_start = torch.arange(stop - start, device=logs.device).expand(samples, -1)
-        found = _ks_distances(logs[:, start:], alphas[:, start:stop], tail_start)
-        distances[:, start:stop] = found.where(candidates[:, start:stop], 1)
-    return distances
+    left, known, points = candidates, torch.zeros_like(candidates), _FIRST_POINTS
+    while left.any():
+        distances[left] = _ks_distances(logs, alphas, left, points)
+        known = known | (left & (length <= points))
+        # The most promising candidate of each sample, in full: its D is what the others must not exceed.
+        first = distances.where(left, torch.inf).argmin(-1, keepdim=True)
+        promising = torch.zeros_like(left).scatter(-1, first, True) & left & ~known
+        distances[promising] = _ks_distances(logs, alphas, promising, size)
+        known = known | promising
+        smallest = distances.where(known, torch.inf).amin(-1, keepdim=True)
+        left = left & ~known & (distances <= smallest + _SLACK)
+        points *= _GROWTH
+    return distances.where(known, 1)
 
 
-def _ks_distances(logs: Tensor, alphas: Tensor, starts: Tensor) -> Tensor:
-    """Return D `(S, c)` for c tails of each sample, given by their alphas and starts, both `(S, c)`."""
-    index = torch.arange(logs.shape[-1], device=logs.device)
-    offset = index - starts[..., None]
-    rise = logs[:, None, :] - logs.gather(-1, starts)[..., None]
-    fitted = 1 - ((1 - alphas)[..., None] * rise).exp()
-    # In double precision: a quotient of integer tensors is single.
-    empirical = offset / (logs.shape[-1] - starts)[..., None].to(logs.dtype)
-    return (fitted - empirical).abs().where(offset >= 0, 0).amax(-1)
+def _ks_distances(logs: Tensor, alphas: Tensor, tails: Tensor, points: int) -> Tensor:
+    """Return D of each tail whose start is marked in `tails` `(S, N)`, in order; a lower bound of D in long tails.
+
+    Tails of more than `points` eigenvalues are looked at in about as many, evenly spaced by rank.
+    """
+    points = min(points, logs.shape[-1])
+    step = max(1, _SEARCH_BYTES // (logs.element_size() * points))
+    index = torch.arange(points, device=logs.device)
+    found = []
+    for chunk in torch.split(tails.nonzero(), step):
+        row, start = chunk[:, :1], chunk[:, 1:]
+        length = logs.shape[-1] - start
+        spacing = (length + points - 1) // points
+        # The last eigenvalue stands in for points beyond it, and is one of the tail's own.
+        offset = torch.minimum(index * spacing, length - 1)
+        rise = logs[row, start + offset] - logs[row, start]
+        fitted = 1 - ((1 - alphas[row, start]) * rise).exp()
+        # In double precision: a quotient of integer tensors is single.
+        empirical = offset / length.to(logs.dtype)
+        found.append((fitted - empirical).abs().amax(-1))
+    return torch.cat(found)

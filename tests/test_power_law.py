@@ -1,6 +1,7 @@
 """The three fits: known answers, the slow twin on all sorts of samples, and the samples that have no fit."""
 
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from farms_tb import power_law
 from farms_tb.power_law import FLAT_ALPHA, fit_power_law
 
-from .reference import spectrum
+from .reference import search, spectrum
 
 FITS = ["median", "goodness-of-fit", "xmin_peak"]
 # Searched fits whose D differ by less may choose either tail.
@@ -139,6 +140,93 @@ def test_search_in_chunks_finds_the_same(fit, monkeypatch):
     monkeypatch.setattr(power_law, "_SEARCH_BYTES", 8 * 3 * 50 * 7)
     for one, other in zip(whole, fit_power_law(rows, fit), strict=True):
         assert torch.equal(one, other)
+
+
+def bulk(number, seed=0):
+    """Eigenvalues of random matrices, as many as it takes."""
+    matrices = torch.randn(number // 50 + 1, 50, 50, generator=torch.Generator().manual_seed(seed)).double()
+    return torch.linalg.svdvals(matrices).square().flatten()[:number].sort().values[None]
+
+
+SPECTRA = {
+    "random": bulk,
+    "power law": lambda number: pareto(2.5, number),
+    "exact power law": lambda number: torch.arange(number, 0, -1, dtype=torch.float64)[None] ** -0.5,
+    # What training makes of random weights: a heavy tail on top of a bulk.
+    "trained": lambda number: (
+        torch.cat([bulk(number - number // 5), 60 * pareto(1.8, number // 5)], -1).sort().values
+    ),
+    "log-normal": lambda number: (3 * torch.randn(1, number, dtype=torch.float64)).exp().sort().values,
+    "uniform": lambda number: torch.rand(1, number, dtype=torch.float64).sort().values,
+    "tied": lambda number: (100 * pareto(2.5, number)).log().round(decimals=1).exp(),
+    "nearly flat": lambda number: 1 + 1e-3 * torch.rand(1, number, dtype=torch.float64).sort().values,
+    "low rank": lambda number: torch.cat([torch.zeros(1, number // 2), bulk(number - number // 2)], -1),
+}
+
+
+class TestSearch:
+    """A search that skips what cannot win finds what a search of everything finds."""
+
+    @staticmethod
+    def assert_finds_all_there_is(values, fit, first=None):
+        found = fit_power_law(values, fit, first=first)
+        with mock.patch.object(power_law, "_search", search.distances):
+            expected = fit_power_law(values, fit, first=first)
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-13, atol=0, equal_nan=True)
+
+    @pytest.mark.parametrize("fit", ["goodness-of-fit", "xmin_peak"])
+    @pytest.mark.parametrize("kind", SPECTRA)
+    def test_large_samples(self, kind, fit):
+        self.assert_finds_all_there_is(SPECTRA[kind](1500), fit)
+
+    def test_several_samples_at_once(self):
+        values = torch.cat([make(700) for make in SPECTRA.values()])
+        first = torch.arange(len(values)) * 60
+        for fit in ("goodness-of-fit", "xmin_peak"):
+            self.assert_finds_all_there_is(values, fit, first)
+
+    @pytest.mark.parametrize("fit", ["goodness-of-fit", "xmin_peak"])
+    @given(
+        values=st.lists(
+            st.one_of(st.floats(1e-6, 1e6), st.sampled_from([0.0, 0.5, 1.0, 1.7, 3.1, 100.0])),
+            min_size=2,
+            max_size=60,
+        ),
+    )
+    @settings(max_examples=150)
+    def test_any_sample(self, fit, values):
+        with mock.patch.multiple(power_law, _FIRST_POINTS=2, _GROWTH=2):
+            self.assert_finds_all_there_is(sample(*sorted(values)), fit)
+
+    @pytest.mark.parametrize("kind", SPECTRA)
+    def test_looks_at_few_points(self, kind):
+        size, looked_at = 20_000, 0
+        distances = power_law._ks_distances
+
+        def count(logs, alphas, tails, points):
+            nonlocal looked_at
+            looked_at += int(tails.sum()) * min(points, size)
+            return distances(logs, alphas, tails, points)
+
+        with mock.patch.object(power_law, "_ks_distances", count):
+            fit_power_law(SPECTRA[kind](size), "goodness-of-fit")
+        # A twentieth at most: everything would be 10 000 points a tail on average.
+        assert 32 * size / 2 < looked_at < 500 * size
+
+    def test_as_much_memory_as_it_is_given(self):
+        largest = 0
+        exponential = torch.Tensor.exp
+
+        def watch(values):
+            nonlocal largest
+            largest = max(largest, values.nbytes)
+            return exponential(values)
+
+        values = bulk(5000)
+        with mock.patch.object(power_law, "_SEARCH_BYTES", 2**17), mock.patch.object(torch.Tensor, "exp", watch):
+            fit_power_law(values, "goodness-of-fit")
+        assert 2**16 < largest <= 2**17
 
 
 @pytest.mark.parametrize("fit", FITS)
