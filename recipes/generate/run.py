@@ -68,15 +68,21 @@ def generate(spec: Spec, job: Job, console: Console) -> None:
         RecipeError: The file exists, its folder can't be written or is too small, or a `.part` file of other
             settings is in the way.
     """
-    if job.file.exists() and not job.overwrite:
-        raise RecipeError(f"{job.file} exists; choose another file=..., or replace it by overwrite=true")
+    _check_target(job)
     with PartFile(job.file, spec, job.samples, recorded_settings(spec, job.samples)) as part:
         missing = part.missing
         with _progress(console) as progress:
             bar = progress.add_task("samples", total=job.samples, completed=job.samples - len(missing))
             for done in _write_all(spec, part, missing, job.workers or available_cores()):
                 progress.advance(bar, done)
+        _check_target(job)  # a download may have brought it meanwhile
         part.finish()
+
+
+def _check_target(job: Job) -> None:
+    """Refuse to replace a finished file unless that is asked for."""
+    if job.file.exists() and not job.overwrite:
+        raise RecipeError(f"{job.file} exists; choose another file=..., or replace it by overwrite=true")
 
 
 def recorded_settings(spec: Spec, samples: int) -> Settings:

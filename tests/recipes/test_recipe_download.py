@@ -165,6 +165,18 @@ def test_goes_on_in_another_run(server: Any, tmp_path: Path) -> None:
     assert state.ranges == ["bytes=1234567-"]
 
 
+def test_unfinished_file_of_the_generator_is_left_alone(server: Any, tmp_path: Path) -> None:
+    """Both go to one folder, under names of their own."""
+    state, file = server
+    names = "x.hdf5.part", "x.hdf5.part.new"
+    for name in names:
+        (tmp_path / name).write_bytes(CONTENT[:1000])
+    download([file()], tmp_path)
+    assert (tmp_path / "x.hdf5").read_bytes() == CONTENT
+    assert state.ranges == [None]
+    assert all((tmp_path / name).read_bytes() == CONTENT[:1000] for name in names)
+
+
 def test_part_that_was_whole_already(server: Any, tmp_path: Path) -> None:
     state, file = server
     (tmp_path / "x.hdf5.download").write_bytes(CONTENT)

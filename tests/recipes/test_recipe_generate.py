@@ -18,6 +18,7 @@ from hydra import compose, initialize_config_dir
 from matplotlib.image import imread
 from rich.console import Console
 
+from recipes.data.cache import Arrays
 from recipes.data.pdebench import PDEBenchDarcy, PDEBenchFlow
 from recipes.errors import RecipeError
 from recipes.generate.__main__ import CONFIG_DIR, main, read_settings
@@ -278,6 +279,27 @@ def test_foreign_part_file_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"is not an unfinished file of this generator .* delete it"):
         make(SMALL, tmp_path / "x.hdf5")
     assert part.read_bytes() == b"the beginning of a download"
+
+
+def test_unfinished_download_is_left_alone(darcy_file: Path, tmp_path: Path) -> None:
+    """Both go to one folder, under names of their own."""
+    download = tmp_path / "x.hdf5.download"
+    download.write_bytes(b"the beginning")
+    assert make(SMALL, tmp_path / "x.hdf5").read_bytes() == darcy_file.read_bytes()
+    assert download.read_bytes() == b"the beginning"
+
+
+def test_file_that_came_meanwhile_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, write = tmp_path / "x.hdf5", PartFile.write
+
+    def write_while_a_download_ends(part: PartFile, start: int, arrays: Arrays) -> None:
+        write(part, start, arrays)
+        file.write_bytes(b"downloaded")
+
+    monkeypatch.setattr(PartFile, "write", write_while_a_download_ends)
+    with pytest.raises(RecipeError, match=r"x\.hdf5 exists; .* overwrite=true"):
+        make(SMALL, file)
+    assert file.read_bytes() == b"downloaded"
 
 
 def test_finished_file_is_replaced_on_request_alone(darcy_file: Path, tmp_path: Path) -> None:
