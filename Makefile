@@ -15,7 +15,8 @@ help:
 	@echo "make test-oldest"
 	@echo "             install the oldest versions of everything that are supported, then run the test suite with them"
 	@echo "make test-nightly"
-	@echo "             install, then try ten thousand generated models, others each time (about four minutes)"
+	@echo "             install, then try ten thousand generated models, others each time, and one of 7 billion parameters"
+	@echo "             (about six minutes)"
 	@echo "make docs    install, then build the documentation: site/index.html"
 	@echo "make lint    install, then check style, docstrings and types"
 	@echo "make format  rewrite the code in the project's style"
@@ -34,8 +35,9 @@ test-oldest: $(OLDEST)/.test
 	$(OLDEST)/bin/python -m pytest -n auto
 
 test-nightly: $(VENV)/.test
-	@echo "==> Trying ten thousand generated models"
-	$(RUN) -m pytest tests/test_properties.py --hypothesis-profile=nightly --hypothesis-show-statistics --timeout=0
+	@echo "==> Trying ten thousand generated models, and one of 7 billion parameters"
+	$(RUN) -m pytest tests/test_properties.py tests/test_cli.py::test_7_billion_parameters_in_4_gb \
+		--hypothesis-profile=nightly --hypothesis-show-statistics --timeout=0
 
 docs: $(VENV)/.docs
 	@echo "==> Building the documentation"

@@ -206,11 +206,13 @@ class StoredTensor:
         return matrix_like or sum(size > 1 for size in self.shape) > 1
 
 
-def stored_tensors(path: str | PathLike[str]) -> list[StoredTensor]:
+def stored_tensors(path: str | PathLike[str], damaged: list[str] | None = None) -> list[StoredTensor]:
     """List the tensors in a file that may be layers; nothing is read but their names and shapes.
 
     Args:
         path: see `analyze_checkpoint`.
+        damaged: where given, gets a sentence for each of several files that cannot be read, and the tensors of the
+            others are listed; None for an error.
 
     Raises:
         FileNotFoundError, ValueError, ImportError: see `analyze_checkpoint`.
@@ -222,7 +224,15 @@ def stored_tensors(path: str | PathLike[str]) -> list[StoredTensor]:
         raise FileNotFoundError(f"no such file: {path}")
     if path.name.endswith(INDEX):
         parts = _parts(path)
-        found = [tensor for name in sorted(set(parts.values())) for tensor in _in_file(path.parent / name)]
+        found = []
+        for name in sorted(set(parts.values())):
+            try:
+                found += list(_in_file(path.parent / name))
+            except ValueError as error:
+                if damaged is None:
+                    raise
+                damaged.append(str(error))
+                parts = {key: part for key, part in parts.items() if part != name}
         absent = sorted(parts.keys() - {tensor.key for tensor in found})
         if absent:
             raise ValueError(f"{path} names tensors that its files do not hold: {', '.join(absent[:5])}")

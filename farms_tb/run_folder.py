@@ -112,7 +112,8 @@ def read_run_folder(
     """Read what a run has left behind so far.
 
     Args:
-        folder: the run folder. With several `metrics.csv` in it (`version_0`, `version_1`), the newest is read.
+        folder: the run folder. With several `metrics.csv` in it (`version_0`, `version_1`), the newest is read. Or
+            a file of weights, as `analyze_checkpoint` takes it, of which there are no curves.
         farms: a measurement by FARMS windows that was made already, with histograms; with both, no checkpoint is
             measured.
         full: the same of whole matrices.
@@ -124,9 +125,13 @@ def read_run_folder(
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: the folder is no run folder: it holds neither curves nor a checkpoint.
+        ValueError: the folder is no run folder: it holds neither curves nor a checkpoint; or the file is none of
+            weights.
     """
     folder = Path(folder)
+    if folder.is_file():
+        farms, full = (_measure(folder, SpectralOptions(esd=esd), {}, null) for esd in _ESDS)
+        return RunFolder(folder.parent, farms=farms, full=full, options=farms.options, weights=folder.name)
     if not folder.is_dir():
         raise FileNotFoundError(f"no such folder: {folder}")
     missing: list[str] = []

@@ -13,6 +13,14 @@ settings.register_profile("nightly", max_examples=10_000, deadline=None, print_b
 settings.load_profile("repeatable")
 
 
+def pytest_collection_modifyitems(config, items):
+    """Leave what takes minutes to `make test-nightly`."""
+    if config.getoption("--hypothesis-profile") != "nightly":
+        for item in items:
+            if item.get_closest_marker("nightly"):
+                item.add_marker(pytest.mark.skip(reason="takes minutes: make test-nightly"))
+
+
 @pytest.fixture(autouse=True)
 def fresh():
     torch.manual_seed(0)

@@ -317,6 +317,9 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["report", "no/such/run"], "no such folder: no/such/run"),
     (["report", "docs"], "docs is no run folder: it holds neither a metrics.csv"),
     (["plot", "no/such/run"], "no such folder: no/such/run"),
+    (["plot", "no/such/run", "--format", "gif3"], "no format of pictures '.gif3': matplotlib writes "),
+    (["plot", "no/such/run", "--only", "alphas"], "there is no picture 'alphas': there are alpha, lr_ratio, "),
+    (["plot", "README.md"], "cannot read README.md: no checkpoint"),
 ]
 
 
@@ -360,6 +363,58 @@ def test_a_file_that_breaks_off_keeps_what_was_measured(tmp_path: Path) -> None:
     assert list(found.records) == ["0"]
     assert found.stopped.startswith("reading stopped after 0: cannot read ")
     assert "1.weight.safetensors" in found.stopped
+
+
+def test_a_damaged_part_keeps_the_others(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    folder = save_parts(net(), tmp_path / "model")
+    alphas = analyze_checkpoint(folder).alphas
+    part = folder / "1.weight.safetensors"
+    part.write_bytes(part.read_bytes()[:-100])
+    result = run("analyze", folder, "-o", tmp_path / "a.json")
+    assert result.exit_code == 1
+    assert f"Not all layers were measured: cannot read {part}: " in result.stderr
+    written = json.loads((tmp_path / "a.partial.json").read_text())
+    assert [row["layer"] for row in written["layers"]] == ["0", "2", "3", "4"]
+    assert {row["layer"]: row["alpha"] for row in written["layers"]} == {n: alphas[n] for n in "0234"}
+    for other in folder.glob("*.safetensors"):
+        other.write_bytes(b"")
+    nothing = run("analyze", folder)
+    assert nothing.exit_code == 1
+    assert "Nothing could be measured" in nothing.stderr
+
+
+@pytest.mark.nightly
+def test_7_billion_parameters_in_4_gb(tmp_path: Path) -> None:
+    """A directory of the shapes of a large language model, in files that are mostly holes and take no disk."""
+    shapes = {f"self_attn.{name}_proj": (4096, 4096) for name in "qkvo"}
+    shapes |= {"mlp.gate_proj": (11008, 4096), "mlp.up_proj": (11008, 4096), "mlp.down_proj": (4096, 11008)}
+    layers, parts, weight_map = 35, 7, {}
+    corner = torch.randn(20, 4096).to(torch.bfloat16).view(torch.uint8).numpy().tobytes()
+    for part in range(parts):
+        header, start = {}, 0
+        for layer in range(part * layers // parts, (part + 1) * layers // parts):
+            for name, shape in shapes.items():
+                key, end = f"model.layers.{layer}.{name}.weight", start + 2 * math.prod(shape)
+                header[key] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [start, end]}
+                weight_map[key], start = f"{part}.safetensors", end
+        text = json.dumps(header).encode()
+        with (tmp_path / f"{part}.safetensors").open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for entry in header.values():
+                file.seek(8 + len(text) + entry["data_offsets"][0])
+                file.write(corner)
+            file.truncate(8 + len(text) + start)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert layers * sum(math.prod(shape) for shape in shapes.values()) > 7e9
+    code = "import resource, sys; from farms_tb.cli.app import app; app(standalone_mode=False)\n"
+    code += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, file=sys.stderr)"
+    command = f"analyze {tmp_path} --no-full --window 20 --windows-per-dim 1 --format csv".split()
+    done = subprocess.run(
+        [sys.executable, "-c", code, *command], capture_output=True, text=True, timeout=250, check=True
+    )
+    assert len(done.stdout.splitlines()) == 1 + layers * len(shapes)
+    assert int(done.stderr) < 4e9
 
 
 def test_a_layer_that_fails_does_not_stop_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -448,6 +503,20 @@ def test_report_and_plot(tmp_path: Path) -> None:
         drawn = run("plot", tmp_path, *arguments).stdout.splitlines()
         assert str(tmp_path / folder / f"alpha{ending}") in drawn
         assert all(Path(path).stat().st_size > 1000 for path in drawn)
+    assert "No checkpoint (*.ckpt) yet, so no spectra" in run("plot", tmp_path).stderr
+    only = run("plot", tmp_path, "--only", "lr_ratio").stdout
+    assert only == f"{tmp_path / 'figures' / 'lr_ratio.png'}\n"
+
+
+def test_pictures_and_page_of_a_file_of_weights(weights: Path, tmp_path: Path) -> None:
+    one = run("plot", weights, "--layer", "1", "--layer", "3", "-o", tmp_path / "p")
+    assert one.stdout.splitlines() == [str(tmp_path / "p" / f"esd_{layer}.png") for layer in "13"]
+    assert one.stderr == ""
+    all_of_them = run("plot", weights, "-o", tmp_path / "q").stdout.splitlines()
+    assert [Path(path).stem for path in all_of_them] == ["alpha_by_depth", "full_against_farms", "esd"]
+    page = Path(run("report", weights, "--null").stdout.strip())
+    assert page == tmp_path / "report.html"
+    assert '"null_mean":2.' in page.read_text()
 
 
 def test_the_command_itself(weights: Path) -> None:

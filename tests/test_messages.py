@@ -50,8 +50,9 @@ from farms_tb.plots import (
     plot_esd,
     plot_esds,
     plot_full_against_farms,
+    save_all,
 )
-from farms_tb.run_folder import read_run_folder
+from farms_tb.run_folder import RunFolder, read_run_folder
 from farms_tb.wandb_report import build_workspace
 from tests.helpers import make_net
 from tests.test_layerwise_step import AddsGroups, KeepsLrSum, ReplacesGroups, WritesLr
@@ -409,6 +410,12 @@ MESSAGES: list[tuple[str, Callable[[Path, pytest.MonkeyPatch], Any]]] = [
     ),
     *workspace_messages(),
     # Run folders
+    ("no format of pictures '.x': matplotlib writes ", lambda folder, _: save_all(folder, suffix=".x")),
+    ("there is no picture 'x': there are alpha, ", lambda folder, _: save_all(folder, pictures=["x"])),
+    (
+        "has no figures for the picture 'esd'. no checkpoint",
+        lambda folder, _: save_all(RunFolder(folder, missing=("no checkpoint",)), pictures=["esd"]),
+    ),
     ("no such folder: ", lambda folder, _: read_run_folder(folder / "run")),
     (
         "is no run folder: it holds neither a metrics.csv with farms/ columns",

@@ -273,6 +273,36 @@ def test_everything_that_is_there(farms: Report, full: Report, metrics: Path, tm
         assert all(path.stat().st_size for path in saved)
 
 
+def test_some_pictures_alone(farms: Report, full: Report, metrics: Path, tmp_path: Path) -> None:
+    run = RunFolder(tmp_path, read_history(metrics), farms, full)
+
+    def saved(**wanted: Any) -> list[str]:
+        return [path.name for path in save_all(run, tmp_path / "p", suffix=".svg", **wanted)]
+
+    assert saved(pictures=["esd", "alpha"]) == ["esd.svg", "alpha.svg"]
+    assert saved(pictures=[], layers=["2", "0"]) == ["esd_2.svg", "esd_0.svg"]
+    assert saved(pictures=["alpha"], layers=["1"]) == ["alpha.svg", "esd_1.svg"]
+    assert "fitted tail, alpha" in (tmp_path / "p" / "esd_1.svg").read_text()
+    slashes = RunFolder(tmp_path, farms=Report({"a/b": farms.layers["1"]}, farms.options), full=full)
+    assert [path.name for path in save_all(slashes, pictures=[], layers=["a/b"])] == ["esd_a_b.png"]
+
+
+def test_pictures_that_cannot_be_drawn(farms: Report, full: Report, metrics: Path, tmp_path: Path) -> None:
+    """Known before anything is written."""
+    run = RunFolder(tmp_path, read_history(metrics), farms, full)
+    curves = RunFolder(tmp_path, read_history(metrics), missing=("No checkpoint yet.",))
+    for folder, wanted, words in (
+        (run, {"suffix": ".bogus"}, "no format of pictures '.bogus': matplotlib writes .*pdf, .*png, .*svg"),
+        (run, {"pictures": ["alpha", "esds"]}, "no picture 'esds': there are alpha, lr_ratio, .*, esd"),
+        (run, {"layers": ["0", "9"]}, "no layer '9' with a histogram; those with one are 0, 1, 2"),
+        (curves, {"pictures": ["alpha", "esd"]}, "has no figures for the picture 'esd'. No checkpoint yet."),
+        (curves, {"layers": ["0"]}, "has no figures for the picture 'esd'. No checkpoint yet."),
+    ):
+        with pytest.raises(ValueError, match=words):
+            save_all(folder, tmp_path / "new", **wanted)  # type: ignore[arg-type]
+    assert not (tmp_path / "new").exists()
+
+
 def test_save_all_reads_a_folder(metrics: Path, tmp_path: Path) -> None:
     saved = save_all(metrics.parent, tmp_path / "some" / "where", title="a run")
     assert [path.name for path in saved] == ["alpha.png", "lr_ratio.png", "lr_ratio_map.png"]

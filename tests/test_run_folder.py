@@ -208,5 +208,21 @@ def test_no_run_folder(tmp_path: Path) -> None:
     assert "The checkpoint a.ckpt can't be measured" in str(e.value)
 
 
+def test_a_file_of_weights(tmp_path: Path) -> None:
+    """Of a model that nobody saw train there are spectra all the same."""
+    module = Module()
+    torch.save(module.state_dict(), tmp_path / "model.pt")
+    found = read_run_folder(tmp_path / "model.pt", null=True)
+    assert found.farms is not None
+    assert found.full is not None
+    assert found.farms.alphas == analyze(module).alphas
+    assert found.full.alphas == analyze(module, esd="full").alphas
+    assert found.farms.layers["net.5"].histogram
+    assert found.farms.layers["net.5"].null
+    assert (found.path, found.weights, found.missing) == (tmp_path, "model.pt", ())
+    with pytest.raises(ValueError, match="no checkpoint, or one that is empty"):
+        read_run_folder(Path(__file__))
+
+
 def test_layers_of_nothing() -> None:
     assert RunFolder(Path()).layers == ()

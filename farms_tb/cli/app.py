@@ -16,6 +16,7 @@ from farms_tb.cli.arguments import (
     Device,
     Filter,
     ModelArgument,
+    Null,
     Output,
     OutputFormat,
     Pretrained,
@@ -30,6 +31,7 @@ from farms_tb.cli.output import chosen_format, emit
 from farms_tb.cli.sources import open_source
 from farms_tb.cli.tables import Column, Row, sort_rows
 from farms_tb.options import SpectralOptions, as_plain
+from farms_tb.run_folder import RunFolder, read_run_folder
 
 _EXIT_CODES = """
 \b
@@ -82,9 +84,7 @@ def analyze(
     full: Annotated[
         bool, typer.Option(help="Also measure whole matrices, for the bias of their alpha. Slow for large ones.")
     ] = True,
-    null: Annotated[
-        bool, typer.Option("--null", help="Also measure shuffled layers, for the z-score of alpha.")
-    ] = False,
+    null: Null = False,
     pretrained: Pretrained = False,
     patterns: Filter = None,
     sort: Annotated[
@@ -239,12 +239,13 @@ def report(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Default: report.html in the run folder.")
     ] = None,
+    null: Null = False,
 ) -> None:
     """Write a page about a run: one HTML file with everything in it."""
     from farms_tb.page import write_page
 
     with complaints():
-        print(write_page(run_folder, output))
+        print(write_page(_read_run(run_folder, null), output))
 
 
 @app.command()
@@ -254,10 +255,34 @@ def plot(
         Path | None, typer.Option("--output", "-o", metavar="FOLDER", help="Default: figures in the run folder.")
     ] = None,
     picture_format: Annotated[str, typer.Option("--format", help="png, pdf, svg, ...")] = "png",
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PICTURE",
+            help="Only this one (may be repeated): alpha, lr_ratio, lr_ratio_map, alpha_by_depth, "
+            "full_against_farms, esd.",
+        ),
+    ] = None,
+    layer: Annotated[
+        list[str] | None,
+        typer.Option(metavar="LAYER", help="Only the spectrum of this layer, in full size (may be repeated)."),
+    ] = None,
+    null: Null = False,
 ) -> None:
-    """Draw every picture that a run has the figures for."""
-    from farms_tb.plots import save_all
+    """Draw every picture that a run has the figures for, or those of a file of weights."""
+    from farms_tb.plots.everything import check_wanted, save_all
 
+    pictures, suffix = only or ([] if layer else None), f".{picture_format}"
     with complaints():
-        for path in save_all(run_folder, output, suffix=f".{picture_format}"):
+        check_wanted(pictures, suffix)
+        run = _read_run(run_folder, null)
+        for path in save_all(run, output, suffix=suffix, pictures=pictures, layers=layer or ()):
             print(path)
+
+
+def _read_run(run_folder: Path, null: bool) -> RunFolder:
+    """Read a run folder, and say what is missing in it."""
+    run = read_run_folder(run_folder, null=null)
+    for sentence in run.missing:
+        say(sentence)
+    return run

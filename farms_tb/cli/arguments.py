@@ -21,6 +21,7 @@ MODEL_HELP = (
     "of torchvision or timm (resnet18, timm:vit_base_patch16_224); or module:function, called without arguments."
 )
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)]
+Null = Annotated[bool, typer.Option("--null", help="Also measure shuffled layers, for the z-score of alpha.")]
 Pretrained = Annotated[
     bool,
     typer.Option("--pretrained", help="Trained weights for models of torchvision and timm; else random ones."),

@@ -85,14 +85,14 @@ COLUMNS = tuple(Measured({"": LayerRecord()}).rows()[0])
 
 
 def measure(source: Source, wanted: Wanted, console: Console) -> Measured:
-    """Measure the layers of a source; Ctrl-C and a file that breaks off keep what was measured until then.
+    """Measure the layers of a source; Ctrl-C and a file that breaks off keep what was measured.
 
     Args:
         source: the model.
         wanted: what is measured.
         console: where the progress bar goes, if it is a terminal.
     """
-    found = Measured()
+    found = Measured(stopped="; ".join(source.damaged))
     progress = Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),

@@ -31,10 +31,12 @@ class Source:
     Attributes:
         items: what is read, one after the other.
         read: reads items; yields the name of each layer, with its weight or a record that says why it has none.
+        damaged: a sentence for each file of several that cannot be read.
     """
 
     items: Sequence[Any]
     read: Callable[[Iterable[Any]], Iterator[tuple[str, MatrixStack | LayerRecord]]]
+    damaged: Sequence[str] = ()
 
 
 def open_source(model: str, *, pretrained: bool = False) -> Source:
@@ -60,7 +62,8 @@ spectral-convolution layers can, others by farms_tb.layer_matrices.register
     if Path(model).exists():
         if pretrained:
             raise ValueError(f"--pretrained is for models of torchvision and timm, {model} is a file")
-        return Source(stored_tensors(model), stored_layers)
+        damaged: list[str] = []
+        return Source(stored_tensors(model, damaged), stored_layers, damaged)
     return Source(checked_layers(_build(model, pretrained)), _model_layers)
 
 

@@ -155,7 +155,7 @@ def plot_esd(report: Report, layer: str, path: PathLike | None = None, *, title:
         ImportError: matplotlib is not installed.
         ValueError: no layer of that name has a histogram.
     """
-    _with_histogram(report, [layer])
+    with_histogram(report, [layer])
     figure = new_figure(5.0, 3.6)
     axes = figure.add_subplot()
     _draw_esd(axes, report, layer, depth_colours(list(report.layers))[layer])
@@ -185,7 +185,7 @@ def plot_esds(
         ImportError: matplotlib is not installed.
         ValueError: a layer has no histogram, or none has.
     """
-    chosen = _with_histogram(report, layers or ())
+    chosen = with_histogram(report, layers or ())
     if layers is None:
         chosen = [chosen[index] for index in spread(len(chosen), MAX_SPECTRA)]
     columns = min(4, math.ceil(math.sqrt(len(chosen))))
@@ -234,8 +234,12 @@ def _with_alpha(report: Report) -> dict[str, LayerRecord]:
     return found
 
 
-def _with_histogram(report: Report, layers: Sequence[str]) -> list[str]:
-    """Return `layers`, all those with a histogram where there are none; an error where one has no histogram."""
+def with_histogram(report: Report, layers: Sequence[str]) -> list[str]:
+    """Return `layers`, or for none of them all that have a histogram.
+
+    Raises:
+        ValueError: a layer has no histogram, or none has.
+    """
     found = [name for name, record in report.layers.items() if record.histogram is not None]
     if not found:
         raise ValueError("the report holds no histogram: measure with analyze(..., histogram=True)")

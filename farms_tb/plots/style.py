@@ -73,6 +73,14 @@ def styled(draw: Callable[_P, _T]) -> Callable[_P, _T]:
     return inner
 
 
+@styled
+def check_format(suffix: str) -> None:
+    """Raise a ValueError where matplotlib does not write files of this ending."""
+    known = new_figure(1, 1).canvas.get_supported_filetypes()
+    if suffix.removeprefix(".") not in known:
+        raise ValueError(f"no format of pictures {suffix!r}: matplotlib writes {', '.join(sorted(known))}")
+
+
 def new_figure(width: float, height: float) -> Figure:
     """Return an empty figure, width and height in inches."""
     from matplotlib.figure import Figure
