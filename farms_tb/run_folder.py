@@ -25,7 +25,7 @@ from farms_tb.checkpoint import analyze_checkpoint, read_torch_file
 from farms_tb.options import Esd, SpectralOptions, as_plain
 from farms_tb.report import Report
 
-__all__ = ["Curve", "History", "RunFolder", "metrics_file", "read_history", "read_run_folder"]
+__all__ = ["Curve", "History", "RunFolder", "depth_order", "metrics_file", "read_history", "read_run_folder"]
 
 METRICS_FILE = "metrics.csv"
 SETTINGS_FILES = ("config.yaml", "hparams.yaml")
@@ -243,6 +243,11 @@ def metrics_file(folder: Path) -> Path | None:
     return None
 
 
+def depth_order(folder: Path) -> list[str]:
+    """Return the layers in order of depth as the newest checkpoint of a run lists them; empty without one."""
+    return list(_state_of_newest(folder).get("ratios", {}))
+
+
 def _measure_newest(
     folder: Path, root: Path, null: bool, missing: list[str]
 ) -> tuple[Report | None, Report | None, dict[str, Any], str]:
@@ -311,7 +316,7 @@ def _state_of_newest(folder: Path) -> dict[str, Any]:
     for path in _newest_first(folder.rglob("*.ckpt")):
         try:
             return _callback_state(path)[0]
-        except (ValueError, OSError):
+        except Exception:  # of a file that is being written, or of something else's
             continue
     return {}
 

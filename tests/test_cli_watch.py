@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -60,6 +61,16 @@ def test_lightnings_own_folders(tmp_path: Path) -> None:
     (tmp_path / "version_0").mkdir()
     (tmp_path / "version_0" / "metrics.csv").write_text(HEADER + LINES[0])
     assert "epoch 0, step 0" in once(tmp_path)
+
+
+def test_in_order_of_depth_once_a_checkpoint_tells_it(tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text(HEADER + LINES[0])
+    assert list(rows_of(once(tmp_path))) == ["0", "2", "10"]
+    state = {"options": {}, "ratios": {"10": 1.0, "0": 1.0}, "report": {}}
+    torch.save({"callbacks": {"FARMSTempBalance": {"balancer": state}}}, tmp_path / "last.ckpt")
+    assert list(rows_of(once(tmp_path))) == ["10", "0", "2"]
+    (tmp_path / "last.ckpt").write_bytes(b"half")
+    assert list(rows_of(once(tmp_path))) == ["0", "2", "10"]
 
 
 def test_nothing_there_yet(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from farms_tb.run_folder import Curve, History, metrics_file, read_history
+from farms_tb.run_folder import Curve, History, depth_order, metrics_file, read_history
 
 Quantity = Literal["alpha", "ratio"]
 
@@ -35,13 +35,15 @@ def follow(run_folder: Path, quantity: Quantity, patterns: Sequence[str], every:
     """
     console = Console()
     if once or not console.is_terminal:
-        console.print(view(run_folder, quantity, patterns, console, crop=False))
+        console.print(view(run_folder, quantity, patterns, console, crop=False, layers=depth_order(run_folder)))
         return
     shown: RenderableType = ""
+    layers: list[str] = []
     try:
         with Live(console=console, screen=True, auto_refresh=False) as live:
             while True:
-                shown = view(run_folder, quantity, patterns, console, crop=True)
+                layers = layers or depth_order(run_folder)
+                shown = view(run_folder, quantity, patterns, console, crop=True, layers=layers)
                 live.update(shown, refresh=True)
                 time.sleep(every)
     except KeyboardInterrupt:
@@ -50,7 +52,13 @@ def follow(run_folder: Path, quantity: Quantity, patterns: Sequence[str], every:
 
 
 def view(
-    run_folder: Path, quantity: Quantity, patterns: Sequence[str], console: Console, crop: bool
+    run_folder: Path,
+    quantity: Quantity,
+    patterns: Sequence[str],
+    console: Console,
+    *,
+    crop: bool,
+    layers: Sequence[str] = (),
 ) -> RenderableType:
     """Return what there is to see now.
 
@@ -60,8 +68,9 @@ def view(
         patterns: shell-style patterns of the layers to show.
         console: where it is shown, for its size and characters.
         crop: show no more layers than fit the console.
+        layers: names in order of depth, where that is known; the others are ordered by name.
     """
-    history = _read(run_folder)
+    history = _read(run_folder, layers)
     curves: Mapping[str, Curve] = getattr(history, quantity)
     shown = {name: c for name, c in curves.items() if any(fnmatchcase(name, pattern) for pattern in patterns)}
     if not shown:
@@ -81,11 +90,11 @@ def view(
     return Group(*parts)
 
 
-def _read(run_folder: Path) -> History:
+def _read(run_folder: Path, layers: Sequence[str]) -> History:
     """Read what is whole of the metrics; nothing where there are none, or where they are being replaced."""
     try:
         path = run_folder if run_folder.is_file() else metrics_file(run_folder)
-        return History() if path is None else read_history(path)
+        return History() if path is None else read_history(path, layers)
     except (OSError, ValueError):
         return History()
 
