@@ -8,6 +8,7 @@ their test errors with the baseline's, seed by seed:
     python -m recipes.study study=small                                  the cells of conf/study/small.yaml
     python -m recipes.study study=small study.seeds=5 trainer.max_epochs=20
     python -m recipes.study --report study=small                         table and figure again, no training
+    python -m recipes.study experiment=study/darcy_fno study=report      the same of one cell, written as a setting
 
 Arms are off, full, farms, noise_aware and placebo (FARMS's ratios on the wrong layers); `conf/study.yaml` holds
 and explains the settings. Every other setting goes to each run as it would to `python -m recipes.train`.
@@ -54,6 +55,8 @@ from recipes.train import CONFIG_DIR
 
 __all__ = ["main"]
 
+REPORT = "study=report"
+
 
 def _report(study: Study, results: dict[str, Records], console: Console) -> None:
     arms = list(dict.fromkeys(arm for cell in study.cells for arm in cell.options.arms))
@@ -78,12 +81,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("overrides", nargs="*", help="settings, as name=value")
     options = parser.parse_args(arguments)
+    report_only = options.report or REPORT in options.overrides
+    overrides = [override for override in options.overrides if override != REPORT]
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     console = make_console()
     try:
-        study = load_study(CONFIG_DIR, options.overrides)
-        if options.report:
+        study = load_study(CONFIG_DIR, overrides)
+        if report_only:
             results: dict[str, Records] = {cell.name: read_records(cell.folder) for cell in study.cells}
         else:
             with warnings.catch_warnings():

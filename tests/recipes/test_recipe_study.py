@@ -487,9 +487,11 @@ def test_killed_study_goes_on_and_ends_as_if_each_run_had_been_alone(
 
     # The report trains nothing, and the same results give the same pictures and tables.
     effects = (folder / "effects.csv").read_text()
-    (folder / "effects.csv").unlink()
-    main(["--report", *arguments])
-    assert (folder / "effects.csv").read_text() == effects
+    for report in ("--report", "study=report"):
+        (folder / "effects.csv").unlink()
+        GlobalHydra.instance().clear()
+        main([report, *arguments])
+        assert (folder / "effects.csv").read_text() == effects
     assert (folder / "results.csv").read_text().splitlines() == after
 
     # Settings that results depend on must stay; more seeds and arms may join.
