@@ -439,7 +439,7 @@ def read_torch_file(path: Path) -> Any:
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:
-        said = str(error)
+        said = str(error) or type(error).__name__
         needs = re.search(r"(?:GLOBAL|class|function) ([\w.]+\.\w+)", said)
         refused = isinstance(error, pickle.UnpicklingError)
         if "TorchScript" in said or (refused and (needs or zipped or pickled)):
@@ -450,7 +450,9 @@ def read_torch_file(path: Path) -> Any:
                 "load it yourself with torch.load(path, weights_only=False) and call analyze(model)"
             ) from error
         # Torch advises to load what is no pickle without its safeguards.
-        detail = "no pickle" if refused else said.partition("\n")[0] or type(error).__name__
+        detail = (
+            "no pickle" if refused or not (zipped or pickled) else said.partition("\n")[0]
+        )
         raise ValueError(
             f"cannot read {path}: no checkpoint, or one that is empty, cut short or damaged ({detail})"
         ) from error

@@ -87,6 +87,7 @@ class RunFolder:
         settings: text of `config.yaml` or `hparams.yaml`; empty where there is neither.
         summary: content of `summary.json`.
         missing: a sentence for each thing that is not there, or not whole.
+        name: what to call it; empty for the path.
     """
 
     path: Path
@@ -98,6 +99,12 @@ class RunFolder:
     settings: str = ""
     summary: Mapping[str, Any] = field(default_factory=dict)
     missing: tuple[str, ...] = ()
+    name: str = ""
+
+    @property
+    def title(self) -> str:
+        """The name, or the last two parts of the path: the recipes' runs are called by experiment and time."""
+        return self.name or "/".join(self.path.resolve().parts[-2:]).lstrip("/")
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -131,7 +138,14 @@ def read_run_folder(
     folder = Path(folder)
     if folder.is_file():
         farms, full = (_measure(folder, SpectralOptions(esd=esd), {}, null) for esd in _ESDS)
-        return RunFolder(folder.parent, farms=farms, full=full, options=farms.options, weights=folder.name)
+        return RunFolder(
+            folder.parent,
+            farms=farms,
+            full=full,
+            options=farms.options,
+            weights=folder.name,
+            name=folder.name,
+        )
     if not folder.is_dir():
         raise FileNotFoundError(f"no such folder: {folder}")
     missing: list[str] = []

@@ -267,7 +267,7 @@ def test_exit_codes(weights: Path, tmp_path: Path) -> None:
     assert nothing.exit_code == 1
     assert "Nothing could be measured: the status of each layer says why" in nothing.stderr
     assert (
-        "Nothing could be measured: no weight matrix of such a name"
+        "Nothing could be measured: no weight matrix, or none of such a name"
         in run("analyze", weights, "--filter", "x").stderr
     )
     torch.save({"norm.weight": torch.randn(9), "steps": torch.tensor(3)}, tmp_path / "vectors.pt")

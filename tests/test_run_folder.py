@@ -219,7 +219,7 @@ def test_a_file_of_weights(tmp_path: Path) -> None:
     assert found.full.alphas == analyze(module, esd="full").alphas
     assert found.farms.layers["net.5"].histogram
     assert found.farms.layers["net.5"].null
-    assert (found.path, found.weights, found.missing) == (tmp_path, "model.pt", ())
+    assert (found.path, found.weights, found.title, found.missing) == (tmp_path, "model.pt", "model.pt", ())
     with pytest.raises(ValueError, match="no checkpoint, or one that is empty"):
         read_run_folder(Path(__file__))
 

@@ -208,7 +208,7 @@ def _finish(found: Sequence[Measured], rows: Sequence[Row], figure: str, strict:
     if not measured:
         say(
             "Nothing could be measured: "
-            + ("the status of each layer says why" if rows else "no weight matrix of such a name")
+            + ("the status of each layer says why" if rows else "no weight matrix, or none of such a name")
         )
     if not measured or any(part.stopped for part in found) or (strict and len(measured) < len(rows)):
         raise typer.Exit(EXIT_PART)

@@ -72,7 +72,7 @@ def _content(run: RunFolder) -> dict[str, Any]:
     curves = (*history.alpha.values(), *history.ratio.values(), *history.lr.values())
     when = sorted({point for curve in curves for point in _points(curve)}, key=lambda point: (point[1], point[0]))
     return {
-        "title": _title(run),
+        "title": run.title,
         "facts": _facts(run),
         "missing": list(run.missing),
         "weights": run.weights,
@@ -84,11 +84,6 @@ def _content(run: RunFolder) -> dict[str, Any]:
         "options": _plain(run.options),
         "settings": run.settings,
     }
-
-
-def _title(run: RunFolder) -> str:
-    """Return the last two parts of the path: the recipes' runs are called by experiment and time."""
-    return "/".join(run.path.resolve().parts[-2:]).lstrip("/")
 
 
 def _facts(run: RunFolder) -> list[str]:

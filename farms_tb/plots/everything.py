@@ -46,7 +46,7 @@ def save_all(
     Args:
         run_folder: the folder of a run, finished or not, a file of weights, or what `read_run_folder` made of it.
         output_dir: where the pictures go; made where it is not there. None for `figures` in the run folder.
-        title: a heading for all; None for the folder's name.
+        title: a heading for all; None for the run's name.
         suffix: the format: `".png"` (300 dpi), `".pdf"`, `".svg"` or any that matplotlib writes.
         pictures: the names of those to draw; None for all that can be drawn.
         layers: names of layers whose spectra are drawn too, each in a picture of its own.
@@ -62,7 +62,7 @@ def save_all(
     """
     check_wanted(pictures, suffix)
     run = run_folder if isinstance(run_folder, RunFolder) else read_run_folder(run_folder)
-    heading = run.path.resolve().name if title is None else title
+    heading = run.title if title is None else title
     folder = run.path / "figures" if output_dir is None else Path(output_dir)
     drawable = _drawable(run, heading)
     chosen = list(drawable if pictures is None else pictures)

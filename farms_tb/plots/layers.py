@@ -65,7 +65,7 @@ def plot_alpha_by_depth(report: Report, path: PathLike | None = None, *, title: 
             index, r.alpha or math.nan, r.alpha_error, color=colours[names[index]], marker=marker, capsize=2
         )
     kinds = [kind for kind in _KINDS if any(record.kind == kind for record in alphas.values())]
-    for marker, label in (_KINDS[kind] for kind in kinds):
+    for marker, label in (_KINDS[kind] for kind in kinds if len(kinds) > 1):
         axes.plot([], [], color=FAINT, marker=marker, linestyle="", label=label)
     nulls = [(i, r.null_mean, r.null_std) for i, r in found if r.null_mean is not None and r.null_std is not None]
     if nulls:
