@@ -450,9 +450,7 @@ def read_torch_file(path: Path) -> Any:
                 "load it yourself with torch.load(path, weights_only=False) and call analyze(model)"
             ) from error
         # Torch advises to load what is no pickle without its safeguards.
-        detail = (
-            "no pickle" if refused or not (zipped or pickled) else said.partition("\n")[0]
-        )
+        detail = "no pickle" if refused or not (zipped or pickled) else said.partition("\n")[0]
         raise ValueError(
             f"cannot read {path}: no checkpoint, or one that is empty, cut short or damaged ({detail})"
         ) from error

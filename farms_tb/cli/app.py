@@ -245,7 +245,9 @@ def report(
     from farms_tb.page import write_page
 
     with complaints():
-        print(write_page(_read_run(run_folder, null), output))
+        run = read_run_folder(run_folder, null=null)
+        print(write_page(run, output))
+        _say_missing(run)
 
 
 @app.command()
@@ -275,14 +277,12 @@ def plot(
     pictures, suffix = only or ([] if layer else None), f".{picture_format}"
     with complaints():
         check_wanted(pictures, suffix)
-        run = _read_run(run_folder, null)
+        run = read_run_folder(run_folder, null=null)
         for path in save_all(run, output, suffix=suffix, pictures=pictures, layers=layer or ()):
             print(path)
+        _say_missing(run)
 
 
-def _read_run(run_folder: Path, null: bool) -> RunFolder:
-    """Read a run folder, and say what is missing in it."""
-    run = read_run_folder(run_folder, null=null)
+def _say_missing(run: RunFolder) -> None:
     for sentence in run.missing:
         say(sentence)
-    return run
