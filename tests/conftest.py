@@ -1,5 +1,7 @@
 """Each test starts from one seed, with nothing warned about yet."""
 
+import signal
+
 import pytest
 import torch
 from hypothesis import settings
@@ -7,6 +9,9 @@ from hypothesis import settings
 from farms_tb import warning
 
 torch.set_num_threads(1)
+# A shell starts commands in the background deaf to Ctrl-C, and what the tests start would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # Property tests draw the same examples everywhere, those of every night others.
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
 settings.register_profile("nightly", max_examples=10_000, deadline=None, print_blob=True)
