@@ -215,6 +215,8 @@ def measure_nulls(
             wanted += members
         else:
             nulls.update({layer.name: null for layer in members})
+    if not wanted:
+        return nulls  # on every process: there is nothing to share, nor a device to share it on
 
     def draws(layer: Layer, stack: MatrixStack) -> int:
         turn, number = turns[layer.name]

@@ -134,3 +134,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     os.chdir(folder)
     torch.save(JOBS[job](rank), folder / f"{rank}.pt")
+    if dist.is_initialized():
+        # Left to the end of the process, gloo's threads now and then abort it.
+        dist.destroy_process_group()

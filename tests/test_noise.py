@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
 from farms_tb import FARMSTempBalance, MatrixStack, TempBalance, analyze, lr_ratios
-from farms_tb.analysis import Team, measure, measure_nulls, stack_record
+from farms_tb.analysis import Team, measure, measure_nulls, stack_record, with_nulls
 from farms_tb.layers import find_layers
 from farms_tb.null import MAX_DRAWS, MIN_DRAWS
 from farms_tb.options import SpectralOptions
@@ -174,6 +174,16 @@ class TestNull:
         total = torch.stack(tables).sum(0)
         team = Team(1, 3, lambda _: total)
         assert measure_nulls(layers, report, SpectralOptions(), team=team) == alone
+
+    def test_known_nulls_are_not_shared_again(self) -> None:
+        def refuse(_: torch.Tensor) -> torch.Tensor:
+            raise AssertionError
+
+        layers = find_layers(make_net())
+        report = measure(layers, SpectralOptions())
+        nulls = measure_nulls(layers, report, SpectralOptions())
+        known = with_nulls(report, nulls)
+        assert measure_nulls(layers, known, SpectralOptions(), team=Team(0, 2, refuse)) == nulls
 
 
 class TestMap:
