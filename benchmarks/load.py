@@ -16,13 +16,11 @@ Writes `scaling.csv`, `run.csv` and `load.png`.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +28,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from benchmarks.machine import describe, resident_bytes
+from benchmarks.results import write_csv
+from benchmarks.timing import Work, rounds
 from farms_tb import TempBalance, analyze
 from farms_tb.layers import find_layers
 from farms_tb.layerwise_step import LayerwiseStep
@@ -52,19 +52,9 @@ def make_net(layers: int) -> nn.Sequential:
     return net
 
 
-def seconds(function: Callable[[], Any]) -> float:
-    """Return the processor time of one call."""
-    start = time.process_time()
-    function()
-    return time.process_time() - start
-
-
-def medians(functions: Sequence[Callable[[], Any]], times: int) -> list[float]:
-    """Call the functions in turn, so that a disturbance hits all of them; return the median time of each."""
-    for function in functions:
-        function()
-    rounds = [[seconds(function) for function in functions] for _ in range(times)]
-    return [statistics.median(column) for column in zip(*rounds, strict=True)]
+def medians(functions: Sequence[Work], times: int) -> list[float]:
+    """Return the median processor time of each function."""
+    return [statistics.median(taken) for taken in rounds(functions, times)]
 
 
 def scaling_row(layers: int, times: int) -> dict[str, float]:
@@ -173,14 +163,6 @@ def plan() -> dict[str, float]:
         "seconds": time.process_time() - start,
         "resident_bytes": resident_bytes() - before,
     }
-
-
-def write_csv(path: Path, rows: Sequence[dict[str, float]]) -> None:
-    """Write rows of figures with six digits."""
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({k: v if isinstance(v, int) else f"{v:.6g}" for k, v in row.items()} for row in rows)
 
 
 def draw(path: Path, scaling: Sequence[dict[str, float]], run: Sequence[dict[str, float]]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -11,16 +12,22 @@ import torch
 import farms_tb
 
 
-def describe() -> str:
-    """Return processor, cores, memory and versions in one line each."""
-    return "\n".join(
-        (
-            f"machine   {_processor()}, {len(os.sched_getaffinity(0))} cores, {_memory():.0f} GiB",
-            f"threads   torch uses {torch.get_num_threads()}",
-            f"versions  farms_tb {farms_tb.__version__}, torch {torch.__version__}, "
-            f"Python {platform.python_version()}",
-        )
-    )
+def describe(device: str = "cpu", *packages: str) -> str:
+    """Return processor, cores, memory and versions in one line each.
+
+    Args:
+        device: where the work is done; a GPU gets a line of its own.
+        packages: whose versions matter here, beside torch's.
+    """
+    lines = [f"machine   {_processor()}, {len(os.sched_getaffinity(0))} cores, {_memory():.0f} GiB"]
+    if torch.device(device).type == "cuda":
+        gpu = torch.cuda.get_device_properties(device)
+        lines.append(f"device    {gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}")
+    lines.append(f"threads   torch uses {torch.get_num_threads()}")
+    versions = [f"farms_tb {farms_tb.__version__}", f"torch {torch.__version__}"]
+    versions += [f"{package} {version(package)}" for package in packages]
+    lines.append(f"versions  {', '.join(versions)}, Python {platform.python_version()}")
+    return "\n".join(lines)
 
 
 def resident_bytes() -> int:

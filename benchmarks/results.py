@@ -1,0 +1,48 @@
+"""What a benchmark leaves behind: CSV files, pictures, and its tables on the page of its folder."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+BEGIN, END = "<!-- measured -->", "<!-- end of what was measured -->"
+BLUE, ORANGE, GREEN, PURPLE = "#3B528B", "#D55E00", "#2A9D6F", "#8E4FA8"
+
+Value = float | int | str
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Value]]) -> None:
+    """Write rows of figures, with six digits; where a row lacks a figure, its place is left empty."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+
+
+def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:
+    """Return a table; the columns are those of the first row, numbers to the right."""
+    columns = list(rows[0])
+    numeric = [all(re.match(r"[-+]?[\d.]*(\d|$)", row[name]) for row in rows) for name in columns]
+    lines = [columns, ["--:" if right else "---" for right in numeric], *([*row.values()] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def publish(folder: Path, measured: str) -> None:
+    """Put what was measured onto the page of the folder, in the place of what was measured before.
+
+    Args:
+        folder: holds `README.md`, with the marks `BEGIN` and `END` around that place; made where it is missing.
+        measured: Markdown.
+    """
+    page = folder / "README.md"
+    before, begin, rest = (page.read_text(encoding="utf-8") if page.exists() else BEGIN + END).partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"{page} has no place for the tables: a line {BEGIN} and, below it, a line {END}")
+    text = f"{before}{BEGIN}\n\n{measured.strip()}\n\n{END}{after}"
+    written = page.with_suffix(".part")
+    written.write_text(text if text.endswith("\n") else text + "\n", encoding="utf-8")
+    written.replace(page)
