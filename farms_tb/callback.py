@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,8 @@ from farms_tb.options import (
     Kind,
     Metric,
     Norms,
+    Precision,
+    Solver,
     check_bool,
     collect_options,
 )
@@ -48,10 +51,10 @@ class FARMSTempBalance(Callback):
 
     Logged at each measurement, with every logger of the trainer: `farms/alpha/<layer>`, `farms/ratio/<layer>`,
     `farms/lr/<layer>`, `farms/alpha_mean`, `farms/alpha_std`, `farms/ratio_mean`, and `epoch`, the number of
-    completed epochs; with the noise-aware map also `farms/z/<layer>` and `farms/lambda`. After training a last row
-    holds the alphas of the final weights. Of a model of more than 1000 layers the aggregates alone are logged.
-    In W&B and TensorBoard, which sort by name, the keys of a layer are `farms_alpha/03_<layer>` and so on: a
-    section for each figure, in order of depth.
+    completed epochs; with the noise-aware map also `farms/z/<layer>` and `farms/lambda`, with `max_overhead` also
+    `farms/interval` and `farms/overhead`. After training a last row holds the alphas of the final weights. Of a
+    model of more than 1000 layers the aggregates alone are logged. In W&B and TensorBoard, which sort by name, the
+    keys of a layer are `farms_alpha/03_<layer>` and so on: a section for each figure, in order of depth.
     `farms/alpha_mean` and `farms/alpha_std` can be monitored by other callbacks.
 
     Args:
@@ -65,6 +68,9 @@ class FARMSTempBalance(Callback):
         filter_zeros: drop eigenvalues below 1e-5 (the papers' rule).
         relative_cutoff: drop eigenvalues below this fraction of the largest one.
         min_eigenvalues: samples with fewer eigenvalues have no alpha.
+        precision: `"auto"` solves in single precision where alpha stays within 5e-5 of itself, `"float64"` never.
+        solver: what solves on a GPU: `"torch"`, `"cupy"`, `"cpu"`, or `"auto"` for the fastest of them in a trial.
+        memory_mb: megabytes (MiB) that solving may take at a time, beside the model.
         assign_func: the map from alphas to ratios: `"tb_linear_map"`, `"tb_sqrt"`, `"tb_log2"`, `"tb_step"`,
             `"tb_sigmoid"` or `"noise_aware"`; see `farms_tb.lr_ratios`.
         lr_min_ratio: ratio of the layer with the smallest alpha.
@@ -81,6 +87,11 @@ class FARMSTempBalance(Callback):
         norms: `"follow"` gives a normalisation layer the ratio of the layer that feeds it, `"base"` ratio 1.
         every_n_epochs: measure at the start of every n-th epoch.
         every_n_steps: measure every n optimizer steps instead of by epochs.
+        max_overhead: the share of the time of training that measuring may take, 0.02 for 2 %. Of the times that
+            `every_n_epochs` or `every_n_steps` say, those are left out that would take more. The first
+            measurement and that of the final weights are always made, and count. None: measure at all of them.
+        timings_file: with `max_overhead`, the `farms_timings.csv` of an earlier run, to measure at exactly the
+            same times again.
         log: log to the trainer's loggers.
         histogram_every_n: log the ESD of each layer, as a histogram of log10 of the eigenvalues, at every n-th
             measurement (W&B and TensorBoard).
@@ -118,6 +129,9 @@ class FARMSTempBalance(Callback):
         filter_zeros: bool = False,
         relative_cutoff: float = 0.0,
         min_eigenvalues: int = 5,
+        precision: Precision = "auto",
+        solver: Solver = "auto",
+        memory_mb: int = 512,
         assign_func: AssignFunc = "tb_linear_map",
         lr_min_ratio: float = 0.5,
         lr_max_ratio: float = 1.5,
@@ -132,6 +146,8 @@ class FARMSTempBalance(Callback):
         norms: Norms = "follow",
         every_n_epochs: int = 1,
         every_n_steps: int | None = None,
+        max_overhead: float | None = None,
+        timings_file: str | os.PathLike[str] | None = None,
         log: bool = True,
         histogram_every_n: int | None = None,
         table_every_n: int | None = None,
@@ -139,7 +155,9 @@ class FARMSTempBalance(Callback):
     ) -> None:
         super().__init__()
         self._spectral, self._balance = collect_options(locals())
-        self._schedule = Schedule(every_n_epochs, every_n_steps, histogram_every_n, table_every_n)
+        self._schedule = Schedule(
+            every_n_epochs, every_n_steps, histogram_every_n, table_every_n, max_overhead, timings_file
+        )
         check_bool("log", log)
         self._run_log = RunLog(choose_x_axis(x_axis, every_n_steps))
         self._write = log  # not `log`: Lightning puts a method of that name on every callback
@@ -208,6 +226,12 @@ class FARMSTempBalance(Callback):
         self._run_log = RunLog(self._run_log.x_axis)
         self._training = True
         self._schedule.reset()
+        if self._schedule.overhead is not None:
+            # Every process has to ask for `log_dir`.
+            folder = trainer.log_dir or trainer.default_root_dir
+            self._schedule.overhead.start(
+                folder, pl_module.device, share=trainer.world_size > 1, write=trainer.is_global_zero
+            )
         self._restore()
         # The rest of an epoch resumed in its middle may be monitored too.
         self._publish(trainer, pl_module)
@@ -237,6 +261,7 @@ class FARMSTempBalance(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the final weights, for the report and the loggers, and let go of the optimizers."""
+        self._schedule.stop()
         if self._balancer is not None and trainer.global_step != self._schedule.step:
             self._balancer.measure()
             self._log(trainer, table=self._schedule.table_every_n is not None, final=True)
@@ -266,21 +291,25 @@ class FARMSTempBalance(Callback):
         epoch, step = trainer.current_epoch, trainer.global_step
         if self._balancer is None or not self._schedule.is_due(epoch, step):
             return
-        self._balancer.update(histogram=self._schedule.wants_histogram())
-        table = self._schedule.wants_table()
-        self._schedule.tick(epoch, step)
-        self._log(trainer, table)
-        self._publish(trainer, pl_module)
+        if not self._schedule.claim(epoch, step):
+            return
+        with self._schedule.timed(epoch, step):
+            self._balancer.update(histogram=self._schedule.wants_histogram())
+            table = self._schedule.wants_table()
+            self._schedule.tick(epoch, step)
+            self._log(trainer, table)
+            self._publish(trainer, pl_module)
 
     def _log(self, trainer: Trainer, table: bool, final: bool = False) -> None:
         if not self._write or not trainer.is_global_zero or self.report is None:
             return
         balancer = self._started()
         # The final weights take no further step: a ratio or lr beside their alphas would be made up.
-        figures = ({}, {}, {}) if final else (balancer.ratios, balancer.layer_lrs(), balancer.summary)
+        figures = ({}, {}) if final else (balancer.ratios, balancer.layer_lrs())
+        summary = self._schedule.summary if final else balancer.summary | self._schedule.summary
         # The step that LearningRateMonitor uses: it counts batches that stepped, as the user's own curves do.
         step = trainer.fit_loop.epoch_loop._batches_that_stepped
-        measurement = Measurement(self.report, *figures, trainer.current_epoch, step)
+        measurement = Measurement(self.report, *figures, summary, trainer.current_epoch, step)
         if self._schedule.table_every_n is not None:
             self._run_log.add(measurement)
         log_measurement(trainer.loggers, measurement, self._run_log, table=table)
@@ -297,5 +326,6 @@ class FARMSTempBalance(Callback):
 
     def _release(self) -> None:
         self._training = False
+        self._schedule.stop()
         if self._balancer is not None:
             self._balancer.detach()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,19 @@ from farms_tb.layers import clean_name
 from farms_tb.layerwise_step import stepping_optimizers
 from farms_tb.loggers import define_wandb_axes, tensorboard_media, wandb_values
 from farms_tb.logs import Measurement, RunLog, XAxis, alpha_summary, choose_x_axis, warn_of_many_layers
-from farms_tb.options import AssignFunc, Esd, Fit, Kind, Metric, Norms, as_plain, check_bool, collect_options
+from farms_tb.options import (
+    AssignFunc,
+    Esd,
+    Fit,
+    Kind,
+    Metric,
+    Norms,
+    Precision,
+    Solver,
+    as_plain,
+    check_bool,
+    collect_options,
+)
 from farms_tb.report import Report
 from farms_tb.schedule import Schedule
 
@@ -52,11 +65,12 @@ class FARMSTrainerCallback(TrainerCallback, ExportableState):
     `callbacks`; model, optimizer, scheduler and `TrainingArguments` stay as they are.
 
     Logged at each measurement, with every reporter of the trainer (`report_to`) and in `state.log_history`:
-    `farms/alpha/<layer>`, `farms/ratio/<layer>`, `farms/lr/<layer>`, `farms/alpha_mean`, `farms/alpha_std`. Like
-    all of the trainer's figures they appear under `train/` in W&B and TensorBoard, there with the layers numbered
-    by depth: `train/farms_alpha/03_<layer>`. When training is over a last row holds the alphas of the final
-    weights, before `load_best_model_at_end` puts others in their place. The console gets the two aggregates only,
-    and with more than 1000 layers so does everything else.
+    `farms/alpha/<layer>`, `farms/ratio/<layer>`, `farms/lr/<layer>`, `farms/alpha_mean`, `farms/alpha_std`, with
+    `max_overhead` also `farms/interval` and `farms/overhead`. Like all of the trainer's figures they appear under
+    `train/` in W&B and TensorBoard, there with the layers numbered by depth: `train/farms_alpha/03_<layer>`. When
+    training is over a last row holds the alphas of the final weights, before `load_best_model_at_end` puts others
+    in their place. The console gets the two aggregates only, and with more than 1000 layers so does everything
+    else.
 
     A run resumed by `train(resume_from_checkpoint=...)` continues bit-identically, with or without
     `restore_callback_states_from_checkpoint`. That flag also brings back the options of the checkpoint, in a new
@@ -76,6 +90,9 @@ class FARMSTrainerCallback(TrainerCallback, ExportableState):
         filter_zeros: drop eigenvalues below 1e-5 (the papers' rule).
         relative_cutoff: drop eigenvalues below this fraction of the largest one.
         min_eigenvalues: samples with fewer eigenvalues have no alpha.
+        precision: `"auto"` solves in single precision where alpha stays within 5e-5 of itself, `"float64"` never.
+        solver: what solves on a GPU: `"torch"`, `"cupy"`, `"cpu"`, or `"auto"` for the fastest of them in a trial.
+        memory_mb: megabytes (MiB) that solving may take at a time, beside the model.
         assign_func: the map from alphas to ratios: `"tb_linear_map"`, `"tb_sqrt"`, `"tb_log2"`, `"tb_step"`,
             `"tb_sigmoid"` or `"noise_aware"`; see `farms_tb.lr_ratios`.
         lr_min_ratio: ratio of the layer with the smallest alpha.
@@ -92,6 +109,11 @@ class FARMSTrainerCallback(TrainerCallback, ExportableState):
         norms: `"follow"` gives a normalisation layer the ratio of the layer that feeds it, `"base"` ratio 1.
         every_n_epochs: measure at the start of every n-th epoch.
         every_n_steps: measure every n optimizer steps instead of by epochs.
+        max_overhead: the share of the time of training that measuring may take, 0.02 for 2 %. Of the times that
+            `every_n_epochs` or `every_n_steps` say, those are left out that would take more. The first
+            measurement and that of the final weights are always made, and count. None: measure at all of them.
+        timings_file: with `max_overhead`, the `farms_timings.csv` of an earlier run, to measure at exactly the
+            same times again.
         log: log to the trainer's reporters and to `state.log_history`.
         histogram_every_n: log the ESD of each layer, as a histogram of log10 of the eigenvalues, at every n-th
             measurement (W&B and TensorBoard).
@@ -130,6 +152,9 @@ class FARMSTrainerCallback(TrainerCallback, ExportableState):
         filter_zeros: bool = False,
         relative_cutoff: float = 0.0,
         min_eigenvalues: int = 5,
+        precision: Precision = "auto",
+        solver: Solver = "auto",
+        memory_mb: int = 512,
         assign_func: AssignFunc = "tb_linear_map",
         lr_min_ratio: float = 0.5,
         lr_max_ratio: float = 1.5,
@@ -144,13 +169,17 @@ class FARMSTrainerCallback(TrainerCallback, ExportableState):
         norms: Norms = "follow",
         every_n_epochs: int = 1,
         every_n_steps: int | None = None,
+        max_overhead: float | None = None,
+        timings_file: str | os.PathLike[str] | None = None,
         log: bool = True,
         histogram_every_n: int | None = None,
         table_every_n: int | None = None,
         x_axis: XAxis | None = None,
     ) -> None:
         self._spectral, self._balance = collect_options(locals())
-        self._schedule = Schedule(every_n_epochs, every_n_steps, histogram_every_n, table_every_n)
+        self._schedule = Schedule(
+            every_n_epochs, every_n_steps, histogram_every_n, table_every_n, max_overhead, timings_file
+        )
         check_bool("log", log)
         self._run_log = RunLog(choose_x_axis(x_axis, every_n_steps))
         self._write = log
@@ -190,6 +219,7 @@ class FARMSTrainerCallback(TrainerCallback, ExportableState):
     def detach(self) -> None:
         """Leave the optimizer as it was found: needed only after an error in training. Safe to call twice."""
         self._training = False
+        self._schedule.stop()
         if self._balancer is not None:
             self._balancer.detach()
 
@@ -200,6 +230,8 @@ class FARMSTrainerCallback(TrainerCallback, ExportableState):
             **as_plain(self._spectral, self._balance),
             "every_n_epochs": schedule.every_n_epochs,
             "every_n_steps": schedule.every_n_steps,
+            "max_overhead": schedule.max_overhead,
+            "timings_file": None if schedule.timings_file is None else os.fspath(schedule.timings_file),
             "log": self._write,
             "histogram_every_n": schedule.histogram_every_n,
             "table_every_n": schedule.table_every_n,
@@ -237,6 +269,13 @@ class FARMSTrainerCallback(TrainerCallback, ExportableState):
         # length, or an epoch broken off, makes it useless between. So it says where to start, and no more.
         self._epoch = math.floor(state.epoch or 0) - 1
         try:
+            if self._schedule.overhead is not None:
+                self._schedule.overhead.start(
+                    args.output_dir or ".",
+                    args.device,
+                    share=args.world_size > 1,
+                    write=state.is_world_process_zero,
+                )
             self._restore(state)
         except Exception:
             self.detach()
@@ -318,14 +357,17 @@ class FARMSTrainerCallback(TrainerCallback, ExportableState):
     ) -> TrainerControl:
         if not self._training or not self._schedule.is_due(self._epoch, state.global_step):
             return control
-        try:
-            self._started().update(histogram=self._schedule.wants_histogram())
-        except Exception:
-            self.detach()
-            raise
-        table = self._schedule.wants_table()
-        self._schedule.tick(self._epoch, state.global_step)
-        return self._log(args, state, control, table, **kwargs)
+        if not self._schedule.claim(self._epoch, state.global_step):
+            return control
+        with self._schedule.timed(self._epoch, state.global_step):
+            try:
+                self._started().update(histogram=self._schedule.wants_histogram())
+            except Exception:
+                self.detach()
+                raise
+            table = self._schedule.wants_table()
+            self._schedule.tick(self._epoch, state.global_step)
+            return self._log(args, state, control, table, **kwargs)
 
     def _measure_final_weights(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -333,6 +375,7 @@ class FARMSTrainerCallback(TrainerCallback, ExportableState):
         if not self._training:
             return control
         self._training = False
+        self._schedule.stop()
         if state.global_step == self._schedule.step:
             return control
         self._started().measure()
@@ -357,8 +400,9 @@ class FARMSTrainerCallback(TrainerCallback, ExportableState):
             return control
         balancer = self._started()
         # The final weights take no further step: a ratio or lr beside their alphas would be made up.
-        figures = ({}, {}, {}) if final else (balancer.ratios, balancer.layer_lrs(), balancer.summary)
-        measurement = Measurement(self.report, *figures, state.epoch, state.global_step)
+        figures = ({}, {}) if final else (balancer.ratios, balancer.layer_lrs())
+        summary = self._schedule.summary if final else balancer.summary | self._schedule.summary
+        measurement = Measurement(self.report, *figures, summary, state.epoch, state.global_step)
         row = measurement.row()
         state.log_history.append({**row, "step": state.global_step})
         if self._schedule.table_every_n is not None:

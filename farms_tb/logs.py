@@ -1,8 +1,9 @@
 """What is logged of a measurement: a row of figures, histograms, a table and pictures.
 
 Keys of a row: `farms/alpha/<layer>`, `farms/ratio/<layer>`, `farms/lr/<layer>`, `farms/alpha_mean`,
-`farms/alpha_std`, `farms/ratio_mean`, `epoch`; with the noise-aware map also `farms/z/<layer>` and `farms/lambda`.
-Of a model of more than `MAX_LOGGED_LAYERS` layers the aggregates alone.
+`farms/alpha_std`, `farms/ratio_mean`, `epoch`; with the noise-aware map also `farms/z/<layer>` and `farms/lambda`;
+with `max_overhead` also `farms/interval` and `farms/overhead`. Of a model of more than `MAX_LOGGED_LAYERS` layers
+the aggregates alone.
 
 W&B and TensorBoard make a section of what stands before the first slash of a key, and sort the panels in it by
 name. For these two the keys of a layer are therefore `farms_alpha/03_<layer>`: a section for each figure, W&B's

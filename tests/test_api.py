@@ -16,6 +16,8 @@ BALANCE = {field.name: field.default for field in fields(BalanceOptions) if fiel
 WHEN_AND_WHAT_TO_LOG = {
     "every_n_epochs": 1,
     "every_n_steps": None,
+    "max_overhead": None,
+    "timings_file": None,
     "log": True,
     "histogram_every_n": None,
     "table_every_n": None,
