@@ -1,0 +1,52 @@
+"""The networks and the settings of the recipes that are measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+from torch import nn
+
+from recipes.config import build
+from recipes.models.resnet import SmallImageResNet
+from recipes.models.unet import UNet
+from recipes.models.vgg import SmallImageVGG
+from recipes.models.wrn import WideResNet
+from recipes.train import CONFIG_DIR
+
+CLASSES = 100
+
+
+def settings(*overrides: str) -> DictConfig:
+    """Return the settings of `python -m recipes.train` with these overrides."""
+    with initialize_config_dir(CONFIG_DIR, version_base="1.3"):
+        return compose("train", overrides=list(overrides))
+
+
+def vit() -> nn.Module:
+    """Return ViT-B/16, with random weights."""
+    from torchvision.models import vit_b_16
+
+    model = vit_b_16()
+    nn.init.normal_(model.heads.head.weight, std=0.02)  # zero otherwise, which has no spectrum
+    return model  # type: ignore[no-any-return]
+
+
+def fno() -> nn.Module:
+    """Return neuraloperator's FNO in PDEBench's size, whose Fourier layers are complex."""
+    model: nn.Module = build(settings("experiment=darcy_fno"), "model.net")
+    return model
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "ResNet-18": lambda: SmallImageResNet(18, out_channels=CLASSES),
+    "ResNet-34": lambda: SmallImageResNet(34, out_channels=CLASSES),
+    "VGG-16": lambda: SmallImageVGG(16, out_channels=CLASSES),
+    "VGG-19": lambda: SmallImageVGG(19, out_channels=CLASSES),
+    "WRN-28-10": lambda: WideResNet(28, 10, out_channels=CLASSES),
+    "UNet": lambda: UNet(in_channels=1, out_channels=1, width=32),
+    "FNO": fno,
+    "ViT-B/16": vit,
+}
+"""Image networks as for CIFAR-100, PDE networks in PDEBench's sizes."""
