@@ -5,8 +5,9 @@ times to measure, validation and checkpoints included. The next measurement is a
 
     spent + next + final <= max_overhead * trained
 
-that is, where measuring stays within its share of training even if the run ended right after it: the final weights
-are always measured, too. The first measurement is not asked for, and is paid off first.
+that is, where measuring stays within its share of training even if the run ended right after it, as the final
+weights are measured too. The first measurement is always made. How long others will take is not known before the
+second, which is made as soon as the first is paid off.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ __all__ = ["TIMINGS_FILE", "Overhead", "Timing", "read_timings"]
 TIMINGS_FILE = "farms_timings.csv"
 
 MeasurementKind = Literal["first", "plain", "histogram", "table"]
-"""Measurements of one kind take about as long: the first one warms up, and may measure random layers too."""
+"""Measurements of one kind take about equally long."""
 
 _TRAINING = "training"
 _OUTLIER = 3.0
@@ -188,8 +189,8 @@ class Overhead:
             seconds = self._given[series][self._taken[series]]
         elif self._source is not None:
             warn_once(
-                f"{self._source} holds no more timings of {series}, from here on the clock's are taken: what is "
-                "measured may differ from the run that wrote it",
+                f"{self._source} is used up: from here on the clock's timings are taken, and what is measured may "
+                "differ from the run that wrote it",
                 self,
             )
         row = Timing(what, epoch, step, self._agree(seconds))
@@ -230,9 +231,9 @@ class Overhead:
         if not affordable and not self._said:
             self._said = True
             warn_once(
-                f"a measurement takes {self._forecast(following):.2g} s, training between two "
-                f"{self._training.typical:.2g} s: within max_overhead={self.max_overhead:g}, layers are measured "
-                "less often than configured; farms/interval says how often",
+                f"measuring has taken {self._spent:.2g} s and training {self._training.total:.2g} s: within "
+                f"max_overhead={self.max_overhead:g}, layers are measured less often than configured; "
+                "farms/interval says how often",
                 self,
             )
         return affordable
@@ -248,9 +249,14 @@ class Overhead:
         return sum(tally.total for tally in self._measurements.values())
 
     def _forecast(self, kind: MeasurementKind) -> float:
-        """Return how long a measurement will take: of a kind that is yet to come, as long as any other."""
-        known = self._measurements.get(kind)
-        return known.typical if known else max(tally.typical for tally in self._measurements.values())
+        """Return how long a measurement will take: of a kind that is yet to come, as long as others.
+
+        But for the first, which says little about them: it warms up, and may measure random layers too.
+        """
+        for name in (kind, "plain", "histogram", "table"):
+            if name in self._measurements:
+                return self._measurements[name].typical
+        return 0.0
 
     def _elapsed(self) -> float:
         """Return the seconds of training since the last row; 0 where a file will say how many."""

@@ -253,6 +253,46 @@ def test_final_report_after_an_early_stop(tmp_path: Path, options: dict[str, Any
     assert not trainer.optimizer.optimizer._optimizer_step_pre_hooks
 
 
+# A budget for measuring, see test_overhead.py for all that does not depend on the trainer
+
+
+def write_timings(path: Path) -> str:
+    rows = ["training,0,0,1.0"] * 20 + ["plain,0,0,0.25"] * 20
+    path.write_text("\n".join(["what,epoch,step,seconds", *rows, ""]))
+    return str(path)
+
+
+@pytest.mark.filterwarnings("ignore:measuring has taken .* less often than configured")
+def test_slow_measurements_are_left_out(tmp_path: Path) -> None:
+    budget = {"max_overhead": 0.125, "timings_file": write_timings(tmp_path / "slow.csv"), "every_n_steps": 2}
+    options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "num_train_epochs": 6}
+    whole, probe = FARMSTrainerCallback(**budget), Probe()
+    expected, uninterrupted = train(tmp_path / "run", whole, probe, **options)
+    # As in test_overhead.py: 0, 2, 8, 10 times the interval, and the final weights.
+    assert [step for step, _ in probe.measured] == [0, 4, 16, 20, 24]
+    rows = [row for row in probe.rows if "farms/alpha_mean" in row]
+    assert [row.get("farms/interval") for row in rows] == [None, 4, 12, 4, None]
+    assert [row.get("farms/overhead") for row in rows[:-1]] == [None, 0.125, 0.0625, 0.075]
+    written = (tmp_path / "run" / "farms_timings.csv").read_bytes()
+    assert written.count(b"training") == 11
+
+    history = [row for row in uninterrupted.state.log_history if "farms/alpha_mean" in row][:-1]
+    options["save_strategy"] = "no"
+    # With the measurement of step 6 left out, and made anew by the trainer.
+    for checkpoint, flag in (("checkpoint-6", False), ("checkpoint-14", True)):
+        given = FARMSTrainerCallback(**({} if flag else budget))
+        model, trainer = train(
+            tmp_path / "run",
+            given,
+            resume=checkpoint,
+            restore_callback_states_from_checkpoint=flag,
+            **options,
+        )
+        assert_same_weights(model, expected)
+        assert [row for row in trainer.state.log_history if "farms/alpha_mean" in row][:-1] == history
+        assert (tmp_path / "run" / "farms_timings.csv").read_bytes() == written
+
+
 # What it logs
 
 

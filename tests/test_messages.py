@@ -42,6 +42,7 @@ from farms_tb.layerwise_step import LayerwiseStep
 from farms_tb.logs import MAX_LOGGED_LAYERS, warn_of_many_layers
 from farms_tb.matrices import layer_matrices
 from farms_tb.options import SpectralOptions
+from farms_tb.overhead import TIMINGS_FILE, Overhead
 from farms_tb.plots import (
     Curve,
     History,
@@ -156,19 +157,19 @@ def fails_on_one_rank(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise FloatingPointError
 
-    monkeypatch.setattr(analysis_module, "measure_stack", fail)
+    monkeypatch.setattr(analysis_module, "measure_stacks", fail)
     measure(find_layers(make_net()), SpectralOptions(), team=Team(0, 2, lambda table: table))
 
 
 def out_of_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    solve = spectra._eigenvalues
+    gram = spectra._gram
 
-    def solve_one(matrices: torch.Tensor) -> torch.Tensor:
+    def gram_of_one(matrices: torch.Tensor) -> torch.Tensor:
         if len(matrices) > 1:
             raise torch.OutOfMemoryError
-        return solve(matrices)
+        return gram(matrices)
 
-    monkeypatch.setattr(spectra, "_eigenvalues", solve_one)
+    monkeypatch.setattr(spectra, "_gram", gram_of_one)
     analyze(nn.Conv2d(9, 9, 3))
 
 
@@ -235,6 +236,27 @@ def spectral(name: str) -> nn.Module:
     from neuralop.layers.spectral_convolution import SpectralConv
 
     return SpectralConv(4, 4, (4, 4), separable=name == "separable")
+
+
+def timed(folder: Path, *rows: str, max_overhead: float = 0.02) -> Overhead:
+    lines = ["what,epoch,step,seconds", *rows]
+    return Overhead(max_overhead, write(folder / TIMINGS_FILE, "".join(f"{line}\n" for line in lines)))
+
+
+def too_slow(folder: Path, _: pytest.MonkeyPatch) -> None:
+    overhead = timed(folder, "first,0,0,0.3", "training,1,4,2.0")
+    overhead.note_measurement("first", 0, 0, 0.0)
+    overhead.note_training(1, 4)
+    overhead.affords("plain", "plain")
+
+
+def used_up(folder: Path, _: pytest.MonkeyPatch) -> None:
+    overhead = timed(folder, "first,0,0,0.3")
+    overhead.note_training(1, 4)
+
+
+def start_in(folder: Path | str, overhead: Overhead) -> None:
+    overhead.start(str(folder), torch.device("cpu"), share=False, write=True)
 
 
 def sgd(**options: Any) -> Any:
@@ -351,6 +373,29 @@ MESSAGES: list[tuple[str, Callable[[Path, pytest.MonkeyPatch], Any]]] = [
     (
         "FARMSTempBalance does not work with DeepSpeedStrategy: DeepSpeed keeps the parameters",
         always(refused_strategy),
+    ),
+    (
+        "timings_file='a.csv' is for max_overhead, which is None",
+        always(lambda: FARMSTempBalance(timings_file="a.csv")),
+    ),
+    (
+        "measuring has taken 0.3 s and training 2 s: within max_overhead=0.02, layers are measured less often",
+        too_slow,
+    ),
+    ("is used up: from here on the clock's timings are taken", used_up),
+    (
+        "no farms_timings.csv is written: s3://a is not a local folder; checkpoints hold the timings",
+        always(lambda: start_in("s3://a", Overhead(0.1))),
+    ),
+    (
+        "is where this run writes its own timings: move it elsewhere",
+        lambda folder, _: start_in(folder, timed(folder, "first,0,0,0.3")),
+    ),
+    ("cannot be read: [Errno 2] No such file", lambda folder, _: Overhead(0.1, folder / "a.csv")),
+    ("holds no timings: expected the header 'what,epoch,step,seconds'", lambda folder, _: timed(folder)),
+    (
+        "expected one of training, first, plain, histogram, table, an epoch, a step and seconds, got '1'",
+        lambda folder, _: timed(folder, "1"),
     ),
     (
         "FARMSTrainerCallback has nothing to show before trainer.train",
