@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from farms_tb.merged_update import merged_update
 from farms_tb.warning import warn_once
 
 Group = dict[str, Any]
@@ -84,8 +85,7 @@ class _Split:
     def still_of(self, group: Group) -> bool:
         """Tell whether this is how `group` is split now too, provided that the ratios are the same.
 
-        Never where the group holds tensors: their copies are made within the step, so that a captured graph of it
-        makes them again.
+        Never where the group holds tensors, whose copies are made anew.
         """
         params = group["params"]
         return (
@@ -124,11 +124,27 @@ class _Split:
         return value.clone() if isinstance(value, Tensor) else value
 
 
+class _Merged:
+    """One of the user's groups that is updated as a whole, after a step that sees it without parameters."""
+
+    def __init__(self, group: Group, update: Callable[[], None]) -> None:
+        self.group = group
+        self.shown = [{**group, "params": []}]
+        self.update = update
+
+    def still_of(self, group: Group) -> bool:
+        """Every step has gradients of its own."""
+        return False
+
+    def follow_user(self) -> None:
+        """Nothing to do: the update looks at the user's group itself."""
+
+
 class _Note:
     """The values of a group but for its parameters at some time, and how often tensors among them had changed."""
 
     def __init__(self, group: Group) -> None:
-        self._values = {key: value for key, value in group.items() if key != "params"}
+        self._values = dict(group)
         self._versions = {key: v._version for key, v in self._values.items() if isinstance(v, Tensor)}
 
     def update(self, key: str, value: Any) -> None:
@@ -141,9 +157,12 @@ class _Note:
     def changes(self, group: Group) -> set[str]:
         """Return the keys that were written, added or removed since."""
         values = self._values
+        same = group.keys() == values.keys() and all(map(is_, group.values(), values.values()))
+        if same and not self._versions:  # as nearly always, with as many groups a step as there are ratios
+            return set()
         written = {key for key, value in values.items() if group.get(key, _MISSING) is not value}
         written |= {key for key, version in self._versions.items() if values[key]._version != version}
-        return written | (group.keys() - values.keys() - {"params"})
+        return (written | (group.keys() - values.keys())) - {"params"}
 
 
 class LayerwiseStep:
@@ -164,19 +183,33 @@ class LayerwiseStep:
     def __init__(self, optimizer: Optimizer) -> None:
         check_optimizer(optimizer)
         self.optimizer = optimizer
-        self.ratios: Mapping[int, float] = {}
+        self._ratios: Mapping[int, float] = {}
+        self._captured = False
         self._view = self._make_view()
         # While a step runs: the groups it sees, and for each of the user's groups how it was split.
         self._shown: list[Group] | None = None
-        self._split: list[_Split] = []
+        self._split: list[_Split | _Merged] = []
         # The split of the last step, for as long as it holds: with a thousand layers it takes as long as the step.
-        self._kept: list[_Split] = []
+        self._kept: list[_Split | _Merged] = []
         self._kept_ratios: Mapping[int, float] = {}
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         ]
+        # Before the user's own, which find the parameters updated and the groups written.
+        optimizer._optimizer_step_post_hooks.move_to_end(self._handles[1].id, last=False)  # type: ignore[attr-defined]
         _attached[optimizer] = ref(self)
+
+    @property
+    def ratios(self) -> Mapping[int, float]:
+        """Learning-rate ratio of a parameter by its `id`."""
+        return self._ratios
+
+    @ratios.setter
+    def ratios(self, ratios: Mapping[int, float]) -> None:
+        if self._captured and not _all_one(ratios):
+            raise RuntimeError(self._captured_message())
+        self._ratios = ratios
 
     def detach(self) -> None:
         """Leave the optimizer as it was found. Safe to call twice."""
@@ -212,8 +245,12 @@ class LayerwiseStep:
             return None
         # A step that raised never came to its end.
         self._shown, self._split = None, []
-        if all(ratio == 1 for ratio in self.ratios.values()):
+        capturing = _is_capturing()
+        self._captured |= capturing
+        if _all_one(self.ratios):
             return None
+        if capturing:
+            raise RuntimeError(self._captured_message())
         _, *rest = args
         if rest and callable(rest[0]):
             rest[0] = self._with_refresh(rest[0])
@@ -241,7 +278,10 @@ class LayerwiseStep:
             self._shown = [group for split in self._split for group in split.shown]
         return self._shown
 
-    def _split_of(self, group: Group, old: _Split | None) -> _Split:
+    def _split_of(self, group: Group, old: _Split | _Merged | None) -> _Split | _Merged:
+        update = merged_update(self.optimizer, group, self.ratios)
+        if update is not None:
+            return _Merged(group, update)
         if old is None or not old.still_of(group):
             return _Split(group, self._by_ratio(group))
         old.follow_user()
@@ -264,7 +304,7 @@ class LayerwiseStep:
         for split in self._split:
             split.follow_user()
         for group in users[len(self._split) :]:
-            self._split.append(_Split(group, self._by_ratio(group)))
+            self._split.append(self._split_of(group, None))
             # The step may hold on to the list: it grows in place.
             self._shown += self._split[-1].shown
 
@@ -276,7 +316,9 @@ class LayerwiseStep:
         if len(shown) != sum(len(split.shown) for split in splits):
             raise RuntimeError(self._incompatible("added or removed param groups"))
         for split in splits:
-            if not split.whole:
+            if isinstance(split, _Merged):
+                split.update()
+            elif not split.whole:
                 self._write_back(split)
         self._kept = splits
 
@@ -292,6 +334,13 @@ class LayerwiseStep:
                     self._incompatible(f"keeps group[{key!r}], which depends on the learning rate,")
                 )
             _store(split.group, key, values[0])
+
+    def _captured_message(self) -> str:
+        return (
+            f"{type(self.optimizer).__name__}.step() was captured in a CUDA graph, which would go on with the "
+            "learning rates of that moment: leave the step out of the graph (capture forward and backward alone, "
+            "as torch.cuda.make_graphed_callables does), or lr_min_ratio=lr_max_ratio=1 to measure only"
+        )
 
     def _incompatible(self, deed: str) -> str:
         return (
@@ -324,6 +373,17 @@ def check_optimizer(optimizer: Optimizer) -> None:
     elif not type(optimizer).__module__.startswith("torch.optim"):
         message = f"layer-wise learning rates are untested with {name}: check callback.param_groups(optimizer)"
         warn_once(message, type(optimizer), stacklevel=3)
+
+
+def _all_one(ratios: Mapping[int, float]) -> bool:
+    return all(ratio == 1 for ratio in ratios.values())
+
+
+def _is_capturing() -> bool:
+    """Tell whether the user captures a CUDA graph; to the graphs of `torch.compile` learning rates are inputs."""
+    if torch.compiler.is_compiling() or not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return False
+    return torch.cuda.is_current_stream_capturing()
 
 
 def _scaled(lr: float | Tensor, ratio: float) -> float | Tensor:

@@ -6,6 +6,7 @@ import importlib
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, TensorDataset
+
+from farms_tb import merged_update
 
 EPOCHS, BATCHES, BATCH_SIZE = 3, 4, 4
 
@@ -161,18 +164,31 @@ def spy_on_updates(name: str) -> Iterator[list[dict[int, float]]]:
     original = getattr(module, function)
     seen: list[dict[int, float]] = []
 
-    def watched(params: list[Tensor], *args: Any, **kwargs: Any) -> Any:
+    def note(params: list[Tensor], lrs: list[Any]) -> None:
         # A parameter that comes up again begins the next step.
         if not seen or any(id(p) in seen[-1] for p in params):
             seen.append({})
-        seen[-1].update(dict.fromkeys(map(id, params), float(kwargs["lr"])))
+        seen[-1].update(zip(map(id, params), map(float, lrs), strict=True))
+
+    def watched(params: list[Tensor], *args: Any, **kwargs: Any) -> Any:
+        note(params, [kwargs["lr"]] * len(params))
         return original(params, *args, **kwargs)
 
+    def watched_rule(rule: merged_update.Rule) -> merged_update.Rule:
+        def update(group: Any, lrs: list[Any], params: list[Tensor], *args: Any) -> None:
+            note(params, lrs)
+            rule.update(group, lrs, params, *args)
+
+        return replace(rule, update=update)
+
+    rules = dict(merged_update.RULES)
     setattr(module, function, watched)
+    merged_update.RULES.update({cls: watched_rule(rule) for cls, rule in rules.items()})
     try:
         yield seen
     finally:
         setattr(module, function, original)
+        merged_update.RULES.update(rules)
 
 
 class Probe(Callback):
