@@ -184,7 +184,7 @@ class LayerwiseStep:
         check_optimizer(optimizer)
         self.optimizer = optimizer
         self._ratios: Mapping[int, float] = {}
-        self._captured = False
+        self._captured = self._compiled = False
         self._view = self._make_view()
         # While a step runs: the groups it sees, and for each of the user's groups how it was split.
         self._shown: list[Group] | None = None
@@ -245,6 +245,8 @@ class LayerwiseStep:
             return None
         # A step that raised never came to its end.
         self._shown, self._split = None, []
+        # Asked here, where it is known: later, parts of a compiled step run as they are.
+        self._compiled = torch.compiler.is_compiling()
         capturing = _is_capturing()
         self._captured |= capturing
         if _all_one(self.ratios):
@@ -279,7 +281,8 @@ class LayerwiseStep:
         return self._shown
 
     def _split_of(self, group: Group, old: _Split | _Merged | None) -> _Split | _Merged:
-        update = merged_update(self.optimizer, group, self.ratios)
+        # What is compiled is torch's own step, which the compiler knows and merges by itself.
+        update = None if self._compiled else merged_update(self.optimizer, group, self.ratios)
         if update is not None:
             return _Merged(group, update)
         if old is None or not old.still_of(group):

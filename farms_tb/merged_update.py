@@ -28,8 +28,8 @@ def merged_update(optimizer: Optimizer, group: Group, ratios: Mapping[int, float
     """Return what makes the step of one group, now that its gradients are there, or None where torch has to.
 
     Torch has to where there is nothing to merge, on the CPU, with other optimizers, where torch takes no `foreach`
-    operations (`fused`, `capturable`, `differentiable`, `foreach=False`), while compiling, with sparse gradients,
-    tensors among the options or parameters of several kinds, and at the first step of a parameter.
+    operations (`fused`, `capturable`, `differentiable`, `foreach=False`), with sparse gradients, tensors among the
+    options or parameters of several kinds, and at the first step of a parameter.
 
     Args:
         optimizer: any optimizer.
@@ -37,7 +37,7 @@ def merged_update(optimizer: Optimizer, group: Group, ratios: Mapping[int, float
         ratios: learning-rate ratio of a parameter by its `id`; 1 where there is none.
     """
     rule = RULES.get(type(optimizer))
-    if rule is None or torch.compiler.is_compiling() or not _takes_foreach(group):
+    if rule is None or not _takes_foreach(group):
         return None
     params = [p for p in group["params"] if p.grad is not None]
     grads = [p.grad for p in params]
