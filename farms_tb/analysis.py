@@ -14,11 +14,14 @@ from torch import Tensor, nn
 
 from farms_tb.layers import Layer, find_layers, read_stacks, stack_problem
 from farms_tb.matrices import MatrixStack, NoSpectrumError
-from farms_tb.measurement import ROW_LENGTH, measure_stack, record_from_row, solver_device
+from farms_tb.measurement import ROW_LENGTH, measure_stacks, record_from_row, solver_device
 from farms_tb.null import MAX_DRAWS, draws_for, null_of, shuffled_alphas
-from farms_tb.options import Esd, Fit, SpectralOptions, as_plain, check_bool
+from farms_tb.options import Esd, Fit, Precision, Solver, SpectralOptions, as_plain, check_bool
 from farms_tb.report import LayerRecord, Report
 from farms_tb.windows import layer_windows
+
+Work = Callable[[Sequence[tuple[Layer, MatrixStack]]], list[Tensor]]
+"""Finds the rows of some layers."""
 
 
 def analyze(
@@ -34,6 +37,9 @@ def analyze(
     filter_zeros: bool = False,
     relative_cutoff: float = 0.0,
     min_eigenvalues: int = 5,
+    precision: Precision = "auto",
+    solver: Solver = "auto",
+    memory_mb: int = 512,
     null: bool = False,
     histogram: bool = False,
 ) -> Report:
@@ -52,6 +58,9 @@ def analyze(
         filter_zeros: drop eigenvalues below 1e-5, all kept where none would be left.
         relative_cutoff: drop eigenvalues below this fraction of the largest one of their sample.
         min_eigenvalues: samples with fewer eigenvalues have no alpha.
+        precision: `"auto"` solves in single precision where alpha stays within 5e-5 of itself, `"float64"` never.
+        solver: what solves on a GPU: `"torch"`, `"cupy"`, `"cpu"`, or `"auto"` for the fastest of them in a trial.
+        memory_mb: megabytes (MiB) that solving may take at a time, beside the model.
         null: also measure layers with their entries shuffled, 8 to 32 times for each shape, which tells what alpha
             a random layer of that shape has: `null_mean`, `null_std` and `z_score` of a record.
         histogram: also count each layer's ESD, the `histogram` of its record.
@@ -80,6 +89,9 @@ def analyze(
         filter_zeros,
         relative_cutoff,
         min_eigenvalues,
+        precision,
+        solver,
+        memory_mb,
     )
     check_bool("null", null)
     check_bool("histogram", histogram)
@@ -157,10 +169,11 @@ def measure(
     """
     rows = _rows(
         layers,
-        lambda _, stack: measure_stack(stack, options, histogram),
+        lambda group: measure_stacks([stack for _, stack in group], options, histogram),
         lambda layer: cost(layer, options),
         ROW_LENGTH,
         team,
+        options,
     )
     records = {
         layer.name: record_from_row(row, options, layer.kind, layer.shape, "" if layer.planned else layer.problem)
@@ -224,10 +237,14 @@ def measure_nulls(
 
     rows = _rows(
         wanted,
-        lambda layer, stack: shuffled_alphas(stack, options, draws(layer, stack), seed=turns[layer.name][0]),
+        lambda group: [
+            shuffled_alphas(stack, options, draws(layer, stack), seed=turns[layer.name][0])
+            for layer, stack in group
+        ],
         lambda layer: draws(layer, _blank(layer)) * cost(layer, options),
         MAX_DRAWS,
         team,
+        options,
     )
     alphas = {layer.name: [a for a in row if a] for layer, row in zip(wanted, rows, strict=True)}
     for members in groups.values():
@@ -251,7 +268,7 @@ def stack_record(
 ) -> LayerRecord:
     """Measure one weight that belongs to no module."""
     problem = stack_problem(stack)
-    row = [] if problem else measure_stack(stack, options, histogram).tolist()
+    row = [] if problem else measure_stacks([stack], options, histogram)[0].tolist()
     record = record_from_row(row, options, stack.kind, tuple(stack.matrices.shape), problem)
     if null and record.alpha is not None:
         null_draws = shuffled_alphas(stack, options, draws_for(stack)).tolist()
@@ -262,14 +279,15 @@ def stack_record(
 
 def _rows(
     layers: Sequence[Layer],
-    work: Callable[[Layer, MatrixStack], Tensor],
+    work: Work,
     cost: Callable[[Layer], int],
     length: int,
     team: Team | None,
+    options: SpectralOptions,
 ) -> list[list[float]]:
     """Return a row of `length` numbers for each layer, on every process where there are several."""
     own = set(range(len(layers))) if team is None else team.own([cost(layer) for layer in layers])
-    table, error = _own_rows(layers, work, length, own)
+    table, error = _own_rows(layers, work, length, own, options.memory_mb * 2**20)
     if team is not None:
         failed = table.new_zeros(1, length)
         failed[0, 0] = 0.0 if error is None else 1.0
@@ -292,13 +310,32 @@ def _rows(
 
 
 def _own_rows(
-    layers: Sequence[Layer], work: Callable[[Layer, MatrixStack], Tensor], length: int, own: set[int]
+    layers: Sequence[Layer], work: Work, length: int, own: set[int], memory: int
 ) -> tuple[Tensor, Exception | None]:
-    """Return a row for each layer, zeros but for this rank's `own`, and the error that stopped the work if any."""
-    weights = (parameter for layer in layers for parameter in layer.module.parameters())
-    device = solver_device(next((weight.device for weight in weights), torch.device("cpu")))
-    table = torch.zeros(len(layers), length, dtype=torch.float64, device=device)
+    """Return a row for each layer, zeros but for this rank's `own`, and the error that stopped the work if any.
+
+    Args:
+        layers: all layers.
+        work: finds the rows of some of them.
+        length: length of a row.
+        own: positions of the layers that are measured here.
+        memory: bytes of weights that are worked on at a time: gathered from shards, they are whole for that long.
+    """
+    table = torch.zeros(len(layers), length, dtype=torch.float64)
     error: Exception | None = None
+    group: dict[int, MatrixStack] = {}
+    size = 0
+
+    def finish() -> None:
+        nonlocal error
+        try:
+            if error is None and group:
+                rows = work([(layers[index], stack) for index, stack in group.items()])
+                table[list(group)] = torch.stack(rows)
+        except Exception as caught:
+            error = caught
+        group.clear()
+
     module, stacks = None, []
     for index, layer in enumerate(layers):
         if layer.problem and not layer.planned:
@@ -307,10 +344,19 @@ def _own_rows(
             # Every rank reads every layer: gathering a sharded weight is a collective call.
             if layer.module is not module:
                 module, stacks = layer.module, read_stacks(layer.module)
-            if error is None and index in own:
-                table[index] = work(layer, stacks[layer.index])
+            stack = stacks[layer.index]
         except NoSpectrumError:
             continue
         except Exception as caught:
             error = error or caught
-    return table, error
+            continue
+        if index in own:
+            group[index] = stack
+            size += stack.matrices.nbytes
+            if size > memory:
+                finish()
+                size = 0
+    finish()
+    weights = (parameter for layer in layers for parameter in layer.module.parameters())
+    device = solver_device(next((weight.device for weight in weights), torch.device("cpu")))
+    return table.to(device), error

@@ -22,6 +22,7 @@ from farms_tb.analysis import Team, checked_layers, measure, measure_nulls, with
 from farms_tb.layers import Layer, clean_name, norm_feeders, unwrap
 from farms_tb.layerwise_step import LayerwiseStep, stepping_optimizers
 from farms_tb.options import (
+    NUMERICS,
     AssignFunc,
     BalanceOptions,
     Esd,
@@ -29,6 +30,8 @@ from farms_tb.options import (
     Kind,
     Metric,
     Norms,
+    Precision,
+    Solver,
     SpectralOptions,
     as_plain,
     collect_options,
@@ -225,7 +228,7 @@ class LayerBalancer:
         parts = [
             f"{name} was {saved.get(name)!r} and is {now.get(name)!r}"
             for name in {**now, **saved}
-            if saved.get(name) != now.get(name)
+            if saved.get(name) != now.get(name) and name not in NUMERICS
         ]
         names = {layer.name for layer in self.layers}
         gone, new = sorted(set(state["ratios"]) - names), sorted(names - set(state["ratios"]))
@@ -388,7 +391,7 @@ class TempBalance:
     Args:
         model: the model that is trained.
         optimizer: the optimizer that trains it, or several.
-        esd: see `farms_tb.analyze`, like all options up to `min_eigenvalues`.
+        esd: see `farms_tb.analyze`, like all options up to `memory_mb`.
         fit: where the power-law tail begins.
         aspect_ratio: columns / rows of a window.
         window: rows of a window of a linear layer.
@@ -398,12 +401,16 @@ class TempBalance:
         filter_zeros: drop eigenvalues below 1e-5.
         relative_cutoff: drop eigenvalues below this fraction of the largest one.
         min_eigenvalues: samples with fewer eigenvalues have no alpha.
-        assign_func: the map from alphas to ratios, see `farms_tb.lr_ratios`, like those to `sigmoid_tau`.
+        precision: `"auto"` solves in single precision where alpha stays within 5e-5 of itself, `"float64"` never.
+        solver: what solves on a GPU: `"torch"`, `"cupy"`, `"cpu"`, or `"auto"` for the fastest of them in a trial.
+        memory_mb: megabytes (MiB) that solving may take at a time, beside the model.
+        assign_func: the map from alphas to ratios, see `farms_tb.lr_ratios`, like those to `ratio_levels`.
         lr_min_ratio: ratio of the layer with the smallest alpha.
         lr_max_ratio: ratio of the layer with the largest alpha.
         sigmoid_min: strength of the sigmoid map at or below the mean alpha.
         sigmoid_max: strength of the sigmoid map above it.
         sigmoid_tau: steepness of the sigmoid map.
+        ratio_levels: round the ratios to this many values, so that a step has few different learning rates.
         metric: the figure that is mapped, `"alpha"` in the papers.
         exclude_first: leave the first matrix layer, in order of registration, at ratio 1.
         exclude_last: leave the last matrix layer at ratio 1.
@@ -449,12 +456,16 @@ class TempBalance:
         filter_zeros: bool = False,
         relative_cutoff: float = 0.0,
         min_eigenvalues: int = 5,
+        precision: Precision = "auto",
+        solver: Solver = "auto",
+        memory_mb: int = 512,
         assign_func: AssignFunc = "tb_linear_map",
         lr_min_ratio: float = 0.5,
         lr_max_ratio: float = 1.5,
         sigmoid_min: float = 0.5,
         sigmoid_max: float = 0.5,
         sigmoid_tau: float = 10.0,
+        ratio_levels: int | None = None,
         metric: Metric = "alpha",
         exclude_first: bool = True,
         exclude_last: bool = True,

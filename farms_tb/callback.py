@@ -78,6 +78,7 @@ class FARMSTempBalance(Callback):
         sigmoid_min: strength of the sigmoid map at or below the mean alpha.
         sigmoid_max: strength of the sigmoid map above it.
         sigmoid_tau: steepness of the sigmoid map.
+        ratio_levels: round the ratios to this many values, so that a step has few different learning rates.
         metric: the figure that is mapped; `"alpha"` in the papers.
         exclude_first: leave the first matrix layer, in order of registration, at ratio 1.
         exclude_last: leave the last matrix layer at ratio 1.
@@ -138,6 +139,7 @@ class FARMSTempBalance(Callback):
         sigmoid_min: float = 0.5,
         sigmoid_max: float = 0.5,
         sigmoid_tau: float = 10.0,
+        ratio_levels: int | None = None,
         metric: Metric = "alpha",
         exclude_first: bool = True,
         exclude_last: bool = True,

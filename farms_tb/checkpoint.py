@@ -40,7 +40,7 @@ from torch import Tensor
 from farms_tb.analysis import stack_record
 from farms_tb.layers import clean_name, unreadable
 from farms_tb.matrices import CONV_NORM, MatrixStack, NoSpectrumError
-from farms_tb.options import Esd, Fit, SpectralOptions, as_plain, check_bool
+from farms_tb.options import Esd, Fit, Precision, Solver, SpectralOptions, as_plain, check_bool
 from farms_tb.report import LayerRecord, Report
 
 INDEX = ".index.json"
@@ -71,6 +71,9 @@ def analyze_checkpoint(
     filter_zeros: bool = False,
     relative_cutoff: float = 0.0,
     min_eigenvalues: int = 5,
+    precision: Precision = "auto",
+    solver: Solver = "auto",
+    memory_mb: int = 512,
     null: bool = False,
     histogram: bool = False,
 ) -> Report:
@@ -99,6 +102,9 @@ def analyze_checkpoint(
         filter_zeros: drop eigenvalues below 1e-5.
         relative_cutoff: drop eigenvalues below this fraction of the largest one.
         min_eigenvalues: samples with fewer eigenvalues have no alpha.
+        precision: `"auto"` solves in single precision where alpha stays within 5e-5 of itself, `"float64"` never.
+        solver: what solves on a GPU: `"torch"`, `"cupy"`, `"cpu"`, or `"auto"` for the fastest of them in a trial.
+        memory_mb: megabytes (MiB) that solving may take at a time, beside the model.
         null: also measure a layer of each shape with its entries shuffled.
         histogram: also count each layer's ESD.
 
@@ -132,6 +138,9 @@ def analyze_checkpoint(
         filter_zeros,
         relative_cutoff,
         min_eigenvalues,
+        precision,
+        solver,
+        memory_mb,
     )
     check_bool("null", null)
     check_bool("histogram", histogram)

@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from farms_tb.layers import NO_VALUES
 from farms_tb.matrices import MatrixStack
 from farms_tb.options import SpectralOptions
 from farms_tb.power_law import PowerLawFit, fit_power_law
 from farms_tb.report import OK, EsdHistogram, LayerRecord
-from farms_tb.spectra import window_eigenvalues
-from farms_tb.standard_error import alpha_error
+from farms_tb.solvers import solver_for
+from farms_tb.spectra import SINGLE_FLOOR, SINGLE_ROUNDOFF, Eigenvalues, Wanted, window_eigenvalues
+from farms_tb.standard_error import alpha_error, parts_of_windows
 from farms_tb.windows import Windows, layer_windows
 
 ZERO_CUTOFF = 1e-5
@@ -41,8 +41,10 @@ _FIGURES = (
     "alpha_error",
     "xmin",
 )
-# A row: outcome, a number for its message, the figures, the number of eigenvalues, low, high and bins of the ESD.
-_HEAD = 2 + len(_FIGURES) + 1
+# A row: outcome, a number for its message, the figures, the number of eigenvalues, what solved for them, low, high
+# and bins of the ESD.
+_END = 2 + len(_FIGURES)
+_HEAD = _END + 2
 ROW_LENGTH = _HEAD + 2 + HISTOGRAM_BINS
 
 _OUTCOMES = (
@@ -62,57 +64,268 @@ _OK, _NON_FINITE, _ZERO, _NO_WINDOW, _TOO_FEW, _LOW_RANK, _FLAT, _NO_PEAK, _NO_V
     1, len(_OUTCOMES)
 )
 
+_SOLVED_BY = (
+    "",
+    *(f"{name} {route}" for name in ("cpu", "torch", "cupy") for route in ("float32", "float64", "float64 svd")),
+)
+
+# Single precision moves a window's eigenvalues by some roundoffs of the largest, and with them alpha: relative to
+# itself by at most 3.1 roundoffs * largest / xmin * (alpha - 1), measured on matrices of many kinds and sizes.
+_SINGLE_ERROR = 4 * SINGLE_ROUNDOFF
+# How much it may move alpha, relative to alpha.
+_SINGLE_TOLERANCE = 5e-5
+# From this many windows on, one of them tells beforehand whether single precision is worth an attempt.
+_PILOT = 4
+
 
 @torch.no_grad()
-def measure_stack(stack: MatrixStack, options: SpectralOptions, histogram: bool = False) -> Tensor:
-    """Return the row `(ROW_LENGTH,)` float64 of one layer, on the device of its weight."""
-    if stack.matrices.is_meta:
-        return _plan(stack, options)
-    stack = replace(stack, matrices=_solvable(stack.matrices))
-    largest = stack.matrices.abs().amax()
-    if not largest.isfinite():
-        return _row(stack, _NON_FINITE)
-    if largest == 0:
-        return _row(stack, _ZERO)
-    windows = layer_windows(stack, options)
-    if windows is None:
-        return _row(stack, _NO_WINDOW)
-    try:
-        return _measure_windows(stack, windows, largest, options, histogram)
-    except LinAlgError:
-        return _row(stack, _NOT_CONVERGED)
+def measure_stacks(
+    stacks: Sequence[MatrixStack], options: SpectralOptions, histogram: bool = False
+) -> list[Tensor]:
+    """Return the row `(ROW_LENGTH,)` float64, on the CPU, of each layer.
 
-
-def _measure_windows(
-    stack: MatrixStack, windows: Windows, largest: Tensor, options: SpectralOptions, histogram: bool
-) -> Tensor:
-    """Return the row of a layer that has windows, of finite numbers the largest of which is not 0.
-
-    Raises:
-        torch.linalg.LinAlgError: no solver converged on some window.
+    The layers are measured together: what one of them is found to be depends on no other.
     """
+    work = _begin(stacks, options)
+    jobs = [job for job in work if isinstance(job, _Job)]
+    _try_single(jobs, options)
+    _solve(jobs, options)
+    _solve_again(jobs, options)
+    if histogram:
+        _solve_to_count(jobs, options)
+    return [_row_of(job, options, histogram) if isinstance(job, _Job) else job for job in work]
+
+
+@dataclass
+class _Job:
+    """A layer that has windows, of finite numbers the largest of which is not 0.
+
+    Attributes:
+        stack: the layer's matrices, divided by 2**exponent.
+        windows: their windows.
+        parts: what else is solved for the standard error.
+        exponent: so that squares neither overflow nor vanish in float64.
+        single: whether single precision is to be tried, or was and did.
+        pilot: in single precision, the eigenvalues of the first window.
+        solved: the eigenvalues of all windows.
+        of_parts: those of `parts`.
+        sample: the eigenvalues of the samples and their fits.
+        counted: the eigenvalues `(S, N)` that a histogram counts.
+    """
+
+    stack: MatrixStack
+    windows: Windows
+    parts: Windows | None
+    exponent: int
+    single: bool
+    pilot: Tensor | None = None
+    solved: Eigenvalues = field(init=False)
+    of_parts: Tensor | None = None
+    sample: _Sample = field(init=False)
+    counted: Tensor | None = None
+
+    @property
+    def by_window(self) -> Tensor:
+        """Eigenvalues of each window `(S, n, min(h, w))`, ascending."""
+        values = self.solved.values
+        return values.reshape(self.windows.samples, -1, values.shape[-1])
+
+    @property
+    def factor(self) -> Tensor:
+        """What eigenvalues are multiplied by; it may leave the range of float64."""
+        return torch.tensor(2.0, dtype=torch.float64).pow(2 * self.exponent) * self.stack.eigenvalue_scale
+
+
+class _Sample(NamedTuple):
+    """The pooled eigenvalues of S samples.
+
+    Attributes:
+        eigenvalues: `(S, N)`, ascending.
+        first: `(S,)`, how many of the smallest are left out.
+        fits: the fits of the others.
+    """
+
+    eigenvalues: Tensor
+    first: Tensor
+    fits: PowerLawFit
+
+    @property
+    def xmin(self) -> Tensor:
+        """`(S,)`, the eigenvalue at which the tail begins."""
+        return self.eigenvalues.gather(-1, self.fits.tail_start[:, None])[:, 0]
+
+
+def _begin(stacks: Sequence[MatrixStack], options: SpectralOptions) -> list[_Job | Tensor]:
+    """Return what is to be solved for each layer, or at once the row of a layer that has nothing to solve."""
+    with_values = [replace(s, matrices=_solvable(s.matrices)) for s in stacks if not s.matrices.is_meta]
+    largest = iter(_to_host([stack.matrices.abs().amax() for stack in with_values]))
+    solvable = iter(with_values)
+    return [
+        _plan(stack, options) if stack.matrices.is_meta else _job(next(solvable), next(largest), options)
+        for stack in stacks
+    ]
+
+
+def _to_host(numbers: Sequence[Tensor]) -> list[float]:
+    """Return the values of 0-d tensors, asking each device once."""
+    values: list[float] = [0.0] * len(numbers)
+    for device in {number.device for number in numbers}:
+        places = [place for place, number in enumerate(numbers) if number.device == device]
+        found = torch.stack([numbers[place].double() for place in places]).tolist()
+        for place, value in zip(places, found, strict=True):
+            values[place] = value
+    return values
+
+
+def _job(stack: MatrixStack, largest: float, options: SpectralOptions) -> _Job | Tensor:
+    if not math.isfinite(largest):
+        return _row(_NON_FINITE)
+    if largest == 0:
+        return _row(_ZERO)
     exponent = _safe_exponent(stack.matrices.dtype, largest)
     if exponent:
-        windows = windows._replace(view=windows.view * 2.0**-exponent)
-    by_window = window_eigenvalues(windows)
-    eigenvalues = by_window.flatten(1).sort(dim=-1).values
-    factor = torch.full_like(eigenvalues[0, 0], 2.0).pow(2 * exponent) * stack.eigenvalue_scale
-    first = _first_counted(eigenvalues, factor, options)
+        stack = replace(stack, matrices=stack.matrices * 2.0**-exponent)
+    windows = layer_windows(stack, options)
+    if windows is None:
+        return _row(_NO_WINDOW)
+    parts = parts_of_windows(windows, stack.matrices.numel(), options)
+    # The searches compare distances, whose order a rounding may change; squares have to be in range.
+    single = (
+        options.precision == "auto"
+        and options.fit == "median"
+        and stack.matrices.dtype not in (torch.float64, torch.complex128)
+        and 2.0**-40 < largest < 2.0**40
+    )
+    return _Job(stack, windows, parts, exponent, single)
+
+
+def _try_single(jobs: Sequence[_Job], options: SpectralOptions) -> None:
+    """Solve one window of each layer in single precision, and give that up for those where it won't do."""
+    tried = [job for job in jobs if job.single and job.windows.view.shape[:-2].numel() >= _PILOT]
+    first = torch.zeros(1, dtype=torch.int64)
+    found = _eigenvalues([Wanted(job.windows.view, True, first) for job in tried], options)
+    for job, (values, _) in zip(tried, found, strict=True):
+        sample = _sample(values, job, options)
+        job.single = bool((_single_error(values[:, -1:], sample) <= _SINGLE_TOLERANCE).all())
+        job.pilot = values if job.single else None
+
+
+def _solve(jobs: Sequence[_Job], options: SpectralOptions) -> None:
+    """Solve all windows of all layers, and pool and fit them."""
+    wanted = []
+    for job in jobs:
+        view = job.windows.view
+        rest = None if job.pilot is None else torch.arange(1, view.shape[:-2].numel())
+        wanted.append(Wanted(view, job.single, rest))
+    with_parts = [job for job in jobs if job.parts is not None]
+    wanted += [Wanted(job.parts.view, job.single) for job in with_parts if job.parts is not None]
+    found = _eigenvalues(wanted, options)
+    for job, (values, directly) in zip(jobs, found[: len(jobs)], strict=True):
+        job.solved = Eigenvalues(values if job.pilot is None else torch.cat([job.pilot, values]), directly)
+        job.sample = _sample(job.by_window.flatten(1), job, options)
+    for job, (values, _) in zip(with_parts, found[len(jobs) :], strict=True):
+        job.of_parts = values.reshape(job.windows.samples, -1, values.shape[-1])
+
+
+def _solve_again(jobs: Sequence[_Job], options: SpectralOptions) -> None:
+    """Solve those windows in double precision whose rounding errors in single precision alpha may show."""
+    again = []
+    for job in jobs:
+        if job.single:
+            picks = _uncertain(job, options).flatten().nonzero()[:, 0]
+            if len(picks):
+                again.append((job, picks))
+    with_parts = [job for job, _ in again if job.parts is not None]
+    wanted = [Wanted(job.windows.view, False, picks) for job, picks in again]
+    wanted += [Wanted(job.parts.view) for job in with_parts if job.parts is not None]
+    found = _eigenvalues(wanted, options)
+    for (job, picks), (values, directly) in zip(again, found[: len(again)], strict=True):
+        job.solved.values[picks] = values
+        job.solved = Eigenvalues(job.solved.values, directly)
+        job.single = False
+        job.sample = _sample(job.by_window.flatten(1), job, options)
+    for job, (values, _) in zip(with_parts, found[len(again) :], strict=True):
+        job.of_parts = values.reshape(job.windows.samples, -1, values.shape[-1])
+
+
+def _solve_to_count(jobs: Sequence[_Job], options: SpectralOptions) -> None:
+    """Solve all windows in double precision, as a histogram shows the smallest eigenvalues as well.
+
+    Alpha stays that of the others: it must not depend on what is logged.
+    """
+    single = [job for job in jobs if job.single]
+    found = _eigenvalues([Wanted(job.windows.view) for job in single], options)
+    for job, (values, _) in zip(single, found, strict=True):
+        job.counted = values.reshape(job.windows.samples, -1).sort(dim=-1).values
+
+
+def _eigenvalues(wanted: Sequence[Wanted], options: SpectralOptions) -> list[Eigenvalues]:
+    return window_eigenvalues(wanted, options.memory_mb * 2**20, options.solver)
+
+
+def _sample(eigenvalues: Tensor, job: _Job, options: SpectralOptions) -> _Sample:
+    """Sort and fit `(S, N)` eigenvalues."""
+    eigenvalues = eigenvalues.sort(dim=-1).values
+    first = _first_counted(eigenvalues, job.factor, options)
+    return _Sample(eigenvalues, first, fit_power_law(eigenvalues, options.fit, options.xmin_pos, first))
+
+
+def _single_error(largest: Tensor, sample: _Sample) -> Tensor:
+    """Return `(S, n)` how much the rounding of each window may move alpha, relative to it.
+
+    Args:
+        largest: `(S, n)`, the largest eigenvalue of each window.
+        sample: what they were pooled to.
+    """
+    return _SINGLE_ERROR * largest / sample.xmin[:, None] * (sample.fits.alpha - 1)[:, None]
+
+
+def _uncertain(job: _Job, options: SpectralOptions) -> Tensor:
+    """Return `(S, n)` which windows single precision won't do for."""
+    by_window, sample = job.by_window, job.sample
+    largest = by_window[..., -1]
+    # Not smaller, which NaN is not either.
+    uncertain = ~(_single_error(largest, sample) <= _SINGLE_TOLERANCE)
+    cutoffs = []
+    if options.filter_zeros:
+        cutoffs.append(torch.full_like(sample.xmin, ZERO_CUTOFF) / job.factor)
+    if options.relative_cutoff > 0:
+        cutoffs.append(options.relative_cutoff * sample.eigenvalues[:, -1])
+    for cutoff in cutoffs:
+        # On which side of it they are decides how many there are.
+        near = (by_window - cutoff[:, None, None]).abs() <= 2 * SINGLE_FLOOR * largest[..., None]
+        uncertain |= near.any(-1)
+    return uncertain
+
+
+def _row_of(job: _Job, options: SpectralOptions, histogram: bool) -> Tensor:
+    """Return the row of a layer that was solved."""
+    if job.solved.values.isnan().any():
+        return _row(_NOT_CONVERGED)
+    eigenvalues, first, fits = job.sample
     kept = eigenvalues.shape[-1] - first
-    fits = fit_power_law(eigenvalues, options.fit, options.xmin_pos, first)
-    outcome, detail = _outcome(eigenvalues, fits, kept, options)
-    row = _row(stack, outcome, detail)
+    row = _row(*_outcome(eigenvalues, fits, kept, options))
     # Apart from the factor, which leaves the range of float64 before its logarithm leaves anything.
-    log_factor = 2 * exponent * math.log10(2) + math.log10(stack.eigenvalue_scale)
-    figures = _figures(eigenvalues, fits, first, factor, log_factor)
+    log_factor = 2 * job.exponent * math.log10(2) + math.log10(job.stack.eigenvalue_scale)
+    figures = _figures(eigenvalues, fits, first, job.factor, log_factor)
     smallest = eigenvalues.gather(-1, first[:, None].clamp_max(eigenvalues.shape[-1] - 1))
-    error = alpha_error(windows, by_window, fits, smallest, stack.matrices.numel(), options)
-    xmin = eigenvalues.gather(-1, fits.tail_start[:, None]).log().mean().exp() * factor
-    row[2 : _HEAD - 1] = torch.cat([figures, torch.stack([error, xmin])])
-    row[_HEAD - 1] = kept.sum()
+    entries = job.stack.matrices.numel()
+    error = alpha_error(job.windows, job.by_window, job.of_parts, fits, smallest, entries, options)
+    xmin = job.sample.xmin.log().mean().exp() * job.factor
+    row[2:_END] = torch.cat([figures, torch.stack([error, xmin])])
+    row[_END] = kept.sum()
+    row[_END + 1] = _SOLVED_BY.index(_solved_by(job, options))
     if histogram:
-        row[_HEAD:] = _histogram(eigenvalues, first, log_factor)
+        counted = eigenvalues if job.counted is None else job.counted
+        row[_HEAD:] = _histogram(counted, _first_counted(counted, job.factor, options), log_factor)
     return row
+
+
+def _solved_by(job: _Job, options: SpectralOptions) -> str:
+    route = "float32" if job.single else "float64 svd" if job.solved.directly else "float64"
+    view = job.windows.view
+    dtype = torch.float32 if job.single else torch.float64
+    return f"{solver_for(view.device, dtype, min(view.shape[-2:]), options.solver)} {route}"
 
 
 def alpha_of_row(row: Tensor) -> Tensor:
@@ -131,8 +344,8 @@ def _plan(stack: MatrixStack, options: SpectralOptions) -> Tensor:
     number = math.prod(lead) * min(height, width)
     sample = number // windows.samples
     row[0], row[1] = (_NO_VALUES, 0) if sample >= options.min_eigenvalues else (_TOO_FEW, sample)
-    row[2 : _HEAD - 1] = torch.nan
-    row[_HEAD - 1] = number
+    row[2:_END] = torch.nan
+    row[_END] = number
     return row
 
 
@@ -148,17 +361,17 @@ def solver_device(device: torch.device) -> torch.device:
     return device if device.type in ("cpu", "cuda") else torch.device("cpu")
 
 
-def _row(stack: MatrixStack, outcome: int, detail: float = 0.0) -> Tensor:
-    row = torch.zeros(ROW_LENGTH, dtype=torch.float64, device=stack.matrices.device)
+def _row(outcome: int, detail: float = 0.0) -> Tensor:
+    row = torch.zeros(ROW_LENGTH, dtype=torch.float64)
     row[0], row[1] = outcome, detail
     return row
 
 
-def _safe_exponent(dtype: torch.dtype, largest: Tensor) -> int:
+def _safe_exponent(dtype: torch.dtype, largest: float) -> int:
     """Power of two to divide the weights by so that squares neither overflow nor vanish in float64."""
     if dtype not in (torch.float64, torch.complex128):
         return 0
-    exponent = int(torch.frexp(largest).exponent)
+    exponent = math.frexp(largest)[1]
     return 0 if abs(exponent) < 400 else max(-1000, min(exponent, 1000))
 
 
@@ -234,10 +447,9 @@ def record_from_row(
         return LayerRecord(status=problem, kind=kind, shape=shape)
     outcome, detail = int(row[0]), int(row[1])
     figures: dict[str, Any] = {
-        name: value if math.isfinite(value) else None
-        for name, value in zip(_FIGURES, row[2 : _HEAD - 1], strict=True)
+        name: value if math.isfinite(value) else None for name, value in zip(_FIGURES, row[2:_END], strict=True)
     }
-    number = int(row[_HEAD - 1])
+    number, solver = map(int, row[_END:_HEAD])
     if outcome != _OK:
         figures.update(dict.fromkeys(("alpha", "ks_distance", "alpha_hat", "alpha_error", "xmin")))
     if number == 0:
@@ -246,6 +458,7 @@ def record_from_row(
     return LayerRecord(
         **figures,
         num_eigenvalues=number,
+        solver=_SOLVED_BY[solver],
         status=_OUTCOMES[outcome].format(detail, options.min_eigenvalues),
         kind=kind,
         shape=shape,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from farms_tb.matrices import MatrixStack
-from farms_tb.measurement import alpha_of_row, measure_stack
+from farms_tb.measurement import alpha_of_row, measure_stacks
 from farms_tb.options import SpectralOptions
 
 MIN_DRAWS, MAX_DRAWS = 8, 32
@@ -48,10 +48,15 @@ def shuffled_alphas(stack: MatrixStack, options: SpectralOptions, draws: int, se
     if entries.element_size() == 1:
         entries = entries.float()  # torch before 2.7 cannot reorder eight-bit floats
     alphas = torch.zeros(MAX_DRAWS, dtype=torch.float64)
-    for draw in range(draws):
-        order = torch.randperm(len(entries), generator=generator).to(entries.device)
-        row = measure_stack(replace(stack, matrices=entries[order].view(stack.matrices.shape)), options)
-        alphas[draw] = alpha_of_row(row).nan_to_num(0)
+    # As many at a time as there is memory for.
+    together = max(1, options.memory_mb * 2**20 // (len(entries) * entries.element_size()))
+    for begin in range(0, draws, together):
+        shuffled = []
+        for _ in range(begin, min(begin + together, draws)):
+            order = torch.randperm(len(entries), generator=generator).to(entries.device)
+            shuffled.append(replace(stack, matrices=entries[order].view(stack.matrices.shape)))
+        for draw, row in enumerate(measure_stacks(shuffled, options), start=begin):
+            alphas[draw] = alpha_of_row(row).nan_to_num(0)
     return alphas
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from importlib.util import find_spec
 from typing import Any, Literal, get_args
 
 Esd = Literal["farms", "full"]
@@ -19,6 +20,11 @@ Metric = Literal[
 ]
 Kind = Literal["real", "spectral"]
 Norms = Literal["follow", "base"]
+Precision = Literal["auto", "float64"]
+Solver = Literal["auto", "torch", "cupy", "cpu"]
+
+NUMERICS = ("precision", "solver", "memory_mb")
+"""Options of how eigenvalues are computed, which an alpha is the same for but for rounding."""
 
 
 def check_choice(argument: str, value: object, choices: Any) -> None:
@@ -84,6 +90,11 @@ class SpectralOptions:
         relative_cutoff: drop eigenvalues below this fraction of the largest one. Unlike `filter_zeros` it does
             not depend on the scale of the weights. 0 drops none.
         min_eigenvalues: a sample with fewer eigenvalues has no alpha.
+        precision: `"auto"` solves in single precision where alpha is within 5e-5 of itself with it, `"float64"`
+            never does.
+        solver: what solves for eigenvalues on a GPU: `"torch"`, `"cupy"`, `"cpu"`, or `"auto"` for whichever is
+            the fastest in a trial of each size of windows, see `farms_tb.solvers`.
+        memory_mb: megabytes (MiB) that solving may take at a time, beside the model.
     """
 
     esd: Esd = "farms"
@@ -96,6 +107,9 @@ class SpectralOptions:
     filter_zeros: bool = False
     relative_cutoff: float = 0.0
     min_eigenvalues: int = 5
+    precision: Precision = "auto"
+    solver: Solver = "auto"
+    memory_mb: int = 512
 
     def __post_init__(self) -> None:
         check_choice("esd", self.esd, Esd)
@@ -111,6 +125,11 @@ class SpectralOptions:
         if self.relative_cutoff >= 1:
             raise ValueError(f"relative_cutoff must be below 1, got {self.relative_cutoff!r}")
         check_integer("min_eigenvalues", self.min_eigenvalues, at_least=2)
+        check_choice("precision", self.precision, Precision)
+        check_choice("solver", self.solver, Solver)
+        if self.solver == "cupy" and not find_spec("cupy"):
+            raise ValueError("solver='cupy' needs CuPy: pip install cupy-cuda13x (or 12x), or use solver='auto'")
+        check_integer("memory_mb", self.memory_mb, at_least=1)
 
 
 @dataclass(frozen=True)
@@ -123,6 +142,7 @@ class TemperatureOptions:
     sigmoid_min: float = 0.5
     sigmoid_max: float = 0.5
     sigmoid_tau: float = 10.0
+    ratio_levels: int | None = None
 
     def __post_init__(self) -> None:
         check_choice("assign_func", self.assign_func, AssignFunc)
@@ -137,6 +157,8 @@ class TemperatureOptions:
         check_number("sigmoid_min", self.sigmoid_min, at_least=0, at_most=100)
         check_number("sigmoid_max", self.sigmoid_max, at_least=0, at_most=100)
         check_number("sigmoid_tau", self.sigmoid_tau, above=0)
+        if self.ratio_levels is not None:
+            check_integer("ratio_levels", self.ratio_levels, at_least=2)
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,8 @@ class LayerRecord:
         null_std: standard deviation of their alphas.
         kind: `"real"` or `"spectral"` (complex) weights; empty where there is no stack.
         shape: (K, R, C) of the stack of matrices; empty where there is none.
+        solver: what solved for the eigenvalues, `"cpu"`, `"torch"` or `"cupy"`, and in which precision: `float32`,
+            `float64`, or `float64 svd` where some window needed its singular values directly.
         histogram: the ESD of all samples together, where asked for.
     """
 
@@ -70,6 +72,7 @@ class LayerRecord:
     status: str = OK
     kind: str = ""
     shape: tuple[int, ...] = ()
+    solver: str = ""
     histogram: EsdHistogram | None = field(default=None, repr=False)
 
     @property

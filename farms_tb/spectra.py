@@ -1,130 +1,286 @@
 """Eigenvalues of windows: squared singular values, ascending.
 
 The eigenvalues of the small Gram matrix (w x w for windows of h x w, w <= h) are the squared singular values.
-Squaring costs accuracy at the small end: a Gram eigenvalue is off by about 1e-16 of the largest one. Where a
-window holds eigenvalues for which that is too much, its singular values are computed directly. So they are where
-the solver of the Gram matrices does not converge.
+Squaring costs accuracy at the small end: a Gram eigenvalue is off by some rounding errors of the largest one. So
+there are three routes, each slower and more accurate than the one before:
+
+* the Gram matrix in single precision, where the caller asks for it: eigenvalues to about 1e-7 of the largest one
+  of their window;
+* the Gram matrix in double precision: to about 1e-16 of the largest one;
+* the singular values in double precision, for windows with eigenvalues for which even that is too much, and where
+  the solver of the Gram matrices does not converge.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
+from farms_tb.options import Solver
+from farms_tb.solvers import symmetric_eigenvalues
+from farms_tb.threads import map_on_threads
 from farms_tb.warning import warn_once
-from farms_tb.windows import Windows
 
-CHUNK_BYTES = 2**28
-"""Memory that a chunk of windows may take while it is solved."""
+SINGLE_ROUNDOFF = 2.0**-24
+"""Unit roundoff of single precision."""
+
+SINGLE_FLOOR = 32 * SINGLE_ROUNDOFF
+"""In single precision, what is below this fraction of a window's largest eigenvalue counts as 0.
+
+Measured on matrices of lower rank, up to 16000 x 2000: zeros come out at up to 9 roundoffs of the largest one.
+"""
 
 # Cubed sizes of the windows of one chunk added up: a few milliseconds of work, so that threads finish together.
 _CHUNK_WORK = 3 * 10**7
 
-# Below this fraction of the largest eigenvalue the Gram matrix gives fewer than about five digits.
+# Below this fraction of the largest eigenvalue the Gram matrix in double precision gives fewer than five digits.
 _GRAM_LIMIT = 1e-10
 
 
-def window_eigenvalues(windows: Windows, chunk_bytes: int = CHUNK_BYTES) -> Tensor:
-    """Return the eigenvalues of each window.
+class Wanted(NamedTuple):
+    """Windows whose eigenvalues are wanted.
+
+    Attributes:
+        view: `(*lead, h, w)`, finite, real or complex. Windows may overlap: they are copied a chunk at a time.
+        single: whether single precision will do; the squares of the entries must be within its range.
+        picks: which windows, counted in order of `lead`, int64 on the CPU; None for all.
+    """
+
+    view: Tensor
+    single: bool = False
+    picks: Tensor | None = None
+
+
+class Eigenvalues(NamedTuple):
+    """What was found for the windows of one `Wanted`.
+
+    Attributes:
+        values: `(n, min(h, w))` float64 on the CPU, ascending and not negative; NaN for windows on which no solver
+            converged. What lies below the numerical rank of its window is exactly 0.
+        directly: whether the singular values themselves were needed for some window.
+    """
+
+    values: Tensor
+    directly: bool
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Windows of one layer that are solved at once.
+
+    Attributes:
+        layer: position of the layer among all.
+        view: `(*lead, h, w)`, all windows of the layer.
+        index: `(n,)` int64 on the CPU, which of them.
+        dtype: type that they are solved in.
+    """
+
+    layer: int
+    view: Tensor
+    index: Tensor
+    dtype: torch.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.view.device
+
+    @property
+    def single(self) -> bool:
+        return self.dtype in (torch.float32, torch.complex64)
+
+    @property
+    def small(self) -> int:
+        """Rows of the Gram matrices."""
+        return min(self.view.shape[-2:])
+
+    @property
+    def work(self) -> int:
+        return len(self.index) * self.small**3
+
+    @property
+    def size(self) -> int:
+        """Bytes that solving it takes: the windows, their Gram matrices, and a solver's copy of these."""
+        height, width = self.view.shape[-2:]
+        return len(self.index) * (height * width + 2 * self.small**2) * self.dtype.itemsize
+
+    def windows(self) -> Tensor:
+        """Return a copy of the windows `(n, h, w)`, however much they overlap in the weight."""
+        index = self.index.to(self.view.device)
+        return self.view[torch.unravel_index(index, self.view.shape[:-2])].to(self.dtype)
+
+
+class _Solved(NamedTuple):
+    """`Eigenvalues` of a chunk, in the precision and on the device that they were solved in."""
+
+    values: Tensor
+    directly: bool
+
+
+def window_eigenvalues(
+    wanted: Sequence[Wanted], memory: int = 2**29, solver: Solver = "auto"
+) -> list[Eigenvalues]:
+    """Return the eigenvalues of the windows of several layers, solved together.
+
+    On the CPU they are shared among as many threads as torch may use. On a GPU windows of one size are solved in
+    batches, whatever layers they are of, and the results come to the CPU at the end.
 
     Args:
-        windows: `samples` runs of n windows of h x w, finite, real or complex.
-        chunk_bytes: memory, in bytes, for the windows that are solved at once; at least one window is.
-
-    Returns:
-        `(samples, n, min(h, w))`, float64, ascending and not negative. What lies below the numerical rank of
-        its window is exactly 0.
-
-    Raises:
-        torch.linalg.LinAlgError: no solver converged on some window.
+        wanted: the windows of each layer.
+        memory: bytes for all that is solved at the same time; a single window that takes more is solved alone.
+        solver: what solves for the eigenvalues of Gram matrices on a GPU, see `farms_tb.solvers`.
 
     Example:
-        >>> window_eigenvalues(Windows(torch.diag(torch.tensor([3.0, 1.0]))[None], samples=1))
-        tensor([[[1., 9.]]], dtype=torch.float64)
+        >>> window_eigenvalues([Wanted(torch.diag(torch.tensor([3.0, 1.0]))[None])])[0].values
+        tensor([[1., 9.]], dtype=torch.float64)
     """
-    view = windows.view
-    lead, (height, width) = view.shape[:-2], view.shape[-2:]
-    small = min(height, width)
-    dtype = torch.complex128 if view.is_complex() else torch.float64
-    per_window = (height * width + 2 * small * small) * dtype.itemsize
-    chunk_size = chunk_bytes // per_window
-    if view.device.type == "cpu":
-        chunk_size = min(chunk_size, _CHUNK_WORK // small**3)
-    chunks = torch.split(torch.arange(math.prod(lead), device=view.device), max(1, chunk_size))
-
-    def solve(chunk: Tensor) -> Tensor:
-        index = torch.unravel_index(chunk, lead)
-        try:
-            # Indexing copies the windows of one chunk and no more, however much they overlap.
-            return _eigenvalues(view[index].to(dtype))
-        except torch.OutOfMemoryError:
-            # Tried again below, as the error holds on to all that was computed for as long as it is handled.
-            warn_once(
-                f"too little free memory on {view.device} for the windows that are solved at once: they are "
-                "solved fewer at a time, and on the CPU where there is none for a single one; it takes longer",
-                window_eigenvalues,
-            )
-        if len(chunk) > 1:
-            return torch.cat([solve(half) for half in chunk.tensor_split(2)])
-        window = view[tuple(map(int, index))]
-        return _eigenvalues(window[None].cpu().to(dtype)).to(view.device)
-
-    values = _map(solve, chunks, view.device, chunk_bytes // (max(1, chunk_size) * per_window))
-    return torch.cat(values).reshape(windows.samples, -1, small)
+    batches = list(_batches(wanted, memory))
+    # The costliest first, so that threads finish together. Chunks of a layer stay in order: all but the last one
+    # cost the same.
+    batches.sort(key=lambda batch: -sum(chunk.work for chunk in batch))
+    on_cpu = [batch for batch in batches if batch[0].device.type == "cpu"]
+    sizes = [sum(chunk.size for chunk in batch) for batch in on_cpu]
+    solved = list(zip(on_cpu, map_on_threads(_solve, on_cpu, sizes, memory), strict=True))
+    solved += [(batch, _solve(batch, solver)) for batch in batches if batch[0].device.type != "cpu"]
+    found: list[list[_Solved]] = [[] for _ in wanted]
+    for batch, parts in solved:
+        for chunk, part in zip(batch, parts, strict=True):
+            found[chunk.layer].append(part)
+    return [_joined(parts, layer) for parts, layer in zip(found, wanted, strict=True)]
 
 
-def _map(
-    solve: Callable[[Tensor], Tensor], chunks: Sequence[Tensor], device: torch.device, most: int
-) -> list[Tensor]:
-    """Solve chunks, on the CPU on as many threads as torch may use, but on no more than `most` at a time.
+def _joined(parts: Sequence[_Solved], layer: Wanted) -> Eigenvalues:
+    if not parts:
+        return Eigenvalues(torch.empty(0, min(layer.view.shape[-2:]), dtype=torch.float64), directly=False)
+    values = torch.cat([part.values for part in parts])
+    return Eigenvalues(values.cpu().double(), any(part.directly for part in parts))
 
-    LAPACK's own threads gain nothing at these sizes and round differently: each chunk is solved by one thread, so
-    that results don't depend on their number. Where torch is held to one, as in loader workers, so is this.
+
+def _batches(wanted: Sequence[Wanted], memory: int) -> Iterator[list[_Chunk]]:
+    """Cut the layers' windows into chunks, and gather those that are solved at once.
+
+    On the CPU each chunk is solved alone. On a GPU windows of one type and size of Gram matrices are solved
+    together, as many as the memory allows.
     """
-    threads = torch.get_num_threads()
-    if device.type != "cpu" or threads == 1:
-        return [solve(chunk) for chunk in chunks]
-    workers = max(1, min(threads, len(chunks), most))
-    try:
-        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            return list(pool.map(solve, chunks))
-    finally:
-        # A thread that sets its number sets it for every thread started later, too.
-        torch.set_num_threads(threads)
+    open_batches: dict[tuple[torch.device, torch.dtype, int], list[_Chunk]] = {}
+    for layer, part in enumerate(wanted):
+        for chunk in _chunks(layer, part, memory):
+            if chunk.device.type == "cpu":
+                yield [chunk]
+                continue
+            key = (chunk.device, chunk.dtype, chunk.small)
+            batch = open_batches.setdefault(key, [])
+            if batch and sum(other.size for other in batch) + chunk.size > memory:
+                yield open_batches.pop(key)
+                batch = open_batches.setdefault(key, [])
+            batch.append(chunk)
+    yield from open_batches.values()
 
 
-def _eigenvalues(matrices: Tensor) -> Tensor:
-    """Return the squared singular values `(n, min(h, w))` of `(n, h, w)` matrices, ascending."""
+def _chunks(layer: int, wanted: Wanted, memory: int) -> Iterator[_Chunk]:
+    view, single, picks = wanted
+    if view.is_complex():
+        dtype = torch.complex64 if single else torch.complex128
+    else:
+        dtype = torch.float32 if single else torch.float64
+    whole = _Chunk(layer, view, torch.arange(math.prod(view.shape[:-2])) if picks is None else picks, dtype)
+    if not len(whole.index):
+        return
+    number = memory * len(whole.index) // whole.size
+    if whole.device.type == "cpu":
+        number = min(number, _CHUNK_WORK // whole.small**3)
+    for part in torch.split(whole.index, max(1, number)):
+        yield replace(whole, index=part)
+
+
+def _solve(batch: Sequence[_Chunk], solver: Solver = "auto") -> list[_Solved]:
+    """Solve chunks of one device, type and size of Gram matrices; where memory is short in several goes."""
     try:
-        return _from_gram(matrices)
+        return _eigenvalues(batch, [chunk.windows() for chunk in batch], solver)
+    except torch.OutOfMemoryError:
+        # Tried again below, as the error holds on to all that was computed for as long as it is handled.
+        warn_once(
+            f"too little free memory on {batch[0].device} for the windows that are solved at once: they are "
+            "solved fewer at a time, and on the CPU where there is none for a single one; it takes longer. A "
+            "smaller memory_mb avoids it",
+            window_eigenvalues,
+        )
+    if len(batch) > 1:
+        middle = len(batch) // 2
+        return _solve(batch[:middle], solver) + _solve(batch[middle:], solver)
+    (chunk,) = batch
+    if len(chunk.index) > 1:
+        halves = [_solve([replace(chunk, index=half)], solver)[0] for half in chunk.index.tensor_split(2)]
+        return [_Solved(torch.cat([h.values for h in halves]), any(h.directly for h in halves))]
+    window = chunk.view[tuple(map(int, torch.unravel_index(chunk.index, chunk.view.shape[:-2])))]
+    (solved,) = _eigenvalues(batch, [window[None].cpu().to(chunk.dtype)], solver)
+    return [_Solved(solved.values.to(chunk.view.device), solved.directly)]
+
+
+def _eigenvalues(batch: Sequence[_Chunk], windows: Sequence[Tensor], solver: Solver) -> list[_Solved]:
+    """Return the eigenvalues of each chunk's windows `(n, h, w)`, in the precision and on the device of these."""
+    single = batch[0].single
+    try:
+        values = symmetric_eigenvalues(torch.cat([_gram(matrices) for matrices in windows]), solver)
     except LinAlgError:
-        return _from_svd(matrices)
+        if len(batch) > 1:
+            each = zip(batch, windows, strict=True)
+            return [_eigenvalues([chunk], [matrices], solver)[0] for chunk, matrices in each]
+        nothing = windows[0].real.new_full((len(windows[0]), batch[0].small), torch.nan)
+        return [_Solved(nothing, False) if single else _Solved(_from_svd(windows[0]), True)]
+    parts = torch.split(values, [len(matrices) for matrices in windows])
+    if single:
+        # Not smaller, which NaN is not either.
+        return [_Solved(part.where(~(part < SINGLE_FLOOR * part[:, -1:]), 0), False) for part in parts]
+    return [_checked(part.clamp_min(0), matrices) for part, matrices in zip(parts, windows, strict=True)]
 
 
-def _from_gram(matrices: Tensor) -> Tensor:
+def _gram(matrices: Tensor) -> Tensor:
+    """Return the smaller Gram matrix of each `(h, w)` matrix, in the precision of the matrices."""
+    dtype = matrices.dtype
+    if dtype in (torch.float32, torch.complex64) and not _multiplies_in_full(matrices.device):
+        matrices = matrices.to(torch.complex128 if matrices.is_complex() else torch.float64)
     rows, columns = matrices.shape[-2:]
-    gram = matrices.mH @ matrices if rows >= columns else matrices @ matrices.mH
-    values: Tensor = torch.linalg.eigvalsh(gram).clamp_min(0)
+    # Autocast would multiply in half precision.
+    with torch.autocast(matrices.device.type, enabled=False):
+        gram = matrices.mH @ matrices if rows >= columns else matrices @ matrices.mH
+    return gram.to(dtype)
+
+
+def _multiplies_in_full(device: torch.device) -> bool:
+    """Tell whether products of float32 matrices are computed in float32: users may allow TF32 or bfloat16."""
+    backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
+    # Since torch 2.9 a setting of each backend, besides which the older one may not be asked for.
+    setting = getattr(getattr(backend, "matmul", None), "fp32_precision", None)
+    if setting is not None:
+        return setting in ("ieee", "none")
+    return torch.get_float32_matmul_precision() == "highest"
+
+
+def _checked(values: Tensor, matrices: Tensor) -> _Solved:
+    """Compute the singular values of those matrices whose Gram matrix tells too little, or was not solved."""
     largest = values[:, -1:]
-    squared_too_far = ((values < _GRAM_LIMIT * largest) & (largest > 0)).any(-1)
-    if squared_too_far.any():
-        values[squared_too_far] = _from_svd(matrices[squared_too_far])
-    return values
+    good = ((values >= _GRAM_LIMIT * largest) | (largest == 0)).all(-1)
+    if good.all():
+        return _Solved(values, False)
+    values[~good] = _from_svd(matrices[~good])
+    return _Solved(values, True)
 
 
 def _from_svd(matrices: Tensor) -> Tensor:
+    """Return the squared singular values, NaN where no solver converges."""
     try:
         singular = torch.linalg.svdvals(matrices)
     except LinAlgError:
         # LAPACK goes another way than a GPU's solvers; on the CPU torch has but one.
         if matrices.device.type == "cpu":
-            raise
-        singular = torch.linalg.svdvals(matrices.cpu()).to(matrices.device)
+            return matrices.real.new_full((len(matrices), min(matrices.shape[-2:])), torch.nan)
+        return _from_svd(matrices.cpu()).to(matrices.device)
     singular = singular.flip(-1)
     rank_limit = max(matrices.shape[-2:]) * torch.finfo(singular.dtype).eps * singular[:, -1:]
     return torch.where(singular > rank_limit, singular, 0).square()

@@ -12,16 +12,29 @@ from torch import Tensor
 
 from farms_tb.options import SpectralOptions
 from farms_tb.power_law import PowerLawFit, fit_power_law
-from farms_tb.spectra import window_eigenvalues
 from farms_tb.windows import Windows
 
 # With fewer windows than this their spread tells little, and quarters of them stand in.
 _FEW = 4
 
 
+def parts_of_windows(windows: Windows, entries: int, options: SpectralOptions) -> Windows | None:
+    """Return the quarters of windows whose spread is needed; None where that of the windows tells.
+
+    Args:
+        windows: the windows of the layer.
+        entries: number of entries of the weight.
+        options: how alpha is measured.
+    """
+    size = min(windows.view.shape[-2:])
+    few = _independent(windows, entries) < _FEW
+    return _quarters(windows) if few and size // 2 >= options.min_eigenvalues else None
+
+
 def alpha_error(
     windows: Windows,
     eigenvalues: Tensor,
+    of_parts: Tensor | None,
     fits: PowerLawFit,
     smallest: Tensor,
     entries: int,
@@ -37,6 +50,7 @@ def alpha_error(
     Args:
         windows: the windows of the layer.
         eigenvalues: `(S, n, min(h, w))` float64, those of each window, ascending.
+        of_parts: `(S, 4, min(h, w) // 2)` float64, those of `parts_of_windows`; None where these are none.
         fits: the fits of the S samples.
         smallest: `(S, 1)` float64, the smallest eigenvalue that counts in each sample.
         entries: number of entries of the weight.
@@ -46,19 +60,25 @@ def alpha_error(
         A float64 number; NaN where a sample has no alpha.
     """
     samples, number, size = eigenvalues.shape
-    height, width = windows.view.shape[-2:]
-    independent = number * min(1.0, entries / (samples * number * height * width))
+    independent = _independent(windows, entries)
     # The tail of overlapping windows holds each eigenvalue several times over.
     tail = (number * size - fits.tail_start) * independent / number
     variance = (fits.alpha - 1).square() / tail
-    if independent < _FEW and size // 2 >= options.min_eigenvalues:
-        eigenvalues, independent = window_eigenvalues(_quarters(windows)), 4 * independent
+    if of_parts is not None:
+        eigenvalues, independent = of_parts, 4 * independent
     if eigenvalues.shape[1] > 1 and independent >= _FEW:
         left_out = (eigenvalues < smallest[:, :, None]).sum(-1).flatten()
         alphas = fit_power_law(eigenvalues.flatten(0, 1), options.fit, options.xmin_pos, left_out).alpha
         spread = alphas.reshape(samples, -1).var(-1) / independent
         variance = spread.where(spread.isfinite(), variance)
     return variance.sum().sqrt() / samples
+
+
+def _independent(windows: Windows, entries: int) -> float:
+    """Return how many windows of a sample there would be room for without overlap."""
+    view = windows.view
+    number = view.shape[:-2].numel() // windows.samples
+    return number * min(1.0, entries / view.numel())
 
 
 def _quarters(windows: Windows) -> Windows:

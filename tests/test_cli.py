@@ -148,6 +148,9 @@ OTHER_OPTIONS: dict[str, Any] = {
     "filter_zeros": True,
     "relative_cutoff": 0.01,
     "min_eigenvalues": 6,
+    "precision": "float64",
+    "solver": "torch",
+    "memory_mb": 64,
 }
 
 

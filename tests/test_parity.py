@@ -87,7 +87,7 @@ def test_figures_are_more_exact_than_the_reference(result):
     weights, options = load_weights(), options_of(result["settings"])
     # A search over thousands of eigenvalues takes the twin minutes.
     names = [name for name in weights if options["fit"] == "median" or "conv" in name]
-    report = farms_tb.analyze(build_model({name: weights[name] for name in names}), **options)
+    report = farms_tb.analyze(build_model({name: weights[name] for name in names}), precision="float64", **options)
     twins = {name: twin_figures(weights[name], options) for name in names}
     assert_same_figures({name: figures(report.layers[name]) for name in names}, twins, rtol=1e-6)
 

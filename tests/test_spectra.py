@@ -1,19 +1,24 @@
 """Eigenvalues against singular values in float64, where it is easy and where it is hard."""
 
-import threading
+from itertools import product
 
 import pytest
 import torch
 
 from farms_tb import spectra
-from farms_tb.spectra import window_eigenvalues
-from farms_tb.windows import Windows
+from farms_tb.spectra import SINGLE_ROUNDOFF, Wanted, window_eigenvalues
 
 from .reference import spectrum
 
 
-def pooled(matrices, samples=1, **options):
-    return window_eigenvalues(Windows(matrices, samples), **options).flatten(1).sort(-1).values
+def solved(view, single=False, **options):
+    """Eigenvalues of all windows, `(n, min(h, w))`."""
+    ((values, _),) = window_eigenvalues([Wanted(view, single)], **options)
+    return values
+
+
+def pooled(matrices):
+    return solved(matrices).flatten()[None].sort(-1).values
 
 
 def orthogonal(size, dtype=torch.float64):
@@ -77,80 +82,60 @@ def test_zero_window():
 
 
 def test_never_negative_and_ascending():
-    matrices = torch.randn(50, 8, 3) @ torch.randn(50, 3, 8)
-    found = pooled(matrices, samples=10)
-    assert found.shape == (10, 40)
+    found = solved(torch.randn(50, 8, 3) @ torch.randn(50, 3, 8))
+    assert found.shape == (50, 8)
     assert (found >= 0).all()
     assert (found.diff(dim=-1) >= 0).all()
     assert found.dtype == torch.float64
 
 
-def test_samples_are_runs_of_windows():
-    matrices = torch.randn(2, 3, 6, 6)
-    found = pooled(matrices, samples=2)
-    for sample, windows in zip(found, matrices, strict=True):
-        torch.testing.assert_close(sample, pooled(windows)[0], rtol=0, atol=0)
+def test_picks():
+    view = torch.randn(12, 9).unfold(0, 4, 2).unfold(1, 3, 3)
+    whole = solved(view)
+    assert whole.shape == (15, 3)
+    picks = torch.tensor([14, 0, 7, 7])
+    found, none = window_eigenvalues([Wanted(view, picks=picks), Wanted(view, picks=picks[:0])])
+    assert torch.equal(found.values, whole[picks])
+    assert none.values.shape == (0, 3)
 
 
-@pytest.mark.parametrize("chunk_bytes", [1, 5_000, 20_000, 10**9])
-def test_chunks_change_nothing(chunk_bytes):
+@pytest.mark.parametrize("single", [False, True])
+def test_layers_of_all_sizes_and_types_together(single):
+    dtypes = (torch.float32, torch.complex64, torch.bfloat16)
+    layers = []
+    for number, size, dtype in product((1, 30), (2, 9, 40), dtypes):
+        weight = torch.randn(number, 5 + number, size, dtype=torch.complex64)
+        layers.append(weight if dtype.is_complex else weight.real.to(dtype))
+    together = window_eigenvalues([Wanted(layer, single) for layer in layers])
+    for layer, found in zip(layers, together, strict=True):
+        assert torch.equal(found.values, solved(layer, single))
+
+
+@pytest.mark.parametrize("memory", [1, 5_000, 20_000, 10**9])
+@pytest.mark.parametrize("single", [False, True])
+def test_chunks_change_nothing(memory, single):
     view = torch.randn(40, 30).unfold(0, 10, 3).unfold(1, 10, 4)
-    whole = pooled(view, samples=view.shape[0])
-    chunked = pooled(view, samples=view.shape[0], chunk_bytes=chunk_bytes)
-    torch.testing.assert_close(chunked, whole, rtol=1e-12, atol=1e-14)
+    assert torch.equal(solved(view, single, memory=memory), solved(view, single))
 
 
-def test_chunks_are_solved_one_at_a_time(monkeypatch):
+def test_windows_are_copied_a_few_at_a_time(monkeypatch):
     # 1000 overlapping windows must never be in memory together.
     sizes = []
-    solve = spectra._eigenvalues
-    monkeypatch.setattr(spectra, "_eigenvalues", lambda matrices: sizes.append(len(matrices)) or solve(matrices))
+    gram = spectra._gram
+    monkeypatch.setattr(spectra, "_gram", lambda matrices: sizes.append(len(matrices)) or gram(matrices))
     view = torch.randn(1000 + 9, 10).unfold(0, 10, 1).mT
     per_window = 3 * 10 * 10 * 8
-    pooled(view, chunk_bytes=100 * per_window)
+    solved(view, memory=100 * per_window)
     assert sum(sizes) == 1000
     assert max(sizes) <= 100
 
 
-def test_weights_are_left_alone():
+@pytest.mark.parametrize("single", [False, True])
+def test_weights_are_left_alone(single):
     matrices = torch.randn(2, 6, 4)
     before = matrices.clone()
-    pooled(matrices)
+    solved(matrices, single)
     assert torch.equal(matrices, before)
-
-
-@pytest.fixture
-def four_threads():
-    torch.set_num_threads(4)
-    yield
-    torch.set_num_threads(1)
-
-
-def threads_of_a_new_thread():
-    found = []
-    thread = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
-    thread.start()
-    thread.join()
-    return found[0]
-
-
-def test_threads_change_nothing(four_threads, monkeypatch):
-    monkeypatch.setattr(spectra, "_CHUNK_WORK", 3 * 20**3)
-    matrices = torch.randn(50, 30, 20)
-    shared = pooled(matrices, samples=5)
-    assert (torch.get_num_threads(), threads_of_a_new_thread()) == (4, 4)
-    torch.set_num_threads(1)
-    assert torch.equal(pooled(matrices, samples=5), shared)
-
-
-def test_an_error_in_a_thread_is_raised(four_threads, monkeypatch):
-    def fail(_):
-        raise RuntimeError("no convergence")
-
-    monkeypatch.setattr(spectra, "_eigenvalues", fail)
-    with pytest.raises(RuntimeError, match="no convergence"):
-        pooled(torch.randn(50, 30, 20))
-    assert (torch.get_num_threads(), threads_of_a_new_thread()) == (4, 4)
 
 
 def break_solver(monkeypatch, name, hard):
@@ -158,11 +143,71 @@ def break_solver(monkeypatch, name, hard):
     solve = getattr(torch.linalg, name)
 
     def solve_or_fail(batch):
-        if batch.shape[1:] == hard.shape and (batch == hard).flatten(1).all(-1).any():
+        if (
+            batch.shape[1:] == hard.shape
+            and batch.dtype == hard.dtype
+            and (batch == hard).flatten(1).all(-1).any()
+        ):
             raise torch.linalg.LinAlgError("no convergence")
         return solve(batch)
 
     monkeypatch.setattr(torch.linalg, name, solve_or_fail)
+
+
+class TestSinglePrecision:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.complex64, torch.float64])
+    @pytest.mark.parametrize("shape", [(20, 12, 12), (5, 300, 70), (3, 70, 300), (2, 400, 400)])
+    def test_errors_are_some_roundoffs_of_the_largest(self, shape, dtype):
+        matrices = torch.randn(shape, dtype=dtype)
+        exact = solved(matrices)
+        found = solved(matrices, single=True)
+        error = (found - exact).abs() / exact[:, -1:]
+        assert error.max() < 100 * SINGLE_ROUNDOFF
+        # LAPACK makes more errors of the largest ones than of the others.
+        error = error[:, : exact.shape[1] // 2][found[:, : exact.shape[1] // 2] > 0]
+        assert error.max() < 20 * SINGLE_ROUNDOFF
+        assert error.max() > 0, "solved in double precision"
+
+    @pytest.mark.parametrize("rank", [1, 10, 100])
+    def test_zeros_are_exact(self, rank):
+        matrices = torch.randn(3, 500, rank) @ torch.randn(3, rank, 200)
+        found = solved(matrices, single=True)
+        assert (found[:, : 200 - rank] == 0).all()
+        assert (found[:, 200 - rank :] > 0).all()
+        assert (solved(torch.zeros(2, 5, 5), single=True) == 0).all()
+
+    @pytest.mark.parametrize("precision", ["high", "medium"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+    def test_settings_of_matrix_products_do_not_matter(self, precision, dtype):
+        matrices = torch.randn(9, 64, 64, dtype=dtype)
+        before = solved(matrices, single=True)
+        torch.set_float32_matmul_precision(precision)
+        try:
+            assert not spectra._multiplies_in_full(torch.device("cpu"))
+            found = solved(matrices, single=True)
+        finally:
+            torch.set_float32_matmul_precision("highest")
+        assert spectra._multiplies_in_full(torch.device("cpu"))
+        assert ((found - before).abs() / before[:, -1:]).max() < 100 * SINGLE_ROUNDOFF
+
+    @pytest.mark.parametrize("device", ["cpu", "cuda"])
+    def test_new_settings_of_matrix_products_are_seen(self, device):
+        backend = torch.backends.mkldnn if device == "cpu" else torch.backends.cuda
+        if not hasattr(getattr(backend, "matmul", None), "fp32_precision"):
+            pytest.skip("this torch has no such setting")
+        before = backend.matmul.fp32_precision
+        backend.matmul.fp32_precision = "tf32"
+        try:
+            assert not spectra._multiplies_in_full(torch.device(device))
+        finally:
+            backend.matmul.fp32_precision = before
+        assert spectra._multiplies_in_full(torch.device(device))
+
+    def test_autocast_does_not_matter(self):
+        matrices = torch.randn(9, 64, 64)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = solved(matrices, single=True)
+        assert torch.equal(found, solved(matrices, single=True))
 
 
 class TestSolverThatDoesNotConverge:
@@ -173,64 +218,176 @@ class TestSolverThatDoesNotConverge:
     def test_singular_values_are_solved_for_instead(self, shape, dtype, monkeypatch):
         matrices = torch.randn(shape, dtype=dtype)
         matrices[1, :, -1] = matrices[1, :, 0]  # of lower rank
-        whole = pooled(matrices, samples=6)
+        whole = solved(matrices)
         break_solver(monkeypatch, "eigvalsh", matrices[2].mH @ matrices[2])
-        torch.testing.assert_close(pooled(matrices, samples=6), whole, rtol=1e-9, atol=0)
+        torch.testing.assert_close(solved(matrices), whole, rtol=1e-9, atol=0)
 
-    def test_an_error_where_that_fails_too(self, four_threads, monkeypatch):
+    def test_nan_where_that_fails_too(self, monkeypatch):
         matrices = torch.randn(6, 5, 5, dtype=torch.float64)
         break_solver(monkeypatch, "eigvalsh", matrices[2].mH @ matrices[2])
         break_solver(monkeypatch, "svdvals", matrices[2])
-        with pytest.raises(torch.linalg.LinAlgError, match="no convergence"):
-            pooled(matrices)
+        hard, easy = window_eigenvalues([Wanted(matrices), Wanted(torch.randn(3, 5, 5))])
+        assert hard.values.isnan().all()
+        assert not easy.values.isnan().any()
+
+    def test_nan_in_single_precision(self, monkeypatch):
+        matrices = torch.randn(6, 5, 5)
+        break_solver(monkeypatch, "eigvalsh", matrices[2].mH @ matrices[2])
+        assert solved(matrices, single=True).isnan().all()
+
+    def test_a_solver_that_returns_nan(self, monkeypatch):
+        # As cuSOLVER does through CuPy.
+        matrices = torch.randn(6, 5, 5, dtype=torch.float64)
+        whole = solved(matrices)
+        hard = matrices[2].mH @ matrices[2]
+        solve = torch.linalg.eigvalsh
+
+        def solve_or_nan(batch):
+            return solve(batch).where(~(batch == hard).all(-1).all(-1)[:, None], torch.nan)
+
+        monkeypatch.setattr(torch.linalg, "eigvalsh", solve_or_nan)
+        torch.testing.assert_close(solved(matrices), whole, rtol=1e-9, atol=0)
 
 
 class TestTooLittleMemory:
     """No GPU is needed to see what follows its error."""
 
     @pytest.fixture
-    def solved(self, monkeypatch):
+    def sizes(self, monkeypatch):
         """Sizes of the chunks that were solved, where there is memory for two windows at once."""
-        solved = []
-        solve = spectra._eigenvalues
+        sizes = []
+        gram = spectra._gram
 
-        def solve_two(matrices):
+        def gram_of_two(matrices):
             if len(matrices) > 2:
                 raise torch.OutOfMemoryError("CUDA out of memory")
-            solved.append(len(matrices))
-            return solve(matrices)
+            sizes.append(len(matrices))
+            return gram(matrices)
 
-        monkeypatch.setattr(spectra, "_eigenvalues", solve_two)
-        return solved
+        monkeypatch.setattr(spectra, "_gram", gram_of_two)
+        return sizes
 
-    def test_chunks_are_halved_until_they_fit(self, solved):
+    def test_chunks_are_halved_until_they_fit(self, sizes):
         view = torch.randn(17, 9).unfold(0, 7, 1).mT
         with pytest.warns(UserWarning, match="fewer at a time, and on the CPU") as warned:
-            found = pooled(view, samples=11)
+            found = solved(view)
         assert len(warned) == 1
-        assert sum(solved) == 11
+        assert sum(sizes) == 11
         expected = torch.linalg.svdvals(view.double()).square().flip(-1)
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
 
-    def test_warned_of_once(self, solved):
+    def test_warned_of_once(self, sizes):
         with pytest.warns(UserWarning, match="too little free memory on cpu"):
-            pooled(torch.randn(9, 4, 4))
-        pooled(torch.randn(9, 4, 4))
+            solved(torch.randn(9, 4, 4))
+        solved(torch.randn(9, 4, 4))
 
     @pytest.mark.parametrize("lead", [(5,), (2, 3)])
     def test_a_single_window_that_does_not_fit_is_solved_on_the_cpu(self, lead, monkeypatch):
         matrices = torch.randn(*lead, 6, 4)
-        whole = pooled(matrices, samples=lead[0])
+        whole = solved(matrices)
         sizes = []
-        solve = spectra._eigenvalues
+        gram = spectra._gram
 
-        def solve_one_at_the_second_attempt(matrices):
+        def gram_at_the_second_attempt(matrices):
             sizes.append(len(matrices))
             if len(matrices) > 1 or sizes.count(1) % 2:
                 raise torch.OutOfMemoryError("CUDA out of memory")
-            return solve(matrices)
+            return gram(matrices)
 
-        monkeypatch.setattr(spectra, "_eigenvalues", solve_one_at_the_second_attempt)
+        monkeypatch.setattr(spectra, "_gram", gram_at_the_second_attempt)
         with pytest.warns(UserWarning, match="on the CPU where there is none for a single one"):
-            found = pooled(matrices, samples=lead[0])
+            found = solved(matrices)
         torch.testing.assert_close(found, whole, rtol=1e-12, atol=0)
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """Let chunks pass for a GPU's where they are put together, and be solved on the CPU."""
+
+    class Elsewhere(spectra._Chunk):
+        device = property(lambda _: torch.device("cuda"))
+
+    monkeypatch.setattr(spectra, "_Chunk", Elsewhere)
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+class TestBatches:
+    """How a GPU's work is put together."""
+
+    @pytest.fixture
+    def layers(self):
+        return [torch.randn(7, 12, 12), torch.randn(5, 30, 12), torch.randn(6, 9, 9), torch.randn(3, 12, 40)]
+
+    def test_one_for_each_size_and_precision(self, layers):
+        wanted = [Wanted(layer, single) for layer in layers for single in (False, True)]
+        batches = list(spectra._batches(wanted, 2**20))
+        assert [[chunk.layer for chunk in batch] for batch in batches] == [[0, 2, 6], [1, 3, 7], [4], [5]]
+
+    @pytest.mark.parametrize("memory", [1, 10_000, 30_000])
+    def test_no_larger_than_the_memory(self, layers, memory):
+        batches = list(spectra._batches([Wanted(layer) for layer in layers], memory))
+        assert sum(len(chunk.index) for batch in batches for chunk in batch) == 21
+        for batch in batches:
+            assert sum(chunk.size for chunk in batch) <= memory or sum(len(chunk.index) for chunk in batch) == 1
+
+    @pytest.mark.parametrize("memory", [1, 10_000, 2**20])
+    def test_change_nothing(self, layers, memory):
+        together = window_eigenvalues([Wanted(layer) for layer in layers], memory)
+        for layer, (values, _) in zip(layers, together, strict=True):
+            expected = torch.linalg.svdvals(layer.double()).square().flip(-1)
+            torch.testing.assert_close(values, expected, rtol=1e-9, atol=0)
+
+    def test_a_hard_matrix_spoils_its_own_layer_alone(self, layers, monkeypatch):
+        layers = [layer.double() for layer in layers]
+        break_solver(monkeypatch, "eigvalsh", layers[1][2].mH @ layers[1][2])
+        break_solver(monkeypatch, "svdvals", layers[1][2])
+        found = window_eigenvalues([Wanted(layer) for layer in layers])
+        assert [bool(values.isnan().any()) for values, _ in found] == [False, True, False, False]
+
+    def test_too_little_memory_for_a_batch(self, layers, monkeypatch):
+        whole = window_eigenvalues([Wanted(layer) for layer in layers])
+        solve = spectra.symmetric_eigenvalues
+
+        def solve_four(matrices, solver):
+            if len(matrices) > 4:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return solve(matrices, solver)
+
+        monkeypatch.setattr(spectra, "symmetric_eigenvalues", solve_four)
+        with pytest.warns(UserWarning, match="too little free memory"):
+            found = window_eigenvalues([Wanted(layer) for layer in layers])
+        for one, other in zip(found, whole, strict=True):
+            torch.testing.assert_close(one.values, other.values, rtol=1e-9, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+class TestOnAGpu:
+    @pytest.mark.parametrize("solver", ["auto", "torch", "cupy", "cpu"])
+    @pytest.mark.parametrize("single", [False, True])
+    def test_as_on_the_cpu(self, solver, single):
+        if solver == "cupy":
+            pytest.importorskip("cupy")
+        layers = [
+            torch.randn(30, 64, 64),
+            torch.randn(3, 90, 64),
+            torch.randn(9, 512, 256),
+            torch.randn(50, 20, 20),
+        ]
+        layers.append(torch.randn(4, 30, 20, dtype=torch.complex64))
+        found = window_eigenvalues([Wanted(layer.cuda(), single) for layer in layers], solver=solver)
+        for layer, (values, _) in zip(layers, found, strict=True):
+            expected = solved(layer)
+            assert values.device.type == "cpu"
+            error = (values - expected).abs() / expected[:, -1:]
+            assert error.max() < (200 * SINGLE_ROUNDOFF if single else 1e-13)
+
+    def test_tf32_does_not_matter(self):
+        matrices = torch.randn(9, 256, 256, device="cuda")
+        torch.set_float32_matmul_precision("high")
+        try:
+            found = solved(matrices, single=True)
+        finally:
+            torch.set_float32_matmul_precision("highest")
+        expected = solved(matrices)
+        assert ((found - expected).abs() / expected[:, -1:]).max() < 200 * SINGLE_ROUNDOFF

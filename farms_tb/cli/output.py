@@ -104,7 +104,7 @@ def _write_parquet(rows: Sequence[Row], path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    text, whole = ("layer", "shape", "kind", "status"), ("num_eigenvalues",)
+    text, whole = ("layer", "shape", "kind", "solver", "status"), ("num_eigenvalues",)
     kinds = {**dict.fromkeys(text, pa.string()), **dict.fromkeys(whole, pa.int64())}
     names = list(rows[0]) if rows else []
     schema = pa.schema([(name, kinds.get(name, pa.float64())) for name in names])

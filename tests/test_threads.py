@@ -1,0 +1,83 @@
+"""Work shared among threads."""
+
+import threading
+
+import pytest
+import torch
+
+from farms_tb import spectra
+from farms_tb.spectra import Wanted, window_eigenvalues
+from farms_tb.threads import map_on_threads
+
+
+@pytest.fixture
+def four_threads():
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(1)
+
+
+def threads_of_a_new_thread():
+    found = []
+    thread = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+def seen_by(items):
+    def look(item):
+        return item, torch.get_num_threads(), threading.get_ident()
+
+    return map_on_threads(look, items, [1] * len(items), 10**9)
+
+
+@pytest.mark.parametrize("number", [0, 1, 2, 100])
+def test_results_are_in_order_and_settings_are_put_back(four_threads, number):
+    found = seen_by(range(number))
+    assert [item for item, *_ in found] == list(range(number))
+    assert {threads for _, threads, _ in found} <= {1}
+    assert (torch.get_num_threads(), threads_of_a_new_thread()) == (4, 4)
+
+
+def test_one_thread_is_this_one():
+    assert {thread for *_, thread in seen_by(range(9))} == {threading.get_ident()}
+
+
+@pytest.mark.parametrize("number", [1, 50])
+def test_an_error_in_a_thread_is_raised(four_threads, number):
+    def fail(item):
+        raise RuntimeError("no convergence")
+
+    with pytest.raises(RuntimeError, match="no convergence"):
+        map_on_threads(fail, range(number), [1] * number, 10)
+    assert (torch.get_num_threads(), threads_of_a_new_thread()) == (4, 4)
+
+
+@pytest.mark.parametrize("memory", [1, 10, 25])
+def test_memory_is_shared(four_threads, memory):
+    lock, held, together = threading.Lock(), [], []
+
+    def work(size):
+        with lock:
+            held.append(size)
+            together.append(list(held))
+        torch.randn(200, 200).inverse()
+        with lock:
+            held.remove(size)
+
+    sizes = [1, 10, 3, 25, 7, 7, 9] * 5
+    map_on_threads(work, sizes, sizes, memory)
+    # Whoever needs more than there is works alone.
+    assert all(sum(held) <= memory or len(held) == 1 for held in together)
+    assert memory == 1 or max(map(len, together)) > 1
+
+
+@pytest.mark.parametrize("single", [False, True])
+def test_threads_change_no_eigenvalue(four_threads, single, monkeypatch):
+    monkeypatch.setattr(spectra, "_CHUNK_WORK", 3 * 20**3)
+    wanted = [Wanted(torch.randn(number, 30, size), single) for number, size in ((50, 20), (3, 30), (7, 25))]
+    shared = window_eigenvalues(wanted)
+    torch.set_num_threads(1)
+    for one, other in zip(window_eigenvalues(wanted), shared, strict=True):
+        assert torch.equal(one.values, other.values)
