@@ -72,9 +72,8 @@ class Tally:
         """Note a timing."""
         self._recent.append(seconds)
         if len(self._recent) > _NEIGHBOURS:
-            counted = self._counted(self._recent[0])
-            self._recent.popleft()
-            self._settled += counted
+            limit = _OUTLIER * self.typical
+            self._settled += min(self._recent.popleft(), limit)
 
     @property
     def typical(self) -> float:
@@ -84,10 +83,10 @@ class Tally:
     @property
     def total(self) -> float:
         """Sum of all timings, in seconds."""
-        return self._settled + sum(map(self._counted, self._recent))
-
-    def _counted(self, seconds: float) -> float:
-        return min(seconds, _OUTLIER * self.typical)
+        if not self._recent:
+            return 0.0
+        limit = _OUTLIER * self.typical
+        return self._settled + sum(min(seconds, limit) for seconds in self._recent)
 
 
 class Overhead:
