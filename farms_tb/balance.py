@@ -376,7 +376,13 @@ class LayerBalancer:
     def _shared_ratio(self, owners: Sequence[str]) -> float:
         """Return the mean of the owners' ratios: the packed q, k and v of attention have three and one lr."""
         ratios = [self.ratios.get(owner, 1.0) for owner in owners]
-        return math.fsum(ratios) / len(ratios) if len(set(ratios)) > 1 else next(iter(ratios), 1.0)
+        if len(set(ratios)) < 2:
+            return next(iter(ratios), 1.0)
+        mean = math.fsum(ratios) / len(ratios)
+        if self.balance.temperature.ratio_levels is not None:
+            # No further ratio: the nearest of those that there are.
+            return min(self.ratios.values(), key=lambda ratio: (abs(ratio - mean), ratio))
+        return mean
 
 
 class TempBalance:

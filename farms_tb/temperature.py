@@ -20,6 +20,7 @@ def lr_ratios(
     sigmoid_min: float = 0.5,
     sigmoid_max: float = 0.5,
     sigmoid_tau: float = 10.0,
+    ratio_levels: int | None = None,
 ) -> dict[str, float]:
     """Map the alphas of layers to the ratios of their learning rates to the base learning rate.
 
@@ -44,6 +45,8 @@ def lr_ratios(
         sigmoid_min: strength s of the sigmoid at or below the mean.
         sigmoid_max: strength s of the sigmoid above the mean.
         sigmoid_tau: steepness tau of the sigmoid.
+        ratio_levels: round each ratio to the nearest of this many values, equally spaced from the smallest ratio
+            to the largest, which stay. None rounds none.
 
     Returns:
         The ratio of every layer of `alphas`, in its order. A layer without an alpha has ratio 1 and takes no
@@ -57,7 +60,9 @@ def lr_ratios(
         >>> lr_ratios({"conv1": 2.0, "conv2": 3.0, "fc": 4.0})
         {'conv1': 0.5, 'conv2': 1.0, 'fc': 1.5}
     """
-    options = TemperatureOptions(assign_func, lr_min_ratio, lr_max_ratio, sigmoid_min, sigmoid_max, sigmoid_tau)
+    options = TemperatureOptions(
+        assign_func, lr_min_ratio, lr_max_ratio, sigmoid_min, sigmoid_max, sigmoid_tau, ratio_levels
+    )
     return ratios_from(alphas, options)
 
 
@@ -71,7 +76,10 @@ def ratios_from(alphas: Mapping[str, float | None], options: TemperatureOptions)
     values = list(known.values())
     if values and min(values) < max(values):
         _check_domain(known, options.assign_func)
-        ratios.update(zip(known, _MAPS[options.assign_func](values, options), strict=True))
+        mapped = _MAPS[options.assign_func](values, options)
+        if options.ratio_levels is not None:
+            mapped = _to_levels(mapped, options.ratio_levels)
+        ratios.update(zip(known, mapped, strict=True))
     return ratios
 
 
@@ -92,6 +100,22 @@ def noise_lambda(z_scores: Sequence[float]) -> float:
     mean = math.fsum(shares) / len(shares)
     variance = math.fsum((share - mean) ** 2 for share in shares) / (len(shares) - 1) * largest * largest
     return 1 - 1 / variance if variance > 1 else 0.0
+
+
+def _to_levels(ratios: Sequence[float], levels: int) -> list[float]:
+    """Round each to the nearest of equally spaced levels; of two as near, to the larger.
+
+    The ends are the smallest and the largest ratio at hand, not those that the options allow: the noise-aware map
+    keeps ratios together that do not differ beyond noise, and levels further apart would part them again.
+    """
+    low, high = min(ratios), max(ratios)
+    if low == high:
+        return list(ratios)
+    rounded = []
+    for ratio in ratios:
+        position = math.floor((ratio - low) / (high - low) * (levels - 1) + 0.5) / (levels - 1)
+        rounded.append(min(max(low * (1 - position) + high * position, low), high))
+    return rounded
 
 
 def _check_domain(alphas: Mapping[str, float], assign_func: AssignFunc) -> None:

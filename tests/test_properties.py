@@ -212,6 +212,7 @@ def balance_options(draw: Any, names: list[str]) -> dict[str, Any]:
         "sigmoid_min": draw(mostly(0.5, between(0, 100))),
         "sigmoid_max": draw(mostly(0.5, between(0, 100))),
         "sigmoid_tau": draw(mostly(10.0, between(0, 1e6, exclude_min=True))),
+        "ratio_levels": draw(mostly(None, st.integers(2, 9))),
         "metric": draw(st.sampled_from(metrics)),
         "exclude_first": draw(st.booleans()),
         "exclude_last": draw(st.booleans()),
