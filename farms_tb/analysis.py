@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -175,6 +175,11 @@ def measure(
         team,
         options,
     )
+    return report_of(rows, layers, options)
+
+
+def report_of(rows: Sequence[Sequence[float]], layers: Sequence[Layer], options: SpectralOptions) -> Report:
+    """Turn the rows of all layers into a report."""
     records = {
         layer.name: record_from_row(row, options, layer.kind, layer.shape, "" if layer.planned else layer.problem)
         for layer, row in zip(layers, rows, strict=True)
@@ -288,11 +293,30 @@ def _rows(
     """Return a row of `length` numbers for each layer, on every process where there are several."""
     own = set(range(len(layers))) if team is None else team.own([cost(layer) for layer in layers])
     table, error = _own_rows(layers, work, length, own, options.memory_mb * 2**20)
+    return merged(table, error, layers, team)
+
+
+def merged(
+    table: Tensor, error: Exception | None, layers: Sequence[Layer], team: Team | None
+) -> list[list[float]]:
+    """Return the rows of all processes, on every one of them.
+
+    Args:
+        table: a row for each layer, zeros but for those measured here.
+        error: what kept this process from measuring its own, if anything did.
+        layers: all layers.
+        team: the processes; None where this one is alone.
+
+    Raises:
+        RuntimeError: some process has an error; raised on every one.
+    """
     if team is not None:
-        failed = table.new_zeros(1, length)
+        failed = table.new_zeros(1, table.shape[1])
         failed[0, 0] = 0.0 if error is None else 1.0
+        weights = (parameter for layer in layers for parameter in layer.module.parameters())
+        device = solver_device(next((weight.device for weight in weights), torch.device("cpu")))
         # The failures travel with the rows: one collective call, and no process waits for one that gave up.
-        summed = team.add_up(torch.cat([table, failed]))
+        summed = team.add_up(torch.cat([table, failed]).to(device)).cpu()
         table, failures = summed[:-1], int(summed[-1, 0])
         if failures:
             here = (
@@ -305,7 +329,7 @@ def _rows(
             ) from error
     if error is not None:
         raise error
-    rows: list[list[float]] = table.cpu().tolist()
+    rows: list[list[float]] = table.tolist()
     return rows
 
 
@@ -324,7 +348,6 @@ def _own_rows(
     table = torch.zeros(len(layers), length, dtype=torch.float64)
     error: Exception | None = None
     group: dict[int, MatrixStack] = {}
-    size = 0
 
     def finish() -> None:
         nonlocal error
@@ -336,27 +359,31 @@ def _own_rows(
             error = caught
         group.clear()
 
+    for index, stack in read_layers(layers):
+        if isinstance(stack, Exception):
+            error = error or stack
+        elif index in own:
+            group[index] = stack
+            if sum(waiting.matrices.nbytes for waiting in group.values()) > memory:
+                finish()
+    finish()
+    return table, error
+
+
+def read_layers(layers: Sequence[Layer]) -> Iterator[tuple[int, MatrixStack | Exception]]:
+    """Yield position and matrices of each layer that has some, or the error that reading it raised.
+
+    With several processes each reads every layer, to the end: gathering a sharded weight is a collective call.
+    """
     module, stacks = None, []
     for index, layer in enumerate(layers):
         if layer.problem and not layer.planned:
             continue
         try:
-            # Every rank reads every layer: gathering a sharded weight is a collective call.
             if layer.module is not module:
                 module, stacks = layer.module, read_stacks(layer.module)
-            stack = stacks[layer.index]
+            yield index, stacks[layer.index]
         except NoSpectrumError:
             continue
         except Exception as caught:
-            error = error or caught
-            continue
-        if index in own:
-            group[index] = stack
-            size += stack.matrices.nbytes
-            if size > memory:
-                finish()
-                size = 0
-    finish()
-    weights = (parameter for layer in layers for parameter in layer.module.parameters())
-    device = solver_device(next((weight.device for weight in weights), torch.device("cpu")))
-    return table.to(device), error
+            yield index, caught

@@ -19,6 +19,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from farms_tb.analysis import Team, checked_layers, measure, measure_nulls, with_nulls
+from farms_tb.beside import MeasurementBeside
 from farms_tb.layers import Layer, clean_name, norm_feeders, unwrap
 from farms_tb.layerwise_step import LayerwiseStep, stepping_optimizers
 from farms_tb.options import (
@@ -101,6 +102,7 @@ class LayerBalancer:
         self._signature: tuple[tuple[int, bool], ...] = ()
         self._warned: set[str] = set()
         self._nulls: dict[str, tuple[float, float]] = {}
+        self._begun: MeasurementBeside | Report | None = None
         self._balanced: list[list[str]] = []
         self.summary: dict[str, float] = {}
         self._read_model()
@@ -116,29 +118,60 @@ class LayerBalancer:
 
     def measure(self, histogram: bool = False) -> Report:
         """Measure every layer, on all processes together where shared; ratios stay as they are."""
-        if self._signature != self._sign():
-            self._read_model()
-        team = None
-        if self._share and dist.is_available() and dist.is_initialized():
-            team = Team(dist.get_rank(), dist.get_world_size(), _all_reduce)
-        report = measure(self.layers, self.spectral, histogram=histogram, team=team)
-        if self._noise_aware:
-            # Once for each layer, from the first weights that have an alpha: the null of random weights stays.
-            report = with_nulls(report, self._nulls)
-            new = measure_nulls(self.layers, report, self.spectral, team=team)
-            self._nulls.update(new)
-            report = with_nulls(report, new)
-        self.report = report
-        return report
+        team = self._prepare()
+        self.report = self._with_nulls(measure(self.layers, self.spectral, histogram=histogram, team=team), team)
+        return self.report
 
     def update(self, histogram: bool = False) -> Report:
         """Measure, and put the ratios that follow in force."""
         trained = self.report is not None
         report = self.measure(histogram)
+        self._follow(report, trained)
+        return report
+
+    def begin_update(self, histogram: bool = False) -> None:
+        """Begin to measure the weights as they are now, beside whatever is done next."""
+        team = self._prepare()
+        self._begun = MeasurementBeside(self.layers, self.spectral, histogram=histogram, team=team)
+
+    def finish_update(self) -> Report:
+        """Wait for the measurement that was begun, and put the ratios that follow in force."""
+        report, self._begun = self._finished(), None
+        trained = self.report is not None
+        self.report = self._with_nulls(report, self._team())
+        self._follow(self.report, trained)
+        return self.report
+
+    def _finished(self) -> Report:
+        """Wait for the measurement that was begun; it stays so."""
+        if isinstance(self._begun, MeasurementBeside):
+            self._begun = self._begun.finish()
+        assert self._begun is not None
+        return self._begun
+
+    def _prepare(self) -> Team | None:
+        if self._signature != self._sign():
+            self._read_model()
+        return self._team()
+
+    def _team(self) -> Team | None:
+        if self._share and dist.is_available() and dist.is_initialized():
+            return Team(dist.get_rank(), dist.get_world_size(), _all_reduce)
+        return None
+
+    def _with_nulls(self, report: Report, team: Team | None) -> Report:
+        if not self._noise_aware:
+            return report
+        # Once for each layer, from the first weights that have an alpha: the null of random weights stays.
+        report = with_nulls(report, self._nulls)
+        new = measure_nulls(self.layers, report, self.spectral, team=team)
+        self._nulls.update(new)
+        return with_nulls(report, new)
+
+    def _follow(self, report: Report, trained: bool) -> None:
         self._put_in_force(self._ratios_for(report))
         if trained:
             self._warn_of_noise(report)
-        return report
 
     def parameter_ratios(self) -> dict[str, float]:
         """Return the ratio in force for each parameter of the model by name."""
@@ -181,16 +214,21 @@ class LayerBalancer:
         """Give the optimizers back as they were. Reports and ratios stay readable."""
         for step in self._steps:
             step.detach()
+        if isinstance(self._begun, MeasurementBeside):
+            self._begun.wait()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that a resumed run needs, as plain values."""
-        records = {} if self.report is None else self.report.layers
-        return {
+        """Return all that a resumed run needs, as plain values.
+
+        Where a measurement was begun it is waited for, on every process that takes part in it.
+        """
+        state = {
             "version": STATE_VERSION,
             "options": as_plain(self.spectral, self.balance),
             "ratios": dict(self.ratios),
-            "report": {name: _plain_record(record) for name, record in records.items()},
+            "report": _plain_records(self.report),
         }
+        return state if self._begun is None else {**state, "begun": _plain_records(self._finished())}
 
     def load_state_dict(self, state: dict[str, Any]) -> bool:
         """Put the saved ratios in force.
@@ -213,10 +251,9 @@ class LayerBalancer:
             warn_once("the checkpoint was written with other settings, measuring anew: " + changes, self._model)
         saved = state["ratios"]
         self._put_in_force({layer.name: float(saved.get(layer.name, 1.0)) for layer in self.layers})
-        records = {
-            name: LayerRecord(**{**row, "shape": tuple(row["shape"])}) for name, row in state["report"].items()
-        }
-        self.report = Report(records, as_plain(self.spectral)) if records else None
+        self.report = _report_of_plain(state["report"], self.spectral)
+        self._begun = None if changes else _report_of_plain(state.get("begun", {}), self.spectral)
+        records = {} if self.report is None else self.report.layers
         self._nulls = {name: r.null for name, r in records.items() if r.null is not None and not changes}
         return not changes
 
@@ -593,6 +630,14 @@ def _norm_owners(
     return owners
 
 
-def _plain_record(record: LayerRecord) -> dict[str, Any]:
-    plain = asdict(replace(record, histogram=None))
-    return {**plain, "shape": list(record.shape)}
+def _plain_records(report: Report | None) -> dict[str, dict[str, Any]]:
+    records = {} if report is None else report.layers
+    return {
+        name: {**asdict(replace(record, histogram=None)), "shape": list(record.shape)}
+        for name, record in records.items()
+    }
+
+
+def _report_of_plain(records: dict[str, dict[str, Any]], options: SpectralOptions) -> Report | None:
+    read = {name: LayerRecord(**{**row, "shape": tuple(row["shape"])}) for name, row in records.items()}
+    return Report(read, as_plain(options)) if read else None

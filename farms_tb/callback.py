@@ -22,6 +22,7 @@ from farms_tb.options import (
     Precision,
     Solver,
     check_bool,
+    check_integer,
     collect_options,
 )
 from farms_tb.report import Report
@@ -93,6 +94,10 @@ class FARMSTempBalance(Callback):
             measurement and that of the final weights are always made, and count. None: measure at all of them.
         timings_file: with `max_overhead`, the `farms_timings.csv` of an earlier run, to measure at exactly the
             same times again.
+        lag_steps: let a GPU measure beside training, on streams of its own: what it finds in the weights is put in
+            force this many optimizer steps later, always, so that runs stay reproducible. The first measurement
+            and that of the final weights are waited for. It takes memory for a copy of the layers' weights; models
+            on the CPU are measured at once, with the same results. 0 waits at each measurement.
         log: log to the trainer's loggers.
         histogram_every_n: log the ESD of each layer, as a histogram of log10 of the eigenvalues, at every n-th
             measurement (W&B and TensorBoard).
@@ -150,6 +155,7 @@ class FARMSTempBalance(Callback):
         every_n_steps: int | None = None,
         max_overhead: float | None = None,
         timings_file: str | os.PathLike[str] | None = None,
+        lag_steps: int = 0,
         log: bool = True,
         histogram_every_n: int | None = None,
         table_every_n: int | None = None,
@@ -160,12 +166,21 @@ class FARMSTempBalance(Callback):
         self._schedule = Schedule(
             every_n_epochs, every_n_steps, histogram_every_n, table_every_n, max_overhead, timings_file
         )
+        check_integer("lag_steps", lag_steps, at_least=0)
+        if lag_steps and max_overhead is not None:
+            raise ValueError(
+                "lag_steps and max_overhead cannot be combined: what is measured beside training has no time of "
+                "its own. Choose one"
+            )
+        self._lag_steps = lag_steps
         check_bool("log", log)
         self._run_log = RunLog(choose_x_axis(x_axis, every_n_steps))
         self._write = log  # not `log`: Lightning puts a method of that name on every callback
         self._balancer: LayerBalancer | None = None
         self._training = False
         self._restored: dict[str, Any] | None = None
+        # Of a measurement that is made beside training: the step of its weights, and whether to log a table.
+        self._begun: tuple[int, bool] | None = None
 
     @property
     def state_key(self) -> str:
@@ -248,8 +263,12 @@ class FARMSTempBalance(Callback):
         """Put the restored ratios in force, and the clock where it was."""
         assert self._balancer is not None
         state, self._restored = self._restored, None
+        self._begun = None
         if state is not None and self._balancer.load_state_dict(state["balancer"]):
             self._schedule.load_state_dict(state)
+            if "begun" in state:
+                step, table = state["begun"]
+                self._begun = step, table
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure if it is time."""
@@ -264,6 +283,7 @@ class FARMSTempBalance(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the final weights, for the report and the loggers, and let go of the optimizers."""
         self._schedule.stop()
+        self._finish_if_due(trainer, pl_module, now=True)
         if self._balancer is not None and trainer.global_step != self._schedule.step:
             self._balancer.measure()
             self._log(trainer, table=self._schedule.table_every_n is not None, final=True)
@@ -281,7 +301,8 @@ class FARMSTempBalance(Callback):
         """Return ratios, report and clock as plain values, for the checkpoint."""
         if self._balancer is None or self._schedule.measurements == 0:
             return {} if self._restored is None else self._restored
-        return {"balancer": self._balancer.state_dict(), **self._schedule.state_dict()}
+        state = {"balancer": self._balancer.state_dict(), **self._schedule.state_dict()}
+        return state if self._begun is None else {**state, "begun": list(self._begun)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until training starts; take it at once while training (a finder puts the run back)."""
@@ -291,14 +312,32 @@ class FARMSTempBalance(Callback):
 
     def _measure_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
         epoch, step = trainer.current_epoch, trainer.global_step
+        self._finish_if_due(trainer, pl_module)
         if self._balancer is None or not self._schedule.is_due(epoch, step):
             return
+        self._finish_if_due(trainer, pl_module, now=True)
         if not self._schedule.claim(epoch, step):
             return
         with self._schedule.timed(epoch, step):
-            self._balancer.update(histogram=self._schedule.wants_histogram())
+            beside = self._lag_steps > 0 and self._schedule.measurements > 0
+            begin = self._balancer.begin_update if beside else self._balancer.update
+            begin(histogram=self._schedule.wants_histogram())
             table = self._schedule.wants_table()
             self._schedule.tick(epoch, step)
+            if beside:
+                self._begun = step, table
+            else:
+                self._log(trainer, table)
+                self._publish(trainer, pl_module)
+
+    def _finish_if_due(self, trainer: Trainer, pl_module: LightningModule, now: bool = False) -> None:
+        """Put the ratios of the measurement that was begun in force, if their time has come."""
+        if self._balancer is None or self._begun is None:
+            return
+        step, table = self._begun
+        if now or trainer.global_step >= step + self._lag_steps:
+            self._begun = None
+            self._balancer.finish_update()
             self._log(trainer, table)
             self._publish(trainer, pl_module)
 

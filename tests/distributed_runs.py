@@ -103,9 +103,9 @@ class Breaks(FARMSTempBalance):
         super().on_train_epoch_start(trainer, pl_module)
 
 
-def lightning(rank: int, breaks: bool = False, strategy: str = "ddp") -> dict[str, Any]:
+def lightning(rank: int, breaks: bool = False, strategy: str = "ddp", **options: Any) -> dict[str, Any]:
     """Train with Lightning's own strategy; this process is launched as a cluster would."""
-    balance, logger = (Breaks if breaks else FARMSTempBalance)(), Recorder()
+    balance, logger = (Breaks if breaks else FARMSTempBalance)(**options), Recorder()
     trainer = make_trainer([balance], logger=logger, devices=2, strategy=strategy)
     module = Module()
     trainer.fit(module, make_data(8))
@@ -117,6 +117,15 @@ def lightning(rank: int, breaks: bool = False, strategy: str = "ddp") -> dict[st
         "rows": [row for _, row in logger.rows if "farms/alpha_mean" in row],
         "weights": {name: p.detach() for name, p in module.named_parameters()},
     }
+
+
+def lag(rank: int) -> dict[str, Any]:
+    """Train with Lightning, measuring at once and beside training."""
+    import farms_tb.beside
+
+    at_once = lightning(rank, lag_steps=2)
+    farms_tb.beside._DEVICES = ("cpu",)
+    return {"at once": at_once, "beside": lightning(rank, lag_steps=2)}
 
 
 def budget(rank: int) -> dict[str, Any]:
@@ -138,6 +147,7 @@ JOBS = {
     "loop and sharded": lambda rank: {"loop": loop(rank), "sharded": sharded(rank)},
     "lightning": lightning,
     "lightning with a budget": budget,
+    "lightning with a lag": lag,
     "lightning that breaks": lambda rank: lightning(rank, breaks=True),
 }
 

@@ -38,7 +38,7 @@ def options_of(function: object) -> dict[str, object]:
         (farms_tb.analyze, SPECTRAL | {"null": False, "histogram": False}),
         (farms_tb.lr_ratios, TEMPERATURE),
         (farms_tb.TempBalance, SPECTRAL | TEMPERATURE | BALANCE),
-        (farms_tb.FARMSTempBalance, SPECTRAL | TEMPERATURE | BALANCE | WHEN_AND_WHAT_TO_LOG),
+        (farms_tb.FARMSTempBalance, SPECTRAL | TEMPERATURE | BALANCE | WHEN_AND_WHAT_TO_LOG | {"lag_steps": 0}),
         (farms_tb.FARMSTrainerCallback, SPECTRAL | TEMPERATURE | BALANCE | WHEN_AND_WHAT_TO_LOG),
     ],
     ids=["analyze", "lr_ratios", "TempBalance", "FARMSTempBalance", "FARMSTrainerCallback"],

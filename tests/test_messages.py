@@ -30,11 +30,13 @@ from farms_tb import (
     TempBalance,
     analyze,
     analyze_checkpoint,
+    layerwise_step,
     lr_ratios,
     spectra,
     wandb_report,
 )
 from farms_tb import analysis as analysis_module
+from farms_tb import options as options_module
 from farms_tb.analysis import Team, measure
 from farms_tb.checkpoint import StoredTensor, _stacks
 from farms_tb.layers import find_layers, read_stacks
@@ -74,6 +76,19 @@ def step(cls: Any) -> None:
     optimizer = cls(parameters, lr=0.1)
     LayerwiseStep(optimizer).ratios = {id(parameters[0]): 0.5, id(parameters[1]): 2.0}
     optimizer.step()
+
+
+def captured_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layerwise_step, "_is_capturing", lambda: True)
+    step(torch.optim.SGD)
+
+
+def balanced_after_a_captured_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layerwise_step, "_is_capturing", lambda: True)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(2))], lr=0.1)
+    stepper = LayerwiseStep(optimizer)
+    optimizer.step()
+    stepper.ratios = {0: 0.5}
 
 
 def stored(key: str, weight: torch.Tensor) -> list[MatrixStack]:
@@ -151,6 +166,11 @@ class TwoOfOneName(nn.Module):
 
 layer_matrices.register(NoMatrix, lambda module: [])
 layer_matrices.register(TwoOfOneName, lambda module: [MatrixStack(torch.randn(1, 9, 9))] * 2)
+
+
+def without_cupy(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(options_module, "find_spec", lambda name: None)
+    sgd(solver="cupy")
 
 
 def fails_on_one_rank(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,6 +316,7 @@ MESSAGES: list[tuple[str, Callable[[Path, pytest.MonkeyPatch], Any]]] = [
     ("window must be an integer, got 9.5 of type float", always(lambda: sgd(window=9.5))),
     ("filter_zeros must be True or False, got 1 of type int", always(lambda: sgd(filter_zeros=1))),
     ("relative_cutoff must be below 1, got 1", always(lambda: sgd(relative_cutoff=1))),
+    ("solver='cupy' needs CuPy: pip install cupy-cuda13x", without_cupy),
     (
         "lr_min_ratio must not exceed lr_max_ratio, got lr_min_ratio=2 and lr_max_ratio=1.5",
         always(lambda: sgd(lr_min_ratio=2)),
@@ -344,6 +365,8 @@ MESSAGES: list[tuple[str, Callable[[Path, pytest.MonkeyPatch], Any]]] = [
     ("ReplacesGroups.step() replaced its param_groups during a step", always(lambda: step(ReplacesGroups))),
     ("AddsGroups.step() added or removed param groups during a step", always(lambda: step(AddsGroups))),
     ("WritesLr.step() wrote group['lr'] during a step", always(lambda: step(WritesLr))),
+    ("SGD.step() was captured in a CUDA graph, which would go on with the learning rates of that", captured_step),
+    ("SGD.step() was captured in a CUDA graph, which would go on with the", balanced_after_a_captured_step),
     ("keeps group['weight_sum'], which depends on the learning rate, during a", always(lambda: step(KeepsLrSum))),
     ("layer-wise learning rates need a torch.optim.Optimizer, got str", always(lambda: LayerwiseStep("SGD"))),  # type: ignore[arg-type]
     ("LBFGS takes one step along one direction for all layers", always(lambda: balanced(cls=torch.optim.LBFGS))),
@@ -373,6 +396,10 @@ MESSAGES: list[tuple[str, Callable[[Path, pytest.MonkeyPatch], Any]]] = [
     (
         "FARMSTempBalance does not work with DeepSpeedStrategy: DeepSpeed keeps the parameters",
         always(refused_strategy),
+    ),
+    (
+        "lag_steps and max_overhead cannot be combined: what is measured beside training has no time of its own",
+        always(lambda: FARMSTempBalance(lag_steps=10, max_overhead=0.02)),
     ),
     (
         "timings_file='a.csv' is for max_overhead, which is None",

@@ -77,7 +77,13 @@ STOPS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "validation": ({"save_on_train_epoch_end": False}, {"val_check_interval": 2}, "epoch=1-step=6"),
     "validation at the end": ({"save_on_train_epoch_end": False}, {"val_check_interval": 4}, "epoch=1-step=8"),
 }
-CLOCKS: list[dict[str, Any]] = [{}, {"every_n_steps": 3}, {"every_n_epochs": 2}, {"histogram_every_n": 2}]
+CLOCKS: list[dict[str, Any]] = [
+    {},
+    {"every_n_steps": 3},
+    {"every_n_epochs": 2},
+    {"histogram_every_n": 2},
+    {"lag_steps": 3},
+]
 
 
 def finish_and_compare(
@@ -117,7 +123,7 @@ def test_from_a_checkpoint(stop: str, clock: dict[str, Any], tmp_path: Path) -> 
     finish_and_compare(clock, tmp_path / f"{name}.ckpt", module, balance, logger, **options)
 
 
-@pytest.mark.parametrize("clock", CLOCKS[:2], ids=str)
+@pytest.mark.parametrize("clock", [*CLOCKS[:2], CLOCKS[-1]], ids=str)
 @pytest.mark.parametrize("first", [True, False])
 def test_after_an_exception(first: bool, clock: dict[str, Any], tmp_path: Path) -> None:
     balance, logger = FARMSTempBalance(**clock), Recorder()
