@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from farms_tb import TempBalance, layerwise_step, merged_update
 from farms_tb.layerwise_step import LayerwiseStep, _Split, check_optimizer, stepping_optimizers
 from tests.helpers import assert_same_state, make_net, spy_on_updates
 
@@ -530,7 +531,7 @@ def test_unchanged_groups_are_not_split_again(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_tensors_of_a_group_are_scaled_within_each_step() -> None:
-    """So that a captured CUDA graph of the step, run again, follows an lr that is written in place."""
+    """An lr that is written in place counts, and no step begins with what the one before wrote into its own."""
     params = make_params()
     lr = torch.tensor(0.1)
     optimizer = torch.optim.SGD(params, lr=lr)
@@ -715,16 +716,171 @@ def test_groups_that_are_empty_or_whole() -> None:
     assert [seen[0][id(p)] for p in params] == [0.1 * 0.3, 0.1 * 0.3, 0.1]
 
 
-def test_step_inside_torch_compile() -> None:
+# Compiled
+
+
+def compiled_step(optimizer: Optimizer, form: str) -> Callable[[], Any]:
+    step: Any = {"step": optimizer.step, "function": lambda: optimizer.step()}[form]
+    compiled: Callable[[], Any] = torch.compile(step, backend="eager")
+    return compiled
+
+
+@pytest.mark.parametrize(
+    ("key", "form", "gpu"),
+    [
+        ("SGD foreach", "function", False),
+        ("SGD foreach", "step", True),
+        ("AdamW foreach", "function", True),
+        ("Adam tensor lr", "step", False),
+    ],
+)
+def test_compiled_step_follows_the_ratios(key: str, form: str, gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one that is not compiled, and without compiling again once the first change has made an input of them."""
+    monkeypatch.setattr(merged_update, "_on_gpu", lambda params: gpu)
+    torch._dynamo.reset()
+    ours, theirs = make_params(), make_params()
+    optimizer, by_hand = build(key, ours), build(key, [{"params": [p]} for p in theirs])
+    stepper = attach(optimizer, ours)
+    base = optimizer.param_groups[0]["lr"]
+    step = compiled_step(optimizer, form)
+    compiled = []
+    for epoch in range(5):
+        ratios = [0.5 + 0.1 * epoch + 0.05 * place for place in range(len(ours))]
+        stepper.ratios = {id(p): ratio for p, ratio in zip(ours, ratios, strict=True)}
+        for group, ratio in zip(by_hand.param_groups, ratios, strict=True):
+            group["lr"] = base * ratio
+        for batch in range(2):
+            for params in (ours, theirs):
+                set_grads(params, 2 * epoch + batch)
+            step()
+            by_hand.step()
+        for one, other in zip(ours, theirs, strict=True):
+            # Compiled, Adam counts its steps in single precision.
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+        compiled.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert 0 < compiled[0] <= compiled[1] == compiled[-1]
+
+
+def test_compiled_training_step_follows_the_ratios() -> None:
+    torch._dynamo.reset()
+    nets = [make_net(), make_net()]
+    inputs = torch.randn(8, 6)
+    optimizers = [torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9) for net in nets]
+    steppers = [LayerwiseStep(optimizer) for optimizer in optimizers]
+
+    def training_step(net: nn.Module, optimizer: Optimizer) -> None:
+        optimizer.zero_grad()
+        net(inputs).square().mean().backward()
+        optimizer.step()
+
+    compiled = torch.compile(training_step, backend="eager")
+    for epoch in range(4):
+        for net, stepper in zip(nets, steppers, strict=True):
+            params = enumerate(net.parameters())
+            stepper.ratios = {id(p): 0.5 + 0.1 * epoch + 0.05 * place for place, p in params}
+        for _ in range(2):
+            compiled(nets[0], optimizers[0])
+            training_step(nets[1], optimizers[1])
+        for one, other in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("gpu", [False, True], ids=["", "as on a GPU"])
+def test_compiled_model_is_not_compiled_again(gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(merged_update, "_on_gpu", lambda params: gpu)
+    torch._dynamo.reset()
+    net = make_net()
+    model = torch.compile(net, backend="aot_eager")
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.01, foreach=True)
+    stepper = LayerwiseStep(optimizer)
+    inputs = torch.randn(8, 6)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for epoch in range(4):
+            stepper.ratios = {id(p): 0.5 + epoch * 0.1 + place * 0.05 for place, p in enumerate(net.parameters())}
+            for _ in range(2):
+                optimizer.zero_grad()
+                model(inputs).square().mean().backward()
+                optimizer.step()
+
+
+# Captured in a CUDA graph
+
+
+@pytest.fixture
+def capturing(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
+    """Say that a graph is being captured. It stands in for CUDA's answer alone: nothing is captured here."""
+
+    def say(yes: bool) -> None:
+        monkeypatch.setattr(layerwise_step, "_is_capturing", lambda: yes)
+
+    return say
+
+
+CAPTURED = (
+    r"SGD.step\(\) was captured in a CUDA graph.*leave the step out of the graph.*lr_min_ratio=lr_max_ratio=1"
+)
+
+
+def test_captured_with_ratios_is_refused(capturing: Callable[[bool], None]) -> None:
     params = make_params()
     optimizer = torch.optim.SGD(params, lr=0.1)
     attach(optimizer, params)
-    before = [p.detach().clone() for p in params]
     set_grads(params, 0)
-    torch.compile(lambda: optimizer.step(), backend="eager")()
-    for p, old, ratio in zip(params, before, (*RATIOS, 1.0), strict=True):
-        assert p.grad is not None
-        torch.testing.assert_close(p.detach(), old - 0.1 * ratio * p.grad)
+    before = [p.detach().clone() for p in params]
+    capturing(True)
+    with pytest.raises(RuntimeError, match=CAPTURED):
+        optimizer.step()
+    assert_same_state([p.detach() for p in params], before)
+
+
+def test_ratios_after_a_capture_are_refused(capturing: Callable[[bool], None]) -> None:
+    """A graph that is run again calls no hook: nothing could tell it."""
+    params = make_params()
+    optimizer = torch.optim.SGD(params, lr=0.1)
+    stepper = LayerwiseStep(optimizer)
+    set_grads(params, 0)
+    capturing(True)
+    optimizer.step()
+    capturing(False)
+    stepper.ratios = {id(p): 1.0 for p in params}
+    with pytest.raises(RuntimeError, match=CAPTURED):
+        stepper.ratios = {id(params[0]): 0.5}
+    assert set(stepper.ratios.values()) == {1.0}
+
+
+def test_measuring_alone_goes_with_a_capture(capturing: Callable[[bool], None]) -> None:
+    net = make_net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    balancer = TempBalance(net, optimizer, lr_min_ratio=1, lr_max_ratio=1)
+    capturing(True)
+    set_grads(list(net.parameters()), 0)
+    optimizer.step()
+    balancer.step()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("balanced", [True, False])
+def test_real_graph(balanced: bool) -> None:
+    params = [nn.Parameter(p.detach().cuda()) for p in make_params()]
+    optimizer = torch.optim.AdamW(params, lr=torch.tensor(0.1, device="cuda"), capturable=True)
+    stepper = attach(optimizer, params) if balanced else LayerwiseStep(optimizer)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        optimizer.step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    if balanced:
+        with pytest.raises(RuntimeError, match="was captured in a CUDA graph"), torch.cuda.graph(graph):
+            optimizer.step()
+        return
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    graph.replay()
+    with pytest.raises(RuntimeError, match="was captured in a CUDA graph"):
+        stepper.ratios = {id(params[0]): 0.5}
 
 
 @pytest.mark.parametrize("detach", [True, False])
