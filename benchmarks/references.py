@@ -16,13 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from farms_tb.layers import find_layers, read_stacks
-from farms_tb.options import Esd, Fit, SpectralOptions
+from farms_tb.options import Fit, SpectralOptions
 from farms_tb.windows import layer_windows
-from tests.reference.spectrum import eigenvalues, hill, peak_range
-from tests.reference.windows import samples
+from tests.reference.spectrum import hill, peak_range
 
-TIE = 1e-6
-"""Where the distances D of two tails differ by less, either may be the best: so it was agreed for all searches."""
+TIE = 1e-9
+"""Of two tails whose distances D differ by less, a search may choose either."""
 
 
 @torch.no_grad()
@@ -72,39 +71,46 @@ def weightwatcher_pass() -> Callable[[nn.Module], Any] | None:
     return analyze
 
 
-def plain_spectra(module: nn.Module, esd: Esd) -> list[list[float]]:
-    """Return the eigenvalues of each sample of a layer: one SVD in float64 for each window, in numpy.
+def plain_alphas(values: list[float], fit: Fit) -> list[float]:
+    """Return the alphas that are right for a sample, eigenvalue by eigenvalue and tail by tail.
 
     Args:
-        module: a linear layer, a convolution or neuraloperator's spectral one, of one group.
-        esd: `"farms"` or `"full"`, with the windows of the defaults.
+        values: ascending eigenvalues.
+        fit: the fit, with the options of the defaults.
+
+    Returns:
+        One alpha, or more where tails or bins tie; none where there is no fit.
     """
-    weight = module.weight.to_tensor() if hasattr(module.weight, "to_tensor") else module.weight
-    wide = torch.complex128 if weight.is_complex() else torch.float64
-    # One matrix for each kernel position or Fourier mode.
-    stack = weight.detach().cpu().to(wide).reshape(*weight.shape[:2], -1).permute(2, 0, 1).numpy()
-    upright = [matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T for matrix in stack]
-    sampling = "grid" if isinstance(module, nn.Linear) else "blocks"
-    return [eigenvalues(sample) for sample in samples(upright, sampling, esd)]
-
-
-def plain_alphas(values: list[float], fit: Fit) -> list[float]:
-    """Return the alphas that are right for a sample: one, or more where tails tie; none where there is no fit."""
+    if values[-1] == 0:
+        return []
     if fit == "median":
         alpha = hill(values, len(values) // 2)
         return [] if alpha is None else [alpha]
-    low, high = peak_range(values) if fit == "xmin_peak" else (-math.inf, math.inf)
-    tails = [
-        tail_fit(np.array(values[start:]))
-        for start, value in enumerate(values[:-1])
-        if value > 0 and low <= value <= high
-    ]
-    smallest = min((distance for _, distance in tails), default=1.0)
-    return [alpha for alpha, distance in tails if distance <= smallest + TIE and distance < 1]
+    tails = {value: tail_fit(np.array(values[start:])) for start, value in enumerate(values[:-1]) if value > 0}
+    right: set[float] = set()
+    for low, high in [(0.0, math.inf)] if fit == "goodness-of-fit" else peak_ranges(values):
+        allowed = [tail for value, tail in tails.items() if low <= value <= high]
+        smallest = min((distance for _, distance in allowed), default=1.0)
+        right.update(alpha for alpha, distance in allowed if distance <= smallest + TIE and distance < 1)
+    return sorted(right)
+
+
+def peak_ranges(values: list[float]) -> set[tuple[float, float]]:
+    """Return where xmin_peak may look.
+
+    Where the smallest singular value is near the rounding of the largest, SVDs in double precision disagree on it,
+    and so on the edges of the histogram's bins and on which bin is the fullest.
+    """
+    positive = [value for value in values if value > 0]
+    smallest, rounding = math.sqrt(positive[0]), np.finfo(np.float64).eps * math.sqrt(positive[-1])
+    if rounding < 1e-6 * smallest:
+        return {peak_range(positive)}
+    moved = np.abs(smallest + rounding * np.linspace(-1, 1, 41))
+    return {peak_range([float(value) ** 2, *positive[1:]]) for value in moved}
 
 
 def tail_fit(tail: np.ndarray[Any, np.dtype[np.float64]]) -> tuple[float, float]:
-    """Return alpha and D of one tail; D is 1 where alpha is not above 1."""
+    """Return alpha and D of one tail; D is 1 where there is no alpha."""
     rise = np.log(tail / tail[0])
     if rise.sum() <= 0:
         return math.nan, 1.0
