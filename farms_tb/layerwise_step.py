@@ -25,6 +25,8 @@ from farms_tb.warning import warn_once
 Group = dict[str, Any]
 
 _MISSING = object()
+# Torch's own, by the very class: to look at every group after every step takes time.
+_WRITE_NOTHING = {value for value in vars(torch.optim).values() if isinstance(value, type)}
 # By a weak reference: what is attached holds its optimizer, which would live for ever.
 _attached: WeakKeyDictionary[Optimizer, ReferenceType[LayerwiseStep]] = WeakKeyDictionary()
 
@@ -132,10 +134,6 @@ class _Merged:
         self.shown = [{**group, "params": []}]
         self.update = update
 
-    def still_of(self, group: Group) -> bool:
-        """Every step has gradients of its own."""
-        return False
-
     def follow_user(self) -> None:
         """Nothing to do: the update looks at the user's group itself."""
 
@@ -190,7 +188,7 @@ class LayerwiseStep:
         self._shown: list[Group] | None = None
         self._split: list[_Split | _Merged] = []
         # The split of the last step, for as long as it holds: with a thousand layers it takes as long as the step.
-        self._kept: list[_Split | _Merged] = []
+        self._kept: list[_Split | None] = []
         self._kept_ratios: Mapping[int, float] = {}
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
@@ -280,7 +278,7 @@ class LayerwiseStep:
             self._shown = [group for split in self._split for group in split.shown]
         return self._shown
 
-    def _split_of(self, group: Group, old: _Split | _Merged | None) -> _Split | _Merged:
+    def _split_of(self, group: Group, old: _Split | None) -> _Split | _Merged:
         # What is compiled is torch's own step, which the compiler knows and merges by itself.
         update = None if self._compiled else merged_update(self.optimizer, group, self.ratios)
         if update is not None:
@@ -321,9 +319,10 @@ class LayerwiseStep:
         for split in splits:
             if isinstance(split, _Merged):
                 split.update()
-            elif not split.whole:
+            elif not split.whole and type(self.optimizer) not in _WRITE_NOTHING:
                 self._write_back(split)
-        self._kept = splits
+        # A merged group holds on to gradients, which would take memory until the next step.
+        self._kept = [None if isinstance(split, _Merged) else split for split in splits]
 
     def _write_back(self, split: _Split) -> None:
         """Carry what the step wrote into its groups over to the user's group."""

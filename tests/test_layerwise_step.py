@@ -158,6 +158,18 @@ def test_outside_step_groups_are_the_users(key: str) -> None:
     assert not optimizer._optimizer_step_post_hooks
 
 
+@pytest.mark.parametrize("key", available)
+def test_torchs_own_write_nothing_into_their_groups(key: str) -> None:
+    """What is taken for granted, so that no group has to be looked at after a step."""
+    params = make_params()
+    optimizer = build(key, params)
+    stepper = attach(optimizer, params)
+    for step in range(3):
+        set_grads(params, step, sparse="Sparse" in key)
+        optimizer.step()
+        assert [split.written_by_step() for split in stepper._kept if split is not None] == [set()]
+
+
 def test_every_torch_optimizer_is_tested_or_refused() -> None:
     classes = {name for name, value in vars(torch.optim).items() if inspect.isclass(value)}
     assert classes - {name for name, _ in OPTIMIZERS.values()} == {"LBFGS", "Optimizer", "Rprop"}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections import Counter
 from typing import Any
 
@@ -184,6 +186,18 @@ class TestTheUpdate:
         optimizer.step()
         assert updates
         assert torch.equal(found[0], params[0])
+
+    def test_gradients_are_free_to_go(self, updates: list[int]) -> None:
+        params = make_params()
+        optimizer = SGD(params, lr=BASE, foreach=True)
+        attach(optimizer, params)
+        set_grads(params, 0)
+        grads = [weakref.ref(p.grad) for p in params]
+        optimizer.step()
+        optimizer.zero_grad()
+        gc.collect()
+        assert updates
+        assert [grad() for grad in grads] == [None] * len(params)
 
     def test_a_step_that_raises_moves_nothing(self, updates: list[int]) -> None:
         params = make_params()
