@@ -283,7 +283,7 @@ def large() -> Weights:
         "conv": torch.randn(128, 64, 3, 3) / 24,
         "spike_on_normal": (torch.randn(200, 160, dtype=torch.float64) / 13 + spike).float(),
         "spike_on_flat": (flat + spike).float(),
-        "spike_on_flat_double": flat + 1000 * spike,
+        "spike_on_flat_double": flat + 10_000 * spike,
         "one_sign": (1 + torch.rand(160)) * (1 + 0.02 * torch.randn(3000, 160)),
         "cauchy": cauchy.clamp(-1e4, 1e4),
         "ill_conditioned": planted(torch.logspace(0, -12, 160, dtype=torch.float64), 200),
