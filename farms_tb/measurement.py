@@ -20,7 +20,7 @@ from farms_tb.options import SpectralOptions
 from farms_tb.power_law import PowerLawFit, fit_power_law
 from farms_tb.report import OK, EsdHistogram, LayerRecord
 from farms_tb.solvers import solver_for
-from farms_tb.spectra import SINGLE_FLOOR, SINGLE_ROUNDOFF, Eigenvalues, Wanted, window_eigenvalues
+from farms_tb.spectra import FLOOR, ROUNDOFF, ROUTES, Eigenvalues, Route, Wanted, window_eigenvalues
 from farms_tb.standard_error import alpha_error, parts_of_windows
 from farms_tb.windows import Windows, layer_windows
 
@@ -69,11 +69,12 @@ _SOLVED_BY = (
     *(f"{name} {route}" for name in ("cpu", "torch", "cupy") for route in ("float32", "float64", "float64 svd")),
 )
 
-# Single precision moves a window's eigenvalues by some roundoffs of the largest, and with them alpha: relative to
-# itself by at most 3.1 roundoffs * largest / xmin * (alpha - 1), measured on matrices of many kinds and sizes.
-_SINGLE_ERROR = 4 * SINGLE_ROUNDOFF
+# Rounding moves a window's eigenvalues, and with them alpha. Relative to itself alpha moved by at most 3.1 roundoffs
+# * largest / xmin * (alpha - 1), measured on matrices of many kinds and sizes, but for tails that are nearly flat:
+# solvers make more errors of the largest eigenvalues, up to 200 roundoffs, and there all are among the largest.
+_ROUNDOFFS, _ROUNDOFFS_OF_LARGEST = 4, 64
 # How much it may move alpha, relative to alpha.
-_SINGLE_TOLERANCE = 5e-5
+_TOLERANCE = 5e-5
 # From this many windows on, one of them tells beforehand whether single precision is worth an attempt.
 _PILOT = 4
 
@@ -105,8 +106,8 @@ class _Job:
         windows: their windows.
         parts: what else is solved for the standard error.
         exponent: so that squares neither overflow nor vanish in float64.
-        single: whether single precision is to be tried, or was and did.
-        pilot: in single precision, the eigenvalues of the first window.
+        route: how the windows are solved; the most accurate one of some of them.
+        pilot: the eigenvalues of the first window, if it was solved before.
         solved: the eigenvalues of all windows.
         of_parts: those of `parts`.
         sample: the eigenvalues of the samples and their fits.
@@ -117,7 +118,7 @@ class _Job:
     windows: Windows
     parts: Windows | None
     exponent: int
-    single: bool
+    route: Route
     pilot: Tensor | None = None
     solved: Eigenvalues = field(init=False)
     of_parts: Tensor | None = None
@@ -189,25 +190,28 @@ def _job(stack: MatrixStack, largest: float, options: SpectralOptions) -> _Job |
     if windows is None:
         return _row(_NO_WINDOW)
     parts = parts_of_windows(windows, stack.matrices.numel(), options)
-    # The searches compare distances, whose order a rounding may change; squares have to be in range.
-    single = (
-        options.precision == "auto"
-        and options.fit == "median"
-        and stack.matrices.dtype not in (torch.float64, torch.complex128)
-        and 2.0**-40 < largest < 2.0**40
-    )
-    return _Job(stack, windows, parts, exponent, single)
+    return _Job(stack, windows, parts, exponent, _first_route(stack, largest, options))
+
+
+def _first_route(stack: MatrixStack, largest: float, options: SpectralOptions) -> Route:
+    if options.fit != "median":
+        # The searches compare distances, whose order a rounding may change.
+        return "svd"
+    double = stack.matrices.dtype in (torch.float64, torch.complex128)
+    squares_fit = 2.0**-40 < largest < 2.0**40
+    return "float32" if options.precision == "auto" and not double and squares_fit else "float64"
 
 
 def _try_single(jobs: Sequence[_Job], options: SpectralOptions) -> None:
     """Solve one window of each layer in single precision, and give that up for those where it won't do."""
-    tried = [job for job in jobs if job.single and job.windows.view.shape[:-2].numel() >= _PILOT]
+    tried = [job for job in jobs if job.route == "float32" and job.windows.view.shape[:-2].numel() >= _PILOT]
     first = torch.zeros(1, dtype=torch.int64)
-    found = _eigenvalues([Wanted(job.windows.view, True, first) for job in tried], options)
+    found = _eigenvalues([Wanted(job.windows.view, "float32", first) for job in tried], options)
     for job, (values, _) in zip(tried, found, strict=True):
-        sample = _sample(values, job, options)
-        job.single = bool((_single_error(values[:, -1:], sample) <= _SINGLE_TOLERANCE).all())
-        job.pilot = values if job.single else None
+        if (_error(values[:, -1:], _sample(values, job, options), "float32") <= _TOLERANCE).all():
+            job.pilot = values
+        else:
+            job.route = "float64"
 
 
 def _solve(jobs: Sequence[_Job], options: SpectralOptions) -> None:
@@ -216,9 +220,9 @@ def _solve(jobs: Sequence[_Job], options: SpectralOptions) -> None:
     for job in jobs:
         view = job.windows.view
         rest = None if job.pilot is None else torch.arange(1, view.shape[:-2].numel())
-        wanted.append(Wanted(view, job.single, rest))
+        wanted.append(Wanted(view, job.route, rest))
     with_parts = [job for job in jobs if job.parts is not None]
-    wanted += [Wanted(job.parts.view, job.single) for job in with_parts if job.parts is not None]
+    wanted += [Wanted(job.parts.view, job.route) for job in with_parts if job.parts is not None]
     found = _eigenvalues(wanted, options)
     for job, (values, directly) in zip(jobs, found[: len(jobs)], strict=True):
         job.solved = Eigenvalues(values if job.pilot is None else torch.cat([job.pilot, values]), directly)
@@ -228,34 +232,36 @@ def _solve(jobs: Sequence[_Job], options: SpectralOptions) -> None:
 
 
 def _solve_again(jobs: Sequence[_Job], options: SpectralOptions) -> None:
-    """Solve those windows in double precision whose rounding errors in single precision alpha may show."""
+    """Solve those windows by the next route whose rounding errors alpha may show, until none is left."""
     again = []
     for job in jobs:
-        if job.single:
-            picks = _uncertain(job, options).flatten().nonzero()[:, 0]
-            if len(picks):
-                again.append((job, picks))
+        picks = _uncertain(job, options).flatten().nonzero()[:, 0]
+        if len(picks):
+            job.route = ROUTES[ROUTES.index(job.route) + 1]
+            again.append((job, picks))
+    if not again:
+        return
     with_parts = [job for job, _ in again if job.parts is not None]
-    wanted = [Wanted(job.windows.view, False, picks) for job, picks in again]
-    wanted += [Wanted(job.parts.view) for job in with_parts if job.parts is not None]
+    wanted = [Wanted(job.windows.view, job.route, picks) for job, picks in again]
+    wanted += [Wanted(job.parts.view, job.route) for job in with_parts if job.parts is not None]
     found = _eigenvalues(wanted, options)
     for (job, picks), (values, directly) in zip(again, found[: len(again)], strict=True):
         job.solved.values[picks] = values
         job.solved = Eigenvalues(job.solved.values, directly)
-        job.single = False
         job.sample = _sample(job.by_window.flatten(1), job, options)
     for job, (values, _) in zip(with_parts, found[len(again) :], strict=True):
         job.of_parts = values.reshape(job.windows.samples, -1, values.shape[-1])
+    _solve_again([job for job, _ in again], options)
 
 
 def _solve_to_count(jobs: Sequence[_Job], options: SpectralOptions) -> None:
-    """Solve all windows in double precision, as a histogram shows the smallest eigenvalues as well.
+    """Solve all windows by the most accurate route, as a histogram shows the smallest eigenvalues as well.
 
     Alpha stays that of the others: it must not depend on what is logged.
     """
-    single = [job for job in jobs if job.single]
-    found = _eigenvalues([Wanted(job.windows.view) for job in single], options)
-    for job, (values, _) in zip(single, found, strict=True):
+    others = [job for job in jobs if job.route != "svd"]
+    found = _eigenvalues([Wanted(job.windows.view) for job in others], options)
+    for job, (values, _) in zip(others, found, strict=True):
         job.counted = values.reshape(job.windows.samples, -1).sort(dim=-1).values
 
 
@@ -270,22 +276,26 @@ def _sample(eigenvalues: Tensor, job: _Job, options: SpectralOptions) -> _Sample
     return _Sample(eigenvalues, first, fit_power_law(eigenvalues, options.fit, options.xmin_pos, first))
 
 
-def _single_error(largest: Tensor, sample: _Sample) -> Tensor:
-    """Return `(S, n)` how much the rounding of each window may move alpha, relative to it.
+def _error(largest: Tensor, sample: _Sample, route: Route) -> Tensor:
+    """Return `(S, n)` how much the rounding of each window may move alpha, relative to it; NaN where it has none.
 
     Args:
         largest: `(S, n)`, the largest eigenvalue of each window.
         sample: what they were pooled to.
+        route: how they were solved.
     """
-    return _SINGLE_ERROR * largest / sample.xmin[:, None] * (sample.fits.alpha - 1)[:, None]
+    roundoffs = _ROUNDOFFS * largest / sample.xmin[:, None] + _ROUNDOFFS_OF_LARGEST
+    return roundoffs * ROUNDOFF[route] * (sample.fits.alpha - 1)[:, None]
 
 
 def _uncertain(job: _Job, options: SpectralOptions) -> Tensor:
-    """Return `(S, n)` which windows single precision won't do for."""
+    """Return `(S, n)` which windows have to be solved by a more accurate route."""
     by_window, sample = job.by_window, job.sample
     largest = by_window[..., -1]
+    if job.route == "svd":
+        return torch.zeros_like(largest, dtype=torch.bool)
     # Not smaller, which NaN is not either.
-    uncertain = ~(_single_error(largest, sample) <= _SINGLE_TOLERANCE)
+    uncertain = ~(_error(largest, sample, job.route) <= _TOLERANCE)
     cutoffs = []
     if options.filter_zeros:
         cutoffs.append(torch.full_like(sample.xmin, ZERO_CUTOFF) / job.factor)
@@ -293,7 +303,7 @@ def _uncertain(job: _Job, options: SpectralOptions) -> Tensor:
         cutoffs.append(options.relative_cutoff * sample.eigenvalues[:, -1])
     for cutoff in cutoffs:
         # On which side of it they are decides how many there are.
-        near = (by_window - cutoff[:, None, None]).abs() <= 2 * SINGLE_FLOOR * largest[..., None]
+        near = (by_window - cutoff[:, None, None]).abs() <= 2 * FLOOR[job.route] * largest[..., None]
         uncertain |= near.any(-1)
     return uncertain
 
@@ -322,10 +332,11 @@ def _row_of(job: _Job, options: SpectralOptions, histogram: bool) -> Tensor:
 
 
 def _solved_by(job: _Job, options: SpectralOptions) -> str:
-    route = "float32" if job.single else "float64 svd" if job.solved.directly else "float64"
     view = job.windows.view
-    dtype = torch.float32 if job.single else torch.float64
-    return f"{solver_for(view.device, dtype, min(view.shape[-2:]), options.solver)} {route}"
+    single = job.route == "float32"
+    precision = "float32" if single else "float64 svd" if job.solved.directly else "float64"
+    dtype = torch.float32 if single else torch.float64
+    return f"{solver_for(view.device, dtype, min(view.shape[-2:]), options.solver)} {precision}"
 
 
 def alpha_of_row(row: Tensor) -> Tensor:

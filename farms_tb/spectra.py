@@ -4,11 +4,10 @@ The eigenvalues of the small Gram matrix (w x w for windows of h x w, w <= h) ar
 Squaring costs accuracy at the small end: a Gram eigenvalue is off by some rounding errors of the largest one. So
 there are three routes, each slower and more accurate than the one before:
 
-* the Gram matrix in single precision, where the caller asks for it: eigenvalues to about 1e-7 of the largest one
-  of their window;
-* the Gram matrix in double precision: to about 1e-16 of the largest one;
-* the singular values in double precision, for windows with eigenvalues for which even that is too much, and where
-  the solver of the Gram matrices does not converge.
+* `"float32"`, the Gram matrix in single precision: eigenvalues to about 1e-7 of the largest one of their window;
+* `"float64"`, the Gram matrix in double precision: to about 1e-16 of the largest one;
+* `"svd"`, the same, but the singular values themselves for windows with eigenvalues for which even that is too
+  much, and where the solver of the Gram matrices does not converge.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,11 +26,14 @@ from farms_tb.solvers import symmetric_eigenvalues
 from farms_tb.threads import map_on_threads
 from farms_tb.warning import warn_once
 
-SINGLE_ROUNDOFF = 2.0**-24
-"""Unit roundoff of single precision."""
+Route = Literal["float32", "float64", "svd"]
+ROUTES: tuple[Route, ...] = ("float32", "float64", "svd")
 
-SINGLE_FLOOR = 32 * SINGLE_ROUNDOFF
-"""In single precision, what is below this fraction of a window's largest eigenvalue counts as 0.
+ROUNDOFF = {"float32": 2.0**-24, "float64": 2.0**-53, "svd": 0.0}
+"""Unit roundoff that the eigenvalues are off by, as a fraction of the largest one of their window, times a few."""
+
+FLOOR = {route: 32 * roundoff for route, roundoff in ROUNDOFF.items()}
+"""What is below this fraction of a window's largest eigenvalue counts as 0.
 
 Measured on matrices of lower rank, up to 16000 x 2000: zeros come out at up to 9 roundoffs of the largest one.
 """
@@ -48,12 +50,12 @@ class Wanted(NamedTuple):
 
     Attributes:
         view: `(*lead, h, w)`, finite, real or complex. Windows may overlap: they are copied a chunk at a time.
-        single: whether single precision will do; the squares of the entries must be within its range.
+        route: how accurate they have to be, see above. The squares of the entries must be within its range.
         picks: which windows, counted in order of `lead`, int64 on the CPU; None for all.
     """
 
     view: Tensor
-    single: bool = False
+    route: Route = "svd"
     picks: Tensor | None = None
 
 
@@ -62,7 +64,7 @@ class Eigenvalues(NamedTuple):
 
     Attributes:
         values: `(n, min(h, w))` float64 on the CPU, ascending and not negative; NaN for windows on which no solver
-            converged. What lies below the numerical rank of its window is exactly 0.
+            converged. What lies below the numerical rank of its window, in the precision of the route, is 0.
         directly: whether the singular values themselves were needed for some window.
     """
 
@@ -78,21 +80,24 @@ class _Chunk:
         layer: position of the layer among all.
         view: `(*lead, h, w)`, all windows of the layer.
         index: `(n,)` int64 on the CPU, which of them.
-        dtype: type that they are solved in.
+        route: how they are solved.
     """
 
     layer: int
     view: Tensor
     index: Tensor
-    dtype: torch.dtype
+    route: Route
 
     @property
     def device(self) -> torch.device:
         return self.view.device
 
     @property
-    def single(self) -> bool:
-        return self.dtype in (torch.float32, torch.complex64)
+    def dtype(self) -> torch.dtype:
+        """Type that they are solved in."""
+        if self.view.is_complex():
+            return torch.complex64 if self.route == "float32" else torch.complex128
+        return torch.float32 if self.route == "float32" else torch.float64
 
     @property
     def small(self) -> int:
@@ -164,16 +169,16 @@ def _joined(parts: Sequence[_Solved], layer: Wanted) -> Eigenvalues:
 def _batches(wanted: Sequence[Wanted], memory: int) -> Iterator[list[_Chunk]]:
     """Cut the layers' windows into chunks, and gather those that are solved at once.
 
-    On the CPU each chunk is solved alone. On a GPU windows of one type and size of Gram matrices are solved
+    On the CPU each chunk is solved alone. On a GPU windows of one type, route and size of Gram matrices are solved
     together, as many as the memory allows.
     """
-    open_batches: dict[tuple[torch.device, torch.dtype, int], list[_Chunk]] = {}
+    open_batches: dict[tuple[Any, ...], list[_Chunk]] = {}
     for layer, part in enumerate(wanted):
         for chunk in _chunks(layer, part, memory):
             if chunk.device.type == "cpu":
                 yield [chunk]
                 continue
-            key = (chunk.device, chunk.dtype, chunk.small)
+            key = (chunk.device, chunk.dtype, chunk.route, chunk.small)
             batch = open_batches.setdefault(key, [])
             if batch and sum(other.size for other in batch) + chunk.size > memory:
                 yield open_batches.pop(key)
@@ -183,12 +188,8 @@ def _batches(wanted: Sequence[Wanted], memory: int) -> Iterator[list[_Chunk]]:
 
 
 def _chunks(layer: int, wanted: Wanted, memory: int) -> Iterator[_Chunk]:
-    view, single, picks = wanted
-    if view.is_complex():
-        dtype = torch.complex64 if single else torch.complex128
-    else:
-        dtype = torch.float32 if single else torch.float64
-    whole = _Chunk(layer, view, torch.arange(math.prod(view.shape[:-2])) if picks is None else picks, dtype)
+    view, route, picks = wanted
+    whole = _Chunk(layer, view, torch.arange(math.prod(view.shape[:-2])) if picks is None else picks, route)
     if not len(whole.index):
         return
     number = memory * len(whole.index) // whole.size
@@ -199,7 +200,7 @@ def _chunks(layer: int, wanted: Wanted, memory: int) -> Iterator[_Chunk]:
 
 
 def _solve(batch: Sequence[_Chunk], solver: Solver = "auto") -> list[_Solved]:
-    """Solve chunks of one device, type and size of Gram matrices; where memory is short in several goes."""
+    """Solve chunks of one device, type, route and size of Gram matrices; where memory is short in several goes."""
     try:
         return _eigenvalues(batch, [chunk.windows() for chunk in batch], solver)
     except torch.OutOfMemoryError:
@@ -224,7 +225,7 @@ def _solve(batch: Sequence[_Chunk], solver: Solver = "auto") -> list[_Solved]:
 
 def _eigenvalues(batch: Sequence[_Chunk], windows: Sequence[Tensor], solver: Solver) -> list[_Solved]:
     """Return the eigenvalues of each chunk's windows `(n, h, w)`, in the precision and on the device of these."""
-    single = batch[0].single
+    route = batch[0].route
     try:
         values = symmetric_eigenvalues(torch.cat([_gram(matrices) for matrices in windows]), solver)
     except LinAlgError:
@@ -232,12 +233,12 @@ def _eigenvalues(batch: Sequence[_Chunk], windows: Sequence[Tensor], solver: Sol
             each = zip(batch, windows, strict=True)
             return [_eigenvalues([chunk], [matrices], solver)[0] for chunk, matrices in each]
         nothing = windows[0].real.new_full((len(windows[0]), batch[0].small), torch.nan)
-        return [_Solved(nothing, False) if single else _Solved(_from_svd(windows[0]), True)]
+        return [_Solved(_from_svd(windows[0]), True) if route == "svd" else _Solved(nothing, False)]
     parts = torch.split(values, [len(matrices) for matrices in windows])
-    if single:
-        # Not smaller, which NaN is not either.
-        return [_Solved(part.where(~(part < SINGLE_FLOOR * part[:, -1:]), 0), False) for part in parts]
-    return [_checked(part.clamp_min(0), matrices) for part, matrices in zip(parts, windows, strict=True)]
+    if route == "svd":
+        return [_checked(part.clamp_min(0), matrices) for part, matrices in zip(parts, windows, strict=True)]
+    # Not smaller, which NaN is not either.
+    return [_Solved(part.where(~(part < FLOOR[route] * part[:, -1:]), 0), False) for part in parts]
 
 
 def _gram(matrices: Tensor) -> Tensor:

@@ -6,14 +6,16 @@ import pytest
 import torch
 
 from farms_tb import spectra
-from farms_tb.spectra import SINGLE_ROUNDOFF, Wanted, window_eigenvalues
+from farms_tb.spectra import ROUNDOFF, ROUTES, Wanted, window_eigenvalues
 
 from .reference import spectrum
 
+SINGLE_ROUNDOFF = ROUNDOFF["float32"]
 
-def solved(view, single=False, **options):
+
+def solved(view, route="svd", **options):
     """Eigenvalues of all windows, `(n, min(h, w))`."""
-    ((values, _),) = window_eigenvalues([Wanted(view, single)], **options)
+    ((values, _),) = window_eigenvalues([Wanted(view, route)], **options)
     return values
 
 
@@ -99,23 +101,23 @@ def test_picks():
     assert none.values.shape == (0, 3)
 
 
-@pytest.mark.parametrize("single", [False, True])
-def test_layers_of_all_sizes_and_types_together(single):
+@pytest.mark.parametrize("route", ROUTES)
+def test_layers_of_all_sizes_and_types_together(route):
     dtypes = (torch.float32, torch.complex64, torch.bfloat16)
     layers = []
     for number, size, dtype in product((1, 30), (2, 9, 40), dtypes):
         weight = torch.randn(number, 5 + number, size, dtype=torch.complex64)
         layers.append(weight if dtype.is_complex else weight.real.to(dtype))
-    together = window_eigenvalues([Wanted(layer, single) for layer in layers])
+    together = window_eigenvalues([Wanted(layer, route) for layer in layers])
     for layer, found in zip(layers, together, strict=True):
-        assert torch.equal(found.values, solved(layer, single))
+        assert torch.equal(found.values, solved(layer, route))
 
 
 @pytest.mark.parametrize("memory", [1, 5_000, 20_000, 10**9])
-@pytest.mark.parametrize("single", [False, True])
-def test_chunks_change_nothing(memory, single):
+@pytest.mark.parametrize("route", ROUTES)
+def test_chunks_change_nothing(memory, route):
     view = torch.randn(40, 30).unfold(0, 10, 3).unfold(1, 10, 4)
-    assert torch.equal(solved(view, single, memory=memory), solved(view, single))
+    assert torch.equal(solved(view, route, memory=memory), solved(view, route))
 
 
 def test_windows_are_copied_a_few_at_a_time(monkeypatch):
@@ -130,11 +132,11 @@ def test_windows_are_copied_a_few_at_a_time(monkeypatch):
     assert max(sizes) <= 100
 
 
-@pytest.mark.parametrize("single", [False, True])
-def test_weights_are_left_alone(single):
+@pytest.mark.parametrize("route", ROUTES)
+def test_weights_are_left_alone(route):
     matrices = torch.randn(2, 6, 4)
     before = matrices.clone()
-    solved(matrices, single)
+    solved(matrices, route)
     assert torch.equal(matrices, before)
 
 
@@ -160,7 +162,7 @@ class TestSinglePrecision:
     def test_errors_are_some_roundoffs_of_the_largest(self, shape, dtype):
         matrices = torch.randn(shape, dtype=dtype)
         exact = solved(matrices)
-        found = solved(matrices, single=True)
+        found = solved(matrices, route="float32")
         error = (found - exact).abs() / exact[:, -1:]
         assert error.max() < 100 * SINGLE_ROUNDOFF
         # LAPACK makes more errors of the largest ones than of the others.
@@ -171,20 +173,20 @@ class TestSinglePrecision:
     @pytest.mark.parametrize("rank", [1, 10, 100])
     def test_zeros_are_exact(self, rank):
         matrices = torch.randn(3, 500, rank) @ torch.randn(3, rank, 200)
-        found = solved(matrices, single=True)
+        found = solved(matrices, route="float32")
         assert (found[:, : 200 - rank] == 0).all()
         assert (found[:, 200 - rank :] > 0).all()
-        assert (solved(torch.zeros(2, 5, 5), single=True) == 0).all()
+        assert (solved(torch.zeros(2, 5, 5), route="float32") == 0).all()
 
     @pytest.mark.parametrize("precision", ["high", "medium"])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
     def test_settings_of_matrix_products_do_not_matter(self, precision, dtype):
         matrices = torch.randn(9, 64, 64, dtype=dtype)
-        before = solved(matrices, single=True)
+        before = solved(matrices, route="float32")
         torch.set_float32_matmul_precision(precision)
         try:
             assert not spectra._multiplies_in_full(torch.device("cpu"))
-            found = solved(matrices, single=True)
+            found = solved(matrices, route="float32")
         finally:
             torch.set_float32_matmul_precision("highest")
         assert spectra._multiplies_in_full(torch.device("cpu"))
@@ -206,8 +208,8 @@ class TestSinglePrecision:
     def test_autocast_does_not_matter(self):
         matrices = torch.randn(9, 64, 64)
         with torch.autocast("cpu", torch.bfloat16):
-            found = solved(matrices, single=True)
-        assert torch.equal(found, solved(matrices, single=True))
+            found = solved(matrices, route="float32")
+        assert torch.equal(found, solved(matrices, route="float32"))
 
 
 class TestSolverThatDoesNotConverge:
@@ -233,7 +235,7 @@ class TestSolverThatDoesNotConverge:
     def test_nan_in_single_precision(self, monkeypatch):
         matrices = torch.randn(6, 5, 5)
         break_solver(monkeypatch, "eigvalsh", matrices[2].mH @ matrices[2])
-        assert solved(matrices, single=True).isnan().all()
+        assert solved(matrices, route="float32").isnan().all()
 
     def test_a_solver_that_returns_nan(self, monkeypatch):
         # As cuSOLVER does through CuPy.
@@ -319,7 +321,7 @@ class TestBatches:
         return [torch.randn(7, 12, 12), torch.randn(5, 30, 12), torch.randn(6, 9, 9), torch.randn(3, 12, 40)]
 
     def test_one_for_each_size_and_precision(self, layers):
-        wanted = [Wanted(layer, single) for layer in layers for single in (False, True)]
+        wanted = [Wanted(layer, route) for layer in layers for route in ("svd", "float32")]
         batches = list(spectra._batches(wanted, 2**20))
         assert [[chunk.layer for chunk in batch] for batch in batches] == [[0, 2, 6], [1, 3, 7], [4], [5]]
 
@@ -364,8 +366,8 @@ class TestBatches:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 class TestOnAGpu:
     @pytest.mark.parametrize("solver", ["auto", "torch", "cupy", "cpu"])
-    @pytest.mark.parametrize("single", [False, True])
-    def test_as_on_the_cpu(self, solver, single):
+    @pytest.mark.parametrize("route", ROUTES)
+    def test_as_on_the_cpu(self, solver, route):
         if solver == "cupy":
             pytest.importorskip("cupy")
         layers = [
@@ -375,18 +377,18 @@ class TestOnAGpu:
             torch.randn(50, 20, 20),
         ]
         layers.append(torch.randn(4, 30, 20, dtype=torch.complex64))
-        found = window_eigenvalues([Wanted(layer.cuda(), single) for layer in layers], solver=solver)
+        found = window_eigenvalues([Wanted(layer.cuda(), route) for layer in layers], solver=solver)
         for layer, (values, _) in zip(layers, found, strict=True):
             expected = solved(layer)
             assert values.device.type == "cpu"
             error = (values - expected).abs() / expected[:, -1:]
-            assert error.max() < (200 * SINGLE_ROUNDOFF if single else 1e-13)
+            assert error.max() < (200 * SINGLE_ROUNDOFF if route == "float32" else 1e-13)
 
     def test_tf32_does_not_matter(self):
         matrices = torch.randn(9, 256, 256, device="cuda")
         torch.set_float32_matmul_precision("high")
         try:
-            found = solved(matrices, single=True)
+            found = solved(matrices, route="float32")
         finally:
             torch.set_float32_matmul_precision("highest")
         expected = solved(matrices)

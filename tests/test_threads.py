@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from farms_tb import spectra
-from farms_tb.spectra import Wanted, window_eigenvalues
+from farms_tb.spectra import ROUTES, Wanted, window_eigenvalues
 from farms_tb.threads import map_on_threads
 
 
@@ -73,10 +73,10 @@ def test_memory_is_shared(four_threads, memory):
     assert memory == 1 or max(map(len, together)) > 1
 
 
-@pytest.mark.parametrize("single", [False, True])
-def test_threads_change_no_eigenvalue(four_threads, single, monkeypatch):
+@pytest.mark.parametrize("route", ROUTES)
+def test_threads_change_no_eigenvalue(four_threads, route, monkeypatch):
     monkeypatch.setattr(spectra, "_CHUNK_WORK", 3 * 20**3)
-    wanted = [Wanted(torch.randn(number, 30, size), single) for number, size in ((50, 20), (3, 30), (7, 25))]
+    wanted = [Wanted(torch.randn(number, 30, size), route) for number, size in ((50, 20), (3, 30), (7, 25))]
     shared = window_eigenvalues(wanted)
     torch.set_num_threads(1)
     for one, other in zip(window_eigenvalues(wanted), shared, strict=True):
