@@ -7,7 +7,7 @@ rows.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -69,9 +69,9 @@ _SOLVED_BY = (
     *(f"{name} {route}" for name in ("cpu", "torch", "cupy") for route in ("float32", "float64", "float64 svd")),
 )
 
-# Rounding moves a window's eigenvalues, and with them alpha. Relative to itself alpha moved by at most 3.1 roundoffs
-# * largest / xmin * (alpha - 1), measured on matrices of many kinds and sizes, but for tails that are nearly flat:
-# solvers make more errors of the largest eigenvalues, up to 200 roundoffs, and there all are among the largest.
+# Rounding moves a window's eigenvalues, and with them alpha: relative to itself by at most 3.1 roundoffs * (alpha - 1)
+# * largest / xmin, measured on matrices of many kinds and sizes, but for tails that are nearly flat. Solvers make
+# more errors of the largest eigenvalues, up to 200 roundoffs, and in such a tail all are among the largest.
 _ROUNDOFFS, _ROUNDOFFS_OF_LARGEST = 4, 64
 # How much it may move alpha, relative to alpha.
 _TOLERANCE = 5e-5
@@ -106,7 +106,7 @@ class _Job:
         windows: their windows.
         parts: what else is solved for the standard error.
         exponent: so that squares neither overflow nor vanish in float64.
-        route: how the windows are solved; the most accurate one of some of them.
+        routes: `(W,)` int64, how each window is solved, as a position in `ROUTES`.
         pilot: the eigenvalues of the first window, if it was solved before.
         solved: the eigenvalues of all windows.
         of_parts: those of `parts`.
@@ -118,12 +118,17 @@ class _Job:
     windows: Windows
     parts: Windows | None
     exponent: int
-    route: Route
+    routes: Tensor
     pilot: Tensor | None = None
     solved: Eigenvalues = field(init=False)
     of_parts: Tensor | None = None
     sample: _Sample = field(init=False)
     counted: Tensor | None = None
+
+    @property
+    def route(self) -> Route:
+        """The most accurate route that some window is solved by."""
+        return ROUTES[int(self.routes.max())]
 
     @property
     def by_window(self) -> Tensor:
@@ -190,7 +195,8 @@ def _job(stack: MatrixStack, largest: float, options: SpectralOptions) -> _Job |
     if windows is None:
         return _row(_NO_WINDOW)
     parts = parts_of_windows(windows, stack.matrices.numel(), options)
-    return _Job(stack, windows, parts, exponent, _first_route(stack, largest, options))
+    route = ROUTES.index(_first_route(stack, largest, options))
+    return _Job(stack, windows, parts, exponent, torch.full((windows.view.shape[:-2].numel(),), route))
 
 
 def _first_route(stack: MatrixStack, largest: float, options: SpectralOptions) -> Route:
@@ -204,23 +210,22 @@ def _first_route(stack: MatrixStack, largest: float, options: SpectralOptions) -
 
 def _try_single(jobs: Sequence[_Job], options: SpectralOptions) -> None:
     """Solve one window of each layer in single precision, and give that up for those where it won't do."""
-    tried = [job for job in jobs if job.route == "float32" and job.windows.view.shape[:-2].numel() >= _PILOT]
+    tried = [job for job in jobs if job.route == "float32" and len(job.routes) >= _PILOT]
     first = torch.zeros(1, dtype=torch.int64)
     found = _eigenvalues([Wanted(job.windows.view, "float32", first) for job in tried], options)
     for job, (values, _) in zip(tried, found, strict=True):
-        if (_error(values[:, -1:], _sample(values, job, options), "float32") <= _TOLERANCE).all():
-            job.pilot = values
+        if _moves_alpha(values[:, -1:], _sample(values, job, options), job.routes[:1]):
+            job.routes += 1
         else:
-            job.route = "float64"
+            job.pilot = values
 
 
 def _solve(jobs: Sequence[_Job], options: SpectralOptions) -> None:
     """Solve all windows of all layers, and pool and fit them."""
     wanted = []
     for job in jobs:
-        view = job.windows.view
-        rest = None if job.pilot is None else torch.arange(1, view.shape[:-2].numel())
-        wanted.append(Wanted(view, job.route, rest))
+        rest = None if job.pilot is None else torch.arange(1, len(job.routes))
+        wanted.append(Wanted(job.windows.view, job.route, rest))
     with_parts = [job for job in jobs if job.parts is not None]
     wanted += [Wanted(job.parts.view, job.route) for job in with_parts if job.parts is not None]
     found = _eigenvalues(wanted, options)
@@ -232,24 +237,27 @@ def _solve(jobs: Sequence[_Job], options: SpectralOptions) -> None:
 
 
 def _solve_again(jobs: Sequence[_Job], options: SpectralOptions) -> None:
-    """Solve those windows by the next route whose rounding errors alpha may show, until none is left."""
-    again = []
-    for job in jobs:
-        picks = _uncertain(job, options).flatten().nonzero()[:, 0]
-        if len(picks):
-            job.route = ROUTES[ROUTES.index(job.route) + 1]
-            again.append((job, picks))
+    """Solve those windows by the next route whose rounding errors alpha may show, until there are none."""
+    again = [(job, uncertain) for job in jobs if (uncertain := _uncertain(job, options)).any()]
     if not again:
         return
+    picked: list[tuple[_Job, Tensor]] = []
+    wanted = []
+    for job, uncertain in again:
+        for route in sorted(set(job.routes[uncertain].tolist())):
+            picks = (uncertain & (job.routes == route)).nonzero()[:, 0]
+            picked.append((job, picks))
+            wanted.append(Wanted(job.windows.view, ROUTES[route + 1], picks))
+        job.routes += uncertain
     with_parts = [job for job, _ in again if job.parts is not None]
-    wanted = [Wanted(job.windows.view, job.route, picks) for job, picks in again]
     wanted += [Wanted(job.parts.view, job.route) for job in with_parts if job.parts is not None]
     found = _eigenvalues(wanted, options)
-    for (job, picks), (values, directly) in zip(again, found[: len(again)], strict=True):
+    for (job, picks), (values, directly) in zip(picked, found[: len(picked)], strict=True):
         job.solved.values[picks] = values
-        job.solved = Eigenvalues(job.solved.values, directly)
+        job.solved = Eigenvalues(job.solved.values, job.solved.directly or directly)
+    for job, _ in again:
         job.sample = _sample(job.by_window.flatten(1), job, options)
-    for job, (values, _) in zip(with_parts, found[len(again) :], strict=True):
+    for job, (values, _) in zip(with_parts, found[len(picked) :], strict=True):
         job.of_parts = values.reshape(job.windows.samples, -1, values.shape[-1])
     _solve_again([job for job, _ in again], options)
 
@@ -259,7 +267,7 @@ def _solve_to_count(jobs: Sequence[_Job], options: SpectralOptions) -> None:
 
     Alpha stays that of the others: it must not depend on what is logged.
     """
-    others = [job for job in jobs if job.route != "svd"]
+    others = [job for job in jobs if int(job.routes.min()) < ROUTES.index("svd")]
     found = _eigenvalues([Wanted(job.windows.view) for job in others], options)
     for job, (values, _) in zip(others, found, strict=True):
         job.counted = values.reshape(job.windows.samples, -1).sort(dim=-1).values
@@ -273,29 +281,34 @@ def _sample(eigenvalues: Tensor, job: _Job, options: SpectralOptions) -> _Sample
     """Sort and fit `(S, N)` eigenvalues."""
     eigenvalues = eigenvalues.sort(dim=-1).values
     first = _first_counted(eigenvalues, job.factor, options)
-    return _Sample(eigenvalues, first, fit_power_law(eigenvalues, options.fit, options.xmin_pos, first))
+    # One of the searches begins at a value that depends on the scale.
+    scaled = eigenvalues * job.stack.eigenvalue_scale
+    return _Sample(eigenvalues, first, fit_power_law(scaled, options.fit, options.xmin_pos, first))
 
 
-def _error(largest: Tensor, sample: _Sample, route: Route) -> Tensor:
-    """Return `(S, n)` how much the rounding of each window may move alpha, relative to it; NaN where it has none.
+def _moves_alpha(largest: Tensor, sample: _Sample, routes: Tensor) -> Tensor:
+    """Return `(S, n)` whether the rounding of a window may move alpha by more than is tolerated.
 
     Args:
         largest: `(S, n)`, the largest eigenvalue of each window.
         sample: what they were pooled to.
-        route: how they were solved.
+        routes: `(S * n,)`, how they were solved.
     """
     roundoffs = _ROUNDOFFS * largest / sample.xmin[:, None] + _ROUNDOFFS_OF_LARGEST
-    return roundoffs * ROUNDOFF[route] * (sample.fits.alpha - 1)[:, None]
+    error = roundoffs * _per_window(ROUNDOFF, routes, largest) * (sample.fits.alpha - 1)[:, None]
+    # Not larger, which NaN is not either.
+    return ~(error <= _TOLERANCE)
+
+
+def _per_window(of_route: Mapping[Route, float], routes: Tensor, like: Tensor) -> Tensor:
+    return torch.tensor([of_route[route] for route in ROUTES], dtype=like.dtype)[routes].view_as(like)
 
 
 def _uncertain(job: _Job, options: SpectralOptions) -> Tensor:
-    """Return `(S, n)` which windows have to be solved by a more accurate route."""
+    """Return `(W,)` which windows have to be solved by a more accurate route."""
     by_window, sample = job.by_window, job.sample
     largest = by_window[..., -1]
-    if job.route == "svd":
-        return torch.zeros_like(largest, dtype=torch.bool)
-    # Not smaller, which NaN is not either.
-    uncertain = ~(_error(largest, sample, job.route) <= _TOLERANCE)
+    uncertain = _moves_alpha(largest, sample, job.routes)
     cutoffs = []
     if options.filter_zeros:
         cutoffs.append(torch.full_like(sample.xmin, ZERO_CUTOFF) / job.factor)
@@ -303,9 +316,9 @@ def _uncertain(job: _Job, options: SpectralOptions) -> Tensor:
         cutoffs.append(options.relative_cutoff * sample.eigenvalues[:, -1])
     for cutoff in cutoffs:
         # On which side of it they are decides how many there are.
-        near = (by_window - cutoff[:, None, None]).abs() <= 2 * FLOOR[job.route] * largest[..., None]
-        uncertain |= near.any(-1)
-    return uncertain
+        unknown = 2 * _per_window(FLOOR, job.routes, largest) * largest
+        uncertain |= ((by_window - cutoff[:, None, None]).abs() <= unknown[..., None]).any(-1)
+    return uncertain.flatten() & (job.routes < ROUTES.index("svd"))
 
 
 def _row_of(job: _Job, options: SpectralOptions, histogram: bool) -> Tensor:
@@ -320,7 +333,9 @@ def _row_of(job: _Job, options: SpectralOptions, histogram: bool) -> Tensor:
     figures = _figures(eigenvalues, fits, first, job.factor, log_factor)
     smallest = eigenvalues.gather(-1, first[:, None].clamp_max(eigenvalues.shape[-1] - 1))
     entries = job.stack.matrices.numel()
-    error = alpha_error(job.windows, job.by_window, job.of_parts, fits, smallest, entries, options)
+    scale = job.stack.eigenvalue_scale
+    of_parts = None if job.of_parts is None else job.of_parts * scale
+    error = alpha_error(job.windows, job.by_window * scale, of_parts, fits, smallest * scale, entries, options)
     xmin = job.sample.xmin.log().mean().exp() * job.factor
     row[2:_END] = torch.cat([figures, torch.stack([error, xmin])])
     row[_END] = kept.sum()

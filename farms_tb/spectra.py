@@ -29,7 +29,7 @@ from farms_tb.warning import warn_once
 Route = Literal["float32", "float64", "svd"]
 ROUTES: tuple[Route, ...] = ("float32", "float64", "svd")
 
-ROUNDOFF = {"float32": 2.0**-24, "float64": 2.0**-53, "svd": 0.0}
+ROUNDOFF: dict[Route, float] = {"float32": 2.0**-24, "float64": 2.0**-53, "svd": 0.0}
 """Unit roundoff that the eigenvalues are off by, as a fraction of the largest one of their window, times a few."""
 
 FLOOR = {route: 32 * roundoff for route, roundoff in ROUNDOFF.items()}

@@ -505,7 +505,6 @@ def test_number_of_threads_changes_no_bit(threads: int) -> None:
         assert (analyze(model).layers, measured()) == before
 
 
-@pytest.mark.xfail(strict=True, reason="the factor 1/2 of a convolution is left out where the peak is looked for")
 def test_xmin_peak_of_a_convolution() -> None:
     """The search's lower bound is a logarithm beside plain values, so it depends on their scale."""
     law = 40 / (torch.arange(40, dtype=torch.float64) + 0.5)
