@@ -6,8 +6,8 @@
 
 SGD (Nesterov momentum, weight decay), Adam and AdamW step on real networks and on one of 160 tiny layers, whose
 steps are overhead alone: as by default (a loop over the tensors on the CPU, `foreach` on a GPU), by `foreach` and
-fused. Beside the plain step the same optimizer steps with a number of distinct ratios, and torch's own with as many
-param groups. All step on the same parameters in turn, each with state of its own.
+fused. Beside the plain step the same optimizer steps with a number of distinct ratios, and torch's own with as
+many param groups. All step on the same parameters in turn, each with state of its own.
 
 Times are medians: of this process's processor time on one thread, on a GPU of wall-clock time.
 
@@ -181,7 +181,7 @@ def table(rows: Sequence[Mapping[str, Value]]) -> str:
 
 
 @styled
-def draw(path: Path, rows: Sequence[Mapping[str, Value]], device: str) -> None:
+def draw(path: Path, rows: Sequence[Mapping[str, Value]], ticks: Sequence[int]) -> None:
     """Draw the time of a step over the number of ratios, relative to the plain step."""
     figure = new_figure(9.0, 7.2)
     axes = figure.subplots(len(IMPLEMENTATIONS), len(OPTIMIZERS), sharex=True, sharey=True, squeeze=False)
@@ -201,7 +201,6 @@ def draw(path: Path, rows: Sequence[Mapping[str, Value]], device: str) -> None:
             axis.set_xscale("symlog", linthresh=1)
             axis.set_yscale("log")
             axis.set_title(f"{optimizer}, {implementation}")
-    ticks = sorted({int(row["ratios"]) for row in rows})
     axes[0, 0].set_xticks(ticks, labels=list(map(str, ticks)))
     axes[0, 0].set_yticks([0.5, 0.7, 1, 1.5, 2, 3], labels=["0.5", "0.7", "1", "1.5", "2", "3"])
     axes[0, 0].minorticks_off()
@@ -263,7 +262,7 @@ def main() -> None:
             training += measure_training(name, options.device, batch, options.ratios, options.times, options.limit)
     options.out.mkdir(parents=True, exist_ok=True)
     write_csv(options.out / "step.csv", rows)
-    draw(options.out / "step.png", rows, options.device)
+    draw(options.out / "step.png", rows, options.ratios)
     parts = [headline(rows), "![Time of a step over the number of ratios](step.png)", table(rows)]
     if training:
         write_csv(options.out / "training.csv", training)
