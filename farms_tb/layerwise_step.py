@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from farms_tb.merged_update import merged_update
+from farms_tb.merged_update import RULES, merged_update
 from farms_tb.warning import warn_once
 
 Group = dict[str, Any]
@@ -302,11 +302,16 @@ class LayerwiseStep:
         if [id(split.group) for split in self._split] != [id(group) for group in users[: len(self._split)]]:
             self._split = []
             self._shown.clear()
-        for split in self._split:
-            split.follow_user()
+        for place, split in enumerate(self._split):
+            if type(self.optimizer) in RULES:
+                # On a GPU torch looks at the groups before it calls the closure: these are not its gradients.
+                self._split[place] = self._split_of(split.group, None)
+            else:
+                split.follow_user()
+        # In place, as the step may hold on to the list.
+        self._shown[:] = [group for split in self._split for group in split.shown]
         for group in users[len(self._split) :]:
             self._split.append(self._split_of(group, None))
-            # The step may hold on to the list: it grows in place.
             self._shown += self._split[-1].shown
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:

@@ -61,7 +61,14 @@ def by_hand(cls: Any, params: list[nn.Parameter], **options: Any) -> Optimizer:
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def look_at_groups(self: Optimizer) -> None:
+        assert all("lr" in group for group in self.param_groups)
+
     monkeypatch.setattr(merged_update, "_on_gpu", lambda params: True)
+    # Where there is a GPU, this is what Adam and AdamW begin a step with, before the closure.
+    for name in ("_cuda_graph_capture_health_check", "_accelerator_graph_capture_health_check"):
+        if hasattr(Optimizer, name):
+            monkeypatch.setattr(Optimizer, name, look_at_groups)
 
 
 @pytest.fixture
@@ -160,6 +167,27 @@ class TestTheUpdate:
         with spy_on_updates("SGD") as seen:
             assert optimizer.step(closure) == 7.0
         assert seen == [{id(p): 0.5 * ratio for p, ratio in zip(params, RATIOS, strict=True)}]
+
+    @pytest.mark.parametrize("cls", [SGD, Adam, AdamW])
+    def test_gradients_are_those_of_the_closure(self, cls: Any, updates: list[int]) -> None:
+        """Lightning hands every step a closure, which makes new gradients."""
+        ours, theirs = make_params(), make_params()
+        optimizer = cls(ours, lr=BASE, foreach=True)
+        attach(optimizer, ours)
+        reference = by_hand(cls, theirs, foreach=True)
+        for step in range(4):
+            for params, stepped in ((ours, optimizer), (theirs, reference)):
+
+                def closure(params: Any = params, stepped: Any = stepped, step: int = step) -> float:
+                    stepped.zero_grad()
+                    set_grads(params, step)
+                    if step == 2:
+                        params[1].grad = None
+                    return 7.0
+
+                assert stepped.step(closure) == 7.0
+        torch.testing.assert_close(ours, theirs, rtol=1e-6 if cls is SGD else 0, atol=0)
+        assert updates == ([5, 5, 4, 5] if cls is SGD else [5, 4, 5])
 
     def test_parameters_without_gradients_and_those_that_join(self, updates: list[int]) -> None:
         ours, theirs = make_params(), make_params()
