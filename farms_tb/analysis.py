@@ -348,9 +348,10 @@ def _own_rows(
     table = torch.zeros(len(layers), length, dtype=torch.float64)
     error: Exception | None = None
     group: dict[int, MatrixStack] = {}
+    size = 0
 
     def finish() -> None:
-        nonlocal error
+        nonlocal error, size
         try:
             if error is None and group:
                 rows = work([(layers[index], stack) for index, stack in group.items()])
@@ -358,13 +359,15 @@ def _own_rows(
         except Exception as caught:
             error = caught
         group.clear()
+        size = 0
 
     for index, stack in read_layers(layers):
         if isinstance(stack, Exception):
             error = error or stack
         elif index in own:
             group[index] = stack
-            if sum(waiting.matrices.nbytes for waiting in group.values()) > memory:
+            size += stack.matrices.nbytes
+            if size > memory:
                 finish()
     finish()
     return table, error
