@@ -57,7 +57,7 @@ STEPS = 30
 class RandomImages(ImageData):
     """Random pixels in the shape and the number of CIFAR-100."""
 
-    sizes = (50_000, 1000)
+    size = 50_000
 
     def prepare_data(self) -> None:
         """Nothing to download."""
@@ -66,10 +66,10 @@ class RandomImages(ImageData):
         """Draw the images."""
         generator = torch.Generator().manual_seed(self.seed)
         images, labels = (
-            torch.randint(top, (self.sizes[0], *shape), generator=generator, dtype=dtype)
+            torch.randint(top, (self.size, *shape), generator=generator, dtype=dtype)
             for top, shape, dtype in ((256, self.sample_shape, torch.uint8), (self.num_classes, (), torch.int64))
         )
-        train, val = torch.arange(self.sizes[0]).split([self.sizes[0] - self.val_size, self.val_size])
+        train, val = torch.arange(self.size).split([self.size - self.val_size, self.val_size])
         self.subsets = {
             "train": Images(images, labels, train, with_places=True),
             "val": Images(images, labels, val),

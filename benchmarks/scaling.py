@@ -34,13 +34,11 @@ from torch import nn
 from torch.multiprocessing import spawn
 
 from benchmarks.machine import describe
-from benchmarks.models import NETWORKS
 from benchmarks.results import BLUE, GREEN, ORANGE, Value, markdown_table, publish, write_csv
 from benchmarks.timing import processor_seconds, rounds, wall_seconds
 from farms_tb import TempBalance, analyze
 from farms_tb.plots.style import FAINT, new_figure, styled
-
-NETWORK = "ResNet-18"
+from recipes.models.resnet import SmallImageResNet
 
 GRIDS = (12, 16, 24, 32, 48, 64)
 """Start positions of windows along each dimension of the linear layer."""
@@ -90,10 +88,15 @@ def slope(rows: Sequence[Mapping[str, Value]], series: str) -> float:
     return float(np.polyfit(x, y, 1)[0])
 
 
-def threads(most: int, times: int) -> list[dict[str, Value]]:
-    """Measure a network on one thread up to `most`."""
+def resnet(width: int) -> nn.Module:
+    """Return a ResNet-18 whose first stage has so many features; 64 in the papers."""
     torch.manual_seed(0)
-    model = NETWORKS[NETWORK]()
+    return SmallImageResNet(18, out_channels=100, width=width)
+
+
+def threads(most: int, times: int, width: int) -> list[dict[str, Value]]:
+    """Measure a network on one thread up to `most`."""
+    model = resnet(width)
     before = torch.get_num_threads()
 
     def on(number: int) -> None:
@@ -119,12 +122,12 @@ def threads(most: int, times: int) -> list[dict[str, Value]]:
     return rows
 
 
-def processes(numbers: Sequence[int], times: int) -> list[dict[str, Value]]:
+def processes(numbers: Sequence[int], times: int, width: int) -> list[dict[str, Value]]:
     """Measure a network on several processes; one row a process."""
     rows: list[dict[str, Value]] = []
     for number in numbers:
         with tempfile.TemporaryDirectory() as folder:
-            spawn(one_process, (number, times, folder), nprocs=number)
+            spawn(one_process, (number, times, width, folder), nprocs=number)
             taken = [float(Path(folder, f"{rank}").read_text()) for rank in range(number)]
         rows += [{"processes": number, "rank": rank, "seconds": each} for rank, each in enumerate(taken)]
         shown = ", ".join(f"{1e3 * each:.0f}" for each in taken)
@@ -132,13 +135,12 @@ def processes(numbers: Sequence[int], times: int) -> list[dict[str, Value]]:
     return rows
 
 
-def one_process(rank: int, number: int, times: int, folder: str) -> None:
+def one_process(rank: int, number: int, times: int, width: int, folder: str) -> None:
     """Measure a network together with the other processes, and write down the processor time of this one."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # of random layers
     dist.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=number)
-    torch.manual_seed(0)
-    model = nn.parallel.DistributedDataParallel(NETWORKS[NETWORK]())
+    model = nn.parallel.DistributedDataParallel(resnet(width))
     balancer = TempBalance(model, torch.optim.SGD(model.parameters(), lr=0.1))
     (taken,) = rounds([balancer.step], times, processor_seconds)
     Path(folder, f"{rank}").write_text(str(statistics.median(taken)))
@@ -165,7 +167,7 @@ def tables(parts: Mapping[str, Sequence[Mapping[str, Value]]]) -> str:
         speeds = [
             {
                 "threads": str(row["threads"]),
-                f"{NETWORK}, ms": f"{1e3 * float(row['seconds']):.0f}",
+                "ResNet-18, ms": f"{1e3 * float(row['seconds']):.0f}",
                 "times as fast as one": f"{float(row['speed_up']):.2f}",
             }
             for row in parts["threads"]
@@ -217,7 +219,7 @@ def draw(path: Path, parts: Mapping[str, Sequence[Mapping[str, Value]]]) -> None
         numbers = [int(row["threads"]) for row in parts["threads"]]
         axes["threads"].plot(numbers, numbers, "--", color=FAINT, label="ideal")
         axes["threads"].plot(numbers, [float(row["speed_up"]) for row in parts["threads"]], "o-", color=BLUE)
-        axes["threads"].set(xlabel="threads", ylabel="times as fast as one thread", title=f"Threads, {NETWORK}")
+        axes["threads"].set(xlabel="threads", ylabel="times as fast as one thread", title="Threads, ResNet-18")
         axes["threads"].set_xticks(numbers)
         axes["threads"].set_ylim(bottom=0)
         axes["threads"].legend(loc="upper left")
@@ -231,7 +233,7 @@ def draw(path: Path, parts: Mapping[str, Sequence[Mapping[str, Value]]]) -> None
                 [place - 0.45, place + 0.45], [1e3 * alone / number] * 2, "--", color="0.3", label=label
             )
         axes["processes"].set_xticks(range(len(found)), [str(number) for number, *_ in found])
-        axes["processes"].set(xlabel="processes", ylabel="ms of processor time", title=f"Each process, {NETWORK}")
+        axes["processes"].set(xlabel="processes", ylabel="ms of processor time", title="Each process, ResNet-18")
         axes["processes"].legend(loc="upper right")
     figure.savefig(path, dpi=160)
 
@@ -244,6 +246,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="up to so many")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--width", type=int, default=64, help="features of the ResNet-18's first stage")
     parser.add_argument("--times", type=int, default=7, help="rounds, of which medians are taken")
     parser.add_argument("--out", type=Path, default=Path("docs/results/scaling"))
     options = parser.parse_args()
@@ -254,8 +257,8 @@ def main() -> None:
     parts = {"windows": windows(options.device, options.times)}
     torch.set_num_threads(before)
     if torch.device(options.device).type == "cpu":
-        parts["threads"] = threads(options.threads, options.times)
-        parts["processes"] = processes(options.processes, options.times)
+        parts["threads"] = threads(options.threads, options.times, options.width)
+        parts["processes"] = processes(options.processes, options.times, options.width)
     options.out.mkdir(parents=True, exist_ok=True)
     for name, rows in parts.items():
         write_csv(options.out / f"{name}.csv", rows)
