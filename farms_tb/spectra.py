@@ -173,17 +173,18 @@ def _batches(wanted: Sequence[Wanted], memory: int) -> Iterator[list[_Chunk]]:
     together, as many as the memory allows.
     """
     open_batches: dict[tuple[Any, ...], list[_Chunk]] = {}
+    room: dict[tuple[Any, ...], int] = {}
     for layer, part in enumerate(wanted):
         for chunk in _chunks(layer, part, memory):
             if chunk.device.type == "cpu":
                 yield [chunk]
                 continue
             key = (chunk.device, chunk.dtype, chunk.route, chunk.small)
-            batch = open_batches.setdefault(key, [])
-            if batch and sum(other.size for other in batch) + chunk.size > memory:
+            if key in room and chunk.size > room[key]:
                 yield open_batches.pop(key)
-                batch = open_batches.setdefault(key, [])
-            batch.append(chunk)
+                del room[key]
+            open_batches.setdefault(key, []).append(chunk)
+            room[key] = room.get(key, memory) - chunk.size
     yield from open_batches.values()
 
 
