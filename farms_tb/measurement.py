@@ -20,7 +20,7 @@ from farms_tb.options import SpectralOptions
 from farms_tb.power_law import PowerLawFit, fit_power_law
 from farms_tb.report import OK, EsdHistogram, LayerRecord
 from farms_tb.solvers import solver_for
-from farms_tb.spectra import FLOOR, ROUNDOFF, ROUTES, Eigenvalues, Route, Wanted, window_eigenvalues
+from farms_tb.spectra import FLOOR, ROUNDOFF, ROUTES, Eigenvalues, Route, Wanted, to_cpu, window_eigenvalues
 from farms_tb.standard_error import alpha_error, parts_of_windows
 from farms_tb.windows import Windows, layer_windows
 
@@ -164,7 +164,7 @@ class _Sample(NamedTuple):
 def _begin(stacks: Sequence[MatrixStack], options: SpectralOptions) -> list[_Job | Tensor]:
     """Return what is to be solved for each layer, or at once the row of a layer that has nothing to solve."""
     with_values = [replace(s, matrices=_solvable(s.matrices)) for s in stacks if not s.matrices.is_meta]
-    largest = iter(_to_host([_largest(stack.matrices) for stack in with_values]))
+    largest = map(float, to_cpu([_largest(stack.matrices) for stack in with_values]))
     solvable = iter(with_values)
     return [
         _plan(stack, options) if stack.matrices.is_meta else _job(next(solvable), next(largest), options)
@@ -178,17 +178,6 @@ def _largest(matrices: Tensor) -> Tensor:
         return matrices.abs().amax()
     # Without a copy of the weight, which takes several times as long as looking at it.
     return torch.maximum(matrices.amax(), -matrices.amin())
-
-
-def _to_host(numbers: Sequence[Tensor]) -> list[float]:
-    """Return the values of 0-d tensors, asking each device once."""
-    values: list[float] = [0.0] * len(numbers)
-    for device in {number.device for number in numbers}:
-        places = [place for place, number in enumerate(numbers) if number.device == device]
-        found = torch.stack([numbers[place].double() for place in places]).tolist()
-        for place, value in zip(places, found, strict=True):
-            values[place] = value
-    return values
 
 
 def _job(stack: MatrixStack, largest: float, options: SpectralOptions) -> _Job | Tensor:

@@ -26,8 +26,10 @@ from torch.utils.dlpack import from_dlpack
 from farms_tb.options import Solver
 from farms_tb.threads import map_on_threads
 
-# Matrices of a trial, and how often it is made after a first time that counts for nothing.
-_TRIAL_MATRICES, _TRIALS = 32, 3
+# Matrices of a trial, bytes that they take at most, and how often it is made, after a first time that counts for
+# nothing unless it takes seconds.
+_TRIAL_MATRICES, _TRIAL_BYTES, _TRIALS = 32, 2**27, 3
+_LONG_TRIAL = 1.0
 # Matrices that a thread of the CPU takes at a time: a few milliseconds of work.
 _CPU_WORK = 3 * 10**7
 
@@ -85,15 +87,18 @@ def _key(device: torch.device, dtype: torch.dtype, size: int) -> str:
 def _fastest(device: torch.device, dtype: torch.dtype, size: int) -> str:
     """Try each solver on random matrices; those that fail are out."""
     generator = torch.Generator().manual_seed(0)
-    half = torch.randn(_TRIAL_MATRICES, size, size, dtype=dtype, generator=generator).to(device)
+    number = max(1, min(_TRIAL_MATRICES, _TRIAL_BYTES // (size * size * dtype.itemsize)))
+    half = torch.randn(number, size, size, dtype=dtype, generator=generator).to(device)
     matrices = half @ half.mH
     times = {}
     for name, solve in _SOLVERS.items():
         try:
-            solve(matrices)
-            times[name] = statistics.median(_seconds(solve, matrices) for _ in range(_TRIALS))
+            seconds = _seconds(solve, matrices)
+            if seconds < _LONG_TRIAL:
+                seconds = statistics.median(_seconds(solve, matrices) for _ in range(_TRIALS))
         except Exception:
             continue
+        times[name] = seconds
     return min(times, key=lambda name: times[name]) if times else "torch"
 
 

@@ -156,14 +156,24 @@ def window_eigenvalues(
     for batch, parts in solved:
         for chunk, part in zip(batch, parts, strict=True):
             found[chunk.layer].append(part)
-    return [_joined(parts, layer) for parts, layer in zip(found, wanted, strict=True)]
+    none = torch.empty(0)
+    values = to_cpu([torch.cat([part.values for part in parts]) if parts else none for parts in found])
+    return [
+        Eigenvalues(part.reshape(-1, min(layer.view.shape[-2:])), any(chunk.directly for chunk in parts))
+        for part, layer, parts in zip(values, wanted, found, strict=True)
+    ]
 
 
-def _joined(parts: Sequence[_Solved], layer: Wanted) -> Eigenvalues:
-    if not parts:
-        return Eigenvalues(torch.empty(0, min(layer.view.shape[-2:]), dtype=torch.float64), directly=False)
-    values = torch.cat([part.values for part in parts])
-    return Eigenvalues(values.cpu().double(), any(part.directly for part in parts))
+def to_cpu(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return float64 copies on the CPU; each device is waited for once."""
+    copies = list(tensors)
+    for device in {tensor.device for tensor in tensors}:
+        places = [place for place, tensor in enumerate(tensors) if tensor.device == device]
+        flat = torch.cat([tensors[place].double().flatten() for place in places]).cpu()
+        parts = torch.split(flat, [tensors[place].numel() for place in places])
+        for place, part in zip(places, parts, strict=True):
+            copies[place] = part.view(tensors[place].shape)
+    return copies
 
 
 def _batches(wanted: Sequence[Wanted], memory: int) -> Iterator[list[_Chunk]]:
