@@ -1,5 +1,6 @@
 """From a model to its report: the twin, known answers, what alpha does not depend on, and bad input."""
 
+import dataclasses
 import math
 from itertools import product
 
@@ -693,6 +694,17 @@ class TestHistogram:
         assert sum(equal.histogram.counts) == 9
         assert equal.histogram.low == equal.histogram.high == 0
         assert zero.histogram is column.histogram is None
+
+    def test_changes_no_figure(self):
+        # Not even where a solver in single precision would do for alpha alone.
+        model = nn.Sequential(
+            nn.Linear(60, 60), nn.Conv2d(9, 12, 3), linear(torch.randn(40, 9) @ torch.randn(9, 30))
+        )
+        plain, counted = analyze(model), analyze(model, histogram=True)
+        assert {record.solver for record in plain.layers.values()} > {"cpu float32"}
+        for record, other in zip(plain.layers.values(), counted.layers.values(), strict=True):
+            assert other.histogram is not None
+            assert dataclasses.replace(other, histogram=None) == record
 
     def test_not_counted_unless_asked_for(self):
         assert analyze(nn.Linear(9, 9)).layers["weight"].histogram is None
