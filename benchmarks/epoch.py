@@ -13,8 +13,8 @@ The tasks:
   from which the epoch is extrapolated: the time of all its batches, without validation.
 
 The same training runs with and without the callback in turn, from the same seed, through Lightning's Trainer. Of
-each the first epoch warms up and is left out. The callback measures in every epoch, and logs to a CSV file. There are
-no checkpoints and no progress bar, which would make the epoch longer and the callback's share of it smaller.
+each the first epoch warms up and is left out. The callback measures in every epoch, and logs to a CSV file. There
+are no checkpoints and no progress bar, which would make the epoch longer and the callback's share of it smaller.
 
 The share of the pass is the time that the callback takes at the start of an epoch, that of the step what
 `optimizer.step` takes longer with a ratio for each layer, timed beside a plain one on a network with gradients.
