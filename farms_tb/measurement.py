@@ -17,7 +17,7 @@ from torch import Tensor
 from farms_tb.layers import NO_VALUES
 from farms_tb.matrices import MatrixStack
 from farms_tb.options import SpectralOptions
-from farms_tb.power_law import PowerLawFit, fit_power_law
+from farms_tb.power_law import PowerLawFit, fit_power_law, ordered_sum
 from farms_tb.report import OK, EsdHistogram, LayerRecord
 from farms_tb.solvers import solver_for
 from farms_tb.spectra import FLOOR, ROUNDOFF, ROUTES, Eigenvalues, Route, Wanted, to_cpu, window_eigenvalues
@@ -75,8 +75,13 @@ _SOLVED_BY = (
 _ROUNDOFFS, _ROUNDOFFS_OF_LARGEST = 4, 64
 # How much it may move alpha, relative to alpha.
 _TOLERANCE = 5e-5
-# From this many windows on, one of them tells beforehand whether single precision is worth an attempt.
-_PILOT = 4
+# How much it may move xmin of a window on its own, whose alpha counts for the standard error alone.
+_TOLERANCE_OF_ERROR = 1e-3
+# What products lose below the range of single precision.
+_UNDERFLOW = 2.0**-120
+# One window tells beforehand whether single precision is worth an attempt, of layers with this many windows and as
+# much to do: cubed sizes of the windows added up, some milliseconds.
+_PILOT, _PILOT_WORK = 4, 10**7
 
 
 @torch.no_grad()
@@ -207,7 +212,7 @@ def _first_route(stack: MatrixStack, largest: float, options: SpectralOptions) -
 
 def _try_single(jobs: Sequence[_Job], options: SpectralOptions) -> None:
     """Solve one window of each layer in single precision, and give that up for those where it won't do."""
-    tried = [job for job in jobs if job.route == "float32" and len(job.routes) >= _PILOT]
+    tried = [job for job in jobs if job.route == "float32" and _needs_pilot(job)]
     first = torch.zeros(1, dtype=torch.int64)
     found = _eigenvalues([Wanted(job.windows.view, "float32", first) for job in tried], options)
     for job, (values, _) in zip(tried, found, strict=True):
@@ -215,6 +220,11 @@ def _try_single(jobs: Sequence[_Job], options: SpectralOptions) -> None:
             job.routes += 1
         else:
             job.pilot = values
+
+
+def _needs_pilot(job: _Job) -> bool:
+    number = len(job.routes)
+    return number >= _PILOT and number * min(job.windows.view.shape[-2:]) ** 3 >= _PILOT_WORK
 
 
 def _solve(jobs: Sequence[_Job], options: SpectralOptions) -> None:
@@ -306,6 +316,11 @@ def _uncertain(job: _Job, options: SpectralOptions) -> Tensor:
     by_window, sample = job.by_window, job.sample
     largest = by_window[..., -1]
     uncertain = _moves_alpha(largest, sample, job.routes)
+    if options.fit == "median":
+        own_xmin = by_window[..., int(by_window.shape[-1] / options.xmin_pos)]
+        moved = _ROUNDOFFS * _per_window(ROUNDOFF, job.routes, largest) * largest + _UNDERFLOW
+        # Only once: what double precision cannot tell from 0 either is most likely 0.
+        uncertain |= ~(moved < _TOLERANCE_OF_ERROR * own_xmin) & (job.routes.view_as(largest) == 0)
     cutoffs = []
     if options.filter_zeros:
         cutoffs.append(torch.full_like(sample.xmin, ZERO_CUTOFF) / job.factor)
@@ -435,7 +450,7 @@ def _figures(eigenvalues: Tensor, fits: PowerLawFit, first: Tensor, factor: Tens
     values = eigenvalues.where(counted, 0)
     # In double precision: the logarithm of an integer tensor is single.
     number = counted.sum(-1).to(values.dtype)
-    largest, total = values[:, -1], values.sum(-1)
+    largest, total = values[:, -1], ordered_sum(values)
     shares = values / total[:, None]
     figures = (
         fits.alpha,
@@ -445,7 +460,7 @@ def _figures(eigenvalues: Tensor, fits: PowerLawFit, first: Tensor, factor: Tens
         total * factor,
         total / largest,
         total * factor / number,
-        torch.special.entr(shares).sum(-1) / number.log(),
+        ordered_sum(torch.special.entr(shares)) / number.log(),
     )
     return torch.stack(figures).mean(-1)
 

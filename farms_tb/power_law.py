@@ -56,7 +56,7 @@ def fit_power_law(
     """Fit a power law to the tail of each sample.
 
     Args:
-        eigenvalues: `(S, N)` float64, ascending along the last dimension, not negative.
+        eigenvalues: `(S, N)` float64 on the CPU, ascending along the last dimension, not negative.
         fit: `"median"` starts the tail at index int(N / xmin_pos); `"goodness-of-fit"` where D is smallest,
             the last eigenvalue left out; `"xmin_peak"` does the same search only among eigenvalues between
             log10(0.95 p) and 1.5 p, where p is the left edge of the fullest of 100 equal bins of log10 lam.
@@ -75,18 +75,16 @@ def fit_power_law(
         tensor([3.8854], dtype=torch.float64)
     """
     if first is None:
-        first = torch.zeros(len(eigenvalues), dtype=torch.int64, device=eigenvalues.device)
-    logs = eigenvalues.log()
-    alphas = _hill_alphas(logs)
+        first = torch.zeros(len(eigenvalues), dtype=torch.int64)
     if fit == "median":
         size = eigenvalues.shape[-1]
         # Truncated in the way of int(N / xmin_pos), in double precision: a quotient of integers is single.
         # The clamp only matters for samples of no eigenvalues.
-        start = (first + ((size - first).to(logs.dtype) / xmin_pos).long()).clamp_max(size - 1)
-        alpha = alphas.gather(-1, start[:, None])
-        tails = torch.zeros_like(logs, dtype=torch.bool).scatter(-1, start[:, None], True)
-        distance = _ks_distances(logs, alphas, tails, size)[:, None]
+        start = (first + ((size - first).to(eigenvalues.dtype) / xmin_pos).long()).clamp_max(size - 1)
+        alpha, distance = _fit_tails(eigenvalues, start[:, None])
     else:
+        logs = eigenvalues.log()
+        alphas = _hill_alphas(logs)
         candidates = _candidates(eigenvalues, alphas, first, fit)
         distances = _search(logs, alphas, candidates)
         start = distances.argmin(-1)
@@ -97,17 +95,34 @@ def fit_power_law(
     return PowerLawFit(alpha.where(valid, torch.nan), distance[:, 0].where(valid, torch.nan), start)
 
 
+def ordered_sum(values: Tensor) -> Tensor:
+    """Sum over the last dimension, in one order: that of torch's own sum depends on the number of threads."""
+    return values.cumsum(-1)[..., -1]
+
+
+def _fit_tails(eigenvalues: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+    """Return alpha and D `(S, 1)` of tails that start at `start` `(S, 1)`; no numbers where there is no fit."""
+    left_out = int(start.min())
+    logs, start = eigenvalues[:, left_out:].log(), start - left_out
+    index = torch.arange(logs.shape[-1])
+    length = (len(index) - start).to(logs.dtype)
+    rise = logs - logs.gather(-1, start)
+    inside = index >= start
+    alpha = 1 + length / ordered_sum(rise.where(inside, 0))[:, None]
+    distance = 1 - ((1 - alpha) * rise).exp() - (index - start) / length
+    return alpha, distance.abs().where(inside, 0).amax(-1, keepdim=True)
+
+
 def _hill_alphas(logs: Tensor) -> Tensor:
     """Return the Hill estimate `(S, N)` for a tail that starts at each index; not finite where there is none."""
-    length = torch.arange(logs.shape[-1], 0, -1, dtype=logs.dtype, device=logs.device)
-    # On the CPU, where a running sum adds up in one order: CUDA's differs from run to run.
-    tail_sums = logs.cpu().flip(-1).cumsum(-1).flip(-1).to(logs.device)
+    length = torch.arange(logs.shape[-1], 0, -1, dtype=logs.dtype)
+    tail_sums = logs.flip(-1).cumsum(-1).flip(-1)
     return 1 + length / (tail_sums - length * logs)
 
 
 def _candidates(eigenvalues: Tensor, alphas: Tensor, first: Tensor, fit: Fit) -> Tensor:
     """Tell at which of the `(S, N)` indices a searched tail may start."""
-    index = torch.arange(eigenvalues.shape[-1], device=eigenvalues.device)
+    index = torch.arange(eigenvalues.shape[-1])
     allowed = (index >= first[:, None]) & (index < len(index) - 1) & alphas.isfinite() & (alphas > 1)
     if fit == "xmin_peak":
         peak = _histogram_peak(eigenvalues, index >= first[:, None])
@@ -134,7 +149,7 @@ def _search(logs: Tensor, alphas: Tensor, candidates: Tensor) -> Tensor:
     as soon as its bound exceeds the smallest D found in its sample; those left are looked at in ever more points.
     """
     size = logs.shape[-1]
-    length = torch.arange(size, 0, -1, device=logs.device)
+    length = torch.arange(size, 0, -1)
     distances = torch.ones_like(logs)
     left, known, points = candidates, torch.zeros_like(candidates), _FIRST_POINTS
     while left.any():
@@ -158,7 +173,7 @@ def _ks_distances(logs: Tensor, alphas: Tensor, tails: Tensor, points: int) -> T
     """
     points = min(points, logs.shape[-1])
     step = max(1, _SEARCH_BYTES // (logs.element_size() * points))
-    index = torch.arange(points, device=logs.device)
+    index = torch.arange(points)
     found = []
     for chunk in torch.split(tails.nonzero(), step):
         row, start = chunk[:, :1], chunk[:, 1:]
