@@ -22,6 +22,7 @@ from farms_tb.report import OK, EsdHistogram, LayerRecord
 from farms_tb.solvers import solver_for
 from farms_tb.spectra import FLOOR, ROUNDOFF, ROUTES, Eigenvalues, Route, Wanted, to_cpu, window_eigenvalues
 from farms_tb.standard_error import alpha_error, parts_of_windows
+from farms_tb.threads import one_thread
 from farms_tb.windows import Windows, layer_windows
 
 ZERO_CUTOFF = 1e-5
@@ -92,14 +93,15 @@ def measure_stacks(
 
     The layers are measured together: what one of them is found to be depends on no other.
     """
-    work = _begin(stacks, options)
-    jobs = [job for job in work if isinstance(job, _Job)]
-    _try_single(jobs, options)
-    _solve(jobs, options)
-    _solve_again(jobs, options)
-    if histogram:
-        _solve_to_count(jobs, options)
-    return [_row_of(job, options, histogram) if isinstance(job, _Job) else job for job in work]
+    with one_thread():
+        work = _begin(stacks, options)
+        jobs = [job for job in work if isinstance(job, _Job)]
+        _try_single(jobs, options)
+        _solve(jobs, options)
+        _solve_again(jobs, options)
+        if histogram:
+            _solve_to_count(jobs, options)
+        return [_row_of(job, options, histogram) if isinstance(job, _Job) else job for job in work]
 
 
 @dataclass
@@ -178,9 +180,9 @@ def _begin(stacks: Sequence[MatrixStack], options: SpectralOptions) -> list[_Job
 
 
 def _largest(matrices: Tensor) -> Tensor:
-    """Return the largest absolute value, NaN where there is one."""
+    """Return the largest absolute value, of the parts of complex numbers; NaN where there is one."""
     if matrices.is_complex():
-        return matrices.abs().amax()
+        matrices = torch.view_as_real(matrices.resolve_conj())
     # Without a copy of the weight, which takes several times as long as looking at it.
     return torch.maximum(matrices.amax(), -matrices.amin())
 

@@ -40,6 +40,8 @@ Measured on matrices of lower rank, up to 16000 x 2000: zeros come out at up to 
 
 # Cubed sizes of the windows of one chunk added up: a few milliseconds of work, so that threads finish together.
 _CHUNK_WORK = 3 * 10**7
+# At least as much is handed to a thread at a time.
+_BUNDLE_WORK = 10**6
 
 # Below this fraction of the largest eigenvalue the Gram matrix in double precision gives fewer than five digits.
 _GRAM_LIMIT = 1e-10
@@ -147,13 +149,15 @@ def window_eigenvalues(
     batches = list(_batches(wanted, memory))
     # The costliest first, so that threads finish together. Chunks of a layer stay in order: all but the last one
     # cost the same.
-    batches.sort(key=lambda batch: -sum(chunk.work for chunk in batch))
+    batches.sort(key=_work, reverse=True)
     on_cpu = [batch for batch in batches if batch[0].device.type == "cpu"]
-    sizes = [sum(chunk.size for chunk in batch) for batch in on_cpu]
-    solved = list(zip(on_cpu, map_on_threads(_solve, on_cpu, sizes, memory), strict=True))
-    solved += [(batch, _solve(batch, solver)) for batch in batches if batch[0].device.type != "cpu"]
+    bundles = list(_bundles(on_cpu))
+    sizes = [max(_size(batch) for batch in bundle) for bundle in bundles]
+    solved = map_on_threads(lambda bundle: [_solve(batch) for batch in bundle], bundles, sizes, memory)
+    parts_of = list(zip(on_cpu, [parts for bundle in solved for parts in bundle], strict=True))
+    parts_of += [(batch, _solve(batch, solver)) for batch in batches if batch[0].device.type != "cpu"]
     found: list[list[_Solved]] = [[] for _ in wanted]
-    for batch, parts in solved:
+    for batch, parts in parts_of:
         for chunk, part in zip(batch, parts, strict=True):
             found[chunk.layer].append(part)
     none = torch.empty(0)
@@ -162,6 +166,26 @@ def window_eigenvalues(
         Eigenvalues(part.reshape(-1, min(layer.view.shape[-2:])), any(chunk.directly for chunk in parts))
         for part, layer, parts in zip(values, wanted, found, strict=True)
     ]
+
+
+def _work(batch: Sequence[_Chunk]) -> int:
+    return sum(chunk.work for chunk in batch)
+
+
+def _size(batch: Sequence[_Chunk]) -> int:
+    return sum(chunk.size for chunk in batch)
+
+
+def _bundles(batches: Sequence[list[_Chunk]]) -> Iterator[list[list[_Chunk]]]:
+    """Gather small batches, in order, which one thread solves one after the other: switching takes time as well."""
+    bundle: list[list[_Chunk]] = []
+    for batch in batches:
+        bundle.append(batch)
+        if sum(map(_work, bundle)) >= _BUNDLE_WORK:
+            yield bundle
+            bundle = []
+    if bundle:
+        yield bundle
 
 
 def to_cpu(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -68,7 +68,8 @@ def alpha_error(
         eigenvalues, independent = of_parts, 4 * independent
     if eigenvalues.shape[1] > 1 and independent >= _FEW:
         left_out = (eigenvalues < smallest[:, :, None]).sum(-1).flatten()
-        alphas = fit_power_law(eigenvalues.flatten(0, 1), options.fit, options.xmin_pos, left_out).alpha
+        each = eigenvalues.flatten(0, 1)
+        alphas = fit_power_law(each, options.fit, options.xmin_pos, left_out, distance=False).alpha
         spread = alphas.reshape(samples, -1).var(-1) / independent
         variance = spread.where(spread.isfinite(), variance)
     return variance.sum().sqrt() / samples

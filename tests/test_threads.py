@@ -5,9 +5,9 @@ import threading
 import pytest
 import torch
 
-from farms_tb import spectra
+from farms_tb import analyze, spectra
 from farms_tb.spectra import ROUTES, Wanted, window_eigenvalues
-from farms_tb.threads import map_on_threads
+from farms_tb.threads import map_on_threads, one_thread
 
 
 @pytest.fixture
@@ -40,8 +40,29 @@ def test_results_are_in_order_and_settings_are_put_back(four_threads, number):
     assert (torch.get_num_threads(), threads_of_a_new_thread()) == (4, 4)
 
 
+def test_torch_is_held_to_one_thread_but_not_what_is_shared(four_threads):
+    with one_thread():
+        assert torch.get_num_threads() == 1
+        for number in (1, 100):
+            assert {threads for _, threads, _ in seen_by(range(number))} == {1}
+        assert len({thread for *_, thread in seen_by(range(100))} - {threading.get_ident()}) > 1
+        assert torch.get_num_threads() == 1
+    assert (torch.get_num_threads(), threads_of_a_new_thread()) == (4, 4)
+
+
 def test_one_thread_is_this_one():
     assert {thread for *_, thread in seen_by(range(9))} == {threading.get_ident()}
+
+
+def test_sums_do_not_depend_on_the_number_of_threads(four_threads):
+    # Long ones, which torch shares among threads, and which are not those of eigenvalues alone.
+    layer = torch.nn.Linear(400, 300)
+    reports = []
+    for threads in (4, 3, 2, 1):
+        torch.set_num_threads(threads)
+        reports.append(analyze(layer, window=60, windows_per_dim=25, histogram=True))
+    assert reports[0].layers["weight"].num_eigenvalues > 2**15
+    assert all(report == reports[0] for report in reports)
 
 
 @pytest.mark.parametrize("number", [1, 50])
