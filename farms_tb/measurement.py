@@ -70,10 +70,11 @@ _SOLVED_BY = (
     *(f"{name} {route}" for name in ("cpu", "torch", "cupy") for route in ("float32", "float64", "float64 svd")),
 )
 
-# Rounding moves a window's eigenvalues, and with them alpha. On matrices of many kinds and sizes alpha moved,
-# relative to itself, by at most 3.1 roundoffs * (alpha - 1) * largest / xmin, but for tails that are nearly flat:
-# solvers make more errors of the largest eigenvalues, up to 200 roundoffs, and there all are among the largest.
-_ROUNDOFFS, _ROUNDOFFS_OF_LARGEST = 4, 64
+# Rounding moves a window's eigenvalues, and with them alpha: relative to itself by some roundoffs * (alpha - 1).
+# How many was measured on matrices of many kinds and sizes. Of eigenvalues far below the largest one errors are
+# the smaller the larger the matrix, as they add up at random: 3 largest / xmin / sqrt(w) for w x w Gram matrices
+# at most. Solvers make more errors of the largest ones: up to 15 were seen where all of a tail are large.
+_ROUNDOFFS, _ROUNDOFFS_OF_LARGEST = 6, 64
 # How much it may move alpha, relative to alpha.
 _TOLERANCE = 5e-5
 # How much it may move xmin of a window on its own, whose alpha counts for the standard error alone.
@@ -218,7 +219,7 @@ def _try_single(jobs: Sequence[_Job], options: SpectralOptions) -> None:
     first = torch.zeros(1, dtype=torch.int64)
     found = _eigenvalues([Wanted(job.windows.view, "float32", first) for job in tried], options)
     for job, (values, _) in zip(tried, found, strict=True):
-        if _moves_alpha(values[:, -1:], _sample(values, job, options), job.routes[:1]):
+        if _moves_alpha(values[:, -1:], values.shape[-1], _sample(values, job, options), job.routes[:1]):
             job.routes += 1
         else:
             job.pilot = values
@@ -295,15 +296,16 @@ def _sample(eigenvalues: Tensor, job: _Job, options: SpectralOptions) -> _Sample
     return _Sample(eigenvalues, first, fit_power_law(scaled, options.fit, options.xmin_pos, first))
 
 
-def _moves_alpha(largest: Tensor, sample: _Sample, routes: Tensor) -> Tensor:
+def _moves_alpha(largest: Tensor, size: int, sample: _Sample, routes: Tensor) -> Tensor:
     """Return `(S, n)` whether the rounding of a window may move alpha by more than is tolerated.
 
     Args:
         largest: `(S, n)`, the largest eigenvalue of each window.
+        size: the number of eigenvalues of a window.
         sample: what they were pooled to.
         routes: `(S * n,)`, how they were solved.
     """
-    roundoffs = _ROUNDOFFS * largest / sample.xmin[:, None] + _ROUNDOFFS_OF_LARGEST
+    roundoffs = _ROUNDOFFS / size**0.5 * largest / sample.xmin[:, None] + _ROUNDOFFS_OF_LARGEST
     error = roundoffs * _per_window(ROUNDOFF, routes, largest) * (sample.fits.alpha - 1)[:, None]
     # Not larger, which NaN is not either.
     return ~(error <= _TOLERANCE)
@@ -317,7 +319,7 @@ def _uncertain(job: _Job, options: SpectralOptions) -> Tensor:
     """Return `(W,)` which windows have to be solved by a more accurate route."""
     by_window, sample = job.by_window, job.sample
     largest = by_window[..., -1]
-    uncertain = _moves_alpha(largest, sample, job.routes)
+    uncertain = _moves_alpha(largest, by_window.shape[-1], sample, job.routes)
     if options.fit == "median":
         own_xmin = by_window[..., int(by_window.shape[-1] / options.xmin_pos)]
         moved = _ROUNDOFFS * _per_window(ROUNDOFF, job.routes, largest) * largest + _UNDERFLOW

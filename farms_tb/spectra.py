@@ -177,7 +177,7 @@ def _size(batch: Sequence[_Chunk]) -> int:
 
 
 def _bundles(batches: Sequence[list[_Chunk]]) -> Iterator[list[list[_Chunk]]]:
-    """Gather small batches, in order, which one thread solves one after the other: switching takes time as well."""
+    """Gather small batches, in order, which one thread solves one after the other, as switching takes time."""
     bundle: list[list[_Chunk]] = []
     for batch in batches:
         bundle.append(batch)
