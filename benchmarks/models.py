@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from torch import nn
@@ -39,10 +40,26 @@ def fno() -> nn.Module:
     return model
 
 
+def heavy_tailed(model: nn.Module) -> nn.Module:
+    """Give the weights spectra like those of a trained network: a power law over several decades.
+
+    Random weights have none, and are easier to solve: single precision is enough for them.
+    """
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim > 1:
+                channels = weight.shape[1]
+                scale = 1 / (torch.arange(channels) + 1.0)
+                weight *= scale[torch.randperm(channels)].view(-1, *[1] * (weight.ndim - 2))
+    return model
+
+
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "ResNet-18": lambda: SmallImageResNet(18, out_channels=CLASSES),
+    "ResNet-18, heavy tails": lambda: heavy_tailed(SmallImageResNet(18, out_channels=CLASSES)),
     "ResNet-34": lambda: SmallImageResNet(34, out_channels=CLASSES),
     "VGG-16": lambda: SmallImageVGG(16, out_channels=CLASSES),
+    "VGG-16, heavy tails": lambda: heavy_tailed(SmallImageVGG(16, out_channels=CLASSES)),
     "VGG-19": lambda: SmallImageVGG(19, out_channels=CLASSES),
     "WRN-28-10": lambda: WideResNet(28, 10, out_channels=CLASSES),
     "UNet": lambda: UNet(in_channels=1, out_channels=1, width=32),

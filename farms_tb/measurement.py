@@ -7,7 +7,7 @@ rows.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -70,6 +70,10 @@ _SOLVED_BY = (
     *(f"{name} {route}" for name in ("cpu", "torch", "cupy") for route in ("float32", "float64", "float64 svd")),
 )
 
+# By position in `ROUTES`.
+_ROUNDOFF, _FLOOR = (
+    torch.tensor([of_route[route] for route in ROUTES], dtype=torch.float64) for of_route in (ROUNDOFF, FLOOR)
+)
 # Rounding moves a window's eigenvalues, and with them alpha: relative to itself by some roundoffs * (alpha - 1).
 # How many was measured on matrices of many kinds and sizes. Of eigenvalues far below the largest one errors are
 # the smaller the larger the matrix, as they add up at random: 3 largest / xmin / sqrt(w) for w x w Gram matrices
@@ -82,8 +86,8 @@ _TOLERANCE_OF_ERROR = 1e-3
 # What products lose below the range of single precision.
 _UNDERFLOW = 2.0**-120
 # One window tells beforehand whether single precision is worth an attempt, of layers with this many windows and as
-# much to do: cubed sizes of the windows added up, some milliseconds.
-_PILOT, _PILOT_WORK = 4, 10**7
+# much to do: cubed sizes of the windows added up, half a millisecond.
+_PILOT, _PILOT_WORK = 4, 2 * 10**6
 
 
 @torch.no_grad()
@@ -306,13 +310,10 @@ def _moves_alpha(largest: Tensor, size: int, sample: _Sample, routes: Tensor) ->
         routes: `(S * n,)`, how they were solved.
     """
     roundoffs = _ROUNDOFFS / size**0.5 * largest / sample.xmin[:, None] + _ROUNDOFFS_OF_LARGEST
-    error = roundoffs * _per_window(ROUNDOFF, routes, largest) * (sample.fits.alpha - 1)[:, None]
+    error = roundoffs * _ROUNDOFF[routes].view_as(largest) * (sample.fits.alpha - 1)[:, None]
     # Not larger, which NaN is not either.
-    return ~(error <= _TOLERANCE)
-
-
-def _per_window(of_route: Mapping[Route, float], routes: Tensor, like: Tensor) -> Tensor:
-    return torch.tensor([of_route[route] for route in ROUTES], dtype=like.dtype)[routes].view_as(like)
+    tolerated: Tensor = error <= _TOLERANCE
+    return ~tolerated
 
 
 def _uncertain(job: _Job, options: SpectralOptions) -> Tensor:
@@ -322,7 +323,7 @@ def _uncertain(job: _Job, options: SpectralOptions) -> Tensor:
     uncertain = _moves_alpha(largest, by_window.shape[-1], sample, job.routes)
     if options.fit == "median":
         own_xmin = by_window[..., int(by_window.shape[-1] / options.xmin_pos)]
-        moved = _ROUNDOFFS * _per_window(ROUNDOFF, job.routes, largest) * largest + _UNDERFLOW
+        moved = _ROUNDOFFS * _ROUNDOFF[job.routes].view_as(largest) * largest + _UNDERFLOW
         # Only once: what double precision cannot tell from 0 either is most likely 0.
         uncertain |= ~(moved < _TOLERANCE_OF_ERROR * own_xmin) & (job.routes.view_as(largest) == 0)
     cutoffs = []
@@ -332,7 +333,7 @@ def _uncertain(job: _Job, options: SpectralOptions) -> Tensor:
         cutoffs.append(options.relative_cutoff * sample.eigenvalues[:, -1])
     for cutoff in cutoffs:
         # On which side of it they are decides how many there are.
-        unknown = 2 * _per_window(FLOOR, job.routes, largest) * largest
+        unknown = 2 * _FLOOR[job.routes].view_as(largest) * largest
         uncertain |= ((by_window - cutoff[:, None, None]).abs() <= unknown[..., None]).any(-1)
     return uncertain.flatten() & (job.routes < ROUTES.index("svd"))
 
