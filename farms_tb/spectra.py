@@ -147,10 +147,10 @@ def window_eigenvalues(
         tensor([[1., 9.]], dtype=torch.float64)
     """
     batches = list(_batches(wanted, memory))
+    on_cpu = [batch for batch in batches if batch[0].device.type == "cpu"]
     # The costliest first, so that threads finish together. Chunks of a layer stay in order: all but the last one
     # cost the same.
-    batches.sort(key=_work, reverse=True)
-    on_cpu = [batch for batch in batches if batch[0].device.type == "cpu"]
+    on_cpu.sort(key=_work, reverse=True)
     bundles = list(_bundles(on_cpu))
     sizes = [max(_size(batch) for batch in bundle) for bundle in bundles]
     solved = map_on_threads(lambda bundle: [_solve(batch) for batch in bundle], bundles, sizes, memory)

@@ -339,6 +339,19 @@ class TestBatches:
             expected = torch.linalg.svdvals(layer.double()).square().flip(-1)
             torch.testing.assert_close(values, expected, rtol=1e-9, atol=0)
 
+    def test_windows_stay_in_order_where_a_layer_is_in_several_batches(self):
+        # The second batch is more work than the first, which holds taller windows.
+        layers = [torch.randn(30, 200, 12), torch.randn(55, 12, 12)]
+        memory = 20 * 8 * (200 * 12 + 2 * 12 * 12)
+        batches = list(spectra._batches([Wanted(layer) for layer in layers], memory))
+        assert [len(batch[0].index) for batch in batches][:2] == [20, 10]
+        assert [chunk.layer for chunk in batches[1]] == [0, 1]
+        for layer, (values, _) in zip(
+            layers, window_eigenvalues([Wanted(x) for x in layers], memory), strict=True
+        ):
+            expected = torch.linalg.svdvals(layer.double()).square().flip(-1)
+            torch.testing.assert_close(values, expected, rtol=1e-9, atol=0)
+
     def test_a_hard_matrix_spoils_its_own_layer_alone(self, layers, monkeypatch):
         layers = [layer.double() for layer in layers]
         break_solver(monkeypatch, "eigvalsh", layers[1][2].mH @ layers[1][2])
