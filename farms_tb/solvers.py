@@ -140,7 +140,11 @@ def _cupy(matrices: Tensor) -> Tensor:
     # On torch's own stream, so that the two wait for each other.
     stream = cupy.cuda.ExternalStream(torch.cuda.current_stream(device).cuda_stream, device.index)
     with cupy.cuda.Device(device.index), stream:
-        return from_dlpack(cupy.linalg.eigvalsh(cupy.from_dlpack(matrices.contiguous())))
+        try:
+            return from_dlpack(cupy.linalg.eigvalsh(cupy.from_dlpack(matrices.contiguous())))
+        except cupy.cuda.memory.OutOfMemoryError as error:
+            # As torch says it, so that fewer are solved at a time.
+            raise torch.OutOfMemoryError(f"CuPy: {error}") from error
 
 
 def _cpu(matrices: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import runpy
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,6 +33,7 @@ from farms_tb import (
     analyze_checkpoint,
     layerwise_step,
     lr_ratios,
+    solvers,
     spectra,
     wandb_report,
 )
@@ -166,6 +168,23 @@ class TwoOfOneName(nn.Module):
 
 layer_matrices.register(NoMatrix, lambda module: [])
 layer_matrices.register(TwoOfOneName, lambda module: [MatrixStack(torch.randn(1, 9, 9))] * 2)
+
+
+def cupy_out_of_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CuPy needs a GPU: what is called of it is played."""
+
+    def eigvalsh(_: Any) -> None:
+        raise MemoryError("2 bytes too many")
+
+    cuda = SimpleNamespace(
+        ExternalStream=lambda stream, device: nullcontext(),
+        Device=lambda device: nullcontext(),
+        memory=SimpleNamespace(OutOfMemoryError=MemoryError),
+    )
+    played = SimpleNamespace(cuda=cuda, linalg=SimpleNamespace(eigvalsh=eigvalsh), from_dlpack=lambda array: array)
+    monkeypatch.setitem(sys.modules, "cupy", played)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    solvers._cupy(torch.eye(3)[None])
 
 
 def without_cupy(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -317,6 +336,7 @@ MESSAGES: list[tuple[str, Callable[[Path, pytest.MonkeyPatch], Any]]] = [
     ("filter_zeros must be True or False, got 1 of type int", always(lambda: sgd(filter_zeros=1))),
     ("relative_cutoff must be below 1, got 1", always(lambda: sgd(relative_cutoff=1))),
     ("solver='cupy' needs CuPy: pip install cupy-cuda13x", without_cupy),
+    ("CuPy: 2 bytes too many", cupy_out_of_memory),
     (
         "lr_min_ratio must not exceed lr_max_ratio, got lr_min_ratio=2 and lr_max_ratio=1.5",
         always(lambda: sgd(lr_min_ratio=2)),
