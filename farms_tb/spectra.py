@@ -179,11 +179,13 @@ def _size(batch: Sequence[_Chunk]) -> int:
 def _bundles(batches: Sequence[list[_Chunk]]) -> Iterator[list[list[_Chunk]]]:
     """Gather small batches, in order, which one thread solves one after the other, as switching takes time."""
     bundle: list[list[_Chunk]] = []
+    work = 0
     for batch in batches:
         bundle.append(batch)
-        if sum(map(_work, bundle)) >= _BUNDLE_WORK:
+        work += _work(batch)
+        if work >= _BUNDLE_WORK:
             yield bundle
-            bundle = []
+            bundle, work = [], 0
     if bundle:
         yield bundle
 
