@@ -104,7 +104,6 @@ def test_ddp_and_fsdp_train_the_same_network(tmp_path: Path) -> None:
     assert_same_run(tmp_path / "fsdp", tmp_path / "ddp")
 
 
-@pytest.mark.filterwarnings("ignore:.* of the variance of alpha")  # of weights that are hardly trained
 def test_two_processes_forecast_as_one_does(settings: Settings, tmp_path: Path) -> None:
     """By command: it starts the second process, and there is one folder, which the first process alone writes."""
     write_flow(tmp_path / "data" / FOLDER / FILES["cfd1d"].file_name, dimensions=1, samples=22)
