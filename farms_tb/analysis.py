@@ -345,7 +345,7 @@ def _own_rows(
         own: positions of the layers that are measured here.
         memory: bytes of weights that are worked on at a time: gathered from shards, they are whole for that long.
     """
-    table = torch.zeros(len(layers), length, dtype=torch.float64)
+    table = torch.zeros(len(layers), length, dtype=torch.float64, device="cpu")
     error: Exception | None = None
     group: dict[int, MatrixStack] = {}
     size = 0

@@ -43,7 +43,7 @@ class MeasurementBeside:
         team: Team | None = None,
     ) -> None:
         self._layers, self._options, self._histogram, self._team = layers, options, histogram, team
-        self._table = torch.zeros(len(layers), ROW_LENGTH, dtype=torch.float64)
+        self._table = torch.zeros(len(layers), ROW_LENGTH, dtype=torch.float64, device="cpu")
         self._error: Exception | None = None
         self._copies = self._copy()
         devices = {stack.matrices.device for stack in self._copies.values()}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -72,7 +73,8 @@ _SOLVED_BY = (
 
 # By position in `ROUTES`.
 _ROUNDOFF, _FLOOR = (
-    torch.tensor([of_route[route] for route in ROUTES], dtype=torch.float64) for of_route in (ROUNDOFF, FLOOR)
+    torch.tensor([of_route[route] for route in ROUTES], dtype=torch.float64, device="cpu")
+    for of_route in (ROUNDOFF, FLOOR)
 )
 # Rounding moves a window's eigenvalues, and with them alpha: relative to itself by some roundoffs * (alpha - 1).
 # How many was measured on matrices of many kinds and sizes. Of eigenvalues far below the largest one errors are
@@ -98,7 +100,7 @@ def measure_stacks(
 
     The layers are measured together: what one of them is found to be depends on no other.
     """
-    with one_thread():
+    with one_thread(), _new_tensors_on_the_cpu():
         work = _begin(stacks, options)
         jobs = [job for job in work if isinstance(job, _Job)]
         _try_single(jobs, options)
@@ -107,6 +109,13 @@ def measure_stacks(
         if histogram:
             _solve_to_count(jobs, options)
         return [_row_of(job, options, histogram) if isinstance(job, _Job) else job for job in work]
+
+
+def _new_tensors_on_the_cpu() -> AbstractContextManager[Any]:
+    """All but eigenvalues is computed there, whatever the user's default device."""
+    # Only where there is need: it makes every operation slower.
+    needed = torch.get_default_device().type != "cpu"
+    return torch.device("cpu") if needed else nullcontext()
 
 
 @dataclass

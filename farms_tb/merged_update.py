@@ -123,7 +123,7 @@ def _adam(
     beta1, beta2 = group["betas"]
     decay = group["weight_decay"]
     # A tensor, or it would be made anew for each of them.
-    torch._foreach_add_(steps, torch.tensor(1.0), alpha=1.0)
+    torch._foreach_add_(steps, torch.tensor(1.0, device="cpu"), alpha=1.0)
     if decay != 0 and (decoupled or group.get("decoupled_weight_decay")):
         torch._foreach_mul_(params, [1 - lr * decay for lr in lrs])
     elif decay != 0:

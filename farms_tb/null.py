@@ -43,17 +43,17 @@ def shuffled_alphas(stack: MatrixStack, options: SpectralOptions, draws: int, se
     Returns:
         `(MAX_DRAWS,)` float64, the alphas that there are, and zeros.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     entries = stack.matrices.detach().flatten()
     if entries.element_size() == 1:
         entries = entries.float()  # torch before 2.7 cannot reorder eight-bit floats
-    alphas = torch.zeros(MAX_DRAWS, dtype=torch.float64)
+    alphas = torch.zeros(MAX_DRAWS, dtype=torch.float64, device="cpu")
     # As many at a time as there is memory for.
     together = max(1, options.memory_mb * 2**20 // (len(entries) * entries.element_size()))
     for begin in range(0, draws, together):
         shuffled = []
         for _ in range(begin, min(begin + together, draws)):
-            order = torch.randperm(len(entries), generator=generator).to(entries.device)
+            order = torch.randperm(len(entries), generator=generator, device="cpu").to(entries.device)
             shuffled.append(replace(stack, matrices=entries[order].view(stack.matrices.shape)))
         for draw, row in enumerate(measure_stacks(shuffled, options), start=begin):
             alphas[draw] = alpha_of_row(row).nan_to_num(0)

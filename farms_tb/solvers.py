@@ -86,9 +86,9 @@ def _key(device: torch.device, dtype: torch.dtype, size: int) -> str:
 
 def _fastest(device: torch.device, dtype: torch.dtype, size: int) -> str:
     """Try each solver on random matrices; those that fail are out."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     number = max(1, min(_TRIAL_MATRICES, _TRIAL_BYTES // (size * size * dtype.itemsize)))
-    half = torch.randn(number, size, size, dtype=dtype, generator=generator).to(device)
+    half = torch.randn(number, size, size, dtype=dtype, generator=generator, device="cpu").to(device)
     matrices = half @ half.mH
     times = {}
     for name, solve in _SOLVERS.items():

@@ -307,3 +307,18 @@ def test_no_layer_of_that_kind(kinds: Any) -> None:
     net = make_net()
     balancer = TempBalance(net, torch.optim.SGD(net.parameters(), lr=0.1), balance=kinds)
     assert balancer.ratios == dict.fromkeys(LAYERS, 1.0)
+
+
+@pytest.mark.parametrize("assign_func", ["tb_linear_map", "noise_aware"])
+def test_default_device_does_not_matter(assign_func: str) -> None:
+    """Users set theirs to a GPU; "meta" stands in, on which nothing can be computed."""
+    found = []
+    for device in ("cpu", "meta"):
+        net = make_net()
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        with torch.device(device):
+            balancer = TempBalance(net, optimizer, assign_func=assign_func)
+            report = balancer.step()
+        found.append((report, balancer.ratios))
+    assert found[0] == found[1]
+    assert any(found[0][0].alphas.values())
