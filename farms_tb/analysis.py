@@ -291,9 +291,14 @@ def _rows(
     options: SpectralOptions,
 ) -> list[list[float]]:
     """Return a row of `length` numbers for each layer, on every process where there are several."""
-    own = set(range(len(layers))) if team is None else team.own([cost(layer) for layer in layers])
+    own = own_layers(layers, cost, team)
     table, error = _own_rows(layers, work, length, own, options.memory_mb * 2**20)
     return merged(table, error, layers, team)
+
+
+def own_layers(layers: Sequence[Layer], cost: Callable[[Layer], int], team: Team | None) -> set[int]:
+    """Return the positions of the layers that are measured by this process."""
+    return set(range(len(layers))) if team is None else team.own([cost(layer) for layer in layers])
 
 
 def merged(

@@ -9,7 +9,7 @@ from threading import Thread
 
 import torch
 
-from farms_tb.analysis import Team, cost, merged, read_layers, report_of
+from farms_tb.analysis import Team, cost, merged, own_layers, read_layers, report_of
 from farms_tb.layers import Layer
 from farms_tb.matrices import MatrixStack
 from farms_tb.measurement import ROW_LENGTH, measure_stacks
@@ -74,9 +74,7 @@ class MeasurementBeside:
             self._thread.join()
 
     def _copy(self) -> dict[int, MatrixStack]:
-        team = self._team
-        costs = [cost(layer, self._options) for layer in self._layers]
-        own = set(range(len(costs))) if team is None else team.own(costs)
+        own = own_layers(self._layers, lambda layer: cost(layer, self._options), self._team)
         copies = {}
         for index, stack in read_layers(self._layers):
             if isinstance(stack, Exception):
