@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 from farms_tb.layers import Layer, find_layers, read_stacks, stack_problem
 from farms_tb.matrices import MatrixStack, NoSpectrumError
-from farms_tb.measurement import ROW_LENGTH, measure_stacks, record_from_row, solver_device
+from farms_tb.measurement import measure_stacks
 from farms_tb.null import MAX_DRAWS, draws_for, null_of, shuffled_alphas
 from farms_tb.options import Esd, Fit, Precision, Solver, SpectralOptions, as_plain, check_bool
 from farms_tb.report import LayerRecord, Report
+from farms_tb.rows import ROW_LENGTH, record_from_row
+from farms_tb.samples import solver_device
 from farms_tb.windows import layer_windows
 
 Work = Callable[[Sequence[tuple[Layer, MatrixStack]]], list[Tensor]]

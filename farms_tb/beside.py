@@ -12,9 +12,10 @@ import torch
 from farms_tb.analysis import Team, cost, merged, own_layers, read_layers, report_of
 from farms_tb.layers import Layer
 from farms_tb.matrices import MatrixStack
-from farms_tb.measurement import ROW_LENGTH, measure_stacks
+from farms_tb.measurement import measure_stacks
 from farms_tb.options import SpectralOptions
 from farms_tb.report import Report
+from farms_tb.rows import ROW_LENGTH
 
 # Where measuring and training get in each other's way less than they would have to wait for each other. On the CPU
 # both use all cores, and LAPACK's number of threads, which measuring sets, is that of training too.

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from farms_tb.matrices import MatrixStack
-from farms_tb.measurement import alpha_of_row, measure_stacks
+from farms_tb.measurement import measure_stacks
 from farms_tb.options import SpectralOptions
+from farms_tb.rows import alpha_of_row
 
 MIN_DRAWS, MAX_DRAWS = 8, 32
 

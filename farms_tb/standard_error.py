@@ -27,56 +27,53 @@ def parts_of_windows(windows: Windows, entries: int, options: SpectralOptions) -
         options: how alpha is measured.
     """
     size = min(windows.view.shape[-2:])
-    few = _independent(windows, entries) < _FEW
+    few = independent_windows(windows, entries) < _FEW
     return _quarters(windows) if few and size // 2 >= options.min_eigenvalues else None
 
 
-def alpha_error(
-    windows: Windows,
+def alpha_variance(
     eigenvalues: Tensor,
     of_parts: Tensor | None,
     fits: PowerLawFit,
     smallest: Tensor,
-    entries: int,
+    independent: Tensor,
     options: SpectralOptions,
 ) -> Tensor:
-    """Return the standard error of a layer's alpha, the mean over the alphas of S samples.
+    """Return the squared standard error of the alpha of each of S samples.
 
-    The spread of alpha over a sample's windows, each fitted on its own, divided by the square root of how many of
-    them there would be room for without overlap. Where these are fewer than four, the spread over the quarters of
-    one window. Where even quarters are too small, Hill's (alpha - 1) / sqrt(n) of n eigenvalues in the tail, which
+    The variance of alpha over a sample's windows, each fitted on its own, divided by how many of them there would
+    be room for without overlap. Where these are fewer than four, the variance over the quarters of one window.
+    Where even quarters are too small, that of Hill's (alpha - 1) / sqrt(n) for n eigenvalues in the tail, which
     takes them for independent: eigenvalues of one matrix repel each other, so it is too large, about threefold.
 
     Args:
-        windows: the windows of the layer.
         eigenvalues: `(S, n, min(h, w))` float64, those of each window, ascending.
         of_parts: `(S, 4, min(h, w) // 2)` float64, those of `parts_of_windows`; None where these are none.
-        fits: the fits of the S samples.
-        smallest: `(S, 1)` float64, the smallest eigenvalue that counts in each sample.
-        entries: number of entries of the weight.
+        fits: the fits of the samples.
+        smallest: `(S,)` float64, the smallest eigenvalue that counts in each sample; 0 where all do.
+        independent: `(S,)` float64, `independent_windows` of the layer.
         options: how the windows are fitted.
 
     Returns:
-        A float64 number; NaN where a sample has no alpha.
+        `(S,)` float64; NaN where a sample has no alpha.
     """
     samples, number, size = eigenvalues.shape
-    independent = _independent(windows, entries)
     # The tail of overlapping windows holds each eigenvalue several times over.
     tail = (number * size - fits.tail_start) * independent / number
     variance = (fits.alpha - 1).square() / tail
     if of_parts is not None:
         eigenvalues, independent = of_parts, 4 * independent
-    if eigenvalues.shape[1] > 1 and independent >= _FEW:
-        left_out = (eigenvalues < smallest[:, :, None]).sum(-1).flatten()
-        each = eigenvalues.flatten(0, 1)
-        alphas = fit_power_law(each, options.fit, options.xmin_pos, left_out, distance=False).alpha
-        spread = alphas.reshape(samples, -1).var(-1) / independent
-        variance = spread.where(spread.isfinite(), variance)
-    return variance.sum().sqrt() / samples
+    if eigenvalues.shape[1] == 1:
+        return variance
+    left_out = (eigenvalues < smallest[:, None, None]).sum(-1).flatten()
+    each = eigenvalues.flatten(0, 1)
+    alphas = fit_power_law(each, options.fit, options.xmin_pos, left_out, distance=False).alpha
+    spread = alphas.reshape(samples, -1).var(-1) / independent
+    return spread.where(spread.isfinite() & (independent >= _FEW), variance)
 
 
-def _independent(windows: Windows, entries: int) -> float:
-    """Return how many windows of a sample there would be room for without overlap."""
+def independent_windows(windows: Windows, entries: int) -> float:
+    """Return how many windows of a sample there would be room for without overlap in so many entries."""
     view = windows.view
     number = view.shape[:-2].numel() // windows.samples
     return number * min(1.0, entries / view.numel())

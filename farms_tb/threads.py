@@ -17,29 +17,47 @@ import torch
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-_held = local()
+
+class _Held(local):
+    """The threads that share work with this one, inside of `one_thread`."""
+
+    pool: ThreadPoolExecutor | None = None
+    inside = False
+
+
+_held = _Held()
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
-    """Hold torch to this thread, but for `map_on_threads`, which may use as many as torch may outside."""
-    threads = torch.get_num_threads()
-    if threads == 1:
-        yield
-        return
-    _held.threads = threads
-    torch.set_num_threads(1)
+def one_thread(threads: int | None = None) -> Iterator[None]:
+    """Hold torch to this thread, but for `map_on_threads`.
+
+    Args:
+        threads: how many threads that may use; None for as many as torch may outside.
+    """
+    before = torch.get_num_threads()
+    number = threads or before
+    outer = _held.inside, _held.pool
+    # Threads are started when there is work for them.
+    pool = ThreadPoolExecutor(number, initializer=torch.set_num_threads, initargs=(1,)) if number > 1 else None
+    _held.inside, _held.pool = True, pool
+    if before > 1:
+        torch.set_num_threads(1)
     try:
         yield
     finally:
-        del _held.threads
-        torch.set_num_threads(threads)
+        _held.inside, _held.pool = outer
+        if pool is not None:
+            pool.shutdown()
+        # A thread that sets its number sets it for every thread started later, too.
+        if before > 1 or number > 1:
+            torch.set_num_threads(before)
 
 
 def map_on_threads(
     function: Callable[[Item], Result], items: Sequence[Item], sizes: Sequence[int], memory: int
 ) -> list[Result]:
-    """Call a function for each item, on as many threads as torch may use, begun in their order.
+    """Call a function for each item, on as many threads as `one_thread` allows, begun in their order.
 
     Within the function torch is held to one thread, so that results don't depend on their number. Where torch is
     held to one anyway, as in loader workers, so is this.
@@ -53,25 +71,18 @@ def map_on_threads(
     Returns:
         The results, in the order of the items.
     """
-    before = torch.get_num_threads()
-    workers = min(getattr(_held, "threads", before), len(items))
+    if not _held.inside:
+        with one_thread():
+            return map_on_threads(function, items, sizes, memory)
+    if _held.pool is None or len(items) < 2:
+        return [function(item) for item in items]
     room = _Room(memory)
 
     def work(item: Item, size: int) -> Result:
         with room.taken(size):
             return function(item)
 
-    try:
-        if workers < 2:
-            if before > 1:
-                torch.set_num_threads(1)
-            return [function(item) for item in items]
-        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            return list(pool.map(work, items, sizes))
-    finally:
-        # A thread that sets its number sets it for every thread started later, too.
-        if torch.get_num_threads() != before or workers > 1:
-            torch.set_num_threads(before)
+    return list(_held.pool.map(work, items, sizes))
 
 
 class _Room:

@@ -16,8 +16,8 @@ import farms_tb
 from farms_tb import MatrixStack, analyze, layer_matrices, lr_ratios, spectra
 from farms_tb.analysis import Team, checked_layers, cost, measure
 from farms_tb.layers import find_layers
-from farms_tb.measurement import ROW_LENGTH
 from farms_tb.options import SpectralOptions
+from farms_tb.rows import ROW_LENGTH
 from recipes.models.resnet import SmallImageResNet
 from recipes.models.unet import UNet
 
@@ -359,7 +359,7 @@ class TestNothingIsChanged:
         module = Forgetful(6, 30, 30)
         solved = []
         gram = spectra._gram
-        monkeypatch.setattr(spectra, "_gram", lambda m: solved.append(m.requires_grad) or gram(m))
+        monkeypatch.setattr(spectra, "_gram", lambda m, *rest: solved.append(m.requires_grad) or gram(m, *rest))
         torch.set_num_threads(threads)
         try:
             analyze(module, esd="full")
@@ -650,7 +650,7 @@ class TestSharedAmongProcesses:
         failure[-1, 0] = 1
         with pytest.raises(RuntimeError, match="failed on 1 of 2 ranks, elsewhere: see the output of other ranks"):
             measure(layers, SpectralOptions(), team=Team(1, 2, lambda table: failure))
-        monkeypatch.setattr("farms_tb.measurement.window_eigenvalues", fail)
+        monkeypatch.setattr("farms_tb.samples.window_eigenvalues", fail)
         with pytest.raises(RuntimeError, match="failed on 1 of 2 ranks, on this rank 0: no room"):
             measure(layers, SpectralOptions(), team=Team(0, 2, lambda table: failure))
         with pytest.raises(MemoryError, match="no room"):

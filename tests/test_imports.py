@@ -24,6 +24,8 @@ MATHEMATICS = (
     "temperature",
     "analysis",
     "measurement",
+    "rows",
+    "samples",
     "standard_error",
     "null",
 )

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import farms_tb
-from farms_tb.measurement import ZERO_CUTOFF
 from farms_tb.power_law import fit_power_law
+from farms_tb.samples import ZERO_CUTOFF
 
 from .reference import spectrum, stacks, windows
 from .reference.compare import assert_same_figures, figures

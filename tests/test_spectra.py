@@ -15,7 +15,7 @@ SINGLE_ROUNDOFF = ROUNDOFF["float32"]
 
 def solved(view, route="svd", **options):
     """Eigenvalues of all windows, `(n, min(h, w))`."""
-    ((values, _),) = window_eigenvalues([Wanted(view, route)], **options)
+    ((values, *_),) = window_eigenvalues([Wanted(view, route)], **options)
     return values
 
 
@@ -124,7 +124,9 @@ def test_windows_are_copied_a_few_at_a_time(monkeypatch):
     # 1000 overlapping windows must never be in memory together.
     sizes = []
     gram = spectra._gram
-    monkeypatch.setattr(spectra, "_gram", lambda matrices: sizes.append(len(matrices)) or gram(matrices))
+    monkeypatch.setattr(
+        spectra, "_gram", lambda matrices, *rest: sizes.append(len(matrices)) or gram(matrices, *rest)
+    )
     view = torch.randn(1000 + 9, 10).unfold(0, 10, 1).mT
     per_window = 3 * 10 * 10 * 8
     solved(view, memory=100 * per_window)
@@ -185,11 +187,11 @@ class TestSinglePrecision:
         before = solved(matrices, route="float32")
         torch.set_float32_matmul_precision(precision)
         try:
-            assert not spectra._multiplies_in_full(torch.device("cpu"))
+            assert not spectra.multiplies_in_full(torch.device("cpu"))
             found = solved(matrices, route="float32")
         finally:
             torch.set_float32_matmul_precision("highest")
-        assert spectra._multiplies_in_full(torch.device("cpu"))
+        assert spectra.multiplies_in_full(torch.device("cpu"))
         assert ((found - before).abs() / before[:, -1:]).max() < 100 * SINGLE_ROUNDOFF
 
     @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -200,10 +202,10 @@ class TestSinglePrecision:
         before = backend.matmul.fp32_precision
         backend.matmul.fp32_precision = "tf32"
         try:
-            assert not spectra._multiplies_in_full(torch.device(device))
+            assert not spectra.multiplies_in_full(torch.device(device))
         finally:
             backend.matmul.fp32_precision = before
-        assert spectra._multiplies_in_full(torch.device(device))
+        assert spectra.multiplies_in_full(torch.device(device))
 
     def test_autocast_does_not_matter(self):
         matrices = torch.randn(9, 64, 64)
@@ -221,12 +223,12 @@ class TestSolverThatDoesNotConverge:
         matrices = torch.randn(shape, dtype=dtype)
         matrices[1, :, -1] = matrices[1, :, 0]  # of lower rank
         whole = solved(matrices)
-        break_solver(monkeypatch, "eigvalsh", matrices[2].mH @ matrices[2])
+        break_solver(monkeypatch, "eigvalsh", (matrices.mH @ matrices)[2])
         torch.testing.assert_close(solved(matrices), whole, rtol=1e-9, atol=0)
 
     def test_nan_where_that_fails_too(self, monkeypatch):
         matrices = torch.randn(6, 5, 5, dtype=torch.float64)
-        break_solver(monkeypatch, "eigvalsh", matrices[2].mH @ matrices[2])
+        break_solver(monkeypatch, "eigvalsh", (matrices.mH @ matrices)[2])
         break_solver(monkeypatch, "svdvals", matrices[2])
         hard, easy = window_eigenvalues([Wanted(matrices), Wanted(torch.randn(3, 5, 5))])
         assert hard.values.isnan().all()
@@ -234,14 +236,14 @@ class TestSolverThatDoesNotConverge:
 
     def test_nan_in_single_precision(self, monkeypatch):
         matrices = torch.randn(6, 5, 5)
-        break_solver(monkeypatch, "eigvalsh", matrices[2].mH @ matrices[2])
+        break_solver(monkeypatch, "eigvalsh", (matrices.mH @ matrices)[2])
         assert solved(matrices, route="float32").isnan().all()
 
     def test_a_solver_that_returns_nan(self, monkeypatch):
         # As cuSOLVER does through CuPy.
         matrices = torch.randn(6, 5, 5, dtype=torch.float64)
         whole = solved(matrices)
-        hard = matrices[2].mH @ matrices[2]
+        hard = (matrices.mH @ matrices)[2]
         solve = torch.linalg.eigvalsh
 
         def solve_or_nan(batch):
@@ -260,11 +262,11 @@ class TestTooLittleMemory:
         sizes = []
         gram = spectra._gram
 
-        def gram_of_two(matrices):
+        def gram_of_two(matrices, *rest):
             if len(matrices) > 2:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             sizes.append(len(matrices))
-            return gram(matrices)
+            return gram(matrices, *rest)
 
         monkeypatch.setattr(spectra, "_gram", gram_of_two)
         return sizes
@@ -290,11 +292,11 @@ class TestTooLittleMemory:
         sizes = []
         gram = spectra._gram
 
-        def gram_at_the_second_attempt(matrices):
+        def gram_at_the_second_attempt(matrices, *rest):
             sizes.append(len(matrices))
             if len(matrices) > 1 or sizes.count(1) % 2:
                 raise torch.OutOfMemoryError("CUDA out of memory")
-            return gram(matrices)
+            return gram(matrices, *rest)
 
         monkeypatch.setattr(spectra, "_gram", gram_at_the_second_attempt)
         with pytest.warns(UserWarning, match="on the CPU where there is none for a single one"):
@@ -335,7 +337,7 @@ class TestBatches:
     @pytest.mark.parametrize("memory", [1, 10_000, 2**20])
     def test_change_nothing(self, layers, memory):
         together = window_eigenvalues([Wanted(layer) for layer in layers], memory)
-        for layer, (values, _) in zip(layers, together, strict=True):
+        for layer, (values, *_) in zip(layers, together, strict=True):
             expected = torch.linalg.svdvals(layer.double()).square().flip(-1)
             torch.testing.assert_close(values, expected, rtol=1e-9, atol=0)
 
@@ -346,7 +348,7 @@ class TestBatches:
         batches = list(spectra._batches([Wanted(layer) for layer in layers], memory))
         assert [len(batch[0].index) for batch in batches][:2] == [20, 10]
         assert [chunk.layer for chunk in batches[1]] == [0, 1]
-        for layer, (values, _) in zip(
+        for layer, (values, *_) in zip(
             layers, window_eigenvalues([Wanted(x) for x in layers], memory), strict=True
         ):
             expected = torch.linalg.svdvals(layer.double()).square().flip(-1)
@@ -354,10 +356,10 @@ class TestBatches:
 
     def test_a_hard_matrix_spoils_its_own_layer_alone(self, layers, monkeypatch):
         layers = [layer.double() for layer in layers]
-        break_solver(monkeypatch, "eigvalsh", layers[1][2].mH @ layers[1][2])
+        break_solver(monkeypatch, "eigvalsh", (layers[1].mH @ layers[1])[2])
         break_solver(monkeypatch, "svdvals", layers[1][2])
         found = window_eigenvalues([Wanted(layer) for layer in layers])
-        assert [bool(values.isnan().any()) for values, _ in found] == [False, True, False, False]
+        assert [bool(values.isnan().any()) for values, *_ in found] == [False, True, False, False]
 
     def test_too_little_memory_for_a_batch(self, layers, monkeypatch):
         whole = window_eigenvalues([Wanted(layer) for layer in layers])
@@ -391,7 +393,7 @@ class TestOnAGpu:
         ]
         layers.append(torch.randn(4, 30, 20, dtype=torch.complex64))
         found = window_eigenvalues([Wanted(layer.cuda(), route) for layer in layers], solver=solver)
-        for layer, (values, _) in zip(layers, found, strict=True):
+        for layer, (values, *_) in zip(layers, found, strict=True):
             expected = solved(layer)
             assert values.device.type == "cpu"
             error = (values - expected).abs() / expected[:, -1:]

@@ -1,0 +1,430 @@
+"""From stacks of matrices to samples of eigenvalues and their fits: which windows are solved, and by which route.
+
+The layers are solved together. Each window takes the cheapest route (`farms_tb.spectra`) whose rounding errors
+alpha does not show; samples of one size, of whatever layers, are sorted and fitted at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from farms_tb.matrices import MatrixStack
+from farms_tb.options import SpectralOptions
+from farms_tb.power_law import PowerLawFit, fit_power_law
+from farms_tb.rows import NO_WINDOW, NON_FINITE, TOO_FEW, WITHOUT_VALUES, ZERO, make_row
+from farms_tb.spectra import (
+    FLOOR,
+    ROUNDOFF,
+    ROUTES,
+    Eigenvalues,
+    Wanted,
+    multiplies_in_full,
+    to_cpu,
+    window_eigenvalues,
+)
+from farms_tb.standard_error import parts_of_windows
+from farms_tb.windows import Windows, layer_windows
+
+ZERO_CUTOFF = 1e-5
+"""Eigenvalues below this are what `filter_zeros` drops: the papers' absolute threshold."""
+
+_FLOAT32, _GRADED, _FLOAT64, _SVD = map(ROUTES.index, ("float32", "graded", "float64", "svd"))
+# By position in `ROUTES`.
+_ROUNDOFF, _FLOOR = (
+    torch.tensor([of_route[route] for route in ROUTES], dtype=torch.float64, device="cpu")
+    for of_route in (ROUNDOFF, FLOOR)
+)
+# Rounding moves a window's eigenvalues, and with them alpha: relative to itself by some roundoffs * (alpha - 1).
+# How many was measured on matrices of many kinds and sizes. Of eigenvalues far below the largest one errors are
+# the smaller the larger the matrix, as they add up at random: 3 scale / xmin / sqrt(w) for w x w Gram matrices
+# at most. Solvers make more errors of the largest ones: up to 15 were seen where all of a tail are large.
+_ROUNDOFFS, _ROUNDOFFS_OF_LARGEST = 6, 64
+# How much it may move alpha, relative to alpha.
+_TOLERANCE = 5e-5
+# How much it may move xmin of a window on its own, whose alpha counts for the standard error alone.
+_TOLERANCE_OF_ERROR = 1e-3
+# What products lose below the range of single precision.
+_UNDERFLOW = 2.0**-120
+# One window tells beforehand which route will do, of layers with this many windows and as much to do: cubed sizes
+# of the windows added up, half a millisecond.
+_PILOT, _PILOT_WORK = 4, 2 * 10**6
+# Gram matrices of this size on are graded before double precision is tried: of smaller ones it costs as much.
+_GRADED_SIZE = 192
+
+
+@dataclass
+class Job:
+    """A layer that has windows, of finite numbers the largest of which is not 0.
+
+    Attributes:
+        stack: the layer's matrices, divided by 2**exponent.
+        windows: their windows.
+        parts: what else is solved for the standard error.
+        exponent: so that squares neither overflow nor vanish in float64.
+        routes: `(W,)` int64, how each window is solved, as a position in `ROUTES`.
+        gradable: whether single precision may be tried once more, graded.
+        pilot: the first window, if it was solved before the others.
+        solved: all windows.
+        of_parts: eigenvalues of `parts`, `(S, 4, v)`.
+        counted: the eigenvalues `(S, N)` that a histogram counts, where they are not those that are fitted.
+    """
+
+    stack: MatrixStack
+    windows: Windows
+    parts: Windows | None
+    exponent: int
+    routes: Tensor
+    gradable: bool
+    pilot: Eigenvalues | None = None
+    solved: Eigenvalues = field(init=False)
+    of_parts: Tensor | None = None
+    counted: Tensor | None = None
+
+    @property
+    def size(self) -> int:
+        """Number of eigenvalues of a window."""
+        return min(self.windows.view.shape[-2:])
+
+    @property
+    def route(self) -> int:
+        """The most accurate route that some window is solved by."""
+        return int(self.routes.max())
+
+    @cached_property
+    def factor(self) -> Tensor:
+        """What eigenvalues are multiplied by; it may leave the range of float64."""
+        return torch.tensor(2.0, dtype=torch.float64).pow(2 * self.exponent) * self.stack.eigenvalue_scale
+
+
+@dataclass
+class Samples:
+    """Samples of one size, of one or more layers: S samples of n windows with w eigenvalues each.
+
+    Attributes:
+        jobs: the layers.
+        by_window: `(S, n, w)` float64, eigenvalues of each window, ascending.
+        eigenvalues: `(S, n * w)`, ascending.
+        first: `(S,)`, how many of the smallest are left out.
+        fits: the fits of the others.
+    """
+
+    jobs: list[Job]
+    by_window: Tensor
+    eigenvalues: Tensor
+    first: Tensor
+    fits: PowerLawFit
+
+    @property
+    def xmin(self) -> Tensor:
+        """`(S,)`, the eigenvalue at which the tail begins."""
+        return self.eigenvalues.gather(-1, self.fits.tail_start[:, None])[:, 0]
+
+    @property
+    def numbers(self) -> list[int]:
+        """How many samples each layer has."""
+        return [job.windows.samples for job in self.jobs]
+
+    def per_sample(self, of_layers: Sequence[Tensor | float]) -> Tensor:
+        """Repeat a number of each layer for its samples: `(S,)` float64."""
+        return _repeated(of_layers, self.numbers)
+
+    def of(self, jobs: Sequence[Job]) -> Samples:
+        """Return the samples of some of the layers."""
+        chosen = torch.tensor([any(job is one for one in jobs) for job in self.jobs])
+        rows = chosen.repeat_interleave(torch.tensor(self.numbers))
+        fits = PowerLawFit(*(of_all[rows] for of_all in self.fits))
+        return Samples(list(jobs), self.by_window[rows], self.eigenvalues[rows], self.first[rows], fits)
+
+
+def make_jobs(stacks: Sequence[MatrixStack], options: SpectralOptions) -> list[Job | Tensor]:
+    """Return what is to be solved for each layer, or at once the row of a layer that has nothing to solve."""
+    with_values = [replace(s, matrices=_solvable(s.matrices)) for s in stacks if not s.matrices.is_meta]
+    largest = map(float, to_cpu([_largest(stack.matrices) for stack in with_values]))
+    solvable = iter(with_values)
+    return [
+        _plan(stack, options) if stack.matrices.is_meta else _job(next(solvable), next(largest), options)
+        for stack in stacks
+    ]
+
+
+def solver_device(device: torch.device) -> torch.device:
+    """Eigenvalues need float64, which Apple's GPUs lack and others are not tested for: the CPU stands in."""
+    return device if device.type in ("cpu", "cuda") else torch.device("cpu")
+
+
+def _solvable(matrices: Tensor) -> Tensor:
+    """Move the matrices where they can be solved; eight-bit floats, which have no arithmetic, become float32."""
+    # Detached, as a rule may forget to and threads do not inherit `no_grad`: eigenvectors would be computed too.
+    matrices = matrices.detach().to(solver_device(matrices.device))
+    return matrices.float() if matrices.element_size() == 1 else matrices
+
+
+def _largest(matrices: Tensor) -> Tensor:
+    """Return the largest absolute value, of the parts of complex numbers; NaN where there is one."""
+    if matrices.is_complex():
+        matrices = torch.view_as_real(matrices.resolve_conj())
+    # Without a copy of the weight, which takes several times as long as looking at it.
+    return torch.maximum(matrices.amax(), -matrices.amin())
+
+
+def _plan(stack: MatrixStack, options: SpectralOptions) -> Tensor:
+    """Return the row of a weight without values: how many eigenvalues it has, or what its shape rules out."""
+    windows = layer_windows(stack, options)
+    if windows is None:
+        return make_row(NO_WINDOW)
+    *lead, height, width = windows.view.shape
+    number = math.prod(lead) * min(height, width)
+    sample = number // windows.samples
+    outcome = (WITHOUT_VALUES, 0) if sample >= options.min_eigenvalues else (TOO_FEW, sample)
+    return make_row(*outcome, number=number)
+
+
+def _job(stack: MatrixStack, largest: float, options: SpectralOptions) -> Job | Tensor:
+    if not math.isfinite(largest):
+        return make_row(NON_FINITE)
+    if largest == 0:
+        return make_row(ZERO)
+    exponent = _safe_exponent(stack.matrices.dtype, largest)
+    if exponent:
+        stack = replace(stack, matrices=stack.matrices * 2.0**-exponent)
+    windows = layer_windows(stack, options)
+    if windows is None:
+        return make_row(NO_WINDOW)
+    parts = parts_of_windows(windows, stack.matrices.numel(), options)
+    route = _first_route(stack, largest, options)
+    # Not tried on GPUs yet. Its norms are squared once more than the entries are.
+    gradable = (
+        route == _FLOAT32
+        and stack.matrices.device.type == "cpu"
+        and min(windows.view.shape[-2:]) >= _GRADED_SIZE
+        and 2.0**-15 < largest < 2.0**15
+        and multiplies_in_full(stack.matrices.device)
+    )
+    routes = torch.full((windows.view.shape[:-2].numel(),), route)
+    return Job(stack, windows, parts, exponent, routes, gradable)
+
+
+def _safe_exponent(dtype: torch.dtype, largest: float) -> int:
+    """Power of two to divide the weights by so that squares neither overflow nor vanish in float64."""
+    if dtype not in (torch.float64, torch.complex128):
+        return 0
+    exponent = math.frexp(largest)[1]
+    return 0 if abs(exponent) < 400 else max(-1000, min(exponent, 1000))
+
+
+def _first_route(stack: MatrixStack, largest: float, options: SpectralOptions) -> int:
+    if options.fit != "median":
+        # The searches compare distances, whose order a rounding may change.
+        return _SVD
+    double = stack.matrices.dtype in (torch.float64, torch.complex128)
+    squares_fit = 2.0**-40 < largest < 2.0**40
+    return _FLOAT32 if options.precision == "auto" and not double and squares_fit else _FLOAT64
+
+
+def solve(jobs: Sequence[Job], options: SpectralOptions) -> list[Samples]:
+    """Solve all windows of all layers, each by the route that it needs, and pool and fit the eigenvalues."""
+    _choose_routes(jobs, options)
+    _solve_all(jobs, options)
+    done = []
+    while jobs:
+        again: list[tuple[Job, Tensor]] = []
+        for samples in _pool(jobs, options):
+            uncertain = _uncertain(samples, options)
+            of_jobs = [part.flatten() for part in torch.split(uncertain, samples.numbers)]
+            certain = [job for job, windows in zip(samples.jobs, of_jobs, strict=True) if not windows.any()]
+            if certain:
+                done.append(samples if len(certain) == len(samples.jobs) else samples.of(certain))
+            again += [pair for pair in zip(samples.jobs, of_jobs, strict=True) if pair[1].any()]
+        _solve_again(again, options)
+        jobs = [job for job, _ in again]
+    return done
+
+
+def solve_to_count(jobs: Sequence[Job], options: SpectralOptions) -> None:
+    """Solve all windows by the most accurate route, as a histogram shows the smallest eigenvalues as well.
+
+    Alpha stays that of the others: it must not depend on what is logged.
+    """
+    others = [job for job in jobs if int(job.routes.min()) < _SVD]
+    found = _eigenvalues([Wanted(job.windows.view) for job in others], options)
+    for job, solved in zip(others, found, strict=True):
+        job.counted = _sorted(solved.values.view(job.windows.samples, -1))
+
+
+def first_counted(eigenvalues: Tensor, factor: Tensor, options: SpectralOptions) -> Tensor:
+    """Return `(S,)` how many of the smallest of `(S, N)` eigenvalues are left out; `factor` is `(S,)`."""
+    size = eigenvalues.shape[-1]
+    first = eigenvalues.new_zeros(len(eigenvalues), dtype=torch.int64)
+    if options.filter_zeros:
+        below = (eigenvalues * factor[:, None] < ZERO_CUTOFF).sum(-1)
+        first = below.where(below < size, 0)
+    if options.relative_cutoff > 0:
+        cut = (eigenvalues < options.relative_cutoff * eigenvalues[:, -1:]).sum(-1)
+        first = torch.maximum(first, cut)
+    return first
+
+
+def _choose_routes(jobs: Sequence[Job], options: SpectralOptions) -> None:
+    """Solve one window of each larger layer in single precision, which tells by which route the others go."""
+    for job in jobs:
+        if job.gradable and not _needs_pilot(job):
+            job.routes.fill_(_GRADED)
+    tried = [job for job in jobs if job.route == _FLOAT32 and _needs_pilot(job)]
+    ways = [_GRADED if job.gradable else _FLOAT32 for job in tried]
+    first = torch.zeros(1, dtype=torch.int64)
+    found = _eigenvalues(
+        [Wanted(job.windows.view, ROUTES[way], first) for job, way in zip(tried, ways, strict=True)], options
+    )
+    for (job, way), pilot in zip(zip(tried, ways, strict=True), found, strict=True):
+        # The window stands for its sample.
+        fits, xmin = _fit_alone(pilot.values, job, options)
+        largest = pilot.values[:, -1]
+        for route in range(_FLOAT32, way + 1):
+            scale = largest if route == _FLOAT32 else pilot.scale
+            if _shift(scale, largest, xmin, fits.alpha, job.size, _ROUNDOFF[route]) <= _TOLERANCE:
+                job.routes.fill_(route)
+                job.routes[0], job.pilot = way, pilot
+                break
+        else:
+            job.routes.fill_(_FLOAT64)
+
+
+def _needs_pilot(job: Job) -> bool:
+    return len(job.routes) >= _PILOT and len(job.routes) * job.size**3 >= _PILOT_WORK
+
+
+def _fit_alone(eigenvalues: Tensor, job: Job, options: SpectralOptions) -> tuple[PowerLawFit, Tensor]:
+    """Fit `(1, N)` eigenvalues of one layer; the second value is xmin."""
+    first = first_counted(eigenvalues, job.factor[None], options)
+    scaled = eigenvalues * job.stack.eigenvalue_scale
+    fits = fit_power_law(scaled, options.fit, options.xmin_pos, first, distance=False)
+    return fits, eigenvalues.gather(-1, fits.tail_start[:, None])[:, 0]
+
+
+def _solve_all(jobs: Sequence[Job], options: SpectralOptions) -> None:
+    """Solve all windows but those that were solved before, by their routes."""
+    wanted = []
+    for job in jobs:
+        rest = None if job.pilot is None else torch.arange(1, len(job.routes))
+        wanted.append(Wanted(job.windows.view, ROUTES[int(job.routes[-1])], rest))
+    with_parts = _with_parts(jobs)
+    found = _eigenvalues(wanted + [part for _, part in with_parts], options)
+    for job, solved in zip(jobs, found[: len(jobs)], strict=True):
+        job.solved = solved if job.pilot is None else _joined(job.pilot, solved)
+    _keep_parts(with_parts, found[len(jobs) :])
+
+
+def _joined(one: Eigenvalues, other: Eigenvalues) -> Eigenvalues:
+    return Eigenvalues(
+        torch.cat([one.values, other.values]),
+        torch.cat([one.scale, other.scale]),
+        one.directly or other.directly,
+    )
+
+
+def _solve_again(again: Sequence[tuple[Job, Tensor]], options: SpectralOptions) -> None:
+    """Solve those windows of each layer that are marked `(W,)` by the next route."""
+    picked: list[tuple[Job, Tensor]] = []
+    wanted = []
+    for job, uncertain in again:
+        following = torch.tensor([_GRADED if job.gradable else _FLOAT64, _FLOAT64, _SVD, _SVD])
+        for route in sorted(set(job.routes[uncertain].tolist())):
+            picks = (uncertain & (job.routes == route)).nonzero()[:, 0]
+            picked.append((job, picks))
+            wanted.append(Wanted(job.windows.view, ROUTES[int(following[route])], picks))
+        job.routes = following[job.routes].where(uncertain, job.routes)
+    with_parts = _with_parts([job for job, _ in again])
+    found = _eigenvalues(wanted + [part for _, part in with_parts], options)
+    for (job, picks), solved in zip(picked, found[: len(picked)], strict=True):
+        job.solved.values[picks], job.solved.scale[picks] = solved.values, solved.scale
+        job.solved = job.solved._replace(directly=job.solved.directly or solved.directly)
+    _keep_parts(with_parts, found[len(picked) :])
+
+
+def _with_parts(jobs: Sequence[Job]) -> list[tuple[Job, Wanted]]:
+    return [(job, Wanted(job.parts.view, ROUTES[job.route])) for job in jobs if job.parts is not None]
+
+
+def _keep_parts(with_parts: Sequence[tuple[Job, Wanted]], found: Sequence[Eigenvalues]) -> None:
+    for (job, _), solved in zip(with_parts, found, strict=True):
+        job.of_parts = solved.values.view(job.windows.samples, -1, solved.values.shape[-1])
+
+
+def _eigenvalues(wanted: Sequence[Wanted], options: SpectralOptions) -> list[Eigenvalues]:
+    return window_eigenvalues(wanted, options.memory_mb * 2**20, options.solver)
+
+
+def _pool(jobs: Sequence[Job], options: SpectralOptions) -> list[Samples]:
+    """Gather the layers whose samples are of one size, and sort and fit their samples together."""
+    groups: dict[tuple[int, int, bool], list[Job]] = {}
+    for job in jobs:
+        key = len(job.routes) // job.windows.samples, job.size, job.of_parts is None
+        groups.setdefault(key, []).append(job)
+    found = []
+    for (number, size, _), members in groups.items():
+        by_window = torch.cat([job.solved.values for job in members]).view(-1, number, size)
+        numbers = [job.windows.samples for job in members]
+        eigenvalues = _sorted(by_window.flatten(1))
+        first = first_counted(eigenvalues, _repeated([job.factor for job in members], numbers), options)
+        # One of the searches begins at a value that depends on the scale.
+        scales = _repeated([job.stack.eigenvalue_scale for job in members], numbers)
+        fits = fit_power_law(eigenvalues * scales[:, None], options.fit, options.xmin_pos, first)
+        found.append(Samples(members, by_window, eigenvalues, first, fits))
+    return found
+
+
+def _sorted(values: Tensor) -> Tensor:
+    # NumPy's sort is more than ten times as fast as torch's, which finds out the order as well.
+    return torch.from_numpy(np.sort(values.numpy(), axis=-1))
+
+
+def _repeated(of_layers: Sequence[Tensor | float], numbers: Sequence[int]) -> Tensor:
+    each = torch.tensor([float(of_layer) for of_layer in of_layers], dtype=torch.float64)
+    return each.repeat_interleave(torch.tensor(numbers))
+
+
+def _rounding(scale: Tensor, largest: Tensor, at: Tensor) -> Tensor:
+    """Return what rounding errors of an eigenvalue are relative to: see `Eigenvalues.scale`."""
+    return torch.maximum(scale, (largest * at).sqrt())
+
+
+def _shift(scale: Tensor, largest: Tensor, xmin: Tensor, alpha: Tensor, size: int, roundoff: Tensor) -> Tensor:
+    """Return by how much the rounding of a window may move alpha, relative to alpha; NaN where there is none."""
+    roundoffs = _ROUNDOFFS / size**0.5 * _rounding(scale, largest, xmin) / xmin + _ROUNDOFFS_OF_LARGEST
+    shift: Tensor = roundoffs * roundoff * (alpha - 1)
+    return shift
+
+
+def _uncertain(samples: Samples, options: SpectralOptions) -> Tensor:
+    """Return `(S, n)` which windows have to be solved by a more accurate route."""
+    by_window = samples.by_window
+    shape = by_window.shape[:2]
+    routes = torch.cat([job.routes for job in samples.jobs]).view(shape)
+    scale = torch.cat([job.solved.scale for job in samples.jobs]).view(shape)
+    largest, roundoff = by_window[..., -1], _ROUNDOFF[routes]
+    xmin, alpha = samples.xmin[:, None], samples.fits.alpha[:, None]
+    # Not larger, which NaN is not either.
+    uncertain = ~(_shift(scale, largest, xmin, alpha, by_window.shape[-1], roundoff) <= _TOLERANCE)
+    if options.fit == "median":
+        own_xmin = by_window[..., int(by_window.shape[-1] / options.xmin_pos)]
+        moved = _ROUNDOFFS * roundoff * _rounding(scale, largest, own_xmin) + _UNDERFLOW
+        # Only in single precision: what double precision cannot tell from 0 either is most likely 0.
+        uncertain |= ~(moved < _TOLERANCE_OF_ERROR * own_xmin) & (routes < _FLOAT64)
+    cutoffs = []
+    if options.filter_zeros:
+        cutoffs.append(ZERO_CUTOFF / samples.per_sample([job.factor for job in samples.jobs]))
+    if options.relative_cutoff > 0:
+        cutoffs.append(options.relative_cutoff * samples.eigenvalues[:, -1])
+    for cutoff in cutoffs:
+        # On which side of it they are decides how many there are.
+        unknown = 2 * _FLOOR[routes] * _rounding(scale, largest, cutoff[:, None])
+        uncertain |= ((by_window - cutoff[:, None, None]).abs() <= unknown[..., None]).any(-1)
+    wanted: Tensor = uncertain & (routes < _SVD)
+    return wanted
