@@ -42,6 +42,7 @@ def analyze(
     precision: Precision = "auto",
     solver: Solver = "auto",
     memory_mb: int = 512,
+    threads: int | None = None,
     null: bool = False,
     histogram: bool = False,
 ) -> Report:
@@ -63,6 +64,7 @@ def analyze(
         precision: `"auto"` solves in single precision where alpha stays within 5e-5 of itself, `"float64"` never.
         solver: what solves on a GPU: `"torch"`, `"cupy"`, `"cpu"`, or `"auto"` for the fastest of them in a trial.
         memory_mb: megabytes (MiB) that solving may take at a time, beside the model.
+        threads: threads of the CPU that solve at a time; None for as many as torch may use.
         null: also measure layers with their entries shuffled, 8 to 32 times for each shape, which tells what alpha
             a random layer of that shape has: `null_mean`, `null_std` and `z_score` of a record.
         histogram: also count each layer's ESD, the `histogram` of its record.
@@ -94,6 +96,7 @@ def analyze(
         precision,
         solver,
         memory_mb,
+        threads,
     )
     check_bool("null", null)
     check_bool("histogram", histogram)

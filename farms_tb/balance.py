@@ -434,7 +434,7 @@ class TempBalance:
     Args:
         model: the model that is trained.
         optimizer: the optimizer that trains it, or several.
-        esd: see `farms_tb.analyze`, like all options up to `memory_mb`.
+        esd: see `farms_tb.analyze`, like all options up to `threads`.
         fit: where the power-law tail begins.
         aspect_ratio: columns / rows of a window.
         window: rows of a window of a linear layer.
@@ -447,6 +447,7 @@ class TempBalance:
         precision: `"auto"` solves in single precision where alpha stays within 5e-5 of itself, `"float64"` never.
         solver: what solves on a GPU: `"torch"`, `"cupy"`, `"cpu"`, or `"auto"` for the fastest of them in a trial.
         memory_mb: megabytes (MiB) that solving may take at a time, beside the model.
+        threads: threads of the CPU that solve at a time; None for as many as torch may use.
         assign_func: the map from alphas to ratios, see `farms_tb.lr_ratios`, like those to `ratio_levels`.
         lr_min_ratio: ratio of the layer with the smallest alpha.
         lr_max_ratio: ratio of the layer with the largest alpha.
@@ -502,6 +503,7 @@ class TempBalance:
         precision: Precision = "auto",
         solver: Solver = "auto",
         memory_mb: int = 512,
+        threads: int | None = None,
         assign_func: AssignFunc = "tb_linear_map",
         lr_min_ratio: float = 0.5,
         lr_max_ratio: float = 1.5,

@@ -74,6 +74,7 @@ def analyze_checkpoint(
     precision: Precision = "auto",
     solver: Solver = "auto",
     memory_mb: int = 512,
+    threads: int | None = None,
     null: bool = False,
     histogram: bool = False,
 ) -> Report:
@@ -105,6 +106,7 @@ def analyze_checkpoint(
         precision: `"auto"` solves in single precision where alpha stays within 5e-5 of itself, `"float64"` never.
         solver: what solves on a GPU: `"torch"`, `"cupy"`, `"cpu"`, or `"auto"` for the fastest of them in a trial.
         memory_mb: megabytes (MiB) that solving may take at a time, beside the model.
+        threads: threads of the CPU that solve at a time; None for as many as torch may use.
         null: also measure a layer of each shape with its entries shuffled.
         histogram: also count each layer's ESD.
 
@@ -141,6 +143,7 @@ def analyze_checkpoint(
         precision,
         solver,
         memory_mb,
+        threads,
     )
     check_bool("null", null)
     check_bool("histogram", histogram)

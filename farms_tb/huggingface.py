@@ -93,6 +93,7 @@ class FARMSTrainerCallback(TrainerCallback, ExportableState):
         precision: `"auto"` solves in single precision where alpha stays within 5e-5 of itself, `"float64"` never.
         solver: what solves on a GPU: `"torch"`, `"cupy"`, `"cpu"`, or `"auto"` for the fastest of them in a trial.
         memory_mb: megabytes (MiB) that solving may take at a time, beside the model.
+        threads: threads of the CPU that solve at a time; None for as many as torch may use.
         assign_func: the map from alphas to ratios: `"tb_linear_map"`, `"tb_sqrt"`, `"tb_log2"`, `"tb_step"`,
             `"tb_sigmoid"` or `"noise_aware"`; see `farms_tb.lr_ratios`.
         lr_min_ratio: ratio of the layer with the smallest alpha.
@@ -156,6 +157,7 @@ class FARMSTrainerCallback(TrainerCallback, ExportableState):
         precision: Precision = "auto",
         solver: Solver = "auto",
         memory_mb: int = 512,
+        threads: int | None = None,
         assign_func: AssignFunc = "tb_linear_map",
         lr_min_ratio: float = 0.5,
         lr_max_ratio: float = 1.5,

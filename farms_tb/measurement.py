@@ -38,7 +38,7 @@ def measure_stacks(
 
     The layers are measured together: what one of them is found to be depends on no other.
     """
-    with one_thread(), _new_tensors_on_the_cpu():
+    with one_thread(options.threads), _new_tensors_on_the_cpu():
         work = make_jobs(stacks, options)
         jobs = [job for job in work if isinstance(job, Job)]
         samples = solve(jobs, options)
@@ -111,10 +111,10 @@ def _row_of(
 def _solved_by(job: Job, options: SpectralOptions) -> str:
     view = job.windows.view
     route = ROUTES[job.route]
-    single = route in ("float32", "graded")
+    single = route in ("float32", "deflated")
     precision = "float64 svd" if job.solved.directly else "float64"
     if single:
-        precision = "float32 graded" if route == "graded" else "float32"
+        precision = "float32 deflated" if route == "deflated" else "float32"
     dtype = torch.float32 if single else torch.float64
     return f"{solver_for(view.device, dtype, job.size, options.solver)} {precision}"
 

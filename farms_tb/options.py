@@ -23,7 +23,7 @@ Norms = Literal["follow", "base"]
 Precision = Literal["auto", "float64"]
 Solver = Literal["auto", "torch", "cupy", "cpu"]
 
-NUMERICS = ("precision", "solver", "memory_mb")
+NUMERICS = ("precision", "solver", "memory_mb", "threads")
 """Options of how eigenvalues are computed, which an alpha is the same for but for rounding."""
 
 
@@ -95,6 +95,7 @@ class SpectralOptions:
         solver: what solves for eigenvalues on a GPU: `"torch"`, `"cupy"`, `"cpu"`, or `"auto"` for whichever is
             the fastest in a trial of each size of windows, see `farms_tb.solvers`.
         memory_mb: megabytes (MiB) that solving may take at a time, beside the model.
+        threads: threads of the CPU that solve at a time; None for as many as torch may use.
     """
 
     esd: Esd = "farms"
@@ -110,6 +111,7 @@ class SpectralOptions:
     precision: Precision = "auto"
     solver: Solver = "auto"
     memory_mb: int = 512
+    threads: int | None = None
 
     def __post_init__(self) -> None:
         check_choice("esd", self.esd, Esd)
@@ -130,6 +132,8 @@ class SpectralOptions:
         if self.solver == "cupy" and not find_spec("cupy"):
             raise ValueError("solver='cupy' needs CuPy: pip install cupy-cuda13x (or 12x), or use solver='auto'")
         check_integer("memory_mb", self.memory_mb, at_least=1)
+        if self.threads is not None:
+            check_integer("threads", self.threads, at_least=1)
 
 
 @dataclass(frozen=True)

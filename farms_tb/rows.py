@@ -59,7 +59,7 @@ _SOLVED_BY = (
     *(
         f"{name} {precision}"
         for name in ("cpu", "torch", "cupy")
-        for precision in ("float32", "float32 graded", "float64", "float64 svd")
+        for precision in ("float32", "float32 deflated", "float64", "float64 svd")
     ),
 )
 

@@ -35,7 +35,7 @@ from farms_tb.windows import Windows, layer_windows
 ZERO_CUTOFF = 1e-5
 """Eigenvalues below this are what `filter_zeros` drops: the papers' absolute threshold."""
 
-_FLOAT32, _GRADED, _FLOAT64, _SVD = map(ROUTES.index, ("float32", "graded", "float64", "svd"))
+_FLOAT32, _DEFLATED, _FLOAT64, _SVD = map(ROUTES.index, ("float32", "deflated", "float64", "svd"))
 # By position in `ROUTES`.
 _ROUNDOFF, _FLOOR = (
     torch.tensor([of_route[route] for route in ROUTES], dtype=torch.float64, device="cpu")
@@ -55,8 +55,9 @@ _UNDERFLOW = 2.0**-120
 # One window tells beforehand which route will do, of layers with this many windows and as much to do: cubed sizes
 # of the windows added up, half a millisecond.
 _PILOT, _PILOT_WORK = 4, 2 * 10**6
-# Gram matrices of this size on are graded before double precision is tried: of smaller ones it costs as much.
-_GRADED_SIZE = 192
+# On the CPU double precision costs little more where windows are small, and deflating as much: real ones of these
+# sizes on are tried in single precision, and deflated.
+_SINGLE_SIZE, _DEFLATED_SIZE = 64, 192
 
 
 @dataclass
@@ -69,7 +70,7 @@ class Job:
         parts: what else is solved for the standard error.
         exponent: so that squares neither overflow nor vanish in float64.
         routes: `(W,)` int64, how each window is solved, as a position in `ROUTES`.
-        gradable: whether single precision may be tried once more, graded.
+        deflatable: whether single precision may be tried once more, without the largest directions.
         pilot: the first window, if it was solved before the others.
         solved: all windows.
         of_parts: eigenvalues of `parts`, `(S, 4, v)`.
@@ -81,7 +82,7 @@ class Job:
     parts: Windows | None
     exponent: int
     routes: Tensor
-    gradable: bool
+    deflatable: bool
     pilot: Eigenvalues | None = None
     solved: Eigenvalues = field(init=False)
     of_parts: Tensor | None = None
@@ -198,17 +199,17 @@ def _job(stack: MatrixStack, largest: float, options: SpectralOptions) -> Job | 
     if windows is None:
         return make_row(NO_WINDOW)
     parts = parts_of_windows(windows, stack.matrices.numel(), options)
-    route = _first_route(stack, largest, options)
+    route = _first_route(windows.view, largest, options)
     # Not tried on GPUs yet. Its norms are squared once more than the entries are.
-    gradable = (
+    deflatable = (
         route == _FLOAT32
         and stack.matrices.device.type == "cpu"
-        and min(windows.view.shape[-2:]) >= _GRADED_SIZE
+        and min(windows.view.shape[-2:]) >= _DEFLATED_SIZE
         and 2.0**-15 < largest < 2.0**15
         and multiplies_in_full(stack.matrices.device)
     )
     routes = torch.full((windows.view.shape[:-2].numel(),), route)
-    return Job(stack, windows, parts, exponent, routes, gradable)
+    return Job(stack, windows, parts, exponent, routes, deflatable)
 
 
 def _safe_exponent(dtype: torch.dtype, largest: float) -> int:
@@ -219,13 +220,14 @@ def _safe_exponent(dtype: torch.dtype, largest: float) -> int:
     return 0 if abs(exponent) < 400 else max(-1000, min(exponent, 1000))
 
 
-def _first_route(stack: MatrixStack, largest: float, options: SpectralOptions) -> int:
+def _first_route(windows: Tensor, largest: float, options: SpectralOptions) -> int:
     if options.fit != "median":
         # The searches compare distances, whose order a rounding may change.
         return _SVD
-    double = stack.matrices.dtype in (torch.float64, torch.complex128)
+    double = windows.dtype in (torch.float64, torch.complex128)
     squares_fit = 2.0**-40 < largest < 2.0**40
-    return _FLOAT32 if options.precision == "auto" and not double and squares_fit else _FLOAT64
+    faster = windows.device.type != "cpu" or windows.is_complex() or min(windows.shape[-2:]) >= _SINGLE_SIZE
+    return _FLOAT32 if options.precision == "auto" and not double and squares_fit and faster else _FLOAT64
 
 
 def solve(jobs: Sequence[Job], options: SpectralOptions) -> list[Samples]:
@@ -274,10 +276,10 @@ def first_counted(eigenvalues: Tensor, factor: Tensor, options: SpectralOptions)
 def _choose_routes(jobs: Sequence[Job], options: SpectralOptions) -> None:
     """Solve one window of each larger layer in single precision, which tells by which route the others go."""
     for job in jobs:
-        if job.gradable and not _needs_pilot(job):
-            job.routes.fill_(_GRADED)
+        if job.deflatable and not _needs_pilot(job):
+            job.routes.fill_(_DEFLATED)
     tried = [job for job in jobs if job.route == _FLOAT32 and _needs_pilot(job)]
-    ways = [_GRADED if job.gradable else _FLOAT32 for job in tried]
+    ways = [_DEFLATED if job.deflatable else _FLOAT32 for job in tried]
     first = torch.zeros(1, dtype=torch.int64)
     found = _eigenvalues(
         [Wanted(job.windows.view, ROUTES[way], first) for job, way in zip(tried, ways, strict=True)], options
@@ -334,7 +336,7 @@ def _solve_again(again: Sequence[tuple[Job, Tensor]], options: SpectralOptions) 
     picked: list[tuple[Job, Tensor]] = []
     wanted = []
     for job, uncertain in again:
-        following = torch.tensor([_GRADED if job.gradable else _FLOAT64, _FLOAT64, _SVD, _SVD])
+        following = torch.tensor([_DEFLATED if job.deflatable else _FLOAT64, _FLOAT64, _SVD, _SVD])
         for route in sorted(set(job.routes[uncertain].tolist())):
             picks = (uncertain & (job.routes == route)).nonzero()[:, 0]
             picked.append((job, picks))

@@ -5,8 +5,8 @@ Squaring costs accuracy at the small end: a Gram eigenvalue is off by some round
 there are four routes, each slower and more accurate than the one before:
 
 * `"float32"`, the Gram matrix in single precision: eigenvalues to about 1e-7 of the largest one of their window;
-* `"graded"`, the same, after the window has been turned so that its largest directions come first: to about 1e-7
-  of what is left without those, which in a heavy tail is far less;
+* `"deflated"`, the same, without the largest directions, which are solved for themselves: to about 1e-7 of the
+  largest eigenvalue that is left, which in a heavy tail is far less;
 * `"float64"`, the Gram matrix in double precision: to about 1e-16 of the largest one;
 * `"svd"`, the same, but the singular values themselves for windows with eigenvalues for which even that is too
   much, and where the solver of the Gram matrices does not converge.
@@ -30,10 +30,10 @@ from farms_tb.solvers import symmetric_eigenvalues
 from farms_tb.threads import map_on_threads
 from farms_tb.warning import warn_once
 
-Route = Literal["float32", "graded", "float64", "svd"]
-ROUTES: tuple[Route, ...] = ("float32", "graded", "float64", "svd")
+Route = Literal["float32", "deflated", "float64", "svd"]
+ROUTES: tuple[Route, ...] = ("float32", "deflated", "float64", "svd")
 
-ROUNDOFF: dict[Route, float] = {"float32": 2.0**-24, "graded": 2.0**-24, "float64": 2.0**-53, "svd": 0.0}
+ROUNDOFF: dict[Route, float] = {"float32": 2.0**-24, "deflated": 2.0**-24, "float64": 2.0**-53, "svd": 0.0}
 """Unit roundoff that the eigenvalues are off by, as a fraction of the `scale` of their window, times a few."""
 
 FLOOR = {route: 32 * roundoff for route, roundoff in ROUNDOFF.items()}
@@ -42,8 +42,12 @@ FLOOR = {route: 32 * roundoff for route, roundoff in ROUNDOFF.items()}
 Measured on matrices of lower rank, up to 16000 x 2000: zeros come out at up to 9 roundoffs of the largest one.
 """
 
-DIRECTIONS = 16
-"""How many directions of a window the graded route takes out of the rounding errors of the others."""
+# How many directions are looked at for whether they can be taken out, and how often they are multiplied by the
+# Gram matrix before. With more of both more would stand alone, at a higher cost, here 10 % of that of 512 x 512.
+_DIRECTIONS, _ITERATIONS = 16, 4
+# For w x w Gram matrices a direction stands alone up to this angle / w^(1/4): its square is then the relative
+# error that rounding makes at most of the largest eigenvalue, 6 / sqrt(w) roundoffs.
+_SMALL_ANGLE = (6 * 2.0**-24) ** 0.5
 
 # Work on the windows of one chunk (`_Chunk.work`): a few milliseconds, so that threads finish together.
 _CHUNK_WORK = 6 * 10**6
@@ -77,10 +81,9 @@ class Eigenvalues(NamedTuple):
     Attributes:
         values: `(n, min(h, w))` float64 on the CPU, ascending and not negative; NaN for windows on which no solver
             converged. What lies below the numerical rank of its window, in the precision of the route, is 0.
-        scale: `(n,)` float64 on the CPU, what rounding errors are relative to: the largest eigenvalue, or after
-            the graded route the Frobenius norm of the Gram matrix without the directions that come first. There
-            the window itself is rounded too: errors of an eigenvalue v are relative to sqrt(largest * v) if that
-            is more.
+        scale: `(n,)` float64 on the CPU, what rounding errors are relative to: the largest eigenvalue, or a bound
+            of the largest one that was not taken out. Of deflated windows errors of an eigenvalue v are relative
+            to sqrt(largest * v) if that is more, as the windows are rounded too.
         directly: whether the singular values themselves were needed for some window.
     """
 
@@ -148,8 +151,8 @@ class _Chunk:
     def size(self) -> int:
         """Bytes that solving it takes: the windows, their Gram matrices, and a solver's copy of these."""
         height, width = self.view.shape[-2:]
-        windows = 2 if self.route == "graded" else 1
-        return len(self.index) * (windows * height * width + 2 * self.small**2) * self.dtype.itemsize
+        copies = 2 if self.route == "deflated" else 1
+        return len(self.index) * (copies * height * width + 2 * self.small**2) * self.dtype.itemsize
 
     def windows(self, scratch: _Scratch) -> Tensor:
         """Return the windows `(n, h, w)`, in memory for themselves however much they overlap in the weight."""
@@ -326,7 +329,7 @@ def _eigenvalues(batch: Sequence[_Chunk], scratch: _Scratch, solver: Solver) -> 
             # Memory that is used again serves one chunk at a time.
             own = scratch if len(batch) == 1 and batch[0].view.device.type == "cpu" else None
             grams = [_gram(_arranged(chunk, scratch), own) for chunk in batch]
-        scales = [_norm_of_rest(gram) for gram in grams] if route == "graded" else []
+            deflated = [_deflate(gram) for gram in grams] if route == "deflated" else []
         values = symmetric_eigenvalues(torch.cat(grams) if len(batch) > 1 else grams[0], solver)
     except LinAlgError:
         if len(batch) > 1:
@@ -337,10 +340,12 @@ def _eigenvalues(batch: Sequence[_Chunk], scratch: _Scratch, solver: Solver) -> 
             return [_Solved(values, values[:, -1], True)]
         nothing = windows[0].real.new_full((len(windows), batch[0].small), torch.nan)
         return [_Solved(nothing, nothing[:, -1], False)]
-    parts = torch.split(values, [len(chunk.index) for chunk in batch])
+    parts = list(torch.split(values, [len(chunk.index) for chunk in batch]))
     if route == "svd":
         return [_checked(part.clamp_min(0), chunk, scratch) for part, chunk in zip(parts, batch, strict=True)]
-    scales = scales or [part[:, -1] for part in parts]
+    scales = [bound for _, bound in deflated] or [part[:, -1] for part in parts]
+    if deflated:
+        parts = [_with_taken(part, taken) for part, (taken, _) in zip(parts, deflated, strict=True)]
     # Not smaller, which NaN is not either.
     return [
         _Solved(part.where(~(part < FLOOR[route] * scale[:, None]), 0), scale, False)
@@ -349,47 +354,82 @@ def _eigenvalues(batch: Sequence[_Chunk], scratch: _Scratch, solver: Solver) -> 
 
 
 def _arranged(chunk: _Chunk, scratch: _Scratch) -> Tensor:
-    """Return the chunk's windows, for the graded route turned so that their largest directions come first.
-
-    A random sketch G R of each Gram matrix G, 16 columns wide, is dominated by the largest directions. The
-    reflectors of its QR decomposition turn the window, which changes no singular value, and makes the Gram matrix
-    graded: its entries fall off with the eigenvalues, as do the errors of all that a solver does to it, which goes
-    from the first column on. Turning the Gram matrix itself would not do: it is rounded already.
-
-    Measured with MKL and with OpenBLAS: errors relative to the largest eigenvalue otherwise are relative to the
-    rest here. Neither a sketch of orthonormal columns nor their order by eigenvalue does as well: what a solver
-    meets in the first columns must fall off evenly.
-
-    Sources: Halko, Martinsson and Tropp, SIAM Review 2011, for sketches; Martin, Reinsch and Wilkinson, Numerische
-    Mathematik 1968, for the order that graded matrices are reduced in.
-    """
+    """Return the chunk's windows, turned where they are to be deflated."""
     windows = chunk.windows(scratch)
-    if chunk.route != "graded":
-        return windows
+    return _turned(windows, scratch) if chunk.route == "deflated" else windows
+
+
+def _turned(windows: Tensor, scratch: _Scratch) -> Tensor:
+    """Turn each window so that its Gram matrix begins with its largest directions; no singular value changes.
+
+    A few iterations from a random subspace find the directions, and the reflectors of their QR decomposition turn
+    the window. Turning the Gram matrix would not do: it is rounded already, relative to the largest eigenvalue.
+
+    Source: Halko, Martinsson and Tropp, SIAM Review 2011.
+    """
     if windows.shape[-2] < windows.shape[-1]:
         windows = windows.mH
-    sketch = windows.mH @ (windows @ _sketch(windows.shape[-1], windows.dtype).to(windows.device))
-    reflectors, factors = torch.geqrf(sketch)
+    found = _random_directions(windows.shape[-1], windows.dtype).to(windows.device)
+    for _ in range(_ITERATIONS - 1):
+        found = torch.linalg.qr(windows.mH @ (windows @ found)).Q
+    reflectors, factors = torch.geqrf(windows.mH @ (windows @ found))
     reflectors = reflectors.tril(-1)
     reflectors.diagonal(dim1=-2, dim2=-1).fill_(1)
     # Their product is 1 - V T V^H. A column of zeros has a factor of 0, so T is not computed by its inverse.
     overlap = factors[..., None] * (reflectors.mH @ reflectors).triu(1)
     middle = torch.linalg.solve_triangular(overlap, torch.diag_embed(factors), upper=True, unitriangular=True)
-    turned = scratch.take("turned", windows.shape, windows.dtype) if windows.device.type == "cpu" else None
-    return torch.baddbmm(windows, windows @ reflectors, middle @ reflectors.mH, alpha=-1, out=turned)
+    out = scratch.take("turned", windows.shape, windows.dtype) if windows.device.type == "cpu" else None
+    return torch.baddbmm(windows, windows @ reflectors, middle @ reflectors.mH, alpha=-1, out=out)
 
 
 @lru_cache
-def _sketch(size: int, dtype: torch.dtype) -> Tensor:
+def _random_directions(size: int, dtype: torch.dtype) -> Tensor:
     """Return random columns, the same ones each time."""
     generator = torch.Generator("cpu").manual_seed(0)
-    return torch.randn(size, min(DIRECTIONS, size), dtype=dtype, generator=generator, device="cpu")
+    return torch.randn(size, min(_DIRECTIONS, size), dtype=dtype, generator=generator, device="cpu")
 
 
-def _norm_of_rest(grams: Tensor) -> Tensor:
-    """Return the Frobenius norm of each Gram matrix without the directions that come first."""
-    norms: Tensor = torch.linalg.matrix_norm(grams[:, DIRECTIONS:, DIRECTIONS:])
-    return norms
+def _deflate(grams: Tensor) -> tuple[Tensor, Tensor]:
+    """Take out of the Gram matrices `(n, w, w)` of turned windows, in place, those directions that stand alone.
+
+    The leading block is diagonalised in double precision. A direction of eigenvalue v stands alone if it is above
+    all that follow the block and its coupling c to that is so small that (c / v)^2 is a rounding error: then v is
+    an eigenvalue, and what follows loses c c^H / v. Its place is taken by a direction without coupling, of an
+    eigenvalue at least as large as all that is left, so that nothing much larger is rounded with the rest.
+
+    Returns:
+        `(n, k)` the eigenvalues taken out, 0 where a direction stays; and `(n,)` a bound of the largest that is
+        left, its matrix's Frobenius norm.
+    """
+    size = grams.shape[-1]
+    number = min(_DIRECTIONS, size)
+    block, rest = grams[:, :number, :number], grams[:, number:, number:]
+    double = torch.complex128 if grams.is_complex() else torch.float64
+    leading, basis = torch.linalg.eigh(block.to(double))
+    leading = leading.clamp_min(0).to(grams.real.dtype)
+    coupling = basis.to(grams.dtype).mH @ grams[:, :number, number:]
+    angle = torch.linalg.vector_norm(coupling, dim=-1) / leading
+    # Not larger, which 0 / 0 is not either.
+    alone = (angle <= _SMALL_ANGLE / size**0.25) & (leading > torch.linalg.matrix_norm(rest)[:, None])
+    taken = coupling.where(alone[..., None], 0)
+    rest.baddbmm_((taken / leading.where(alone, 1)[..., None]).mH, taken, alpha=-1)
+    kept = coupling - taken
+    grams[:, :number, number:], grams[:, number:, :number] = kept, kept.mH
+    block.zero_()
+    diagonal = block.diagonal(dim1=-2, dim2=-1)
+    diagonal.copy_(leading.where(~alone, 0))
+    bound = torch.linalg.vector_norm(grams.flatten(1), dim=-1)
+    diagonal.add_(alone * bound[:, None])
+    return leading.where(alone, 0), bound
+
+
+def _with_taken(values: Tensor, taken: Tensor) -> Tensor:
+    """Put `(n, k)` eigenvalues that were taken out back into `(n, w)`, for those that took their places."""
+    size = values.shape[-1]
+    left = size - (taken > 0).sum(-1, keepdim=True)
+    low = values.where(torch.arange(size, device=values.device) < left, -torch.inf)
+    # As many of them are no values as there are directions.
+    return torch.cat([low, taken.where(taken > 0, -torch.inf)], -1).sort(-1).values[:, -size:]
 
 
 def _gram(matrices: Tensor, scratch: _Scratch | None = None) -> Tensor:

@@ -17,7 +17,8 @@ __all__ = ["ARMS", "build", "check_combination", "check_config", "check_resumed_
 
 ARMS = ("farms", "full", "off", "monitor", "noise_aware", "placebo")
 SECTIONS = (
-    *("name", "seed", "seeds", "threads", "ckpt_path", "arms", "arm", "lr", "farms", "task"),
+    *("name", "seed", "seeds", "threads", "measuring_threads", "ckpt_path"),
+    *("arms", "arm", "lr", "farms", "task"),
     *("data", "model", "optimizer", "scheduler", "callbacks", "logger", "trainer", "paths"),
 )
 

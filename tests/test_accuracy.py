@@ -373,6 +373,20 @@ def test_every_case_fit_and_option(case: str, options: dict) -> None:
     assert_accurate(report, spectra(case, *_shape_of(options)), **_fit_of(options))
 
 
+@pytest.mark.parametrize(
+    "options", [options for options in OPTIONS if options.get("fit", "median") == "median"], ids=str
+)
+@pytest.mark.parametrize("case", MAKERS)
+def test_deflated_windows(case: str, options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of sizes that are too small for it to pay, where fewer directions are left."""
+    monkeypatch.setattr("farms_tb.samples._SINGLE_SIZE", 2)
+    monkeypatch.setattr("farms_tb.samples._DEFLATED_SIZE", 2)
+    report = analyze(net(case), **options)
+    assert_accurate(report, spectra(case, *_shape_of(options)), **_fit_of(options))
+    deflated = [record for record in report.layers.values() if record.solver == "cpu float32 deflated"]
+    assert deflated or case == "scales" or options != OPTIONS[0], "nothing was deflated"
+
+
 def _shape_of(options: dict) -> tuple[str, float]:
     return options.get("esd", "farms"), options.get("aspect_ratio", 1.0)
 

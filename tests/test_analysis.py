@@ -698,7 +698,7 @@ class TestHistogram:
     def test_changes_no_figure(self):
         # Not even where a solver in single precision would do for alpha alone.
         model = nn.Sequential(
-            nn.Linear(60, 60), nn.Conv2d(9, 12, 3), linear(torch.randn(40, 9) @ torch.randn(9, 30))
+            nn.Linear(70, 70), nn.Conv2d(9, 12, 3), linear(torch.randn(40, 9) @ torch.randn(9, 30))
         )
         plain, counted = analyze(model), analyze(model, histogram=True)
         assert {record.solver for record in plain.layers.values()} > {"cpu float32"}

@@ -151,6 +151,7 @@ OTHER_OPTIONS: dict[str, Any] = {
     "precision": "float64",
     "solver": "torch",
     "memory_mb": 64,
+    "threads": 3,
 }
 
 

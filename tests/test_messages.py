@@ -203,10 +203,10 @@ def fails_on_one_rank(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def out_of_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gram = spectra._gram
 
-    def gram_of_one(matrices: torch.Tensor) -> torch.Tensor:
+    def gram_of_one(matrices: torch.Tensor, *rest: object) -> torch.Tensor:
         if len(matrices) > 1:
             raise torch.OutOfMemoryError
-        return gram(matrices)
+        return gram(matrices, *rest)
 
     monkeypatch.setattr(spectra, "_gram", gram_of_one)
     analyze(nn.Conv2d(9, 9, 3))

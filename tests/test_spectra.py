@@ -214,6 +214,65 @@ class TestSinglePrecision:
         assert torch.equal(found, solved(matrices, route="float32"))
 
 
+def spectra_with_large_values():
+    """Singular values far above the others: distinct, equal, more than are looked at, close to the rest."""
+    rest = torch.linspace(0.5, 1, 64, dtype=torch.float64)
+    above = {
+        "one": [3e3],
+        "distinct": [30, 100, 300, 1e3, 3e3],
+        "equal": [1e3] * 4,
+        "nearly_equal": [1000, 1000.1, 1000.2, 1000.3],
+        "sixteen": [1e3 + i for i in range(16)],
+        "thirty": [1e3] * 30,
+        "steps": [2.0**i for i in range(12)],
+    }
+    return {name: torch.cat([rest, torch.tensor(values, dtype=torch.float64)]) for name, values in above.items()}
+
+
+class TestDeflation:
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+    @pytest.mark.parametrize("rows", [0, 150])
+    @pytest.mark.parametrize("name", spectra_with_large_values())
+    def test_small_eigenvalues_beside_large_ones(self, name, rows, dtype):
+        singular = spectra_with_large_values()[name]
+        matrices = torch.stack(
+            [with_singular_values(singular, len(singular) + rows, dtype=dtype) for _ in range(3)]
+        ).to(torch.complex64 if dtype.is_complex else torch.float32)
+        exact = solved(matrices)
+        for view in (matrices, matrices.mT):
+            (deflated,) = window_eigenvalues([Wanted(view, "deflated")])
+            errors = [(found - exact).abs() / exact for found in (deflated.values, solved(view, "float32"))]
+            worst, before = (float(error.max()) for error in errors)
+            if name == "thirty":
+                assert (deflated.scale > 1e6).all()  # which says that it did not help
+            else:
+                assert worst < 2e-4 < before
+                assert (deflated.scale < 1e3 if name != "steps" else deflated.scale < 1e5).all()
+
+    def test_errors_are_some_roundoffs_of_the_scale(self):
+        for slope in (1.0, 2.0, 3.0):
+            law = torch.arange(1, 201, dtype=torch.float64) ** -slope
+            matrices = torch.stack([with_singular_values(law) for _ in range(3)]).float()
+            exact = solved(matrices)
+            (found,) = window_eigenvalues([Wanted(matrices, "deflated")])
+            rounding = torch.maximum(found.scale[:, None], (exact[:, -1:] * exact).sqrt())
+            errors = (found.values - exact).abs() / (6 / 200**0.5 * rounding + 64 * exact)
+            assert 0 < errors[found.values > 0].max() < SINGLE_ROUNDOFF
+            assert (exact[found.values == 0] < 1e-5 * float(found.scale.max())).all()
+            assert (found.scale < exact[:, -1]).all()
+
+    @pytest.mark.parametrize("rank", [0, 1, 10, 16, 17, 100])
+    def test_lower_rank(self, rank):
+        matrices = torch.randn(3, 300, rank) @ torch.randn(3, rank, 120)
+        found, exact = solved(matrices, "deflated"), solved(matrices.double())
+        assert (found[:, : 120 - rank] <= 1e-12 * found[:, -1:]).all()
+        torch.testing.assert_close(found[:, 120 - rank :], exact[:, 120 - rank :], rtol=1e-4, atol=0)
+
+    def test_smaller_than_the_number_of_directions(self):
+        matrices = torch.randn(4, 9, 5)
+        torch.testing.assert_close(solved(matrices, "deflated"), solved(matrices), rtol=1e-5, atol=0)
+
+
 class TestSolverThatDoesNotConverge:
     """No matrix is known that defeats LAPACK: its functions are made to fail."""
 
