@@ -30,6 +30,7 @@ from farms_tb.spectra import (
     window_eigenvalues,
 )
 from farms_tb.standard_error import parts_of_windows
+from farms_tb.threads import map_on_threads
 from farms_tb.windows import Windows, layer_windows
 
 ZERO_CUTOFF = 1e-5
@@ -147,8 +148,16 @@ class Samples:
 def make_jobs(stacks: Sequence[MatrixStack], options: SpectralOptions) -> list[Job | Tensor]:
     """Return what is to be solved for each layer, or at once the row of a layer that has nothing to solve."""
     with_values = [replace(s, matrices=_solvable(s.matrices)) for s in stacks if not s.matrices.is_meta]
-    largest = map(float, to_cpu([_largest(stack.matrices) for stack in with_values]))
-    solvable = iter(with_values)
+    sizes = [stack.matrices.nbytes for stack in with_values]
+    # No more than half of the memory: windows need some, too.
+    pack = _packed if 2 * sum(sizes) <= options.memory_mb * 2**20 else lambda matrices: matrices
+
+    def prepare(stack: MatrixStack) -> tuple[MatrixStack, Tensor]:
+        return replace(stack, matrices=pack(stack.matrices)), _largest(stack.matrices)
+
+    prepared = map_on_threads(prepare, with_values, sizes, sum(sizes))
+    largest = map(float, to_cpu([largest for _, largest in prepared]))
+    solvable = iter([stack for stack, _ in prepared])
     return [
         _plan(stack, options) if stack.matrices.is_meta else _job(next(solvable), next(largest), options)
         for stack in stacks
@@ -165,6 +174,20 @@ def _solvable(matrices: Tensor) -> Tensor:
     # Detached, as a rule may forget to and threads do not inherit `no_grad`: eigenvectors would be computed too.
     matrices = matrices.detach().to(solver_device(matrices.device))
     return matrices.float() if matrices.element_size() == 1 else matrices
+
+
+def _packed(matrices: Tensor) -> Tensor:
+    """Return the matrices with their rows or columns whole in memory: windows are read from there many times.
+
+    In a convolution's weight the entries of a matrix lie as far apart as there are kernel positions.
+    """
+    if matrices.device.type != "cpu" or 1 in matrices.stride()[1:] or matrices.stride(0) != 1:
+        return matrices
+    by_rows = matrices.stride(1) >= matrices.stride(2)
+    ordered = matrices if by_rows else matrices.mT
+    # In two dimensions torch transposes block by block, which is several times as fast.
+    packed = ordered.permute(1, 2, 0).flatten(0, 1).t().contiguous().view(ordered.shape)
+    return packed if by_rows else packed.mT
 
 
 def _largest(matrices: Tensor) -> Tensor:
@@ -204,12 +227,17 @@ def _job(stack: MatrixStack, largest: float, options: SpectralOptions) -> Job | 
     deflatable = (
         route == _FLOAT32
         and stack.matrices.device.type == "cpu"
-        and min(windows.view.shape[-2:]) >= _DEFLATED_SIZE
+        and _is_large(windows)
         and 2.0**-15 < largest < 2.0**15
         and multiplies_in_full(stack.matrices.device)
     )
     routes = torch.full((windows.view.shape[:-2].numel(),), route)
     return Job(stack, windows, parts, exponent, routes, deflatable)
+
+
+def _is_large(windows: Windows) -> bool:
+    """Tell whether deflating windows takes less time than solving them in double precision."""
+    return min(windows.view.shape[-2:]) >= _DEFLATED_SIZE
 
 
 def _safe_exponent(dtype: torch.dtype, largest: float) -> int:
@@ -292,7 +320,7 @@ def _choose_routes(jobs: Sequence[Job], options: SpectralOptions) -> None:
             scale = largest if route == _FLOAT32 else pilot.scale
             if _shift(scale, largest, xmin, fits.alpha, job.size, _ROUNDOFF[route]) <= _TOLERANCE:
                 job.routes.fill_(route)
-                job.routes[0], job.pilot = way, pilot
+                job.pilot = pilot
                 break
         else:
             job.routes.fill_(_FLOAT64)
@@ -351,7 +379,17 @@ def _solve_again(again: Sequence[tuple[Job, Tensor]], options: SpectralOptions) 
 
 
 def _with_parts(jobs: Sequence[Job]) -> list[tuple[Job, Wanted]]:
-    return [(job, Wanted(job.parts.view, ROUTES[job.route])) for job in jobs if job.parts is not None]
+    """Return what is solved for the standard error; of parts too small to be deflated in double precision."""
+    return [
+        (
+            job,
+            Wanted(
+                job.parts.view, ROUTES[job.route if job.route != _DEFLATED or _is_large(job.parts) else _FLOAT64]
+            ),
+        )
+        for job in jobs
+        if job.parts is not None
+    ]
 
 
 def _keep_parts(with_parts: Sequence[tuple[Job, Wanted]], found: Sequence[Eigenvalues]) -> None:
@@ -415,8 +453,9 @@ def _uncertain(samples: Samples, options: SpectralOptions) -> Tensor:
     # Not larger, which NaN is not either.
     uncertain = ~(_shift(scale, largest, xmin, alpha, by_window.shape[-1], roundoff) <= _TOLERANCE)
     if options.fit == "median":
-        own_xmin = by_window[..., int(by_window.shape[-1] / options.xmin_pos)]
-        moved = _ROUNDOFFS * roundoff * _rounding(scale, largest, own_xmin) + _UNDERFLOW
+        size = by_window.shape[-1]
+        own_xmin = by_window[..., int(size / options.xmin_pos)]
+        moved = _ROUNDOFFS / size**0.5 * roundoff * _rounding(scale, largest, own_xmin) + _UNDERFLOW
         # Only in single precision: what double precision cannot tell from 0 either is most likely 0.
         uncertain |= ~(moved < _TOLERANCE_OF_ERROR * own_xmin) & (routes < _FLOAT64)
     cutoffs = []

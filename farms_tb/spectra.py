@@ -50,9 +50,9 @@ _DIRECTIONS, _ITERATIONS = 16, 4
 _SMALL_ANGLE = (6 * 2.0**-24) ** 0.5
 
 # Work on the windows of one chunk (`_Chunk.work`): a few milliseconds, so that threads finish together.
-_CHUNK_WORK = 6 * 10**6
+_CHUNK_WORK = 16 * 10**7
 # Chunks of less are solved together, and at least as much is handed to a thread at a time.
-_BUNDLE_WORK = 3 * 10**6
+_BUNDLE_WORK = 2 * 10**7
 
 # Below this fraction of the largest eigenvalue the Gram matrix in double precision gives fewer than five digits.
 _GRAM_LIMIT = 1e-10
@@ -144,8 +144,8 @@ class _Chunk:
 
     @property
     def work(self) -> int:
-        """What solving takes, in proportion to time: of small matrices solvers do less at a time."""
-        return len(self.index) * self.small**2 * (self.small + 64)
+        """What solving takes, about in proportion to time: of small matrices solvers do less at a time."""
+        return len(self.index) * self.small**2 * (self.small + 512)
 
     @property
     def size(self) -> int:
@@ -155,7 +155,7 @@ class _Chunk:
         return len(self.index) * (copies * height * width + 2 * self.small**2) * self.dtype.itemsize
 
     def windows(self, scratch: _Scratch) -> Tensor:
-        """Return the windows `(n, h, w)`, in memory for themselves however much they overlap in the weight."""
+        """Return the windows `(n, h, w)`, to be read: copies, or a single large window itself."""
         shape = self.view.shape[-2:]
         index = self.index.to(self.view.device)
         places = []
@@ -165,9 +165,12 @@ class _Chunk:
         places.reverse()
         if self.view.device.type != "cpu" or shape.numel() < _LARGE_WINDOW:
             return self.view[tuple(places)].to(self.dtype)
-        windows = scratch.take("windows", (len(self.index), *shape), self.dtype)
-        for window, place in zip(windows, torch.stack(places, -1).tolist(), strict=True):
-            window.copy_(self.view[tuple(place)])
+        chosen = [self.view[tuple(place)] for place in torch.stack(places, -1).tolist()]
+        if len(chosen) == 1 and chosen[0].dtype == self.dtype and 1 in chosen[0].stride():
+            return chosen[0][None]
+        windows = scratch.take("windows", (len(chosen), *shape), self.dtype)
+        for window, original in zip(windows, chosen, strict=True):
+            window.copy_(original)
         return windows
 
 
@@ -404,23 +407,23 @@ def _deflate(grams: Tensor) -> tuple[Tensor, Tensor]:
     size = grams.shape[-1]
     number = min(_DIRECTIONS, size)
     block, rest = grams[:, :number, :number], grams[:, number:, number:]
-    double = torch.complex128 if grams.is_complex() else torch.float64
-    leading, basis = torch.linalg.eigh(block.to(double))
+    leading, basis = torch.linalg.eigh(block.to(torch.complex128 if grams.is_complex() else torch.float64))
     leading = leading.clamp_min(0).to(grams.real.dtype)
     coupling = basis.to(grams.dtype).mH @ grams[:, :number, number:]
-    angle = torch.linalg.vector_norm(coupling, dim=-1) / leading
+    grams[:, :number] = 0
+    grams[:, number:, :number] = 0
+    norm_of_rest = torch.linalg.vector_norm(grams.flatten(1), dim=-1)
+    lengths = torch.linalg.vector_norm(coupling, dim=-1)
     # Not larger, which 0 / 0 is not either.
-    alone = (angle <= _SMALL_ANGLE / size**0.25) & (leading > torch.linalg.matrix_norm(rest)[:, None])
-    taken = coupling.where(alone[..., None], 0)
+    alone = (lengths / leading <= _SMALL_ANGLE / size**0.25) & (leading > norm_of_rest[:, None])
+    taken = coupling * alone[..., None]
     rest.baddbmm_((taken / leading.where(alone, 1)[..., None]).mH, taken, alpha=-1)
-    kept = coupling - taken
-    grams[:, :number, number:], grams[:, number:, :number] = kept, kept.mH
-    block.zero_()
-    diagonal = block.diagonal(dim1=-2, dim2=-1)
-    diagonal.copy_(leading.where(~alone, 0))
-    bound = torch.linalg.vector_norm(grams.flatten(1), dim=-1)
-    diagonal.add_(alone * bound[:, None])
-    return leading.where(alone, 0), bound
+    # Solvers read the lower triangle.
+    grams[:, number:, :number] = (coupling - taken).mH
+    staying = torch.where(alone, 0, leading.square() + 2 * lengths.square()).sum(-1)
+    bound = (norm_of_rest.square() + staying).sqrt()
+    block.diagonal(dim1=-2, dim2=-1).copy_(bound[:, None].where(alone, leading))
+    return leading * alone, bound
 
 
 def _with_taken(values: Tensor, taken: Tensor) -> Tensor:

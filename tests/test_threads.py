@@ -97,7 +97,7 @@ def test_memory_is_shared(four_threads, memory):
 
 @pytest.mark.parametrize("route", ROUTES)
 def test_threads_change_no_eigenvalue(four_threads, route, monkeypatch):
-    monkeypatch.setattr(spectra, "_CHUNK_WORK", 3 * 20**3)
+    monkeypatch.setattr(spectra, "_CHUNK_WORK", 3 * 20**2 * 532)
     wanted = [Wanted(torch.randn(number, 30, size), route) for number, size in ((50, 20), (3, 30), (7, 25))]
     shared = window_eigenvalues(wanted)
     torch.set_num_threads(1)
