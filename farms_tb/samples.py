@@ -21,6 +21,7 @@ from farms_tb.power_law import PowerLawFit, fit_power_law
 from farms_tb.rows import NO_WINDOW, NON_FINITE, TOO_FEW, WITHOUT_VALUES, ZERO, make_row
 from farms_tb.spectra import (
     FLOOR,
+    LARGE_WINDOW,
     ROUNDOFF,
     ROUTES,
     Eigenvalues,
@@ -181,7 +182,8 @@ def _packed(matrices: Tensor) -> Tensor:
 
     In a convolution's weight the entries of a matrix lie as far apart as there are kernel positions.
     """
-    if matrices.device.type != "cpu" or 1 in matrices.stride()[1:] or matrices.stride(0) != 1:
+    small = matrices.shape[1:].numel() < LARGE_WINDOW
+    if small or matrices.device.type != "cpu" or 1 in matrices.stride()[1:] or matrices.stride(0) != 1:
         return matrices
     by_rows = matrices.stride(1) >= matrices.stride(2)
     ordered = matrices if by_rows else matrices.mT
@@ -426,8 +428,8 @@ def _sorted(values: Tensor) -> Tensor:
 
 
 def _repeated(of_layers: Sequence[Tensor | float], numbers: Sequence[int]) -> Tensor:
-    each = torch.tensor([float(of_layer) for of_layer in of_layers], dtype=torch.float64)
-    return each.repeat_interleave(torch.tensor(numbers))
+    each = [[float(of_layer)] * number for of_layer, number in zip(of_layers, numbers, strict=True)]
+    return torch.tensor([value for of_layer in each for value in of_layer], dtype=torch.float64)
 
 
 def _rounding(scale: Tensor, largest: Tensor, at: Tensor) -> Tensor:

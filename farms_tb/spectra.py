@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from threading import local
 from typing import Any, Literal, NamedTuple
 
@@ -57,8 +57,8 @@ _BUNDLE_WORK = 2 * 10**7
 # Below this fraction of the largest eigenvalue the Gram matrix in double precision gives fewer than five digits.
 _GRAM_LIMIT = 1e-10
 
-# Entries from which windows are copied one by one, into memory that is used again: fresh memory costs more then.
-_LARGE_WINDOW = 128 * 128
+LARGE_WINDOW = 128 * 128
+"""Entries from which windows are copied one by one, into memory that is used again: fresh memory costs more."""
 
 
 class Wanted(NamedTuple):
@@ -129,7 +129,7 @@ class _Chunk:
     def device(self) -> torch.device:
         return self.view.device
 
-    @property
+    @cached_property
     def dtype(self) -> torch.dtype:
         """Type that they are solved in."""
         single = ROUNDOFF[self.route] == ROUNDOFF["float32"]
@@ -137,17 +137,17 @@ class _Chunk:
             return torch.complex64 if single else torch.complex128
         return torch.float32 if single else torch.float64
 
-    @property
+    @cached_property
     def small(self) -> int:
         """Rows of the Gram matrices."""
         return min(self.view.shape[-2:])
 
-    @property
+    @cached_property
     def work(self) -> int:
         """What solving takes, about in proportion to time: of small matrices solvers do less at a time."""
         return len(self.index) * self.small**2 * (self.small + 512)
 
-    @property
+    @cached_property
     def size(self) -> int:
         """Bytes that solving it takes: the windows, their Gram matrices, and a solver's copy of these."""
         height, width = self.view.shape[-2:]
@@ -163,7 +163,7 @@ class _Chunk:
             places.append(index % length)
             index = index // length
         places.reverse()
-        if self.view.device.type != "cpu" or shape.numel() < _LARGE_WINDOW:
+        if self.view.device.type != "cpu" or shape.numel() < LARGE_WINDOW:
             return self.view[tuple(places)].to(self.dtype)
         chosen = [self.view[tuple(place)] for place in torch.stack(places, -1).tolist()]
         if len(chosen) == 1 and chosen[0].dtype == self.dtype and 1 in chosen[0].stride():

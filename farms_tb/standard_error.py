@@ -7,7 +7,6 @@ overlapping windows; for the two search fits, whose tail may jump elsewhere, it 
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from farms_tb.options import SpectralOptions
@@ -82,10 +81,10 @@ def independent_windows(windows: Windows, entries: int) -> float:
 def _quarters(windows: Windows) -> Windows:
     """Cut the first window of each sample in four: `(S, 2, 2, h // 2, w // 2)`."""
     view = windows.view
-    lead, (height, width) = view.shape[:-2], view.shape[-2:]
-    number = lead.numel() // windows.samples
-    first = torch.arange(windows.samples, device=view.device) * number
-    quarters = view[torch.unravel_index(first, lead)]
+    height, width = view.shape[-2:]
+    quarters = view[: windows.samples]
+    while quarters.ndim > 3:
+        quarters = quarters[:, 0]
     for dim, length in ((1, height // 2), (2, width // 2)):
         quarters = quarters.unfold(dim, length, length).narrow(dim, 0, 2)
     return Windows(quarters, windows.samples)

@@ -6,8 +6,9 @@ torch's threads go on waiting for some milliseconds after each operation and tak
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from threading import Condition, local
 from typing import TypeVar
@@ -19,10 +20,10 @@ Result = TypeVar("Result")
 
 
 class _Held(local):
-    """The threads that share work with this one, inside of `one_thread`."""
+    """Inside of `one_thread`: how many threads work, and those of them that help this one."""
 
-    pool: ThreadPoolExecutor | None = None
-    inside = False
+    number = 0
+    helpers: ThreadPoolExecutor | None = None
 
 
 _held = _Held()
@@ -37,18 +38,20 @@ def one_thread(threads: int | None = None) -> Iterator[None]:
     """
     before = torch.get_num_threads()
     number = threads or before
-    outer = _held.inside, _held.pool
-    # Threads are started when there is work for them.
-    pool = ThreadPoolExecutor(number, initializer=torch.set_num_threads, initargs=(1,)) if number > 1 else None
-    _held.inside, _held.pool = True, pool
+    outer = _held.number, _held.helpers
+    helpers = None
+    if number > 1:
+        # They are started when there is work for them.
+        helpers = ThreadPoolExecutor(number - 1, initializer=torch.set_num_threads, initargs=(1,))
+    _held.number, _held.helpers = number, helpers
     if before > 1:
         torch.set_num_threads(1)
     try:
         yield
     finally:
-        _held.inside, _held.pool = outer
-        if pool is not None:
-            pool.shutdown()
+        _held.number, _held.helpers = outer
+        if helpers is not None:
+            helpers.shutdown()
         # A thread that sets its number sets it for every thread started later, too.
         if before > 1 or number > 1:
             torch.set_num_threads(before)
@@ -57,7 +60,9 @@ def one_thread(threads: int | None = None) -> Iterator[None]:
 def map_on_threads(
     function: Callable[[Item], Result], items: Sequence[Item], sizes: Sequence[int], memory: int
 ) -> list[Result]:
-    """Call a function for each item, on as many threads as `one_thread` allows, begun in their order.
+    """Call a function for each item, on as many threads as `one_thread` allows, this one among them.
+
+    The items are begun in their order. Where one fails no further ones are.
 
     Within the function torch is held to one thread, so that results don't depend on their number. Where torch is
     held to one anyway, as in loader workers, so is this.
@@ -71,18 +76,38 @@ def map_on_threads(
     Returns:
         The results, in the order of the items.
     """
-    if not _held.inside:
+    if not _held.number:
         with one_thread():
             return map_on_threads(function, items, sizes, memory)
-    if _held.pool is None or len(items) < 2:
+    if _held.helpers is None or len(items) < 2:
         return [function(item) for item in items]
     room = _Room(memory)
+    todo = deque(range(len(items)))
+    results: dict[int, Result] = {}
 
-    def work(item: Item, size: int) -> Result:
-        with room.taken(size):
-            return function(item)
+    def take() -> int | None:
+        try:
+            return todo.popleft()
+        except IndexError:
+            return None
 
-    return list(_held.pool.map(work, items, sizes))
+    def work() -> None:
+        for place in iter(take, None):
+            try:
+                with room.taken(sizes[place]):
+                    results[place] = function(items[place])
+            except BaseException:
+                todo.clear()
+                raise
+
+    helping = [_held.helpers.submit(work) for _ in range(min(_held.number, len(items)) - 1)]
+    try:
+        work()
+    finally:
+        wait(helping)
+    for helper in helping:
+        helper.result()
+    return [results[place] for place in range(len(items))]
 
 
 class _Room:

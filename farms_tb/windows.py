@@ -21,8 +21,8 @@ class Windows(NamedTuple):
 
     Attributes:
         view: `(*lead, h, w)`, a view of the weight: prod(lead) windows of h rows and w columns.
-        samples: how many samples the windows form. The windows, in order of `lead`, are `samples` runs of
-            equal length; the eigenvalues of a run are pooled.
+        samples: how many samples the windows form, 1 or as many as the first dimension is long. The windows, in
+            order of `lead`, are `samples` runs of equal length; the eigenvalues of a run are pooled.
     """
 
     view: Tensor
