@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -635,7 +635,8 @@ def _norm_owners(
 def _plain_records(report: Report | None) -> dict[str, dict[str, Any]]:
     records = {} if report is None else report.layers
     return {
-        name: {**asdict(replace(record, histogram=None)), "shape": list(record.shape)}
+        # Not `asdict`, which takes a hundred times as long, at every checkpoint.
+        name: {**vars(record), "histogram": None, "shape": list(record.shape)}
         for name, record in records.items()
     }
 

@@ -52,7 +52,8 @@ class LayerRecord:
         kind: `"real"` or `"spectral"` (complex) weights; empty where there is no stack.
         shape: (K, R, C) of the stack of matrices; empty where there is none.
         solver: what solved for the eigenvalues, `"cpu"`, `"torch"` or `"cupy"`, and in which precision: `float32`,
-            `float64`, or `float64 svd` where some window needed its singular values directly.
+            `float32 deflated` where some window was without its largest directions, `float64`, or `float64 svd`
+            where some window needed its singular values directly.
         histogram: the ESD of all samples together, where asked for.
     """
 

@@ -25,6 +25,7 @@ from farms_tb.spectra import (
     ROUNDOFF,
     ROUTES,
     Eigenvalues,
+    Route,
     Wanted,
     multiplies_in_full,
     to_cpu,
@@ -73,7 +74,6 @@ class Job:
         exponent: so that squares neither overflow nor vanish in float64.
         routes: `(W,)` int64, how each window is solved, as a position in `ROUTES`.
         deflatable: whether single precision may be tried once more, without the largest directions.
-        pilot: the first window, if it was solved before the others.
         solved: all windows.
         of_parts: eigenvalues of `parts`, `(S, 4, v)`.
         counted: the eigenvalues `(S, N)` that a histogram counts, where they are not those that are fitted.
@@ -85,7 +85,6 @@ class Job:
     exponent: int
     routes: Tensor
     deflatable: bool
-    pilot: Eigenvalues | None = None
     solved: Eigenvalues = field(init=False)
     of_parts: Tensor | None = None
     counted: Tensor | None = None
@@ -156,7 +155,7 @@ def make_jobs(stacks: Sequence[MatrixStack], options: SpectralOptions) -> list[J
     def prepare(stack: MatrixStack) -> tuple[MatrixStack, Tensor]:
         return replace(stack, matrices=pack(stack.matrices)), _largest(stack.matrices)
 
-    prepared = map_on_threads(prepare, with_values, sizes, sum(sizes))
+    prepared = map_on_threads(prepare, with_values)
     largest = map(float, to_cpu([largest for _, largest in prepared]))
     solvable = iter([stack for stack, _ in prepared])
     return [
@@ -262,7 +261,6 @@ def _first_route(windows: Tensor, largest: float, options: SpectralOptions) -> i
 
 def solve(jobs: Sequence[Job], options: SpectralOptions) -> list[Samples]:
     """Solve all windows of all layers, each by the route that it needs, and pool and fit the eigenvalues."""
-    _choose_routes(jobs, options)
     _solve_all(jobs, options)
     done = []
     while jobs:
@@ -303,32 +301,40 @@ def first_counted(eigenvalues: Tensor, factor: Tensor, options: SpectralOptions)
     return first
 
 
-def _choose_routes(jobs: Sequence[Job], options: SpectralOptions) -> None:
-    """Solve one window of each larger layer in single precision, which tells by which route the others go."""
-    for job in jobs:
-        if job.deflatable and not _needs_pilot(job):
+def _solve_all(jobs: Sequence[Job], options: SpectralOptions) -> None:
+    """Solve all windows, by the routes that they are likely to need."""
+    wanted = [_wanted(job, options) for job in jobs]
+    with_parts = _with_parts(jobs)
+    found = _eigenvalues(wanted + [part for _, part in with_parts], options)
+    for job, solved in zip(jobs, found[: len(jobs)], strict=True):
+        job.solved = solved
+    _keep_parts(with_parts, found[len(jobs) :])
+
+
+def _wanted(job: Job, options: SpectralOptions) -> Wanted:
+    """Return the windows of a layer; of a larger one, one goes ahead and tells by which route the others go."""
+    if job.route != _FLOAT32 or not _has_pilot(job):
+        if job.deflatable:
             job.routes.fill_(_DEFLATED)
-    tried = [job for job in jobs if job.route == _FLOAT32 and _needs_pilot(job)]
-    ways = [_DEFLATED if job.deflatable else _FLOAT32 for job in tried]
-    first = torch.zeros(1, dtype=torch.int64)
-    found = _eigenvalues(
-        [Wanted(job.windows.view, ROUTES[way], first) for job, way in zip(tried, ways, strict=True)], options
-    )
-    for (job, way), pilot in zip(zip(tried, ways, strict=True), found, strict=True):
+        return Wanted(job.windows.view, ROUTES[job.route])
+    way = _DEFLATED if job.deflatable else _FLOAT32
+
+    def choose(pilot: Eigenvalues) -> Route:
         # The window stands for its sample.
         fits, xmin = _fit_alone(pilot.values, job, options)
         largest = pilot.values[:, -1]
-        for route in range(_FLOAT32, way + 1):
+        chosen = _FLOAT64
+        for route in range(way, _FLOAT32 - 1, -1):
             scale = largest if route == _FLOAT32 else pilot.scale
             if _shift(scale, largest, xmin, fits.alpha, job.size, _ROUNDOFF[route]) <= _TOLERANCE:
-                job.routes.fill_(route)
-                job.pilot = pilot
-                break
-        else:
-            job.routes.fill_(_FLOAT64)
+                chosen = route
+        job.routes.fill_(chosen)
+        return ROUTES[chosen]
+
+    return Wanted(job.windows.view, ROUTES[way], choose=choose)
 
 
-def _needs_pilot(job: Job) -> bool:
+def _has_pilot(job: Job) -> bool:
     return len(job.routes) >= _PILOT and len(job.routes) * job.size**3 >= _PILOT_WORK
 
 
@@ -338,27 +344,6 @@ def _fit_alone(eigenvalues: Tensor, job: Job, options: SpectralOptions) -> tuple
     scaled = eigenvalues * job.stack.eigenvalue_scale
     fits = fit_power_law(scaled, options.fit, options.xmin_pos, first, distance=False)
     return fits, eigenvalues.gather(-1, fits.tail_start[:, None])[:, 0]
-
-
-def _solve_all(jobs: Sequence[Job], options: SpectralOptions) -> None:
-    """Solve all windows but those that were solved before, by their routes."""
-    wanted = []
-    for job in jobs:
-        rest = None if job.pilot is None else torch.arange(1, len(job.routes))
-        wanted.append(Wanted(job.windows.view, ROUTES[int(job.routes[-1])], rest))
-    with_parts = _with_parts(jobs)
-    found = _eigenvalues(wanted + [part for _, part in with_parts], options)
-    for job, solved in zip(jobs, found[: len(jobs)], strict=True):
-        job.solved = solved if job.pilot is None else _joined(job.pilot, solved)
-    _keep_parts(with_parts, found[len(jobs) :])
-
-
-def _joined(one: Eigenvalues, other: Eigenvalues) -> Eigenvalues:
-    return Eigenvalues(
-        torch.cat([one.values, other.values]),
-        torch.cat([one.scale, other.scale]),
-        one.directly or other.directly,
-    )
 
 
 def _solve_again(again: Sequence[tuple[Job, Tensor]], options: SpectralOptions) -> None:
@@ -381,17 +366,13 @@ def _solve_again(again: Sequence[tuple[Job, Tensor]], options: SpectralOptions) 
 
 
 def _with_parts(jobs: Sequence[Job]) -> list[tuple[Job, Wanted]]:
-    """Return what is solved for the standard error; of parts too small to be deflated in double precision."""
-    return [
-        (
-            job,
-            Wanted(
-                job.parts.view, ROUTES[job.route if job.route != _DEFLATED or _is_large(job.parts) else _FLOAT64]
-            ),
-        )
-        for job in jobs
-        if job.parts is not None
-    ]
+    """Return what is solved for the standard error, by the route of the windows where it is known and fit."""
+
+    def route(job: Job, parts: Windows) -> int:
+        unknown = job.route == _FLOAT32 and _has_pilot(job)
+        return _FLOAT64 if unknown or (job.route == _DEFLATED and not _is_large(parts)) else job.route
+
+    return [(job, Wanted(job.parts.view, ROUTES[route(job, job.parts)])) for job in jobs if job.parts is not None]
 
 
 def _keep_parts(with_parts: Sequence[tuple[Job, Wanted]], found: Sequence[Eigenvalues]) -> None:

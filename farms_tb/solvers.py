@@ -150,7 +150,7 @@ def _cupy(matrices: Tensor) -> Tensor:
 def _cpu(matrices: Tensor) -> Tensor:
     host = matrices.cpu()
     parts = torch.split(host, max(1, _CPU_WORK // host.shape[-1] ** 3))
-    values = map_on_threads(_torch, parts, [0] * len(parts), 0)
+    values = map_on_threads(_torch, parts)
     return torch.cat(values).to(matrices.device)
 
 

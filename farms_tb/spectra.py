@@ -15,7 +15,7 @@ there are four routes, each slower and more accurate than the one before:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from threading import local
@@ -27,7 +27,7 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from farms_tb.options import Solver
 from farms_tb.solvers import symmetric_eigenvalues
-from farms_tb.threads import map_on_threads
+from farms_tb.threads import Task, work_on_threads
 from farms_tb.warning import warn_once
 
 Route = Literal["float32", "deflated", "float64", "svd"]
@@ -53,6 +53,8 @@ _SMALL_ANGLE = (6 * 2.0**-24) ** 0.5
 _CHUNK_WORK = 16 * 10**7
 # Chunks of less are solved together, and at least as much is handed to a thread at a time.
 _BUNDLE_WORK = 2 * 10**7
+# How much there has to be for each further thread: a millisecond, as starting one takes time, too.
+_THREAD_WORK = 25 * 10**6
 
 # Below this fraction of the largest eigenvalue the Gram matrix in double precision gives fewer than five digits.
 _GRAM_LIMIT = 1e-10
@@ -68,11 +70,14 @@ class Wanted(NamedTuple):
         view: `(*lead, h, w)`, finite, real or complex. Windows may overlap: they are copied a chunk at a time.
         route: how accurate they have to be, see above. The squares of the entries must be within its range.
         picks: which windows, counted in order of `lead`, int64 on the CPU; None for all.
+        choose: where the first of all windows goes ahead by `route`: takes what was found for it, and returns the
+            route of the others. If that is more accurate, the first window takes it, too.
     """
 
     view: Tensor
     route: Route = "svd"
     picks: Tensor | None = None
+    choose: Callable[[Eigenvalues], Route] | None = None
 
 
 class Eigenvalues(NamedTuple):
@@ -117,6 +122,7 @@ class _Chunk:
         view: `(*lead, h, w)`, all windows of the layer.
         index: `(n,)` int64 on the CPU, which of them.
         route: how they are solved.
+        ahead: whether it is a window that chooses the route of the others.
     """
 
     layer: int
@@ -124,6 +130,7 @@ class _Chunk:
     view: Tensor
     index: Tensor
     route: Route
+    ahead: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -182,6 +189,9 @@ class _Solved(NamedTuple):
     directly: bool
 
 
+_Pair = tuple[_Chunk, _Solved]
+
+
 def window_eigenvalues(
     wanted: Sequence[Wanted], memory: int = 2**29, solver: Solver = "auto"
 ) -> list[Eigenvalues]:
@@ -200,53 +210,92 @@ def window_eigenvalues(
         tensor([[1., 9.]], dtype=torch.float64)
     """
     scratch = _Scratch()
-    batches = list(_batches(wanted, memory))
-    on_cpu = [batch for batch in batches if batch[0].device.type == "cpu"]
-    # The costliest first, so that threads finish together.
-    on_cpu.sort(key=_work, reverse=True)
-    bundles = list(_bundles(on_cpu))
-    sizes = [max(_size(batch) for batch in bundle) for bundle in bundles]
-    solved = map_on_threads(lambda bundle: [_solve(batch, scratch) for batch in bundle], bundles, sizes, memory)
-    parts_of = list(zip(on_cpu, [parts for bundle in solved for parts in bundle], strict=True))
-    parts_of += [(batch, _solve(batch, scratch, solver)) for batch in batches if batch[0].device.type != "cpu"]
-    found: list[list[tuple[int, _Solved]]] = [[] for _ in wanted]
-    for batch, parts in parts_of:
-        for chunk, part in zip(batch, parts, strict=True):
-            found[chunk.layer].append((chunk.place, part))
-    in_order = [[part for _, part in sorted(parts, key=lambda numbered: numbered[0])] for parts in found]
+
+    def solve(batches: Sequence[list[_Chunk]]) -> tuple[list[_Pair], list[_Chunk]]:
+        """Return what was found, and the chunks that follow from it."""
+        pairs = [pair for batch in batches for pair in zip(batch, _solve(batch, scratch, solver), strict=True)]
+        return _with_following(pairs, wanted, memory)
+
+    def solve_task(batches: list[list[_Chunk]]) -> tuple[list[_Pair], list[Task[list[list[_Chunk]]]]]:
+        pairs, following = solve(batches)
+        return pairs, _tasks(following, memory)
+
+    chunks = [chunk for layer, part in enumerate(wanted) for chunk in _first_chunks(layer, part, memory)]
+    on_cpu = _tasks([chunk for chunk in chunks if chunk.device.type == "cpu"], memory)
+    found = [pair for pairs in work_on_threads(solve_task, on_cpu, memory, _THREAD_WORK) for pair in pairs]
+    elsewhere = [chunk for chunk in chunks if chunk.device.type != "cpu"]
+    ahead, following = solve(list(_batches([chunk for chunk in elsewhere if chunk.ahead], memory)))
+    others, _ = solve(list(_batches([chunk for chunk in elsewhere if not chunk.ahead] + following, memory)))
+    return _collected(found + ahead + others, wanted)
+
+
+def _with_following(pairs: list[_Pair], wanted: Sequence[Wanted], memory: int) -> tuple[list[_Pair], list[_Chunk]]:
+    """Let the windows that went ahead choose the route of the others.
+
+    Returns:
+        What counts of what was found, and the chunks of the others.
+    """
+    ahead = [pair for pair in pairs if pair[0].ahead]
+    kept = [pair for pair in pairs if not pair[0].ahead]
+    following: list[_Chunk] = []
+    values, scales = (to_cpu([getattr(part, name) for _, part in ahead]) for name in ("values", "scale"))
+    for (chunk, part), of_values, of_scale in zip(ahead, values, scales, strict=True):
+        choose = wanted[chunk.layer].choose
+        assert choose is not None
+        route = choose(Eigenvalues(of_values, of_scale, part.directly))
+        enough = ROUTES.index(route) <= ROUTES.index(chunk.route)
+        if enough:
+            kept.append((chunk, part))
+        others = torch.arange(int(enough), math.prod(chunk.view.shape[:-2]), device="cpu")
+        following += _chunks(chunk.layer, Wanted(chunk.view, route, others), memory, int(enough))
+    return kept, following
+
+
+def _collected(pairs: Sequence[_Pair], wanted: Sequence[Wanted]) -> list[Eigenvalues]:
+    """Put together what was found for each layer."""
+    of_layers: list[list[_Pair]] = [[] for _ in wanted]
+    for pair in pairs:
+        of_layers[pair[0].layer].append(pair)
+    in_order = [[part for _, part in sorted(found, key=lambda pair: pair[0].place)] for found in of_layers]
     none = torch.empty(0, device="cpu")
     values, scales = (
         to_cpu(
-            [torch.cat([getattr(part, name).flatten() for part in parts]) if parts else none for parts in in_order]
+            [torch.cat([getattr(part, name).flatten() for part in found]) if found else none for found in in_order]
         )
         for name in ("values", "scale")
     )
     return [
-        Eigenvalues(of_layer.view(-1, min(layer.view.shape[-2:])), scale, any(part.directly for part in parts))
-        for of_layer, scale, layer, parts in zip(values, scales, wanted, in_order, strict=True)
+        Eigenvalues(of_layer.view(-1, min(layer.view.shape[-2:])), scale, any(part.directly for part in found))
+        for of_layer, scale, layer, found in zip(values, scales, wanted, in_order, strict=True)
     ]
+
+
+def _tasks(chunks: Sequence[_Chunk], memory: int) -> list[Task[list[list[_Chunk]]]]:
+    """Hand out work on the CPU: windows that go ahead, and batches, of which a thread takes several small ones.
+
+    Switching from one to the other takes time.
+    """
+    tasks = []
+    for chunk in chunks:
+        if chunk.ahead:
+            whole = chunk.work * math.prod(chunk.view.shape[:-2])
+            tasks.append(Task([[chunk]], chunk.size, whole))
+    bundle: list[list[_Chunk]] = []
+    for batch in sorted(_batches([chunk for chunk in chunks if not chunk.ahead], memory), key=_work, reverse=True):
+        bundle.append(batch)
+        if sum(map(_work, bundle)) >= _BUNDLE_WORK:
+            tasks.append(_task(bundle))
+            bundle = []
+    return [*tasks, _task(bundle)] if bundle else tasks
+
+
+def _task(bundle: list[list[_Chunk]]) -> Task[list[list[_Chunk]]]:
+    size = max(sum(chunk.size for chunk in batch) for batch in bundle)
+    return Task(bundle, size, sum(map(_work, bundle)))
 
 
 def _work(batch: Sequence[_Chunk]) -> int:
     return sum(chunk.work for chunk in batch)
-
-
-def _size(batch: Sequence[_Chunk]) -> int:
-    return sum(chunk.size for chunk in batch)
-
-
-def _bundles(batches: Sequence[list[_Chunk]]) -> Iterator[list[list[_Chunk]]]:
-    """Gather small batches, in order, which one thread solves one after the other, as switching takes time."""
-    bundle: list[list[_Chunk]] = []
-    work = 0
-    for batch in batches:
-        bundle.append(batch)
-        work += _work(batch)
-        if work >= _BUNDLE_WORK:
-            yield bundle
-            bundle, work = [], 0
-    if bundle:
-        yield bundle
 
 
 def to_cpu(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -261,8 +310,8 @@ def to_cpu(tensors: Sequence[Tensor]) -> list[Tensor]:
     return copies
 
 
-def _batches(wanted: Sequence[Wanted], memory: int) -> Iterator[list[_Chunk]]:
-    """Cut the layers' windows into chunks, and gather those that are solved at once.
+def _batches(chunks: Sequence[_Chunk], memory: int) -> Iterator[list[_Chunk]]:
+    """Gather the chunks that are solved at once.
 
     Windows of one device, type, route and size of Gram matrices are solved together: on a GPU as many as the
     memory allows, on the CPU few enough for threads to share them.
@@ -270,29 +319,38 @@ def _batches(wanted: Sequence[Wanted], memory: int) -> Iterator[list[_Chunk]]:
     open_batches: dict[tuple[Any, ...], list[_Chunk]] = {}
     room: dict[tuple[Any, ...], int] = {}
     left: dict[tuple[Any, ...], float] = {}
-    for layer, part in enumerate(wanted):
-        for chunk in _chunks(layer, part, memory):
-            key = (chunk.device, chunk.dtype, chunk.route, chunk.small)
-            if key in room and (chunk.size > room[key] or chunk.work > left[key]):
-                yield open_batches.pop(key)
-                del room[key], left[key]
-            open_batches.setdefault(key, []).append(chunk)
-            room[key] = room.get(key, memory) - chunk.size
-            most = _BUNDLE_WORK if chunk.device.type == "cpu" else math.inf
-            left[key] = left.get(key, most) - chunk.work
+    for chunk in chunks:
+        key = (chunk.device, chunk.dtype, chunk.route, chunk.small)
+        if key in room and (chunk.size > room[key] or chunk.work > left[key]):
+            yield open_batches.pop(key)
+            del room[key], left[key]
+        open_batches.setdefault(key, []).append(chunk)
+        room[key] = room.get(key, memory) - chunk.size
+        most = _BUNDLE_WORK if chunk.device.type == "cpu" else math.inf
+        left[key] = left.get(key, most) - chunk.work
     yield from open_batches.values()
 
 
-def _chunks(layer: int, wanted: Wanted, memory: int) -> Iterator[_Chunk]:
-    view, route, picks = wanted
+def _first_chunks(layer: int, wanted: Wanted, memory: int) -> Iterator[_Chunk]:
+    """Cut what is solved at first of a layer: all of it, or the window that goes ahead."""
+    if wanted.choose is None:
+        yield from _chunks(layer, wanted, memory)
+    else:
+        first = torch.zeros(1, dtype=torch.int64, device="cpu")
+        yield _Chunk(layer, 0, wanted.view, first, wanted.route, ahead=True)
+
+
+def _chunks(layer: int, wanted: Wanted, memory: int, first: int = 0) -> Iterator[_Chunk]:
+    """Cut windows of a layer into chunks, the places of which begin with this one."""
+    view, route, picks, _ = wanted
     index = torch.arange(math.prod(view.shape[:-2]), device="cpu") if picks is None else picks
-    whole = _Chunk(layer, 0, view, index, route)
+    whole = _Chunk(layer, first, view, index, route)
     if not len(whole.index):
         return
     number = memory * len(whole.index) // whole.size
     if whole.device.type == "cpu":
         number = min(number, _CHUNK_WORK * len(whole.index) // whole.work)
-    for place, part in enumerate(torch.split(whole.index, max(1, number))):
+    for place, part in enumerate(torch.split(whole.index, max(1, number)), start=first):
         yield replace(whole, place=place, index=part)
 
 

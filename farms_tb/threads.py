@@ -6,12 +6,14 @@ torch's threads go on waiting for some milliseconds after each operation and tak
 
 from __future__ import annotations
 
-from collections import deque
+import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from dataclasses import dataclass
+from heapq import heappop, heappush
 from threading import Condition, local
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import torch
 
@@ -57,57 +59,120 @@ def one_thread(threads: int | None = None) -> Iterator[None]:
             torch.set_num_threads(before)
 
 
-def map_on_threads(
-    function: Callable[[Item], Result], items: Sequence[Item], sizes: Sequence[int], memory: int
-) -> list[Result]:
-    """Call a function for each item, on as many threads as `one_thread` allows, this one among them.
+@dataclass(frozen=True)
+class Task(Generic[Item]):
+    """Something to do.
 
-    The items are begun in their order. Where one fails no further ones are.
+    Attributes:
+        item: what it is done to.
+        size: bytes that it takes while it is worked on.
+        cost: how long it takes, with all that follows from it, in proportion to that of other tasks.
+    """
+
+    item: Item
+    size: int = 0
+    cost: float = 0.0
+
+
+def work_on_threads(
+    function: Callable[[Item], tuple[Result, list[Task[Item]]]],
+    tasks: Sequence[Task[Item]],
+    memory: int,
+    worth_a_thread: float = 0.0,
+) -> list[Result]:
+    """Do tasks, and those that follow from them, on as many threads as `one_thread` allows, this one among them.
 
     Within the function torch is held to one thread, so that results don't depend on their number. Where torch is
     held to one anyway, as in loader workers, so is this.
 
     Args:
-        function: is called for each item.
-        items: what there is to do.
-        sizes: bytes that each item takes while it is worked on.
-        memory: bytes that all items together may take at any time. One that takes more is worked on alone.
+        function: does a task; returns what came out, and the tasks that follow.
+        tasks: what there is to do at first. The costliest are begun first. Where one fails no further ones are.
+        memory: bytes that all together may take at any time. A task that takes more is done alone.
+        worth_a_thread: the cost from which on another thread takes part.
 
     Returns:
-        The results, in the order of the items.
+        What came out of all tasks, in the order in which they were done.
     """
     if not _held.number:
         with one_thread():
-            return map_on_threads(function, items, sizes, memory)
-    if _held.helpers is None or len(items) < 2:
-        return [function(item) for item in items]
+            return work_on_threads(function, tasks, memory, worth_a_thread)
+    todo = _Todo(tasks)
     room = _Room(memory)
-    todo = deque(range(len(items)))
-    results: dict[int, Result] = {}
-
-    def take() -> int | None:
-        try:
-            return todo.popleft()
-        except IndexError:
-            return None
+    results: list[Result] = []
 
     def work() -> None:
-        for place in iter(take, None):
+        for task in todo:
+            following: list[Task[Item]] = []
             try:
-                with room.taken(sizes[place]):
-                    results[place] = function(items[place])
+                with room.taken(task.size):
+                    result, following = function(task.item)
+                results.append(result)
             except BaseException:
-                todo.clear()
+                todo.give_up()
                 raise
+            finally:
+                todo.done(following)
 
-    helping = [_held.helpers.submit(work) for _ in range(min(_held.number, len(items)) - 1)]
+    number = _held.number
+    if worth_a_thread:
+        number = min(number, math.ceil(sum(task.cost for task in tasks) / worth_a_thread))
+    helping = [_held.helpers.submit(work) for _ in range(number - 1)] if _held.helpers is not None else []
     try:
         work()
     finally:
         wait(helping)
     for helper in helping:
         helper.result()
-    return [results[place] for place in range(len(items))]
+    return results
+
+
+def map_on_threads(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    """Call a function for each item, on threads as `work_on_threads` does, begun in their order."""
+
+    def numbered(place: int) -> tuple[tuple[int, Result], list[Task[int]]]:
+        return (place, function(items[place])), []
+
+    tasks = [Task(place, cost=1.0) for place in range(len(items))]
+    return [result for _, result in sorted(work_on_threads(numbered, tasks, 0, 1.0), key=lambda pair: pair[0])]
+
+
+class _Todo(Generic[Item]):
+    """Tasks that threads take, the costliest first, until there are none and nobody is at work on more."""
+
+    def __init__(self, tasks: Sequence[Task[Item]]) -> None:
+        self._number = 0
+        self._heap: list[tuple[float, int, Task[Item]]] = []
+        self._taken = 0
+        self._changed = Condition()
+        self._add(tasks)
+
+    def _add(self, tasks: Sequence[Task[Item]]) -> None:
+        for task in tasks:
+            self._number += 1
+            heappush(self._heap, (-task.cost, self._number, task))
+
+    def __iter__(self) -> Iterator[Task[Item]]:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._heap or not self._taken)
+                if not self._heap:
+                    return
+                *_, task = heappop(self._heap)
+                self._taken += 1
+            yield task
+
+    def done(self, following: Sequence[Task[Item]]) -> None:
+        """Tell that a task that was taken is done, and what follows."""
+        with self._changed:
+            self._add(following)
+            self._taken -= 1
+            self._changed.notify_all()
+
+    def give_up(self) -> None:
+        """Drop the tasks that nobody has taken."""
+        with self._changed:
+            self._heap.clear()
 
 
 class _Room:

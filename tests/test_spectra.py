@@ -101,6 +101,27 @@ def test_picks():
     assert none.values.shape == (0, 3)
 
 
+@pytest.mark.parametrize("choice", ROUTES)
+@pytest.mark.parametrize("route", ROUTES)
+def test_a_window_that_goes_ahead(route, choice):
+    view = torch.randn(3, 7, 20, 20)
+    seen = []
+
+    def choose(pilot):
+        seen.append(pilot)
+        return choice
+
+    chosen, other = window_eigenvalues([Wanted(view, route, choose=choose), Wanted(view[0], choice)])
+    ((pilot, scale, _),) = seen
+    assert torch.equal(pilot, solved(view[:1, :1], route))
+    assert scale.shape == (1,)
+    assert torch.equal(chosen.values[1:], solved(view, choice)[1:])
+    # The more accurate of the two is kept.
+    best = max(route, choice, key=ROUTES.index)
+    assert torch.equal(chosen.values[:1], solved(view[:1, :1], best))
+    assert torch.equal(other.values, solved(view[0], choice))
+
+
 @pytest.mark.parametrize("route", ROUTES)
 def test_layers_of_all_sizes_and_types_together(route):
     dtypes = (torch.float32, torch.complex64, torch.bfloat16)
@@ -373,6 +394,11 @@ def as_on_a_gpu(monkeypatch):
     monkeypatch.setattr(spectra, "_Chunk", Elsewhere)
 
 
+def batches_of(wanted, memory):
+    chunks = [chunk for layer, part in enumerate(wanted) for chunk in spectra._chunks(layer, part, memory)]
+    return list(spectra._batches(chunks, memory))
+
+
 @pytest.mark.usefixtures("as_on_a_gpu")
 class TestBatches:
     """How a GPU's work is put together."""
@@ -383,12 +409,20 @@ class TestBatches:
 
     def test_one_for_each_size_and_precision(self, layers):
         wanted = [Wanted(layer, route) for layer in layers for route in ("svd", "float32")]
-        batches = list(spectra._batches(wanted, 2**20))
+        batches = batches_of(wanted, 2**20)
         assert [[chunk.layer for chunk in batch] for batch in batches] == [[0, 2, 6], [1, 3, 7], [4], [5]]
+
+    def test_windows_that_go_ahead(self, layers):
+        routes = ["float32", "svd", "float64", "float32"]
+        together = window_eigenvalues(
+            [Wanted(layer, "float32", choose=lambda _, r=r: r) for layer, r in zip(layers, routes, strict=True)]
+        )
+        for layer, route, found in zip(layers, routes, together, strict=True):
+            assert torch.equal(found.values, solved(layer, route))
 
     @pytest.mark.parametrize("memory", [1, 10_000, 30_000])
     def test_no_larger_than_the_memory(self, layers, memory):
-        batches = list(spectra._batches([Wanted(layer) for layer in layers], memory))
+        batches = batches_of([Wanted(layer) for layer in layers], memory)
         assert sum(len(chunk.index) for batch in batches for chunk in batch) == 21
         for batch in batches:
             assert sum(chunk.size for chunk in batch) <= memory or sum(len(chunk.index) for chunk in batch) == 1
@@ -404,7 +438,7 @@ class TestBatches:
         # The second batch is more work than the first, which holds taller windows.
         layers = [torch.randn(30, 200, 12), torch.randn(55, 12, 12)]
         memory = 20 * 8 * (200 * 12 + 2 * 12 * 12)
-        batches = list(spectra._batches([Wanted(layer) for layer in layers], memory))
+        batches = batches_of([Wanted(layer) for layer in layers], memory)
         assert [len(batch[0].index) for batch in batches][:2] == [20, 10]
         assert [chunk.layer for chunk in batches[1]] == [0, 1]
         for layer, (values, *_) in zip(

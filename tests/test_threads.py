@@ -7,7 +7,7 @@ import torch
 
 from farms_tb import analyze, spectra
 from farms_tb.spectra import ROUTES, Wanted, window_eigenvalues
-from farms_tb.threads import map_on_threads, one_thread
+from farms_tb.threads import Task, map_on_threads, one_thread, work_on_threads
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def seen_by(items):
     def look(item):
         return item, torch.get_num_threads(), threading.get_ident()
 
-    return map_on_threads(look, items, [1] * len(items), 10**9)
+    return map_on_threads(look, items)
 
 
 @pytest.mark.parametrize("number", [0, 1, 2, 100])
@@ -46,7 +46,7 @@ def test_torch_is_held_to_one_thread_but_not_what_is_shared(four_threads):
         for number in (1, 100):
             assert {threads for _, threads, _ in seen_by(range(number))} == {1}
         meeting = threading.Barrier(4)  # nobody passes alone
-        map_on_threads(lambda _: meeting.wait(60), range(4), [1] * 4, 10)
+        map_on_threads(lambda _: meeting.wait(60), range(4))
         assert torch.get_num_threads() == 1
     assert (torch.get_num_threads(), threads_of_a_new_thread()) == (4, 4)
 
@@ -72,7 +72,7 @@ def test_an_error_in_a_thread_is_raised(four_threads, number):
         raise RuntimeError("no convergence")
 
     with pytest.raises(RuntimeError, match="no convergence"):
-        map_on_threads(fail, range(number), [1] * number, 10)
+        map_on_threads(fail, range(number))
     assert (torch.get_num_threads(), threads_of_a_new_thread()) == (4, 4)
 
 
@@ -88,11 +88,56 @@ def test_memory_is_shared(four_threads, memory):
         with lock:
             held.remove(size)
 
+        return size, []
+
     sizes = [1, 10, 3, 25, 7, 7, 9] * 5
-    map_on_threads(work, sizes, sizes, memory)
+    done = work_on_threads(work, [Task(size, size) for size in sizes], memory)
+    assert sorted(done) == sorted(sizes)
     # Whoever needs more than there is works alone.
     assert all(sum(held) <= memory or len(held) == 1 for held in together)
     assert memory == 1 or max(map(len, together)) > 1
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_tasks_that_follow(threads):
+    """Each number is followed by the two below half of it; nobody goes home while more may come."""
+
+    def work(number):
+        torch.randn(50, 50).inverse()
+        below = [number // 2, number // 2 - 1] if number > 3 else []
+        return number, [Task(each, cost=each) for each in below]
+
+    def slowly(number):
+        return [number, *(slowly(number // 2) + slowly(number // 2 - 1) if number > 3 else [])]
+
+    with one_thread(threads):
+        done = work_on_threads(work, [Task(40, cost=40)], 0)
+    assert sorted(done) == sorted(slowly(40))
+
+
+def test_the_costliest_come_first():
+    assert work_on_threads(lambda item: (item, []), [Task(n, cost=n) for n in (3, 9, 1, 9.5)], 0) == [9.5, 9, 3, 1]
+
+
+def test_no_thread_for_little(four_threads):
+    def where(_):
+        torch.randn(50, 50).inverse()
+        return threading.get_ident(), []
+
+    tasks = [Task(number, cost=1) for number in range(20)]
+    assert set(work_on_threads(where, tasks, 0, worth_a_thread=20)) == {threading.get_ident()}
+
+
+def test_nothing_follows_a_failure():
+    begun = []
+
+    def fail(item):
+        begun.append(item)
+        raise RuntimeError("no convergence")
+
+    with pytest.raises(RuntimeError, match="no convergence"):
+        work_on_threads(fail, [Task(1), Task(2)], 0)
+    assert begun == [1]
 
 
 @pytest.mark.parametrize("route", ROUTES)
