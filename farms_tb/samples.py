@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -34,6 +35,8 @@ from farms_tb.spectra import (
 from farms_tb.standard_error import parts_of_windows
 from farms_tb.threads import map_on_threads
 from farms_tb.windows import Windows, layer_windows
+
+Number = TypeVar("Number", float, Tensor)
 
 ZERO_CUTOFF = 1e-5
 """Eigenvalues below this are what `filter_zeros` drops: the papers' absolute threshold."""
@@ -320,16 +323,19 @@ def _wanted(job: Job, options: SpectralOptions) -> Wanted:
     way = _DEFLATED if job.deflatable else _FLOAT32
 
     def choose(pilot: Eigenvalues) -> Route:
-        # The window stands for its sample.
-        fits, xmin = _fit_alone(pilot.values, job, options)
-        largest = pilot.values[:, -1]
-        chosen = _FLOAT64
-        for route in range(way, _FLOAT32 - 1, -1):
-            scale = largest if route == _FLOAT32 else pilot.scale
-            if _shift(scale, largest, xmin, fits.alpha, job.size, _ROUNDOFF[route]) <= _TOLERANCE:
-                chosen = route
-        job.routes.fill_(chosen)
-        return ROUTES[chosen]
+        # The window stands for its sample. No tensors: two threads that take turns at many small operations hinder
+        # each other.
+        alpha, xmin = _plain_fit(pilot.values[0].tolist(), job, options)
+        largest = float(pilot.values[0, -1])
+        for route in range(_FLOAT32, way + 1):
+            scale = largest if route == _FLOAT32 else float(pilot.scale)
+            rounding = max(scale, math.sqrt(largest * xmin))
+            if _shift(rounding, xmin, alpha, job.size, ROUNDOFF[ROUTES[route]]) <= _TOLERANCE:
+                break
+        else:
+            route = _FLOAT64
+        job.routes.fill_(route)
+        return ROUTES[route]
 
     return Wanted(job.windows.view, ROUTES[way], choose=choose)
 
@@ -338,12 +344,17 @@ def _has_pilot(job: Job) -> bool:
     return len(job.routes) >= _PILOT and len(job.routes) * job.size**3 >= _PILOT_WORK
 
 
-def _fit_alone(eigenvalues: Tensor, job: Job, options: SpectralOptions) -> tuple[PowerLawFit, Tensor]:
-    """Fit `(1, N)` eigenvalues of one layer; the second value is xmin."""
-    first = first_counted(eigenvalues, job.factor[None], options)
-    scaled = eigenvalues * job.stack.eigenvalue_scale
-    fits = fit_power_law(scaled, options.fit, options.xmin_pos, first, distance=False)
-    return fits, eigenvalues.gather(-1, fits.tail_start[:, None])[:, 0]
+def _plain_fit(eigenvalues: Sequence[float], job: Job, options: SpectralOptions) -> tuple[float, float]:
+    """Return alpha by the median fit, and the eigenvalue at which the tail begins; NaN where there is no fit."""
+    cutoff = options.relative_cutoff * eigenvalues[-1]
+    if options.filter_zeros and eigenvalues[-1] * float(job.factor) >= ZERO_CUTOFF:
+        cutoff = max(cutoff, ZERO_CUTOFF / float(job.factor))
+    counted = [value for value in eigenvalues if not value < cutoff]
+    tail = counted[int(len(counted) / options.xmin_pos) :]
+    if not tail[0] > 0:
+        return math.nan, math.nan
+    rise = sum(math.log(value / tail[0]) for value in tail)
+    return 1 + len(tail) / rise if rise > 0 else math.nan, tail[0]
 
 
 def _solve_again(again: Sequence[tuple[Job, Tensor]], options: SpectralOptions) -> None:
@@ -418,10 +429,10 @@ def _rounding(scale: Tensor, largest: Tensor, at: Tensor) -> Tensor:
     return torch.maximum(scale, (largest * at).sqrt())
 
 
-def _shift(scale: Tensor, largest: Tensor, xmin: Tensor, alpha: Tensor, size: int, roundoff: Tensor) -> Tensor:
+def _shift(rounding: Number, xmin: Number, alpha: Number, size: int, roundoff: Number) -> Number:
     """Return by how much the rounding of a window may move alpha, relative to alpha; NaN where there is none."""
-    roundoffs = _ROUNDOFFS / size**0.5 * _rounding(scale, largest, xmin) / xmin + _ROUNDOFFS_OF_LARGEST
-    shift: Tensor = roundoffs * roundoff * (alpha - 1)
+    roundoffs = _ROUNDOFFS / size**0.5 * rounding / xmin + _ROUNDOFFS_OF_LARGEST
+    shift: Number = roundoffs * roundoff * (alpha - 1)
     return shift
 
 
@@ -434,7 +445,8 @@ def _uncertain(samples: Samples, options: SpectralOptions) -> Tensor:
     largest, roundoff = by_window[..., -1], _ROUNDOFF[routes]
     xmin, alpha = samples.xmin[:, None], samples.fits.alpha[:, None]
     # Not larger, which NaN is not either.
-    uncertain = ~(_shift(scale, largest, xmin, alpha, by_window.shape[-1], roundoff) <= _TOLERANCE)
+    rounding = _rounding(scale, largest, xmin)
+    uncertain = ~(_shift(rounding, xmin, alpha, by_window.shape[-1], roundoff) <= _TOLERANCE)
     if options.fit == "median":
         size = by_window.shape[-1]
         own_xmin = by_window[..., int(size / options.xmin_pos)]

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from threading import local
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -163,22 +163,29 @@ class _Chunk:
 
     def windows(self, scratch: _Scratch) -> Tensor:
         """Return the windows `(n, h, w)`, to be read: copies, or a single large window itself."""
-        shape = self.view.shape[-2:]
-        index = self.index.to(self.view.device)
-        places = []
-        for length in reversed(self.view.shape[:-2]):
-            places.append(index % length)
-            index = index // length
-        places.reverse()
-        if self.view.device.type != "cpu" or shape.numel() < LARGE_WINDOW:
-            return self.view[tuple(places)].to(self.dtype)
-        chosen = [self.view[tuple(place)] for place in torch.stack(places, -1).tolist()]
+        lead, shape = self.view.shape[:-2], self.view.shape[-2:]
+        one_by_one = len(self.index) == 1 or shape.numel() >= LARGE_WINDOW
+        if self.view.device.type != "cpu" or not one_by_one:
+            return self.view[_places(self.index.to(self.view.device), lead)].to(self.dtype)
+        chosen = [self.view[_places(index, lead)] for index in self.index.tolist()]
         if len(chosen) == 1 and chosen[0].dtype == self.dtype and 1 in chosen[0].stride():
             return chosen[0][None]
         windows = scratch.take("windows", (len(chosen), *shape), self.dtype)
         for window, original in zip(windows, chosen, strict=True):
             window.copy_(original)
         return windows
+
+
+Index = TypeVar("Index", int, Tensor)
+
+
+def _places(index: Index, lead: Sequence[int]) -> tuple[Index, ...]:
+    """Return where a window lies of which this is the number, in the dimensions of `lead`."""
+    places = []
+    for length in reversed(lead):
+        places.append(index % length)
+        index = index // length
+    return tuple(reversed(places))
 
 
 class _Solved(NamedTuple):
@@ -299,15 +306,15 @@ def _work(batch: Sequence[_Chunk]) -> int:
 
 
 def to_cpu(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return float64 copies on the CPU; each device is waited for once."""
-    copies = list(tensors)
-    for device in {tensor.device for tensor in tensors}:
+    """Return them in float64 on the CPU; each device is waited for once."""
+    found = [tensor.double() if tensor.device.type == "cpu" else tensor for tensor in tensors]
+    for device in {tensor.device for tensor in found} - {torch.device("cpu")}:
         places = [place for place, tensor in enumerate(tensors) if tensor.device == device]
         flat = torch.cat([tensors[place].double().flatten() for place in places]).cpu()
         parts = torch.split(flat, [tensors[place].numel() for place in places])
         for place, part in zip(places, parts, strict=True):
-            copies[place] = part.view(tensors[place].shape)
-    return copies
+            found[place] = part.view(tensors[place].shape)
+    return found
 
 
 def _batches(chunks: Sequence[_Chunk], memory: int) -> Iterator[list[_Chunk]]:

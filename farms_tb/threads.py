@@ -7,6 +7,7 @@ torch's threads go on waiting for some milliseconds after each operation and tak
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -29,6 +30,17 @@ class _Held(local):
 
 
 _held = _Held()
+# The last ones are kept: new ones would have to ask for memory, and libraries to set themselves up in them.
+_kept: list[ThreadPoolExecutor] = []
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_kept.clear)  # where they are no more
+
+
+def _helpers(number: int) -> ThreadPoolExecutor:
+    """Return at least as many threads, each of which holds torch to itself. They start when there is work."""
+    if not _kept or _kept[0]._max_workers < number:
+        _kept[:] = [ThreadPoolExecutor(number, "farms_tb", torch.set_num_threads, (1,))]
+    return _kept[0]
 
 
 @contextmanager
@@ -41,19 +53,13 @@ def one_thread(threads: int | None = None) -> Iterator[None]:
     before = torch.get_num_threads()
     number = threads or before
     outer = _held.number, _held.helpers
-    helpers = None
-    if number > 1:
-        # They are started when there is work for them.
-        helpers = ThreadPoolExecutor(number - 1, initializer=torch.set_num_threads, initargs=(1,))
-    _held.number, _held.helpers = number, helpers
+    _held.number, _held.helpers = number, _helpers(number - 1) if number > 1 else None
     if before > 1:
         torch.set_num_threads(1)
     try:
         yield
     finally:
         _held.number, _held.helpers = outer
-        if helpers is not None:
-            helpers.shutdown()
         # A thread that sets its number sets it for every thread started later, too.
         if before > 1 or number > 1:
             torch.set_num_threads(before)
