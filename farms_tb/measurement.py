@@ -123,13 +123,17 @@ def _facts(samples: Samples, options: SpectralOptions) -> dict[str, list[float]]
     """Return what is known of each sample, in units of the job."""
     eigenvalues, first, fits = samples.eigenvalues, samples.first, samples.fits
     size = eigenvalues.shape[-1]
-    values = eigenvalues.where(torch.arange(size) >= first[:, None], 0)
+    values = eigenvalues
+    if first.any():
+        values = values.where(torch.arange(size) >= first[:, None], 0)
     # In double precision: the logarithm of an integer tensor is single.
     kept = (size - first).to(values.dtype)
     largest, total = values[:, -1], ordered_sum(values)
-    missing = fits.alpha.isnan()
-    zero = samples.xmin == 0 if options.fit == "median" else eigenvalues[:, -2] == 0 if size > 1 else missing
-    flat = eigenvalues[:, -1] <= eigenvalues[:, -2] * (1 + 1e-4) if size > 1 else missing
+    missing = zero = flat = fits.alpha.isnan()
+    xmin = samples.xmin
+    if missing.any() and size > 1:
+        zero = missing & (xmin == 0 if options.fit == "median" else eigenvalues[:, -2] == 0)
+        flat = missing & (eigenvalues[:, -1] <= eigenvalues[:, -2] * (1 + 1e-4))
     facts = {
         "alpha": fits.alpha,
         "ks_distance": fits.ks_distance,
@@ -139,11 +143,11 @@ def _facts(samples: Samples, options: SpectralOptions) -> dict[str, list[float]]
         "stable_rank": total / largest,
         "entropy": ordered_sum(torch.special.entr(values / total[:, None])) / kept.log(),
         "variance": _variance(samples, options),
-        "log_xmin": samples.xmin.log(),
+        "log_xmin": xmin.log(),
         "kept": kept,
         "missing": missing,
-        "zero": missing & zero,
-        "flat": missing & flat,
+        "zero": zero,
+        "flat": flat,
     }
     table = torch.stack([values.to(torch.float64) for values in facts.values()]).tolist()
     return dict(zip(facts, table, strict=True))

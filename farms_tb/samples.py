@@ -61,6 +61,8 @@ _UNDERFLOW = 2.0**-120
 # One window tells beforehand which route will do, of layers with this many windows and as much to do: cubed sizes
 # of the windows added up, half a millisecond.
 _PILOT, _PILOT_WORK = 4, 2 * 10**6
+# How much of weights there has to be for another thread to help looking at them: a millisecond.
+_BYTES_WORTH_A_THREAD = 2**22
 # On the CPU double precision costs little more where windows are small, and deflating as much: real ones of these
 # sizes on are tried in single precision, and deflated.
 _SINGLE_SIZE, _DEFLATED_SIZE = 64, 192
@@ -158,7 +160,7 @@ def make_jobs(stacks: Sequence[MatrixStack], options: SpectralOptions) -> list[J
     def prepare(stack: MatrixStack) -> tuple[MatrixStack, Tensor]:
         return replace(stack, matrices=pack(stack.matrices)), _largest(stack.matrices)
 
-    prepared = map_on_threads(prepare, with_values)
+    prepared = map_on_threads(prepare, with_values, sizes, _BYTES_WORTH_A_THREAD)
     largest = map(float, to_cpu([largest for _, largest in prepared]))
     solvable = iter([stack for stack, _ in prepared])
     return [

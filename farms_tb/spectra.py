@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from threading import local
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -59,7 +59,7 @@ _THREAD_WORK = 25 * 10**6
 # Below this fraction of the largest eigenvalue the Gram matrix in double precision gives fewer than five digits.
 _GRAM_LIMIT = 1e-10
 
-LARGE_WINDOW = 128 * 128
+LARGE_WINDOW = 2**15
 """Entries from which windows are copied one by one, into memory that is used again: fresh memory costs more."""
 
 
@@ -112,7 +112,7 @@ class _Scratch(local):
         return held[:size].view(shape)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Chunk:
     """Windows of one layer that are solved at once.
 
@@ -123,6 +123,10 @@ class _Chunk:
         index: `(n,)` int64 on the CPU, which of them.
         route: how they are solved.
         ahead: whether it is a window that chooses the route of the others.
+        dtype: type that they are solved in.
+        small: rows of the Gram matrices.
+        work: what solving takes, about in proportion to time: of small matrices solvers do less at a time.
+        size: bytes that it takes: the windows, their Gram matrices, and a solver's copy of these.
     """
 
     layer: int
@@ -131,35 +135,26 @@ class _Chunk:
     index: Tensor
     route: Route
     ahead: bool = False
+    dtype: torch.dtype = field(init=False)
+    small: int = field(init=False)
+    work: int = field(init=False)
+    size: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        single = ROUNDOFF[self.route] == ROUNDOFF["float32"]
+        if self.view.is_complex():
+            self.dtype = torch.complex64 if single else torch.complex128
+        else:
+            self.dtype = torch.float32 if single else torch.float64
+        number, (height, width) = len(self.index), self.view.shape[-2:]
+        self.small = min(height, width)
+        self.work = number * self.small**2 * (self.small + 512)
+        copies = 2 if self.route == "deflated" else 1
+        self.size = number * (copies * height * width + 2 * self.small**2) * self.dtype.itemsize
 
     @property
     def device(self) -> torch.device:
         return self.view.device
-
-    @cached_property
-    def dtype(self) -> torch.dtype:
-        """Type that they are solved in."""
-        single = ROUNDOFF[self.route] == ROUNDOFF["float32"]
-        if self.view.is_complex():
-            return torch.complex64 if single else torch.complex128
-        return torch.float32 if single else torch.float64
-
-    @cached_property
-    def small(self) -> int:
-        """Rows of the Gram matrices."""
-        return min(self.view.shape[-2:])
-
-    @cached_property
-    def work(self) -> int:
-        """What solving takes, about in proportion to time: of small matrices solvers do less at a time."""
-        return len(self.index) * self.small**2 * (self.small + 512)
-
-    @cached_property
-    def size(self) -> int:
-        """Bytes that solving it takes: the windows, their Gram matrices, and a solver's copy of these."""
-        height, width = self.view.shape[-2:]
-        copies = 2 if self.route == "deflated" else 1
-        return len(self.index) * (copies * height * width + 2 * self.small**2) * self.dtype.itemsize
 
     def windows(self, scratch: _Scratch) -> Tensor:
         """Return the windows `(n, h, w)`, to be read: copies, or a single large window itself."""

@@ -133,14 +133,20 @@ def work_on_threads(
     return results
 
 
-def map_on_threads(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-    """Call a function for each item, on threads as `work_on_threads` does, begun in their order."""
+def map_on_threads(
+    function: Callable[[Item], Result],
+    items: Sequence[Item],
+    costs: Sequence[float] | None = None,
+    worth_a_thread: float = 1.0,
+) -> list[Result]:
+    """Call a function for each item, on threads as `work_on_threads` does; results are in order of the items."""
 
     def numbered(place: int) -> tuple[tuple[int, Result], list[Task[int]]]:
         return (place, function(items[place])), []
 
-    tasks = [Task(place, cost=1.0) for place in range(len(items))]
-    return [result for _, result in sorted(work_on_threads(numbered, tasks, 0, 1.0), key=lambda pair: pair[0])]
+    tasks = [Task(place, cost=1.0 if costs is None else costs[place]) for place in range(len(items))]
+    found = work_on_threads(numbered, tasks, 0, worth_a_thread)
+    return [result for _, result in sorted(found, key=lambda pair: pair[0])]
 
 
 class _Todo(Generic[Item]):
