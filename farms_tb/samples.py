@@ -154,7 +154,7 @@ def make_jobs(stacks: Sequence[MatrixStack], options: SpectralOptions) -> list[J
     """Return what is to be solved for each layer, or at once the row of a layer that has nothing to solve."""
     with_values = [replace(s, matrices=_solvable(s.matrices)) for s in stacks if not s.matrices.is_meta]
     sizes = [stack.matrices.nbytes for stack in with_values]
-    # No more than half of the memory: windows need some, too.
+    # Half of the memory is for copies of weights, half for windows, see `_eigenvalues`.
     pack = _packed if 2 * sum(sizes) <= options.memory_mb * 2**20 else lambda matrices: matrices
 
     def prepare(stack: MatrixStack) -> tuple[MatrixStack, Tensor]:
@@ -394,7 +394,10 @@ def _keep_parts(with_parts: Sequence[tuple[Job, Wanted]], found: Sequence[Eigenv
 
 
 def _eigenvalues(wanted: Sequence[Wanted], options: SpectralOptions) -> list[Eigenvalues]:
-    return window_eigenvalues(wanted, options.memory_mb * 2**20, options.solver)
+    memory = options.memory_mb * 2**20
+    if any(part.view.device.type == "cpu" for part in wanted):
+        memory //= 2  # the other half is that of the weights that were packed
+    return window_eigenvalues(wanted, memory, options.solver)
 
 
 def _pool(jobs: Sequence[Job], options: SpectralOptions) -> list[Samples]:

@@ -31,16 +31,16 @@ class _Held(local):
 
 _held = _Held()
 # The last ones are kept: new ones would have to ask for memory, and libraries to set themselves up in them.
-_kept: list[ThreadPoolExecutor] = []
+_kept: list[tuple[int, ThreadPoolExecutor]] = []
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_kept.clear)  # where they are no more
 
 
 def _helpers(number: int) -> ThreadPoolExecutor:
     """Return at least as many threads, each of which holds torch to itself. They start when there is work."""
-    if not _kept or _kept[0]._max_workers < number:
-        _kept[:] = [ThreadPoolExecutor(number, "farms_tb", torch.set_num_threads, (1,))]
-    return _kept[0]
+    if not _kept or _kept[0][0] < number:
+        _kept[:] = [(number, ThreadPoolExecutor(number, "farms_tb", torch.set_num_threads, (1,)))]
+    return _kept[0][1]
 
 
 @contextmanager

@@ -1,6 +1,9 @@
 """Work shared among threads."""
 
+import multiprocessing
+import os
 import threading
+import warnings
 
 import pytest
 import torch
@@ -96,6 +99,24 @@ def test_memory_is_shared(four_threads, memory):
     # Whoever needs more than there is works alone.
     assert all(sum(held) <= memory or len(held) == 1 for held in together)
     assert memory == 1 or max(map(len, together)) > 1
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_process_that_was_forked_has_threads_of_its_own():
+    """As a loader's workers are, after a measurement whose threads they do not inherit."""
+    net = torch.nn.Conv2d(160, 160, 3)
+    before = analyze(net, threads=3)
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of Python 3.12: forking beside threads
+        worker = context.Process(target=lambda: sender.send(analyze(net, threads=3).alphas))
+        worker.start()
+    try:
+        assert receiver.poll(60), "the forked process waits for threads that it does not have"
+        assert receiver.recv() == before.alphas
+    finally:
+        worker.kill()
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
