@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from farms_tb.options import SpectralOptions
-from farms_tb.power_law import PowerLawFit, fit_power_law
+from farms_tb.power_law import PowerLawFit, fit_power_law, ordered_sum
 from farms_tb.windows import Windows
 
 # With fewer windows than this their spread tells little, and quarters of them stand in.
@@ -67,7 +67,10 @@ def alpha_variance(
     left_out = (eigenvalues < smallest[:, None, None]).sum(-1).flatten()
     each = eigenvalues.flatten(0, 1)
     alphas = fit_power_law(each, options.fit, options.xmin_pos, left_out, distance=False).alpha
-    spread = alphas.reshape(samples, -1).var(-1) / independent
+    alphas = alphas.reshape(samples, -1)
+    # Not torch's own variance, the last bit of which depends on how many samples there are beside one.
+    deviations = alphas - ordered_sum(alphas)[:, None] / alphas.shape[-1]
+    spread = ordered_sum(deviations.square()) / (alphas.shape[-1] - 1) / independent
     return spread.where(spread.isfinite() & (independent >= _FEW), variance)
 
 
