@@ -81,6 +81,7 @@ class Job:
         deflatable: whether single precision may be tried once more, without the largest directions.
         solved: all windows.
         of_parts: eigenvalues of `parts`, `(S, 4, v)`.
+        route_of_parts: how they were solved, as a position in `ROUTES`; -1 before.
         counted: the eigenvalues `(S, N)` that a histogram counts, where they are not those that are fitted.
     """
 
@@ -92,6 +93,7 @@ class Job:
     deflatable: bool
     solved: Eigenvalues = field(init=False)
     of_parts: Tensor | None = None
+    route_of_parts: int = -1
     counted: Tensor | None = None
 
     @property
@@ -160,7 +162,11 @@ def make_jobs(stacks: Sequence[MatrixStack], options: SpectralOptions) -> list[J
     def prepare(stack: MatrixStack) -> tuple[MatrixStack, Tensor]:
         return replace(stack, matrices=pack(stack.matrices)), _largest(stack.matrices)
 
-    prepared = map_on_threads(prepare, with_values, sizes, _BYTES_WORTH_A_THREAD)
+    if all(stack.matrices.device.type == "cpu" for stack in with_values):
+        prepared = map_on_threads(prepare, with_values, sizes, _BYTES_WORTH_A_THREAD)
+    else:
+        # Other threads are not on this one's stream.
+        prepared = [prepare(stack) for stack in with_values]
     largest = map(float, to_cpu([largest for _, largest in prepared]))
     solvable = iter([stack for stack, _ in prepared])
     return [
@@ -336,7 +342,8 @@ def _wanted(job: Job, options: SpectralOptions) -> Wanted:
                 break
         else:
             route = _FLOAT64
-        job.routes.fill_(route)
+        # Not in place: inference mode is not that of other threads.
+        job.routes = torch.full((len(job.routes),), route)
         return ROUTES[route]
 
     return Wanted(job.windows.view, ROUTES[way], choose=choose)
@@ -348,10 +355,10 @@ def _has_pilot(job: Job) -> bool:
 
 def _plain_fit(eigenvalues: Sequence[float], job: Job, options: SpectralOptions) -> tuple[float, float]:
     """Return alpha by the median fit, and the eigenvalue at which the tail begins; NaN where there is no fit."""
-    cutoff = options.relative_cutoff * eigenvalues[-1]
-    if options.filter_zeros and eigenvalues[-1] * float(job.factor) >= ZERO_CUTOFF:
-        cutoff = max(cutoff, ZERO_CUTOFF / float(job.factor))
-    counted = [value for value in eigenvalues if not value < cutoff]
+    counted = [value for value in eigenvalues if not value < options.relative_cutoff * eigenvalues[-1]]
+    if options.filter_zeros:
+        factor = float(job.factor)
+        counted = [value for value in counted if not value * factor < ZERO_CUTOFF] or counted
     tail = counted[int(len(counted) / options.xmin_pos) :]
     if not tail[0] > 0:
         return math.nan, math.nan
@@ -380,12 +387,17 @@ def _solve_again(again: Sequence[tuple[Job, Tensor]], options: SpectralOptions) 
 
 def _with_parts(jobs: Sequence[Job]) -> list[tuple[Job, Wanted]]:
     """Return what is solved for the standard error, by the route of the windows where it is known and fit."""
-
-    def route(job: Job, parts: Windows) -> int:
-        unknown = job.route == _FLOAT32 and _has_pilot(job)
-        return _FLOAT64 if unknown or (job.route == _DEFLATED and not _is_large(parts)) else job.route
-
-    return [(job, Wanted(job.parts.view, ROUTES[route(job, job.parts)])) for job in jobs if job.parts is not None]
+    found = []
+    for job in jobs:
+        if job.parts is None:
+            continue
+        route = job.route
+        if (route == _FLOAT32 and _has_pilot(job)) or (route == _DEFLATED and not _is_large(job.parts)):
+            route = _FLOAT64
+        if route > job.route_of_parts:
+            job.route_of_parts = route
+            found.append((job, Wanted(job.parts.view, ROUTES[route])))
+    return found
 
 
 def _keep_parts(with_parts: Sequence[tuple[Job, Wanted]], found: Sequence[Eigenvalues]) -> None:

@@ -27,7 +27,7 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from farms_tb.options import Solver
 from farms_tb.solvers import symmetric_eigenvalues
-from farms_tb.threads import Task, work_on_threads
+from farms_tb.threads import Task, number_of_threads, work_on_threads
 from farms_tb.warning import warn_once
 
 Route = Literal["float32", "deflated", "float64", "svd"]
@@ -98,14 +98,21 @@ class Eigenvalues(NamedTuple):
 
 
 class _Scratch(local):
-    """Memory that a thread uses again and again: the kernel takes its time to hand out fresh memory."""
+    """Memory that a thread uses again and again: the kernel takes its time to hand out fresh memory.
 
-    def __init__(self) -> None:
+    Args:
+        most: bytes of one piece that is kept; larger ones are handed out anew.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
         self._held: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def take(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Return memory of this shape on the CPU, which holds until the name is taken again."""
         size = math.prod(shape)
+        if size * dtype.itemsize > self._most:
+            return torch.empty(size, dtype=dtype, device="cpu").view(shape)
         held = self._held.get((name, dtype))
         if held is None or len(held) < size:
             held = self._held[name, dtype] = torch.empty(size, dtype=dtype, device="cpu")
@@ -199,7 +206,7 @@ def window_eigenvalues(
 ) -> list[Eigenvalues]:
     """Return the eigenvalues of the windows of several layers, solved together.
 
-    On the CPU they are shared among as many threads as torch may use. On a GPU windows of one size are solved in
+    On the CPU they are shared among threads (`farms_tb.threads`). On a GPU windows of one size are solved in
     batches, whatever layers they are of, and the results come to the CPU at the end.
 
     Args:
@@ -211,7 +218,10 @@ def window_eigenvalues(
         >>> window_eigenvalues([Wanted(torch.diag(torch.tensor([3.0, 1.0]))[None])])[0].values
         tensor([[1., 9.]], dtype=torch.float64)
     """
-    scratch = _Scratch()
+    # A thread keeps up to six pieces: windows, turned windows and Gram matrices of two precisions.
+    scratch = _Scratch(memory // (16 * number_of_threads()))
+    if any(part.view.device.type == "cpu" for part in wanted):
+        memory -= memory * 6 // 16
 
     def solve(batches: Sequence[list[_Chunk]]) -> tuple[list[_Pair], list[_Chunk]]:
         """Return what was found, and the chunks that follow from it."""
@@ -301,7 +311,7 @@ def _work(batch: Sequence[_Chunk]) -> int:
 
 
 def to_cpu(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return them in float64 on the CPU; each device is waited for once."""
+    """Return them in float64 on the CPU, themselves if they are; each device is waited for once."""
     found = [tensor.double() if tensor.device.type == "cpu" else tensor for tensor in tensors]
     for device in {tensor.device for tensor in found} - {torch.device("cpu")}:
         places = [place for place, tensor in enumerate(tensors) if tensor.device == device]

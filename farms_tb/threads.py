@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from heapq import heappop, heappush
-from threading import Condition, local
+from threading import Barrier, Condition, local
 from typing import Generic, TypeVar
 
 import torch
@@ -23,10 +23,9 @@ Result = TypeVar("Result")
 
 
 class _Held(local):
-    """Inside of `one_thread`: how many threads work, and those of them that help this one."""
+    """Inside of `one_thread`: how many threads work."""
 
     number = 0
-    helpers: ThreadPoolExecutor | None = None
 
 
 _held = _Held()
@@ -37,30 +36,48 @@ if hasattr(os, "register_at_fork"):
 
 
 def _helpers(number: int) -> ThreadPoolExecutor:
-    """Return at least as many threads, each of which holds torch to itself. They start when there is work."""
+    """Return at least as many threads, each of which holds torch to itself."""
     if not _kept or _kept[0][0] < number:
-        _kept[:] = [(number, ThreadPoolExecutor(number, "farms_tb", torch.set_num_threads, (1,)))]
+        helpers = ThreadPoolExecutor(number, "farms_tb")
+        # All of them now: a thread that sets its number sets it for every thread started later, too.
+        met = Barrier(number + 1)
+
+        def start() -> None:
+            torch.set_num_threads(1)
+            met.wait()
+
+        try:
+            for _ in range(number):
+                helpers.submit(start)
+            met.wait()
+        except BaseException:
+            met.abort()
+            raise
+        _kept[:] = [(number, helpers)]
     return _kept[0][1]
+
+
+def number_of_threads() -> int:
+    """Return how many threads `work_on_threads` may use here."""
+    return _held.number or torch.get_num_threads()
 
 
 @contextmanager
 def one_thread(threads: int | None = None) -> Iterator[None]:
-    """Hold torch to this thread, but for `map_on_threads`.
+    """Hold torch to this thread, but for what is shared by `work_on_threads`.
 
     Args:
         threads: how many threads that may use; None for as many as torch may outside.
     """
     before = torch.get_num_threads()
     number = threads or before
-    outer = _held.number, _held.helpers
-    _held.number, _held.helpers = number, _helpers(number - 1) if number > 1 else None
+    outer, _held.number = _held.number, number
     if before > 1:
         torch.set_num_threads(1)
     try:
         yield
     finally:
-        _held.number, _held.helpers = outer
-        # A thread that sets its number sets it for every thread started later, too.
+        _held.number = outer
         if before > 1 or number > 1:
             torch.set_num_threads(before)
 
@@ -89,7 +106,7 @@ def work_on_threads(
     """Do tasks, and those that follow from them, on as many threads as `one_thread` allows, this one among them.
 
     Within the function torch is held to one thread, so that results don't depend on their number. Where torch is
-    held to one anyway, as in loader workers, so is this.
+    held to one anyway, as in loader workers, so is this, unless it is told otherwise.
 
     Args:
         function: does a task; returns what came out, and the tasks that follow.
@@ -120,16 +137,23 @@ def work_on_threads(
             finally:
                 todo.done(following)
 
-    number = _held.number
+    number = outer = _held.number
     if worth_a_thread:
         number = min(number, math.ceil(sum(task.cost for task in tasks) / worth_a_thread))
-    helping = [_held.helpers.submit(work) for _ in range(number - 1)] if _held.helpers is not None else []
+    helping = [_helpers(number - 1).submit(work) for _ in range(number - 1)]
+    _held.number = 1  # what a task shares in its turn is its own
     try:
         work()
+    except BaseException:
+        todo.give_up()
+        raise
     finally:
-        wait(helping)
+        _held.number = outer
+        # Those that help somebody else meanwhile are not needed.
+        wait([helper for helper in helping if not helper.cancel()])
     for helper in helping:
-        helper.result()
+        if not helper.cancelled():
+            helper.result()
     return results
 
 
@@ -154,13 +178,14 @@ class _Todo(Generic[Item]):
 
     def __init__(self, tasks: Sequence[Task[Item]]) -> None:
         self._number = 0
+        self._given_up = False
         self._heap: list[tuple[float, int, Task[Item]]] = []
         self._taken = 0
         self._changed = Condition()
         self._add(tasks)
 
     def _add(self, tasks: Sequence[Task[Item]]) -> None:
-        for task in tasks:
+        for task in () if self._given_up else tasks:
             self._number += 1
             heappush(self._heap, (-task.cost, self._number, task))
 
@@ -182,9 +207,11 @@ class _Todo(Generic[Item]):
             self._changed.notify_all()
 
     def give_up(self) -> None:
-        """Drop the tasks that nobody has taken."""
+        """Drop the tasks that nobody has taken, and those that would follow."""
         with self._changed:
+            self._given_up = True
             self._heap.clear()
+            self._changed.notify_all()
 
 
 class _Room:

@@ -161,6 +161,73 @@ def test_nothing_follows_a_failure():
     assert begun == [1]
 
 
+def test_nothing_follows_once_something_has_failed():
+    failed, done = threading.Event(), []
+
+    def work(item):
+        if item == "fails":
+            raise RuntimeError("no convergence")
+        done.append(item)
+        assert failed.wait(60)
+        return item, [Task("follows"), Task("follows, too")]
+
+    def fail_or_work(item):
+        try:
+            return work(item)
+        finally:
+            if item == "fails":
+                threading.Timer(0.2, failed.set).start()
+
+    with one_thread(2), pytest.raises(RuntimeError, match="no convergence"):
+        work_on_threads(fail_or_work, [Task("slow", cost=2), Task("fails", cost=1)], 0)
+    assert done == ["slow"]
+
+
+def test_work_within_work(four_threads):
+    def shared(number):
+        return sum(map_on_threads(lambda item: item * number, range(5)))
+
+    assert map_on_threads(shared, range(6)) == [10 * number for number in range(6)]
+
+
+def test_two_at_the_same_time(four_threads):
+    """Who has all helping threads waits for something else; the other does its work alone."""
+    begun, release = threading.Barrier(4), threading.Event()
+
+    def hold(_):
+        begun.wait(60)
+        assert release.wait(60)
+
+    first = threading.Thread(target=lambda: _with_threads(3, lambda: map_on_threads(hold, range(3))))
+    first.start()
+    begun.wait(60)
+    assert _with_threads(3, lambda: map_on_threads(str, range(9))) == [str(item) for item in range(9)]
+    release.set()
+    first.join(60)
+    assert not first.is_alive()
+
+
+def _with_threads(number, function):
+    with one_thread(number):
+        return function()
+
+
+def test_measuring_in_inference_mode():
+    net = torch.nn.Sequential(*(torch.nn.Conv2d(96, 96, 3) for _ in range(4)))
+    expected = analyze(net, threads=1)
+    with torch.inference_mode():
+        assert analyze(net, threads=2).alphas == expected.alphas
+
+
+def test_memory_that_is_kept():
+    """Of pieces that are used again each thread keeps no more than its share."""
+    scratch = spectra._Scratch(1000)
+    small, large = scratch.take("gram", (10, 10), torch.float32), scratch.take("gram", (20, 20), torch.float32)
+    assert small.data_ptr() == scratch.take("gram", (5, 5), torch.float32).data_ptr()
+    assert large.data_ptr() != small.data_ptr()
+    assert large.shape == (20, 20)
+
+
 @pytest.mark.parametrize("route", ROUTES)
 def test_threads_change_no_eigenvalue(four_threads, route, monkeypatch):
     monkeypatch.setattr(spectra, "_CHUNK_WORK", 3 * 20**2 * 532)
