@@ -11,6 +11,7 @@ untrained. Each with its weights
 - as initialised, and as trained;
 - trained, and rounded to bfloat16;
 - trained, and the smallest 50 or 90 % of the entries of each weight set to zero;
+- trained, and the columns scaled by 1, 1/2, 1/3, ...;
 - trained, and of each matrix a quarter of the singular values kept;
 - trained, and the singular values of each matrix spread by chance, in their logarithms, over 4, 8 or 12 decades.
 
@@ -136,6 +137,12 @@ def pruned(share: float) -> Callable[[Tensor], Tensor]:
     return change
 
 
+def heavy_tailed(matrices: Tensor) -> Tensor:
+    """Scale columns by 1, 1/2, 1/3, ... in any order: tails as of a trained layer, of any size."""
+    columns = matrices.shape[-1]
+    return matrices / (1 + torch.randperm(columns, generator=torch.Generator().manual_seed(0)))
+
+
 def low_rank(matrices: Tensor) -> Tensor:
     """Keep the largest quarter of the singular values."""
     left, singular, right = torch.linalg.svd(matrices, full_matrices=False)
@@ -165,6 +172,7 @@ CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
     "bfloat16": rounded,
     "pruned by 50 %": pruned(0.5),
     "pruned by 90 %": pruned(0.9),
+    "heavy tails": heavy_tailed,
     "low rank": low_rank,
     "condition 1e4": ill_conditioned(4),
     "condition 1e8": ill_conditioned(8),

@@ -63,7 +63,9 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "VGG-19": lambda: SmallImageVGG(19, out_channels=CLASSES),
     "WRN-28-10": lambda: WideResNet(28, 10, out_channels=CLASSES),
     "UNet": lambda: UNet(in_channels=1, out_channels=1, width=32),
+    "UNet, heavy tails": lambda: heavy_tailed(UNet(in_channels=1, out_channels=1, width=32)),
     "FNO": fno,
+    "FNO, heavy tails": lambda: heavy_tailed(fno()),
     "ViT-B/16": vit,
 }
 """Image networks as for CIFAR-100, PDE networks in PDEBench's sizes."""
