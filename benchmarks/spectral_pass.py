@@ -15,8 +15,8 @@ The ways to measure a model:
   another method and on the CPU alone.
 
 Times are medians of wall-clock times. The ways take turns, and a ratio is the median of those within a round, so
-that what else the machine does hits both sides. The weights are random; *heavy tails* stand for trained ones, whose
-eigenvalues take more accurate solvers.
+that what else the machine does hits both sides. The weights are random; *heavy tails* stand for trained ones,
+whose eigenvalues take more accurate solvers.
 
 Writes `pass.csv`, `pass.png` and the tables of `README.md`.
 """
