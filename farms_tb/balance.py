@@ -635,7 +635,7 @@ def _norm_owners(
 def _plain_records(report: Report | None) -> dict[str, dict[str, Any]]:
     records = {} if report is None else report.layers
     return {
-        # Not `asdict`, which takes a hundred times as long, at every checkpoint.
+        # Not `asdict`, which takes thirty times as long, at every checkpoint.
         name: {**vars(record), "histogram": None, "shape": list(record.shape)}
         for name, record in records.items()
     }

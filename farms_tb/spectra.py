@@ -43,7 +43,8 @@ Measured on matrices of lower rank, up to 16000 x 2000: zeros come out at up to 
 """
 
 # How many directions are looked at for whether they can be taken out, and how often they are multiplied by the
-# Gram matrix before. With more of both more would stand alone, at a higher cost, here 10 % of that of 512 x 512.
+# Gram matrix before. With more of both more would stand alone, at a higher cost: these take a sixth of
+# the time that 512 x 512 takes without.
 _DIRECTIONS, _ITERATIONS = 16, 4
 # For w x w Gram matrices a direction stands alone up to this angle / w^(1/4): its square is then the relative
 # error that rounding makes at most of the largest eigenvalue, 6 / sqrt(w) roundoffs.
