@@ -50,8 +50,10 @@ _DIRECTIONS, _ITERATIONS = 16, 4
 # error that rounding makes at most of the largest eigenvalue, 6 / sqrt(w) roundoffs.
 _SMALL_ANGLE = (6 * 2.0**-24) ** 0.5
 
-# Work on the windows of one chunk (`_Chunk.work`): a few milliseconds, so that threads finish together.
+# Work on the windows of one chunk (`_Chunk.work`): some milliseconds, so that threads finish together.
 _CHUNK_WORK = 16 * 10**7
+# A singular value decomposition takes this many times as long as the eigenvalues of the Gram matrix.
+_SVD_WORK = 4
 # Chunks of less are solved together, and at least as much is handed to a thread at a time.
 _BUNDLE_WORK = 2 * 10**7
 # How much there has to be for each further thread: a millisecond, as starting one takes time, too.
@@ -128,7 +130,7 @@ class _Chunk:
         layer: position of the layer among all.
         place: position of the chunk among those of its layer.
         view: `(*lead, h, w)`, all windows of the layer.
-        index: `(n,)` int64 on the CPU, which of them.
+        index: which of them; a range where they follow each other.
         route: how they are solved.
         ahead: whether it is a window that chooses the route of the others.
         dtype: type that they are solved in.
@@ -140,7 +142,7 @@ class _Chunk:
     layer: int
     place: int
     view: Tensor
-    index: Tensor
+    index: Sequence[int]
     route: Route
     ahead: bool = False
     dtype: torch.dtype = field(init=False)
@@ -156,7 +158,7 @@ class _Chunk:
             self.dtype = torch.float32 if single else torch.float64
         number, (height, width) = len(self.index), self.view.shape[-2:]
         self.small = min(height, width)
-        self.work = number * self.small**2 * (self.small + 512)
+        self.work = number * self.small**2 * (self.small + 512) * (_SVD_WORK if self.route == "svd" else 1)
         copies = 2 if self.route == "deflated" else 1
         self.size = number * (copies * height * width + 2 * self.small**2) * self.dtype.itemsize
 
@@ -165,18 +167,23 @@ class _Chunk:
         return self.view.device
 
     def windows(self, scratch: _Scratch) -> Tensor:
-        """Return the windows `(n, h, w)`, to be read: copies, or a single large window itself."""
+        """Return the windows `(n, h, w)`, to be read: copies, or themselves where they are fit for it."""
         lead, shape = self.view.shape[:-2], self.view.shape[-2:]
         one_by_one = len(self.index) == 1 or shape.numel() >= LARGE_WINDOW
-        if self.view.device.type != "cpu" or not one_by_one:
-            return self.view[_places(self.index.to(self.view.device), lead)].to(self.dtype)
-        chosen = [self.view[_places(index, lead)] for index in self.index.tolist()]
-        if len(chosen) == 1 and chosen[0].dtype == self.dtype and 1 in chosen[0].stride():
-            return chosen[0][None]
-        windows = scratch.take("windows", (len(chosen), *shape), self.dtype)
-        for window, original in zip(windows, chosen, strict=True):
-            window.copy_(original)
-        return windows
+        if self.view.device.type == "cpu" and one_by_one:
+            chosen = [self.view[_places(index, lead)] for index in self.index]
+            if len(chosen) == 1 and chosen[0].dtype == self.dtype and 1 in chosen[0].stride():
+                return chosen[0][None]
+            windows = scratch.take("windows", (len(chosen), *shape), self.dtype)
+            for window, original in zip(windows, chosen, strict=True):
+                window.copy_(original)
+            return windows
+        if isinstance(self.index, range) and lead.numel() in (len(self.index), lead[-1]):
+            windows = self.view.flatten(0, -3)[self.index.start : self.index.stop]
+        else:
+            windows = self.view[_places(torch.tensor(self.index, device=self.view.device), lead)]
+        windows = windows.to(self.dtype, memory_format=torch.contiguous_format)
+        return windows if 1 in windows.stride()[-2:] else windows.contiguous()
 
 
 Index = TypeVar("Index", int, Tensor)
@@ -259,8 +266,8 @@ def _with_following(pairs: list[_Pair], wanted: Sequence[Wanted], memory: int) -
         enough = ROUTES.index(route) <= ROUTES.index(chunk.route)
         if enough:
             kept.append((chunk, part))
-        others = torch.arange(int(enough), math.prod(chunk.view.shape[:-2]), device="cpu")
-        following += _chunks(chunk.layer, Wanted(chunk.view, route, others), memory, int(enough))
+        others = range(int(enough), math.prod(chunk.view.shape[:-2]))
+        following += _chunks(chunk.layer, chunk.view, route, others, memory, int(enough))
     return kept, following
 
 
@@ -289,10 +296,9 @@ def _tasks(chunks: Sequence[_Chunk], memory: int) -> list[Task[list[list[_Chunk]
     Switching from one to the other takes time.
     """
     tasks = []
-    for chunk in chunks:
-        if chunk.ahead:
-            whole = chunk.work * math.prod(chunk.view.shape[:-2])
-            tasks.append(Task([[chunk]], chunk.size, whole))
+    for batch in _batches([chunk for chunk in chunks if chunk.ahead], memory):
+        whole = sum(chunk.work * math.prod(chunk.view.shape[:-2]) for chunk in batch)
+        tasks.append(Task([batch], sum(chunk.size for chunk in batch), whole))
     bundle: list[list[_Chunk]] = []
     for batch in sorted(_batches([chunk for chunk in chunks if not chunk.ahead], memory), key=_work, reverse=True):
         bundle.append(batch)
@@ -346,25 +352,27 @@ def _batches(chunks: Sequence[_Chunk], memory: int) -> Iterator[list[_Chunk]]:
 
 def _first_chunks(layer: int, wanted: Wanted, memory: int) -> Iterator[_Chunk]:
     """Cut what is solved at first of a layer: all of it, or the window that goes ahead."""
-    if wanted.choose is None:
-        yield from _chunks(layer, wanted, memory)
+    view, route, picks, choose = wanted
+    if choose is None:
+        index = range(math.prod(view.shape[:-2])) if picks is None else picks.tolist()
+        yield from _chunks(layer, view, route, index, memory)
     else:
-        first = torch.zeros(1, dtype=torch.int64, device="cpu")
-        yield _Chunk(layer, 0, wanted.view, first, wanted.route, ahead=True)
+        yield _Chunk(layer, 0, view, range(1), route, ahead=True)
 
 
-def _chunks(layer: int, wanted: Wanted, memory: int, first: int = 0) -> Iterator[_Chunk]:
+def _chunks(
+    layer: int, view: Tensor, route: Route, index: Sequence[int], memory: int, first: int = 0
+) -> Iterator[_Chunk]:
     """Cut windows of a layer into chunks, the places of which begin with this one."""
-    view, route, picks, _ = wanted
-    index = torch.arange(math.prod(view.shape[:-2]), device="cpu") if picks is None else picks
-    whole = _Chunk(layer, first, view, index, route)
-    if not len(whole.index):
+    if not index:
         return
-    number = memory * len(whole.index) // whole.size
+    whole = _Chunk(layer, first, view, index, route)
+    number = memory * len(index) // whole.size
     if whole.device.type == "cpu":
-        number = min(number, _CHUNK_WORK * len(whole.index) // whole.work)
-    for place, part in enumerate(torch.split(whole.index, max(1, number)), start=first):
-        yield replace(whole, place=place, index=part)
+        number = min(number, _CHUNK_WORK * len(index) // whole.work)
+    number = max(1, number)
+    for place, start in enumerate(range(0, len(index), number), start=first):
+        yield replace(whole, place=place, index=index[start : start + number])
 
 
 def _solve(batch: Sequence[_Chunk], scratch: _Scratch, solver: Solver = "auto") -> list[_Solved]:
@@ -385,11 +393,14 @@ def _solve(batch: Sequence[_Chunk], scratch: _Scratch, solver: Solver = "auto") 
     (chunk,) = batch
     device, number = chunk.view.device, len(chunk.index)
     if number > 1:
-        halves = [_solve([replace(chunk, index=half)], scratch, solver)[0] for half in chunk.index.tensor_split(2)]
+        halves = [
+            _solve([replace(chunk, index=half)], scratch, solver)[0]
+            for half in (chunk.index[: number // 2], chunk.index[number // 2 :])
+        ]
         values, scales = (torch.cat([getattr(half, name) for half in halves]) for name in ("values", "scale"))
         return [_Solved(values, scales, any(half.directly for half in halves))]
-    window = chunk.view[tuple(map(int, torch.unravel_index(chunk.index, chunk.view.shape[:-2])))]
-    here = replace(chunk, view=window[None].cpu(), index=torch.zeros_like(chunk.index))
+    window = chunk.view[_places(chunk.index[0], chunk.view.shape[:-2])]
+    here = replace(chunk, view=window[None].cpu(), index=range(1))
     (solved,) = _eigenvalues([here], scratch, solver)
     return [_Solved(solved.values.to(device), solved.scale.to(device), solved.directly)]
 

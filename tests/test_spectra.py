@@ -395,7 +395,7 @@ def as_on_a_gpu(monkeypatch):
 
 
 def batches_of(wanted, memory):
-    chunks = [chunk for layer, part in enumerate(wanted) for chunk in spectra._chunks(layer, part, memory)]
+    chunks = [chunk for layer, part in enumerate(wanted) for chunk in spectra._first_chunks(layer, part, memory)]
     return list(spectra._batches(chunks, memory))
 
 
