@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import islice
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from farms_tb.matrices import MatrixStack
 from farms_tb.options import SpectralOptions
-from farms_tb.power_law import ordered_sum
+from farms_tb.power_law import fit_power_law, ordered_sum
 from farms_tb.rows import (
     FLAT,
     HISTOGRAM_BINS,
@@ -23,7 +24,7 @@ from farms_tb.rows import (
     TOO_FEW,
     make_row,
 )
-from farms_tb.samples import Job, Samples, first_counted, make_jobs, solve, solve_to_count
+from farms_tb.samples import Job, Samples, first_counted, make_jobs, repeated, solve, solve_to_count, table
 from farms_tb.solvers import solver_for
 from farms_tb.spectra import ROUTES
 from farms_tb.standard_error import alpha_variance, independent_windows
@@ -66,7 +67,7 @@ def _rows_of(samples: Samples, options: SpectralOptions, histogram: bool) -> lis
     begin = 0
     for job, number in zip(samples.jobs, samples.numbers, strict=True):
         own = {name: values[begin : begin + number] for name, values in facts.items()}
-        eigenvalues = samples.eigenvalues[begin : begin + number]
+        eigenvalues = samples.eigenvalues[begin : begin + number, -job.sample_size :]
         rows.append(_row_of(job, own, eigenvalues, options, histogram))
         begin += number
     return rows
@@ -76,11 +77,12 @@ def _row_of(
     job: Job, facts: dict[str, list[float]], eigenvalues: Tensor, options: SpectralOptions, histogram: bool
 ) -> Tensor:
     """Return the row of a layer: the means over its samples."""
-    if job.solved.values.isnan().any():
+    # Sorted last.
+    if any(map(math.isnan, facts["largest"])):
         return make_row(NOT_CONVERGED)
     # Apart from the factor, which leaves the range of float64 before its logarithm leaves anything.
     log_factor = 2 * job.exponent * math.log10(2) + math.log10(job.stack.eigenvalue_scale)
-    factor = float(job.factor)
+    factor = job.factor
     alphas, largest = facts["alpha"], facts["largest"]
     figures = (
         _mean(alphas),
@@ -97,7 +99,7 @@ def _row_of(
     counts: list[float] = []
     if histogram:
         counted = eigenvalues if job.counted is None else job.counted
-        first = first_counted(counted, job.factor.expand(len(counted)), options)
+        first = first_counted(counted, counted.new_full((len(counted),), factor), options)
         counts = _histogram(counted, first, log_factor).tolist()
     return make_row(
         *_outcome(facts, options),
@@ -142,36 +144,51 @@ def _facts(samples: Samples, options: SpectralOptions) -> dict[str, list[float]]
         "total": total,
         "stable_rank": total / largest,
         "entropy": ordered_sum(torch.special.entr(values / total[:, None])) / kept.log(),
-        "variance": _variance(samples, options),
         "log_xmin": xmin.log(),
         "kept": kept,
         "missing": missing,
         "zero": zero,
         "flat": flat,
     }
-    table = torch.stack([values.to(torch.float64) for values in facts.values()]).tolist()
-    return dict(zip(facts, table, strict=True))
+    rows = torch.stack([values.to(torch.float64) for values in facts.values()]).tolist()
+    return dict(zip(facts, rows, strict=True)) | {"variance": _variances(samples, options)}
 
 
-def _variance(samples: Samples, options: SpectralOptions) -> Tensor:
+def _variances(samples: Samples, options: SpectralOptions) -> list[float]:
     """Return the squared standard error of the alpha of each sample."""
+    of_pieces = iter(_alphas_of_pieces(samples, options))
+    alphas = samples.fits.alpha.tolist()
+    lengths = (samples.eigenvalues.shape[-1] - samples.fits.tail_start).tolist()
+    variances: list[float] = []
+    for job, number in zip(samples.jobs, samples.numbers, strict=True):
+        windows, pieces = len(job.routes) // number, len(job.pieces) // number
+        independent = independent_windows(job.windows, job.stack.matrices.numel())
+        room = independent if job.of_parts is None else pieces * independent
+        for _ in range(number):
+            sample = len(variances)
+            # The tail of overlapping windows holds each eigenvalue several times over.
+            tail = lengths[sample] * independent / windows
+            variances.append(alpha_variance(alphas[sample], tail, list(islice(of_pieces, pieces)), room))
+    return variances
+
+
+def _alphas_of_pieces(samples: Samples, options: SpectralOptions) -> list[float]:
+    """Return alpha of each of `Job.pieces`, sample by sample."""
     jobs = samples.jobs
-    # One of the fits depends on the scale.
-    scale = samples.per_sample([job.stack.eigenvalue_scale for job in jobs])
+    pieces = table([job.pieces for job in jobs])
+    numbers = [len(job.pieces) for job in jobs]
+    of_sample = [number // of_job for number, of_job in zip(numbers, samples.numbers, strict=True)]
+    sample = repeated(range(len(samples.first)), samples.per_sample(of_sample))
     # Quarters of a window may have smaller eigenvalues than any window, all of which count if those do.
-    smallest = samples.eigenvalues.gather(-1, samples.first[:, None])[:, 0].where(samples.first > 0, 0)
-    independent = samples.per_sample(
-        [independent_windows(job.windows, job.stack.matrices.numel()) for job in jobs]
-    )
-    parts = [job.of_parts for job in jobs if job.of_parts is not None]
-    return alpha_variance(
-        samples.by_window * scale[:, None, None],
-        torch.cat(parts) * scale[:, None, None] if parts else None,
-        samples.fits,
-        smallest * scale,
-        independent,
-        options,
-    )
+    smallest = samples.eigenvalues.gather(-1, samples.first[:, None])[:, 0]
+    smallest = smallest.where(samples.first > samples.padding, 0)
+    padding = repeated([pieces.shape[-1] - job.pieces.shape[-1] for job in jobs], numbers)
+    first = torch.maximum(padding, (pieces < smallest[sample, None]).sum(-1))
+    # One of the fits depends on the scale.
+    scale = repeated([job.stack.eigenvalue_scale for job in jobs], numbers)
+    fits = fit_power_law(pieces * scale[:, None], options.fit, options.xmin_pos, first, distance=False)
+    alphas: list[float] = fits.alpha.tolist()
+    return alphas
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -1,7 +1,7 @@
 """From stacks of matrices to samples of eigenvalues and their fits: which windows are solved, and by which route.
 
 The layers are solved together. Each window takes the cheapest route (`farms_tb.spectra`) whose rounding errors
-alpha does not show; samples of one size, of whatever layers, are sorted and fitted at once.
+alpha does not show; samples of similar size, of whatever layers, are sorted and fitted at once.
 """
 
 from __future__ import annotations
@@ -66,6 +66,8 @@ _BYTES_WORTH_A_THREAD = 2**22
 # On the CPU double precision costs little more where windows are small, and deflating as much: real ones of these
 # sizes on are tried in single precision, and deflated.
 _SINGLE_SIZE, _DEFLATED_SIZE = 64, 192
+# Zeros that a table is filled up with at most so that more layers share it: those of another table cost as much.
+_PADDING = 16000
 
 
 @dataclass
@@ -80,7 +82,7 @@ class Job:
         routes: `(W,)` int64, how each window is solved, as a position in `ROUTES`.
         deflatable: whether single precision may be tried once more, without the largest directions.
         solved: all windows.
-        of_parts: eigenvalues of `parts`, `(S, 4, v)`.
+        of_parts: eigenvalues of `parts`, `(S * 4, v)`.
         route_of_parts: how they were solved, as a position in `ROUTES`; -1 before.
         counted: the eigenvalues `(S, N)` that a histogram counts, where they are not those that are fitted.
     """
@@ -107,26 +109,43 @@ class Job:
         return int(self.routes.max())
 
     @cached_property
-    def factor(self) -> Tensor:
+    def factor(self) -> float:
         """What eigenvalues are multiplied by; it may leave the range of float64."""
-        return torch.tensor(2.0, dtype=torch.float64).pow(2 * self.exponent) * self.stack.eigenvalue_scale
+        try:
+            return math.ldexp(self.stack.eigenvalue_scale, 2 * self.exponent)
+        except OverflowError:
+            return math.inf
+
+    @property
+    def pieces(self) -> Tensor:
+        """Eigenvalues of what is fitted for the standard error: each sample's windows, or quarters of one."""
+        return self.solved.values if self.of_parts is None else self.of_parts
+
+    @property
+    def sample_size(self) -> int:
+        """Number of eigenvalues of a sample."""
+        return len(self.routes) // self.windows.samples * self.size
 
 
 @dataclass
 class Samples:
-    """Samples of one size, of one or more layers: S samples of n windows with w eigenvalues each.
+    """Samples of one or more layers, in tables: S samples, of V windows in all.
+
+    Rows begin with as many zeros as they are shorter than the longest. No number of a row depends on how many.
 
     Attributes:
         jobs: the layers.
-        by_window: `(S, n, w)` float64, eigenvalues of each window, ascending.
-        eigenvalues: `(S, n * w)`, ascending.
-        first: `(S,)`, how many of the smallest are left out.
-        fits: the fits of the others.
+        by_window: `(V, w)` float64, eigenvalues of each window, ascending.
+        eigenvalues: `(S, N)` float64, ascending.
+        padding: `(S,)` int64, how many zeros precede them.
+        first: `(S,)` int64, where those begin that count.
+        fits: the fits of these.
     """
 
     jobs: list[Job]
     by_window: Tensor
     eigenvalues: Tensor
+    padding: Tensor
     first: Tensor
     fits: PowerLawFit
 
@@ -140,16 +159,18 @@ class Samples:
         """How many samples each layer has."""
         return [job.windows.samples for job in self.jobs]
 
-    def per_sample(self, of_layers: Sequence[Tensor | float]) -> Tensor:
-        """Repeat a number of each layer for its samples: `(S,)` float64."""
-        return _repeated(of_layers, self.numbers)
+    def per_sample(self, of_layers: Sequence[float]) -> Tensor:
+        """Repeat a number of each layer for its samples: `(S,)`."""
+        return repeated(of_layers, self.numbers)
 
     def of(self, jobs: Sequence[Job]) -> Samples:
         """Return the samples of some of the layers."""
-        chosen = torch.tensor([any(job is one for one in jobs) for job in self.jobs])
-        rows = chosen.repeat_interleave(torch.tensor(self.numbers))
+        chosen = [any(job is one for one in jobs) for job in self.jobs]
+        rows = self.per_sample(chosen)
+        windows = repeated(chosen, [len(job.routes) for job in self.jobs])
         fits = PowerLawFit(*(of_all[rows] for of_all in self.fits))
-        return Samples(list(jobs), self.by_window[rows], self.eigenvalues[rows], self.first[rows], fits)
+        tables = self.by_window[windows], self.eigenvalues[rows], self.padding[rows], self.first[rows]
+        return Samples(list(jobs), *tables, fits)
 
 
 def make_jobs(stacks: Sequence[MatrixStack], options: SpectralOptions) -> list[Job | Tensor]:
@@ -278,7 +299,7 @@ def solve(jobs: Sequence[Job], options: SpectralOptions) -> list[Samples]:
         again: list[tuple[Job, Tensor]] = []
         for samples in _pool(jobs, options):
             uncertain = _uncertain(samples, options)
-            of_jobs = [part.flatten() for part in torch.split(uncertain, samples.numbers)]
+            of_jobs = torch.split(uncertain, [len(job.routes) for job in samples.jobs])
             certain = [job for job, windows in zip(samples.jobs, of_jobs, strict=True) if not windows.any()]
             if certain:
                 done.append(samples if len(certain) == len(samples.jobs) else samples.of(certain))
@@ -299,13 +320,25 @@ def solve_to_count(jobs: Sequence[Job], options: SpectralOptions) -> None:
         job.counted = _sorted(solved.values.view(job.windows.samples, -1))
 
 
-def first_counted(eigenvalues: Tensor, factor: Tensor, options: SpectralOptions) -> Tensor:
-    """Return `(S,)` how many of the smallest of `(S, N)` eigenvalues are left out; `factor` is `(S,)`."""
+def first_counted(
+    eigenvalues: Tensor, factor: Tensor, options: SpectralOptions, padding: Tensor | None = None
+) -> Tensor:
+    """Return where those eigenvalues begin that are not left out.
+
+    Args:
+        eigenvalues: `(S, N)`, ascending.
+        factor: `(S,)`, what they are multiplied by.
+        options: what is left out.
+        padding: `(S,)` int64, how many zeros precede the eigenvalues; None for 0.
+
+    Returns:
+        `(S,)` int64.
+    """
     size = eigenvalues.shape[-1]
-    first = eigenvalues.new_zeros(len(eigenvalues), dtype=torch.int64)
+    first = eigenvalues.new_zeros(len(eigenvalues), dtype=torch.int64) if padding is None else padding
     if options.filter_zeros:
         below = (eigenvalues * factor[:, None] < ZERO_CUTOFF).sum(-1)
-        first = below.where(below < size, 0)
+        first = torch.maximum(first, below.where(below < size, 0))
     if options.relative_cutoff > 0:
         cut = (eigenvalues < options.relative_cutoff * eigenvalues[:, -1:]).sum(-1)
         first = torch.maximum(first, cut)
@@ -357,8 +390,7 @@ def _plain_fit(eigenvalues: Sequence[float], job: Job, options: SpectralOptions)
     """Return alpha by the median fit, and the eigenvalue at which the tail begins; NaN where there is no fit."""
     counted = [value for value in eigenvalues if not value < options.relative_cutoff * eigenvalues[-1]]
     if options.filter_zeros:
-        factor = float(job.factor)
-        counted = [value for value in counted if not value * factor < ZERO_CUTOFF] or counted
+        counted = [value for value in counted if not value * job.factor < ZERO_CUTOFF] or counted
     tail = counted[int(len(counted) / options.xmin_pos) :]
     if not tail[0] > 0:
         return math.nan, math.nan
@@ -402,7 +434,7 @@ def _with_parts(jobs: Sequence[Job]) -> list[tuple[Job, Wanted]]:
 
 def _keep_parts(with_parts: Sequence[tuple[Job, Wanted]], found: Sequence[Eigenvalues]) -> None:
     for (job, _), solved in zip(with_parts, found, strict=True):
-        job.of_parts = solved.values.view(job.windows.samples, -1, solved.values.shape[-1])
+        job.of_parts = solved.values
 
 
 def _eigenvalues(wanted: Sequence[Wanted], options: SpectralOptions) -> list[Eigenvalues]:
@@ -413,22 +445,47 @@ def _eigenvalues(wanted: Sequence[Wanted], options: SpectralOptions) -> list[Eig
 
 
 def _pool(jobs: Sequence[Job], options: SpectralOptions) -> list[Samples]:
-    """Gather the layers whose samples are of one size, and sort and fit their samples together."""
-    groups: dict[tuple[int, int, bool], list[Job]] = {}
-    for job in jobs:
-        key = len(job.routes) // job.windows.samples, job.size, job.of_parts is None
-        groups.setdefault(key, []).append(job)
+    """Sort and fit the samples of layers, those of similar size together: small operations take their time."""
     found = []
-    for (number, size, _), members in groups.items():
-        by_window = torch.cat([job.solved.values for job in members]).view(-1, number, size)
+    for members in _groups(jobs):
         numbers = [job.windows.samples for job in members]
-        eigenvalues = _sorted(by_window.flatten(1))
-        first = first_counted(eigenvalues, _repeated([job.factor for job in members], numbers), options)
+        by_window = table([job.solved.values for job in members])
+        eigenvalues = _sorted(table([job.solved.values.view(job.windows.samples, -1) for job in members]))
+        padding = repeated([eigenvalues.shape[-1] - job.sample_size for job in members], numbers)
+        factors = repeated([job.factor for job in members], numbers)
+        first = first_counted(eigenvalues, factors, options, padding)
         # One of the searches begins at a value that depends on the scale.
-        scales = _repeated([job.stack.eigenvalue_scale for job in members], numbers)
+        scales = repeated([job.stack.eigenvalue_scale for job in members], numbers)
         fits = fit_power_law(eigenvalues * scales[:, None], options.fit, options.xmin_pos, first)
-        found.append(Samples(members, by_window, eigenvalues, first, fits))
+        found.append(Samples(members, by_window, eigenvalues, padding, first, fits))
     return found
+
+
+def _groups(jobs: Sequence[Job]) -> list[list[Job]]:
+    """Put layers together the tables of which take little padding."""
+    groups: list[list[Job]] = []
+    samples = windows = eigenvalues = longest = largest = 0
+    for job in sorted(jobs, key=lambda job: -job.sample_size):
+        samples += job.windows.samples
+        windows += len(job.routes)
+        eigenvalues += len(job.routes) * job.size
+        largest = max(largest, job.size)
+        if not groups or samples * longest + windows * largest - 2 * eigenvalues > _PADDING:
+            groups.append([])
+            samples, windows, largest, longest = job.windows.samples, len(job.routes), job.size, job.sample_size
+            eigenvalues = windows * largest
+        groups[-1].append(job)
+    return groups
+
+
+def table(parts: Sequence[Tensor]) -> Tensor:
+    """Put the rows `(n, m)` of all parts under each other, with zeros before the shorter ones."""
+    rows = np.zeros((sum(map(len, parts)), max(part.shape[-1] for part in parts)))
+    begin = 0
+    for part in parts:
+        rows[begin : begin + len(part), rows.shape[-1] - part.shape[-1] :] = part.numpy()
+        begin += len(part)
+    return torch.from_numpy(rows)
 
 
 def _sorted(values: Tensor) -> Tensor:
@@ -436,9 +493,9 @@ def _sorted(values: Tensor) -> Tensor:
     return torch.from_numpy(np.sort(values.numpy(), axis=-1))
 
 
-def _repeated(of_layers: Sequence[Tensor | float], numbers: Sequence[int]) -> Tensor:
-    each = [[float(of_layer)] * number for of_layer, number in zip(of_layers, numbers, strict=True)]
-    return torch.tensor([value for of_layer in each for value in of_layer], dtype=torch.float64)
+def repeated(values: Sequence[float] | Tensor, numbers: Sequence[int] | Tensor) -> Tensor:
+    """Repeat each value the number of times that is beside it."""
+    return torch.from_numpy(np.repeat(np.asarray(values), np.asarray(numbers)))
 
 
 def _rounding(scale: Tensor, largest: Tensor, at: Tensor) -> Tensor:
@@ -446,7 +503,7 @@ def _rounding(scale: Tensor, largest: Tensor, at: Tensor) -> Tensor:
     return torch.maximum(scale, (largest * at).sqrt())
 
 
-def _shift(rounding: Number, xmin: Number, alpha: Number, size: int, roundoff: Number) -> Number:
+def _shift(rounding: Number, xmin: Number, alpha: Number, size: Number, roundoff: Number) -> Number:
     """Return by how much the rounding of a window may move alpha, relative to alpha; NaN where there is none."""
     roundoffs = _ROUNDOFFS / size**0.5 * rounding / xmin + _ROUNDOFFS_OF_LARGEST
     shift: Number = roundoffs * roundoff * (alpha - 1)
@@ -454,30 +511,34 @@ def _shift(rounding: Number, xmin: Number, alpha: Number, size: int, roundoff: N
 
 
 def _uncertain(samples: Samples, options: SpectralOptions) -> Tensor:
-    """Return `(S, n)` which windows have to be solved by a more accurate route."""
-    by_window = samples.by_window
-    shape = by_window.shape[:2]
-    routes = torch.cat([job.routes for job in samples.jobs]).view(shape)
-    scale = torch.cat([job.solved.scale for job in samples.jobs]).view(shape)
-    largest, roundoff = by_window[..., -1], _ROUNDOFF[routes]
-    xmin, alpha = samples.xmin[:, None], samples.fits.alpha[:, None]
+    """Return `(V,)` which windows have to be solved by a more accurate route."""
+    jobs, by_window = samples.jobs, samples.by_window
+    numbers = [len(job.routes) for job in jobs]
+    routes = torch.cat([job.routes for job in jobs])
+    scale = torch.cat([job.solved.scale for job in jobs])
+    size = repeated([float(job.size) for job in jobs], numbers)
+    padding = by_window.shape[-1] - size
+    of_sample = [len(job.routes) // job.windows.samples for job in jobs]
+    sample = repeated(range(len(samples.first)), samples.per_sample(of_sample))
+    largest, roundoff = by_window[:, -1], _ROUNDOFF[routes]
+    xmin, alpha = samples.xmin[sample], samples.fits.alpha[sample]
     # Not larger, which NaN is not either.
     rounding = _rounding(scale, largest, xmin)
-    uncertain = ~(_shift(rounding, xmin, alpha, by_window.shape[-1], roundoff) <= _TOLERANCE)
+    uncertain = ~(_shift(rounding, xmin, alpha, size, roundoff) <= _TOLERANCE)
     if options.fit == "median":
-        size = by_window.shape[-1]
-        own_xmin = by_window[..., int(size / options.xmin_pos)]
-        moved = _ROUNDOFFS / size**0.5 * roundoff * _rounding(scale, largest, own_xmin) + _UNDERFLOW
+        own_xmin = by_window.gather(-1, (padding + (size / options.xmin_pos).floor()).long()[:, None])[:, 0]
+        moved = _ROUNDOFFS / size.sqrt() * roundoff * _rounding(scale, largest, own_xmin) + _UNDERFLOW
         # Only in single precision: what double precision cannot tell from 0 either is most likely 0.
         uncertain |= ~(moved < _TOLERANCE_OF_ERROR * own_xmin) & (routes < _FLOAT64)
     cutoffs = []
     if options.filter_zeros:
-        cutoffs.append(ZERO_CUTOFF / samples.per_sample([job.factor for job in samples.jobs]))
+        cutoffs.append(ZERO_CUTOFF / samples.per_sample([job.factor for job in jobs]))
     if options.relative_cutoff > 0:
         cutoffs.append(options.relative_cutoff * samples.eigenvalues[:, -1])
     for cutoff in cutoffs:
         # On which side of it they are decides how many there are.
-        unknown = 2 * _FLOOR[routes] * _rounding(scale, largest, cutoff[:, None])
-        uncertain |= ((by_window - cutoff[:, None, None]).abs() <= unknown[..., None]).any(-1)
+        unknown = 2 * _FLOOR[routes] * _rounding(scale, largest, cutoff[sample])
+        inside = torch.arange(by_window.shape[-1]) >= padding[:, None]
+        uncertain |= (((by_window - cutoff[sample, None]).abs() <= unknown[:, None]) & inside).any(-1)
     wanted: Tensor = uncertain & (routes < _SVD)
     return wanted

@@ -7,10 +7,10 @@ overlapping windows; for the two search fits, whose tail may jump elsewhere, it 
 
 from __future__ import annotations
 
-from torch import Tensor
+import math
+from collections.abc import Sequence
 
 from farms_tb.options import SpectralOptions
-from farms_tb.power_law import PowerLawFit, fit_power_law, ordered_sum
 from farms_tb.windows import Windows
 
 # With fewer windows than this their spread tells little, and quarters of them stand in.
@@ -30,15 +30,8 @@ def parts_of_windows(windows: Windows, entries: int, options: SpectralOptions) -
     return _quarters(windows) if few and size // 2 >= options.min_eigenvalues else None
 
 
-def alpha_variance(
-    eigenvalues: Tensor,
-    of_parts: Tensor | None,
-    fits: PowerLawFit,
-    smallest: Tensor,
-    independent: Tensor,
-    options: SpectralOptions,
-) -> Tensor:
-    """Return the squared standard error of the alpha of each of S samples.
+def alpha_variance(alpha: float, tail: float, of_pieces: Sequence[float], room: float) -> float:
+    """Return the squared standard error of the alpha of a sample.
 
     The variance of alpha over a sample's windows, each fitted on its own, divided by how many of them there would
     be room for without overlap. Where these are fewer than four, the variance over the quarters of one window.
@@ -46,32 +39,21 @@ def alpha_variance(
     takes them for independent: eigenvalues of one matrix repel each other, so it is too large, about threefold.
 
     Args:
-        eigenvalues: `(S, n, min(h, w))` float64, those of each window, ascending.
-        of_parts: `(S, 4, min(h, w) // 2)` float64, those of `parts_of_windows`; None where these are none.
-        fits: the fits of the samples.
-        smallest: `(S,)` float64, the smallest eigenvalue that counts in each sample; 0 where all do.
-        independent: `(S,)` float64, `independent_windows` of the layer.
-        options: how the windows are fitted.
+        alpha: that of the sample.
+        tail: how many eigenvalues of windows that do not overlap there are in its tail.
+        of_pieces: alpha of each of its windows, or of quarters of one.
+        room: how many windows, or quarters, there would be room for without overlap.
 
     Returns:
-        `(S,)` float64; NaN where a sample has no alpha.
+        The variance; NaN where the sample has no alpha.
     """
-    samples, number, size = eigenvalues.shape
-    # The tail of overlapping windows holds each eigenvalue several times over.
-    tail = (number * size - fits.tail_start) * independent / number
-    variance = (fits.alpha - 1).square() / tail
-    if of_parts is not None:
-        eigenvalues, independent = of_parts, 4 * independent
-    if eigenvalues.shape[1] == 1:
-        return variance
-    left_out = (eigenvalues < smallest[:, None, None]).sum(-1).flatten()
-    each = eigenvalues.flatten(0, 1)
-    alphas = fit_power_law(each, options.fit, options.xmin_pos, left_out, distance=False).alpha
-    alphas = alphas.reshape(samples, -1)
-    # Not torch's own variance, the last bit of which depends on how many samples there are beside one.
-    deviations = alphas - ordered_sum(alphas)[:, None] / alphas.shape[-1]
-    spread = ordered_sum(deviations.square()) / (alphas.shape[-1] - 1) / independent
-    return spread.where(spread.isfinite() & (independent >= _FEW), variance)
+    number = len(of_pieces)
+    if number > 1 and room >= _FEW:
+        mean = sum(of_pieces) / number
+        spread = sum((piece - mean) ** 2 for piece in of_pieces) / (number - 1) / room
+        if math.isfinite(spread):
+            return spread
+    return (alpha - 1) ** 2 / tail
 
 
 def independent_windows(windows: Windows, entries: int) -> float:

@@ -40,7 +40,7 @@ def test_the_plain_fit_of_one_window_is_that_of_a_sample(options, scale, decades
     options, job = SpectralOptions(**options), job_of(scale)
     for size in (5, 6, 40):
         values = (10 ** (-decades * torch.rand(size, dtype=torch.float64))).sort().values
-        first = samples.first_counted(values[None], job.factor[None], options)
+        first = samples.first_counted(values[None], torch.tensor([job.factor]), options)
         fits = fit_power_law(values[None] * scale, "median", options.xmin_pos, first)
         alpha, xmin = samples._plain_fit(values.tolist(), job, options)
         assert alpha == pytest.approx(float(fits.alpha), rel=1e-12, nan_ok=True)
