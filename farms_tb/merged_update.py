@@ -1,17 +1,19 @@
 """One update of all parameters of a param group, each with a learning rate of its own.
 
-On a GPU, torch's optimizers update the tensors of a param group together by `foreach` operations, a few kernel
-launches for all of them; a group split by ratio takes as many times more. In SGD, Adam and AdamW the learning rate
-is one factor in the update of each tensor, and `foreach` operations take a factor for each tensor. So here a whole
-group is updated by as many launches as torch would need without ratios.
+A group split by ratio is several groups to torch. On a GPU each of them takes as many kernel launches as the
+whole: torch's optimizers update the tensors of a group together, by `foreach` operations. On the CPU each takes
+its time to look at, and torch goes through its tensors one by one in Python. In SGD, Adam and AdamW the learning
+rate is one factor in the update of each tensor, and `foreach` operations take a factor for each tensor. So here a
+group is updated together: on a GPU by as many launches as torch would need without ratios; on the CPU piece by
+piece, each within its caches, which takes less time than torch does without ratios.
 
-The operations are torch's own, so that Adam and AdamW come to the bits of a group for each ratio. In SGD, which in
-torch multiplies by the learning rate and adds at once, the product is rounded here. State is begun by torch.
+The operations are torch's own, so that all come to the bits of a group for each ratio; but for SGD on a GPU, which
+in torch multiplies by the learning rate and adds at once: there the product is rounded. State is begun by torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,15 +23,18 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 Group = dict[str, Any]
+# Entries of the parameters that the CPU updates at once, with gradients and state: a megabyte and a half.
+_PIECE = 2**16
+
 Tensors = list[Tensor] | tuple[Tensor, ...]  # as `foreach` operations take them
 
 
 def merged_update(optimizer: Optimizer, group: Group, ratios: Mapping[int, float]) -> Callable[[], None] | None:
     """Return what makes the step of one group, now that its gradients are there, or None where torch has to.
 
-    Torch has to where there is nothing to merge, on the CPU, with other optimizers, where torch takes no `foreach`
-    operations (`fused`, `capturable`, `differentiable`, `foreach=False`), with sparse gradients, tensors among the
-    options or parameters of several kinds, and at the first step of a parameter.
+    Torch has to where there is nothing to merge, on other devices, with other optimizers, with options that ask
+    for another way (`fused`, `capturable`, `differentiable`, `foreach=False`), with sparse gradients, tensors
+    among the options or parameters of several kinds, and at the first step of a parameter.
 
     Args:
         optimizer: any optimizer.
@@ -59,12 +64,11 @@ def _takes_foreach(group: Group) -> bool:
     if group["differentiable"] or group.get("capturable") or any(isinstance(value, Tensor) for value in options):
         return False
     wanted = group["fused"] is None if group["foreach"] is None else group["foreach"]
-    return bool(wanted) and _on_gpu(group["params"])
+    return bool(wanted)
 
 
 def _on_gpu(params: Tensors) -> bool:
-    """Tell whether `foreach` saves launches: on the CPU it is a loop, and shorter lists stay in its caches."""
-    return all(p.is_cuda for p in params)
+    return params[0].is_cuda
 
 
 def _are_alike(params: Tensors, grads: Tensors) -> bool:
@@ -72,7 +76,11 @@ def _are_alike(params: Tensors, grads: Tensors) -> bool:
     if not all(type(p) in (Tensor, nn.Parameter) for p in params):
         return False
     kinds = {(tensor.device, tensor.dtype, tensor.layout) for tensor in (*params, *grads)}
-    return len(kinds) == 1 and params[0].is_floating_point() and params[0].layout == torch.strided
+    first = params[0]
+    if len(kinds) > 1 or not first.is_floating_point() or first.layout != torch.strided:
+        return False
+    # In half precision the CPU's `foreach` operations round differently from those on single tensors.
+    return _on_gpu(params) or (first.is_cpu and first.dtype.itemsize >= 4)
 
 
 @torch.no_grad()
@@ -84,9 +92,26 @@ def _update(
     grads: Tensors,
     states: Mapping[str, Tensors],
 ) -> None:
-    if group["maximize"]:
-        grads = torch._foreach_neg(grads)
-    rule.update(group, [group["lr"] * ratio for ratio in ratios], params, grads, *states.values())
+    lrs = [group["lr"] * ratio for ratio in ratios]
+    for piece in _pieces(params):
+        own = grads[piece]
+        if group["maximize"]:
+            own = torch._foreach_neg(own)
+        rule.update(group, lrs[piece], params[piece], own, *(state[piece] for state in states.values()))
+
+
+def _pieces(params: Tensors) -> Iterator[slice]:
+    """Yield what is updated at once: all on a GPU, on the CPU parameters of a size that its caches hold."""
+    if _on_gpu(params):
+        yield slice(None)
+        return
+    begin = size = 0
+    for place, parameter in enumerate(params):
+        size += parameter.numel()
+        if size > _PIECE and place > begin:
+            yield slice(begin, place)
+            begin, size = place, parameter.numel()
+    yield slice(begin, None)
 
 
 def _sgd(
@@ -105,7 +130,11 @@ def _sgd(
             torch._foreach_add_(grads, buffers, alpha=group["momentum"])
         else:
             grads = buffers
-    torch._foreach_add_(params, torch._foreach_mul(grads, [-lr for lr in lrs]))
+    if _on_gpu(params):
+        torch._foreach_add_(params, torch._foreach_mul(grads, [-lr for lr in lrs]))
+        return
+    for parameter, grad, lr in zip(params, grads, lrs, strict=True):
+        parameter.add_(grad, alpha=-lr)
 
 
 def _adam(

@@ -183,7 +183,9 @@ def spy_on_updates(name: str) -> Iterator[list[dict[int, float]]]:
 
     rules = dict(merged_update.RULES)
     setattr(module, function, watched)
-    merged_update.RULES.update({cls: watched_rule(rule) for cls, rule in rules.items()})
+    merged_update.RULES.update(
+        {cls: watched_rule(rule) for cls, rule in rules.items() if cls.step.__module__.endswith(f".{home}")}
+    )
     try:
         yield seen
     finally:

@@ -1,4 +1,4 @@
-"""A group that is updated at once, as on a GPU: mostly on the CPU, where `foreach` operations run in a loop."""
+"""A group that is updated at once, or, as on the CPU, piece by piece: mostly on the CPU, as if it were a GPU."""
 
 from __future__ import annotations
 
@@ -344,13 +344,47 @@ def test_nothing_to_merge(updates: list[int]) -> None:
     assert updates == []
 
 
-def test_the_cpu_is_left_to_torch(updates: list[int]) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("foreach", [None, True])
+@pytest.mark.parametrize("key", UPDATES)
+def test_on_the_cpu_it_is_that_of_a_group_for_each_ratio(
+    key: str, foreach: bool | None, dtype: torch.dtype, updates: list[int]
+) -> None:
+    cls, options = UPDATES[key]
+    ours, theirs = make_params(dtype), make_params(dtype)
+    optimizer: Any = cls(ours, lr=BASE, foreach=foreach, **options)  # type: ignore[call-arg]
+    attach(optimizer, ours)
+    reference = by_hand(cls, theirs, foreach=foreach, **options)
+    for step in range(6):
+        for params, stepped in ((ours, optimizer), (theirs, reference)):
+            set_grads(params, step)
+            stepped.step()
+        assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+    merged = 6 if cls is SGD and "momentum" not in options else 5
+    assert updates == [len(SHAPES)] * (0 if dtype == torch.bfloat16 else merged)
+    assert_same_state(*[[opt.state[p] for p in ps] for opt, ps in ((optimizer, ours), (reference, theirs))])
+
+
+@pytest.mark.parametrize(
+    ("most", "pieces"),
+    [(1, [[9], [4], [18], [1], [10]]), (13, [[9, 4], [18], [1, 10]]), (10**4, [[9, 4, 18, 1, 10]])],
+)
+def test_pieces(most: int, pieces: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is as large as its parameters together may be, or one parameter that is larger."""
     params = make_params()
-    optimizer = SGD(params, lr=BASE, foreach=True)
-    attach(optimizer, params)
-    set_grads(params, 0)
-    optimizer.step()
-    assert updates == []
+    monkeypatch.setattr(merged_update, "_PIECE", most)
+    assert [[p.numel() for p in params[piece]] for piece in merged_update._pieces(params)] == pieces
+    states = []
+    for number in (most, 10**6):
+        monkeypatch.setattr(merged_update, "_PIECE", number)
+        params = make_params()
+        optimizer = AdamW(params, lr=BASE, maximize=True)
+        attach(optimizer, params)
+        for step in range(3):
+            set_grads(params, step)
+            optimizer.step()
+        states.append([*params, *optimizer.state.values()])
+    assert_same_state(*states)
 
 
 @pytest.mark.gpu
