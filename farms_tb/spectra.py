@@ -181,7 +181,7 @@ class _Chunk:
         if isinstance(self.index, range) and lead.numel() in (len(self.index), lead[-1]):
             windows = self.view.flatten(0, -3)[self.index.start : self.index.stop]
         else:
-            windows = self.view[_places(torch.tensor(self.index, device=self.view.device), lead)]
+            windows = self.view[_places(torch.tensor(self.index, device="cpu").to(self.view.device), lead)]
         windows = windows.to(self.dtype, memory_format=torch.contiguous_format)
         return windows if 1 in windows.stride()[-2:] else windows.contiguous()
 
@@ -258,8 +258,8 @@ def _with_following(pairs: list[_Pair], wanted: Sequence[Wanted], memory: int) -
     ahead = [pair for pair in pairs if pair[0].ahead]
     kept = [pair for pair in pairs if not pair[0].ahead]
     following: list[_Chunk] = []
-    values, scales = (to_cpu([getattr(part, name) for _, part in ahead]) for name in ("values", "scale"))
-    for (chunk, part), of_values, of_scale in zip(ahead, values, scales, strict=True):
+    there = to_cpu([tensor for _, part in ahead for tensor in (part.values, part.scale)])
+    for (chunk, part), of_values, of_scale in zip(ahead, there[::2], there[1::2], strict=True):
         choose = wanted[chunk.layer].choose
         assert choose is not None
         route = choose(Eigenvalues(of_values, of_scale, part.directly))
@@ -278,15 +278,16 @@ def _collected(pairs: Sequence[_Pair], wanted: Sequence[Wanted]) -> list[Eigenva
         of_layers[pair[0].layer].append(pair)
     in_order = [[part for _, part in sorted(found, key=lambda pair: pair[0].place)] for found in of_layers]
     none = torch.empty(0, device="cpu")
-    values, scales = (
-        to_cpu(
-            [torch.cat([getattr(part, name).flatten() for part in found]) if found else none for found in in_order]
-        )
-        for name in ("values", "scale")
+    there = to_cpu(
+        [
+            torch.cat([getattr(part, name).flatten() for part in found]) if found else none
+            for found in in_order
+            for name in ("values", "scale")
+        ]
     )
     return [
         Eigenvalues(of_layer.view(-1, min(layer.view.shape[-2:])), scale, any(part.directly for part in found))
-        for of_layer, scale, layer, found in zip(values, scales, wanted, in_order, strict=True)
+        for of_layer, scale, layer, found in zip(there[::2], there[1::2], wanted, in_order, strict=True)
     ]
 
 

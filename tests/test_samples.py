@@ -9,7 +9,7 @@ from torch import nn
 
 from farms_tb import analyze, samples
 from farms_tb.analysis import measure
-from farms_tb.layers import find_layers
+from farms_tb.layers import find_layers, read_stacks
 from farms_tb.matrices import MatrixStack
 from farms_tb.options import SpectralOptions
 from farms_tb.power_law import fit_power_law
@@ -87,6 +87,51 @@ def test_a_layer_alone_has_the_record_that_it_has_among_others(options):
     together = measure(layers, options, histogram=True).layers
     for layer in layers:
         assert measure([layer], options, histogram=True).layers[layer.name] == together[layer.name]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"filter_zeros": True, "relative_cutoff": 1e-4}, {"fit": "xmin_peak", "relative_cutoff": 1e-3}],
+    ids=str,
+)
+def test_no_record_depends_on_what_shares_its_table(options, monkeypatch):
+    """Whatever is before a sample's eigenvalues to fill a table up: nothing, or thousands of zeros."""
+    torch.manual_seed(0)
+    layers = find_layers(
+        nn.ModuleList(
+            [
+                *(nn.Conv2d(32, 32, 3), nn.Conv2d(24, 70, 3), nn.Linear(300, 120), nn.Linear(11, 7)),
+                *(nn.Conv2d(40, 10, 1), pruned(nn.Linear(64, 64)), heavy(100, 1.5), tiny(nn.Linear(20, 30))),
+            ]
+        )
+    )
+    reports = []
+    for most, number in ((0, 8), (10**9, 1)):
+        monkeypatch.setattr(samples, "_PADDING", most)
+        jobs = samples.make_jobs([read_stacks(one.module)[0] for one in layers], SpectralOptions(**options))
+        assert len(samples._groups(jobs)) == number
+        reports.append(measure(layers, SpectralOptions(**options), histogram=True))
+    assert reports[0].layers == reports[1].layers
+    assert {record.status for record in reports[0].layers.values()} >= {"ok"}
+
+
+def test_tables():
+    first, second = torch.ones(2, 1), torch.full((1, 3), 2.0)
+    assert samples.table([first, second]).tolist() == [[0, 0, 1], [0, 0, 1], [2, 2, 2]]
+    assert samples.repeated([1.5, 2.5], torch.tensor([0, 2])).tolist() == [2.5, 2.5]
+
+
+def pruned(layer):
+    with torch.no_grad():
+        layer.weight[:, ::2] = 0
+    return layer
+
+
+def tiny(layer):
+    """Weights so small that eigenvalues are below what `filter_zeros` drops."""
+    with torch.no_grad():
+        layer.weight *= 1e-3
+    return layer
 
 
 def heavy(channels, slope):

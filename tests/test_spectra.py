@@ -122,6 +122,23 @@ def test_a_window_that_goes_ahead(route, choice):
     assert torch.equal(other.values, solved(view[0], choice))
 
 
+def test_small_windows_go_ahead_together(monkeypatch):
+    """They share a task, and each chooses for its own layer."""
+    layers = [torch.randn(number, 20, 20, dtype=torch.complex64) for number in (5, 3, 9, 4)]
+    alone = [solved(layer, route) for layer, route in zip(layers, ROUTES, strict=True)]
+    ahead = []
+    original = spectra._solve
+    monkeypatch.setattr(
+        spectra,
+        "_solve",
+        lambda batch, *rest: ahead.append([c.layer for c in batch if c.ahead]) or original(batch, *rest),
+    )
+    wanted = [Wanted(layer, "float32", choose=lambda _, r=r: r) for layer, r in zip(layers, ROUTES, strict=True)]
+    for expected, found in zip(alone, window_eigenvalues(wanted), strict=True):
+        assert torch.equal(found.values, expected)
+    assert [layers for layers in ahead if layers] == [[0, 1, 2, 3]]
+
+
 @pytest.mark.parametrize("route", ROUTES)
 def test_layers_of_all_sizes_and_types_together(route):
     dtypes = (torch.float32, torch.complex64, torch.bfloat16)
