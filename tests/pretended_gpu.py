@@ -1,6 +1,6 @@
 """Tensors that say they are on a GPU, and are computed on the CPU: to see where code for GPUs puts what.
 
-An operation on tensors of both devices is refused as a GPU would refuse it, and what is read from the CPU is counted.
+An operation on tensors of both devices is refused as a GPU would refuse it; what the CPU reads is noted.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def _wrapped(leaf: Any) -> Any:
 
 @contextmanager
 def pretended_gpu() -> Iterator[list[torch.Size]]:
-    """Let `OnGpu` tensors be computed with; yields the shapes of what was copied from them to the CPU."""
+    """Let `OnGpu` tensors be computed with; yields the shapes of what the CPU read of them."""
     mode = _Mode()
     # As torch's own fake tensors do: where there is no driver, no device is switched to.
     torch._C._ensureCUDADeviceGuardSet()
