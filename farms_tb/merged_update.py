@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 Group = dict[str, Any]
+Tensors = list[Tensor] | tuple[Tensor, ...]  # as `foreach` operations take them
+
 # Entries of the parameters that the CPU updates at once, with gradients and state: a megabyte and a half.
 _PIECE = 2**16
-
-Tensors = list[Tensor] | tuple[Tensor, ...]  # as `foreach` operations take them
 
 
 def merged_update(optimizer: Optimizer, group: Group, ratios: Mapping[int, float]) -> Callable[[], None] | None:
