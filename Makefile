@@ -36,7 +36,7 @@ test-oldest: $(OLDEST)/.test
 
 test-nightly: $(VENV)/.test
 	@echo "==> Trying ten thousand generated models, and one of 7 billion parameters"
-	$(RUN) -m pytest tests/test_properties.py tests/test_cli.py::test_7_billion_parameters_in_4_gb \
+	$(RUN) -m pytest tests/test_properties.py tests/cli/test_cli.py::test_7_billion_parameters_in_4_gb \
 		--hypothesis-profile=nightly --hypothesis-show-statistics --timeout=0
 
 docs: $(VENV)/.docs

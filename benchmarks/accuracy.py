@@ -46,7 +46,7 @@ from benchmarks.references import plain_alphas
 from benchmarks.results import BLUE, GREEN, ORANGE, Value, markdown_table, publish, write_csv
 from farms_tb import analyze
 from farms_tb.options import Esd, Fit
-from farms_tb.plots.style import FAINT, new_figure, styled
+from farms_tb.viewing.plots.style import FAINT, new_figure, styled
 from recipes.config import build
 from tests.reference import layers as twin
 

@@ -46,7 +46,7 @@ from benchmarks.models import settings
 from benchmarks.results import BLUE, GREEN, ORANGE, Value, markdown_table, publish, write_csv
 from benchmarks.timing import rounds, synchronise, wall_seconds
 from farms_tb import TempBalance
-from farms_tb.plots.style import new_figure, styled
+from farms_tb.viewing.plots.style import new_figure, styled
 from recipes.config import build
 from recipes.data.images import ImageData, Images
 from recipes.loggers import RunFolderWandbLogger

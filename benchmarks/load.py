@@ -31,9 +31,9 @@ from benchmarks.machine import describe, resident_bytes
 from benchmarks.results import write_csv
 from benchmarks.timing import Work, rounds
 from farms_tb import TempBalance, analyze
-from farms_tb.layers import find_layers
-from farms_tb.layerwise_step import LayerwiseStep
-from farms_tb.logs import measurement_row
+from farms_tb.balancing.layerwise_step import LayerwiseStep
+from farms_tb.training.metrics import measurement_row
+from farms_tb.weights.layers import find_layers
 
 WIDTH = 32
 BLOCK = 100

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from farms_tb.layers import find_layers, read_stacks
-from farms_tb.options import Fit, SpectralOptions
-from farms_tb.windows import layer_windows
+from farms_tb.options import Fit, SpectrumOptions
+from farms_tb.spectra.windows import layer_windows
+from farms_tb.weights.layers import find_layers, read_stacks
 from tests.reference.spectrum import hill, peak_range
 
 TIE = 1e-9
@@ -25,7 +25,7 @@ TIE = 1e-9
 
 
 @torch.no_grad()
-def reference_pass(model: nn.Module, options: SpectralOptions) -> dict[str, float]:
+def reference_pass(model: nn.Module, options: SpectrumOptions) -> dict[str, float]:
     """Measure a model as the research code does: layer by layer, one `svdvals` for each window, in its precision.
 
     Returns:

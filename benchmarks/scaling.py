@@ -37,7 +37,7 @@ from benchmarks.machine import describe
 from benchmarks.results import BLUE, GREEN, ORANGE, Value, markdown_table, publish, write_csv
 from benchmarks.timing import processor_seconds, rounds, wall_seconds
 from farms_tb import TempBalance, analyze
-from farms_tb.plots.style import FAINT, new_figure, styled
+from farms_tb.viewing.plots.style import FAINT, new_figure, styled
 from recipes.models.resnet import SmallImageResNet
 
 GRIDS = (12, 16, 24, 32, 48, 64)

@@ -39,8 +39,8 @@ from benchmarks.references import reference_pass, weightwatcher_pass
 from benchmarks.results import BLUE, GREEN, ORANGE, PURPLE, Value, markdown_table, publish, write_csv
 from benchmarks.timing import Work, rounds, wall_seconds
 from farms_tb import analyze
-from farms_tb.options import SpectralOptions
-from farms_tb.plots.style import FAINT, new_figure, styled
+from farms_tb.options import SpectrumOptions
+from farms_tb.viewing.plots.style import FAINT, new_figure, styled
 
 TARGET = 4
 """The aim on two CPU cores: one pass is this many times faster than an update in the research code's way."""
@@ -90,8 +90,8 @@ def ways_of(case: Case, device: str) -> dict[str, Work]:
     ways: dict[str, Work] = {"analyze": lambda: analyze(model, **case.options)}
     if torch.device(device).type == "cpu" and threads > 1:
         ways["one_thread"] = on_one_thread
-    ways["windows"] = lambda: reference_pass(model, SpectralOptions(**case.options))
-    ways["whole"] = lambda: reference_pass(model, SpectralOptions(esd="full"))
+    ways["windows"] = lambda: reference_pass(model, SpectrumOptions(**case.options))
+    ways["whole"] = lambda: reference_pass(model, SpectrumOptions(esd="full"))
     if weightwatcher is not None and torch.device(device).type == "cpu":
         ways["weightwatcher"] = lambda: weightwatcher(model)
     return ways

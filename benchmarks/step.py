@@ -32,8 +32,8 @@ from benchmarks.machine import describe
 from benchmarks.models import NETWORKS
 from benchmarks.results import BLUE, GREEN, ORANGE, PURPLE, Value, markdown_table, publish, write_csv
 from benchmarks.timing import Work, processor_seconds, rounds, wall_seconds
-from farms_tb.layerwise_step import LayerwiseStep
-from farms_tb.plots.style import new_figure, styled
+from farms_tb.balancing.layerwise_step import LayerwiseStep
+from farms_tb.viewing.plots.style import new_figure, styled
 
 AIM = 1.10
 TINY = "160 tiny layers"

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from farms_tb import analyze
-from farms_tb.densities import marchenko_pastur
-from farms_tb.plots.style import FAINT, new_figure, save, styled
+from farms_tb.viewing.densities import marchenko_pastur
+from farms_tb.viewing.plots.style import FAINT, new_figure, save, styled
 
 PICTURE = Path(__file__).parent / "images" / "aspect_ratio_bias.png"
 ASPECT_RATIOS = (1, 2, 3, 4, 6, 8, 12, 16)

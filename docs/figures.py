@@ -17,11 +17,11 @@ from matplotlib.patches import Rectangle
 from torch import Tensor, nn
 
 from farms_tb import analyze, lr_ratios
-from farms_tb.densities import esd_density, tail_density
+from farms_tb.balancing.ratio_maps import noise_lambda
 from farms_tb.options import AssignFunc
-from farms_tb.plots.style import FAINT, new_figure, styled
-from farms_tb.power_law import fit_power_law
-from farms_tb.temperature import noise_lambda
+from farms_tb.spectra.power_law import fit_power_law
+from farms_tb.viewing.densities import esd_density, tail_density
+from farms_tb.viewing.plots.style import FAINT, new_figure, styled
 
 IMAGES = Path(__file__).parent / "images"
 BLUE, ORANGE, GREEN, PURPLE = "#3B528B", "#D55E00", "#2A9D6F", "#8E4FA8"

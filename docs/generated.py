@@ -66,7 +66,7 @@ def on_page_content(content: str, **_: Any) -> str:
 @cache
 def callback_options() -> dict[str, griffe.DocstringParameter]:
     """Return what the callback's docstring says of each of its options, by name."""
-    callback = griffe.load("farms_tb.callback", search_paths=[ROOT])["FARMSTempBalance"]
+    callback = griffe.load("farms_tb.training.lightning", search_paths=[ROOT])["FARMSTempBalance"]
     sections = callback.docstring.parse("google")
     section = next(s for s in sections if s.kind is griffe.DocstringSectionKind.parameters)
     defaults = {parameter.name: parameter.default for parameter in callback["__init__"].parameters}

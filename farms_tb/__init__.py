@@ -10,20 +10,24 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
-from farms_tb.analysis import analyze
-from farms_tb.balance import StepGroup, TempBalance
-from farms_tb.checkpoint import analyze_checkpoint
-from farms_tb.matrices import MatrixStack, NoSpectrumError, layer_matrices
+from farms_tb._moved import MovedModules
+from farms_tb.analysis import analyze, analyze_checkpoint
+from farms_tb.balancing.balancer import StepGroup
+from farms_tb.balancing.loop import TempBalance
+from farms_tb.balancing.ratio_maps import lr_ratios
 from farms_tb.report import EsdHistogram, LayerRecord, Report
-from farms_tb.temperature import lr_ratios
+from farms_tb.weights.matrices import MatrixStack, NoSpectrumError, layer_matrices
 
 if TYPE_CHECKING:
-    from farms_tb.callback import FARMSTempBalance
-    from farms_tb.huggingface import FARMSTrainerCallback as FARMSTrainerCallback
+    from farms_tb.training.huggingface import FARMSTrainerCallback as FARMSTrainerCallback
+    from farms_tb.training.lightning import FARMSTempBalance
 
 __version__ = "0.1.0"
+
+sys.meta_path.insert(0, MovedModules())
 
 # Not FARMSTrainerCallback: `from farms_tb import *` works without transformers.
 __all__ = [
@@ -45,11 +49,11 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """Import a callback, and its trainer's package with it, only for those who use it."""
     if name == "FARMSTempBalance":
-        from farms_tb.callback import FARMSTempBalance
+        from farms_tb.training.lightning import FARMSTempBalance
 
         return FARMSTempBalance
     if name == "FARMSTrainerCallback":
-        from farms_tb.huggingface import FARMSTrainerCallback
+        from farms_tb.training.huggingface import FARMSTrainerCallback
 
         return FARMSTrainerCallback
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

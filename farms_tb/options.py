@@ -1,7 +1,7 @@
 """The options of the method, checked once, as two frozen dataclasses.
 
-`SpectralOptions` says how an alpha is measured (weights to alpha), `BalanceOptions` what is made of it (alpha
-to learning-rate ratio). Every public entry point takes the same names with the same defaults and builds these.
+`SpectrumOptions` says how an alpha is measured (weights to alpha), `RatioOptions` what is made of it (alpha to
+learning-rate ratio). Every public entry point takes the same names with the same defaults and builds these.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def check_bool(argument: str, value: object) -> None:
 
 
 @dataclass(frozen=True)
-class SpectralOptions:
+class SpectrumOptions:
     """How a layer's alpha is measured.
 
     Attributes:
@@ -93,7 +93,7 @@ class SpectralOptions:
         precision: `"auto"` solves in single precision where alpha is within 5e-5 of itself with it, `"float64"`
             never does.
         solver: what solves for eigenvalues on a GPU: `"torch"`, `"cupy"`, `"cpu"`, or `"auto"` for whichever is
-            the fastest in a trial of each size of windows, see `farms_tb.solvers`.
+            the fastest in a trial of each size of windows, see `farms_tb.spectra.solvers`.
         memory_mb: megabytes (MiB) that solving may take at a time, beside the model.
         threads: threads of the CPU that solve at a time; None for as many as torch may use.
     """
@@ -137,8 +137,25 @@ class SpectralOptions:
 
 
 @dataclass(frozen=True)
-class TemperatureOptions:
-    """How alphas become learning-rate ratios; see `farms_tb.lr_ratios`."""
+class RatioOptions:
+    """How alphas become learning-rate ratios, and which layers take part.
+
+    Attributes:
+        assign_func: the map from alphas to ratios, see `farms_tb.lr_ratios`.
+        lr_min_ratio: ratio of the layer with the smallest alpha.
+        lr_max_ratio: ratio of the layer with the largest alpha. With both at 1 nothing is balanced, only measured.
+        sigmoid_min: strength of the sigmoid map at or below the mean alpha.
+        sigmoid_max: strength of the sigmoid map above it.
+        sigmoid_tau: steepness of the sigmoid map.
+        ratio_levels: round the ratios to this many values, so that a step has few different learning rates.
+        metric: the metric of a layer that is mapped; `"alpha"` in the papers.
+        exclude_first: leave the first matrix layer, in order of registration, at ratio 1.
+        exclude_last: leave the last matrix layer at ratio 1.
+        exclude: shell-style patterns of layer names to leave at ratio 1, matched from any dot: `"lifting.*"`.
+        balance: the kinds of layers that are balanced, each kind within itself: `"real"` weights, complex
+            `"spectral"` ones, or both. The others are measured and keep ratio 1.
+        norms: `"follow"` gives a normalisation layer the ratio of the layer that feeds it, `"base"` ratio 1.
+    """
 
     assign_func: AssignFunc = "tb_linear_map"
     lr_min_ratio: float = 0.5
@@ -147,6 +164,12 @@ class TemperatureOptions:
     sigmoid_max: float = 0.5
     sigmoid_tau: float = 10.0
     ratio_levels: int | None = None
+    metric: Metric = "alpha"
+    exclude_first: bool = True
+    exclude_last: bool = True
+    exclude: Sequence[str] = ()
+    balance: Sequence[Kind] = ("real",)
+    norms: Norms = "follow"
 
     def __post_init__(self) -> None:
         check_choice("assign_func", self.assign_func, AssignFunc)
@@ -163,32 +186,6 @@ class TemperatureOptions:
         check_number("sigmoid_tau", self.sigmoid_tau, above=0)
         if self.ratio_levels is not None:
             check_integer("ratio_levels", self.ratio_levels, at_least=2)
-
-
-@dataclass(frozen=True)
-class BalanceOptions:
-    """Which layers get a learning rate of their own, and from what.
-
-    Attributes:
-        temperature: the map from alphas to ratios.
-        metric: the figure of a layer that is mapped; `"alpha"` in the papers.
-        exclude_first: leave the first matrix layer, in order of registration, at ratio 1.
-        exclude_last: leave the last matrix layer at ratio 1.
-        exclude: shell-style patterns (`"lifting*"`) of layer names to leave at ratio 1.
-        balance: the kinds of layers that are balanced, each kind within itself: `"real"` weights, complex
-            `"spectral"` ones, or both. The others are measured and keep ratio 1.
-        norms: `"follow"` gives a normalisation layer the ratio of the layer that feeds it, `"base"` ratio 1.
-    """
-
-    temperature: TemperatureOptions = TemperatureOptions()
-    metric: Metric = "alpha"
-    exclude_first: bool = True
-    exclude_last: bool = True
-    exclude: Sequence[str] = ()
-    balance: Sequence[Kind] = ("real",)
-    norms: Norms = "follow"
-
-    def __post_init__(self) -> None:
         check_choice("metric", self.metric, Metric)
         check_bool("exclude_first", self.exclude_first)
         check_bool("exclude_last", self.exclude_last)
@@ -201,35 +198,31 @@ class BalanceOptions:
             object.__setattr__(self, argument, tuple(values))
         for kind in self.balance:
             check_choice("balance", kind, Kind)
-        if self.metric != "alpha" and self.temperature.assign_func in ("tb_sqrt", "tb_log2"):
+        if self.metric != "alpha" and self.assign_func in ("tb_sqrt", "tb_log2"):
             raise ValueError(
-                f"assign_func={self.temperature.assign_func!r} is defined for metric='alpha', whose values are "
+                f"assign_func={self.assign_func!r} is defined for metric='alpha', whose values are "
                 f"above 1, got metric={self.metric!r}; use 'tb_linear_map', 'tb_step' or 'tb_sigmoid'"
             )
-        if self.metric != "alpha" and self.temperature.assign_func == "noise_aware":
+        if self.metric != "alpha" and self.assign_func == "noise_aware":
             raise ValueError(
                 "assign_func='noise_aware' compares alpha with that of random layers, it knows no other metric: "
                 f"got metric={self.metric!r}"
             )
 
 
-def collect_options(values: Mapping[str, Any]) -> tuple[SpectralOptions, BalanceOptions]:
+def collect_options(values: Mapping[str, Any]) -> tuple[SpectrumOptions, RatioOptions]:
     """Build the options from a mapping that holds a value for each of their names, and maybe more."""
 
     def pick(cls: Any) -> dict[str, Any]:
-        return {field.name: values[field.name] for field in fields(cls) if field.name != "temperature"}
+        return {field.name: values[field.name] for field in fields(cls)}
 
-    temperature = TemperatureOptions(**pick(TemperatureOptions))
-    return SpectralOptions(**pick(SpectralOptions)), BalanceOptions(temperature, **pick(BalanceOptions))
+    return SpectrumOptions(**pick(SpectrumOptions)), RatioOptions(**pick(RatioOptions))
 
 
-def as_plain(*options: SpectralOptions | BalanceOptions) -> dict[str, Any]:
+def as_plain(*options: SpectrumOptions | RatioOptions) -> dict[str, Any]:
     """Return the options as one flat dict of plain values, safe in a checkpoint loaded with `weights_only`."""
     plain: dict[str, Any] = {}
     for part in options:
         for name, value in asdict(part).items():
-            if isinstance(value, dict):
-                plain.update(value)
-            else:
-                plain[name] = list(value) if isinstance(value, tuple) else value
+            plain[name] = list(value) if isinstance(value, tuple) else value
     return plain

@@ -45,7 +45,7 @@ class LayerRecord:
         num_eigenvalues: eigenvalues in all samples together, after filtering; on the meta device the number that a
             measurement would solve for.
         status: `"ok"`, or the reason why there is no alpha.
-        alpha_error: standard error of alpha, see `farms_tb.standard_error`.
+        alpha_error: standard error of alpha, see `farms_tb.spectra.standard_error`.
         xmin: eigenvalue at which the tail begins; the geometric mean over blocks.
         null_mean: mean alpha of random layers of this shape, where asked for: the same entries, shuffled.
         null_std: standard deviation of their alphas.

@@ -16,7 +16,16 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 
-from farms_tb.plots.style import COLOURS, MARKERS, PathLike, depth_colours, new_figure, save, spread, styled
+from farms_tb.viewing.plots.style import (
+    COLOURS,
+    MARKERS,
+    PathLike,
+    depth_colours,
+    new_figure,
+    save,
+    spread,
+    styled,
+)
 from recipes.metrics import nrmse_by_channel, relative_l2_by_sample
 
 if TYPE_CHECKING:

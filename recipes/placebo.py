@@ -8,7 +8,7 @@ import torch
 from lightning import LightningModule, Trainer
 
 from farms_tb import FARMSTempBalance
-from farms_tb.balance import LayerBalancer
+from farms_tb.balancing.balancer import LayerBalancer
 from farms_tb.options import check_integer
 from farms_tb.report import Report
 

@@ -17,9 +17,9 @@ from rich.table import Table
 from rich.text import Text
 
 import farms_tb
-from farms_tb.page import write_page
-from farms_tb.plots import plot_alpha_curves, plot_ratio_curves, plot_ratio_map
-from farms_tb.run_folder import read_run_folder
+from farms_tb.viewing.page import write_page
+from farms_tb.viewing.plots import plot_alpha_curves, plot_ratio_curves, plot_ratio_map
+from farms_tb.viewing.run_folder import read_run_folder
 from recipes.callbacks import LastStepRates
 
 __all__ = [

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from farms_tb import warning
+from farms_tb import warnings as warning
 
 torch.set_num_threads(1)
 # A shell starts commands in the background deaf to Ctrl-C, and what the tests start would inherit that.

@@ -14,10 +14,11 @@ import torch.distributed as dist
 from torch import nn
 
 from farms_tb import FARMSTempBalance, TempBalance
-from farms_tb.analysis import Team, measure_nulls
-from farms_tb.balance import _all_reduce
-from farms_tb.layers import find_layers
-from farms_tb.options import SpectralOptions
+from farms_tb.balancing.balancer import _all_reduce
+from farms_tb.options import SpectrumOptions
+from farms_tb.spectra.distributed import Team
+from farms_tb.spectra.measure import measure_nulls
+from farms_tb.weights.layers import find_layers
 from tests.helpers import Module, Recorder, make_data, make_net, make_trainer
 
 
@@ -72,7 +73,7 @@ def sharded(rank: int) -> dict[str, Any]:
         ratios.append([balancer.ratios for balancer in balancers])
     team = Team(rank, dist.get_world_size(), _all_reduce)
     nulls = [
-        measure_nulls(find_layers(net), balancer.report, SpectralOptions(), team=share)
+        measure_nulls(find_layers(net), balancer.report, SpectrumOptions(), team=share)
         for net, balancer, share in zip(nets, balancers, (team, None), strict=True)
     ]
     weights = [p.full_tensor().detach() for p in nets[0].parameters()]
@@ -85,13 +86,13 @@ def sharded(rank: int) -> dict[str, Any]:
 
 
 def break_measuring(rank: int) -> None:
-    import farms_tb.analysis
+    import farms_tb.spectra.measure
 
     def fail(*_: Any) -> None:
         raise ArithmeticError("planned failure")
 
     if rank == 1:
-        farms_tb.analysis.measure_stacks = fail  # type: ignore[assignment]
+        farms_tb.spectra.measure.measure_stacks = fail  # type: ignore[assignment]
 
 
 class Breaks(FARMSTempBalance):
@@ -121,10 +122,10 @@ def lightning(rank: int, breaks: bool = False, strategy: str = "ddp", **options:
 
 def lag(rank: int) -> dict[str, Any]:
     """Train with Lightning, measuring at once and beside training."""
-    import farms_tb.beside
+    import farms_tb.spectra.background
 
     at_once = lightning(rank, lag_steps=2)
-    farms_tb.beside._DEVICES = ("cpu",)
+    farms_tb.spectra.background._DEVICES = ("cpu",)
     return {"at once": at_once, "beside": lightning(rank, lag_steps=2)}
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 
-from farms_tb import merged_update
+from farms_tb.balancing import foreach_update as merged_update
 
 EPOCHS, BATCHES, BATCH_SIZE = 3, 4, 4
 

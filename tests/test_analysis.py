@@ -13,16 +13,17 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import farms_tb
-from farms_tb import MatrixStack, analyze, layer_matrices, lr_ratios, spectra
-from farms_tb.analysis import Team, checked_layers, cost, measure
-from farms_tb.layers import find_layers
-from farms_tb.options import SpectralOptions
-from farms_tb.rows import ROW_LENGTH
+from farms_tb import MatrixStack, analyze, layer_matrices, lr_ratios
+from farms_tb.options import SpectrumOptions
+from farms_tb.spectra import eigenvalues as spectra
+from farms_tb.spectra.distributed import Team
+from farms_tb.spectra.measure import cost, measure
+from farms_tb.spectra.rows import ROW_LENGTH
+from farms_tb.weights.layers import checked_layers, find_layers
 from recipes.models.resnet import SmallImageResNet
 from recipes.models.unet import UNet
-
-from .reference import spectrum, stacks, windows
-from .reference.compare import FIGURES, alphas, assert_same_figures, figures
+from tests.reference import spectrum, stacks, windows
+from tests.reference.compare import FIGURES, alphas, assert_same_figures, figures
 
 FITS = ["median", "goodness-of-fit", "xmin_peak"]
 
@@ -435,7 +436,7 @@ class TestBadInput:
         weight = torch.zeros(1, 15, 8)
         weight[:, 14] = 1
         layers = checked_layers(Kernel(values=weight))
-        record = measure(layers, SpectralOptions(), histogram=True).layers["weight"]
+        record = measure(layers, SpectrumOptions(), histogram=True).layers["weight"]
         assert record.status == "low rank: zero eigenvalues in the tail of 1 sample(s)"
         assert record.histogram is None
 
@@ -572,17 +573,17 @@ class TestSharedAmongProcesses:
                 found.append(table)
                 return table * 0
 
-            measure(layers, SpectralOptions(), histogram=True, team=Team(rank, world_size, keep))
+            measure(layers, SpectrumOptions(), histogram=True, team=Team(rank, world_size, keep))
         return found
 
     @pytest.mark.parametrize("world_size", [2, 3, 7])
     def test_every_process_gets_the_whole_report(self, world_size):
         layers = find_layers(nn.Sequential(nn.Linear(20, 30), nn.MultiheadAttention(8, 2), nn.Linear(1, 4)))
-        alone = measure(layers, SpectralOptions(), histogram=True)
+        alone = measure(layers, SpectrumOptions(), histogram=True)
         total = torch.stack(self.tables(layers, world_size)).sum(0)
         for rank in range(world_size):
             team = Team(rank, world_size, lambda _: total)
-            assert measure(layers, SpectralOptions(), histogram=True, team=team) == alone
+            assert measure(layers, SpectrumOptions(), histogram=True, team=team) == alone
 
     def test_every_layer_is_measured_once(self):
         layers = find_layers(nn.Sequential(*(nn.Linear(8, 8) for _ in range(5))))
@@ -602,7 +603,7 @@ class TestSharedAmongProcesses:
     def test_processes_have_equal_work(self, net, processes, esd):
         with torch.device("meta"):
             layers = find_layers(net())
-        costs = [cost(layer, SpectralOptions(esd=esd)) for layer in layers]
+        costs = [cost(layer, SpectrumOptions(esd=esd)) for layer in layers]
         shares = [Team(rank, processes, torch.clone).own(costs) for rank in range(processes)]
         assert sorted(task for share in shares for task in share) == list(range(len(layers)))
         most = max(sum(costs[task] for task in share) for share in shares)
@@ -638,7 +639,7 @@ class TestSharedAmongProcesses:
         ],
     )
     def test_cost(self, layer, options, expected):
-        assert cost(find_layers(layer())[0], SpectralOptions(**options)) == expected
+        assert cost(find_layers(layer())[0], SpectrumOptions(**options)) == expected
 
     def test_a_failure_is_raised_on_every_process(self, monkeypatch):
         layers = find_layers(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)))
@@ -649,18 +650,18 @@ class TestSharedAmongProcesses:
         failure = torch.zeros(3, ROW_LENGTH, dtype=torch.float64)
         failure[-1, 0] = 1
         with pytest.raises(RuntimeError, match="failed on 1 of 2 ranks, elsewhere: see the output of other ranks"):
-            measure(layers, SpectralOptions(), team=Team(1, 2, lambda table: failure))
-        monkeypatch.setattr("farms_tb.samples.window_eigenvalues", fail)
+            measure(layers, SpectrumOptions(), team=Team(1, 2, lambda table: failure))
+        monkeypatch.setattr("farms_tb.spectra.samples.window_eigenvalues", fail)
         with pytest.raises(RuntimeError, match="failed on 1 of 2 ranks, on this rank 0: no room"):
-            measure(layers, SpectralOptions(), team=Team(0, 2, lambda table: failure))
+            measure(layers, SpectrumOptions(), team=Team(0, 2, lambda table: failure))
         with pytest.raises(MemoryError, match="no room"):
-            measure(layers, SpectralOptions())
+            measure(layers, SpectrumOptions())
 
 
 class TestHistogram:
     def test_counts_every_positive_eigenvalue(self):
         weight = torch.diag(torch.cat([torch.zeros(2), torch.logspace(-3, 1, 30)])).double()
-        record = measure(checked_layers(linear(weight)), SpectralOptions(), histogram=True).layers["weight"]
+        record = measure(checked_layers(linear(weight)), SpectrumOptions(), histogram=True).layers["weight"]
         histogram = record.histogram
         assert sum(histogram.counts) == 30
         assert histogram.low == pytest.approx(-6, abs=1e-6)
@@ -670,7 +671,7 @@ class TestHistogram:
 
     def test_matches_numpy(self):
         layer = nn.Conv2d(10, 22, 3)
-        options = SpectralOptions(precision="float64")
+        options = SpectrumOptions(precision="float64")
         record = measure(checked_layers(layer), options, histogram=True).layers["weight"]
         samples = windows.samples(stacks.convolution(layer.weight.detach().numpy()), "blocks")
         logs = np.log10([value for sample in samples for value in spectrum.eigenvalues(sample, 0.5)])
@@ -682,7 +683,7 @@ class TestHistogram:
     def test_extreme_scales(self, scale):
         weight = torch.randn(20, 20, dtype=torch.float64)
         plain, scaled = (
-            measure(checked_layers(linear(w)), SpectralOptions(), histogram=True).layers["weight"].histogram
+            measure(checked_layers(linear(w)), SpectrumOptions(), histogram=True).layers["weight"].histogram
             for w in (weight, weight * scale)
         )
         assert sum(scaled.counts) == 20
@@ -690,7 +691,7 @@ class TestHistogram:
 
     def test_equal_eigenvalues_and_layers_without_any(self):
         model = nn.Sequential(linear(torch.eye(9)), linear(torch.zeros(9, 9)), nn.Linear(9, 1))
-        equal, zero, column = measure(find_layers(model), SpectralOptions(), histogram=True).layers.values()
+        equal, zero, column = measure(find_layers(model), SpectrumOptions(), histogram=True).layers.values()
         assert sum(equal.histogram.counts) == 9
         assert equal.histogram.low == equal.histogram.high == 0
         assert zero.histogram is column.histogram is None

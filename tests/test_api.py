@@ -8,11 +8,11 @@ from dataclasses import fields
 import pytest
 
 import farms_tb
-from farms_tb.options import BalanceOptions, SpectralOptions, TemperatureOptions
+from farms_tb.options import RatioOptions, SpectrumOptions
 
-SPECTRAL = {field.name: field.default for field in fields(SpectralOptions)}
-TEMPERATURE = {field.name: field.default for field in fields(TemperatureOptions)}
-BALANCE = {field.name: field.default for field in fields(BalanceOptions) if field.name != "temperature"}
+SPECTRAL = {field.name: field.default for field in fields(SpectrumOptions)}
+RATIOS = {field.name: field.default for field in fields(RatioOptions)}
+MAP = dict(list(RATIOS.items())[:7])
 WHEN_AND_WHAT_TO_LOG = {
     "every_n_epochs": 1,
     "every_n_steps": None,
@@ -36,10 +36,10 @@ def options_of(function: object) -> dict[str, object]:
     ("entry_point", "options"),
     [
         (farms_tb.analyze, SPECTRAL | {"null": False, "histogram": False}),
-        (farms_tb.lr_ratios, TEMPERATURE),
-        (farms_tb.TempBalance, SPECTRAL | TEMPERATURE | BALANCE),
-        (farms_tb.FARMSTempBalance, SPECTRAL | TEMPERATURE | BALANCE | WHEN_AND_WHAT_TO_LOG | {"lag_steps": 0}),
-        (farms_tb.FARMSTrainerCallback, SPECTRAL | TEMPERATURE | BALANCE | WHEN_AND_WHAT_TO_LOG),
+        (farms_tb.lr_ratios, MAP),
+        (farms_tb.TempBalance, SPECTRAL | RATIOS),
+        (farms_tb.FARMSTempBalance, SPECTRAL | RATIOS | WHEN_AND_WHAT_TO_LOG | {"lag_steps": 0}),
+        (farms_tb.FARMSTrainerCallback, SPECTRAL | RATIOS | WHEN_AND_WHAT_TO_LOG),
     ],
     ids=["analyze", "lr_ratios", "TempBalance", "FARMSTempBalance", "FARMSTrainerCallback"],
 )

@@ -18,12 +18,11 @@ from benchmarks import accuracy, epoch, results, scaling, spectral_pass, step, t
 from benchmarks.models import settings
 from benchmarks.references import plain_alphas, reference_pass, tail_fit
 from farms_tb import analyze
-from farms_tb.layers import NO_VALUES
-from farms_tb.options import SpectralOptions
+from farms_tb.options import SpectrumOptions
+from farms_tb.weights.layers import NO_VALUES
+from tests.helpers import LIGHTNING_NOISE
 from tests.recipes.recipe_runs import TINY_UNET
 from tests.reference import spectrum
-
-from .helpers import LIGHTNING_NOISE
 
 Run = Callable[..., tuple[Path, str]]
 
@@ -84,7 +83,7 @@ class TestSpectralPass:
 
     @pytest.mark.parametrize("esd", ["farms", "full"])
     def test_both_ways_measure_the_same(self, esd: str) -> None:
-        found = reference_pass(tiny(), SpectralOptions(esd=esd, min_eigenvalues=2))  # type: ignore[arg-type]
+        found = reference_pass(tiny(), SpectrumOptions(esd=esd, min_eigenvalues=2))  # type: ignore[arg-type]
         assert found == pytest.approx(analyze(tiny(), esd=esd, min_eigenvalues=2).alphas, rel=1e-4)  # type: ignore[arg-type]
 
     def test_what_is_timed_are_all_networks_of_the_page(self) -> None:

@@ -19,9 +19,9 @@ import typer
 from filelock import FileLock
 
 import farms_tb
-from farms_tb import page, plots
 from farms_tb.cli.app import app
-from tests.test_page import browser  # noqa: F401
+from farms_tb.viewing import page, plots
+from tests.viewing.test_page import browser  # noqa: F401
 
 pytest.importorskip("mkdocs")
 
@@ -110,7 +110,7 @@ def test_every_option_is_explained(site: Path, pages: dict[Path, Page]) -> None:
 
 def test_every_choice_of_a_map_is_on_the_page_of_the_maths() -> None:
     text = (DOCS / "method.md").read_text(encoding="utf-8")
-    for name in (*farms_tb.temperature._MAPS, "median", "goodness-of-fit", "xmin_peak"):
+    for name in (*farms_tb.balancing.ratio_maps._MAPS, "median", "goodness-of-fit", "xmin_peak"):
         assert name in text
 
 
@@ -129,8 +129,8 @@ def test_every_command_and_its_options_are_shown(site: Path) -> None:
 def test_every_public_name_is_documented(pages: dict[Path, Page]) -> None:
     ids = set().union(*(content.ids for content in pages.values()))
     names = {f"farms_tb.{name}" for name in (*farms_tb.__all__, "FARMSTrainerCallback")}
-    names |= {f"farms_tb.plots.{name}" for name in plots.__all__} | {
-        f"farms_tb.page.{name}" for name in page.__all__
+    names |= {f"farms_tb.viewing.plots.{name}" for name in plots.__all__} | {
+        f"farms_tb.viewing.page.{name}" for name in page.__all__
     }
     assert names - ids == set()
 

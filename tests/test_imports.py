@@ -14,21 +14,10 @@ OPTIONAL = (
     *("lightning", "pytorch_lightning", "lightning_fabric", "wandb", "matplotlib", "pandas", "hydra", "omegaconf"),
     *("scipy", "sklearn", "neuralop", "tltorch", "torchvision", "rich", "typer", "transformers", "accelerate"),
 )
-MATHEMATICS = (
-    "options",
-    "matrices",
-    "layers",
-    "windows",
-    "spectra",
-    "power_law",
-    "temperature",
-    "analysis",
-    "measurement",
-    "rows",
-    "samples",
-    "standard_error",
-    "null",
-)
+ROOMS = ("weights", "spectra", "balancing", "viewing", "training", "cli")
+"""In the order of the method: a room imports from those before it."""
+ABOVE_ALL = ("options", "report", "warnings", "_moved")
+"""What every room may import."""
 
 REFUSE_OPTIONAL = f"""
 import importlib.abc, importlib.machinery, sys
@@ -110,24 +99,31 @@ def imported_packages(path):
     return found
 
 
-@pytest.mark.parametrize("name", MATHEMATICS)
-def test_the_mathematics_imports_only_torch_and_numpy(name):
-    path = PACKAGE / f"{name}.py"
-    assert imported_packages(path) - set(sys.stdlib_module_names) <= {"torch", "numpy", "farms_tb"}
-    # Not even inside a function, but for what registration looks up by name.
-    inside = {
-        (node.module or "").split(".")[0] if isinstance(node, ast.ImportFrom) else node.names[0].name.split(".")[0]
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, (ast.Import, ast.ImportFrom))
-    }
-    assert not inside & set(OPTIONAL)
+def imports_of(path):
+    """Every module of the package that a file imports, wherever in the file, but for type checkers."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "farms_tb":
+            found.add(node.module)
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names if alias.name.startswith("farms_tb")}
+    return found
 
 
-def test_the_mathematics_does_not_know_the_training():
-    for name in MATHEMATICS:
-        text = (PACKAGE / f"{name}.py").read_text()
-        for other in ("balance", "callback", "layerwise_step", "logs", "plots"):
-            assert f"farms_tb.{other} import" not in text, f"{name} imports {other}"
+@pytest.mark.parametrize("room", ["weights", "spectra", "balancing"])
+def test_the_method_needs_torch_and_numpy_alone(room):
+    for path in (PACKAGE / room).rglob("*.py"):
+        outside = imported_packages(path) - set(sys.stdlib_module_names)
+        assert outside <= {"torch", "numpy", "farms_tb"}, path
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_imports_point_down_the_page(room):
+    """Weights < spectra < balancing < training: no room imports from a later one."""
+    later = set(ROOMS[ROOMS.index(room) + 1 :])
+    for path in (PACKAGE / room).rglob("*.py"):
+        upwards = {name for name in imports_of(path) if name.split(".")[1:2] and name.split(".")[1] in later}
+        assert not upwards, f"{path.relative_to(PACKAGE)} imports {upwards}"
 
 
 def test_all_names_exist():

@@ -27,11 +27,11 @@ from farms_tb import (
     TempBalance,
     analyze,
     layer_matrices,
-    layerwise_step,
-    logs,
-    warning,
 )
-from farms_tb.layers import NO_VALUES, find_layers, norm_feeders
+from farms_tb import warnings as warning
+from farms_tb.balancing import layerwise_step
+from farms_tb.training import metrics as logs
+from farms_tb.weights.layers import NO_VALUES, find_layers, norm_feeders
 from tests.helpers import EPOCHS, LIGHTNING_NOISE, Module, Recorder, fit, make_net, spy_on_updates
 
 

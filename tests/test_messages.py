@@ -31,23 +31,22 @@ from farms_tb import (
     TempBalance,
     analyze,
     analyze_checkpoint,
-    layerwise_step,
     lr_ratios,
-    solvers,
-    spectra,
-    wandb_report,
 )
-from farms_tb import analysis as analysis_module
 from farms_tb import options as options_module
-from farms_tb.analysis import Team, measure
-from farms_tb.checkpoint import StoredTensor, _stacks
-from farms_tb.layers import find_layers, read_stacks
-from farms_tb.layerwise_step import LayerwiseStep
-from farms_tb.logs import MAX_LOGGED_LAYERS, warn_of_many_layers
-from farms_tb.matrices import layer_matrices
-from farms_tb.options import SpectralOptions
-from farms_tb.overhead import TIMINGS_FILE, Overhead
-from farms_tb.plots import (
+from farms_tb.balancing import layerwise_step
+from farms_tb.balancing.layerwise_step import LayerwiseStep
+from farms_tb.options import SpectrumOptions
+from farms_tb.spectra import eigenvalues as spectra
+from farms_tb.spectra import measure as analysis_module
+from farms_tb.spectra import solvers
+from farms_tb.spectra.distributed import Team
+from farms_tb.spectra.measure import measure
+from farms_tb.training import wandb_workspace as wandb_report
+from farms_tb.training.metrics import MAX_LOGGED_LAYERS, warn_of_many_layers
+from farms_tb.training.overhead import TIMINGS_FILE, Overhead
+from farms_tb.training.wandb_workspace import build_workspace
+from farms_tb.viewing.plots import (
     Curve,
     History,
     plot_alpha_by_depth,
@@ -57,10 +56,12 @@ from farms_tb.plots import (
     plot_full_against_farms,
     save_all,
 )
-from farms_tb.run_folder import RunFolder, read_run_folder
-from farms_tb.wandb_report import build_workspace
+from farms_tb.viewing.run_folder import RunFolder, read_run_folder
+from farms_tb.weights.files import StoredTensor, _stacks
+from farms_tb.weights.layers import find_layers, read_stacks
+from farms_tb.weights.matrices import layer_matrices
+from tests.balancing.test_layerwise_step import AddsGroups, KeepsLrSum, ReplacesGroups, WritesLr
 from tests.helpers import make_net
-from tests.test_layerwise_step import AddsGroups, KeepsLrSum, ReplacesGroups, WritesLr
 
 PACKAGE = Path(farms_tb.__file__).parent
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -197,7 +198,7 @@ def fails_on_one_rank(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         raise FloatingPointError
 
     monkeypatch.setattr(analysis_module, "measure_stacks", fail)
-    measure(find_layers(make_net()), SpectralOptions(), team=Team(0, 2, lambda table: table))
+    measure(find_layers(make_net()), SpectrumOptions(), team=Team(0, 2, lambda table: table))
 
 
 def out_of_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,7 +235,7 @@ def two_callbacks() -> None:
 def refused_backend(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import accelerate.state
 
-    from farms_tb.huggingface import _check_backend
+    from farms_tb.training.huggingface import _check_backend
 
     state = SimpleNamespace(distributed_type=SimpleNamespace(value="DEEPSPEED"), _shared_state={})
     monkeypatch.setattr(accelerate.state, "AcceleratorState", lambda: state)
@@ -242,7 +243,7 @@ def refused_backend(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def refused_optimizer() -> None:
-    from farms_tb.huggingface import _check_optimizer
+    from farms_tb.training.huggingface import _check_optimizer
 
     _check_optimizer(type("AdaLomo", (torch.optim.SGD,), {})([nn.Parameter(torch.zeros(2))], lr=0.1))
 

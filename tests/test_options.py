@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from farms_tb.options import (
-    BalanceOptions,
-    SpectralOptions,
-    TemperatureOptions,
+    RatioOptions,
+    SpectrumOptions,
     as_plain,
     collect_options,
 )
@@ -46,7 +45,7 @@ from farms_tb.options import (
 )
 def test_spectral_options(options, error, message):
     with pytest.raises(error, match=message):
-        SpectralOptions(**options)
+        SpectrumOptions(**options)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +75,7 @@ def test_spectral_options(options, error, message):
 )
 def test_temperature_options(options, error, message):
     with pytest.raises(error, match=message):
-        TemperatureOptions(**options)
+        RatioOptions(**options)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +90,7 @@ def test_temperature_options(options, error, message):
         ({"balance": "real"}, TypeError, "balance must be a sequence of strings, got 'real'"),
         ({"balance": ("complex",)}, ValueError, "balance must be one of 'real', 'spectral', got 'complex'"),
         (
-            {"metric": "alpha_hat", "temperature": TemperatureOptions("tb_log2")},
+            {"metric": "alpha_hat", "assign_func": "tb_log2"},
             ValueError,
             "assign_func='tb_log2' is defined for metric='alpha', .*, got metric='alpha_hat'; use 'tb_linear_map'",
         ),
@@ -99,44 +98,44 @@ def test_temperature_options(options, error, message):
 )
 def test_balance_options(options, error, message):
     with pytest.raises(error, match=message):
-        BalanceOptions(**options)
+        RatioOptions(**options)
 
 
 @pytest.mark.parametrize("number", [2, 2.0])
 def test_integers_pass_for_numbers(number):
-    assert SpectralOptions(aspect_ratio=number, xmin_pos=number).aspect_ratio == 2
+    assert SpectrumOptions(aspect_ratio=number, xmin_pos=number).aspect_ratio == 2
 
 
 def test_equal_bounds_are_allowed():
-    assert TemperatureOptions(lr_min_ratio=1.0, lr_max_ratio=1.0).lr_min_ratio == 1.0
+    assert RatioOptions(lr_min_ratio=1.0, lr_max_ratio=1.0).lr_min_ratio == 1.0
 
 
 def test_lists_become_tuples():
-    options = BalanceOptions(exclude=["conv*"], balance=["real", "spectral"])
+    options = RatioOptions(exclude=["conv*"], balance=["real", "spectral"])
     assert (options.exclude, options.balance) == (("conv*",), ("real", "spectral"))
     assert hash(options)
 
 
 def test_options_cannot_be_changed_unchecked():
     with pytest.raises(FrozenInstanceError):
-        SpectralOptions().fit = "typo"
+        SpectrumOptions().fit = "typo"
 
 
 def flat_defaults():
-    return as_plain(SpectralOptions(), BalanceOptions())
+    return as_plain(SpectrumOptions(), RatioOptions())
 
 
 def test_collected_from_one_mapping():
     spectral, balance = collect_options(flat_defaults() | {"window": 50, "assign_func": "tb_step", "log": True})
-    assert spectral == SpectralOptions(window=50)
-    assert balance == BalanceOptions(TemperatureOptions("tb_step"))
+    assert spectral == SpectrumOptions(window=50)
+    assert balance == RatioOptions("tb_step")
 
 
 def test_every_option_survives_the_plain_form():
     plain = flat_defaults()
-    assert collect_options(plain) == (SpectralOptions(), BalanceOptions())
-    names = {field.name for cls in (SpectralOptions, TemperatureOptions, BalanceOptions) for field in fields(cls)}
-    assert set(plain) == names - {"temperature"}
+    assert collect_options(plain) == (SpectrumOptions(), RatioOptions())
+    names = {field.name for cls in (SpectrumOptions, RatioOptions) for field in fields(cls)}
+    assert set(plain) == names
 
 
 def test_plain_form_loads_with_weights_only(tmp_path):

@@ -30,8 +30,8 @@ from farms_tb.cli.messages import EXIT_INTERRUPTED, EXIT_PART, complaints, say
 from farms_tb.cli.output import chosen_format, emit
 from farms_tb.cli.sources import open_source
 from farms_tb.cli.tables import Column, Row, sort_rows
-from farms_tb.options import SpectralOptions, as_plain
-from farms_tb.run_folder import RunFolder, read_run_folder
+from farms_tb.options import SpectrumOptions, as_plain
+from farms_tb.viewing.run_folder import RunFolder, read_run_folder
 
 _EXIT_CODES = """
 \b
@@ -80,7 +80,7 @@ def _analyze_columns(full: bool) -> list[Column]:
 def analyze(
     model: ModelArgument,
     *,
-    options: SpectralOptions,
+    options: SpectrumOptions,
     full: Annotated[
         bool, typer.Option(help="Also measure whole matrices, for the bias of their alpha. Slow for large ones.")
     ] = True,
@@ -144,7 +144,7 @@ def compare(
     model_a: Annotated[str, typer.Argument(metavar="A", help=MODEL_HELP, show_default=False)],
     model_b: Annotated[str, typer.Argument(metavar="B", help="The same.", show_default=False)],
     *,
-    options: SpectralOptions,
+    options: SpectrumOptions,
     pretrained: Pretrained = False,
     patterns: Filter = None,
     output_format: OutputFormat = None,
@@ -242,7 +242,7 @@ def report(
     null: Null = False,
 ) -> None:
     """Write a page about a run: one HTML file with everything in it."""
-    from farms_tb.page import write_page
+    from farms_tb.viewing.page import write_page
 
     with complaints():
         run = read_run_folder(run_folder, null=null)
@@ -272,7 +272,7 @@ def plot(
     null: Null = False,
 ) -> None:
     """Draw every picture that a run has the figures for, or those of a file of weights."""
-    from farms_tb.plots.everything import check_wanted, save_all
+    from farms_tb.viewing.plots.everything import check_wanted, save_all
 
     pictures, suffix = only or ([] if layer else None), f".{picture_format}"
     with complaints():

@@ -14,7 +14,7 @@ import typer
 
 from farms_tb.cli.messages import complaints
 from farms_tb.cli.output import Format
-from farms_tb.options import SpectralOptions
+from farms_tb.options import SpectrumOptions
 
 MODEL_HELP = (
     "A file of weights (safetensors, torch state dict, Lightning checkpoint), a Hugging Face directory; a model "
@@ -46,9 +46,9 @@ RunFolderArgument = Annotated[
 
 
 def takes_spectral_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command one option for each field of `SpectralOptions`; it gets them as `options`."""
-    described = _described_attributes(SpectralOptions)
-    hints = get_type_hints(SpectralOptions)
+    """Give a command one option for each field of `SpectrumOptions`; it gets them as `options`."""
+    described = _described_attributes(SpectrumOptions)
+    hints = get_type_hints(SpectrumOptions)
     added = [
         inspect.Parameter(
             field.name,
@@ -59,13 +59,13 @@ def takes_spectral_options(command: Callable[..., None]) -> Callable[..., None]:
                 typer.Option(help=described[field.name]),
             ],
         )
-        for field in fields(SpectralOptions)
+        for field in fields(SpectrumOptions)
     ]
 
     @functools.wraps(command)
     def wrapper(**values: Any) -> None:
         with complaints():
-            options = SpectralOptions(**{parameter.name: values.pop(parameter.name) for parameter in added})
+            options = SpectrumOptions(**{parameter.name: values.pop(parameter.name) for parameter in added})
         command(options=options, **values)
 
     signature = inspect.signature(command, eval_str=True)

@@ -11,11 +11,11 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from farms_tb.checkpoint import Nulls, weight_record
 from farms_tb.cli.sources import Source
-from farms_tb.matrices import MatrixStack
-from farms_tb.options import SpectralOptions
+from farms_tb.options import SpectrumOptions
 from farms_tb.report import OK, LayerRecord, Report
+from farms_tb.spectra.measure import Nulls, weight_record
+from farms_tb.weights.matrices import MatrixStack
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Wanted:
         device: where eigenvalues are computed.
     """
 
-    options: SpectralOptions
+    options: SpectrumOptions
     full: bool = False
     null: bool = False
     patterns: Sequence[str] = ()

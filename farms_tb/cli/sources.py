@@ -15,11 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from farms_tb.analysis import checked_layers
-from farms_tb.checkpoint import stored_layers, stored_tensors
-from farms_tb.layers import Layer, read_stacks
-from farms_tb.matrices import MatrixStack
 from farms_tb.report import LayerRecord
+from farms_tb.weights.files import stored_layers, stored_tensors
+from farms_tb.weights.layers import Layer, checked_layers, read_stacks
+from farms_tb.weights.matrices import MatrixStack
 
 _FILE_ENDINGS = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".json")
 

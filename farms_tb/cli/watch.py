@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from farms_tb.run_folder import Curve, History, depth_order, metrics_file, read_history
+from farms_tb.viewing.run_folder import Curve, History, depth_order, metrics_file, read_history
 
 Quantity = Literal["alpha", "ratio"]
 

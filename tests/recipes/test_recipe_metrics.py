@@ -25,7 +25,7 @@ from recipes.metrics import (
     relative_l2_by_sample,
     rmse,
 )
-from tests.test_distributed import free_port
+from tests.spectra.test_distributed import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 SPACES = [(48,), (33,), (32, 48), (17, 30)]

@@ -21,7 +21,7 @@ from hydra.utils import instantiate
 from hydra_plugins.hydra_submitit_launcher.config import SlurmQueueConf
 from omegaconf import DictConfig
 
-from farms_tb.plots import read_history
+from farms_tb.viewing.plots import read_history
 from recipes.data.download import FILES, FOLDER
 from recipes.errors import RecipeError
 from recipes.folder import SHARED_FOLDER, _new_folder, open_run_folder
@@ -29,7 +29,7 @@ from recipes.train import CONFIG_DIR, build_run, train
 from tests.recipes.pdebench_files import write_flow
 from tests.recipes.process_runs import train_in_pair
 from tests.recipes.recipe_runs import TINY_UNET
-from tests.test_distributed import free_port
+from tests.spectra.test_distributed import free_port
 
 Settings = Callable[..., DictConfig]
 ROOT = Path(CONFIG_DIR).parent

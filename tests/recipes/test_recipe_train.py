@@ -17,7 +17,7 @@ import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from farms_tb.plots import read_history
+from farms_tb.viewing.plots import read_history
 from recipes.config import build
 from recipes.errors import RecipeError
 from recipes.tasks import nrmse

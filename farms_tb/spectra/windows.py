@@ -1,0 +1,108 @@
+"""The matrices whose eigenvalues are pooled: windows of one aspect ratio (FARMS), or the whole weight.
+
+Everything here is a view of the weight. Overlapping windows exist in memory only for as long as a chunk of them
+is being solved (see `spectra`).
+
+Source: FARMS, Hu et al., ICML 2025, arXiv 2506.06280.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from farms_tb.options import SpectrumOptions
+from farms_tb.weights.matrices import MatrixStack
+
+
+class Windows(NamedTuple):
+    """Windows of one layer.
+
+    Attributes:
+        view: `(*lead, h, w)`, a view of the weight: prod(lead) windows of h rows and w columns.
+        samples: how many samples the windows form, 1 or as many as the first dimension is long. The windows, in
+            order of `lead`, are `samples` runs of equal length; the eigenvalues of a run are pooled.
+    """
+
+    view: Tensor
+    samples: int
+
+
+def window_shape(rows: int, columns: int, window: int | None, aspect_ratio: float) -> tuple[int, int]:
+    """Return (rows, columns) of the largest window that fits a matrix and keeps the aspect ratio.
+
+    Args:
+        rows: rows R of the matrix.
+        columns: columns C of the matrix.
+        window: wanted rows of the window; None for as many as fit.
+        aspect_ratio: columns / rows of the window.
+
+    Returns:
+        (h, w) with w = floor(h * aspect_ratio), or h = floor(w / aspect_ratio) where the columns are the
+        limit; (0, 0) where no window fits.
+    """
+    # A tolerance far below one matrix entry, so that 30 / 0.3 counts as 100 and not as 99.
+    eps = 1e-9
+    height = rows if window is None else min(window, rows)
+    width = int(height * aspect_ratio + eps)
+    if width > columns:
+        width = columns
+        height = int(columns / aspect_ratio + eps)
+    return (height, width) if height and width else (0, 0)
+
+
+def layer_windows(stack: MatrixStack, options: SpectrumOptions) -> Windows | None:
+    """Return the windows of one layer; None where no window of the aspect ratio fits.
+
+    Args:
+        stack: the layer's matrices, `(K, R, C)`.
+        options: `esd`, `aspect_ratio` and the window options are used.
+
+    Example:
+        >>> import torch
+        >>> layer_windows(MatrixStack(torch.zeros(9, 64, 16)), SpectrumOptions()).view.shape
+        torch.Size([4, 9, 16, 16])
+    """
+    matrices = stack.matrices
+    if options.esd == "full":
+        return Windows(matrices, 1)
+    if stack.sampling == "blocks":
+        return _row_blocks(matrices, options.aspect_ratio)
+    return _grid(matrices, options)
+
+
+def _row_blocks(matrices: Tensor, aspect_ratio: float) -> Windows | None:
+    """Cut every matrix into row blocks; block b of all K matrices is one sample: `(B, K, h, w)`."""
+    rows, columns = matrices.shape[1:]
+    # For Q < 1 the papers keep C rows and narrow the window, rather than let it grow taller.
+    height, width = window_shape(min(rows, columns), columns, None, aspect_ratio)
+    if height == 0:
+        return None
+    # Unfolded, the order is (K, B, w, h).
+    view = matrices[:, :, :width].unfold(1, height, height).transpose(2, 3).transpose(0, 1)
+    return Windows(view, view.shape[0])
+
+
+def _grid(matrices: Tensor, options: SpectrumOptions) -> Windows | None:
+    """Lay overlapping windows on a grid, all in one sample: `(K, positions, positions, h, w)`."""
+    _, rows, columns = matrices.shape
+    height, width = window_shape(rows, columns, options.window, options.aspect_ratio)
+    if height == 0:
+        return None
+    view = matrices
+    for dim, size in ((1, height), (2, width)):
+        step, count = _positions(matrices.shape[dim], size, options)
+        # A new last dimension holds the window's extent; after both, the order is (K, i, j, h, w).
+        view = view.unfold(dim, size, step).narrow(dim, 0, count)
+    return Windows(view, 1)
+
+
+def _positions(length: int, size: int, options: SpectrumOptions) -> tuple[int, int]:
+    """Return the distance between start positions along one dimension, and their number."""
+    room = length - size
+    if options.window_step is not None:
+        return options.window_step, room // options.window_step + 1
+    wanted = options.windows_per_dim
+    step = max(1, room // (wanted - 1)) if wanted > 1 else max(1, room)
+    return step, min(wanted, room // step + 1)

@@ -1,0 +1,1 @@
+"""The callbacks of Lightning and Hugging Face: when to measure, and what to log where."""

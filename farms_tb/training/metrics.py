@@ -1,0 +1,250 @@
+"""What is logged of a measurement: a row of figures, histograms, a table and pictures.
+
+Keys of a row: `farms/alpha/<layer>`, `farms/ratio/<layer>`, `farms/lr/<layer>`, `farms/alpha_mean`,
+`farms/alpha_std`, `farms/ratio_mean`, `epoch`; with the noise-aware map also `farms/z/<layer>` and `farms/lambda`;
+with `max_overhead` also `farms/interval` and `farms/overhead`. Of a model of more than `MAX_LOGGED_LAYERS` layers
+the aggregates alone.
+
+W&B and TensorBoard make a section of what stands before the first slash of a key, and sort the panels in it by
+name. For these two the keys of a layer are therefore `farms_alpha/03_<layer>`: a section for each figure, W&B's
+choice between the first and the last slash makes no difference, and the layer's depth, zero-padded, puts the
+panels in order. ESDs are `farms_esd/03_<layer>`; the table and the pictures join the aggregates in the section
+`farms`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from farms_tb.options import check_choice
+from farms_tb.report import EsdHistogram, Report
+from farms_tb.viewing.run_folder import Curve, History
+from farms_tb.warnings import warn_once
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+XAxis = Literal["epoch", "step"]
+
+MAX_LOGGED_LAYERS = 1000
+"""W&B's pages become slow beyond 10 000 metrics in a project. A layer has at most seven, however one counts:
+alpha, ratio, lr, z-score and the three parts of a histogram. The rest is left to what else a run logs."""
+
+TABLE = "farms/report"
+COLUMNS = (
+    "layer",
+    "shape",
+    "alpha",
+    "alpha_error",
+    "ks_distance",
+    "stable_rank",
+    "ratio",
+    "lr",
+    "z",
+    "status",
+)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One measurement of a model in training, and what followed from it.
+
+    Attributes:
+        report: the measurement.
+        ratios: learning-rate ratio of each layer; empty where no step follows.
+        lrs: learning rate of each layer; empty where no step follows.
+        summary: figures of the update as a whole.
+        epoch: completed epochs.
+        step: optimizer steps.
+    """
+
+    report: Report
+    ratios: Mapping[str, float]
+    lrs: Mapping[str, float]
+    summary: Mapping[str, float]
+    epoch: float
+    step: int
+
+    def row(self, *, by_depth: bool = False) -> dict[str, float]:
+        """Return the row to log; `by_depth` with the keys for W&B and TensorBoard."""
+        figures = measurement_row(self.report, self.ratios, self.lrs, self.summary, by_depth=by_depth)
+        return {"epoch": self.epoch, **figures}
+
+
+@dataclass(frozen=True)
+class Media:
+    """What is no figure.
+
+    Attributes:
+        table: the whole report, a list of the values of `COLUMNS` for each layer; None for what there is not.
+        pictures: by the key they are logged under; empty where matplotlib is not installed.
+    """
+
+    table: list[list[Any]]
+    pictures: Mapping[str, Figure]
+
+
+@dataclass
+class RunLog:
+    """What a run of training has to remember for its logs.
+
+    Attributes:
+        x_axis: what W&B plots the curves against.
+    """
+
+    x_axis: XAxis
+    _alphas: dict[str, list[tuple[float, int, float]]] = field(default_factory=dict)
+    _ratios: dict[str, list[tuple[float, int, float]]] = field(default_factory=dict)
+    _keys: dict[str, set[str]] = field(default_factory=dict)
+
+    def add(self, measurement: Measurement) -> None:
+        """Keep a measurement for the curves in the pictures."""
+        when = (measurement.epoch, measurement.step)
+        for points, values in (
+            (self._alphas, measurement.report.alphas),
+            (self._ratios, measurement.ratios),
+        ):
+            for name, value in values.items():
+                if value is not None:
+                    points.setdefault(name, []).append((*when, value))
+
+    def media(self, measurement: Measurement) -> Media:
+        """Return the table of a measurement, and the pictures of the run so far."""
+        layers = tuple(measurement.report.layers)
+        history = History(alpha=_curves(self._alphas), ratio=_curves(self._ratios), layers=layers)
+        return Media(table(measurement), pictures(measurement.report, history))
+
+    def new_keys(self, run_id: str, keys: Iterable[str]) -> list[str]:
+        """Return the keys that a W&B run has not had before."""
+        known = self._keys.setdefault(run_id, set())
+        new = [key for key in keys if key not in known]
+        known.update(new)
+        return new
+
+
+def choose_x_axis(x_axis: XAxis | None, every_n_steps: int | None) -> XAxis:
+    """Return what to plot curves against: None means the unit in which measurements are spaced.
+
+    Raises:
+        ValueError: there is no such axis.
+    """
+    if x_axis is None:
+        return "epoch" if every_n_steps is None else "step"
+    check_choice("x_axis", x_axis, XAxis)
+    return x_axis
+
+
+def warn_of_many_layers(number: int, model: object) -> None:
+    """Say, once for each model, that its layers are too many to log."""
+    if number > MAX_LOGGED_LAYERS:
+        warn_once(
+            f"the model has {number} layers: of more than {MAX_LOGGED_LAYERS}, farms/alpha_mean and "
+            "farms/alpha_std alone are logged; the callback's report and ratios hold every layer",
+            model,
+            stacklevel=3,
+        )
+
+
+def alpha_summary(report: Report) -> dict[str, float]:
+    """Return mean and standard deviation of alpha over the real layers, or over all where none is real.
+
+    Alphas of complex spectral weights are on another scale, so the two kinds are not mixed. Empty where no layer
+    has an alpha.
+    """
+    for kinds in (("real",), ("real", "spectral")):
+        alphas = [r.alpha for r in report.layers.values() if r.alpha is not None and r.kind in kinds]
+        if alphas:
+            mean = math.fsum(alphas) / len(alphas)
+            variance = math.fsum((alpha - mean) ** 2 for alpha in alphas) / len(alphas)
+            return {"farms/alpha_mean": mean, "farms/alpha_std": math.sqrt(variance)}
+    return {}
+
+
+def measurement_row(
+    report: Report,
+    ratios: Mapping[str, float],
+    lrs: Mapping[str, float],
+    summary: Mapping[str, float],
+    *,
+    by_depth: bool = False,
+) -> dict[str, float]:
+    """Return one measurement as a row of figures: the aggregates, and each layer's alpha, ratio, lr and z-score.
+
+    Of more than `MAX_LOGGED_LAYERS` layers, the aggregates alone. `by_depth` numbers the layers.
+    """
+    row = {**alpha_summary(report), **summary}
+    if len(report.layers) > MAX_LOGGED_LAYERS:
+        return row
+    shown = depth_names(report) if by_depth else {name: name for name in report.layers}
+    prefix = "farms_" if by_depth else "farms/"
+    for name, record in report.layers.items():
+        figures = {
+            "alpha": record.alpha,
+            "ratio": ratios.get(name),
+            "lr": lrs.get(name),
+            "z": record.z_score,
+        }
+        if record.kind:
+            row.update({f"{prefix}{k}/{shown[name]}": v for k, v in figures.items() if v is not None})
+    return row
+
+
+def depth_names(report: Report) -> dict[str, str]:
+    """Return the layers' names behind their depth, so that sorted by name they are in order: `03_layer1.0.conv1`.
+
+    The first layer of the report has number 0, and the numbers have as many digits as the last, at least two.
+    """
+    digits = max(2, len(str(len(report.layers) - 1)))
+    return {name: f"{depth:0{digits}d}_{name}" for depth, name in enumerate(report.layers)}
+
+
+def esd_histograms(report: Report) -> dict[str, EsdHistogram]:
+    """Return the ESDs that were counted, by the name they are logged under; none of too many layers."""
+    if len(report.layers) > MAX_LOGGED_LAYERS:
+        return {}
+    histograms = {shown: report.layers[name].histogram for name, shown in depth_names(report).items()}
+    return {f"farms_esd/{shown}": h for shown, h in histograms.items() if h is not None}
+
+
+def table(measurement: Measurement) -> list[list[Any]]:
+    """Return the values of `COLUMNS` for each layer."""
+    return [
+        [
+            name,
+            "x".join(map(str, r.shape)),
+            r.alpha,
+            r.alpha_error,
+            r.ks_distance,
+            r.stable_rank,
+            measurement.ratios.get(name),
+            measurement.lrs.get(name),
+            r.z_score,
+            r.status,
+        ]
+        for name, r in measurement.report.layers.items()
+    ]
+
+
+def pictures(report: Report, history: History) -> dict[str, Figure]:
+    """Draw what there are figures for, by the keys they are logged under; nothing without matplotlib."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        return {}
+    from farms_tb.viewing.plots import plot_alpha_by_depth, plot_alpha_curves, plot_ratio_map
+
+    drawn = {}
+    if history.alpha:
+        drawn["farms/alpha_curves"] = plot_alpha_curves(history)
+    if history.ratio:
+        drawn["farms/ratio_map"] = plot_ratio_map(history)
+    if any(alpha is not None for alpha in report.alphas.values()):
+        drawn["farms/alpha_by_depth"] = plot_alpha_by_depth(report)
+    return drawn
+
+
+def _curves(points: Mapping[str, list[tuple[float, int, float]]]) -> dict[str, Curve]:
+    return {name: Curve(*zip(*found, strict=True)) for name, found in points.items()}

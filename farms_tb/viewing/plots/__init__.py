@@ -1,0 +1,27 @@
+"""Pictures of what was logged and measured, for papers and for a first look; needs matplotlib (extra `plot`).
+
+Over training, from `read_history(".../metrics.csv")`: `plot_alpha_curves`, `plot_ratio_curves`, `plot_ratio_map`.
+Of one measurement, from `analyze(...)`: `plot_alpha_by_depth`, `plot_full_against_farms`, `plot_esd`, `plot_esds`.
+All that a run folder has: `save_all`.
+"""
+
+from __future__ import annotations
+
+from farms_tb.viewing.plots.curves import plot_alpha_curves, plot_ratio_curves, plot_ratio_map
+from farms_tb.viewing.plots.everything import save_all
+from farms_tb.viewing.plots.layers import plot_alpha_by_depth, plot_esd, plot_esds, plot_full_against_farms
+from farms_tb.viewing.run_folder import Curve, History, read_history
+
+__all__ = [
+    "Curve",
+    "History",
+    "plot_alpha_by_depth",
+    "plot_alpha_curves",
+    "plot_esd",
+    "plot_esds",
+    "plot_full_against_farms",
+    "plot_ratio_curves",
+    "plot_ratio_map",
+    "read_history",
+    "save_all",
+]

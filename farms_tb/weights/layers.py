@@ -1,0 +1,310 @@
+"""The layers of a model: which have a spectrum, which parameters each one owns, which norm follows which.
+
+Layers are listed in order of registration (`named_modules`), as in the papers. A layer that cannot be analysed is
+listed with the reason.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
+
+from farms_tb.weights.matrices import MatrixStack, NoSpectrumError, Sampling, has_rule, layer_matrices
+
+_NORMS: tuple[type[nn.Module], ...] = (
+    nn.modules.batchnorm._BatchNorm,
+    nn.modules.instancenorm._InstanceNorm,
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.RMSNorm,
+)
+
+NO_VALUES = "on the meta device: no values"
+"""Problem of a layer whose weights have a shape and nothing in it."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One weight of the model that is a stack of matrices, or was expected to be one.
+
+    Attributes:
+        name: path of the module, and the part (`"attn.q"`) where the module holds several weights.
+        module_name: path of the module.
+        module: the module.
+        index: which of the module's stacks this is.
+        kind: `"real"`, `"spectral"`, or `""` where there is no stack.
+        shape: (K, R, C) of the stack; empty where there is none.
+        parameters: names of the parameters that take this layer's learning-rate ratio.
+        problem: why the layer has no spectrum; empty where it has one.
+        has_rule: whether the module's type is one that holds matrices.
+        sampling: that of the stack.
+    """
+
+    name: str
+    module_name: str
+    module: nn.Module
+    index: int = 0
+    kind: str = ""
+    shape: tuple[int, ...] = ()
+    parameters: tuple[str, ...] = ()
+    problem: str = ""
+    has_rule: bool = True
+    sampling: Sampling = "blocks"
+
+    @property
+    def planned(self) -> bool:
+        """Whether the layer would be measured if it had values."""
+        return bool(self.kind) and self.problem == NO_VALUES
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the user's module inside `torch.compile`, `DataParallel` and `DistributedDataParallel`."""
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    while True:
+        if isinstance(model, wrappers):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
+
+
+def clean_name(name: str) -> str:
+    """Drop what `torch.compile` adds to the paths of modules and parameters."""
+    return name.replace("_orig_mod.", "").removesuffix("._orig_mod")
+
+
+def find_layers(model: nn.Module) -> list[Layer]:
+    """List every layer of `model` that has a weight matrix, in order of registration.
+
+    Args:
+        model: any module; `torch.compile` and data-parallel wrappers are looked through.
+
+    Returns:
+        The layers, those without a spectrum among them with a `problem`. Modules whose type has no rule are
+        listed where they hold a parameter of at least two dimensions of their own.
+
+    Raises:
+        ValueError: a registered rule gave two weights the same name.
+    """
+    model = unwrap(model)
+    names = _parameter_names(model)
+    claimed: dict[int, str] = {}
+    inside: set[int] = set()
+    layers: list[Layer] = []
+    for path, module in model.named_modules():
+        path = clean_name(path)
+        if _is_compiled_shell(module):
+            continue
+        if has_rule(module):
+            inside.update(id(child) for child in _own_modules(module))
+            layers.extend(_module_layers(path, module, names, claimed))
+        elif id(module) not in inside and _has_matrix(module):
+            layers.append(Layer(path or "weight", path, module, problem=_no_rule(module), has_rule=False))
+    _check_names(layers)
+    return layers
+
+
+def checked_layers(model: nn.Module, *, plan: bool = False) -> list[Layer]:
+    """`find_layers`, with an error where there is nothing to measure, or to plan for."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    layers = find_layers(model)
+    planned = any(layer.planned for layer in layers)
+    if all(layer.problem for layer in layers) and not (plan and planned):
+        if planned:
+            raise ValueError(
+                f"{type(model).__name__} is on the meta device: its layers have no values to balance. Give it "
+                "memory first, model.to_empty(device=...), and load or initialise its weights"
+            )
+        reasons = "".join(f"\n  {layer.name}: {layer.problem}" for layer in layers[:10])
+        raise ValueError(
+            f"{type(model).__name__} has no layer that can be analysed; linear, convolution, attention and "
+            "spectral-convolution layers can, others by farms_tb.layer_matrices.register" + reasons
+        )
+    return layers
+
+
+def _check_names(layers: list[Layer]) -> None:
+    """Of two layers of one name, a report would drop the first without a word."""
+    seen: set[str] = set()
+    for layer in layers:
+        if layer.name in seen:
+            raise ValueError(
+                f"two weights called {layer.name!r}: the rule registered for {type(layer.module).__name__} must "
+                "give each its own `part`"
+            )
+        seen.add(layer.name)
+
+
+def read_stacks(module: nn.Module) -> list[MatrixStack]:
+    """Return the module's weights as matrices, without side effects on the module.
+
+    Raises:
+        NoSpectrumError: the module holds no matrix; the message says why.
+    """
+    with torch.no_grad(), _measuring(module):
+        stacks = layer_matrices(module)
+    if not stacks:
+        raise NoSpectrumError(f"{type(module).__name__} holds no matrix")
+    return stacks
+
+
+def stack_problem(stack: MatrixStack) -> str:
+    """Say why a stack has no spectrum; empty where it has one."""
+    return "" if min(stack.matrices.shape[1:]) > 1 else "one row or one column: no spectrum"
+
+
+@contextmanager
+def _measuring(module: nn.Module) -> Iterator[None]:
+    # A spectral-norm parametrization in training mode moves its power iteration each time the weight is read.
+    parametrizations = getattr(module, "parametrizations", None) if parametrize.is_parametrized(module) else None
+    changed = [part for part in parametrizations.modules() if part.training] if parametrizations else []
+    for part in changed:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in changed:
+            part.training = True
+
+
+def _is_compiled_shell(module: nn.Module) -> bool:
+    """A compiled submodule shows up beside the module it wraps; only the inner one is a layer."""
+    return isinstance(module._modules.get("_orig_mod"), nn.Module)
+
+
+def _parameter_names(model: nn.Module) -> dict[int, str]:
+    return {id(parameter): clean_name(name) for name, parameter in model.named_parameters()}
+
+
+def _own_modules(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield `module` and its descendants, but for those below a descendant that is a layer itself."""
+    yield module
+    for child in module.children():
+        if not has_rule(child):
+            yield from _own_modules(child)
+
+
+def _module_layers(path: str, module: nn.Module, names: dict[int, str], claimed: dict[int, str]) -> list[Layer]:
+    """Return the layers of one module whose type has a rule."""
+    own = [parameter for part in _own_modules(module) for parameter in part._parameters.values()]
+    parameters = {id(parameter): parameter for parameter in own if parameter is not None}
+    problem = _tied(parameters, claimed) or unreadable(parameters.values())
+    free = {key: names[key] for key in parameters if key not in claimed and key in names}
+    claimed.update(dict.fromkeys(free, path or "weight"))
+    stacks: list[MatrixStack] = []
+    if problem in ("", NO_VALUES):
+        try:
+            stacks = read_stacks(module)
+        except NoSpectrumError as error:
+            problem = str(error)
+        except RuntimeError:
+            # A rule may compute with values where there are none.
+            if not problem:
+                raise
+    if not stacks:
+        return [Layer(path or "weight", path, module, parameters=tuple(free.values()), problem=problem)]
+    separate = {id(module._parameters.get(stack.parameter)) for stack in stacks if stack.parameter}
+    shared = () if len(separate) < len(stacks) else separate
+    layers = []
+    for index, stack in enumerate(stacks):
+        mine = id(module._parameters.get(stack.parameter)) if stack.parameter else None
+        layers.append(
+            Layer(
+                name=".".join(filter(None, (path, stack.part))) or "weight",
+                module_name=path,
+                module=module,
+                index=index,
+                kind=stack.kind,
+                shape=tuple(stack.matrices.shape),
+                # Of the parameters that belong to another part alone, none; what no part claims, all share.
+                parameters=tuple(name for key, name in free.items() if key == mine or key not in shared),
+                problem=stack_problem(stack) or problem,
+                sampling=stack.sampling,
+            )
+        )
+    return layers
+
+
+def _tied(parameters: dict[int, nn.Parameter], claimed: dict[int, str]) -> str:
+    for key, parameter in parameters.items():
+        if key in claimed and _squeezed_ndim(parameter) >= 2:
+            return f"tied to {claimed[key]!r}"
+    return ""
+
+
+def unreadable(parameters: Iterable[Tensor]) -> str:
+    """Say why weights cannot be measured; empty where they can."""
+    for parameter in parameters:
+        if is_lazy(parameter):
+            return "not initialised yet: run one batch through the model first"
+        if parameter.is_meta:
+            return NO_VALUES
+        if not (parameter.is_floating_point() or parameter.is_complex()):
+            return f"weights of type {parameter.dtype}: not floating point"
+    return ""
+
+
+def _squeezed_ndim(parameter: Tensor) -> int:
+    return 0 if is_lazy(parameter) else sum(size > 1 for size in parameter.shape)
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    return any(p is not None and _squeezed_ndim(p) >= 2 for p in module._parameters.values())
+
+
+def _no_rule(module: nn.Module) -> str:
+    if isinstance(module, nn.Embedding):
+        return "embedding: not analysed by default"
+    return f"no rule for {type(module).__name__}: add one with farms_tb.layer_matrices.register"
+
+
+def norm_feeders(model: nn.Module, layers: list[Layer]) -> dict[str, str]:
+    """Find the layer that feeds each normalisation layer.
+
+    By name, as the papers do (`bn1` follows `conv1` beside it); failing that, the nearest layer registered before
+    the norm whose output is as wide as the norm.
+
+    Returns:
+        Path of the norm to path of the module of the layer it follows. A norm that nothing feeds is left out.
+    """
+    modules = {layer.module_name: layer.module for layer in layers if layer.kind}
+    feeders: dict[str, str] = {}
+    nearest: dict[int | None, tuple[int, str]] = {}
+    for position, (path, module) in enumerate(unwrap(model).named_modules()):
+        path = clean_name(path)
+        if path in modules:
+            nearest[_width(modules[path])] = position, path
+        elif isinstance(module, _NORMS):
+            parent, _, own = path.rpartition(".")
+            sibling = ".".join(filter(None, (parent, re.sub("bn|norm", "conv", own))))
+            wide = [nearest[width] for width in _norm_widths(module) if width in nearest]
+            if sibling in modules:
+                feeders[path] = sibling
+            elif wide:
+                feeders[path] = max(wide)[1]
+    return feeders
+
+
+def _width(module: nn.Module) -> int | None:
+    for attribute in ("out_channels", "out_features", "embed_dim"):
+        width = getattr(module, attribute, None)
+        if isinstance(width, int):
+            return width
+    return None
+
+
+def _norm_widths(norm: nn.Module) -> set[int]:
+    for attribute in ("num_features", "num_channels"):
+        width = getattr(norm, attribute, None)
+        if isinstance(width, int):
+            return {width}
+    return set(getattr(norm, "normalized_shape", ()))

@@ -1,0 +1,324 @@
+"""TempBalance in a plain PyTorch loop: the same guarantees without Lightning."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR, MultiplicativeLR
+
+from farms_tb import Report, StepGroup, TempBalance, analyze, lr_ratios
+from tests.balancing.test_layerwise_step import Lookahead
+from tests.helpers import assert_same_state, assert_same_weights, make_data, make_net, spy_on_updates
+
+LAYERS = ["0", "2", "5", "7", "9"]
+BALANCED = LAYERS[1:-1]
+
+
+def train(net: nn.Module, optimizers: list[Optimizer], epochs: int = 2, end_of_epoch: Any = None) -> None:
+    for _ in range(epochs):
+        for inputs, targets in make_data(3):
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            nn.functional.mse_loss(net(inputs), targets).backward()
+            for optimizer in optimizers:
+                optimizer.step()
+        if end_of_epoch is not None:
+            end_of_epoch()
+
+
+def expected_ratios(net: nn.Module) -> dict[str, float]:
+    alphas = analyze(net).alphas
+    return dict.fromkeys(LAYERS, 1.0) | lr_ratios({name: alphas[name] for name in BALANCED})
+
+
+def of_parameters(ratios: dict[str, float]) -> dict[str, float]:
+    by_name = {f"{layer}.{part}": ratio for layer, ratio in ratios.items() for part in ("weight", "bias")}
+    return by_name | {"3.weight": ratios["2"], "3.bias": ratios["2"]}
+
+
+def test_lr_is_the_schedulers_times_the_ratio_of_the_last_measurement() -> None:
+    net = make_net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    scheduler = MultiplicativeLR(optimizer, lambda _: 0.7)
+    groups = optimizer.param_groups
+    balancer = TempBalance(net, optimizer)
+    said: list[dict[str, float]] = []
+
+    def measure() -> None:
+        scheduler.step()
+        report = balancer.step()
+        assert isinstance(report, Report)
+        assert report is balancer.report
+        assert balancer.ratios == expected_ratios(net)
+        assert balancer.parameter_ratios() == of_parameters(balancer.ratios)
+        said.append(balancer.parameter_ratios())
+
+    assert balancer.ratios == expected_ratios(net)
+    said.append(balancer.parameter_ratios())
+    with spy_on_updates("SGD") as seen:
+        train(net, [optimizer], 3, measure)
+    lr = 0.1
+    for epoch in range(3):
+        for step in seen[3 * epoch : 3 * epoch + 3]:
+            assert {n: step[id(p)] for n, p in net.named_parameters()} == {
+                name: lr * ratio for name, ratio in said[epoch].items()
+            }
+        lr *= 0.7
+    assert optimizer.param_groups is groups
+    assert len(groups) == 1
+    assert len(set(map(str, said))) == 4, "the ratios never changed: the test shows nothing"
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "RMSprop"])
+def test_ratio_one_is_bit_identical(name: str) -> None:
+    states, nets = [], []
+    for measured in (True, False):
+        net = make_net()
+        optimizer = getattr(torch.optim, name)(net.parameters(), lr=0.01)
+        balancer = TempBalance(net, optimizer, lr_min_ratio=1.0, lr_max_ratio=1.0) if measured else None
+        train(net, [optimizer], 2, balancer.step if balancer else None)
+        states.append(optimizer.state_dict())
+        nets.append(net)
+    assert_same_weights(*nets)
+    assert_same_state(*states)
+
+
+def test_measuring_changes_nothing() -> None:
+    net = make_net()
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    random_state = torch.get_rng_state()
+    balancer = TempBalance(net, torch.optim.SGD(net.parameters(), lr=0.1))
+    balancer.step()
+    assert_same_state(dict(net.state_dict()), before)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert all(p.grad is None and p.requires_grad for p in net.parameters())
+
+
+def test_resume_through_a_file(tmp_path: Path) -> None:
+    def start() -> tuple[Any, Any, Any, Any]:
+        net = make_net()
+        optimizer = torch.optim.Adam(net.parameters(), lr=0.02)
+        return net, optimizer, CosineAnnealingLR(optimizer, 10), TempBalance(net, optimizer, exclude=["7"])
+
+    def end_of_epoch(*parts: Any) -> Any:
+        return lambda: [part.step() for part in parts]
+
+    net, optimizer, scheduler, balancer = start()
+    train(net, [optimizer], 2, end_of_epoch(scheduler, balancer))
+    # In the middle of an epoch: the ratios are of weights that are gone.
+    train(net, [optimizer], 1)
+    saved = [part.state_dict() for part in (net, optimizer, scheduler, balancer)]
+    torch.save(saved, tmp_path / "state.pt")
+    report, ratios = balancer.report, balancer.ratios
+    train(net, [optimizer], 2, end_of_epoch(scheduler, balancer))
+
+    again = start()
+    balancer.detach()
+    for part, state in zip(again, torch.load(tmp_path / "state.pt", weights_only=True), strict=True):
+        part.load_state_dict(state)
+    assert again[3].report == report
+    assert again[3].ratios == ratios
+    train(again[0], [again[1]], 2, end_of_epoch(again[2], again[3]))
+    assert_same_weights(again[0], net)
+    assert_same_state(again[3].state_dict(), balancer.state_dict())
+
+
+def test_state_of_other_options_is_measured_anew() -> None:
+    net = make_net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    first = TempBalance(net, optimizer)
+    state = first.state_dict()
+    first.detach()
+    second = TempBalance(net, optimizer, lr_max_ratio=1.1, esd="full")
+    message = "measuring anew: esd was 'farms' and is 'full'; lr_max_ratio was 1.5 and is 1.1$"
+    with pytest.warns(UserWarning, match=message):
+        second.load_state_dict(state)
+    alphas = analyze(net, esd="full").alphas
+    assert second.ratios == dict.fromkeys(LAYERS, 1.0) | lr_ratios(
+        {name: alphas[name] for name in BALANCED}, lr_max_ratio=1.1
+    )
+
+
+def test_state_of_another_model_names_the_layers() -> None:
+    net, other = make_net(), nn.Sequential(nn.Linear(6, 12), nn.Linear(12, 12), nn.Linear(12, 8))
+    state = TempBalance(net, torch.optim.SGD(net.parameters(), lr=0.1)).state_dict()
+    balancer = TempBalance(other, torch.optim.SGD(other.parameters(), lr=0.1))
+    message = "layers 5, 7, 9 are not in the model; layers 1 are not in the checkpoint"
+    with pytest.warns(UserWarning, match=message):
+        balancer.load_state_dict(state)
+    assert set(balancer.ratios) == {"0", "1", "2"}
+
+
+@pytest.mark.parametrize("state", [{}, None, {"ratios": {}}, [1]])
+def test_what_is_no_state_is_refused(state: Any) -> None:
+    net = make_net()
+    balancer = TempBalance(net, torch.optim.SGD(net.parameters(), lr=0.1))
+    before = balancer.ratios
+    with pytest.raises(ValueError, match="not a state of farms_tb: expected a dict with version, options"):
+        balancer.load_state_dict(state)
+    assert balancer.ratios == before
+
+
+def test_state_of_a_newer_version_is_refused() -> None:
+    net = make_net()
+    balancer = TempBalance(net, torch.optim.SGD(net.parameters(), lr=0.1))
+    state = {**balancer.state_dict(), "version": 99}
+    with pytest.raises(ValueError, match="the state has version 99, this farms_tb reads up to 2: upgrade it"):
+        balancer.load_state_dict(state)
+
+
+def test_state_of_the_first_version_loads() -> None:
+    """A file that stays as it was written: what a run saved once, every later version reads without a word."""
+    state = json.loads((Path(__file__).parents[1] / "data" / "tempbalance_state_v1.json").read_text())
+    net = make_net(seed=3)
+    balancer = TempBalance(net, torch.optim.SGD(net.parameters(), lr=0.1))
+    assert balancer.ratios != state["ratios"]
+    balancer.load_state_dict(state)
+    assert balancer.ratios == state["ratios"]
+    assert balancer.report.alphas == {name: record["alpha"] for name, record in state["report"].items()}
+
+
+def test_detach_gives_the_optimizer_back() -> None:
+    net, plain = make_net(), make_net()
+    optimizer, other = (torch.optim.SGD(n.parameters(), lr=0.1) for n in (net, plain))
+    balancer = TempBalance(net, optimizer)
+    balancer.detach()
+    balancer.detach()
+    train(net, [optimizer])
+    train(plain, [other])
+    assert_same_weights(net, plain)
+    assert balancer.ratios != dict.fromkeys(LAYERS, 1.0)
+    assert TempBalance(net, optimizer).report is not balancer.report
+
+
+def test_several_optimizers() -> None:
+    """Layers in different optimizers are compared with each other; a parameter in both is scaled in both."""
+    net = make_net()
+    one = torch.optim.SGD(net[:4].parameters(), lr=0.1)
+    other = torch.optim.Adam(
+        [{"params": net[4:7].parameters()}, {"params": net[7:].parameters(), "lr": 0.01}], lr=0.02
+    )
+    balancer = TempBalance(net, [one, other])
+    assert balancer.ratios == expected_ratios(net)
+    ratios, named = balancer.parameter_ratios(), dict(net.named_parameters())
+    with spy_on_updates("SGD") as sgd, spy_on_updates("Adam") as adam:
+        train(net, [one, other], 1)
+    lrs = {**sgd[0]}
+    for step in adam[:2]:
+        lrs.update(step)
+    base = {name: 0.1 if name[0] in "0123" else 0.02 if name[0] in "456" else 0.01 for name in named}
+    assert {name: lrs[id(p)] for name, p in named.items()} == {n: base[n] * ratios[n] for n in named}
+    assert [group.group for group in balancer.param_groups(other)] == [0, 1, 1]
+
+
+@pytest.mark.parametrize("wrap", [LightningOptimizer, Lookahead, lambda o: LightningOptimizer(Lookahead(o))])
+def test_wrapped_optimizers(wrap: Any) -> None:
+    net = make_net()
+    inner = torch.optim.SGD(net.parameters(), lr=0.1)
+    wrapped = wrap(inner)
+    balancer = TempBalance(net, wrapped)
+    assert balancer.param_groups(wrapped) == balancer.param_groups(inner)
+
+
+def test_param_groups_are_readable() -> None:
+    net = make_net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=torch.tensor(0.1))
+    balancer = TempBalance(net, optimizer, norms="base")
+    first, *rest = balancer.param_groups(optimizer)
+    assert first == StepGroup(
+        group=0,
+        layers=("0", "9"),
+        parameters=("0.weight", "0.bias", "3.weight", "3.bias", "9.weight", "9.bias"),
+        ratio=1.0,
+        lr=float(torch.tensor(0.1)),
+    )
+    assert {group.layers for group in rest} == {("2",), ("5",), ("7",)}
+
+
+def test_packed_attention_takes_the_mean_of_its_parts() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.inp, self.attn, self.out = nn.Linear(6, 16), nn.MultiheadAttention(16, 2), nn.Linear(16, 2)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            hidden = self.inp(inputs)[None]
+            return self.out(self.attn(hidden, hidden, hidden)[0][0])
+
+    net = Net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    balancer = TempBalance(net, optimizer)
+    parts = [balancer.ratios[f"attn.{part}"] for part in "qkv"]
+    assert len(set(parts)) == 3
+    assert balancer.parameter_ratios()["attn.in_proj_weight"] == pytest.approx(sum(parts) / 3, rel=1e-12)
+    with spy_on_updates("SGD") as seen:
+        train(net, [optimizer], 1)
+    shown = {name: group.lr for group in balancer.param_groups(optimizer) for name in group.parameters}
+    assert shown == {name: seen[0][id(p)] for name, p in net.named_parameters()}
+
+
+def test_replaced_parameters_are_found() -> None:
+    """A layer swapped during training is measured and stepped by its new weights."""
+    net = make_net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    balancer = TempBalance(net, optimizer)
+    net[5] = nn.Linear(16, 12)
+    optimizer.add_param_group({"params": list(net[5].parameters())})
+    balancer.step()
+    assert balancer.ratios == expected_ratios(net)
+    groups = {name: group.ratio for group in balancer.param_groups(optimizer) for name in group.parameters}
+    assert groups["5.weight"] == balancer.ratios["5"] != 1
+
+
+def test_options_reach_the_measurement() -> None:
+    net = make_net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    spectral = {
+        "esd": "full",
+        "fit": "goodness-of-fit",
+        "xmin_pos": 3.0,
+        "min_eigenvalues": 4,
+        "windows_per_dim": 2,
+    }
+    balancer = TempBalance(
+        net,
+        optimizer,
+        **spectral,
+        assign_func="tb_step",
+        metric="stable_rank",
+        exclude_first=False,  # type: ignore[arg-type]
+    )
+    report = analyze(net, **spectral)  # type: ignore[arg-type]
+    assert balancer.report.layers == report.layers
+    values = {name: report.layers[name].stable_rank for name in LAYERS[:-1]}
+    assert balancer.ratios == lr_ratios(values, "tb_step") | {"9": 1.0}
+
+
+@pytest.mark.parametrize("kinds", [(), ("spectral",)])
+def test_no_layer_of_that_kind(kinds: Any) -> None:
+    net = make_net()
+    balancer = TempBalance(net, torch.optim.SGD(net.parameters(), lr=0.1), balance=kinds)
+    assert balancer.ratios == dict.fromkeys(LAYERS, 1.0)
+
+
+@pytest.mark.parametrize("assign_func", ["tb_linear_map", "noise_aware"])
+def test_default_device_does_not_matter(assign_func: str) -> None:
+    """Users set theirs to a GPU; "meta" stands in, on which nothing can be computed."""
+    found = []
+    for device in ("cpu", "meta"):
+        net = make_net()
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        with torch.device(device):
+            balancer = TempBalance(net, optimizer, assign_func=assign_func)
+            report = balancer.step()
+        found.append((report, balancer.ratios))
+    assert found[0] == found[1]
+    assert any(found[0][0].alphas.values())

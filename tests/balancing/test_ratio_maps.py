@@ -1,0 +1,145 @@
+"""The maps from alphas to ratios: against the twin, and where there is little or nothing to map."""
+
+import math
+import sys
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from farms_tb import lr_ratios
+from tests.reference import ratios as twin
+from tests.reference.compare import assert_same_figures
+
+MAPS = ["tb_linear_map", "tb_sqrt", "tb_log2", "tb_step", "tb_sigmoid"]
+BOUNDED = ["tb_linear_map", "tb_step", "tb_sigmoid"]
+
+
+def named(values):
+    return {f"layer{i}": value for i, value in enumerate(values)}
+
+
+def assert_ratios(found, expected, rtol=1e-9):
+    assert_same_figures(*({k: {"ratio": v} for k, v in ratios.items()} for ratios in (found, expected)), rtol=rtol)
+
+
+@pytest.mark.parametrize("name", MAPS)
+@given(alphas=st.lists(st.floats(1.001, 20), min_size=2, max_size=12))
+def test_match_the_twin(name, alphas):
+    assume(min(alphas) < max(alphas))
+    assert_ratios(lr_ratios(named(alphas), name), named(getattr(twin, name)(alphas)))
+
+
+@given(alphas=st.lists(st.sampled_from([1.5, 2.0, 3.0]), min_size=2, max_size=12))
+@pytest.mark.parametrize("name", MAPS)
+def test_ties_match_the_twin(name, alphas):
+    assume(min(alphas) < max(alphas))
+    assert_ratios(lr_ratios(named(alphas), name), named(getattr(twin, name)(alphas)))
+
+
+@given(low=st.floats(0, 2), width=st.floats(0.01, 3), alphas=st.lists(st.floats(1.1, 9), min_size=2, max_size=8))
+def test_bounds_match_the_twin(low, width, alphas):
+    assume(min(alphas) < max(alphas))
+    bounds = {"lr_min_ratio": low, "lr_max_ratio": low + width}
+    for name in ("tb_linear_map", "tb_step"):
+        expected = getattr(twin, name)(alphas, low, low + width)
+        assert_ratios(lr_ratios(named(alphas), name, **bounds), named(expected))
+
+
+def test_sigmoid_options_match_the_twin():
+    alphas = [1.7, 2.0, 2.1, 3.5]
+    found = lr_ratios(named(alphas), "tb_sigmoid", sigmoid_min=0.3, sigmoid_max=1.2, sigmoid_tau=4.0)
+    assert_ratios(found, named(twin.tb_sigmoid(alphas, 0.3, 1.2, 4.0)))
+
+
+def test_by_hand():
+    alphas = {"a": 2.0, "b": 3.0, "c": 4.0}
+    assert lr_ratios(alphas) == {"a": 0.5, "b": 1.0, "c": 1.5}
+    assert lr_ratios(alphas, "tb_step") == pytest.approx({"a": 0.5, "b": 0.5 + 1 / 3, "c": 0.5 + 2 / 3})
+    assert lr_ratios(alphas, "tb_sigmoid")["b"] == 1.0
+    assert sum(lr_ratios(alphas, "tb_sqrt").values()) == pytest.approx(3)
+    assert lr_ratios({"a": 2.0, "b": 8.0}, "tb_log2") == pytest.approx({"a": 0.5, "b": 1.5})
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_layers_without_an_alpha_keep_ratio_one_and_take_no_part(name):
+    alphas = {"none": None, "a": 2.0, "nan": math.nan, "b": 3.0, "c": 2.5}
+    found = lr_ratios(alphas, name)
+    assert list(found) == list(alphas)
+    assert found["none"] == found["nan"] == 1.0
+    without = lr_ratios({key: alphas[key] for key in "abc"}, name)
+    assert {key: found[key] for key in "abc"} == without
+
+
+@pytest.mark.parametrize("name", MAPS)
+@pytest.mark.parametrize(
+    "alphas",
+    [
+        pytest.param([], id="no layer"),
+        pytest.param([None, None], id="no alpha"),
+        pytest.param([2.3], id="one layer"),
+        pytest.param([None, 2.3, math.nan], id="one alpha"),
+        pytest.param([2.3] * 5, id="all equal"),
+        pytest.param([0.5] * 2, id="all equal, outside what tb_log2 maps"),
+    ],
+)
+def test_nothing_to_balance_is_ratio_one(name, alphas):
+    assert lr_ratios(named(alphas), name) == named([1.0] * len(alphas))
+
+
+@pytest.mark.parametrize("name", BOUNDED)
+@given(alphas=st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=1, max_size=6))
+def test_any_finite_value_stays_inside_the_bounds(name, alphas):
+    low, high = (10**-0.25, 10**0.25) if name == "tb_sigmoid" else (0.5, 1.5)
+    for ratio in lr_ratios(named(alphas), name).values():
+        assert low - 1e-12 <= ratio <= high + 1e-12
+
+
+@pytest.mark.parametrize("name", BOUNDED)
+@pytest.mark.parametrize(
+    "values",
+    [
+        (-sys.float_info.max, sys.float_info.max),
+        (0.0, 5e-324),
+        (1.0, 1.0 + sys.float_info.epsilon),
+        (1e-300, 1e300),
+    ],
+)
+def test_extreme_values(name, values):
+    smallest, largest = lr_ratios(named(values), name).values()
+    assert smallest <= largest
+    assert all(map(math.isfinite, (smallest, largest)))
+
+
+@pytest.mark.parametrize("name", MAPS)
+@given(alphas=st.lists(st.floats(1.001, 1e4), min_size=2, max_size=8))
+def test_a_larger_alpha_never_gets_a_smaller_ratio(name, alphas):
+    found = lr_ratios(named(sorted(alphas)), name)
+    ratios = list(found.values())
+    assert ratios == pytest.approx(sorted(ratios), rel=1e-12)
+
+
+@pytest.mark.parametrize("infinite", [math.inf, -math.inf])
+def test_infinite_alpha(infinite):
+    with pytest.raises(ValueError, match="alpha of 'layer1' is infinite; pass None for a layer without"):
+        lr_ratios(named([2.0, infinite]))
+
+
+@pytest.mark.parametrize(
+    ("name", "bad", "bound"), [("tb_sqrt", -0.5, 0), ("tb_sqrt", 0.0, 0), ("tb_log2", 1.0, 1), ("tb_log2", 0.3, 1)]
+)
+def test_alphas_that_a_map_is_not_defined_for(name, bad, bound):
+    with pytest.raises(ValueError, match=f"{name} needs alphas above {bound}, got {bad!r} for 'layer1'"):
+        lr_ratios(named([2.0, bad]), name)
+
+
+def test_options_are_checked():
+    with pytest.raises(ValueError, match=r"assign_func must be one of 'tb_linear_map', .*, got 'tb_linear'"):
+        lr_ratios({}, "tb_linear")
+    with pytest.raises(ValueError, match=r"lr_min_ratio must not exceed lr_max_ratio, got lr_min_ratio=2\.0"):
+        lr_ratios({}, lr_min_ratio=2.0)
+
+
+def test_a_sigmoid_too_strong_for_a_float_is_refused():
+    with pytest.raises(ValueError, match="sigmoid_max must be at most 100, got 1000"):
+        lr_ratios({}, "tb_sigmoid", sigmoid_max=1000)

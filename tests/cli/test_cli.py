@@ -1,0 +1,538 @@
+"""The command line: what it measures, what it prints where, and how it ends."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+import subprocess
+import sys
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import save_file
+from torch import nn
+from typer.testing import CliRunner, Result
+
+from farms_tb import analyze, analyze_checkpoint
+from farms_tb.cli import measuring
+from farms_tb.cli.app import app
+from farms_tb.cli.measuring import COLUMNS, Wanted, measure
+from farms_tb.cli.sources import open_source
+from farms_tb.options import SpectrumOptions, as_plain
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*(torch.jit|forkpty)")
+
+
+NET = "tests.cli.test_cli:net"
+
+
+def net(seed: int = 0) -> nn.Sequential:
+    """Linear and convolution layers, each of its own shape, and two that have no alpha."""
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(8, 24, 3), nn.Linear(24, 60), nn.Embedding(30, 24), nn.Linear(60, 20), nn.Linear(9, 1)
+    )
+
+
+def without_matrix() -> nn.Module:
+    return nn.ReLU()
+
+
+def no_model() -> int:
+    return 3
+
+
+def failing() -> nn.Module:
+    raise KeyError("width")
+
+
+def run(*arguments: Any) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def rows_of(*arguments: Any) -> dict[str, dict[str, Any]]:
+    result = run(*arguments, "--format", "json")
+    assert result.exit_code == 0, result.output
+    return {row["layer"]: row for row in json.loads(result.stdout)["layers"]}
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    torch.save(net().state_dict(), tmp_path / "weights.pt")
+    return tmp_path / "weights.pt"
+
+
+def test_figures_are_those_of_analyze() -> None:
+    rows = rows_of("analyze", NET, "--null")
+    farms, full = analyze(net(), null=True).layers, analyze(net(), esd="full").layers
+    assert list(rows) == list(farms)
+    for name, row in rows.items():
+        for figure in (
+            "alpha",
+            "alpha_error",
+            "ks_distance",
+            "stable_rank",
+            "z_score",
+            "null_mean",
+            "xmin",
+            "status",
+        ):
+            assert row[figure] == getattr(farms[name], figure)
+        assert row["alpha_full"] == full[name].alpha
+        assert row["stable_rank_full"] == full[name].stable_rank
+        assert row["bias"] == (full[name].alpha - farms[name].alpha if farms[name].alpha else None)
+    assert rows["0"]["bias"] > 0.3
+    assert rows["2"]["status"] == "embedding: not analysed by default"
+
+
+def test_esd_full_and_no_full() -> None:
+    for arguments, esd in ((["--esd", "full"], "full"), (["--no-full"], "farms")):
+        rows = rows_of("analyze", NET, *arguments)
+        assert {name: row["alpha"] for name, row in rows.items()} == analyze(net(), esd=esd).alphas
+        assert all(row["alpha_full"] is row["bias"] is None for row in rows.values())
+
+
+def save_lightning(model: nn.Module, folder: Path) -> Path:
+    torch.save({"state_dict": model.state_dict(), "epoch": 3}, folder / "last.ckpt")
+    return folder / "last.ckpt"
+
+
+def save_folder(model: nn.Module, folder: Path) -> Path:
+    save_file(model.state_dict(), folder / "model.safetensors")
+    return folder
+
+
+def save_parts(model: nn.Module, folder: Path) -> Path:
+    for name, tensor in model.state_dict().items():
+        save_file({name: tensor}, folder / f"{name}.safetensors")
+    weight_map = {name: f"{name}.safetensors" for name in model.state_dict()}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
+@pytest.mark.parametrize("save", [save_lightning, save_folder, save_parts])
+def test_files(save: Any, tmp_path: Path) -> None:
+    path = save(net(), tmp_path)
+    rows = rows_of("analyze", path)
+    assert {name: row["alpha"] for name, row in rows.items()} == analyze_checkpoint(path).alphas
+    assert {name: row["alpha_full"] for name, row in rows.items()} == analyze_checkpoint(path, esd="full").alphas
+
+
+@pytest.mark.parametrize("name", ["squeezenet1_1", "torchvision:squeezenet1_1", "timm:test_resnet", "test_resnet"])
+def test_models_by_name(name: str) -> None:
+    rows = rows_of("analyze", name, "--no-full", "--filter", "*conv1", "--filter", "features.3.*")
+    assert rows
+    assert rows == rows_of("analyze", name, "--no-full", "--filter", "*conv1", "--filter", "features.3.*")
+    assert all(1.5 < row["alpha"] < 3 for row in rows.values())
+
+
+def test_functions_of_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_own_nets.py").write_text("from tests.cli.test_cli import net")
+    monkeypatch.chdir(tmp_path)
+    before = list(sys.path)
+    assert rows_of("analyze", "my_own_nets:net") == rows_of("analyze", NET)
+    assert sys.path == before
+
+
+OTHER_OPTIONS: dict[str, Any] = {
+    "esd": "full",
+    "fit": "goodness-of-fit",
+    "aspect_ratio": 0.5,
+    "window": 20,
+    "windows_per_dim": 3,
+    "window_step": 7,
+    "xmin_pos": 3.0,
+    "filter_zeros": True,
+    "relative_cutoff": 0.01,
+    "min_eigenvalues": 6,
+    "precision": "float64",
+    "solver": "torch",
+    "memory_mb": 64,
+    "threads": 3,
+}
+
+
+@pytest.mark.parametrize("command", [["analyze", NET], ["compare", *[NET] * 2]])
+def test_every_option_of_the_measurement(command: list[str]) -> None:
+    """Each has its option, its default and its words, and arrives."""
+    arguments = []
+    for name, value in OTHER_OPTIONS.items():
+        arguments += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    assert json.loads(run(*command, "--format", "json").stdout)["options"] == as_plain(SpectrumOptions())
+    changed = json.loads(run(*command, *arguments, "--format", "json").stdout)["options"]
+    assert changed == OTHER_OPTIONS
+    assert changed == as_plain(SpectrumOptions(**OTHER_OPTIONS))
+    help_text = " ".join(run(command[0], "--help").stdout.split())
+    assert "The median fit's divisor: 2 takes the upper half of the eigenvalues" in help_text
+    assert "instead of --windows-per-dim" in help_text
+    assert "Exit codes: 0 measured" in help_text
+
+
+def test_formats(weights: Path, tmp_path: Path) -> None:
+    import pyarrow.parquet
+
+    expected = list(rows_of("analyze", weights).values())
+    result = run("analyze", weights, "--format", "csv")
+    assert result.stderr == ""
+    for text in (result.stdout, write(tmp_path / "a.csv", weights).read_text()):
+        found = list(csv.DictReader(text.splitlines()))
+        assert [{k: "" if v is None else str(v) for k, v in row.items()} for row in expected] == found
+    assert json.loads(write(tmp_path / "a.json", weights).read_text())["layers"] == expected
+    table = pyarrow.parquet.read_table(write(tmp_path / "a.parquet", weights))
+    assert table.to_pylist() == expected
+    assert {str(table.schema.field(name).type) for name in ("alpha", "z_score", "alpha_full")} == {"double"}
+    assert "0      9x24x8" in write(tmp_path / "a.txt", weights).read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "a.csv",
+        "a.json",
+        "a.parquet",
+        "a.txt",
+        "weights.pt",
+    ]
+
+
+def write(path: Path, model: Path) -> Path:
+    result = run("analyze", model, "-o", path)
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert f"wrote {path}" in result.stderr
+    return path
+
+
+def test_filter_and_sort() -> None:
+    alphas = {name: alpha for name, alpha in analyze(net()).alphas.items() if alpha is not None}
+    rows = rows_of("analyze", NET, "--sort", "alpha")
+    assert list(rows) == [*sorted(alphas, key=lambda name: alphas[name]), "2", "4"]
+    rows = rows_of("analyze", NET, "--sort", "alpha", "-r")
+    assert list(rows) == [*sorted(alphas, key=lambda name: -alphas[name]), "2", "4"]
+    assert list(rows_of("analyze", NET, "--filter", "[13]", "--sort", "layer", "-r")) == [
+        "3",
+        "1",
+    ]
+
+
+WIDE_REASON = "part of a parametrized or factorised weight: build the model and use analyze(model)"
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> Path:
+    """A name as long as those of large models, and reasons longer than a terminal is wide."""
+    save_file(
+        {
+            "model.layers.31.self_attn.q_proj.weight": torch.randn(64, 48),
+            "model.embed_tokens.weight": torch.randn(64, 48),
+            "mlp.weight.core": torch.randn(9, 9),
+            "quantised.weight": torch.ones(48, 1, dtype=torch.uint8),
+            "half.weight": torch.randn(32, 32).half(),
+            "eighth.weight": torch.randn(32, 32).to(torch.float8_e4m3fn),
+        },
+        tmp_path / "model.safetensors",
+    )
+    return tmp_path
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_tables_fit_the_terminal(mixed: Path, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    shown = plain(run("analyze", mixed, "--null").stdout).splitlines()
+    assert max(map(len, shown)) <= width
+    text = "\n".join(shown)
+    if width == 80:  # too narrow for the name beside all figures: it takes two lines
+        text = re.sub(r"\nmodel.layers(.*?) (.*)\n(\S+) ", r"\nmodel.layers\1\3 \2", text)
+    for layer in ("model.layers.31.self_attn.q_proj", "eighth", "half"):
+        assert re.search(rf"\n{re.escape(layer)} .* 2\.\d\d\d ", text)
+    assert "quantised weights (torch.uint8): dequantise the model first" in text
+    assert WIDE_REASON in " ".join(text.split())
+
+
+def plain(text: str) -> str:
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
+
+
+def test_piped_tables_keep_a_line_for_each_layer(mixed: Path) -> None:
+    shown = run("analyze", mixed).stdout.splitlines()
+    assert len(shown) == 3 + 6
+    assert next(line for line in shown if line.startswith("mlp.weight.core ")).rstrip().endswith(WIDE_REASON)
+
+
+def exit_code(*arguments: Any) -> int:
+    return run(*arguments).exit_code
+
+
+def test_exit_codes(weights: Path, tmp_path: Path) -> None:
+    assert exit_code("analyze", weights) == 0
+    assert exit_code("analyze", weights, "--strict") == 1
+    assert exit_code("analyze", weights, "--strict", "--filter", "[013]") == 0
+    nothing = run("analyze", weights, "--filter", "4")
+    assert nothing.exit_code == 1
+    assert "Nothing could be measured: the status of each layer says why" in nothing.stderr
+    assert (
+        "Nothing could be measured: no weight matrix, or none of such a name"
+        in run("analyze", weights, "--filter", "x").stderr
+    )
+    torch.save({"norm.weight": torch.randn(9), "steps": torch.tensor(3)}, tmp_path / "vectors.pt")
+    assert exit_code("analyze", tmp_path / "vectors.pt") == 1
+    assert exit_code("compare", weights, weights) == 0
+    assert exit_code("compare", weights, weights, "--strict") == 1
+    assert exit_code("compare", weights, "tests.cli.test_cli:failing") == 2
+    assert exit_code() == 2
+    assert run("--version").stdout == f"{__import__('farms_tb').__version__}\n"
+
+
+MISTAKES: list[tuple[list[str], str]] = [
+    (["analyze", "weights.pt"], "no such file: weights.pt"),
+    (["analyze", "folder/weights"], "no such file: folder/weights"),
+    (["analyze", "README.md"], "cannot read README.md: no checkpoint, or one that is empty, cut short or damaged"),
+    (["analyze", "tests"], "tests is a directory without a .safetensors file"),
+    (
+        ["analyze", "resnet19"],
+        "'resnet19' is no file, and torchvision and timm know no model of this name; did you",
+    ),
+    (["analyze", "timm:vit_tny_patch16_224"], "timm knows no model 'vit_tny_patch16_224'; did you mean vit_tiny"),
+    (["analyze", "torchvision:x"], "torchvision knows no model 'x'"),
+    (["analyze", "timm:resnet18.no_such_tag", "--pretrained"], "timm cannot make 'resnet18.no_such_tag': "),
+    (["analyze", "nowhere:net"], "nowhere:net() failed: ModuleNotFoundError: No module named 'nowhere'"),
+    (["analyze", "tests.cli.test_cli:gone"], "tests.cli.test_cli:gone() failed: AttributeError: "),
+    (["analyze", "tests.cli.test_cli:failing"], "tests.cli.test_cli:failing() failed: KeyError: 'width'"),
+    (["analyze", "tests.cli.test_cli:no_model"], "expected a torch.nn.Module, got int"),
+    (["analyze", "tests.cli.test_cli:without_matrix"], "ReLU has no layer that can be analysed"),
+    (
+        ["analyze", "README.md", "--pretrained"],
+        "--pretrained is for models of torchvision and timm, README.md is a f",
+    ),
+    (["analyze", NET, "--pretrained"], "tests.cli.test_cli:net is a function"),
+    (["analyze", NET, "--window", "1"], "window must be at least 2, got 1"),
+    (["analyze", NET, "--fit", "best"], "'best' is not one of 'median', 'goodness-of-fit', "),
+    (
+        ["analyze", NET, "--sort", "size"],
+        "--sort size: the columns are layer, shape, alpha, ",
+    ),
+    (["analyze", NET, "--device", "fast"], "--device fast: Expected one of cpu, cuda"),
+    (
+        ["analyze", NET, "--format", "parquet"],
+        "Parquet is no text for a terminal: say --output FILE",
+    ),
+    (
+        ["analyze", NET, "-o", "no/such/a.csv"],
+        "cannot write no/such/a.csv: No such file or directory",
+    ),
+    (["analyze", NET, "-o", "tests"], "cannot write tests: it is a folder"),
+    (["report", "no/such/run"], "no such folder: no/such/run"),
+    (["report", "docs"], "docs is no run folder: it holds neither a metrics.csv"),
+    (["plot", "no/such/run"], "no such folder: no/such/run"),
+    (["plot", "no/such/run", "--format", "gif3"], "no format of pictures '.gif3': matplotlib writes "),
+    (["plot", "no/such/run", "--only", "alphas"], "there is no picture 'alphas': there are alpha, lr_ratio, "),
+    (["plot", "README.md"], "cannot read README.md: no checkpoint"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), MISTAKES, ids=[" ".join(arguments) for arguments, _ in MISTAKES])
+def test_mistakes(arguments: list[str], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).parents[2])
+    result = run(*arguments)
+    assert result.exit_code == 2, result.output
+    assert words in " ".join(result.stderr.split()), result.stderr
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+
+
+def test_packages_that_are_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from farms_tb.cli import output, sources
+
+    monkeypatch.setattr(output, "find_spec", lambda name: None)
+    monkeypatch.setattr(sources, "find_spec", lambda name: None)
+    missing = run("analyze", NET, "-o", tmp_path / "a.parquet").stderr
+    assert '--format parquet needs pyarrow: pip install "farms-tb[cli]"' in missing
+    assert "timm:resnet18 needs timm: pip install timm" in run("analyze", "timm:resnet18").stderr
+    assert "'resnet18' is no file, and neither torchvision nor timm is" in run("analyze", "resnet18").stderr
+
+
+def test_without_the_extra() -> None:
+    """The library does without; the command says in one sentence what it needs."""
+    code = "import sys; sys.modules['typer'] = None; import farms_tb.cli; farms_tb.cli.main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == 'farms-tb needs typer: pip install "farms-tb[cli]"\n'
+
+
+def quiet() -> Console:
+    return Console(file=StringIO())
+
+
+def test_a_file_that_breaks_off_keeps_what_was_measured(tmp_path: Path) -> None:
+    source = open_source(str(save_parts(net(), tmp_path)))
+    (tmp_path / "1.weight.safetensors").write_bytes(b"")
+    found = measure(source, Wanted(SpectrumOptions()), quiet())
+    assert list(found.records) == ["0"]
+    assert found.stopped.startswith("reading stopped after 0: cannot read ")
+    assert "1.weight.safetensors" in found.stopped
+
+
+def test_a_damaged_part_keeps_the_others(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    folder = save_parts(net(), tmp_path / "model")
+    alphas = analyze_checkpoint(folder).alphas
+    part = folder / "1.weight.safetensors"
+    part.write_bytes(part.read_bytes()[:-100])
+    result = run("analyze", folder, "-o", tmp_path / "a.json")
+    assert result.exit_code == 1
+    assert f"Not all layers were measured: cannot read {part}: " in result.stderr
+    written = json.loads((tmp_path / "a.partial.json").read_text())
+    assert [row["layer"] for row in written["layers"]] == ["0", "2", "3", "4"]
+    assert {row["layer"]: row["alpha"] for row in written["layers"]} == {n: alphas[n] for n in "0234"}
+    for other in folder.glob("*.safetensors"):
+        other.write_bytes(b"")
+    nothing = run("analyze", folder)
+    assert nothing.exit_code == 1
+    assert "Nothing could be measured" in nothing.stderr
+
+
+@pytest.mark.nightly
+def test_7_billion_parameters_in_4_gb(tmp_path: Path) -> None:
+    """A directory of the shapes of a large language model, in files that are mostly holes and take no disk."""
+    shapes = {f"self_attn.{name}_proj": (4096, 4096) for name in "qkvo"}
+    shapes |= {"mlp.gate_proj": (11008, 4096), "mlp.up_proj": (11008, 4096), "mlp.down_proj": (4096, 11008)}
+    layers, parts, weight_map = 35, 7, {}
+    corner = torch.randn(20, 4096).to(torch.bfloat16).view(torch.uint8).numpy().tobytes()
+    for part in range(parts):
+        header, start = {}, 0
+        for layer in range(part * layers // parts, (part + 1) * layers // parts):
+            for name, shape in shapes.items():
+                key, end = f"model.layers.{layer}.{name}.weight", start + 2 * math.prod(shape)
+                header[key] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [start, end]}
+                weight_map[key], start = f"{part}.safetensors", end
+        text = json.dumps(header).encode()
+        with (tmp_path / f"{part}.safetensors").open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for entry in header.values():
+                file.seek(8 + len(text) + entry["data_offsets"][0])
+                file.write(corner)
+            file.truncate(8 + len(text) + start)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert layers * sum(math.prod(shape) for shape in shapes.values()) > 7e9
+    code = "import resource, sys; from farms_tb.cli.app import app; app(standalone_mode=False)\n"
+    code += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, file=sys.stderr)"
+    command = f"analyze {tmp_path} --no-full --window 20 --windows-per-dim 1 --format csv".split()
+    done = subprocess.run(
+        [sys.executable, "-c", code, *command], capture_output=True, text=True, timeout=250, check=True
+    )
+    assert len(done.stdout.splitlines()) == 1 + layers * len(shapes)
+    assert int(done.stderr) < 4e9
+
+
+def test_a_layer_that_fails_does_not_stop_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = measuring.weight_record
+
+    def out_of_memory(stack: Any, options: Any, **flags: Any) -> Any:
+        if stack.matrices.shape[0] == 9:
+            raise RuntimeError("not enough memory: you tried to allocate 99 bytes\nmore")
+        return measured(stack, options, **flags)
+
+    monkeypatch.setattr(measuring, "weight_record", out_of_memory)
+    rows = rows_of("analyze", NET)
+    assert rows["0"]["status"] == "failed: not enough memory: you tried to allocate 99 bytes"
+    assert rows["1"]["alpha"] is not None
+
+
+def test_a_whole_matrix_without_alpha_says_so(tmp_path: Path) -> None:
+    torch.save({"a.weight": torch.randn(200, 50).repeat(1, 4)}, tmp_path / "a.pt")
+    row = rows_of("analyze", tmp_path / "a.pt", "--window", 20)["a"]
+    assert row["alpha"] is not None
+    assert row["status"] == "whole matrix: low rank: zero eigenvalues in the tail of 1 sample(s)"
+
+
+def test_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was measured is kept, under a name that says that it is not all."""
+    calls = []
+
+    def interrupted(stack: Any, options: Any, **flags: Any) -> Any:
+        calls.append(stack)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return analyze(nn.Linear(20, 30)).layers["weight"]
+
+    monkeypatch.setattr(measuring, "weight_record", interrupted)
+    result = run("analyze", NET, "--no-full", "-o", tmp_path / "a.json")
+    assert result.exit_code == 130
+    assert "Not all layers were measured: interrupted at 3" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["a.partial.json"]
+    written = json.loads((tmp_path / "a.partial.json").read_text())
+    assert (written["complete"], [row["layer"] for row in written["layers"]]) == (False, ["0", "1", "2"])
+    calls.clear()
+    result = run("compare", NET, NET)
+    assert (result.exit_code, result.stdout) == (130, "")
+    assert "interrupted at 3: nothing to compare yet" in result.stderr
+
+
+def test_compare(tmp_path: Path) -> None:
+    before, after = net().state_dict(), net().state_dict()
+    after["3.weight"] = 2 * after["3.weight"]  # alpha does not depend on the scale
+    after["1.weight"] = torch.randn(60, 24).exp()
+    after["0.weight"] = after["0.weight"] + 0.03 * torch.randn(24, 8, 3, 3)
+    after["new.weight"] = torch.randn(30, 30)
+    del after["4.weight"]
+    for name, state in (("a", before), ("b", after)):
+        torch.save(state, tmp_path / f"{name}.pt")
+    a, b = (analyze_checkpoint(tmp_path / f"{name}.pt").layers for name in "ab")
+    rows = rows_of("compare", tmp_path / "a.pt", tmp_path / "b.pt")
+    assert list(rows)[:2] == ["1", "0"]
+    for name in "013":
+        row = rows[name]
+        assert row["change"] == b[name].alpha - a[name].alpha  # type: ignore[operator]
+        assert row["change_error"] == pytest.approx(math.sqrt(a[name].alpha_error ** 2 + b[name].alpha_error ** 2))
+        assert row["change_in_errors"] == pytest.approx(row["change"] / row["change_error"])
+    assert abs(rows["3"]["change"]) < 1e-6
+    assert rows["4"]["status"] == "only in A; A: one row or one column: no spectrum"
+    assert (rows["new"]["status"], rows["new"]["alpha_b"]) == ("only in B", b["new"].alpha)
+    assert "B - A" in run("compare", tmp_path / "a.pt", tmp_path / "b.pt").stdout
+
+
+def test_compare_models_of_other_names(weights: Path, tmp_path: Path) -> None:
+    torch.save({f"model.{name}": tensor for name, tensor in net().state_dict().items()}, tmp_path / "b.pt")
+    result = run("compare", weights, tmp_path / "b.pt")
+    assert result.exit_code == 1
+    assert "No layer has the same name in both: 0, 1, 2 in A, model.0, model.1, model.2 in B." in result.stderr
+
+
+def test_report_and_plot(tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text("epoch,farms/alpha/0,farms/ratio/0,step\n0,2.1,0.5,0\n1,1.9,1.5,8\n")
+    assert run("report", tmp_path).stdout == f"{tmp_path / 'report.html'}\n"
+    assert run("report", tmp_path, "-o", tmp_path / "b.html").stdout == f"{tmp_path / 'b.html'}\n"
+    assert (tmp_path / "b.html").read_text() == (tmp_path / "report.html").read_text()
+    for arguments, folder, ending in (
+        ([], "figures", ".png"),
+        (["-o", tmp_path / "p", "--format", "svg"], "p", ".svg"),
+    ):
+        drawn = run("plot", tmp_path, *arguments).stdout.splitlines()
+        assert str(tmp_path / folder / f"alpha{ending}") in drawn
+        assert all(Path(path).stat().st_size > 1000 for path in drawn)
+    assert "No checkpoint (*.ckpt) yet, so no spectra" in run("plot", tmp_path).stderr
+    only = run("plot", tmp_path, "--only", "lr_ratio").stdout
+    assert only == f"{tmp_path / 'figures' / 'lr_ratio.png'}\n"
+
+
+def test_pictures_and_page_of_a_file_of_weights(weights: Path, tmp_path: Path) -> None:
+    one = run("plot", weights, "--layer", "1", "--layer", "3", "-o", tmp_path / "p")
+    assert one.stdout.splitlines() == [str(tmp_path / "p" / f"esd_{layer}.png") for layer in "13"]
+    assert one.stderr == ""
+    all_of_them = run("plot", weights, "-o", tmp_path / "q").stdout.splitlines()
+    assert [Path(path).stem for path in all_of_them] == ["alpha_by_depth", "full_against_farms", "esd"]
+    page = Path(run("report", weights, "--null").stdout.strip())
+    assert page == tmp_path / "report.html"
+    assert '"null_mean":2.' in page.read_text()
+
+
+def test_the_command_itself(weights: Path) -> None:
+    """In a process of its own: nothing but data on stdout, and no traceback when the reader of a pipe goes."""
+    command = [sys.executable, "-m", "farms_tb.cli", "analyze", str(weights), "--format", "csv"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.startswith(",".join(COLUMNS[:4]))
+    assert done.stderr == ""
+    assert len(list(csv.DictReader(done.stdout.splitlines()))) == 5

@@ -1,0 +1,122 @@
+"""Which solver is chosen on a GPU, looked at without one."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from farms_tb.spectra import solvers
+
+GPU = torch.device("xpu")  # of which nobody asks the name
+
+
+@pytest.fixture(autouse=True)
+def trials(monkeypatch, tmp_path):
+    """Sizes that were tried; the CPU is the fastest."""
+    trials = []
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(solvers, "_chosen", {})
+    monkeypatch.setattr(solvers, "_fastest", lambda device, dtype, size: trials.append(size) or "cpu")
+    return trials
+
+
+def choose(size, dtype=torch.float32):
+    return solvers.solver_for(GPU, dtype, size)
+
+
+def new_process(monkeypatch):
+    monkeypatch.setattr(solvers, "_chosen", {})
+
+
+def test_each_size_is_tried_once(trials):
+    assert {choose(size) for size in (5, 16, 17, 30, 512, 512)} == {"cpu"}
+    choose(512, torch.float64)
+    assert trials == [16, 32, 512, 512]
+
+
+def test_choices_outlast_the_process(trials, monkeypatch):
+    choose(100)
+    new_process(monkeypatch)
+    monkeypatch.setattr(solvers, "_fastest", lambda *_: "torch")
+    assert choose(100) == "cpu"
+    assert choose(200) == "torch"
+    new_process(monkeypatch)
+    assert (choose(100), choose(200)) == ("cpu", "torch")
+
+
+def test_another_version_is_tried_anew(trials, monkeypatch):
+    choose(100)
+    new_process(monkeypatch)
+    monkeypatch.setattr(torch, "__version__", "99.0")
+    choose(100)
+    assert trials == [128, 128]
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "{", '{"xpu": 3}', "\x00"])
+def test_a_broken_file_is_written_anew(trials, content):
+    solvers.cache_file().parent.mkdir(parents=True)
+    solvers.cache_file().write_text(content)
+    assert choose(100) == "cpu"
+    assert "cpu" in json.loads(solvers.cache_file().read_text()).values()
+
+
+def test_a_solver_that_is_gone_is_not_chosen(trials, monkeypatch):
+    choose(100)
+    file = solvers.cache_file()
+    file.write_text(file.read_text().replace('"cpu"', '"abacus"'))
+    new_process(monkeypatch)
+    assert choose(100) == "cpu"
+    assert trials == [128, 128]
+
+
+def test_no_file_can_be_written(trials, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert (choose(100), choose(100)) == ("cpu", "cpu")
+    assert trials == [128]
+
+
+def test_the_default_place(monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert solvers.cache_file() == Path.home() / ".cache" / "farms_tb" / "solvers.json"
+
+
+@pytest.mark.parametrize("solver", ["torch", "cupy", "cpu"])
+def test_the_users_choice(solver, trials):
+    assert solvers.solver_for(GPU, torch.float32, 100, solver) == solver
+    assert solvers.solver_for(torch.device("cpu"), torch.float32, 100, solver) == "cpu"
+    assert not trials
+
+
+class TestTrial:
+    @pytest.fixture(autouse=True)
+    def _real(self, trials, monkeypatch):
+        monkeypatch.undo()
+
+    def test_the_fastest_of_those_that_work(self, monkeypatch):
+        def slow(matrices):
+            time.sleep(0.02)
+            return torch.linalg.eigvalsh(matrices)
+
+        def broken(matrices):
+            raise RuntimeError("no such library")
+
+        monkeypatch.setattr(solvers, "_SOLVERS", {"torch": slow, "cupy": broken, "cpu": torch.linalg.eigvalsh})
+        for dtype in (torch.float32, torch.float64, torch.complex64):
+            assert solvers._fastest(torch.device("cpu"), dtype, 16) == "cpu"
+
+    def test_none_works(self, monkeypatch):
+        # The error is then raised where the model's own matrices are solved.
+        monkeypatch.setattr(solvers, "_SOLVERS", {"cupy": lambda matrices: matrices.nothing})
+        assert solvers._fastest(torch.device("cpu"), torch.float32, 16) == "torch"
+
+
+def test_on_the_cpu_in_parts(monkeypatch):
+    half = torch.randn(50, 20, 20)
+    matrices = half @ half.mT
+    whole = solvers._cpu(matrices)
+    monkeypatch.setattr(solvers, "_CPU_WORK", 3 * 20**3)
+    assert torch.equal(solvers._cpu(matrices), whole)
+    assert torch.equal(solvers.symmetric_eigenvalues(matrices), whole)

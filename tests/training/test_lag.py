@@ -1,0 +1,164 @@
+"""Measuring beside training: what was measured is put in force a fixed number of steps later."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from torch import nn
+
+from farms_tb import FARMSTempBalance, TempBalance
+from farms_tb.spectra import background as beside
+from tests.helpers import (
+    BATCHES,
+    EPOCHS,
+    LIGHTNING_NOISE,
+    Module,
+    Probe,
+    Recorder,
+    assert_same_state,
+    assert_same_weights,
+    fit,
+)
+from tests.spectra.test_distributed import results
+
+pytestmark = LIGHTNING_NOISE
+
+
+@pytest.fixture(params=["beside", "at once"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Where measuring runs beside training, as on a GPU, and where it is done at once, as on the CPU."""
+    if request.param == "beside":
+        monkeypatch.setattr(beside, "_DEVICES", ("cpu",))
+    return request.param
+
+
+class Nets(Callback):
+    """Keep a copy of the net as it is at the start of each epoch."""
+
+    def __init__(self) -> None:
+        self.nets: list[nn.Module] = []
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        self.nets.append(copy.deepcopy(pl_module))
+
+
+def train(lag_steps: int, **options: Any) -> tuple[Module, FARMSTempBalance, Nets, Probe, Recorder]:
+    module, nets, logger = Module(), Nets(), Recorder()
+    balance = FARMSTempBalance(lag_steps=lag_steps, **options)
+    probe = Probe(balance)
+    fit(module, [nets, balance, probe], logger=logger)
+    return module, balance, nets, probe, logger
+
+
+@pytest.mark.parametrize("lag", [1, 2, BATCHES - 1, BATCHES, BATCHES + 3, 1000])
+def test_ratios_are_those_of_the_weights_so_many_steps_ago(lag: int, way: str) -> None:
+    module, _, nets, probe, logger = train(lag)
+    names = [name for name, _ in module.named_parameters()]
+    assert len(nets.nets) == EPOCHS
+    assert len(probe.ratios) == EPOCHS * BATCHES
+    by_epoch = []
+    for net in nets.nets:
+        twin = TempBalance(net, torch.optim.SGD(net.parameters(), lr=0.1))
+        by_epoch.append([twin.parameter_ratios()[name] for name in names])
+    for step, ratios in enumerate(probe.ratios):
+        epoch, into = divmod(step, BATCHES)
+        # The first measurement is waited for; one that is not over when the next begins is finished then.
+        known = epoch if epoch == 0 or into >= lag else epoch - 1
+        assert list(ratios.values()) == by_epoch[known], f"step {step}"
+    rows = [row for _, row in logger.rows if "farms/alpha_mean" in row]
+    assert len(rows) == EPOCHS + 1
+    assert len({tuple(ratios) for ratios in by_epoch}) == EPOCHS
+
+
+def test_beside_training_is_as_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    at_once = train(2, histogram_every_n=2, assign_func="noise_aware")
+    monkeypatch.setattr(beside, "_DEVICES", ("cpu",))
+    threaded = train(2, histogram_every_n=2, assign_func="noise_aware")
+    assert_same_weights(threaded[0], at_once[0])
+    assert threaded[1].report == at_once[1].report
+    assert threaded[-1].rows == at_once[-1].rows
+
+
+def test_it_is_measured_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(beside, "_DEVICES", ("cpu",))
+    measure, threads = beside.measure_stacks, []
+
+    def watched(*args: Any) -> Any:
+        threads.append(threading.current_thread())
+        return measure(*args)
+
+    monkeypatch.setattr(beside, "measure_stacks", watched)
+    train(2)
+    assert len(threads) == EPOCHS - 1
+    assert threading.main_thread() not in threads
+    assert not any(thread.is_alive() for thread in threads)
+
+
+def test_steps_meanwhile_do_not_touch_what_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights are copied before the next step changes them in place."""
+    monkeypatch.setattr(beside, "_DEVICES", ("cpu",))
+    measure, stepped = beside.measure_stacks, threading.Event()
+
+    def after_a_step(*args: Any) -> Any:
+        assert stepped.wait(timeout=60)
+        stepped.clear()
+        return measure(*args)
+
+    class Stepped(Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            stepped.set()
+
+    at_once = Module()
+    fit(at_once, [FARMSTempBalance(lag_steps=2)])
+    module = Module()
+    monkeypatch.setattr(beside, "measure_stacks", after_a_step)
+    fit(module, [FARMSTempBalance(lag_steps=2), Stepped()])
+    assert_same_weights(module, at_once)
+
+
+def test_an_error_is_raised_where_it_is_waited_for(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise ArithmeticError("planned")
+
+    monkeypatch.setattr(beside, "measure_stacks", fail)
+    with pytest.raises(ArithmeticError, match="planned"):
+        train(2)
+
+
+def test_an_interrupted_run_leaves_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(beside, "_DEVICES", ("cpu",))
+
+    class Fails(Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            if trainer.global_step == BATCHES + 1:
+                raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fit(Module(), [FARMSTempBalance(lag_steps=3), Fails()])
+    assert not [thread for thread in threading.enumerate() if thread.name == "farms_tb"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_on_a_gpu_runs_are_the_same() -> None:
+    runs = []
+    for _ in range(2):
+        module = Module()
+        fit(module, [FARMSTempBalance(lag_steps=2)], accelerator="gpu")
+        runs.append(module)
+    assert_same_weights(*runs)
+
+
+def test_processes_put_the_same_in_force(tmp_path: Path) -> None:
+    first, second = results("lightning with a lag", tmp_path)
+    for way in ("at once", "beside"):
+        assert first[way].pop("rows")
+        assert not second[way].pop("rows")
+    assert_same_state(first, second)
+    assert_same_state(first["beside"], first["at once"])

@@ -1,0 +1,299 @@
+"""A run that stops and goes on ends where the uninterrupted run does, to the bit."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, LambdaCallback, ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch.optim.lr_scheduler import OneCycleLR
+
+from farms_tb import FARMSTempBalance
+from tests.helpers import (
+    BATCHES,
+    LIGHTNING_NOISE,
+    Module,
+    Recorder,
+    assert_same_state,
+    assert_same_weights,
+    make_data,
+    make_trainer,
+)
+
+pytestmark = [
+    *LIGHTNING_NOISE,
+    # Most runs here resume without the ModelCheckpoint that wrote the file.
+    pytest.mark.filterwarnings(r"ignore:.*callbacks used to create the checkpoint need to be provided"),
+    # Lightning takes OnExceptionCheckpoint for a checkpoint to look for.
+    pytest.mark.filterwarnings(r"ignore:.*\.fit\(ckpt_path="),
+]
+
+EPOCHS = 4
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Resumable(Module):
+    """Picks its batch by the number of steps taken: what a run sees does not depend on where it resumed."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9),
+            lambda optimizer: OneCycleLR(optimizer, 0.1, total_steps=EPOCHS * BATCHES + 1),
+            "step",
+        )
+        self.batches = list(make_data(EPOCHS * BATCHES))
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return self.loss(self.batches[self.global_step])
+
+
+class Fails(Callback):
+    """Raises once, in the middle of an epoch."""
+
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == 6:
+            raise ZeroDivisionError("planned")
+
+
+def train(callbacks: Any, ckpt_path: Any = None, **options: Any) -> tuple[Resumable, Any]:
+    module = Resumable()
+    trainer = make_trainer(callbacks, **{"max_epochs": EPOCHS, "enable_checkpointing": True, **options})
+    validation = make_data(1) if "val_check_interval" in options else None
+    trainer.fit(module, make_data(), validation, ckpt_path=ckpt_path)
+    return module, trainer
+
+
+STOPS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "epoch end": ({"save_on_train_epoch_end": True}, {}, "epoch=1-step=8"),
+    "mid-epoch": ({"every_n_train_steps": 3}, {}, "epoch=1-step=6"),
+    "last batch": ({"every_n_train_steps": 4}, {}, "epoch=1-step=8"),
+    "validation": ({"save_on_train_epoch_end": False}, {"val_check_interval": 2}, "epoch=1-step=6"),
+    "validation at the end": ({"save_on_train_epoch_end": False}, {"val_check_interval": 4}, "epoch=1-step=8"),
+}
+CLOCKS: list[dict[str, Any]] = [
+    {},
+    {"every_n_steps": 3},
+    {"every_n_epochs": 2},
+    {"histogram_every_n": 2},
+    {"lag_steps": 3},
+]
+
+
+def finish_and_compare(
+    clock: dict[str, Any],
+    path: Path,
+    module: Resumable,
+    balance: FARMSTempBalance,
+    logger: Recorder,
+    failed: int = 0,
+    **options: Any,
+) -> None:
+    """Resume from `path`: weights, ratios, report and what is logged from there on are those of the whole run."""
+    resumed_balance, resumed_logger = FARMSTempBalance(**clock), Recorder()
+    resumed, _ = train([resumed_balance], path, logger=resumed_logger, enable_checkpointing=False, **options)
+    assert_same_weights(resumed, module)
+    assert resumed_balance.ratios == balance.ratios
+    assert resumed_balance.report == balance.report
+    assert_same_state(resumed_balance.state_dict(), balance.state_dict())
+    ours, whole = (
+        [(step, row) for step, row in log.rows if any(key.startswith("farms") for key in row)]
+        for log in (resumed_logger, logger)
+    )
+    # Lightning counts the batch that failed as one that stepped: its step, ours with it, is one ahead.
+    ours = [(step - failed, row) for step, row in ours if step is not None]
+    assert ours == whole[-len(ours) :]
+    assert 0 < len(ours) < len(whole)
+
+
+@pytest.mark.parametrize("clock", CLOCKS, ids=str)
+@pytest.mark.parametrize("stop", STOPS)
+def test_from_a_checkpoint(stop: str, clock: dict[str, Any], tmp_path: Path) -> None:
+    saving, options, name = STOPS[stop]
+    keep = ModelCheckpoint(tmp_path, save_top_k=-1, **saving)
+    balance, logger = FARMSTempBalance(**clock), Recorder()
+    module, _ = train([balance, keep], logger=logger, **options)
+    assert any(ratio != 1 for ratio in balance.ratios.values())
+    finish_and_compare(clock, tmp_path / f"{name}.ckpt", module, balance, logger, **options)
+
+
+@pytest.mark.parametrize("clock", [*CLOCKS[:2], CLOCKS[-1]], ids=str)
+@pytest.mark.parametrize("first", [True, False])
+def test_after_an_exception(first: bool, clock: dict[str, Any], tmp_path: Path) -> None:
+    balance, logger = FARMSTempBalance(**clock), Recorder()
+    module, _ = train([balance], logger=logger, enable_checkpointing=False)
+    broken = [FARMSTempBalance(**clock), Fails()]
+    with pytest.raises(ZeroDivisionError, match="planned"):
+        train([*(broken if first else broken[::-1]), OnExceptionCheckpoint(tmp_path, "broken")])
+    finish_and_compare(clock, tmp_path / "broken.ckpt", module, balance, logger, failed=1)
+
+
+def test_after_sigterm(tmp_path: Path) -> None:
+    """What a cluster sends before it takes the machine away."""
+
+    def terminate(trainer: Any, *_: Any) -> None:
+        if trainer.global_step == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    balance, logger = FARMSTempBalance(), Recorder()
+    module, _ = train([balance], logger=logger, enable_checkpointing=False)
+    stop = LambdaCallback(on_train_batch_start=terminate)
+    with pytest.raises(SIGTERMException):
+        train([FARMSTempBalance(), stop, OnExceptionCheckpoint(tmp_path, "terminated")])
+    finish_and_compare({}, tmp_path / "terminated.ckpt", module, balance, logger)
+
+
+def test_after_sigkill(tmp_path: Path) -> None:
+    script = (
+        "import os, signal, sys, warnings; warnings.simplefilter('ignore')\n"
+        "from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint\n"
+        "from farms_tb import FARMSTempBalance\n"
+        "from tests.training.test_resume import train\n"
+        "def die(trainer, *_):\n"
+        "    if trainer.global_step == 10: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "keep = ModelCheckpoint(sys.argv[1], every_n_train_steps=1, save_top_k=-1)\n"
+        "train([FARMSTempBalance(), keep, LambdaCallback(on_train_batch_start=die)])\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)],
+        env=environment,
+        cwd=tmp_path,
+        timeout=120,
+        capture_output=True,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    balance, logger = FARMSTempBalance(), Recorder()
+    module, _ = train([balance], logger=logger, enable_checkpointing=False)
+    finish_and_compare({}, tmp_path / "epoch=2-step=10.ckpt", module, balance, logger)
+
+
+def test_after_the_last_epoch(tmp_path: Path) -> None:
+    """A finished run that is saved and given more epochs is the longer run."""
+    balance, logger = FARMSTempBalance(), Recorder()
+    module, _ = train([balance], logger=logger, enable_checkpointing=False)
+    _, trainer = train([FARMSTempBalance()], enable_checkpointing=False, max_epochs=2)
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    finish_and_compare({}, tmp_path / "end.ckpt", module, balance, logger)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: Any) -> dict[str, Path]:
+    """Mid-epoch checkpoints of a balanced run, one with ratios of 1, and a plain one."""
+    paths = {}
+    for name, callbacks in {
+        "balanced": [FARMSTempBalance()],
+        "ones": [FARMSTempBalance(lr_min_ratio=1.0, lr_max_ratio=1.0)],
+        "plain": [],
+    }.items():
+        folder = tmp_path_factory.mktemp(name)
+        train([*callbacks, ModelCheckpoint(folder, every_n_train_steps=6, save_top_k=-1)])
+        paths[name] = folder / "epoch=1-step=6.ckpt"
+    return paths
+
+
+def test_state_is_plain_values(checkpoints: dict[str, Path]) -> None:
+    state = torch.load(checkpoints["balanced"], weights_only=True)["callbacks"]["FARMSTempBalance"]
+
+    def leaves(value: Any) -> Any:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                assert type(key) is str
+                yield from leaves(inner)
+        elif isinstance(value, list):
+            for inner in value:
+                yield from leaves(inner)
+        else:
+            yield value
+
+    assert {type(leaf) for leaf in leaves(state)} <= {float, int, str, bool, type(None)}
+    assert state["balancer"]["version"] == 2
+    assert (state["epoch"], state["step"], state["measurements"]) == (1, 4, 2)
+
+
+def test_optimizer_and_scheduler_states_are_those_of_a_plain_run(checkpoints: dict[str, Path]) -> None:
+    ones, plain = (torch.load(checkpoints[name], weights_only=True) for name in ("ones", "plain"))
+    for key in ("state_dict", "optimizer_states", "lr_schedulers"):
+        assert_same_state(ones[key], plain[key], key)
+    balanced = torch.load(checkpoints["balanced"], weights_only=True)
+    assert_same_state(balanced["lr_schedulers"], plain["lr_schedulers"])
+    groups = [checkpoint["optimizer_states"][0]["param_groups"] for checkpoint in (balanced, plain)]
+    assert_same_state(*groups)
+
+
+def test_callback_removed_with_ratios_of_one(checkpoints: dict[str, Path]) -> None:
+    plain, _ = train([], enable_checkpointing=False)
+    resumed, _ = train([], checkpoints["ones"], enable_checkpointing=False)
+    assert_same_weights(resumed, plain)
+
+
+def test_callback_removed_is_said_by_lightning(checkpoints: dict[str, Path]) -> None:
+    with pytest.warns(UserWarning, match="FARMSTempBalance"):
+        train([], checkpoints["balanced"], enable_checkpointing=False)
+
+
+def test_callback_added(checkpoints: dict[str, Path]) -> None:
+    """A plain checkpoint resumes with a measurement at the first chance, not at the next epoch."""
+    balance = FARMSTempBalance()
+    first: list[Any] = []
+
+    class Look(Callback):
+        def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+            first.append((trainer.global_step, dict(balance.ratios)))
+
+    train([balance, Look()], checkpoints["plain"], enable_checkpointing=False)
+    assert first[0][0] == 6
+    assert {0.5, 1.5} <= set(first[0][1].values())
+
+
+def test_order_of_callbacks_does_not_matter(checkpoints: dict[str, Path]) -> None:
+    one, _ = train([FARMSTempBalance()], checkpoints["balanced"], enable_checkpointing=False)
+    other, _ = train([Callback(), FARMSTempBalance()], checkpoints["balanced"], enable_checkpointing=False)
+    assert_same_weights(one, other)
+
+
+def test_options_changed(checkpoints: dict[str, Path]) -> None:
+    """Said, and measured anew with the new options before the first step."""
+    balance = FARMSTempBalance(lr_min_ratio=0.9, exclude=["net.5"])
+    first: list[Any] = []
+
+    class Look(Callback):
+        def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+            first.append((trainer.global_step, dict(balance.ratios)))
+
+    message = (
+        r"other settings, measuring anew: lr_min_ratio was 0.5 and is 0.9; exclude was \[\] and is \['net.5'\]$"
+    )
+    with pytest.warns(UserWarning, match=message):
+        train([balance, Look()], checkpoints["balanced"], enable_checkpointing=False)
+    assert first[0][0] == 6
+    assert sorted(first[0][1].values()) == [0.9, 1, 1, 1, 1.5]
+
+
+def test_clock_and_logging_may_change_silently(checkpoints: dict[str, Path]) -> None:
+    balance = FARMSTempBalance(every_n_steps=2, log=False)
+    train([balance], checkpoints["balanced"], enable_checkpointing=False)
+
+
+def test_monitored_mean_is_there_for_the_rest_of_the_epoch(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    keep = ModelCheckpoint(tmp_path, monitor="farms/alpha_mean", save_top_k=-1, every_n_train_steps=1)
+    train([FARMSTempBalance(), keep], checkpoints["balanced"])
+    assert len(keep.best_k_models) == EPOCHS * BATCHES - 6
+
+
+def test_checkpoint_of_a_run_that_never_trained(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """Validating from a checkpoint and saving again keeps the state."""
+    trainer = make_trainer([FARMSTempBalance()])
+    trainer.validate(Resumable(), make_data(1), ckpt_path=checkpoints["balanced"], verbose=False)
+    trainer.save_checkpoint(tmp_path / "again.ckpt")
+    states = [
+        torch.load(path, weights_only=True)["callbacks"]["FARMSTempBalance"]
+        for path in (checkpoints["balanced"], tmp_path / "again.ckpt")
+    ]
+    assert_same_state(*states)

@@ -1,0 +1,376 @@
+"""The HTML page of a run: what stands in it, and how it behaves in a real browser."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Iterator
+from itertools import chain, cycle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from farms_tb import LayerRecord, Report, analyze
+from farms_tb.viewing.page import write_page
+from farms_tb.viewing.run_folder import Curve, History, RunFolder, read_run_folder
+from tests.helpers import LIGHTNING_NOISE
+from tests.runs import train_run
+
+pytestmark = LIGHTNING_NOISE
+
+EVIL = "</script><img src=x onerror=\"document.title='owned'\"><b>'{{css}}"
+CHROMIUM_FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--no-first-run",
+]
+
+
+def content(page: Path) -> dict[str, Any]:
+    """Return the figures that stand in a page."""
+    (data,) = re.findall(r'<script id="data" type="application/json">(.*?)</script>', page.read_text(), re.DOTALL)
+    found: dict[str, Any] = json.loads(data)
+    return found
+
+
+def made_up_run(folder: Path, layers: list[str], epochs: int = 4) -> RunFolder:
+    """A run with layers of any names: the first is all zeros, the others alternate between two shapes."""
+    torch.manual_seed(0)
+    net = nn.Sequential(*(nn.Linear(size, 20) for size in (20, 80, 20, 80, 20)))
+    nn.init.zeros_(net[0].weight)
+    farms, full = (analyze(net, esd=esd, histogram=True) for esd in ("farms", "full"))
+
+    def curves(start: float) -> dict[str, Curve]:
+        steps, times = range(0, 10 * epochs, 10), range(epochs)
+        return {
+            name: Curve(tuple(map(float, times)), tuple(steps), tuple(start + index + time for time in times))
+            for index, name in enumerate(layers)
+        }
+
+    def renamed(report: Report) -> Report:
+        first, *others = report.layers.values()
+        return Report(dict(zip(layers, chain([first], cycle(others)), strict=False)), report.options)
+
+    history = History(curves(2.0), curves(1.0), curves(0.1), tuple(layers))
+    return RunFolder(folder, history, renamed(farms), renamed(full), farms.options, "last.ckpt", "seed: 1")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    train_run(folder)
+    return folder
+
+
+# ---- what stands in it
+
+
+def test_figures_of_a_real_run(trained: Path, tmp_path: Path) -> None:
+    page = write_page(trained, tmp_path / "new" / "page.html")
+    run, found = read_run_folder(trained), content(page)
+    assert run.farms is not None
+    assert run.full is not None
+    assert [layer["name"] for layer in found["layers"]] == list(run.layers)
+    assert found["when"] == {"epoch": [0, 1, 2, 3], "step": [0, 4, 8, 12]}
+    for layer in found["layers"]:
+        farms, full = run.farms.layers[layer["name"]], run.full.layers[layer["name"]]
+        assert layer["farms"] == pytest.approx(farms.alpha, rel=1e-4)
+        assert layer["error"] == pytest.approx(farms.alpha_error, rel=1e-4)
+        bias = None if farms.alpha is None or full.alpha is None else full.alpha - farms.alpha
+        assert layer["bias"] == (None if bias is None else pytest.approx(bias, abs=1e-4))
+        assert layer["alpha"] == pytest.approx(run.history.alpha[layer["name"]].values, rel=1e-4)
+        assert layer["ratio"][:3] == pytest.approx(run.history.ratio[layer["name"]].values, rel=1e-4)
+        assert layer["ratio"][3:] == [None]
+        assert layer["last_ratio"] == layer["ratio"][2]
+        assert set(layer["esd"]) == {"farms", "full"}
+        assert {spectrum["aspect"] for spectrum in layer["esd"].values()} <= set(found["laws"])
+    assert found["missing"] == []
+    assert "last.ckpt" in found["weights"] or "epoch=2" in found["weights"]
+
+
+def test_goes_into_the_run_folder_and_replaces_itself(trained: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(trained, tmp_path / "run"))
+    assert write_page(folder) == write_page(folder) == folder / "report.html"
+    assert not list(folder.glob("*.part"))
+
+
+def test_needs_nothing_from_outside(trained: Path, tmp_path: Path) -> None:
+    text = write_page(trained, tmp_path / "page.html").read_text()
+    assert set(re.findall(r"https?://[^\"' ]+", text)) == {"http://www.w3.org/2000/svg"}
+    assert not re.search(r"\b(src|href)=(?!\"data:,\")", text)
+    assert not re.search(r"\{\{\w+\}\}", text)
+
+
+def test_what_json_has_no_number_for(tmp_path: Path) -> None:
+    curve = Curve((math.nan, 1.0), (0, 5), (math.inf, 2.0))
+    record = LayerRecord(alpha=2.0, ks_distance=math.nan)
+    run = RunFolder(tmp_path, History({"a": curve}, layers=("a",)), Report({"a": record}, {"esd": "farms"}))
+    (layer,) = content(write_page(run))["layers"]
+    assert layer["alpha"] == [None, 2.0]
+    assert layer["ks"] is None
+
+
+def test_layers_that_were_logged_alone(trained: Path, tmp_path: Path) -> None:
+    run = read_run_folder(trained)
+    assert run.farms is not None
+    (layer, *_) = content(write_page(RunFolder(tmp_path, run.history)))["layers"]
+    assert layer["farms"] is None
+    assert layer["status"] == "not in the weights that were measured"
+
+
+# ---- in a browser
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Debian's or anybody's Chromium; what it lacks is said once."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
+    names = ("chromium", "chromium-browser", "google-chrome")
+    path = next(filter(None, map(shutil.which, names)), None)
+    if path is None:
+        pytest.skip(f"needs a browser: none of {', '.join(names)} is on the PATH (apt-get install chromium)")
+    with playwright.sync_playwright() as driver:
+        opened = driver.chromium.launch(executable_path=path, args=CHROMIUM_FLAGS)
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def view(browser: Any) -> Iterator[Any]:
+    """Open a page; in the end there must have been no error and no request but for the page itself."""
+    context = browser.new_context(viewport={"width": 1400, "height": 1000})
+    tab = context.new_page()
+    tab.set_default_timeout(10_000)
+    said: list[str] = []
+    tab.on("console", lambda message: said.append(message.text))
+    tab.on("pageerror", lambda error: said.append(str(error)))
+    requested: list[str] = []
+    tab.on("request", lambda request: requested.append(request.url))
+
+    def visit(page: Path) -> Any:
+        tab.goto(page.resolve().as_uri())
+        return tab
+
+    yield visit
+    assert said == []
+    assert [url for url in requested if not url.startswith(("file:", "data:"))] == []
+    assert len([url for url in requested if url.startswith("file:")]) == 1
+    context.close()
+
+
+def names(tab: Any) -> list[str]:
+    """Layers of the table as they stand."""
+    found: list[str] = tab.locator("tbody tr:visible td:nth-child(3)").all_inner_texts()
+    return found
+
+
+def test_click_on_a_layer_shows_its_spectrum(view: Any, trained: Path, tmp_path: Path) -> None:
+    tab = view(write_page(trained, tmp_path / "page.html"))
+    assert tab.locator("#detail").is_hidden()
+    tab.get_by_role("button", name="net.5", exact=True).click()
+    assert tab.inner_text("#detail h2") == "net.5"
+    assert tab.locator("#spectrum .bins").count() == 1
+    assert tab.locator("#spectrum .tail").count() == 1
+    assert tab.locator("#spectrum .law").count() == 1
+    assert "NaN" not in tab.inner_html("#detail") + tab.inner_html("#curves")
+    shown = tab.locator("#spectrum .bins").get_attribute("d")
+    tab.get_by_text("whole matrix").click()
+    assert tab.locator("#spectrum .bins").get_attribute("d") != shown
+    assert tab.locator("tbody tr[aria-selected=true]").count() == 1
+    tab.locator("#spectrum svg").hover()
+    assert re.match(r"eigenvalues [\d.e-]+ to [\d.e-]+\ndensity", tab.inner_text("#tip"))
+    tab.get_by_role("button", name="Close").click()
+    assert tab.locator("#detail").is_hidden()
+    assert tab.evaluate("document.activeElement.textContent") == "net.5"
+
+
+def test_hover_names_layer_epoch_and_value(view: Any, tmp_path: Path) -> None:
+    tab = view(write_page(made_up_run(tmp_path, ["a", "b", "c"])))
+    box = tab.locator("#curves path[data-layer='1']").bounding_box()
+    # Layer b runs straight from 3 at epoch 0, at the lower left of its box, to 6 at epoch 3.
+    tab.mouse.move(box["x"] + box["width"] - 2, box["y"] + 2)
+    assert tab.inner_text("#tip") == "b\nepoch 3: alpha 6"
+    tab.get_by_text("steps", exact=True).click()
+    tab.mouse.move(box["x"] + box["width"] * 2 / 3 + 1, box["y"] + box["height"] / 3)
+    assert tab.inner_text("#tip") == "b\nstep 20: alpha 5"
+    tab.get_by_text("learning rate", exact=True).click()
+    box = tab.locator("#curves path[data-layer='2']").bounding_box()
+    tab.mouse.move(box["x"] + 1, box["y"] + box["height"] - 1)
+    assert tab.inner_text("#tip") == "c\nstep 0: learning rate 2.1"
+    tab.mouse.move(0, 0)
+    assert tab.locator("#tip").is_hidden()
+
+
+def test_click_on_a_curve_and_on_the_map_chooses(view: Any, tmp_path: Path) -> None:
+    tab = view(write_page(made_up_run(tmp_path, ["a", "b", "c"])))
+    box = tab.locator("#curves path[data-layer='1']").bounding_box()
+    tab.mouse.click(box["x"] + box["width"] - 2, box["y"] + 2)
+    assert tab.inner_text("#detail h2") == "b"
+    assert tab.locator("#curves .chosen").get_attribute("data-layer") == "1"
+    tab.get_by_text("map", exact=True).click()
+    box = tab.locator("#curves canvas").bounding_box()
+    tab.mouse.click(box["x"] + box["width"] - 2, box["y"] + box["height"] - 2)
+    assert tab.inner_text("#detail h2") == "c"
+    tab.mouse.move(box["x"] + 2, box["y"] + 2)
+    assert tab.inner_text("#tip") == "a\nepoch 0: alpha 2"
+
+
+def test_table_sorts_filters_and_toggles(view: Any, tmp_path: Path) -> None:
+    run = made_up_run(tmp_path, ["layer.10", "layer.9", "other.1", "layer.2"])
+    tab = view(write_page(run))
+    assert names(tab) == list(run.layers)
+    by_name = tab.get_by_role("button", name="layer", exact=True)
+    by_name.click()
+    assert names(tab) == ["layer.2", "layer.9", "layer.10", "other.1"]
+    assert by_name.locator("..").get_attribute("aria-sort") == "ascending"
+    by_name.click()
+    assert names(tab) == ["other.1", "layer.10", "layer.9", "layer.2"]
+    tab.get_by_role("button", name="full", exact=True).click()
+    assert run.full is not None
+    alphas = {name: alpha for name, alpha in run.full.alphas.items() if alpha is not None}
+    assert names(tab) == [*sorted(alphas, key=lambda name: alphas[name]), "layer.10"]  # without an alpha: last
+    tab.get_by_role("button", name="full", exact=True).click()
+    assert names(tab) == [*sorted(alphas, key=lambda name: -alphas[name]), "layer.10"]
+    tab.get_by_role("searchbox").fill("layer 1")
+    assert names(tab) == ["layer.10"]
+    assert tab.inner_text("#count") == "1 of 4"
+    tab.locator("tbody tr:visible").hover()
+    assert tab.locator("#curves .near").get_attribute("data-layer") == "0"
+    tab.mouse.move(0, 0)
+    assert tab.locator("#curves .near").count() == 0
+    assert tab.locator("#curves path.curve").count() == 4
+    tab.get_by_label("Show all listed layers in the chart").uncheck()
+    assert tab.locator("#curves path.curve").count() == 3
+    tab.get_by_role("searchbox").fill("")
+    tab.get_by_label("Show layer.9 in the chart").uncheck()
+    assert tab.locator("#curves path.curve").count() == 2
+    assert "all weights are zero" in tab.locator("tbody tr", has_text="layer.10").inner_text()
+
+
+def test_keyboard_alone(view: Any, tmp_path: Path) -> None:
+    tab = view(write_page(made_up_run(tmp_path, ["a", "b", "c"])))
+    tab.locator("#curves svg").focus()
+    tab.keyboard.press("ArrowDown")
+    tab.keyboard.press("ArrowRight")
+    assert tab.inner_text("#tip") == "b\nepoch 1: alpha 4"
+    tab.keyboard.press("Enter")
+    assert tab.inner_text("#detail h2") == "b"
+    tab.keyboard.press("Escape")
+    assert tab.locator("#detail").is_hidden()
+    tab.get_by_role("button", name="a", exact=True).focus()
+    tab.keyboard.press("ArrowDown")
+    tab.keyboard.press("ArrowDown")
+    tab.keyboard.press("Enter")
+    assert tab.inner_text("#detail h2") == "c"
+    tab.locator("#quantity input").first.focus()
+    tab.keyboard.press("ArrowRight")
+    assert "learning rate / scheduler's" in tab.inner_html("#curves")
+
+
+def test_names_and_settings_are_text(view: Any, tmp_path: Path) -> None:
+    run = made_up_run(tmp_path / EVIL.replace("/", ""), [EVIL, "__proto__", "constructor", "\u2028\ud800"])
+    run = RunFolder(**{**vars(run), "settings": EVIL, "missing": (EVIL,), "options": {EVIL: EVIL, "esd": "farms"}})
+    tab = view(write_page(run, tmp_path / "page.html"))
+    title = tab.title()
+    assert "owned" in title  # as a part of the name, that is
+    assert title != "owned"
+    tab.locator("tbody tr").first.click()
+    assert tab.inner_text("#detail h2") == EVIL
+    assert names(tab)[1:3] == ["__proto__", "constructor"]
+    tab.get_by_text("All settings of the run").click()
+    assert tab.inner_text("pre") == EVIL
+    assert tab.inner_text("#missing li") == EVIL
+    assert tab.locator("img, b").count() == 0
+    assert tab.title() == title
+
+
+def test_partial_runs_say_what_is_missing(view: Any, trained: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(trained, tmp_path / "curves"))
+    shutil.rmtree(folder / "version_0" / "checkpoints")
+    tab = view(write_page(folder))
+    assert "No checkpoint (*.ckpt) yet, so no spectra" in tab.inner_text("#missing")
+    tab.locator("tbody tr").first.click()
+    assert "No spectrum: no checkpoint was found" in tab.inner_text("#detail")
+    assert tab.locator("#detail .curve").count() == 3
+
+
+def test_weights_alone(view: Any, trained: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(trained, tmp_path / "weights"))
+    (folder / "version_0" / "metrics.csv").unlink()
+    tab = view(write_page(folder))
+    assert "Nothing was logged yet" in tab.inner_text("#curves")
+    tab.locator("tbody tr").nth(1).click()
+    assert tab.locator("#spectrum .bins").count() == 1
+
+
+@pytest.mark.parametrize("width", [1400, 400])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_fits_and_can_be_read(view: Any, tmp_path: Path, scheme: str, width: int) -> None:
+    tab = view(write_page(made_up_run(tmp_path, [f"block.{index}.attention.proj" for index in range(5)])))
+    tab.set_viewport_size({"width": width, "height": 900})
+    tab.emulate_media(color_scheme=scheme)
+    tab.locator("tbody tr").nth(2).click()
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    ink, card = rgb(tab.locator("h2").first, "color"), rgb(tab.locator(".card").first, "backgroundColor")
+    assert (sum(ink) > sum(card)) == (scheme == "dark")
+    for line in tab.locator("#curves .curve").all():
+        assert max(abs(a - b) for a, b in zip(rgb(line, "stroke"), card, strict=True)) > 50
+
+
+@pytest.mark.parametrize("width", [1000, 1300, 1600])
+def test_the_table_needs_no_scrolling(view: Any, tmp_path: Path, width: int) -> None:
+    """With and without a layer's detail beside it, which holds what the table then leaves out."""
+    tab = view(write_page(made_up_run(tmp_path, [f"net.decoders.{index}.merge.conv1" for index in range(5)])))
+    tab.set_viewport_size({"width": width, "height": 900})
+    headings = tab.locator("th[data-key]:visible")
+    for chosen in (False, True):
+        if chosen:
+            tab.locator("tbody tr").nth(2).click()
+            detail, table = (tab.locator(place).bounding_box() for place in ("#detail", "#layers"))
+            assert table["x"] + table["width"] < detail["x"] < detail["x"] + detail["width"] <= width
+        scrolled, shown = tab.evaluate(
+            "(({scrollWidth, clientWidth}) => [scrollWidth, clientWidth])(document.querySelector('.scroll'))"
+        )
+        assert scrolled <= shown
+        assert {"alpha", "±", "ratio"} <= set(headings.all_inner_texts())
+        assert chosen or {"bias", "KS", "st. rank", "status"} <= set(headings.all_inner_texts())
+
+
+def test_narrow_pages_scroll_to_the_detail(view: Any, tmp_path: Path) -> None:
+    tab = view(write_page(made_up_run(tmp_path, [f"layer.{index}" for index in range(30)])))
+    tab.set_viewport_size({"width": 700, "height": 700})
+    tab.locator("tbody tr").nth(1).click()
+    assert tab.locator("#detail").bounding_box()["y"] < 100
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 4, 300])
+def test_few_epochs_are_whole_numbers(view: Any, tmp_path: Path, epochs: int) -> None:
+    tab = view(write_page(made_up_run(tmp_path, ["a"], epochs)))
+    labels = tab.locator("#curves text[text-anchor=middle]:not([transform])").all_text_contents()
+    *ticks, title = labels
+    assert title == "completed epochs"
+    assert all(tick.isdigit() for tick in ticks)
+    assert len(ticks) <= min(epochs, 16)
+
+
+def rgb(element: Any, style: str) -> list[int]:
+    text = element.evaluate("(element, style) => getComputedStyle(element)[style]", style)
+    return [int(part) for part in re.findall(r"\d+", text)]
+
+
+def test_five_hundred_layers(view: Any, tmp_path: Path) -> None:
+    run = made_up_run(tmp_path, [f"layer.{index}" for index in range(500)], epochs=50)
+    tab = view(write_page(run))
+    assert tab.locator("#curves path.curve").count() == 500
+    took = tab.evaluate(
+        "(() => { const t = performance.now(); choose(layers[300]); return performance.now() - t; })()"
+    )
+    assert took < 2000
+    assert tab.inner_text("#detail h2") == "layer.300"

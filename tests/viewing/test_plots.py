@@ -1,0 +1,320 @@
+"""Reading metrics.csv, and every picture."""
+
+from __future__ import annotations
+
+import builtins
+import csv
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("matplotlib")
+
+import matplotlib
+from matplotlib.container import ErrorbarContainer
+
+from farms_tb import LayerRecord, Report, analyze
+from farms_tb.viewing.densities import esd_density
+from farms_tb.viewing.plots import (
+    Curve,
+    History,
+    plot_alpha_by_depth,
+    plot_alpha_curves,
+    plot_esd,
+    plot_esds,
+    plot_full_against_farms,
+    plot_ratio_curves,
+    plot_ratio_map,
+    read_history,
+    save_all,
+)
+from farms_tb.viewing.run_folder import RunFolder
+
+LAYERS = ("stem", "block.2", "block.10", "head")
+
+
+def _write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """Write rows as CSVLogger does: columns sorted by name, empty cells for what a row lacks."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=sorted(set().union(*rows)))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def _measurement(epoch: float, step: int, value: float) -> dict[str, Any]:
+    row: dict[str, Any] = {"epoch": epoch, "step": step, "farms/alpha_mean": value}
+    for layer in LAYERS:
+        row |= {f"farms/alpha/{layer}": value, f"farms/ratio/{layer}": 1.0, f"farms/lr/{layer}": 0.1}
+    return row
+
+
+@pytest.fixture
+def metrics(tmp_path: Path) -> Path:
+    rows = [
+        _measurement(0, 0, 2.0),
+        {"epoch": 0, "step": 4, "train/loss": 0.5},
+        {**_measurement(1, 5, 1.5), "farms/alpha/head": ""},
+        {"epoch": 1, "step": 9, "val/nrmse": 0.1},
+        {f"farms/alpha/{layer}": 1.25 for layer in LAYERS} | {"epoch": 2, "step": 10},
+    ]
+    return _write(tmp_path / "metrics.csv", rows)
+
+
+def test_reads_the_callbacks_rows_alone(metrics: Path) -> None:
+    history = read_history(metrics)
+    assert history.alpha["stem"] == Curve((0.0, 1.0, 2.0), (0, 5, 10), (2.0, 1.5, 1.25))
+    assert history.alpha["head"] == Curve((0.0, 2.0), (0, 10), (2.0, 1.25))
+    assert history.ratio["stem"].values == (1.0, 1.0)
+    assert history.lr["stem"].values == (0.1, 0.1)
+
+
+def test_layers_come_in_the_order_given_or_by_name(metrics: Path) -> None:
+    assert tuple(read_history(metrics, LAYERS).alpha) == LAYERS
+    assert tuple(read_history(metrics).alpha) == ("block.2", "block.10", "head", "stem")
+    assert read_history(metrics, ["stem"]).layers == ("stem", "block.2", "block.10", "head")
+
+
+def test_a_repeated_measurement_counts_once(tmp_path: Path) -> None:
+    path = _write(tmp_path / "m.csv", [_measurement(0, 0, 2.0), _measurement(1, 5, 1.5), _measurement(1, 5, 1.75)])
+    assert read_history(path).alpha["stem"].values == (2.0, 1.75)
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        read_history(tmp_path / "none.csv")
+
+
+@pytest.mark.parametrize(("plot", "label"), [(plot_alpha_curves, "alpha"), (plot_ratio_curves, "learning rate")])
+def test_curves_have_labels_and_a_legend_by_depth(metrics: Path, tmp_path: Path, plot: Any, label: str) -> None:
+    figure = plot(read_history(metrics, LAYERS), tmp_path / "plot.png", title="a run")
+    (axes,) = figure.axes
+    assert axes.get_xlabel() == "completed epochs"
+    assert label in axes.get_ylabel()
+    assert axes.get_title(loc="left") == "a run"
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == list(LAYERS)
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_layer_has_one_colour_in_both_plots() -> None:
+    curve = Curve((0.0, 1.0), (0, 5), (2.0, 1.5))
+    history = History({"b": curve}, {"a": curve, "b": curve}, layers=("a", "b"))
+    alpha, ratio = (plot(history).axes[0] for plot in (plot_alpha_curves, plot_ratio_curves))
+    colours = {line.get_label(): line.get_color() for line in ratio.lines}
+    assert alpha.lines[0].get_color() == colours["b"] != colours["a"]
+
+
+def test_measured_within_epochs_is_drawn_over_steps(tmp_path: Path) -> None:
+    path = _write(tmp_path / "m.csv", [_measurement(0, step, 2.0) for step in (0, 5, 10)])
+    assert plot_alpha_curves(read_history(path)).axes[0].get_xlabel() == "optimizer steps"
+
+
+def test_many_layers_get_a_colour_bar(tmp_path: Path) -> None:
+    names = [f"layer.{index}" for index in range(40)]
+    history = History(alpha={name: Curve((0.0, 1.0), (0, 5), (2.0, 1.5)) for name in names}, layers=tuple(names))
+    figure = plot_alpha_curves(history, tmp_path / "plot.png")
+    axes, bar = figure.axes
+    assert axes.get_legend() is None
+    ticks = [text.get_text() for text in bar.get_yticklabels()]
+    assert (ticks[0], ticks[-1], len(ticks)) == ("layer.0", "layer.39", 8)
+
+
+def test_nothing_to_draw() -> None:
+    with pytest.raises(ValueError, match=r"no farms/ measurement: train with FARMSTempBalance\(log=True\)"):
+        plot_alpha_curves(History())
+
+
+def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def refuse(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name.startswith("matplotlib"):
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    with pytest.raises(ImportError, match=r'pip install "farms-tb\[plot\]"'):
+        plot_alpha_curves(History(alpha={"a": Curve((0.0,), (0,), (2.0,))}))
+
+
+def test_leaves_no_global_state(metrics: Path) -> None:
+    from matplotlib import pyplot
+
+    before = dict(matplotlib.rcParams)
+    plot_alpha_curves(read_history(metrics))
+    assert pyplot.get_fignums() == []
+    assert dict(matplotlib.rcParams) == before
+
+
+@pytest.fixture(scope="module")
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(24, 24), nn.Conv2d(12, 48, 3), nn.Linear(20, 160), nn.Linear(1, 9))
+
+
+@pytest.fixture(scope="module")
+def farms(net: nn.Module) -> Report:
+    return analyze(net, histogram=True, null=True)
+
+
+@pytest.fixture(scope="module")
+def full(net: nn.Module) -> Report:
+    return analyze(net, esd="full", histogram=True)
+
+
+def test_ratio_map_is_centred_at_1_and_logarithmic(tmp_path: Path) -> None:
+    ratios = {"a": (0.5, 1.0), "b": (1.0, 1.5), "c": (0.0, 40.0)}
+    curves = {name: Curve((0.0, 1.0), (0, 5), values) for name, values in ratios.items()}
+    curves["late"] = Curve((1.0,), (5,), (2.0,))
+    history = History(ratio=curves, layers=tuple(curves))
+    axes, bar = plot_ratio_map(history, tmp_path / "map.png").axes
+    (image,) = axes.images
+    assert image.norm(1.0) == pytest.approx(0.5)
+    assert image.norm(0.5) == pytest.approx(1 - image.norm(2.0))
+    shown = image.get_array()
+    assert shown[0].tolist() == [0.5, 1.0]
+    assert shown[2].tolist() == pytest.approx([0.1, 10])  # the end of the scale, which a ratio of 0 needs
+    assert shown.mask[3].tolist() == [True, False]
+    assert [text.get_text() for text in axes.get_yticklabels()] == list(curves)
+    assert [text.get_text() for text in bar.get_yticklabels()] == ["0.1", "0.32", "1", "3.2", "10"]
+
+
+def test_ratio_map_of_ones_has_a_scale() -> None:
+    history = History(ratio={"a": Curve((0.0, 1.0), (0, 5), (1.0, 1.0))}, layers=("a",))
+    assert plot_ratio_map(history).axes[0].images[0].norm(1.0) == pytest.approx(0.5)
+
+
+def test_alpha_by_depth_has_errors_and_the_null(farms: Report, tmp_path: Path) -> None:
+    (axes,) = plot_alpha_by_depth(farms, tmp_path / "plot.png").axes
+    measured = list(farms.layers.values())[:3]
+    bars = [container for container in axes.containers if isinstance(container, ErrorbarContainer)]
+    for index, (record, container) in enumerate(zip(measured, bars, strict=True)):
+        assert record.alpha_error is not None
+        assert container.lines[0].get_xydata().tolist() == [[index, record.alpha]]
+        (segment,) = container.lines[2][0].get_segments()
+        assert segment[:, 1] == pytest.approx(
+            [record.alpha - record.alpha_error, record.alpha + record.alpha_error]
+        )
+    for record, patch in zip(measured, axes.patches, strict=True):
+        assert patch.get_y() + patch.get_height() / 2 == pytest.approx(record.null_mean)
+        assert patch.get_height() == pytest.approx(4 * record.null_std)
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["0", "1", "2", "3"]
+
+
+def test_kinds_have_markers_of_their_own() -> None:
+    records = {name: LayerRecord(alpha=2.0, kind=kind) for name, kind in (("a", "real"), ("b", "spectral"))}
+    legend = plot_alpha_by_depth(Report(records)).axes[0].get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == ["real weights", "complex spectral weights"]
+
+
+def test_full_against_farms_is_coloured_by_aspect_ratio(farms: Report, full: Report, tmp_path: Path) -> None:
+    axes, _ = plot_full_against_farms(farms, full, tmp_path / "plot.png").axes
+    (dots,) = axes.collections
+    names = ["0", "1", "2"]
+    expected = [[farms.layers[name].alpha, full.layers[name].alpha] for name in names]
+    np.testing.assert_allclose(dots.get_offsets(), expected)
+    assert dots.get_array().tolist() == [1, 4, 8]
+
+
+def test_esd_has_histogram_tail_and_law(farms: Report, tmp_path: Path) -> None:
+    (axes,) = plot_esd(farms, "1", tmp_path / "plot.png").axes
+    assert (axes.get_xscale(), axes.get_yscale(), axes.get_title(loc="left")) == ("log", "log", "1")
+    labels = axes.get_legend_handles_labels()[1]
+    record = farms.layers["1"]
+    assert labels == ["eigenvalues", "random weights (Marchenko-Pastur)", f"fitted tail, alpha {record.alpha:.2f}"]
+    assert record.histogram is not None
+    edges, density = esd_density(record.histogram)
+    drawn = axes.patches[0].get_data()
+    np.testing.assert_allclose(drawn.edges, edges)
+    np.testing.assert_allclose(drawn.values, density)
+    tail = axes.lines[1]
+    slope = np.diff(np.log(tail.get_ydata())) / np.diff(np.log(tail.get_xdata()))
+    assert slope == pytest.approx(-record.alpha)
+
+
+def test_esds_side_by_side(farms: Report) -> None:
+    figure = plot_esds(farms)
+    assert [axes.get_title(loc="left") for axes in figure.axes if axes.axison] == ["0", "1", "2"]
+    assert len(plot_esds(farms, layers=["1"]).axes) == 1
+    many = Report({f"layer.{i}": farms.layers["1"] for i in range(100)}, farms.options)
+    titles = [axes.get_title(loc="left") for axes in plot_esds(many).axes]
+    assert (len(titles), titles[0], titles[-1]) == (20, "layer.0", "layer.99")
+
+
+def test_reports_without_what_is_drawn(net: nn.Module, farms: Report) -> None:
+    empty = Report({"a": LayerRecord(status="all weights are zero")})
+    with pytest.raises(ValueError, match="the report holds no alpha"):
+        plot_alpha_by_depth(empty)
+    with pytest.raises(ValueError, match="no layer has both a FARMS and a full-matrix alpha"):
+        plot_full_against_farms(farms, empty)
+    with pytest.raises(ValueError, match=r"no histogram: measure with analyze\(..., histogram=True\)"):
+        plot_esds(analyze(net))
+    for plot in (lambda: plot_esd(farms, "9"), lambda: plot_esds(farms, layers=["0", "9"])):
+        with pytest.raises(ValueError, match="no layer '9' with a histogram; those with one are 0, 1, 2"):
+            plot()
+
+
+def test_everything_that_is_there(farms: Report, full: Report, metrics: Path, tmp_path: Path) -> None:
+    history = read_history(metrics)
+    curves = ["alpha", "lr_ratio", "lr_ratio_map"]
+    layers = ["alpha_by_depth", "full_against_farms", "esd"]
+    for run, names in (
+        (RunFolder(tmp_path, history, farms, full), curves + layers),
+        (RunFolder(tmp_path, history), curves),
+        (RunFolder(tmp_path, farms=farms, full=full), layers),
+    ):
+        saved = save_all(run, suffix=".svg")
+        assert saved == [tmp_path / "figures" / f"{name}.svg" for name in names]
+        assert all(path.stat().st_size for path in saved)
+
+
+def test_some_pictures_alone(farms: Report, full: Report, metrics: Path, tmp_path: Path) -> None:
+    run = RunFolder(tmp_path, read_history(metrics), farms, full)
+
+    def saved(**wanted: Any) -> list[str]:
+        return [path.name for path in save_all(run, tmp_path / "p", suffix=".svg", **wanted)]
+
+    assert saved(pictures=["esd", "alpha"]) == ["esd.svg", "alpha.svg"]
+    assert saved(pictures=[], layers=["2", "0"]) == ["esd_2.svg", "esd_0.svg"]
+    assert saved(pictures=["alpha"], layers=["1"]) == ["alpha.svg", "esd_1.svg"]
+    assert "fitted tail, alpha" in (tmp_path / "p" / "esd_1.svg").read_text()
+    slashes = RunFolder(tmp_path, farms=Report({"a/b": farms.layers["1"]}, farms.options), full=full)
+    assert [path.name for path in save_all(slashes, pictures=[], layers=["a/b"])] == ["esd_a_b.png"]
+
+
+def test_pictures_that_cannot_be_drawn(farms: Report, full: Report, metrics: Path, tmp_path: Path) -> None:
+    """Known before anything is written."""
+    run = RunFolder(tmp_path, read_history(metrics), farms, full)
+    curves = RunFolder(tmp_path, read_history(metrics), missing=("No checkpoint yet.",))
+    for folder, wanted, words in (
+        (run, {"suffix": ".bogus"}, "no format of pictures '.bogus': matplotlib writes .*pdf, .*png, .*svg"),
+        (run, {"pictures": ["alpha", "esds"]}, "no picture 'esds': there are alpha, lr_ratio, .*, esd"),
+        (run, {"layers": ["0", "9"]}, "no layer '9' with a histogram; those with one are 0, 1, 2"),
+        (curves, {"pictures": ["alpha", "esd"]}, "has no figures for the picture 'esd'. No checkpoint yet."),
+        (curves, {"layers": ["0"]}, "has no figures for the picture 'esd'. No checkpoint yet."),
+    ):
+        with pytest.raises(ValueError, match=words):
+            save_all(folder, tmp_path / "new", **wanted)  # type: ignore[arg-type]
+    assert not (tmp_path / "new").exists()
+
+
+def test_save_all_reads_a_folder(metrics: Path, tmp_path: Path) -> None:
+    saved = save_all(metrics.parent, tmp_path / "some" / "where", title="a run")
+    assert [path.name for path in saved] == ["alpha.png", "lr_ratio.png", "lr_ratio_map.png"]
+
+
+def test_text_in_vector_pictures_stays_text(metrics: Path, tmp_path: Path) -> None:
+    plot_alpha_curves(read_history(metrics), tmp_path / "plot.svg")
+    assert ">block.10</text>" in (tmp_path / "plot.svg").read_text()
+
+
+def test_pngs_are_fit_for_print(metrics: Path, tmp_path: Path) -> None:
+    figure = plot_alpha_curves(read_history(metrics), tmp_path / "plot.png")
+    header = (tmp_path / "plot.png").read_bytes()[16:24]
+    width, _ = struct.unpack(">II", header)
+    assert width > 280 * figure.get_size_inches()[0]
