@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from farms_tb.options import Fit, SpectrumOptions
-from farms_tb.spectra.windows import layer_windows
+from farms_tb.spectra.windows import windows_of
 from farms_tb.weights.layers import find_layers, read_stacks
 from tests.reference.spectrum import hill, peak_range
 
@@ -35,7 +35,7 @@ def reference_pass(model: nn.Module, options: SpectrumOptions) -> dict[str, floa
     for layer in find_layers(model):
         if layer.problem:
             continue
-        windows = layer_windows(read_stacks(layer.module)[layer.index], options)
+        windows = windows_of(read_stacks(layer.module)[layer.index], options)
         if windows is None:
             continue
         singular = [

@@ -45,15 +45,14 @@ class LayerRecord:
         num_eigenvalues: eigenvalues in all samples together, after filtering; on the meta device the number that a
             measurement would solve for.
         status: `"ok"`, or the reason why there is no alpha.
-        alpha_error: standard error of alpha, see `farms_tb.spectra.standard_error`.
+        alpha_error: standard error of alpha, see `farms_tb.spectra.uncertainty`.
         xmin: eigenvalue at which the tail begins; the geometric mean over blocks.
         null_mean: mean alpha of random layers of this shape, where asked for: the same entries, shuffled.
         null_std: standard deviation of their alphas.
         kind: `"real"` or `"spectral"` (complex) weights; empty where there is no stack.
         shape: (K, R, C) of the stack of matrices; empty where there is none.
-        solver: what solved for the eigenvalues, `"cpu"`, `"torch"` or `"cupy"`, and in which precision: `float32`,
-            `float32 deflated` where some window was without its largest directions, `float64`, or `float64 svd`
-            where some window needed its singular values directly.
+        solver: what solved for the eigenvalues, `"cpu"`, `"torch"` or `"cupy"`, and in which precision: `float32`
+            or `float64`, with `svd` where some window needed its singular values.
         histogram: the ESD of all samples together, where asked for.
     """
 

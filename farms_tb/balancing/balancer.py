@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
@@ -27,8 +26,8 @@ from farms_tb.options import (
     as_plain,
 )
 from farms_tb.report import OK, LayerRecord, Report
-from farms_tb.spectra.background import MeasurementBeside
-from farms_tb.spectra.distributed import Team
+from farms_tb.spectra.background import BackgroundMeasurement
+from farms_tb.spectra.distributed import Team, current_team
 from farms_tb.spectra.measure import measure, measure_nulls, with_nulls
 from farms_tb.warnings import warn_once
 from farms_tb.weights.layers import Layer, checked_layers, clean_name, norm_feeders, unwrap
@@ -94,7 +93,7 @@ class LayerBalancer:
         self._signature: tuple[tuple[int, bool], ...] = ()
         self._warned: set[str] = set()
         self._nulls: dict[str, tuple[float, float]] = {}
-        self._begun: MeasurementBeside | Report | None = None
+        self._begun: BackgroundMeasurement | Report | None = None
         self._balanced: list[list[str]] = []
         self.summary: dict[str, float] = {}
         self._read_model()
@@ -124,7 +123,7 @@ class LayerBalancer:
     def begin_update(self, histogram: bool = False) -> None:
         """Begin to measure the weights as they are now, beside whatever is done next."""
         team = self._prepare()
-        self._begun = MeasurementBeside(self.layers, self.spectral, histogram=histogram, team=team)
+        self._begun = BackgroundMeasurement(self.layers, self.spectral, histogram=histogram, team=team)
 
     def finish_update(self) -> Report:
         """Wait for the measurement that was begun, and put the ratios that follow in force."""
@@ -136,7 +135,7 @@ class LayerBalancer:
 
     def _finished(self) -> Report:
         """Wait for the measurement that was begun; it stays so."""
-        if isinstance(self._begun, MeasurementBeside):
+        if isinstance(self._begun, BackgroundMeasurement):
             self._begun = self._begun.finish()
         assert self._begun is not None
         return self._begun
@@ -147,9 +146,7 @@ class LayerBalancer:
         return self._team()
 
     def _team(self) -> Team | None:
-        if self._share and dist.is_available() and dist.is_initialized():
-            return Team(dist.get_rank(), dist.get_world_size(), _all_reduce)
-        return None
+        return current_team() if self._share else None
 
     def _with_nulls(self, report: Report, team: Team | None) -> Report:
         if not self._noise_aware:
@@ -206,7 +203,7 @@ class LayerBalancer:
         """Give the optimizers back as they were. Reports and ratios stay readable."""
         for step in self._steps:
             step.detach()
-        if isinstance(self._begun, MeasurementBeside):
+        if isinstance(self._begun, BackgroundMeasurement):
             self._begun.wait()
 
     def state_dict(self) -> dict[str, Any]:
@@ -435,11 +432,6 @@ def _raw(optimizer: Any) -> Any:
     """Return the torch optimizer inside Lightning's `LightningOptimizer`."""
     inner = getattr(optimizer, "_optimizer", None)
     return inner if not isinstance(optimizer, Optimizer) and isinstance(inner, Optimizer) else optimizer
-
-
-def _all_reduce(table: Tensor) -> Tensor:
-    dist.all_reduce(table)
-    return table
 
 
 def _matches(name: str, pattern: str) -> bool:

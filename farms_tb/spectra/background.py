@@ -1,4 +1,4 @@
-"""A measurement that a GPU makes beside the training it is doing."""
+"""A measurement that a GPU makes in the background, while training goes on."""
 
 from __future__ import annotations
 
@@ -10,24 +10,22 @@ from threading import Thread
 import torch
 
 from farms_tb.options import SpectrumOptions
-from farms_tb.report import Report
-from farms_tb.spectra.distributed import Team, merged, own_layers
-from farms_tb.spectra.measure import cost, read_layers, report_of
-from farms_tb.spectra.measurement import measure_stacks
-from farms_tb.spectra.rows import ROW_LENGTH
+from farms_tb.report import LayerRecord, Report
+from farms_tb.spectra.distributed import Team, share, shared_out
+from farms_tb.spectra.measure import cost, measure_stacks, read_layers, report_of
 from farms_tb.weights.layers import Layer
 from farms_tb.weights.matrices import MatrixStack
 
-# Where measuring and training get in each other's way less than they would have to wait for each other. On the CPU
-# both use all cores, and LAPACK's number of threads, which measuring sets, is that of training too.
-_DEVICES = ("cuda",)
+BACKGROUND_DEVICES = ("cuda",)
+"""Where measuring and training disturb each other less than they would have to wait for each other. On the CPU
+both use all cores, and measuring sets the number of threads, which training uses as well."""
 
 
-class MeasurementBeside:
+class BackgroundMeasurement:
     """Measures copies of the layers' weights, in a thread and on CUDA streams of its own.
 
-    What it finds is that of `farms_tb.analysis.measure` at the time it was made, whatever becomes of the weights
-    meanwhile. Where they are on the CPU it is found at once.
+    The report is that of `farms_tb.spectra.measure.measure` at the time of construction, whatever becomes of the
+    weights meanwhile. Weights on the CPU are measured at once.
 
     Args:
         layers: the layers, the same on every process.
@@ -45,7 +43,7 @@ class MeasurementBeside:
         team: Team | None = None,
     ) -> None:
         self._layers, self._options, self._histogram, self._team = layers, options, histogram, team
-        self._table = torch.zeros(len(layers), ROW_LENGTH, dtype=torch.float64, device="cpu")
+        self._records: dict[str, LayerRecord] = {}
         self._error: Exception | None = None
         self._copies = self._copy()
         devices = {stack.matrices.device for stack in self._copies.values()}
@@ -54,7 +52,7 @@ class MeasurementBeside:
             # The copies are made on the stream of training.
             stream.wait_stream(torch.cuda.current_stream(stream.device))
         self._thread: Thread | None = None
-        if any(device.type in _DEVICES for device in devices):
+        if any(device.type in BACKGROUND_DEVICES for device in devices):
             self._thread = Thread(target=self._measure, name="farms_tb")
             self._thread.start()
         else:
@@ -67,22 +65,27 @@ class MeasurementBeside:
             RuntimeError: the measurement failed on some process; raised on every one.
         """
         self.wait()
-        rows = merged(self._table, self._error, self._layers, self._team)
-        return report_of(rows, self._layers, self._options)
+        return report_of(shared_out(self._team, self._own_records), self._layers, self._options)
 
     def wait(self) -> None:
         """Wait until this process has measured its layers."""
         if self._thread is not None:
             self._thread.join()
 
-    def _copy(self) -> dict[int, MatrixStack]:
-        own = own_layers(self._layers, lambda layer: cost(layer, self._options), self._team)
+    def _own_records(self) -> dict[str, LayerRecord]:
+        if self._error is not None:
+            raise self._error
+        return self._records
+
+    def _copy(self) -> dict[str, MatrixStack]:
+        own = share(self._layers, lambda layer: cost(layer, self._options), self._team)
         copies = {}
-        for index, stack in read_layers(self._layers):
+        # To the end, also after an error: reading a sharded weight is a collective call.
+        for layer, stack in read_layers(self._layers):
             if isinstance(stack, Exception):
                 self._error = self._error or stack
-            elif index in own:
-                copies[index] = replace(stack, matrices=stack.matrices.detach().clone())
+            elif layer.name in own:
+                copies[layer.name] = replace(stack, matrices=stack.matrices.detach().clone())
         return copies
 
     def _measure(self) -> None:
@@ -90,10 +93,11 @@ class MeasurementBeside:
             with ExitStack() as streams:
                 for stream in self._streams:
                     streams.enter_context(torch.cuda.stream(stream))
-                if self._copies and self._error is None:
-                    rows = measure_stacks(list(self._copies.values()), self._options, self._histogram)
-                    self._table[list(self._copies)] = torch.stack(rows)
+                if self._error is None:
+                    stacks = list(self._copies.values())
+                    records = measure_stacks(stacks, self._options, histogram=self._histogram)
+                    self._records = dict(zip(self._copies, records, strict=True))
         except Exception as caught:
             self._error = caught
-        # Not before what reads them is done, which it is: its results are on the CPU.
+        # All that reads the copies is done: the results are on the CPU.
         self._copies = {}

@@ -1,15 +1,16 @@
-"""The layers shared among processes, and what each of them found brought together."""
+"""Layers shared out among the processes that train one model, and their results gathered on all of them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
-import torch
-from torch import Tensor
+import torch.distributed as dist
 
-from farms_tb.spectra.samples import solver_device
 from farms_tb.weights.layers import Layer
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -19,66 +20,73 @@ class Team:
     Attributes:
         rank: this process.
         world_size: their number.
-        add_up: sums a float64 tensor over them.
+        gather: takes an object of this process, and returns those of all processes by rank. A collective call.
     """
 
     rank: int
     world_size: int
-    add_up: Callable[[Tensor], Tensor]
-
-    def own(self, costs: Sequence[int]) -> set[int]:
-        """Return which tasks fall to this process: the costliest first, each goes to whoever has least to do.
-
-        Args:
-            costs: those of all tasks, the same on every process.
-        """
-        loads = [0] * self.world_size
-        own = set()
-        for task in sorted(range(len(costs)), key=lambda task: -costs[task]):
-            rank = loads.index(min(loads))
-            loads[rank] += costs[task]
-            if rank == self.rank:
-                own.add(task)
-        return own
+    gather: Callable[[Any], list[Any]]
 
 
-def own_layers(layers: Sequence[Layer], cost: Callable[[Layer], int], team: Team | None) -> set[int]:
-    """Return the positions of the layers that are measured by this process."""
-    return set(range(len(layers))) if team is None else team.own([cost(layer) for layer in layers])
+def current_team() -> Team | None:
+    """Return the processes of `torch.distributed`; None where it is not in use."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+
+    def gather(own: Any) -> list[Any]:
+        found: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, own)
+        return found
+
+    return Team(dist.get_rank(), dist.get_world_size(), gather)
 
 
-def merged(
-    table: Tensor, error: Exception | None, layers: Sequence[Layer], team: Team | None
-) -> list[list[float]]:
-    """Return the rows of all processes, on every one of them.
+def share(layers: Sequence[Layer], cost: Callable[[Layer], int], team: Team | None) -> set[str]:
+    """Return the names of the layers that fall to this process.
+
+    The costliest layer first, each goes to the process that has least to do; every process works this out alike.
 
     Args:
-        table: a row for each layer, zeros but for those measured here.
-        error: what kept this process from measuring its own, if anything did.
-        layers: all layers.
+        layers: all layers, the same on every process.
+        cost: what a layer costs, the same on every process.
+        team: the processes; None where this one is alone, and takes all.
+    """
+    if team is None:
+        return {layer.name for layer in layers}
+    loads = [0] * team.world_size
+    own = set()
+    for layer in sorted(layers, key=lambda layer: -cost(layer)):
+        rank = loads.index(min(loads))
+        loads[rank] += cost(layer)
+        if rank == team.rank:
+            own.add(layer.name)
+    return own
+
+
+def shared_out(team: Team | None, work: Callable[[], dict[str, Result]]) -> dict[str, Result]:
+    """Do this process's part of some work, and return what all processes found.
+
+    Args:
         team: the processes; None where this one is alone.
+        work: returns what this process finds, by layer.
 
     Raises:
-        RuntimeError: some process has an error; raised on every one.
+        RuntimeError: the work failed on some process; raised on every one, so that none waits for another.
     """
-    if team is not None:
-        failed = table.new_zeros(1, table.shape[1])
-        failed[0, 0] = 0.0 if error is None else 1.0
-        weights = (parameter for layer in layers for parameter in layer.module.parameters())
-        device = solver_device(next((weight.device for weight in weights), torch.device("cpu")))
-        # The failures travel with the rows: one collective call, and no process waits for one that gave up.
-        summed = team.add_up(torch.cat([table, failed]).to(device)).cpu()
-        table, failures = summed[:-1], int(summed[-1, 0])
-        if failures:
-            here = (
-                f"on this rank {team.rank}: {error}"
-                if error is not None
-                else "elsewhere: see the output of other ranks"
-            )
-            raise RuntimeError(
-                f"measuring the layers failed on {failures} of {team.world_size} ranks, {here}"
-            ) from error
-    if error is not None:
-        raise error
-    rows: list[list[float]] = table.tolist()
-    return rows
+    if team is None:
+        return work()
+    own: dict[str, Result] = {}
+    error: Exception | None = None
+    try:
+        own = work()
+    except Exception as caught:
+        error = caught
+    # The failures travel with the results: one collective call, which every process reaches.
+    found = team.gather((own, error is not None))
+    failures = sum(failed for _, failed in found)
+    if failures:
+        where = f"on this rank {team.rank}: {error}" if error else "elsewhere: see the output of other ranks"
+        raise RuntimeError(
+            f"measuring the layers failed on {failures} of {team.world_size} ranks, {where}"
+        ) from error
+    return {name: result for results, _ in found for name, result in results.items()}

@@ -1,29 +1,172 @@
-"""Measure the layers of a model: every layer's ESD, its power-law fit and the metrics beside it.
+"""Measure layers: from stacks of matrices to records, and from the layers of a model to a report.
 
-Where there are several processes, each measures some of the layers.
+`measure_stacks` is the one loop of the method: windows, eigenvalues and fits, metrics.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from farms_tb.options import SpectrumOptions, as_plain
 from farms_tb.report import LayerRecord, Report
-from farms_tb.spectra.distributed import Team, merged, own_layers
-from farms_tb.spectra.measurement import measure_stacks
-from farms_tb.spectra.null import MAX_DRAWS, draws_for, null_of, shuffled_alphas
-from farms_tb.spectra.rows import ROW_LENGTH, record_from_row
-from farms_tb.spectra.windows import layer_windows
-from farms_tb.weights.layers import Layer, read_stacks, stack_problem
+from farms_tb.spectra.distributed import Team, share, shared_out
+from farms_tb.spectra.eigenvalues import Chunk, solve_chunks
+from farms_tb.spectra.metrics import esd_histogram, layer_record
+from farms_tb.spectra.precision import FLOAT32
+from farms_tb.spectra.samples import Prepared, Samples, solve_layers
+from farms_tb.spectra.uncertainty import draws_for, null_of, shuffled
+from farms_tb.spectra.windows import windows_of
+from farms_tb.spectra.workers import map_on_threads, single_threaded_torch
+from farms_tb.weights.layers import NO_VALUES, Layer, read_stacks, stack_problem
 from farms_tb.weights.matrices import MatrixStack, NoSpectrumError
 
-Work = Callable[[Sequence[tuple[Layer, MatrixStack]]], list[Tensor]]
-"""Finds the rows of some layers."""
+Result = TypeVar("Result")
+Null = tuple[float, float]
+"""Mean and standard deviation of alpha over the permutation null."""
+
+
+@torch.no_grad()
+def measure_stacks(
+    stacks: Sequence[MatrixStack], options: SpectrumOptions, *, histogram: bool = False
+) -> list[LayerRecord]:
+    """Measure stacks of matrices together.
+
+    Args:
+        stacks: `(K, R, C)` each, on any device, also the meta device.
+        options: how alpha is measured.
+        histogram: also count the ESD of each.
+
+    Returns:
+        The record of each stack; it does not depend on which others are measured with it.
+    """
+    stacks = [replace(stack, matrices=solvable(stack.matrices)) for stack in stacks]
+    with single_threaded_torch(options.threads) as threads:
+        prepared = prepare_stacks(stacks, options, threads)
+        layers = [found for found in prepared if isinstance(found, Prepared)]
+        samples = solve_layers(layers, options, threads)
+        records = [layer_record(own, layer.entries, options) for own, layer in zip(samples, layers, strict=True)]
+        if histogram:
+            records = _with_histograms(records, samples, options, threads)
+    measured = iter(records)
+    found = [next(measured) if isinstance(one, Prepared) else one for one in prepared]
+    return [
+        replace(record, kind=stack.kind, shape=tuple(stack.matrices.shape))
+        for record, stack in zip(found, stacks, strict=True)
+    ]
+
+
+def solvable(matrices: Tensor) -> Tensor:
+    """Return the matrices where, and in a type in which, their eigenvalues can be solved for.
+
+    Eigenvalues need float64, which Apple's GPUs lack and others are not tested for: the CPU stands in for all but
+    CUDA devices. Eight-bit floats, which have no arithmetic, become float32.
+    """
+    matrices = matrices.detach()
+    if matrices.device.type not in ("cpu", "cuda", "meta"):
+        matrices = matrices.cpu()
+    return matrices.float() if matrices.element_size() == 1 else matrices
+
+
+def prepare_stacks(
+    stacks: Sequence[MatrixStack], options: SpectrumOptions, threads: int
+) -> list[Prepared | LayerRecord]:
+    """Cut the windows of each stack; or return its record where there is nothing to solve."""
+    with_values = [stack.matrices for stack in stacks if not stack.matrices.is_meta]
+    largest = iter(_largest_entries(with_values, threads))
+    return [
+        _planned(stack, options) if stack.matrices.is_meta else _prepared(stack, next(largest), options)
+        for stack in stacks
+    ]
+
+
+def _largest_entries(weights: Sequence[Tensor], threads: int) -> list[float]:
+    """Return the largest absolute value of each weight, NaN where it holds NaN; each GPU is waited for once."""
+    if all(weight.is_cpu for weight in weights):
+        return [float(largest) for largest in map_on_threads(_largest_entry, weights, threads)]
+    found = [_largest_entry(weight).double() for weight in weights]
+    together = {
+        device: torch.stack([one for one in found if one.device == device]).tolist()
+        for device in {one.device for one in found}
+    }
+    values = {device: iter(numbers) for device, numbers in together.items()}
+    return [next(values[one.device]) for one in found]
+
+
+def _largest_entry(matrices: Tensor) -> Tensor:
+    if matrices.is_complex():
+        matrices = torch.view_as_real(matrices.resolve_conj())
+    # Without a copy of the weight, unlike `abs`.
+    return torch.maximum(matrices.amax(), -matrices.amin())
+
+
+def _planned(stack: MatrixStack, options: SpectrumOptions) -> LayerRecord:
+    """Return the record of a weight without values: the number of its eigenvalues, or what its shape rules out."""
+    windows = windows_of(stack, options)
+    if windows is None:
+        return LayerRecord(status=NO_WINDOW)
+    number = windows.number * windows.size
+    sample = number // windows.samples
+    few = f"too few eigenvalues: {sample} in a sample, min_eigenvalues is {options.min_eigenvalues}"
+    return LayerRecord(num_eigenvalues=number, status=NO_VALUES if sample >= options.min_eigenvalues else few)
+
+
+NO_WINDOW = "no window of this aspect ratio fits"
+
+
+def _prepared(stack: MatrixStack, largest: float, options: SpectrumOptions) -> Prepared | LayerRecord:
+    if not math.isfinite(largest):
+        return LayerRecord(status="weights contain NaN or infinity")
+    if largest == 0:
+        return LayerRecord(status="all weights are zero")
+    exponent = _safe_exponent(stack.matrices.dtype, largest)
+    if exponent:
+        stack = replace(stack, matrices=stack.matrices * 2.0**-exponent)
+    windows = windows_of(stack, options)
+    if windows is None:
+        return LayerRecord(status=NO_WINDOW)
+    return Prepared(windows, stack.matrices.numel(), largest, stack.eigenvalue_scale, exponent)
+
+
+def _safe_exponent(dtype: torch.dtype, largest: float) -> int:
+    """Return the power of two to divide weights by, so that squares neither overflow nor vanish in float64."""
+    if dtype not in (torch.float64, torch.complex128):
+        return 0
+    exponent = math.frexp(largest)[1]
+    return 0 if abs(exponent) < 400 else max(-1000, min(exponent, 1000))
+
+
+def _with_histograms(
+    records: Sequence[LayerRecord], samples: Sequence[Samples], options: SpectrumOptions, threads: int
+) -> list[LayerRecord]:
+    """Add the ESD of each layer, of eigenvalues in double precision.
+
+    A histogram shows the smallest eigenvalues as well, which single precision does not know. Alpha stays as it is:
+    it must not depend on what is logged.
+    """
+    pooled = [own.pooled for own in samples]
+    again = [place for place, own in enumerate(samples) if (own.levels == FLOAT32).any()]
+    chunks = [
+        Chunk(place, samples[place].windows, torch.arange(samples[place].windows.number), "float64")
+        for place in again
+    ]
+    tables = {place: samples[place].by_window.copy() for place in again}
+    for solved in solve_chunks(chunks, options.memory_mb * 2**20, threads, options.solver):
+        place = solved.chunk.layer
+        tables[place][solved.chunk.index.numpy()] = samples[place].scale * solved.values
+    for place, table in tables.items():
+        table = table.reshape(samples[place].windows.samples, -1)
+        table.sort(axis=-1)
+        pooled[place] = table
+    return [
+        replace(record, histogram=esd_histogram(own, samples[place].exponent, options))
+        for place, (record, own) in enumerate(zip(records, pooled, strict=True))
+    ]
 
 
 def measure(
@@ -38,38 +181,33 @@ def measure(
         team: the processes; None where this one is alone.
 
     Returns:
-        The same report on every process, to the bit.
+        The same report on every process, bitwise.
 
     Raises:
         RuntimeError: the measurement failed on some process; raised on every one.
     """
-    rows = _rows(
-        layers,
-        lambda group: measure_stacks([stack for _, stack in group], options, histogram),
-        lambda layer: cost(layer, options),
-        ROW_LENGTH,
-        team,
-        options,
-    )
-    return report_of(rows, layers, options)
+
+    def work(group: Mapping[str, MatrixStack]) -> dict[str, LayerRecord]:
+        return dict(zip(group, measure_stacks(list(group.values()), options, histogram=histogram), strict=True))
+
+    own = share(layers, lambda layer: cost(layer, options), team)
+    return report_of(shared_out(team, lambda: _for_own_layers(layers, own, work, options)), layers, options)
 
 
-def report_of(rows: Sequence[Sequence[float]], layers: Sequence[Layer], options: SpectrumOptions) -> Report:
-    """Turn the rows of all layers into a report."""
-    records = {
-        layer.name: record_from_row(row, options, layer.kind, layer.shape, "" if layer.planned else layer.problem)
-        for layer, row in zip(layers, rows, strict=True)
+def report_of(records: Mapping[str, LayerRecord], layers: Sequence[Layer], options: SpectrumOptions) -> Report:
+    """Put the records of the layers that were measured in order, between those that have a problem."""
+    every = {
+        layer.name: records.get(layer.name)
+        or LayerRecord(status=layer.problem or "not measured", kind=layer.kind, shape=layer.shape)
+        for layer in layers
     }
-    return Report(records, as_plain(options))
+    return Report(every, as_plain(options))
 
 
 def cost(layer: Layer, options: SpectrumOptions) -> int:
     """Return what measuring a layer costs, n h w min(h, w) for n windows of h x w: its shape alone decides."""
-    windows = layer_windows(_blank(layer), options) if layer.kind else None
-    if windows is None:
-        return 0
-    height, width = windows.view.shape[-2:]
-    return windows.view.numel() * min(height, width)
+    windows = windows_of(_blank(layer), options) if layer.kind else None
+    return 0 if windows is None else windows.view.numel() * windows.size
 
 
 def _blank(layer: Layer) -> MatrixStack:
@@ -77,12 +215,66 @@ def _blank(layer: Layer) -> MatrixStack:
     return MatrixStack(torch.empty(layer.shape, device="meta"), layer.sampling)
 
 
+def _for_own_layers(
+    layers: Sequence[Layer],
+    own: set[str],
+    work: Callable[[Mapping[str, MatrixStack]], dict[str, Result]],
+    options: SpectrumOptions,
+) -> dict[str, Result]:
+    """Do some work for the layers of this process, as many at a time as there is memory for.
+
+    Every process reads every layer, to the end and in the same order: gathering a sharded weight is a collective
+    call. So an error is raised only once all have been read.
+    """
+    found: dict[str, Result] = {}
+    error: Exception | None = None
+    group: dict[str, MatrixStack] = {}
+
+    def finish() -> None:
+        nonlocal error
+        try:
+            if error is None:
+                found.update(work(group))
+        except Exception as caught:
+            error = caught
+        group.clear()
+
+    for layer, stack in read_layers(layers):
+        if isinstance(stack, Exception):
+            error = error or stack
+        elif layer.name in own:
+            group[layer.name] = stack
+            # Weights gathered from shards are whole for as long as they are in the group.
+            if sum(one.matrices.nbytes for one in group.values()) > options.memory_mb * 2**20:
+                finish()
+    finish()
+    if error is not None:
+        raise error
+    return found
+
+
+def read_layers(layers: Sequence[Layer]) -> Iterator[tuple[Layer, MatrixStack | Exception]]:
+    """Yield each layer that has matrices with them, or with the error that reading it raised."""
+    module, stacks = None, []
+    for layer in layers:
+        if layer.problem and not layer.planned:
+            continue
+        try:
+            if layer.module is not module:
+                module, stacks = layer.module, read_stacks(layer.module)
+            yield layer, stacks[layer.index]
+        except NoSpectrumError:
+            continue
+        except Exception as caught:
+            yield layer, caught
+
+
 def measure_nulls(
     layers: Sequence[Layer], report: Report, options: SpectrumOptions, *, team: Team | None = None
-) -> dict[str, tuple[float, float]]:
-    """Measure the null of every layer that has an alpha and no null yet: see `farms_tb.spectra.null`.
+) -> dict[str, Null]:
+    """Measure the permutation null of every layer that has an alpha and no null yet.
 
-    Layers of one shape share a null, and the draws for it among them.
+    Layers of one shape share a null, and the shuffles for it among them.
 
     Args:
         layers: the layers of the report.
@@ -93,50 +285,68 @@ def measure_nulls(
     Returns:
         Mean and standard deviation by layer, the same on every process; no entry for a layer without a null.
     """
-    groups: dict[Any, list[Layer]] = {}
+    groups: dict[Hashable, list[Layer]] = {}
     for layer in layers:
-        record = report.layers[layer.name]
-        if record.alpha is not None:
-            # The number of eigenvalues tells a 1x1 convolution from a linear layer of its shape.
-            groups.setdefault((record.shape, record.kind, record.num_eigenvalues), []).append(layer)
-    nulls: dict[str, tuple[float, float]] = {}
-    turns: dict[str, tuple[int, int]] = {}
-    wanted: list[Layer] = []
-    for members in groups.values():
-        null = next(filter(None, (report.layers[layer.name].null for layer in members)), None)
-        if null is None:
-            turns.update({layer.name: (turn, len(members)) for turn, layer in enumerate(members)})
-            wanted += members
-        else:
-            nulls.update({layer.name: null for layer in members})
-    if not wanted:
-        return nulls  # on every process: there is nothing to share, nor a device to share it on
-
-    def draws(layer: Layer, stack: MatrixStack) -> int:
-        turn, number = turns[layer.name]
-        return len(range(turn, draws_for(stack), number))
-
-    rows = _rows(
-        wanted,
-        lambda group: [
-            shuffled_alphas(stack, options, draws(layer, stack), seed=turns[layer.name][0])
-            for layer, stack in group
-        ],
-        lambda layer: draws(layer, _blank(layer)) * cost(layer, options),
-        MAX_DRAWS,
-        team,
-        options,
-    )
-    alphas = {layer.name: [a for a in row if a] for layer, row in zip(wanted, rows, strict=True)}
-    for members in groups.values():
-        null = null_of([alpha for layer in members for alpha in alphas.get(layer.name, ())])
+        if report.layers[layer.name].alpha is not None:
+            groups.setdefault((layer.shape, layer.kind, layer.sampling), []).append(layer)
+    known = {key: _known_null(members, report) for key, members in groups.items()}
+    alphas = _alphas_of_shuffles([members for key, members in groups.items() if known[key] is None], options, team)
+    nulls: dict[str, Null] = {}
+    for key, members in groups.items():
+        null = known[key] or null_of([alpha for layer in members for alpha in alphas.get(layer.name, ())])
         if null is not None:
-            nulls.update({layer.name: null for layer in members})
+            nulls.update(dict.fromkeys((layer.name for layer in members), null))
     return nulls
 
 
-def with_nulls(report: Report, nulls: Mapping[str, tuple[float, float]]) -> Report:
-    """Return the report with mean and standard deviation of the null beside the alphas of these layers."""
+def _known_null(members: Sequence[Layer], report: Report) -> Null | None:
+    return next((null for layer in members if (null := report.layers[layer.name].null) is not None), None)
+
+
+def _alphas_of_shuffles(
+    groups: Sequence[Sequence[Layer]], options: SpectrumOptions, team: Team | None
+) -> dict[str, list[float]]:
+    """Return the alphas of the shuffles of each layer, the layers of each group sharing the draws in turn."""
+    if not groups:
+        return {}  # on every process, which so agree that there is nothing to gather
+    seeds = {layer.name: seed for members in groups for seed, layer in enumerate(members)}
+    draws = {
+        layer.name: len(range(seed, draws_for(_blank(layer)), len(members)))
+        for members in groups
+        for seed, layer in enumerate(members)
+    }
+
+    def work(group: Mapping[str, MatrixStack]) -> dict[str, list[float]]:
+        return {
+            name: alphas_of_shuffles(stack, options, draws[name], seeds[name]) for name, stack in group.items()
+        }
+
+    layers = [layer for members in groups for layer in members]
+    own = share(layers, lambda layer: draws[layer.name] * cost(layer, options), team)
+    return shared_out(team, lambda: _for_own_layers(layers, own, work, options))
+
+
+def alphas_of_shuffles(stack: MatrixStack, options: SpectrumOptions, draws: int, seed: int = 0) -> list[float]:
+    """Return the alphas of a stack with its entries shuffled, without those that have none.
+
+    Args:
+        stack: the layer's matrices.
+        options: how alpha is measured.
+        draws: number of shuffles.
+        seed: that of the shuffles, which touch no other random state.
+    """
+    generator = torch.Generator("cpu").manual_seed(seed)
+    # As many at a time as there is memory for.
+    together = max(1, options.memory_mb * 2**20 // stack.matrices.nbytes)
+    alphas: list[float] = []
+    for begin in range(0, draws, together):
+        stacks = [shuffled(stack, generator) for _ in range(begin, min(begin + together, draws))]
+        alphas += [record.alpha for record in measure_stacks(stacks, options) if record.alpha is not None]
+    return alphas
+
+
+def with_nulls(report: Report, nulls: Mapping[str, Null]) -> Report:
+    """Return the report with mean and standard deviation of the permutation null of these layers."""
     records = dict(report.layers)
     for name, (mean, std) in nulls.items():
         if name in records:
@@ -144,114 +354,31 @@ def with_nulls(report: Report, nulls: Mapping[str, tuple[float, float]]) -> Repo
     return replace(report, layers=records)
 
 
-def stack_record(
-    stack: MatrixStack, options: SpectrumOptions, *, histogram: bool = False, null: bool = False
-) -> LayerRecord:
-    """Measure one weight that belongs to no module."""
-    problem = stack_problem(stack)
-    row = [] if problem else measure_stacks([stack], options, histogram)[0].tolist()
-    record = record_from_row(row, options, stack.kind, tuple(stack.matrices.shape), problem)
-    if null and record.alpha is not None:
-        null_draws = shuffled_alphas(stack, options, draws_for(stack)).tolist()
-        found = null_of([alpha for alpha in null_draws if alpha])
-        record = record if found is None else replace(record, null_mean=found[0], null_std=found[1])
-    return record
-
-
-def _rows(
-    layers: Sequence[Layer],
-    work: Work,
-    cost: Callable[[Layer], int],
-    length: int,
-    team: Team | None,
-    options: SpectrumOptions,
-) -> list[list[float]]:
-    """Return a row of `length` numbers for each layer, on every process where there are several."""
-    own = own_layers(layers, cost, team)
-    table, error = _own_rows(layers, work, length, own, options.memory_mb * 2**20)
-    return merged(table, error, layers, team)
-
-
-def _own_rows(
-    layers: Sequence[Layer], work: Work, length: int, own: set[int], memory: int
-) -> tuple[Tensor, Exception | None]:
-    """Return a row for each layer, zeros but for this rank's `own`, and the error that stopped the work if any.
-
-    Args:
-        layers: all layers.
-        work: finds the rows of some of them.
-        length: length of a row.
-        own: positions of the layers that are measured here.
-        memory: bytes of weights that are worked on at a time: gathered from shards, they are whole for that long.
-    """
-    table = torch.zeros(len(layers), length, dtype=torch.float64, device="cpu")
-    error: Exception | None = None
-    group: dict[int, MatrixStack] = {}
-    size = 0
-
-    def finish() -> None:
-        nonlocal error, size
-        try:
-            if error is None and group:
-                rows = work([(layers[index], stack) for index, stack in group.items()])
-                table[list(group)] = torch.stack(rows)
-        except Exception as caught:
-            error = caught
-        group.clear()
-        size = 0
-
-    for index, stack in read_layers(layers):
-        if isinstance(stack, Exception):
-            error = error or stack
-        elif index in own:
-            group[index] = stack
-            size += stack.matrices.nbytes
-            if size > memory:
-                finish()
-    finish()
-    return table, error
-
-
-def read_layers(layers: Sequence[Layer]) -> Iterator[tuple[int, MatrixStack | Exception]]:
-    """Yield position and matrices of each layer that has some, or the error that reading it raised.
-
-    With several processes each reads every layer, to the end: gathering a sharded weight is a collective call.
-    """
-    module, stacks = None, []
-    for index, layer in enumerate(layers):
-        if layer.problem and not layer.planned:
-            continue
-        try:
-            if layer.module is not module:
-                module, stacks = layer.module, read_stacks(layer.module)
-            yield index, stacks[layer.index]
-        except NoSpectrumError:
-            continue
-        except Exception as caught:
-            yield index, caught
-
-
-Nulls = dict[object, LayerRecord]
-"""A record with the null of each shape of layer."""
+Nulls = dict[Hashable, Null | None]
+"""The permutation null of each shape of layer, None where it has none."""
 
 
 def weight_record(
     stack: MatrixStack, options: SpectrumOptions, *, histogram: bool = False, nulls: Nulls | None = None
 ) -> LayerRecord:
-    """Measure one of many weights that belong to no module.
+    """Measure one weight that belongs to no module.
 
     Args:
         stack: the weight.
         options: how alpha is measured.
         histogram: also count its ESD.
-        nulls: the nulls of the shapes so far, which grow; layers of one shape share that of the first. None for
-            no null.
+        nulls: the nulls of the shapes so far, to which that of this one is added; layers of one shape share that
+        of
+            the first. None for no null.
     """
-    record = stack_record(stack, options, histogram=histogram)
+    problem = stack_problem(stack)
+    if problem:
+        return LayerRecord(status=problem, kind=stack.kind, shape=tuple(stack.matrices.shape))
+    (record,) = measure_stacks([stack], options, histogram=histogram)
     if nulls is None or record.alpha is None:
         return record
-    # The number of eigenvalues tells a 1x1 convolution from a linear layer of its shape.
-    shape = record.shape, record.kind, record.num_eigenvalues
+    shape = record.shape, record.kind, stack.sampling
     if shape not in nulls:
-        nulls[shape] = stack_record(stack, options, null=True)
-    return replace(record, null_mean=nulls[shape].null_mean, null_std=nulls[shape].null_std)
+        nulls[shape] = null_of(alphas_of_shuffles(stack, options, draws_for(stack)))
+    mean, std = nulls[shape] or (None, None)
+    return replace(record, null_mean=mean, null_std=std)

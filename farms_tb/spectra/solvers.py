@@ -36,23 +36,26 @@ _CPU_WORK = 3 * 10**7
 _chosen: dict[str, str] = {}
 
 
-def symmetric_eigenvalues(matrices: Tensor, solver: Solver = "auto") -> Tensor:
-    """Return the eigenvalues of each matrix.
+def symmetric_eigenvalues(matrices: Tensor, threads: int = 1, solver: Solver = "auto") -> tuple[Tensor, str]:
+    """Return the eigenvalues of each matrix, and the name of what solved for them.
 
     Args:
         matrices: `(n, w, w)` symmetric or Hermitian; the lower triangle is read.
+        threads: number of threads on which the CPU solves for a GPU.
         solver: what solves where the matrices are on a GPU: `"torch"`, `"cupy"`, `"cpu"`, or `"auto"` for the
             fastest.
 
     Returns:
-        `(n, w)` of the real type of the same precision, ascending, on the device of the matrices.
+        `(n, w)` of the real type of the same precision, ascending, on the device of the matrices; and `"cpu"`,
+        `"torch"` or `"cupy"`.
 
     Raises:
         torch.linalg.LinAlgError: the solver did not converge.
     """
-    if matrices.device.type == "cpu":
-        return _torch(matrices)
-    return _SOLVERS[solver_for(matrices.device, matrices.dtype, matrices.shape[-1], solver)](matrices)
+    name = solver_for(matrices.device, matrices.dtype, matrices.shape[-1], solver)
+    if matrices.is_cpu:
+        return _torch(matrices, threads), name
+    return _SOLVERS[name](matrices, threads), name
 
 
 def solver_for(device: torch.device, dtype: torch.dtype, size: int, solver: Solver = "auto") -> str:
@@ -102,9 +105,9 @@ def _fastest(device: torch.device, dtype: torch.dtype, size: int) -> str:
     return min(times, key=lambda name: times[name]) if times else "torch"
 
 
-def _seconds(solve: Callable[[Tensor], Tensor], matrices: Tensor) -> float:
+def _seconds(solve: Callable[[Tensor, int], Tensor], matrices: Tensor) -> float:
     start = time.perf_counter()
-    solve(matrices).sum().item()  # waits for the device
+    solve(matrices, torch.get_num_threads()).sum().item()  # waits for the device
     return time.perf_counter() - start
 
 
@@ -129,12 +132,12 @@ def _write(choices: dict[str, Any]) -> None:
         return
 
 
-def _torch(matrices: Tensor) -> Tensor:
+def _torch(matrices: Tensor, threads: int = 1) -> Tensor:
     values: Tensor = torch.linalg.eigvalsh(matrices)
     return values
 
 
-def _cupy(matrices: Tensor) -> Tensor:
+def _cupy(matrices: Tensor, threads: int = 1) -> Tensor:
     cupy: Any = import_module("cupy")
     device = matrices.device
     # On torch's own stream, so that the two wait for each other.
@@ -147,11 +150,10 @@ def _cupy(matrices: Tensor) -> Tensor:
             raise torch.OutOfMemoryError(f"CuPy: {error}") from error
 
 
-def _cpu(matrices: Tensor) -> Tensor:
+def _cpu(matrices: Tensor, threads: int = 1) -> Tensor:
     host = matrices.cpu()
     parts = torch.split(host, max(1, _CPU_WORK // host.shape[-1] ** 3))
-    values = map_on_threads(_torch, parts)
-    return torch.cat(values).to(matrices.device)
+    return torch.cat(map_on_threads(_torch, parts, threads)).to(matrices.device)
 
 
-_SOLVERS: dict[str, Callable[[Tensor], Tensor]] = {"torch": _torch, "cupy": _cupy, "cpu": _cpu}
+_SOLVERS: dict[str, Callable[[Tensor, int], Tensor]] = {"torch": _torch, "cupy": _cupy, "cpu": _cpu}

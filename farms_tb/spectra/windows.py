@@ -1,15 +1,26 @@
-"""The matrices whose eigenvalues are pooled: windows of one aspect ratio (FARMS), or the whole weight.
+"""The windows of a layer: the submatrices of one aspect ratio (FARMS) whose eigenvalues are pooled.
 
-Everything here is a view of the weight. Overlapping windows exist in memory only for as long as a chunk of them
-is being solved (see `spectra`).
+Alpha of a whole matrix depends on the matrix's aspect ratio. FARMS measures windows of one fixed aspect ratio
+Q = columns / rows instead:
+
+- *blocks* (convolutions): every matrix of the stack is cut into non-overlapping row blocks; block b of all K
+  matrices is one sample;
+- *grid* (linear layers): overlapping windows of at most `window` rows on a grid of start positions, all in one
+  sample.
+
+`esd="full"` takes the whole matrices, all in one sample (TempBalance).
+
+Everything here is a view of the weight. Overlapping windows exist in memory only while a chunk of them is solved.
 
 Source: FARMS, Hu et al., ICML 2025, arXiv 2506.06280.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from farms_tb.options import SpectrumOptions
@@ -17,16 +28,67 @@ from farms_tb.weights.matrices import MatrixStack
 
 
 class Windows(NamedTuple):
-    """Windows of one layer.
+    """The windows of one layer.
 
     Attributes:
         view: `(*lead, h, w)`, a view of the weight: prod(lead) windows of h rows and w columns.
-        samples: how many samples the windows form, 1 or as many as the first dimension is long. The windows, in
-            order of `lead`, are `samples` runs of equal length; the eigenvalues of a run are pooled.
+        samples: number of samples S that the windows form, 1 or the length of the first dimension. The windows, in
+            the order of `lead`, are S runs of equal length, and the eigenvalues of a run are pooled.
     """
 
     view: Tensor
     samples: int
+
+    @property
+    def number(self) -> int:
+        """Number of windows W."""
+        return math.prod(self.view.shape[:-2])
+
+    @property
+    def size(self) -> int:
+        """Number of eigenvalues of a window, min(h, w)."""
+        return min(self.view.shape[-2:])
+
+    def take(self, index: Tensor, dtype: torch.dtype) -> Tensor:
+        """Copy some windows out of the weight.
+
+        Args:
+            index: `(n,)` int64 on the CPU, positions among all windows, ascending.
+            dtype: that of the result.
+
+        Returns:
+            `(n, h, w)` on the device of the weight. It may share memory with the weight: read it only.
+        """
+        lead = self.view.shape[:-2]
+        start, number = int(index[0]), len(index)
+        consecutive = int(index[-1]) - start + 1 == number
+        if consecutive and math.prod(lead[:-1]) == 1:
+            # Without a gather: the windows lie behind each other in the last dimension of `lead`.
+            chosen = self.view.flatten(0, -3)[start : start + number]
+        else:
+            chosen = self.view[torch.unravel_index(index.to(self.view.device), lead)]
+        # Matrix products are slow on windows of which neither rows nor columns lie together in memory, as in the
+        # weight of a convolution.
+        chosen = chosen.to(dtype, memory_format=torch.contiguous_format)
+        return chosen if 1 in chosen.stride()[-2:] else chosen.contiguous()
+
+
+def windows_of(stack: MatrixStack, options: SpectrumOptions) -> Windows | None:
+    """Return the windows of one layer; None where no window of the aspect ratio fits.
+
+    Args:
+        stack: the layer's matrices, `(K, R, C)` with R >= C.
+        options: `esd`, `aspect_ratio` and the options of windows are used.
+
+    Example:
+        >>> windows_of(MatrixStack(torch.zeros(9, 64, 16)), SpectrumOptions()).view.shape
+        torch.Size([4, 9, 16, 16])
+    """
+    if options.esd == "full":
+        return Windows(stack.matrices, 1)
+    if stack.sampling == "blocks":
+        return _row_blocks(stack.matrices, options.aspect_ratio)
+    return _grid(stack.matrices, options)
 
 
 def window_shape(rows: int, columns: int, window: int | None, aspect_ratio: float) -> tuple[int, int]:
@@ -52,34 +114,14 @@ def window_shape(rows: int, columns: int, window: int | None, aspect_ratio: floa
     return (height, width) if height and width else (0, 0)
 
 
-def layer_windows(stack: MatrixStack, options: SpectrumOptions) -> Windows | None:
-    """Return the windows of one layer; None where no window of the aspect ratio fits.
-
-    Args:
-        stack: the layer's matrices, `(K, R, C)`.
-        options: `esd`, `aspect_ratio` and the window options are used.
-
-    Example:
-        >>> import torch
-        >>> layer_windows(MatrixStack(torch.zeros(9, 64, 16)), SpectrumOptions()).view.shape
-        torch.Size([4, 9, 16, 16])
-    """
-    matrices = stack.matrices
-    if options.esd == "full":
-        return Windows(matrices, 1)
-    if stack.sampling == "blocks":
-        return _row_blocks(matrices, options.aspect_ratio)
-    return _grid(matrices, options)
-
-
 def _row_blocks(matrices: Tensor, aspect_ratio: float) -> Windows | None:
-    """Cut every matrix into row blocks; block b of all K matrices is one sample: `(B, K, h, w)`."""
+    """Cut every matrix into B row blocks: `(B, K, h, w)`, block b of all K matrices being one sample."""
     rows, columns = matrices.shape[1:]
     # For Q < 1 the papers keep C rows and narrow the window, rather than let it grow taller.
     height, width = window_shape(min(rows, columns), columns, None, aspect_ratio)
     if height == 0:
         return None
-    # Unfolded, the order is (K, B, w, h).
+    # `unfold` appends the dimension of the rows of a window: (K, B, w, h).
     view = matrices[:, :, :width].unfold(1, height, height).transpose(2, 3).transpose(0, 1)
     return Windows(view, view.shape[0])
 
@@ -93,7 +135,7 @@ def _grid(matrices: Tensor, options: SpectrumOptions) -> Windows | None:
     view = matrices
     for dim, size in ((1, height), (2, width)):
         step, count = _positions(matrices.shape[dim], size, options)
-        # A new last dimension holds the window's extent; after both, the order is (K, i, j, h, w).
+        # `unfold` appends a dimension for the extent of the window: after both, the order is (K, i, j, h, w).
         view = view.unfold(dim, size, step).narrow(dim, 0, count)
     return Windows(view, 1)
 

@@ -1,20 +1,19 @@
-"""Work shared among threads of the CPU, each of which holds torch to itself alone.
+"""Threads that each run torch single-threaded, for work on the CPU.
 
-LAPACK's own threads gain little at the sizes of windows and round differently, as do those of a long sum. Besides,
-torch's threads go on waiting for some milliseconds after each operation and take the core of others.
+Small eigenvalue problems gain little from LAPACK's own threads, and both LAPACK's and torch's results then depend
+on the number of threads. So every task runs on one thread, and several tasks run at the same time: the results are
+bitwise identical for any number of threads.
 """
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
-from heapq import heappop, heappush
-from threading import Barrier, Condition, local
-from typing import Generic, TypeVar
+from functools import lru_cache
+from threading import Barrier
+from typing import TypeVar
 
 import torch
 
@@ -22,215 +21,74 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-class _Held(local):
-    """Inside of `one_thread`: how many threads work."""
-
-    number = 0
-
-
-_held = _Held()
-# The last ones are kept: new ones would have to ask for memory, and libraries to set themselves up in them.
-_kept: list[tuple[int, ThreadPoolExecutor]] = []
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_kept.clear)  # where they are no more
-
-
-def _helpers(number: int) -> ThreadPoolExecutor:
-    """Return at least as many threads, each of which holds torch to itself."""
-    if not _kept or _kept[0][0] < number:
-        helpers = ThreadPoolExecutor(number, "farms_tb")
-        # All of them now: a thread that sets its number sets it for every thread started later, too.
-        met = Barrier(number + 1)
-
-        def start() -> None:
-            torch.set_num_threads(1)
-            met.wait()
-
-        try:
-            for _ in range(number):
-                helpers.submit(start)
-            met.wait()
-        except BaseException:
-            met.abort()
-            raise
-        _kept[:] = [(number, helpers)]
-    return _kept[0][1]
-
-
-def number_of_threads() -> int:
-    """Return how many threads `work_on_threads` may use here."""
-    return _held.number or torch.get_num_threads()
-
-
 @contextmanager
-def one_thread(threads: int | None = None) -> Iterator[None]:
-    """Hold torch to this thread, but for what is shared by `work_on_threads`.
+def single_threaded_torch(threads: int | None = None) -> Iterator[int]:
+    """Run torch single-threaded on this thread, for as long as the context lasts.
 
     Args:
-        threads: how many threads that may use; None for as many as torch may outside.
+        threads: number of worker threads that the caller may use; None for as many as torch uses now.
+
+    Yields:
+        The number of worker threads to hand to `map_on_threads`.
     """
     before = torch.get_num_threads()
-    number = threads or before
-    outer, _held.number = _held.number, number
-    if before > 1:
-        torch.set_num_threads(1)
+    torch.set_num_threads(1)
     try:
-        yield
+        yield threads or before
     finally:
-        _held.number = outer
-        if before > 1 or number > 1:
-            torch.set_num_threads(before)
+        torch.set_num_threads(before)
 
 
-@dataclass(frozen=True)
-class Task(Generic[Item]):
-    """Something to do.
-
-    Attributes:
-        item: what it is done to.
-        size: bytes that it takes while it is worked on.
-        cost: how long it takes, with all that follows from it, in proportion to that of other tasks.
-    """
-
-    item: Item
-    size: int = 0
-    cost: float = 0.0
-
-
-def work_on_threads(
-    function: Callable[[Item], tuple[Result, list[Task[Item]]]],
-    tasks: Sequence[Task[Item]],
-    memory: int,
-    worth_a_thread: float = 0.0,
-) -> list[Result]:
-    """Do tasks, and those that follow from them, on as many threads as `one_thread` allows, this one among them.
-
-    Within the function torch is held to one thread, so that results don't depend on their number. Where torch is
-    held to one anyway, as in loader workers, so is this, unless it is told otherwise.
+def map_on_threads(function: Callable[[Item], Result], items: Sequence[Item], threads: int) -> list[Result]:
+    """Call a function for each item, on several threads; the results are in the order of the items.
 
     Args:
-        function: does a task; returns what came out, and the tasks that follow.
-        tasks: what there is to do at first. The costliest are begun first. Where one fails no further ones are.
-        memory: bytes that all together may take at any time. A task that takes more is done alone.
-        worth_a_thread: the cost from which on another thread takes part.
+        function: must not call `map_on_threads` itself.
+        items: what it is called with. The first ones are begun first.
+        threads: number of threads; with one, or with a single item, no thread is started.
 
-    Returns:
-        What came out of all tasks, in the order in which they were done.
+    Raises:
+        Exception: what the function raised for the first item that failed, once no call is running any more.
     """
-    if not _held.number:
-        with one_thread():
-            return work_on_threads(function, tasks, memory, worth_a_thread)
-    todo = _Todo(tasks)
-    room = _Room(memory)
-    results: list[Result] = []
+    if threads == 1 or len(items) < 2:
+        return [function(item) for item in items]
+    inference = torch.is_inference_mode_enabled()
 
-    def work() -> None:
-        for task in todo:
-            following: list[Task[Item]] = []
-            try:
-                with room.taken(task.size):
-                    result, following = function(task.item)
-                results.append(result)
-            except BaseException:
-                todo.give_up()
-                raise
-            finally:
-                todo.done(following)
+    def call(item: Item) -> Result:
+        # The modes of autograd belong to a thread, and a worker starts with the default ones.
+        with torch.inference_mode(inference), torch.no_grad():
+            return function(item)
 
-    number = outer = _held.number
-    if worth_a_thread:
-        number = min(number, math.ceil(sum(task.cost for task in tasks) / worth_a_thread))
-    helping = [_helpers(number - 1).submit(work) for _ in range(number - 1)]
-    _held.number = 1  # what a task shares in its turn is its own
+    pool = _pool(threads)
+    futures = [pool.submit(call, item) for item in items]
     try:
-        work()
-    except BaseException:
-        todo.give_up()
-        raise
+        return [future.result() for future in futures]
     finally:
-        _held.number = outer
-        # Those that help somebody else meanwhile are not needed.
-        wait([helper for helper in helping if not helper.cancel()])
-    for helper in helping:
-        if not helper.cancelled():
-            helper.result()
-    return results
+        for future in futures:
+            future.cancel()
+        for future in futures:
+            if not future.cancelled():
+                future.exception()  # waits, so that no call outlives this function
 
 
-def map_on_threads(
-    function: Callable[[Item], Result],
-    items: Sequence[Item],
-    costs: Sequence[float] | None = None,
-    worth_a_thread: float = 1.0,
-) -> list[Result]:
-    """Call a function for each item, on threads as `work_on_threads` does; results are in order of the items."""
+@lru_cache(maxsize=1)
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """Return worker threads, the same ones at each call: new threads would have to set up libraries anew."""
+    pool = ThreadPoolExecutor(threads, "farms_tb")
+    # All threads start now: `set_num_threads` also sets the default of threads that are started later, by anybody,
+    # which `single_threaded_torch` then puts back.
+    started = Barrier(threads + 1)
 
-    def numbered(place: int) -> tuple[tuple[int, Result], list[Task[int]]]:
-        return (place, function(items[place])), []
+    def start() -> None:
+        torch.set_num_threads(1)
+        started.wait()
 
-    tasks = [Task(place, cost=1.0 if costs is None else costs[place]) for place in range(len(items))]
-    found = work_on_threads(numbered, tasks, 0, worth_a_thread)
-    return [result for _, result in sorted(found, key=lambda pair: pair[0])]
-
-
-class _Todo(Generic[Item]):
-    """Tasks that threads take, the costliest first, until there are none and nobody is at work on more."""
-
-    def __init__(self, tasks: Sequence[Task[Item]]) -> None:
-        self._number = 0
-        self._given_up = False
-        self._heap: list[tuple[float, int, Task[Item]]] = []
-        self._taken = 0
-        self._changed = Condition()
-        self._add(tasks)
-
-    def _add(self, tasks: Sequence[Task[Item]]) -> None:
-        for task in () if self._given_up else tasks:
-            self._number += 1
-            heappush(self._heap, (-task.cost, self._number, task))
-
-    def __iter__(self) -> Iterator[Task[Item]]:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._heap or not self._taken)
-                if not self._heap:
-                    return
-                *_, task = heappop(self._heap)
-                self._taken += 1
-            yield task
-
-    def done(self, following: Sequence[Task[Item]]) -> None:
-        """Tell that a task that was taken is done, and what follows."""
-        with self._changed:
-            self._add(following)
-            self._taken -= 1
-            self._changed.notify_all()
-
-    def give_up(self) -> None:
-        """Drop the tasks that nobody has taken, and those that would follow."""
-        with self._changed:
-            self._given_up = True
-            self._heap.clear()
-            self._changed.notify_all()
+    for _ in range(threads):
+        pool.submit(start)
+    started.wait()
+    return pool
 
 
-class _Room:
-    """Memory that threads take and give back."""
-
-    def __init__(self, size: int) -> None:
-        self._size = self._free = size
-        self._changed = Condition()
-
-    @contextmanager
-    def taken(self, size: int) -> Iterator[None]:
-        """Wait until there is room; whoever needs more than there is gets all of it."""
-        size = min(size, self._size)
-        with self._changed:
-            self._changed.wait_for(lambda: self._free >= size)
-            self._free -= size
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._free += size
-                self._changed.notify_all()
+if hasattr(os, "register_at_fork"):
+    # A forked process has none of its parent's threads.
+    os.register_at_fork(after_in_child=_pool.cache_clear)

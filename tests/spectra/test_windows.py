@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from farms_tb.options import SpectrumOptions
-from farms_tb.spectra.windows import layer_windows, window_shape
+from farms_tb.spectra.windows import windows_of, window_shape
 from farms_tb.weights.matrices import MatrixStack
 from tests.reference import windows as twin
 
@@ -21,7 +21,7 @@ def numbered(*shape):
 
 def assert_same_windows(matrices, sampling, expected, **options):
     """Compare with the twin's samples: the same windows, pooled in the same samples."""
-    found = layer_windows(MatrixStack(matrices, sampling=sampling), SpectrumOptions(**options))
+    found = windows_of(MatrixStack(matrices, sampling=sampling), SpectrumOptions(**options))
     if not expected:
         assert found is None
         return
@@ -100,14 +100,14 @@ def test_window_fits_and_keeps_the_ratio(rows, columns, window, aspect_ratio):
 
 
 def test_paper_mode_cuts_whole_blocks_and_leaves_the_rest():
-    windows = layer_windows(MatrixStack(numbered(9, 70, 16)), SpectrumOptions())
+    windows = windows_of(MatrixStack(numbered(9, 70, 16)), SpectrumOptions())
     assert windows.samples == 4
     assert windows.view.shape == (4, 9, 16, 16)
     assert windows.view.max() < 8 * 70 * 16 + 64 * 16
 
 
 def test_windows_reach_from_edge_to_edge_of_a_linear_layer():
-    view = layer_windows(MatrixStack(numbered(1, 900, 500), sampling="grid"), SpectrumOptions()).view
+    view = windows_of(MatrixStack(numbered(1, 900, 500), sampling="grid"), SpectrumOptions()).view
     assert view.shape == (1, 9, 9, 100, 100)
     assert view.min() == 0
     assert view.max() == 900 * 500 - 1
@@ -119,7 +119,7 @@ def test_windows_reach_from_edge_to_edge_of_a_linear_layer():
 def test_windows_are_views(sampling, esd, aspect_ratio):
     matrices = torch.randn(4, 200, 150)
     options = SpectrumOptions(esd=esd, window=20, windows_per_dim=50, aspect_ratio=aspect_ratio)
-    view = layer_windows(MatrixStack(matrices, sampling=sampling), options).view
+    view = windows_of(MatrixStack(matrices, sampling=sampling), options).view
     assert view.untyped_storage().data_ptr() == matrices.untyped_storage().data_ptr()
 
 
