@@ -14,9 +14,8 @@ import torch.distributed as dist
 from torch import nn
 
 from farms_tb import FARMSTempBalance, TempBalance
-from farms_tb.balancing.balancer import _all_reduce
 from farms_tb.options import SpectrumOptions
-from farms_tb.spectra.distributed import Team
+from farms_tb.spectra.distributed import current_team
 from farms_tb.spectra.measure import measure_nulls
 from farms_tb.weights.layers import find_layers
 from tests.helpers import Module, Recorder, make_data, make_net, make_trainer
@@ -71,10 +70,9 @@ def sharded(rank: int) -> dict[str, Any]:
         for balancer in balancers:
             balancer.step()
         ratios.append([balancer.ratios for balancer in balancers])
-    team = Team(rank, dist.get_world_size(), _all_reduce)
     nulls = [
         measure_nulls(find_layers(net), balancer.report, SpectrumOptions(), team=share)
-        for net, balancer, share in zip(nets, balancers, (team, None), strict=True)
+        for net, balancer, share in zip(nets, balancers, (current_team(), None), strict=True)
     ]
     weights = [p.full_tensor().detach() for p in nets[0].parameters()]
     return {
@@ -88,7 +86,7 @@ def sharded(rank: int) -> dict[str, Any]:
 def break_measuring(rank: int) -> None:
     import farms_tb.spectra.measure
 
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise ArithmeticError("planned failure")
 
     if rank == 1:

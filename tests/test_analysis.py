@@ -15,11 +15,9 @@ from torch.nn.utils import parametrizations
 import farms_tb
 from farms_tb import MatrixStack, analyze, layer_matrices, lr_ratios
 from farms_tb.options import SpectrumOptions
-from farms_tb.spectra import eigenvalues as spectra
-from farms_tb.spectra.distributed import Team
+from farms_tb.spectra.distributed import Team, share
 from farms_tb.spectra.measure import cost, measure
-from farms_tb.spectra.rows import ROW_LENGTH
-from farms_tb.weights.layers import checked_layers, find_layers
+from farms_tb.weights.layers import Layer, checked_layers, find_layers
 from recipes.models.resnet import SmallImageResNet
 from recipes.models.unet import UNet
 from tests.reference import spectrum, stacks, windows
@@ -359,13 +357,9 @@ class TestNothingIsChanged:
 
         module = Forgetful(6, 30, 30)
         solved = []
-        gram = spectra._gram
-        monkeypatch.setattr(spectra, "_gram", lambda m, *rest: solved.append(m.requires_grad) or gram(m, *rest))
-        torch.set_num_threads(threads)
-        try:
-            analyze(module, esd="full")
-        finally:
-            torch.set_num_threads(1)
+        solve = torch.linalg.eigvalsh
+        monkeypatch.setattr(torch.linalg, "eigvalsh", lambda m: solved.append(m.requires_grad) or solve(m))
+        analyze(module, esd="full", threads=threads)
         assert solved
         assert not any(solved)
 
@@ -561,18 +555,18 @@ def linear_of(weight):
 
 
 class TestSharedAmongProcesses:
-    """Processes played one after the other: each row is summed with the zeros of the others."""
+    """Processes played one after the other: each gathers what the others found in an earlier round."""
 
     @staticmethod
-    def tables(layers, world_size):
-        """What each process hands to the sum."""
+    def parts(layers, world_size):
+        """What each process hands to the others."""
         found = []
+
+        def keep(own):
+            found.append(own)
+            return [own]
+
         for rank in range(world_size):
-
-            def keep(table):
-                found.append(table)
-                return table * 0
-
             measure(layers, SpectrumOptions(), histogram=True, team=Team(rank, world_size, keep))
         return found
 
@@ -580,15 +574,26 @@ class TestSharedAmongProcesses:
     def test_every_process_gets_the_whole_report(self, world_size):
         layers = find_layers(nn.Sequential(nn.Linear(20, 30), nn.MultiheadAttention(8, 2), nn.Linear(1, 4)))
         alone = measure(layers, SpectrumOptions(), histogram=True)
-        total = torch.stack(self.tables(layers, world_size)).sum(0)
+        parts = self.parts(layers, world_size)
         for rank in range(world_size):
-            team = Team(rank, world_size, lambda _: total)
+            team = Team(rank, world_size, lambda _: parts)
             assert measure(layers, SpectrumOptions(), histogram=True, team=team) == alone
 
     def test_every_layer_is_measured_once(self):
         layers = find_layers(nn.Sequential(*(nn.Linear(8, 8) for _ in range(5))))
-        measured = torch.stack([(table[:-1, 0] != 0).long() for table in self.tables(layers, 2)])
-        assert measured.tolist() == [[1, 0, 1, 0, 1], [0, 1, 0, 1, 0]]
+        assert [sorted(records) for records, _ in self.parts(layers, 2)] == [["0", "2", "4"], ["1", "3"]]
+
+    @staticmethod
+    def shares(costs, processes):
+        """The positions that fall to each process, of layers that stand for their costs."""
+        layers = [Layer(str(place), "", nn.Identity()) for place in range(len(costs))]
+        return [
+            {
+                int(name)
+                for name in share(layers, lambda layer: costs[int(layer.name)], Team(rank, processes, list))
+            }
+            for rank in range(processes)
+        ]
 
     @pytest.mark.parametrize("esd", ["farms", "full"])
     @pytest.mark.parametrize("processes", [2, 4])
@@ -604,7 +609,7 @@ class TestSharedAmongProcesses:
         with torch.device("meta"):
             layers = find_layers(net())
         costs = [cost(layer, SpectrumOptions(esd=esd)) for layer in layers]
-        shares = [Team(rank, processes, torch.clone).own(costs) for rank in range(processes)]
+        shares = self.shares(costs, processes)
         assert sorted(task for share in shares for task in share) == list(range(len(layers)))
         most = max(sum(costs[task] for task in share) for share in shares)
         # No sharing does better than the mean, the largest layer, or two of the n + 1 largest ones on one of n.
@@ -617,7 +622,7 @@ class TestSharedAmongProcesses:
     @given(costs=st.lists(st.integers(0, 100), max_size=8))
     @settings(max_examples=50)
     def test_shares_are_close_to_the_best(self, costs, processes):
-        shares = [Team(rank, processes, torch.clone).own(costs) for rank in range(processes)]
+        shares = self.shares(costs, processes)
         assert sorted(task for share in shares for task in share) == list(range(len(costs)))
         most = max(sum(costs[task] for task in share) for share in shares)
         # Graham's bound: the last task to be given to the busiest process went to the one with least to do.
@@ -647,13 +652,17 @@ class TestSharedAmongProcesses:
         def fail(*_):
             raise MemoryError("no room")
 
-        failure = torch.zeros(3, ROW_LENGTH, dtype=torch.float64)
-        failure[-1, 0] = 1
-        with pytest.raises(RuntimeError, match="failed on 1 of 2 ranks, elsewhere: see the output of other ranks"):
-            measure(layers, SpectrumOptions(), team=Team(1, 2, lambda table: failure))
-        monkeypatch.setattr("farms_tb.spectra.samples.window_eigenvalues", fail)
+        def other_failed(own):
+            return [own, ({}, True)]
+
+        def this_failed(own):
+            return [own, ({}, False)]
+
+        with pytest.raises(RuntimeError, match="failed on 1 of 2 ranks, elsewhere"):
+            measure(layers, SpectrumOptions(), team=Team(0, 2, other_failed))
+        monkeypatch.setattr(torch.linalg, "eigvalsh", fail)
         with pytest.raises(RuntimeError, match="failed on 1 of 2 ranks, on this rank 0: no room"):
-            measure(layers, SpectrumOptions(), team=Team(0, 2, lambda table: failure))
+            measure(layers, SpectrumOptions(), team=Team(0, 2, this_failed))
         with pytest.raises(MemoryError, match="no room"):
             measure(layers, SpectrumOptions())
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from farms_tb import MatrixStack, TempBalance, layer_matrices
 from farms_tb.options import SpectrumOptions
 from farms_tb.report import LayerRecord
-from farms_tb.spectra.measure import stack_record
+from farms_tb.spectra.measure import weight_record
 
 MANY = settings(
     max_examples=max(500, settings().max_examples),
@@ -385,7 +385,7 @@ def stacks(draw: Any) -> MatrixStack:
 @MANY
 @given(stacks(), spectral_options())
 def test_any_weights(stack: MatrixStack, options: dict[str, Any]) -> None:
-    record = stack_record(stack, SpectrumOptions(**options))
+    record = weight_record(stack, SpectrumOptions(**options))
     event(record.status.split(":")[0])
     check_record(record)
     assert record.status == "ok" or record.alpha is None

@@ -90,11 +90,9 @@ def _largest_entries(weights: Sequence[Tensor], threads: int) -> list[float]:
     if all(weight.is_cpu for weight in weights):
         return [float(largest) for largest in map_on_threads(_largest_entry, weights, threads)]
     found = [_largest_entry(weight).double() for weight in weights]
-    together = {
-        device: torch.stack([one for one in found if one.device == device]).tolist()
-        for device in {one.device for one in found}
-    }
-    values = {device: iter(numbers) for device, numbers in together.items()}
+    values = {}
+    for device in {one.device for one in found}:
+        values[device] = iter(torch.stack([one for one in found if one.device == device]).cpu().tolist())
     return [next(values[one.device]) for one in found]
 
 
@@ -287,8 +285,10 @@ def measure_nulls(
     """
     groups: dict[Hashable, list[Layer]] = {}
     for layer in layers:
-        if report.layers[layer.name].alpha is not None:
-            groups.setdefault((layer.shape, layer.kind, layer.sampling), []).append(layer)
+        record = report.layers[layer.name]
+        if record.alpha is not None:
+            # The number of eigenvalues tells a 1x1 convolution from a linear layer of its shape.
+            groups.setdefault((record.shape, record.kind, record.num_eigenvalues), []).append(layer)
     known = {key: _known_null(members, report) for key, members in groups.items()}
     alphas = _alphas_of_shuffles([members for key, members in groups.items() if known[key] is None], options, team)
     nulls: dict[str, Null] = {}
@@ -377,7 +377,7 @@ def weight_record(
     (record,) = measure_stacks([stack], options, histogram=histogram)
     if nulls is None or record.alpha is None:
         return record
-    shape = record.shape, record.kind, stack.sampling
+    shape = record.shape, record.kind, record.num_eigenvalues
     if shape not in nulls:
         nulls[shape] = null_of(alphas_of_shuffles(stack, options, draws_for(stack)))
     mean, std = nulls[shape] or (None, None)

@@ -1,6 +1,7 @@
 """From the fitted samples of a layer to its record: each metric, or why there is none.
 
-A metric of a layer is the mean over its samples. For a sample of N eigenvalues lam_1 <= ... <= lam_N whose tail has the exponent alpha:
+A metric of a layer is the mean over its samples. For a sample of N eigenvalues lam_1 <= ... <= lam_N, the tail of
+which has the exponent alpha:
 
     spectral_norm = lam_N                    norm = sum_j lam_j
     stable_rank = norm / lam_N               norm_stable_rank = norm / N

@@ -110,8 +110,8 @@ def imprecise_windows(
     Args:
         values: `(W, w)`, eigenvalues of the layer's windows, ascending.
         levels: `(W,)`, how they were solved, as positions in `PRECISIONS`.
-        lowest: `(S,)`, the smallest eigenvalue that counts for alpha: where the tail of each sample begins, or at a
-            cutoff.
+        lowest: `(S,)`, the smallest eigenvalue that counts for alpha: where the tail of each sample begins, or
+            at a cutoff.
         alpha: `(S,)`, alpha of each sample, NaN where it has none.
         options: how alpha is measured.
 

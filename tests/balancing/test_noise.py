@@ -15,9 +15,10 @@ from torch import nn
 from farms_tb import FARMSTempBalance, MatrixStack, TempBalance, analyze, lr_ratios
 from farms_tb.balancing.ratio_maps import noise_lambda
 from farms_tb.options import SpectrumOptions
+from farms_tb.report import LayerRecord
 from farms_tb.spectra.distributed import Team
-from farms_tb.spectra.measure import measure, measure_nulls, stack_record, with_nulls
-from farms_tb.spectra.null import MAX_DRAWS, MIN_DRAWS
+from farms_tb.spectra.measure import measure, measure_nulls, weight_record, with_nulls
+from farms_tb.spectra.uncertainty import MAX_DRAWS, MIN_DRAWS
 from farms_tb.weights.layers import find_layers
 from recipes.models.resnet import SmallImageResNet
 from recipes.models.vgg import SmallImageVGG
@@ -25,6 +26,10 @@ from tests.helpers import LIGHTNING_NOISE, Module, fit, make_net
 
 NETS = 20
 DRAWS = 60
+
+
+def stack_record(stack: MatrixStack, options: SpectrumOptions, null: bool = False) -> LayerRecord:
+    return weight_record(stack, options, nulls={} if null else None)
 
 
 def random_stack(shape: tuple[int, int, int], seed: int, sampling: Any = "blocks") -> MatrixStack:
@@ -149,8 +154,8 @@ class TestNull:
     def test_z_scores_of_random_layers_have_variance_one(
         self, draws: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("farms_tb.spectra.null.MIN_DRAWS", draws)
-        monkeypatch.setattr("farms_tb.spectra.null.MAX_DRAWS", draws)
+        monkeypatch.setattr("farms_tb.spectra.uncertainty.MIN_DRAWS", draws)
+        monkeypatch.setattr("farms_tb.spectra.uncertainty.MAX_DRAWS", draws)
         scores = [
             stack_record(random_stack((4, 12, 12), seed), SpectrumOptions(), null=True).z_score
             for seed in range(200)
@@ -164,20 +169,19 @@ class TestNull:
         layers = find_layers(make_net())
         report = measure(layers, SpectrumOptions())
         alone = measure_nulls(layers, report, SpectrumOptions())
-        tables: list[torch.Tensor] = []
+        parts: list[object] = []
 
-        def keep(table: torch.Tensor) -> torch.Tensor:
-            tables.append(table)
-            return table * 0
+        def keep(own: object) -> list[object]:
+            parts.append(own)
+            return [own]
 
         for rank in range(3):
             measure_nulls(layers, report, SpectrumOptions(), team=Team(rank, 3, keep))
-        total = torch.stack(tables).sum(0)
-        team = Team(1, 3, lambda _: total)
+        team = Team(1, 3, lambda _: parts)
         assert measure_nulls(layers, report, SpectrumOptions(), team=team) == alone
 
     def test_known_nulls_are_not_shared_again(self) -> None:
-        def refuse(_: torch.Tensor) -> torch.Tensor:
+        def refuse(_: object) -> list[object]:
             raise AssertionError
 
         layers = find_layers(make_net())

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from farms_tb.options import SpectrumOptions
-from farms_tb.spectra.windows import windows_of, window_shape
+from farms_tb.spectra.windows import window_shape, windows_of
 from farms_tb.weights.matrices import MatrixStack
 from tests.reference import windows as twin
 

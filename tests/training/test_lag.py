@@ -34,7 +34,7 @@ pytestmark = LIGHTNING_NOISE
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Where measuring runs beside training, as on a GPU, and where it is done at once, as on the CPU."""
     if request.param == "beside":
-        monkeypatch.setattr(beside, "_DEVICES", ("cpu",))
+        monkeypatch.setattr(beside, "BACKGROUND_DEVICES", ("cpu",))
     return request.param
 
 
@@ -78,7 +78,7 @@ def test_ratios_are_those_of_the_weights_so_many_steps_ago(lag: int, way: str) -
 
 def test_beside_training_is_as_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     at_once = train(2, histogram_every_n=2, assign_func="noise_aware")
-    monkeypatch.setattr(beside, "_DEVICES", ("cpu",))
+    monkeypatch.setattr(beside, "BACKGROUND_DEVICES", ("cpu",))
     threaded = train(2, histogram_every_n=2, assign_func="noise_aware")
     assert_same_weights(threaded[0], at_once[0])
     assert threaded[1].report == at_once[1].report
@@ -86,12 +86,12 @@ def test_beside_training_is_as_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_it_is_measured_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(beside, "_DEVICES", ("cpu",))
+    monkeypatch.setattr(beside, "BACKGROUND_DEVICES", ("cpu",))
     measure, threads = beside.measure_stacks, []
 
-    def watched(*args: Any) -> Any:
+    def watched(*args: Any, **kwargs: Any) -> Any:
         threads.append(threading.current_thread())
-        return measure(*args)
+        return measure(*args, **kwargs)
 
     monkeypatch.setattr(beside, "measure_stacks", watched)
     train(2)
@@ -102,13 +102,13 @@ def test_it_is_measured_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_steps_meanwhile_do_not_touch_what_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """The weights are copied before the next step changes them in place."""
-    monkeypatch.setattr(beside, "_DEVICES", ("cpu",))
+    monkeypatch.setattr(beside, "BACKGROUND_DEVICES", ("cpu",))
     measure, stepped = beside.measure_stacks, threading.Event()
 
-    def after_a_step(*args: Any) -> Any:
+    def after_a_step(*args: Any, **kwargs: Any) -> Any:
         assert stepped.wait(timeout=60)
         stepped.clear()
-        return measure(*args)
+        return measure(*args, **kwargs)
 
     class Stepped(Callback):
         def on_train_batch_end(self, *_: Any) -> None:
@@ -123,7 +123,7 @@ def test_steps_meanwhile_do_not_touch_what_is_measured(monkeypatch: pytest.Monke
 
 
 def test_an_error_is_raised_where_it_is_waited_for(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise ArithmeticError("planned")
 
     monkeypatch.setattr(beside, "measure_stacks", fail)
@@ -132,7 +132,7 @@ def test_an_error_is_raised_where_it_is_waited_for(way: str, monkeypatch: pytest
 
 
 def test_an_interrupted_run_leaves_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(beside, "_DEVICES", ("cpu",))
+    monkeypatch.setattr(beside, "BACKGROUND_DEVICES", ("cpu",))
 
     class Fails(Callback):
         def on_train_batch_end(self, trainer: Any, *_: Any) -> None:

@@ -419,17 +419,16 @@ from farms_tb import analyze_checkpoint
 def anonymous():
     lines = Path("/proc/self/status").read_text().splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
-import farms_tb.weights.files as checkpoint
+import farms_tb.analysis as checkpoint
 import safetensors.torch
 torch.set_num_threads(1)
 before, highest = anonymous(), [0.0]
-measure = checkpoint.stack_record
 def watched(stack, options, **flags):
     stack.matrices.sum()
     highest[0] = max(highest[0], anonymous())
     from farms_tb.report import LayerRecord
     return LayerRecord(shape=tuple(stack.matrices.shape))
-checkpoint.stack_record = watched
+checkpoint.weight_record = watched
 report = analyze_checkpoint({str(path)!r})
 assert len(report.layers) == 16
 print(highest[0] - before)
