@@ -196,9 +196,7 @@ def _solve_batch(batch: Sequence[Chunk], threads: int, solver: Solver) -> tuple[
     number = sum(len(chunk.index) for chunk in batch)
     if number == 1:
         (chunk,) = batch
-        window = chunk.windows.view[
-            torch.unravel_index(chunk.index.to(chunk.device), chunk.windows.view.shape[:-2])
-        ]
+        window = chunk.windows.take(chunk.index, chunk.windows.view.dtype)
         values, _ = _eigenvalues([window.cpu().to(chunk.dtype)], chunk.precision, 1, "auto")
         return values.to(chunk.device), "cpu"
     halves = [[replace(chunk, index=half)] for chunk in batch for half in chunk.index.chunk(2)]

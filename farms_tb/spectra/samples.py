@@ -102,7 +102,8 @@ def cutoff_of(pooled: Array, exponent: int, options: SpectrumOptions) -> Array:
     """Return the value `(S,)` below which eigenvalues of each sample `(S, N)` are dropped; 0 for none."""
     cutoff = np.zeros(len(pooled))
     if options.filter_zeros:
-        # Eigenvalues times 4^exponent may leave the range of float64, so the cutoff is divided; it may become infinite.
+        # Eigenvalues times 4^exponent may leave the range of float64, so the cutoff is divided; it may become
+        # infinite.
         with np.errstate(over="ignore"):
             absolute = np.ldexp(ZERO_CUTOFF, -2 * exponent)
         cutoff = np.where(pooled[:, -1] < absolute, 0.0, absolute)

@@ -66,7 +66,8 @@ class Windows(NamedTuple):
             # Without a gather: the windows lie behind each other in the last dimension of `lead`.
             chosen = self.view.flatten(0, -3)[start : start + number]
         else:
-            chosen = self.view[torch.unravel_index(index.to(self.view.device), lead)]
+            places = torch.unravel_index(index, lead)
+            chosen = self.view[tuple(place.to(self.view.device) for place in places)]
         # Matrix products are slow on windows of which neither rows nor columns lie together in memory, as in the
         # weight of a convolution.
         chosen = chosen.to(dtype, memory_format=torch.contiguous_format)
