@@ -1,4 +1,4 @@
-"""The README is short, its Python runs word for word in an empty folder, and its links lead somewhere."""
+"""The README is short and its Python runs; its links and the tests that the guarantees name exist."""
 
 from __future__ import annotations
 
@@ -56,3 +56,34 @@ def test_links_lead_to_files(page: str) -> None:
     assert links
     for link in links:
         assert (ROOT / link).exists(), f"{page}: {link}"
+
+
+class TestGuarantees:
+    """The table of promises, `docs/guarantees.md`."""
+
+    rows = re.findall(
+        r"^\| (?!promise|---)(.+?) \| (.+) \| (.+?) \|$",
+        (ROOT / "docs" / "guarantees.md").read_text(encoding="utf-8"),
+        flags=re.MULTILINE,
+    )
+    packages = {"transformers": "transformers", "wandb": "W&B", "mkdocs": "mkdocs"}
+
+    def test_every_named_test_exists(self) -> None:
+        assert len(self.rows) > 40
+        for promise, tests, _ in self.rows:
+            named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?(?:::(\w+))?`", tests)
+            assert named or re.search("`(make|python -m) ", tests), f"nothing tests: {promise}"
+            for file, *names in named:
+                code = (ROOT / file).read_text(encoding="utf-8")
+                for name in filter(None, names):
+                    assert re.search(rf"(def|class) {name}\b", code), f"{file} has no {name}"
+
+    def test_what_a_promise_needs_is_said(self) -> None:
+        """A file that is skipped without a package may not be said to run everywhere."""
+        for promise, tests, runs in self.rows:
+            for file in re.findall(r"`(tests/[\w/]+\.py)", tests):
+                code = (ROOT / file).read_text(encoding="utf-8")
+                for package in re.findall(r"^pytest\.importorskip\(\"(\w+)\"", code, flags=re.MULTILINE):
+                    assert self.packages[package] in runs, f"{promise} needs {package}"
+                if "mark.gpu" in code and file.endswith("test_foreach_update.py"):
+                    assert "GPU" in runs, promise
