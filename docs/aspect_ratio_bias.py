@@ -1,8 +1,8 @@
 """Draws `images/aspect_ratio_bias.png`: the bias that FARMS removes.
 
-Random Gaussian matrices of one width and more and more rows have no structure, so a fair measure of structure gives
-the same number for each. The alpha of the whole matrix does not: it follows from the Marchenko-Pastur law, which
-depends on the aspect ratio. Measured in windows of one aspect ratio, as FARMS does, alpha is constant.
+Random Gaussian matrices of one width and more and more rows have no structure, so a fair measure of structure
+gives the same number for each. The alpha of the whole matrix does not: it follows from the Marchenko-Pastur law,
+which depends on the aspect ratio. Measured in windows of one aspect ratio, as FARMS does, alpha is constant.
 
     python docs/aspect_ratio_bias.py
 """

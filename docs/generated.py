@@ -114,8 +114,10 @@ def options_table(*names: str) -> str:
 
 
 def option_reference() -> str:
-    """Return the markers by which mkdocstrings documents each dataclass of options."""
-    return "\n\n".join(f"::: farms_tb.options.{name}" for name in option_classes())
+    """Return the markers by which mkdocstrings documents each dataclass of options, under its public path."""
+    public = griffe.load("farms_tb", search_paths=[ROOT]).exports or ()
+    paths = [f"farms_tb.{name}" if name in public else f"farms_tb.options.{name}" for name in option_classes()]
+    return "\n\n".join(f"::: {path}" for path in paths)
 
 
 def commands() -> list[str]:
