@@ -138,6 +138,7 @@ class TestEpoch:
 
 
 class TestScaling:
+    @pytest.mark.slow
     def test_runs(self, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(scaling, "GRIDS", (2, 3))
         monkeypatch.setattr(scaling, "STACKS", (4, 16))

@@ -226,6 +226,7 @@ def _page(path: str) -> SimpleNamespace:
     return SimpleNamespace(file=SimpleNamespace(src_path=path))
 
 
+@pytest.mark.slow
 def test_python_of_the_pages_runs(tmp_path: Path) -> None:
     """Each page from top to bottom, in one process and an empty folder."""
     sources = [path for path in sorted(DOCS.rglob("*.md")) if "```python" in path.read_text(encoding="utf-8")]
