@@ -6,12 +6,15 @@ OLDEST_PYTHON ?= python3.10
 VENV := .venv
 OLDEST := .venv-oldest
 RUN := $(VENV)/bin/python
+PYTEST := $(RUN) -m pytest -n auto --durations=15
 
-.PHONY: help demo test test-oldest test-nightly docs lint format clean
+.PHONY: help demo test test-kernels test-oldest test-nightly docs lint format clean
 
 help:
 	@echo "make demo    install, then train a UNet on Darcy flow with FARMS-guided learning rates (about two minutes)"
 	@echo "make test    install, then run the test suite"
+	@echo "make test-kernels"
+	@echo "             install, then run the tests of the spectra with other BLAS kernels, as other processors choose them"
 	@echo "make test-oldest"
 	@echo "             install the oldest versions of everything that are supported, then run the test suite with them"
 	@echo "make test-nightly"
@@ -28,7 +31,14 @@ demo: $(VENV)/.recipes
 
 test: $(VENV)/.test
 	@echo "==> Running the tests"
-	$(RUN) -m pytest -n auto
+	$(PYTEST)
+
+# torch calls MKL, numpy OpenBLAS; each chooses its kernels by the processor, and rounds differently with each.
+test-kernels: $(VENV)/.test
+	@echo "==> Running the tests of the spectra with kernels for any processor"
+	MKL_CBWR=COMPATIBLE OPENBLAS_CORETYPE=Prescott $(PYTEST) tests/spectra -m "not slow"
+	@echo "==> Running the tests of the spectra with kernels for AVX2"
+	MKL_CBWR=AVX2 OPENBLAS_CORETYPE=Haswell $(PYTEST) tests/spectra -m "not slow"
 
 test-oldest: $(OLDEST)/.test
 	@echo "==> Running the tests with the oldest versions that are supported (tests/oldest.txt)"

@@ -17,7 +17,7 @@ untrained. Each with its weights
 
 Alpha is compared layer by layer, for the three fits, of FARMS windows and of whole matrices. What it is compared
 with cuts the windows by plain loops, takes numpy's SVD of each, and looks at every tail that a fit may choose: the
-twins of the test suite.
+reference implementations of the test suite.
 
 Writes `accuracy.csv`, `accuracy.png` and the table of `README.md`. Exits with status 1 where an error is above
 1e-4.
@@ -48,7 +48,7 @@ from farms_tb import analyze
 from farms_tb.options import Esd, Fit
 from farms_tb.viewing.plots.style import FAINT, new_figure, styled
 from recipes.config import build
-from tests.reference import layers as twin
+from tests.reference import layers as reference
 
 AIM = 1e-4
 FLAT_ALPHA, MIN_EIGENVALUES = 1e4, 5
@@ -191,9 +191,9 @@ def weights_of(name: str, epochs: int) -> Iterator[tuple[str, nn.Module]]:
 def compare(net: nn.Module, device: str) -> Iterator[dict[str, Value]]:
     """Yield the relative error of alpha for each layer, fit and way to cut windows."""
     on_device = deepcopy(net).to(device)
-    layers = twin.layers(net)
+    layers = reference.layers(net)
     for esd in get_args(Esd):
-        spectra = {name: twin.spectra(layer, esd=esd) for name, layer in layers.items()}
+        spectra = {name: reference.spectra(layer, esd=esd) for name, layer in layers.items()}
         for fit in get_args(Fit):
             found = analyze(on_device, esd=esd, fit=fit).alphas
             for name, samples in spectra.items():

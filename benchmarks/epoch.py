@@ -18,7 +18,7 @@ has: checkpoints, pictures, CSV file and W&B, offline. ResNet-18 logs to a CSV f
 every epoch.
 
 The share of the pass is the time that the callback takes at the start of an epoch, that of the step what
-`optimizer.step` takes longer with a ratio for each layer, timed beside a plain one on a network with gradients.
+`optimizer.step` takes longer with a ratio for each layer, timed against a plain one on a network with gradients.
 
 Writes `epoch.csv`, `rounds.csv`, `epoch.png` and the table of `README.md`.
 """

@@ -4,9 +4,9 @@
     python -m benchmarks.load --updates 1000      # a shorter run
 
 Three parts. Models of up to 2000 layers: the time to find the layers, to measure them and to write a log row, and
-a step with as many ratios as layers beside a plain step and beside torch's own with as many param groups. 10 000
+a step with as many ratios as layers, a plain step, and torch's own with as many param groups. 10 000
 updates (a training step, a measurement, new ratios, a log row, the state for a checkpoint): memory, and time
-beside that of runs that have just begun. A model of two billion parameters on the meta device: its plan.
+against that of runs that have just begun. A model of two billion parameters on the meta device: its plan.
 
 Times are medians of this process's processor time, on one thread, so that other work disturbs them little.
 
@@ -122,13 +122,13 @@ def long_run(updates: int) -> list[dict[str, float]]:
     rows = []
     for block in range(updates // BLOCK):
         # What the machine does meanwhile, it does to a run that has just begun as well.
-        taken, beside = medians([update, begin_run()], BLOCK - 1)
+        taken, new_run = medians([update, begin_run()], BLOCK - 1)
         rows.append(
             {
                 "updates": (block + 1) * BLOCK,
                 "seconds": taken,
-                "new_run_seconds": beside,
-                "ratio": taken / beside,
+                "new_run_seconds": new_run,
+                "ratio": taken / new_run,
                 "resident_bytes": resident_bytes(),
             }
         )
@@ -211,13 +211,13 @@ def print_results(
     print(
         f"\n{run[-1]['updates']} updates: first and last block, and the slope over the run with its standard error"
     )
-    figures = (
+    columns = (
         ("seconds", "ms", 1e3),
         ("new_run_seconds", "ms", 1e3),
         ("ratio", "", 1.0),
         ("resident_bytes", "MiB", 2**-20),
     )
-    for key, unit, scale in figures:
+    for key, unit, scale in columns:
         growth, error = slope(run, key)
         ends = f"{run[0][key] * scale:.2f} -> {run[-1][key] * scale:.2f} {unit}"
         print(f"{key:>15}  {ends:<24} {100 * growth:+.2f}% +- {100 * error:.2f}%")

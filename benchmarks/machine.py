@@ -17,7 +17,7 @@ def describe(device: str = "cpu", *packages: str) -> str:
 
     Args:
         device: where the work is done; a GPU gets a line of its own.
-        packages: whose versions matter here, beside torch's.
+        packages: whose versions matter here, in addition to torch's.
     """
     lines = [f"machine   {_processor()}, {len(os.sched_getaffinity(0))} cores, {_memory():.0f} GiB"]
     if torch.device(device).type == "cuda":

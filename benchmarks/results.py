@@ -14,7 +14,7 @@ Value = float | int | str
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Value]]) -> None:
-    """Write rows of figures, with six digits; where a row lacks a figure, its place is left empty."""
+    """Write rows of numbers with six digits; a number that a row lacks is left empty."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")

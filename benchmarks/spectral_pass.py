@@ -6,7 +6,7 @@
 
 The ways to measure a model:
 
-- `analyze`: `farms_tb.analyze` with its defaults, so with every figure of a report; on the CPU with all threads
+- `analyze`: `farms_tb.analyze` with its defaults, so with every metric of a report; on the CPU with all threads
   that torch uses, and with one;
 - `windows`: one `torch.linalg.svdvals` for each FARMS window, layer by layer in a loop, then the median fit;
 - `whole`: the same for whole weight matrices;

@@ -6,7 +6,7 @@
 
 SGD (Nesterov momentum, weight decay), Adam and AdamW step on real networks and on one of 160 tiny layers, whose
 steps are overhead alone: as by default (a loop over the tensors on the CPU, `foreach` on a GPU), by `foreach` and
-fused. Beside the plain step the same optimizer steps with a number of distinct ratios, and torch's own with as
+fused. Against the plain step the same optimizer steps with a number of distinct ratios, and torch's own with as
 many param groups. All step on the same parameters in turn, each with state of its own.
 
 Times are medians: of this process's processor time on one thread, on a GPU of wall-clock time.

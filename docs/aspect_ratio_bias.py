@@ -1,8 +1,8 @@
-"""The bias that FARMS removes, in one figure: draws `images/aspect_ratio_bias.png`.
+"""Draws `images/aspect_ratio_bias.png`: the bias that FARMS removes.
 
-Random Gaussian matrices of one width and ever more rows hold no structure at all, so a fair measure of structure
-says the same of each. The alpha of the whole matrix does not: it follows from the Marchenko-Pastur law, which
-depends on the aspect ratio. Measured in windows of one aspect ratio, as FARMS does, alpha stays where it is.
+Random Gaussian matrices of one width and more and more rows have no structure, so a fair measure of structure
+gives the same number for each. The alpha of the whole matrix does not: it follows from the Marchenko-Pastur law,
+which depends on the aspect ratio. Measured in windows of one aspect ratio, as FARMS does, alpha is constant.
 
     python docs/aspect_ratio_bias.py
 """

@@ -1,8 +1,8 @@
-"""The figures of the pages on alphas and on the maths: draws `images/*.png` beside it, a minute on one core.
+"""Draws `images/*.png`, the plots of the pages on alphas and on the maths; takes a minute on one core.
 
     python docs/figures.py
 
-All of them are drawn from what the package itself computes, for weights made here.
+All of them show what the package itself computes, for weights that are made here.
 """
 
 from __future__ import annotations

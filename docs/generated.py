@@ -1,8 +1,8 @@
-"""What the pages of the site are made of besides their own words: a hook of MkDocs, see `mkdocs.yml`.
+"""Generates parts of the site from the code: a hook of MkDocs, see `mkdocs.yml`.
 
-A line `<!-- generated: NAME ARGUMENTS -->` on a page becomes what the function of that name in `GENERATED`
-returns, so that tables of options, commands and experiments are never behind the code. Formulas become MathML,
-which browsers set by themselves: no script, no font, no network.
+A line `<!-- generated: NAME ARGUMENTS -->` on a page is replaced by the result of the function of that name in
+`GENERATED`, so that tables of options, commands and experiments always agree with the code. Formulas become
+MathML, which browsers render by themselves: no script, no font, no network.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import griffe
 from latex2mathml.converter import convert
@@ -63,27 +63,61 @@ def on_page_content(content: str, **_: Any) -> str:
     return _FORMULA.sub(mathml, content)
 
 
+class Option(NamedTuple):
+    """An option as its docstring describes it."""
+
+    default: str
+    description: str
+
+
 @cache
-def callback_options() -> dict[str, griffe.DocstringParameter]:
-    """Return what the callback's docstring says of each of its options, by name."""
+def option_classes() -> dict[str, griffe.Class]:
+    """Return the dataclasses of options in `farms_tb.options`, by name."""
+    module = griffe.load("farms_tb.options", search_paths=[ROOT])
+    return {name: found for name, found in module.classes.items() if name.endswith("Options")}
+
+
+@cache
+def options() -> dict[str, Option]:
+    """Return every option by name: from the dataclasses, and those that the Lightning callback alone has."""
+    found = _callback_options()
+    for made in option_classes().values():
+        described = _section(made, griffe.DocstringSectionKind.attributes)
+        for name, text in described.items():
+            found[name] = Option(str(made[name].value), text)
+    return found
+
+
+def _callback_options() -> dict[str, Option]:
     callback = griffe.load("farms_tb.training.lightning", search_paths=[ROOT])["FARMSTempBalance"]
-    sections = callback.docstring.parse("google")
-    section = next(s for s in sections if s.kind is griffe.DocstringSectionKind.parameters)
-    defaults = {parameter.name: parameter.default for parameter in callback["__init__"].parameters}
-    described = {parameter.name: parameter for parameter in section.value}
-    for name, parameter in described.items():
-        parameter.value = defaults[name]
-    return described
+    described = _section(callback, griffe.DocstringSectionKind.parameters)
+    defaults = {parameter.name: str(parameter.default) for parameter in callback["__init__"].parameters}
+    return {name: Option(defaults.get(name, ""), text) for name, text in described.items()}
+
+
+def _section(documented: griffe.Object, kind: griffe.DocstringSectionKind) -> dict[str, str]:
+    """Return what one section of a docstring says, by the names of its entries."""
+    if documented.docstring is None:
+        return {}
+    sections = documented.docstring.parse("google")
+    return {entry.name: entry.description for part in sections if part.kind is kind for entry in part.value}
 
 
 def options_table(*names: str) -> str:
-    """Return a table of options of the callback: name, default, meaning."""
+    """Return a table of options: name, default, meaning."""
     lines = ["| option | default | meaning |", "|---|---|---|"]
     for name in names:
-        option = callback_options()[name]
+        option = options()[name]
         text = " ".join(option.description.split()).replace("|", r"\|")
-        lines.append(f'| <code id="{name}">{name}</code> | `{option.value}` | {text[0].upper()}{text[1:]} |')
+        lines.append(f'| <code id="{name}">{name}</code> | `{option.default}` | {text[0].upper()}{text[1:]} |')
     return "\n".join(lines)
+
+
+def option_reference() -> str:
+    """Return the markers by which mkdocstrings documents each dataclass of options, under its public path."""
+    public = griffe.load("farms_tb", search_paths=[ROOT]).exports or ()
+    paths = [f"farms_tb.{name}" if name in public else f"farms_tb.options.{name}" for name in option_classes()]
+    return "\n\n".join(f"::: {path}" for path in paths)
 
 
 def commands() -> list[str]:
@@ -137,19 +171,18 @@ def _head(path: Path) -> str:
 
 
 def modules_table(folder: str) -> str:
-    """Return a table of the modules in a folder, with the first sentence of each."""
-    rows = []
-    for path in sorted((ROOT / folder).iterdir()):
-        source = path / "__init__.py" if path.is_dir() else path
-        name = f"{path.name}/" if path.is_dir() else path.name
-        text = ast.get_docstring(ast.parse(source.read_text(encoding="utf-8"))) if _is_module(source) else None
-        if text and (folder == "farms_tb" or name.startswith("test_")):
-            rows.append(f"| `{name}` | {text.splitlines()[0]} |")
+    """Return a table of the modules in a folder, with the first line of each module's docstring."""
+    found = {path.name: _first_line(path) for path in sorted((ROOT / folder).glob("*.py"))}
+    found |= {f"{path.parent.name}/": _first_line(path) for path in sorted((ROOT / folder).glob("*/__init__.py"))}
+    rows = [f"| `{name}` | {text} |" for name, text in found.items() if text and not name.startswith("_")]
+    if not rows:
+        raise KeyError(folder)
     return "\n".join(["| module | what it holds |", "|---|---|", *rows])
 
 
-def _is_module(path: Path) -> bool:
-    return path.suffix == ".py" and path.is_file() and path.parent.name + path.name != "farms_tb__init__.py"
+def _first_line(path: Path) -> str:
+    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return text.partition("\n")[0]
 
 
 def targets_table() -> str:
@@ -187,6 +220,7 @@ def _parts(section: dict[str, Any]) -> list[dict[str, Any]]:
 
 GENERATED: dict[str, Callable[..., str]] = {
     "options": options_table,
+    "option_reference": option_reference,
     "command": command_help,
     "experiments": experiments_table,
     "modules": modules_table,

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from farms_tb.training.huggingface import FARMSTrainerCallback as FARMSTrainerCallback
     from farms_tb.training.lightning import FARMSTempBalance
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 sys.meta_path.insert(0, MovedModules())
 

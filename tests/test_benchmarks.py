@@ -1,4 +1,4 @@
-"""Benchmarks run, on tiny models, and what they compare does the same work; their figures are not tested here."""
+"""Benchmarks run on tiny models, and what they compare does the same work; their timings are not tested here."""
 
 from __future__ import annotations
 
@@ -138,6 +138,7 @@ class TestEpoch:
 
 
 class TestScaling:
+    @pytest.mark.slow
     def test_runs(self, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(scaling, "GRIDS", (2, 3))
         monkeypatch.setattr(scaling, "STACKS", (4, 16))
@@ -212,11 +213,11 @@ class TestAccuracy:
         torch.testing.assert_close(after[1].weight, net[1].weight)  # type: ignore[index]
 
     @pytest.mark.parametrize("fit", ["median", "goodness-of-fit", "xmin_peak"])
-    def test_twin_is_that_of_the_test_suite(self, fit: str) -> None:
+    def test_reference_is_that_of_the_test_suite(self, fit: str) -> None:
         values = sorted(np.random.default_rng(0).pareto(2, 60) + 0.1)
         assert plain_alphas(values, fit) == pytest.approx([spectrum.fit(values, fit)[0]])  # type: ignore[arg-type]
 
-    def test_twin_of_samples_without_a_fit(self) -> None:
+    def test_reference_of_samples_without_a_fit(self) -> None:
         for fit in ("median", "goodness-of-fit", "xmin_peak"):
             assert plain_alphas([0.0] * 6, fit) == plain_alphas([2.0] * 6, fit) == []  # type: ignore[arg-type]
 
