@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any, Literal, get_args
 
 from rich.console import Console
 
+from farms_tb.atomic_write import atomic_path, write_text_atomically
 from farms_tb.cli.messages import say
 from farms_tb.cli.tables import Column, Row, print_table
 
@@ -79,9 +79,10 @@ def emit(
         return
     path = output if complete else output.with_suffix(f".partial{output.suffix}")
     if form == "parquet":
-        _write_whole(path, lambda place: _write_parquet(rows, place))
+        with atomic_path(path) as unfinished:
+            _write_parquet(rows, unfinished)
     else:
-        _write_whole(path, lambda place: place.write_text(text, encoding="utf-8"))
+        write_text_atomically(path, text)
     say(f"wrote {path}")
 
 
@@ -109,13 +110,3 @@ def _write_parquet(rows: Sequence[Row], path: Path) -> None:
     names = list(rows[0]) if rows else []
     schema = pa.schema([(name, kinds.get(name, pa.float64())) for name in names])
     pq.write_table(pa.Table.from_pylist([dict(row) for row in rows], schema=schema), path)
-
-
-def _write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file under another name and rename it, so that what bears its name is whole."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(unfinished)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)

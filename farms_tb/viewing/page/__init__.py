@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from farms_tb.atomic_write import write_text_atomically
 from farms_tb.report import OK, LayerRecord, Report
 from farms_tb.viewing.densities import aspect_of_sample, esd_density, marchenko_pastur, tail_density
 from farms_tb.viewing.run_folder import Curve, RunFolder, read_run_folder
@@ -44,9 +45,7 @@ def write_page(run_folder: _Path | RunFolder, output: _Path | None = None) -> Pa
     run = run_folder if isinstance(run_folder, RunFolder) else read_run_folder(run_folder)
     path = run.path / PAGE_FILE if output is None else Path(output)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(_render(run), encoding="utf-8", errors="replace")
-    part.replace(path)
+    write_text_atomically(path, _render(run), errors="replace")
     return path
 
 

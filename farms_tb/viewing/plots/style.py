@@ -9,7 +9,10 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+from farms_tb.atomic_write import atomic_path
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -91,7 +94,9 @@ def new_figure(width: float, height: float) -> Figure:
 def save(figure: Figure, path: PathLike | None) -> Figure:
     """Save a figure where a path is given, in the format of its ending."""
     if path is not None:
-        figure.savefig(path, bbox_inches="tight")
+        suffix = Path(path).suffix.removeprefix(".")
+        with atomic_path(path) as unfinished:
+            figure.savefig(unfinished, format=suffix or None, bbox_inches="tight")
     return figure
 
 
