@@ -16,6 +16,8 @@ import torch
 from torch import nn
 
 from farms_tb.report import LayerRecord
+from farms_tb.viewing.metrics_csv import METRICS_FILE
+from farms_tb.viewing.run_files import find_run
 from farms_tb.weights.files import stored_layers, stored_tensors
 from farms_tb.weights.layers import Layer, checked_layers, read_stacks
 from farms_tb.weights.matrices import MatrixStack
@@ -31,22 +33,25 @@ class Source:
         items: what is read, one after the other.
         read: reads items; yields the name of each layer, with its weight or a record that says why it has none.
         damaged: a sentence for each file of several that cannot be read.
+        note: what the user should know of it; empty for nothing.
     """
 
     items: Sequence[Any]
     read: Callable[[Iterable[Any]], Iterator[tuple[str, MatrixStack | LayerRecord]]]
     damaged: Sequence[str] = ()
+    note: str = ""
 
 
-def open_source(model: str, *, pretrained: bool = False) -> Source:
+def open_source(model: str, *, pretrained: bool = False, key: str | None = None) -> Source:
     """Find a model; of a file, nothing is read but names and shapes.
 
     Args:
-        model: a file or directory that `farms_tb.analyze_checkpoint` takes; `"resnet18"`,
-            `"torchvision:resnet18"`, `"timm:vit_base_patch16_224"`; or `"module:function"`, called without
-            arguments.
+        model: a file or directory that `farms_tb.analyze_checkpoint` takes; the folder of a run, for its last
+            checkpoint; `"resnet18"`, `"torchvision:resnet18"`, `"timm:vit_base_patch16_224"`; or
+            `"module:function"`, called without arguments.
         pretrained: load the weights that torchvision or timm has for a model, which may download them; without it
             they are random, the same each time.
+        key: where the weights lie in a file that holds more.
 
     Raises:
         FileNotFoundError, ValueError, TypeError, ImportError: there is no such model, or nothing in it to measure.
@@ -61,9 +66,43 @@ spectral-convolution layers can, others by farms_tb.layer_matrices.register
     if Path(model).exists():
         if pretrained:
             raise ValueError(f"--pretrained is for models of torchvision and timm, {model} is a file")
-        damaged: list[str] = []
-        return Source(stored_tensors(model, damaged), stored_layers, damaged)
+        return _open_file(Path(model), key)
+    if key is not None:
+        raise ValueError(f"--key is for files of weights, {model} is none")
     return Source(checked_layers(_build(model, pretrained)), _model_layers)
+
+
+def _open_file(path: Path, key: str | None) -> Source:
+    note = ""
+    if _is_run_folder(path):
+        checkpoint = _last_checkpoint(path)
+        note = f"{path} is the folder of a run: measuring its last checkpoint, {checkpoint.relative_to(path)}"
+        path = checkpoint
+    damaged: list[str] = []
+    return Source(stored_tensors(path, damaged, **_only_given(key=key)), stored_layers, damaged, note)
+
+
+def _only_given(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _is_run_folder(path: Path) -> bool:
+    """Tell a run's folder from one of weights, as Hugging Face saves them."""
+    if not path.is_dir() or any(path.glob("*.safetensors*")) or any(path.glob("*.bin*")):
+        return False
+    return any(path.rglob("*.ckpt")) or any(path.rglob(METRICS_FILE))
+
+
+def _last_checkpoint(folder: Path) -> Path:
+    """Return the newest checkpoint of a run.
+
+    Raises:
+        ValueError: there are several runs, or none has a checkpoint.
+    """
+    checkpoints = find_run(folder).checkpoints
+    if not checkpoints:
+        raise ValueError(f"{folder} is the folder of a run without a checkpoint (*.ckpt): there are no weights")
+    return checkpoints[0]
 
 
 def _model_layers(layers: Iterable[Layer]) -> Iterator[tuple[str, MatrixStack | LayerRecord]]:

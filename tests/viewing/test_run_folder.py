@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from farms_tb import FARMSTempBalance, analyze
+from farms_tb.viewing.run_files import SeveralRunsError
 from farms_tb.viewing.run_folder import RunFolder, read_run_folder
 from tests.helpers import LIGHTNING_NOISE, Module
 from tests.runs import train_run
@@ -172,17 +173,38 @@ def test_checkpoint_without_the_callback(run: Path) -> None:
     assert found.missing == ()
 
 
-def test_newest_of_several_versions(run: Path) -> None:
+def test_several_runs_are_listed_and_none_is_chosen(run: Path) -> None:
     shutil.copytree(run / "version_0", run / "version_1")
-    path = newer(run / "version_1" / "metrics.csv")
-    lines = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(b"".join(lines[:2]))
-    newer(path)
-    found = read_run_folder(run)
-    assert found.history.alpha["net.2"].epochs == (0,)
-    assert found.weights.startswith("version_1/")
-    newer(run / "version_0" / "checkpoints" / "last.ckpt")
-    assert read_run_folder(run).weights.startswith("version_1/")  # of the same run as the curves
+    with pytest.raises(SeveralRunsError, match="several runs") as error:
+        read_run_folder(run)
+    assert str(run / "version_0") in str(error.value)
+    assert str(run / "version_1") in str(error.value)
+    for path in run.rglob("metrics.csv"):
+        path.unlink()
+    with pytest.raises(SeveralRunsError, match="version_1"):  # runs of checkpoints alone, too
+        read_run_folder(run)
+
+
+def test_a_version_without_measurements_is_no_run(run: Path) -> None:
+    """Its checkpoints are not mixed with the curves of the other one."""
+    shutil.copytree(run / "version_0", run / "version_1")
+    (run / "version_1" / "metrics.csv").write_text("epoch,loss\n0,1\n")
+    newer(run / "version_1" / "checkpoints" / "last.ckpt")
+    assert read_run_folder(run).weights.startswith("version_0/")
+    shutil.rmtree(run / "version_0" / "checkpoints")
+    assert read_run_folder(run).farms is None
+
+
+def test_a_run_with_other_runs_below(run: Path) -> None:
+    folder = run / "version_0"
+    shutil.copytree(folder, folder / "below")
+    newer(folder / "below" / "checkpoints" / "last.ckpt")
+    assert read_run_folder(folder).weights.startswith("checkpoints/")
+
+
+def test_checkpoints_apart_from_the_metrics(run: Path) -> None:
+    shutil.move(run / "version_0" / "checkpoints", run / "project" / "id" / "checkpoints")
+    assert read_run_folder(run).weights.startswith("project/id/checkpoints/")
 
 
 def test_settings_and_scores(run: Path) -> None:

@@ -16,7 +16,8 @@ from typing import Any
 from farms_tb.atomic_write import write_text_atomically
 from farms_tb.report import OK, LayerRecord, Report
 from farms_tb.viewing.densities import aspect_of_sample, esd_density, marchenko_pastur, tail_density
-from farms_tb.viewing.run_folder import Curve, RunFolder, read_run_folder
+from farms_tb.viewing.history import Curve
+from farms_tb.viewing.run_folder import RunFolder, read_run_folder
 
 __all__ = ["write_page"]
 

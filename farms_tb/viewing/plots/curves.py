@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from farms_tb.viewing.history import Curve, History
 from farms_tb.viewing.plots.style import (
     MARKERS,
     MAX_LEGEND,
@@ -21,7 +22,6 @@ from farms_tb.viewing.plots.style import (
     spread,
     styled,
 )
-from farms_tb.viewing.run_folder import Curve, History
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
