@@ -112,19 +112,14 @@ def _other_time(curve: Curve | None, run: RunFolder) -> str:
     """Return a note where the weights that were measured are of another time than the end of the curve."""
     if curve is None or (run.weights_step is None and run.weights_epoch is None):
         return ""
-    if run.weights_step is None:
-        same = run.weights_epoch == curve.epochs[-1]
-    else:
-        same = run.weights_step == curve.steps[-1]
-    if same:
-        return ""
-    weights = _time(run.weights_epoch, run.weights_step)
-    return f"alpha of {weights}; curve to {_time(curve.epochs[-1], curve.steps[-1])}"
-
-
-def _time(epoch: float | None, step: int | None) -> str:
-    epochs = [] if epoch is None or math.isnan(epoch) else [f"epoch {epoch:g}"]
-    return ", ".join(epochs + ([] if step is None else [f"step {step}"]))
+    epoch, step = curve.epochs[-1], curve.steps[-1]
+    same_epoch = run.weights_epoch in (None, epoch) or math.isnan(epoch)
+    same_step = run.weights_step in (None, step)
+    if run.weights_step is not None and same_step:
+        return ""  # an epoch that a checkpoint interrupts counts as complete there, and not in the curve
+    if not same_epoch:
+        return f"alpha of epoch {run.weights_epoch}, curve to epoch {epoch:g}"
+    return "" if same_step else f"alpha of step {run.weights_step}, curve to step {step}"
 
 
 def _on_axis(curve: Curve | None, when: list[_When]) -> list[float | None]:

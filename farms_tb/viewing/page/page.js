@@ -271,7 +271,9 @@ function mapChart(place, shown, quantity) {
   if (!rows.length) { place.append(el("p", { class: "quiet" }, `No ${QUANTITIES[quantity].label} to map.`)); return; }
   const { shade, ends } = mapColours(rows, quantity);
   const whole = Math.max(280, place.clientWidth);
-  const left = Math.round(Math.min(190, whole * 0.33, 20 + 6.2 * Math.max(...rows.map((layer) => layer.name.length))));
+  const widest = Math.floor(Math.min(190, whole * 0.33) / 6.2);
+  const labels = shortLabels(rows.map((layer) => layer.name), widest);
+  const left = Math.round(14 + 6.2 * Math.max(...labels.map((label) => label.length)));
   const width = whole - left - MARGIN.right;
   const height = Math.min(640, Math.max(160, 14 * rows.length));
   const canvas = el("canvas", { width: columns.length, height: rows.length, role: "img", "aria-label": `${QUANTITIES[quantity].title} as a map` });
@@ -294,7 +296,7 @@ function mapChart(place, shown, quantity) {
   const root = frame(whole, height + MARGIN.top + MARGIN.bottom, `Axes of the map: ${rows.length} layers, ${axisTitle()}`);
   for (const row of spread(rows.length, Math.floor(height / 13))) {
     root.append(svg("text", { class: "row", x: left - 6, y: MARGIN.top + (row + 0.5) * height / rows.length + 4, "text-anchor": "end" },
-      ending(rows[row].name, Math.floor((left - 14) / 6.2))));
+      labels[row]));
   }
   const bottom = MARGIN.top + height;
   for (const column of spread(columns.length, Math.floor(width / 70))) {
@@ -329,8 +331,20 @@ function spread(count, most) {
   const kept = Math.max(1, Math.min(count, most));
   return [...new Set(Array.from({ length: kept }, (_, k) => Math.round(k * (count - 1) / Math.max(1, kept - 1))))];
 }
-/** The end of a name, which tells the layers of a model apart. */
-const ending = (name, most) => (name.length <= most ? name : `…${name.slice(1 - Math.max(2, most))}`);
+/** Names of at most so many letters: without the parts that all have in common at both ends, then without their start. */
+function shortLabels(names, most) {
+  if (names.every((name) => name.length <= most)) return names;
+  const parts = names.map((name) => name.split("."));
+  const shortest = Math.min(...parts.map((part) => part.length));
+  const common = (at) => parts.every((part) => part.at(at) === parts[0].at(at));
+  let [start, end] = [0, 0];
+  while (start < shortest - 1 && common(start)) start++;
+  while (end < shortest - start - 1 && common(-end - 1)) end++;
+  return parts.map((part) => {
+    const label = `${start ? "…" : ""}${part.slice(start, part.length - end).join(".")}${end ? "…" : ""}`;
+    return label.length <= most ? label : `…${label.slice(1 - most)}`;
+  });
+}
 
 function drawHistory() {
   const shown = layers.filter((layer) => layer.shown);

@@ -18,6 +18,7 @@ from farms_tb.viewing.plots.style import (
     depth_colours,
     explain_colours,
     new_figure,
+    plain,
     save,
     spread,
     styled,
@@ -111,7 +112,7 @@ def plot_ratio_map(history: History, path: PathLike | None = None, *, title: str
         interpolation="nearest",
     )
     shown = spread(len(names), MAX_NAMES)
-    axes.set_yticks(shown, [names[index] for index in shown], fontsize="x-small")
+    axes.set_yticks(shown, [plain(names[index]) for index in shown], fontsize="x-small")
     shown = spread(len(when), 12)
     axes.set_xticks(shown, [f"{when[index]:g}" for index in shown])
     axes.set_xlabel("optimizer steps" if history.by_step else "completed epochs")
@@ -152,7 +153,7 @@ def _plot_curves(
             marker=MARKERS[index % len(MARKERS)] if few else "o" if len(x) < 3 else "",
             # Each layer's markers at epochs of its own, so that they do not hide one another.
             markevery=(index % every, every),
-            label=name,
+            label=plain(name),
         )
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("optimizer steps" if history.by_step else "completed epochs")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+from farms_tb.viewing.names import file_name
 from farms_tb.viewing.plots.curves import plot_alpha_curves, plot_ratio_curves, plot_ratio_map
 from farms_tb.viewing.plots.layers import (
     plot_alpha_by_depth,
@@ -14,8 +15,11 @@ from farms_tb.viewing.plots.layers import (
     plot_full_against_farms,
     with_histogram,
 )
-from farms_tb.viewing.plots.style import PathLike, check_format
+from farms_tb.viewing.plots.style import PathLike, check_format, plain
 from farms_tb.viewing.run_folder import RunFolder, read_run_folder
+
+FOLDER = "figures"
+"""Where the pictures of a run go, in its folder."""
 
 PICTURES = ("alpha", "lr_ratio", "lr_ratio_map", "alpha_by_depth", "full_against_farms", "esd")
 """Names of the pictures of a run."""
@@ -62,8 +66,8 @@ def save_all(
     """
     check_wanted(pictures, suffix)
     run = run_folder if isinstance(run_folder, RunFolder) else read_run_folder(run_folder)
-    heading = run.title if title is None else title
-    folder = run.path / "figures" if output_dir is None else Path(output_dir)
+    heading = plain(run.title) if title is None else title
+    folder = _own_folder(run.path / FOLDER) if output_dir is None else Path(output_dir)
     drawable = _drawable(run, heading)
     chosen = list(drawable if pictures is None else pictures)
     absent = [name for name in (*chosen, *(("esd",) if layers else ())) if name not in drawable]
@@ -84,7 +88,14 @@ def _spectra(run: RunFolder, layers: Sequence[str]) -> dict[str, Callable[[Path]
     if run.farms is None or not layers:
         return {}
     with_histogram(run.farms, layers)
-    return {f"esd_{layer.replace('/', '_')}": partial(plot_esd, run.farms, layer) for layer in layers}
+    return {f"esd_{file_name(layer)}": partial(plot_esd, run.farms, layer) for layer in layers}
+
+
+def _own_folder(folder: Path) -> Path:
+    """Return the folder for a run's pictures, unless a link in somebody's run would lead them elsewhere."""
+    if folder.is_symlink():
+        raise ValueError(f"{folder} is a link to {folder.readlink()}: pass the folder to write to (--output)")
+    return folder
 
 
 def _drawable(run: RunFolder, title: str) -> dict[str, Callable[[Path], object]]:

@@ -14,6 +14,7 @@ from farms_tb.viewing.plots.style import (
     PathLike,
     depth_colours,
     new_figure,
+    plain,
     save,
     spread,
     styled,
@@ -75,7 +76,7 @@ def plot_alpha_by_depth(report: Report, path: PathLike | None = None, *, title: 
     shown = spread(len(names), MAX_NAMES)
     axes.set_xticks(
         shown,
-        [names[index] for index in shown],
+        [plain(names[index]) for index in shown],
         rotation=45,
         ha="right",
         rotation_mode="anchor",
@@ -159,7 +160,7 @@ def plot_esd(report: Report, layer: str, path: PathLike | None = None, *, title:
     figure = new_figure(5.0, 3.6)
     axes = figure.add_subplot()
     _draw_esd(axes, report, layer, depth_colours(list(report.layers))[layer])
-    axes.set_title(title or layer)
+    axes.set_title(title or plain(layer))
     axes.set_xlabel("eigenvalue")
     axes.set_ylabel("density")
     axes.legend(loc="lower left")
@@ -197,7 +198,7 @@ def plot_esds(
         axes.set_axis_off()
     for axes, name in zip(grid.flat[: len(chosen)], chosen, strict=True):
         _draw_esd(axes, report, name, colours[name])
-        axes.set_title(name if len(name) <= 32 else "…" + name[-31:], fontsize=7)
+        axes.set_title(plain(name, 32), fontsize=7)
         axes.tick_params(labelsize=6)
         axes.minorticks_off()  # hundreds of them would take most of the time of drawing
     figure.suptitle(title, x=0.01, ha="left", fontsize=10)
