@@ -273,7 +273,7 @@ function mapChart(place, shown, quantity) {
   const whole = Math.max(280, place.clientWidth);
   const widest = Math.floor(Math.min(190, whole * 0.33) / 6.2);
   const labels = shortLabels(rows.map((layer) => layer.name), widest);
-  const left = Math.round(14 + 6.2 * Math.max(...labels.map((label) => label.length)));
+  const left = Math.round(18 + 6.2 * Math.max(...labels.map((label) => label.length)));
   const width = whole - left - MARGIN.right;
   const height = Math.min(640, Math.max(160, 14 * rows.length));
   const canvas = el("canvas", { width: columns.length, height: rows.length, role: "img", "aria-label": `${QUANTITIES[quantity].title} as a map` });
