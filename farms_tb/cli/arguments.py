@@ -22,7 +22,9 @@ MODEL_HELP = (
     "timm:vit_base_patch16_224); or module:function, called without arguments."
 )
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)]
-Null = Annotated[bool, typer.Option("--null", help="Also measure shuffled layers, for the z-score of alpha.")]
+Null = Annotated[
+    bool, typer.Option("--null", help="Also measure each layer in random order (permutation null), for z.")
+]
 Key = Annotated[
     str | None,
     typer.Option(metavar="NAME", help="Where the weights lie in a file that holds more: ema, params, ..."),

@@ -29,7 +29,7 @@ class Wanted:
     Attributes:
         options: how alpha is measured.
         full: also measure whole matrices.
-        null: also measure a layer of each shape with its entries shuffled.
+        null: also measure the permutation null: a layer of each shape with its entries shuffled.
         patterns: shell-style patterns of layer names; none for every layer.
         device: where eigenvalues are computed.
     """

@@ -297,8 +297,8 @@ def test_pictures_that_cannot_be_drawn(farms: Report, full: Report, metrics: Pat
         (run, {"suffix": ".bogus"}, "no format of pictures '.bogus': matplotlib writes .*pdf, .*png, .*svg"),
         (run, {"pictures": ["alpha", "esds"]}, "no picture 'esds': there are alpha, lr_ratio, .*, esd"),
         (run, {"layers": ["0", "9"]}, "no layer '9' with a histogram; those with one are 0, 1, 2"),
-        (curves, {"pictures": ["alpha", "esd"]}, "has no figures for the picture 'esd'. No checkpoint yet."),
-        (curves, {"layers": ["0"]}, "has no figures for the picture 'esd'. No checkpoint yet."),
+        (curves, {"pictures": ["alpha", "esd"]}, "has no data for the picture 'esd'. No checkpoint yet."),
+        (curves, {"layers": ["0"]}, "has no data for the picture 'esd'. No checkpoint yet."),
     ):
         with pytest.raises(ValueError, match=words):
             save_all(folder, tmp_path / "new", **wanted)  # type: ignore[arg-type]
