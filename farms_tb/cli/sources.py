@@ -1,4 +1,4 @@
-"""What a MODEL stands for: a file of weights, a model of torchvision or timm, a function of the user's."""
+"""What a MODEL stands for: a file, a run, a model of torchvision or timm, a function of the user's."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from farms_tb.cli.libraries import LIBRARIES, model_by_name, model_of_library
 from farms_tb.report import LayerRecord
 from farms_tb.viewing.metrics_csv import METRICS_FILE
 from farms_tb.viewing.run_files import find_run
@@ -114,61 +113,27 @@ def _model_layers(layers: Iterable[Layer]) -> Iterator[tuple[str, MatrixStack | 
 
 
 def _build(model: str, pretrained: bool) -> nn.Module:
+    """Make a model by its name in a library or by a function; random weights are the same each time."""
+    if "://" in model:
+        raise ValueError(f"{model} is an address: download the file first, then pass its path")
     prefix, colon, name = model.partition(":")
     torch.manual_seed(0)
-    if prefix in _LIBRARIES:
-        return _from_library(prefix, name, pretrained)
+    if prefix in LIBRARIES:
+        return model_of_library(prefix, name, pretrained)
     if colon:
         if pretrained:
             raise ValueError(f"--pretrained is for models of torchvision and timm, {model} is a function")
         return _from_function(prefix, name)
     if os.sep in model or model.endswith(_FILE_ENDINGS):
-        raise FileNotFoundError(f"no such file: {model}")
-    installed = [library for library in _LIBRARIES if find_spec(library)]
-    for library in installed:
-        if model in _names(library):
-            return _from_library(library, model, pretrained)
-    searched = f"{' and '.join(installed)} know no model" if installed else "neither torchvision nor timm is here"
-    raise ValueError(f"{model!r} is no file, and {searched} of this name{_similar(model, installed)}")
+        raise FileNotFoundError(f"no such file: {model}{_hint_of_hub(model)}")
+    return model_by_name(model, pretrained)
 
 
-_LIBRARIES = ("torchvision", "timm")
-
-
-def _from_library(library: str, name: str, pretrained: bool) -> nn.Module:
-    if not find_spec(library):
-        raise ImportError(f"{library}:{name} needs {library}: pip install {library}")
-    # timm's names may end in a tag that says which weights are meant.
-    if name.partition(".")[0] not in _names(library):
-        raise ValueError(f"{library} knows no model {name!r}{_similar(name, [library])}")
-    model: nn.Module
-    try:
-        if library == "torchvision":
-            from torchvision.models import get_model
-
-            model = get_model(name, weights="DEFAULT" if pretrained else None)
-        else:
-            import timm
-
-            model = timm.create_model(name, pretrained=pretrained)
-    except Exception as error:
-        raise ValueError(f"{library} cannot make {name!r}: {type(error).__name__}: {error}") from error
-    return model
-
-
-def _names(library: str) -> list[str]:
-    names: list[str] = (
-        importlib.import_module("torchvision.models").list_models()
-        if library == "torchvision"
-        else importlib.import_module("timm").list_models()
-    )
-    return names
-
-
-def _similar(name: str, libraries: Iterable[str]) -> str:
-    known = [known for library in libraries for known in _names(library)]
-    found = get_close_matches(name, dict.fromkeys(known), n=3)
-    return f"; did you mean {' or '.join(found)}?" if found else ""
+def _hint_of_hub(model: str) -> str:
+    """Return what to do where a name looks like that of a model on the Hugging Face hub, `owner/name`."""
+    if model.count("/") != 1 or model.startswith((".", "/", "~")) or model.endswith(("/", *_FILE_ENDINGS)):
+        return ""
+    return f"; for a model of the Hugging Face hub, download it first (hf download {model}) and pass its folder"
 
 
 def _from_function(module: str, function: str) -> nn.Module:

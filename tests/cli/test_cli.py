@@ -291,6 +291,9 @@ def test_exit_codes(weights: Path, tmp_path: Path) -> None:
 MISTAKES: list[tuple[list[str], str]] = [
     (["analyze", "weights.pt"], "no such file: weights.pt"),
     (["analyze", "folder/weights"], "no such file: folder/weights"),
+    (["analyze", "openai-community/gpt2"], "hf download openai-community/gpt2"),
+    (["analyze", "https://huggingface.co/gpt2"], "is an address: download"),
+    (["compare", NET, "https://huggingface.co/gpt2"], "is an address: download"),
     (["analyze", "README.md"], "cannot read README.md: no checkpoint, or one that is empty, cut short or damaged"),
     (["analyze", "tests"], "tests is a directory without a .safetensors file"),
     (
@@ -346,10 +349,10 @@ def test_mistakes(arguments: list[str], words: str, monkeypatch: pytest.MonkeyPa
 
 
 def test_packages_that_are_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from farms_tb.cli import output, sources
+    from farms_tb.cli import libraries, output
 
     monkeypatch.setattr(output, "find_spec", lambda name: None)
-    monkeypatch.setattr(sources, "find_spec", lambda name: None)
+    monkeypatch.setattr(libraries, "find_spec", lambda name: None)
     missing = run("analyze", NET, "-o", tmp_path / "a.parquet").stderr
     assert '--format parquet needs pyarrow: pip install "farms-tb[cli]"' in missing
     assert "timm:resnet18 needs timm: pip install timm" in run("analyze", "timm:resnet18").stderr
