@@ -38,7 +38,6 @@ _COLUMNS = (
     # Its unit, the standard deviation of a few shuffled layers, is itself uncertain by 10 to 30 %.
     Column("z_score", "z", 1, digits=2, signed=True),
     Column("ks_distance", "KS", 3),
-    # Not the stable rank of all windows together: windows overlap, and theirs is not the matrix's.
     Column("stable_rank_full", "st. rank", 1),
 )
 

@@ -19,6 +19,7 @@ from farms_tb.options import SpectrumOptions
 from farms_tb.report import OK, LayerRecord, Report
 from farms_tb.spectra.measure import Nulls, weight_record
 from farms_tb.viewing.names import printable, shortened
+from farms_tb.viewing.stable_rank import matrix_stable_rank
 from farms_tb.weights.matrices import MatrixStack
 
 
@@ -77,7 +78,7 @@ class Measured:
         full = self.full.get(row["layer"], LayerRecord())
         row["alpha_full"] = full.alpha
         row["bias"] = None if row["alpha"] is None or full.alpha is None else full.alpha - row["alpha"]
-        row["stable_rank_full"] = full.stable_rank
+        row["stable_rank_full"] = matrix_stable_rank(full)
         if row["status"] == OK and full.status != OK:
             row["status"] = f"whole matrix: {full.status}"
         names = dict.fromkeys((*_FIRST, *(name for name in row if name != "status"), "status"))

@@ -10,6 +10,7 @@ from farms_tb.report import OK, LayerRecord, Report
 from farms_tb.viewing.densities import aspect_of_sample, esd_density, marchenko_pastur, tail_density
 from farms_tb.viewing.history import Curve
 from farms_tb.viewing.run_folder import RunFolder
+from farms_tb.viewing.stable_rank import matrix_stable_rank
 
 __all__ = ["content_of"]
 
@@ -86,8 +87,7 @@ def _metrics(farms: LayerRecord, full: LayerRecord) -> dict[str, Any]:
         "full": _number(full.alpha),
         "bias": _number(bias),
         "ks": _number(farms.ks_distance),
-        # The matrix's own: that of all windows together is another quantity, as windows overlap.
-        "stable_rank": _number(full.stable_rank),
+        "stable_rank": _number(matrix_stable_rank(full)),
         "spectral_norm": _number(farms.spectral_norm),
         "count": farms.num_eigenvalues,
         "null_mean": _number(farms.null_mean),
