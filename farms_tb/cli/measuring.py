@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from farms_tb.cli.messages import say
+from farms_tb.cli.pairing import without_wrappers
 from farms_tb.cli.sources import Source
 from farms_tb.options import SpectrumOptions
 from farms_tb.report import OK, LayerRecord, Report
@@ -31,7 +32,7 @@ class Wanted:
         options: how alpha is measured.
         full: also measure whole matrices.
         null: also measure the permutation null: a layer of each shape with its entries shuffled.
-        patterns: shell-style patterns of layer names; none for every layer.
+        patterns: shell-style patterns of layer names, with or without prefixes of wrappers; none for every layer.
         device: where eigenvalues are computed.
     """
 
@@ -43,7 +44,8 @@ class Wanted:
 
     def takes(self, name: str) -> bool:
         """Whether the layer is to be measured."""
-        return not self.patterns or any(fnmatchcase(name, pattern) for pattern in self.patterns)
+        names = {name, without_wrappers(name)}
+        return not self.patterns or any(fnmatchcase(each, pattern) for each in names for pattern in self.patterns)
 
 
 _FIRST = (

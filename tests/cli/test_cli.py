@@ -22,8 +22,8 @@ from typer.testing import CliRunner, Result
 from farms_tb import LayerRecord, analyze, analyze_checkpoint
 from farms_tb.cli import measuring
 from farms_tb.cli.app import app
-from farms_tb.cli.compare import paired
 from farms_tb.cli.measuring import COLUMNS, Wanted, measure
+from farms_tb.cli.pairing import paired
 from farms_tb.cli.sources import open_source
 from farms_tb.cli.tables import Column
 from farms_tb.options import SpectrumOptions, as_plain
@@ -515,6 +515,7 @@ def test_compare_pairs_names_with_prefixes_of_wrappers(weights: Path, tmp_path: 
         assert sorted(rows) == ["0", "1", "2", "3", "4"]
         assert rows["1"]["change"] == 0
         assert rows["4"]["status"].count("one row or one column") == 2
+        assert list(rows_of("compare", *models, "--filter", "1")) == ["1"]
 
 
 def test_compare_does_not_guess_between_equal_names() -> None:

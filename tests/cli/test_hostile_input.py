@@ -19,6 +19,7 @@ from typer.testing import CliRunner, Result
 from farms_tb.cli.app import app
 
 EVIL = "\x1b]0;pwned\x07\x1b[2J\x1b]52;c;cm0gLXJm\x07\x9b2J"
+NET = "tests.cli.test_cli:net"
 SEQUENCES = ("\x1b]0;pwned", "\x1b]52;", "\x1b[2J", "\x9b2J")
 
 
@@ -167,6 +168,7 @@ def test_no_minus_before_zero(tmp_path: Path) -> None:
 
 
 def test_key_is_for_files(tmp_path: Path) -> None:
-    result = run("analyze", "tests.cli.test_cli:net", "--key", "ema")
-    assert result.exit_code == 2
-    assert "--key" in result.stderr
+    for command in (["analyze", NET], ["compare", NET, NET]):
+        result = run(*command, "--key", "ema")
+        assert result.exit_code == 2
+        assert "--key" in result.stderr
