@@ -34,7 +34,7 @@ function choice(id, options, current, onchange) {
   return place;
 }
 
-/** What stands above a column and beside a value, in words. */
+/** What a column of the table and a value of the detail mean. */
 const MEANING = {
   index: "Position of the layer, from the input to the output.",
   name: "Name of the layer in the model.",
