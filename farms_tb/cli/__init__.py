@@ -1,7 +1,7 @@
 """The command `farms-tb`: measure models and files of weights, and follow a run, from a terminal.
 
-Each command is a module (`analyze`, `compare`, `watch`, `report`, `plot`), and `app` puts them together. Results go
-to stdout or a file (`output`), everything else to stderr (`messages`). Needs the extra `cli`; the rest of the
+Each command is a module (`analyze`, `compare`, `watch`, `report`, `plot`), and `app` puts them together. Results
+go to stdout or a file (`output`), everything else to stderr (`messages`). Needs the extra `cli`; the rest of the
 package does without.
 """
 
