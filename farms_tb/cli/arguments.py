@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -17,11 +17,18 @@ from farms_tb.cli.output import Format
 from farms_tb.options import SpectrumOptions
 
 MODEL_HELP = (
-    "A file of weights (safetensors, torch state dict, Lightning checkpoint), a Hugging Face directory; a model "
-    "of torchvision or timm (resnet18, timm:vit_base_patch16_224); or module:function, called without arguments."
+    "A file of weights (safetensors, torch state dict, Lightning checkpoint), a Hugging Face directory; the "
+    "folder of a run, for its last checkpoint; a model of torchvision or timm (resnet18, "
+    "timm:vit_base_patch16_224); or module:function, called without arguments."
 )
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)]
-Null = Annotated[bool, typer.Option("--null", help="Also measure shuffled layers, for the z-score of alpha.")]
+Null = Annotated[
+    bool, typer.Option("--null", help="Also measure each layer in random order (permutation null), for z.")
+]
+Key = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Where the weights lie in a file that holds more: ema, params, ..."),
+]
 Pretrained = Annotated[
     bool,
     typer.Option("--pretrained", help="Trained weights for models of torchvision and timm; else random ones."),
@@ -45,22 +52,12 @@ RunFolderArgument = Annotated[
 ]
 
 
-def takes_spectral_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command one option for each field of `SpectrumOptions`; it gets them as `options`."""
-    described = _described_attributes(SpectrumOptions)
-    hints = get_type_hints(SpectrumOptions)
-    added = [
-        inspect.Parameter(
-            field.name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=field.default,
-            annotation=Annotated[
-                hints[field.name],
-                typer.Option(help=described[field.name]),
-            ],
-        )
-        for field in fields(SpectrumOptions)
-    ]
+def takes_spectrum_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command one option for each field of `SpectrumOptions`; it gets them together as `options`.
+
+    Names, types, defaults and help come from the dataclass and its docstring, where they are written once.
+    """
+    added = list(_options_of(SpectrumOptions))
 
     @functools.wraps(command)
     def wrapper(**values: Any) -> None:
@@ -70,17 +67,31 @@ def takes_spectral_options(command: Callable[..., None]) -> Callable[..., None]:
 
     signature = inspect.signature(command, eval_str=True)
     own = [parameter for parameter in signature.parameters.values() if parameter.name != "options"]
+    # Typer reads both to learn which options there are.
     wrapper.__signature__ = signature.replace(parameters=[*own, *added])  # type: ignore[attr-defined]
     wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *added)}
     return wrapper
 
 
+def _options_of(cls: type) -> Iterator[inspect.Parameter]:
+    """Yield a parameter for each field of a dataclass, annotated as an option of the command line."""
+    described, types = _described_attributes(cls), get_type_hints(cls)
+    for field in fields(cls):
+        yield inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=field.default,
+            annotation=Annotated[types[field.name], typer.Option(help=described[field.name])],
+        )
+
+
 def _described_attributes(cls: type) -> dict[str, str]:
-    """Return what a class's docstring says of each attribute, in the words of a command line."""
+    """Return what a class's docstring says of each attribute, with `other_option` written as --other-option."""
     attributes = (inspect.getdoc(cls) or "").partition("Attributes:\n")[2]
     described = {}
     for name, text in re.findall(r"^ {4}(\w+): (.+(?:\n {5}.+)*)", attributes, flags=re.MULTILINE):
-        text = re.sub(r"`(\w+)`", lambda match: "--" + match[1].replace("_", "-"), " ".join(text.split()))
-        text = text.replace("`", "")
-        described[name] = text[0].upper() + text[1:]
+        one_line = " ".join(text.split())
+        one_line = re.sub(r"`(\w+)`", lambda match: "--" + match[1].replace("_", "-"), one_line)
+        one_line = one_line.replace("`", "")
+        described[name] = one_line[0].upper() + one_line[1:]
     return described

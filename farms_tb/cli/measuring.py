@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from farms_tb.cli.messages import say
+from farms_tb.cli.pairing import without_wrappers
 from farms_tb.cli.sources import Source
 from farms_tb.options import SpectrumOptions
 from farms_tb.report import OK, LayerRecord, Report
 from farms_tb.spectra.measure import Nulls, weight_record
+from farms_tb.viewing.names import printable, shortened
+from farms_tb.viewing.stable_rank import matrix_stable_rank
 from farms_tb.weights.matrices import MatrixStack
 
 
@@ -25,8 +31,8 @@ class Wanted:
     Attributes:
         options: how alpha is measured.
         full: also measure whole matrices.
-        null: also measure a layer of each shape with its entries shuffled.
-        patterns: shell-style patterns of layer names; none for every layer.
+        null: also measure the permutation null: a layer of each shape with its entries shuffled.
+        patterns: shell-style patterns of layer names, with or without prefixes of wrappers; none for every layer.
         device: where eigenvalues are computed.
     """
 
@@ -38,7 +44,8 @@ class Wanted:
 
     def takes(self, name: str) -> bool:
         """Whether the layer is to be measured."""
-        return not self.patterns or any(fnmatchcase(name, pattern) for pattern in self.patterns)
+        names = {name, without_wrappers(name)}
+        return not self.patterns or any(fnmatchcase(each, pattern) for each in names for pattern in self.patterns)
 
 
 _FIRST = (
@@ -52,11 +59,11 @@ class Measured:
     """What was found.
 
     Attributes:
-        records: figures of each layer by name.
-        full: figures of the whole matrices, where asked for.
+        records: record of each layer by name.
+        full: the same of the whole matrices, where asked for.
         stopped: why not all layers were measured; empty where they were.
         interrupted: whether that was Ctrl-C.
-        nulls: the nulls of the shapes so far.
+        nulls: the permutation nulls of the shapes so far.
     """
 
     records: dict[str, LayerRecord] = field(default_factory=dict)
@@ -66,22 +73,35 @@ class Measured:
     nulls: Nulls = field(default_factory=dict)
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return one flat dict of plain values a layer, the most asked-for figures first."""
-        rows = []
-        for row in Report(self.records).rows():
-            full = self.full.get(row["layer"])
-            row["alpha_full"] = None if full is None else full.alpha
-            row["bias"] = None if None in (row["alpha"], row["alpha_full"]) else row["alpha_full"] - row["alpha"]
-            row["stable_rank_full"] = None if full is None else full.stable_rank
-            if row["status"] == OK and full is not None and full.status != OK:
-                row["status"] = f"whole matrix: {full.status}"
-            names = dict.fromkeys((*_FIRST, *(name for name in row if name != "status"), "status"))
-            rows.append({name: row[name] for name in names})
-        return rows
+        """Return one flat dict of plain values for each layer, the most asked-for metrics first."""
+        return [self._row(row) for row in Report(self.records).rows()]
+
+    def _row(self, row: dict[str, Any]) -> dict[str, Any]:
+        full = self.full.get(row["layer"], LayerRecord())
+        row["alpha_full"] = full.alpha
+        row["bias"] = None if row["alpha"] is None or full.alpha is None else full.alpha - row["alpha"]
+        row["stable_rank_full"] = matrix_stable_rank(full)
+        if row["status"] == OK and full.status != OK:
+            row["status"] = f"whole matrix: {full.status}"
+        names = dict.fromkeys((*_FIRST, *(name for name in row if name != "status"), "status"))
+        return {name: row[name] for name in names}
 
 
 COLUMNS = tuple(Measured({"": LayerRecord()}).rows()[0])
-"""Names of the figures in a row."""
+"""Names of the values in a row."""
+
+
+def checked_device(name: str) -> str:
+    """Return the name of a device.
+
+    Raises:
+        ValueError: torch has no such device here.
+    """
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: {str(error).partition(chr(10))[0]}") from error
+    return name
 
 
 def measure(source: Source, wanted: Wanted, console: Console) -> Measured:
@@ -92,36 +112,44 @@ def measure(source: Source, wanted: Wanted, console: Console) -> Measured:
         wanted: what is measured.
         console: where the progress bar goes, if it is a terminal.
     """
+    if source.note:
+        say(source.note)
     found = Measured(stopped="; ".join(source.damaged))
-    progress = Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
-    # Some versions of rich end even a disabled bar with an empty line.
-    with progress if console.is_terminal else nullcontext():
-        task = progress.add_task("", total=len(source.items))
-
-        def counted(items: Iterable[Any]) -> Iterator[Any]:
-            for item in items:
-                yield item
-                progress.advance(task)
-
-        name = "the first layer"
+    name = "the first layer"
+    with _progress(console, len(source.items)) as show:
         try:
-            for name, weight in source.read(counted(source.items)):
+            for name, weight in source.read(_counted(source.items, show)):
                 if wanted.takes(name):
-                    progress.update(task, description=name)
+                    show(description=shortened(printable(name), 60))
                     _measure_layer(found, name, weight, wanted)
         except KeyboardInterrupt:
             found.stopped, found.interrupted = f"interrupted at {name}", True
         except (ValueError, OSError, RuntimeError) as error:
             found.stopped = f"reading stopped after {name}: {error}"
     return found
+
+
+@contextmanager
+def _progress(console: Console, total: int) -> Iterator[Callable[..., None]]:
+    """Show a progress bar where the console is a terminal; yields what updates it, as `Progress.update` does."""
+    if not console.is_terminal:
+        # Some versions of rich end even a disabled bar with an empty line.
+        yield lambda **changes: None
+        return
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        yield partial(progress.update, progress.add_task("", total=total))
+
+
+def _counted(items: Iterable[Any], show: Callable[..., None]) -> Iterator[Any]:
+    for item in items:
+        yield item
+        show(advance=1)
 
 
 def _measure_layer(found: Measured, name: str, weight: MatrixStack | LayerRecord, wanted: Wanted) -> None:

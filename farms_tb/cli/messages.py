@@ -9,6 +9,8 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from farms_tb.viewing.names import printable
+
 EXIT_PART, EXIT_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 
 
@@ -25,5 +27,10 @@ def complaints() -> Iterator[None]:
 
 
 def say(message: str, style: str = "") -> None:
-    """Print a message to stderr: stdout is for results."""
-    Console(stderr=True).print(Text(message, style=style), soft_wrap=True)
+    """Print a message to stderr: stdout is for results.
+
+    Args:
+        message: the message, which may hold names out of a file: control characters are shown as escapes.
+        style: as rich names it, say `"red"`.
+    """
+    Console(stderr=True).print(Text(printable(message, keep="\n"), style=style), soft_wrap=True)

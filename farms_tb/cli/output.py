@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
@@ -14,8 +14,10 @@ from typing import Any, Literal, get_args
 
 from rich.console import Console
 
+from farms_tb.atomic_write import atomic_path, write_text_atomically
 from farms_tb.cli.messages import say
 from farms_tb.cli.tables import Column, Row, print_table
+from farms_tb.viewing.names import printable
 
 Format = Literal["table", "csv", "json", "parquet"]
 
@@ -31,7 +33,7 @@ def chosen_format(form: Format | None, output: Path | None) -> Format:
     chosen: Format = form or (ending if ending in get_args(Format) else "table")  # type: ignore[assignment]
     if chosen == "parquet":
         if output is None:
-            raise ValueError("Parquet is no text for a terminal: say --output FILE")
+            raise ValueError("Parquet is no text for a terminal: pass --output FILE")
         if not find_spec("pyarrow"):
             raise ImportError('--format parquet needs pyarrow: pip install "farms-tb[cli]"')
     if output is not None:
@@ -45,58 +47,76 @@ def chosen_format(form: Format | None, output: Path | None) -> Format:
     return chosen
 
 
-def emit(
-    title: str,
-    columns: Sequence[Column],
-    rows: Sequence[Row],
-    facts: Mapping[str, Any],
-    form: Format,
-    output: Path | None,
-    complete: bool,
-) -> None:
+@dataclass(frozen=True)
+class Result:
+    """What a command has found.
+
+    Attributes:
+        title: heading of a table.
+        columns: columns of a table; the other formats hold every value of a row.
+        rows: one for each layer.
+        facts: what JSON says about all layers together.
+        complete: whether that is all; if not, a file says so in its name.
+    """
+
+    title: str
+    columns: Sequence[Column]
+    rows: Sequence[Row]
+    facts: Mapping[str, Any]
+    complete: bool
+
+
+def emit(result: Result, form: Format, output: Path | None) -> None:
     """Print or write a result.
 
     Args:
-        title: heading of a table.
-        columns: columns of a table; the other formats hold every figure.
-        rows: one for each layer.
-        facts: what JSON says besides.
+        result: what was found.
         form: the format.
         output: the file; None for stdout.
-        complete: whether that is all; if not, the file says so in its name.
+
+    Raises:
+        OSError: the file cannot be written.
     """
-    text = ""
-    if form == "table":
-        console = Console() if output is None else Console(file=StringIO())
-        print_table(console, title, columns, rows)
-        text = "" if output is None else console.file.getvalue()  # type: ignore[attr-defined]
-    elif form == "csv":
-        text = _as_csv(rows)
-    elif form == "json":
-        text = _as_json(rows, facts)
     if output is None:
-        print(text, end="")
+        _print(result, form)
         return
-    path = output if complete else output.with_suffix(f".partial{output.suffix}")
+    path = output if result.complete else output.with_suffix(f".partial{output.suffix}")
     if form == "parquet":
-        _write_whole(path, lambda place: _write_parquet(rows, place))
+        with atomic_path(path) as unfinished:
+            _write_parquet(result.rows, unfinished)
     else:
-        _write_whole(path, lambda place: place.write_text(text, encoding="utf-8"))
+        write_text_atomically(path, _as_text(result, form))
     say(f"wrote {path}")
 
 
-def _as_csv(rows: Sequence[Row]) -> str:
-    """Return the rows as CSV with a header; an empty cell where there is no figure."""
+def _print(result: Result, form: Format) -> None:
+    if form == "table":
+        print_table(Console(), result.title, result.columns, result.rows)
+    else:
+        print(_as_text(result, form), end="")
+
+
+def _as_text(result: Result, form: Format) -> str:
+    if form == "csv":
+        return _as_csv(result.rows)
+    if form == "json":
+        return json.dumps({**result.facts, "layers": result.rows}, indent=2) + "\n"
     text = StringIO()
-    writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+    print_table(Console(file=text), result.title, result.columns, result.rows)
     return text.getvalue()
 
 
-def _as_json(rows: Sequence[Row], facts: Mapping[str, Any]) -> str:
-    """Return one object: the facts, and the rows as `"layers"`."""
-    return json.dumps({**facts, "layers": rows}, indent=2) + "\n"
+def _as_csv(rows: Sequence[Row]) -> str:
+    """Return the rows as CSV with a header; an empty cell where there is no value.
+
+    Control characters in names are shown as escapes, since CSV may go to a terminal; JSON has its own escapes.
+    """
+    text = StringIO()
+    writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({key: printable(cell) if isinstance(cell, str) else cell for key, cell in row.items()})
+    return text.getvalue()
 
 
 def _write_parquet(rows: Sequence[Row], path: Path) -> None:
@@ -108,14 +128,12 @@ def _write_parquet(rows: Sequence[Row], path: Path) -> None:
     kinds = {**dict.fromkeys(text, pa.string()), **dict.fromkeys(whole, pa.int64())}
     names = list(rows[0]) if rows else []
     schema = pa.schema([(name, kinds.get(name, pa.float64())) for name in names])
-    pq.write_table(pa.Table.from_pylist([dict(row) for row in rows], schema=schema), path)
+    pq.write_table(pa.Table.from_pylist([_encodable(row) for row in rows], schema=schema), path)
 
 
-def _write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file under another name and rename it, so that what bears its name is whole."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(unfinished)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+def _encodable(row: Row) -> dict[str, Any]:
+    """Return a row with an escape in place of each lone surrogate, which UTF-8 lacks."""
+    return {
+        key: cell.encode("utf-8", "backslashreplace").decode() if isinstance(cell, str) else cell
+        for key, cell in row.items()
+    }

@@ -1,4 +1,4 @@
-"""What a MODEL stands for: a file of weights, a model of torchvision or timm, a function of the user's."""
+"""What a MODEL stands for: a file, a run, a model of torchvision or timm, a function of the user's."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from farms_tb.cli.libraries import LIBRARIES, model_by_name, model_of_library
 from farms_tb.report import LayerRecord
+from farms_tb.viewing.metrics_csv import METRICS_FILE
+from farms_tb.viewing.run_files import find_run
 from farms_tb.weights.files import stored_layers, stored_tensors
 from farms_tb.weights.layers import Layer, checked_layers, read_stacks
 from farms_tb.weights.matrices import MatrixStack
@@ -31,22 +32,25 @@ class Source:
         items: what is read, one after the other.
         read: reads items; yields the name of each layer, with its weight or a record that says why it has none.
         damaged: a sentence for each file of several that cannot be read.
+        note: what the user should know of it; empty for nothing.
     """
 
     items: Sequence[Any]
     read: Callable[[Iterable[Any]], Iterator[tuple[str, MatrixStack | LayerRecord]]]
     damaged: Sequence[str] = ()
+    note: str = ""
 
 
-def open_source(model: str, *, pretrained: bool = False) -> Source:
+def open_source(model: str, *, pretrained: bool = False, key: str | None = None) -> Source:
     """Find a model; of a file, nothing is read but names and shapes.
 
     Args:
-        model: a file or directory that `farms_tb.analyze_checkpoint` takes; `"resnet18"`,
-            `"torchvision:resnet18"`, `"timm:vit_base_patch16_224"`; or `"module:function"`, called without
-            arguments.
+        model: a file or directory that `farms_tb.analyze_checkpoint` takes; the folder of a run, for its last
+            checkpoint; `"resnet18"`, `"torchvision:resnet18"`, `"timm:vit_base_patch16_224"`; or
+            `"module:function"`, called without arguments.
         pretrained: load the weights that torchvision or timm has for a model, which may download them; without it
             they are random, the same each time.
+        key: where the weights lie in a file that holds more.
 
     Raises:
         FileNotFoundError, ValueError, TypeError, ImportError: there is no such model, or nothing in it to measure.
@@ -61,9 +65,43 @@ spectral-convolution layers can, others by farms_tb.layer_matrices.register
     if Path(model).exists():
         if pretrained:
             raise ValueError(f"--pretrained is for models of torchvision and timm, {model} is a file")
-        damaged: list[str] = []
-        return Source(stored_tensors(model, damaged), stored_layers, damaged)
+        return _open_file(Path(model), key)
+    if key is not None:
+        raise ValueError(f"--key is for files of weights, {model} is none")
     return Source(checked_layers(_build(model, pretrained)), _model_layers)
+
+
+def _open_file(path: Path, key: str | None) -> Source:
+    note = ""
+    if _is_run_folder(path):
+        checkpoint = _last_checkpoint(path)
+        note = f"{path} is the folder of a run: measuring its last checkpoint, {checkpoint.relative_to(path)}"
+        path = checkpoint
+    damaged: list[str] = []
+    return Source(stored_tensors(path, damaged, **_only_given(key=key)), stored_layers, damaged, note)
+
+
+def _only_given(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _is_run_folder(path: Path) -> bool:
+    """Tell a run's folder from one of weights, as Hugging Face saves them."""
+    if not path.is_dir() or any(path.glob("*.safetensors*")) or any(path.glob("*.bin*")):
+        return False
+    return any(path.rglob("*.ckpt")) or any(path.rglob(METRICS_FILE))
+
+
+def _last_checkpoint(folder: Path) -> Path:
+    """Return the newest checkpoint of a run.
+
+    Raises:
+        ValueError: there are several runs, or none has a checkpoint.
+    """
+    checkpoints = find_run(folder).checkpoints
+    if not checkpoints:
+        raise ValueError(f"{folder} is the folder of a run without a checkpoint (*.ckpt): there are no weights")
+    return checkpoints[0]
 
 
 def _model_layers(layers: Iterable[Layer]) -> Iterator[tuple[str, MatrixStack | LayerRecord]]:
@@ -75,61 +113,27 @@ def _model_layers(layers: Iterable[Layer]) -> Iterator[tuple[str, MatrixStack | 
 
 
 def _build(model: str, pretrained: bool) -> nn.Module:
+    """Make a model by its name in a library or by a function; random weights are the same each time."""
+    if "://" in model:
+        raise ValueError(f"{model} is an address: download the file first, then pass its path")
     prefix, colon, name = model.partition(":")
     torch.manual_seed(0)
-    if prefix in _LIBRARIES:
-        return _from_library(prefix, name, pretrained)
+    if prefix in LIBRARIES:
+        return model_of_library(prefix, name, pretrained)
     if colon:
         if pretrained:
             raise ValueError(f"--pretrained is for models of torchvision and timm, {model} is a function")
         return _from_function(prefix, name)
     if os.sep in model or model.endswith(_FILE_ENDINGS):
-        raise FileNotFoundError(f"no such file: {model}")
-    installed = [library for library in _LIBRARIES if find_spec(library)]
-    for library in installed:
-        if model in _names(library):
-            return _from_library(library, model, pretrained)
-    searched = f"{' and '.join(installed)} know no model" if installed else "neither torchvision nor timm is here"
-    raise ValueError(f"{model!r} is no file, and {searched} of this name{_similar(model, installed)}")
+        raise FileNotFoundError(f"no such file: {model}{_hint_of_hub(model)}")
+    return model_by_name(model, pretrained)
 
 
-_LIBRARIES = ("torchvision", "timm")
-
-
-def _from_library(library: str, name: str, pretrained: bool) -> nn.Module:
-    if not find_spec(library):
-        raise ImportError(f"{library}:{name} needs {library}: pip install {library}")
-    # timm's names may end in a tag that says which weights are meant.
-    if name.partition(".")[0] not in _names(library):
-        raise ValueError(f"{library} knows no model {name!r}{_similar(name, [library])}")
-    model: nn.Module
-    try:
-        if library == "torchvision":
-            from torchvision.models import get_model
-
-            model = get_model(name, weights="DEFAULT" if pretrained else None)
-        else:
-            import timm
-
-            model = timm.create_model(name, pretrained=pretrained)
-    except Exception as error:
-        raise ValueError(f"{library} cannot make {name!r}: {type(error).__name__}: {error}") from error
-    return model
-
-
-def _names(library: str) -> list[str]:
-    names: list[str] = (
-        importlib.import_module("torchvision.models").list_models()
-        if library == "torchvision"
-        else importlib.import_module("timm").list_models()
-    )
-    return names
-
-
-def _similar(name: str, libraries: Iterable[str]) -> str:
-    known = [known for library in libraries for known in _names(library)]
-    found = get_close_matches(name, dict.fromkeys(known), n=3)
-    return f"; did you mean {' or '.join(found)}?" if found else ""
+def _hint_of_hub(model: str) -> str:
+    """Return what to do where a name looks like that of a model on the Hugging Face hub, `owner/name`."""
+    if model.count("/") != 1 or model.startswith((".", "/", "~")) or model.endswith(("/", *_FILE_ENDINGS)):
+        return ""
+    return f"; for a model of the Hugging Face hub, download it first (hf download {model}) and pass its folder"
 
 
 def _from_function(module: str, function: str) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from farms_tb.report import OK
+from farms_tb.viewing.names import printable
 
 Row = Mapping[str, Any]
 
@@ -22,65 +24,123 @@ class Column:
     """One column of a table.
 
     Attributes:
-        key: which figure of a row.
+        key: which value of a row.
         heading: what stands above it.
-        form: format specification of a number; empty for text.
+        decimals: most decimals of a number; None for text.
+        signed: whether positive numbers get a plus sign.
+        digits: most significant digits of a number that is known to so many; 0 for any.
+        error: key of the number's standard error, whose second significant digit is the last one shown; empty for
+            none.
         optional: left out where the terminal is too narrow for all.
     """
 
     key: str
     heading: str
-    form: str = ""
+    decimals: int | None = None
+    signed: bool = False
+    digits: int = 0
+    error: str = ""
     optional: bool = False
 
     def cell(self, row: Row) -> str:
-        """Return the figure as text; a dash where there is none."""
+        """Return the value as text; a dash where there is none."""
         value = row.get(self.key)
-        if self.form:
-            return "-" if value is None else format(value, self.form)
-        return str(value) or "-"
+        if self.decimals is None:
+            return printable(str(value)) or "-"
+        if value is None:
+            return "-"
+        decimals = self.decimals
+        if self.digits:
+            decimals = min(decimals, decimals_of(value, self.digits))
+        if self.error:
+            decimals = min(decimals, decimals_of(row.get(self.error), 2))
+        return number(value, decimals, self.signed)
+
+
+def decimals_of(value: float | None, digits: int) -> int:
+    """Return the decimals with which a number has so many significant digits; many for 0 and None.
+
+    Example:
+        >>> decimals_of(0.031, 2), decimals_of(0.31, 2), decimals_of(31.0, 2)
+        (3, 2, 0)
+    """
+    if not value or not math.isfinite(value):
+        return 99
+    return max(0, digits - 1 - math.floor(math.log10(abs(value))))
+
+
+def number(value: float, decimals: int, signed: bool = False) -> str:
+    """Return a number with fixed decimals; what rounds to zero has no minus sign.
+
+    Example:
+        >>> number(-0.0004, 3), number(0.25, 2, signed=True)
+        ('0.000', '+0.25')
+    """
+    form = f"{'+' if signed else ''}.{decimals}f"
+    text = format(value, form)
+    return text if text.strip("+-0.") else format(0.0, form)
 
 
 def print_table(console: Console, title: str, columns: Sequence[Column], rows: Sequence[Row]) -> None:
     """Print rows as a table, in the layout with most in it that fits the console.
 
-    Reasons stand in a column of their own where there is room, as numbered notes below the table where not.
+    Reasons stand in a column of their own where there is room, as numbered notes below the table where not. What
+    is piped into a file or a pager keeps a line for each layer.
     """
-    # What is piped into a file or a pager keeps a line for each layer.
     room = console.width if console.is_terminal else sys.maxsize
-    reasons = list(dict.fromkeys(row["status"] for row in rows if row["status"] != OK))
-    notes = {reason: f"[{number}]" for number, reason in enumerate(reasons, 1)}
-    shown = [c for c in columns if not c.form or any(row.get(c.key) is not None for row in rows)]
-    for number in range(3):
-        noted = number > 0 and bool(reasons)
-        kept = [c for c in shown if number < 2 or not c.optional]
-        table = _table(kept, rows, notes if noted else dict(zip(reasons, reasons, strict=True)))
-        width = console.measure(table, options=console.options.update(width=sys.maxsize)).maximum
-        if width <= room:
-            break
+    layout = _widest_that_fits(console, columns, rows, room)
     if not console.is_terminal:
-        console.width = width
-    console.print(Text(title, style="bold"), soft_wrap=not console.is_terminal)
-    console.print(table)
-    if noted:
+        console.width = layout.width
+    console.print(Text(printable(title, keep="\n"), style="bold"), soft_wrap=not console.is_terminal)
+    console.print(layout.table)
+    if layout.notes:
         console.print()
-        for reason, note in notes.items():
+        for reason, note in layout.notes.items():
             console.print(Text(f"{note} {reason}", style="dim"))
 
 
+@dataclass(frozen=True)
+class _Layout:
+    """A table, its width in characters, and the notes below it by reason."""
+
+    table: Table
+    width: int
+    notes: Mapping[str, str]
+
+
+def _widest_that_fits(console: Console, columns: Sequence[Column], rows: Sequence[Row], room: int) -> _Layout:
+    """Return the first layout that fits: with all columns and reasons, with notes, without optional columns.
+
+    Where none fits, the last one, which folds its names.
+    """
+    shown = [c for c in columns if c.decimals is None or any(row.get(c.key) is not None for row in rows)]
+    needed = [column for column in shown if not column.optional]
+    reasons = list(dict.fromkeys(printable(row["status"]) for row in rows if row["status"] != OK))
+    in_full = dict(zip(reasons, reasons, strict=True))
+    notes = {reason: f"[{number}]" for number, reason in enumerate(reasons, 1)}
+    for kept, status in ((shown, in_full), (shown, notes), (needed, notes)):
+        table = _table(kept, rows, status)
+        width = console.measure(table, options=console.options.update(width=sys.maxsize)).maximum
+        if width <= room:
+            break
+    return _Layout(table, width, {} if status is in_full else notes)
+
+
 def _table(columns: Sequence[Column], rows: Sequence[Row], status: Mapping[str, str]) -> Table:
+    """Return a table; `status` holds what stands in the last column for each reason, and none is made for none."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     for column in columns:
-        if column.form:
-            table.add_column(column.heading, justify="right", no_wrap=True)
-        else:
+        if column.decimals is None:
             table.add_column(column.heading, overflow="fold")
+        else:
+            table.add_column(column.heading, justify="right", no_wrap=True)
     if status:
         table.add_column("status", overflow="fold")
     for row in rows:
         cells = [column.cell(row) for column in columns]
         if status:
-            cells.append(status.get(row["status"], row["status"]))
+            reason = printable(row["status"])
+            cells.append(status.get(reason, reason))
         table.add_row(*map(Text, cells), style=None if row["status"] == OK else "dim")
     return table
 

@@ -1,111 +1,155 @@
-"""Curves of a run in the terminal, while it goes on: one line a layer."""
+"""`farms-tb watch`: curves of a run in the terminal while it goes on, one line for each layer."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
+import typer
 from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from farms_tb.viewing.run_folder import Curve, History, depth_order, metrics_file, read_history
+from farms_tb.cli.arguments import Filter, RunFolderArgument
+from farms_tb.cli.messages import complaints
+from farms_tb.cli.tables import number
+from farms_tb.viewing.history import Curve, History
+from farms_tb.viewing.metrics_csv import MetricsFile, read_metrics
+from farms_tb.viewing.names import printable, shortened
+from farms_tb.viewing.run_files import find_run
+from farms_tb.viewing.saved_state import depth_order
 
 Quantity = Literal["alpha", "ratio"]
 
 _LEVELS, _ASCII_LEVELS = "▁▂▃▄▅▆▇█", "_.-~=+*#"
-# Heading, rule and notes around the layers; and the columns beside a curve, without the layer's name.
+# Lines around the layers: heading, rule and notes. Characters around a curve, without the layer's name.
 _OTHER_LINES, _OTHER_CELLS, _WIDEST_NAME = 7, 28, 32
 
 
-def follow(run_folder: Path, quantity: Quantity, patterns: Sequence[str], every: float, once: bool) -> None:
-    """Show a run's curves, and show them anew whenever there is more, until Ctrl-C.
+def watch(
+    run_folder: RunFolderArgument,
+    ratio: Annotated[bool, typer.Option("--ratio", help="Learning-rate ratios instead of alphas.")] = False,
+    patterns: Filter = None,
+    every: Annotated[float, typer.Option(metavar="SECONDS", min=0.1, help="How often to look.")] = 1.0,
+    once: Annotated[bool, typer.Option("--once", help="Print what is there and end.")] = False,
+) -> None:
+    """Show how each layer's alpha develops while a run goes on. Ends on Ctrl-C.
 
-    Args:
-        run_folder: where the run writes its metrics, now or later.
-        quantity: which figure.
-        patterns: shell-style patterns of the layers to show.
-        every: seconds between two looks.
-        once: show what is there and return; so where stdout is no terminal.
+    Waits for the folder where there is none yet. Where stdout is no terminal, prints once.
     """
+    shown = Shown(run_folder, "ratio" if ratio else "alpha", tuple(patterns or ("*",)))
     console = Console()
-    if once or not console.is_terminal:
-        console.print(view(run_folder, quantity, patterns, console, crop=False, layers=depth_order(run_folder)))
-        return
-    shown: RenderableType = ""
-    layers: list[str] = []
+    with complaints():
+        if once or not console.is_terminal:
+            console.print(view(shown, console, crop=False, layers=_layers_by_depth(run_folder)))
+        else:
+            _follow(shown, console, every)
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What is watched.
+
+    Attributes:
+        run_folder: where the run writes its metrics, now or later; or a `metrics.csv` itself.
+        quantity: which curves.
+        patterns: shell-style patterns of the layers to show.
+    """
+
+    run_folder: Path
+    quantity: Quantity
+    patterns: Sequence[str] = ("*",)
+
+    @property
+    def place(self) -> str:
+        """The folder as text for a terminal."""
+        return printable(str(self.run_folder))
+
+
+def _follow(shown: Shown, console: Console, every: float) -> None:
+    """Show the curves anew every so many seconds, until Ctrl-C, on a screen of their own."""
+    last: RenderableType = ""
+    layers: Sequence[str] = ()
     try:
         with Live(console=console, screen=True, auto_refresh=False) as live:
             while True:
-                layers = layers or depth_order(run_folder)
-                shown = view(run_folder, quantity, patterns, console, crop=True, layers=layers)
-                live.update(shown, refresh=True)
+                layers = layers or _layers_by_depth(shown.run_folder)
+                last = view(shown, console, crop=True, layers=layers)
+                live.update(last, refresh=True)
                 time.sleep(every)
     except KeyboardInterrupt:
         # The screen that was there before is back; leave the last state on it.
-        console.print(shown)
+        console.print(last)
 
 
-def view(
-    run_folder: Path,
-    quantity: Quantity,
-    patterns: Sequence[str],
-    console: Console,
-    *,
-    crop: bool,
-    layers: Sequence[str] = (),
-) -> RenderableType:
+def view(shown: Shown, console: Console, *, crop: bool, layers: Sequence[str] = ()) -> RenderableType:
     """Return what there is to see now.
 
     Args:
-        run_folder: where the run writes its metrics.
-        quantity: which figure.
-        patterns: shell-style patterns of the layers to show.
+        shown: what is watched.
         console: where it is shown, for its size and characters.
         crop: show no more layers than fit the console.
         layers: names in order of depth, where that is known; the others are ordered by name.
+
+    Raises:
+        SeveralRunsError: the folder holds several runs.
     """
-    history = _read(run_folder, layers)
-    curves: Mapping[str, Curve] = getattr(history, quantity)
-    shown = {name: c for name, c in curves.items() if any(fnmatchcase(name, pattern) for pattern in patterns)}
-    if not shown:
-        if curves:
-            what = f"no {quantity} of such a layer: there are {', '.join(list(curves)[:5])}, ..."
-        else:
-            what = f"no {quantity} yet" if run_folder.exists() else "not there yet"
-        return Text(f"{run_folder}: {what}", style="dim")
-    fit = max(1, console.height - _OTHER_LINES) if crop else len(shown)
-    lines = dict(list(shown.items())[:fit])
+    metrics = _read(shown.run_folder, layers)
+    curves: Mapping[str, Curve] = getattr(metrics.history, shown.quantity)
+    chosen = {
+        name: curve
+        for name, curve in curves.items()
+        if any(fnmatchcase(name, pattern) for pattern in shown.patterns)
+    }
+    if not chosen:
+        return Text(f"{shown.place}: {_why_nothing(shown, curves)}", style="dim")
+    fit = max(1, console.height - _OTHER_LINES) if crop else len(chosen)
+    lines = dict(list(chosen.items())[:fit])
     parts: list[RenderableType] = [
-        _heading(run_folder, quantity, shown),
-        _table(lines, quantity, console.width, console.options.ascii_only),
+        _heading(shown, chosen),
+        _table(lines, shown.quantity, console.width, console.options.ascii_only),
     ]
-    if len(shown) > fit:
-        parts.append(Text(f"and {len(shown) - fit} more layers: choose by --filter", style="dim"))
+    if len(chosen) > fit:
+        parts.append(Text(f"and {len(chosen) - fit} more layers: choose by --filter", style="dim"))
+    parts += [Text(printable(problem), style="dim") for problem in metrics.problems if not crop]
     return Group(*parts)
 
 
-def _read(run_folder: Path, layers: Sequence[str]) -> History:
+def _read(run_folder: Path, layers: Sequence[str]) -> MetricsFile:
     """Read what is whole of the metrics; nothing where there are none, or where they are being replaced."""
     try:
-        path = run_folder if run_folder.is_file() else metrics_file(run_folder)
-        return History() if path is None else read_history(path, layers)
-    except (OSError, ValueError):
-        return History()
+        path = run_folder if run_folder.is_file() else find_run(run_folder).metrics
+        return MetricsFile(History()) if path is None else read_metrics(path, layers)
+    except OSError:
+        return MetricsFile(History())
 
 
-def _heading(run_folder: Path, quantity: Quantity, curves: Mapping[str, Curve]) -> Text:
+def _layers_by_depth(run_folder: Path) -> Sequence[str]:
+    try:
+        return depth_order(find_run(run_folder).checkpoints)
+    except OSError:
+        return ()
+
+
+def _why_nothing(shown: Shown, curves: Mapping[str, Curve]) -> str:
+    if curves:
+        some = ", ".join(shortened(printable(name), _WIDEST_NAME) for name in list(curves)[:5])
+        return f"no {shown.quantity} of such a layer: there are {some}, ..."
+    return f"no {shown.quantity} yet" if shown.run_folder.exists() else "not there yet"
+
+
+def _heading(shown: Shown, curves: Mapping[str, Curve]) -> Text:
     last = max(curves.values(), key=lambda curve: curve.steps[-1])
     low, high = _range(curves.values())
-    place = f"epoch {last.epochs[-1]:g}, step {last.steps[-1]}"
-    return Text.assemble(
-        (str(run_folder), "bold"), f"\n{place}: {quantity} of {len(curves)} layers, {low:.3f} to {high:.3f}"
-    )
+    when = f"epoch {last.epochs[-1]:g}, step {last.steps[-1]}"
+    summary = f"{shown.quantity} of {len(curves)} layers, {_value(low)} to {_value(high)}"
+    return Text.assemble((shown.place, "bold"), f"\n{when}: {summary}")
 
 
 def _range(curves: Iterable[Curve]) -> tuple[float, float]:
@@ -113,9 +157,15 @@ def _range(curves: Iterable[Curve]) -> tuple[float, float]:
     return min(values), max(values)
 
 
+def _value(value: float, signed: bool = False) -> str:
+    """Return a value in few characters, also one that no healthy run has."""
+    return number(value, 3, signed) if abs(value) < 1e5 else f"{value:.3g}"
+
+
 def _table(curves: Mapping[str, Curve], quantity: Quantity, width: int, ascii_only: bool) -> Table:
     low, high = _range(curves.values())
-    name_width = min(max(map(len, curves)), _WIDEST_NAME)
+    names = {name: printable(name) for name in curves}
+    name_width = min(max(map(len, names.values())), _WIDEST_NAME)
     room = max(8, width - name_width - _OTHER_CELLS)
     levels = _ASCII_LEVELS if ascii_only else _LEVELS
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
@@ -126,7 +176,7 @@ def _table(curves: Mapping[str, Curve], quantity: Quantity, width: int, ascii_on
     for name, curve in curves.items():
         first, now = curve.values[0], curve.values[-1]
         drawn = Text(sparkline(curve.values, low, high, room, levels), style="cyan")
-        table.add_row(Text(name), drawn, f"{first:.3f}", f"{now:.3f}", f"{now - first:+.3f}")
+        table.add_row(Text(names[name]), drawn, _value(first), _value(now), _value(now - first, signed=True))
     return table
 
 
@@ -146,5 +196,7 @@ def sparkline(values: Sequence[float], low: float, high: float, width: int, leve
     """
     if len(values) > width:
         values = [values[round(k * (len(values) - 1) / (width - 1))] for k in range(width)]
-    span = (high - low) or 1.0
-    return "".join(levels[min(len(levels) - 1, int((value - low) / span * len(levels)))] for value in values)
+    # Halves, so that the difference of two huge numbers is finite.
+    span = (high / 2 - low / 2) or 1.0
+    heights = [(value / 2 - low / 2) / span for value in values]
+    return "".join(levels[min(len(levels) - 1, int(height * len(levels)))] for height in heights)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
+from farms_tb.atomic_write import write_text_atomically
 from farms_tb.options import Solver
 from farms_tb.spectra.workers import map_on_threads
 
@@ -124,10 +125,7 @@ def _write(choices: dict[str, Any]) -> None:
     file = cache_file()
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        # Written whole or not at all, as several processes may write at the same time.
-        temporary = file.with_name(f"{file.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(choices, indent=1))
-        temporary.replace(file)
+        write_text_atomically(file, json.dumps(choices, indent=1))
     except OSError:
         return
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from farms_tb.options import check_choice
 from farms_tb.report import EsdHistogram, Report
-from farms_tb.viewing.run_folder import Curve, History
+from farms_tb.viewing.history import Curve, History
 from farms_tb.warnings import warn_once
 
 if TYPE_CHECKING:

@@ -1,1 +1,9 @@
-"""Pictures and pages of a run, drawn from what it logged and from its checkpoints."""
+"""Pictures and pages of a run, drawn from what it logged and from its checkpoints.
+
+- `history`: the curves of a run as plain data, which live logging shares.
+- `run_files`, `metrics_csv`, `saved_state`: the files of one run, its curves, the state in a checkpoint.
+- `run_folder`: all of that together, with the newest checkpoint measured.
+- `densities`, `stable_rank`: what is computed for showing alone.
+- `names`: names of layers and runs, made safe to show.
+- `plots`: pictures for papers; `page`: one HTML page to look through.
+"""

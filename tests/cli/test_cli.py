@@ -19,11 +19,13 @@ from safetensors.torch import save_file
 from torch import nn
 from typer.testing import CliRunner, Result
 
-from farms_tb import analyze, analyze_checkpoint
+from farms_tb import LayerRecord, analyze, analyze_checkpoint
 from farms_tb.cli import measuring
 from farms_tb.cli.app import app
 from farms_tb.cli.measuring import COLUMNS, Wanted, measure
+from farms_tb.cli.pairing import paired
 from farms_tb.cli.sources import open_source
+from farms_tb.cli.tables import Column
 from farms_tb.options import SpectrumOptions, as_plain
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(torch.jit|forkpty)")
@@ -85,7 +87,8 @@ def test_figures_are_those_of_analyze() -> None:
         ):
             assert row[figure] == getattr(farms[name], figure)
         assert row["alpha_full"] == full[name].alpha
-        assert row["stable_rank_full"] == full[name].stable_rank
+        one_matrix = full[name].shape[:1] == (1,)
+        assert row["stable_rank_full"] == (full[name].stable_rank if one_matrix else None)
         assert row["bias"] == (full[name].alpha - farms[name].alpha if farms[name].alpha else None)
     assert rows["0"]["bias"] > 0.3
     assert rows["2"]["status"] == "embedding: not analysed by default"
@@ -289,6 +292,9 @@ def test_exit_codes(weights: Path, tmp_path: Path) -> None:
 MISTAKES: list[tuple[list[str], str]] = [
     (["analyze", "weights.pt"], "no such file: weights.pt"),
     (["analyze", "folder/weights"], "no such file: folder/weights"),
+    (["analyze", "openai-community/gpt2"], "hf download openai-community/gpt2"),
+    (["analyze", "https://huggingface.co/gpt2"], "is an address: download"),
+    (["compare", NET, "https://huggingface.co/gpt2"], "is an address: download"),
     (["analyze", "README.md"], "cannot read README.md: no checkpoint, or one that is empty, cut short or damaged"),
     (["analyze", "tests"], "tests is a directory without a .safetensors file"),
     (
@@ -317,7 +323,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["analyze", NET, "--device", "fast"], "--device fast: Expected one of cpu, cuda"),
     (
         ["analyze", NET, "--format", "parquet"],
-        "Parquet is no text for a terminal: say --output FILE",
+        "--output FILE",
     ),
     (
         ["analyze", NET, "-o", "no/such/a.csv"],
@@ -344,10 +350,10 @@ def test_mistakes(arguments: list[str], words: str, monkeypatch: pytest.MonkeyPa
 
 
 def test_packages_that_are_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from farms_tb.cli import output, sources
+    from farms_tb.cli import libraries, output
 
     monkeypatch.setattr(output, "find_spec", lambda name: None)
-    monkeypatch.setattr(sources, "find_spec", lambda name: None)
+    monkeypatch.setattr(libraries, "find_spec", lambda name: None)
     missing = run("analyze", NET, "-o", tmp_path / "a.parquet").stderr
     assert '--format parquet needs pyarrow: pip install "farms-tb[cli]"' in missing
     assert "timm:resnet18 needs timm: pip install timm" in run("analyze", "timm:resnet18").stderr
@@ -495,10 +501,47 @@ def test_compare(tmp_path: Path) -> None:
 
 
 def test_compare_models_of_other_names(weights: Path, tmp_path: Path) -> None:
-    torch.save({f"model.{name}": tensor for name, tensor in net().state_dict().items()}, tmp_path / "b.pt")
+    torch.save({f"net.{name}": tensor for name, tensor in net().state_dict().items()}, tmp_path / "b.pt")
     result = run("compare", weights, tmp_path / "b.pt")
     assert result.exit_code == 1
-    assert "No layer has the same name in both: 0, 1, 2 in A, model.0, model.1, model.2 in B." in result.stderr
+    assert "No layer has the same name in both: 0, 1, 2 in A, net.0, net.1, net.2 in B." in result.stderr
+
+
+@pytest.mark.parametrize("prefix", ["module.", "model.", "_orig_mod.", "model._orig_mod.", "module.model."])
+def test_compare_pairs_names_with_prefixes_of_wrappers(weights: Path, tmp_path: Path, prefix: str) -> None:
+    torch.save({f"{prefix}{name}": tensor for name, tensor in net().state_dict().items()}, tmp_path / "b.pt")
+    for models in ((weights, tmp_path / "b.pt"), (tmp_path / "b.pt", weights)):
+        rows = rows_of("compare", *models)
+        assert sorted(rows) == ["0", "1", "2", "3", "4"]
+        assert rows["1"]["change"] == 0
+        assert rows["4"]["status"].count("one row or one column") == 2
+        assert list(rows_of("compare", *models, "--filter", "1")) == ["1"]
+
+
+def test_compare_does_not_guess_between_equal_names() -> None:
+    record = LayerRecord(alpha=2.0)
+    pairs = paired({"model.a": record, "module.a": record, "b": record}, {"a": record, "b": record})
+    assert [(pair.name, pair.a is not None, pair.b is not None) for pair in pairs] == [
+        ("model.a", True, False),
+        ("module.a", True, False),
+        ("b", True, True),
+        ("a", False, True),
+    ]
+
+
+def test_tables_have_no_more_digits_than_are_known() -> None:
+    column = Column("alpha", "alpha", 3, signed=True, error="error")
+    for row, shown in (
+        ({"alpha": 2.0344, "error": 0.0312}, "+2.034"),
+        ({"alpha": 2.0344, "error": 0.31}, "+2.03"),
+        ({"alpha": 2.0344, "error": 31.0}, "+2"),
+        ({"alpha": 2.0344, "error": 1e-9}, "+2.034"),
+        ({"alpha": -0.0004, "error": None}, "+0.000"),
+        ({"alpha": None, "error": None}, "-"),
+    ):
+        assert column.cell(row) == shown
+    z = Column("z", "z", 1, digits=2, signed=True)
+    assert [z.cell({"z": value}) for value in (-13.54, -9.94, 0.04, -0.04)] == ["-14", "-9.9", "+0.0", "+0.0"]
 
 
 def test_report_and_plot(tmp_path: Path) -> None:

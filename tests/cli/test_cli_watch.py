@@ -23,7 +23,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from farms_tb.cli.app import app
-from farms_tb.cli.watch import sparkline, view
+from farms_tb.cli.watch import Shown, sparkline, view
 
 HEADER = "epoch,farms/alpha/0,farms/alpha/10,farms/alpha/2,farms/ratio/0,loss,step\n"
 LINES = ("0,2.0,2.5,2.1,0.5,,0\n", ",,,,,0.3,4\n", "1,1.5,2.5,2.0,1.5,,8\n", "2,1.0,2.5,1.9,1.0,,16\n")
@@ -96,7 +96,7 @@ def test_a_file_cut_anywhere(quantity: Any, tmp_path: Path) -> None:
     for length in range(len(whole) + 1):
         (tmp_path / "metrics.csv").write_bytes(whole.encode()[:length])
         with console.capture() as capture:
-            console.print(view(tmp_path, quantity, ("*",), console, crop=True))
+            console.print(view(Shown(tmp_path, quantity), console, crop=True))
         rows = rows_of(capture.get())
         assert {cell for cells in rows.values() for cell in cells[1:3]} <= written
         assert len(rows) == 0 or length > len(HEADER + LINES[0]) - 1
@@ -111,7 +111,7 @@ def test_many_layers_and_measurements_fit_the_terminal(tmp_path: Path) -> None:
     for width, height in ((80, 24), (120, 30)):
         console = Console(width=width, height=height)
         with console.capture() as capture:
-            console.print(view(tmp_path, "alpha", ("*",), console, crop=True))
+            console.print(view(Shown(tmp_path, "alpha"), console, crop=True))
         shown = capture.get().splitlines()
         assert len(shown) < height
         assert max(map(len, shown)) <= width

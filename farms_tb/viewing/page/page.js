@@ -34,6 +34,26 @@ function choice(id, options, current, onchange) {
   return place;
 }
 
+/** What a column of the table and a value of the detail mean. */
+const MEANING = {
+  index: "Position of the layer, from the input to the output.",
+  name: "Name of the layer in the model.",
+  status: "Why a layer has no alpha; empty where it has one.",
+  shape: "The layer's weight as a stack of K matrices with R rows and C columns.",
+  kind: "Real weights, or complex ones of a spectral convolution.",
+  farms: "Power-law exponent of the tail of the eigenvalue spectrum, fitted on windows of one aspect ratio (FARMS). Smaller means a heavier tail: a layer that has learnt more.",
+  error: "Standard error of the FARMS alpha.",
+  full: "Power-law exponent of the spectrum of the whole matrix, which depends on the matrix's shape.",
+  bias: "Full-matrix alpha minus FARMS alpha: what the shape of the matrix adds.",
+  ks: "Kolmogorov-Smirnov distance between the tail and the fitted power law, 0 the best.",
+  stable_rank: "Stable rank of the whole matrix: squared Frobenius norm / squared largest singular value. At most the rank; small where few directions dominate.",
+  spectral_norm: "The largest eigenvalue of the windows measured.",
+  count: "Number of eigenvalues that the FARMS alpha is fitted on.",
+  null_mean: "Mean alpha of the same weights in random order ± its standard deviation (permutation null).",
+  z: "Distance of alpha from that of the same weights in random order, in standard deviations of the latter. Negative: a heavier tail than chance gives.",
+  last_ratio: "Learning rate of the layer / the scheduler's learning rate, as last logged.",
+};
+
 // ---- numbers and colours ---------------------------------------------------------------------------------------
 
 const known = (value) => value !== null && value !== undefined;
@@ -42,7 +62,20 @@ function number(value, digits = 3) {
   if (value !== 0 && (Math.abs(value) < 1e-3 || Math.abs(value) >= 1e5)) return value.toExponential(digits - 1);
   return String(Number(value.toPrecision(Math.max(digits, Math.trunc(Math.abs(value)).toString().length))));
 }
-const fixed = (digits) => (value) => (known(value) ? value.toFixed(digits) : "–");
+/** Fixed decimals; what rounds to zero has no minus sign. */
+function decimal(value, decimals) {
+  if (!known(value)) return "–";
+  const text = value.toFixed(decimals);
+  return Number(text) === 0 ? text.replace("-", "") : text;
+}
+/** The decimals with which a number has so many significant digits, at most `most`. */
+const decimalsOf = (value, digits, most) => (known(value) && value !== 0
+  ? Math.max(0, Math.min(most, digits - 1 - Math.floor(Math.log10(Math.abs(value))))) : most);
+const fixed = (decimals) => (value) => decimal(value, decimals);
+// An alpha is known to the second significant digit of its standard error.
+const asKnown = (value, layer) => decimal(value, decimalsOf(layer.error, 2, 3));
+// The unit of z, the standard deviation of a few shuffled layers, is itself uncertain by 10 to 30 %.
+const twoDigits = (value) => decimal(value, decimalsOf(value, 2, 1));
 
 const VIRIDIS = ["440154", "482878", "3e4989", "31688e", "26828e", "1f9e89", "35b779", "6ece58", "b5de2b", "fde725"];
 const DIVERGING = ["542788", "998ec3", "d8daeb", "f7f7f7", "fee0b6", "f1a340", "b35806"];
@@ -228,7 +261,7 @@ function curveChart(place, shown, quantity, height, main) {
   root.addEventListener("blur", (event) => mark(null, null, event));
 }
 
-/** Draw a map: a row a layer, a column a measurement. For hundreds of layers, whose curves hide one another. */
+/** Draw a map: a row for each layer, a column for each measurement. For hundreds of layers, whose curves hide one another. */
 function mapChart(place, shown, quantity) {
   const rows = shown.filter((layer) => layer[quantity].some(known));
   // The last measurement, of the final weights, has alphas and no ratios.
@@ -236,17 +269,17 @@ function mapChart(place, shown, quantity) {
   place.classList.remove("focus");
   place.replaceChildren();
   if (!rows.length) { place.append(el("p", { class: "quiet" }, `No ${QUANTITIES[quantity].label} to map.`)); return; }
-  const width = Math.max(280, place.clientWidth);
+  const { shade, ends } = mapColours(rows, quantity);
+  const whole = Math.max(280, place.clientWidth);
+  const widest = Math.floor(Math.min(190, whole * 0.33) / 6.2);
+  const labels = shortLabels(rows.map((layer) => layer.name), widest);
+  const left = Math.round(18 + 6.2 * Math.max(...labels.map((label) => label.length)));
+  const width = whole - left - MARGIN.right;
   const height = Math.min(640, Math.max(160, 14 * rows.length));
   const canvas = el("canvas", { width: columns.length, height: rows.length, role: "img", "aria-label": `${QUANTITIES[quantity].title} as a map` });
   // One pixel a cell, magnified: sharp at any size, and cheap for any number of layers.
-  canvas.style.cssText = `width:${width}px;height:${height}px;image-rendering:pixelated`;
+  canvas.style.cssText = `position:absolute;left:${left}px;top:${MARGIN.top}px;width:${width}px;height:${height}px;image-rendering:pixelated`;
   const pen = canvas.getContext("2d");
-  const [low, high] = range(rows.flatMap((layer) => layer[quantity]));
-  const widest = Math.max(1.05, ...rows.flatMap((layer) => layer[quantity]).filter((v) => v > 0).map((v) => Math.max(v, 1 / v)));
-  const shade = (v) => (quantity === "ratio"
-    ? colour(DIVERGING, 0.5 + Math.log(Math.max(v, 1e-9)) / Math.log(widest) / 2)
-    : colour(VIRIDIS, (v - low) / (high - low || 1)));
   const none = getComputedStyle(document.body).getPropertyValue("--map-none");
   rows.forEach((layer, row) => columns.forEach((i, column) => {
     pen.fillStyle = known(layer[quantity][i]) ? shade(layer[quantity][i]) : none;
@@ -260,10 +293,57 @@ function mapChart(place, shown, quantity) {
   canvas.addEventListener("pointermove", (event) => { const at = cell(event); tip(event, at && describe(at[0], quantity, at[1])); });
   canvas.addEventListener("pointerleave", (event) => tip(event, null));
   canvas.addEventListener("click", (event) => { const at = cell(event); if (at) choose(at[0]); });
-  place.append(canvas, el("p", { class: "quiet" },
-    `Layers from the input at the top, measurements from left to right, ${when(columns[0])} to ${when(columns.at(-1))}. ` +
-    (quantity === "ratio" ? `Violet: below the scheduler's rate, down to 1/${number(widest, 2)}; orange: above it, up to ${number(widest, 2)}.`
-      : `Dark: ${number(low)}; bright: ${number(high)}.`)));
+  const root = frame(whole, height + MARGIN.top + MARGIN.bottom, `Axes of the map: ${rows.length} layers, ${axisTitle()}`);
+  for (const row of spread(rows.length, Math.floor(height / 13))) {
+    root.append(svg("text", { class: "row", x: left - 6, y: MARGIN.top + (row + 0.5) * height / rows.length + 4, "text-anchor": "end" },
+      labels[row]));
+  }
+  const bottom = MARGIN.top + height;
+  for (const column of spread(columns.length, Math.floor(width / 70))) {
+    const x = left + (column + 0.5) * width / columns.length;
+    root.append(svg("line", { class: "frame", x1: x, x2: x, y1: bottom, y2: bottom + 4 }),
+      svg("text", { class: "column", x, y: bottom + 16, "text-anchor": "middle" }, number(data.when[state.axis][columns[column]], 6)));
+  }
+  root.append(svg("text", { x: left + width / 2, y: bottom + 32, "text-anchor": "middle" }, axisTitle()));
+  place.append(root, canvas, el("p", { class: "ramp quiet" }, el("span", null, ends.low),
+    el("i", { style: `background:linear-gradient(to right, ${ends.colours.join(",")})` }), el("span", null, ends.high), el("span", null, ends.words)));
+}
+
+/** The colour of a value on a map, and what the two ends of the colours stand for. */
+function mapColours(rows, quantity) {
+  const values = rows.flatMap((layer) => layer[quantity]);
+  if (quantity === "ratio") {
+    const widest = Math.max(1.05, ...values.filter((v) => v > 0).map((v) => Math.max(v, 1 / v)));
+    return {
+      shade: (v) => colour(DIVERGING, 0.5 + Math.log(Math.max(v, 1e-9)) / Math.log(widest) / 2),
+      ends: { low: `1/${number(widest, 2)}`, high: number(widest, 2), colours: [0, 0.25, 0.5, 0.75, 1].map((t) => colour(DIVERGING, t)), words: "1, the scheduler's rate, in the middle" },
+    };
+  }
+  const [low, high] = range(values);
+  return {
+    shade: (v) => colour(VIRIDIS, (v - low) / (high - low || 1)),
+    ends: { low: number(low), high: number(high), colours: [0, 0.25, 0.5, 0.75, 1].map((t) => colour(VIRIDIS, t)), words: QUANTITIES[quantity].label },
+  };
+}
+
+/** Indices of at most `most` of `count` things, evenly spread, first and last among them. */
+function spread(count, most) {
+  const kept = Math.max(1, Math.min(count, most));
+  return [...new Set(Array.from({ length: kept }, (_, k) => Math.round(k * (count - 1) / Math.max(1, kept - 1))))];
+}
+/** Names of at most so many letters: without the parts that all have in common at both ends, then without their start. */
+function shortLabels(names, most) {
+  if (names.every((name) => name.length <= most)) return names;
+  const parts = names.map((name) => name.split("."));
+  const shortest = Math.min(...parts.map((part) => part.length));
+  const common = (at) => parts.every((part) => part.at(at) === parts[0].at(at));
+  let [start, end] = [0, 0];
+  while (start < shortest - 1 && common(start)) start++;
+  while (end < shortest - start - 1 && common(-end - 1)) end++;
+  return parts.map((part) => {
+    const label = `${start ? "…" : ""}${part.slice(start, part.length - end).join(".")}${end ? "…" : ""}`;
+    return label.length <= most ? label : `…${label.slice(1 - most)}`;
+  });
 }
 
 function drawHistory() {
@@ -316,7 +396,10 @@ function spectrumChart(place, layer, esd) {
 
 // ---- detail ----------------------------------------------------------------------------------------------------
 
-const withError = (value, error) => (known(value) ? `${value.toFixed(3)}${known(error) ? ` ± ${error.toFixed(3)}` : ""}` : "–");
+function withError(value, error) {
+  const decimals = decimalsOf(error, 2, 3);
+  return known(value) && known(error) ? `${decimal(value, decimals)} ± ${decimal(error, decimals)}` : decimal(value, decimals);
+}
 
 function drawDetail() {
   const place = byId("detail");
@@ -328,12 +411,14 @@ function drawDetail() {
   place.append(el("div", { class: "bar" }, el("h2", { id: "detail-heading" }, layer.name),
     el("button", { type: "button", class: "close", "aria-label": "Close", title: "Close", onclick: close }, "×")));
   const facts = [
-    ["stack K × R × C", layer.shape.join(" × ") || "–"], ["weights", layer.kind || "–"], ["FARMS alpha", withError(layer.farms, layer.error)],
-    ["full-matrix alpha", withError(layer.full)], ["bias", fixed(3)(layer.bias)], ["KS distance", number(layer.ks)], ["stable rank", number(layer.stable_rank)],
-    ["largest eigenvalue", number(layer.spectral_norm)], ["eigenvalues", layer.count || "–"], ["last ratio", fixed(3)(layer.last_ratio)],
+    ["stack K × R × C", layer.shape.join(" × ") || "–", "shape"], ["weights", layer.kind || "–", "kind"], ["FARMS alpha", withError(layer.farms, layer.error), "farms"],
+    ["full-matrix alpha", asKnown(layer.full, layer), "full"], ["bias", asKnown(layer.bias, layer), "bias"], ["KS distance", number(layer.ks), "ks"], ["stable rank", number(layer.stable_rank), "stable_rank"],
+    ["largest eigenvalue", number(layer.spectral_norm), "spectral_norm"], ["eigenvalues", layer.count || "–", "count"], ["last ratio", fixed(3)(layer.last_ratio), "last_ratio"],
   ];
-  if (known(layer.z)) facts.push(["random weights' alpha", withError(layer.null_mean, layer.null_std)], ["z-score", number(layer.z)]);
-  place.append(el("dl", null, ...facts.map(([name, value]) => el("div", null, el("dt", null, name), el("dd", null, String(value))))));
+  if (known(layer.z)) facts.push(["random weights' alpha", withError(layer.null_mean, layer.null_std), "null_mean"], ["z-score", twoDigits(layer.z), "z"]);
+  place.append(el("dl", null, ...facts.map(([name, value, key]) =>
+    el("div", { title: MEANING[key] }, el("dt", null, name), el("dd", null, String(value))))));
+  if (layer.note) place.append(el("p", { class: "quiet" }, `Not of one time: ${layer.note}.`));
   if (layer.status !== "ok") place.append(el("p", null, `No alpha: ${layer.status}.`));
   const found = Object.entries({ farms: "FARMS windows", full: "whole matrix" }).filter(([esd]) => layer.esd[esd]);
   if (found.length) {
@@ -376,37 +461,39 @@ function choose(layer) {
 
 // ---- table -----------------------------------------------------------------------------------------------------
 
-// The last of each: which columns go first where there is no room for all.
 const COLUMNS = [
-  ["alpha", "farms", fixed(3), "Alpha by FARMS, of the weights measured"],
-  ["±", "error", fixed(3), "Standard error of the FARMS alpha"],
-  ["full", "full", fixed(3), "Alpha of the whole matrix", "second"],
-  ["bias", "bias", fixed(3), "Full-matrix alpha minus FARMS alpha: what the shape of the layer adds", "second"],
-  ["KS", "ks", fixed(3), "Kolmogorov-Smirnov distance between the tail and the fitted law, 0 the best", "third"],
-  ["st. rank", "stable_rank", fixed(1), "Stable rank: sum of the eigenvalues / the largest", "third"],
-  ["z", "z", fixed(1), "Distance from random weights of this shape, in their standard deviations", "second"],
-  ["ratio", "last_ratio", fixed(3), "Learning rate / scheduler's learning rate, as last logged"],
+  ["alpha", "farms", asKnown],
+  ["±", "error", asKnown],
+  ["full", "full", asKnown],
+  ["bias", "bias", asKnown],
+  ["KS", "ks", fixed(3)],
+  ["st. rank", "stable_rank", fixed(1)],
+  ["z", "z", twoDigits],
+  ["ratio", "last_ratio", fixed(3)],
 ].filter(([, key]) => layers.some((layer) => known(layer[key])));
+// Which columns go where there is no room for all: those marked "third" first, then "second", then "last".
+const ROOM = { index: "last", full: "second", bias: "second", z: "second", status: "second", ks: "third", stable_rank: "third" };
 const HAS_STATUS = layers.some((layer) => layer.status !== "ok");
 const body = el("tbody");
 
 function buildTable() {
-  const heads = [["#", "index", "By depth"], ["layer", "name", "By name", "text"], ...COLUMNS.map(([label, key, , title, room]) => [label, key, title, room])];
-  if (HAS_STATUS) heads.push(["status", "status", "Why there is no alpha", "text second"]);
+  const heads = [["#", "index"], ["layer", "name", "text"], ...COLUMNS];
+  if (HAS_STATUS) heads.push(["status", "status", "text"]);
   const all = el("input", { type: "checkbox", checked: true, "aria-label": "Show all listed layers in the chart", onchange: () => {
     for (const layer of layers) if (!layer.row.hidden) layer.box.checked = layer.shown = all.checked;
     drawHistory();
   } });
-  const row = el("tr", null, el("th", { class: "text" }, all), ...heads.map(([label, key, title, look = null]) =>
-    el("th", { scope: "col", class: look, "data-key": key },
-      el("button", { type: "button", title, onclick: () => sortBy(key) }, label))));
+  const row = el("tr", null, el("th", { class: "text" }, all), ...heads.map(([label, key, look]) =>
+    el("th", { scope: "col", class: `${look === "text" ? look : ""} ${ROOM[key] || ""}`, "data-key": key },
+      el("button", { type: "button", title: `${MEANING[key]} Click to sort.`, onclick: () => sortBy(key) }, label))));
   for (const layer of layers) {
     layer.box = el("input", { type: "checkbox", checked: true, "aria-label": `Show ${layer.name} in the chart`, onclick: (event) => event.stopPropagation(),
       onchange: () => { layer.shown = layer.box.checked; drawHistory(); } });
     layer.button = el("button", { type: "button" }, el("span", { class: "swatch", style: layer.tint }), layer.name);
     layer.row = el("tr", { "aria-selected": "false", onclick: () => choose(layer), onpointerenter: () => highlight(layer), onpointerleave: () => highlight(null) },
-      el("td", { class: "text" }, layer.box), el("td", null, String(layer.index + 1)), el("td", { class: "text" }, layer.button),
-      ...COLUMNS.map(([, key, format, , room = null]) => el("td", { class: room }, format(layer[key]))),
+      el("td", { class: "text" }, layer.box), el("td", { class: ROOM.index }, String(layer.index + 1)),
+      el("td", { class: "text name" }, layer.button, layer.note ? el("small", { class: "quiet" }, layer.note) : null),
+      ...COLUMNS.map(([, key, format]) => el("td", { class: ROOM[key] || null }, format(layer[key], layer))),
       HAS_STATUS ? el("td", { class: "text second status", title: layer.status }, layer.status === "ok" ? "" : layer.status) : null);
     body.append(layer.row);
   }

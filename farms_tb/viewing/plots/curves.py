@@ -1,4 +1,4 @@
-"""What the callback logged, over the course of training: curves by layer, and a map of the ratios."""
+"""Pictures of what the callback logged over training: curves by layer, and a map of the ratios."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from farms_tb.viewing.history import Curve, History
 from farms_tb.viewing.plots.style import (
     MARKERS,
     MAX_LEGEND,
@@ -17,11 +18,11 @@ from farms_tb.viewing.plots.style import (
     depth_colours,
     explain_colours,
     new_figure,
+    plain,
     save,
     spread,
     styled,
 )
-from farms_tb.viewing.run_folder import Curve, History
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -96,9 +97,8 @@ def plot_ratio_map(history: History, path: PathLike | None = None, *, title: str
 
     _check_any(history.ratio)
     names, when, table = _as_table(history)
-    positive = table[np.isfinite(table) & (table > 0)]
-    widest = max([1.05, *np.maximum(positive, 1 / positive)]) if len(positive) else 1.05
-    limit = min(float(widest), WIDEST_RATIO)
+    widest = _widest_ratio(table)
+    limit = min(widest, WIDEST_RATIO)
     figure = new_figure(7.5, 1.2 + min(0.19 * len(names), 8.0))
     axes = figure.add_subplot()
     axes.set_facecolor("0.85")
@@ -111,9 +111,9 @@ def plot_ratio_map(history: History, path: PathLike | None = None, *, title: str
         interpolation="nearest",
     )
     shown = spread(len(names), MAX_NAMES)
-    axes.set_yticks(shown, [names[index] for index in shown], fontsize="x-small")
+    axes.set_yticks(shown, [plain(names[index]) for index in shown], fontsize="x-small")
     shown = spread(len(when), 12)
-    axes.set_xticks(shown, [f"{when[index]:g}" for index in shown])
+    axes.set_xticks(shown, [f"{when[index]:.12g}" for index in shown])
     axes.set_xlabel("optimizer steps" if history.by_step else "completed epochs")
     axes.set_ylabel("layer, by depth")
     axes.set_title(title)
@@ -123,6 +123,12 @@ def plot_ratio_map(history: History, path: PathLike | None = None, *, title: str
     bar.set_ticks(ticks, labels=[f"{tick:.2g}" for tick in ticks])
     bar.minorticks_off()
     return save(figure, path)
+
+
+def _widest_ratio(table: NDArray[np.float64]) -> float:
+    """Return the largest factor between a ratio and 1, either way; at least 1.05, so that there is a scale."""
+    positive = table[np.isfinite(table) & (table > 0)]
+    return float(max([1.05, *positive, *(1 / positive)]))
 
 
 def _plot_curves(
@@ -150,9 +156,9 @@ def _plot_curves(
             curve.values,
             color=colours[name],
             marker=MARKERS[index % len(MARKERS)] if few else "o" if len(x) < 3 else "",
-            # Each layer's markers at epochs of its own, so that they do not hide one another.
+            # Layers have their markers at different epochs, so that they do not hide one another.
             markevery=(index % every, every),
-            label=name,
+            label=plain(name),
         )
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("optimizer steps" if history.by_step else "completed epochs")

@@ -1,4 +1,4 @@
-"""The pictures of a run folder: all that it has the figures for, or some."""
+"""Draw and save the pictures of a run folder: all that it has the data for, or some."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+from farms_tb.viewing.names import file_name
 from farms_tb.viewing.plots.curves import plot_alpha_curves, plot_ratio_curves, plot_ratio_map
 from farms_tb.viewing.plots.layers import (
     plot_alpha_by_depth,
@@ -14,8 +15,11 @@ from farms_tb.viewing.plots.layers import (
     plot_full_against_farms,
     with_histogram,
 )
-from farms_tb.viewing.plots.style import PathLike, check_format
+from farms_tb.viewing.plots.style import PathLike, check_format, plain
 from farms_tb.viewing.run_folder import RunFolder, read_run_folder
+
+FOLDER = "figures"
+"""Where the pictures of a run go, in its folder."""
 
 PICTURES = ("alpha", "lr_ratio", "lr_ratio_map", "alpha_by_depth", "full_against_farms", "esd")
 """Names of the pictures of a run."""
@@ -38,38 +42,38 @@ def save_all(
     pictures: Sequence[str] | None = None,
     layers: Sequence[str] = (),
 ) -> list[Path]:
-    """Draw every picture that a run folder has the figures for, or some of them.
+    """Draw every picture that a run folder has the data for, or some of them.
 
     `alpha`, `lr_ratio`, `lr_ratio_map` from what was logged; `alpha_by_depth`, `full_against_farms`, `esd` from
     the newest checkpoint. Those that cannot be drawn are left out: `read_run_folder(folder).missing` says why.
 
     Args:
         run_folder: the folder of a run, finished or not, a file of weights, or what `read_run_folder` made of it.
-        output_dir: where the pictures go; made where it is not there. None for `figures` in the run folder.
+        output_dir: where the pictures go; made if it does not exist. None for `figures` in the run folder.
         title: a heading for all; None for the run's name.
         suffix: the format: `".png"` (300 dpi), `".pdf"`, `".svg"` or any that matplotlib writes.
         pictures: the names of those to draw; None for all that can be drawn.
-        layers: names of layers whose spectra are drawn too, each in a picture of its own.
+        layers: names of layers whose spectra are also drawn, one picture each.
 
     Returns:
         The pictures made.
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: the folder is no run folder, there is no such picture or layer or no figures for it, or
-            matplotlib does not know the format.
+        ValueError: the folder is no run folder, there is no such picture or layer or no data for it, or
+            matplotlib does not know the format; or `figures` is a link to another folder.
         ImportError: matplotlib is not installed.
     """
     check_wanted(pictures, suffix)
     run = run_folder if isinstance(run_folder, RunFolder) else read_run_folder(run_folder)
-    heading = run.title if title is None else title
-    folder = run.path / "figures" if output_dir is None else Path(output_dir)
+    heading = plain(run.title) if title is None else title
+    folder = _own_folder(run.path / FOLDER) if output_dir is None else Path(output_dir)
     drawable = _drawable(run, heading)
     chosen = list(drawable if pictures is None else pictures)
     absent = [name for name in (*chosen, *(("esd",) if layers else ())) if name not in drawable]
     if absent:
         reasons = " ".join(run.missing) or "The table of the layers says why: farms-tb analyze."
-        raise ValueError(f"{run.path} has no figures for the picture {absent[0]!r}. {reasons}")
+        raise ValueError(f"{run.path} has no data for the picture {absent[0]!r}. {reasons}")
     wanted = {name: drawable[name] for name in chosen} | _spectra(run, layers)
     folder.mkdir(parents=True, exist_ok=True)
     saved = []
@@ -84,11 +88,18 @@ def _spectra(run: RunFolder, layers: Sequence[str]) -> dict[str, Callable[[Path]
     if run.farms is None or not layers:
         return {}
     with_histogram(run.farms, layers)
-    return {f"esd_{layer.replace('/', '_')}": partial(plot_esd, run.farms, layer) for layer in layers}
+    return {f"esd_{file_name(layer)}": partial(plot_esd, run.farms, layer) for layer in layers}
+
+
+def _own_folder(folder: Path) -> Path:
+    """Return the folder for a run's pictures, unless a link in somebody's run would lead them elsewhere."""
+    if folder.is_symlink():
+        raise ValueError(f"{folder} is a link to {folder.readlink()}: pass the folder to write to (--output)")
+    return folder
 
 
 def _drawable(run: RunFolder, title: str) -> dict[str, Callable[[Path], object]]:
-    """Return what draws each picture whose figures are there."""
+    """Return what draws each picture that there is data for."""
     history, farms, full = run.history, run.farms, run.full
     found: dict[str, Callable[[Path], object]] = {}
     if history.alpha:

@@ -1,9 +1,9 @@
-"""What one measurement found: alpha by depth, full-matrix against FARMS alpha, and the layers' spectra."""
+"""Pictures of one measurement: alpha by depth, full-matrix against FARMS alpha, and the layers' spectra."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from farms_tb.report import LayerRecord, Report
@@ -14,6 +14,7 @@ from farms_tb.viewing.plots.style import (
     PathLike,
     depth_colours,
     new_figure,
+    plain,
     save,
     spread,
     styled,
@@ -29,7 +30,7 @@ MAX_SPECTRA = 20
 SHOWN = 1e-4
 """Eigenvalues below this share of the largest are cut off, unless the tail begins there: they hide the rest."""
 
-TAIL, NULL = "#D55E00", "0.25"
+TAIL, RANDOM = "#D55E00", "0.25"
 _KINDS = {"real": ("o", "real weights"), "spectral": ("D", "complex spectral weights")}
 
 
@@ -37,8 +38,8 @@ _KINDS = {"real": ("o", "real weights"), "spectral": ("D", "complex spectral wei
 def plot_alpha_by_depth(report: Report, path: PathLike | None = None, *, title: str = "") -> Figure:
     """Draw alpha against depth, with its standard error where the report has one.
 
-    A report of `analyze(..., null=True)` also shows the band in which a layer of random weights of the same shape
-    lies, mean +- two standard deviations: a layer below it has learnt something.
+    A report of `analyze(..., null=True)` also shows the band of the permutation null: alpha of the same weights in
+    random order, mean +- two standard deviations. A layer below it has learnt something.
 
     Args:
         report: a measurement; layers without an alpha leave a gap.
@@ -54,28 +55,21 @@ def plot_alpha_by_depth(report: Report, path: PathLike | None = None, *, title: 
     """
     names = list(report.layers)
     alphas = _with_alpha(report)
-    colours = depth_colours(names)
+    positions = {name: index for index, name in enumerate(names) if name in alphas}
     figure = new_figure(max(4.5, min(9.0, 1.2 + 0.3 * len(names))), 4.4)
     axes = figure.add_subplot()
-    found = [(index, alphas[name]) for index, name in enumerate(names) if name in alphas]
-    axes.plot([index for index, _ in found], [r.alpha or math.nan for _, r in found], color="0.8", linewidth=0.8)
-    for index, r in found:
-        marker, _ = _KINDS[r.kind]
-        axes.errorbar(
-            index, r.alpha or math.nan, r.alpha_error, color=colours[names[index]], marker=marker, capsize=2
-        )
-    kinds = [kind for kind in _KINDS if any(record.kind == kind for record in alphas.values())]
-    for marker, label in (_KINDS[kind] for kind in kinds if len(kinds) > 1):
-        axes.plot([], [], color=FAINT, marker=marker, linestyle="", label=label)
-    nulls = [(i, r.null_mean, r.null_std) for i, r in found if r.null_mean is not None and r.null_std is not None]
-    if nulls:
-        bottom, height = [mean - 2 * std for _, mean, std in nulls], [4 * std for _, _, std in nulls]
-        label = "random weights, mean ± 2 sd"
-        axes.bar([i for i, _, _ in nulls], height, 0.8, bottom, color="0.85", zorder=0.5, label=label)
+    heights = {name: alphas[name].alpha or math.nan for name in positions}
+    axes.plot(list(positions.values()), list(heights.values()), color="0.8", linewidth=0.8)
+    colours = depth_colours(names)
+    for name, position in positions.items():
+        marker, _ = _KINDS[alphas[name].kind]
+        error = alphas[name].alpha_error
+        axes.errorbar(position, heights[name], error, color=colours[name], marker=marker, capsize=2)
+    explained = [_explain_kinds(axes, alphas), _draw_null_band(axes, alphas, positions)]
     shown = spread(len(names), MAX_NAMES)
     axes.set_xticks(
         shown,
-        [names[index] for index in shown],
+        [plain(names[index]) for index in shown],
         rotation=45,
         ha="right",
         rotation_mode="anchor",
@@ -84,9 +78,32 @@ def plot_alpha_by_depth(report: Report, path: PathLike | None = None, *, title: 
     axes.set_xlim(-0.6, len(names) - 0.4)
     axes.set_ylabel("power-law exponent alpha")
     axes.set_title(title)
-    if nulls or len(kinds) > 1:
+    if any(explained):
         axes.legend()
     return save(figure, path)
+
+
+def _explain_kinds(axes: Axes, records: Mapping[str, LayerRecord]) -> bool:
+    """Add the markers of real and complex weights to the legend where there are both; tell whether."""
+    kinds = [kind for kind in _KINDS if any(record.kind == kind for record in records.values())]
+    if len(kinds) < 2:
+        return False
+    for marker, label in (_KINDS[kind] for kind in kinds):
+        axes.plot([], [], color=FAINT, marker=marker, linestyle="", label=label)
+    return True
+
+
+def _draw_null_band(axes: Axes, records: Mapping[str, LayerRecord], positions: Mapping[str, int]) -> bool:
+    """Draw mean +- two standard deviations of each layer's permutation null, where it is known; tell whether."""
+    nulls = {position: records[name].null for name, position in positions.items()}
+    known = {position: null for position, null in nulls.items() if null is not None}
+    if not known:
+        return False
+    bottom = [mean - 2 * std for mean, std in known.values()]
+    height = [4 * std for _, std in known.values()]
+    label = "random weights, mean ± 2 sd"
+    axes.bar(list(known), height, 0.8, bottom, color="0.85", zorder=0.5, label=label)
+    return True
 
 
 @styled
@@ -159,7 +176,7 @@ def plot_esd(report: Report, layer: str, path: PathLike | None = None, *, title:
     figure = new_figure(5.0, 3.6)
     axes = figure.add_subplot()
     _draw_esd(axes, report, layer, depth_colours(list(report.layers))[layer])
-    axes.set_title(title or layer)
+    axes.set_title(title or plain(layer))
     axes.set_xlabel("eigenvalue")
     axes.set_ylabel("density")
     axes.legend(loc="lower left")
@@ -197,7 +214,7 @@ def plot_esds(
         axes.set_axis_off()
     for axes, name in zip(grid.flat[: len(chosen)], chosen, strict=True):
         _draw_esd(axes, report, name, colours[name])
-        axes.set_title(name if len(name) <= 32 else "…" + name[-31:], fontsize=7)
+        axes.set_title(plain(name, 32), fontsize=7)
         axes.tick_params(labelsize=6)
         axes.minorticks_off()  # hundreds of them would take most of the time of drawing
     figure.suptitle(title, x=0.01, ha="left", fontsize=10)
@@ -220,7 +237,7 @@ def _draw_esd(axes: Axes, report: Report, name: str, colour: tuple[float, ...]) 
     axes.stairs(density, edges, baseline=floor, fill=True, color=colour, alpha=0.45, label="eigenvalues")
     if record.norm_stable_rank:
         law = marchenko_pastur(record.norm_stable_rank, aspect_of_sample(record, report), lowest)
-        axes.plot(*law, color=NULL, linestyle="--", label="random weights (Marchenko-Pastur)")
+        axes.plot(*law, color=RANDOM, linestyle="--", label="random weights (Marchenko-Pastur)")
     if tail is not None:
         axes.plot(*tail, color=TAIL, linewidth=1.8, label=f"fitted tail, alpha {record.alpha:.2f}")
         axes.axvline(tail.x[0], color=TAIL, linewidth=0.8, linestyle=":")

@@ -9,7 +9,11 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+from farms_tb.atomic_write import atomic_path
+from farms_tb.viewing.names import printable, shortened
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -46,6 +50,8 @@ _STYLE: dict[Any, Any] = {
     "pdf.fonttype": 42,
     "ps.fonttype": 42,
     "svg.fonttype": "none",
+    # Names are shown as they are, not run through TeX.
+    "text.usetex": False,
 }
 
 PathLike = str | os.PathLike[str]
@@ -81,6 +87,23 @@ def check_format(suffix: str) -> None:
         raise ValueError(f"no format of pictures {suffix!r}: matplotlib writes {', '.join(sorted(known))}")
 
 
+def plain(name: str, most: int = 60) -> str:
+    r"""Return a name as text that matplotlib shows as it is.
+
+    Matplotlib takes text between two `$` for mathematics, and leaves labels that begin with `_` out of legends.
+
+    Args:
+        name: name of a layer or a run.
+        most: characters to keep, the last ones: a name of thousands would make a picture too wide to be saved.
+
+    Example:
+        >>> plain("$x$"), plain("_orig_mod.0")
+        ('\\$x\\$', ' _orig_mod.0')
+    """
+    shown = shortened(printable(name), most).replace("$", r"\$")
+    return f" {shown}" if shown.startswith("_") else shown
+
+
 def new_figure(width: float, height: float) -> Figure:
     """Return an empty figure, width and height in inches."""
     from matplotlib.figure import Figure
@@ -91,7 +114,9 @@ def new_figure(width: float, height: float) -> Figure:
 def save(figure: Figure, path: PathLike | None) -> Figure:
     """Save a figure where a path is given, in the format of its ending."""
     if path is not None:
-        figure.savefig(path, bbox_inches="tight")
+        suffix = Path(path).suffix.removeprefix(".")
+        with atomic_path(path) as unfinished:
+            figure.savefig(unfinished, format=suffix or None, bbox_inches="tight")
     return figure
 
 
@@ -104,7 +129,7 @@ def depth_colours(layers: Sequence[str]) -> dict[str, Colour]:
 
 
 def explain_colours(figure: Figure, axes: Axes, colours: Mapping[str, Colour]) -> None:
-    """Put a legend beside the axes, or for many layers a colour bar with some of their names."""
+    """Put a legend to the right of the axes, or for many layers a colour bar with some of their names."""
     names = list(colours)
     if len(names) <= MAX_LEGEND:
         axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), title="layer, by depth")
@@ -115,7 +140,7 @@ def explain_colours(figure: Figure, axes: Axes, colours: Mapping[str, Colour]) -
     shown = spread(len(names), 8)
     mappable = ScalarMappable(norm=NoNorm(), cmap=ListedColormap(list(colours.values())))
     bar = figure.colorbar(mappable, ax=axes, ticks=shown, label="layer, by depth", pad=0.02)
-    bar.ax.set_yticklabels([names[index] for index in shown], fontsize="x-small")
+    bar.ax.set_yticklabels([plain(names[index]) for index in shown], fontsize="x-small")
     bar.ax.invert_yaxis()
 
 

@@ -1,0 +1,91 @@
+"""`farms-tb compare`: the alphas of two models, layer by layer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from farms_tb.cli.arguments import (
+    MODEL_HELP,
+    Device,
+    Filter,
+    Key,
+    Output,
+    OutputFormat,
+    Pretrained,
+    Strict,
+    takes_spectrum_options,
+)
+from farms_tb.cli.exit_codes import finish
+from farms_tb.cli.measuring import Wanted, checked_device, measure
+from farms_tb.cli.messages import EXIT_INTERRUPTED, complaints, say
+from farms_tb.cli.output import Result, chosen_format, emit
+from farms_tb.cli.pairing import changes, paired
+from farms_tb.cli.sources import Source, open_source
+from farms_tb.cli.tables import Column
+from farms_tb.options import SpectrumOptions, as_plain
+
+_COLUMNS = (
+    Column("layer", "layer"),
+    Column("shape", "K x R x C", optional=True),
+    Column("alpha_a", "alpha A", 3, error="alpha_error_a"),
+    Column("alpha_b", "alpha B", 3, error="alpha_error_b"),
+    Column("change", "B - A", 3, error="change_error", signed=True),
+    Column("change_error", "±", 3, error="change_error"),
+    Column("change_in_errors", "(B - A)/±", 1, digits=2, signed=True),
+)
+
+
+@takes_spectrum_options
+def compare(
+    model_a: Annotated[str, typer.Argument(metavar="A", help=MODEL_HELP, show_default=False)],
+    model_b: Annotated[str, typer.Argument(metavar="B", help="The same.", show_default=False)],
+    *,
+    options: SpectrumOptions,
+    pretrained: Pretrained = False,
+    key: Key = None,
+    patterns: Filter = None,
+    output_format: OutputFormat = None,
+    output: Output = None,
+    strict: Strict = False,
+    device: Device = "cpu",
+) -> None:
+    """Compare the alphas of two models, layer by layer of the same name, the largest change first.
+
+    Names are the same if they differ in the prefixes module., model. and _orig_mod. alone. ± is the standard error
+    of the change: the root of the sum of both alphas' squared standard errors.
+    """
+    with complaints():
+        form = chosen_format(output_format, output)
+        wanted = Wanted(options, patterns=tuple(patterns or ()), device=checked_device(device))
+        sources = _open_both((model_a, model_b), pretrained, key)
+    found = []
+    for source in sources:
+        found.append(measure(source, wanted, Console(stderr=True)))
+        if found[-1].interrupted:
+            say(f"{found[-1].stopped}: nothing to compare yet")
+            raise typer.Exit(EXIT_INTERRUPTED)
+    pairs = paired(*(part.records for part in found))
+    rows = changes(pairs)
+    complete = not any(part.stopped for part in found)
+    facts = {"a": model_a, "b": model_b, "complete": complete, "options": as_plain(options)}
+    with complaints():
+        emit(Result(f"A: {model_a}\nB: {model_b}", _COLUMNS, rows, facts, complete), form, output)
+    if all(None in (pair.a, pair.b) for pair in pairs):
+        some_a, some_b = (", ".join(list(part.records)[:3]) or "none" for part in found)
+        say(f"No layer has the same name in both: {some_a} in A, {some_b} in B.")
+    finish(found, rows, "change", strict)
+
+
+def _open_both(models: tuple[str, str], pretrained: bool, key: str | None) -> list[Source]:
+    """Open two models; of a file and a model by name, each takes the option that is for it."""
+    are_files = [Path(model).exists() for model in models]
+    if key is not None and not any(are_files):
+        raise ValueError(f"--key is for files of weights, {models[0]} and {models[1]} are none")
+    return [
+        open_source(model, pretrained=pretrained and not is_file, key=key if is_file else None)
+        for model, is_file in zip(models, are_files, strict=True)
+    ]

@@ -1,0 +1,42 @@
+"""`farms-tb plot`: pictures of a run or of a file of weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from farms_tb.cli.arguments import Null, RunFolderArgument
+from farms_tb.cli.messages import complaints, say
+from farms_tb.viewing.names import printable
+from farms_tb.viewing.plots.everything import PICTURES, check_wanted, save_all
+from farms_tb.viewing.run_folder import read_run_folder
+
+
+def plot(
+    run_folder: RunFolderArgument,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FOLDER", help="Default: figures in the run folder.")
+    ] = None,
+    picture_format: Annotated[str, typer.Option("--format", help="png, pdf, svg, ...")] = "png",
+    only: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PICTURE", help=f"Only this one (may be repeated): {', '.join(PICTURES)}."),
+    ] = None,
+    layer: Annotated[
+        list[str] | None,
+        typer.Option(metavar="LAYER", help="Only the spectrum of this layer, in full size (may be repeated)."),
+    ] = None,
+    null: Null = False,
+) -> None:
+    """Draw every picture that a run has the data for, or those of a file of weights."""
+    pictures = only or ([] if layer else None)
+    suffix = f".{picture_format}"
+    with complaints():
+        check_wanted(pictures, suffix)
+        run = read_run_folder(run_folder, null=null)
+        for path in save_all(run, output, suffix=suffix, pictures=pictures, layers=layer or ()):
+            print(printable(str(path)))
+        for sentence in run.missing:
+            say(sentence)

@@ -1,0 +1,29 @@
+"""`farms-tb report`: a page about a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from farms_tb.cli.arguments import Null, RunFolderArgument
+from farms_tb.cli.messages import complaints, say
+from farms_tb.viewing.names import printable
+from farms_tb.viewing.page import write_page
+from farms_tb.viewing.run_folder import read_run_folder
+
+
+def report(
+    run_folder: RunFolderArgument,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Default: report.html in the run folder.")
+    ] = None,
+    null: Null = False,
+) -> None:
+    """Write a page about a run: one HTML file with everything in it."""
+    with complaints():
+        run = read_run_folder(run_folder, null=null)
+        print(printable(str(write_page(run, output))))
+        for sentence in run.missing:
+            say(sentence)

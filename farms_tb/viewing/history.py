@@ -1,0 +1,46 @@
+"""The curves of a training run, as plain data: who logs them live and who reads them later share these classes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+__all__ = ["Curve", "History"]
+
+
+class Curve(NamedTuple):
+    """One layer's measurements in the order of training; all three tuples have the same length.
+
+    Attributes:
+        epochs: completed epochs at each measurement, 0 for the initial weights.
+        steps: optimizer steps at each measurement.
+        values: what was measured.
+    """
+
+    epochs: tuple[float, ...]
+    steps: tuple[int, ...]
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class History:
+    """Every layer's curves, by layer name in order of depth.
+
+    Attributes:
+        alpha: power-law exponents.
+        ratio: learning-rate ratios.
+        lr: active learning rates.
+        layers: all names, in order of depth.
+    """
+
+    alpha: Mapping[str, Curve] = field(default_factory=dict)
+    ratio: Mapping[str, Curve] = field(default_factory=dict)
+    lr: Mapping[str, Curve] = field(default_factory=dict)
+    layers: tuple[str, ...] = ()
+
+    @property
+    def by_step(self) -> bool:
+        """Whether one epoch holds several measurements, so that only steps can tell them apart."""
+        curves = (*self.alpha.values(), *self.ratio.values(), *self.lr.values())
+        return any(len(set(curve.epochs)) < len(curve.epochs) for curve in curves)

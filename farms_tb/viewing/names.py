@@ -1,0 +1,71 @@
+"""Names of layers and runs, made safe to show.
+
+Names come from files that somebody else may have made. They can hold sequences that a terminal executes,
+characters that no encoding or font has, and thousands of letters.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+
+__all__ = ["file_name", "natural_order", "printable", "shortened"]
+
+
+def printable(text: str, keep: str = "") -> str:
+    r"""Return text with an escape in place of each character that `str.isprintable` refuses.
+
+    Those are control characters, which begin a terminal's commands, marks that change the direction of writing,
+    lone surrogates and unassigned characters.
+
+    Args:
+        text: any text.
+        keep: characters to leave as they are, say `"\n"` for text of several lines.
+
+    Example:
+        >>> printable("conv\x1b[2J")
+        'conv\\x1b[2J'
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        letter if letter.isprintable() or letter in keep else letter.encode("unicode_escape").decode()
+        for letter in text
+    )
+
+
+def shortened(name: str, most: int) -> str:
+    """Return at most `most` characters of a name: its end, which tells the layers of a model apart.
+
+    Example:
+        >>> shortened("model.layers.11.mlp.down_proj", 15)
+        '….mlp.down_proj'
+    """
+    return name if len(name) <= most else "…" + name[1 - most :]
+
+
+def file_name(name: str) -> str:
+    """Return a layer's name as a part of a file's name: no separators of folders, at most 100 characters.
+
+    Names that had to be changed beyond their separators end in a checksum, so that two layers have two files.
+    """
+    plain = "".join(letter if letter.isprintable() else "_" for letter in re.sub(r"[/\\]", "_", name))
+    if len(plain) <= 100 and plain == re.sub(r"[/\\]", "_", name):
+        return plain
+    return f"{plain[:80]}_{hashlib.sha256(name.encode('utf-8', 'surrogatepass')).hexdigest()[:12]}"
+
+
+def natural_order(name: str) -> list[tuple[int, int, str]]:
+    """Return a sort key under which `layer.10` comes after `layer.9`, for numbers of any length.
+
+    Example:
+        >>> sorted(["layer.10", "layer.9"], key=natural_order)
+        ['layer.9', 'layer.10']
+    """
+    key = []
+    for index, part in enumerate(re.split(r"([0-9]+)", name)):
+        is_number = index % 2 == 1
+        digits = part.lstrip("0")
+        # Of two numbers without leading zeros the longer one is larger; int() refuses more than 4,300 digits.
+        key.append((1, len(digits), digits) if is_number else (0, 0, part))
+    return key

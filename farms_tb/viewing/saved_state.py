@@ -1,0 +1,137 @@
+"""Read the callback's state in a checkpoint; what is damaged is left out and said, the rest is kept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from farms_tb.options import SpectrumOptions, as_plain
+from farms_tb.weights.files import read_torch_file
+
+__all__ = ["SavedState", "depth_order", "newest_state", "read_state"]
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """What a checkpoint holds of the callback.
+
+    Attributes:
+        options: the callback's options as plain values; empty where they are not known.
+        layers: names of the layers in order of depth; empty where they are not known.
+        nulls: mean and standard deviation of alpha under each layer's permutation null, where the run measured it.
+        epoch: completed epochs; None where the checkpoint does not say.
+        step: optimizer steps; None where the checkpoint does not say.
+        damaged: names of the parts that are not what the callback writes, and were left out.
+    """
+
+    options: Mapping[str, Any] = field(default_factory=dict)
+    layers: tuple[str, ...] = ()
+    nulls: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    epoch: int | None = None
+    step: int | None = None
+    damaged: tuple[str, ...] = ()
+
+    @property
+    def spectrum_options(self) -> dict[str, Any]:
+        """How the run measured, as arguments of `SpectrumOptions`; unknown ones, of other versions, left out."""
+        names = [option.name for option in fields(SpectrumOptions)]
+        return {name: self.options[name] for name in names if name in self.options}
+
+    def nulls_by(self, options: Mapping[str, Any]) -> Mapping[str, tuple[float, float]]:
+        """Return the permutation nulls if the run measured them by these options; else none: they differ.
+
+        Args:
+            options: the plain values of `SpectrumOptions`, which may hold more.
+        """
+        try:
+            own = as_plain(SpectrumOptions(**self.spectrum_options))
+        except (TypeError, ValueError):  # options that no run can have had
+            return {}
+        return self.nulls if options == own else {}
+
+    def at(self) -> str:
+        """Return the time of the checkpoint in words, `"epoch 3, step 12"`; empty where it is not known."""
+        times = (("epoch", self.epoch), ("step", self.step))
+        return ", ".join(f"{unit} {value}" for unit, value in times if value is not None)
+
+
+def read_state(checkpoint: Path) -> SavedState:
+    """Read the callback's state out of a checkpoint.
+
+    Raises:
+        ValueError: the file is no checkpoint, or cut short or damaged, or holds more than plain values.
+        OSError: there is no such file.
+    """
+    loaded = read_torch_file(checkpoint)
+    if not isinstance(loaded, dict):
+        return SavedState()
+    damaged: list[str] = []
+    state: Any = loaded
+    for key in ("callbacks", "FARMSTempBalance", "balancer"):
+        state = _mapping(state, key, damaged)
+    epoch, step = (value if _is_count(value := loaded.get(key)) else None for key in ("epoch", "global_step"))
+    return SavedState(
+        options={name: value for name, value in _mapping(state, "options", damaged).items() if _is_text(name)},
+        layers=tuple(name for name in _mapping(state, "ratios", damaged) if _is_text(name)),
+        nulls=dict(_nulls(_mapping(state, "report", damaged), damaged)),
+        epoch=None if epoch is None else epoch + 1,
+        step=step,
+        damaged=tuple(damaged),
+    )
+
+
+def newest_state(checkpoints: Sequence[Path]) -> SavedState:
+    """Return the state in the first of several checkpoints that can be read; an empty one where none can."""
+    for path in checkpoints:
+        try:
+            return read_state(path)
+        except Exception:  # a file that is being written, or deleted, fails in many ways
+            continue
+    return SavedState()
+
+
+def depth_order(checkpoints: Sequence[Path]) -> tuple[str, ...]:
+    """Return the layers in order of depth as the newest readable checkpoint lists them; empty without one.
+
+    Args:
+        checkpoints: the checkpoints of a run, the newest first.
+    """
+    return newest_state(checkpoints).layers
+
+
+def _mapping(state: Mapping[str, Any], key: str, damaged: list[str]) -> Mapping[Any, Any]:
+    found = state.get(key, {})
+    if isinstance(found, Mapping):
+        return found
+    damaged.append(key)
+    return {}
+
+
+def _nulls(report: Mapping[Any, Any], damaged: list[str]) -> Iterator[tuple[str, tuple[float, float]]]:
+    """Yield mean and standard deviation of each layer that has both; a standard deviation must be positive."""
+    for name, record in report.items():
+        if not (_is_text(name) and isinstance(record, Mapping)):
+            damaged.append("report")
+            return
+        mean, std = record.get("null_mean"), record.get("null_std")
+        if mean is None or std is None:
+            continue
+        if not (_is_finite(mean) and _is_finite(std) and std > 0):
+            damaged.append("permutation null")
+            return
+        yield name, (mean, std)
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, float) and math.isfinite(value)

@@ -1,0 +1,51 @@
+"""Names out of files that somebody else made, as they are shown."""
+
+from __future__ import annotations
+
+import pytest
+
+from farms_tb.viewing.names import file_name, natural_order, printable, shortened
+
+
+@pytest.mark.parametrize(
+    "evil", ["\x1b[2J", "\x9b2J", "a\nb", "\r", "\x00", "\ud800", "\u202e", "\u2028", "\x7f", "\x07"]
+)
+def test_nothing_that_a_terminal_executes_is_left(evil: str) -> None:
+    shown = printable(evil)
+    assert shown.isprintable()
+    assert shown.encode("utf-8")
+    assert "\\" in shown
+
+
+@pytest.mark.parametrize("name", ["net.0.conv", "größe", "层.1", "λ²", ""])
+def test_other_names_stay_as_they_are(name: str) -> None:
+    assert printable(name) == name
+
+
+def test_messages_keep_their_lines() -> None:
+    assert printable("a\n  b\x1b", keep="\n") == "a\n  b\\x1b"
+
+
+def test_short_names() -> None:
+    assert shortened("abc", 3) == "abc"
+    assert shortened("abcd", 3) == "…cd"
+
+
+def test_names_are_sorted_by_their_numbers() -> None:
+    names = ["a.10.w", "a.9.w", "a", "b", "a.²", "a." + "1" * 5000, "a." + "2" * 4999, "007", "7", "10"]
+    expected = ["7", "007", "10", "a", "a.9.w", "a.10.w", "a." + "2" * 4999, "a." + "1" * 5000, "a.²", "b"]
+    ordered = sorted(names, key=natural_order)
+    assert [name for name in ordered if name not in ("7", "007", "a.²")] == [
+        name for name in expected if name not in ("7", "007", "a.²")
+    ]
+    assert set(ordered[:2]) == {"7", "007"}
+
+
+def test_file_names_are_names_of_files() -> None:
+    assert file_name("a/b\\c.weight") == "a_b_c.weight"
+    long = [file_name(letter * 5000 + end) for letter in "ab" for end in "cd"]
+    assert len(set(long)) == 4
+    assert all(len(name.encode()) < 200 for name in long)
+    evil = file_name("a\x1b[2J\ud800")
+    assert evil.isprintable()
+    assert evil != file_name("a_[2J_")
