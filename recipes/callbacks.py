@@ -15,8 +15,8 @@ __all__ = ["BestCheckpoint", "LastCheckpoint", "LastStepRates", "Progress"]
 class _WholeCheckpoint(ModelCheckpoint):
     """Lightning's ModelCheckpoint, whose files are whole at any moment.
 
-    Lightning writes over the earlier checkpoint of the same name: a run that is killed meanwhile has none. Here the
-    file is written under a temporary name, reaches the disk, and then takes its name.
+    Lightning writes over the earlier checkpoint of the same name: a run that is killed meanwhile has none. Here
+    the file is written under a temporary name, reaches the disk, and then takes its name.
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -23,7 +23,8 @@ __all__ = ["sentence", "show_errors", "user_errors"]
 
 FULL_ERROR = "RECIPES_FULL_ERROR"
 _SETUP = ("setup", "on_train_start")  # hooks in which the callback refuses what can't work
-_NOISE = ("full_key:", "object_type=", "reference_type=")  # lines of OmegaConf's messages about its own classes
+_NOISE = ("full_key:", "object_type=", "reference_type=", "Config search path:", "provider=", "_")
+"""Starts of lines in messages of Hydra and OmegaConf that say nothing to users: classes, paths, shared files."""
 
 
 @contextmanager

@@ -81,6 +81,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         RecipeError: The file can't be read, or is no checkpoint of a training run.
     """
     try:
+        if not zipfile.is_zipfile(path):
+            raise zipfile.BadZipFile("it is cut short, or was never one")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (OSError, EOFError, ValueError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

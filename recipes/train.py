@@ -1,8 +1,8 @@
 """Train, test and draw one experiment: `python -m recipes.train`.
 
 Settings come from `conf/` through Hydra; `experiment=...` picks an experiment, `balancing=farms|full|off|...`
-the arm, any other setting is overridden by its name (`trainer.max_epochs=5 balancing.lr_max_ratio=1.9`). Nothing is made or
-downloaded before the output folder is known to be writable and the settings to be consistent.
+the arm, any other setting is overridden by its name (`trainer.max_epochs=5 balancing.lr_max_ratio=1.9`). Nothing
+is made or downloaded before the output folder is known to be writable and the settings to be consistent.
 
 The run folder `<paths.output_dir>/<name>/<date_time>` holds
 

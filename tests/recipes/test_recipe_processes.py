@@ -98,7 +98,7 @@ def assert_same_run(folder: Path, twin: Path) -> None:
 def test_ddp_and_fsdp_train_the_same_network(tmp_path: Path) -> None:
     """Whether a process holds all weights or a part of them."""
     tiny = tuple(option for option in TINY_UNET if option != "trainer=cpu")
-    options = (*tiny, *PROCESSES, "data.batch_size=2", "farms=full", "logger=csv", "~callbacks.pictures")
+    options = (*tiny, *PROCESSES, "data.batch_size=2", "balancing=full", "logger=csv", "~callbacks.pictures")
     run_in_pair(tmp_path, {strategy: (*options, f"trainer={strategy}") for strategy in ("ddp", "fsdp")})
     assert summary(tmp_path / "ddp")["steps"] == 2 * 12 // (2 * 2)  # epochs, samples, processes, batch
     assert_same_run(tmp_path / "fsdp", tmp_path / "ddp")
@@ -123,7 +123,7 @@ def test_two_processes_forecast_as_one_does(settings: Settings, tmp_path: Path) 
 
 def test_joblib_runs_a_sweep_side_by_side(tmp_path: Path) -> None:
     sizes = ("data.train_size=64", "data.val_size=20", "data.test_size=20", "model.net.width=4")
-    tiny = ("experiment=digits_resnet18", "farms=off", "debug=one_batch", "trainer=cpu", *sizes)
+    tiny = ("experiment=digits_resnet18", "balancing=off", "debug=one_batch", "trainer=cpu", *sizes)
     sweep = ("sweep=seeds", "seeds='1,2'", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
     run(tmp_path, tmp_path / "data", *tiny, *sweep)
     found = [json.loads(file.read_text(encoding="utf-8")) for file in tmp_path.glob("runs/digits*/*/summary.json")]

@@ -359,7 +359,7 @@ def _tiny(tmp_path: Path, *more: str) -> list[str]:
         ((), r"say what to study: experiment=<name>\[,<name>...\], or study=small"),
         (("experiment=nothing",), "experiment=nothing: .*experiment/nothing"),
         (("experiment=darcy_fno", "seed=3"), "seed=3 can't be set: a study sets seed, lr, farms"),
-        (("experiment=darcy_fno", "farms=full"), "farms=full can't be set"),
+        (("experiment=darcy_fno", "balancing=full"), "balancing=full can't be set"),
         (
             ("experiment=darcy_fno", "study.arms=[farms]"),
             r"study.baseline=off is not one of study.arms \['farms'\]",
@@ -499,7 +499,7 @@ def test_killed_study_goes_on_and_ends_as_if_each_run_had_been_alone(
     for override, change in (
         ("trainer.max_epochs=3", "off.trainer.max_epochs was 2 and is 3"),
         ("study.tune_seeds=2", "study.tune_seeds was 1 and is 2"),
-        ("arms.farms.lr_max_ratio=1.9", "farms.farms.lr_max_ratio was 1.5 and is 1.9"),
+        ("arms.farms.lr_max_ratio=1.9", "farms.balancing.lr_max_ratio was 1.5 and is 1.9"),
     ):
         with pytest.raises(SystemExit):
             main([*arguments, override])
