@@ -54,7 +54,10 @@ def check_config(cfg: DictConfig) -> None:
         )
     missing = sorted(set(SECTIONS) - set(map(str, cfg)))
     if missing:
-        raise RecipeError(f"missing settings at the top level: {', '.join(missing)}; conf/train.yaml shows them")
+        raise RecipeError(
+            f"missing settings at the top level: {', '.join(missing)}; conf/train.yaml shows them, and the files in "
+            "conf/data those of task"
+        )
     try:
         OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
@@ -126,11 +129,11 @@ def check_combination(cfg: DictConfig, model: Any, data: Any) -> None:
 
 
 def _check_scores(cfg: DictConfig, data: Any) -> None:
-    classes = getattr(data, "num_classes", cfg.task.out_channels)
-    if classes != cfg.task.out_channels:
+    channels = cfg.task.get("out_channels")
+    classes = getattr(data, "num_classes", channels)
+    if classes != channels:
         raise RecipeError(
-            f"task.out_channels={cfg.task.out_channels}, but {choice(cfg, 'data')} has {classes} classes; "
-            f"leave it at {classes}"
+            f"task.out_channels={channels}, but {choice(cfg, 'data')} has {classes} classes; leave it at {classes}"
         )
     if getattr(data, "val_size", 1) == 0 and cfg.task.monitor is not None:
         raise RecipeError(

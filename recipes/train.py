@@ -74,9 +74,11 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     """
     if "farms" in cfg and "balancing" not in cfg:
         warnings.warn(
-            "settings `farms` are now `balancing`; the old name goes with the next release", stacklevel=2
+            "the section `farms` of the settings is now `balancing`; the old name goes with the next release",
+            FutureWarning,
+            stacklevel=2,
         )
-        cfg = OmegaConf.create(current_settings(OmegaConf.to_container(cfg, resolve=True)))  # type: ignore[arg-type]
+        cfg = OmegaConf.create(current_settings(OmegaConf.to_container(cfg)))  # type: ignore[arg-type]
     folder = open_run_folder(cfg)
     try:
         return _train_in(folder, cfg)

@@ -273,12 +273,6 @@ def _command_line(*overrides: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_command_line_refuses_an_unknown_key() -> None:
-    result = _command_line("trainer.max_epocs=3")
-    assert result.returncode == 1
-    assert "Key 'max_epocs' is not in struct" in result.stderr
-
-
 def test_command_line_shows_mistakes_without_a_traceback(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     result = _command_line(f"paths.output_dir={tmp_path}/file")
