@@ -55,8 +55,8 @@ def check_config(cfg: DictConfig) -> None:
     missing = sorted(set(SECTIONS) - set(map(str, cfg)))
     if missing:
         raise RecipeError(
-            f"missing settings at the top level: {', '.join(missing)}; conf/train.yaml shows them, and the files in "
-            "conf/data those of task"
+            f"missing settings at the top level: {', '.join(missing)}; conf/train.yaml shows them, and "
+            "the files in conf/data those of task"
         )
     try:
         OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)

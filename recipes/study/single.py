@@ -79,14 +79,14 @@ def run_once(settings: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         parts = build_parts(cfg)
         trainer, clock = make_trainer(cfg, parts)
         trainer.fit(parts.model, datamodule=parts.data)
-        facts = {"epochs": trainer.current_epoch, "steps": trainer.global_step, **_times(clock)}
+        training = {"epochs": trainer.current_epoch, "steps": trainer.global_step, **_times(clock)}
         scores = {
             **trainer.validate(parts.model, datamodule=parts.data, verbose=False)[0],
             **trainer.test(parts.model, datamodule=parts.data, verbose=False)[0],
         }
-    facts = {
+    facts: dict[str, Any] = {
         **_outcome(cfg, scores),
-        **facts,
+        **training,
         "val_samples": _size(parts.data.val_dataloader()),
         "test_samples": _size(parts.data.test_dataloader()),
         "parameters": sum(p.numel() for p in parts.model.parameters() if p.requires_grad),

@@ -60,7 +60,7 @@ def _command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
         (("ckpt_path={folder}/nothing.ckpt",), ("nothing.ckpt", "not a file")),
         (("ckpt_path={folder}/text.ckpt",), ("text.ckpt", "checkpoint")),
         (("ckpt_path={folder}/cut.ckpt",), ("cut.ckpt", "cut short")),
-        (("ckpt_path={folder}/whole.ckpt", "model.net.width=8"), ("another network", "net.head.weight")),
+        (("ckpt_path={folder}/whole.ckpt", "model.net.width=8"), ("another network", "net.encoders")),
     ],
     ids=lambda value: " ".join(value),
 )
