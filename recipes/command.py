@@ -34,6 +34,10 @@ def user_errors() -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    except SystemExit as error:  # Lightning's trainer exits with status 1 after Ctrl-C
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise SystemExit(130) from None
+        raise
     except Exception as error:
         message = sentence(error)
         if message is None or os.environ.get(FULL_ERROR, "0") != "0":

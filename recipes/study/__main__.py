@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "python -m recipes.study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--report", action="store_true", help="draw table and figure of what is there, train nothing"
+        "--report", action="store_true", help="print the table and draw the figure of what is there, train nothing"
     )
     parser.add_argument("overrides", nargs="*", help="settings, as name=value")
     options = parser.parse_args(arguments)

@@ -16,6 +16,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from recipes.command import sentence
 from recipes.config import ARMS, check_config
 from recipes.errors import RecipeError
 from recipes.study.records import Job
@@ -162,7 +163,7 @@ def load_study(config_dir: str, overrides: Sequence[str]) -> Study:
         try:
             plain = _plain(compose("study", ours).study)
         except (HydraException, OmegaConfBaseException) as error:
-            raise RecipeError(f"the study's settings: {error}") from error
+            raise RecipeError(f"the study's settings: {sentence(error)}") from error
         own: dict[str, Any] = plain.pop("cells")
         folder, workers = Path(str(plain.pop("folder"))), plain.pop("workers")
         if workers is not None and (not isinstance(workers, int) or workers < 1):
@@ -211,12 +212,17 @@ def _load_cell(experiment: str, folder: Path, plain: Mapping[str, Any], override
     arms = {}
     for arm in options.arms:
         try:
-            cfg = compose("train", [f"experiment={experiment}", f"balancing={arm}", *overrides])
+            cfg = compose("train", [f"experiment={experiment}", f"balancing={arm}", *_those_of(arm, overrides)])
         except (HydraException, OmegaConfBaseException) as error:
-            raise RecipeError(f"experiment={experiment}: {error}") from error
+            raise RecipeError(f"experiment={experiment}: {sentence(error)}") from error
         check_config(cfg)
         metric_of(cfg)
         if "log" in cfg.balancing:
             cfg.balancing.log = False
         arms[arm] = cfg
     return Cell(cfg.name, folder / cfg.name, options, arms)
+
+
+def _those_of(arm: str, overrides: Sequence[str]) -> list[str]:
+    """Leave out the options of the callback for the arm that has none."""
+    return [text for text in overrides if arm != "off" or not text.lstrip("+~").startswith("balancing.")]

@@ -97,6 +97,18 @@ def test_exit_status(error: BaseException, status: int) -> None:
     assert stopped.value.code == status
 
 
+def test_ctrl_c_that_the_trainer_has_handled_keeps_its_status() -> None:
+    def stop_as_the_trainer_does() -> None:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            sys.exit(1)
+
+    with pytest.raises(SystemExit) as stopped, user_errors():
+        stop_as_the_trainer_does()
+    assert stopped.value.code == 130
+
+
 @pytest.mark.parametrize("error", [ValueError("a fault"), TypeError("a fault"), KeyError("a fault")])
 def test_faults_of_the_program_keep_their_traceback(error: Exception) -> None:
     with pytest.raises(type(error), match="a fault"), user_errors():

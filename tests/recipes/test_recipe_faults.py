@@ -14,7 +14,7 @@ import torch
 from filelock import FileLock
 from hydra.core.global_hydra import GlobalHydra
 from lightning import LightningModule, Trainer
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import DataLoader
 
 from recipes.callbacks import BestCheckpoint, LastCheckpoint
@@ -22,10 +22,12 @@ from recipes.data.cache import load_or_make, write_arrays
 from recipes.files import replacing
 from recipes.loggers import RunFolderCSVLogger, forget_rows_after, read_rows
 from recipes.study.__main__ import main as study
+from recipes.study.cells import load_study
 from recipes.study.report import Row
+from recipes.study.settings import SETTINGS_FILE, keep_settings
 from recipes.study.statistics import Effect
 from recipes.study.table import verdict
-from recipes.train import train
+from recipes.train import CONFIG_DIR, train
 from tests.recipes.recipe_runs import TINY_UNET
 from tests.recipes.stoppers import FullDisk
 
@@ -157,6 +159,26 @@ def test_a_resumed_run_goes_on_under_the_id_of_its_wandb_run(
     train(settings(*TINY_UNET, "scheduler=constant", resume))
     ids = [re.sub(r".*-", "", path.name) for path in folder.glob("wandb/offline-run-*")]
     assert len(set(ids)) == 1
+
+
+def test_a_study_of_an_earlier_release_goes_on(tmp_path: Path) -> None:
+    """Its settings.yaml has `farms` in place of `balancing`, with options that are gone."""
+    (cell,) = load_study(CONFIG_DIR, [f"study.folder={tmp_path}", "experiment=study/darcy_unet"]).cells
+    saved = cell.identity()
+    for arm in saved["arms"].values():
+        options = {name: value for name, value in arm.pop("balancing").items() if name != "arm"}
+        arm["farms"] = {**options, "max_overhead": None, "timings_file": None} if options else None
+    cell.folder.mkdir(parents=True)
+    OmegaConf.save(OmegaConf.create(saved), cell.folder / SETTINGS_FILE)
+    keep_settings(cell)
+    assert OmegaConf.load(cell.folder / SETTINGS_FILE) == OmegaConf.create(cell.identity())
+
+
+def test_an_option_of_the_callback_reaches_every_arm_that_has_one(tmp_path: Path) -> None:
+    options = [f"study.folder={tmp_path}", "experiment=study/darcy_unet", "balancing.every_n_epochs=5"]
+    (cell,) = load_study(CONFIG_DIR, options).cells
+    found = {arm: cfg.balancing.get("every_n_epochs") for arm, cfg in cell.arms.items()}
+    assert found == {"off": None, "full": 5, "farms": 5, "noise_aware": 5, "placebo": 5}
 
 
 def _row(arm: str, pairs: int, p: float) -> Row:

@@ -83,15 +83,15 @@ def best_weights(folder: Path) -> dict[str, torch.Tensor]:
     return dict(torch.load(folder / "checkpoints/best.ckpt", weights_only=True)["state_dict"])
 
 
-def assert_same_run(folder: Path, twin: Path) -> None:
+def assert_same_run(folder: Path, single: Path) -> None:
     """Assert that two folders hold the same losses, scores, ratios and weights, to rounding."""
-    assert losses(folder) == pytest.approx(losses(twin), rel=1e-4)
-    one, other = summary(folder), summary(twin)
+    assert losses(folder) == pytest.approx(losses(single), rel=1e-4)
+    one, other = summary(folder), summary(single)
     assert one["test"] == pytest.approx(other["test"], rel=1e-3, abs=1e-6)
     assert [row["ratio"] for row in one["layers"]] == pytest.approx(
         [row["ratio"] for row in other["layers"]], 1e-3
     )
-    torch.testing.assert_close(best_weights(folder), best_weights(twin), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(best_weights(folder), best_weights(single), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.skipif(torch.__version__ < "2.7", reason="FSDP2 of torch 2.6 needs a GPU")
