@@ -176,7 +176,7 @@ def _facts(cfg: DictConfig, run: Run, folder: Path) -> dict[str, Any]:
         "monitor": cfg.task.monitor,
         "best_checkpoint": best and str(Path(best)),
         "best_score": None if score is None else float(score),
-        "best_epoch": read_checkpoint(best)["epoch"] + 1 if best else None,
+        "best_epoch": torch.load(best, map_location="cpu", weights_only=True)["epoch"] + 1 if best else None,
         "epochs": run.trainer.current_epoch,
         "steps": run.trainer.global_step,
         "parameters": _parameters(run.model),
