@@ -336,7 +336,7 @@ def test_placebo_resumes_bit_identically(tmp_path: Path) -> None:
 # Settings
 
 NAMED_BY_ARM = (
-    "farms",
+    "balancing",
     "arm",
     "logger",
     "callbacks",
