@@ -188,7 +188,7 @@ def _train_recipe(task: Task, balanced: bool, folder: str, before: Clock, after:
     cfg = task.cfg.copy()
     cfg.paths.run_dir, cfg.trainer.max_epochs = folder, task.epochs
     if not balanced:
-        cfg.farms = None
+        cfg.balancing, cfg.arm = {"arm": "off"}, "off"
     run = build_run(cfg)
     own, others = run.trainer.callbacks[: int(balanced)], run.trainer.callbacks[int(balanced) :]  # type: ignore[attr-defined]
     run.trainer.callbacks = [before, *own, after, *others]  # type: ignore[attr-defined]

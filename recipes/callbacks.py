@@ -2,16 +2,53 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 
-__all__ = ["LastCheckpoint", "LastStepRates", "Progress"]
+__all__ = ["BestCheckpoint", "LastCheckpoint", "LastStepRates", "Progress"]
 
 
-class LastCheckpoint(ModelCheckpoint):
+class _WholeCheckpoint(ModelCheckpoint):
+    """Lightning's ModelCheckpoint, whose files are whole at any moment.
+
+    Lightning writes over the earlier checkpoint of the same name: a run that is killed meanwhile has none. Here
+    the file is written under a temporary name, reaches the disk, and then takes its name.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Remove what a run that was killed while it saved has left."""
+        super().setup(trainer, pl_module, stage)
+        if self.dirpath is not None and trainer.is_global_zero:
+            for part in Path(self.dirpath).glob(f".{self.filename}.ckpt.*.part"):
+                part.unlink(missing_ok=True)
+
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        target = Path(filepath)
+        # Every process takes part in saving and must be given the same name.
+        part = target.with_name(trainer.strategy.broadcast(f".{target.name}.{os.getpid()}.part"))
+        super()._save_checkpoint(trainer, str(part))
+        if trainer.is_global_zero:
+            with part.open("rb+") as file:
+                os.fsync(file.fileno())
+            part.replace(target)
+        trainer.strategy.barrier()
+        self._last_checkpoint_saved = filepath
+
+
+class BestCheckpoint(_WholeCheckpoint):
+    """Keep the weights that are best on validation data; the options are those of Lightning's ModelCheckpoint."""
+
+    @property
+    def state_key(self) -> str:
+        """The key of Lightning's class, so that checkpoints of earlier releases keep their best score."""
+        return super().state_key.replace(type(self).__qualname__, ModelCheckpoint.__qualname__, 1)
+
+
+class LastCheckpoint(_WholeCheckpoint):
     """Keep the state after the last epoch in `last.ckpt`, to resume from.
 
     `ModelCheckpoint(save_last=True)` does not: where it monitors a metric it writes `last.ckpt` when that has
@@ -30,7 +67,7 @@ class Progress(RichProgressBar):
     """Lightning's rich progress bar without the logger's version number."""
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> Any:
-        """Return what stands beside the bar."""
+        """Return what the bar shows at its end."""
         return {name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"}
 
 
@@ -40,7 +77,7 @@ class LastStepRates(Callback):
     After training the rate can't be asked for any more: the scheduler has moved on, often to zero.
 
     Args:
-        balancer: The FARMS callback, None where there is none.
+        balancer: The balancing callback, None where there is none.
     """
 
     def __init__(self, balancer: Any = None) -> None:

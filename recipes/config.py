@@ -7,18 +7,27 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
-from hydra.utils import get_class, instantiate
+from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from recipes.errors import RecipeError
+from recipes.old_names import current_settings
 
-__all__ = ["ARMS", "build", "check_combination", "check_config", "check_resumed_config", "choice"]
+__all__ = [
+    "ARMS",
+    "build",
+    "build_balancer",
+    "check_combination",
+    "check_config",
+    "check_resumed_config",
+    "choice",
+]
 
 ARMS = ("farms", "full", "off", "monitor", "noise_aware", "placebo")
 SECTIONS = (
     *("name", "seed", "seeds", "threads", "measuring_threads", "ckpt_path"),
-    *("arms", "arm", "lr", "farms", "task"),
+    *("arms", "arm", "lr", "balancing", "task"),
     *("data", "model", "optimizer", "scheduler", "callbacks", "logger", "trainer", "paths"),
 )
 
@@ -45,7 +54,10 @@ def check_config(cfg: DictConfig) -> None:
         )
     missing = sorted(set(SECTIONS) - set(map(str, cfg)))
     if missing:
-        raise RecipeError(f"missing settings at the top level: {', '.join(missing)}; conf/train.yaml shows them")
+        raise RecipeError(
+            f"missing settings at the top level: {', '.join(missing)}; conf/train.yaml shows them, and "
+            "the files in conf/data those of task"
+        )
     try:
         OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
@@ -60,66 +72,106 @@ def check_config(cfg: DictConfig) -> None:
 
 def _check_arm(cfg: DictConfig) -> None:
     """Refuse an arm whose name belies its settings."""
-    chosen = HydraConfig.get().runtime.choices.get("farms") if HydraConfig.initialized() else cfg.arm
-    if cfg.arm not in ARMS or cfg.arm != chosen or (cfg.farms is None) != (cfg.arm == "off"):
+    chosen = HydraConfig.get().runtime.choices.get("balancing") if HydraConfig.initialized() else cfg.arm
+    names = {cfg.arm, cfg.balancing.get("arm"), chosen}
+    measures = cfg.balancing.get("_target_") is not None
+    if len(names) > 1 or measures == (cfg.arm == "off"):
         raise RecipeError(
-            f"arm={cfg.arm} does not match {choice(cfg, 'farms')}; choose with farms={'|'.join(ARMS)}"
+            f"arm={cfg.arm} does not match {choice(cfg, 'balancing')}; leave arm alone and choose with "
+            f"balancing={'|'.join(ARMS)}"
         )
 
 
 def _check_kinds(cfg: DictConfig) -> None:
-    """Refuse a model for images on fields, and the other way round."""
-    needs, gives = (getattr(get_class(cfg[part]._target_), "kind", "") for part in ("model", "data"))
-    if needs != gives:
+    """Refuse a model for images on fields, and the other way round, where both say what they are for."""
+    needs, gives = (getattr(_class_of(cfg, part), "kind", None) for part in ("model", "data"))
+    if needs is not None and gives is not None and needs != gives:
         raise RecipeError(
             f"{choice(cfg, 'model')} and {choice(cfg, 'data')} do not go together: the model learns {needs}, "
             f"the data are {gives}. Choose both, or one experiment=..."
         )
 
 
+def _class_of(cfg: DictConfig, part: str) -> Any:
+    """Return what `_target_` names.
+
+    Raises:
+        RecipeError: There is no such thing, or it can't be imported.
+    """
+    target = cfg[part].get("_target_") if OmegaConf.is_dict(cfg[part]) else None
+    if target is None:
+        raise RecipeError(f"{choice(cfg, part)} needs a _target_, the class to build")
+    try:
+        return get_object(target)
+    except Exception as error:  # whatever the user's module raises while it is imported
+        raise RecipeError(f"{choice(cfg, part)}: _target_ {target} can't be imported ({error})") from error
+
+
 def check_combination(cfg: DictConfig, model: Any, data: Any) -> None:
     """Check that model and data fit in what can be changed by hand.
+
+    Models and data of the user's own are checked by what they tell: `num_classes`, `val_size`, `kind` and
+    `sample_shape` of the data, `net.n_dim` and `net.check_input` of the model, each where it is there.
+
+    Args:
+        cfg: The composed settings.
+        model: The model.
+        data: The data; nothing is loaded yet.
 
     Raises:
         RecipeError: The network can't take inputs of this shape, the data have another number of classes or of
             channels, or there is nothing to choose the best epoch on.
     """
-    classes = getattr(data, "num_classes", cfg.task.out_channels)
-    if classes != cfg.task.out_channels:
+    _check_scores(cfg, data)
+    if getattr(data, "kind", None) == "trajectories":
+        _check_channels(cfg, data)
+    _check_network(cfg, getattr(model, "net", None), data)
+
+
+def _check_scores(cfg: DictConfig, data: Any) -> None:
+    channels = cfg.task.get("out_channels")
+    classes = getattr(data, "num_classes", channels)
+    if classes != channels:
         raise RecipeError(
-            f"task.out_channels={cfg.task.out_channels}, but {choice(cfg, 'data')} has {classes} classes; "
-            f"leave it at {classes}"
+            f"task.out_channels={channels}, but {choice(cfg, 'data')} has {classes} classes; leave it at {classes}"
         )
     if getattr(data, "val_size", 1) == 0 and cfg.task.monitor is not None:
         raise RecipeError(
             f"data.val_size=0 leaves no {cfg.task.monitor} to choose the best epoch by; set task.monitor=null too "
             "(the weights of the last epoch are tested), or hold images out"
         )
-    if data.kind == "trajectories":
-        channels = (data.history * data.channels, data.channels)
-        if channels != (cfg.task.in_channels, cfg.task.out_channels):
-            raise RecipeError(
-                f"{data.history} frames of {data.channels} channels are mapped to the next one: set "
-                f"task.in_channels={channels[0]} task.out_channels={channels[1]}"
-            )
-    dimension = getattr(model.net, "n_dim", None)  # neuraloperator's
-    if dimension is not None and dimension != len(data.sample_shape) - 1:
+
+
+def _check_channels(cfg: DictConfig, data: Any) -> None:
+    channels = (data.history * data.channels, data.channels)
+    if channels != (cfg.task.in_channels, cfg.task.out_channels):
         raise RecipeError(
-            f"{choice(cfg, 'model')} does not fit {choice(cfg, 'data')}: it takes fields in {dimension}D, "
-            f"got (channels, *space) {data.sample_shape}"
+            f"{data.history} frames of {data.channels} channels are mapped to the next one: set "
+            f"task.in_channels={channels[0]} task.out_channels={channels[1]}"
         )
-    check_input = getattr(model.net, "check_input", None)
+
+
+def _check_network(cfg: DictConfig, net: Any, data: Any) -> None:
+    """Check the shape of an input, where the network or its number of dimensions asks for one."""
+    dimension = getattr(net, "n_dim", None)  # neuraloperator's
+    check_input = getattr(net, "check_input", None)
+    if (dimension is None and check_input is None) or not hasattr(type(data), "sample_shape"):
+        return
+    pair = f"{choice(cfg, 'model')} does not fit {choice(cfg, 'data')}"
+    shape = data.sample_shape  # a data file that is missing says so itself
+    if dimension is not None and dimension != len(shape) - 1:
+        raise RecipeError(f"{pair}: it takes fields in {dimension}D, got (channels, *space) {shape}")
     if check_input is None:
         return
-    shape = data.sample_shape  # a data file that is missing says so itself
     try:
         check_input(shape)
     except ValueError as error:
-        raise RecipeError(f"{choice(cfg, 'model')} does not fit {choice(cfg, 'data')}: {error}") from error
+        raise RecipeError(f"{pair}: {error}") from error
 
 
 def _plain(cfg: Any, section: str) -> Any:
-    value = OmegaConf.select(cfg, section)
+    """Return a section, or with an empty name all settings, as plain values."""
+    value = OmegaConf.select(cfg, section) if section else cfg
     return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
 
@@ -136,7 +188,7 @@ def check_resumed_config(cfg: DictConfig, saved_file: Path) -> list[str]:
     Raises:
         RecipeError: The model or the data differ.
     """
-    saved = OmegaConf.load(saved_file)
+    saved = OmegaConf.create(current_settings(_plain(OmegaConf.load(saved_file), "")))
     changed = [section for section in SECTIONS if _plain(saved, section) != _plain(cfg, section)]
     fatal = [section for section in changed if section in ("model", "data")]
     if fatal:
@@ -164,3 +216,16 @@ def build(cfg: DictConfig, path: str, **extra: Any) -> Any:
         reason = error.__cause__ or error
         hint = "; pip install 'farms-tb[recipes]', or logger=csv" if isinstance(reason, ImportError) else ""
         raise RecipeError(f"{path}: {reason}{hint}") from error
+
+
+def build_balancer(cfg: DictConfig) -> Any:
+    """Instantiate the balancing callback, without the name of the arm; return None for the arm `off`.
+
+    Raises:
+        RecipeError: The callback refuses its options; the message names the reason.
+    """
+    options = dict(_plain(cfg, "balancing"))
+    options.pop("arm", None)
+    if options.get("_target_") is None:
+        return None
+    return build(OmegaConf.create({"balancing": options}), "balancing")

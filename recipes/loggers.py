@@ -1,40 +1,93 @@
-"""A CSV logger that writes straight into the run folder and keeps its rows when a run resumes."""
+"""Loggers that write straight into the run folder, and go on there when a run resumes."""
 
 from __future__ import annotations
 
 import csv
-import warnings
+import io
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
-from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
+
+from recipes.files import replacing
 
 __all__ = ["METRICS_FILE", "RunFolderCSVLogger", "RunFolderWandbLogger", "forget_rows_after", "read_rows"]
 
-METRICS_FILE = ExperimentWriter.NAME_METRICS_FILE
+METRICS_FILE = "metrics.csv"
+
+Row = dict[str, Any]
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read the rows of a metrics file without their empty cells; none when there is no file."""
+def read_rows(path: Path) -> list[Row]:
+    """Read the rows of a metrics file without their empty cells; none when there is no file.
+
+    A last line without an end was cut by a kill or a full disk, and its last number with it: it is left out.
+    """
     if not path.exists():
         return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return [{key: cell for key, cell in row.items() if cell not in ("", None)} for row in csv.DictReader(file)]
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
+        text = file.read()
+    whole = io.StringIO(text[: text.rfind("\n") + 1], newline="")
+    rows = [{key: cell for key, cell in row.items() if cell not in ("", None)} for row in csv.DictReader(whole)]
+    return [row for row in rows if "step" in row]
 
 
 def forget_rows_after(path: Path, step: int) -> None:
-    """Drop the rows logged after `step`: a resumed run logs them again."""
-    rows = [row for row in read_rows(path) if float(row["step"]) <= step]
-    names = sorted(set().union(*rows))
-    part = path.with_suffix(".part")
-    with part.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=names)
+    """Drop the rows that a run resumed after `step` optimizer steps logs again.
+
+    The rows of the steps done are numbered 0 to `step` - 1. A row numbered `step` is the measurement before the
+    next epoch, or that of the final weights, which the resumed run makes itself.
+
+    Args:
+        path: The metrics file.
+        step: Optimizer steps of the checkpoint.
+    """
+    _write_rows(path, [row for row in read_rows(path) if float(row["step"]) < step])
+
+
+def _write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Write a metrics file anew; return its columns."""
+    rows = list(rows)
+    columns = sorted(set().union(*rows))
+    with replacing(path) as part, part.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=columns)
         writer.writeheader()
         writer.writerows(rows)
-    part.replace(path)
+    return columns
+
+
+class _Rows:
+    """The rows of a metrics file: appended, or where a new column comes, written anew.
+
+    Args:
+        path: The file; rows that are in it stay.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._new: list[Row] = []
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._columns = _write_rows(path, read_rows(path)) if path.exists() else []
+
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Add a row; it reaches the disk with `save`."""
+        row = {name: value.item() if isinstance(value, Tensor) else value for name, value in metrics.items()}
+        self._new.append({**row, "step": len(self._new) if step is None else step})
+
+    def save(self) -> None:
+        """Write the rows gathered since the last time."""
+        if not self._new:
+            return
+        if set().union(*self._new) <= set(self._columns):
+            with self._path.open("a", newline="", encoding="utf-8") as file:
+                csv.DictWriter(file, fieldnames=self._columns).writerows(self._new)
+        else:
+            self._columns = _write_rows(self._path, [*read_rows(self._path), *self._new])
+        self._new = []
 
 
 class RunFolderCSVLogger(CSVLogger):
@@ -53,16 +106,11 @@ class RunFolderCSVLogger(CSVLogger):
 
     @property
     @rank_zero_experiment
-    def experiment(self) -> ExperimentWriter:
-        """The writer, made on first use with the earlier rows of the file."""
+    def experiment(self) -> Any:
+        """The writer of the rows, made on first use."""
         if self._experiment is None:
-            earlier = read_rows(Path(self.save_dir) / METRICS_FILE)
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
-                self._experiment = ExperimentWriter(log_dir=self.save_dir)
-            self._experiment.metrics = earlier
-            self._experiment.save()
-        return cast(ExperimentWriter, self._experiment)
+            self._experiment = cast(Any, _Rows(Path(self.save_dir) / METRICS_FILE))
+        return self._experiment
 
     @rank_zero_only
     def log_hyperparams(self, params: Any = None, *args: Any, **kwargs: Any) -> None:
@@ -77,13 +125,22 @@ class RunFolderCSVLogger(CSVLogger):
 class RunFolderWandbLogger(WandbLogger):
     """Lightning's WandbLogger, quiet, with the run's files under `save_dir`.
 
+    A resumed run goes on under the id of the run that is in the folder. Offline, W&B writes another folder of that
+    id, and `wandb sync --append` joins the two; online it goes on with the run itself.
+
     Args:
         save_dir: The run folder.
         offline: Write to disk only; `wandb sync` uploads later.
+        ckpt_path: The checkpoint that the run resumes from; None for a new run.
         options: More keyword arguments of `WandbLogger` and `wandb.init`.
     """
 
-    def __init__(self, save_dir: str | Path, offline: bool = True, **options: Any) -> None:
+    def __init__(
+        self, save_dir: str | Path, offline: bool = True, ckpt_path: str | Path | None = None, **options: Any
+    ) -> None:
+        earlier = _run_ids(Path(save_dir)) if ckpt_path is not None else []
+        if earlier:
+            options = {"id": earlier[-1], **({} if offline else {"resume": "allow"}), **options}
         super().__init__(save_dir=save_dir, offline=offline, **options)
         import wandb
 
@@ -96,3 +153,9 @@ class RunFolderWandbLogger(WandbLogger):
 
         wandb.finish()
         wandb.teardown()
+
+
+def _run_ids(folder: Path) -> list[str]:
+    """Return the ids of the W&B runs in a run folder, the oldest first."""
+    runs = (path.name for path in folder.glob("wandb/*run-*-*") if path.is_dir())
+    return [name.rpartition("-")[2] for name in sorted(runs, key=lambda name: name.partition("run-")[2])]

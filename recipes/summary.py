@@ -21,6 +21,7 @@ from farms_tb.viewing.page import write_page
 from farms_tb.viewing.plots import plot_alpha_curves, plot_ratio_curves, plot_ratio_map
 from farms_tb.viewing.run_folder import read_run_folder
 from recipes.callbacks import LastStepRates
+from recipes.files import replacing
 
 __all__ = [
     "FinalLayers",
@@ -75,12 +76,19 @@ class FinalLayers:
 
 
 def measure_layers(model: torch.nn.Module, cfg: DictConfig, last: LastStepRates) -> FinalLayers:
-    """Measure the trained weights both ways, with the spectral options of `cfg.farms` where there are any."""
-    options = OmegaConf.to_container(cfg.farms, resolve=True) if cfg.farms is not None else {}
+    """Measure the trained weights both ways, with the spectral options of `cfg.balancing` where there are any."""
+    options = OmegaConf.to_container(cfg.balancing, resolve=True)
     assert isinstance(options, dict)  # the callback's keyword arguments
     shared: dict[str, Any] = {name: options[name] for name in SPECTRAL_OPTIONS if name in options}
+    least = cfg.arms.farms.min_eigenvalues
     full, farms = (
-        farms_tb.analyze(model, esd=esd, min_eigenvalues=cfg.arms[esd].min_eigenvalues, histogram=True, **shared)
+        farms_tb.analyze(
+            model,
+            esd=esd,
+            min_eigenvalues=OmegaConf.select(cfg, f"arms.{esd}.min_eigenvalues", default=least),
+            histogram=True,
+            **shared,
+        )
         for esd in ("full", "farms")
     )
     rows = [_layer_row(name, full.layers[name], farms.layers[name], last) for name in farms.layers]
@@ -95,7 +103,7 @@ def _layer_row(name: str, full: Any, farms: Any, last: LastStepRates) -> LayerRo
 
 
 def layer_table(rows: Sequence[LayerRow]) -> Table:
-    """Lay the layers out as a table, alpha of the whole matrix beside alpha by FARMS."""
+    """Lay the layers out as a table, alpha of the whole matrix next to alpha by FARMS."""
     table = Table(
         title="Layers after training; ratio and lr of the last step", title_justify="left", box=box.SIMPLE_HEAD
     )
@@ -134,7 +142,8 @@ def draw_run(folder: Path, layers: FinalLayers, title: str) -> list[Path]:
 def write_summary(folder: Path, facts: Mapping[str, Any], rows: Sequence[LayerRow]) -> None:
     """Write `summary.json`: the facts and one entry a layer."""
     text = json.dumps({**facts, "layers": [asdict(row) for row in rows]}, indent=2)
-    (folder / "summary.json").write_text(text + "\n", encoding="utf-8")
+    with replacing(folder / "summary.json") as part:
+        part.write_text(text + "\n", encoding="utf-8")
 
 
 def print_summary(console: Console, folder: Path, facts: Mapping[str, Any], rows: Sequence[LayerRow]) -> None:
@@ -150,5 +159,5 @@ def print_summary(console: Console, folder: Path, facts: Mapping[str, Any], rows
     ]
     for run in facts["wandb"]:
         lines.append(f"W&B         {run}")
-    title = f"{facts['name']}, farms={facts['arm']}, seed {facts['seed']}"
+    title = f"{facts['name']}, balancing={facts['arm']}, seed {facts['seed']}"
     console.print(Panel("\n".join(lines), title=title, title_align="left", expand=False))

@@ -60,7 +60,7 @@ class _Task(ShardedNet):
         return {"optimizer": optimizer, "lr_scheduler": self._make_scheduler(optimizer)}
 
     def _log_epoch(self, stage: str, batch: Batch, **values: Any) -> None:
-        """Log means over the epoch; the first value, the one that matters most, shows beside the progress bar."""
+        """Log means over the epoch; the first value, the one that matters most, shows at the progress bar."""
         for position, (name, value) in enumerate(values.items()):
             self.log(
                 f"{stage}/{name}",

@@ -1,8 +1,8 @@
 """Train, test and draw one experiment: `python -m recipes.train`.
 
-Settings come from `conf/` through Hydra; `experiment=...` picks an experiment, `farms=farms|full|off|monitor` the
-arm, any other setting is overridden by its name (`trainer.max_epochs=5 data.batch_size=10`). Nothing is made or
-downloaded before the output folder is known to be writable and the settings to be consistent.
+Settings come from `conf/` through Hydra; `experiment=...` picks an experiment, `balancing=farms|full|off|...`
+the arm, any other setting is overridden by its name (`trainer.max_epochs=5 balancing.lr_max_ratio=1.9`). Nothing
+is made or downloaded before the output folder is known to be writable and the settings to be consistent.
 
 The run folder `<paths.output_dir>/<name>/<date_time>` holds
 
@@ -18,36 +18,34 @@ The run folder `<paths.output_dir>/<name>/<date_time>` holds
 
 `ckpt_path=<run folder>/checkpoints/last.ckpt` with the same overrides resumes a run in its folder.
 
-Exits with status 2 and one message when a setting, a folder or a data file is at fault.
+Exits with status 2 and one sentence when a setting, a folder or a data file is at fault, with 130 after Ctrl-C.
 """
 
 from __future__ import annotations
 
 import logging
+import sys
 import time
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import hydra
 import torch
-from lightning import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import Logger
+from lightning import Trainer
 from omegaconf import DictConfig, OmegaConf
 from rich.markup import escape
 
-from recipes.callbacks import LastCheckpoint, LastStepRates
-from recipes.config import build, check_combination, check_config, check_resumed_config
+from recipes.command import hand_over_hydras_errors, user_errors
+from recipes.config import check_config, check_resumed_config
 from recipes.console import make_console
-from recipes.errors import RecipeError
 from recipes.folder import CONFIG_FILE, drop_if_empty, open_run_folder, save_config
 from recipes.loggers import METRICS_FILE, RunFolderWandbLogger, forget_rows_after
-from recipes.processes import check_processes
+from recipes.old_names import current_overrides, current_settings
+from recipes.run import Run, build_run, check_weights, read_checkpoint
 from recipes.summary import FinalLayers, draw_run, measure_layers, print_summary, write_summary
 
-__all__ = ["CONFIG_DIR", "main", "train"]
+__all__ = ["CONFIG_DIR", "build_run", "main", "train"]
 
 CONFIG_DIR = str(Path(__file__).resolve().parents[1] / "conf")
 
@@ -62,54 +60,6 @@ _NOT_FOR_USERS = (
 )
 
 
-@dataclass(frozen=True)
-class Run:
-    """The parts of a run.
-
-    Attributes:
-        data: The data.
-        model: The task with its network.
-        last: Rates of the last step.
-        checkpoint: Keeper of the best weights.
-        loggers: Where metrics go.
-        trainer: The trainer, with callbacks and loggers.
-    """
-
-    data: LightningDataModule
-    model: LightningModule
-    last: LastStepRates
-    checkpoint: ModelCheckpoint
-    loggers: list[Logger]
-    trainer: Trainer
-
-
-def build_run(cfg: DictConfig) -> Run:
-    """Build every part; none of them makes or loads data yet.
-
-    Raises:
-        RecipeError: A part refuses its settings, or two parts do not fit.
-    """
-    if cfg.threads is not None:
-        torch.set_num_threads(cfg.threads)
-    data = build(cfg, "data")
-    factories = {"optimizer": build(cfg, "optimizer"), "scheduler": build(cfg, "scheduler")}
-    seed_everything(cfg.seed, workers=True, verbose=False)
-    model = build(cfg, "model", **factories)
-    check_combination(cfg, model, data)
-    balancer = None if cfg.farms is None else build(cfg, "farms")
-    last = LastStepRates(balancer)
-    callbacks: list[Callback] = [build(cfg, f"callbacks.{name}") for name in cfg.callbacks]
-    kept = [callback for callback in callbacks if isinstance(callback, ModelCheckpoint)]
-    best = [callback for callback in kept if not isinstance(callback, LastCheckpoint)]
-    if len(best) != 1:
-        raise RecipeError(f"callbacks needs exactly one ModelCheckpoint, got {len(best)}")
-    callbacks = [*([balancer] if balancer is not None else []), last, *callbacks]
-    loggers: list[Logger] = [build(cfg, f"logger.{name}") for name in cfg.logger]
-    trainer = build(cfg, "trainer", callbacks=callbacks, logger=loggers)
-    check_processes(trainer)
-    return Run(data, model, last, best[0], loggers, trainer)
-
-
 def train(cfg: DictConfig) -> dict[str, Any]:
     """Run one experiment from settings to summary.
 
@@ -122,6 +72,13 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         RecipeError: A setting, a folder or a data file is at fault.
     """
+    if "farms" in cfg and "balancing" not in cfg:
+        warnings.warn(
+            "the section `farms` of the settings is now `balancing`; the old name goes with the next release",
+            FutureWarning,
+            stacklevel=2,
+        )
+        cfg = OmegaConf.create(current_settings(OmegaConf.to_container(cfg)))  # type: ignore[arg-type]
     folder = open_run_folder(cfg)
     try:
         return _train_in(folder, cfg)
@@ -145,40 +102,49 @@ def _train_in(folder: Path, cfg: DictConfig) -> dict[str, Any]:
     started = time.monotonic()
     console = make_console()
     check_config(cfg)
-    if cfg.ckpt_path is not None and (folder / CONFIG_FILE).exists():
+    checkpoint = None if cfg.ckpt_path is None else read_checkpoint(cfg.ckpt_path)
+    if checkpoint is not None and (folder / CONFIG_FILE).exists():
         for section in check_resumed_config(cfg, folder / CONFIG_FILE):
             console.print(f"[yellow]resuming with other settings under {section!r} than before[/yellow]")
     with warnings.catch_warnings():
         run = build_run(cfg)
         for message in _NOT_FOR_USERS:  # only now: packages imported for a part set filters of their own
             warnings.filterwarnings("ignore", message=message)
+        if checkpoint is not None:
+            check_weights(run.model, checkpoint, cfg.ckpt_path)
+            _forget_unsaved_rows(checkpoint, run.trainer, folder)
         save_config(cfg, folder)
         console.print(_announcement(cfg, run, folder))
         facts, layers = _fit_and_test(cfg, run, folder)
     facts["seconds"] = round(time.monotonic() - started, 1)
     if run.trainer.is_global_zero:
         write_summary(folder, facts, layers.rows)
-        draw_run(folder, layers, title=f"{cfg.name}, farms={cfg.arm}, seed {cfg.seed}")
+        draw_run(folder, layers, title=f"{cfg.name}, balancing={cfg.arm}, seed {cfg.seed}")
         print_summary(console, folder, facts, layers.rows)
     return facts
 
 
 def _announcement(cfg: DictConfig, run: Run, folder: Path) -> str:
     size = f"{_parameters(run.model):,} parameters"
-    return f"[bold]{cfg.name}[/bold] farms={cfg.arm} seed={cfg.seed}: {size}, into {escape(str(folder))}"
+    return f"[bold]{cfg.name}[/bold] balancing={cfg.arm} seed={cfg.seed}: {size}, into {escape(str(folder))}"
 
 
 def _parameters(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def _forget_unsaved_rows(checkpoint: dict[str, Any], trainer: Trainer, folder: Path) -> None:
+    """Cut the metrics back to the checkpoint, so that the resumed run logs nothing twice."""
+    if trainer.is_global_zero and (folder / METRICS_FILE).exists():
+        forget_rows_after(folder / METRICS_FILE, checkpoint["global_step"])
+
+
 def _fit_and_test(cfg: DictConfig, run: Run, folder: Path) -> tuple[dict[str, Any], FinalLayers]:
     """Train, measure the final weights, then test the best ones."""
-    if cfg.ckpt_path is not None and run.trainer.is_global_zero:
-        _forget_unsaved_rows(cfg.ckpt_path, folder)
     _log_settings(cfg, run)
     try:
         run.trainer.fit(run.model, datamodule=run.data, ckpt_path=cfg.ckpt_path)
+        _log_final_weights(run)
         layers = measure_layers(run.model, cfg, run.last)
         best = run.checkpoint.best_model_path or None
         scores = run.trainer.test(run.model, datamodule=run.data, ckpt_path=best, verbose=False)[0]
@@ -187,6 +153,17 @@ def _fit_and_test(cfg: DictConfig, run: Run, folder: Path) -> tuple[dict[str, An
             if isinstance(logger, RunFolderWandbLogger):
                 logger.close()
     return {**_facts(cfg, run, folder), "test": {name: float(value) for name, value in scores.items()}}, layers
+
+
+def _log_final_weights(run: Run) -> None:
+    """Let the callback measure and log the final weights where the resumed run was over already.
+
+    Lightning then calls none of the hooks of training, and the run may have been killed before it had done so.
+    """
+    balancer = run.last.balancer
+    if balancer is not None and balancer.report is None:
+        balancer.on_train_start(run.trainer, run.model)
+        balancer.on_train_end(run.trainer, run.model)
 
 
 def _facts(cfg: DictConfig, run: Run, folder: Path) -> dict[str, Any]:
@@ -207,13 +184,6 @@ def _facts(cfg: DictConfig, run: Run, folder: Path) -> dict[str, Any]:
     }
 
 
-def _forget_unsaved_rows(ckpt_path: str, folder: Path) -> None:
-    """Cut the metrics back to the checkpoint, so that the resumed run logs nothing twice."""
-    if (folder / METRICS_FILE).exists():
-        step = torch.load(ckpt_path, map_location="cpu", weights_only=True)["global_step"]
-        forget_rows_after(folder / METRICS_FILE, step)
-
-
 def _log_settings(cfg: DictConfig, run: Run) -> None:
     settings = OmegaConf.to_container(cfg, resolve=True)
     for logger in run.loggers:
@@ -221,15 +191,22 @@ def _log_settings(cfg: DictConfig, run: Run) -> None:
 
 
 @hydra.main(config_path=CONFIG_DIR, config_name="train", version_base="1.3")
-def main(cfg: DictConfig) -> None:
-    """Run from the command line; show the user's mistakes without a traceback."""
+def _task(cfg: DictConfig) -> None:
+    """Train with the composed settings; a launcher may call this in a process of its own."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    try:
+    with user_errors():
         train(cfg)
-    except RecipeError as error:
-        make_console(stderr=True).print(f"[bold red]error:[/bold red] {escape(str(error))}")
-        raise SystemExit(2) from None
+
+
+def main() -> None:
+    """Run from the command line; show the user's mistakes without a traceback."""
+    hand_over_hydras_errors()
+    with user_errors():
+        sys.argv[1:], notes = current_overrides(sys.argv[1:])
+        for note in notes:
+            make_console(stderr=True).print(f"[yellow]warning: {escape(note)}[/yellow]", soft_wrap=True)
+        _task()
 
 
 if __name__ == "__main__":

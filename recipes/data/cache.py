@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import tempfile
+import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
@@ -14,13 +13,21 @@ from typing import Any
 
 import numpy as np
 
+from recipes.files import replacing
+
 __all__ = ["Arrays", "StaleCacheError", "load_or_make", "read_arrays", "write_arrays"]
 
 Arrays = dict[str, np.ndarray]
 
 _log = logging.getLogger(__name__)
 _DESCRIPTION = "description"
-_UNREADABLE = (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error)
+_NAMES = "_arrays"  # in the description: a damaged directory of the zip container can lack an array
+# What numpy and zipfile raise for a damaged file: RuntimeError where a flag says encrypted, its subclass
+# NotImplementedError for an unknown compression, MemoryError for a length that no memory holds.
+_UNREADABLE = (
+    *(OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error),
+    *(RuntimeError, MemoryError, OverflowError, struct.error),
+)
 
 
 class StaleCacheError(ValueError):
@@ -64,22 +71,20 @@ def read_arrays(path: Path, description: Mapping[str, Any]) -> Arrays:
         found = json.loads(str(arrays.pop(_DESCRIPTION)))
     except _UNREADABLE as error:
         raise StaleCacheError(f"the cached data in {path} is cut short or damaged ({error})") from error
+    names = found.pop(_NAMES, None) if isinstance(found, dict) else None
+    if names is not None and names != sorted(arrays):
+        raise StaleCacheError(f"the cached data in {path} is damaged: it lacks some of {', '.join(names)}")
     if found != dict(description):
         raise StaleCacheError(f"the cached data in {path} describes other data: {found}")
     return arrays
 
 
 def write_arrays(path: Path, description: Mapping[str, Any], arrays: Arrays) -> None:
-    """Write the arrays beside `path`, then move the finished file into place in one step.
+    """Write the arrays to `path` in one step.
 
     A reader sees the old file or the whole new one, also when writing stops half way or two runs write at once.
     """
+    text = json.dumps({**description, _NAMES: sorted(arrays)})
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez(file, **{_DESCRIPTION: np.array(json.dumps(dict(description)))}, **arrays)  # type: ignore[arg-type]
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    with replacing(path) as part, part.open("wb") as file:
+        np.savez(file, **{_DESCRIPTION: np.array(text)}, **arrays)  # type: ignore[arg-type]

@@ -23,6 +23,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
+from recipes.command import user_errors
 from recipes.console import make_console
 from recipes.errors import RecipeError
 
@@ -278,14 +279,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if unknown:
         parser.error(f"no file is called {', '.join(unknown)}; there are {', '.join(FILES)}")
     folder = options.data_dir / FOLDER
-    try:
-        download([FILES[name] for name in names], folder)
-    except RecipeError as error:
-        make_console(stderr=True).print(f"[bold red]error:[/bold red] {escape(str(error))}", soft_wrap=True)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        make_console(stderr=True).print("[yellow]stopped; repeat the command to go on[/yellow]")
-        raise SystemExit(130) from None
+    with user_errors():
+        try:
+            download([FILES[name] for name in names], folder)
+        except KeyboardInterrupt:
+            make_console(stderr=True).print("[yellow]stopped; repeat the command to go on[/yellow]")
+            raise
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ def prepare(data_dir: Path, download: bool) -> None:
 
 
 def _unpack(data_dir: Path) -> None:
-    """Unpack beside the place and move there in one step: a folder of that name is whole."""
+    """Unpack in a temporary folder and move it into place in one step: a folder of that name is whole."""
     with tempfile.TemporaryDirectory(dir=data_dir, prefix=f".{FOLDER}-") as part:
         extract_archive(str(data_dir / ARCHIVE), part)
         (Path(part) / FOLDER).rename(data_dir / FOLDER)
@@ -74,7 +74,7 @@ def _cache(data_dir: Path, train: bool) -> Path:
 
 
 def read(data_dir: Path, train: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Read the training or the validation images; decoded once, then kept beside the folder.
+    """Read the training or the validation images; decoded once, then kept next to the folder.
 
     Returns:
         Images uint8 (N, 64, 64, 3) and labels int64 (N,); classes are numbered in the order of `wnids.txt`.

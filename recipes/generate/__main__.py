@@ -25,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.markup import escape
 
+from recipes.command import hand_over_hydras_errors, user_errors
 from recipes.data.download import FOLDER
 from recipes.errors import RecipeError
 from recipes.generate.run import KINDS, Job, Spec, generate
@@ -66,7 +67,7 @@ def run(kind: str, cfg: DictConfig) -> None:
         generate(spec, job, console)
     except KeyboardInterrupt:
         console.print("[yellow]stopped; the same command goes on from here[/yellow]")
-        raise SystemExit(130) from None
+        raise
     made = [str(job.file)]
     if cfg.preview:
         from recipes.generate.preview import draw_preview  # workers import this module, and need no matplotlib
@@ -79,23 +80,17 @@ def run(kind: str, cfg: DictConfig) -> None:
 def main() -> None:
     """Run from the command line; show the user's mistakes without a traceback."""
     kind = sys.argv.pop(1) if len(sys.argv) > 1 else ""
-    if kind not in KINDS:
-        wanted = f"say what to make: python -m recipes.generate {'|'.join(KINDS)} [setting=value ...]"
-        _refuse(f"{wanted}, got {kind!r}" if kind else wanted)
+    hand_over_hydras_errors()
+    with user_errors():
+        if kind not in KINDS:
+            wanted = f"say what to make: python -m recipes.generate {'|'.join(KINDS)} [setting=value ...]"
+            raise RecipeError(f"{wanted}, got {kind!r}" if kind else wanted)
 
-    @hydra.main(config_path=str(CONFIG_DIR), config_name=f"generate_{kind}", version_base="1.3")
-    def task(cfg: DictConfig) -> None:
-        try:
+        @hydra.main(config_path=str(CONFIG_DIR), config_name=f"generate_{kind}", version_base="1.3")
+        def task(cfg: DictConfig) -> None:
             run(kind, cfg)
-        except RecipeError as error:
-            _refuse(str(error))
 
-    task()
-
-
-def _refuse(message: str) -> None:
-    Console(stderr=True).print(f"[bold red]error:[/bold red] {escape(message)}", soft_wrap=True)
-    raise SystemExit(2)
+        task()
 
 
 if __name__ == "__main__":

@@ -79,8 +79,8 @@ def _operator(a: np.ndarray) -> sparse.csc_matrix:
     for edge in (np.s_[0], np.s_[-1], np.s_[:, 0], np.s_[:, -1]):
         diagonal[edge] += 2 * a[edge]  # the wall is half a cell away
     below = -down.ravel()
-    beside = -np.pad(right, ((0, 0), (0, 1))).ravel()[:-1]
-    bands = [below, beside, diagonal.ravel(), beside, below]
+    next_to = -np.pad(right, ((0, 0), (0, 1))).ravel()[:-1]
+    bands = [below, next_to, diagonal.ravel(), next_to, below]
     return sparse.diags(bands, offsets=[-n, -1, 0, 1, n], format="csc")
 
 

@@ -10,11 +10,11 @@ tau without the factor rho, but the program that made its files has it, and data
 Scheme: MUSCL-Hancock (van Leer, SIAM J. Sci. Stat. Comput. 5, 1984) with van Leer's limiter on primitive
 variables, the HLLC flux (Toro, Spruce and Speares, Shock Waves 4, 1994) between Einfeldt's wave speeds, and
 viscosity after each step, in explicit sub-cycles. Second order where the flow is smooth: the error of such a
-splitting does not add up from step to step, and is too small to be seen beside the others.
+splitting does not add up from step to step, and is too small to be seen next to the others.
 
 Arrays have shape (3, B, n): density, velocity, pressure ("primitive") or density, momentum, energy ("conserved")
 of B samples at n cell centres, float64. Each sample runs on its own clock, and no operation mixes samples or
-depends on their number, so that a sample comes out the same to the bit in any batch.
+depends on their number, so that a sample is bitwise identical in any batch.
 """
 
 from __future__ import annotations

@@ -30,7 +30,9 @@ How it is done:
 - A run that diverged is out when a learning rate is chosen; as a final run it counts with the error of a network
   that has learnt nothing: 1 - 1 / classes, or 1 for nRMSE and relative L2.
 
-Exits with status 2 and one message when a setting, a folder or a run is at fault.
+With fewer than five seeds a study proves nothing, and its report says so.
+
+Exits with status 2 and one sentence when a setting, a folder or a run is at fault.
 """
 
 from __future__ import annotations
@@ -45,12 +47,15 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.markup import escape
 
+from recipes.command import user_errors
 from recipes.console import make_console
-from recipes.errors import RecipeError
+from recipes.old_names import current_overrides
 from recipes.study.cells import Study, load_study
+from recipes.study.figure import FIGURE_FILE, draw
 from recipes.study.records import read_records
-from recipes.study.report import EFFECTS_FILE, FIGURE_FILE, Records, draw, print_rows, summarise, write_effects
+from recipes.study.report import EFFECTS_FILE, Records, summarise, write_effects
 from recipes.study.runner import run_study
+from recipes.study.table import print_rows
 from recipes.train import CONFIG_DIR
 
 __all__ = ["main"]
@@ -77,31 +82,36 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "python -m recipes.study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--report", action="store_true", help="draw table and figure of what is there, train nothing"
+        "--report", action="store_true", help="print the table and draw the figure of what is there, train nothing"
     )
     parser.add_argument("overrides", nargs="*", help="settings, as name=value")
     options = parser.parse_args(arguments)
     report_only = options.report or REPORT in options.overrides
-    overrides = [override for override in options.overrides if override != REPORT]
+    overrides, notes = current_overrides(override for override in options.overrides if override != REPORT)
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     console = make_console()
-    try:
-        study = load_study(CONFIG_DIR, overrides)
-        if report_only:
-            results: dict[str, Records] = {cell.name: read_records(cell.folder) for cell in study.cells}
-        else:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                results = dict(run_study(study, console))
-        _report(study, results, console)
-    except RecipeError as error:
-        make_console(stderr=True).print(f"[bold red]error:[/bold red] {escape(str(error))}", soft_wrap=True)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        command = shlex.join(["python", "-m", "recipes.study", *(arguments or sys.argv[1:])])
-        console.print(f"[yellow]stopped; to go on, repeat {escape(command)}[/yellow]", soft_wrap=True)
-        raise SystemExit(130) from None
+    for note in notes:
+        console.print(f"[yellow]warning: {escape(note)}[/yellow]", soft_wrap=True)
+    with user_errors():
+        try:
+            _run(overrides, report_only, console)
+        except KeyboardInterrupt:
+            command = shlex.join(["python", "-m", "recipes.study", *(arguments or sys.argv[1:])])
+            console.print(f"[yellow]stopped; to go on, repeat {escape(command)}[/yellow]", soft_wrap=True)
+            raise
+
+
+def _run(overrides: Sequence[str], report_only: bool, console: Console) -> None:
+    """Do what is missing, unless only a report is asked for, and report."""
+    study = load_study(CONFIG_DIR, overrides)
+    if report_only:
+        results: dict[str, Records] = {cell.name: read_records(cell.folder) for cell in study.cells}
+    else:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            results = dict(run_study(study, console))
+    _report(study, results, console)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,11 @@
-"""The cells of a study, one for each experiment: composed from `conf/`, checked, and kept from changing.
-
-A cell's folder holds `settings.yaml`, what its results depend on, and `results.csv`.
-"""
+"""The cells of a study, one for each experiment, composed from `conf/`."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
-import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -19,15 +16,15 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from recipes.command import sentence
 from recipes.config import ARMS, check_config
 from recipes.errors import RecipeError
 from recipes.study.records import Job
-from recipes.study.single import assemble, metric_of
+from recipes.study.single import metric_of
 
-__all__ = ["SETTINGS_FILE", "Cell", "Options", "Study", "check_cell", "keep_settings", "load_study"]
+__all__ = ["Cell", "Options", "Study", "load_study"]
 
-SETTINGS_FILE = "settings.yaml"
-_OURS = ("seed", "lr", "farms", "ckpt_path")
+_OURS = ("seed", "lr", "balancing", "ckpt_path")
 
 
 @dataclass(frozen=True)
@@ -53,11 +50,17 @@ class Options:
     vary_data: bool
 
     def __post_init__(self) -> None:
+        self._check_arms()
+        self._check_numbers()
+
+    def _check_arms(self) -> None:
         unknown = sorted(set(self.arms) - set(ARMS))
         if unknown or not self.arms or len(set(self.arms)) < len(self.arms):
             raise RecipeError(f"study.arms must be different ones of {', '.join(ARMS)}, got {list(self.arms)}")
         if self.baseline not in self.arms:
             raise RecipeError(f"study.baseline={self.baseline} is not one of study.arms {list(self.arms)}")
+
+    def _check_numbers(self) -> None:
         for name, least in (("seeds", 1), ("tune_seeds", 1), ("extend", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
@@ -155,32 +158,46 @@ def load_study(config_dir: str, overrides: Sequence[str]) -> Study:
     Raises:
         RecipeError: Something is wrong with the settings.
     """
-    ours = [text for text in overrides if text.lstrip("+~").startswith(("study=", "study."))]
-    chosen = [text.partition("=")[2] for text in overrides if text.startswith("experiment=")]
-    rest = [text for text in overrides if text not in ours and not text.startswith("experiment=")]
-    for text in rest:
-        if text.lstrip("+~").partition("=")[0] in _OURS:
-            raise RecipeError(f"{text} can't be set: a study sets {', '.join(_OURS[:3])} for every run itself")
+    ours, experiments, rest = _sort_overrides(overrides)
     with initialize_config_dir(config_dir, version_base="1.3"):
         try:
-            cfg = compose("study", ours).study
-            plain = _plain(cfg)
+            plain = _plain(compose("study", ours).study)
         except (HydraException, OmegaConfBaseException) as error:
-            raise RecipeError(f"the study's settings: {error}") from error
+            raise RecipeError(f"the study's settings: {sentence(error)}") from error
         own: dict[str, Any] = plain.pop("cells")
         folder, workers = Path(str(plain.pop("folder"))), plain.pop("workers")
         if workers is not None and (not isinstance(workers, int) or workers < 1):
             raise RecipeError(f"study.workers must be null or a positive number, got {workers!r}")
-        names = chosen[-1].split(",") if chosen else list(own)
+        names = experiments or list(own)
         if not names:
             raise RecipeError("say what to study: experiment=<name>[,<name>...], or study=small")
         cells = tuple(_load_cell(name, folder, {**plain, **(own.get(name) or {})}, rest) for name in names)
-    twice = sorted({cell.name for cell in cells if [other.name for other in cells].count(cell.name) > 1})
+    twice = sorted(name for name, count in Counter(cell.name for cell in cells).items() if count > 1)
     if twice:
         raise RecipeError(
             f"two experiments have the same name: {', '.join(twice)}; a cell's folder is named by it"
         )
     return Study(cells, folder, workers)
+
+
+def _sort_overrides(overrides: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
+    """Return the study's own settings, the names of the experiments, and the settings that go to every run.
+
+    Raises:
+        RecipeError: One of the latter is set by the study itself.
+    """
+    ours, experiments, rest = [], [], []
+    for text in overrides:
+        name, _, value = text.lstrip("+~").partition("=")
+        if name.partition(".")[0] == "study":
+            ours.append(text)
+        elif name == "experiment":
+            experiments = value.split(",")
+        elif name in _OURS:
+            raise RecipeError(f"{text} can't be set: a study sets {', '.join(_OURS[:3])} for every run itself")
+        else:
+            rest.append(text)
+    return ours, experiments, rest
 
 
 def _load_cell(experiment: str, folder: Path, plain: Mapping[str, Any], overrides: Sequence[str]) -> Cell:
@@ -195,74 +212,17 @@ def _load_cell(experiment: str, folder: Path, plain: Mapping[str, Any], override
     arms = {}
     for arm in options.arms:
         try:
-            cfg = compose("train", [f"experiment={experiment}", f"farms={arm}", *overrides])
+            cfg = compose("train", [f"experiment={experiment}", f"balancing={arm}", *_those_of(arm, overrides)])
         except (HydraException, OmegaConfBaseException) as error:
-            raise RecipeError(f"experiment={experiment}: {error}") from error
+            raise RecipeError(f"experiment={experiment}: {sentence(error)}") from error
         check_config(cfg)
         metric_of(cfg)
-        if cfg.farms is not None:
-            cfg.farms.log = False
+        if "log" in cfg.balancing:
+            cfg.balancing.log = False
         arms[arm] = cfg
     return Cell(cfg.name, folder / cfg.name, options, arms)
 
 
-def check_cell(cell: Cell) -> None:
-    """Build every arm once, and throw it away: a mistake shows before time is spent.
-
-    Raises:
-        RecipeError: A part refuses its settings, or two parts do not fit.
-    """
-    for cfg in cell.arms.values():
-        assemble(cfg)
-
-
-def keep_settings(cell: Cell) -> None:
-    """Make the cell's folder and note there what the results depend on, or compare with what is noted.
-
-    Raises:
-        RecipeError: The folder can't be written, or holds results of other settings.
-    """
-    path = cell.folder / SETTINGS_FILE
-    now = cell.identity()
-    try:
-        cell.folder.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            saved = OmegaConf.to_container(OmegaConf.load(path))
-            assert isinstance(saved, dict)
-            _check_same(cell, saved, now)  # type: ignore[arg-type]
-            now = {**now, "arms": {**saved["arms"], **now["arms"]}}
-        with tempfile.NamedTemporaryFile("w", dir=cell.folder, prefix=".settings-", delete=False) as file:
-            part = Path(file.name)
-        OmegaConf.save(OmegaConf.create(now), part)
-        part.chmod(0o644)
-        part.replace(path)
-    except OSError as error:
-        raise RecipeError(
-            f"the study's folder can't be written ({error}); choose another with study.folder=..."
-        ) from error
-
-
-def _check_same(cell: Cell, saved: dict[str, Any], now: dict[str, Any]) -> None:
-    old, new = _flat(saved["study"], "study"), _flat(now["study"], "study")
-    for arm in now["arms"]:
-        if arm in saved["arms"]:
-            old.update(_flat(saved["arms"][arm], arm))
-            new.update(_flat(now["arms"][arm], arm))
-    changes = [
-        f"{name} was {old.get(name, 'not set')} and is {new.get(name, 'not set')}"
-        for name in dict.fromkeys([*old, *new])
-        if old.get(name, "not set") != new.get(name, "not set")
-    ]
-    if changes:
-        more = f" (and {len(changes) - 8} more)" if len(changes) > 8 else ""
-        raise RecipeError(
-            f"the results in {cell.folder} come from other settings: {'; '.join(changes[:8])}{more}. "
-            "Go back to those, or choose another study.folder"
-        )
-
-
-def _flat(value: Any, path: str) -> dict[str, Any]:
-    """Return nested settings under dotted names."""
-    if not isinstance(value, dict) or not value:
-        return {path: value}
-    return {name: leaf for key, below in value.items() for name, leaf in _flat(below, f"{path}.{key}").items()}
+def _those_of(arm: str, overrides: Sequence[str]) -> list[str]:
+    """Leave out the options of the callback for the arm that has none."""
+    return [text for text in overrides if arm != "off" or not text.lstrip("+~").startswith("balancing.")]

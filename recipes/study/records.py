@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import csv
-import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_type_hints
 
 from recipes.errors import RecipeError
+from recipes.files import replacing
 from recipes.study.statistics import log_error
 
 __all__ = ["RESULTS_FILE", "Job", "Phase", "Record", "read_records", "write_records", "write_rows"]
@@ -136,17 +136,8 @@ def write_records(folder: Path, records: Iterable[Record]) -> None:
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]], columns: list[str]) -> None:
-    """Write a CSV beside `path`, then move it into place in one step; NaN becomes "nan", None an empty cell."""
-    with tempfile.NamedTemporaryFile(
-        "w", dir=path.parent, prefix=f".{path.stem}-", suffix=".part", delete=False, newline="", encoding="utf-8"
-    ) as file:
-        part = Path(file.name)
-        try:
-            writer = csv.DictWriter(file, columns, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-        except BaseException:
-            part.unlink(missing_ok=True)
-            raise
-    part.chmod(0o644)
-    part.replace(path)
+    """Write a CSV in one step; NaN becomes "nan", None an empty cell."""
+    with replacing(path) as part, part.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)

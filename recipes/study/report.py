@@ -1,28 +1,21 @@
-"""What a study found: a table, a figure and `effects.csv`, from the records alone."""
+"""What a study found, from the records alone: a row for each arm of each cell, and `effects.csv`."""
 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-
 from recipes.study.records import Job, Record, write_rows
 from recipes.study.statistics import Effect, holm, pooled_effect
 
-__all__ = ["EFFECTS_FILE", "FIGURE_FILE", "POOLED", "Row", "draw", "print_rows", "summarise", "write_effects"]
+__all__ = ["EFFECTS_FILE", "POOLED", "Row", "percent", "summarise", "write_effects"]
 
 EFFECTS_FILE = "effects.csv"
-FIGURE_FILE = "effects.png"
 POOLED = "all cells"
-SIGNIFICANT = 0.05
 
 Records = Mapping[Job, Record]
 
@@ -169,117 +162,6 @@ def _flat_row(row: Row) -> dict[str, Any]:
     return {name: None if isinstance(v, float) and math.isnan(v) else v for name, v in plain.items()}
 
 
-def _percent(log_ratio: float) -> float:
+def percent(log_ratio: float) -> float:
+    """Return the change in per cent that a log ratio of two errors stands for."""
     return 100 * math.expm1(log_ratio)
-
-
-def print_rows(console: Console, rows: Sequence[Row], baseline: str) -> None:
-    """Print the table and, in a sentence, what it says.
-
-    The last column is the overhead: the callback's time in per cent of the baseline's training.
-    """
-    table = Table(box=box.SIMPLE_HEAD, title=f"Test error by arm, compared with {baseline}", title_justify="left")
-    table.add_column("cell", no_wrap=True)
-    table.add_column("arm", no_wrap=True)
-    for heading in ("lr", "runs", "test error %", "change %", "95% interval", "p (Holm)", "cost %"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    before = None
-    for row in rows:
-        if before not in (None, row.cell):
-            table.add_section()
-        table.add_row("" if row.cell == before else row.cell, *_cells(row))
-        before = row.cell
-    console.print(table)
-    console.print(verdict(rows, baseline), soft_wrap=True)
-
-
-def _cells(row: Row) -> list[str]:
-    runs = f"{row.runs} ({row.diverged} diverged)" if row.diverged else str(row.runs)
-    spread = "" if math.isnan(row.error_sd) else f" ± {100 * row.error_sd:.2f}"
-    error = "" if math.isnan(row.error_mean) else f"{100 * row.error_mean:.2f}{spread}"
-    lr = "" if math.isnan(row.lr) else f"{row.lr:g}"
-    if row.effect is None:
-        change, interval, p = "", "", ""
-    else:
-        change = f"{_percent(row.effect.mean):+.1f}"
-        ends = (row.effect.low, row.effect.high)
-        interval = "-" if math.isnan(ends[0]) else " to ".join(f"{_percent(end):+.1f}" for end in ends)
-        p = "-" if math.isnan(row.p_holm) else f"{row.p_holm:.3f}" if row.p_holm >= 0.001 else "<0.001"
-    overhead = "" if math.isnan(row.overhead) else f"{100 * row.overhead:.1f}"
-    return [row.arm, lr, runs, error, change, interval, p, overhead]
-
-
-def verdict(rows: Sequence[Row], baseline: str) -> str:
-    """Say what the last cell's rows, the pooled ones where there are several cells, show."""
-    last = [row for row in rows if row.cell == rows[-1].cell and row.effect is not None] if rows else []
-    if not last:
-        return f"Nothing to compare with {baseline} yet."
-    where = "Over all cells" if last[0].cell == POOLED else f"In {last[0].cell}"
-    found = [row for row in last if row.p_holm < SIGNIFICANT]
-    if found:
-        parts = [
-            f"{row.arm} has {abs(_percent(effect.mean)):.1f}% {'less' if effect.mean < 0 else 'more'} error"
-            for row in found
-            if (effect := row.effect) is not None
-        ]
-        text = f"{where}, {' and '.join(parts)} than {baseline}, beyond the noise (5%, Holm)."
-    else:
-        text = f"{where}, no arm differs from {baseline} beyond the noise (5%, Holm)."
-    halves = [(row.effect.high - row.effect.low) / 2 for row in last if row.effect is not None]
-    if all(map(math.isfinite, halves)):
-        text += (
-            f" The intervals reach ±{100 * mean(halves):.1f}%: smaller effects than that can't be told from none."
-        )
-    return text
-
-
-def draw(rows: Sequence[Row], baseline: str, path: Path) -> None:
-    """Draw every arm's change with its interval, cell by cell, the pooled one lowest."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    shown = [row for row in rows if row.effect is not None]
-    arms, names = list(dict.fromkeys(row.arm for row in shown)), list(dict.fromkeys(row.cell for row in shown))
-    colours = dict(zip(arms, ("#0072B2", "#D55E00", "#009E73", "#8C8C8C", "#CC79A7"), strict=False))
-    figure = Figure(figsize=(7.5, 1.3 + 0.17 * len(shown) + 0.25 * len(names)), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    y, ticks, labelled = 0.0, [], set()
-    for name in names:
-        start = y
-        for row in (row for row in shown if row.cell == name):
-            assert row.effect is not None
-            centre = _percent(row.effect.mean)
-            ends = [centre - _percent(row.effect.low), _percent(row.effect.high) - centre]
-            known = not math.isnan(ends[0])
-            axes.errorbar(
-                centre,
-                y,
-                xerr=[[ends[0]], [ends[1]]] if known else None,
-                fmt="D" if name == POOLED else "o",
-                markersize=5,
-                capsize=2.5,
-                color=colours[row.arm],
-                label=None if row.arm in labelled else row.arm,
-            )
-            labelled.add(row.arm)
-            y += 1.0
-        ticks.append((start + y - 1.0) / 2)
-        if name == POOLED:
-            axes.axhspan(start - 0.9, y - 0.1, color="0.95", zorder=0)
-        y += 0.8
-    axes.axvline(0.0, color="0.3", linewidth=0.8, zorder=0.5)
-    axes.set_yticks(ticks, names)
-    axes.tick_params(axis="y", length=0)
-    axes.set_ylim(y - 0.8 - 0.2, -0.8)
-    axes.grid(axis="x", color="0.9", linewidth=0.6, zorder=0)
-    axes.set_axisbelow(True)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.set_xlabel(
-        f"change of the test error against {baseline}, % (95% interval, paired by seed); left is better"
-    )
-    figure.legend(loc="outside upper center", ncols=max(1, len(arms)), frameon=False)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    figure.savefig(part, dpi=150, format=path.suffix[1:])
-    part.replace(path)

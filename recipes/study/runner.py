@@ -5,18 +5,16 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Iterator
 from datetime import timedelta
 
-from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from recipes.errors import RecipeError
-from recipes.study.cells import Cell, Study, check_cell, keep_settings
+from recipes.study.cells import Cell, Study
 from recipes.study.plan import ArmPlan, Tuning, plan_arm, tune
 from recipes.study.records import Job, Record, read_records, write_records
+from recipes.study.settings import check_cell, keep_settings, locked
 from recipes.study.workers import Workers, available_cores
 
 __all__ = ["run_study"]
@@ -41,23 +39,11 @@ def run_study(study: Study, console: Console) -> Results:
         check_cell(cell)
     with contextlib.ExitStack() as stack:
         for cell in study.cells:
+            stack.enter_context(locked(cell))
             keep_settings(cell)
-            stack.enter_context(_locked(cell))
         results = {cell.name: read_records(cell.folder) for cell in study.cells}
         _Progress(study, results, console).run()
     return results
-
-
-@contextlib.contextmanager
-def _locked(cell: Cell) -> Iterator[None]:
-    """Keep a second study out of the folder; the system frees the lock of a process that is killed."""
-    try:
-        with FileLock(cell.folder / ".lock", timeout=0):
-            yield
-    except Timeout:
-        raise RecipeError(
-            f"another study is at work in {cell.folder}; wait for it, or choose another study.folder"
-        ) from None
 
 
 class _Progress:

@@ -5,40 +5,24 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
-from lightning import LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning import Trainer
 from lightning.pytorch.profilers import SimpleProfiler
 from omegaconf import DictConfig, OmegaConf
 
-from recipes.config import build, check_combination
+from recipes.config import build
 from recipes.errors import RecipeError
+from recipes.parts import Parts, build_parts
 
-__all__ = ["METRICS", "Parts", "assemble", "metric_of", "run_once"]
+__all__ = ["METRICS", "make_trainer", "metric_of", "run_once"]
 
 METRICS = {"accuracy": "1 - accuracy", "nrmse": "nRMSE", "relative_l2": "relative L2 error"}
 """The scores a study can compare, and their errors. A network that has learnt nothing has the error of blind
 guessing, 1 - 1 / classes, or that of predicting zero, 1."""
 
 _NEVER = 10**9
-
-
-@dataclass(frozen=True)
-class Parts:
-    """The parts of a run.
-
-    Attributes:
-        data: The data.
-        model: The task with its network.
-        trainer: The trainer.
-        clock: Times of the trainer's actions.
-    """
-
-    data: LightningDataModule
-    model: LightningModule
-    trainer: Trainer
-    clock: SimpleProfiler
 
 
 def metric_of(cfg: DictConfig) -> str:
@@ -54,31 +38,26 @@ def metric_of(cfg: DictConfig) -> str:
     return metric
 
 
-def assemble(cfg: DictConfig) -> Parts:
-    """Build every part; none of them makes or loads data yet.
+def make_trainer(cfg: DictConfig, parts: Parts) -> tuple[Trainer, SimpleProfiler]:
+    """Build the trainer of a run, and the clock that times its actions.
 
     No logger, no checkpoints, no progress bar; validation data are looked at once, after training.
 
     Raises:
-        RecipeError: A part refuses its settings, or two parts do not fit.
+        RecipeError: The trainer refuses its settings.
     """
-    data = build(cfg, "data")
-    factories = {"optimizer": build(cfg, "optimizer"), "scheduler": build(cfg, "scheduler")}
-    seed_everything(cfg.seed, workers=True, verbose=False)
-    model = build(cfg, "model", **factories)
-    check_combination(cfg, model, data)
     clock = SimpleProfiler()
     trainer = build(
         cfg,
         "trainer",
-        callbacks=[] if cfg.farms is None else [build(cfg, "farms")],
+        callbacks=[] if parts.balancer is None else [parts.balancer],
         logger=False,
         profiler=clock,
         enable_checkpointing=False,
         enable_progress_bar=False,
         check_val_every_n_epoch=_NEVER,
     )
-    return Parts(data, model, trainer, clock)
+    return trainer, clock
 
 
 def run_once(settings: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -97,32 +76,37 @@ def run_once(settings: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     cfg = OmegaConf.create(settings)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        parts = assemble(cfg)
-        parts.trainer.fit(parts.model, datamodule=parts.data)
-        times = _times(parts.clock)
-        epochs, steps = parts.trainer.current_epoch, parts.trainer.global_step
+        parts = build_parts(cfg)
+        trainer, clock = make_trainer(cfg, parts)
+        trainer.fit(parts.model, datamodule=parts.data)
+        training = {"epochs": trainer.current_epoch, "steps": trainer.global_step, **_times(clock)}
         scores = {
-            **parts.trainer.validate(parts.model, datamodule=parts.data, verbose=False)[0],
-            **parts.trainer.test(parts.model, datamodule=parts.data, verbose=False)[0],
+            **trainer.validate(parts.model, datamodule=parts.data, verbose=False)[0],
+            **trainer.test(parts.model, datamodule=parts.data, verbose=False)[0],
         }
+    facts: dict[str, Any] = {
+        **_outcome(cfg, scores),
+        **training,
+        "val_samples": _size(parts.data.val_dataloader()),
+        "test_samples": _size(parts.data.test_dataloader()),
+        "parameters": sum(p.numel() for p in parts.model.parameters() if p.requires_grad),
+        "device": str(trainer.strategy.root_device),
+        "seconds": round(time.perf_counter() - started, 3),
+    }
+    return facts, [str(warning.message) for warning in caught if "farms_tb" in warning.filename]
+
+
+def _outcome(cfg: DictConfig, scores: Mapping[str, float]) -> dict[str, Any]:
+    """Return what the scores say, in the fields of `Record`."""
     metric = metric_of(cfg)
     finite = all(math.isfinite(score) for score in scores.values())
-    facts = {
+    return {
         "status": "ok" if finite else "diverged",
         "metric": metric,
         "val": scores[f"val/{metric}"] if finite else math.nan,
         "test": scores[f"test/{metric}"] if finite else math.nan,
-        "val_samples": _size(parts.data.val_dataloader()),
-        "test_samples": _size(parts.data.test_dataloader()),
         "blind_error": 1.0 - 1.0 / cfg.task.out_channels if metric == "accuracy" else 1.0,
-        "parameters": sum(p.numel() for p in parts.model.parameters() if p.requires_grad),
-        "epochs": epochs,
-        "steps": steps,
-        **times,
-        "device": str(parts.trainer.strategy.root_device),
-        "seconds": round(time.perf_counter() - started, 3),
     }
-    return facts, [str(warning.message) for warning in caught if "farms_tb" in warning.filename]
 
 
 def _size(loader: Any) -> int:

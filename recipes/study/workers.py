@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from recipes.command import sentence
 from recipes.errors import RecipeError
 from recipes.study.single import run_once
 
@@ -130,10 +131,8 @@ def _work(connection: Connection, index: int) -> None:
         try:
             with contextlib.redirect_stdout(io.StringIO()):
                 answer: tuple[Any, ...] = (*run_once(_on_device(settings, index)), "")
-        except RecipeError as error:
-            answer = (None, [], str(error))
-        except Exception:
-            answer = (None, [], traceback.format_exc())
+        except Exception as error:
+            answer = (None, [], sentence(error) or traceback.format_exc())
         connection.send(answer)
 
 

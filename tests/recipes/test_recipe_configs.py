@@ -18,7 +18,7 @@ from lightning import LightningDataModule, LightningModule
 from omegaconf import DictConfig, OmegaConf
 
 from farms_tb import FARMSTempBalance
-from recipes.config import build, check_config
+from recipes.config import ARMS, build, build_balancer, check_config
 from recipes.data.download import FILES as DATA_FILES
 from recipes.data.download import FOLDER
 from recipes.data.pdebench import PDEBenchFlow
@@ -87,16 +87,16 @@ def pde_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_groups_are_the_promised_ones() -> None:
-    promised = "data model optimizer scheduler farms logger trainer paths debug callbacks sweep"
+    promised = "data model optimizer scheduler balancing logger trainer paths debug callbacks sweep"
     assert set(GROUPS) == set(promised.split())
-    assert set(GROUPS["farms"]) >= {"farms", "full", "off", "monitor"}
+    assert set(GROUPS["balancing"]) == set(ARMS)
 
 
 def test_experiments_are_the_published_ones() -> None:
-    """Forty settings of the papers, and the demos."""
+    """The settings of the papers, and the demos."""
     folders = Counter(Path(name).parent.as_posix() for name in EXPERIMENTS)
     del folders["study"]
-    assert folders == {".": 5, "farms": 8, "tempbalance": 12, "sciml": 19}
+    assert folders == {".": 5, "farms": 8, "tempbalance": 12, "sciml": 6}
     assert [name for name in EXPERIMENTS if "/" not in name] == DEMOS
 
 
@@ -112,7 +112,7 @@ def test_every_config_composes_and_builds(
     assert isinstance(run.data, LightningDataModule)
     assert isinstance(run.model, LightningModule)
     callbacks = run.trainer.callbacks  # type: ignore[attr-defined]
-    assert sum(isinstance(callback, FARMSTempBalance) for callback in callbacks) == (cfg.farms is not None)
+    assert sum(isinstance(callback, FARMSTempBalance) for callback in callbacks) == (cfg.arm != "off")
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -123,7 +123,7 @@ def test_experiments_say_how_to_run_them_and_bear_their_name(name: str) -> None:
     command, *options = second.split("experiment=")
     assert command.strip() in ("# python -m recipes.train", "# python -m recipes.study")
     assert name == "darcy_unet" or options[0].split()[0] == name
-    if not name.startswith("study/"):
+    if not name.startswith(("study/", "sciml/darcy")):  # beta is part of the latter's names
         assert OmegaConf.load(file).name == name
 
 
@@ -139,8 +139,8 @@ SMALL = {
     r"digits_resnet18": ("model.net.width=8",),
     r"darcy_fno": (*TINY_DARCY, *FNO_2D),
     r"darcy_unet": (*TINY_DARCY, "model.net.width=4"),
-    r"sciml/darcy_.*_fno": (*PDE, *FNO_2D),
-    r"sciml/darcy_.*_unet": (*PDE, "model.net.width=4"),
+    r"sciml/darcy_fno": (*PDE, *FNO_2D),
+    r"sciml/darcy_unet": (*PDE, "model.net.width=4"),
     r"sciml/cfd1d_fno": (*FLOW, *FNO_1D),
     r"sciml/cfd2d_fno": (*FLOW, *FNO_2D),
     r"sciml/cfd.*_unet": (*FLOW, "model.net.width=4"),
@@ -175,7 +175,7 @@ def test_all_training_images_are_used_on_demand(settings: Settings, fake_images:
         "trainer.max_epochs=2",
     )
     folder = f"paths.data_dir={fake_images}"
-    cfg = settings("experiment=cifar100_resnet18", folder, *options, "farms=off", "trainer=cpu", "logger=csv")
+    cfg = settings("experiment=cifar100_resnet18", folder, *options, "balancing=off", "trainer=cpu", "logger=csv")
     facts = train(cfg)
     assert facts["steps"] == 2 * TRAIN // 20
     assert (facts["best_score"], facts["best_epoch"]) == (None, 2)
@@ -218,7 +218,7 @@ TEMPBALANCE_PAPER = {
     "tinyimagenet_wrn28_6": (0.1, 0.05, 0.6),
 }
 # Sigmoid strength of the FNO on 2D flows, by data fraction.
-STRENGTHS = {"": 0.125, "_1of2": 0.5, "_1of4": 1.0, "_1of10": 0.25, "_1of40": 0.5, "_1of180": 1.0}
+STRENGTHS = {"1": 0.125, "1/2": 0.5, "1/4": 1.0, "1/10": 0.25, "1/40": 0.5, "1/180": 1.0}
 
 
 def _assert_image_training(cfg: DictConfig, lr: float) -> None:
@@ -230,7 +230,7 @@ def _assert_image_training(cfg: DictConfig, lr: float) -> None:
 
 
 def _assert_image_arm(cfg: DictConfig, lowest: float, ends: tuple[bool, bool]) -> None:
-    farms = cfg.farms
+    farms = cfg.balancing
     assert (farms.lr_min_ratio, farms.lr_max_ratio) == pytest.approx((lowest, 2 - lowest))
     assert (farms.exclude_first, farms.exclude_last, list(farms.exclude)) == (*ends, [])
     assert (farms.esd, farms.min_eigenvalues) == (cfg.arm, 5 if cfg.arm == "farms" else 50)
@@ -249,12 +249,12 @@ def test_settings_of_the_farms_paper(settings: Settings, network: str) -> None:
     ):
         name = f"experiment=farms/cifar100_{network}{suffix}"
         for arm, (lowest, left_out) in arms.items():
-            cfg = settings(name, *([] if arm == "farms" else [f"farms={arm}"]))  # the one that is the default
+            cfg = settings(name, *([] if arm == "farms" else [f"balancing={arm}"]))  # the one that is the default
             assert cfg.arm == arm
             _assert_image_arm(cfg, lowest, left_out)
             _assert_image_training(cfg, tuned)
-        off = settings(name, "farms=off")
-        assert off.farms is None
+        off = settings(name, "balancing=off")
+        assert off.balancing == {"arm": "off"}
         assert off.seeds == "43,37,13"
         _assert_image_training(off, base)
     if network in ("resnet18", "vgg16"):
@@ -271,26 +271,22 @@ def test_settings_of_the_tempbalance_paper(settings: Settings, task: str) -> Non
     assert cfg.data.dataset == task.split("_")[0]
     _assert_image_arm(cfg, lowest, (True, True))
     _assert_image_training(cfg, tuned)
-    _assert_image_training(settings(f"experiment=tempbalance/{task}", "farms=off"), base)
+    _assert_image_training(settings(f"experiment=tempbalance/{task}", "balancing=off"), base)
 
 
 @pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name.startswith("sciml/")])
 def test_settings_of_pdebench(settings: Settings, name: str) -> None:
-    published = "cfd2d_fno" in name
-    cfg = settings(f"experiment={name}", "farms=full")
-    farms, optimizer, scheduler = cfg.farms, cfg.optimizer, cfg.scheduler
+    published = name == "sciml/cfd2d_fno"
+    cfg = settings(f"experiment={name}", "balancing=full")
+    farms, optimizer, scheduler = cfg.balancing, cfg.optimizer, cfg.scheduler
     assert (farms.assign_func, farms.sigmoid_tau, farms.fit) == ("tb_sigmoid", 10.0, "median")
     assert (farms.filter_zeros, farms.min_eigenvalues) == (True, 12)
-    strength = STRENGTHS[name.removeprefix("sciml/cfd2d_fno")] if published else 0.5
-    assert farms.sigmoid_min == farms.sigmoid_max == strength
+    assert farms.sigmoid_min == farms.sigmoid_max == (0.125 if published else 0.5)
     assert (optimizer._target_, optimizer.weight_decay) == ("torch.optim.Adam", 1e-4)
     assert (optimizer.lr, cfg.trainer.max_epochs) == ((2.5e-3, 700) if published else (1e-3, 500))
     assert (scheduler.step_size, scheduler.gamma) == (100, 0.5)
-    assert (cfg.seed, cfg.seeds) == (2024, "2024,2023,2022")
-    fraction = name.split("_1of")[1] if "_1of" in name else "1"
-    assert str(cfg.data.fraction) == (f"1/{fraction}" if "_1of" in name else "1")
+    assert (cfg.seed, cfg.seeds, cfg.data.fraction) == (2024, "2024,2023,2022", 1)
     if "darcy" in name:
-        assert cfg.data.beta == float(name.split("beta")[1].split("_")[0])
         assert (cfg.data.batch_size, cfg.data.every_point) == (50, 1)
     else:
         assert cfg.data.batch_size == (20 if "2d" in name else 100)
@@ -299,6 +295,21 @@ def test_settings_of_pdebench(settings: Settings, name: str) -> None:
         assert (net.n_modes[0], net.hidden_channels, net.n_layers) == (22 if "1d" in name else 24, 20, 4)
     else:
         assert net.width == 32
+
+
+@pytest.mark.parametrize(("fraction", "strength"), STRENGTHS.items())
+def test_strength_of_the_2d_fno_goes_with_the_fraction(settings: Settings, fraction: str, strength: float) -> None:
+    for arm in ("farms", "full", "placebo"):
+        options = settings("experiment=sciml/cfd2d_fno", f"data.fraction={fraction}", f"balancing={arm}").balancing
+        assert options.sigmoid_min == options.sigmoid_max == strength
+
+
+@pytest.mark.parametrize("beta", ["0.01", "0.1", "1", "10", "100"])
+def test_darcys_source_is_a_setting(settings: Settings, beta: str) -> None:
+    for network in ("fno", "unet"):
+        cfg = settings(f"experiment=sciml/darcy_{network}", f"data.beta={beta}")
+        assert (cfg.name, cfg.data.beta) == (f"sciml/darcy_beta{beta}_{network}", float(beta))
+        build(cfg, "data")
 
 
 def _sweep(*overrides: str) -> list[list[str]]:
@@ -327,9 +338,11 @@ def test_one_flag_sweeps_the_published_seeds(experiment: str, seeds: str) -> Non
 
 def test_ablations_sweep_the_published_values(settings: Settings) -> None:
     experiment = "experiment=farms/cifar100_resnet18"
-    ratios = [settings(experiment, *run).farms.aspect_ratio for run in _sweep(experiment, "sweep=aspect_ratio")]
+    ratios = [
+        settings(experiment, *run).balancing.aspect_ratio for run in _sweep(experiment, "sweep=aspect_ratio")
+    ]
     assert ratios == [0.5, 0.75, 1, 1.25, 1.5]
-    ranges = [settings(experiment, *run).farms for run in _sweep(experiment, "sweep=ratio_range")]
+    ranges = [settings(experiment, *run).balancing for run in _sweep(experiment, "sweep=ratio_range")]
     expected = [(0.1, 1.9), (0.2, 1.8), (0.3, 1.7), (0.4, 1.6), (0.5, 1.5)]
     assert [(farms.lr_min_ratio, farms.lr_max_ratio) for farms in ranges] == expected
     assert all(farms.exclude_first for farms in ranges)  # the other settings of the arm stay
@@ -342,19 +355,19 @@ def test_ablations_sweep_the_published_values(settings: Settings) -> None:
 
 @pytest.mark.parametrize("name", DEMOS)
 def test_arms_differ_in_the_callback_alone(settings: Settings, name: str) -> None:
-    arms = [settings(f"experiment={name}", f"farms={arm}") for arm in ("farms", "full", "off", "monitor")]
+    arms = [settings(f"experiment={name}", f"balancing={arm}") for arm in ("farms", "full", "off", "monitor")]
     plain = [OmegaConf.to_container(cfg, resolve=True) for cfg in arms]
     for arm in plain:
         assert isinstance(arm, dict)
-        for section in ("farms", "arm", "logger"):
+        for section in ("balancing", "arm", "logger"):
             del arm[section]
         del arm["callbacks"]["pictures"]["title"]
     assert all(arm == plain[0] for arm in plain)
-    assert (arms[3].farms.lr_min_ratio, arms[3].farms.lr_max_ratio) == (1.0, 1.0)
+    assert (arms[3].balancing.lr_min_ratio, arms[3].balancing.lr_max_ratio) == (1.0, 1.0)
 
 
 def test_fno_leaves_out_lifting_and_projection_by_name(settings: Settings) -> None:
-    farms = build(settings("experiment=darcy_fno"), "farms")
+    farms = build_balancer(settings("experiment=darcy_fno"))
     assert farms._balance.exclude == ("lifting.*", "projection.*")
     assert (farms._balance.exclude_first, farms._balance.exclude_last) == (False, False)
 
@@ -366,10 +379,10 @@ def test_fno_leaves_out_lifting_and_projection_by_name(settings: Settings) -> No
         (("data=digits",), "model=unet and data=digits do not go together: the model learns fields"),
         (("data.resolution=24",), r"model=unet does not fit data=darcy: .* must divide by 16, got \(24, 24\)"),
         (("model=vgg16", "data=digits"), "model=vgg16 does not fit data=digits: .*data.image_size=32"),
-        (("farms.lr_min_ratio=2",), "farms: lr_min_ratio must not exceed lr_max_ratio"),
-        (("farms.esd=fll",), "farms: esd must be one of 'farms', 'full', got 'fll'"),
+        (("balancing.lr_min_ratio=2",), "balancing: lr_min_ratio must not exceed lr_max_ratio"),
+        (("balancing.esd=fll",), "balancing: esd must be one of 'farms', 'full', got 'fll'"),
         (("data.family=fog",), "data: data.family must be one of grf, bumps"),
-        (("arm=full",), r"arm=full does not match farms=farms; choose with farms=farms\|full\|off\|monitor"),
+        (("arm=full",), r"arm=full does not match balancing=farms; .*balancing=farms\|full\|off\|monitor"),
         (("ckpt_path=/no/such.ckpt",), "ckpt_path=/no/such.ckpt is not a file"),
         (("threads=0",), "threads must be null or a positive number, got 0"),
         (("+colour=red",), "unknown settings at the top level: colour"),

@@ -132,7 +132,7 @@ def test_file_is_the_same_for_any_number_of_workers(darcy_file: Path, tmp_path: 
 
 
 def test_killed_run_goes_on_to_the_same_file(tmp_path: Path) -> None:
-    """Killed, a run takes its workers along, and the next one goes on to a file that is the same to the bit."""
+    """Killed, a run takes its workers along, and the next one goes on to a file that is bitwise identical."""
     file, part = tmp_path / "killed.hdf5", tmp_path / "killed.hdf5.part"
     arguments = ("cfd1d", "points=64", "samples=24", "workers=2", f"file={file}")
     whole = make(CFD1DSpec(points=64), tmp_path / "whole.hdf5", samples=24)

@@ -32,7 +32,7 @@ from tests.recipes.fake_images import TEST, TRAIN, colour, write_svhn, write_tin
 NAMES = list(IMAGE_SETS)
 
 
-def twin(image: torch.Tensor, crop: list[int], padding: int) -> torch.Tensor:
+def reference(image: torch.Tensor, crop: list[int], padding: int) -> torch.Tensor:
     """Torchvision's functions, one image at a time, as RandomCrop and RandomHorizontalFlip call them."""
     top, left, mirrored = crop
     out = per_image.crop(per_image.pad(image, [padding]), top, left, *image.shape[-2:])
@@ -41,11 +41,11 @@ def twin(image: torch.Tensor, crop: list[int], padding: int) -> torch.Tensor:
 
 @pytest.mark.parametrize(("shape", "padding"), [((3, 32, 32), 4), ((1, 5, 9), 2), ((3, 6, 6), 0)])
 def test_crops_and_flips_are_torchvisions(shape: tuple[int, ...], padding: int) -> None:
-    """Each possible crop, mirrored and not, to the bit."""
+    """Each possible crop, mirrored and not, bitwise."""
     edges = range(2 * padding + 1)
     crops = torch.tensor([[top, left, mirrored] for top in edges for left in edges for mirrored in (0, 1)])
     images = torch.randint(0, 256, (len(crops), *shape), dtype=torch.uint8)
-    expected = torch.stack([twin(x, crop, padding) for x, crop in zip(images, crops.tolist(), strict=True)])
+    expected = torch.stack([reference(x, crop, padding) for x, crop in zip(images, crops.tolist(), strict=True)])
     assert torch.equal(crop_and_flip(images, crops, padding), expected)
 
 
@@ -129,7 +129,7 @@ def test_batches_are_the_published_ones(fake_images: Path, name: str) -> None:
         crops = data._crops()
         for row, place in enumerate(sampler):
             pixels, label, _ = train[place]
-            expected = finish(per_image.to_pil_image(twin(pixels, crops[place].tolist(), 4)))
+            expected = finish(per_image.to_pil_image(reference(pixels, crops[place].tolist(), 4)))
             torch.testing.assert_close(images[row], expected, rtol=0, atol=1e-6)
             assert labels[row] == label
     for split in (val, test):

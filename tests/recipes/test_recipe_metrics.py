@@ -1,4 +1,4 @@
-"""PDEBench's error measures against closed forms and slow numpy twins, by batches and by processes."""
+"""PDEBench's error measures against closed forms and slow numpy references, by batches and by processes."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def slow_bands(e: np.ndarray) -> list[float]:
 
 
 @pytest.mark.parametrize("space", SPACES)
-def test_all_scores_against_a_slow_twin(space: tuple[int, ...]) -> None:
+def test_all_scores_against_a_slow_reference(space: tuple[int, ...]) -> None:
     prediction, target = fields(3, 2, *space)
     metric = FieldErrors()
     metric.update(prediction, target)

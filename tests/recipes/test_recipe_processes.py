@@ -83,22 +83,22 @@ def best_weights(folder: Path) -> dict[str, torch.Tensor]:
     return dict(torch.load(folder / "checkpoints/best.ckpt", weights_only=True)["state_dict"])
 
 
-def assert_same_run(folder: Path, twin: Path) -> None:
+def assert_same_run(folder: Path, single: Path) -> None:
     """Assert that two folders hold the same losses, scores, ratios and weights, to rounding."""
-    assert losses(folder) == pytest.approx(losses(twin), rel=1e-4)
-    one, other = summary(folder), summary(twin)
+    assert losses(folder) == pytest.approx(losses(single), rel=1e-4)
+    one, other = summary(folder), summary(single)
     assert one["test"] == pytest.approx(other["test"], rel=1e-3, abs=1e-6)
     assert [row["ratio"] for row in one["layers"]] == pytest.approx(
         [row["ratio"] for row in other["layers"]], 1e-3
     )
-    torch.testing.assert_close(best_weights(folder), best_weights(twin), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(best_weights(folder), best_weights(single), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.skipif(torch.__version__ < "2.7", reason="FSDP2 of torch 2.6 needs a GPU")
 def test_ddp_and_fsdp_train_the_same_network(tmp_path: Path) -> None:
     """Whether a process holds all weights or a part of them."""
     tiny = tuple(option for option in TINY_UNET if option != "trainer=cpu")
-    options = (*tiny, *PROCESSES, "data.batch_size=2", "farms=full", "logger=csv", "~callbacks.pictures")
+    options = (*tiny, *PROCESSES, "data.batch_size=2", "balancing=full", "logger=csv", "~callbacks.pictures")
     run_in_pair(tmp_path, {strategy: (*options, f"trainer={strategy}") for strategy in ("ddp", "fsdp")})
     assert summary(tmp_path / "ddp")["steps"] == 2 * 12 // (2 * 2)  # epochs, samples, processes, batch
     assert_same_run(tmp_path / "fsdp", tmp_path / "ddp")
@@ -123,7 +123,7 @@ def test_two_processes_forecast_as_one_does(settings: Settings, tmp_path: Path) 
 
 def test_joblib_runs_a_sweep_side_by_side(tmp_path: Path) -> None:
     sizes = ("data.train_size=64", "data.val_size=20", "data.test_size=20", "model.net.width=4")
-    tiny = ("experiment=digits_resnet18", "farms=off", "debug=one_batch", "trainer=cpu", *sizes)
+    tiny = ("experiment=digits_resnet18", "balancing=off", "debug=one_batch", "trainer=cpu", *sizes)
     sweep = ("sweep=seeds", "seeds='1,2'", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
     run(tmp_path, tmp_path / "data", *tiny, *sweep)
     found = [json.loads(file.read_text(encoding="utf-8")) for file in tmp_path.glob("runs/digits*/*/summary.json")]

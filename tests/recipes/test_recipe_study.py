@@ -336,7 +336,7 @@ def test_placebo_resumes_bit_identically(tmp_path: Path) -> None:
 # Settings
 
 NAMED_BY_ARM = (
-    "farms",
+    "balancing",
     "arm",
     "logger",
     "callbacks",
@@ -358,8 +358,8 @@ def _tiny(tmp_path: Path, *more: str) -> list[str]:
     [
         ((), r"say what to study: experiment=<name>\[,<name>...\], or study=small"),
         (("experiment=nothing",), "experiment=nothing: .*experiment/nothing"),
-        (("experiment=darcy_fno", "seed=3"), "seed=3 can't be set: a study sets seed, lr, farms"),
-        (("experiment=darcy_fno", "farms=full"), "farms=full can't be set"),
+        (("experiment=darcy_fno", "seed=3"), "seed=3 can't be set: a study sets seed, lr, balancing"),
+        (("experiment=darcy_fno", "balancing=full"), "balancing=full can't be set"),
         (
             ("experiment=darcy_fno", "study.arms=[farms]"),
             r"study.baseline=off is not one of study.arms \['farms'\]",
@@ -407,12 +407,12 @@ def test_arms_of_a_seed_share_all_but_the_callback() -> None:
         for plain in settings:
             assert (plain["seed"], plain["data"]["seed"], plain["data"]["shuffle_seed"]) == (7, 7, 7)
             assert plain["optimizer"]["lr"] == 0.03
-            updates = plain["trainer"]["max_epochs"] / (plain["farms"] or {"every_n_epochs": 2})["every_n_epochs"]
-            assert 20 <= updates <= 40 or plain["farms"] is None
+            period = plain["balancing"].get("every_n_epochs")
+            assert period is None or 20 <= plain["trainer"]["max_epochs"] / period <= 40
         rest = [{k: v for k, v in plain.items() if k not in NAMED_BY_ARM} for plain in settings]
         assert all(plain == rest[0] for plain in rest)
         assert len({cell.fingerprint(arm) for arm in names}) == 3
-        assert settings[2]["farms"]["placebo_seed"] == 7
+        assert settings[2]["balancing"]["placebo_seed"] == 7
 
 
 def test_experiments_say_how_to_run_them() -> None:
@@ -499,7 +499,7 @@ def test_killed_study_goes_on_and_ends_as_if_each_run_had_been_alone(
     for override, change in (
         ("trainer.max_epochs=3", "off.trainer.max_epochs was 2 and is 3"),
         ("study.tune_seeds=2", "study.tune_seeds was 1 and is 2"),
-        ("arms.farms.lr_max_ratio=1.9", "farms.farms.lr_max_ratio was 1.5 and is 1.9"),
+        ("arms.farms.lr_max_ratio=1.9", "farms.balancing.lr_max_ratio was 1.5 and is 1.9"),
     ):
         with pytest.raises(SystemExit):
             main([*arguments, override])

@@ -73,7 +73,7 @@ def slow_rollout(net: nn.Module, history: Tensor, steps: int) -> Tensor:
 
 
 @pytest.mark.parametrize("space", [(16,), (8, 12)])
-def test_rollout_against_a_slow_twin(space: tuple[int, ...]) -> None:
+def test_rollout_against_a_slow_reference(space: tuple[int, ...]) -> None:
     net, (history, _) = small_net(len(space)), advection(3, *space)
     with torch.no_grad():
         found = rollout(net, history, FUTURE)

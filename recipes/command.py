@@ -1,0 +1,97 @@
+"""What every command of the recipes does around its work: mistakes of the user end in one sentence.
+
+The exit status is 2 for such a mistake and 130 after Ctrl-C. Anything else is a fault of the program and keeps its
+traceback. With RECIPES_FULL_ERROR=1 or HYDRA_FULL_ERROR=1 in the environment every error does.
+"""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from hydra.errors import HydraException
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from omegaconf.errors import OmegaConfBaseException
+from rich.markup import escape
+
+from recipes.console import make_console
+from recipes.errors import RecipeError
+
+__all__ = ["sentence", "show_errors", "user_errors"]
+
+FULL_ERROR = "RECIPES_FULL_ERROR"
+_SETUP = ("setup", "on_train_start")  # hooks in which the callback refuses what can't work
+_NOISE = ("full_key:", "object_type=", "reference_type=", "Config search path:", "provider=", "_")
+"""Starts of lines in messages of Hydra and OmegaConf that say nothing to users: classes, paths, shared files."""
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Turn mistakes of the user into one printed sentence and exit status 2, and Ctrl-C into status 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except SystemExit as error:  # Lightning's trainer exits with status 1 after Ctrl-C
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise SystemExit(130) from None
+        raise
+    except Exception as error:
+        message = sentence(error)
+        if message is None or os.environ.get(FULL_ERROR, "0") != "0":
+            raise
+        show_errors(message)
+        raise SystemExit(2) from None
+
+
+def show_errors(message: str) -> None:
+    """Print an error to the standard error stream."""
+    make_console(stderr=True).print(f"[bold red]error:[/bold red] {escape(message)}", soft_wrap=True)
+
+
+def hand_over_hydras_errors() -> None:
+    """Let Hydra raise its errors instead of printing them itself with exit status 1."""
+    os.environ.setdefault(FULL_ERROR, os.environ.get("HYDRA_FULL_ERROR", "0"))
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+
+
+def sentence(error: BaseException) -> str | None:
+    """Return what to tell the user about a mistake of theirs; None for a fault of the program."""
+    if isinstance(error, RecipeError):
+        return str(error)
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        return _settings_error(error)
+    if isinstance(error, MisconfigurationException):
+        return f"trainer: {_one_line(str(error))}"
+    if isinstance(error, ValueError | TypeError) and _raised_at_setup(error):
+        return f"balancing: {error}"
+    if isinstance(error, OSError) and error.strerror is not None:
+        return str(error)
+    return None
+
+
+def _one_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines()]
+    return " ".join(line for line in lines if line and not line.startswith(_NOISE))
+
+
+def _settings_error(error: Exception) -> str:
+    """Put an error of Hydra and the one that caused it in one line; name the way out for the group's old name."""
+    text = _one_line(str(error))
+    cause = "" if error.__cause__ is None else _one_line(str(error.__cause__))
+    if cause and cause not in text:
+        text = f"{text} ({cause})"
+    if "'farms'" in text or "farms/" in text:
+        text += ". The config group farms is called balancing now: balancing=..., override /balancing: ..."
+    return text
+
+
+def _raised_at_setup(error: BaseException) -> bool:
+    """Return whether the balancing callback raised this while it was set up, before the first step."""
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(
+        frame.f_code.co_name in _SETUP and str(frame.f_globals.get("__name__")).startswith("farms_tb.")
+        for frame in frames
+    )

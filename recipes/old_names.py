@@ -1,0 +1,62 @@
+"""Names that settings had before: they work for one more release, with a warning that says what to write."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+__all__ = ["current_overrides", "current_settings"]
+
+_REMOVED = ("max_overhead", "timings_file")  # options that the callback had
+_DARCY = re.compile(r"sciml/darcy_beta([\d.]+)_(fno|unet)")
+_FLOW = re.compile(r"sciml/cfd2d_fno_1of(\d+)")
+
+
+def current_overrides(overrides: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Translate the old names in a command line.
+
+    Args:
+        overrides: The arguments; those that are no settings pass unchanged.
+
+    Returns:
+        The arguments under their current names, and for each that changed what to write.
+    """
+    current: list[str] = []
+    notes = []
+    for old in overrides:
+        new = _current(old)
+        current += new
+        if new != [old]:
+            notes.append(f"{old} is now {' '.join(new)}; the old name goes with the next release")
+    return current, notes
+
+
+def _current(override: str) -> list[str]:
+    if re.match(r"[~+]*farms[.=]", override):
+        return [override.replace("farms", "balancing", 1)]
+    name, equals, value = override.partition("=")
+    if name != "experiment" or not equals:
+        return [override]
+    if match := _DARCY.fullmatch(value):
+        return [f"experiment=sciml/darcy_{match[2]}", f"data.beta={match[1]}"]
+    if match := _FLOW.fullmatch(value):
+        return ["experiment=sciml/cfd2d_fno", f"data.fraction=1/{match[1]}"]
+    return [override]
+
+
+def current_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return composed settings, also of an earlier release, with their current names.
+
+    Args:
+        settings: The settings as plain values.
+
+    Returns:
+        The settings with `balancing` in place of `farms`, without the callback's options that are gone.
+    """
+    current = dict(settings)
+    if "balancing" in current or "farms" not in current:
+        return current
+    options = current.pop("farms") or {}
+    kept = {name: value for name, value in options.items() if name not in _REMOVED}
+    return {**current, "balancing": {**kept, "arm": current.get("arm", "farms")}}

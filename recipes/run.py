@@ -1,0 +1,121 @@
+"""The parts of one training run: built from the settings, checked against the checkpoint that it resumes from."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import Logger
+from omegaconf import DictConfig
+
+from recipes.callbacks import LastCheckpoint, LastStepRates
+from recipes.config import build
+from recipes.errors import RecipeError
+from recipes.parts import build_parts
+from recipes.processes import check_processes
+
+__all__ = ["Run", "build_run", "check_weights", "read_checkpoint"]
+
+_NEEDED = ("state_dict", "global_step", "epoch", "optimizer_states", "loops")
+
+
+@dataclass(frozen=True)
+class Run:
+    """The parts of a run.
+
+    Attributes:
+        data: The data.
+        model: The task with its network.
+        last: Rates of the last step.
+        checkpoint: Keeper of the best weights.
+        loggers: Where metrics go.
+        trainer: The trainer, with callbacks and loggers.
+    """
+
+    data: LightningDataModule
+    model: LightningModule
+    last: LastStepRates
+    checkpoint: ModelCheckpoint
+    loggers: list[Logger]
+    trainer: Trainer
+
+
+def build_run(cfg: DictConfig) -> Run:
+    """Build every part; none of them makes or loads data yet.
+
+    Raises:
+        RecipeError: A part refuses its settings, or two parts do not fit.
+    """
+    if cfg.threads is not None:
+        torch.set_num_threads(cfg.threads)
+    parts = build_parts(cfg)
+    last = LastStepRates(parts.balancer)
+    callbacks: list[Callback] = [build(cfg, f"callbacks.{name}") for name in cfg.callbacks]
+    best = _best_checkpoint(callbacks)
+    callbacks = [*([] if parts.balancer is None else [parts.balancer]), last, *callbacks]
+    loggers: list[Logger] = [build(cfg, f"logger.{name}") for name in cfg.logger]
+    trainer = build(cfg, "trainer", callbacks=callbacks, logger=loggers)
+    check_processes(trainer)
+    return Run(parts.data, parts.model, last, best, loggers, trainer)
+
+
+def _best_checkpoint(callbacks: list[Callback]) -> ModelCheckpoint:
+    kept = [callback for callback in callbacks if isinstance(callback, ModelCheckpoint)]
+    best = [callback for callback in kept if not isinstance(callback, LastCheckpoint)]
+    if len(best) != 1:
+        raise RecipeError(f"callbacks needs exactly one ModelCheckpoint, got {len(best)}")
+    return best[0]
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a Lightning checkpoint; its tensors stay on the disk until they are used.
+
+    Raises:
+        RecipeError: The file can't be read, or is no checkpoint of a training run.
+    """
+    try:
+        if not zipfile.is_zipfile(path):
+            raise zipfile.BadZipFile("it is cut short, or was never one")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, EOFError, ValueError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise RecipeError(
+            f"ckpt_path={path} can't be read as a checkpoint ({reason}); take another one, such as "
+            "checkpoints/best.ckpt of the same run, or start anew without ckpt_path"
+        ) from error
+    missing = [key for key in _NEEDED if key not in checkpoint] if isinstance(checkpoint, dict) else list(_NEEDED)
+    if missing:
+        raise RecipeError(
+            f"ckpt_path={path} is no checkpoint of a training run: it lacks {', '.join(missing)}; a run keeps its "
+            "own in checkpoints/last.ckpt"
+        )
+    return dict(checkpoint)
+
+
+def check_weights(model: LightningModule, checkpoint: Mapping[str, Any], path: str) -> None:
+    """Refuse to resume from the weights of another network.
+
+    Args:
+        model: The model that is trained.
+        checkpoint: The checkpoint.
+        path: Where it lies, for the message.
+
+    Raises:
+        RecipeError: Names or shapes of the weights differ.
+    """
+    saved = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()}
+    own = {name: tuple(v.shape) for name, v in model.state_dict().items() if isinstance(v, torch.Tensor)}
+    differ = [name for name in {**own, **saved} if saved.get(name) != own.get(name)]
+    if differ:
+        name = differ[0]
+        raise RecipeError(
+            f"ckpt_path={path} is of another network: {len(differ)} of its weights differ, such as {name}, "
+            f"{saved.get(name, 'missing')} there and {own.get(name, 'missing')} here; repeat the run's overrides"
+        )

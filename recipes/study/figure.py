@@ -1,0 +1,84 @@
+"""A study's findings as a figure: every arm's change of the error with its interval."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from recipes.files import replacing
+from recipes.study.report import POOLED, Row, percent
+
+__all__ = ["FIGURE_FILE", "draw"]
+
+FIGURE_FILE = "effects.png"
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#8C8C8C", "#CC79A7")
+_GAP = 0.8  # between the cells, in heights of a row
+
+
+def draw(rows: Sequence[Row], baseline: str, path: Path) -> None:
+    """Draw every arm's change with its interval, cell by cell, the pooled one lowest.
+
+    Args:
+        rows: The findings; rows without an effect are left out.
+        baseline: The arm that the others are compared with.
+        path: Where the figure goes.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    shown = [row for row in rows if row.effect is not None]
+    names = list(dict.fromkeys(row.cell for row in shown))
+    arms = list(dict.fromkeys(row.arm for row in shown))
+    colours = dict(zip(arms, _COLOURS * len(arms), strict=False))
+    figure = Figure(figsize=(7.5, 1.3 + 0.17 * len(shown) + 0.25 * len(names)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    y, ticks = 0.0, []
+    for name in names:
+        members = [row for row in shown if row.cell == name]
+        for place, row in enumerate(members):
+            _draw_row(axes, y + place, row, colours[row.arm])
+        ticks.append(y + (len(members) - 1) / 2)
+        if name == POOLED:
+            axes.axhspan(y - 0.9, y + len(members) - 0.1, color="0.95", zorder=0)
+        y += len(members) + _GAP
+    axes.set_yticks(ticks, names)
+    axes.set_ylim(y - _GAP - 0.2, -0.8)
+    _style(axes, baseline)
+    handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))  # one an arm
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside upper center", ncols=max(1, len(arms)), frameon=False
+    )
+    with replacing(path) as part:
+        figure.savefig(part, dpi=150, format=path.suffix[1:])
+
+
+def _draw_row(axes: Any, y: float, row: Row, colour: str) -> None:
+    """Draw the mean and, where there is one, the interval of a row."""
+    assert row.effect is not None
+    centre = percent(row.effect.mean)
+    ends = [[centre - percent(row.effect.low)], [percent(row.effect.high) - centre]]
+    axes.errorbar(
+        centre,
+        y,
+        xerr=None if math.isnan(row.effect.low) else ends,
+        fmt="D" if row.cell == POOLED else "o",
+        markersize=5,
+        capsize=2.5,
+        color=colour,
+        label=row.arm,
+    )
+
+
+def _style(axes: Any, baseline: str) -> None:
+    axes.axvline(0.0, color="0.3", linewidth=0.8, zorder=0.5)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="x", color="0.9", linewidth=0.6, zorder=0)
+    axes.set_axisbelow(True)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.set_xlabel(
+        f"change of the test error against {baseline}, % (95% interval, paired by seed); left is better"
+    )

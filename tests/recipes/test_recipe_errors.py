@@ -1,0 +1,176 @@
+"""What goes wrong by the user's hand ends in one sentence and exit status 2; old names say the new ones."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig, OmegaConf
+
+from recipes.command import user_errors
+from recipes.errors import RecipeError
+from recipes.old_names import current_overrides, current_settings
+from recipes.train import main, train
+from tests.recipes.recipe_runs import TINY_UNET, compose_settings
+
+Settings = Callable[..., DictConfig]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoints of a run, and damaged ones, in a folder that is no run's."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    data = f"paths.data_dir={folder}/data"
+    train(compose_settings(*TINY_UNET, "logger=csv", "balancing=off", f"paths.run_dir={folder}/run", data))
+    whole = (folder / "run/checkpoints/last.ckpt").read_bytes()
+    (folder / "whole.ckpt").write_bytes(whole)
+    (folder / "cut.ckpt").write_bytes(whole[: len(whole) // 2])
+    (folder / "text.ckpt").write_text("not a checkpoint\n", encoding="utf-8")
+    return folder
+
+
+def _command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *overrides: str) -> str:
+    """Run the command; return what it prints as an error."""
+    GlobalHydra.instance().clear()
+    monkeypatch.setattr(sys, "argv", ["recipes.train", *overrides])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    printed = capsys.readouterr().err
+    assert stopped.value.code == 2, printed
+    assert "Traceback" not in printed
+    return printed
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (("balancing.exclude=[nowhere]",), ("balancing", "nowhere")),
+        (("balancing.colour=red",), ("balancing.colour",)),
+        (("+balancing.colour=red",), ("balancing", "colour")),
+        (("balancing=fulll",), ("balancing/fulll", "placebo")),
+        (("balancing.lr_min_ratio=3",), ("lr_min_ratio", "lr_max_ratio")),
+        (("trainer.max_epocs=3",), ("max_epocs",)),
+        (("trainer.max_epochs=-3",), ("max_epochs", "-3")),
+        (("trainer.accelerator=tpuu",), ("tpuu", "cpu")),
+        (("experiment=nope",), ("experiment/nope", "darcy_unet")),
+        (("data._target_=recipes.data.Nothing",), ("recipes.data.Nothing",)),
+        (("ckpt_path={folder}/nothing.ckpt",), ("nothing.ckpt", "not a file")),
+        (("ckpt_path={folder}/text.ckpt",), ("text.ckpt", "checkpoint")),
+        (("ckpt_path={folder}/cut.ckpt",), ("cut.ckpt", "cut short")),
+        (("ckpt_path={folder}/whole.ckpt", "model.net.width=8"), ("another network", "net.encoders")),
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_mistakes_end_in_one_sentence(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    checkpoints: Path,
+    overrides: tuple[str, ...],
+    words: tuple[str, ...],
+) -> None:
+    folders = (f"paths.run_dir={tmp_path}/run", f"paths.data_dir={checkpoints}/data", "~callbacks.progress")
+    asked = [override.format(folder=checkpoints) for override in overrides]
+    printed = _command_line(monkeypatch, capsys, *TINY_UNET, "logger=csv", *folders, *asked)
+    assert all(word in printed for word in words), printed
+    assert printed.count("error:") == 1
+
+
+def test_missing_data_are_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    folders = (f"paths.run_dir={tmp_path}/run", f"paths.data_dir={tmp_path}/data", "logger=csv", "trainer=cpu")
+    printed = _command_line(monkeypatch, capsys, "experiment=sciml/darcy_fno", "data.beta=0.1", *folders)
+    assert "2D_DarcyFlow_beta0.1_Train.hdf5" in printed
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(KeyboardInterrupt(), 130), (RecipeError("no"), 2), (PermissionError(13, "no", "file"), 2)],
+)
+def test_exit_status(error: BaseException, status: int) -> None:
+    with pytest.raises(SystemExit) as stopped, user_errors():
+        raise error
+    assert stopped.value.code == status
+
+
+def test_ctrl_c_that_the_trainer_has_handled_keeps_its_status() -> None:
+    def stop_as_the_trainer_does() -> None:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            sys.exit(1)
+
+    with pytest.raises(SystemExit) as stopped, user_errors():
+        stop_as_the_trainer_does()
+    assert stopped.value.code == 130
+
+
+@pytest.mark.parametrize("error", [ValueError("a fault"), TypeError("a fault"), KeyError("a fault")])
+def test_faults_of_the_program_keep_their_traceback(error: Exception) -> None:
+    with pytest.raises(type(error), match="a fault"), user_errors():
+        raise error
+
+
+def test_every_error_keeps_its_traceback_on_demand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RECIPES_FULL_ERROR", "1")
+    with pytest.raises(RecipeError), user_errors():
+        raise RecipeError("no")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("farms=full", ["balancing=full"]),
+        ("farms=farms,off", ["balancing=farms,off"]),
+        ("farms.lr_max_ratio=1.9", ["balancing.lr_max_ratio=1.9"]),
+        ("+farms.x=1", ["+balancing.x=1"]),
+        ("experiment=sciml/darcy_beta0.1_fno", ["experiment=sciml/darcy_fno", "data.beta=0.1"]),
+        ("experiment=sciml/darcy_beta100_unet", ["experiment=sciml/darcy_unet", "data.beta=100"]),
+        ("experiment=sciml/cfd2d_fno_1of40", ["experiment=sciml/cfd2d_fno", "data.fraction=1/40"]),
+    ],
+)
+def test_old_names_on_the_command_line(settings: Settings, old: str, new: list[str]) -> None:
+    overrides, (note,) = current_overrides([old])
+    assert overrides == new
+    assert " ".join(new) in note
+    if "," not in old and "+" not in old:
+        settings(*overrides)
+
+
+@pytest.mark.parametrize("same", ["balancing=full", "experiment=farms/cifar100_vgg16", "arms.farms.lr=1", "-m"])
+def test_current_names_pass_unchanged(same: str) -> None:
+    assert current_overrides([same]) == ([same], [])
+
+
+def _of_an_earlier_release(cfg: DictConfig) -> DictConfig:
+    """Return settings as they were saved before `farms` became `balancing`."""
+    saved = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(saved, dict)
+    options = saved.pop("balancing")
+    del options["arm"]
+    return OmegaConf.create({**saved, "farms": {**options, "max_overhead": None, "timings_file": None}})
+
+
+def test_settings_of_an_earlier_release_train_with_a_warning(settings: Settings, tmp_path: Path) -> None:
+    options = ("balancing=full", "logger=csv", f"paths.run_dir={tmp_path}/run")
+    cfg = _of_an_earlier_release(settings(*TINY_UNET, *options))
+    with pytest.warns(FutureWarning, match="balancing"):
+        assert train(cfg)["arm"] == "full"
+
+
+def test_a_run_of_an_earlier_release_resumes(settings: Settings, capsys: pytest.CaptureFixture[str]) -> None:
+    cfg = settings(*TINY_UNET, "logger=csv", "trainer.max_epochs=1", "scheduler=constant")
+    train(cfg)
+    folder = Path(cfg.paths.run_dir)
+    OmegaConf.save(_of_an_earlier_release(cfg), folder / "config.yaml", resolve=True)
+    resume = f"ckpt_path={folder}/checkpoints/last.ckpt"
+    train(settings(*TINY_UNET, "logger=csv", "scheduler=constant", resume))
+    assert "other settings" not in capsys.readouterr().out
+
+
+def test_settings_without_a_callback_are_those_of_the_arm_off() -> None:
+    assert current_settings({"arm": "off", "farms": None})["balancing"] == {"arm": "off"}
