@@ -1,0 +1,60 @@
+"""What the `config.json` of a Hugging Face folder tells of the weights alongside it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from farms_tb.weights.names import is_embedding_name
+from farms_tb.weights.stored import ModelFacts, StoredTensor
+
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+_WITH_LANGUAGE_HEAD = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+_MAX_SIZE = 10_000_000
+
+
+def facts_of(folder: Path) -> ModelFacts:
+    """Read a folder's `config.json`; nothing is known where there is none, or one that is no JSON object."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_bytes()) if path.stat().st_size < _MAX_SIZE else {}
+    except (OSError, ValueError, RecursionError):
+        return ModelFacts()
+    if not isinstance(config, dict):
+        return ModelFacts()
+    nested = config.get("text_config")
+    text = {**config, **nested} if isinstance(nested, dict) else config
+    number = next((text[name] for name in _EXPERTS if isinstance(text.get(name), int)), 0)
+    return ModelFacts(max(number, 0), "lm_head" if _has_tied_head(config, text) else "")
+
+
+def _has_tied_head(config: dict[str, Any], text: dict[str, Any]) -> bool:
+    # Transformers writes the setting only where it differs from the model's own; GPT-2's file has none, and is tied.
+    architectures = config.get("architectures")
+    names = [name for name in architectures if isinstance(name, str)] if isinstance(architectures, list) else []
+    tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
+    return tied is True and any(name.endswith(_WITH_LANGUAGE_HEAD) for name in names)
+
+
+def with_tied_head(tensors: Sequence[StoredTensor], head: str) -> list[StoredTensor]:
+    """Add the language model's head where only the embedding that it shares its weight with is stored.
+
+    Args:
+        tensors: the tensors of the model.
+        head: the head's name; empty where it has a weight of its own.
+    """
+    if not head or any(tensor.path.endswith(head) for tensor in tensors):
+        return list(tensors)
+    words = [tensor for tensor in tensors if tensor.name == "weight" and _is_word_embedding(tensor)]
+    if len(words) != 1:
+        return list(tensors)
+    shared = words[0]
+    return [*tensors, replace(shared, key=f"{head}.weight", siblings={"weight": shared.shape})]
+
+
+def _is_word_embedding(tensor: StoredTensor) -> bool:
+    own = tensor.path.rpartition(".")[2]
+    return is_embedding_name(tensor.path) and own in ("embed_tokens", "wte", "shared", "word_embeddings", "embed_in")
