@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from farms_tb.weights.names import is_embedding_name
 from farms_tb.weights.stored import ModelFacts, StoredTensor
 
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
@@ -32,7 +31,6 @@ def facts_of(folder: Path) -> ModelFacts:
 
 
 def _has_tied_head(config: dict[str, Any], text: dict[str, Any]) -> bool:
-    # Transformers writes the setting only where it differs from the model's own; GPT-2's file has none, and is tied.
     architectures = config.get("architectures")
     names = [name for name in architectures if isinstance(name, str)] if isinstance(architectures, list) else []
     tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
@@ -52,9 +50,8 @@ def with_tied_head(tensors: Sequence[StoredTensor], head: str) -> list[StoredTen
     if len(words) != 1:
         return list(tensors)
     shared = words[0]
-    return [*tensors, replace(shared, key=f"{head}.weight", siblings={"weight": shared.shape})]
+    return [*tensors, replace(shared, key=f"{head}.weight", siblings={"weight": shared})]
 
 
 def _is_word_embedding(tensor: StoredTensor) -> bool:
-    own = tensor.path.rpartition(".")[2]
-    return is_embedding_name(tensor.path) and own in ("embed_tokens", "wte", "shared", "word_embeddings", "embed_in")
+    return tensor.path.rpartition(".")[2] in ("embed_tokens", "wte", "shared", "word_embeddings", "embed_in")

@@ -1,7 +1,7 @@
 """What a path holds: the tensors in a file, a folder or a state dict, by name and shape.
 
-The readers of single formats are `safetensors_files`, `torch_files` and `gguf_files`; which layer a tensor is, `naming`
-tells. Nothing that a file holds is ever executed, and one tensor is in memory at a time.
+The readers of single formats are `safetensors_files`, `torch_files` and `gguf_files`; which layer a tensor is,
+`naming` tells. Nothing that a file holds is ever executed, and one tensor is in memory at a time.
 """
 
 from __future__ import annotations
@@ -84,10 +84,10 @@ def tensors_of_state_dict(state_dict: Mapping[str, Any]) -> list[StoredTensor]:
     Raises:
         ValueError: it holds no tensor by name.
     """
-    tensors = [(key, value) for key, value in state_dict.items() if isinstance(key, str) and isinstance(value, Tensor)]
-    if not tensors:
+    named = [item for item in state_dict.items() if isinstance(item[0], str) and isinstance(item[1], Tensor)]
+    if not named:
         raise ValueError(f"expected a state dict, tensors by name, got {_held(state_dict)}")
-    return _layers_among([stored_in_memory(key, tensor) for key, tensor in tensors], ModelFacts())
+    return _layers_among([stored_in_memory(key, tensor) for key, tensor in named], ModelFacts())
 
 
 def _layers_among(tensors: list[StoredTensor], facts: ModelFacts) -> list[StoredTensor]:
@@ -110,8 +110,8 @@ def _weights_in(folder: Path) -> Path:
             f"torch.distributed.checkpoint.format_utils dcp_to_torch {folder} weights.pt"
         )
     if (folder / "model_index.json").is_file():
-        parts = sorted({file.parent.name for file in folder.glob("*/*.safetensors")})
-        raise ValueError(f"{folder} is a diffusers pipeline, pass the folder of one of its parts: {', '.join(parts)}")
+        parts = ", ".join(sorted({file.parent.name for file in folder.glob("*/*.safetensors")}))
+        raise ValueError(f"{folder} is a diffusers pipeline, pass the folder of one of its parts: {parts}")
     raise ValueError(
         f"{folder} is a directory without a .safetensors file or model.safetensors{INDEX}: pass the file of the "
         "weights"
@@ -198,7 +198,9 @@ def _state_dict(loaded: Any, path: Path, key: str | None) -> Mapping[str, Any]:
         return next(iter(candidates.values()))
     if candidates:
         raise ValueError(f"{path} holds several state dicts, choose one by key=: {_names(candidates)}")
-    inner = next((loaded[k] for k in _STATE_DICT_KEYS if k in loaded), loaded) if isinstance(loaded, dict) else loaded
+    inner = loaded
+    if isinstance(loaded, dict):
+        inner = next((loaded[name] for name in _STATE_DICT_KEYS if name in loaded), loaded)
     raise ValueError(
         f"{path} holds no state dict: expected tensors by name, alone or as {_STATE_DICT_KEYS[0]!r}, got "
         f"{_held(inner)}"

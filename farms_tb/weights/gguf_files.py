@@ -21,17 +21,19 @@ def in_gguf(path: Path) -> Iterator[StoredTensor]:
         ValueError: no GGUF file, or one that is cut short or damaged.
     """
     try:
-        import gguf
+        import gguf  # type: ignore[import-not-found,unused-ignore]
     except ImportError as error:
         raise ImportError(
-            f"{path} is a GGUF file, and reading it needs gguf: pip install gguf; or measure the model that it was "
-            "converted from"
+            f"{path} is a GGUF file, and reading it needs gguf: pip install gguf; or measure the model that it "
+            "was converted from"
         ) from error
     file = OpenedFile.at(path)
     try:
         entries = gguf.GGUFReader(path).tensors
     except Exception as error:
-        raise ValueError(f"cannot read {path}: no GGUF file, or one that is cut short or damaged ({error})") from error
+        raise ValueError(
+            f"cannot read {path}: no GGUF file, or one that is cut short or damaged ({error!s:.200})"
+        ) from error
     for entry in entries:
         # The file's order of dimensions is the reverse of torch's.
         shape = tuple(int(size) for size in reversed(entry.shape.tolist()))

@@ -7,7 +7,7 @@ listed with the reason: one odd layer never costs the measurement of the others.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -22,8 +22,16 @@ from farms_tb.weights.stacks import MatrixStack, NoSpectrumError, Sampling, stac
 from farms_tb.weights.values import NO_VALUES, matrix_dims, unreadable
 
 __all__ = [
-    *("NO_VALUES", "Layer", "checked_layers", "clean_name", "find_layers", "norm_feeders", "read_stacks"),
-    *("stack_problem", "unreadable", "unwrap"),
+    "NO_VALUES",
+    "Layer",
+    "checked_layers",
+    "clean_name",
+    "find_layers",
+    "norm_feeders",
+    "read_stacks",
+    "stack_problem",
+    "unreadable",
+    "unwrap",
 ]
 
 _NORMS: tuple[type[nn.Module], ...] = (
@@ -33,6 +41,7 @@ _NORMS: tuple[type[nn.Module], ...] = (
     nn.GroupNorm,
     nn.RMSNorm,
 )
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -221,7 +230,7 @@ def _module_layers(path: str, module: nn.Module, names: dict[int, str], claimed:
 
 
 def _read_or_refuse(module: nn.Module) -> tuple[list[MatrixStack], str]:
-    """Return the module's stacks, or why there are none: a rule may fail in any way on a layer unlike its class."""
+    """Return the module's stacks, or why there are none: of an odd layer, a rule may raise anything."""
     try:
         return read_stacks(module), ""
     except NoSpectrumError as error:

@@ -1,7 +1,7 @@
 """From a layer to its stacks of matrices: one function a layer type, registered on the type's class.
 
-A new layer type goes here: a function that hands its weight to a layout of `farms_tb.weights.stacks`, registered on its
-class, or under the class's full name in `_RULES_BY_NAME` where its package may not be installed.
+A new layer type goes here: a function that hands its weight to a layout of `farms_tb.weights.stacks`, registered
+on its class, or under the class's full name in `_RULES_BY_NAME` where its package may not be installed.
 
 Users add their own types in the same way, from outside::
 
@@ -20,9 +20,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from farms_tb.weights import stacks
-from farms_tb.weights.names import SCALES, quantised
+from farms_tb.weights.names import scale_names
 from farms_tb.weights.stacks import CONV_NORM, MatrixStack, NoSpectrumError, Sampling
-from farms_tb.weights.values import dense
+from farms_tb.weights.values import dense, scaled
 
 __all__ = ["CONV_NORM", "MatrixStack", "NoSpectrumError", "Sampling", "dense", "has_rule", "layer_matrices"]
 
@@ -56,7 +56,7 @@ def has_rule(module: nn.Module, *, embeddings: bool = False) -> bool:
 
     Args:
         module: a layer.
-        embeddings: whether lookup tables count as layers with a matrix; a rule that a user registers always counts.
+        embeddings: whether lookup tables count as layers; a rule that a user registers always counts.
     """
     rule = layer_matrices.dispatch(type(module))
     if rule is layer_matrices.dispatch(nn.Embedding) and rule is _embedding:
@@ -198,18 +198,14 @@ def _holds(module: nn.Module, ndim: int) -> bool:
 
 
 def _weight(module: nn.Module, name: str = "weight") -> Tensor:
-    """Return a weight of a module as a plain tensor.
+    """Return a weight of a module as a plain tensor, multiplied with the scales of its blocks where it has such.
 
     Raises:
-        NoSpectrumError: the module has none, or one without plain values, or its values wait for the scales that
-            lie alongside it.
+        NoSpectrumError: the module has no such weight, or one without plain values.
     """
-    weight = dense(getattr(module, name, None))  # type: ignore[arg-type]
-    if weight.element_size() == 1 and _has_block_scales(module, name):
-        raise NoSpectrumError(quantised(weight.dtype, block_scales=True))
-    return weight
-
-
-def _has_block_scales(module: nn.Module, name: str) -> bool:
-    names = (*SCALES, f"{name}_scale", f"{name}_scale_inv")
-    return any(isinstance(scale := getattr(module, n, None), Tensor) and scale.numel() > 1 for n in names)
+    weight = dense(getattr(module, name, None))
+    if weight.element_size() > 1:
+        return weight
+    scales = (getattr(module, scale, None) for scale in scale_names(name))
+    scale = next((scale for scale in scales if isinstance(scale, Tensor) and scale.numel() > 1), None)
+    return weight if scale is None else scaled(weight, dense(scale))

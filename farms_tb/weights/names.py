@@ -8,6 +8,12 @@ EMBEDDING = "embedding: not analysed by default"
 SCALES = ("weight_scale", "weight_scale_inv", "scale", "scales", "SCB")
 """Names of the scales of a quantised `weight` in its module."""
 
+
+def scale_names(parameter: str) -> tuple[str, ...]:
+    """Return the names that the scales of a quantised parameter may have."""
+    return (*SCALES, f"{parameter}_scale", f"{parameter}_scale_inv")
+
+
 _EMBEDDING_WORDS = ("emb", "wte", "wpe")
 _EMBEDDING_NAMES = ("shared", "codebook", "relative_attention_bias", "iou_token", "mask_tokens", "obj_score_token")
 _NOT_EMBEDDING_WORDS = ("proj", "patch", "out", "head", "dense", "linear", "class")
@@ -25,7 +31,9 @@ def layer_name(path: str, parameter: str) -> str:
 
 def no_rule(parameter: str) -> str:
     """Return the problem of a parameter whose layer type is unknown."""
-    return f"no rule for the layer of {parameter!r}: add one with farms_tb.layer_matrices.register, analyze the model"
+    return (
+        f"no rule for the type of {parameter!r}: add one with farms_tb.layer_matrices.register, use analyze(model)"
+    )
 
 
 def quantised(dtype: object, *, block_scales: bool = False) -> str:

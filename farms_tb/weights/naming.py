@@ -16,8 +16,8 @@ any real name below experts, 3 dimensions      stacked experts
 =============================================  ==============================================================
 
 What is anything else is listed with the reason, as in `farms_tb.analyze`. So are quantised weights: integers, and
-8-bit floats with a scale for each block; the scales beside them are not listed. 8-bit floats with one or no scale
-are measured: alpha does not depend on it.
+8-bit floats with scales for other blocks than 128 x 128; scales are not listed. 8-bit floats with one or no scale
+are measured as they are: alpha does not depend on it.
 """
 
 from __future__ import annotations
@@ -39,10 +39,11 @@ from farms_tb.weights.names import (
     layer_name,
     no_rule,
     quantised,
+    scale_names,
 )
 from farms_tb.weights.stacks import MatrixStack, NoSpectrumError, stack_problem
 from farms_tb.weights.stored import StoredTensor
-from farms_tb.weights.values import dense, matrix_dims
+from farms_tb.weights.values import dense, matrix_dims, scaled
 
 Layout = Callable[[Tensor], list[MatrixStack]]
 
@@ -106,8 +107,7 @@ def _layers(
         return
     try:
         layout = _layout(stored, embeddings)
-        weight = dense(stored.read())
-        found = layout(weight)
+        found = layout(_weight(stored))
     except NoSpectrumError as error:
         yield name, LayerRecord(status=str(error))
         return
@@ -142,20 +142,21 @@ def _layout(stored: StoredTensor, embeddings: bool) -> Layout:
 def _refuse_unreadable(stored: StoredTensor) -> None:
     if stored.problem:
         raise NoSpectrumError(stored.problem)
-    one_byte = stored.dtype.itemsize == 1
     if stored.name in _QUANTISED and not stored.has_numbers:
         raise NoSpectrumError(quantised(stored.dtype))
-    if one_byte and any(math.prod(stored.siblings[name]) > 1 for name in _scales_of(stored)):
-        raise NoSpectrumError(quantised(stored.dtype, block_scales=True))
     if ".weight." in f".{stored.path}.":
         raise NoSpectrumError(
             "part of a parametrized or factorised weight: build the model and use analyze(model)"
         )
 
 
-def _scales_of(stored: StoredTensor) -> list[str]:
-    names = (*SCALES, f"{stored.name}_scale", f"{stored.name}_scale_inv")
-    return [name for name in names if name in stored.siblings]
+def _weight(stored: StoredTensor) -> Tensor:
+    """Read the tensor, and multiply it with the scales of its blocks where it has such."""
+    weight = dense(stored.read())
+    if weight.element_size() > 1:
+        return weight
+    scale = next((name for name in scale_names(stored.name) if math.prod(stored.shape_of(name)) > 1), None)
+    return weight if scale is None else scaled(weight, dense(stored.siblings[scale].read()))
 
 
 def _attention(stored: StoredTensor) -> Layout | None:
@@ -177,8 +178,8 @@ def _recurrent(stored: StoredTensor) -> Layout | None:
     elif stored.name.replace(match[1], "hr", 1) in stored.siblings:
         number = 4  # Only an LSTM has a projection.
     else:
-        hidden = stored.siblings.get(stored.name.replace(match[1], "hh", 1), (0, 0))
-        number = hidden[0] // max(hidden[1], 1)
+        hidden = stored.shape_of(stored.name.replace(match[1], "hh", 1))
+        number = hidden[0] // max(hidden[1], 1) if len(hidden) == 2 else 0
     if number not in stacks.GATES or stored.shape[0] % number:
         return None
     return lambda weight: stacks.gates(weight, number, stored.name)
@@ -188,7 +189,7 @@ def _fourier(stored: StoredTensor) -> Layout | None:
     """Tell a spectral convolution; its bias (out, 1, ..., 1) has one dimension more than there are modes."""
     if not stored.dtype.is_complex or len(stored.shape) < 2:
         return None
-    bias = stored.siblings.get("bias", ())
+    bias = stored.shape_of("bias")
     if len(bias) > 1 and len(bias) == len(stored.shape):
         raise NoSpectrumError("separable spectral convolution: no in x out matrix")
     return stacks.fourier_modes if len(stored.shape) > 2 else None
@@ -204,7 +205,7 @@ def _stacked_experts(stored: StoredTensor) -> Layout | None:
 
 def _is_norm(stored: StoredTensor) -> bool:
     """A norm over several dimensions has a weight and a bias of one shape."""
-    if len(stored.shape) > 1 and stored.siblings.get("bias") == stored.shape:
+    if len(stored.shape) > 1 and stored.shape_of("bias") == stored.shape:
         return True
     return len(stored.shape) > 2 and bool(re.fullmatch(r"(\w*norm|ln)(_?\w+)?", last_name(stored.path)))
 
@@ -213,5 +214,3 @@ def _is_conv1d(stored: StoredTensor) -> bool:
     """Tell a convolution (out, in, kernel) from a bilinear form (out, in, in) and from stacked matrices."""
     own = last_name(stored.path)
     return "conv" in own or (stored.shape[2] <= LONGEST_KERNEL and "bilinear" not in own)
-
-

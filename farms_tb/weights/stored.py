@@ -1,7 +1,7 @@
 """A tensor in a file: its name and shape now, its values when they are asked for.
 
-Files are read through ordinary file handles and never mapped into memory: when another process cuts a mapped file, for
-example by saving onto the same name, the operating system ends the reader.
+Files are read through ordinary file handles and never mapped into memory: when another process cuts a mapped file,
+for example by saving onto the same name, the operating system ends the reader.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from farms_tb.weights.names import clean_name
 from farms_tb.weights.stacks import NoSpectrumError
+from farms_tb.weights.values import NESTED
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class StoredTensor:
         identity: equal for two names of one tensor.
         dtype: the type of its entries.
         problem: why it cannot be read; empty where it can.
-        siblings: shapes of the tensors of the same module by their names there, its own among them.
+        siblings: the tensors of the same module by their names there, itself among them.
         facts: what is known of the whole model.
     """
 
@@ -52,7 +53,7 @@ class StoredTensor:
     identity: object
     dtype: torch.dtype = torch.float32
     problem: str = ""
-    siblings: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    siblings: Mapping[str, StoredTensor] = field(default_factory=dict, repr=False)
     facts: ModelFacts = ModelFacts()
 
     @property
@@ -71,10 +72,9 @@ class StoredTensor:
         path, _, name = clean_name(self.key).removesuffix(".tensor").rpartition(".")
         return path, name
 
-    @property
-    def numel(self) -> int:
-        """Entries, as the shape claims."""
-        return math.prod(self.shape)
+    def shape_of(self, sibling: str) -> tuple[int, ...]:
+        """Return the shape of another tensor of the module; empty where there is none."""
+        return self.siblings[sibling].shape if sibling in self.siblings else ()
 
     @property
     def has_numbers(self) -> bool:
@@ -84,11 +84,11 @@ class StoredTensor:
 
 
 def with_siblings(tensors: Iterable[StoredTensor], facts: ModelFacts) -> list[StoredTensor]:
-    """Tell each tensor the shapes of those that belong to the same module, and what is known of the model."""
+    """Tell each tensor which others belong to the same module, and what is known of the model."""
     tensors = list(tensors)
-    modules: dict[str, dict[str, tuple[int, ...]]] = {}
+    modules: dict[str, dict[str, StoredTensor]] = {}
     for tensor in tensors:
-        modules.setdefault(tensor.path, {})[tensor.name] = tensor.shape
+        modules.setdefault(tensor.path, {})[tensor.name] = tensor
     return [replace(tensor, siblings=modules[tensor.path], facts=facts) for tensor in tensors]
 
 
@@ -97,7 +97,7 @@ def stored_in_memory(key: str, tensor: Tensor) -> StoredTensor:
     try:
         shape = tuple(tensor.shape)
     except RuntimeError:  # A nested tensor has no one shape.
-        return StoredTensor(key, (), lambda: tensor, key, problem="a nested tensor: its matrices have no one shape")
+        return StoredTensor(key, (), lambda: tensor, key, problem=NESTED)
     shared = tensor.layout == torch.strided and type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
     identity = (tensor.data_ptr(), shape, tensor.stride()) if shared and not tensor.is_meta else key
     return StoredTensor(key, shape, lambda: tensor, identity, tensor.dtype)

@@ -1,8 +1,8 @@
 """Read files by `torch.save` without running anything that they hold.
 
-Such a file is a pickle, a small program that builds objects, and the entries of its tensors. The program is run by an
-interpreter that knows tensors and plain containers; whatever else it names (classes of configuration libraries, paths,
-optimizers) becomes a `Skipped`, an object without behaviour. No module is imported and no foreign function called.
+Such a file is a pickle, a small program that builds objects, and the entries of its tensors. The program is run by
+an interpreter that knows tensors and plain containers; whatever else it names (classes of configuration libraries,
+paths, optimizers) becomes a `Skipped`, an object without behaviour. Nothing is imported, no foreign function called.
 A tensor becomes a `TorchTensor`, which says where its entries are; they are read when they are asked for.
 """
 
@@ -23,7 +23,9 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from farms_tb.weights.names import quantised
 from farms_tb.weights.stored import OpenedFile, StoredTensor
+from farms_tb.weights.values import MAKE_DENSE, NESTED, NO_VALUES
 
 _MAGIC = 0x1950A86A20F9469CFC6C
 """First number of a file by a version of torch before 1.6."""
@@ -213,7 +215,7 @@ def _open_zip(file: OpenedFile, opened: BinaryIO) -> TorchFile:
             raise ValueError("a zip file without one data.pkl")
         root = pickles[0].removesuffix("data.pkl")
         if any(name.startswith(f"{root}code/") for name in records):
-            raise RefusedError("TorchScript code")
+            raise RefusedError
         if f"{root}byteorder" in records and _small(archive, records[f"{root}byteorder"]) != b"little":
             raise ValueError("numbers in big-endian order")
         content = _Interpreter(io.BytesIO(_small(archive, records[pickles[0]]))).load()
@@ -234,14 +236,15 @@ def _record(file: OpenedFile, info: zipfile.ZipInfo) -> _Record:
 
     def start() -> int:
         header = file.read(info.header_offset, _LOCAL_HEADER)
-        return info.header_offset + _LOCAL_HEADER + sum(struct.unpack("<HH", header[26:30]))
+        name_length, extra_length = struct.unpack("<HH", header[26:30])
+        return info.header_offset + _LOCAL_HEADER + int(name_length) + int(extra_length)
 
     stored = info.compress_type == zipfile.ZIP_STORED
     return _Record(min(info.file_size, file.size - info.header_offset) if stored else 0, start)
 
 
 def _open_legacy(file: OpenedFile, opened: BinaryIO) -> TorchFile:
-    """Read a file of before torch 1.6: five pickles, then each storage as its number of entries and the entries."""
+    """Read a file of before torch 1.6: five pickles, then for each storage a number of entries and the entries."""
     opened.seek(0)
     magic = _Interpreter(opened).load()
     if isinstance(magic, Skipped):
@@ -291,6 +294,8 @@ class _Interpreter(pickle._Unpickler):  # type: ignore[name-defined,misc]
 
     def persistent_load(self, pid: Any) -> _Storage:
         """Return the storage that a tensor's entries are in."""
+        if isinstance(pid, str):
+            raise RefusedError("a pickle of protocol 0")
         kind, storage_type, key, _device, entries = pid[:5]
         if kind != "storage" or not isinstance(storage_type, _StorageType) or type(entries) is not int:
             raise pickle.UnpicklingError("a reference to something else than a storage")
@@ -346,7 +351,7 @@ def _rebuilt(function: Any, _type: Any, args: Any, _state: Any) -> Any:
 
 
 def _on_meta(dtype: Any, size: Any, stride: Any, *_: Any) -> TorchTensor:
-    return TorchTensor(tuple(size), dtype, tuple(stride), problem="on the meta device: no values")
+    return TorchTensor(tuple(size), dtype, tuple(stride), problem=NO_VALUES)
 
 
 def _of_subclass(cls: Any, dtype: Any, size: Any, *_: Any) -> TorchTensor:
@@ -357,16 +362,16 @@ def _of_subclass(cls: Any, dtype: Any, size: Any, *_: Any) -> TorchTensor:
 def _sparse(layout: Any, data: Any, *_: Any) -> TorchTensor:
     shape = next((tuple(part) for part in reversed(data) if isinstance(part, (tuple, list))), ())
     dtype = next((p.dtype for p in reversed(data) if isinstance(p, TorchTensor)), torch.float32)
-    return TorchTensor(shape, dtype, problem=f"a weight of layout {layout}: make it dense first, weight.to_dense()")
+    return TorchTensor(shape, dtype, problem=f"a weight of layout {layout}: {MAKE_DENSE}")
 
 
 def _nested(buffer: Any, *_: Any) -> TorchTensor:
-    return TorchTensor((), buffer.dtype, problem="a nested tensor: its matrices have no one shape")
+    return TorchTensor((), buffer.dtype, problem=NESTED)
 
 
 def _quantised(storage: Any, _offset: Any, size: Any, *_: Any) -> TorchTensor:
     dtype = storage.dtype
-    return TorchTensor(tuple(size), dtype, problem=f"quantised weights ({dtype}): dequantise the model first")
+    return TorchTensor(tuple(size), dtype, problem=quantised(dtype))
 
 
 def _layout(name: Any) -> str:

@@ -1,22 +1,32 @@
 """Whether a weight has values that can be measured, and how to get at them as a plain tensor.
 
-Weights come in many wrappings: shards of a `DTensor`, quantised tensor subclasses (torchao), sparse, nested and mkldnn
-layouts, the meta device. Each is either unwrapped here or refused with a reason, so that the layouts of
-`farms_tb.weights.stacks` see ordinary strided tensors alone.
+Weights come in many wrappings: shards of a `DTensor`, quantised tensor subclasses (torchao), 8-bit floats and scales,
+sparse, nested and mkldnn layouts, the meta device. Each is either unwrapped here or refused with a reason, so that
+the layouts of `farms_tb.weights.stacks` see ordinary strided tensors alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from farms_tb.weights.names import quantised
 from farms_tb.weights.stacks import NoSpectrumError
 
 NO_VALUES = "on the meta device: no values"
 """Problem of a layer whose weights have a shape and nothing in it."""
+
+NESTED = "a nested tensor: its matrices have no one shape"
+"""Problem of a tensor that holds several of different shapes."""
+
+MAKE_DENSE = "make it dense first, weight.to_dense()"
+
+SCALE_BLOCK = 128
+"""Rows and columns that share a scale in block-scaled 8-bit floats, in all models that are known."""
 
 
 def unreadable(parameters: Iterable[Tensor]) -> str:
@@ -28,9 +38,9 @@ def unreadable(parameters: Iterable[Tensor]) -> str:
         if is_lazy(parameter):
             return "not initialised yet: run one batch through the model first"
         if parameter.is_nested:
-            return "a nested tensor: its matrices have no one shape"
+            return NESTED
         if parameter.layout != torch.strided:
-            return f"a weight of layout {parameter.layout}: make it dense first, weight.to_dense()"
+            return f"a weight of layout {parameter.layout}: {MAKE_DENSE}"
         if parameter.is_meta:
             return NO_VALUES
         if not (parameter.is_floating_point() or parameter.is_complex()):
@@ -43,11 +53,11 @@ def matrix_dims(shape: Iterable[int]) -> int:
     return sum(size > 1 for size in shape)
 
 
-def dense(weight: Tensor) -> Tensor:
+def dense(weight: Any) -> Tensor:
     """Return `weight` detached, as a plain strided tensor.
 
-    A sharded weight (DTensor) is gathered, which is a collective call on every rank. A quantised tensor subclass is
-    dequantised where it knows how to.
+    A sharded weight (DTensor) is gathered, which is a collective call on every rank. A quantised tensor subclass
+    is dequantised where it knows how to.
 
     Args:
         weight: a parameter or buffer, any class, any shape.
@@ -85,3 +95,24 @@ def _dequantised(weight: Tensor) -> Tensor:
     if not (isinstance(values, Tensor) and _is_plain(values) and values.shape == weight.shape):
         raise NoSpectrumError(f"weights of type {name}: dequantise the model first")
     return values
+
+
+def scaled(weight: Tensor, scale: Tensor) -> Tensor:
+    """Multiply 8-bit floats with the scales of their blocks of 128 x 128.
+
+    Args:
+        weight: `(R, C)` in an 8-bit floating dtype.
+        scale: `(ceil(R / 128), ceil(C / 128))`.
+
+    Returns:
+        `(R, C)` in float32.
+
+    Raises:
+        NoSpectrumError: the scales are not those of such blocks.
+    """
+    rows, columns = (weight.shape[0], weight.shape[1]) if weight.ndim == 2 else (0, 0)
+    blocks = (-(-rows // SCALE_BLOCK), -(-columns // SCALE_BLOCK))
+    if tuple(scale.shape) != blocks:
+        raise NoSpectrumError(quantised(weight.dtype, block_scales=True))
+    wide = scale.float().repeat_interleave(SCALE_BLOCK, 0)[:rows]
+    return weight.float() * wide.repeat_interleave(SCALE_BLOCK, 1)[:, :columns]
