@@ -132,10 +132,11 @@ def analyze_checkpoint(
     Names, shapes, alphas and statuses are those of `analyze` on the model that the weights come from, with the
     exception of what a file does not tell:
 
-    - the groups of a convolution (it is measured as if it had one), the modes in use of a spectral one;
+    - the groups of a convolution (it is measured as if it had one), the modes in use of a spectral one; a 1x1
+      convolution to one channel without a bias, which has no spectrum, is not listed;
     - a `weight` of a layer type without a rule: it counts as a linear layer or a convolution; a bilinear form
       with at most 31 second inputs, too, where its name does not say what it is; a rule that the user registered;
-    - an embedding or a head of an unusual name: embeddings are told by their names (`emb`, `wte`, `wpe`, `shared`);
+    - an embedding or a head of an unusual name: embeddings are told by theirs (`emb`, `wte`, `wpe`, `shared`);
     - parametrized and factorised weights, of which each part is listed with the reason, and buffers of two and
       more dimensions;
     - a layer that the model uses twice (its second name is listed as tied); of weights that several layers share,

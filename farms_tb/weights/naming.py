@@ -67,7 +67,13 @@ def may_be_layer(stored: StoredTensor) -> bool:
         return False
     if not stored.problem and not stored.has_numbers and name not in _QUANTISED:
         return False
-    return bool(stored.problem) or matrix_dims(stored.shape) > 1 or (name == "weight" and len(stored.shape) > 1)
+    return bool(stored.problem) or matrix_dims(stored.shape) > 1 or (name == "weight" and _has_one_row(stored))
+
+
+def _has_one_row(stored: StoredTensor) -> bool:
+    """Tell a linear layer or convolution of one channel from gates: a vector in a shape like (1, channels, 1, 1)."""
+    gate = len(stored.shape) > 2 and stored.shape[0] == 1 and stored.shape_of("bias") != (1,)
+    return len(stored.shape) > 1 and not gate
 
 
 def stored_layers(

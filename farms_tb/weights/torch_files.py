@@ -2,8 +2,7 @@
 
 Such a file is a pickle, a small program that builds objects, and the entries of its tensors. The program is run by
 an interpreter that knows tensors and plain containers; whatever else it names (classes of configuration libraries,
-paths, optimizers) becomes a `Skipped`, an object without behaviour. Nothing is imported, no foreign function called.
-A tensor becomes a `TorchTensor`, which says where its entries are; they are read when they are asked for.
+paths, optimizers) becomes a `Skipped`, an object without behaviour. Nothing is imported, no function called. A tensor becomes a `TorchTensor`, which says where its entries are; they are read when they are asked for.
 """
 
 from __future__ import annotations
