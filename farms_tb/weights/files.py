@@ -82,11 +82,12 @@ def tensors_of_state_dict(state_dict: Mapping[str, Any]) -> list[StoredTensor]:
     """List the tensors of a state dict in memory that may be layers.
 
     Raises:
-        ValueError: it holds no tensor by name.
+        TypeError: it holds no tensor by name.
     """
     named = [item for item in state_dict.items() if isinstance(item[0], str) and isinstance(item[1], Tensor)]
     if not named:
-        raise ValueError(f"expected a state dict, tensors by name, got {_held(state_dict)}")
+        kind = type(state_dict).__name__
+        raise TypeError(f"expected a torch.nn.Module, got {kind}, and no state dict: it holds no tensor by name")
     return _layers_among([stored_in_memory(key, tensor) for key, tensor in named], ModelFacts())
 
 

@@ -71,7 +71,7 @@ def may_be_layer(stored: StoredTensor) -> bool:
 
 
 def _has_one_row(stored: StoredTensor) -> bool:
-    """Tell a linear layer or convolution of one channel from gates: a vector in a shape like (1, channels, 1, 1)."""
+    """Tell a linear layer or convolution of one channel from gates, vectors (1, channels, 1, 1)."""
     gate = len(stored.shape) > 2 and stored.shape[0] == 1 and stored.shape_of("bias") != (1,)
     return len(stored.shape) > 1 and not gate
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from farms_tb.weights.stored import OpenedFile, StoredTensor, contiguous_strides
+from farms_tb.weights.stored import OpenedFile, StoredTensor, contiguous_strides, shape_problem
 
 MAX_HEADER = 100_000_000
 """Bytes of the longest header that the format allows."""
@@ -97,11 +97,13 @@ def _tensor(file: OpenedFile, start: int, key: str, entry: dict[str, Any]) -> St
     shape = tuple(entry["shape"])
     if not all(type(size) is int and size >= 0 for size in shape):
         raise ValueError(f"{key} has the shape {shape}")
+    problem = shape_problem(shape)
+    if problem:
+        return StoredTensor(key, shape, partial(torch.empty, 0), key, problem=problem)
     dtype = getattr(torch, _DTYPES.get(entry["dtype"], ""), None)
     if dtype is None:
-        return StoredTensor(
-            key, shape, lambda: torch.empty(shape), key, problem=f"weights of type {entry['dtype']}: unknown here"
-        )
+        problem = f"weights of type {entry['dtype']!s:.20}: unknown here"
+        return StoredTensor(key, shape, partial(torch.empty, 0), key, problem=problem)
     if math.prod(shape) * dtype.itemsize != end - begin:
         raise ValueError(f"{key} of shape {shape} has {end - begin} bytes")
     read = partial(file.tensor, start + begin, dtype, shape, contiguous_strides(shape))

@@ -6,9 +6,10 @@ for example by saving onto the same name, the operating system ends the reader.
 
 from __future__ import annotations
 
-import math
+import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -17,6 +18,9 @@ from torch import Tensor
 from farms_tb.weights.names import clean_name
 from farms_tb.weights.stacks import NoSpectrumError
 from farms_tb.weights.values import NESTED
+
+MAX_DIMS = 16
+"""Dimensions of a tensor that are looked at; a damaged file may claim any number."""
 
 
 @dataclass(frozen=True)
@@ -150,16 +154,24 @@ class OpenedFile:
             shape: its shape.
             stride: its strides, in entries.
         """
-        if math.prod(shape) == 0:
-            return torch.empty(shape, dtype=dtype)
         entries = 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
         try:
+            if 0 in shape:
+                return torch.empty(shape, dtype=dtype)
             content = self.read(start, entries * dtype.itemsize)
+            return torch.frombuffer(content, dtype=dtype).as_strided(shape, stride)
         except MemoryError as error:
             raise NoSpectrumError(f"its {entries} entries do not fit into memory") from error
-        return torch.frombuffer(content, dtype=dtype).as_strided(shape, stride)
+        except RuntimeError as error:
+            raise NoSpectrumError(f"damaged: no tensor can have the shape {shape}") from error
+
+
+def shape_problem(shape: tuple[int, ...]) -> str:
+    """Say that a shape has more dimensions than any layer's; empty where it has not."""
+    return f"a tensor of {len(shape)} dimensions" if len(shape) > MAX_DIMS else ""
 
 
 def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Return the strides of a tensor that is stored row by row."""
-    return tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
+    strides = accumulate(reversed(shape[1:]), operator.mul, initial=1)
+    return tuple(strides)[::-1] if shape else ()

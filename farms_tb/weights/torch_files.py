@@ -2,7 +2,8 @@
 
 Such a file is a pickle, a small program that builds objects, and the entries of its tensors. The program is run by
 an interpreter that knows tensors and plain containers; whatever else it names (classes of configuration libraries,
-paths, optimizers) becomes a `Skipped`, an object without behaviour. Nothing is imported, no function called. A tensor becomes a `TorchTensor`, which says where its entries are; they are read when they are asked for.
+paths, optimizers) becomes a `Skipped`, an object without behaviour. Nothing is imported, and no foreign function
+called. A tensor becomes a `TorchTensor`, which says where its entries are; they are read when they are asked for.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 
 from farms_tb.weights.names import quantised
-from farms_tb.weights.stored import OpenedFile, StoredTensor
+from farms_tb.weights.stored import OpenedFile, StoredTensor, shape_problem
 from farms_tb.weights.values import MAKE_DENSE, NESTED, NO_VALUES
 
 _MAGIC = 0x1950A86A20F9469CFC6C
@@ -142,6 +143,8 @@ class TorchFile:
         """Say why a tensor cannot be read: above all, one that claims more entries than the file has."""
         if tensor.problem or tensor.storage is None or 0 in tensor.shape:
             return tensor.problem
+        if shape_problem(tensor.shape):
+            return shape_problem(tensor.shape)
         record = self.records.get(tensor.storage.key)
         available = 0 if record is None else record.size // tensor.dtype.itemsize
         entries = math.prod(tensor.shape)
@@ -168,11 +171,11 @@ def open_torch_file(path: Path) -> TorchFile:
     try:
         with path.open("rb") as opened:
             return _open_zip(file, opened) if zipfile.is_zipfile(opened) else _open_legacy(file, opened)
-    except OSError:
-        raise
     except RefusedError as error:
         raise ValueError(holds_more(path, str(error))) from error
     except Exception as error:
+        if isinstance(error, OSError) and error.filename is not None:
+            raise  # The file is gone, or may not be read. A damaged one leads to positions that it does not have.
         raise ValueError(
             f"cannot read {path}: no checkpoint, or one that is empty, cut short or damaged ({_reason(error)})"
         ) from error

@@ -1,8 +1,8 @@
 """Whether a weight has values that can be measured, and how to get at them as a plain tensor.
 
 Weights come in many wrappings: shards of a `DTensor`, quantised tensor subclasses (torchao), 8-bit floats with
-scales, sparse, nested and mkldnn layouts, the meta device. Each is either unwrapped here or refused with a reason, so that
-the layouts of `farms_tb.weights.stacks` see ordinary strided tensors alone.
+scales, sparse, nested and mkldnn layouts, the meta device. Each is either unwrapped here or refused with a reason,
+so that the layouts of `farms_tb.weights.stacks` see ordinary strided tensors alone.
 """
 
 from __future__ import annotations
