@@ -11,7 +11,15 @@ from typing import Any
 from farms_tb.weights.stored import ModelFacts, StoredTensor
 
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-_WITH_LANGUAGE_HEAD = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+_HEADS = {
+    "WhisperForConditionalGeneration": "proj_out",
+    "BertForMaskedLM": "cls.predictions.decoder",
+    "ForConditionalGeneration": "lm_head",
+    "ForCausalLM": "lm_head",
+    "LMHeadModel": "lm_head",
+}
+"""Names of the heads of language models by the ends of their architectures' names."""
+
 _MAX_SIZE = 10_000_000
 
 
@@ -27,14 +35,16 @@ def facts_of(folder: Path) -> ModelFacts:
     nested = config.get("text_config")
     text = {**config, **nested} if isinstance(nested, dict) else config
     number = next((text[name] for name in _EXPERTS if isinstance(text.get(name), int)), 0)
-    return ModelFacts(max(number, 0), "lm_head" if _has_tied_head(config, text) else "")
+    return ModelFacts(max(number, 0), _tied_head(config, text))
 
 
-def _has_tied_head(config: dict[str, Any], text: dict[str, Any]) -> bool:
+def _tied_head(config: dict[str, Any], text: dict[str, Any]) -> str:
+    """Return the name of the head that shares the embedding's weight; empty where none does."""
     architectures = config.get("architectures")
     names = [name for name in architectures if isinstance(name, str)] if isinstance(architectures, list) else []
-    tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
-    return tied is True and any(name.endswith(_WITH_LANGUAGE_HEAD) for name in names)
+    if config.get("tie_word_embeddings", text.get("tie_word_embeddings")) is not True:
+        return ""
+    return next((head for end, head in _HEADS.items() if any(name.endswith(end) for name in names)), "")
 
 
 def with_tied_head(tensors: Sequence[StoredTensor], head: str) -> list[StoredTensor]:
