@@ -1,4 +1,4 @@
-"""Damaged, hostile and foreign files: an error that names the file, soon, or the layer listed; nothing is executed."""
+"""Damaged, hostile and foreign files: an error that names the file, or the layer listed; nothing is executed."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_flipped_bytes(name: str, tmp_path: Path) -> None:
     else:
         torch.save(held, path, _use_new_zipfile_serialization=name == "a.pt")
     original = path.read_bytes()
-    refused = 0
+    refused: list[str] = []
     for seed in range(300):
         draw = random.Random(seed)
         content = bytearray(original)
@@ -136,9 +136,9 @@ def test_flipped_bytes(name: str, tmp_path: Path) -> None:
         try:
             list(stored_layers(stored_tensors(path)))
         except ValueError as error:
-            refused += 1
-            assert name in str(error)
-    assert 0 < refused < 300
+            refused.append(str(error))
+    assert 0 < len(refused) < 300
+    assert [words for words in refused if name not in words] == []
 
 
 @pytest.mark.parametrize("name", ["a.pt", "old.pt", "a.safetensors"])
@@ -267,7 +267,7 @@ def test_formats_that_are_not_read_name_the_way_out(tmp_path: Path) -> None:
     (pipeline / "unet").mkdir(parents=True)
     (pipeline / "model_index.json").touch()
     save_file({"a.weight": torch.randn(9, 9)}, pipeline / "unet" / "diffusion_pytorch_model.safetensors")
-    with pytest.raises(ValueError, match="diffusers .*unet"):
+    with pytest.raises(ValueError, match=r"diffusers .*unet"):
         analyze_checkpoint(pipeline)
     assert list(analyze_checkpoint(pipeline / "unet").layers) == ["a"]
 
