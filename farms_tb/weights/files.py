@@ -17,16 +17,10 @@ from torch import Tensor
 from farms_tb.weights.config import facts_of, with_tied_head
 from farms_tb.weights.gguf_files import in_gguf
 from farms_tb.weights.naming import may_be_layer, stored_layers
+from farms_tb.weights.pickles import Skipped, TorchTensor
 from farms_tb.weights.safetensors_files import in_safetensors
 from farms_tb.weights.stored import ModelFacts, StoredTensor, stored_in_memory, with_siblings
-from farms_tb.weights.torch_files import (
-    Skipped,
-    TorchTensor,
-    holds_more,
-    open_torch_file,
-    read_torch_file,
-    tensors_of,
-)
+from farms_tb.weights.torch_files import holds_more, open_torch_file, read_torch_file, tensors_of
 
 __all__ = ["INDEX", "StoredTensor", "read_torch_file", "stored_layers", "stored_tensors", "tensors_of_state_dict"]
 
@@ -187,7 +181,7 @@ def _state_dict(loaded: Any, path: Path, key: str | None) -> Mapping[str, Any]:
     Raises:
         ValueError: there are none, or several dicts of tensors.
     """
-    candidates = dict(_candidates(loaded))
+    candidates = dict(_candidates(loaded, set()))
     if key is not None:
         if key not in candidates:
             raise ValueError(f"{path} holds no state dict under key={key!r}, but under: {_names(candidates)}")
@@ -208,15 +202,25 @@ def _state_dict(loaded: Any, path: Path, key: str | None) -> Mapping[str, Any]:
     )
 
 
-def _candidates(held: Any, where: str = "", depth: int = 0) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield the dicts of tensors within a dict, by their keys joined with dots; an optimizer's are none."""
-    if not isinstance(held, dict) or depth > _DEPTH:
+def _candidates(
+    held: Any, seen: set[int], where: str = "", depth: int = 0
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield the dicts of tensors within a dict, by their keys joined with dots; an optimizer's are none.
+
+    Args:
+        held: what is searched.
+        seen: identities of the dicts that were searched: a hostile file may hold one in many places.
+        where: the keys that lead here.
+        depth: how many there are.
+    """
+    if not isinstance(held, dict) or depth > _DEPTH or id(held) in seen:
         return
+    seen.add(id(held))
     if any(isinstance(value, TorchTensor) for value in held.values()):
         yield where, held
     for key, value in held.items():
         if isinstance(key, str) and "optim" not in key:
-            yield from _candidates(value, f"{where}.{key}".strip("."), depth + 1)
+            yield from _candidates(value, seen, f"{where}.{key}".strip("."), depth + 1)
 
 
 def _names(candidates: Mapping[str, Any]) -> str:

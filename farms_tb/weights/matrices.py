@@ -59,7 +59,7 @@ def has_rule(module: nn.Module, *, embeddings: bool = False) -> bool:
         embeddings: whether lookup tables count as layers; a rule that a user registers always counts.
     """
     rule = layer_matrices.dispatch(type(module))
-    if rule is layer_matrices.dispatch(nn.Embedding) and rule is _embedding:
+    if rule is _embedding:
         return embeddings
     return rule is not layer_matrices.dispatch(object) or _rule_by_name(module) is not None
 
