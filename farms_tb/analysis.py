@@ -141,7 +141,8 @@ def analyze_checkpoint(
       of two and more dimensions;
     - a layer that the model uses twice (its second name is listed as tied); of weights that several layers share,
       safetensors hold one name, except for the head of a language model whose `config.json` says so;
-    - names and shapes that a package changes when it saves, as transformers does with experts, PEFT with adapters.
+    - names and shapes that a package changes when it saves, as transformers does with experts, PEFT with
+      adapters, and data-parallel wrappers by the prefix `module.`.
 
     See `farms_tb.weights.naming` for how a layer's type is told.
 

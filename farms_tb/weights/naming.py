@@ -50,7 +50,7 @@ Layout = Callable[[Tensor], list[MatrixStack]]
 LONGEST_KERNEL = 31
 """A weight (out, in, last) whose name does not tell what it is counts as a convolution up to this last size."""
 
-# How quantised layers are saved by bitsandbytes, GPTQ, AWQ and compressed-tensors.
+# How quantised layers are saved by bitsandbytes, GPTQ, AWQ and compressed-tensors; MXFP4 has `..._blocks`.
 _QUANTISED = ("weight", "qweight", "weight_packed")
 _ALONGSIDE_QUANTISED = (*SCALES, "qzeros", "g_idx", "weight_g_idx", "weight_zero_point", "weight_shape")
 _ATTENTION_PARTS = {f"{part}_proj_weight": part for part in "qkv"}
@@ -62,12 +62,21 @@ def may_be_layer(stored: StoredTensor) -> bool:
     name, siblings = stored.name, stored.siblings
     if name in _ALONGSIDE_QUANTISED and any(weight in siblings for weight in _QUANTISED):
         return False
-    base = re.sub(r"_(bias|scale|scale_inv|blocks|scales)$", "", name)
-    if base != name and base in siblings:
+    base = re.sub(r"_(bias|scale|scale_inv|scales)$", "", name)
+    if base != name and (base in siblings or f"{base}_blocks" in siblings):
         return False
-    if not stored.problem and not stored.has_numbers and name not in _QUANTISED:
+    if stored.problem:
+        return True
+    if not stored.has_numbers and not _holds_codes(stored):
         return False
-    return bool(stored.problem) or matrix_dims(stored.shape) > 1 or (name == "weight" and _has_one_row(stored))
+    return matrix_dims(stored.shape) > 1 or (name == "weight" and _has_one_row(stored))
+
+
+def _holds_codes(stored: StoredTensor) -> bool:
+    """Tell the integers of a quantised weight from a table of indices or a mask."""
+    named = stored.name in _QUANTISED or stored.name.endswith("_blocks")
+    scaled_by = any(name in stored.siblings for name in scale_names(stored.name))
+    return not stored.has_numbers and (named or scaled_by)
 
 
 def _has_one_row(stored: StoredTensor) -> bool:
@@ -148,7 +157,7 @@ def _layout(stored: StoredTensor, embeddings: bool) -> Layout:
 def _refuse_unreadable(stored: StoredTensor) -> None:
     if stored.problem:
         raise NoSpectrumError(stored.problem)
-    if stored.name in _QUANTISED and not stored.has_numbers:
+    if _holds_codes(stored):
         raise NoSpectrumError(quantised(stored.dtype))
     if ".weight." in f".{stored.path}.":
         raise NoSpectrumError(
@@ -213,7 +222,7 @@ def _is_norm(stored: StoredTensor) -> bool:
     """A norm over several dimensions has a weight and a bias of one shape."""
     if len(stored.shape) > 1 and stored.shape_of("bias") == stored.shape:
         return True
-    return len(stored.shape) > 2 and bool(re.fullmatch(r"(\w*norm|ln)(_?\w+)?", last_name(stored.path)))
+    return len(stored.shape) > 2 and bool(re.fullmatch(r"(\w*norm|ln)(_?\d+)?", last_name(stored.path)))
 
 
 def _is_conv1d(stored: StoredTensor) -> bool:

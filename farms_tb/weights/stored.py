@@ -17,7 +17,7 @@ from torch import Tensor
 
 from farms_tb.weights.names import clean_name
 from farms_tb.weights.stacks import NoSpectrumError
-from farms_tb.weights.values import NESTED
+from farms_tb.weights.values import unreadable
 
 MAX_DIMS = 16
 """Dimensions of a tensor that are looked at; a damaged file may claim any number."""
@@ -100,8 +100,8 @@ def stored_in_memory(key: str, tensor: Tensor) -> StoredTensor:
     """Return a tensor of a state dict as one of a file."""
     try:
         shape = tuple(tensor.shape)
-    except RuntimeError:  # A nested tensor has no one shape.
-        return StoredTensor(key, (), lambda: tensor, key, problem=NESTED)
+    except RuntimeError:  # A nested tensor, or one that waits for its first batch.
+        return StoredTensor(key, (), lambda: tensor, key, problem=unreadable([tensor]))
     shared = tensor.layout == torch.strided and type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
     identity = (tensor.data_ptr(), shape, tensor.stride()) if shared and not tensor.is_meta else key
     return StoredTensor(key, shape, lambda: tensor, identity, tensor.dtype)

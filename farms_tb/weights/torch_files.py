@@ -1,7 +1,7 @@
 """Read files by `torch.save`: a pickle and the entries of its tensors, since torch 1.6 in a zip file.
 
-`farms_tb.weights.pickles` interprets the pickle and executes nothing; entries are read when they are asked for, one
-tensor at a time.
+`farms_tb.weights.pickles` interprets the pickle and executes nothing; entries are read when they are asked for,
+one tensor at a time.
 """
 
 from __future__ import annotations
