@@ -132,7 +132,12 @@ def _in_parts(index: Path, damaged: list[str] | None) -> list[StoredTensor]:
 
 
 def _parts(index: Path) -> dict[str, str]:
-    """Return the file, beside the index, of each tensor."""
+    """Return the name of the file, in the folder of the index, that holds each tensor.
+
+    Raises:
+        ValueError: the index is not such a table.
+        FileNotFoundError: it names files that are not there.
+    """
     try:
         parts = json.loads(index.read_bytes())["weight_map"]
         valid = all(Path(name).name == name for name in parts.values())

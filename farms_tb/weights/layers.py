@@ -182,7 +182,7 @@ def _measuring(module: nn.Module) -> Iterator[None]:
 
 
 def _is_compiled_shell(module: nn.Module) -> bool:
-    """A compiled submodule shows up beside the module it wraps; only the inner one is a layer."""
+    """Tell the wrapper of a compiled submodule, which is listed in addition to the module: that one is the layer."""
     return isinstance(module._modules.get("_orig_mod"), nn.Module)
 
 

@@ -72,7 +72,7 @@ def kept(values, filter_zeros=False, relative_cutoff=0.0):
 
 
 def figures(samples, fit="median", xmin_pos=2.0):
-    """Every figure of a layer: the mean over its samples; an alpha only where every sample has one.
+    """Every metric of a layer: the mean over its samples; an alpha only where every sample has one.
 
     Args:
         samples: eigenvalues of each sample, ascending, those that count.

@@ -94,7 +94,7 @@ def mixed() -> nn.Module:
 
 
 def assert_same_layers(actual: Report, expected: Report) -> None:
-    """Compare every record to the bit, but for layers of types without a rule: a file does not have types."""
+    """Compare every record bitwise, but for layers of types without a rule: a file does not have types."""
     known = {name: record for name, record in expected.layers.items() if not record.status.startswith("no rule")}
     found = {name: record for name, record in actual.layers.items() if name in known}
     assert found == known
