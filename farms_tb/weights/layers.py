@@ -182,7 +182,7 @@ def _measuring(module: nn.Module) -> Iterator[None]:
 
 
 def _is_compiled_shell(module: nn.Module) -> bool:
-    """Tell the wrapper of a compiled submodule, which is listed in addition to the module: that one is the layer."""
+    """Tell the wrapper that `torch.compile` puts around a submodule: the module in it is the layer."""
     return isinstance(module._modules.get("_orig_mod"), nn.Module)
 
 

@@ -113,10 +113,12 @@ def _rnn(module: Any) -> list[MatrixStack]:
 
 def _gates(module: Any, number: int) -> list[MatrixStack]:
     """One matrix a gate. The projection of an LSTM, `weight_hr`, has no gates."""
-    names = [name for name in module._parameters if name.startswith("weight")]
+    # A parametrized weight is an attribute, and no parameter of this name.
+    names = getattr(module, "_flat_weights_names", ("weight_ih", "weight_hh"))
     return [
         stack
         for name in names
+        if name.startswith("weight")
         for stack in stacks.gates(_weight(module, name), 1 if "_hr" in name else number, name)
     ]
 

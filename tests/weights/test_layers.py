@@ -72,6 +72,12 @@ class TestFindLayers:
             assert layers[f"0.weight_hh_l0.{gate}"][:3] == ("0.weight_hh_l0", *biases)
             assert layers[f"0.weight_ih_l0.{gate}"][0] == "0.weight_ih_l0"
 
+    def test_parametrized_gates(self):
+        layer = parametrizations.weight_norm(nn.LSTM(5, 6), "weight_hh_l0")
+        stacks = {stack.part: stack for stack in read_stacks(layer)}
+        assert len(stacks) == 8
+        torch.testing.assert_close(stacks["weight_hh_l0.i"].matrices[0], layer.weight_hh_l0[:6].detach())
+
     def test_all_factors_of_a_spectral_weight_belong_to_its_layer(self):
         from neuralop.layers.spectral_convolution import SpectralConv
 
