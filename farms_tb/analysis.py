@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from os import PathLike
+from collections.abc import Iterable, Mapping
+from os import PathLike, fspath
+from typing import Any
 
 from torch import nn
 
 from farms_tb.options import Esd, Fit, Precision, Solver, SpectrumOptions, as_plain, check_bool
 from farms_tb.report import LayerRecord, Report
 from farms_tb.spectra.measure import Nulls, measure, measure_nulls, weight_record, with_nulls
-from farms_tb.weights.files import stored_layers, stored_tensors
+from farms_tb.weights.files import StoredTensor, stored_layers, stored_tensors, tensors_of_state_dict
 from farms_tb.weights.layers import checked_layers
 
 
 def analyze(
-    model: nn.Module,
+    model: nn.Module | Mapping[str, Any],
     *,
     esd: Esd = "farms",
     fit: Fit = "median",
@@ -37,7 +39,8 @@ def analyze(
 
     Args:
         model: any module, on any device. Nothing of it is changed. On the meta device the report is a plan: the
-            layers, their shapes and how many eigenvalues a measurement would solve for.
+            layers, their shapes and how many eigenvalues a measurement would solve for. Or a state dict, whose
+            layers are told by name and shape as in `analyze_checkpoint`.
         esd: `"farms"` for windows of one fixed aspect ratio, `"full"` for whole weight matrices (TempBalance).
         fit: where the power-law tail begins: `"median"`, `"goodness-of-fit"` or `"xmin_peak"`.
         aspect_ratio: columns / rows of a window.
@@ -61,7 +64,8 @@ def analyze(
 
     Raises:
         ValueError: an option is unknown or out of range, or the model has no layer with a weight matrix.
-        TypeError: an option has the wrong type, or `model` is not a module.
+        TypeError: an option has the wrong type, or `model` is neither a module nor a state dict; for the path of
+            a file, the message names `analyze_checkpoint`.
 
     Example:
         >>> import torch
@@ -88,6 +92,12 @@ def analyze(
     )
     check_bool("null", null)
     check_bool("histogram", histogram)
+    if isinstance(model, (str, PathLike)):
+        raise TypeError(
+            f"expected a torch.nn.Module, got the path {fspath(model)!r}: use analyze_checkpoint(path)"
+        )
+    if isinstance(model, Mapping):
+        return _measure_stored(tensors_of_state_dict(model), "the state dict", options, null, histogram)
     layers = checked_layers(model, plan=True)
     report = measure(layers, options, histogram=histogram)
     return with_nulls(report, measure_nulls(layers, report, options)) if null else report
@@ -116,18 +126,31 @@ def analyze_checkpoint(
     """Measure how well each layer is trained, from a file of weights, also of one that somebody else made.
 
     Nothing in the file is executed: safetensors hold no code, and of a pickle only tensors and plain containers
-    are read (`torch.load(weights_only=True)`). One layer's weights are in memory at a time, but for torch files:
-    those of before version 1.6 are read whole, later ones are mapped into memory, which the system takes back
-    when it needs it.
+    are read, objects of other classes are skipped. One layer's weights are in memory at a time, and no file is
+    mapped into memory.
 
-    The alphas are those of `analyze` on the model that the weights come from, with the exception of what a file
-    does not tell: the groups of a convolution (it is measured as if it had one), the modes in use of a spectral
-    one, layers registered by the user. See `farms_tb.weights.files` for how a layer's type is told.
+    Names, shapes, alphas and statuses are those of `analyze` on the model that the weights come from, with the
+    exception of what a file does not tell:
+
+    - the groups of a convolution (it is measured as if it had one), the modes in use of a spectral one; a 1x1
+      convolution to one channel without a bias, which has no spectrum, is not listed;
+    - a `weight` of a layer type without a rule: it counts as a linear layer or a convolution; a bilinear form
+      with at most 31 second inputs, too, where its name does not say what it is; a rule that the user registered;
+    - an embedding or a head of an unusual name: embeddings are told by theirs (`emb`, `wte`, `wpe`, `shared`);
+    - parametrized, factorised and quantised weights, of which each part is listed with the reason, and buffers
+      of two and more dimensions;
+    - a layer that the model uses twice (its second name is listed as tied); of weights that several layers share,
+      safetensors hold one name, except for the head of a language model whose `config.json` says so;
+    - names and shapes that a package changes when it saves, as transformers does with experts, PEFT with
+      adapters, and data-parallel wrappers by the prefix `module.`.
+
+    See `farms_tb.weights.naming` for how a layer's type is told.
 
     Args:
         path: a `.safetensors` file; a directory as Hugging Face saves it, or its `model.safetensors.index.json`
-            or `pytorch_model.bin.index.json`; a file by `torch.save` of a state dict or of a dict that holds one
-            as `"state_dict"` (a Lightning checkpoint), `"model_state_dict"` or `"model"`.
+            or `pytorch_model.bin.index.json`; a `.gguf` file; a file by `torch.save` of a state dict or of a dict
+            that holds one as `"state_dict"` (a Lightning checkpoint), `"model_state_dict"`, `"model"`, or under
+            another key if it is the only one.
         esd: see `farms_tb.analyze`, like all options.
         fit: where the power-law tail begins.
         aspect_ratio: columns / rows of a window.
@@ -151,9 +174,9 @@ def analyze_checkpoint(
 
     Raises:
         FileNotFoundError: no such file, or one of several parts is missing.
-        ValueError: an option is out of range; or the file is cut short, is no checkpoint, holds no matrix, or is a
-            pickle of more than weights.
-        ImportError: a `.safetensors` file, and the package safetensors is not installed.
+        ValueError: an option is out of range; or the file is cut short, is no checkpoint, holds no matrix or
+            several state dicts, or is a pickle of a whole module or program; or it changed while it was read.
+        ImportError: a `.gguf` file, and the package gguf is not installed.
 
     Example:
         >>> import tempfile
@@ -183,14 +206,21 @@ def analyze_checkpoint(
     )
     check_bool("null", null)
     check_bool("histogram", histogram)
+    return _measure_stored(stored_tensors(path), path, options, null, histogram)
+
+
+def _measure_stored(
+    tensors: Iterable[StoredTensor], where: object, options: SpectrumOptions, null: bool, histogram: bool
+) -> Report:
+    """Measure the layers among the tensors of a file or a state dict, one after the other."""
     nulls: Nulls | None = {} if null else None
     records = {
         name: found
         if isinstance(found, LayerRecord)
         else weight_record(found, options, histogram=histogram, nulls=nulls)
-        for name, found in stored_layers(stored_tensors(path))
+        for name, found in stored_layers(tensors)
     }
     if not any(record.shape and min(record.shape[1:]) > 1 for record in records.values()):
         reasons = "".join(f"\n  {name}: {record.status}" for name, record in list(records.items())[:10])
-        raise ValueError(f"{path} has no weight that can be analysed" + reasons)
+        raise ValueError(f"{where} has no weight that can be analysed" + reasons)
     return Report(records, as_plain(options))

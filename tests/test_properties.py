@@ -55,7 +55,8 @@ class Bare(nn.Module):
 
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-RULED = (nn.Linear, *CONVOLUTIONS, nn.MultiheadAttention, Fourier)
+RULED = (nn.Linear, *CONVOLUTIONS, nn.MultiheadAttention, nn.LSTM, Fourier)
+PARTS = (*"qkv", *(f"weight_{kind}_l0.{gate}" for kind in ("ih", "hh") for gate in "ifgo"))
 
 
 @st.composite
@@ -311,7 +312,7 @@ def check_excluded(balancer: TempBalance, ruled: list[str], options: dict[str, A
     excluded |= {ruled[0]} if options["exclude_first"] and ruled else set()
     excluded |= {ruled[-1]} if options["exclude_last"] and ruled else set()
     for path in excluded:
-        for name in (path, f"{path}.q", f"{path}.k", f"{path}.v"):
+        for name in (path, *(f"{path}.{part}" for part in PARTS)):
             assert balancer.ratios.get(name, 1.0) == 1.0
 
 

@@ -1,22 +1,38 @@
 """The layers of a model: which have a spectrum, which parameters each one owns, which norm follows which.
 
 Layers are listed in order of registration (`named_modules`), as in the papers. A layer that cannot be analysed is
-listed with the reason.
+listed with the reason: one odd layer never costs the measurement of the others.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from farms_tb.weights.matrices import MatrixStack, NoSpectrumError, Sampling, has_rule, layer_matrices
+from farms_tb.weights.matrices import has_rule, layer_matrices
+from farms_tb.weights.names import EMBEDDING, clean_name, is_embedding_name, layer_name, no_rule
+from farms_tb.weights.stacks import MatrixStack, NoSpectrumError, Sampling, stack_problem
+from farms_tb.weights.values import NO_VALUES, matrix_dims, unreadable
+
+__all__ = [
+    "NO_VALUES",
+    "Layer",
+    "checked_layers",
+    "clean_name",
+    "find_layers",
+    "norm_feeders",
+    "read_stacks",
+    "stack_problem",
+    "unreadable",
+    "unwrap",
+]
 
 _NORMS: tuple[type[nn.Module], ...] = (
     nn.modules.batchnorm._BatchNorm,
@@ -25,9 +41,6 @@ _NORMS: tuple[type[nn.Module], ...] = (
     nn.GroupNorm,
     nn.RMSNorm,
 )
-
-NO_VALUES = "on the meta device: no values"
-"""Problem of a layer whose weights have a shape and nothing in it."""
 
 
 @dataclass(frozen=True)
@@ -76,20 +89,17 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
-def clean_name(name: str) -> str:
-    """Drop what `torch.compile` adds to the paths of modules and parameters."""
-    return name.replace("_orig_mod.", "").removesuffix("._orig_mod")
-
-
-def find_layers(model: nn.Module) -> list[Layer]:
+def find_layers(model: nn.Module, *, embeddings: bool = False) -> list[Layer]:
     """List every layer of `model` that has a weight matrix, in order of registration.
 
     Args:
         model: any module; `torch.compile` and data-parallel wrappers are looked through.
+        embeddings: give lookup tables a stack too, one matrix (entries, width); without it they are listed as not
+            analysed.
 
     Returns:
-        The layers, those without a spectrum among them with a `problem`. Modules whose type has no rule are
-        listed where they hold a parameter of at least two dimensions of their own.
+        The layers, those without a spectrum among them with a `problem`. Of modules whose type has no rule, each
+        parameter of at least two dimensions is listed.
 
     Raises:
         ValueError: a registered rule gave two weights the same name.
@@ -103,11 +113,11 @@ def find_layers(model: nn.Module) -> list[Layer]:
         path = clean_name(path)
         if _is_compiled_shell(module):
             continue
-        if has_rule(module):
+        if has_rule(module, embeddings=embeddings):
             inside.update(id(child) for child in _own_modules(module))
             layers.extend(_module_layers(path, module, names, claimed))
-        elif id(module) not in inside and _has_matrix(module):
-            layers.append(Layer(path or "weight", path, module, problem=_no_rule(module), has_rule=False))
+        elif id(module) not in inside:
+            layers.extend(_layers_without_rule(path, module))
     _check_names(layers)
     return layers
 
@@ -133,7 +143,7 @@ def checked_layers(model: nn.Module, *, plan: bool = False) -> list[Layer]:
 
 
 def _check_names(layers: list[Layer]) -> None:
-    """Of two layers of one name, a report would drop the first without a word."""
+    """Refuse duplicate names: they would silently overwrite each other in a report."""
     seen: set[str] = set()
     for layer in layers:
         if layer.name in seen:
@@ -157,11 +167,6 @@ def read_stacks(module: nn.Module) -> list[MatrixStack]:
     return stacks
 
 
-def stack_problem(stack: MatrixStack) -> str:
-    """Say why a stack has no spectrum; empty where it has one."""
-    return "" if min(stack.matrices.shape[1:]) > 1 else "one row or one column: no spectrum"
-
-
 @contextmanager
 def _measuring(module: nn.Module) -> Iterator[None]:
     # A spectral-norm parametrization in training mode moves its power iteration each time the weight is read.
@@ -177,7 +182,7 @@ def _measuring(module: nn.Module) -> Iterator[None]:
 
 
 def _is_compiled_shell(module: nn.Module) -> bool:
-    """A compiled submodule shows up beside the module it wraps; only the inner one is a layer."""
+    """Tell the wrapper that `torch.compile` puts around a submodule: the module in it is the layer."""
     return isinstance(module._modules.get("_orig_mod"), nn.Module)
 
 
@@ -194,7 +199,7 @@ def _own_modules(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _module_layers(path: str, module: nn.Module, names: dict[int, str], claimed: dict[int, str]) -> list[Layer]:
-    """Return the layers of one module whose type has a rule."""
+    """Return the layers of one module whose type has a rule, and note its parameters in `claimed`."""
     own = [parameter for part in _own_modules(module) for parameter in part._parameters.values()]
     parameters = {id(parameter): parameter for parameter in own if parameter is not None}
     problem = _tied(parameters, claimed) or unreadable(parameters.values())
@@ -202,69 +207,62 @@ def _module_layers(path: str, module: nn.Module, names: dict[int, str], claimed:
     claimed.update(dict.fromkeys(free, path or "weight"))
     stacks: list[MatrixStack] = []
     if problem in ("", NO_VALUES):
-        try:
-            stacks = read_stacks(module)
-        except NoSpectrumError as error:
-            problem = str(error)
-        except RuntimeError:
-            # A rule may compute with values where there are none.
-            if not problem:
-                raise
+        stacks, refused = _read_or_refuse(module)
+        problem = problem or refused
     if not stacks:
         return [Layer(path or "weight", path, module, parameters=tuple(free.values()), problem=problem)]
-    separate = {id(module._parameters.get(stack.parameter)) for stack in stacks if stack.parameter}
-    shared = () if len(separate) < len(stacks) else separate
-    layers = []
-    for index, stack in enumerate(stacks):
-        mine = id(module._parameters.get(stack.parameter)) if stack.parameter else None
-        layers.append(
-            Layer(
-                name=".".join(filter(None, (path, stack.part))) or "weight",
-                module_name=path,
-                module=module,
-                index=index,
-                kind=stack.kind,
-                shape=tuple(stack.matrices.shape),
-                # Of the parameters that belong to another part alone, none; what no part claims, all share.
-                parameters=tuple(name for key, name in free.items() if key == mine or key not in shared),
-                problem=stack_problem(stack) or problem,
-                sampling=stack.sampling,
-            )
+    # A parameter that some stacks are made of belongs to these alone; what no stack names, a bias say, to all.
+    made_of = [id(module._parameters.get(stack.parameter)) for stack in stacks]
+    return [
+        Layer(
+            name=".".join(filter(None, (path, stack.part))) or "weight",
+            module_name=path,
+            module=module,
+            index=index,
+            kind=stack.kind,
+            shape=tuple(stack.matrices.shape),
+            parameters=tuple(name for key, name in free.items() if key == made_of[index] or key not in made_of),
+            problem=stack_problem(stack) or problem,
+            sampling=stack.sampling,
         )
+        for index, stack in enumerate(stacks)
+    ]
+
+
+def _read_or_refuse(module: nn.Module) -> tuple[list[MatrixStack], str]:
+    """Return the module's stacks, or why there are none: of an odd layer, a rule may raise anything."""
+    try:
+        return read_stacks(module), ""
+    except NoSpectrumError as error:
+        return [], str(error)
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        return [], f"its weights cannot be read ({type(error).__name__}: {reason})"
+
+
+def _layers_without_rule(path: str, module: nn.Module) -> list[Layer]:
+    """List the matrices of a module whose type is unknown, or that is a lookup table."""
+    lookup = isinstance(module, (nn.Embedding, nn.EmbeddingBag)) or is_embedding_name(path)
+    layers = []
+    for own, parameter in module._parameters.items():
+        if parameter is None or is_lazy(parameter) or _is_vector(parameter):
+            continue
+        problem = "" if parameter.is_meta else unreadable([parameter])
+        if not problem:
+            problem = EMBEDDING if lookup and own == "weight" and parameter.ndim == 2 else no_rule(own)
+        layers.append(Layer(layer_name(path, own), path, module, problem=problem, has_rule=False))
     return layers
+
+
+def _is_vector(parameter: nn.Parameter) -> bool:
+    return not (is_lazy(parameter) or parameter.is_nested) and matrix_dims(parameter.shape) < 2
 
 
 def _tied(parameters: dict[int, nn.Parameter], claimed: dict[int, str]) -> str:
     for key, parameter in parameters.items():
-        if key in claimed and _squeezed_ndim(parameter) >= 2:
+        if key in claimed and not is_lazy(parameter) and not _is_vector(parameter):
             return f"tied to {claimed[key]!r}"
     return ""
-
-
-def unreadable(parameters: Iterable[Tensor]) -> str:
-    """Say why weights cannot be measured; empty where they can."""
-    for parameter in parameters:
-        if is_lazy(parameter):
-            return "not initialised yet: run one batch through the model first"
-        if parameter.is_meta:
-            return NO_VALUES
-        if not (parameter.is_floating_point() or parameter.is_complex()):
-            return f"weights of type {parameter.dtype}: not floating point"
-    return ""
-
-
-def _squeezed_ndim(parameter: Tensor) -> int:
-    return 0 if is_lazy(parameter) else sum(size > 1 for size in parameter.shape)
-
-
-def _has_matrix(module: nn.Module) -> bool:
-    return any(p is not None and _squeezed_ndim(p) >= 2 for p in module._parameters.values())
-
-
-def _no_rule(module: nn.Module) -> str:
-    if isinstance(module, nn.Embedding):
-        return "embedding: not analysed by default"
-    return f"no rule for {type(module).__name__}: add one with farms_tb.layer_matrices.register"
 
 
 def norm_feeders(model: nn.Module, layers: list[Layer]) -> dict[str, str]:

@@ -1,92 +1,32 @@
-"""From a layer to the stack of matrices whose spectrum is measured.
+"""From a layer to its stacks of matrices: one function a layer type, registered on the type's class.
 
-One layout everywhere: a stack is a tensor `(K, R, C)` of K matrices with R rows and C columns, R >= C.
+A new layer type goes here: a function that hands its weight to a layout of `farms_tb.weights.stacks`, registered
+on its class, or under the class's full name in `_RULES_BY_NAME` where its package may not be installed.
 
-========================  =====================================  ============================================
-layer                     weight                                 stack
-========================  =====================================  ============================================
-Linear                    (out, in)                              K = 1
-Conv1d/2d/3d              (out, in / g, *kernel)                 K = g * prod(kernel), one out/g x in/g matrix
-                                                                 for each group and kernel position
-ConvTranspose1d/2d/3d     (in, out / g, *kernel)                 as a convolution
-MultiheadAttention        in_proj (3E, E)                        three stacks of K = 1: q, k and v
-neuralop SpectralConv     (in, out, *modes), complex             K = retained modes
-========================  =====================================  ============================================
-
-Other layer types join by registration on their class::
+Users add their own types in the same way, from outside::
 
     @farms_tb.layer_matrices.register
     def _(module: MyLayer) -> list[MatrixStack]:
         return [MatrixStack(module.kernel.flatten(2).permute(2, 0, 1))]
-
-Sources: FARMS (Hu et al., arXiv 2506.06280), TempBalance (Zhou et al., arXiv 2312.00359).
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import singledispatch
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-Sampling = Literal["blocks", "grid"]
+from farms_tb.weights import stacks
+from farms_tb.weights.names import scale_names
+from farms_tb.weights.stacks import CONV_NORM, MatrixStack, NoSpectrumError, Sampling
+from farms_tb.weights.values import dense, scaled
 
-CONV_NORM = 0.5
-"""Factor on a convolution's eigenvalues. It changes no alpha; with it spectral norms match the papers'."""
+__all__ = ["CONV_NORM", "MatrixStack", "NoSpectrumError", "Sampling", "dense", "has_rule", "layer_matrices"]
 
-
-class NoSpectrumError(ValueError):
-    """A layer has no matrix to measure. The message is shown as the layer's status."""
-
-
-@dataclass(frozen=True)
-class MatrixStack:
-    """One weight as a stack of matrices.
-
-    Attributes:
-        matrices: `(K, R, C)`, real or complex, any floating dtype. Rows and columns may come in either order:
-            the stack is transposed where needed so that R >= C.
-        sampling: how FARMS places its windows. `"blocks"` (convolutions): non-overlapping row blocks, the same
-            block of all K matrices pooled and fitted as one sample; `"grid"` (linear layers): overlapping
-            windows on a grid, all pooled into one sample.
-        part: a suffix of the layer's name where one module holds several weights (`"q"`).
-        parameter: name, inside the module, of the one parameter that this stack is made of where the module
-            holds several weights; empty where the stack stands for the whole module.
-        eigenvalue_scale: factor on the eigenvalues.
-    """
-
-    matrices: Tensor
-    sampling: Sampling = "blocks"
-    part: str = ""
-    parameter: str = ""
-    eigenvalue_scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.matrices.ndim != 3:
-            raise ValueError(
-                f"a matrix stack has three dimensions (K, R, C), got shape {tuple(self.matrices.shape)}"
-            )
-        if not (self.matrices.is_floating_point() or self.matrices.is_complex()):
-            raise NoSpectrumError(f"weights of type {self.matrices.dtype}: not floating point")
-        if self.matrices.shape[1] < self.matrices.shape[2]:
-            object.__setattr__(self, "matrices", self.matrices.mT)
-
-    @property
-    def kind(self) -> Literal["real", "spectral"]:
-        """`"spectral"` for complex weights: their alphas do not compare with those of real ones."""
-        return "spectral" if self.matrices.is_complex() else "real"
-
-
-def dense(weight: Tensor) -> Tensor:
-    """Detach `weight` and gather it where it is sharded (DTensor): a collective call on every rank."""
-    weight = weight.detach()
-    gather: Callable[[], Tensor] | None = getattr(weight, "full_tensor", None)
-    if gather is not None and weight.is_meta:
-        return torch.empty(weight.shape, dtype=weight.dtype, device="meta")
-    return weight if gather is None else gather()
+Rule = Callable[[Any], list[MatrixStack]]
 
 
 @singledispatch
@@ -97,7 +37,7 @@ def layer_matrices(module: nn.Module) -> list[MatrixStack]:
         module: a layer. Its children are not visited.
 
     Returns:
-        One `MatrixStack` for each weight.
+        One `MatrixStack` `(K, R, C)` for each weight; the layouts are listed in `farms_tb.weights.stacks`.
 
     Raises:
         NoSpectrumError: the module holds no matrix; the message says why.
@@ -107,23 +47,32 @@ def layer_matrices(module: nn.Module) -> list[MatrixStack]:
         >>> stack.matrices.shape
         torch.Size([9, 8, 4])
     """
-    for cls in type(module).__mro__:
-        rule = _RULES_BY_NAME.get(f"{cls.__module__}.{cls.__qualname__}")
-        if rule is not None:
-            return rule(module)
-    return []
+    rule = _rule_by_name(module)
+    return [] if rule is None else rule(module)
 
 
-def has_rule(module: nn.Module) -> bool:
-    """Tell whether `layer_matrices` knows the type of `module`."""
-    if layer_matrices.dispatch(type(module)) is not layer_matrices.dispatch(object):
-        return True
-    return any(f"{cls.__module__}.{cls.__qualname__}" in _RULES_BY_NAME for cls in type(module).__mro__)
+def has_rule(module: nn.Module, *, embeddings: bool = False) -> bool:
+    """Tell whether `layer_matrices` knows the type of `module`.
+
+    Args:
+        module: a layer.
+        embeddings: whether lookup tables count as layers; a rule that a user registers always counts.
+    """
+    rule = layer_matrices.dispatch(type(module))
+    if rule is _embedding:
+        return embeddings
+    return rule is not layer_matrices.dispatch(object) or _rule_by_name(module) is not None
 
 
 @layer_matrices.register(nn.Linear)
 def _linear(module: nn.Linear) -> list[MatrixStack]:
-    return [MatrixStack(dense(module.weight)[None], sampling="grid")]
+    return stacks.linear(_weight(module))
+
+
+@layer_matrices.register(nn.Embedding)
+@layer_matrices.register(nn.EmbeddingBag)
+def _embedding(module: Any) -> list[MatrixStack]:
+    return stacks.linear(_weight(module))
 
 
 @layer_matrices.register(nn.Conv1d)
@@ -133,32 +82,44 @@ def _linear(module: nn.Linear) -> list[MatrixStack]:
 @layer_matrices.register(nn.ConvTranspose2d)
 @layer_matrices.register(nn.ConvTranspose3d)
 def _convolution(module: Any) -> list[MatrixStack]:
-    # A transposed convolution keeps its input channels first; the groups split the first dimension in both.
-    weight = dense(module.weight).flatten(2)
-    if module.groups == 1:
-        matrices = weight.permute(2, 0, 1)
-    else:
-        grouped = weight.reshape(module.groups, -1, *weight.shape[1:])
-        matrices = grouped.permute(0, 3, 1, 2).flatten(0, 1)
-    return [MatrixStack(matrices, eigenvalue_scale=CONV_NORM)]
+    return stacks.convolution(_weight(module), module.groups)
 
 
 @layer_matrices.register
 def _attention(module: nn.MultiheadAttention) -> list[MatrixStack]:
     if module.in_proj_weight is not None:
-        packed = dense(module.in_proj_weight).chunk(3)
-        return [
-            MatrixStack(weight[None], sampling="grid", part=part, parameter="in_proj_weight")
-            for part, weight in zip("qkv", packed, strict=True)
-        ]
+        return stacks.packed_attention(_weight(module, "in_proj_weight"), "in_proj_weight")
+    names = {part: f"{part}_proj_weight" for part in "qkv"}
+    return [stack for part, name in names.items() for stack in stacks.linear(_weight(module, name), part, name)]
+
+
+@layer_matrices.register(nn.LSTM)
+@layer_matrices.register(nn.LSTMCell)
+def _lstm(module: Any) -> list[MatrixStack]:
+    return _gates(module, 4)
+
+
+@layer_matrices.register(nn.GRU)
+@layer_matrices.register(nn.GRUCell)
+def _gru(module: Any) -> list[MatrixStack]:
+    return _gates(module, 3)
+
+
+@layer_matrices.register(nn.RNN)
+@layer_matrices.register(nn.RNNCell)
+def _rnn(module: Any) -> list[MatrixStack]:
+    return _gates(module, 1)
+
+
+def _gates(module: Any, number: int) -> list[MatrixStack]:
+    """One matrix a gate. The projection of an LSTM, `weight_hr`, has no gates."""
+    # A parametrized weight is an attribute, and no parameter of this name.
+    names = getattr(module, "_flat_weights_names", ("weight_ih", "weight_hh"))
     return [
-        MatrixStack(
-            dense(getattr(module, f"{part}_proj_weight"))[None],
-            sampling="grid",
-            part=part,
-            parameter=f"{part}_proj_weight",
-        )
-        for part in "qkv"
+        stack
+        for name in names
+        if name.startswith("weight")
+        for stack in stacks.gates(_weight(module, name), 1 if "_hr" in name else number, name)
     ]
 
 
@@ -168,7 +129,7 @@ def _spectral_convolution(module: Any) -> list[MatrixStack]:
         raise NoSpectrumError("separable spectral convolution: no in x out matrix")
     weight = module.weight
     tensor = dense(weight.to_tensor() if hasattr(weight, "to_tensor") else weight)
-    return [MatrixStack(tensor[_modes_in_use(module)].flatten(2).permute(2, 0, 1))]
+    return stacks.fourier_modes(tensor[_modes_in_use(module)])
 
 
 def _modes_in_use(module: Any) -> tuple[slice, ...]:
@@ -193,11 +154,60 @@ def _modes_in_use(module: Any) -> tuple[slice, ...]:
 
 def _transformers_conv1d(module: Any) -> list[MatrixStack]:
     """The linear layer of Hugging Face's GPT-2, which stores its weight as (in, out)."""
-    return [MatrixStack(dense(module.weight)[None], sampling="grid")]
+    return stacks.linear(_weight(module))
+
+
+def _router(module: Any) -> list[MatrixStack]:
+    """Hugging Face's routers of a mixture of experts: a weight (experts, in)."""
+    return stacks.linear(_weight(module))
+
+
+def _stacked_experts(module: Any) -> list[MatrixStack]:
+    """Hugging Face's experts in parameters of three dimensions, one matrix an expert."""
+    names = [name for name, p in module._parameters.items() if p is not None and p.ndim == 3]
+    return [stack for name in names for stack in stacks.experts(_weight(module, name), name)]
 
 
 # Rules for classes of packages that may not be installed, looked up by their full name.
-_RULES_BY_NAME: dict[str, Callable[[Any], list[MatrixStack]]] = {
+_RULES_BY_NAME: dict[str, Rule] = {
     "neuralop.layers.spectral_convolution.SpectralConv": _spectral_convolution,
     "transformers.pytorch_utils.Conv1D": _transformers_conv1d,
 }
+
+# Families of classes that share no base: a pattern of their full names, and the dimensions of the parameters that
+# the rule takes. Of a module that holds its weights otherwise, in children say, these are the layers.
+_RULES_BY_PATTERN: tuple[tuple[re.Pattern[str], int, Rule], ...] = (
+    (re.compile(r"transformers\.models\.\S*Experts"), 3, _stacked_experts),
+    (re.compile(r"transformers\.models\.\S*(Router|Gate)"), 2, _router),
+)
+
+
+def _rule_by_name(module: nn.Module) -> Rule | None:
+    names = [f"{cls.__module__}.{cls.__qualname__}" for cls in type(module).__mro__]
+    for name in names:
+        if name in _RULES_BY_NAME:
+            return _RULES_BY_NAME[name]
+    for pattern, ndim, rule in _RULES_BY_PATTERN:
+        if any(map(pattern.fullmatch, names)) and _holds(module, ndim):
+            return rule
+    return None
+
+
+def _holds(module: nn.Module, ndim: int) -> bool:
+    own = module._parameters
+    found = own.values() if ndim == 3 else [own.get("weight")]
+    return any(parameter is not None and parameter.ndim == ndim for parameter in found)
+
+
+def _weight(module: nn.Module, name: str = "weight") -> Tensor:
+    """Return a weight of a module as a plain tensor, multiplied with the scales of its blocks where it has such.
+
+    Raises:
+        NoSpectrumError: the module has no such weight, or one without plain values.
+    """
+    weight = dense(getattr(module, name, None))
+    if weight.element_size() > 1:
+        return weight
+    scales = (getattr(module, scale, None) for scale in scale_names(name))
+    scale = next((scale for scale in scales if isinstance(scale, Tensor) and scale.numel() > 1), None)
+    return weight if scale is None else scaled(weight, dense(scale))

@@ -1,4 +1,4 @@
-"""A whole model to the figures of its layers, by the slow twins beside this file. All in float64."""
+"""A whole model to the metrics of its layers, by slow reference implementations, in float64."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ ROUNDING_ALPHA = 1e10
 ZERO_CUTOFF, MIN_EIGENVALUES, FLAT_ALPHA = 1e-5, 5, 1e4
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+GATES = {nn.LSTM: "ifgo", nn.GRU: "rzn"}
 
 
 def layers(model):
@@ -28,6 +29,8 @@ def layers(model):
         if isinstance(module, nn.MultiheadAttention):
             for part, stack in zip("qkv", stacks.attention(_double(module.in_proj_weight)), strict=True):
                 found[f"{name}.{part}"] = (stack, "grid", 1.0)
+        elif type(module) in GATES:
+            found.update(_recurrent(name, module))
         elif isinstance(module, nn.Linear):
             found[name or "weight"] = (stacks.linear(_double(module.weight)), "grid", 1.0)
         elif isinstance(module, CONVOLUTIONS):
@@ -37,6 +40,17 @@ def layers(model):
         elif type(module).__name__ == "SpectralConv":
             found[name] = (stacks.spectral(_double(module.weight.to_tensor())), "blocks", 1.0)
     return {name: layer for name, layer in found.items() if min(layer[0][0].shape) > 1}
+
+
+def _recurrent(name, module):
+    """The gates of a recurrent layer by name; one without a projection."""
+    letters = GATES[type(module)]
+    return {
+        f"{name}.{own}.{letter}": (stack, "grid", 1.0)
+        for own, weight in module.named_parameters()
+        if own.startswith("weight")
+        for letter, stack in zip(letters, stacks.gates(_double(weight), len(letters)), strict=True)
+    }
 
 
 def _double(weight):
@@ -58,7 +72,7 @@ def kept(values, filter_zeros=False, relative_cutoff=0.0):
 
 
 def figures(samples, fit="median", xmin_pos=2.0):
-    """Every figure of a layer: the mean over its samples; an alpha only where every sample has one.
+    """Every metric of a layer: the mean over its samples; an alpha only where every sample has one.
 
     Args:
         samples: eigenvalues of each sample, ascending, those that count.

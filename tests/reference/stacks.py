@@ -45,6 +45,17 @@ def transposed_convolution(weight, groups=1):
     return convolution(weight, groups)  # The same loop: here the groups split the first dimension too.
 
 
+def gates(weight, number):
+    """One stack of one matrix for each gate of a recurrent layer: the gates lie one below the other."""
+    rows = weight.shape[0] // number
+    return [linear(weight[gate * rows : (gate + 1) * rows]) for gate in range(number)]
+
+
+def experts(weight):
+    """One matrix for each expert of a weight (experts, out, in) or (experts, in, out)."""
+    return [upright(matrix) for matrix in weight]
+
+
 def spectral(weight):
     """One complex in x out matrix for each mode of a weight (in, out, *modes)."""
     return [

@@ -1,5 +1,7 @@
 """Which layers a model has, what each one owns, and why some cannot be analysed."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -15,6 +17,14 @@ def problems(model):
 
 def owned(model):
     return {layer.name: layer.parameters for layer in find_layers(model)}
+
+
+class Table(nn.Module):
+    """A type without a rule, with a matrix and a vector."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.gain = nn.Parameter(torch.randn(6, 5)), nn.Parameter(torch.ones(5))
 
 
 def state(module):
@@ -51,6 +61,22 @@ class TestFindLayers:
         model = nn.MultiheadAttention(8, 2, kdim=4, vdim=6)
         for part in "qkv":
             assert owned(model)[part] == (f"{part}_proj_weight", "in_proj_bias")
+
+    def test_gates_share_the_parameters_of_their_layer(self):
+        layers = owned(nn.Sequential(nn.LSTM(5, 6, num_layers=2)))
+        assert list(layers) == [
+            f"0.weight_{kind}_l{depth}.{gate}" for depth in (0, 1) for kind in ("ih", "hh") for gate in "ifgo"
+        ]
+        biases = tuple(f"0.bias_{kind}_l0" for kind in ("ih", "hh"))
+        for gate in "ifgo":
+            assert layers[f"0.weight_hh_l0.{gate}"][:3] == ("0.weight_hh_l0", *biases)
+            assert layers[f"0.weight_ih_l0.{gate}"][0] == "0.weight_ih_l0"
+
+    def test_parametrized_gates(self):
+        layer = parametrizations.weight_norm(nn.LSTM(5, 6), "weight_hh_l0")
+        stacks = {stack.part: stack for stack in read_stacks(layer)}
+        assert len(stacks) == 8
+        torch.testing.assert_close(stacks["weight_hh_l0.i"].matrices[0], layer.weight_hh_l0[:6].detach())
 
     def test_all_factors_of_a_spectral_weight_belong_to_its_layer(self):
         from neuralop.layers.spectral_convolution import SpectralConv
@@ -168,12 +194,33 @@ class TestProblems:
         assert owned(model)["1"] == ("1.weight",)
 
     def test_embedding(self):
-        assert problems(nn.Embedding(9, 4)) == {"weight": "embedding: not analysed by default"}
+        for table in (nn.Embedding(9, 4), nn.EmbeddingBag(9, 4)):
+            assert problems(table) == {"weight": "embedding: not analysed by default"}
+            (layer,) = find_layers(table, embeddings=True)
+            assert (layer.shape, layer.problem, layer.parameters) == ((1, 9, 4), "", ("weight",))
 
-    def test_unknown_types(self):
-        model = nn.Sequential(nn.LSTM(4, 4), nn.Bilinear(3, 4, 5), nn.Linear(4, 4))
-        how = "add one with farms_tb.layer_matrices.register"
-        assert problems(model) == {"0": f"no rule for LSTM: {how}", "1": f"no rule for Bilinear: {how}", "2": ""}
+    def test_a_head_tied_to_an_embedding_is_measured_once(self):
+        model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 9, bias=False))
+        model[1].weight = model[0].weight
+        assert [layer.problem for layer in find_layers(model)] == ["embedding: not analysed by default", ""]
+        assert [layer.problem for layer in find_layers(model, embeddings=True)] == ["", "tied to '0'"]
+
+    def test_unknown_types_are_listed_by_parameter(self):
+        model = nn.Sequential(nn.Bilinear(3, 4, 5), Table(), nn.Linear(4, 4))
+        found = problems(model)
+        assert list(found) == ["0", "1.table", "2"]
+        assert found["2"] == ""
+        for name, parameter in (("0", "weight"), ("1.table", "table")):
+            assert re.search(rf"no rule for .*'{parameter}'.*layer_matrices\.register", found[name])
+
+    def test_parameters_of_the_model_itself(self):
+        class WithToken(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.token, self.positions = nn.Parameter(torch.ones(1, 1, 8)), nn.Parameter(torch.ones(1, 9, 8))
+                self.head = nn.Linear(8, 3)
+
+        assert list(problems(WithToken())) == ["positions", "head"]
 
     def test_separable_spectral_convolution(self):
         from neuralop.layers.spectral_convolution import SpectralConv

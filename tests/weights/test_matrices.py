@@ -1,4 +1,6 @@
-"""Every layer type as a stack of matrices, against the slow twin and against what the layer computes."""
+"""Every layer type as a stack of matrices, against slow reference layouts and against what the layer computes."""
+
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -7,7 +9,7 @@ from torch import nn
 
 from farms_tb import MatrixStack, NoSpectrumError, layer_matrices
 from farms_tb.weights.matrices import CONV_NORM, has_rule
-from tests.reference import stacks as twin
+from tests.reference import stacks as reference
 
 
 def assert_same_stack(stack, expected):
@@ -23,7 +25,7 @@ def assert_same_stack(stack, expected):
 def test_linear(shape):
     module = nn.Linear(*shape)
     (stack,) = layer_matrices(module)
-    assert_same_stack(stack, twin.linear(module.weight.detach().numpy()))
+    assert_same_stack(stack, reference.linear(module.weight.detach().numpy()))
     assert (stack.sampling, stack.kind, stack.eigenvalue_scale) == ("grid", "real", 1.0)
 
 
@@ -35,7 +37,7 @@ def test_convolutions(transposed, dims, into, out, groups):
     kernel = (3, 2, 4)[:dims]
     module = getattr(nn, name)(into, out, kernel, groups=groups)
     (stack,) = layer_matrices(module)
-    slow = twin.transposed_convolution if transposed else twin.convolution
+    slow = reference.transposed_convolution if transposed else reference.convolution
     assert_same_stack(stack, slow(module.weight.detach().numpy(), groups))
     assert (stack.sampling, stack.kind, stack.eigenvalue_scale) == ("blocks", "real", CONV_NORM)
 
@@ -59,7 +61,7 @@ def test_depthwise_convolution_has_matrices_of_one_entry():
 def test_packed_attention():
     module = nn.MultiheadAttention(12, 3)
     found = layer_matrices(module)
-    for stack, expected in zip(found, twin.attention(module.in_proj_weight.detach().numpy()), strict=True):
+    for stack, expected in zip(found, reference.attention(module.in_proj_weight.detach().numpy()), strict=True):
         assert_same_stack(stack, expected)
     assert [(stack.part, stack.parameter, stack.sampling) for stack in found] == [
         (part, "in_proj_weight", "grid") for part in "qkv"
@@ -71,9 +73,66 @@ def test_attention_with_separate_projections():
     found = layer_matrices(module)
     for stack, part in zip(found, "qkv", strict=True):
         weight = getattr(module, f"{part}_proj_weight")
-        assert_same_stack(stack, twin.linear(weight.detach().numpy()))
+        assert_same_stack(stack, reference.linear(weight.detach().numpy()))
         assert (stack.part, stack.parameter) == (part, f"{part}_proj_weight")
     assert [stack.matrices.shape[1:] for stack in found] == [(12, 12), (12, 5), (20, 12)]
+
+
+@pytest.mark.parametrize(
+    ("cls", "gates"), [(nn.LSTM, "ifgo"), (nn.GRU, "rzn"), (nn.LSTMCell, "ifgo"), (nn.GRUCell, "rzn")]
+)
+def test_gates(cls, gates):
+    module = cls(7, 5)
+    names = [name for name, _ in module.named_parameters() if name.startswith("weight")]
+    found = layer_matrices(module)
+    assert [stack.part for stack in found] == [f"{name}.{gate}" for name in names for gate in gates]
+    expected = [s for name in names for s in reference.gates(getattr(module, name).detach().numpy(), len(gates))]
+    for stack, matrices in zip(found, expected, strict=True):
+        assert_same_stack(stack, matrices)
+        assert (stack.sampling, stack.kind, stack.eigenvalue_scale) == ("grid", "real", 1.0)
+
+
+def test_gates_are_those_the_layer_computes():
+    """From a state of zero, the cell becomes sigmoid(i) * tanh(g), and the output sigmoid(o) * tanh(cell)."""
+    module = nn.LSTMCell(3, 4, bias=False)
+    matrices = {stack.part: stack.matrices[0] for stack in layer_matrices(module)}
+    x = torch.randn(1, 3)
+    i, g, o = (matrices[f"weight_ih.{gate}"] for gate in "igo")
+    cell = torch.sigmoid(x @ i.mT) * torch.tanh(x @ g.mT)
+    hidden, state = module(x)
+    torch.testing.assert_close(state, cell)
+    torch.testing.assert_close(hidden, torch.sigmoid(x @ o.mT) * torch.tanh(cell))
+
+
+def test_recurrent_layers_without_gates_and_projections():
+    assert [stack.part for stack in layer_matrices(nn.RNN(7, 5))] == ["weight_ih_l0", "weight_hh_l0"]
+    projected = layer_matrices(nn.LSTM(7, 5, proj_size=3))
+    assert [stack.part for stack in projected][-1] == "weight_hr_l0"
+    assert projected[-1].matrices.shape == (1, 5, 3)
+
+
+@pytest.mark.parametrize(
+    ("cls", "config", "shapes"),
+    [
+        ("mixtral.modeling_mixtral.MixtralExperts", "MixtralConfig", [(4, 48, 16), (4, 24, 16)]),
+        ("gpt_oss.modeling_gpt_oss.GptOssExperts", "GptOssConfig", [(4, 48, 16), (4, 24, 16)]),
+        ("llama4.modeling_llama4.Llama4TextExperts", "Llama4TextConfig", [(4, 48, 16), (4, 24, 16)]),
+    ],
+)
+def test_stacked_experts(cls, config, shapes):
+    """One matrix an expert, whichever of its two dimensions the package stores first."""
+    transformers = pytest.importorskip("transformers")
+    path, _, name = cls.rpartition(".")
+    settings = {"hidden_size": 16, "intermediate_size": 24, "num_local_experts": 4}
+    module = getattr(import_module(f"transformers.models.{path}"), name)(getattr(transformers, config)(**settings))
+    for parameter in module.parameters():
+        nn.init.normal_(parameter)
+    found = layer_matrices(module)
+    assert [stack.part for stack in found] == ["gate_up_proj", "down_proj"]
+    for stack, shape in zip(found, shapes, strict=True):
+        assert_same_stack(stack, reference.experts(getattr(module, stack.part).detach().numpy()))
+        assert (stack.sampling, stack.eigenvalue_scale) == ("blocks", 1.0)
+        assert stack.matrices.shape == shape
 
 
 def test_complex_linear_is_spectral():
@@ -104,7 +163,7 @@ class TestSpectralConvolution:
     def test_every_factorization(self, factorization):
         module = self.build(factorization=factorization, rank=0.5)
         (stack,) = layer_matrices(module)
-        expected = twin.spectral(module.weight.to_tensor().detach().numpy())
+        expected = reference.spectral(module.weight.to_tensor().detach().numpy())
         assert_same_stack(stack, expected)
         assert (stack.kind, stack.sampling, stack.eigenvalue_scale) == ("spectral", "blocks", 1.0)
         assert stack.matrices.shape == (6 * 3, 5, 3)
@@ -176,7 +235,7 @@ class TestRegistration:
         module = Mine()
         assert has_rule(module)
         (stack,) = layer_matrices(module)
-        assert_same_stack(stack, twin.spectral(module.kernel.detach().numpy()))
+        assert_same_stack(stack, reference.spectral(module.kernel.detach().numpy()))
         assert stack.kind == "spectral"
         assert not has_rule(self.Fourier())
 
@@ -215,5 +274,5 @@ def test_gpt2_layer_of_transformers():
     module = conv1d()
     module.weight = nn.Parameter(torch.randn(4, 12))
     (stack,) = layer_matrices(module)
-    assert_same_stack(stack, twin.linear(module.weight.detach().numpy()))
+    assert_same_stack(stack, reference.linear(module.weight.detach().numpy()))
     assert stack.sampling == "grid"

@@ -1,0 +1,231 @@
+"""Which layer a stored tensor is: a file holds names and shapes, and nothing of the modules they come from.
+
+=============================================  ==============================================================
+name and weight                                taken for
+=============================================  ==============================================================
+`in_proj_weight`, or `q_proj_weight` and so on  q, k and v of attention
+`weight_ih_l0`, `weight_hh`                    the gates of an LSTM, GRU or RNN
+any name, 3 and more dimensions, complex       a spectral convolution (in, out, *modes), all modes in use; a
+                                               separable one where its bias has as many dimensions as it has
+any real name below experts, 3 dimensions      stacked experts
+`weight`, 2 dimensions                         a linear layer; an embedding, which is not measured unless asked
+                                               for, where its name says so and it has no bias
+`weight` and `bias` of one shape, 2 and more   a norm over several dimensions: not measured
+`weight`, 3 to 5 dimensions, real              a convolution of one group, transposed or not; of 3 dimensions, one
+                                               whose name or short kernel says so
+=============================================  ==============================================================
+
+What is anything else is listed with the reason, as in `farms_tb.analyze`. So are quantised weights: integers, and
+8-bit floats with scales for other blocks than 128 x 128; scales are not listed. 8-bit floats with one or no scale
+are measured as they are: alpha does not depend on it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator
+
+from torch import Tensor
+
+from farms_tb.report import LayerRecord
+from farms_tb.weights import stacks
+from farms_tb.weights.names import (
+    EMBEDDING,
+    SCALES,
+    is_embedding_name,
+    is_experts_name,
+    last_name,
+    layer_name,
+    no_rule,
+    quantised,
+    scale_names,
+)
+from farms_tb.weights.stacks import MatrixStack, NoSpectrumError, stack_problem
+from farms_tb.weights.stored import StoredTensor
+from farms_tb.weights.values import dense, matrix_dims, scaled
+
+Layout = Callable[[Tensor], list[MatrixStack]]
+
+LONGEST_KERNEL = 31
+"""A weight (out, in, last) whose name does not tell what it is counts as a convolution up to this last size."""
+
+# How quantised layers are saved by bitsandbytes, GPTQ, AWQ and compressed-tensors; MXFP4 has `..._blocks`.
+_QUANTISED = ("weight", "qweight", "weight_packed")
+_ALONGSIDE_QUANTISED = (*SCALES, "qzeros", "g_idx", "weight_g_idx", "weight_zero_point", "weight_shape")
+_ATTENTION_PARTS = {f"{part}_proj_weight": part for part in "qkv"}
+_RECURRENT = re.compile(r"weight_(ih|hh|hr)(_l\d+(_reverse)?)?")
+
+
+def may_be_layer(stored: StoredTensor) -> bool:
+    """Leave out vectors, scales of quantised weights, biases of experts, and tables of integers."""
+    name, siblings = stored.name, stored.siblings
+    if name in _ALONGSIDE_QUANTISED and any(weight in siblings for weight in _QUANTISED):
+        return False
+    base = re.sub(r"_(bias|scale|scale_inv|scales)$", "", name)
+    if base != name and (base in siblings or f"{base}_blocks" in siblings):
+        return False
+    if stored.problem:
+        return True
+    if not stored.has_numbers and not _holds_codes(stored):
+        return False
+    return matrix_dims(stored.shape) > 1 or (name == "weight" and _has_one_row(stored))
+
+
+def _holds_codes(stored: StoredTensor) -> bool:
+    """Tell the integers of a quantised weight from a table of indices or a mask."""
+    named = stored.name in _QUANTISED or stored.name.endswith("_blocks")
+    scaled_by = any(name in stored.siblings for name in scale_names(stored.name))
+    return not stored.has_numbers and (named or scaled_by)
+
+
+def _has_one_row(stored: StoredTensor) -> bool:
+    """Tell a linear layer or convolution of one channel from gates, vectors (1, channels, 1, 1)."""
+    gate = len(stored.shape) > 2 and stored.shape[0] == 1 and stored.shape_of("bias") != (1,)
+    return len(stored.shape) > 1 and not gate
+
+
+def stored_layers(
+    tensors: Iterable[StoredTensor], *, embeddings: bool = False
+) -> Iterator[tuple[str, MatrixStack | LayerRecord]]:
+    """Read one tensor after the other.
+
+    Args:
+        tensors: what `farms_tb.weights.files.stored_tensors` returned.
+        embeddings: measure lookup tables too, as matrices (entries, width).
+
+    Yields:
+        Name of each layer, with its weight or a record that says why it has no spectrum.
+
+    Raises:
+        ValueError, OSError: the file was cut, changed or deleted while it was read.
+    """
+    measured: dict[object, str] = {}
+    names: set[str] = set()
+    for stored in tensors:
+        for name, found in _layers(stored, measured, embeddings):
+            # Only a dict made by hand has both `a` and `a.weight`.
+            name = stored.key if name in names else name
+            names.add(name)
+            yield name, found
+
+
+def _layers(
+    stored: StoredTensor, measured: dict[object, str], embeddings: bool
+) -> Iterator[tuple[str, MatrixStack | LayerRecord]]:
+    """Yield the layers of one tensor, and note in `measured` that it has a spectrum."""
+    path = stored.path
+    named_by_module = stored.name in (*_QUANTISED, "in_proj_weight") or stored.name in _ATTENTION_PARTS
+    name = layer_name(path, "weight") if named_by_module and path else layer_name(path, stored.name)
+    if stored.identity in measured:
+        yield name, LayerRecord(status=f"tied to {measured[stored.identity]!r}")
+        return
+    try:
+        layout = _layout(stored, embeddings)
+        found = layout(_weight(stored))
+    except NoSpectrumError as error:
+        yield name, LayerRecord(status=str(error))
+        return
+    for stack in found:
+        if not stack_problem(stack):
+            measured[stored.identity] = name
+        yield (f"{path}.{stack.part}".strip(".") if stack.part else name), stack
+
+
+def _layout(stored: StoredTensor, embeddings: bool) -> Layout:
+    """Return what makes matrices of the tensor, by its name and shape.
+
+    Raises:
+        NoSpectrumError: it is none, or cannot be told to be one.
+    """
+    _refuse_unreadable(stored)
+    for rule in (_attention, _recurrent, _fourier, _stacked_experts):
+        layout = rule(stored)
+        if layout is not None:
+            return layout
+    if stored.name != "weight" or _is_norm(stored):
+        raise NoSpectrumError(no_rule(stored.name))
+    if len(stored.shape) == 2:
+        if is_embedding_name(stored.path) and "bias" not in stored.siblings and not embeddings:
+            raise NoSpectrumError(EMBEDDING)
+        return stacks.linear
+    if len(stored.shape) == 3 and not _is_conv1d(stored):
+        raise NoSpectrumError(no_rule(stored.name))
+    return stacks.convolution
+
+
+def _refuse_unreadable(stored: StoredTensor) -> None:
+    if stored.problem:
+        raise NoSpectrumError(stored.problem)
+    if _holds_codes(stored):
+        raise NoSpectrumError(quantised(stored.dtype))
+    if ".weight." in f".{stored.path}.":
+        raise NoSpectrumError(
+            "part of a parametrized or factorised weight: build the model and use analyze(model)"
+        )
+
+
+def _weight(stored: StoredTensor) -> Tensor:
+    """Read the tensor, and multiply it with the scales of its blocks where it has such."""
+    weight = dense(stored.read())
+    if weight.element_size() > 1:
+        return weight
+    scale = next((name for name in scale_names(stored.name) if math.prod(stored.shape_of(name)) > 1), None)
+    return weight if scale is None else scaled(weight, dense(stored.siblings[scale].read()))
+
+
+def _attention(stored: StoredTensor) -> Layout | None:
+    if len(stored.shape) != 2:
+        return None
+    if stored.name == "in_proj_weight" and stored.shape[0] % 3 == 0:
+        return lambda weight: stacks.packed_attention(weight, "in_proj_weight")
+    part = _ATTENTION_PARTS.get(stored.name)
+    return None if part is None else lambda weight: stacks.linear(weight, part)
+
+
+def _recurrent(stored: StoredTensor) -> Layout | None:
+    """Tell LSTM, GRU and RNN by the rows and columns of the square blocks of `weight_hh`."""
+    match = _RECURRENT.fullmatch(stored.name)
+    if match is None or len(stored.shape) != 2:
+        return None
+    if match[1] == "hr":
+        number = 1
+    elif stored.name.replace(match[1], "hr", 1) in stored.siblings:
+        number = 4  # Only an LSTM has a projection.
+    else:
+        hidden = stored.shape_of(stored.name.replace(match[1], "hh", 1))
+        number = hidden[0] // max(hidden[1], 1) if len(hidden) == 2 else 0
+    if number not in stacks.GATES or stored.shape[0] % number:
+        return None
+    return lambda weight: stacks.gates(weight, number, stored.name)
+
+
+def _fourier(stored: StoredTensor) -> Layout | None:
+    """Tell a spectral convolution; its bias (out, 1, ..., 1) has one dimension more than there are modes."""
+    if not stored.dtype.is_complex or len(stored.shape) < 2:
+        return None
+    bias = stored.shape_of("bias")
+    if len(bias) > 1 and len(bias) == len(stored.shape):
+        raise NoSpectrumError("separable spectral convolution: no in x out matrix")
+    return stacks.fourier_modes if len(stored.shape) > 2 else None
+
+
+def _stacked_experts(stored: StoredTensor) -> Layout | None:
+    if len(stored.shape) != 3 or "conv" in last_name(stored.path):
+        return None
+    if is_experts_name(stored.key) or stored.shape[0] == stored.facts.experts:
+        return lambda weight: stacks.experts(weight, stored.name)
+    return None
+
+
+def _is_norm(stored: StoredTensor) -> bool:
+    """A norm over several dimensions has a weight and a bias of one shape."""
+    if len(stored.shape) > 1 and stored.shape_of("bias") == stored.shape:
+        return True
+    return len(stored.shape) > 2 and bool(re.fullmatch(r"(\w*norm|ln)(_?\d+)?", last_name(stored.path)))
+
+
+def _is_conv1d(stored: StoredTensor) -> bool:
+    """Tell a convolution (out, in, kernel) from a bilinear form (out, in, in) and from stacked matrices."""
+    own = last_name(stored.path)
+    return "conv" in own or (stored.shape[2] <= LONGEST_KERNEL and "bilinear" not in own)

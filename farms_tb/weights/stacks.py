@@ -1,0 +1,153 @@
+"""Layouts: a weight tensor becomes stacks of matrices, the same whether it lies in a model or in a file.
+
+One layout everywhere: a stack is a tensor `(K, R, C)` of K matrices with R rows and C columns, R >= C.
+
+========================  =====================================  ============================================
+layer                     weight                                 stack
+========================  =====================================  ============================================
+Linear                    (out, in)                              K = 1
+Conv1d/2d/3d              (out, in / g, *kernel)                 K = g * prod(kernel), one out/g x in/g matrix
+                                                                 for each group and kernel position
+ConvTranspose1d/2d/3d     (in, out / g, *kernel)                 as a convolution
+MultiheadAttention        in_proj (3E, E)                        three stacks of K = 1: q, k and v
+LSTM, GRU, RNN            weight_ih, weight_hh (gates * H, in)   one stack of K = 1 a gate
+stacked experts           (experts, out, in) or transposed       K = experts, one matrix an expert
+neuralop SpectralConv     (in, out, *modes), complex             K = retained modes
+========================  =====================================  ============================================
+
+Sources: FARMS (Hu et al., arXiv 2506.06280), TempBalance (Zhou et al., arXiv 2312.00359).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+Sampling = Literal["blocks", "grid"]
+
+CONV_NORM = 0.5
+"""Factor on a convolution's eigenvalues. It changes no alpha; with it spectral norms match the papers'."""
+
+GATES: dict[int, tuple[str, ...]] = {1: ("",), 3: ("r", "z", "n"), 4: ("i", "f", "g", "o")}
+"""Names of the gates of an RNN, a GRU and an LSTM by their number, in the order of the rows of their weights."""
+
+
+class NoSpectrumError(ValueError):
+    """A layer has no matrix to measure. The message is shown as the layer's status."""
+
+
+@dataclass(frozen=True)
+class MatrixStack:
+    """One weight as a stack of matrices.
+
+    Attributes:
+        matrices: `(K, R, C)`, real or complex, any floating dtype. Rows and columns may come in either order:
+            the stack is transposed where needed so that R >= C.
+        sampling: how FARMS places its windows. `"blocks"` (convolutions): non-overlapping row blocks, the same
+            block of all K matrices pooled and fitted as one sample; `"grid"` (linear layers): overlapping
+            windows on a grid, all pooled into one sample.
+        part: a suffix of the layer's name where one module holds several weights (`"q"`).
+        parameter: name, inside the module, of the parameter that this stack is made of where the module holds
+            several weights; empty where the stack stands for the whole module. Several stacks may be made of one
+            parameter, as the gates of an LSTM are.
+        eigenvalue_scale: factor on the eigenvalues.
+
+    Raises:
+        ValueError: `matrices` has other than three dimensions.
+        NoSpectrumError: its entries are integers or booleans.
+    """
+
+    matrices: Tensor
+    sampling: Sampling = "blocks"
+    part: str = ""
+    parameter: str = ""
+    eigenvalue_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.matrices.ndim != 3:
+            raise ValueError(
+                f"a matrix stack has three dimensions (K, R, C), got shape {tuple(self.matrices.shape)}"
+            )
+        if not (self.matrices.is_floating_point() or self.matrices.is_complex()):
+            raise NoSpectrumError(f"weights of type {self.matrices.dtype}: not floating point")
+        if self.matrices.shape[1] < self.matrices.shape[2]:
+            object.__setattr__(self, "matrices", self.matrices.mT)
+
+    @property
+    def kind(self) -> Literal["real", "spectral"]:
+        """`"spectral"` for complex weights: their alphas do not compare with those of real ones."""
+        return "spectral" if self.matrices.is_complex() else "real"
+
+
+def stack_problem(stack: MatrixStack) -> str:
+    """Say why a stack has no spectrum; empty where it has one."""
+    return "" if min(stack.matrices.shape[1:]) > 1 else "one row or one column: no spectrum"
+
+
+def linear(weight: Tensor, part: str = "", parameter: str = "") -> list[MatrixStack]:
+    """Return the weight `(out, in)`, or `(in, out)`, of a linear layer as one matrix."""
+    return [MatrixStack(_checked(weight, 2)[None], sampling="grid", part=part, parameter=parameter)]
+
+
+def convolution(weight: Tensor, groups: int = 1) -> list[MatrixStack]:
+    """Return one matrix for each group and kernel position of a convolution.
+
+    Args:
+        weight: `(out, in / groups, *kernel)`, or `(in, out / groups, *kernel)` of a transposed convolution: the
+            groups split the first dimension in both.
+        groups: groups of channels.
+    """
+    if weight.ndim not in (3, 4, 5):
+        raise NoSpectrumError(f"a weight of shape {tuple(weight.shape)}: expected 3 to 5 dimensions")
+    positions = weight.flatten(2)
+    if groups == 1:
+        matrices = positions.permute(2, 0, 1)
+    else:
+        grouped = positions.reshape(groups, -1, *positions.shape[1:])
+        matrices = grouped.permute(0, 3, 1, 2).flatten(0, 1)
+    return [MatrixStack(matrices, eigenvalue_scale=CONV_NORM)]
+
+
+def packed_attention(weight: Tensor, parameter: str) -> list[MatrixStack]:
+    """Return q, k and v from the weight `(3E, E)` that holds them one below the other."""
+    return [
+        stack
+        for part, matrix in zip("qkv", _checked(weight, 2).chunk(3), strict=True)
+        for stack in linear(matrix, part, parameter)
+    ]
+
+
+def gates(weight: Tensor, number: int, parameter: str) -> list[MatrixStack]:
+    """Return one matrix for each gate of a recurrent layer.
+
+    Args:
+        weight: `(number * hidden, in)`, the gates one below the other.
+        number: 1 (RNN), 3 (GRU) or 4 (LSTM).
+        parameter: the parameter's name, `weight_ih_l0`; the stacks are called `weight_ih_l0.i` and so on.
+    """
+    return [
+        stack
+        for gate, matrix in zip(GATES[number], _checked(weight, 2).chunk(number), strict=True)
+        for stack in linear(matrix, ".".join(filter(None, (parameter, gate))), parameter)
+    ]
+
+
+def experts(weight: Tensor, parameter: str = "") -> list[MatrixStack]:
+    """Return one matrix for each expert of `(experts, out, in)` or `(experts, in, out)`."""
+    part = "" if parameter == "weight" else parameter
+    return [MatrixStack(_checked(weight, 3), part=part, parameter=parameter)]
+
+
+def fourier_modes(weight: Tensor) -> list[MatrixStack]:
+    """Return one complex matrix for each Fourier mode of `(in, out, *modes)`."""
+    if weight.ndim < 3:
+        raise NoSpectrumError(f"a weight of shape {tuple(weight.shape)}: expected (in, out, *modes)")
+    return [MatrixStack(weight.flatten(2).permute(2, 0, 1))]
+
+
+def _checked(weight: Tensor, ndim: int) -> Tensor:
+    if weight.ndim != ndim:
+        raise NoSpectrumError(f"a weight of shape {tuple(weight.shape)}: expected {ndim} dimensions")
+    return weight

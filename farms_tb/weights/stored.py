@@ -1,0 +1,177 @@
+"""A tensor in a file: its name and shape now, its values when they are asked for.
+
+Files are read through ordinary file handles and never mapped into memory: when another process cuts a mapped file,
+for example by saving onto the same name, the operating system ends the reader.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from farms_tb.weights.names import clean_name
+from farms_tb.weights.stacks import NoSpectrumError
+from farms_tb.weights.values import unreadable
+
+MAX_DIMS = 16
+"""Dimensions of a tensor that are looked at; a damaged file may claim any number."""
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a `config.json` in the folder of the weights tells of them.
+
+    Attributes:
+        experts: experts of a mixture; 0 where none are named.
+        tied_head: name of the head that shares the weight of the input embedding; empty where there is none.
+    """
+
+    experts: int = 0
+    tied_head: str = ""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file.
+
+    Attributes:
+        key: its name there.
+        shape: its shape.
+        read: reads its values, a tensor of that shape. Raises ValueError where the file has changed or ends early.
+        identity: equal for two names of one tensor.
+        dtype: the type of its entries.
+        problem: why it cannot be read; empty where it can.
+        siblings: the tensors of the same module by their names there, itself among them.
+        facts: what is known of the whole model.
+    """
+
+    key: str
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+    identity: object
+    dtype: torch.dtype = torch.float32
+    problem: str = ""
+    siblings: Mapping[str, StoredTensor] = field(default_factory=dict, repr=False)
+    facts: ModelFacts = ModelFacts()
+
+    @property
+    def path(self) -> str:
+        """Path of the module."""
+        return self._path_and_name[0]
+
+    @property
+    def name(self) -> str:
+        """Name of the parameter in its module."""
+        return self._path_and_name[1]
+
+    @property
+    def _path_and_name(self) -> tuple[str, str]:
+        # tltorch keeps a dense weight as the `tensor` of a module `weight`.
+        path, _, name = clean_name(self.key).removesuffix(".tensor").rpartition(".")
+        return path, name
+
+    def shape_of(self, sibling: str) -> tuple[int, ...]:
+        """Return the shape of another tensor of the module; empty where there is none."""
+        return self.siblings[sibling].shape if sibling in self.siblings else ()
+
+    @property
+    def has_numbers(self) -> bool:
+        """Whether its entries are real or complex numbers of at least 8 bits."""
+        numbers = self.dtype.is_floating_point or self.dtype.is_complex
+        return numbers and "float4" not in str(self.dtype)
+
+
+def with_siblings(tensors: Iterable[StoredTensor], facts: ModelFacts) -> list[StoredTensor]:
+    """Tell each tensor which others belong to the same module, and what is known of the model."""
+    tensors = list(tensors)
+    modules: dict[str, dict[str, StoredTensor]] = {}
+    for tensor in tensors:
+        modules.setdefault(tensor.path, {})[tensor.name] = tensor
+    return [replace(tensor, siblings=modules[tensor.path], facts=facts) for tensor in tensors]
+
+
+def stored_in_memory(key: str, tensor: Tensor) -> StoredTensor:
+    """Return a tensor of a state dict as one of a file."""
+    try:
+        shape = tuple(tensor.shape)
+    except RuntimeError:  # A nested tensor, or one that waits for its first batch.
+        return StoredTensor(key, (), lambda: tensor, key, problem=unreadable([tensor]))
+    shared = tensor.layout == torch.strided and type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
+    identity = (tensor.data_ptr(), shape, tensor.stride()) if shared and not tensor.is_meta else key
+    return StoredTensor(key, shape, lambda: tensor, identity, tensor.dtype)
+
+
+@dataclass(frozen=True)
+class OpenedFile:
+    """A file as it was when its tensors were listed.
+
+    Attributes:
+        path: where it is.
+        size: its bytes.
+        version: what changes when the file is written again or replaced.
+    """
+
+    path: Path
+    size: int
+    version: tuple[int, ...]
+
+    @classmethod
+    def at(cls, path: Path) -> OpenedFile:
+        """Note size and version of the file at `path`."""
+        status = path.stat()
+        return cls(path, status.st_size, (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns))
+
+    def read(self, start: int, size: int) -> bytearray:
+        """Return `size` bytes from `start` on.
+
+        Raises:
+            ValueError: the file is not the one whose tensors were listed, or ends before.
+            FileNotFoundError: it was deleted meanwhile.
+        """
+        if start + size > self.size:
+            raise ValueError(f"cannot read {self.path}: cut short, it ends before a tensor that it names")
+        content = bytearray(size)
+        with self.path.open("rb") as file:
+            if OpenedFile.at(self.path).version != self.version:
+                raise ValueError(f"cannot read {self.path}: it changed while it was read, measure it again")
+            file.seek(start)
+            if file.readinto(content) != size:
+                raise ValueError(f"cannot read {self.path}: cut short while it was read, measure it again")
+        return content
+
+    def tensor(self, start: int, dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
+        """Read a tensor whose first entry is at byte `start`.
+
+        Args:
+            start: position in the file.
+            dtype: the type of its entries.
+            shape: its shape.
+            stride: its strides, in entries.
+        """
+        entries = 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+        try:
+            if 0 in shape:
+                return torch.empty(shape, dtype=dtype)
+            content = self.read(start, entries * dtype.itemsize)
+            return torch.frombuffer(content, dtype=dtype).as_strided(shape, stride)
+        except MemoryError as error:
+            raise NoSpectrumError(f"its {entries} entries do not fit into memory") from error
+        except RuntimeError as error:
+            raise NoSpectrumError(f"damaged: no tensor can have the shape {shape}") from error
+
+
+def shape_problem(shape: tuple[int, ...]) -> str:
+    """Say that a shape has more dimensions than any layer's; empty where it has not."""
+    return f"a tensor of {len(shape)} dimensions" if len(shape) > MAX_DIMS else ""
+
+
+def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the strides of a tensor that is stored row by row."""
+    strides = accumulate(reversed(shape[1:]), operator.mul, initial=1)
+    return tuple(strides)[::-1] if shape else ()

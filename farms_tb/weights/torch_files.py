@@ -1,0 +1,205 @@
+"""Read files by `torch.save`: a pickle and the entries of its tensors, since torch 1.6 in a zip file.
+
+`farms_tb.weights.pickles` interprets the pickle and executes nothing; entries are read when they are asked for,
+one tensor at a time.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import pickle
+import struct
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from farms_tb.weights.pickles import Interpreter, RefusedError, Skipped, TorchTensor
+from farms_tb.weights.stored import OpenedFile, StoredTensor, shape_problem
+
+_MAGIC = 0x1950A86A20F9469CFC6C
+"""First number of a file by a version of torch before 1.6."""
+
+_LOCAL_HEADER = 30
+"""Bytes in front of the name of each record of a zip file."""
+
+
+@dataclass(frozen=True)
+class _Record:
+    """A record of a file: how many bytes it has, and what finds the first of them."""
+
+    size: int
+    start: Callable[[], int]
+
+
+@dataclass(frozen=True)
+class TorchFile:
+    """The content of a file by `torch.save`.
+
+    Attributes:
+        content: what was saved: plain values and containers, with a `TorchTensor` for each tensor and a `Skipped`
+            for everything else.
+        file: the file.
+        records: where in the file each storage is.
+    """
+
+    content: Any
+    file: OpenedFile
+    records: Mapping[str, _Record]
+
+    def read(self, tensor: TorchTensor) -> Tensor:
+        """Read the entries of one tensor.
+
+        Raises:
+            ValueError: the file is cut short or damaged, or has changed.
+        """
+        storage = tensor.storage
+        if storage is None:
+            return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        start = self.records[storage.key].start() + tensor.offset * tensor.dtype.itemsize
+        return self.file.tensor(start, tensor.dtype, tensor.shape, tensor.stride)
+
+    def problem(self, tensor: TorchTensor) -> str:
+        """Say why a tensor cannot be read: above all, one that claims more entries than the file has."""
+        if tensor.problem or tensor.storage is None or 0 in tensor.shape:
+            return tensor.problem
+        if shape_problem(tensor.shape):
+            return shape_problem(tensor.shape)
+        record = self.records.get(tensor.storage.key)
+        available = 0 if record is None else record.size // tensor.dtype.itemsize
+        entries = math.prod(tensor.shape)
+        last = tensor.offset + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride, strict=True))
+        if entries > available or last >= available:
+            return f"damaged: it claims {entries} entries, the file has {available} for it"
+        return ""
+
+
+def open_torch_file(path: Path) -> TorchFile:
+    """Read the structure of a file by `torch.save`, of any version of torch.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Its content; entries of tensors are read later, one tensor at a time.
+
+    Raises:
+        ValueError: it is no such file, or cut short or damaged, or holds a program or a whole module.
+        OSError: the file cannot be opened.
+    """
+    file = OpenedFile.at(path)
+    try:
+        with path.open("rb") as opened:
+            return _open_zip(file, opened) if zipfile.is_zipfile(opened) else _open_legacy(file, opened)
+    except RefusedError as error:
+        raise ValueError(holds_more(path, str(error))) from error
+    except Exception as error:
+        if isinstance(error, OSError) and error.filename is not None:
+            raise  # The file is gone, or may not be read. A damaged one leads to positions that it does not have.
+        raise ValueError(
+            f"cannot read {path}: no checkpoint, or one that is empty, cut short or damaged ({_reason(error)})"
+        ) from error
+
+
+def read_torch_file(path: Path) -> Any:
+    """Return what a file by `torch.save` holds: plain values, and a stand-in for each tensor and foreign object.
+
+    Raises:
+        ValueError, OSError: see `open_torch_file`.
+    """
+    found = open_torch_file(path).content
+    if isinstance(found, Skipped):
+        raise ValueError(holds_more(path, found.full_name))
+    return found
+
+
+def holds_more(path: Path, what: str) -> str:
+    """Return the message that refuses a file because of `what` it holds."""
+    named = f" ({what})" if what else ""
+    return (
+        f"{path} holds more than weights{named}, and loading that could run anything: save the state dict "
+        "instead, by torch.save(model.state_dict(), path) or as safetensors; or, if you trust the file, "
+        "load it yourself with torch.load(path, weights_only=False) and call analyze(model)"
+    )
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, (pickle.UnpicklingError, EOFError)):
+        return "no pickle, or half of one"
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]:.200}"
+
+
+def _open_zip(file: OpenedFile, opened: BinaryIO) -> TorchFile:
+    with zipfile.ZipFile(opened) as archive:
+        records = {info.filename: info for info in archive.infolist()}
+        pickles = [name for name in records if name.count("/") == 1 and name.endswith("/data.pkl")]
+        if len(pickles) != 1:
+            raise ValueError("a zip file without one data.pkl")
+        root = pickles[0].removesuffix("data.pkl")
+        if any(name.startswith(f"{root}code/") for name in records):
+            raise RefusedError
+        if f"{root}byteorder" in records and _small(archive, records[f"{root}byteorder"]) != b"little":
+            raise ValueError("numbers in big-endian order")
+        content = Interpreter(io.BytesIO(_small(archive, records[pickles[0]]))).load()
+    data = f"{root}data/"
+    stored = {name: info for name, info in records.items() if name.startswith(data)}
+    return TorchFile(content, file, {name.removeprefix(data): _record(file, i) for name, i in stored.items()})
+
+
+def _small(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
+    """Read a record that is not compressed: a small file must not become a large one."""
+    if info.compress_type != zipfile.ZIP_STORED:
+        raise ValueError(f"{info.filename} is compressed")
+    return archive.read(info)
+
+
+def _record(file: OpenedFile, info: zipfile.ZipInfo) -> _Record:
+    """Return where the bytes of a record of a zip file are: behind a header of variable length."""
+
+    def start() -> int:
+        header = file.read(info.header_offset, _LOCAL_HEADER)
+        name_length, extra_length = struct.unpack("<HH", header[26:30])
+        return info.header_offset + _LOCAL_HEADER + int(name_length) + int(extra_length)
+
+    stored = info.compress_type == zipfile.ZIP_STORED
+    return _Record(min(info.file_size, file.size - info.header_offset) if stored else 0, start)
+
+
+def _open_legacy(file: OpenedFile, opened: BinaryIO) -> TorchFile:
+    """Read a file of before torch 1.6: five pickles, then for each storage a number of entries and the entries."""
+    opened.seek(0)
+    magic = Interpreter(opened).load()
+    if isinstance(magic, Skipped):
+        raise RefusedError(magic.full_name)
+    if magic != _MAGIC:
+        raise ValueError("a pickle of something else")
+    _version, _machine = Interpreter(opened).load(), Interpreter(opened).load()
+    interpreter = Interpreter(opened)
+    content, keys = interpreter.load(), Interpreter(opened).load()
+    records: dict[str, _Record] = {}
+    position = opened.tell()
+    for key in keys:
+        opened.seek(position)
+        (entries,) = struct.unpack("<q", opened.read(8))
+        size = entries * interpreter.storages[str(key)].dtype.itemsize
+        if entries < 0 or position + 8 + size > file.size:
+            raise ValueError("it ends before its tensors")
+        records[str(key)] = _Record(size, partial(int, position + 8))
+        position += 8 + size
+    return TorchFile(content, file, records)
+
+
+def tensors_of(state_dict: Mapping[Any, Any], where: TorchFile) -> Iterator[StoredTensor]:
+    """Yield the tensors of a state dict in the file; nothing is read."""
+    for key, tensor in state_dict.items():
+        if not (isinstance(key, str) and isinstance(tensor, TorchTensor)):
+            continue
+        identity = (where.file.path, tensor) if tensor.storage is not None else key
+        read = partial(where.read, tensor)
+        yield StoredTensor(key, tensor.shape, read, identity, tensor.dtype, where.problem(tensor))

@@ -1,0 +1,199 @@
+"""One odd layer costs that layer, never the measurement: it is listed with the reason, the others are measured."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from farms_tb import TempBalance, analyze, analyze_checkpoint
+from farms_tb.weights.layers import find_layers
+
+
+class Quantised(Tensor):
+    """Knows how to detach and, like those of torchao, how to dequantise."""
+
+    @staticmethod
+    def __new__(cls, codes: Tensor, scale: float) -> Quantised:
+        return Tensor._make_wrapper_subclass(cls, codes.shape, dtype=torch.float32)  # type: ignore[attr-defined,no-any-return]
+
+    def __init__(self, codes: Tensor, scale: float) -> None:
+        self.codes, self.scale = codes, scale
+
+    def dequantize(self, *_: Any) -> Tensor:
+        return self.codes.float() * self.scale
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+            return cls(args[0].codes, args[0].scale)
+        raise NotImplementedError(f"attempting to run unimplemented operator {func}")
+
+
+class Opaque(Quantised):
+    def dequantize(self, *_: Any) -> Tensor:
+        raise NotImplementedError("not yet")
+
+
+class NoWeight(nn.Linear):
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.weight = None  # type: ignore[assignment]
+
+
+class DeletedWeight(nn.Linear):
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        del self.weight
+
+
+class Vector(nn.Linear):
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.weight = nn.Parameter(torch.randn(64))
+
+
+class Cube(nn.Linear):
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.weight = nn.Parameter(torch.randn(4, 64, 64))
+
+
+class Failing(nn.Linear):
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        raise RuntimeError("no kernel for this device")
+
+
+def with_weight(weight: Tensor) -> nn.Linear:
+    layer = nn.Linear(64, 64)
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    return layer
+
+
+def codes() -> Tensor:
+    return torch.randint(-127, 127, (64, 64), dtype=torch.int8)
+
+
+ODD: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "tensor subclass": (lambda: with_weight(Opaque(codes(), 0.01)), "Opaque"),
+    "sparse": (lambda: with_weight(torch.randn(64, 64).to_sparse()), "layout torch.sparse_coo"),
+    "CSR": (lambda: with_weight(torch.randn(64, 64).to_sparse_csr()), "layout torch.sparse_csr"),
+    "mkldnn": (lambda: with_weight(torch.randn(64, 64).to_mkldnn()), "layout torch._mkldnn"),
+    "integers": (lambda: with_weight(codes()), "torch.int8"),
+    "no weight": (lambda: NoWeight(64, 64), "None"),
+    "deleted weight": (lambda: DeletedWeight(64, 64), "None"),
+    "vector": (lambda: Vector(64, 64), "shape (64,)"),
+    "cube": (lambda: Cube(64, 64), "shape (4, 64, 64)"),
+    "rule that fails": (Failing, "no kernel for this device"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+@pytest.mark.parametrize("kind", ODD)
+def test_is_listed_and_the_others_are_measured(kind: str) -> None:
+    make, words = ODD[kind]
+    net = nn.Sequential(nn.Linear(64, 64), make(), nn.Linear(64, 64))
+    layers = analyze(net).layers
+    assert list(layers) == ["0", "1", "2"]
+    assert words in layers["1"].status
+    assert [layers[name].status for name in "02"] == ["ok", "ok"]
+
+
+@pytest.mark.parametrize("kind", ["tensor subclass", "no weight", "cube"])
+def test_training_goes_on(kind: str) -> None:
+    net = nn.Sequential(nn.Linear(64, 64), ODD[kind][0](), nn.Linear(64, 64))
+    trained = [*net[0].parameters(), *net[2].parameters()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # The odd layer keeps its rate, which a warning may say.
+        balancer = TempBalance(net, torch.optim.SGD(trained, lr=0.1))
+        balancer.step()
+    ratios = [balancer.ratios[name] for name in "02"]
+    assert all(0.5 <= ratio <= 1.5 for ratio in ratios)
+
+
+def test_quantised_weights_that_can_be_dequantised_are_measured() -> None:
+    quantised = Quantised(codes(), 0.01)
+    found = analyze(nn.Sequential(with_weight(quantised))).layers["0"]
+    expected = analyze(nn.Sequential(with_weight(quantised.dequantize()))).layers["0"]
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("weight", "words"),
+    [
+        (lambda: torch.randn(20, 30).to_sparse(), "layout torch.sparse_coo"),
+        (lambda: torch.randn(20, 30).to_sparse_csr(), "layout torch.sparse_csr"),
+        (lambda: torch.nested.nested_tensor([torch.randn(3, 4), torch.randn(5, 4)]), "nested tensor"),
+        (lambda: torch.ones(1).expand(10**6, 10**6), "damaged: it claims 1000000000000 entries"),
+        (lambda: torch.randn(2000).as_strided((500, 500, 60, 60), (1, 1, 1, 1)), "damaged: it claims"),
+        (lambda: torch.empty(20, 30, device="meta"), "on the meta device"),
+        (lambda: torch.zeros(20, 30, dtype=torch.int8), "torch.int8"),
+        (lambda: torch.zeros(0, 30), "one row or one column"),
+    ],
+    ids=["sparse", "CSR", "nested", "expanded", "overlapping", "meta", "integers", "empty"],
+)
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "before 1.6"])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors", "ignore:Sparse CSR tensor support")
+def test_odd_tensors_of_a_file(weight: Callable[[], Tensor], words: str, legacy: bool, tmp_path: Path) -> None:
+    held = {"a.weight": weight(), "b.weight": torch.randn(30, 20)}
+    torch.save(held, tmp_path / "weights.pt", _use_new_zipfile_serialization=not legacy)
+    layers = analyze_checkpoint(tmp_path / "weights.pt").layers
+    assert words in layers["a"].status
+    assert layers["b"].status == "ok"
+
+
+@pytest.mark.filterwarnings("ignore:.*ProcessGroup")
+def test_sharded_tensors_of_a_file(tmp_path: Path) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        shards = distribute_tensor(torch.randn(20, 30), mesh, [Shard(0)])
+        torch.save({"a.weight": shards, "b.weight": torch.randn(20, 30)}, tmp_path / "weights.pt")
+    finally:
+        torch.distributed.destroy_process_group()
+    layers = analyze_checkpoint(tmp_path / "weights.pt").layers
+    assert "DTensor" in layers["a"].status
+    assert layers["b"].status == "ok"
+
+
+class Scaled(nn.Linear):
+    """Block-scaled 8-bit floats, as transformers' FP8Linear holds them."""
+
+    def __init__(self, weight: Tensor, scale: Tensor) -> None:
+        super().__init__(*reversed(weight.shape), bias=False)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.weight_scale_inv = nn.Parameter(scale, requires_grad=False)
+
+
+@pytest.mark.parametrize("name", ["weight_scale_inv", "scale", "weight_scale"])
+def test_scales_of_blocks_are_multiplied(name: str, tmp_path: Path) -> None:
+    """The last blocks are narrower than 128; the same row in a model and a file."""
+    torch.manual_seed(0)
+    weight = torch.randn(256, 200).to(torch.float8_e4m3fn)
+    scale = torch.tensor([[1.0, 50.0], [0.02, 3.0]])
+    real = nn.Linear(200, 256)
+    rows, columns = (scale.repeat_interleave(128, 0), lambda wide: wide.repeat_interleave(128, 1)[:, :200])
+    real.weight.data = weight.float() * columns(rows)
+    expected = analyze(nn.Sequential(real)).layers["0"]
+    assert analyze(nn.Sequential(Scaled(weight, scale))).layers["0"] == expected
+    save_file({"0.weight": weight, f"0.{name}": scale}, tmp_path / "a.safetensors")
+    assert analyze_checkpoint(tmp_path / "a.safetensors").layers == {"0": expected}
+
+
+def test_scales_of_other_blocks_are_refused() -> None:
+    layer = Scaled(torch.randn(64, 64).to(torch.float8_e4m3fn), torch.ones(2, 2))
+    (found,) = find_layers(layer)
+    assert "a scale for each block" in found.problem
