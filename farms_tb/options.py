@@ -115,7 +115,7 @@ def plain_strings(argument: str, values: object) -> tuple[str, ...]:
         )
     found = tuple(plain_value(value) for value in values)
     if not all(isinstance(value, str) for value in found):
-        raise TypeError(f"{argument} must be a sequence of strings, got {found!r}")
+        raise TypeError(f"{argument} must be a sequence of strings, got {values!r}")
     return found
 
 
