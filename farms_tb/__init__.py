@@ -6,6 +6,7 @@
 - `FARMSTrainerCallback()`: the same for Hugging Face's Trainer; needs the extra `transformers`.
 - `TempBalance(model, optimizer)`: the same for a plain PyTorch loop.
 - `lr_ratios(alphas)`: the maps from alphas to learning-rate ratios.
+- `SpectrumOptions`, `RatioOptions`, `ScheduleOptions`, `LoggingOptions`: what all of these can be asked for.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from farms_tb.analysis import analyze, analyze_checkpoint
 from farms_tb.balancing.balancer import StepGroup
 from farms_tb.balancing.loop import TempBalance
 from farms_tb.balancing.ratio_maps import lr_ratios
+from farms_tb.options import LoggingOptions, RatioOptions, ScheduleOptions, SpectrumOptions
 from farms_tb.report import EsdHistogram, LayerRecord, Report
 from farms_tb.weights.matrices import MatrixStack, NoSpectrumError, layer_matrices
 
@@ -34,9 +36,13 @@ __all__ = [
     "EsdHistogram",
     "FARMSTempBalance",
     "LayerRecord",
+    "LoggingOptions",
     "MatrixStack",
     "NoSpectrumError",
+    "RatioOptions",
     "Report",
+    "ScheduleOptions",
+    "SpectrumOptions",
     "StepGroup",
     "TempBalance",
     "analyze",

@@ -4,36 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from os import PathLike, fspath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from farms_tb.options import Esd, Fit, Precision, Solver, SpectrumOptions, as_plain, check_bool
+from farms_tb.keywords import SpectrumKeywords, resolved, takes_options
+from farms_tb.options import SpectrumOptions, as_plain, check_bool
 from farms_tb.report import LayerRecord, Report
 from farms_tb.spectra.measure import Nulls, measure, measure_nulls, weight_record, with_nulls
 from farms_tb.weights.files import StoredTensor, stored_layers, stored_tensors, tensors_of_state_dict
 from farms_tb.weights.layers import checked_layers
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
+
+@takes_options(SpectrumOptions)
 def analyze(
     model: nn.Module | Mapping[str, Any],
     *,
-    esd: Esd = "farms",
-    fit: Fit = "median",
-    aspect_ratio: float = 1.0,
-    window: int = 100,
-    windows_per_dim: int = 9,
-    window_step: int | None = None,
-    xmin_pos: float = 2.0,
-    filter_zeros: bool = False,
-    relative_cutoff: float = 0.0,
-    min_eigenvalues: int = 5,
-    precision: Precision = "auto",
-    solver: Solver = "auto",
-    memory_mb: int = 512,
-    threads: int | None = None,
     null: bool = False,
     histogram: bool = False,
+    spectrum: SpectrumOptions | None = None,
+    **options: Unpack[SpectrumKeywords],
 ) -> Report:
     """Measure how well each layer of a model is trained.
 
@@ -41,31 +34,18 @@ def analyze(
         model: any module, on any device. Nothing of it is changed. On the meta device the report is a plan: the
             layers, their shapes and how many eigenvalues a measurement would solve for. Or a state dict, whose
             layers are told by name and shape as in `analyze_checkpoint`.
-        esd: `"farms"` for windows of one fixed aspect ratio, `"full"` for whole weight matrices (TempBalance).
-        fit: where the power-law tail begins: `"median"`, `"goodness-of-fit"` or `"xmin_peak"`.
-        aspect_ratio: columns / rows of a window.
-        window: rows of a window of a linear layer; a smaller matrix gets the largest window that fits.
-        windows_per_dim: start positions of windows along each dimension of a linear layer.
-        window_step: a fixed distance between start positions, instead of `windows_per_dim`.
-        xmin_pos: the median fit's tail starts at index int(N / xmin_pos) of N ascending eigenvalues.
-        filter_zeros: drop eigenvalues below 1e-5, all kept where none would be left.
-        relative_cutoff: drop eigenvalues below this fraction of the largest one of their sample.
-        min_eigenvalues: samples with fewer eigenvalues have no alpha.
-        precision: `"auto"` solves in single precision where alpha stays within 5e-5 of itself, `"float64"` never.
-        solver: what solves on a GPU: `"torch"`, `"cupy"`, `"cpu"`, or `"auto"` for the fastest of them in a trial.
-        memory_mb: megabytes (MiB) that solving may take at a time, beside the model.
-        threads: threads of the CPU that solve at a time; None for as many as torch may use.
         null: also measure layers with their entries shuffled, 8 to 32 times for each shape, which tells what alpha
             a random layer of that shape has: `null_mean`, `null_std` and `z_score` of a record.
         histogram: also count each layer's ESD, the `histogram` of its record.
+        spectrum: the options below as one object; an option given by name overrides its field.
 
     Returns:
         A report; `report.layers["conv1"].alpha`, `print(report)`, `report.to_dataframe()`.
 
     Raises:
-        ValueError: an option is unknown or out of range, or the model has no layer with a weight matrix.
-        TypeError: an option has the wrong type, or `model` is neither a module nor a state dict; for the path of
-            a file, the message names `analyze_checkpoint`.
+        ValueError: an option is out of range, or the model has no layer with a weight matrix.
+        TypeError: an option is unknown or has the wrong type, or `model` is neither a module nor a state dict; for
+            the path of a file, the message names `analyze_checkpoint`.
 
     Example:
         >>> import torch
@@ -74,22 +54,7 @@ def analyze(
         >>> {name: round(record.alpha, 1) for name, record in report.layers.items()}
         {'0': 2.1, '2': 2.1}
     """
-    options = SpectrumOptions(
-        esd,
-        fit,
-        aspect_ratio,
-        window,
-        windows_per_dim,
-        window_step,
-        xmin_pos,
-        filter_zeros,
-        relative_cutoff,
-        min_eigenvalues,
-        precision,
-        solver,
-        memory_mb,
-        threads,
-    )
+    chosen = resolved(SpectrumOptions, spectrum, options)
     check_bool("null", null)
     check_bool("histogram", histogram)
     if isinstance(model, (str, PathLike)):
@@ -97,31 +62,21 @@ def analyze(
             f"expected a torch.nn.Module, got the path {fspath(model)!r}: use analyze_checkpoint(path)"
         )
     if isinstance(model, Mapping):
-        return _measure_stored(tensors_of_state_dict(model), "the state dict", options, null, histogram)
+        return _measure_stored(tensors_of_state_dict(model), "the state dict", chosen, null, histogram)
     layers = checked_layers(model, plan=True)
-    report = measure(layers, options, histogram=histogram)
-    return with_nulls(report, measure_nulls(layers, report, options)) if null else report
+    report = measure(layers, chosen, histogram=histogram)
+    return with_nulls(report, measure_nulls(layers, report, chosen)) if null else report
 
 
+@takes_options(SpectrumOptions)
 def analyze_checkpoint(
     path: str | PathLike[str],
     *,
-    esd: Esd = "farms",
-    fit: Fit = "median",
-    aspect_ratio: float = 1.0,
-    window: int = 100,
-    windows_per_dim: int = 9,
-    window_step: int | None = None,
-    xmin_pos: float = 2.0,
-    filter_zeros: bool = False,
-    relative_cutoff: float = 0.0,
-    min_eigenvalues: int = 5,
-    precision: Precision = "auto",
-    solver: Solver = "auto",
-    memory_mb: int = 512,
-    threads: int | None = None,
     null: bool = False,
     histogram: bool = False,
+    key: str | None = None,
+    spectrum: SpectrumOptions | None = None,
+    **options: Unpack[SpectrumKeywords],
 ) -> Report:
     """Measure how well each layer is trained, from a file of weights, also of one that somebody else made.
 
@@ -151,28 +106,18 @@ def analyze_checkpoint(
             or `pytorch_model.bin.index.json`; a `.gguf` file; a file by `torch.save` of a state dict or of a dict
             that holds one as `"state_dict"` (a Lightning checkpoint), `"model_state_dict"`, `"model"`, or under
             another key if it is the only one.
-        esd: see `farms_tb.analyze`, like all options.
-        fit: where the power-law tail begins.
-        aspect_ratio: columns / rows of a window.
-        window: rows of a window of a linear layer.
-        windows_per_dim: start positions of windows along each dimension.
-        window_step: a fixed distance between start positions instead.
-        xmin_pos: the median fit's divisor.
-        filter_zeros: drop eigenvalues below 1e-5.
-        relative_cutoff: drop eigenvalues below this fraction of the largest one.
-        min_eigenvalues: samples with fewer eigenvalues have no alpha.
-        precision: `"auto"` solves in single precision where alpha stays within 5e-5 of itself, `"float64"` never.
-        solver: what solves on a GPU: `"torch"`, `"cupy"`, `"cpu"`, or `"auto"` for the fastest of them in a trial.
-        memory_mb: megabytes (MiB) that solving may take at a time, beside the model.
-        threads: threads of the CPU that solve at a time; None for as many as torch may use.
         null: also measure a layer of each shape with its entries shuffled.
-        histogram: also count each layer's ESD.
+        histogram: also count each layer's ESD, the `histogram` of its record.
+        key: where the weights lie in a file by `torch.save` that holds several things, `"ema"` or `"a.b"` for a
+            dict within a dict; None to find them.
+        spectrum: the options below as one object; an option given by name overrides its field.
 
     Returns:
         A report, its layers called by the path of their parameter without `.weight`; in the order of a torch file,
         and sorted by name from safetensors, which have no order.
 
     Raises:
+        TypeError: an option is unknown or has the wrong type.
         FileNotFoundError: no such file, or one of several parts is missing.
         ValueError: an option is out of range; or the file is cut short, is no checkpoint, holds no matrix or
             several state dicts, or is a pickle of a whole module or program; or it changed while it was read.
@@ -188,25 +133,10 @@ def analyze_checkpoint(
         >>> {name: round(record.alpha, 1) for name, record in report.layers.items()}
         {'0': 2.1, '2': 2.1}
     """
-    options = SpectrumOptions(
-        esd,
-        fit,
-        aspect_ratio,
-        window,
-        windows_per_dim,
-        window_step,
-        xmin_pos,
-        filter_zeros,
-        relative_cutoff,
-        min_eigenvalues,
-        precision,
-        solver,
-        memory_mb,
-        threads,
-    )
+    chosen = resolved(SpectrumOptions, spectrum, options)
     check_bool("null", null)
     check_bool("histogram", histogram)
-    return _measure_stored(stored_tensors(path), path, options, null, histogram)
+    return _measure_stored(stored_tensors(path, key=key), path, chosen, null, histogram)
 
 
 def _measure_stored(

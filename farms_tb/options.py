@@ -1,16 +1,25 @@
-"""The options of the method, checked once, as two frozen dataclasses.
+"""The options, checked once, as frozen dataclasses.
 
-`SpectrumOptions` says how an alpha is measured (weights to alpha), `RatioOptions` what is made of it (alpha to
-learning-rate ratio). Every public entry point takes the same names with the same defaults and builds these.
+- `SpectrumOptions`: how an alpha is measured (weights to alpha).
+- `RatioOptions`: how alphas become learning-rate ratios, and which layers take part.
+- `ScheduleOptions`: when a callback measures.
+- `LoggingOptions`: what a callback logs.
+
+Names, types, defaults and documentation of all options are written here and nowhere else. Every public entry point
+takes these objects, and each option as a keyword argument too, see `farms_tb.keywords`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib.util import find_spec
 from typing import Any, Literal, get_args
+
+import numpy as np
+
+from farms_tb.warnings import warn_once
 
 Esd = Literal["farms", "full"]
 Fit = Literal["median", "goodness-of-fit", "xmin_peak"]
@@ -22,9 +31,10 @@ Kind = Literal["real", "spectral"]
 Norms = Literal["follow", "base"]
 Precision = Literal["auto", "float64"]
 Solver = Literal["auto", "torch", "cupy", "cpu"]
+XAxis = Literal["epoch", "step"]
 
 NUMERICS = ("precision", "solver", "memory_mb", "threads")
-"""Options of how eigenvalues are computed, which an alpha is the same for but for rounding."""
+"""Options that change how eigenvalues are computed, and an alpha by rounding only."""
 
 
 def check_choice(argument: str, value: object, choices: Any) -> None:
@@ -69,6 +79,52 @@ def check_bool(argument: str, value: object) -> None:
         raise TypeError(f"{argument} must be True or False, got {value!r} of type {type(value).__name__}")
 
 
+def plain_value(value: Any) -> Any:
+    """Return a numpy scalar, or an instance of a subclass of str, int or float, as a plain Python value.
+
+    Options end up in checkpoints, and `torch.load(weights_only=True)` refuses all but plain values. Other values
+    are returned as they are.
+    """
+    if isinstance(value, np.longdouble):
+        return float(value)
+    if isinstance(value, np.generic):
+        return value.item()
+    for cls in (str, bool, int, float):
+        if type(value) is cls:
+            return value
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, int):
+        return int(value)
+    return float(value) if isinstance(value, float) else value
+
+
+def plain_strings(argument: str, values: object) -> tuple[str, ...]:
+    """Return a sequence of strings as a tuple of plain strings.
+
+    Raises:
+        TypeError: `values` is None, a single string, or no sequence of strings.
+    """
+    if values is None:
+        raise TypeError(f"{argument} must be a sequence of strings, got None; for no entry use {argument}=()")
+    if isinstance(values, (str, bytes)):
+        raise TypeError(f"{argument} must be a sequence of strings, got {values!r}; use {argument}=[{values!r}]")
+    if not isinstance(values, Iterable) or isinstance(values, Mapping):
+        raise TypeError(
+            f"{argument} must be a sequence of strings, got {values!r} of type {type(values).__name__}"
+        )
+    found = tuple(plain_value(value) for value in values)
+    if not all(isinstance(value, str) for value in found):
+        raise TypeError(f"{argument} must be a sequence of strings, got {values!r}")
+    return found
+
+
+def _make_plain(options: Any) -> None:
+    """Replace the numpy values among the fields of a frozen dataclass by plain ones."""
+    for field in fields(options):
+        object.__setattr__(options, field.name, plain_value(getattr(options, field.name)))
+
+
 @dataclass(frozen=True)
 class SpectrumOptions:
     """How a layer's alpha is measured.
@@ -94,7 +150,7 @@ class SpectrumOptions:
             never does.
         solver: what solves for eigenvalues on a GPU: `"torch"`, `"cupy"`, `"cpu"`, or `"auto"` for whichever is
             the fastest in a trial of each size of windows, see `farms_tb.spectra.solvers`.
-        memory_mb: megabytes (MiB) that solving may take at a time, beside the model.
+        memory_mb: megabytes (MiB) that solving may take at a time, on top of the model.
         threads: threads of the CPU that solve at a time; None for as many as torch may use.
     """
 
@@ -114,6 +170,7 @@ class SpectrumOptions:
     threads: int | None = None
 
     def __post_init__(self) -> None:
+        _make_plain(self)
         check_choice("esd", self.esd, Esd)
         check_choice("fit", self.fit, Fit)
         check_number("aspect_ratio", self.aspect_ratio, above=0)
@@ -172,6 +229,7 @@ class RatioOptions:
     norms: Norms = "follow"
 
     def __post_init__(self) -> None:
+        _make_plain(self)
         check_choice("assign_func", self.assign_func, AssignFunc)
         check_number("lr_min_ratio", self.lr_min_ratio, at_least=0)
         check_number("lr_max_ratio", self.lr_max_ratio, above=0)
@@ -191,11 +249,8 @@ class RatioOptions:
         check_bool("exclude_last", self.exclude_last)
         check_choice("norms", self.norms, Norms)
         for argument in ("exclude", "balance"):
-            values = getattr(self, argument)
-            if isinstance(values, str) or not all(isinstance(value, str) for value in values):
-                raise TypeError(f"{argument} must be a sequence of strings, got {values!r}")
             # Hydra hands over its own list type; a tuple is comparable, hashable and safe to store.
-            object.__setattr__(self, argument, tuple(values))
+            object.__setattr__(self, argument, plain_strings(argument, getattr(self, argument)))
         for kind in self.balance:
             check_choice("balance", kind, Kind)
         if self.metric != "alpha" and self.assign_func in ("tb_sqrt", "tb_log2"):
@@ -210,16 +265,72 @@ class RatioOptions:
             )
 
 
-def collect_options(values: Mapping[str, Any]) -> tuple[SpectrumOptions, RatioOptions]:
-    """Build the options from a mapping that holds a value for each of their names, and maybe more."""
+@dataclass(frozen=True)
+class ScheduleOptions:
+    """When a callback measures.
 
-    def pick(cls: Any) -> dict[str, Any]:
-        return {field.name: values[field.name] for field in fields(cls)}
+    Attributes:
+        every_n_epochs: measure at the start of every n-th epoch.
+        every_n_steps: measure every n optimizer steps instead of by epochs.
+        lag_steps: let a GPU measure in the background, on CUDA streams of its own, and apply the ratios this many
+            optimizer steps after the weights were read, always, so that runs stay reproducible. Training waits
+            for the first measurement and for that of the final weights. Needs memory for a copy of the layers'
+            weights; models on the CPU are measured at once, with the same results. 0 waits at each measurement.
+    """
 
-    return SpectrumOptions(**pick(SpectrumOptions)), RatioOptions(**pick(RatioOptions))
+    every_n_epochs: int = 1
+    every_n_steps: int | None = None
+    lag_steps: int = 0
+
+    def __post_init__(self) -> None:
+        _make_plain(self)
+        check_integer("every_n_epochs", self.every_n_epochs, at_least=1)
+        if self.every_n_steps is not None:
+            check_integer("every_n_steps", self.every_n_steps, at_least=1)
+        check_integer("lag_steps", self.lag_steps, at_least=0)
+        if self.every_n_steps is not None and self.every_n_epochs != 1:
+            warn_once(
+                f"every_n_steps={self.every_n_steps} replaces every_n_epochs={self.every_n_epochs}, which has no "
+                "effect: leave one of the two out",
+                ScheduleOptions,
+            )
 
 
-def as_plain(*options: SpectrumOptions | RatioOptions) -> dict[str, Any]:
+@dataclass(frozen=True)
+class LoggingOptions:
+    """What a callback logs.
+
+    Attributes:
+        log: log to the trainer's loggers, under Hugging Face to its reporters and to `state.log_history`.
+        histogram_every_n: log the ESD of each layer, as a histogram of log10 of the eigenvalues, at every n-th
+            measurement (W&B and TensorBoard).
+        table_every_n: log the whole report as a table, and with matplotlib pictures of the run so far, at every
+            n-th measurement and of the final weights (W&B, TensorBoard, MLflow). In a resumed run, the pictures
+            begin where it was resumed.
+        x_axis: what W&B plots the curves against, `"epoch"` or `"step"`. None: epochs, and steps with
+            `every_n_steps`.
+    """
+
+    log: bool = True
+    histogram_every_n: int | None = None
+    table_every_n: int | None = None
+    x_axis: XAxis | None = None
+
+    def __post_init__(self) -> None:
+        _make_plain(self)
+        check_bool("log", self.log)
+        if self.histogram_every_n is not None:
+            check_integer("histogram_every_n", self.histogram_every_n, at_least=1)
+        if self.table_every_n is not None:
+            check_integer("table_every_n", self.table_every_n, at_least=1)
+        if self.x_axis is not None:
+            check_choice("x_axis", self.x_axis, XAxis)
+
+
+Options = SpectrumOptions | RatioOptions | ScheduleOptions | LoggingOptions
+
+
+def as_plain(*options: Options) -> dict[str, Any]:
     """Return the options as one flat dict of plain values, safe in a checkpoint loaded with `weights_only`."""
     plain: dict[str, Any] = {}
     for part in options:

@@ -1,26 +1,59 @@
-"""Warnings: each once, and where several processes train one model, by the first of them alone."""
+"""Warnings: once, on rank zero, pointing at the user's own line."""
 
 from __future__ import annotations
 
+import sys
 import warnings
+from types import FrameType
 from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 
+# Packages that call farms_tb, or call the user's code that does: a line in them tells the user nothing.
+_LIBRARIES = {
+    *("farms_tb", "torch", "lightning", "lightning_fabric", "pytorch_lightning", "transformers", "accelerate"),
+    *("hydra", "jsonargparse", "contextlib", "functools", "threading", "dataclasses"),
+}
+
 _said: WeakKeyDictionary[object, set[str]] = WeakKeyDictionary()
 
 
-def warn_once(message: str, about: object, stacklevel: int = 2) -> None:
-    """Warn on rank zero, unless the same was said before.
+def warn_once(message: str, about: object, stacklevel: int | None = None) -> None:
+    """Warn on rank zero, unless the same message about the same object was given before.
+
+    The warning points at the innermost line of the call stack that is outside farms_tb, torch and the trainers:
+    the user's own line, `trainer.fit(...)` for example.
 
     Args:
         message: the warning.
-        about: what it is about, an object or a class; the same message about another one is another warning.
-        stacklevel: as of `warnings.warn`, counted from the caller.
+        about: an object or a class that can be weakly referenced; the same message about another one is another
+            warning.
+        stacklevel: ignored; callers of earlier versions counted stack frames.
     """
     messages = _said.setdefault(about, set())
     if message in messages:
         return
     messages.add(message)
-    if not (dist.is_available() and dist.is_initialized() and dist.get_rank() > 0):
-        warnings.warn(message, stacklevel=stacklevel + 1)
+    if dist.is_available() and dist.is_initialized() and dist.get_rank() > 0:
+        return
+    frame = _users_frame(sys._getframe(1))
+    warnings.warn_explicit(
+        message,
+        UserWarning,
+        filename=frame.f_code.co_filename,
+        lineno=frame.f_lineno,
+        module=frame.f_globals.get("__name__", "<unknown>"),
+        registry=frame.f_globals.setdefault("__warningregistry__", {}),
+    )
+
+
+def _users_frame(frame: FrameType) -> FrameType:
+    """Return the innermost frame outside the libraries; the outermost one where every frame is in a library."""
+    while frame.f_back is not None and _package(frame) in _LIBRARIES:
+        frame = frame.f_back
+    return frame
+
+
+def _package(frame: FrameType) -> str:
+    name: str = frame.f_globals.get("__name__", "")
+    return name.partition(".")[0]

@@ -60,8 +60,9 @@ class PlaceboTempBalance(FARMSTempBalance):
 
     def _make_balancer(self, trainer: Trainer, pl_module: LightningModule) -> LayerBalancer:
         """Attach the balancer that shuffles."""
+        options = self.options
         balancer = _ShuffledBalancer(
-            pl_module, trainer.optimizers, self._spectral, self._balance, share=trainer.world_size > 1
+            pl_module, trainer.optimizers, options.spectrum, options.ratios, share=trainer.world_size > 1
         )
         balancer.placebo_seed = self._placebo_seed
         return balancer

@@ -127,25 +127,12 @@ def lag(rank: int) -> dict[str, Any]:
     return {"at once": at_once, "beside": lightning(rank, lag_steps=2)}
 
 
-def budget(rank: int) -> dict[str, Any]:
-    """Train with Lightning, each process with timings of its own."""
-    balance, logger = FARMSTempBalance(max_overhead=0.125, timings_file=f"{rank}.csv"), Recorder()
-    trainer = make_trainer([balance], logger=logger, devices=2, strategy="ddp", max_epochs=10)
-    trainer.fit(Module(), make_data(8))
-    return {
-        "ratios": balance.ratios,
-        "timings": balance.state_dict()["overhead"]["timings"],
-        "logged": [row["epoch"] for _, row in logger.rows if "farms/alpha_mean" in row],
-    }
-
-
 JOBS = {
     "loop": loop,
     "loop that breaks": lambda rank: loop(rank, breaks=True),
     "sharded": sharded,
     "loop and sharded": lambda rank: {"loop": loop(rank), "sharded": sharded(rank)},
     "lightning": lightning,
-    "lightning with a budget": budget,
     "lightning with a lag": lag,
     "lightning that breaks": lambda rank: lightning(rank, breaks=True),
 }

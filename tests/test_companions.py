@@ -27,7 +27,7 @@ TIMM: dict[str, Callable[[Any, Optimizer], Any]] = {
 
 
 def train(make_scheduler: Callable[[Optimizer], Any], balance: bool) -> tuple[list[list[float]], dict[int, float]]:
-    """Return how far SGD moved each parameter per unit of gradient, at each step, and the ratios in force."""
+    """Return how far SGD moved each parameter per unit of gradient, at each step, and the active ratios."""
     net = make_net()
     # timm's own convention: a group may carry an `lr_scale` of its own.
     parameters = list(net.parameters())

@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 import torch
 import wandb
+from farms_tb.training.overhead import TIMINGS_FILE, Overhead
 from torch import nn
 
 import farms_tb
@@ -44,7 +45,6 @@ from farms_tb.spectra.distributed import Team
 from farms_tb.spectra.measure import measure
 from farms_tb.training import wandb_workspace as wandb_report
 from farms_tb.training.metrics import MAX_LOGGED_LAYERS, warn_of_many_layers
-from farms_tb.training.overhead import TIMINGS_FILE, Overhead
 from farms_tb.training.wandb_workspace import build_workspace
 from farms_tb.viewing.plots import (
     Curve,

@@ -1,17 +1,26 @@
-"""Options: checked once, with messages that name the argument, what was expected and what came."""
+"""Options: checked once, plain values, and the same as keyword arguments of every entry point."""
 
 import math
 from dataclasses import FrozenInstanceError, fields
+from typing import get_type_hints
 
+import numpy as np
 import pytest
 import torch
 
-from farms_tb.options import (
-    RatioOptions,
-    SpectrumOptions,
-    as_plain,
-    collect_options,
+from farms_tb import FARMSTempBalance, TempBalance, analyze, analyze_checkpoint
+from farms_tb.keywords import (
+    BalancingKeywords,
+    CallbackKeywords,
+    LoggingKeywords,
+    RatioKeywords,
+    ScheduleKeywords,
+    SpectrumKeywords,
 )
+from farms_tb.options import LoggingOptions, RatioOptions, ScheduleOptions, SpectrumOptions, as_plain
+from tests.helpers import LIGHTNING_NOISE, Module, fit, make_net
+
+CLASSES = (SpectrumOptions, RatioOptions, ScheduleOptions, LoggingOptions)
 
 
 @pytest.mark.parametrize(
@@ -121,23 +130,144 @@ def test_options_cannot_be_changed_unchecked():
         SpectrumOptions().fit = "typo"
 
 
-def flat_defaults():
-    return as_plain(SpectrumOptions(), RatioOptions())
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"every_n_epochs": 0}, ValueError, "every_n_epochs must be at least 1, got 0"),
+        ({"every_n_steps": 1.5}, TypeError, "every_n_steps must be an integer"),
+        ({"lag_steps": -1}, ValueError, "lag_steps must be at least 0, got -1"),
+        ({"log": "yes"}, TypeError, "log must be True or False"),
+        ({"histogram_every_n": 0}, ValueError, "histogram_every_n must be at least 1, got 0"),
+        ({"table_every_n": True}, TypeError, "table_every_n must be an integer"),
+        ({"x_axis": "steps"}, ValueError, "x_axis must be one of 'epoch', 'step', got 'steps'"),
+        ({"exclude": None}, TypeError, r"exclude must be .* got None; .*exclude=\(\)"),
+        ({"balance": None}, TypeError, "balance must be .* got None"),
+        ({"exclude": 3}, TypeError, "exclude must be .* got 3 of type int"),
+        ({"exclude": {"net.1": 0.5}}, TypeError, "exclude must be .* of type dict"),
+        ({"exclude": b"net"}, TypeError, "exclude must be a sequence of strings"),
+        (
+            {"spectrum": {"esd": "full"}},
+            TypeError,
+            r"spectrum must be SpectrumOptions\(...\), got .* of type dict",
+        ),
+        ({"schedule": LoggingOptions()}, TypeError, r"schedule must be ScheduleOptions\(...\)"),
+    ],
+)
+def test_options_of_callbacks(options, error, message):
+    with pytest.raises(error, match=message):
+        FARMSTempBalance(**options)
 
 
-def test_collected_from_one_mapping():
-    spectral, balance = collect_options(flat_defaults() | {"window": 50, "assign_func": "tb_step", "log": True})
-    assert spectral == SpectrumOptions(window=50)
-    assert balance == RatioOptions("tb_step")
-
-
-def test_every_option_survives_the_plain_form():
-    plain = flat_defaults()
-    assert collect_options(plain) == (SpectrumOptions(), RatioOptions())
-    names = {field.name for cls in (SpectrumOptions, RatioOptions) for field in fields(cls)}
-    assert set(plain) == names
+@pytest.mark.parametrize("every", [{"every_n_epochs": 2, "every_n_steps": 5}])
+def test_epochs_have_no_effect_with_steps(every):
+    with pytest.warns(UserWarning, match="every_n_steps=5 replaces every_n_epochs=2") as caught:
+        FARMSTempBalance(**every)
+    assert caught[0].filename == __file__
 
 
 def test_plain_form_loads_with_weights_only(tmp_path):
-    torch.save(flat_defaults(), tmp_path / "options.pt")
-    assert torch.load(tmp_path / "options.pt", weights_only=True) == flat_defaults()
+    plain = as_plain(*(cls() for cls in CLASSES))
+    assert set(plain) == {field.name for cls in CLASSES for field in fields(cls)}
+    torch.save(plain, tmp_path / "options.pt")
+    assert torch.load(tmp_path / "options.pt", weights_only=True) == plain
+
+
+class Text(str):
+    __slots__ = ()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"lr_min_ratio": np.float64(0.3), "lr_max_ratio": np.float32(1.25)},
+        {"exclude": np.array(["net.2"]), "balance": [np.str_("real")]},
+        {"exclude_first": np.bool_(True), "window": np.int64(50), "threads": np.int32(1)},
+        {"assign_func": np.str_("tb_step"), "esd": Text("full"), "exclude": [Text("net.2")]},
+        {"every_n_steps": np.int16(2), "lag_steps": np.uint8(1), "sigmoid_tau": np.longdouble(2)},
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings(*(mark.args[0] for mark in LIGHTNING_NOISE))
+def test_numpy_values_become_plain(options, tmp_path):
+    callback = FARMSTempBalance(**options)
+    trainer = fit(Module(), [callback], max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "numpy.ckpt")
+    torch.load(tmp_path / "numpy.ckpt", weights_only=True)
+    values = callback.options.as_plain()
+    values |= {"exclude": values["exclude"], "balance": values["balance"]}
+    flat = [*values.values(), *values["exclude"], *values["balance"]]
+    assert {type(value) for value in flat} <= {float, int, str, bool, list, type(None)}
+    fit(Module(), [FARMSTempBalance(**options)], ckpt_path=tmp_path / "numpy.ckpt", max_epochs=2)
+
+
+# As keyword arguments
+
+
+@pytest.mark.parametrize(
+    ("keywords", "classes"),
+    [
+        (SpectrumKeywords, CLASSES[:1]),
+        (RatioKeywords, CLASSES[1:2]),
+        (ScheduleKeywords, CLASSES[2:3]),
+        (LoggingKeywords, CLASSES[3:]),
+        (BalancingKeywords, CLASSES[:2]),
+        (CallbackKeywords, CLASSES),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_what_mypy_reads_are_the_fields_of_the_dataclasses(keywords, classes):
+    expected = {name: hint for cls in classes for name, hint in get_type_hints(cls).items()}
+    assert get_type_hints(keywords) == expected
+
+
+def test_objects_and_keywords_together():
+    spectrum = SpectrumOptions(esd="full", window=50)
+    callback = FARMSTempBalance(
+        spectrum=spectrum, schedule=ScheduleOptions(every_n_steps=9), window=40, lr_max_ratio=1.2, log=False
+    )
+    assert callback.options.spectrum == SpectrumOptions(esd="full", window=40)
+    assert callback.options.ratios == RatioOptions(lr_max_ratio=1.2)
+    assert callback.options.schedule == ScheduleOptions(every_n_steps=9)
+    assert callback.options.logging == LoggingOptions(log=False)
+    net = make_net()
+    assert analyze(net, spectrum=spectrum, window=40) == analyze(net, esd="full", window=40)
+    balancer = TempBalance(net, torch.optim.SGD(net.parameters(), lr=0.1), ratios=RatioOptions("tb_step"))
+    assert balancer.state_dict()["options"]["assign_func"] == "tb_step"
+
+
+def test_objects_for_a_file(tmp_path):
+    net = make_net()
+    torch.save(net.state_dict(), tmp_path / "net.pt")
+    report = analyze_checkpoint(tmp_path / "net.pt", spectrum=SpectrumOptions(window=10))
+    assert report.options["window"] == 10
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: FARMSTempBalance(lr_min=0.5), "FARMSTempBalance .*'lr_min'; .*'lr_min_ratio'.*RatioOptions"),
+        (lambda: FARMSTempBalance(every_n_step=5), "'every_n_steps'.*ScheduleOptions"),
+        (lambda: FARMSTempBalance(logs=False), "'log'.*LoggingOptions"),
+        (lambda: analyze(make_net(), windows=3), "analyze .*'windows'.*'window'.*SpectrumOptions"),
+        (lambda: analyze(make_net(), nul=True), "did you mean 'null'"),
+        (lambda: analyze(make_net(), assign_func="tb_step"), "analyze has no option 'assign_func'"),
+        (lambda: analyze(make_net(), max_overhead=0.1), "analyze has no option 'max_overhead'"),
+        (lambda: analyze_checkpoint("a.pt", essd="full"), "analyze_checkpoint .*'esd'"),
+        (lambda: TempBalance(make_net(), None, every_n_steps=1), "TempBalance has no option 'every_n_steps'"),
+        (lambda: FARMSTempBalance(zzzzzz=1), "'zzzzzz'. .*help"),
+    ],
+)
+def test_unknown_options_name_the_nearest(call, message):
+    with pytest.raises(TypeError, match=message):
+        call()
+
+
+@pytest.mark.parametrize("removed", [{"max_overhead": 0.02}, {"timings_file": "farms_timings.csv"}])
+def test_options_of_earlier_versions(removed):
+    with pytest.warns(UserWarning, match=f"no longer has the option {next(iter(removed))}.*every_n_epochs"):
+        callback = FARMSTempBalance(every_n_epochs=2, **removed)
+    assert callback.options.schedule == ScheduleOptions(every_n_epochs=2)
+
+
+def test_unused_options_of_earlier_versions_say_nothing():
+    FARMSTempBalance(max_overhead=None, timings_file=None)

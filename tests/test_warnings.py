@@ -1,8 +1,10 @@
-"""Warnings come once, from rank zero."""
+"""Warnings come once, from rank zero, and point at the user's own line."""
 
 from __future__ import annotations
 
+import threading
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,9 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from farms_tb import TempBalance
+from farms_tb import FARMSTempBalance, TempBalance
 from farms_tb.warnings import warn_once
-from tests.helpers import make_net
+from tests.helpers import LIGHTNING_NOISE, Module, make_data, make_net, make_trainer
+
+pytestmark = LIGHTNING_NOISE
 
 
 def spoilt(seed: int = 0) -> nn.Sequential:
@@ -101,10 +105,80 @@ def test_another_message_or_object_is_another_warning() -> None:
     assert messages(say) == ["a", "b", "a", "a"]
 
 
-def test_the_line_that_is_blamed_is_the_callers() -> None:
-    def caller() -> None:
-        warn_once("look here", balance, stacklevel=1)
+def own_optimizer() -> type[torch.optim.Optimizer]:
+    """A class that is warned about, anew in each test."""
+    return type("Own", (torch.optim.SGD,), {})
 
-    with pytest.warns(UserWarning, match="look here") as caught:
-        caller()
-    assert caught[0].filename == __file__
+
+def line_of(caught: list[warnings.WarningMessage], about: str) -> str:
+    """Return the source of the line in this file that the warning points at."""
+    (warning,) = [w for w in caught if about in str(w.message)]
+    assert warning.filename == __file__
+    return Path(__file__).read_text().splitlines()[warning.lineno - 1].strip()
+
+
+def test_the_line_of_a_plain_loop() -> None:
+    net = make_net()
+    optimizer = own_optimizer()(net.parameters(), lr=0.1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        balancer = TempBalance(net, optimizer)
+        nn.init.zeros_(net[5].weight)
+        balancer.step()
+    assert line_of(caught, "untested with Own") == "balancer = TempBalance(net, optimizer)"
+    assert line_of(caught, "no alpha") == "balancer.step()"
+
+
+def test_the_line_of_options() -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        FARMSTempBalance(every_n_epochs=2, every_n_steps=3)
+        FARMSTempBalance(max_overhead=0.1)  # type: ignore[call-arg]
+    assert line_of(caught, "replaces every_n_epochs") == "FARMSTempBalance(every_n_epochs=2, every_n_steps=3)"
+    assert line_of(caught, "no longer").startswith("FARMSTempBalance(max_overhead=0.1)")
+
+
+def test_the_line_of_a_lightning_run() -> None:
+    module = Module(own_optimizer(), net=spoilt())
+    trainer = make_trainer([FARMSTempBalance(histogram_every_n=1)], max_epochs=1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(module, make_data())
+    for about in ("untested with Own", "no alpha", "histogram_every_n"):
+        assert line_of(caught, about) == "trainer.fit(module, make_data())"
+
+
+def test_the_line_of_a_hugging_face_run(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    from farms_tb import FARMSTrainerCallback
+    from tests.training import test_huggingface as hugging_face
+
+    trainer = hugging_face.make_trainer(tmp_path, FARMSTrainerCallback(table_every_n=1), num_train_epochs=1)
+    trainer.optimizer = own_optimizer()(trainer.model.parameters(), lr=0.1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.train()
+    for about in ("untested with Own", "table_every_n"):
+        assert line_of(caught, about) == "trainer.train()"
+
+
+def test_users_can_turn_a_warning_into_an_error_or_off() -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="every_n_steps", module=__name__)
+        with pytest.raises(UserWarning, match="every_n_steps"):
+            FARMSTempBalance(every_n_epochs=3, every_n_steps=3)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="every_n_steps")
+        FARMSTempBalance(every_n_epochs=4, every_n_steps=3)
+
+
+def test_only_libraries_on_the_stack() -> None:
+    """In a thread of a library the outermost line is taken: some line is better than none."""
+    scope = {"__name__": "torch.x", "warn_once": warn_once, "about": balance}
+    thread = threading.Thread(target=exec, args=("warn_once('alone', about)", scope))
+
+    def run() -> None:
+        thread.start()
+        thread.join()
+
+    assert messages(run) == ["alone"]

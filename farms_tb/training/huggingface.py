@@ -1,36 +1,28 @@
-"""The callback for Hugging Face's Trainer: the options and guarantees of the Lightning one."""
+"""The callback for Hugging Face's Trainer: the options and guarantees of the Lightning one.
+
+Everything that does not depend on the trainer is `farms_tb.training.session`.
+"""
 
 from __future__ import annotations
 
 import inspect
 import math
-import os
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from farms_tb.balancing.balancer import LayerBalancer, StepGroup
+from farms_tb.balancing.balancer import LayerBalancer
 from farms_tb.balancing.layerwise_step import stepping_optimizers
-from farms_tb.options import (
-    AssignFunc,
-    Esd,
-    Fit,
-    Kind,
-    Metric,
-    Norms,
-    Precision,
-    Solver,
-    as_plain,
-    check_bool,
-    collect_options,
-)
-from farms_tb.report import Report
-from farms_tb.training.metrics import Measurement, RunLog, XAxis, alpha_summary, choose_x_axis, warn_of_many_layers
-from farms_tb.training.schedule import Schedule
-from farms_tb.training.sinks import define_wandb_axes, tensorboard_media, wandb_values
-from farms_tb.weights.layers import clean_name
+from farms_tb.keywords import CallbackKeywords, takes_options
+from farms_tb.options import LoggingOptions, RatioOptions, ScheduleOptions, SpectrumOptions
+from farms_tb.training.metrics import Measurement
+from farms_tb.training.run import CallbackOptions, Run
+from farms_tb.training.schedule import Moment
+from farms_tb.training.session import BalancingSession, ShowsResults
+from farms_tb.training.sinks import SHOWS_MEDIA, class_names, define_wandb_axes, tensorboard_media, wandb_values
 
 try:
     from transformers.integrations.integration_utils import TensorBoardCallback, WandbCallback
+    from transformers.trainer import Trainer
     from transformers.trainer_callback import (
         CallbackHandler,
         ExportableState,
@@ -40,13 +32,16 @@ try:
         TrainerControl,
         TrainerState,
     )
+    from transformers.trainer_utils import has_length
 except ImportError as error:
     raise ImportError('FARMSTrainerCallback needs transformers: pip install "farms-tb[transformers]"') from error
 
 if TYPE_CHECKING:
-    from torch import nn
     from torch.optim import Optimizer
     from transformers import TrainingArguments
+    from typing_extensions import Unpack
+
+T = TypeVar("T")
 
 _REFUSED_BACKENDS = {
     "DEEPSPEED": "DeepSpeed: it keeps the parameters and the optimizer to itself",
@@ -58,82 +53,48 @@ _REFUSED_BACKENDS = {
 _REFUSED_OPTIMIZERS = ("LayerWiseDummyOptimizer", "Lomo", "AdaLomo")
 
 
-class FARMSTrainerCallback(TrainerCallback, ExportableState):
+@takes_options(SpectrumOptions, RatioOptions, ScheduleOptions, LoggingOptions)
+class FARMSTrainerCallback(ShowsResults, TrainerCallback, ExportableState):
     """See how well each layer is trained, and balance the layers' learning rates, under Hugging Face's Trainer.
 
     `farms_tb.FARMSTempBalance` for `transformers.Trainer`: the same options, the same guarantees. Pass it in
     `callbacks`; model, optimizer, scheduler and `TrainingArguments` stay as they are.
 
     Logged at each measurement, with every reporter of the trainer (`report_to`) and in `state.log_history`:
-    `farms/alpha/<layer>`, `farms/ratio/<layer>`, `farms/lr/<layer>`, `farms/alpha_mean`, `farms/alpha_std`, with
-    `max_overhead` also `farms/interval` and `farms/overhead`. Like all of the trainer's figures they appear under
-    `train/` in W&B and TensorBoard, there with the layers numbered by depth: `train/farms_alpha/03_<layer>`. When
-    training is over a last row holds the alphas of the final weights, before `load_best_model_at_end` puts others
-    in their place. The console gets the two aggregates only, and with more than 1000 layers so does everything
-    else.
+    `farms/alpha/<layer>`, `farms/ratio/<layer>`, `farms/lr/<layer>`, `farms/alpha_mean` and `farms/alpha_std` over
+    the layers that are trained, `farms/ratio_mean`. Like all metrics of the trainer they appear under `train/` in
+    W&B and TensorBoard, there with the layers numbered by depth: `train/farms_alpha/03_<layer>`. When training is
+    over a last row holds the alphas of the final weights, before `load_best_model_at_end` puts others in their
+    place. The console gets the mean and the standard deviation of alpha only, and with more than 1000 layers the
+    other reporters get the aggregates only.
 
-    A run resumed by `train(resume_from_checkpoint=...)` continues bit-identically, with or without
+    A run resumed by `train(resume_from_checkpoint=...)` continues bitwise identically, with or without
     `restore_callback_states_from_checkpoint`. That flag also brings back the options of the checkpoint, in a new
     callback that takes this one's place: look for it in `trainer.callback_handler.callbacks`.
 
     The Trainer does not tell callbacks of an error. After one, the next `train()` starts cleanly; to step the
     optimizer in any other way, call `detach()` first.
 
+    Source of the method: TempBalance, Zhou et al., NeurIPS 2023, arXiv 2312.00359; FARMS, Hu et al., ICML 2025,
+    arXiv 2506.06280.
+
     Args:
-        esd: `"farms"` measures windows of one fixed aspect ratio, `"full"` whole weight matrices (TempBalance).
-        fit: where the power-law tail begins: `"median"`, `"goodness-of-fit"` or `"xmin_peak"`.
-        aspect_ratio: columns / rows of a window.
-        window: rows of a window of a linear layer.
-        windows_per_dim: start positions of windows along each dimension of a linear layer.
-        window_step: a fixed distance between start positions instead.
-        xmin_pos: the median fit's tail starts at index int(N / xmin_pos) of N eigenvalues.
-        filter_zeros: drop eigenvalues below 1e-5 (the papers' rule).
-        relative_cutoff: drop eigenvalues below this fraction of the largest one.
-        min_eigenvalues: samples with fewer eigenvalues have no alpha.
-        precision: `"auto"` solves in single precision where alpha stays within 5e-5 of itself, `"float64"` never.
-        solver: what solves on a GPU: `"torch"`, `"cupy"`, `"cpu"`, or `"auto"` for the fastest of them in a trial.
-        memory_mb: megabytes (MiB) that solving may take at a time, beside the model.
-        threads: threads of the CPU that solve at a time; None for as many as torch may use.
-        assign_func: the map from alphas to ratios: `"tb_linear_map"`, `"tb_sqrt"`, `"tb_log2"`, `"tb_step"`,
-            `"tb_sigmoid"` or `"noise_aware"`; see `farms_tb.lr_ratios`.
-        lr_min_ratio: ratio of the layer with the smallest alpha.
-        lr_max_ratio: ratio of the layer with the largest alpha. With both at 1 nothing is balanced, only measured.
-        sigmoid_min: strength of the sigmoid map at or below the mean alpha.
-        sigmoid_max: strength of the sigmoid map above it.
-        sigmoid_tau: steepness of the sigmoid map.
-        ratio_levels: round the ratios to this many values, so that a step has few different learning rates.
-        metric: the figure that is mapped; `"alpha"` in the papers.
-        exclude_first: leave the first matrix layer, in order of registration, at ratio 1.
-        exclude_last: leave the last matrix layer at ratio 1: of a language model, its head.
-        exclude: shell-style patterns of layer names to leave at ratio 1, matched from any dot: `"attn.*"`.
-        balance: kinds of layers that are balanced, each within itself: `"real"`, `"spectral"` (complex weights).
-            The others are measured and logged.
-        norms: `"follow"` gives a normalisation layer the ratio of the layer that feeds it, `"base"` ratio 1.
-        every_n_epochs: measure at the start of every n-th epoch.
-        every_n_steps: measure every n optimizer steps instead of by epochs.
-        max_overhead: the share of the time of training that measuring may take, 0.02 for 2 %. Of the times that
-            `every_n_epochs` or `every_n_steps` say, those are left out that would take more. The first
-            measurement and that of the final weights are always made, and count. None: measure at all of them.
-        timings_file: with `max_overhead`, the `farms_timings.csv` of an earlier run, to measure at exactly the
-            same times again.
-        log: log to the trainer's reporters and to `state.log_history`.
-        histogram_every_n: log the ESD of each layer, as a histogram of log10 of the eigenvalues, at every n-th
-            measurement (W&B and TensorBoard).
-        table_every_n: log the whole report as a table, and with matplotlib pictures of the run so far, at every
-            n-th measurement and of the final weights (W&B, TensorBoard). In a resumed run, the pictures
-            begin where it was resumed.
-        x_axis: what W&B plots the curves against, `"epoch"` or `"step"`. By default epochs, and steps with
-            `every_n_steps`.
+        spectrum: the options of `SpectrumOptions` below as one object; an option given by name overrides its
+            field.
+        ratios: the options of `RatioOptions` below as one object, likewise.
+        schedule: the options of `ScheduleOptions` below as one object, likewise.
+        logging: the options of `LoggingOptions` below as one object, likewise.
 
     Attributes:
+        options: what the callback was asked for.
         report: the latest measurement; after training, of the final weights. None before training.
-        ratios: learning-rate ratio in force for each layer by name; empty before training.
+        ratios: active learning-rate ratio of each layer by name; empty before training.
 
     Raises:
-        TypeError: an option of the wrong type.
-        ValueError: an option unknown or out of range. At the start of `train`: a second callback of this class,
-            DeepSpeed, FSDP1 or an optimizer that cannot have layer-wise learning rates, no layer to analyse, none
-            of its parameters in the optimizer, a pattern of `exclude` that matches no layer.
+        TypeError: an option unknown or of the wrong type.
+        ValueError: an option out of range. At the start of `train`: a second callback of this class, DeepSpeed,
+            FSDP1 or an optimizer that cannot have layer-wise learning rates, no layer to analyse, none of its
+            parameters in the optimizer, a pattern of `exclude` that matches no layer.
 
     Example:
         >>> callback = FARMSTrainerCallback(every_n_steps=500, lr_min_ratio=0.7, lr_max_ratio=1.3)
@@ -141,110 +102,37 @@ class FARMSTrainerCallback(TrainerCallback, ExportableState):
         {}
     """
 
+    _how_to_begin = "call trainer.train first"
+
     def __init__(
         self,
         *,
-        esd: Esd = "farms",
-        fit: Fit = "median",
-        aspect_ratio: float = 1.0,
-        window: int = 100,
-        windows_per_dim: int = 9,
-        window_step: int | None = None,
-        xmin_pos: float = 2.0,
-        filter_zeros: bool = False,
-        relative_cutoff: float = 0.0,
-        min_eigenvalues: int = 5,
-        precision: Precision = "auto",
-        solver: Solver = "auto",
-        memory_mb: int = 512,
-        threads: int | None = None,
-        assign_func: AssignFunc = "tb_linear_map",
-        lr_min_ratio: float = 0.5,
-        lr_max_ratio: float = 1.5,
-        sigmoid_min: float = 0.5,
-        sigmoid_max: float = 0.5,
-        sigmoid_tau: float = 10.0,
-        ratio_levels: int | None = None,
-        metric: Metric = "alpha",
-        exclude_first: bool = True,
-        exclude_last: bool = True,
-        exclude: Sequence[str] = (),
-        balance: Sequence[Kind] = ("real",),
-        norms: Norms = "follow",
-        every_n_epochs: int = 1,
-        every_n_steps: int | None = None,
-        max_overhead: float | None = None,
-        timings_file: str | os.PathLike[str] | None = None,
-        log: bool = True,
-        histogram_every_n: int | None = None,
-        table_every_n: int | None = None,
-        x_axis: XAxis | None = None,
+        spectrum: SpectrumOptions | None = None,
+        ratios: RatioOptions | None = None,
+        schedule: ScheduleOptions | None = None,
+        logging: LoggingOptions | None = None,
+        **options: Unpack[CallbackKeywords],
     ) -> None:
-        self._spectral, self._balance = collect_options(locals())
-        self._schedule = Schedule(
-            every_n_epochs, every_n_steps, histogram_every_n, table_every_n, max_overhead, timings_file
-        )
-        check_bool("log", log)
-        self._run_log = RunLog(choose_x_axis(x_axis, every_n_steps))
-        self._write = log
-        self._balancer: LayerBalancer | None = None
-        self._training = False
+        self.options = CallbackOptions.resolved(spectrum, ratios, schedule, logging, options)
+        self._session = BalancingSession(self.options)
         self._epoch = -1
-        self._restored: dict[str, Any] | None = None
-
-    @property
-    def report(self) -> Report | None:
-        """The latest measurement; after training, of the final weights. None before training."""
-        return None if self._balancer is None else self._balancer.report
-
-    @property
-    def ratios(self) -> dict[str, float]:
-        """Learning-rate ratio in force for each layer by name; empty before training."""
-        return {} if self._balancer is None else dict(self._balancer.ratios)
-
-    def parameter_ratios(self, model: nn.Module) -> dict[str, float]:
-        """Return the learning-rate ratio in force for each parameter of `model` by name.
-
-        Raises:
-            RuntimeError: before training.
-        """
-        ratios = self._started().parameter_ratios()
-        return {name: ratios.get(clean_name(name), 1.0) for name, _ in model.named_parameters()}
-
-    def param_groups(self, optimizer: Optimizer) -> list[StepGroup]:
-        """Return the groups that `optimizer`, say `trainer.optimizer`, really steps with.
-
-        Raises:
-            RuntimeError: before training.
-            ValueError: the optimizer is not the one that is being balanced.
-        """
-        return self._started().param_groups(optimizer)
 
     def detach(self) -> None:
         """Leave the optimizer as it was found: needed only after an error in training. Safe to call twice."""
-        self._training = False
-        self._schedule.stop()
-        if self._balancer is not None:
-            self._balancer.detach()
+        self._session.stop()
 
     def state(self) -> dict[str, Any]:
         """Return options, ratios, report and clock as plain values, for `trainer_state.json`."""
-        schedule = self._schedule
-        options = {
-            **as_plain(self._spectral, self._balance),
-            "every_n_epochs": schedule.every_n_epochs,
-            "every_n_steps": schedule.every_n_steps,
-            "max_overhead": schedule.max_overhead,
-            "timings_file": None if schedule.timings_file is None else os.fspath(schedule.timings_file),
-            "log": self._write,
-            "histogram_every_n": schedule.histogram_every_n,
-            "table_every_n": schedule.table_every_n,
-            "x_axis": self._run_log.x_axis,
-        }
-        progress = self._restored
-        if self._balancer is not None and schedule.measurements:
-            progress = {"balancer": self._balancer.state_dict(), **schedule.state_dict()}
-        return {"args": options, "attributes": {"_restored": progress}}
+        return {"args": self.options.as_plain(), "attributes": {"_restored": self._session.state_dict()}}
+
+    @property
+    def _restored(self) -> dict[str, Any] | None:
+        """The saved state; the Trainer sets this attribute, by the name it has in checkpoints."""
+        return self._session.restored
+
+    @_restored.setter
+    def _restored(self, state: dict[str, Any] | None) -> None:
+        self._session.restored = state
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -256,34 +144,14 @@ class FARMSTrainerCallback(TrainerCallback, ExportableState):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        """Attach to the optimizer, which is set up and restored by now, and put restored ratios in force."""
+        """Attach to the optimizer, which is set up and restored by now, and apply restored ratios."""
         self.detach()
         _check_backend()
-        optimizer = kwargs["optimizer"]
-        _check_optimizer(optimizer)
-        self._balancer = LayerBalancer(
-            kwargs["model"], [optimizer], self._spectral, self._balance, share=args.world_size > 1
-        )
-        if self._write:
-            warn_of_many_layers(len(self._balancer.layers), kwargs["model"])
-        self._run_log = RunLog(self._run_log.x_axis)
-        self._training = True
-        self._schedule.reset()
-        # `state.epoch` counts epochs in fractions of their steps: exact at their ends, but a dataset without a
-        # length, or an epoch broken off, makes it useless between. So it says where to start, and no more.
+        # `state.epoch` is fractional: exact at the ends of epochs, but useless between them where the dataset has
+        # no length or an epoch was broken off. So it only tells in which epoch to start.
         self._epoch = math.floor(state.epoch or 0) - 1
-        try:
-            if self._schedule.overhead is not None:
-                self._schedule.overhead.start(
-                    args.output_dir or ".",
-                    args.device,
-                    share=args.world_size > 1,
-                    write=state.is_world_process_zero,
-                )
-            self._restore(state)
-        except Exception:
-            self.detach()
-            raise
+        self._take_saved_state(state)
+        self._session.start(_run(self.options, args, state, **kwargs))
         return control
 
     def on_epoch_begin(
@@ -299,6 +167,14 @@ class FARMSTrainerCallback(TrainerCallback, ExportableState):
         """Measure if it is time; the Trainer calls this once an optimizer step, whatever it accumulates."""
         return self._measure_if_due(args, state, control, **kwargs)
 
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Wait for a measurement in the background before a checkpoint, which rank zero saves alone."""
+        if control.should_save or control.should_evaluate:
+            self._session.settle()
+        return control
+
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
@@ -308,8 +184,8 @@ class FARMSTrainerCallback(TrainerCallback, ExportableState):
         files.
         """
         if control.should_training_stop:
-            control = self._measure_final_weights(args, state, control, **kwargs)
-        return control
+            return self._measure_final_weights(args, state, control, **kwargs)
+        return self.on_step_end(args, state, control, **kwargs)
 
     # After the evaluation that ends an epoch has stopped the training early.
     on_save = on_epoch_end
@@ -335,64 +211,50 @@ class FARMSTrainerCallback(TrainerCallback, ExportableState):
         self.detach()
         return control
 
-    def _started(self) -> LayerBalancer:
-        if self._balancer is None:
-            raise RuntimeError("FARMSTrainerCallback has nothing to show before trainer.train")
-        return self._balancer
-
-    def _restore(self, state: TrainerState) -> None:
-        """Put the ratios of the checkpoint in force, and the clock where it was.
+    def _take_saved_state(self, state: TrainerState) -> None:
+        """Find the state that a checkpoint holds.
 
         The Trainer hands callbacks their saved state only on `restore_callback_states_from_checkpoint`, but the
-        whole checkpoint's `TrainerState` is at hand in any case.
+        checkpoint's whole `TrainerState` is available in any case.
         """
-        name = type(self).__name__
         # Where the checkpoint was written without this callback, the Trainer's next save would miss its key.
         states: Any = state.stateful_callbacks
-        saved = states.setdefault(name, self.state())
+        saved = states.setdefault(type(self).__name__, self.state())
         if state.global_step > 0 and isinstance(saved, dict):
-            self._restored = saved.get("attributes", {}).get("_restored")
-        progress, self._restored = self._restored, None
-        if progress is not None and self._started().load_state_dict(progress["balancer"]):
-            self._schedule.load_state_dict(progress)
+            self._session.restored = saved.get("attributes", {}).get("_restored")
 
     def _measure_if_due(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        if not self._training or not self._schedule.is_due(self._epoch, state.global_step):
-            return control
-        if not self._schedule.claim(self._epoch, state.global_step):
-            return control
-        with self._schedule.timed(self._epoch, state.global_step):
-            try:
-                self._started().update(histogram=self._schedule.wants_histogram())
-            except Exception:
-                self.detach()
-                raise
-            table = self._schedule.wants_table()
-            self._schedule.tick(self._epoch, state.global_step)
-            return self._log(args, state, control, table, **kwargs)
+        try:
+            found = self._session.measure_if_due(self._moment(state))
+        except Exception:
+            self.detach()
+            raise
+        for measurement in found:
+            control = self._log(args, state, control, measurement, **kwargs)
+        return control
 
     def _measure_final_weights(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        if not self._training:
+        if not self._session.running:
             return control
-        self._training = False
-        self._schedule.stop()
-        if state.global_step == self._schedule.step:
-            return control
-        self._started().measure()
-        table = self._schedule.table_every_n is not None
-        return self._log(args, state, control, table, final=True, **kwargs)
+        # What is logged below calls `on_log` of this callback too.
+        self._session.running = False
+        for measurement in self._session.finish(self._moment(state)):
+            control = self._log(args, state, control, measurement, **kwargs)
+        return control
+
+    def _moment(self, state: TrainerState) -> Moment:
+        return Moment(self._epoch, state.global_step, state.epoch or 0.0, state.global_step)
 
     def _log(
         self,
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        table: bool,
-        final: bool = False,
+        measurement: Measurement,
         **kwargs: Any,
     ) -> TrainerControl:
         """Do what `Trainer.log` does, on rank zero: append to the history and call the other callbacks.
@@ -400,24 +262,17 @@ class FARMSTrainerCallback(TrainerCallback, ExportableState):
         It is not `Trainer.log` itself because subclasses override that, to add, and then forget, the metrics that
         they collected for the next row of their own (TRL's do).
         """
-        if not self._write or not state.is_world_process_zero or self.report is None:
+        if not self._session.logs:
             return control
-        balancer = self._started()
-        # The final weights take no further step: a ratio or lr beside their alphas would be made up.
-        figures = ({}, {}) if final else (balancer.ratios, balancer.layer_lrs())
-        summary = self._schedule.summary if final else balancer.summary | self._schedule.summary
-        measurement = Measurement(self.report, *figures, summary, state.epoch, state.global_step)
         row = measurement.row()
         state.log_history.append({**row, "step": state.global_step})
-        if self._schedule.table_every_n is not None:
-            self._run_log.add(measurement)
         others = [callback for callback in _callbacks_of_trainer() if callback is not self]
-        table = table and any(isinstance(other, (WandbCallback, TensorBoardCallback)) for other in others)
-        media = self._run_log.media(measurement) if table else None
+        wanted = measurement.table and any(class_names(other) & SHOWS_MEDIA for other in others)
+        media = self._session.run_log.media(measurement) if wanted else None
         for callback in others:
             logs: dict[str, Any] = dict(row)
             if isinstance(callback, (ProgressCallback, PrinterCallback)):
-                logs = {"epoch": state.epoch, **alpha_summary(self.report)}
+                logs = {"epoch": state.epoch, **measurement.aggregates()}
             elif isinstance(callback, WandbCallback):
                 logs = wandb_values(measurement, media)
                 self._define_wandb_axes(logs)
@@ -431,26 +286,56 @@ class FARMSTrainerCallback(TrainerCallback, ExportableState):
     def _define_wandb_axes(self, keys: Iterable[str]) -> None:
         import wandb
 
+        run_log = self._session.run_log
         if wandb.run is not None:
-            step_metric = "train/global_step" if self._run_log.x_axis == "step" else "train/epoch"
-            define_wandb_axes(wandb.run, keys, self._run_log, step_metric, "train/")
+            step_metric = "train/global_step" if run_log.x_axis == "step" else "train/epoch"
+            define_wandb_axes(wandb.run, keys, run_log, step_metric, "train/")
+
+
+def _run(options: CallbackOptions, args: TrainingArguments, state: TrainerState, **kwargs: Any) -> Run:
+    """Describe the run that begins, from what the Trainer gives its callbacks."""
+    model, first, loader = kwargs["model"], kwargs["optimizer"], kwargs.get("train_dataloader")
+
+    def optimizers() -> list[Optimizer]:
+        # The Trainer keeps giving the first one to callbacks where its own was exchanged during training.
+        trainer = _calling(Trainer)
+        return [first if trainer is None or trainer.optimizer is None else trainer.optimizer]
+
+    def attach() -> LayerBalancer:
+        for optimizer in optimizers():
+            _check_optimizer(optimizer)
+        return LayerBalancer(model, optimizers(), options.spectrum, options.ratios, share=args.world_size > 1)
+
+    return Run(
+        model=model,
+        optimizers=optimizers,
+        attach=attach,
+        loggers=_callbacks_of_trainer(),
+        is_rank_zero=state.is_world_process_zero,
+        known_length=loader is None or has_length(loader),
+    )
 
 
 def _callbacks_of_trainer() -> list[TrainerCallback]:
-    """Return the callbacks of the trainer that is calling, in its order; none outside of a trainer.
+    """Return the callbacks of the trainer that is calling, in its order; none outside of a trainer."""
+    handler = _calling(CallbackHandler)
+    return [] if handler is None else list(handler.callbacks)
 
-    A callback is not told who else listens; they are found through the `CallbackHandler` that runs every event, up
-    the stack. A reference to the trainer handed over by the user would do as well, but for two things: it is
-    easily forgotten, and it is lost where the trainer makes the callback anew
-    (`restore_callback_states_from_checkpoint`).
+
+def _calling(cls: type[T]) -> T | None:
+    """Return the object of a class whose method is calling, from however far up the stack; None without one.
+
+    A callback is not told which other callbacks there are, nor who the trainer is; both are found up the stack. A
+    reference to the trainer from the user would do as well, but is easily forgotten, and lost where the trainer
+    makes the callback anew (`restore_callback_states_from_checkpoint`).
     """
     frame = inspect.currentframe()
     while frame is not None:
-        handler = frame.f_locals.get("self")
-        if isinstance(handler, CallbackHandler):
-            return list(handler.callbacks)
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, cls):
+            return owner
         frame = frame.f_back
-    return []
+    return None
 
 
 def _check_backend() -> None:

@@ -2,146 +2,96 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from farms_tb.options import check_integer
-from farms_tb.training.overhead import MeasurementKind, Overhead
+from farms_tb.options import LoggingOptions, ScheduleOptions
+from farms_tb.warnings import warn_once
+
+LONG_EPOCH = 1000
+"""Optimizer steps after which a first epoch of unknown length may never end."""
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A moment of training.
+
+    Attributes:
+        epoch: epochs completed, for the schedule.
+        step: optimizer steps done.
+        logged_epoch: epochs completed as the trainer logs them; Hugging Face counts in fractions.
+        logged_step: the step under which the trainer logs its own metrics.
+    """
+
+    epoch: int
+    step: int
+    logged_epoch: float
+    logged_step: int
 
 
 @dataclass
 class Schedule:
-    """By epochs or by optimizer steps, and when the last measurement was.
+    """By epochs or by optimizer steps, and when the last measurement was made.
 
     Attributes:
-        every_n_epochs: measure at the start of every n-th epoch.
-        every_n_steps: measure every n optimizer steps instead.
-        histogram_every_n: count the ESDs at every n-th measurement; None for never.
-        table_every_n: log table and pictures at every n-th measurement; None for never.
-        max_overhead: let pass the times for which measuring would take more than this share of training; None
-            measures at all of them.
-        timings_file: timings to take instead of the clock's, see `farms_tb.training.overhead`.
+        options: when to measure.
+        logging: how often histograms and tables are logged.
         epoch: epoch of the last measurement, -1 before the first.
         step: optimizer steps done at the last measurement, -1 before the first.
-        measurements: number of measurements so far.
-        passed: epoch and step of the last time to measure, whether it was measured or not.
-        overhead: what measuring takes; None without `max_overhead`.
-        summary: with `max_overhead`, what was chosen, by the name it is logged under: `farms/interval`, the epochs
-            (with `every_n_steps` the steps) since the measurement before, and `farms/overhead`, the share of
-            training that measuring took until then.
+        measurements: number of measurements so far, without that of the final weights.
     """
 
-    every_n_epochs: int = 1
-    every_n_steps: int | None = None
-    histogram_every_n: int | None = None
-    table_every_n: int | None = None
-    max_overhead: float | None = None
-    timings_file: str | os.PathLike[str] | None = None
+    options: ScheduleOptions
+    logging: LoggingOptions
     epoch: int = -1
     step: int = -1
     measurements: int = 0
-    passed: tuple[int, int] = (-1, -1)
-    overhead: Overhead | None = field(default=None, init=False)
-    summary: dict[str, float] = field(default_factory=dict, init=False)
-
-    def __post_init__(self) -> None:
-        check_integer("every_n_epochs", self.every_n_epochs, at_least=1)
-        if self.every_n_steps is not None:
-            check_integer("every_n_steps", self.every_n_steps, at_least=1)
-        for option in ("histogram_every_n", "table_every_n"):
-            if getattr(self, option) is not None:
-                check_integer(option, getattr(self, option), at_least=1)
-        if self.max_overhead is not None:
-            self.overhead = Overhead(self.max_overhead, self.timings_file)
-        elif self.timings_file is not None:
-            raise ValueError(f"timings_file={str(self.timings_file)!r} is for max_overhead, which is None")
 
     def is_due(self, epoch: int, step: int) -> bool:
-        """Tell whether this epoch, after this many optimizer steps, is a configured time to measure."""
+        """Tell whether to measure in this epoch, after this many optimizer steps."""
         if self.measurements == 0:
             return True
-        passed_epoch, passed_step = self.passed
-        if self.every_n_steps is not None:
-            return step // self.every_n_steps > passed_step // self.every_n_steps
-        return epoch != passed_epoch and epoch % self.every_n_epochs == 0
-
-    def claim(self, epoch: int, step: int) -> bool:
-        """Ask `max_overhead` for the time of the measurement that is due, on all processes.
-
-        Returns:
-            Whether to measure now; if not, wait until the next one is due.
-        """
-        if self.overhead is None or self.measurements == 0:
-            return True
-        self.overhead.note_training(epoch, step)
-        final: MeasurementKind = "plain" if self.table_every_n is None else "table"
-        if self.overhead.has_measured and not self.overhead.affords(self._kind(), final):
-            self.passed = epoch, step
-            return False
-        interval = epoch - self.epoch if self.every_n_steps is None else step - self.step
-        self.summary = {"farms/interval": interval, **self._share()}
-        return True
-
-    @contextmanager
-    def timed(self, epoch: int, step: int) -> Iterator[None]:
-        """Time a measurement and all that comes of it, for `max_overhead`."""
-        if self.overhead is None:
-            yield
-            return
-        kind, start = self._kind(), self.overhead.now()
-        yield
-        self.overhead.note_measurement(kind, epoch, step, self.overhead.now() - start)
-
-    def _kind(self) -> MeasurementKind:
-        if self.overhead is None or not self.overhead.has_measured:
-            return "first"
-        return "table" if self.wants_table() else "histogram" if self.wants_histogram() else "plain"
-
-    def _share(self) -> dict[str, float]:
-        share = None if self.overhead is None else self.overhead.share
-        return {} if share is None else {"farms/overhead": share}
+        if self.options.every_n_steps is not None:
+            return step // self.options.every_n_steps > self.step // self.options.every_n_steps
+        return epoch != self.epoch and epoch % self.options.every_n_epochs == 0
 
     def wants_histogram(self) -> bool:
         """Tell whether the next measurement counts the ESDs."""
-        return self.histogram_every_n is not None and self.measurements % self.histogram_every_n == 0
+        every = self.logging.histogram_every_n
+        return every is not None and self.measurements % every == 0
 
     def wants_table(self) -> bool:
         """Tell whether the next measurement is logged with table and pictures."""
-        return self.table_every_n is not None and self.measurements % self.table_every_n == 0
+        every = self.logging.table_every_n
+        return every is not None and self.measurements % every == 0
 
     def tick(self, epoch: int, step: int) -> None:
         """Note a measurement."""
-        self.epoch, self.step = self.passed = epoch, step
+        self.epoch, self.step = epoch, step
         self.measurements += 1
 
-    def stop(self) -> None:
-        """Stop timing: training is over, or interrupted."""
-        if self.overhead is not None:
-            self.overhead.stop()
-            self.summary = self._share()
+    def warn_of_endless_epoch(self, about: object) -> None:
+        """Say, once a run, that a first epoch that may never end is measured at its start only.
+
+        Args:
+            about: the run.
+        """
+        if self.options.every_n_steps is None and self.measurements == 1:
+            warn_once(
+                "layers are measured at the start of epochs, and this epoch, of unknown length, has been the only "
+                "one so far: use every_n_steps to measure while it lasts",
+                about,
+            )
 
     def reset(self) -> None:
         """Set the clock back to before the first measurement."""
-        self.epoch, self.step = self.passed = -1, -1
-        self.measurements = 0
-        self.summary = {}
-        if self.overhead is not None:
-            self.overhead.reset()
+        self.epoch, self.step, self.measurements = -1, -1, 0
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the clock stands, for a checkpoint."""
-        state: dict[str, Any] = {"epoch": self.epoch, "step": self.step, "measurements": self.measurements}
-        if self.overhead is not None:
-            state |= {"passed": list(self.passed), "overhead": self.overhead.state_dict()}
-        return state
+        return {"epoch": self.epoch, "step": self.step, "measurements": self.measurements}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Set the clock to where a checkpoint says."""
         self.epoch, self.step, self.measurements = state["epoch"], state["step"], state["measurements"]
-        epoch, step = state.get("passed", (self.epoch, self.step))
-        self.passed = epoch, step
-        if self.overhead is not None and "overhead" in state:
-            self.overhead.load_state_dict(state["overhead"])

@@ -12,74 +12,116 @@ from __future__ import annotations
 
 import csv
 import io
+import posixpath
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
+from farms_tb.options import LoggingOptions
 from farms_tb.report import EsdHistogram
 from farms_tb.training.metrics import COLUMNS, TABLE, Measurement, Media, RunLog, esd_histograms
+from farms_tb.warnings import warn_once
 
-_SHOW_MEDIA = {"WandbLogger", "TensorBoardLogger", "MLFlowLogger"}
+SHOWS_HISTOGRAMS = {"WandbLogger", "TensorBoardLogger", "WandbCallback", "TensorBoardCallback"}
+"""Classes of Lightning's loggers and Hugging Face's reporters that show a histogram of the ESD."""
+SHOWS_MEDIA = {*SHOWS_HISTOGRAMS, "MLFlowLogger"}
+"""Classes that show the table and the pictures."""
 
 
-def log_measurement(
-    loggers: Iterable[Any], measurement: Measurement, run_log: RunLog, *, table: bool = False
-) -> None:
+def class_names(logger: object) -> set[str]:
+    """Return the names of a logger's class and of its bases.
+
+    Loggers are told by name because those of the package pytorch_lightning are classes of their own, and because
+    none of their packages has to be installed.
+    """
+    return {cls.__name__ for cls in type(logger).__mro__}
+
+
+def warn_of_unseen_media(options: LoggingOptions, loggers: Iterable[object], about: object) -> None:
+    """Say, once, that no logger of this run shows what the options ask for.
+
+    Args:
+        options: what to log.
+        loggers: the trainer's loggers or reporters.
+        about: the run.
+    """
+    names = set[str]().union(*(class_names(logger) for logger in loggers))
+    if options.histogram_every_n is not None and not names & SHOWS_HISTOGRAMS:
+        warn_once(
+            "histogram_every_n is set, and no logger takes histograms: the ESDs are in the callback's report "
+            "only. Add a W&B or TensorBoard logger",
+            about,
+        )
+    if options.table_every_n is not None and not names & SHOWS_MEDIA:
+        warn_once(
+            "table_every_n is set, and no logger takes tables and pictures: they are not made. Add a W&B, "
+            "TensorBoard or MLflow logger",
+            about,
+        )
+
+
+def log_measurement(loggers: Iterable[Any], measurement: Measurement, run_log: RunLog) -> None:
     """Log one measurement with Lightning loggers of any kind; to be called on rank zero.
 
     Args:
-        loggers: those of the trainer.
+        loggers: the trainer's loggers.
         measurement: what to log.
         run_log: what the run remembers.
-        table: also log table and pictures, with those that can show them.
     """
-    # By name: those of the package pytorch_lightning are classes of their own.
-    kinds = [(logger, {cls.__name__ for cls in type(logger).__mro__}) for logger in loggers]
-    table = table and any(found & _SHOW_MEDIA for _, found in kinds)
-    media = run_log.media(measurement) if table else None
-    for logger, found in kinds:
-        if "WandbLogger" in found:
-            values = wandb_values(measurement, media)
-            step_metric = "trainer/global_step" if run_log.x_axis == "step" else f"{_prefix(logger)}epoch"
-            define_wandb_axes(logger.experiment, values, run_log, step_metric, _prefix(logger))
-            logger.log_metrics(values, step=measurement.step)
-        elif "TensorBoardLogger" in found:
+    kinds = [(logger, class_names(logger)) for logger in loggers]
+    wanted = measurement.table and any(names & SHOWS_MEDIA for _, names in kinds)
+    media = run_log.media(measurement) if wanted else None
+    for logger, names in kinds:
+        if "WandbLogger" in names:
+            _log_to_wandb(logger, measurement, media, run_log)
+        elif "TensorBoardLogger" in names:
             logger.log_metrics(measurement.row(by_depth=True), step=measurement.step)
             tensorboard_media(logger.experiment, measurement, media, _prefix(logger))
+        elif "MLFlowLogger" in names:
+            row = {_mlflow_key(key): value for key, value in measurement.row().items()}
+            logger.log_metrics(row, step=measurement.step)
+            _mlflow_media(logger, measurement, media)
         else:
             logger.log_metrics(measurement.row(), step=measurement.step)
-            if "MLFlowLogger" in found and media is not None:
-                _mlflow_media(logger, measurement, media)
+
+
+def _log_to_wandb(logger: Any, measurement: Measurement, media: Media | None, run_log: RunLog) -> None:
+    values = wandb_values(measurement, media)
+    step_metric = "trainer/global_step" if run_log.x_axis == "step" else f"{_prefix(logger)}epoch"
+    define_wandb_axes(logger.experiment, values, run_log, step_metric, _prefix(logger))
+    logger.log_metrics(values, step=measurement.step)
 
 
 def _prefix(logger: Any) -> str:
-    """Return what the logger puts before each key."""
+    """Return the prefix that the logger adds to each key."""
     return f"{logger._prefix}{logger.LOGGER_JOIN_CHAR}" if logger._prefix else ""
 
 
 def define_wandb_axes(run: Any, keys: Iterable[str], run_log: RunLog, step_metric: str, prefix: str = "") -> None:
-    """Say, once for each key of a W&B run, what it is plotted against.
+    """Tell a W&B run, once for each key, what the key is plotted against.
 
-    Key by key: Lightning and Hugging Face define an axis of their own for the pattern `*`, and which of two
-    patterns W&B goes by is left to chance. The run's summary holds the last value of each key, as always in W&B,
-    and the smallest mean alpha beside the last.
+    Each key is defined by itself: Lightning and Hugging Face define an axis of their own for the pattern `*`, and
+    which of two matching patterns W&B uses is undefined. A key with `*` in it, from a layer's name, cannot be
+    defined: W&B refuses it, or takes a trailing `*` for a pattern. Such a key is logged as it is and keeps the
+    trainer's axis. The run's summary holds the last value of each key, as always in W&B, and the smallest mean
+    alpha as well as the last.
 
     Args:
         run: the `wandb.Run`.
-        keys: what is about to be logged.
+        keys: keys that are about to be logged.
         run_log: what the run remembers.
         step_metric: full name of the logged metric that is the x axis.
-        prefix: what stands before each key.
+        prefix: prefix of each key.
     """
     for key in run_log.new_keys(run.id, keys):
-        if key != "epoch":
+        if key != "epoch" and "*" not in prefix + key:
             summary = "min,last" if key == "farms/alpha_mean" else None
             run.define_metric(prefix + key, step_metric=step_metric, summary=summary)
 
 
 def wandb_values(measurement: Measurement, media: Media | None) -> dict[str, Any]:
-    """Return all that W&B gets of a measurement."""
+    """Return the row, the histograms, the table and the pictures of a measurement, as W&B takes them."""
     values: dict[str, Any] = dict(measurement.row(by_depth=True))
     histograms = esd_histograms(measurement.report)
     if histograms or media is not None:
@@ -107,7 +149,7 @@ def _edges(histogram: EsdHistogram) -> np.ndarray[Any, np.dtype[np.float64]]:
 
 
 def tensorboard_media(writer: Any, measurement: Measurement, media: Media | None, prefix: str = "") -> None:
-    """Write ESDs, table and pictures with a `SummaryWriter`, under keys with `prefix`."""
+    """Write ESDs, table and pictures with a `SummaryWriter`; `prefix` is added to each key."""
     for name, histogram in esd_histograms(measurement.report).items():
         edges, counts = _edges(histogram), np.asarray(histogram.counts)
         centres = (edges[1:] + edges[:-1]) / 2
@@ -139,8 +181,15 @@ def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", r"\|")
 
 
-def _mlflow_media(logger: Any, measurement: Measurement, media: Media) -> None:
-    """Store table and pictures in a folder of their own: artifacts have no step."""
+def _mlflow_key(key: str) -> str:
+    """Return a key that MLflow accepts: it refuses paths that are not normal, such as `a//b` of a layer `/b`."""
+    return posixpath.normpath(key)
+
+
+def _mlflow_media(logger: Any, measurement: Measurement, media: Media | None) -> None:
+    """Store table and pictures in one folder for each step: artifacts have no step."""
+    if media is None:
+        return
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([COLUMNS, *media.table])
     files: Mapping[str, Any] = {f"{TABLE}.csv": text.getvalue()} | {

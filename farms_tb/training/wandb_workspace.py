@@ -13,14 +13,15 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from farms_tb.training.metrics import TABLE, XAxis
+from farms_tb.options import XAxis
+from farms_tb.training.metrics import TABLE
 
 if TYPE_CHECKING:
     from wandb_workspaces.workspaces import Section, Workspace
 
 __all__ = ["build_workspace", "main"]
 
-_KEY = re.compile(r"(?P<prefix>.*?)farms(_(?P<figure>alpha|ratio|lr|z|esd))?/(\d+_)?(?P<name>.+)")
+_KEY = re.compile(r"(?P<prefix>.*?)farms(_(?P<metric>alpha|ratio|lr|z|esd))?/(\d+_)?(?P<name>.+)")
 _SECTIONS = {"alpha": "alpha", "ratio": "ratio", "lr": "learning rate", "z": "z-score", "esd": "ESD"}
 _PICTURES = ("farms/alpha_curves", "farms/ratio_map", "farms/alpha_by_depth")
 
@@ -54,16 +55,16 @@ def build_workspace(path: str, keys: Iterable[str], *, x_axis: XAxis = "epoch") 
     steps = "train/global_step" if "train/global_step" in metrics else "trainer/global_step"
     x = f"{prefix}epoch" if x_axis == "epoch" else steps
     layers = {
-        figure: {key: match["name"] for key, match in found.items() if match["figure"] == figure}
-        for figure in _SECTIONS
+        metric: {key: match["name"] for key, match in found.items() if match["metric"] == metric}
+        for metric in _SECTIONS
     }
-    aggregates = {key: match["name"] for key, match in found.items() if match["figure"] is None}
+    aggregates = {key: match["name"] for key, match in found.items() if match["metric"] is None}
     media = [key for key in (f"{prefix}{name}" for name in (TABLE, *_PICTURES)) if key in aggregates]
-    figures = {key: name for key, name in aggregates.items() if key not in media}
-    sections = [_section("mean over layers", _line_plots(figures, x))]
-    for figure, title in _SECTIONS.items():
-        overview = [] if figure == "esd" else [_all_layers(layers[figure], title, run_id, x)]
-        sections.append(_section(title, [*overview, *_line_plots(layers[figure], x)] if layers[figure] else []))
+    scalars = {key: name for key, name in aggregates.items() if key not in media}
+    sections = [_section("mean over layers", _line_plots(scalars, x))]
+    for metric, title in _SECTIONS.items():
+        overview = [] if metric == "esd" else [_all_layers(layers[metric], title, run_id, x)]
+        sections.append(_section(title, [*overview, *_line_plots(layers[metric], x)] if layers[metric] else []))
     sections.append(_section("table and pictures", _media(media)))
     sections = [section for section in sections if section.panels]
     return workspaces.Workspace(

@@ -368,8 +368,8 @@ def test_arms_differ_in_the_callback_alone(settings: Settings, name: str) -> Non
 
 def test_fno_leaves_out_lifting_and_projection_by_name(settings: Settings) -> None:
     farms = build_balancer(settings("experiment=darcy_fno"))
-    assert farms._balance.exclude == ("lifting.*", "projection.*")
-    assert (farms._balance.exclude_first, farms._balance.exclude_last) == (False, False)
+    assert farms.options.ratios.exclude == ("lifting.*", "projection.*")
+    assert (farms.options.ratios.exclude_first, farms.options.ratios.exclude_last) == (False, False)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Measuring beside training: what was measured is put in force a fixed number of steps later."""
+"""Measuring in the background: the ratios become active a fixed number of steps later."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lightning.pytorch import Callback
 from torch import nn
 
 from farms_tb import FARMSTempBalance, TempBalance
-from farms_tb.spectra import background as beside
+from farms_tb.spectra import background
 from tests.helpers import (
     BATCHES,
     EPOCHS,
@@ -27,14 +27,14 @@ from tests.helpers import (
 )
 from tests.spectra.test_distributed import results
 
-pytestmark = LIGHTNING_NOISE
+pytestmark = [*LIGHTNING_NOISE, pytest.mark.filterwarnings("ignore:histogram_every_n")]
 
 
 @pytest.fixture(params=["beside", "at once"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Where measuring runs beside training, as on a GPU, and where it is done at once, as on the CPU."""
+    """Where measuring runs in the background, as on a GPU, and where it is done at once, as on the CPU."""
     if request.param == "beside":
-        monkeypatch.setattr(beside, "BACKGROUND_DEVICES", ("cpu",))
+        monkeypatch.setattr(background, "BACKGROUND_DEVICES", ("cpu",))
     return request.param
 
 
@@ -64,8 +64,8 @@ def test_ratios_are_those_of_the_weights_so_many_steps_ago(lag: int, way: str) -
     assert len(probe.ratios) == EPOCHS * BATCHES
     by_epoch = []
     for net in nets.nets:
-        twin = TempBalance(net, torch.optim.SGD(net.parameters(), lr=0.1))
-        by_epoch.append([twin.parameter_ratios()[name] for name in names])
+        other = TempBalance(net, torch.optim.SGD(net.parameters(), lr=0.1))
+        by_epoch.append([other.parameter_ratios()[name] for name in names])
     for step, ratios in enumerate(probe.ratios):
         epoch, into = divmod(step, BATCHES)
         # The first measurement is waited for; one that is not over when the next begins is finished then.
@@ -76,9 +76,9 @@ def test_ratios_are_those_of_the_weights_so_many_steps_ago(lag: int, way: str) -
     assert len({tuple(ratios) for ratios in by_epoch}) == EPOCHS
 
 
-def test_beside_training_is_as_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_in_the_background_is_as_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     at_once = train(2, histogram_every_n=2, assign_func="noise_aware")
-    monkeypatch.setattr(beside, "BACKGROUND_DEVICES", ("cpu",))
+    monkeypatch.setattr(background, "BACKGROUND_DEVICES", ("cpu",))
     threaded = train(2, histogram_every_n=2, assign_func="noise_aware")
     assert_same_weights(threaded[0], at_once[0])
     assert threaded[1].report == at_once[1].report
@@ -86,14 +86,14 @@ def test_beside_training_is_as_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_it_is_measured_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(beside, "BACKGROUND_DEVICES", ("cpu",))
-    measure, threads = beside.measure_stacks, []
+    monkeypatch.setattr(background, "BACKGROUND_DEVICES", ("cpu",))
+    measure, threads = background.measure_stacks, []
 
     def watched(*args: Any, **kwargs: Any) -> Any:
         threads.append(threading.current_thread())
         return measure(*args, **kwargs)
 
-    monkeypatch.setattr(beside, "measure_stacks", watched)
+    monkeypatch.setattr(background, "measure_stacks", watched)
     train(2)
     assert len(threads) == EPOCHS - 1
     assert threading.main_thread() not in threads
@@ -102,8 +102,8 @@ def test_it_is_measured_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_steps_meanwhile_do_not_touch_what_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """The weights are copied before the next step changes them in place."""
-    monkeypatch.setattr(beside, "BACKGROUND_DEVICES", ("cpu",))
-    measure, stepped = beside.measure_stacks, threading.Event()
+    monkeypatch.setattr(background, "BACKGROUND_DEVICES", ("cpu",))
+    measure, stepped = background.measure_stacks, threading.Event()
 
     def after_a_step(*args: Any, **kwargs: Any) -> Any:
         assert stepped.wait(timeout=60)
@@ -117,7 +117,7 @@ def test_steps_meanwhile_do_not_touch_what_is_measured(monkeypatch: pytest.Monke
     at_once = Module()
     fit(at_once, [FARMSTempBalance(lag_steps=2)])
     module = Module()
-    monkeypatch.setattr(beside, "measure_stacks", after_a_step)
+    monkeypatch.setattr(background, "measure_stacks", after_a_step)
     fit(module, [FARMSTempBalance(lag_steps=2), Stepped()])
     assert_same_weights(module, at_once)
 
@@ -126,13 +126,13 @@ def test_an_error_is_raised_where_it_is_waited_for(way: str, monkeypatch: pytest
     def fail(*_: Any, **__: Any) -> None:
         raise ArithmeticError("planned")
 
-    monkeypatch.setattr(beside, "measure_stacks", fail)
+    monkeypatch.setattr(background, "measure_stacks", fail)
     with pytest.raises(ArithmeticError, match="planned"):
         train(2)
 
 
 def test_an_interrupted_run_leaves_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(beside, "BACKGROUND_DEVICES", ("cpu",))
+    monkeypatch.setattr(background, "BACKGROUND_DEVICES", ("cpu",))
 
     class Fails(Callback):
         def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
@@ -155,7 +155,7 @@ def test_on_a_gpu_runs_are_the_same() -> None:
     assert_same_weights(*runs)
 
 
-def test_processes_put_the_same_in_force(tmp_path: Path) -> None:
+def test_processes_apply_the_same(tmp_path: Path) -> None:
     first, second = results("lightning with a lag", tmp_path)
     for way in ("at once", "beside"):
         assert first[way].pop("rows")

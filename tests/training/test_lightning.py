@@ -167,7 +167,7 @@ def test_effective_lr_is_that_of_the_plain_run_times_ratio(optimizer: str, sched
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_ratio_one_is_bit_identical_to_no_callback(optimizer: str) -> None:
+def test_ratio_one_is_bitwise_identical_to_no_callback(optimizer: str) -> None:
     scheduler = "OneCycleLR" if OPTIMIZERS[optimizer][0] in ("SGD", "RMSprop", "AdamW") else "CosineAnnealingLR"
     plain, measured = module_for(optimizer, scheduler), module_for(optimizer, scheduler)
     expected = fit(plain)
@@ -484,6 +484,40 @@ def test_unfreezing_adds_groups() -> None:
         assert any(ratios[step] != 1 for step in range(BATCHES, 4 * BATCHES)), "unfrozen layers take part"
 
 
+class Exchanges(LambdaCallback):
+    """Gives the trainer another optimizer in the middle of the second epoch."""
+
+    def __init__(self, make: Callable[[Any], Optimizer]) -> None:
+        def exchange(trainer: Any, pl_module: Any, *_: Any) -> None:
+            if trainer.global_step == BATCHES + 1:
+                trainer.strategy.optimizers = [make(pl_module.parameters())]
+
+        super().__init__(on_train_batch_end=exchange)
+
+
+@pytest.mark.parametrize("options", [{}, {"lag_steps": 2}, {"every_n_epochs": 9}], ids=str)
+def test_an_optimizer_exchanged_during_training_is_balanced(options: dict[str, Any]) -> None:
+    balance = FARMSTempBalance(**options)
+    module = Module(lambda params: torch.optim.SGD(params, lr=0.1))
+    first: list[Optimizer] = []
+    note = LambdaCallback(on_train_start=lambda trainer, _: first.extend(trainer.optimizers))
+    exchange = Exchanges(lambda params: torch.optim.Adam(params, lr=0.02))
+    with spy_on_updates("SGD") as before, spy_on_updates("Adam") as after:
+        trainer = fit(module, [balance, note, exchange])
+    assert (len(before), len(after)) == (BATCHES + 1, STEPS - BATCHES - 1)
+    ratios = balance.parameter_ratios(module)
+    assert after[-1] == {id(p): 0.02 * ratios[name] for name, p in module.named_parameters()}
+    assert len(set(ratios.values())) >= 3
+    assert {len(set(lrs.values())) for lrs in (*before, *after)} == {4}, "no step goes unbalanced"
+    assert not any(o._optimizer_step_pre_hooks for o in (*first, *trainer.optimizers))
+
+
+def test_an_optimizer_that_cannot_be_balanced_is_refused_when_it_comes() -> None:
+    balance = FARMSTempBalance()
+    with pytest.raises(ValueError, match="LBFGS"):
+        fit(Module(lambda params: torch.optim.SGD(params, lr=0.1)), [balance, Exchanges(torch.optim.LBFGS)])
+
+
 def test_frozen_layer_takes_no_part() -> None:
     module, balance = Module(), FARMSTempBalance()
     module.net[5].requires_grad_(False)
@@ -764,7 +798,7 @@ def test_two_callbacks_are_refused() -> None:
         trainer.fit(Module(), make_data())
 
 
-def test_callback_beside_tempbalance_is_refused() -> None:
+def test_callback_together_with_tempbalance_is_refused() -> None:
     class Mixed(Module):
         def configure_optimizers(self) -> Any:
             optimizer = torch.optim.SGD(self.parameters(), lr=0.1)

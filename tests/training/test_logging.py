@@ -24,12 +24,12 @@ pytestmark = LIGHTNING_NOISE
 LAYERS = ["net.0", "net.2", "net.5", "net.7", "net.9"]
 SUMMARY = {"epoch", "farms/alpha_mean", "farms/alpha_std"}
 WHILE_TRAINING = SUMMARY | {"farms/ratio_mean"}
-PER_LAYER = {f"farms/{figure}/{layer}" for figure in ("alpha", "ratio", "lr") for layer in LAYERS}
+PER_LAYER = {f"farms/{metric}/{layer}" for metric in ("alpha", "ratio", "lr") for layer in LAYERS}
 
 
 NUMBERED = {
-    f"farms_{figure}/{depth:02d}_{layer}"
-    for figure in ("alpha", "ratio", "lr")
+    f"farms_{metric}/{depth:02d}_{layer}"
+    for metric in ("alpha", "ratio", "lr")
     for depth, layer in enumerate(LAYERS)
 }
 MEDIA = {"farms/alpha_curves", "farms/ratio_map", "farms/alpha_by_depth"}
@@ -90,7 +90,7 @@ def test_log_off() -> None:
 
 
 def test_no_logger() -> None:
-    balance = FARMSTempBalance(histogram_every_n=1, table_every_n=1)
+    balance = FARMSTempBalance()
     fit(Module(), [balance], logger=False)
     assert balance.report is not None
 
@@ -139,7 +139,7 @@ def test_mistakes(options: dict[str, Any]) -> None:
 
 
 def test_csv(tmp_path: Path) -> None:
-    fit(Module(), [FARMSTempBalance(histogram_every_n=1)], logger=CSVLogger(tmp_path, name="", version=""))
+    fit(Module(), [FARMSTempBalance()], logger=CSVLogger(tmp_path, name="", version=""))
     with (tmp_path / "metrics.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["farms/alpha_mean"]]
     assert len(rows) == EPOCHS + 1
@@ -150,7 +150,7 @@ def test_csv(tmp_path: Path) -> None:
 
 
 def test_csv_is_read_back_as_before(tmp_path: Path) -> None:
-    balance = FARMSTempBalance(table_every_n=1)
+    balance = FARMSTempBalance()
     fit(Module(), [balance], logger=CSVLogger(tmp_path, name="", version=""))
     history = read_history(tmp_path / "metrics.csv", LAYERS)
     assert history.layers == tuple(LAYERS)
@@ -278,7 +278,7 @@ def test_mlflow(mlflow_logger: Callable[[], Any], tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_mlflow_takes_names_it_does_not_allow(mlflow_logger: Callable[[], Any]) -> None:
-    """And more figures at once than it takes in one batch."""
+    """And more metrics at once than it takes in one batch."""
     ok = LayerRecord(alpha=2.0, kind="real", shape=(1, 4, 4))
     report = Report({"odd[name]": ok, **{f"layer.{index}": ok for index in range(400)}})
     ratios = dict.fromkeys(report.layers, 1.0)
@@ -291,4 +291,5 @@ def test_mlflow_takes_names_it_does_not_allow(mlflow_logger: Callable[[], Any]) 
 
 def test_wandb_is_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    fit(Module(), [FARMSTempBalance(histogram_every_n=1, table_every_n=1)], logger=Recorder())
+    with pytest.warns(UserWarning, match="every_n is set"):
+        fit(Module(), [FARMSTempBalance(histogram_every_n=1, table_every_n=1)], logger=Recorder())

@@ -1,4 +1,4 @@
-"""A run that stops and goes on ends where the uninterrupted run does, to the bit."""
+"""A run that stops and goes on ends bitwise identical to the uninterrupted run."""
 
 from __future__ import annotations
 
@@ -33,6 +33,8 @@ pytestmark = [
     pytest.mark.filterwarnings(r"ignore:.*callbacks used to create the checkpoint need to be provided"),
     # Lightning takes OnExceptionCheckpoint for a checkpoint to look for.
     pytest.mark.filterwarnings(r"ignore:.*\.fit\(ckpt_path="),
+    # The recorder of rows here shows no histogram.
+    pytest.mark.filterwarnings("ignore:histogram_every_n"),
 ]
 
 EPOCHS = 4
@@ -181,6 +183,35 @@ def test_after_the_last_epoch(tmp_path: Path) -> None:
     _, trainer = train([FARMSTempBalance()], enable_checkpointing=False, max_epochs=2)
     trainer.save_checkpoint(tmp_path / "end.ckpt")
     finish_and_compare({}, tmp_path / "end.ckpt", module, balance, logger)
+
+
+@pytest.mark.parametrize("clock", [{}, {"every_n_steps": 3}, {"lag_steps": 3}], ids=str)
+def test_killed_after_the_last_step(clock: dict[str, Any], tmp_path: Path) -> None:
+    """Between the last checkpoint and the row of the final weights: Lightning then finds nothing left to train."""
+    balance, logger = FARMSTempBalance(**clock), Recorder()
+    keep = ModelCheckpoint(tmp_path, save_top_k=-1, save_on_train_epoch_end=True)
+    module, _ = train([balance, keep], logger=logger)
+    finish_and_compare(clock, tmp_path / "epoch=3-step=16.ckpt", module, balance, logger)
+
+
+def test_resumed_after_the_end_logs_nothing_more(tmp_path: Path) -> None:
+    _, trainer = train([FARMSTempBalance()], enable_checkpointing=False)
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    logger, balance = Recorder(), FARMSTempBalance()
+    train([balance], tmp_path / "end.ckpt", enable_checkpointing=False, logger=logger)
+    assert not logger.rows
+
+
+def test_state_of_a_version_with_a_budget(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """`max_overhead` left its clock and its timings in the state."""
+    saved = torch.load(checkpoints["balanced"], weights_only=True)
+    state = saved["callbacks"]["FARMSTempBalance"]
+    state |= {"passed": [1, 4], "overhead": {"timings": [["training", 0, 0, 1.0]]}}
+    del state["final_step"]
+    torch.save(saved, tmp_path / "old.ckpt")
+    one, _ = train([FARMSTempBalance()], tmp_path / "old.ckpt", enable_checkpointing=False)
+    other, _ = train([FARMSTempBalance()], checkpoints["balanced"], enable_checkpointing=False)
+    assert_same_weights(one, other)
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ pytest.importorskip("wandb")
 
 import wandb
 from lightning.pytorch.loggers import WandbLogger
+from torch import Tensor, nn
 
 from farms_tb import EsdHistogram, FARMSTempBalance, LayerRecord, Report
 from farms_tb.training.metrics import COLUMNS, MAX_LOGGED_LAYERS, Measurement, RunLog
@@ -94,10 +95,10 @@ def test_rows(run: OfflineRun) -> None:
 def test_sections_are_in_order_of_depth(run: OfflineRun) -> None:
     """W&B sorts a section's panels by name; a section is what is before the first slash, or before the last."""
     keys = run.farms_rows[0].keys()
-    for figure in ("alpha", "ratio", "lr", "esd"):
-        section = sorted(key for key in keys if key.partition("/")[0] == f"farms_{figure}")
+    for metric in ("alpha", "ratio", "lr", "esd"):
+        section = sorted(key for key in keys if key.partition("/")[0] == f"farms_{metric}")
         assert [key.split("_", 2)[2] for key in section] == LAYERS
-        assert {key.rpartition("/")[0] for key in section} == {f"farms_{figure}"}
+        assert {key.rpartition("/")[0] for key in section} == {f"farms_{metric}"}
 
 
 def test_histograms(run: OfflineRun) -> None:
@@ -144,8 +145,8 @@ def test_every_curve_is_plotted_against_the_epoch(run: OfflineRun) -> None:
 def test_summary_has_the_last_of_every_layer(run: OfflineRun) -> None:
     ratios, alphas = run.farms_rows[-2], run.farms_rows[-1]
     for depth, layer in enumerate(LAYERS):
-        for figure, row in (("alpha", alphas), ("ratio", ratios)):
-            key = f"farms_{figure}/{depth:02d}_{layer}"
+        for metric, row in (("alpha", alphas), ("ratio", ratios)):
+            key = f"farms_{metric}/{depth:02d}_{layer}"
             assert run.summary[key,] == row[key]
     assert run.definitions["farms/alpha_mean"].summary.min
     assert run.definitions["farms/alpha_mean"].summary.last
@@ -167,8 +168,33 @@ def test_x_axis_and_prefix(tmp_path: Path, options: dict[str, Any], axis: str) -
     assert all(axis in row for row in run.farms_rows)
 
 
+ODD_NAMES = ["q*k", "ends*", "*", "a b", "ü\"'[x]<y>", "a/b", "a:b", "?", "\\", "{}", "%s", "**"]
+
+
+def test_odd_names_of_layers(tmp_path: Path) -> None:
+    """W&B knows `*` as a pattern: it refuses one in the middle, and one at the end matches other names."""
+    net = nn.Sequential(nn.Linear(6, 12), nn.ModuleDict({name: nn.Linear(12, 12) for name in ODD_NAMES}))
+    net.append(nn.Linear(12, 2))
+
+    class Odd(Module):
+        def loss(self, batch: Any) -> Tensor:
+            hidden = net[0](batch[0])
+            for layer in net[1].values():
+                hidden = layer(hidden)
+            return net[2](hidden).square().mean()
+
+    logger = WandbLogger(project="tests", save_dir=tmp_path, offline=True)
+    fit(Odd(net=net), [FARMSTempBalance(histogram_every_n=2, table_every_n=2)], logger=logger, max_epochs=2)
+    run = OfflineRun(tmp_path)
+    for depth, name in enumerate(ODD_NAMES, start=1):
+        key = f"farms_alpha/{depth:02d}_net.1.{name}"
+        assert all(key in row for row in run.farms_rows), name
+        assert (key in run.definitions) == ("*" not in name), name
+    assert run.definitions["farms_alpha/00_net.0"].step_metric == "epoch"
+
+
 def large_report(layers: int) -> Report:
-    """A report made by hand of a model with as many figures a layer as there can be."""
+    """A report made by hand of a model with as many metrics a layer as there can be."""
     histogram = EsdHistogram((1,) * 50, -3.0, 1.0)
     return Report(
         {
@@ -198,9 +224,9 @@ def test_never_more_than_ten_thousand_keys(
     ones = dict.fromkeys(report.layers, 1.0)
     summary = {"farms/ratio_mean": 1.0, "farms/lambda": 1.0}
     logger, run_log = WandbLogger(project="tests", save_dir=tmp_path, offline=True), RunLog("epoch")
-    measurement = Measurement(report, ones, ones, summary, 0, 0)
+    measurement = Measurement(report, ones, ones, summary, 0, 0, table=not beyond)
     run_log.add(measurement)
-    log_measurement([logger], measurement, run_log, table=not beyond)
+    log_measurement([logger], measurement, run_log)
     large = OfflineRun(tmp_path)
     keys = set().union(*large.rows) | set(large.summary) | pictures
     per_layer = {key for key in keys if key[0].startswith("farms_")}

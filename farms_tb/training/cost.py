@@ -1,0 +1,52 @@
+"""One warning where measuring takes a noticeable share of the time of training."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from farms_tb.warnings import warn_once
+
+MAX_SHARE = 0.05
+"""Share of the time of training above which measuring is worth a warning."""
+MIN_MEASUREMENTS = 3
+MIN_SECONDS = 30.0
+"""Shorter runs are trials, whose first measurements (imports, a trial of solvers) say little about long ones."""
+
+
+class MeasuringCost:
+    """Adds up how long training waits for measurements, and warns once a run where that is too long.
+
+    The clock decides about this warning and nothing else: runs stay reproducible.
+    """
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._measuring = 0.0
+        self._measurements = 0
+
+    @contextmanager
+    def measurement(self) -> Iterator[None]:
+        """Time the measurement made in this context."""
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            # Steps that are still queued on the GPU are training, not measuring.
+            torch.cuda.synchronize()
+        before = time.perf_counter()
+        yield
+        now = time.perf_counter()
+        self._measuring += now - before
+        self._measurements += 1
+        self._warn_if_slow(now - self._start)
+
+    def _warn_if_slow(self, total: float) -> None:
+        share = self._measuring / total if total > 0 else 0.0
+        if self._measurements < MIN_MEASUREMENTS or total < MIN_SECONDS or share <= MAX_SHARE:
+            return
+        warn_once(
+            f"measuring the layers has taken more than {MAX_SHARE:.0%} of the time of training: measure less "
+            "often, with a larger every_n_epochs or every_n_steps",
+            self,
+        )

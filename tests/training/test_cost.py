@@ -1,0 +1,58 @@
+"""A warning, once a run, where measuring takes a noticeable share of training."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable
+
+import pytest
+
+from farms_tb import FARMSTempBalance
+from tests.helpers import LIGHTNING_NOISE, Module, assert_same_weights, fit
+
+pytestmark = LIGHTNING_NOISE
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Return a function that makes each look at the clock take so many seconds."""
+
+    def slow_down(seconds: float) -> None:
+        now = iter(range(10**9))
+        monkeypatch.setattr(time, "perf_counter", lambda: next(now) * seconds)
+
+    return slow_down
+
+
+def train(**options: int) -> tuple[Module, list[str]]:
+    module = Module()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(module, [FARMSTempBalance(**options)])
+    return module, [str(w.message) for w in caught if "time of training" in str(w.message)]
+
+
+def test_slow_measurements_are_named_once_and_change_nothing(slow: Callable[[float], None]) -> None:
+    plain, silent = train(every_n_steps=1)
+    assert silent == [], "a run this short is a trial"
+    slow(10.0)
+    module, (said,) = train(every_n_steps=1)
+    assert "every_n_epochs" in said
+    assert "every_n_steps" in said
+    assert_same_weights(module, plain)
+
+
+def test_every_run_may_say_it(slow: Callable[[float], None]) -> None:
+    slow(10.0)
+    assert [len(train()[1]) for _ in range(2)] == [1, 1]
+
+
+def test_few_measurements_say_nothing(slow: Callable[[float], None]) -> None:
+    slow(10.0)
+    assert train(every_n_epochs=2)[1] == []
+
+
+def test_quick_measurements_say_nothing(slow: Callable[[float], None]) -> None:
+    slow(0.1)
+    assert train(every_n_steps=1)[1] == []
