@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from farms_tb import FARMSTempBalance, TempBalance
-from farms_tb.balancing.balancer import _all_reduce
+from farms_tb.balancing.measured_model import _all_reduce
 from farms_tb.options import SpectrumOptions
 from farms_tb.spectra.distributed import Team
 from farms_tb.spectra.measure import measure_nulls

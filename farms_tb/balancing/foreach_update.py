@@ -126,10 +126,8 @@ def _sgd(
     if buffers is not None:
         torch._foreach_mul_(buffers, group["momentum"])
         torch._foreach_add_(buffers, grads, alpha=1 - group["dampening"])
-        if group["nesterov"]:
-            torch._foreach_add_(grads, buffers, alpha=group["momentum"])
-        else:
-            grads = buffers
+        # Not in place: these may be the user's gradients.
+        grads = torch._foreach_add(grads, buffers, alpha=group["momentum"]) if group["nesterov"] else buffers
     if _on_gpu(params):
         torch._foreach_add_(params, torch._foreach_mul(grads, [-lr for lr in lrs]))
         return

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from farms_tb.balancing.balancer import LayerBalancer, StepGroup
-from farms_tb.balancing.layerwise_step import stepping_optimizers
+from farms_tb.balancing.optimizer_checks import stepping_optimizers
 from farms_tb.options import (
     AssignFunc,
     Esd,
@@ -24,7 +24,15 @@ from farms_tb.options import (
     collect_options,
 )
 from farms_tb.report import Report
-from farms_tb.training.metrics import Measurement, RunLog, XAxis, alpha_summary, choose_x_axis, warn_of_many_layers
+from farms_tb.training.metrics import (
+    Measurement,
+    RunLog,
+    XAxis,
+    alpha_summary,
+    choose_x_axis,
+    ratio_summary,
+    warn_of_many_layers,
+)
 from farms_tb.training.schedule import Schedule
 from farms_tb.training.sinks import define_wandb_axes, tensorboard_media, wandb_values
 from farms_tb.weights.layers import clean_name
@@ -405,7 +413,7 @@ class FARMSTrainerCallback(TrainerCallback, ExportableState):
         balancer = self._started()
         # The final weights take no further step: a ratio or lr beside their alphas would be made up.
         figures = ({}, {}) if final else (balancer.ratios, balancer.layer_lrs())
-        summary = self._schedule.summary if final else balancer.summary | self._schedule.summary
+        summary = self._schedule.summary if final else ratio_summary(balancer.summary) | self._schedule.summary
         measurement = Measurement(self.report, *figures, summary, state.epoch, state.global_step)
         row = measurement.row()
         state.log_history.append({**row, "step": state.global_step})

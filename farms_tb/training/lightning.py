@@ -24,7 +24,15 @@ from farms_tb.options import (
     collect_options,
 )
 from farms_tb.report import Report
-from farms_tb.training.metrics import Measurement, RunLog, XAxis, alpha_summary, choose_x_axis, warn_of_many_layers
+from farms_tb.training.metrics import (
+    Measurement,
+    RunLog,
+    XAxis,
+    alpha_summary,
+    choose_x_axis,
+    ratio_summary,
+    warn_of_many_layers,
+)
 from farms_tb.training.schedule import Schedule
 from farms_tb.training.sinks import log_measurement
 
@@ -349,7 +357,7 @@ class FARMSTempBalance(Callback):
         balancer = self._started()
         # The final weights take no further step: a ratio or lr beside their alphas would be made up.
         figures = ({}, {}) if final else (balancer.ratios, balancer.layer_lrs())
-        summary = self._schedule.summary if final else balancer.summary | self._schedule.summary
+        summary = self._schedule.summary if final else ratio_summary(balancer.summary) | self._schedule.summary
         # The step that LearningRateMonitor uses: it counts batches that stepped, as the user's own curves do.
         step = trainer.fit_loop.epoch_loop._batches_that_stepped
         measurement = Measurement(self.report, *figures, summary, trainer.current_epoch, step)

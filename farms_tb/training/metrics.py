@@ -19,6 +19,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from farms_tb.balancing.ratio_maps import RatioSummary
 from farms_tb.options import check_choice
 from farms_tb.report import EsdHistogram, Report
 from farms_tb.viewing.run_folder import Curve, History
@@ -146,6 +147,19 @@ def warn_of_many_layers(number: int, model: object) -> None:
             model,
             stacklevel=3,
         )
+
+
+def ratio_summary(summary: RatioSummary) -> dict[str, float]:
+    """Return what a mapping to ratios did, by the names it is logged under.
+
+    `farms/ratio_mean` is the mean ratio of the balanced layers. With the noise-aware map, `farms/lambda` is the
+    share of the spread of alpha that noise does not explain, and `farms/lambda_spectral` that of complex weights.
+    """
+    row = {
+        "farms/lambda" if kind == "real" else f"farms/lambda_{kind}": value
+        for kind, value in summary.noise_lambda.items()
+    }
+    return row if summary.mean_ratio is None else {**row, "farms/ratio_mean": summary.mean_ratio}
 
 
 def alpha_summary(report: Report) -> dict[str, float]:
