@@ -106,6 +106,7 @@ def test_wrong_arguments(model: Any, optimizer: Any, error: type[Exception], mes
         TempBalance(model(net), given)
 
 
+@pytest.mark.filterwarnings("ignore:no layer is left to balance")
 def test_second_optimizer_that_cannot_frees_the_first() -> None:
     net = make_net()
     good, bad = torch.optim.SGD(net[:4].parameters(), lr=0.1), torch.optim.LBFGS(net[4:].parameters())

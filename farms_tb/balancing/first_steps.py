@@ -187,14 +187,17 @@ def _check_paired_lists(optimizer: Optimizer) -> None:
     for name, value in vars(optimizer).items():
         if not isinstance(value, (list, tuple)) or not 0 < len(value) == len(groups):
             continue
-        if all(_is_lr_of(number, group) for number, group in zip(value, groups, strict=True)):
+        default = optimizer.defaults.get("lr")
+        if all(_is_lr(number, group, default) for number, group in zip(value, groups, strict=True)):
             raise incompatible(optimizer, f"pairs its param groups with a list of its own, {name!r},")
 
 
-def _is_lr_of(number: object, group: Group) -> bool:
+def _is_lr(number: object, group: Group, default: object) -> bool:
+    """Tell whether a number is a learning rate that a group has, had at the start, or has by default."""
     if isinstance(number, bool) or not isinstance(number, (int, float)):
         return False
-    return any(isinstance(group.get(key), (int, float)) and group[key] == number for key in ("lr", "initial_lr"))
+    rates = (group.get("lr"), group.get("initial_lr"), default)
+    return any(isinstance(rate, (int, float)) and rate == number for rate in rates)
 
 
 class ReplacedStep:

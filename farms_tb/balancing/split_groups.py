@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
+from numbers import Real
 from operator import is_
 from typing import Any
 
@@ -30,7 +31,7 @@ class SplitGroup:
         index: position of the user's group in `optimizer.param_groups`.
         params: the parameters, in the user's order.
         ratio: learning-rate ratio.
-        lr: the learning rate that a step would use now: the group's lr * ratio. None where the group has no lr.
+        lr: the learning rate that a step would use now: the group's lr * ratio. None where the group has none.
     """
 
     index: int
@@ -50,7 +51,8 @@ def split_groups(optimizer: Optimizer, ratios: Mapping[int, float]) -> list[Spli
     for index, group in enumerate(optimizer.param_groups):
         lr = group.get("lr")
         for ratio, params in _by_ratio(group, ratios).items():
-            found.append(SplitGroup(index, params, ratio, None if lr is None else lr * ratio))
+            scaled = lr * ratio if isinstance(lr, (Real, Tensor)) else None
+            found.append(SplitGroup(index, params, ratio, scaled))  # type: ignore[arg-type]
     return found
 
 

@@ -110,7 +110,10 @@ def _plain_records(report: Report | None) -> dict[str, dict[str, Any]]:
 
 def _read_report(plain: object, entry: str, options: dict[str, Any]) -> Report | None:
     records = {name: _read_record(record, f"{entry}[{name!r}]") for name, record in _named(plain, entry).items()}
-    return Report(records, dict(options)) if records else None
+    # As it was measured; an option that the checkpoint does not know was at its default.
+    defaults = as_plain(SpectrumOptions())
+    measured_with = {name: options.get(name, default) for name, default in defaults.items()}
+    return Report(records, measured_with) if records else None
 
 
 def _read_record(plain: object, entry: str) -> LayerRecord:
