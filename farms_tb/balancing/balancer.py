@@ -29,6 +29,11 @@ from farms_tb.report import Report
 from farms_tb.warnings import warn_once
 from farms_tb.weights.layers import Layer, clean_name, unwrap
 
+_DETACHED = (
+    "this balancer is a copy, or was pickled, and is detached from its model and optimizers: report, ratios and "
+    "parameter_ratios() can be read. Make a new one to balance"
+)
+
 
 @dataclass(frozen=True)
 class StepGroup:
@@ -89,12 +94,7 @@ class LayerBalancer:
         self._warnings = RatioWarnings(unwrap(model), ratio_options)
         self.ratios = dict.fromkeys((layer.name for layer in self.layers), 1.0)
         self._optimizers = BalancedOptimizers(optimizers, only_measure=only_measures(ratio_options))
-        if not self._optimizers.holds([p for layer in self.layers for p in layer.module.parameters()]):
-            raise ValueError(
-                "none of the model's layers has a parameter in the optimizer: build the optimizer from the "
-                "parameters of the same model"
-            )
-        self._optimizers.attach()
+        self._optimizers.attach(self.layers)
 
     @property
     def layers(self) -> Sequence[Layer]:
@@ -143,13 +143,7 @@ class LayerBalancer:
 
     def layer_lrs(self) -> dict[str, float]:
         """Return the current learning rate of each layer that is trained."""
-        trained = self._optimizers.trained(self._measured.model)
-        lrs: dict[str, float] = {}
-        for group in _step_groups(self._measured, self._optimizers.groups()):
-            for layer in _owners(self._measured, [name for name in group.parameters if name in trained]):
-                if group.lr is not None:
-                    lrs.setdefault(layer, group.lr)
-        return {layer.name: lrs[layer.name] for layer in self.layers if layer.name in lrs}
+        return _layer_lrs(self._measured, self._optimizers)
 
     def detach(self) -> None:
         """Give the optimizers back as they were. Reports and ratios stay readable."""
@@ -162,8 +156,8 @@ class LayerBalancer:
 
         A measurement that was begun is waited for, on every process that takes part in it.
         """
-        begun = self._measured.begun_report()
-        return write_state(BalancerState(self._options(), self.ratios, self.report, begun))
+        options = as_plain(self.spectrum_options, self.ratio_options)
+        return write_state(BalancerState(options, self.ratios, self.report, self._measured.begun_report()))
 
     def load_state_dict(self, state: dict[str, Any]) -> bool:
         """Apply the saved ratios.
@@ -175,19 +169,14 @@ class LayerBalancer:
         Raises:
             ValueError: not a state of this class, one of a newer version, or a damaged one. Nothing was changed.
         """
-        saved = read_state(state)
-        changes = state_changes(saved, self._options(), [layer.name for layer in self.layers])
+        saved, options = read_state(state), as_plain(self.spectrum_options, self.ratio_options)
+        changes = state_changes(saved, options, [layer.name for layer in self.layers])
         if changes:
             message = f"the checkpoint was written with other settings, measuring anew: {changes}"
             warn_once(message, self._measured.model)
         self._apply({layer.name: saved.ratios.get(layer.name, 1.0) for layer in self.layers})
         self.report = saved.report
-        if changes:
-            self._measured.restore(None, {})
-        else:
-            records = {} if saved.report is None else saved.report.layers
-            nulls = {name: record.null for name, record in records.items() if record.null is not None}
-            self._measured.restore(saved.begun, nulls)
+        self._measured.restore(*((None, None) if changes else (saved.report, saved.begun)))
         return not changes
 
     def __getstate__(self) -> dict[str, Any]:
@@ -201,14 +190,8 @@ class LayerBalancer:
     @property
     def _measured(self) -> MeasuredModel:
         if self._attached is None:
-            raise RuntimeError(
-                "this balancer is a copy, or was pickled, and is detached from its model and optimizers: report, "
-                "ratios and parameter_ratios() can be read. Make a new one to balance"
-            )
+            raise RuntimeError(_DETACHED)
         return self._attached
-
-    def _options(self) -> dict[str, Any]:
-        return as_plain(self.spectrum_options, self.ratio_options)
 
     def _follow(self, report: Report, first: bool) -> Report:
         """Apply the ratios that follow from a report, and warn of what a user should know."""
@@ -222,9 +205,7 @@ class LayerBalancer:
 
     def _apply(self, ratios: dict[str, float]) -> None:
         self.ratios = ratios
-        by_name = self.parameter_ratios()
-        named = self._measured.model.named_parameters()
-        self._optimizers.apply({id(parameter): by_name[clean_name(name)] for name, parameter in named})
+        self._optimizers.apply(self._measured.model, self.parameter_ratios())
 
 
 def _step_groups(measured: MeasuredModel, groups: Sequence[SplitGroup]) -> list[StepGroup]:
@@ -236,6 +217,17 @@ def _step_groups(measured: MeasuredModel, groups: Sequence[SplitGroup]) -> list[
         lr = None if group.lr is None else float(group.lr)
         found.append(StepGroup(group.index, _owners(measured, parameters), parameters, group.ratio, lr))
     return found
+
+
+def _layer_lrs(measured: MeasuredModel, optimizers: BalancedOptimizers) -> dict[str, float]:
+    """Return the learning rate of each layer: that of the first of its parameters that is trained."""
+    trained = optimizers.trained(measured.model)
+    lrs: dict[str, float] = {}
+    for group in _step_groups(measured, optimizers.groups()):
+        for layer in _owners(measured, [name for name in group.parameters if name in trained]):
+            if group.lr is not None:
+                lrs.setdefault(layer, group.lr)
+    return {layer.name: lrs[layer.name] for layer in measured.assignment.layers if layer.name in lrs}
 
 
 def _owners(measured: MeasuredModel, parameters: Sequence[str]) -> tuple[str, ...]:

@@ -59,7 +59,7 @@ class LayerwiseStep:
         self.steps, self.number = 0, next(_numbers)
         self._ratios: Mapping[int, float] = {}
         self._captured = self._compiled = False
-        self._view = self._make_view()
+        self._view = _make_view(optimizer, property(lambda _: self._groups_to_show(), self._refuse_new_groups))
         self._first_steps = FirstSteps(optimizer)
         # While a step runs and once it has asked for its groups: those that it sees.
         self._shown: ShownGroups | None = None
@@ -116,18 +116,6 @@ class LayerwiseStep:
         optimizer._optimizer_step_post_hooks.move_to_end(self._handles[1].id, last=False)  # type: ignore[attr-defined]
         _attached[optimizer] = ref(self)
         _other_steps.follow_if(True)
-
-    def _make_view(self) -> Optimizer:
-        cls = type(self.optimizer)
-        names = {
-            "param_groups": property(lambda _: self._groups_to_show(), self._refuse_new_groups),
-            "__module__": cls.__module__,
-            "__qualname__": cls.__qualname__,
-            "is_view_of_layerwise_step": True,
-        }
-        view: Optimizer = object.__new__(type(cls.__name__, (cls,), names))
-        view.__dict__ = self.optimizer.__dict__
-        return view
 
     def _groups_to_show(self) -> list[Group]:
         if self._shown is None:
@@ -187,6 +175,20 @@ class LayerwiseStep:
         if shown is not None:
             kept = shown.finish()
             self._kept = [] if self._first_steps.pending else kept
+
+
+def _make_view(optimizer: Optimizer, groups: property) -> Optimizer:
+    """Return an object that is `optimizer` in all but its `param_groups`."""
+    cls = type(optimizer)
+    names = {
+        "param_groups": groups,
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "is_view_of_layerwise_step": True,
+    }
+    view: Optimizer = object.__new__(type(cls.__name__, (cls,), names))
+    view.__dict__ = optimizer.__dict__
+    return view
 
 
 class _OtherSteps:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -79,9 +77,16 @@ class MeasuredModel:
         if isinstance(self._begun, BackgroundMeasurement):
             self._begun.wait()
 
-    def restore(self, begun: Report | None, nulls: Mapping[str, tuple[float, float]]) -> None:
-        """Continue from a checkpoint: with the measurement that was begun, and the layers' permutation nulls."""
-        self._begun, self._nulls = begun, dict(nulls)
+    def restore(self, report: Report | None, begun: Report | None) -> None:
+        """Continue from a checkpoint.
+
+        Args:
+            report: the latest measurement, whose permutation nulls stay; None to begin with new ones.
+            begun: the measurement that was begun.
+        """
+        records = {} if report is None else report.layers
+        self._nulls = {name: record.null for name, record in records.items() if record.null is not None}
+        self._begun = begun
 
     def _follow_model(self) -> None:
         """Find the layers again if parameters were replaced."""

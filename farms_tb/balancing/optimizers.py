@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from farms_tb.balancing.layerwise_step import LayerwiseStep
 from farms_tb.balancing.optimizer_checks import stepping_optimizers, unwrapped_optimizer
 from farms_tb.balancing.split_groups import SplitGroup, split_groups
-from farms_tb.weights.layers import clean_name
+from farms_tb.weights.layers import Layer, clean_name
 
 
 class BalancedOptimizers:
@@ -39,12 +39,22 @@ class BalancedOptimizers:
         self._only_measure = only_measure
         self._steps: list[LayerwiseStep] = []
 
-    def attach(self) -> None:
+    def attach(self, layers: Sequence[Layer]) -> None:
         """Make the optimizers step with the ratios, from now on and until `detach`.
 
+        Args:
+            layers: the layers that are balanced.
+
         Raises:
-            ValueError: an optimizer cannot have layer-wise learning rates, or has them already; none is attached.
+            ValueError: no layer has a parameter in an optimizer, or an optimizer cannot have layer-wise learning
+                rates, or has them already; none is attached.
         """
+        held = self._held()
+        if not any(id(parameter) in held for layer in layers for parameter in layer.module.parameters()):
+            raise ValueError(
+                "none of the model's layers has a parameter in the optimizer: build the optimizer from the "
+                "parameters of the same model"
+            )
         try:
             for optimizer in () if self._only_measure else self._optimizers:
                 self._steps.append(LayerwiseStep(optimizer))
@@ -52,22 +62,18 @@ class BalancedOptimizers:
             self.detach()
             raise
 
-    def apply(self, ratios: Mapping[int, float]) -> None:
-        """Let the next steps use these ratios, by the `id` of a parameter."""
+    def apply(self, model: nn.Module, ratios: Mapping[str, float]) -> None:
+        """Let the next steps use these ratios of a model's parameters by name."""
+        by_id = {id(parameter): ratios[clean_name(name)] for name, parameter in model.named_parameters()}
         for step in self._steps:
-            step.ratios = ratios
-        self._ratios = ratios
+            step.ratios = by_id
+        self._ratios = by_id
 
     def detach(self) -> None:
         """Give the optimizers back as they were. Safe to call twice."""
         for step in self._steps:
             step.detach()
         self._steps = []
-
-    def holds(self, parameters: Sequence[nn.Parameter]) -> bool:
-        """Tell whether some optimizer trains one of these parameters."""
-        held = self._held()
-        return any(id(parameter) in held for parameter in parameters)
 
     def trained(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """Return the parameters of a model that some optimizer trains, by name."""

@@ -122,15 +122,14 @@ def test_looking_for_norms_changes_nothing() -> None:
     norm = OwnBatchNorm(16)
     hooked: list[int] = []
     norm.register_forward_hook(lambda *_: hooked.append(1))
-    net = net_with(norm).eval()
+    nets = net_with(norm).eval(), net_with(Random(16))
     state = torch.get_rng_state()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        balanced(net)
-    balanced(net_with(Random(16)))
+        for net in nets:
+            balanced(net)
+    assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(norm.mean, torch.zeros(16))
     assert (norm.batches, hooked, norm.training) == (0, [], False)
-    torch.manual_seed(0)
-    torch.set_rng_state(state)
 
 
 def test_norms_of_language_models_follow() -> None:

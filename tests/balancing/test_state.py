@@ -67,7 +67,7 @@ DAMAGED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 @pytest.mark.parametrize("key", DAMAGED)
 def test_a_damaged_state_is_refused_by_name(key: str) -> None:
     damage, message = DAMAGED[key]
-    net, optimizer, balancer = make_balancer()
+    _, optimizer, balancer = make_balancer()
     state = copy.deepcopy(balancer.state_dict())
     damage(state)
     report, ratios, groups = balancer.report, balancer.ratios, balancer.param_groups(optimizer)
