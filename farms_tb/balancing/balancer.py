@@ -195,6 +195,7 @@ class LayerBalancer:
 
     def _follow(self, report: Report, first: bool) -> Report:
         """Apply the ratios that follow from a report, and warn of what a user should know."""
+        self._optimizers.warn_of_unseen_steps(self._measured.model)
         mapped = self.map_ratios(report)
         self.summary = mapped.summary
         self._apply(mapped.ratios)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from farms_tb.balancing.optimizer_checks import TORCH_OPTIMIZERS, Group, incompatible
@@ -198,6 +199,36 @@ def _is_lr(number: object, group: Group, default: object) -> bool:
         return False
     rates = (group.get("lr"), group.get("initial_lr"), default)
     return any(isinstance(rate, (int, float)) and rate == number for rate in rates)
+
+
+class UnseenSteps:
+    """Finds out, from one measurement to the next, whether parameters were trained by steps that no hook saw.
+
+    An optimizer that is exchanged for something without torch's hooks, or that steps during the backward pass,
+    moves its parameters without the learning rates of their layers.
+
+    Args:
+        optimizer: the optimizer.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+        self._steps = 0
+        self._versions: dict[int, int] = {}
+
+    def since_last(self, steps: int) -> bool:
+        """Tell whether all parameters with a gradient were written since the last call, without any step.
+
+        Args:
+            steps: number of the steps that were seen so far.
+        """
+        params = [p for group in self._optimizer.param_groups for p in group["params"] if not is_lazy(p)]
+        versions = {id(p): p._version for p in params}
+        with_gradient = [id(p) for p in params if p.grad is not None and id(p) in self._versions]
+        written = [self._versions[key] != versions[key] for key in with_gradient]
+        unseen = steps == self._steps and bool(written) and all(written)
+        self._steps, self._versions = steps, versions
+        return unseen
 
 
 class ReplacedStep:

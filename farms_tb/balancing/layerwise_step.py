@@ -17,7 +17,7 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from farms_tb.balancing.first_steps import FirstSteps, ReplacedStep, Traces
+from farms_tb.balancing.first_steps import FirstSteps, ReplacedStep, Traces, UnseenSteps
 from farms_tb.balancing.optimizer_checks import (
     Group,
     captured,
@@ -60,7 +60,7 @@ class LayerwiseStep:
         self._ratios: Mapping[int, float] = {}
         self._captured = self._compiled = False
         self._view = _make_view(optimizer, property(lambda _: self._groups_to_show(), self._refuse_new_groups))
-        self._first_steps = FirstSteps(optimizer)
+        self._first_steps, self._unseen = FirstSteps(optimizer), UnseenSteps(optimizer)
         # While a step runs and once it has asked for its groups: those that it sees.
         self._shown: ShownGroups | None = None
         # How the last step's groups were split, and by which ratios.
@@ -85,6 +85,10 @@ class LayerwiseStep:
             raise captured(self.optimizer)
         self._ratios = ratios
         self._first_steps.expect(ratios)
+
+    def trained_unseen(self) -> bool:
+        """Tell whether the parameters were trained since the last call, but not by steps with these ratios."""
+        return self._unseen.since_last(self.steps) and self.is_active
 
     @property
     def is_active(self) -> bool:
@@ -173,8 +177,7 @@ class LayerwiseStep:
         if not self._compiled:
             self._first_steps.end(None if shown is None else shown.groups)
         if shown is not None:
-            kept = shown.finish()
-            self._kept = [] if self._first_steps.pending else kept
+            self._kept = shown.finish()
 
 
 def _make_view(optimizer: Optimizer, groups: property) -> Optimizer:

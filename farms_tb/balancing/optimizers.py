@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from farms_tb.balancing.layerwise_step import LayerwiseStep
 from farms_tb.balancing.optimizer_checks import stepping_optimizers, unwrapped_optimizer
 from farms_tb.balancing.split_groups import SplitGroup, split_groups
+from farms_tb.warnings import warn_once
 from farms_tb.weights.layers import Layer, clean_name
 
 
@@ -68,6 +69,17 @@ class BalancedOptimizers:
         for step in self._steps:
             step.ratios = by_id
         self._ratios = by_id
+
+    def warn_of_unseen_steps(self, model: nn.Module) -> None:
+        """Warn, once, where a model was trained since the last call by steps without layer-wise learning rates."""
+        for step in self._steps:
+            if step.trained_unseen():
+                name = type(step.optimizer).__name__
+                warn_once(
+                    f"the weights were trained since the last measurement, but not by {name}.step(): their learning "
+                    "rates were not the layer-wise ones. Was the optimizer exchanged, or its step replaced?",
+                    model,
+                )
 
     def detach(self) -> None:
         """Give the optimizers back as they were. Safe to call twice."""

@@ -147,7 +147,8 @@ class ShownGroups:
         """Update what was merged, and write back to the user's groups what the step wrote into its own.
 
         Returns:
-            The splits that the next step may use again. Merged groups are none: they hold gradients.
+            The splits that the next step may use again. Merged groups are none, because they hold gradients, nor
+            are watched ones, which are slow to read.
 
         Raises:
             RuntimeError: the step did to its groups what cannot be carried over.
@@ -159,7 +160,7 @@ class ShownGroups:
                 part.update()
             elif not part.whole and type(self._optimizer) not in TORCH_OPTIMIZERS:
                 self._write_back(part)
-        return [None if isinstance(part, _Merged) else part for part in self._parts]
+        return [None if self._watched or isinstance(part, _Merged) else part for part in self._parts]
 
     def _users(self) -> list[Group]:
         users: list[Group] = self._optimizer.__dict__["param_groups"]

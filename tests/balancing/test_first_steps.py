@@ -287,9 +287,15 @@ def test_a_layer_that_joins_later_is_checked() -> None:
 
 
 def test_checks_end_after_the_first_steps() -> None:
-    """No norm of the parameters is taken any more, and groups are plain dicts again."""
-    net, optimizer, _ = balanced(Plain)
-    kinds: list[type] = []
+    """No norm of the parameters is taken any more, and the groups are plain dicts."""
+    kinds: list[set[type]] = []
+
+    class Recorder(Plain):
+        def step(self, closure: Any = None) -> Any:
+            kinds.append({type(group) for group in self.param_groups})
+            return super().step(closure)
+
+    net, optimizer, _ = balanced(Recorder)
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
         norms = 0
@@ -298,10 +304,6 @@ def test_checks_end_after_the_first_steps() -> None:
             self.norms += "norm" in str(func)
             return func(*args, **(kwargs or {}))
 
-    def move(params: Any, lr: float) -> None:
-        Plain.move(optimizer, params, lr)
-
-    optimizer.move = move
     norms = []
     for _ in range(4):
         set_grads(net.parameters())
@@ -310,7 +312,7 @@ def test_checks_end_after_the_first_steps() -> None:
         norms.append(watch.norms)
     assert norms[0] > 0
     assert norms[1:] == [0, 0, 0]
-    assert not kinds
+    assert kinds[1:] == [{dict}] * 3
 
 
 # Several optimizers in one
@@ -475,6 +477,27 @@ def test_a_copied_optimizer_is_not_balanced_and_steps() -> None:
     both = copy.deepcopy({"net": net, "optimizer": optimizer})
     set_grads(both["net"].parameters())
     both["optimizer"].step()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("how", ["replaced", "by hand"])
+def test_training_that_no_hook_sees_is_said_at_the_next_measurement(how: str) -> None:
+    net = make_net()
+    optimizer = SGD(net.parameters(), lr=0.1)
+    balancer = TempBalance(net, optimizer)
+    step = replaced(optimizer)
+    if how == "replaced":
+        optimizer.step = step  # type: ignore[method-assign]
+    set_grads(net.parameters())
+    (optimizer.step if how == "replaced" else step)()
+    with pytest.warns(UserWarning, match="trained since the last measurement, but not by SGD"):
+        balancer.step()
+
+
+def test_weights_that_are_loaded_are_no_training() -> None:
+    net = make_net()
+    balancer = TempBalance(net, SGD(net.parameters(), lr=0.1))
+    net.load_state_dict(make_net(seed=1).state_dict())
+    balancer.step()
 
 
 # Gradients

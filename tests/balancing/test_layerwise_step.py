@@ -104,7 +104,7 @@ def test_equals_an_optimizer_built_with_those_groups(key: str) -> None:
         for params, stepped in ((ours, optimizer), (theirs, by_hand)):
             set_grads(params, step, sparse="Sparse" in key)
             stepped.step()
-    # A foreach kernel may round differently for lists of another length; the others agree to the bit.
+    # A foreach kernel may round differently for lists of another length; the others are bitwise identical.
     for index, (one, other) in enumerate(zip(ours, theirs, strict=True)):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7, msg=lambda m, i=index: f"parameter {i}: {m}")
 

@@ -175,7 +175,7 @@ def test_state_of_a_newer_version_is_refused() -> None:
 
 
 def test_state_of_the_first_version_loads() -> None:
-    """A file that stays as it was written: what a run saved once, every later version reads without a word."""
+    """A file that stays as it was written: every later version reads it, and warns of nothing."""
     state = json.loads((Path(__file__).parents[1] / "data" / "tempbalance_state_v1.json").read_text())
     net = make_net(seed=3)
     balancer = TempBalance(net, torch.optim.SGD(net.parameters(), lr=0.1))
