@@ -1,11 +1,11 @@
 """One update of all parameters of a param group, each with a learning rate of its own.
 
 A group that is split by ratio is several groups to torch. On a GPU each of them takes as many kernel launches as
-the whole group: torch's optimizers update the tensors of a group together, by `foreach` operations. On the CPU torch
-goes through the tensors one by one in Python. In SGD, Adam and AdamW the learning rate is one factor in the update
-of each tensor, and `foreach` operations take a factor for each tensor. So here a group is updated as a whole: on a
-GPU with as many launches as torch needs without ratios; on the CPU in chunks that fit into its caches, which takes
-less time than torch's step without ratios.
+the whole group: torch's optimizers update the tensors of a group together, by `foreach` operations. On the CPU
+torch goes through the tensors one by one in Python. In SGD, Adam and AdamW the learning rate is one factor in the
+update of each tensor, and `foreach` operations take a factor for each tensor. So here a group is updated as a
+whole: on a GPU with as many launches as torch needs without ratios; on the CPU in chunks that fit into its caches,
+which takes less time than torch's step without ratios.
 
 The operations are torch's own, so the results are bitwise identical to those of one group for each ratio. The
 exception is SGD on a GPU: torch multiplies by the learning rate and adds in one operation, and here the product is

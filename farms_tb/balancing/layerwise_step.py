@@ -112,6 +112,9 @@ class LayerwiseStep:
 
     def _attach(self) -> None:
         optimizer = self.optimizer
+        # Does what torch does when an optimizer is made, for a step that was assigned to its class since: without
+        # it that step would call no hooks.
+        optimizer._patch_step_function()
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),

@@ -76,8 +76,9 @@ class BalancedOptimizers:
             if step.trained_unseen():
                 name = type(step.optimizer).__name__
                 warn_once(
-                    f"the weights were trained since the last measurement, but not by {name}.step(): their learning "
-                    "rates were not the layer-wise ones. Was the optimizer exchanged, or its step replaced?",
+                    f"the weights were trained since the last measurement, but not by {name}.step(): their "
+                    "learning rates were not the layer-wise ones. Was the optimizer exchanged, or its step "
+                    "replaced?",
                     model,
                 )
 

@@ -152,6 +152,38 @@ class CachedRates(Plain):
             self.move(group["params"], self.rate)
 
 
+class DefaultRates(Plain):
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            self.move(group["params"], self.defaults["lr"])
+
+
+class RateOfTheFirst(Plain):
+    def step(self, closure: Any = None) -> Any:
+        lr = self.param_groups[0]["lr"]
+        for group in self.param_groups:
+            self.move(group["params"], lr)
+
+
+class OneGroup(Plain):
+    def step(self, closure: Any = None) -> Any:
+        group = self.param_groups[0]
+        self.move(group["params"], group["lr"])
+
+
+class KeepsItsGroups(Plain):
+    """The list of its groups, from before anything was attached."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, lr)
+        self.mine = self.param_groups
+
+    def step(self, closure: Any = None) -> Any:
+        assert self.param_groups
+        for group in self.mine:
+            self.move(group["params"], group["lr"])
+
+
 class Hidden(Plain):
     """Holds another optimizer where nobody looks."""
 
@@ -171,6 +203,10 @@ BAD = [
     CachedGroups,
     CachedGroupsByData,
     CachedRates,
+    DefaultRates,
+    RateOfTheFirst,
+    OneGroup,
+    KeepsItsGroups,
     Hidden,
 ]
 
@@ -441,6 +477,25 @@ def test_a_step_that_is_wrapped_works() -> None:
         scheduler.step()
         lr *= 0.5
     assert len(calls) == 3
+
+
+def test_a_step_that_was_assigned_to_the_class_works() -> None:
+    """As packages do that speed up torch's optimizers."""
+
+    class Patched(SGD):
+        pass
+
+    net = make_net()
+    optimizer = Patched(net.parameters(), lr=0.1)
+    Patched.step = Plain.__dict__["step"]  # type: ignore[method-assign]
+    Patched.move = Plain.move  # type: ignore[attr-defined]
+    balancer = TempBalance(net, optimizer)
+    params = list(net.parameters())
+    before = [p.detach().clone() for p in params]
+    set_grads(params)
+    optimizer.step()
+    claimed = list(balancer.parameter_ratios().values())
+    assert effective_ratios(params, before, 0.1) == pytest.approx(claimed, rel=1e-3)
 
 
 # An optimizer that is exchanged

@@ -1,4 +1,4 @@
-"""The maps from alphas to ratios: against the reference implementation, and where there is little or nothing to map."""
+"""The maps from alphas to ratios: against the reference implementation, and where there is little to map."""
 
 import math
 import sys
