@@ -149,10 +149,16 @@ def _norm(parameter: Tensor) -> Tensor | None:
     """Return the norm of a parameter in double precision; None for tensors that have none of their own."""
     try:
         with torch.no_grad():
-            norm: Tensor = torch.linalg.vector_norm(parameter.detach(), dtype=_double(parameter))
+            norm: Tensor = torch.linalg.vector_norm(_local(parameter), dtype=_double(parameter))
             return norm.cpu()
-    except (RuntimeError, NotImplementedError, TypeError):
+    except (RuntimeError, NotImplementedError, TypeError, ValueError):
         return None
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """Return the part of a sharded tensor that is on this process, so that no process waits for another one."""
+    own = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return own.detach()
 
 
 def _double(parameter: Tensor) -> torch.dtype:
@@ -174,8 +180,8 @@ def _must_move(parameter: Tensor, group: Group) -> bool:
     grad, lr = parameter.grad, float(dict.__getitem__(group, "lr"))
     if grad is None or lr == 0 or not parameter.is_floating_point():
         return False
-    grad = grad.detach().to_dense() if grad.layout != torch.strided else grad.detach()
-    rounding = torch.finfo(parameter.dtype).eps * parameter.detach().abs()
+    grad = _local(grad).to_dense() if grad.layout != torch.strided else _local(grad)
+    rounding = torch.finfo(parameter.dtype).eps * _local(parameter).abs()
     return bool(((1e-3 * abs(lr)) * grad.abs() > rounding).any())
 
 
