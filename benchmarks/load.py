@@ -32,7 +32,7 @@ from benchmarks.results import write_csv
 from benchmarks.timing import Work, rounds
 from farms_tb import TempBalance, analyze
 from farms_tb.balancing.layerwise_step import LayerwiseStep
-from farms_tb.training.metrics import measurement_row
+from farms_tb.training.metrics import measurement_row, ratio_summary
 from farms_tb.weights.layers import find_layers
 
 WIDTH = 32
@@ -64,7 +64,7 @@ def scaling_row(layers: int, times: int) -> dict[str, float]:
     inner = balancer._balancer
 
     def log_row() -> dict[str, float]:
-        return measurement_row(balancer.report, balancer.ratios, inner.layer_lrs(), inner.summary)
+        return measurement_row(balancer.report, balancer.ratios, inner.layer_lrs(), ratio_summary(inner.summary))
 
     work = [lambda: find_layers(net), lambda: inner.measure(), balancer.step, log_row, balancer.state_dict]
     names = ("find_layers", "measure", "update", "log_row", "state_dict")
@@ -108,9 +108,8 @@ def begin_run() -> Callable[[], None]:
         optimizer.step()
         scheduler.step()
         balancer.step()
-        measurement_row(
-            balancer.report, balancer.ratios, balancer._balancer.layer_lrs(), balancer._balancer.summary
-        )
+        inner = balancer._balancer
+        measurement_row(balancer.report, balancer.ratios, inner.layer_lrs(), ratio_summary(inner.summary))
         balancer.state_dict()
 
     return update

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from lightning import LightningModule, Trainer
 
 from farms_tb import FARMSTempBalance
 from farms_tb.balancing.balancer import LayerBalancer
+from farms_tb.balancing.ratio_maps import MappedRatios
 from farms_tb.options import check_integer
 from farms_tb.report import Report
 
@@ -20,19 +22,15 @@ class _ShuffledBalancer(LayerBalancer):
 
     placebo_seed = 0
 
-    def _ratios_for(self, report: Report) -> dict[str, float]:
+    def map_ratios(self, report: Report) -> MappedRatios:
         """Permute the ratios of the layers that take part, each kind within itself."""
-        ratios = super()._ratios_for(report)
-        trained = self._trained()
-        shuffled = dict(ratios)
-        for kind in self.balance.balance:
-            members = [
-                layer.name for layer in self.layers if layer.kind == kind and self._takes_part(layer, trained)
-            ]
+        mapped = super().map_ratios(report)
+        shuffled = dict(mapped.ratios)
+        for names in mapped.members.values():
             generator = torch.Generator().manual_seed(self.placebo_seed)
-            sources = torch.randperm(len(members), generator=generator).tolist()
-            shuffled.update({name: ratios[members[source]] for name, source in zip(members, sources, strict=True)})
-        return shuffled
+            sources = torch.randperm(len(names), generator=generator).tolist()
+            shuffled |= {name: mapped.ratios[names[source]] for name, source in zip(names, sources, strict=True)}
+        return replace(mapped, ratios=shuffled)
 
 
 class PlaceboTempBalance(FARMSTempBalance):

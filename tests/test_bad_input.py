@@ -106,6 +106,7 @@ def test_wrong_arguments(model: Any, optimizer: Any, error: type[Exception], mes
         TempBalance(model(net), given)
 
 
+@pytest.mark.filterwarnings("ignore:no layer is left to balance")
 def test_second_optimizer_that_cannot_frees_the_first() -> None:
     net = make_net()
     good, bad = torch.optim.SGD(net[:4].parameters(), lr=0.1), torch.optim.LBFGS(net[4:].parameters())
@@ -252,7 +253,12 @@ def options(draw: Any) -> dict[str, Any]:
 
 @settings(max_examples=200)
 @given(models(), options())
-@pytest.mark.filterwarnings("ignore:layers with no", "ignore:Initializing zero-element tensors")
+@pytest.mark.filterwarnings(
+    "ignore:layers with no",
+    "ignore:.* left to balance",
+    "ignore:the learning rate of .* times the base",
+    "ignore:Initializing zero-element tensors",
+)
 def test_any_model_any_option(net: nn.Module, options: dict[str, Any]) -> None:
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     try:

@@ -30,8 +30,9 @@ from farms_tb import (
 )
 from farms_tb import warnings as warning
 from farms_tb.balancing import layerwise_step
+from farms_tb.balancing.norms import norm_feeders
 from farms_tb.training import metrics as logs
-from farms_tb.weights.layers import NO_VALUES, find_layers, norm_feeders
+from farms_tb.weights.layers import NO_VALUES, find_layers
 from tests.helpers import EPOCHS, LIGHTNING_NOISE, Module, Recorder, fit, make_net, spy_on_updates
 
 
@@ -180,7 +181,7 @@ class TestManyUpdates:
 
         objects, things = grown(update, balancer, optimizer, warning._said, layerwise_step._attached)
         assert abs(objects) < 50
-        # Strings of figures, in the statuses, may change their length, and a warning may be said, once.
+        # Numbers in the statuses may change their length, and a warning may come once.
         assert abs(things) < 250
         assert len(optimizer._optimizer_step_pre_hooks) == len(optimizer._optimizer_step_post_hooks) == 1
         assert not any(p._backward_hooks for p in net.parameters())
@@ -367,7 +368,7 @@ def test_benchmark_runs(
     from benchmarks import load
 
     monkeypatch.setattr(load, "BLOCK", 10)
-    options = ["--layers", "3", "6", "--updates", "30", "--times", "1", "--out", str(tmp_path)]
+    options = ["--layers", "4", "6", "--updates", "30", "--times", "1", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["load", *options])
     threads = torch.get_num_threads()
     try:

@@ -1,14 +1,18 @@
 """One update of all parameters of a param group, each with a learning rate of its own.
 
-A group split by ratio is several groups to torch. On a GPU each of them takes as many kernel launches as the
-whole: torch's optimizers update the tensors of a group together, by `foreach` operations. On the CPU each takes
-its time to look at, and torch goes through its tensors one by one in Python. In SGD, Adam and AdamW the learning
-rate is one factor in the update of each tensor, and `foreach` operations take a factor for each tensor. So here a
-group is updated together: on a GPU by as many launches as torch would need without ratios; on the CPU piece by
-piece, each within its caches, which takes less time than torch does without ratios.
+A group that is split by ratio is several groups to torch. On a GPU each of them takes as many kernel launches as
+the whole group: torch's optimizers update the tensors of a group together, by `foreach` operations. On the CPU
+torch goes through the tensors one by one in Python. In SGD, Adam and AdamW the learning rate is one factor in the
+update of each tensor, and `foreach` operations take a factor for each tensor. So here a group is updated as a
+whole: on a GPU with as many launches as torch needs without ratios; on the CPU in chunks that fit into its caches,
+which takes less time than torch's step without ratios.
 
-The operations are torch's own, so that all come to the bits of a group for each ratio; but for SGD on a GPU, which
-in torch multiplies by the learning rate and adds at once: there the product is rounded. State is begun by torch.
+The operations are torch's own, so the results are bitwise identical to those of one group for each ratio. The
+exception is SGD on a GPU: torch multiplies by the learning rate and adds in one operation, and here the product is
+rounded. The first step of a parameter, which creates its state, is torch's. The user's gradients are only read.
+
+With learning rate lr_i = lr * ratio_i and gradient g (negated where `maximize` is set), the updates are those of
+torch's documentation of the optimizers.
 """
 
 from __future__ import annotations
@@ -25,12 +29,12 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 Group = dict[str, Any]
 Tensors = list[Tensor] | tuple[Tensor, ...]  # as `foreach` operations take them
 
-# Entries of the parameters that the CPU updates at once, with gradients and state: a megabyte and a half.
-_PIECE = 2**16
+# Entries of the parameters that the CPU updates at once. With gradients and state these are 1.5 MB.
+_CHUNK = 2**16
 
 
 def merged_update(optimizer: Optimizer, group: Group, ratios: Mapping[int, float]) -> Callable[[], None] | None:
-    """Return what makes the step of one group, now that its gradients are there, or None where torch has to.
+    """Return a function that makes the step of one group with the gradients of now, or None where torch has to.
 
     Torch has to where there is nothing to merge, on other devices, with other optimizers, with options that ask
     for another way (`fused`, `capturable`, `differentiable`, `foreach=False`), with sparse gradients, tensors
@@ -40,6 +44,9 @@ def merged_update(optimizer: Optimizer, group: Group, ratios: Mapping[int, float
         optimizer: any optimizer.
         group: one of its param groups.
         ratios: learning-rate ratio of a parameter by its `id`; 1 where there is none.
+
+    Returns:
+        The function, which takes and returns nothing and may be called once; or None.
     """
     rule = RULES.get(type(optimizer))
     if rule is None or not _takes_foreach(group):
@@ -53,7 +60,7 @@ def merged_update(optimizer: Optimizer, group: Group, ratios: Mapping[int, float
     states = {name: [state.get(name) for state in by_parameter] for name in rule.states(group)}
     if any(value is None for values in states.values() for value in values):
         return None
-    # Once Adam was compiled its counters are on the GPU, and to read them would be to wait for it.
+    # Once Adam was compiled its step counters are on the GPU, and reading them would wait for the GPU.
     if not all(step.is_cpu for step in states.get("step", ())):
         return None
     return partial(_update, rule, group, own, params, grads, states)
@@ -72,7 +79,7 @@ def _on_gpu(params: Tensors) -> bool:
 
 
 def _are_alike(params: Tensors, grads: Tensors) -> bool:
-    """Tell whether one launch can do: dense real tensors of one dtype on one device, and no subclass (DTensor)."""
+    """Tell whether one operation takes all: dense real tensors of one dtype and device, no subclass (DTensor)."""
     if not all(type(p) in (Tensor, nn.Parameter) for p in params):
         return False
     kinds = {(tensor.device, tensor.dtype, tensor.layout) for tensor in (*params, *grads)}
@@ -93,22 +100,22 @@ def _update(
     states: Mapping[str, Tensors],
 ) -> None:
     lrs = [group["lr"] * ratio for ratio in ratios]
-    for piece in _pieces(params):
-        own = grads[piece]
+    for chunk in _chunks(params):
+        own = grads[chunk]
         if group["maximize"]:
             own = torch._foreach_neg(own)
-        rule.update(group, lrs[piece], params[piece], own, *(state[piece] for state in states.values()))
+        rule.update(group, lrs[chunk], params[chunk], own, *(state[chunk] for state in states.values()))
 
 
-def _pieces(params: Tensors) -> Iterator[slice]:
-    """Yield what is updated at once: all on a GPU, on the CPU parameters of a size that its caches hold."""
+def _chunks(params: Tensors) -> Iterator[slice]:
+    """Yield which parameters are updated at once: on a GPU all, on the CPU as many as its caches hold."""
     if _on_gpu(params):
         yield slice(None)
         return
     begin = size = 0
     for place, parameter in enumerate(params):
         size += parameter.numel()
-        if size > _PIECE and place > begin:
+        if size > _CHUNK and place > begin:
             yield slice(begin, place)
             begin, size = place, parameter.numel()
     yield slice(begin, None)
@@ -126,10 +133,8 @@ def _sgd(
     if buffers is not None:
         torch._foreach_mul_(buffers, group["momentum"])
         torch._foreach_add_(buffers, grads, alpha=1 - group["dampening"])
-        if group["nesterov"]:
-            torch._foreach_add_(grads, buffers, alpha=group["momentum"])
-        else:
-            grads = buffers
+        # Not in place: these may be the user's gradients.
+        grads = torch._foreach_add(grads, buffers, alpha=group["momentum"]) if group["nesterov"] else buffers
     if _on_gpu(params):
         torch._foreach_add_(params, torch._foreach_mul(grads, [-lr for lr in lrs]))
         return
@@ -151,7 +156,7 @@ def _adam(
 ) -> None:
     beta1, beta2 = group["betas"]
     decay = group["weight_decay"]
-    # A tensor, or it would be made anew for each of them.
+    # As a tensor: for a number, torch would create a tensor for each counter.
     torch._foreach_add_(steps, torch.tensor(1.0, device="cpu"), alpha=1.0)
     if decay != 0 and (decoupled or group.get("decoupled_weight_decay")):
         torch._foreach_mul_(params, [1 - lr * decay for lr in lrs])
@@ -191,7 +196,7 @@ class Rule:
     update: Callable[..., None]
 
 
-# By the very class: a subclass may step as it likes.
+# By the class itself: a subclass may define another step.
 RULES: dict[type[Optimizer], Rule] = {
     SGD: Rule(_sgd_states, _sgd),
     Adam: Rule(_adam_states, _adam),

@@ -86,15 +86,15 @@ class TempBalance:
 
     @property
     def ratios(self) -> dict[str, float]:
-        """Learning-rate active ratio of each layer by name."""
+        """Current learning-rate ratio of each layer by name."""
         return dict(self._balancer.ratios)
 
     def step(self) -> Report:
-        """Measure the model and apply the new ratios; on every process where there are several."""
+        """Measure the model and apply the ratios that follow; on every process where there are several."""
         return self._balancer.update()
 
     def parameter_ratios(self) -> dict[str, float]:
-        """Return the active ratio of each parameter of the model by name."""
+        """Return the current ratio of each parameter of the model by name."""
         return self._balancer.parameter_ratios()
 
     def param_groups(self, optimizer: Optimizer) -> list[StepGroup]:
@@ -102,18 +102,18 @@ class TempBalance:
         return self._balancer.param_groups(optimizer)
 
     def detach(self) -> None:
-        """Stop balancing: the optimizer steps as if this object had never been."""
+        """Stop balancing: the optimizer steps as without this object."""
         self._balancer.detach()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the active ratios and the report as plain values, for a checkpoint."""
+        """Return the current ratios and the report as plain values, for a checkpoint."""
         return self._balancer.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict()`; where options or layers changed since, warn and measure anew.
 
         Raises:
-            ValueError: not such a state, or one of a newer version.
+            ValueError: not such a state, one of a newer version, or a damaged one. Nothing was changed then.
         """
         if not self._balancer.load_state_dict(state):
             self._balancer.update()

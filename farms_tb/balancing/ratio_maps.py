@@ -1,6 +1,9 @@
 """From alphas to learning-rate ratios: the temperature maps of TempBalance.
 
-A large alpha marks an undertrained layer, which gets a larger learning rate; a small one a smaller one.
+A large alpha marks an undertrained layer, which gets a larger learning rate; a small alpha gives a smaller one.
+The maps are functions of the list of alphas a_1, ..., a_n of the n layers that are balanced together. They return
+the ratios r_1, ..., r_n; a layer's learning rate is its ratio times that of the scheduler.
+
 Sources: TempBalance (Zhou et al., NeurIPS 2023, arXiv 2312.00359) and its application to SciML (arXiv 2410.12178).
 """
 
@@ -8,8 +11,81 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
-from farms_tb.options import AssignFunc, RatioOptions
+from farms_tb.options import AssignFunc, Kind, RatioOptions
+from farms_tb.report import LayerRecord, Report
+
+
+@dataclass(frozen=True)
+class RatioSummary:
+    """What one mapping of a report did, over all layers.
+
+    Attributes:
+        mean_ratio: mean ratio of the balanced layers; None where no layer is balanced. Far from 1, balancing also
+            changes the overall learning rate.
+        noise_lambda: with the noise-aware map, the `noise_lambda` of each kind that is balanced; else empty.
+    """
+
+    mean_ratio: float | None = None
+    noise_lambda: dict[Kind, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class MappedRatios:
+    """The ratios that follow from a report.
+
+    Attributes:
+        ratios: ratio of each layer of the report; 1 for those that take no part.
+        members: the layers that take part, by kind: each kind is balanced within itself.
+        missing: those of them without the metric that is mapped, which keep ratio 1.
+        summary: what the mapping did, over all layers.
+    """
+
+    ratios: dict[str, float]
+    members: dict[Kind, list[str]]
+    missing: list[str] = field(default_factory=list)
+    summary: RatioSummary = field(default_factory=RatioSummary)
+
+    @property
+    def balanced(self) -> dict[Kind, list[str]]:
+        """The layers that take part and have the metric that is mapped, by kind."""
+        missing = set(self.missing)
+        return {kind: [name for name in names if name not in missing] for kind, names in self.members.items()}
+
+
+def ratios_of_report(report: Report, members: dict[Kind, list[str]], options: RatioOptions) -> MappedRatios:
+    """Map the metric of the layers that take part, each kind within itself.
+
+    Args:
+        report: the measurement; with the noise-aware map, one that holds permutation nulls.
+        members: names of the layers that take part, by kind.
+        options: the map, its options and the metric.
+    """
+    ratios = dict.fromkeys(report.layers, 1.0)
+    lambdas: dict[Kind, float] = {}
+    missing: list[str] = []
+    balanced: list[float] = []
+    for kind, names in members.items():
+        values = {name: mapped_metric(report.layers[name], options) for name in names}
+        ratios.update(ratios_from(values, options))
+        known = {name: value for name, value in values.items() if value is not None}
+        missing += [name for name in names if name not in known]
+        balanced += [ratios[name] for name in known]
+        if options.assign_func == "noise_aware" and known:
+            lambdas[kind] = noise_lambda(list(known.values()))
+    mean = math.fsum(balanced) / len(balanced) if balanced else None
+    return MappedRatios(ratios, members, missing, RatioSummary(mean, lambdas))
+
+
+def mapped_metric(record: LayerRecord, options: RatioOptions) -> float | None:
+    """Return the value of a layer that is mapped: its metric, or its z-score with the noise-aware map."""
+    return record.z_score if options.assign_func == "noise_aware" else record.metric(options.metric)
+
+
+def only_measures(options: RatioOptions) -> bool:
+    """Tell whether every ratio is 1 by the options alone, so that no optimizer has to be changed."""
+    return options.lr_min_ratio == options.lr_max_ratio == 1 or not options.balance
 
 
 def lr_ratios(
@@ -24,18 +100,20 @@ def lr_ratios(
 ) -> dict[str, float]:
     """Map the alphas of layers to the ratios of their learning rates to the base learning rate.
 
-    With n layers that have an alpha:
+    With n layers that have an alpha, and low = lr_min_ratio, high = lr_max_ratio:
 
-    - `"tb_linear_map"`: alpha interpolated linearly from [min, max] to [lr_min_ratio, lr_max_ratio];
+    - `"tb_linear_map"`: low + (high - low) * (alpha - min) / (max - min), min and max those of the alphas;
     - `"tb_sqrt"`: sqrt(alpha) * n / sum of sqrt(alpha);
     - `"tb_log2"`: log2(alpha) * n / sum of log2(alpha);
-    - `"tb_step"`: lr_min_ratio + (lr_max_ratio - lr_min_ratio) * rank / n, rank 0 the smallest alpha;
+    - `"tb_step"`: low + (high - low) * rank / n, rank 0 the smallest alpha, n - 1 the largest;
     - `"tb_sigmoid"`: 10^(s * (sigmoid(tau * (alpha - mean)) - 1/2)), s = sigmoid_max above the mean and
       sigmoid_min at or below it, so ratios lie between 10^(-sigmoid_min / 2) and 10^(sigmoid_max / 2);
     - `"noise_aware"`: takes z-scores in place of alphas (`analyze(model, null=True).z_scores`). The linear map of
-      z, to the power of `noise_lambda`, the share of the spread of z that noise does not explain. Layers that
-      differ by no more than random ones would all keep ratio 1; layers far apart get the linear map's ratios.
-      It is this package's own, not from the papers.
+      z, to the power of lambda, see `noise_lambda`: the share of the spread of z that noise does not explain.
+      Layers that differ by no more than random ones would all keep ratio 1; layers far apart get the linear map's
+      ratios. It is this package's own, not from the papers.
+
+    With `lr_min_ratio` and `lr_max_ratio` both 1, every map gives every layer ratio 1.
 
     Args:
         alphas: alpha of each layer; None or NaN where a layer has none.
@@ -67,26 +145,36 @@ def lr_ratios(
 
 
 def ratios_from(alphas: Mapping[str, float | None], options: RatioOptions) -> dict[str, float]:
-    """`lr_ratios` with its options already checked."""
+    """Map alphas as `lr_ratios` does, with options that are checked already.
+
+    Raises:
+        ValueError: an alpha that is infinite, or that the map cannot map.
+    """
     known = {name: float(alpha) for name, alpha in alphas.items() if alpha is not None and alpha == alpha}
     for name, alpha in known.items():
         if math.isinf(alpha):
             raise ValueError(f"the alpha of {name!r} is infinite; pass None for a layer without an alpha")
     ratios = dict.fromkeys(alphas, 1.0)
     values = list(known.values())
-    if values and min(values) < max(values):
-        _check_domain(known, options.assign_func)
-        mapped = _MAPS[options.assign_func](values, options)
-        if options.ratio_levels is not None:
-            mapped = _to_levels(mapped, options.ratio_levels)
-        ratios.update(zip(known, mapped, strict=True))
-    return ratios
+    if only_measures(options) or not values or min(values) == max(values):
+        return ratios
+    _check_domain(known, options.assign_func)
+    mapped = _MAPS[options.assign_func](values, options)
+    if options.ratio_levels is not None:
+        mapped = _to_levels(mapped, options.ratio_levels)
+    return ratios | dict(zip(known, mapped, strict=True))
 
 
 def noise_lambda(z_scores: Sequence[float]) -> float:
-    """Return the share of the variance of z-scores that noise does not explain, max(0, 1 - 1 / variance).
+    """Return lambda = max(0, 1 - 1 / Var(z)), the share of the variance of z-scores that noise does not explain.
 
-    The z-scores of random layers have variance 1. 0 for fewer than two.
+    The z-scores of random layers have variance 1. Var(z) is the unbiased sample variance.
+
+    Args:
+        z_scores: z-score of each layer.
+
+    Returns:
+        A number from 0 to 1; 0 for fewer than two layers.
 
     Example:
         >>> noise_lambda([-2.0, 0.0, 2.0])
@@ -95,18 +183,19 @@ def noise_lambda(z_scores: Sequence[float]) -> float:
     largest = max(map(abs, z_scores), default=0.0)
     if len(z_scores) < 2 or largest == 0:
         return 0.0
-    # As shares of the largest, whose squares cannot overflow.
-    shares = [z / largest for z in z_scores]
-    mean = math.fsum(shares) / len(shares)
-    variance = math.fsum((share - mean) ** 2 for share in shares) / (len(shares) - 1) * largest * largest
+    # Scaled by the largest, because squares of huge values would overflow.
+    scaled = [z / largest for z in z_scores]
+    mean = math.fsum(scaled) / len(scaled)
+    variance = math.fsum((z - mean) ** 2 for z in scaled) / (len(scaled) - 1) * largest * largest
     return 1 - 1 / variance if variance > 1 else 0.0
 
 
 def _to_levels(ratios: Sequence[float], levels: int) -> list[float]:
-    """Round each to the nearest of equally spaced levels; of two as near, to the larger.
+    """Round each ratio to the nearest of L equally spaced levels; where two are equally near, to the larger.
 
-    The ends are the smallest and the largest ratio at hand, not those that the options allow: the noise-aware map
-    keeps ratios together that do not differ beyond noise, and levels further apart would part them again.
+    The levels are low + (high - low) * k / (L - 1) for k = 0, ..., L - 1. `low` and `high` are the smallest and
+    the largest of the ratios, not those that the options allow: the noise-aware map keeps ratios together where
+    they do not differ beyond noise, and levels further apart would separate them again.
     """
     low, high = min(ratios), max(ratios)
     if low == high:
@@ -119,6 +208,7 @@ def _to_levels(ratios: Sequence[float], levels: int) -> list[float]:
 
 
 def _check_domain(alphas: Mapping[str, float], assign_func: AssignFunc) -> None:
+    """Raise where a root or a logarithm would be negative or undefined."""
     bound = {"tb_sqrt": 0.0, "tb_log2": 1.0}.get(assign_func, -math.inf)
     for name, alpha in alphas.items():
         if not alpha > bound:
@@ -126,9 +216,11 @@ def _check_domain(alphas: Mapping[str, float], assign_func: AssignFunc) -> None:
 
 
 def _linear_map(alphas: Sequence[float], options: RatioOptions) -> list[float]:
+    """Return r_i = low + (high - low) * (a_i - min a) / (max a - min a)."""
     low, high = options.lr_min_ratio, options.lr_max_ratio
     smallest, largest = min(alphas), max(alphas)
-    # Halved where the range of two huge values of opposite sign would overflow; tiny ones would vanish.
+    # Halved where the difference of two huge values of opposite sign would overflow. Not always, because the
+    # smallest floats would become 0.
     scale = 1.0 if math.isfinite(largest - smallest) else 0.5
     span = largest * scale - smallest * scale
     positions = ((alpha * scale - smallest * scale) / span for alpha in alphas)
@@ -136,20 +228,23 @@ def _linear_map(alphas: Sequence[float], options: RatioOptions) -> list[float]:
 
 
 def _sqrt(alphas: Sequence[float], options: RatioOptions) -> list[float]:
-    return _share([math.sqrt(alpha) for alpha in alphas])
+    """Return r_i = sqrt(a_i) * n / sum_j sqrt(a_j)."""
+    return _with_mean_one([math.sqrt(alpha) for alpha in alphas])
 
 
 def _log2(alphas: Sequence[float], options: RatioOptions) -> list[float]:
-    return _share([math.log2(alpha) for alpha in alphas])
+    """Return r_i = log2(a_i) * n / sum_j log2(a_j)."""
+    return _with_mean_one([math.log2(alpha) for alpha in alphas])
 
 
-def _share(weights: Sequence[float]) -> list[float]:
+def _with_mean_one(weights: Sequence[float]) -> list[float]:
     """Scale weights to a mean of 1."""
     mean = math.fsum(weights) / len(weights)
     return [weight / mean for weight in weights]
 
 
 def _step(alphas: Sequence[float], options: RatioOptions) -> list[float]:
+    """Return r_i = low + (high - low) * rank_i / n, where rank_i is the number of alphas before a_i in order."""
     low, high = options.lr_min_ratio, options.lr_max_ratio
     ratios = [0.0] * len(alphas)
     for rank, index in enumerate(sorted(range(len(alphas)), key=alphas.__getitem__)):
@@ -158,6 +253,10 @@ def _step(alphas: Sequence[float], options: RatioOptions) -> list[float]:
 
 
 def _sigmoid(alphas: Sequence[float], options: RatioOptions) -> list[float]:
+    """Return r_i = 10^(s_i * (sigmoid(tau * (a_i - mean a)) - 1/2)).
+
+    s_i is `sigmoid_max` where a_i is above the mean, and else `sigmoid_min`.
+    """
     mean = math.fsum(alpha / len(alphas) for alpha in alphas)
     ratios = []
     for alpha in alphas:
@@ -168,6 +267,7 @@ def _sigmoid(alphas: Sequence[float], options: RatioOptions) -> list[float]:
 
 
 def _noise_aware(z_scores: Sequence[float], options: RatioOptions) -> list[float]:
+    """Return r_i^lambda, r_i the linear map of the z-scores and lambda their `noise_lambda`."""
     share = noise_lambda(z_scores)
     return [ratio**share for ratio in _linear_map(z_scores, options)]
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from farms_tb.balancing.balancer import LayerBalancer
-from farms_tb.balancing.layerwise_step import stepping_optimizers
+from farms_tb.balancing.optimizer_checks import stepping_optimizers
 from farms_tb.keywords import CallbackKeywords, takes_options
 from farms_tb.options import LoggingOptions, RatioOptions, ScheduleOptions, SpectrumOptions
 from farms_tb.training.metrics import Measurement

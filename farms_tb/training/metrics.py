@@ -18,6 +18,7 @@ from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from farms_tb.balancing.ratio_maps import RatioSummary
 from farms_tb.options import XAxis
 from farms_tb.report import EsdHistogram, Report
 from farms_tb.viewing.history import Curve, History
@@ -150,7 +151,7 @@ def warn_of_many_layers(number: int, model: object) -> None:
         )
 
 
-def summary_row(summary: Any) -> dict[str, float]:
+def summary_row(summary: RatioSummary) -> dict[str, float]:
     """Return the keys and values to log of what an update did as a whole.
 
     Args:
@@ -161,8 +162,6 @@ def summary_row(summary: Any) -> dict[str, float]:
         `farms/ratio_mean`; `farms/lambda` of real weights, the only kind in most models, and
         `farms/lambda_<kind>` of others.
     """
-    if isinstance(summary, Mapping):
-        return dict(summary)
     row = {} if summary.mean_ratio is None else {"farms/ratio_mean": summary.mean_ratio}
     for kind, value in summary.noise_lambda.items():
         row["farms/lambda" if kind == "real" else f"farms/lambda_{kind}"] = value

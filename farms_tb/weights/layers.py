@@ -1,4 +1,4 @@
-"""The layers of a model: which have a spectrum, which parameters each one owns, which norm follows which.
+"""The layers of a model: which have a spectrum, which parameters each one owns.
 
 Layers are listed in order of registration (`named_modules`), as in the papers. A layer that cannot be analysed is
 listed with the reason: one odd layer never costs the measurement of the others.
@@ -6,7 +6,6 @@ listed with the reason: one odd layer never costs the measurement of the others.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,20 +26,11 @@ __all__ = [
     "checked_layers",
     "clean_name",
     "find_layers",
-    "norm_feeders",
     "read_stacks",
     "stack_problem",
     "unreadable",
     "unwrap",
 ]
-
-_NORMS: tuple[type[nn.Module], ...] = (
-    nn.modules.batchnorm._BatchNorm,
-    nn.modules.instancenorm._InstanceNorm,
-    nn.LayerNorm,
-    nn.GroupNorm,
-    nn.RMSNorm,
-)
 
 
 @dataclass(frozen=True)
@@ -263,46 +253,3 @@ def _tied(parameters: dict[int, nn.Parameter], claimed: dict[int, str]) -> str:
         if key in claimed and not is_lazy(parameter) and not _is_vector(parameter):
             return f"tied to {claimed[key]!r}"
     return ""
-
-
-def norm_feeders(model: nn.Module, layers: list[Layer]) -> dict[str, str]:
-    """Find the layer that feeds each normalisation layer.
-
-    By name, as the papers do (`bn1` follows `conv1` beside it); failing that, the nearest layer registered before
-    the norm whose output is as wide as the norm.
-
-    Returns:
-        Path of the norm to path of the module of the layer it follows. A norm that nothing feeds is left out.
-    """
-    modules = {layer.module_name: layer.module for layer in layers if layer.kind}
-    feeders: dict[str, str] = {}
-    nearest: dict[int | None, tuple[int, str]] = {}
-    for position, (path, module) in enumerate(unwrap(model).named_modules()):
-        path = clean_name(path)
-        if path in modules:
-            nearest[_width(modules[path])] = position, path
-        elif isinstance(module, _NORMS):
-            parent, _, own = path.rpartition(".")
-            sibling = ".".join(filter(None, (parent, re.sub("bn|norm", "conv", own))))
-            wide = [nearest[width] for width in _norm_widths(module) if width in nearest]
-            if sibling in modules:
-                feeders[path] = sibling
-            elif wide:
-                feeders[path] = max(wide)[1]
-    return feeders
-
-
-def _width(module: nn.Module) -> int | None:
-    for attribute in ("out_channels", "out_features", "embed_dim"):
-        width = getattr(module, attribute, None)
-        if isinstance(width, int):
-            return width
-    return None
-
-
-def _norm_widths(norm: nn.Module) -> set[int]:
-    for attribute in ("num_features", "num_channels"):
-        width = getattr(norm, attribute, None)
-        if isinstance(width, int):
-            return {width}
-    return set(getattr(norm, "normalized_shape", ()))

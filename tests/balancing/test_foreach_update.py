@@ -1,4 +1,4 @@
-"""A group that is updated at once, or, as on the CPU, piece by piece: mostly on the CPU, as if it were a GPU."""
+"""A group that is updated at once, or, as on the CPU, in chunks: mostly on the CPU, as if it were a GPU."""
 
 from __future__ import annotations
 
@@ -329,7 +329,7 @@ def test_options_of_a_group_that_torch_has_to_see_to(option: dict[str, Any]) -> 
 
 @pytest.mark.usefixtures("as_on_a_gpu")
 def test_nothing_to_merge(updates: list[int]) -> None:
-    """One ratio in a group: torch's own step, to the bit."""
+    """One ratio in a group: torch's own step, bitwise."""
     states = []
     for ratio in (0.5, None):
         params = make_params()
@@ -366,17 +366,17 @@ def test_on_the_cpu_it_is_that_of_a_group_for_each_ratio(
 
 
 @pytest.mark.parametrize(
-    ("most", "pieces"),
+    ("most", "chunks"),
     [(1, [[9], [4], [18], [1], [10]]), (13, [[9, 4], [18], [1, 10]]), (10**4, [[9, 4, 18, 1, 10]])],
 )
-def test_pieces(most: int, pieces: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks(most: int, chunks: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
     """Each is as large as its parameters together may be, or one parameter that is larger."""
     params = make_params()
-    monkeypatch.setattr(merged_update, "_PIECE", most)
-    assert [[p.numel() for p in params[piece]] for piece in merged_update._pieces(params)] == pieces
+    monkeypatch.setattr(merged_update, "_CHUNK", most)
+    assert [[p.numel() for p in params[chunk]] for chunk in merged_update._chunks(params)] == chunks
     states = []
     for number in (most, 10**6):
-        monkeypatch.setattr(merged_update, "_PIECE", number)
+        monkeypatch.setattr(merged_update, "_CHUNK", number)
         params = make_params()
         optimizer = AdamW(params, lr=BASE, maximize=True)
         attach(optimizer, params)

@@ -15,8 +15,9 @@ from torch.optim import Optimizer
 
 from farms_tb import TempBalance
 from farms_tb.balancing import foreach_update as merged_update
-from farms_tb.balancing import layerwise_step
-from farms_tb.balancing.layerwise_step import LayerwiseStep, _Split, check_optimizer, stepping_optimizers
+from farms_tb.balancing import layerwise_step, split_groups
+from farms_tb.balancing.layerwise_step import LayerwiseStep
+from farms_tb.balancing.optimizer_checks import check_optimizer, stepping_optimizers
 from tests.helpers import assert_same_state, make_net, spy_on_updates
 
 RATIOS = (0.5, 1.0, 1.7)
@@ -103,7 +104,7 @@ def test_equals_an_optimizer_built_with_those_groups(key: str) -> None:
         for params, stepped in ((ours, optimizer), (theirs, by_hand)):
             set_grads(params, step, sparse="Sparse" in key)
             stepped.step()
-    # A foreach kernel may round differently for lists of another length; the others agree to the bit.
+    # A foreach kernel may round differently for lists of another length; the others are bitwise identical.
     for index, (one, other) in enumerate(zip(ours, theirs, strict=True)):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7, msg=lambda m, i=index: f"parameter {i}: {m}")
 
@@ -163,7 +164,7 @@ def test_outside_step_groups_are_the_users(key: str) -> None:
 @pytest.mark.parametrize("key", available)
 def test_torchs_own_write_nothing_into_their_groups(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is taken for granted, so that no group has to be looked at after a step."""
-    monkeypatch.setattr(layerwise_step, "merged_update", lambda *_: None)
+    monkeypatch.setattr(split_groups, "merged_update", lambda *_: None)
     params = make_params()
     optimizer = build(key, params)
     stepper = attach(optimizer, params)
@@ -519,7 +520,7 @@ def test_what_changes_between_steps_counts(edit: Any, monkeypatch: pytest.Monkey
         optimizer = Recorder(params, lr=0.1, momentum=0.9)
         stepper = attach(optimizer, params)
         if not keep:
-            monkeypatch.setattr(_Split, "still_of", lambda self, group: False)
+            monkeypatch.setattr(split_groups._Split, "still_of", lambda self, group: False)
         for step in range(4):
             set_grads(params, step)
             if step == 2:
@@ -533,11 +534,10 @@ def test_what_changes_between_steps_counts(edit: Any, monkeypatch: pytest.Monkey
 def test_unchanged_groups_are_not_split_again(monkeypatch: pytest.MonkeyPatch) -> None:
     params = make_params()
     optimizer = torch.optim.RMSprop(params, lr=0.1)
-    stepper = attach(optimizer, params)
+    attach(optimizer, params)
     split = []
-    monkeypatch.setattr(
-        stepper, "_by_ratio", lambda group: split.append(group) or type(stepper)._by_ratio(stepper, group)
-    )
+    original = split_groups._by_ratio
+    monkeypatch.setattr(split_groups, "_by_ratio", lambda *args: split.append(args) or original(*args))
     for step in range(5):
         set_grads(params, step)
         optimizer.param_groups[0]["lr"] *= 0.9

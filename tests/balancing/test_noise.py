@@ -1,4 +1,4 @@
-"""What is noise in an alpha: its standard error, the null of random layers, and the map that leaves noise out."""
+"""What is noise in an alpha: its standard error, the permutation null, and the map that leaves noise out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The maps from alphas to ratios: against the twin, and where there is little or nothing to map."""
+"""The maps from alphas to ratios: against the reference implementation, and where there is little to map."""
 
 import math
 import sys
@@ -8,7 +8,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from farms_tb import lr_ratios
-from tests.reference import ratios as twin
+from tests.reference import ratios as reference
 from tests.reference.compare import assert_same_figures
 
 MAPS = ["tb_linear_map", "tb_sqrt", "tb_log2", "tb_step", "tb_sigmoid"]
@@ -25,31 +25,31 @@ def assert_ratios(found, expected, rtol=1e-9):
 
 @pytest.mark.parametrize("name", MAPS)
 @given(alphas=st.lists(st.floats(1.001, 20), min_size=2, max_size=12))
-def test_match_the_twin(name, alphas):
+def test_match_the_reference(name, alphas):
     assume(min(alphas) < max(alphas))
-    assert_ratios(lr_ratios(named(alphas), name), named(getattr(twin, name)(alphas)))
+    assert_ratios(lr_ratios(named(alphas), name), named(getattr(reference, name)(alphas)))
 
 
 @given(alphas=st.lists(st.sampled_from([1.5, 2.0, 3.0]), min_size=2, max_size=12))
 @pytest.mark.parametrize("name", MAPS)
-def test_ties_match_the_twin(name, alphas):
+def test_ties_match_the_reference(name, alphas):
     assume(min(alphas) < max(alphas))
-    assert_ratios(lr_ratios(named(alphas), name), named(getattr(twin, name)(alphas)))
+    assert_ratios(lr_ratios(named(alphas), name), named(getattr(reference, name)(alphas)))
 
 
 @given(low=st.floats(0, 2), width=st.floats(0.01, 3), alphas=st.lists(st.floats(1.1, 9), min_size=2, max_size=8))
-def test_bounds_match_the_twin(low, width, alphas):
+def test_bounds_match_the_reference(low, width, alphas):
     assume(min(alphas) < max(alphas))
     bounds = {"lr_min_ratio": low, "lr_max_ratio": low + width}
     for name in ("tb_linear_map", "tb_step"):
-        expected = getattr(twin, name)(alphas, low, low + width)
+        expected = getattr(reference, name)(alphas, low, low + width)
         assert_ratios(lr_ratios(named(alphas), name, **bounds), named(expected))
 
 
-def test_sigmoid_options_match_the_twin():
+def test_sigmoid_options_match_the_reference():
     alphas = [1.7, 2.0, 2.1, 3.5]
     found = lr_ratios(named(alphas), "tb_sigmoid", sigmoid_min=0.3, sigmoid_max=1.2, sigmoid_tau=4.0)
-    assert_ratios(found, named(twin.tb_sigmoid(alphas, 0.3, 1.2, 4.0)))
+    assert_ratios(found, named(reference.tb_sigmoid(alphas, 0.3, 1.2, 4.0)))
 
 
 def test_by_hand():

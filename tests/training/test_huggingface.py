@@ -573,7 +573,7 @@ def test_a_measurement_that_fails_lets_go(tmp_path: Path, monkeypatch: pytest.Mo
     def fail(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("no memory")
 
-    monkeypatch.setattr("farms_tb.balancing.balancer.measure", fail)
+    monkeypatch.setattr("farms_tb.balancing.measured_model.measure", fail)
     trainer = make_trainer(tmp_path, FARMSTrainerCallback())
     with pytest.raises(RuntimeError, match="no memory"):
         trainer.train()

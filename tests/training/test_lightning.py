@@ -458,6 +458,7 @@ def test_manual_optimization_with_two_optimizers() -> None:
     assert sorted(balance.ratios.values())[0] == 0.5
 
 
+@pytest.mark.filterwarnings("ignore:only one layer of a kind is left to balance")
 def test_unfreezing_adds_groups() -> None:
     class Unfreeze(BaseFinetuning):
         def freeze_before_training(self, pl_module: Any) -> None:

@@ -8,7 +8,8 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from farms_tb import MatrixStack, NoSpectrumError, layer_matrices
-from farms_tb.weights.layers import find_layers, norm_feeders, read_stacks, unwrap
+from farms_tb.balancing.norms import norm_feeders
+from farms_tb.weights.layers import find_layers, read_stacks, unwrap
 
 
 def problems(model):

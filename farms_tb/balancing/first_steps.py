@@ -1,0 +1,277 @@
+"""Does an optimizer use the learning rates that it is shown? Checked by the parameters, at its first steps.
+
+Some optimizers pair their param groups with a list that they made when they were built, so that groups beyond its
+end are never trained. Others step with groups or rates that they have copied, or call another optimizer. The
+checks find these by what a step does: which parameters it moves, and which learning rates it reads. They cost a
+norm of every parameter and so end after a few steps. Torch's own optimizers are known to be right and are not
+checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
+
+from farms_tb.balancing.optimizer_checks import TORCH_OPTIMIZERS, Group, incompatible
+from farms_tb.balancing.split_groups import WatchedGroup
+
+_MOST_STEPS = 10
+"""So many steps that move something are checked, if some group never has a gradient."""
+_MOST_SKIPPED = 100
+"""So many steps that move nothing are checked, as while a learning rate is 0 or gradients are accumulated."""
+
+
+class FirstSteps:
+    """Checks the first steps of one optimizer, and again when it is shown more groups than before.
+
+    Args:
+        optimizer: the optimizer.
+
+    Attributes:
+        pending: whether the next step has to be checked.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+        self._applies = type(optimizer) not in TORCH_OPTIMIZERS
+        self._most_groups = 0
+        self._steps_left = self._skips_left = 0
+        self._before: Traces | None = None
+        self.pending = False
+
+    def expect(self, ratios: Mapping[int, float]) -> None:
+        """Check the next steps if there are more different ratios than in any step before."""
+        number = len(set(ratios.values()))
+        if self._applies and number > self._most_groups:
+            self._most_groups = number
+            self._steps_left, self._skips_left = _MOST_STEPS, _MOST_SKIPPED
+            self.pending = True
+
+    def begin(self, active: bool) -> None:
+        """Note what the parameters are before a step.
+
+        Args:
+            active: whether the step has layer-wise learning rates.
+
+        Raises:
+            RuntimeError: the optimizer keeps a list of the learning rates of its groups.
+        """
+        # Whatever is left of a step that raised.
+        self._before = None
+        if active and self.pending:
+            _check_paired_lists(self._optimizer)
+            self._before = Traces(self._optimizer)
+
+    def end(self, shown: Sequence[Group] | None) -> None:
+        """Compare with what they are after it.
+
+        Args:
+            shown: the groups that the step saw; None where it did not ask for its groups.
+
+        Raises:
+            RuntimeError: the step moved parameters without looking at their group or its learning rate, or left
+                out a group.
+        """
+        before, self._before = self._before, None
+        if before is None:
+            return
+        if shown is None:
+            if before.any_touched():
+                raise incompatible(self._optimizer, "moved parameters without reading its param_groups")
+            self._skipped()
+            return
+        touched = [any(before.touched(p) for p in candidates(group)) for group in shown]
+        if not any(touched):
+            self._skipped()
+            return
+        for group, moved in zip(shown, touched, strict=True):
+            if moved and isinstance(group, WatchedGroup) and not group.lr_was_read:
+                raise incompatible(self._optimizer, "moved parameters without reading the lr of their param group")
+            if not moved and any(_must_move(p, group) for p in candidates(group)):
+                raise incompatible(self._optimizer, "left out param groups")
+        self._steps_left -= 1
+        self.pending = not all(touched) and self._steps_left > 0
+
+    def _skipped(self) -> None:
+        self._skips_left -= 1
+        self.pending = self._skips_left > 0
+
+
+class Traces:
+    """Finds out which parameters a step writes, from what they and their state are before it.
+
+    Args:
+        optimizer: the optimizer, before the step.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._state: Any = optimizer.__dict__.get("state", {})
+        self._groups = optimizer.__dict__["param_groups"]
+        params = [p for group in self._groups for p in group["params"]]
+        self._marks = {id(p): self._mark(p) for p in params}
+        self._norms = {id(p): _norm(p) for p in params}
+
+    def any_touched(self) -> bool:
+        """Tell whether a step has written any parameter that has a gradient."""
+        return any(self.touched(p) for group in self._groups for p in candidates(group))
+
+    def touched(self, parameter: Tensor) -> bool:
+        """Tell whether a step has written a parameter or its state since."""
+        key = id(parameter)
+        if key not in self._marks:
+            return False  # a closure has added it
+        if self._marks[key] != self._mark(parameter):
+            return True
+        # What is written through `parameter.data` is in no version.
+        before, now = self._norms[key], _norm(parameter)
+        return before is not None and now is not None and not torch.equal(before, now)
+
+    def _mark(self, parameter: Tensor) -> tuple[Any, ...]:
+        state = self._state.get(parameter, {}) if isinstance(self._state, Mapping) else {}
+        values = state.items() if isinstance(state, Mapping) else ()
+        return (_version(parameter), *((key, _version(value)) for key, value in values))
+
+
+def _version(value: object) -> tuple[int, Any]:
+    """Return what changes when a tensor is written, or another value replaced."""
+    if isinstance(value, Tensor):
+        return id(value), value._version
+    return id(value), value if isinstance(value, (int, float)) else None
+
+
+def _norm(parameter: Tensor) -> Tensor | None:
+    """Return the norm of a parameter in double precision; None for tensors that have none of their own."""
+    try:
+        with torch.no_grad():
+            norm: Tensor = torch.linalg.vector_norm(_local(parameter), dtype=_double(parameter))
+            return norm.cpu()
+    except (RuntimeError, NotImplementedError, TypeError, ValueError):
+        return None
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """Return the part of a sharded tensor that is on this process, so that no process waits for another one."""
+    own = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return own.detach()
+
+
+def _double(parameter: Tensor) -> torch.dtype:
+    return torch.complex128 if parameter.is_complex() else torch.float64
+
+
+def candidates(group: Group) -> list[Tensor]:
+    """Return the parameters of a group that a step should move."""
+    params: list[Tensor] = dict.__getitem__(group, "params")
+    return [p for p in params if p.requires_grad and p.grad is not None]
+
+
+def _must_move(parameter: Tensor, group: Group) -> bool:
+    """Tell whether a step that uses this group cannot leave a parameter as it is.
+
+    Not where the gradient or the learning rate is 0, nor where a thousandth of their product is lost in the
+    rounding of the parameter.
+    """
+    grad, lr = parameter.grad, float(dict.__getitem__(group, "lr"))
+    if grad is None or lr == 0 or not parameter.is_floating_point():
+        return False
+    grad = _local(grad).to_dense() if grad.layout != torch.strided else _local(grad)
+    rounding = torch.finfo(parameter.dtype).eps * _local(parameter).abs()
+    return bool(((1e-3 * abs(lr)) * grad.abs() > rounding).any())
+
+
+def _check_paired_lists(optimizer: Optimizer) -> None:
+    """Raise where an optimizer keeps a list of the learning rates of its param groups, as AdaBound does.
+
+    It goes through its groups and this list in pairs, and a step sees more groups than the list has entries.
+    """
+    groups = optimizer.__dict__["param_groups"]
+    for name, value in vars(optimizer).items():
+        if not isinstance(value, (list, tuple)) or not 0 < len(value) == len(groups):
+            continue
+        default = optimizer.defaults.get("lr")
+        if all(_is_lr(number, group, default) for number, group in zip(value, groups, strict=True)):
+            raise incompatible(optimizer, f"pairs its param groups with a list of its own, {name!r},")
+
+
+def _is_lr(number: object, group: Group, default: object) -> bool:
+    """Tell whether a number is a learning rate that a group has, had at the start, or has by default."""
+    if isinstance(number, bool) or not isinstance(number, (int, float)):
+        return False
+    rates = (group.get("lr"), group.get("initial_lr"), default)
+    return any(isinstance(rate, (int, float)) and rate == number for rate in rates)
+
+
+class UnseenSteps:
+    """Finds out, from one measurement to the next, whether parameters were trained by steps that no hook saw.
+
+    An optimizer that is exchanged for something without torch's hooks, or that steps during the backward pass,
+    moves its parameters without the learning rates of their layers.
+
+    Args:
+        optimizer: the optimizer.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+        self._steps = 0
+        self._versions: dict[int, int] = {}
+
+    def since_last(self, steps: int) -> bool:
+        """Tell whether all parameters with a gradient were written since the last call, without any step.
+
+        Args:
+            steps: number of the steps that were seen so far.
+        """
+        params = [p for group in self._optimizer.param_groups for p in group["params"] if not is_lazy(p)]
+        versions = {id(p): p._version for p in params}
+        with_gradient = [id(p) for p in params if p.grad is not None and id(p) in self._versions]
+        written = [self._versions[key] != versions[key] for key in with_gradient]
+        unseen = steps == self._steps and bool(written) and all(written)
+        self._steps, self._versions = steps, versions
+        return unseen
+
+
+class ReplacedStep:
+    """Watches a `step` that was replaced on the optimizer itself, which may never reach torch's hooks.
+
+    Args:
+        optimizer: the optimizer.
+        steps: returns how many steps torch's hooks have seen.
+        active: tells whether some ratio is not 1.
+    """
+
+    def __init__(self, optimizer: Optimizer, steps: Callable[[], int], active: Callable[[], bool]) -> None:
+        self._optimizer = optimizer
+        self._step = vars(optimizer).get("step")
+        self._steps, self._active = steps, active
+        self._watching: Any = None
+        if self._step is not None and not hasattr(self._step, "_wrapped_by_lr_sched"):
+            # A method of the optimizer, as torch's schedulers expect, which wrap it once more.
+            self._watching = MethodType(lambda _, *args, **kwargs: self._watch(*args, **kwargs), optimizer)
+            optimizer.step = self._watching  # type: ignore[method-assign]
+
+    def restore(self) -> None:
+        """Put the user's own `step` back, unless somebody has replaced it since."""
+        if self._watching is not None and vars(self._optimizer).get("step") is self._watching:
+            self._optimizer.step = self._step  # type: ignore[method-assign, assignment]
+        self._watching = None
+
+    def _watch(self, *args: Any, **kwargs: Any) -> Any:
+        seen = self._steps()
+        assert self._step is not None
+        result = self._step(*args, **kwargs)
+        if self._steps() > seen:
+            self.restore()
+        elif self._active():
+            raise RuntimeError(
+                f"the step of this {type(self._optimizer).__name__} was replaced on the instance by a function "
+                "that does not call the step of its class, so layer-wise learning rates have no effect. Define "
+                "step in a subclass, or use lr_min_ratio=lr_max_ratio=1 to measure only"
+            )
+        return result

@@ -1,0 +1,111 @@
+"""The layers of a model that is trained, and their measurements, now or in the background."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from farms_tb.balancing.assignment import Assignment, assign
+from farms_tb.options import RatioOptions, SpectrumOptions
+from farms_tb.report import Report
+from farms_tb.spectra.background import BackgroundMeasurement
+from farms_tb.spectra.distributed import Team, current_team
+from farms_tb.spectra.measure import measure, measure_nulls, with_nulls
+
+
+class MeasuredModel:
+    """Measures the layers of a model, whose parameters may be replaced meanwhile.
+
+    Args:
+        model: the model.
+        spectrum_options: how alphas are measured.
+        ratio_options: which parameters follow which layer, and whether permutation nulls are needed.
+        share: measure each layer on one process only and share the results.
+
+    Attributes:
+        model: the model.
+        assignment: its layers, and which parameter follows which of them, at the latest measurement.
+
+    Raises:
+        TypeError: not a module.
+        ValueError: no layer to analyse, or a pattern of `exclude` that matches none.
+    """
+
+    def __init__(
+        self, model: nn.Module, spectrum_options: SpectrumOptions, ratio_options: RatioOptions, share: bool
+    ) -> None:
+        self.model = model
+        self._spectrum_options, self._ratio_options = spectrum_options, ratio_options
+        self._share = share
+        self._begun: BackgroundMeasurement | Report | None = None
+        self._nulls: dict[str, tuple[float, float]] = {}
+        self.assignment: Assignment = assign(model, ratio_options)
+        self._signature = _signature(model)
+
+    def measure(self, histogram: bool = False) -> Report:
+        """Measure every layer now, on all processes together where shared."""
+        self._follow_model()
+        layers, team = self.assignment.layers, self._team()
+        return self._with_nulls(measure(layers, self._spectrum_options, histogram=histogram, team=team))
+
+    def begin(self, histogram: bool = False) -> None:
+        """Begin to measure the weights as they are now, in the background."""
+        self._follow_model()
+        layers, team = self.assignment.layers, self._team()
+        self._begun = BackgroundMeasurement(layers, self._spectrum_options, histogram=histogram, team=team)
+
+    def finish(self) -> Report:
+        """Wait for the measurement that was begun.
+
+        Raises:
+            RuntimeError: none was begun, or it failed.
+        """
+        report, self._begun = self.begun_report(), None
+        if report is None:
+            raise RuntimeError("no measurement was begun: call begin_update() before finish_update()")
+        return self._with_nulls(report)
+
+    def begun_report(self) -> Report | None:
+        """Wait for the measurement that was begun, if any. It stays begun."""
+        if isinstance(self._begun, BackgroundMeasurement):
+            self._begun = self._begun.finish()
+        return self._begun
+
+    def wait(self) -> None:
+        """Wait until no thread of this process measures."""
+        if isinstance(self._begun, BackgroundMeasurement):
+            self._begun.wait()
+
+    def restore(self, report: Report | None, begun: Report | None) -> None:
+        """Continue from a checkpoint.
+
+        Args:
+            report: the latest measurement, whose permutation nulls stay; None to begin with new ones.
+            begun: the measurement that was begun.
+        """
+        records = {} if report is None else report.layers
+        self._nulls = {name: record.null for name, record in records.items() if record.null is not None}
+        self._begun = begun
+
+    def _follow_model(self) -> None:
+        """Find the layers again if parameters were replaced."""
+        signature = _signature(self.model)
+        if self._signature != signature:
+            self.assignment, self._signature = assign(self.model, self._ratio_options), signature
+
+    def _team(self) -> Team | None:
+        return current_team() if self._share else None
+
+    def _with_nulls(self, report: Report) -> Report:
+        if self._ratio_options.assign_func != "noise_aware":
+            return report
+        # Once for each layer, from the first weights that have an alpha: its permutation null stays.
+        report = with_nulls(report, self._nulls)
+        new = measure_nulls(self.assignment.layers, report, self._spectrum_options, team=self._team())
+        self._nulls.update(new)
+        return with_nulls(report, new)
+
+
+def _signature(model: nn.Module) -> tuple[tuple[int, bool], ...]:
+    """Return what changes when parameters are replaced. A lazy one stays the same object when it gets values."""
+    return tuple((id(parameter), is_lazy(parameter)) for parameter in model.parameters())

@@ -1,0 +1,122 @@
+"""Which optimizers move the parameters, and which of them can have layer-wise learning rates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from farms_tb.warnings import warn_once
+
+Group = dict[str, Any]
+
+TORCH_OPTIMIZERS = frozenset(value for value in vars(torch.optim).values() if isinstance(value, type))
+"""Torch's own classes. They use the param groups that they are shown, and write nothing into them."""
+
+_WAY_OUT = "Use another optimizer, or lr_min_ratio=lr_max_ratio=1 to measure only"
+
+
+def unwrapped_optimizer(optimizer: Any) -> Any:
+    """Return the torch optimizer inside Lightning's `LightningOptimizer`; any other object as it is."""
+    inner = getattr(optimizer, "_optimizer", None)
+    return inner if not isinstance(optimizer, Optimizer) and isinstance(inner, Optimizer) else optimizer
+
+
+def stepping_optimizers(optimizer: Optimizer) -> Iterator[Optimizer]:
+    """Yield the optimizers that move the parameters: those that `optimizer` wraps (SAM, Lookahead), or itself.
+
+    Wrapped optimizers are its attributes, or in lists and dicts among them. An optimizer that wraps another one
+    and also moves parameters of its own comes after those it wraps. Each comes once.
+    """
+    yield from _stepping(optimizer, set())
+
+
+def _stepping(optimizer: Optimizer, seen: set[int]) -> Iterator[Optimizer]:
+    seen.add(id(optimizer))
+    inner = [wrapped for wrapped in _optimizers_among(vars(optimizer).values()) if id(wrapped) not in seen]
+    for wrapped in inner:
+        if id(wrapped) not in seen:
+            yield from _stepping(wrapped, seen)
+    moved = {id(p) for wrapped in inner for group in wrapped.param_groups for p in group["params"]}
+    if not inner or any(id(p) not in moved for group in optimizer.param_groups for p in group["params"]):
+        yield optimizer
+
+
+def _optimizers_among(values: Iterable[Any], depth: int = 3) -> Iterator[Optimizer]:
+    """Yield the optimizers among values, and in the lists, tuples and dicts among them."""
+    for value in values:
+        if isinstance(value, Optimizer):
+            yield value
+        elif depth > 0 and isinstance(value, (list, tuple)):
+            yield from _optimizers_among(value, depth - 1)
+        elif depth > 0 and isinstance(value, Mapping) and not isinstance(next(iter(value), None), Tensor):
+            # Not the state of an optimizer, which has parameters as keys and may have millions of values.
+            yield from _optimizers_among(value.values(), depth - 1)
+
+
+def check_optimizer(optimizer: Optimizer) -> None:
+    """Raise where layer-wise learning rates cannot work, warn where they are untested.
+
+    Raises:
+        TypeError: not a torch optimizer.
+        ValueError: a class of optimizers that cannot have layer-wise learning rates, or a group without a number
+            as its lr.
+    """
+    name = type(optimizer).__name__
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"layer-wise learning rates need a torch.optim.Optimizer, got {name}")
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError(f"LBFGS takes one step along one direction for all layers. {_WAY_OUT}")
+    if "ZeroRedundancyOptimizer" in (cls.__name__ for cls in type(optimizer).__mro__):
+        raise ValueError(
+            "ZeroRedundancyOptimizer steps with parts of parameters: choose a plain optimizer or FSDP2, or "
+            "lr_min_ratio=lr_max_ratio=1 to measure only"
+        )
+    if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+        raise ValueError(
+            f"{name}.__init__ does not call Optimizer.__init__, so its steps cannot be followed: add "
+            "super().__init__(params, defaults), or pass the optimizer that it wraps"
+        )
+    for index, group in enumerate(optimizer.param_groups):
+        _check_lr(name, index, group)
+    if name == "Rprop":
+        message = "Rprop uses its lr for the first step alone: ratios have no effect after it"
+        warn_once(message, type(optimizer), stacklevel=3)
+    elif not type(optimizer).__module__.startswith("torch.optim"):
+        message = f"layer-wise learning rates are untested with {name}: check callback.param_groups(optimizer)"
+        warn_once(message, type(optimizer), stacklevel=3)
+
+
+def _check_lr(name: str, index: int, group: Group) -> None:
+    if "lr" not in group:
+        raise ValueError(f"param group {index} of {name} has no 'lr' to scale. {_WAY_OUT}")
+    lr = group["lr"]
+    if lr is None:
+        raise ValueError(
+            f"param group {index} of {name} has lr=None: it chooses its learning rate by itself, so there is none "
+            "to scale. Pass lr (transformers' Adafactor: with relative_step=False), or "
+            "lr_min_ratio=lr_max_ratio=1 to measure only"
+        )
+    if not isinstance(lr, (Real, Tensor)):
+        raise ValueError(f"param group {index} of {name} must have a number as its lr, got {lr!r}. {_WAY_OUT}")
+
+
+def incompatible(optimizer: Optimizer, deed: str) -> RuntimeError:
+    """Return the error for a step that did something which learning rates for each layer do not allow."""
+    return RuntimeError(
+        f"{type(optimizer).__name__}.step() {deed} during a step with layer-wise learning rates: the two cannot "
+        f"be combined. {_WAY_OUT}"
+    )
+
+
+def captured(optimizer: Optimizer) -> RuntimeError:
+    """Return the error for a step that is part of a CUDA graph."""
+    return RuntimeError(
+        f"{type(optimizer).__name__}.step() was captured in a CUDA graph, which would go on with the learning "
+        "rates of that moment: leave the step out of the graph (capture forward and backward alone, as "
+        "torch.cuda.make_graphed_callables does), or lr_min_ratio=lr_max_ratio=1 to measure only"
+    )

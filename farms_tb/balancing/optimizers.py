@@ -1,0 +1,124 @@
+"""The optimizers that train a model, all balanced together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from farms_tb.balancing.layerwise_step import LayerwiseStep
+from farms_tb.balancing.optimizer_checks import stepping_optimizers, unwrapped_optimizer
+from farms_tb.balancing.split_groups import SplitGroup, split_groups
+from farms_tb.warnings import warn_once
+from farms_tb.weights.layers import Layer, clean_name
+
+
+class BalancedOptimizers:
+    """Gives the parameters of several optimizers their learning-rate ratios.
+
+    Args:
+        optimizers: the optimizers; those that they wrap are found.
+        only_measure: leave the optimizers alone, whatever they are: every ratio stays 1.
+
+    Raises:
+        TypeError: not a torch optimizer.
+        ValueError: no optimizer, or one that cannot have layer-wise learning rates.
+    """
+
+    def __init__(self, optimizers: Sequence[Any], only_measure: bool = False) -> None:
+        if not optimizers:
+            raise ValueError("there is no optimizer to balance")
+        self._optimizers: list[Optimizer] = []
+        for optimizer in map(unwrapped_optimizer, optimizers):
+            if not isinstance(optimizer, Optimizer):
+                kind = type(optimizer).__name__
+                raise TypeError(f"layer-wise learning rates need a torch.optim.Optimizer, got {kind}")
+            self._optimizers += [o for o in stepping_optimizers(optimizer) if not _is_among(o, self._optimizers)]
+        self._ratios: Mapping[int, float] = {}
+        self._only_measure = only_measure
+        self._steps: list[LayerwiseStep] = []
+
+    def attach(self, layers: Sequence[Layer]) -> None:
+        """Make the optimizers step with the ratios, from now on and until `detach`.
+
+        Args:
+            layers: the layers that are balanced.
+
+        Raises:
+            ValueError: no layer has a parameter in an optimizer, or an optimizer cannot have layer-wise learning
+                rates, or has them already; none is attached.
+        """
+        held = self._held()
+        if not any(id(parameter) in held for layer in layers for parameter in layer.module.parameters()):
+            raise ValueError(
+                "none of the model's layers has a parameter in the optimizer: build the optimizer from the "
+                "parameters of the same model"
+            )
+        try:
+            for optimizer in () if self._only_measure else self._optimizers:
+                self._steps.append(LayerwiseStep(optimizer))
+        except Exception:
+            self.detach()
+            raise
+
+    def apply(self, model: nn.Module, ratios: Mapping[str, float]) -> None:
+        """Let the next steps use these ratios of a model's parameters by name."""
+        by_id = {id(parameter): ratios[clean_name(name)] for name, parameter in model.named_parameters()}
+        for step in self._steps:
+            step.ratios = by_id
+        self._ratios = by_id
+
+    def warn_of_unseen_steps(self, model: nn.Module) -> None:
+        """Warn, once, where a model was trained since the last call by steps without layer-wise learning rates."""
+        for step in self._steps:
+            if step.trained_unseen():
+                name = type(step.optimizer).__name__
+                warn_once(
+                    f"the weights were trained since the last measurement, but not by {name}.step(): their "
+                    "learning rates were not the layer-wise ones. Was the optimizer exchanged, or its step "
+                    "replaced?",
+                    model,
+                )
+
+    def detach(self) -> None:
+        """Give the optimizers back as they were. Safe to call twice."""
+        for step in self._steps:
+            step.detach()
+        self._steps = []
+
+    def trained(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """Return the parameters of a model that some optimizer trains, by name."""
+        held = self._held()
+        return {
+            clean_name(name): parameter
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad and id(parameter) in held
+        }
+
+    def groups(self, optimizer: Any = None) -> list[SplitGroup]:
+        """Return the groups that a step sees now, of one optimizer or of all.
+
+        Raises:
+            ValueError: the optimizer is not one of these.
+        """
+        chosen = self._optimizers
+        if optimizer is not None:
+            own = list(stepping_optimizers(unwrapped_optimizer(optimizer)))
+            chosen = [held for held in self._optimizers if _is_among(held, own)]
+            if not chosen:
+                raise ValueError(f"this {type(optimizer).__name__} is not one that is being balanced")
+        return [group for held in chosen for group in split_groups(held, self._ratios)]
+
+    def _held(self) -> set[int]:
+        return {
+            id(parameter)
+            for optimizer in self._optimizers
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        }
+
+
+def _is_among(optimizer: Optimizer, others: Sequence[Optimizer]) -> bool:
+    return any(optimizer is other for other in others)

@@ -1,0 +1,320 @@
+"""The param groups that a step sees: the user's groups, split by learning-rate ratio.
+
+`ShownGroups` makes them at the start of a step, and carries over to the user's groups what the step wrote. To
+split a thousand layers takes as long as the step itself, so a split is kept for the next step while it holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from numbers import Real
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from farms_tb.balancing.foreach_update import RULES, merged_update
+from farms_tb.balancing.optimizer_checks import TORCH_OPTIMIZERS, Group, incompatible
+
+_MISSING = object()
+
+
+@dataclass(frozen=True)
+class SplitGroup:
+    """Parameters of one of the user's groups that have one ratio.
+
+    Attributes:
+        index: position of the user's group in `optimizer.param_groups`.
+        params: the parameters, in the user's order.
+        ratio: learning-rate ratio.
+        lr: the learning rate that a step would use now: the group's lr * ratio. None where the group has none.
+    """
+
+    index: int
+    params: list[Tensor]
+    ratio: float
+    lr: float | Tensor | None
+
+
+def split_groups(optimizer: Optimizer, ratios: Mapping[int, float]) -> list[SplitGroup]:
+    """Return the groups that a step of `optimizer` would see now, in order.
+
+    Args:
+        optimizer: the optimizer, outside of a step.
+        ratios: learning-rate ratio of a parameter by its `id`; 1 where there is none.
+    """
+    found = []
+    for index, group in enumerate(optimizer.param_groups):
+        lr = group.get("lr")
+        for ratio, params in _by_ratio(group, ratios).items():
+            scaled = lr * ratio if isinstance(lr, (Real, Tensor)) else None
+            found.append(SplitGroup(index, params, ratio, scaled))  # type: ignore[arg-type]
+    return found
+
+
+class WatchedGroup(dict[str, Any]):
+    """A param group that knows whether its learning rate was read.
+
+    Attributes:
+        lr_was_read: whether it was.
+    """
+
+    lr_was_read = False
+
+    def __getitem__(self, key: str) -> Any:
+        self.lr_was_read |= key == "lr"
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Return the value of `key`, or `default`."""
+        self.lr_was_read |= key == "lr"
+        return super().get(key, default)
+
+    def __iter__(self) -> Iterator[str]:
+        # Without it, `dict(group)` and `{**group}` would copy the values past `__getitem__`.
+        return super().__iter__()
+
+    def items(self) -> Any:
+        """Return all keys and values."""
+        self.lr_was_read = True
+        return super().items()
+
+    def values(self) -> Any:
+        """Return all values."""
+        self.lr_was_read = True
+        return super().values()
+
+    def copy(self) -> dict[str, Any]:
+        """Return a plain dict of the same values."""
+        return dict(self)
+
+    def __or__(self, other: Any) -> Any:
+        return dict(self) | other
+
+    def __ror__(self, other: Any) -> Any:
+        return other | dict(self)
+
+
+class ShownGroups:
+    """The groups that one step sees.
+
+    Args:
+        optimizer: the optimizer that steps.
+        ratios: learning-rate ratio of a parameter by its `id`; 1 where there is none.
+        kept: the splits of the last step, which are used again where they still hold.
+        compiled: whether the step is compiled. Such a step is torch's own, which the compiler merges by itself.
+        watched: whether to note if the learning rates are read.
+
+    Attributes:
+        groups: the groups, in the order of the user's.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        ratios: Mapping[int, float],
+        kept: Sequence[_Split | None] = (),
+        *,
+        compiled: bool = False,
+        watched: bool = False,
+    ) -> None:
+        self._optimizer, self._ratios = optimizer, ratios
+        self._compiled, self._watched = compiled, watched
+        users = self._users()
+        self._parts = [self._part(group, old) for group, old in zip_longest(users, kept[: len(users)])]
+        self.groups: list[Group] = []
+        self._show()
+
+    def refresh(self) -> None:
+        """Follow what became of the user's groups since they were split: a closure may change them."""
+        users = self._users()
+        if [id(part.group) for part in self._parts] != [id(group) for group in users[: len(self._parts)]]:
+            self._parts = []
+        for place, part in enumerate(self._parts):
+            if type(self._optimizer) in RULES:
+                # Torch may look at the groups before it calls the closure, which makes other gradients.
+                self._parts[place] = self._part(part.group, None)
+            else:
+                part.follow_user()
+        self._parts += [self._part(group, None) for group in users[len(self._parts) :]]
+        self._show()
+
+    def finish(self) -> list[_Split | None]:
+        """Update what was merged, and write back to the user's groups what the step wrote into its own.
+
+        Returns:
+            The splits that the next step may use again. Merged groups are none, because they hold gradients, nor
+            are watched ones, which are slow to read.
+
+        Raises:
+            RuntimeError: the step did to its groups what cannot be carried over.
+        """
+        if len(self.groups) != sum(len(part.shown) for part in self._parts):
+            raise incompatible(self._optimizer, "added or removed param groups")
+        for part in self._parts:
+            if isinstance(part, _Merged):
+                part.update()
+            elif not part.whole and type(self._optimizer) not in TORCH_OPTIMIZERS:
+                self._write_back(part)
+        return [None if self._watched or isinstance(part, _Merged) else part for part in self._parts]
+
+    def _users(self) -> list[Group]:
+        users: list[Group] = self._optimizer.__dict__["param_groups"]
+        return users
+
+    def _show(self) -> None:
+        # In place, because the step may hold the list.
+        self.groups[:] = [group for part in self._parts for group in part.shown]
+
+    def _part(self, group: Group, old: _Split | None) -> _Split | _Merged:
+        update = None if self._compiled else merged_update(self._optimizer, group, self._ratios)
+        if update is not None:
+            return _Merged(group, update)
+        if old is None or not old.still_of(group):
+            return _Split(group, _by_ratio(group, self._ratios), self._watched)
+        old.follow_user()
+        return old
+
+    def _write_back(self, split: _Split) -> None:
+        """Carry what the step wrote into its groups over to the user's group."""
+        written = split.written_by_step()
+        if "lr" in written:
+            raise incompatible(self._optimizer, "wrote group['lr']")
+        for key in written:
+            values = [shown.get(key, _MISSING) for shown in split.shown]
+            if not all(_same(values[0], value) for value in values[1:]):
+                deed = f"keeps group[{key!r}], which depends on the learning rate,"
+                raise incompatible(self._optimizer, deed)
+            _store(split.group, key, values[0])
+
+
+class _Split:
+    """One of the user's groups, and the groups that a step sees in its place.
+
+    Tensors in the groups of the step are copies, so that a tensor that is written in place (a counter) is written
+    once, and is seen to be.
+    """
+
+    def __init__(self, group: Group, by_ratio: Mapping[float, list[Tensor]], watched: bool = False) -> None:
+        self.group = group
+        self.whole = set(by_ratio) <= {1.0}
+        self._ratios = list(by_ratio)
+        self._params = list(group["params"])
+        self.shown = [group]
+        if not self.whole:
+            self.shown = [
+                {key: self._own(key, value, ratio) for key, value in group.items()} | {"params": params}
+                for ratio, params in by_ratio.items()
+            ]
+        self._given = [_Snapshot(shown) for shown in self.shown]
+        self._users = _Snapshot(group)
+        if watched and not self.whole:
+            self.shown = [WatchedGroup(shown) for shown in self.shown]
+
+    def still_of(self, group: Group) -> bool:
+        """Tell whether this is how `group` is split now too, provided that the ratios are the same.
+
+        Never where the group holds tensors, whose copies are made anew.
+        """
+        params = group["params"]
+        return (
+            group is self.group
+            and group.keys() == self.shown[0].keys()
+            and not any(isinstance(value, Tensor) for value in group.values())
+            and len(params) == len(self._params)
+            # By identity: tensors compare by value.
+            and all(map(is_, params, self._params))
+        )
+
+    def follow_user(self) -> None:
+        """Hand what the user changed since on to the groups of the step, scaled where it is the lr."""
+        if self.whole:
+            return
+        changed = self._users.changes(self.group) & self.group.keys()
+        if not changed:
+            return
+        for shown, given, ratio in zip(self.shown, self._given, self._ratios, strict=True):
+            for key in changed:
+                value = self._own(key, self.group[key], ratio)
+                shown[key] = value
+                given.update(key, value)
+        self._users = _Snapshot(self.group)
+
+    def written_by_step(self) -> set[str]:
+        """Return the keys of the groups of the step that differ from what the step was given."""
+        written: set[str] = set()
+        for shown, given in zip(self.shown, self._given, strict=True):
+            written |= given.changes(shown)
+        return written
+
+    @staticmethod
+    def _own(key: str, value: Any, ratio: float) -> Any:
+        if key == "lr":
+            return value * ratio
+        return value.clone() if isinstance(value, Tensor) else value
+
+
+class _Merged:
+    """One of the user's groups that is updated as a whole, after a step that sees it without parameters."""
+
+    def __init__(self, group: Group, update: Callable[[], None]) -> None:
+        self.group = group
+        self.shown = [{**group, "params": []}]
+        self.update = update
+
+    def follow_user(self) -> None:
+        """Do nothing: the update reads the user's group itself."""
+
+
+class _Snapshot:
+    """The values of a group at some time but for its parameters, with the versions of the tensors among them."""
+
+    def __init__(self, group: Group) -> None:
+        self._values = dict(group)
+        self._versions = {key: v._version for key, v in self._values.items() if isinstance(v, Tensor)}
+
+    def update(self, key: str, value: Any) -> None:
+        """Note a new value."""
+        self._values[key] = value
+        self._versions.pop(key, None)
+        if isinstance(value, Tensor):
+            self._versions[key] = value._version
+
+    def changes(self, group: Group) -> set[str]:
+        """Return the keys that were written, added or removed since."""
+        values = self._values
+        same = group.keys() == values.keys() and all(map(is_, group.values(), values.values()))
+        if same and not self._versions:  # nearly always, with as many groups a step as there are ratios
+            return set()
+        written = {key for key, value in values.items() if group.get(key, _MISSING) is not value}
+        written |= {key for key, version in self._versions.items() if values[key]._version != version}
+        return (written | (group.keys() - values.keys())) - {"params"}
+
+
+def _by_ratio(group: Group, ratios: Mapping[int, float]) -> dict[float, list[Tensor]]:
+    by_ratio: dict[float, list[Tensor]] = {}
+    for parameter in group["params"]:
+        by_ratio.setdefault(ratios.get(id(parameter), 1.0), []).append(parameter)
+    return by_ratio
+
+
+def _store(group: Group, key: str, value: Any) -> None:
+    """Set the user's value; a tensor of the user's stays the same tensor."""
+    mine = group.get(key)
+    if value is _MISSING:
+        group.pop(key, None)
+    elif isinstance(mine, Tensor) and isinstance(value, Tensor) and mine.shape == value.shape:
+        with torch.no_grad():
+            mine.copy_(value)
+    else:
+        group[key] = value
+
+
+def _same(first: object, second: object) -> bool:
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        return first.shape == second.shape and bool((first == second).all())
+    return first is second or (not isinstance(first, Tensor) and bool(first == second))
