@@ -1,4 +1,4 @@
-"""The callback in LightningCLI: python lightning_cli.py fit --config lightning_cli.yaml, in this folder.
+"""The callback in LightningCLI: python examples/lightning_cli.py fit --config examples/lightning_cli.yaml.
 
 Options of the callback are in the YAML file, and can be overridden:
 --trainer.callbacks.init_args.lr_max_ratio=1.2. Needs pip install "jsonargparse[signatures]".
@@ -25,6 +25,6 @@ class SineData(LightningDataModule):
 
 
 if __name__ == "__main__":
-    cli = LightningCLI(Regression, SineData)
+    cli = LightningCLI(Regression, SineData, save_config_callback=None)  # or a config.yaml is left in this folder
     (balancer,) = (found for found in cli.trainer.callbacks if type(found).__name__ == "FARMSTempBalance")
     print(balancer.report)

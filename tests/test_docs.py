@@ -129,6 +129,23 @@ def test_every_option_object_has_a_reference(pages: dict[Path, Page], site: Path
         assert {f"farms_tb.{name}", f"farms_tb.options.{name}"} & ids, name
 
 
+@pytest.mark.parametrize(
+    ("api_page", "names"),
+    [
+        ("measuring", ("analyze", "analyze_checkpoint")),
+        ("balancing", ("FARMSTempBalance", "FARMSTrainerCallback", "TempBalance", "lr_ratios")),
+    ],
+)
+def test_entry_points_show_every_option(site: Path, api_page: str, names: tuple[str, ...]) -> None:
+    """Also those that a decorator puts in the place of `**options`, which the code alone does not show."""
+    text = (site / "api" / f"{api_page}.html").read_text(encoding="utf-8")
+    sections = dict(re.findall(r'<h2 id="farms_tb\.(\w+)"(.*?)(?=<h2 |\Z)', text, flags=re.DOTALL))
+    for name in names:
+        parameters = set(inspect.signature(getattr(farms_tb, name)).parameters)
+        assert parameters <= set(re.findall(r"<b><code>(\w+)</code></b>", sections[name])), name
+        assert "Unpack" not in sections[name]
+
+
 def test_every_choice_of_a_map_is_on_the_page_of_the_maths() -> None:
     text = (DOCS / "method.md").read_text(encoding="utf-8")
     for name in (*get_args(farms_tb.options.AssignFunc), "median", "goodness-of-fit", "xmin_peak"):

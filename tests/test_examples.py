@@ -58,6 +58,7 @@ def test_lightning_cli(tmp_path: Path) -> None:
     script, settings = (str(EXAMPLES / f"lightning_cli.{ending}") for ending in ("py", "yaml"))
     printed = run(script, "fit", "--config", settings, "--trainer.max_epochs", "1", folder=tmp_path)
     assert "net.6  1 x 64 x 64" in printed
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_own_recipe(tmp_path: Path) -> None:
