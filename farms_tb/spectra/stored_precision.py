@@ -64,7 +64,8 @@ def tail_is_rounding(samples: Samples, xmin_pos: float) -> bool:
 def _eigenvalue_at(index: int, windows: Tensor) -> Tensor:
     """Return one eigenvalue of each window `(S, h, w)`, counted from the smallest: `(S,)`."""
     # `svdvals` returns them in descending order.
-    return torch.linalg.svdvals(windows)[:, min(windows.shape[-2:]) - 1 - index].square()
+    singular: Tensor = torch.linalg.svdvals(windows)[:, min(windows.shape[-2:]) - 1 - index]
+    return singular.square()
 
 
 def _noise_edge(samples: Samples) -> Array:
