@@ -24,6 +24,7 @@ from typing import Any, TypedDict, TypeVar, get_type_hints
 
 from farms_tb.options import (
     AssignFunc,
+    Collapsed,
     Esd,
     Fit,
     Kind,
@@ -91,6 +92,7 @@ class RatioKeywords(TypedDict, total=False):
     exclude: Sequence[str]
     balance: Sequence[Kind]
     norms: Norms
+    collapsed: Collapsed
 
 
 class ScheduleKeywords(TypedDict, total=False):

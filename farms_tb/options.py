@@ -29,6 +29,7 @@ Metric = Literal[
 ]
 Kind = Literal["real", "spectral"]
 Norms = Literal["follow", "base"]
+Collapsed = Literal["leave_out", "keep"]
 Precision = Literal["auto", "float64"]
 Solver = Literal["auto", "torch", "cupy", "cpu"]
 XAxis = Literal["epoch", "step"]
@@ -211,6 +212,9 @@ class RatioOptions:
         exclude: shell-style patterns of layer names to leave at ratio 1, matched from any dot: `"lifting.*"`.
         balance: the kinds of layers that are balanced, each kind within itself: `"real"` weights, complex
             `"spectral"` ones, or both. The others are measured and keep ratio 1.
+        collapsed: layers whose spectrum has collapsed, and whose small alpha says so rather than that they are
+        well
+            trained: `"leave_out"` of the map, at ratio 1, or `"keep"`, as in the papers.
         norms: `"follow"` gives a normalisation layer the ratio of the layer that feeds it, `"base"` ratio 1.
     """
 
@@ -227,6 +231,7 @@ class RatioOptions:
     exclude: Sequence[str] = ()
     balance: Sequence[Kind] = ("real",)
     norms: Norms = "follow"
+    collapsed: Collapsed = "leave_out"
 
     def __post_init__(self) -> None:
         _make_plain(self)
@@ -248,6 +253,7 @@ class RatioOptions:
         check_bool("exclude_first", self.exclude_first)
         check_bool("exclude_last", self.exclude_last)
         check_choice("norms", self.norms, Norms)
+        check_choice("collapsed", self.collapsed, Collapsed)
         for argument in ("exclude", "balance"):
             # Hydra hands over its own list type; a tuple is comparable, hashable and safe to store.
             object.__setattr__(self, argument, plain_strings(argument, getattr(self, argument)))

@@ -12,6 +12,10 @@ if TYPE_CHECKING:
 
 OK = "ok"
 
+COLLAPSED = 1e-7
+"""A layer whose tail begins below this fraction of its largest eigenvalue has collapsed. Healthy layers, random or
+trained, were seen above 1e-5, collapsed ones of the same networks below 1e-10."""
+
 
 @dataclass(frozen=True)
 class EsdHistogram:
@@ -44,9 +48,12 @@ class LayerRecord:
             eigenvalues, towards 0 where one dominates.
         num_eigenvalues: eigenvalues in all samples together, after filtering; on the meta device the number that a
             measurement would solve for.
-        status: `"ok"`, or the reason why there is no alpha.
+        status: `"ok"`, or the reason why there is no alpha, or why it means something else (`collapsed`).
         alpha_error: standard error of alpha, see `farms_tb.spectra.uncertainty`.
         xmin: eigenvalue at which the tail begins; the geometric mean over blocks.
+        tail_floor: xmin / largest eigenvalue, the geometric mean over blocks: how far down the tail reaches.
+        rank_99: number of largest eigenvalues that hold 99 % of the sum, over all blocks; compare it with
+            `num_eigenvalues`.
         null_mean: mean alpha of random layers of this shape, where asked for: the same entries, shuffled.
         null_std: standard deviation of their alphas.
         kind: `"real"` or `"spectral"` (complex) weights; empty where there is no stack.
@@ -66,6 +73,8 @@ class LayerRecord:
     entropy: float | None = None
     alpha_error: float | None = None
     xmin: float | None = None
+    tail_floor: float | None = None
+    rank_99: int | None = None
     null_mean: float | None = None
     null_std: float | None = None
     num_eigenvalues: int = 0
@@ -74,6 +83,11 @@ class LayerRecord:
     shape: tuple[int, ...] = ()
     solver: str = ""
     histogram: EsdHistogram | None = field(default=None, repr=False)
+
+    @property
+    def collapsed(self) -> bool:
+        """Whether the spectrum has collapsed: few directions hold the energy, and make alpha small."""
+        return self.tail_floor is not None and self.tail_floor < COLLAPSED
 
     @property
     def null(self) -> tuple[float, float] | None:
@@ -91,7 +105,7 @@ class LayerRecord:
     def metric(self, name: Metric) -> float | None:
         """Return the figure called `name`, or None where the layer has no alpha."""
         value: float | None = getattr(self, name)
-        return value if self.status == OK else None
+        return None if self.alpha is None else value
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,12 @@ def ratios_of_report(report: Report, members: dict[Kind, list[str]], options: Ra
 
 
 def mapped_metric(record: LayerRecord, options: RatioOptions) -> float | None:
-    """Return the value of a layer that is mapped: its metric, or its z-score with the noise-aware map."""
+    """Return the value of a layer that is mapped: its metric, or its z-score with the noise-aware map.
+
+    None for a layer that has no alpha, or whose small alpha comes of a collapsed spectrum.
+    """
+    if record.collapsed and options.collapsed == "leave_out":
+        return None
     return record.z_score if options.assign_func == "noise_aware" else record.metric(options.metric)
 
 

@@ -10,6 +10,7 @@ a weight, so the memory that solving takes is bounded by `memory_mb`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from farms_tb.options import Solver
-from farms_tb.spectra.precision import Array, Precision, zero_below
+from farms_tb.spectra.precision import ROUNDOFF, ZERO, Array, Precision
 from farms_tb.spectra.solvers import symmetric_eigenvalues
 from farms_tb.spectra.windows import Windows
 from farms_tb.spectra.workers import map_on_threads
@@ -41,8 +42,8 @@ class Chunk:
 
     Attributes:
         layer: position of the layer in the list of all layers.
-        windows: all windows of the layer.
-        index: `(n,)` int64 on the CPU, which of them; ascending.
+        windows: all W windows of the layer.
+        index: `(n,)` int64 on the CPU, which of them, from 0 to W - 1; ascending.
         precision: how they are solved.
     """
 
@@ -74,6 +75,26 @@ class Chunk:
         """Memory that solving takes: the windows, their Gram matrices and the solver's copy of these."""
         entries = self.windows.view.shape[-2:].numel() + 2 * self.windows.size**2
         return len(self.index) * entries * self.dtype.itemsize
+
+    def take(self) -> Tensor:
+        """Copy the windows out of the weight, in the type that they are solved in.
+
+        Returns:
+            `(n, h, w)` on the device of the weight. It may share memory with the weight: read it only.
+        """
+        view, lead = self.windows.view, self.windows.view.shape[:-2]
+        start, number = int(self.index[0]), len(self.index)
+        consecutive = int(self.index[-1]) - start + 1 == number
+        if consecutive and math.prod(lead[:-1]) == 1:
+            # A slice instead of a gather: the windows lie behind each other in the last dimension of `lead`.
+            taken = view.flatten(0, -3)[start : start + number]
+        else:
+            places = torch.unravel_index(self.index, lead)
+            taken = view[tuple(place.to(view.device) for place in places)]
+        # Matrix products are slow on windows of which neither rows nor columns lie together in memory, as in the
+        # weight of a convolution.
+        taken = taken.to(self.dtype, memory_format=torch.contiguous_format)
+        return taken if 1 in taken.stride()[-2:] else taken.contiguous()
 
 
 @dataclass(frozen=True)
@@ -137,8 +158,7 @@ def _tasks(chunks: Sequence[Chunk]) -> Iterator[list[Chunk]]:
 
 
 def _solve_one_on_cpu(chunk: Chunk) -> Solved:
-    windows = chunk.windows.take(chunk.index, chunk.dtype)
-    values, solver = _eigenvalues([windows], chunk.precision, 1, "auto")
+    values, solver = _eigenvalues([chunk.take()], chunk.precision, 1, "auto")
     return Solved(chunk, values.double().numpy(), solver)
 
 
@@ -181,10 +201,8 @@ def _cut(chunk: Chunk, memory: int, work: int | None) -> Iterator[Chunk]:
 
 def _solve_batch(batch: Sequence[Chunk], threads: int, solver: Solver) -> tuple[Tensor, str]:
     """Solve chunks of one size as one batch; where memory is short, fewer at a time, and at last on the CPU."""
-    windows = [chunk.windows for chunk in batch]
     try:
-        taken = [part.take(chunk.index, chunk.dtype) for part, chunk in zip(windows, batch, strict=True)]
-        return _eigenvalues(taken, batch[0].precision, threads, solver)
+        return _eigenvalues([chunk.take() for chunk in batch], batch[0].precision, threads, solver)
     except torch.OutOfMemoryError:
         # Tried again below, as the error holds on to all that was computed for as long as it is handled.
         warn_once(
@@ -196,8 +214,9 @@ def _solve_batch(batch: Sequence[Chunk], threads: int, solver: Solver) -> tuple[
     number = sum(len(chunk.index) for chunk in batch)
     if number == 1:
         (chunk,) = batch
-        window = chunk.windows.take(chunk.index, chunk.windows.view.dtype)
-        values, _ = _eigenvalues([window.cpu().to(chunk.dtype)], chunk.precision, 1, "auto")
+        place = tuple(map(int, torch.unravel_index(chunk.index[0], chunk.windows.view.shape[:-2])))
+        window = chunk.windows.view[place][None].cpu().to(chunk.dtype)
+        values, _ = _eigenvalues([window], chunk.precision, 1, "auto")
         return values.to(chunk.device), "cpu"
     halves = [[replace(chunk, index=half)] for chunk in batch for half in chunk.index.chunk(2)]
     solved = [_solve_batch(half, threads, solver) for half in halves]
@@ -216,17 +235,20 @@ def _eigenvalues(
         solver: what solves on a GPU.
     """
     if precision == "svd":
-        return torch.cat([_squared_singular_values(part) for part in windows]), "cpu" if windows[
-            0
-        ].is_cpu else "torch"
-    grams = [_gram(part) for part in windows]
+        name = "cpu" if windows[0].is_cpu else "torch"
+        return torch.cat([_squared_singular_values(part) for part in windows]), name
+    grams = torch.cat([_gram(part) for part in windows]) if len(windows) > 1 else _gram(windows[0])
     try:
-        values, name = symmetric_eigenvalues(grams[0] if len(grams) == 1 else torch.cat(grams), threads, solver)
+        if grams.is_cpu:
+            # LAPACK solves one matrix after the other: there is no choice of solvers.
+            values, name = torch.linalg.eigvalsh(grams), "cpu"
+        else:
+            values, name = symmetric_eigenvalues(grams, threads, solver)
     except LinAlgError:
         # NaN is imprecise in any case: the singular values will be asked for.
-        like = windows[0].real
-        return like.new_full((sum(map(len, windows)), grams[0].shape[-1]), torch.nan), solver
-    return torch.where(values < zero_below(values, precision), 0, values), name
+        return grams.real.new_full(grams.shape[:2], torch.nan), solver
+    zero_below = ZERO * ROUNDOFF[precision] * values[:, -1:]
+    return torch.where(values < zero_below, 0, values), name
 
 
 def _gram(windows: Tensor) -> Tensor:

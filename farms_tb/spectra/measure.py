@@ -5,25 +5,25 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from farms_tb.options import SpectrumOptions, as_plain
 from farms_tb.report import LayerRecord, Report
 from farms_tb.spectra.distributed import Team, share, shared_out
 from farms_tb.spectra.eigenvalues import Chunk, solve_chunks
-from farms_tb.spectra.metrics import esd_histogram, layer_record
+from farms_tb.spectra.metrics import esd_histogram, layer_records
 from farms_tb.spectra.precision import FLOAT32
+from farms_tb.spectra.prepare import prepare_stacks
 from farms_tb.spectra.samples import Prepared, Samples, solve_layers
 from farms_tb.spectra.uncertainty import draws_for, null_of, shuffled
 from farms_tb.spectra.windows import windows_of
-from farms_tb.spectra.workers import map_on_threads, single_threaded_torch
-from farms_tb.weights.layers import NO_VALUES, Layer, read_stacks, stack_problem
+from farms_tb.spectra.workers import single_threaded_torch
+from farms_tb.weights.layers import Layer, read_stacks, stack_problem
 from farms_tb.weights.matrices import MatrixStack, NoSpectrumError
 
 Result = TypeVar("Result")
@@ -45,12 +45,11 @@ def measure_stacks(
     Returns:
         The record of each stack; it does not depend on which others are measured with it.
     """
-    stacks = [replace(stack, matrices=solvable(stack.matrices)) for stack in stacks]
     with single_threaded_torch(options.threads) as threads:
         prepared = prepare_stacks(stacks, options, threads)
         layers = [found for found in prepared if isinstance(found, Prepared)]
         samples = solve_layers(layers, options, threads)
-        records = [layer_record(own, layer.entries, options) for own, layer in zip(samples, layers, strict=True)]
+        records = layer_records(samples, options)
         if histogram:
             records = _with_histograms(records, samples, options, threads)
     measured = iter(records)
@@ -61,84 +60,6 @@ def measure_stacks(
     ]
 
 
-def solvable(matrices: Tensor) -> Tensor:
-    """Return the matrices where, and in a type in which, their eigenvalues can be solved for.
-
-    Eigenvalues need float64, which Apple's GPUs lack and others are not tested for: the CPU stands in for all but
-    CUDA devices. Eight-bit floats, which have no arithmetic, become float32.
-    """
-    matrices = matrices.detach()
-    if matrices.device.type not in ("cpu", "cuda", "meta"):
-        matrices = matrices.cpu()
-    return matrices.float() if matrices.element_size() == 1 else matrices
-
-
-def prepare_stacks(
-    stacks: Sequence[MatrixStack], options: SpectrumOptions, threads: int
-) -> list[Prepared | LayerRecord]:
-    """Cut the windows of each stack; or return its record where there is nothing to solve."""
-    with_values = [stack.matrices for stack in stacks if not stack.matrices.is_meta]
-    largest = iter(_largest_entries(with_values, threads))
-    return [
-        _planned(stack, options) if stack.matrices.is_meta else _prepared(stack, next(largest), options)
-        for stack in stacks
-    ]
-
-
-def _largest_entries(weights: Sequence[Tensor], threads: int) -> list[float]:
-    """Return the largest absolute value of each weight, NaN where it holds NaN; each GPU is waited for once."""
-    if all(weight.is_cpu for weight in weights):
-        return [float(largest) for largest in map_on_threads(_largest_entry, weights, threads)]
-    found = [_largest_entry(weight).double() for weight in weights]
-    values = {}
-    for device in {one.device for one in found}:
-        values[device] = iter(torch.stack([one for one in found if one.device == device]).cpu().tolist())
-    return [next(values[one.device]) for one in found]
-
-
-def _largest_entry(matrices: Tensor) -> Tensor:
-    if matrices.is_complex():
-        matrices = torch.view_as_real(matrices.resolve_conj())
-    # Without a copy of the weight, unlike `abs`.
-    return torch.maximum(matrices.amax(), -matrices.amin())
-
-
-def _planned(stack: MatrixStack, options: SpectrumOptions) -> LayerRecord:
-    """Return the record of a weight without values: the number of its eigenvalues, or what its shape rules out."""
-    windows = windows_of(stack, options)
-    if windows is None:
-        return LayerRecord(status=NO_WINDOW)
-    number = windows.number * windows.size
-    sample = number // windows.samples
-    few = f"too few eigenvalues: {sample} in a sample, min_eigenvalues is {options.min_eigenvalues}"
-    return LayerRecord(num_eigenvalues=number, status=NO_VALUES if sample >= options.min_eigenvalues else few)
-
-
-NO_WINDOW = "no window of this aspect ratio fits"
-
-
-def _prepared(stack: MatrixStack, largest: float, options: SpectrumOptions) -> Prepared | LayerRecord:
-    if not math.isfinite(largest):
-        return LayerRecord(status="weights contain NaN or infinity")
-    if largest == 0:
-        return LayerRecord(status="all weights are zero")
-    exponent = _safe_exponent(stack.matrices.dtype, largest)
-    if exponent:
-        stack = replace(stack, matrices=stack.matrices * 2.0**-exponent)
-    windows = windows_of(stack, options)
-    if windows is None:
-        return LayerRecord(status=NO_WINDOW)
-    return Prepared(windows, stack.matrices.numel(), largest, stack.eigenvalue_scale, exponent)
-
-
-def _safe_exponent(dtype: torch.dtype, largest: float) -> int:
-    """Return the power of two to divide weights by, so that squares neither overflow nor vanish in float64."""
-    if dtype not in (torch.float64, torch.complex128):
-        return 0
-    exponent = math.frexp(largest)[1]
-    return 0 if abs(exponent) < 400 else max(-1000, min(exponent, 1000))
-
-
 def _with_histograms(
     records: Sequence[LayerRecord], samples: Sequence[Samples], options: SpectrumOptions, threads: int
 ) -> list[LayerRecord]:
@@ -147,24 +68,20 @@ def _with_histograms(
     A histogram shows the smallest eigenvalues as well, which single precision does not know. Alpha stays as it is:
     it must not depend on what is logged.
     """
-    pooled = [own.pooled for own in samples]
-    again = [place for place, own in enumerate(samples) if (own.levels == FLOAT32).any()]
-    chunks = [
-        Chunk(place, samples[place].windows, torch.arange(samples[place].windows.number), "float64")
-        for place in again
-    ]
-    tables = {place: samples[place].by_window.copy() for place in again}
+    tables = [own.by_window.copy() for own in samples]
+    chunks = []
+    for place, own in enumerate(samples):
+        single = np.flatnonzero(own.levels == FLOAT32)
+        if len(single):
+            chunks.append(Chunk(place, own.layer.windows, torch.from_numpy(single), "float64"))
     for solved in solve_chunks(chunks, options.memory_mb * 2**20, threads, options.solver):
         place = solved.chunk.layer
-        tables[place][solved.chunk.index.numpy()] = samples[place].scale * solved.values
-    for place, table in tables.items():
-        table = table.reshape(samples[place].windows.samples, -1)
-        table.sort(axis=-1)
-        pooled[place] = table
-    return [
-        replace(record, histogram=esd_histogram(own, samples[place].exponent, options))
-        for place, (record, own) in enumerate(zip(records, pooled, strict=True))
-    ]
+        tables[place][solved.chunk.index.numpy()] = samples[place].layer.scale * solved.values
+    counted = []
+    for record, own, table in zip(records, samples, tables, strict=True):
+        pooled = np.sort(table.reshape(own.layer.windows.samples, -1), axis=-1)
+        counted.append(replace(record, histogram=esd_histogram(pooled, own.layer.exponent, options)))
+    return counted
 
 
 def measure(

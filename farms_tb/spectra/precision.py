@@ -33,7 +33,6 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from farms_tb.options import SpectrumOptions
 from farms_tb.spectra.windows import Windows
@@ -54,8 +53,8 @@ FAR_BELOW, OF_LARGEST = 8.0, 64.0
 """A and B of the bound above."""
 
 ZERO = 32.0
-"""Computed eigenvalues below this many u lam_max cannot be told from 0. Of matrices of lower rank, up to 16000 x
-2000, zeros came out at up to 9."""
+"""Eigenvalues of a Gram matrix below this many u lam_max cannot be told from 0 and count as 0. Of matrices of
+lower rank, up to 16000 x 2000, zeros came out at up to 9."""
 
 ALPHA_TOLERANCE = 5e-5
 """Error of alpha, relative to alpha, up to which a faster precision is taken. The promise to users is 1e-4."""
@@ -81,25 +80,13 @@ def first_level(windows: Windows, largest: float, options: SpectrumOptions) -> i
     # The searches compare KS distances and the cutoffs compare eigenvalues: a rounding error may decide either.
     compares = options.fit != "median" or options.filter_zeros or options.relative_cutoff > 0
     double = windows.view.dtype in (torch.float64, torch.complex128)
+    if options.precision == "float64" or compares or double:
+        return FLOAT64
     # Eigenvalues are squares, and must stay within the range of single precision.
-    in_range = 2.0**-40 < largest < 2.0**40
+    if not 2.0**-40 < largest < 2.0**40:
+        return FLOAT64
     on_gpu_or_complex = windows.view.device.type != "cpu" or windows.view.is_complex()
-    faster = on_gpu_or_complex or windows.size >= SMALLEST_SINGLE
-    single = options.precision == "auto" and faster and in_range and not (compares or double)
-    return FLOAT32 if single else FLOAT64
-
-
-def zero_below(eigenvalues: Tensor, precision: Precision) -> Tensor:
-    """Return the value below which a computed eigenvalue cannot be told from 0.
-
-    Args:
-        eigenvalues: `(n, w)`, ascending.
-        precision: `"float32"` or `"float64"`.
-
-    Returns:
-        `(n, 1)`, a multiple of u lam_max.
-    """
-    return ZERO * ROUNDOFF[precision] * eigenvalues[:, -1:]
+    return FLOAT32 if on_gpu_or_complex or windows.size >= SMALLEST_SINGLE else FLOAT64
 
 
 def imprecise_windows(

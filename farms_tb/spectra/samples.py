@@ -23,7 +23,6 @@ from farms_tb.spectra.precision import (
     FLOAT64,
     PILOT_WINDOWS,
     PRECISIONS,
-    SVD,
     Array,
     first_level,
     imprecise_windows,
@@ -37,14 +36,33 @@ ZERO_CUTOFF = 1e-5
 """Eigenvalues below this are what `filter_zeros` drops: the papers' absolute threshold."""
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A layer that has windows of finite numbers, not all of them zero.
+
+    Attributes:
+        windows: the layer's windows.
+        independent: how many windows of one sample would fit into the weight without overlap.
+        largest: largest absolute value of the weight.
+        scale: what the eigenvalues of the windows are multiplied by, `MatrixStack.eigenvalue_scale`.
+        exponent: the weights were divided by 2^exponent, so that no square leaves the range of float64.
+        roundoff: unit roundoff of the type in which the weight is stored.
+    """
+
+    windows: Windows
+    independent: float
+    largest: float
+    scale: float
+    exponent: int
+    roundoff: float
+
+
 @dataclass
 class Samples:
     """The eigenvalues of one layer, in S samples of N eigenvalues, W windows of w in all.
 
     Attributes:
-        windows: where they are from.
-        scale: what the eigenvalues of the windows are multiplied by, `MatrixStack.eigenvalue_scale`.
-        exponent: the weights were divided by 2^exponent, so that no square leaves the range of float64.
+        layer: where they are from.
         levels: `(W,)`, how each window was solved, as a position in `PRECISIONS`.
         by_window: `(W, w)`, eigenvalues of each window, ascending.
         of_quarters: `(4 S, v)`, eigenvalues of the quarters of the first window of each sample, where they are
@@ -53,11 +71,10 @@ class Samples:
         pooled: `(S, N)`, eigenvalues of each sample, ascending.
         first: `(S,)`, the index of the first eigenvalue that no cutoff drops.
         fit: the fits of the samples.
+        xmin: `(S,)`, the eigenvalue at which the tail of each sample begins.
     """
 
-    windows: Windows
-    scale: float
-    exponent: int
+    layer: Prepared
     levels: npt.NDArray[np.int8]
     by_window: Array
     of_quarters: Array | None = None
@@ -65,17 +82,7 @@ class Samples:
     pooled: Array = field(init=False)
     first: Index = field(init=False)
     fit: PowerLawFit = field(init=False)
-
-    @property
-    def xmin(self) -> Array:
-        """`(S,)`, the eigenvalue at which the tail of each sample begins."""
-        return np.take_along_axis(self.pooled, self.fit.tail_start.numpy()[:, None], axis=-1)[:, 0]
-
-    @property
-    def precision(self) -> str:
-        """The precision of most windows, and `svd` where some needed their singular values."""
-        fastest = PRECISIONS[min(int(self.levels.min()), FLOAT64)]
-        return f"{fastest} svd" if (self.levels == SVD).any() else fastest
+    xmin: Array = field(init=False)
 
     def pool(self, options: SpectrumOptions) -> Index:
         """Sort and fit the samples, all windows being solved.
@@ -84,12 +91,13 @@ class Samples:
             The windows that must be solved again, whose levels are raised.
         """
         # NumPy's sort is more than ten times as fast as torch's, which computes the permutation as well.
-        self.pooled = np.sort(self.by_window.reshape(self.windows.samples, -1), axis=-1)
-        self.first = first_kept(self.pooled, self.exponent, options)
+        self.pooled = np.sort(self.by_window.reshape(self.layer.windows.samples, -1), axis=-1)
+        cutoff = cutoff_of(self.pooled, self.layer.exponent, options)
+        self.first = np.sum(self.pooled < cutoff[:, None], axis=-1)
         self.fit = fit_power_law(
             torch.from_numpy(self.pooled), options.fit, options.xmin_pos, torch.from_numpy(self.first)
         )
-        cutoff = cutoff_of(self.pooled, self.exponent, options)
+        self.xmin = np.take_along_axis(self.pooled, self.fit.tail_start.numpy()[:, None], axis=-1)[:, 0]
         # On which side of a cutoff an eigenvalue lies decides how many there are.
         near = self.pooled[:, 0] < 2 * cutoff
         lowest = np.where(near, np.minimum(self.xmin, cutoff), self.xmin)
@@ -116,25 +124,6 @@ def first_kept(pooled: Array, exponent: int, options: SpectrumOptions) -> Index:
     return first
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """A layer that has windows of finite numbers, not all of them zero.
-
-    Attributes:
-        windows: the layer's windows.
-        entries: number of entries of the weight, K * R * C.
-        largest: largest absolute value of the weight.
-        scale: see `Samples`.
-        exponent: see `Samples`.
-    """
-
-    windows: Windows
-    entries: int
-    largest: float
-    scale: float
-    exponent: int
-
-
 def solve_layers(layers: Sequence[Prepared], options: SpectrumOptions, threads: int) -> list[Samples]:
     """Solve the windows of several layers together, and fit their samples.
 
@@ -144,9 +133,8 @@ def solve_layers(layers: Sequence[Prepared], options: SpectrumOptions, threads: 
         threads: number of threads on the CPU.
     """
     found = [_unsolved(layer, options) for layer in layers]
+    _solve_quarters(found, options, threads)
     todo = _choose_by_pilots(found, options, threads)
-    quarters = [quarters_of(layer.windows, layer.entries, options) for layer in layers]
-    _solve_quarters(found, quarters, options, threads)
     while todo:
         _solve(found, todo, options, threads)
         again = {place: found[place].pool(options) for place in todo}
@@ -157,7 +145,7 @@ def solve_layers(layers: Sequence[Prepared], options: SpectrumOptions, threads: 
 def _unsolved(layer: Prepared, options: SpectrumOptions) -> Samples:
     shape = layer.windows.number, layer.windows.size
     levels = np.full(shape[0], first_level(layer.windows, layer.largest, options), dtype=np.int8)
-    return Samples(layer.windows, layer.scale, layer.exponent, levels, np.full(shape, np.nan))
+    return Samples(layer, levels, np.full(shape, np.nan))
 
 
 def _choose_by_pilots(found: Sequence[Samples], options: SpectrumOptions, threads: int) -> dict[int, Index]:
@@ -166,11 +154,11 @@ def _choose_by_pilots(found: Sequence[Samples], options: SpectrumOptions, thread
     Returns:
         The windows that are left to solve, by the position of their layer.
     """
-    todo = {place: np.arange(samples.windows.number) for place, samples in enumerate(found)}
+    todo = {place: np.arange(samples.layer.windows.number) for place, samples in enumerate(found)}
     pilots = [
         place
         for place, samples in enumerate(found)
-        if samples.levels[0] == FLOAT32 and samples.windows.number >= PILOT_WINDOWS
+        if samples.levels[0] == FLOAT32 and samples.layer.windows.number >= PILOT_WINDOWS
     ]
     for place in pilots:
         found[place].levels[0] = FLOAT64
@@ -197,24 +185,22 @@ def _solve(found: Sequence[Samples], todo: Mapping[int, Index], options: Spectru
         levels = found[place].levels[index]
         for level in np.unique(levels):
             windows = torch.from_numpy(index[levels == level])
-            chunks.append(Chunk(place, found[place].windows, windows, PRECISIONS[level]))
+            chunks.append(Chunk(place, found[place].layer.windows, windows, PRECISIONS[level]))
     for solved in solve_chunks(chunks, options.memory_mb * 2**20, threads, options.solver):
         samples = found[solved.chunk.layer]
-        samples.by_window[solved.chunk.index.numpy()] = samples.scale * solved.values
+        samples.by_window[solved.chunk.index.numpy()] = samples.layer.scale * solved.values
         samples.solver = solved.solver
 
 
-def _solve_quarters(
-    found: Sequence[Samples], quarters: Sequence[Windows | None], options: SpectrumOptions, threads: int
-) -> None:
-    chunks = [
-        Chunk(place, windows, torch.arange(windows.number), "float64")
-        for place, windows in enumerate(quarters)
-        if windows is not None
-    ]
-    for chunk in chunks:
-        found[chunk.layer].of_quarters = np.full((chunk.windows.number, chunk.windows.size), np.nan)
+def _solve_quarters(found: Sequence[Samples], options: SpectrumOptions, threads: int) -> None:
+    """Solve the quarters of windows that standard errors need, always in double precision: they are small."""
+    chunks = []
+    for place, samples in enumerate(found):
+        quarters = quarters_of(samples.layer.windows, samples.layer.independent, options)
+        if quarters is not None:
+            chunks.append(Chunk(place, quarters, torch.arange(quarters.number), "float64"))
+            samples.of_quarters = np.full((quarters.number, quarters.size), np.nan)
     for solved in solve_chunks(chunks, options.memory_mb * 2**20, threads, options.solver):
         samples = found[solved.chunk.layer]
         assert samples.of_quarters is not None
-        samples.of_quarters[solved.chunk.index.numpy()] = samples.scale * solved.values
+        samples.of_quarters[solved.chunk.index.numpy()] = samples.layer.scale * solved.values

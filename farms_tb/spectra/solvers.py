@@ -54,15 +54,11 @@ def symmetric_eigenvalues(matrices: Tensor, threads: int = 1, solver: Solver = "
         torch.linalg.LinAlgError: the solver did not converge.
     """
     name = solver_for(matrices.device, matrices.dtype, matrices.shape[-1], solver)
-    if matrices.is_cpu:
-        return _torch(matrices, threads), name
     return _SOLVERS[name](matrices, threads), name
 
 
 def solver_for(device: torch.device, dtype: torch.dtype, size: int, solver: Solver = "auto") -> str:
     """Return the name of what solves for matrices of this device, type and size."""
-    if device.type == "cpu":
-        return "cpu"
     if solver != "auto":
         return solver
     # Sizes up to the next power of two share a choice: a model may have a hundred sizes.

@@ -18,9 +18,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from statistics import fmean, pvariance
 
+import numpy as np
 import torch
 
 from farms_tb.options import SpectrumOptions
+from farms_tb.spectra.precision import Array
 from farms_tb.spectra.windows import Windows
 from farms_tb.weights.matrices import MatrixStack
 
@@ -35,25 +37,18 @@ DRAWS_WORK = 2 * 10**8
 uncertainty that this leaves."""
 
 
-def independent_windows(windows: Windows, entries: int) -> float:
-    """Return how many windows of one sample would fit, without overlap, into a weight of so many entries."""
-    per_sample = windows.number // windows.samples
-    return per_sample * min(1.0, entries / windows.view.numel())
-
-
-def quarters_of(windows: Windows, entries: int, options: SpectrumOptions) -> Windows | None:
+def quarters_of(windows: Windows, independent: float, options: SpectrumOptions) -> Windows | None:
     """Cut the first window of each sample in four, for layers with too few windows to tell alpha's spread.
 
     Args:
         windows: `(*lead, h, w)`.
-        entries: number of entries of the weight.
+        independent: how many windows of one sample would fit into the weight without overlap.
         options: how alpha is measured.
 
     Returns:
         `(S, 2, 2, h // 2, w // 2)`; None where there are enough windows, or a quarter would be too small.
     """
-    few = independent_windows(windows, entries) < FEW_WINDOWS
-    if not few or windows.size // 2 < options.min_eigenvalues:
+    if independent >= FEW_WINDOWS or windows.size // 2 < options.min_eigenvalues:
         return None
     quarters = windows.view[: windows.samples]
     while quarters.ndim > 3:
@@ -64,8 +59,8 @@ def quarters_of(windows: Windows, entries: int, options: SpectrumOptions) -> Win
     return Windows(quarters, windows.samples)
 
 
-def alpha_variance(alpha: float, tail: float, of_pieces: Sequence[float], independent: float) -> float:
-    """Return the squared standard error of the alpha of one sample.
+def alpha_variances(alpha: Array, tail: Array, of_pieces: Array, independent: float) -> Array:
+    """Return the squared standard error of the alpha of each sample.
 
     With m independent pieces, the variance of alpha over the pieces divided by m. Where there are fewer than four,
     or where some piece has no alpha, the square of Hill's (alpha - 1) / sqrt(n) for n eigenvalues in the tail.
@@ -73,24 +68,22 @@ def alpha_variance(alpha: float, tail: float, of_pieces: Sequence[float], indepe
     too large.
 
     Args:
-        alpha: that of the sample.
-        tail: number n of eigenvalues in its tail, of windows that do not overlap.
-        of_pieces: alpha of each of its windows, or of the quarters of one.
+        alpha: `(S,)`, that of each sample.
+        tail: `(S,)`, number n of eigenvalues in the tail, of windows that do not overlap.
+        of_pieces: `(S, P)`, alpha of each window of a sample, or of the quarters of one; NaN where it has none.
         independent: number m of such pieces that fit without overlap.
 
     Returns:
-        The variance; NaN where the sample has no alpha.
+        `(S,)`.
 
     Source: Hill, A simple general approach to inference about the tail of a distribution, Annals of Statistics
     1975.
     """
-    number = len(of_pieces)
-    if number > 1 and independent >= FEW_WINDOWS:
-        mean = sum(of_pieces) / number
-        variance = sum((piece - mean) ** 2 for piece in of_pieces) / (number - 1)
-        if math.isfinite(variance):
-            return variance / independent
-    return (alpha - 1) ** 2 / tail
+    hill: Array = (alpha - 1) ** 2 / tail
+    if of_pieces.shape[1] < 2 or independent < FEW_WINDOWS:
+        return hill
+    spread = of_pieces.var(axis=1, ddof=1) / independent
+    return np.where(np.isfinite(spread), spread, hill)
 
 
 def draws_for(stack: MatrixStack) -> int:

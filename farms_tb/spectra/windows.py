@@ -18,60 +18,34 @@ Source: FARMS, Hu et al., ICML 2025, arXiv 2506.06280.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from farms_tb.options import SpectrumOptions
 from farms_tb.weights.matrices import MatrixStack
 
 
-class Windows(NamedTuple):
+@dataclass(frozen=True)
+class Windows:
     """The windows of one layer.
 
     Attributes:
-        view: `(*lead, h, w)`, a view of the weight: prod(lead) windows of h rows and w columns.
+        view: `(*lead, h, w)`, a view of the weight: W = prod(lead) windows of h rows and w columns.
         samples: number of samples S that the windows form, 1 or the length of the first dimension. The windows, in
             the order of `lead`, are S runs of equal length, and the eigenvalues of a run are pooled.
+        number: number of windows W.
+        size: number of eigenvalues of a window, min(h, w).
     """
 
     view: Tensor
     samples: int
+    number: int = field(init=False)
+    size: int = field(init=False)
 
-    @property
-    def number(self) -> int:
-        """Number of windows W."""
-        return math.prod(self.view.shape[:-2])
-
-    @property
-    def size(self) -> int:
-        """Number of eigenvalues of a window, min(h, w)."""
-        return min(self.view.shape[-2:])
-
-    def take(self, index: Tensor, dtype: torch.dtype) -> Tensor:
-        """Copy some windows out of the weight.
-
-        Args:
-            index: `(n,)` int64 on the CPU, positions among all windows, ascending.
-            dtype: that of the result.
-
-        Returns:
-            `(n, h, w)` on the device of the weight. It may share memory with the weight: read it only.
-        """
-        lead = self.view.shape[:-2]
-        start, number = int(index[0]), len(index)
-        consecutive = int(index[-1]) - start + 1 == number
-        if consecutive and math.prod(lead[:-1]) == 1:
-            # Without a gather: the windows lie behind each other in the last dimension of `lead`.
-            chosen = self.view.flatten(0, -3)[start : start + number]
-        else:
-            places = torch.unravel_index(index, lead)
-            chosen = self.view[tuple(place.to(self.view.device) for place in places)]
-        # Matrix products are slow on windows of which neither rows nor columns lie together in memory, as in the
-        # weight of a convolution.
-        chosen = chosen.to(dtype, memory_format=torch.contiguous_format)
-        return chosen if 1 in chosen.stride()[-2:] else chosen.contiguous()
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "number", math.prod(self.view.shape[:-2]))
+        object.__setattr__(self, "size", min(self.view.shape[-2:]))
 
 
 def windows_of(stack: MatrixStack, options: SpectrumOptions) -> Windows | None:
@@ -82,6 +56,7 @@ def windows_of(stack: MatrixStack, options: SpectrumOptions) -> Windows | None:
         options: `esd`, `aspect_ratio` and the options of windows are used.
 
     Example:
+        >>> import torch
         >>> windows_of(MatrixStack(torch.zeros(9, 64, 16)), SpectrumOptions()).view.shape
         torch.Size([4, 9, 16, 16])
     """

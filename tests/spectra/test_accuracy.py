@@ -329,13 +329,19 @@ def spectra(case: str, esd: str, aspect_ratio: float) -> dict[str, list[list[flo
     }
 
 
-def assert_accurate(report, samples, fit="median", xmin_pos=2.0, **cutoffs) -> None:
+def assert_accurate(report, samples, fit="median", xmin_pos=2.0, dtypes=None, **cutoffs) -> None:
     """Compare every figure with the twin's."""
     actual, expected = {}, {}
     for name, record in report.layers.items():
         counted = [twin.kept(values, **cutoffs) for values in samples.get(name, ())]
         if not counted or min(values[-1] for values in counted) == 0 or min(map(len, counted)) < 2:
             assert record.alpha is None, name
+            continue
+        if "rounding errors of the stored weights" in record.status:
+            # A tail that is measured all the same says nothing: it lies below the largest error of the entries.
+            eps = torch.finfo(torch.float32).eps if dtypes is None else torch.finfo(dtypes[name]).eps
+            starts = [values[int(len(values) / xmin_pos)] / values[-1] for values in counted]
+            assert min(starts) < 4 * eps**2 * max(record.shape), name
             continue
         actual[name], expected[name] = figures(record), twin.figures(counted, fit, xmin_pos)
         if fit != "median" and _differ(record.alpha, expected[name]["alpha"]):

@@ -1,0 +1,82 @@
+"""Whether the tail of a spectrum is made of the rounding errors that the weight has in the type it is stored in.
+
+A matrix of low rank, such as a merged low-rank update, has as many non-zero eigenvalues as the rounding of its
+entries makes. Their power law says nothing of the layer: a matrix of rank 2 has an alpha of about 1.25 in float32.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from farms_tb.spectra.precision import Array
+from farms_tb.spectra.samples import Samples
+
+NOISE_FACTOR = 2.0
+"""An eigenvalue is noise if it grows by more than this factor where every entry is off by its rounding error once
+more.
+
+Rounding errors are spread evenly up to the unit roundoff u, of variance u^2 / 3; errors of just u add 3 times that
+variance. So an eigenvalue made of noise alone grows to 4 times its size, and one of which a third is noise to 2
+times.
+"""
+
+
+def stored_roundoff(dtype: torch.dtype) -> float:
+    """Return the relative error of an entry of a weight that was computed and stored in a type.
+
+    Half-precision weights are computed in single precision and rounded once when they are stored, by half an eps.
+    Others are the results of some operations in their own type, a few roundoffs each.
+    """
+    info = torch.finfo(dtype)
+    return info.eps / 2 if info.bits <= 16 else 2 * info.eps
+
+
+def tail_is_rounding(samples: Samples, xmin_pos: float) -> bool:
+    """Tell whether the tail of a layer is made of rounding errors.
+
+    A cheap test comes first: whether the tail begins below the largest eigenvalue of a random matrix of rounding
+    errors. Only then is the first window of each sample solved again, with its entries off by their rounding
+    errors.
+
+    Args:
+        samples: the fitted samples of the layer.
+        xmin_pos: the tail of a window begins at eigenvalue int(w / xmin_pos) of w.
+    """
+    if not (samples.xmin < _noise_edge(samples)).any():
+        return False
+    view = samples.layer.windows.view
+    windows = view[: samples.layer.windows.samples]
+    while windows.ndim > 3:
+        windows = windows[:, 0]
+    windows = windows.to(torch.complex128 if view.is_complex() else torch.float64)
+    generator = torch.Generator("cpu").manual_seed(0)
+    signs = torch.randint(0, 2, windows.shape, generator=generator, device="cpu").to(windows.device) * 2 - 1
+    start = int(samples.layer.windows.size / xmin_pos)
+    before = _eigenvalue_at(start, windows)
+    after = _eigenvalue_at(start, windows * (1 + samples.layer.roundoff * signs))
+    return bool((after > NOISE_FACTOR * before).double().mean() > 0.5)
+
+
+def _eigenvalue_at(index: int, windows: Tensor) -> Tensor:
+    """Return one eigenvalue of each window `(S, h, w)`, counted from the smallest: `(S,)`."""
+    # `svdvals` returns them in descending order.
+    singular: Tensor = torch.linalg.svdvals(windows)[:, min(windows.shape[-2:]) - 1 - index]
+    return singular.square()
+
+
+def _noise_edge(samples: Samples) -> Array:
+    """Return the largest eigenvalue `(S,)` of a random matrix of the rounding errors of a window.
+
+    An entry w stored with unit roundoff u has an error of variance u^2 w^2 / 3. A random matrix of such errors has
+    the largest eigenvalue u^2 / 3 * mean(w^2) * (sqrt(h) + sqrt(w))^2, the edge of the Marchenko-Pastur law.
+    """
+    height, width = samples.layer.windows.view.shape[-2:]
+    windows = samples.pooled.shape[-1] // samples.layer.windows.size
+    mean_square = samples.pooled.sum(axis=-1) / samples.layer.scale / (windows * height * width)
+    variance = samples.layer.roundoff**2 / 3 * mean_square
+    edge: Array = np.asarray(samples.layer.scale * variance * (math.sqrt(height) + math.sqrt(width)) ** 2)
+    return edge
