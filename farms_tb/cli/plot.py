@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from farms_tb.cli.arguments import Null, RunFolderArgument
+from farms_tb.cli.arguments import Key, Null, RunFolderArgument
 from farms_tb.cli.messages import complaints, say
 from farms_tb.viewing.names import printable
 from farms_tb.viewing.plots.everything import PICTURES, check_wanted, save_all
@@ -29,13 +29,14 @@ def plot(
         typer.Option(metavar="LAYER", help="Only the spectrum of this layer, in full size (may be repeated)."),
     ] = None,
     null: Null = False,
+    key: Key = None,
 ) -> None:
     """Draw every picture that a run has the data for, or those of a file of weights."""
     pictures = only or ([] if layer else None)
     suffix = f".{picture_format}"
     with complaints():
         check_wanted(pictures, suffix)
-        run = read_run_folder(run_folder, null=null)
+        run = read_run_folder(run_folder, null=null, key=key)
         for path in save_all(run, output, suffix=suffix, pictures=pictures, layers=layer or ()):
             print(printable(str(path)))
         for sentence in run.missing:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from farms_tb.cli.arguments import Null, RunFolderArgument
+from farms_tb.cli.arguments import Key, Null, RunFolderArgument
 from farms_tb.cli.messages import complaints, say
 from farms_tb.viewing.names import printable
 from farms_tb.viewing.page import write_page
@@ -20,10 +20,11 @@ def report(
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Default: report.html in the run folder.")
     ] = None,
     null: Null = False,
+    key: Key = None,
 ) -> None:
     """Write a page about a run: one HTML file with everything in it."""
     with complaints():
-        run = read_run_folder(run_folder, null=null)
+        run = read_run_folder(run_folder, null=null, key=key)
         print(printable(str(write_page(run, output))))
         for sentence in run.missing:
             say(sentence)

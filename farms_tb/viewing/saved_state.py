@@ -88,7 +88,7 @@ def newest_state(checkpoints: Sequence[Path]) -> SavedState:
     for path in checkpoints:
         try:
             return read_state(path)
-        except Exception:  # a file that is being written, or deleted, fails in many ways
+        except (ValueError, OSError):  # one that is being written, or deleted
             continue
     return SavedState()
 
