@@ -1,4 +1,7 @@
-"""`farms-tb plot`: pictures of a run or of a file of weights."""
+"""`farms-tb plot`: pictures of a run or of a file of weights.
+
+Those that a run has no data for are left out; stderr says what is missing. See `farms_tb.viewing.plots`.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from farms_tb.cli.arguments import Key, Null, RunFolderArgument
+from farms_tb.cli.arguments import Key, Null, RunArgument
 from farms_tb.cli.messages import complaints, say
 from farms_tb.viewing.names import printable
 from farms_tb.viewing.plots.everything import PICTURES, check_wanted, save_all
@@ -15,7 +18,7 @@ from farms_tb.viewing.run_folder import read_run_folder
 
 
 def plot(
-    run_folder: RunFolderArgument,
+    run_folder: RunArgument,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FOLDER", help="Default: figures in the run folder.")
     ] = None,

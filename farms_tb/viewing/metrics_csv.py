@@ -38,6 +38,10 @@ class _When(NamedTuple):
     """Optimizer steps."""
 
 
+_Points = dict[str, dict[str, dict[_When, float]]]
+"""Values by quantity, layer and time."""
+
+
 class _Cell(NamedTuple):
     """One measurement of one layer, still as text."""
 
@@ -91,7 +95,7 @@ def read_metrics(path: Path, layers: Sequence[str] = ()) -> MetricsFile:
     Raises:
         FileNotFoundError: there is no such file.
     """
-    points: dict[str, dict[str, dict[_When, float]]] = {"alpha": {}, "ratio": {}, "lr": {}}
+    points: _Points = {"alpha": {}, "ratio": {}, "lr": {}}
     left_out: list[str] = []
     for row in _rows(path, left_out):
         _add_measurements(points, row, left_out)
@@ -138,9 +142,7 @@ def _parsed_lines(file: Iterable[str], left_out: list[str]) -> Iterator[list[str
             left_out.append(f"line {reader.line_num} ({error})")
 
 
-def _add_measurements(
-    points: Mapping[str, dict[str, dict[_When, float]]], row: Mapping[str, str], left_out: list[str]
-) -> None:
+def _add_measurements(points: _Points, row: Mapping[str, str], left_out: list[str]) -> None:
     """Add the measurements in a row.
 
     Args:

@@ -296,7 +296,7 @@ def test_table_sorts_filters_and_toggles(view: Any, tmp_path: Path) -> None:
     assert names(tab) == [*sorted(alphas, key=lambda name: -alphas[name]), "layer.10"]
     tab.get_by_role("searchbox").fill("layer 1")
     assert names(tab) == ["layer.10"]
-    assert tab.inner_text("#count") == "1 of 4"
+    assert tab.inner_text("#count") == "1 of 4 layers"
     tab.locator("tbody tr:visible").hover()
     assert tab.locator("#curves .near").get_attribute("data-layer") == "0"
     tab.mouse.move(0, 0)

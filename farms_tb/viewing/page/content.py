@@ -86,7 +86,13 @@ def _score(value: float) -> str:
 
 
 def _layer(name: str, run: RunFolder, when: Sequence[_When]) -> dict[str, Any]:
-    """Return one layer's metrics, curves and spectra."""
+    """Return all that the page shows of one layer.
+
+    Args:
+        name: the layer's name.
+        run: the run; the layer may have been logged, measured or both.
+        when: all times of the run, for its curves.
+    """
     not_measured = LayerRecord(status=NOT_MEASURED)
     farms = _record(run.farms, name) or not_measured
     full = _record(run.full, name) or LayerRecord()
@@ -99,7 +105,12 @@ def _record(report: Report | None, name: str) -> LayerRecord | None:
 
 
 def _metrics(farms: LayerRecord, full: LayerRecord) -> dict[str, Any]:
-    """Return the cells of one row of the table, and what the layer's own view shows."""
+    """Return the cells of one row of the table, and what the layer's own view shows.
+
+    Args:
+        farms: the layer's record by FARMS windows; one without values where it was not measured.
+        full: the same of the whole matrix.
+    """
     bias = None
     if farms.alpha is not None and full.alpha is not None:
         bias = full.alpha - farms.alpha
@@ -147,6 +158,13 @@ def _other_time(curve: Curve, run: RunFolder) -> str:
 
     Steps decide where they are known: an epoch that a checkpoint interrupts counts as complete in the checkpoint,
     and not in the curve.
+
+    Args:
+        curve: the layer's alphas, at least one.
+        run: the run, for the time of its weights.
+
+    Returns:
+        The note; empty where both are of one time, or the time of the weights is not known.
     """
     epoch, step = curve.epochs[-1], curve.steps[-1]
     if run.weights_step == step:
@@ -183,7 +201,15 @@ def _reports(run: RunFolder) -> list[Report]:
 
 
 def _spectrum(record: LayerRecord, report: Report) -> dict[str, Any]:
-    """Return what one spectrum is drawn from; the Marchenko-Pastur law stands elsewhere, once for many layers."""
+    """Return what one spectrum is drawn from.
+
+    The Marchenko-Pastur law stands elsewhere, once for all layers of one aspect ratio, for a mean eigenvalue of 1;
+    the page scales it by `mean`.
+
+    Args:
+        record: a layer's record, with a histogram.
+        report: the measurement that the record is part of, for its options.
+    """
     assert record.histogram is not None  # spectra of others are not drawn
     edges, density = esd_density(record.histogram)
     tail = tail_density(record)

@@ -84,7 +84,13 @@ def save_all(
     _check_drawable(run, drawable, chosen)
     if layers:
         _check_drawable(run, drawable, ["esd"])
-    wanted = {name: drawable[name] for name in chosen} | _spectra(run, layers)
+    wanted = {name: drawable[name] for name in chosen}
+    wanted.update(_spectra(run, layers))
+    return _save_pictures(wanted, folder, suffix)
+
+
+def _save_pictures(wanted: dict[str, _Draw], folder: Path, suffix: str) -> list[Path]:
+    """Draw pictures into a folder, which is made where it is not there, and return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     saved = []
     for name, draw in wanted.items():
