@@ -85,6 +85,10 @@ def compare(
 def _measure_all(sources: Sequence[Source], wanted: Wanted) -> list[Measured]:
     """Measure models one after the other.
 
+    Args:
+        sources: the models.
+        wanted: what is measured of each.
+
     Raises:
         typer.Exit: Ctrl-C, since half a comparison is of no use.
     """

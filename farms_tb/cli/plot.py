@@ -34,13 +34,19 @@ def plot(
     null: Null = False,
     key: Key = None,
 ) -> None:
-    """Draw every picture that a run has the data for, or those of a file of weights."""
-    pictures = only or ([] if layer else None)
+    """Draw every picture that a run has the data for, or those of a file of weights.
+
+    Prints the path of each picture; what the run has no data for is said on stderr.
+    """
+    pictures = only or None
+    if layer and not only:
+        pictures = []  # the spectra of these layers alone
     suffix = f".{picture_format}"
     with complaints():
         check_wanted(pictures, suffix)
         run = read_run_folder(run_folder, null=null, key=key)
-        for path in save_all(run, output, suffix=suffix, pictures=pictures, layers=layer or ()):
+        saved = save_all(run, output, suffix=suffix, pictures=pictures, layers=layer or ())
+        for path in saved:
             print(printable(str(path)))
         for sentence in run.missing:
             say(sentence)

@@ -59,12 +59,12 @@ class Column:
             return printable(str(value)) or "-"
         if value is None:
             return "-"
-        decimals = self.decimals
+        limits = [self.decimals]
         if self.digits:
-            decimals = min(decimals, decimals_of(value, self.digits))
+            limits.append(decimals_of(value, self.digits))
         if self.error:
-            decimals = min(decimals, decimals_of(row.get(self.error), 2))
-        return number(value, decimals, self.signed)
+            limits.append(decimals_of(row.get(self.error), 2))
+        return number(value, min(limits), self.signed)
 
 
 def decimals_of(value: float | None, digits: int) -> int:

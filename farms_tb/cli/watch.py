@@ -166,7 +166,12 @@ def _why_nothing(shown: Shown, curves: Mapping[str, Curve]) -> str:
 
 
 def _heading(shown: Shown, curves: Mapping[str, Curve]) -> Text:
-    """Return the lines above the table: the folder, the time of the last measurement, the span of the values."""
+    """Return the lines above the table: the folder, the time of the last measurement, the span of the values.
+
+    Args:
+        shown: what is watched.
+        curves: all curves that the filter takes, at least one, also those that do not fit the screen.
+    """
     last = max(curves.values(), key=lambda curve: curve.steps[-1])
     low, high = _range(curves.values())
     when = f"epoch {last.epochs[-1]:g}, step {last.steps[-1]}"
@@ -186,7 +191,13 @@ def _value(value: float, signed: bool = False) -> str:
 
 
 def _table(curves: Mapping[str, Curve], quantity: Quantity, console: Console) -> Table:
-    """Return a line for each layer: its curve, on one scale for all, its first and its last value."""
+    """Return a line for each layer: its curve, on one scale for all, its first and its last value.
+
+    Args:
+        curves: the layers to show.
+        quantity: what the curves are, for the heading.
+        console: for its width, and for the characters it has.
+    """
     low, high = _range(curves.values())
     names = {name: printable(name) for name in curves}
     name_width = min(max(map(len, names.values())), _WIDEST_NAME)

@@ -75,7 +75,14 @@ def _draw_alphas(
     positions: Mapping[str, int],
     colours: Mapping[str, tuple[float, ...]],
 ) -> None:
-    """Draw a point with an error bar for each layer, and a faint line through them."""
+    """Draw a point with an error bar for each layer, and a faint line through them.
+
+    Args:
+        axes: where to draw.
+        measured: records of the layers that have an alpha.
+        positions: place of every layer on the horizontal axis.
+        colours: colour of every layer.
+    """
     places = [positions[name] for name in measured]
     alphas = [record.alpha for record in measured.values()]
     axes.plot(places, alphas, color="0.8", linewidth=0.8)  # type: ignore[arg-type]
@@ -100,7 +107,11 @@ def _explain_kinds(axes: Axes, measured: Mapping[str, LayerRecord]) -> None:
 
 
 def _draw_null_band(axes: Axes, measured: Mapping[str, LayerRecord], positions: Mapping[str, int]) -> None:
-    """Draw mean +- two standard deviations of each layer's permutation null, where it is known."""
+    """Draw a grey band of each layer's permutation null, where it is known.
+
+    The band is the mean +- two standard deviations of the alphas of the same entries in random order, which about
+    95 % of layers without any structure would fall into.
+    """
     places, bottoms, heights = [], [], []
     for name, record in measured.items():
         if record.null is not None:
@@ -173,7 +184,12 @@ def plot_full_against_farms(
 
 
 def _pairs(farms: Report, full: Report) -> list[_Pair]:
-    """Return both alphas of each layer that has both."""
+    """Return both alphas of each layer that has both.
+
+    Args:
+        farms: measurement by FARMS windows.
+        full: measurement of whole matrices.
+    """
     pairs = []
     for name, record in farms.layers.items():
         whole = full.layers.get(name)

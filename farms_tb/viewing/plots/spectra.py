@@ -123,7 +123,13 @@ def _add_common_legend(figure: Figure) -> None:
 
 
 def _draw_esd(axes: Axes, report: Report, name: str) -> None:
-    """Draw one layer's histogram, its tail where one was fitted, and the law of random weights."""
+    """Draw one layer's histogram, its tail where one was fitted, and the law of random weights.
+
+    Args:
+        axes: where to draw; they get logarithmic scales, limits and labels for a legend.
+        report: the measurement.
+        name: name of a layer with a histogram.
+    """
     record = report.layers[name]
     assert record.histogram is not None  # those without are not drawn
     histogram = esd_density(record.histogram)
@@ -140,7 +146,14 @@ def _draw_esd(axes: Axes, report: Report, name: str) -> None:
 
 
 def _draw_law(axes: Axes, record: LayerRecord, report: Report, lowest: float) -> None:
-    """Draw the Marchenko-Pastur law of the layer's mean eigenvalue, where there is one above 0."""
+    """Draw the Marchenko-Pastur law of the layer's mean eigenvalue, where there is one above 0.
+
+    Args:
+        axes: where to draw.
+        record: the layer's record, for its mean eigenvalue.
+        report: the measurement, for the aspect ratio of its matrices.
+        lowest: the smallest eigenvalue to draw.
+    """
     mean_eigenvalue = record.norm_stable_rank
     if not mean_eigenvalue:
         return
