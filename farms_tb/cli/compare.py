@@ -75,11 +75,15 @@ def compare(
     result = Result(f"A: {model_a}\nB: {model_b}", _COLUMNS, rows, facts, complete)
     with complaints():
         emit(result, form, output)
-    in_both = any(pair.a is not None and pair.b is not None for pair in pairs)
-    if not in_both:
-        some_a, some_b = (", ".join(list(part.records)[:3]) or "none" for part in found)
+    if not any(pair.in_both for pair in pairs):
+        some_a, some_b = (_first_names(part) for part in found)
         say(f"No layer has the same name in both: {some_a} in A, {some_b} in B.")
     finish(found, rows, "change", strict)
+
+
+def _first_names(measured: Measured) -> str:
+    """Return the names of the first three layers of a model."""
+    return ", ".join(list(measured.records)[:3]) or "none"
 
 
 def _measure_all(sources: Sequence[Source], wanted: Wanted) -> list[Measured]:

@@ -1,4 +1,4 @@
-"""What the command says besides its results, on stderr, and the exit codes."""
+"""Messages on stderr, and the exit codes: stdout is for results."""
 
 from __future__ import annotations
 

@@ -37,6 +37,11 @@ class Pair(NamedTuple):
     a: LayerRecord | None
     b: LayerRecord | None
 
+    @property
+    def in_both(self) -> bool:
+        """Whether both models have the layer."""
+        return self.a is not None and self.b is not None
+
 
 def paired(a: Mapping[str, LayerRecord], b: Mapping[str, LayerRecord]) -> list[Pair]:
     """Pair the layers of two models by name, then those whose names differ in prefixes of wrappers alone.

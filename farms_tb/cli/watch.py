@@ -53,7 +53,8 @@ def watch(
 
     Waits for the folder where there is none yet. Where stdout is no terminal, prints once.
     """
-    shown = Shown(run_folder, "ratio" if ratio else "alpha", tuple(patterns or ("*",)))
+    quantity: Quantity = "ratio" if ratio else "alpha"
+    shown = Shown(run_folder, quantity, tuple(patterns or ("*",)))
     console = Console()
     with complaints():
         if once or not console.is_terminal:

@@ -72,12 +72,12 @@ def weights(tmp_path: Path) -> Path:
     return tmp_path / "weights.pt"
 
 
-def test_figures_are_those_of_analyze() -> None:
+def test_metrics_are_those_of_analyze() -> None:
     rows = rows_of("analyze", NET, "--null")
     farms, full = analyze(net(), null=True).layers, analyze(net(), esd="full").layers
     assert list(rows) == list(farms)
     for name, row in rows.items():
-        for figure in (
+        for metric in (
             "alpha",
             "alpha_error",
             "ks_distance",
@@ -87,7 +87,7 @@ def test_figures_are_those_of_analyze() -> None:
             "xmin",
             "status",
         ):
-            assert row[figure] == getattr(farms[name], figure)
+            assert row[metric] == getattr(farms[name], metric)
         assert row["alpha_full"] == full[name].alpha
         one_matrix = full[name].shape[:1] == (1,)
         assert row["stable_rank_full"] == (full[name].stable_rank if one_matrix else None)
@@ -249,7 +249,7 @@ def test_tables_fit_the_terminal(mixed: Path, width: int, monkeypatch: pytest.Mo
     shown = plain(run("analyze", mixed, "--null").stdout).splitlines()
     assert max(map(len, shown)) <= width
     text = "\n".join(shown)
-    if width == 80:  # too narrow for the name beside all figures: it takes two lines
+    if width == 80:  # too narrow for the name and all metrics: the name takes two lines
         text = re.sub(r"\nmodel.layers(.*?) (.*)\n(\S+) ", r"\nmodel.layers\1\3 \2", text)
     for layer in ("model.layers.31.self_attn.q_proj", "eighth", "half"):
         assert re.search(rf"\n{re.escape(layer)} .* 2\.\d\d\d ", text)
