@@ -14,7 +14,11 @@ __all__ = ["main"]
 
 
 def main() -> None:
-    """Run the command line."""
+    """Run the command line: what the script `farms-tb` calls.
+
+    Raises:
+        SystemExit: always, with the command's exit code; with a message where the extra `cli` is not installed.
+    """
     try:
         from farms_tb.cli.app import app
     except ModuleNotFoundError as error:

@@ -1,4 +1,8 @@
-"""`farms-tb analyze`: measure each layer of a model or a file of weights."""
+"""`farms-tb analyze`: measure each layer of a model or a file of weights.
+
+A row for each layer, by FARMS windows and, unless `--no-full`, as a whole matrix. Everything the user may have got
+wrong is checked before the first layer is measured.
+"""
 
 from __future__ import annotations
 
@@ -69,15 +73,13 @@ def analyze(
     whole matrix, and bias their difference, which comes from the matrix's shape. z says how many standard
     deviations alpha lies from that of a random layer of the same shape. KS is the distance between the spectrum
     and its power law, 0 the best. st. rank is the stable rank of the whole matrix: its squared Frobenius norm over
-    its squared largest singular value.
+    its squared largest singular value; a convolution, several matrices, has none unless its kernel is 1x1.
     """
     with complaints():
         form = chosen_format(output_format, output)
-        wanted = Wanted(
-            options, full and options.esd == "farms", null, tuple(patterns or ()), checked_device(device)
-        )
-        if sort is not None and sort not in COLUMNS:
-            raise ValueError(f"--sort {sort}: the columns are {', '.join(COLUMNS)}")
+        also_full = full and options.esd == "farms"
+        wanted = Wanted(options, also_full, null, tuple(patterns or ()), checked_device(device))
+        _check_column(sort)
         source = open_source(model, pretrained=pretrained, key=key)
     found = measure(source, wanted, Console(stderr=True))
     rows: Sequence[Row] = found.rows()
@@ -90,7 +92,16 @@ def analyze(
     finish([found], rows, "alpha", strict)
 
 
+def _check_column(sort: str | None) -> None:
+    """Raise a ValueError where there is no such column to sort by; None sorts by nothing."""
+    if sort is not None and sort not in COLUMNS:
+        raise ValueError(f"--sort {sort}: the columns are {', '.join(COLUMNS)}")
+
+
 def _summary(rows: Sequence[Row]) -> str:
+    """Return how many layers have an alpha, and the span of the alphas."""
     alphas = [row["alpha"] for row in rows if row["alpha"] is not None]
-    span = f", {min(alphas):.2f} to {max(alphas):.2f}" if alphas else ""
-    return f"{len(alphas)} of {len(rows)} layers have an alpha{span}"
+    counts = f"{len(alphas)} of {len(rows)} layers have an alpha"
+    if not alphas:
+        return counts
+    return f"{counts}, {min(alphas):.2f} to {max(alphas):.2f}"

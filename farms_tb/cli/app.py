@@ -1,4 +1,8 @@
-"""The program `farms-tb`: its commands, each in a module of its own."""
+"""The program `farms-tb`: its commands, each in a module of its own.
+
+Typer reads arguments, defaults and help from the signatures and docstrings of the commands. Errors of the user's
+are turned into messages by the commands themselves, see `farms_tb.cli.messages.complaints`.
+"""
 
 from __future__ import annotations
 

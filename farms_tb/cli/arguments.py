@@ -1,4 +1,8 @@
-"""Arguments and options that several commands have."""
+"""Arguments and options that several commands have.
+
+The options of the measurement are not written here: `takes_spectrum_options` makes them of `SpectrumOptions`, so
+that the command line, the callbacks and `analyze` cannot drift apart.
+"""
 
 from __future__ import annotations
 
@@ -50,12 +54,24 @@ Strict = Annotated[bool, typer.Option("--strict", help="Exit with 1 where some l
 RunFolderArgument = Annotated[
     Path, typer.Argument(metavar="RUN_FOLDER", help="Where the run writes its metrics.csv.", show_default=False)
 ]
+RunArgument = Annotated[
+    Path,
+    typer.Argument(
+        metavar="RUN", help="The folder of a run, finished or not; or a file of weights.", show_default=False
+    ),
+]
 
 
 def takes_spectrum_options(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command one option for each field of `SpectrumOptions`; it gets them together as `options`.
 
     Names, types, defaults and help come from the dataclass and its docstring, where they are written once.
+
+    Args:
+        command: a function with a keyword argument `options`.
+
+    Returns:
+        The function for Typer, with one keyword argument for each field in place of `options`.
     """
     added = list(_options_of(SpectrumOptions))
 
@@ -90,8 +106,13 @@ def _described_attributes(cls: type) -> dict[str, str]:
     attributes = (inspect.getdoc(cls) or "").partition("Attributes:\n")[2]
     described = {}
     for name, text in re.findall(r"^ {4}(\w+): (.+(?:\n {5}.+)*)", attributes, flags=re.MULTILINE):
-        one_line = " ".join(text.split())
-        one_line = re.sub(r"`(\w+)`", lambda match: "--" + match[1].replace("_", "-"), one_line)
-        one_line = one_line.replace("`", "")
-        described[name] = one_line[0].upper() + one_line[1:]
+        described[name] = _as_help(text)
     return described
+
+
+def _as_help(text: str) -> str:
+    """Return a few words of a docstring as help: one line, which names options as one types them."""
+    one_line = " ".join(text.split())
+    one_line = re.sub(r"`(\w+)`", lambda match: "--" + match[1].replace("_", "-"), one_line)
+    one_line = one_line.replace("`", "")
+    return one_line[0].upper() + one_line[1:]

@@ -1,7 +1,12 @@
-"""`farms-tb compare`: the alphas of two models, layer by layer."""
+"""`farms-tb compare`: the alphas of two models, layer by layer.
+
+Say, of one network before and after training, or by two ways of training. Each is measured as `analyze` measures
+it, by FARMS windows or whole matrices as `--esd` says.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -20,7 +25,7 @@ from farms_tb.cli.arguments import (
     takes_spectrum_options,
 )
 from farms_tb.cli.exit_codes import finish
-from farms_tb.cli.measuring import Wanted, checked_device, measure
+from farms_tb.cli.measuring import Measured, Wanted, checked_device, measure
 from farms_tb.cli.messages import EXIT_INTERRUPTED, complaints, say
 from farms_tb.cli.output import Result, chosen_format, emit
 from farms_tb.cli.pairing import changes, paired
@@ -62,30 +67,63 @@ def compare(
         form = chosen_format(output_format, output)
         wanted = Wanted(options, patterns=tuple(patterns or ()), device=checked_device(device))
         sources = _open_both((model_a, model_b), pretrained, key)
-    found = []
-    for source in sources:
-        found.append(measure(source, wanted, Console(stderr=True)))
-        if found[-1].interrupted:
-            say(f"{found[-1].stopped}: nothing to compare yet")
-            raise typer.Exit(EXIT_INTERRUPTED)
+    found = _measure_all(sources, wanted)
     pairs = paired(*(part.records for part in found))
     rows = changes(pairs)
     complete = not any(part.stopped for part in found)
     facts = {"a": model_a, "b": model_b, "complete": complete, "options": as_plain(options)}
+    result = Result(f"A: {model_a}\nB: {model_b}", _COLUMNS, rows, facts, complete)
     with complaints():
-        emit(Result(f"A: {model_a}\nB: {model_b}", _COLUMNS, rows, facts, complete), form, output)
-    if all(None in (pair.a, pair.b) for pair in pairs):
-        some_a, some_b = (", ".join(list(part.records)[:3]) or "none" for part in found)
+        emit(result, form, output)
+    if not any(pair.in_both for pair in pairs):
+        some_a, some_b = (_first_names(part) for part in found)
         say(f"No layer has the same name in both: {some_a} in A, {some_b} in B.")
     finish(found, rows, "change", strict)
 
 
+def _first_names(measured: Measured) -> str:
+    """Return the names of the first three layers of a model."""
+    return ", ".join(list(measured.records)[:3]) or "none"
+
+
+def _measure_all(sources: Sequence[Source], wanted: Wanted) -> list[Measured]:
+    """Measure models one after the other.
+
+    Args:
+        sources: the models.
+        wanted: what is measured of each.
+
+    Raises:
+        typer.Exit: Ctrl-C, since half a comparison is of no use.
+    """
+    found = []
+    for source in sources:
+        measured = measure(source, wanted, Console(stderr=True))
+        if measured.interrupted:
+            say(f"{measured.stopped}: nothing to compare yet")
+            raise typer.Exit(EXIT_INTERRUPTED)
+        found.append(measured)
+    return found
+
+
 def _open_both(models: tuple[str, str], pretrained: bool, key: str | None) -> list[Source]:
-    """Open two models; of a file and a model by name, each takes the option that is for it."""
+    """Open two models; of a file and a model by name, each takes the option that is for it.
+
+    Args:
+        models: what the user named as A and B.
+        pretrained: for those that are no files, see `open_source`.
+        key: for those that are files.
+
+    Raises:
+        ValueError: there is a key and no file; for the others see `open_source`.
+    """
     are_files = [Path(model).exists() for model in models]
     if key is not None and not any(are_files):
         raise ValueError(f"--key is for files of weights, {models[0]} and {models[1]} are none")
-    return [
-        open_source(model, pretrained=pretrained and not is_file, key=key if is_file else None)
-        for model, is_file in zip(models, are_files, strict=True)
-    ]
+    sources = []
+    for model, is_file in zip(models, are_files, strict=True):
+        if is_file:
+            sources.append(open_source(model, key=key))
+        else:
+            sources.append(open_source(model, pretrained=pretrained))
+    return sources

@@ -1,4 +1,7 @@
-"""How a command that measures ends: what it says last, and its exit code."""
+"""How a command that measures ends: what it says last, and its exit code.
+
+Scripts rely on the codes, which are listed below every such command's help.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,15 @@ def finish(found: Sequence[Measured], rows: Sequence[Row], needed: str, strict: 
         raise typer.Exit(EXIT_INTERRUPTED)
     measured = [row for row in rows if row[needed] is not None]
     if not measured:
-        reason = "the status of each layer says why" if rows else "no weight matrix, or none of such a name"
-        say(f"Nothing could be measured: {reason}")
+        _say_nothing_measured(rows)
+        raise typer.Exit(EXIT_PART)
     incomplete = strict and len(measured) < len(rows)
-    raise typer.Exit(EXIT_PART if not measured or stopped or incomplete else 0)
+    raise typer.Exit(EXIT_PART if stopped or incomplete else 0)
+
+
+def _say_nothing_measured(rows: Sequence[Row]) -> None:
+    """Say why: no row at all, or no row with a value."""
+    if rows:
+        say("Nothing could be measured: the status of each layer says why")
+    else:
+        say("Nothing could be measured: no weight matrix, or none of such a name")

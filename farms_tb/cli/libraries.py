@@ -1,4 +1,7 @@
-"""Models of torchvision and timm by their names there."""
+"""Models of torchvision and timm by their names there.
+
+Neither library is needed: what is not installed is not searched. An unknown name is answered by similar ones.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,9 @@ def model_by_name(name: str, pretrained: bool) -> nn.Module:
     Args:
         name: as the library lists it.
         pretrained: load the library's weights, which may download them.
+
+    Returns:
+        The model, with random weights unless `pretrained`.
 
     Raises:
         ValueError: no installed library knows it; the message names similar ones.
@@ -70,12 +76,16 @@ def _from_timm(name: str, pretrained: bool) -> nn.Module:
 
 
 def _names(library: str) -> list[str]:
+    """Return the names of all models of an installed library."""
     module = "torchvision.models" if library == "torchvision" else "timm"
     names: list[str] = importlib.import_module(module).list_models()
     return names
 
 
 def _similar(name: str, libraries: Iterable[str]) -> str:
-    known = [known for library in libraries for known in _names(library)]
-    found = get_close_matches(name, dict.fromkeys(known), n=3)
+    """Return a question that names the most similar models; nothing where none is similar."""
+    known: dict[str, None] = {}
+    for library in libraries:
+        known.update(dict.fromkeys(_names(library)))
+    found = get_close_matches(name, known, n=3)
     return f"; did you mean {' or '.join(found)}?" if found else ""

@@ -1,4 +1,8 @@
-"""Measure the layers of a source one by one, with a progress bar, and keep what there is when it stops early."""
+"""Measure the layers of a source one by one, with a progress bar, and keep what there is when it stops early.
+
+Both `analyze` and `compare` measure here. The weights of one layer are in memory at a time; Ctrl-C, a file that
+breaks off and a layer that is too large for the memory cost what is not measured yet, and nothing else.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +25,7 @@ from farms_tb.report import OK, LayerRecord, Report
 from farms_tb.spectra.measure import Nulls, weight_record
 from farms_tb.viewing.names import printable, shortened
 from farms_tb.viewing.stable_rank import matrix_stable_rank
-from farms_tb.weights.matrices import MatrixStack
+from farms_tb.weights.stacks import MatrixStack
 
 
 @dataclass(frozen=True)
@@ -43,20 +47,27 @@ class Wanted:
     device: str = "cpu"
 
     def takes(self, name: str) -> bool:
-        """Whether the layer is to be measured."""
-        names = {name, without_wrappers(name)}
-        return not self.patterns or any(fnmatchcase(each, pattern) for each in names for pattern in self.patterns)
+        """Tell whether a layer is to be measured.
+
+        Args:
+            name: its name, with the prefixes of wrappers.
+        """
+        if not self.patterns:
+            return True
+        bare = without_wrappers(name)
+        return any(fnmatchcase(name, pattern) or fnmatchcase(bare, pattern) for pattern in self.patterns)
 
 
 _FIRST = (
     *("layer", "shape", "alpha", "alpha_error", "alpha_full", "bias", "z_score", "ks_distance"),
     *("stable_rank", "stable_rank_full"),
 )
+"""The most asked-for metrics, which come first in every format."""
 
 
 @dataclass
 class Measured:
-    """What was found.
+    """What was found; it grows while layers are measured.
 
     Attributes:
         records: record of each layer by name.
@@ -73,18 +84,25 @@ class Measured:
     nulls: Nulls = field(default_factory=dict)
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return one flat dict of plain values for each layer, the most asked-for metrics first."""
+        """Return one flat dict of plain values for each layer.
+
+        Keys are those of `COLUMNS`, in this order: the most asked-for metrics, the other ones, the status.
+        """
         return [self._row(row) for row in Report(self.records).rows()]
 
     def _row(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Return a report's row with the metrics of the whole matrix added."""
         full = self.full.get(row["layer"], LayerRecord())
         row["alpha_full"] = full.alpha
-        row["bias"] = None if row["alpha"] is None or full.alpha is None else full.alpha - row["alpha"]
         row["stable_rank_full"] = matrix_stable_rank(full)
-        if row["status"] == OK and full.status != OK:
-            row["status"] = f"whole matrix: {full.status}"
-        names = dict.fromkeys((*_FIRST, *(name for name in row if name != "status"), "status"))
-        return {name: row[name] for name in names}
+        row["bias"] = None
+        if row["alpha"] is not None and full.alpha is not None:
+            row["bias"] = full.alpha - row["alpha"]
+        status = row.pop("status")
+        if status == OK and full.status != OK:
+            status = f"whole matrix: {full.status}"
+        first = {name: row[name] for name in _FIRST}
+        return {**first, **row, "status": status}
 
 
 COLUMNS = tuple(Measured({"": LayerRecord()}).rows()[0])
@@ -92,7 +110,13 @@ COLUMNS = tuple(Measured({"": LayerRecord()}).rows()[0])
 
 
 def checked_device(name: str) -> str:
-    """Return the name of a device.
+    """Check that torch can use a device.
+
+    Args:
+        name: as torch spells it, `"cuda:1"`.
+
+    Returns:
+        The name.
 
     Raises:
         ValueError: torch has no such device here.
@@ -100,7 +124,7 @@ def checked_device(name: str) -> str:
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name}: {str(error).partition(chr(10))[0]}") from error
+        raise ValueError(f"--device {name}: {_first_line(error)}") from error
     return name
 
 
@@ -111,6 +135,9 @@ def measure(source: Source, wanted: Wanted, console: Console) -> Measured:
         source: the model.
         wanted: what is measured.
         console: where the progress bar goes, if it is a terminal.
+
+    Returns:
+        What was measured, and why it is not all, if so.
     """
     if source.note:
         say(source.note)
@@ -123,7 +150,8 @@ def measure(source: Source, wanted: Wanted, console: Console) -> Measured:
                     show(description=shortened(printable(name), 60))
                     _measure_layer(found, name, weight, wanted)
         except KeyboardInterrupt:
-            found.stopped, found.interrupted = f"interrupted at {name}", True
+            found.stopped = f"interrupted at {name}"
+            found.interrupted = True
         except (ValueError, OSError, RuntimeError) as error:
             found.stopped = f"reading stopped after {name}: {error}"
     return found
@@ -131,7 +159,15 @@ def measure(source: Source, wanted: Wanted, console: Console) -> Measured:
 
 @contextmanager
 def _progress(console: Console, total: int) -> Iterator[Callable[..., None]]:
-    """Show a progress bar where the console is a terminal; yields what updates it, as `Progress.update` does."""
+    """Show a progress bar where the console is a terminal.
+
+    Args:
+        console: where it goes.
+        total: how many items will be read.
+
+    Yields:
+        What updates the bar, with the arguments of `rich.progress.Progress.update`.
+    """
     if not console.is_terminal:
         # Some versions of rich end even a disabled bar with an empty line.
         yield lambda **changes: None
@@ -147,27 +183,37 @@ def _progress(console: Console, total: int) -> Iterator[Callable[..., None]]:
 
 
 def _counted(items: Iterable[Any], show: Callable[..., None]) -> Iterator[Any]:
+    """Yield items, and advance the progress bar after each."""
     for item in items:
         yield item
         show(advance=1)
 
 
 def _measure_layer(found: Measured, name: str, weight: MatrixStack | LayerRecord, wanted: Wanted) -> None:
+    """Measure one layer, and add its records to what was found."""
     if isinstance(weight, LayerRecord):
         found.records[name] = weight
         return
     stack = replace(weight, matrices=weight.matrices.to(wanted.device))
     nulls = found.nulls if wanted.null else None
-    record = _attempt(lambda: weight_record(stack, wanted.options, nulls=nulls), stack)
+    record = _attempt(stack, wanted.options, nulls)
     if wanted.full and record.status == OK:
-        found.full[name] = _attempt(lambda: weight_record(stack, replace(wanted.options, esd="full")), stack)
+        found.full[name] = _attempt(stack, replace(wanted.options, esd="full"))
     found.records[name] = record
 
 
-def _attempt(record: Callable[[], LayerRecord], stack: MatrixStack) -> LayerRecord:
-    """A layer that is too large for the memory, or whose eigenvalues do not converge, does not stop the others."""
+def _attempt(stack: MatrixStack, options: SpectrumOptions, nulls: Nulls | None = None) -> LayerRecord:
+    """Measure one layer; where that fails, return a record that says why.
+
+    A layer that is too large for the memory, or whose eigenvalues do not converge, does not stop the others.
+    """
     try:
-        return record()
+        return weight_record(stack, options, nulls=nulls)
     except (RuntimeError, MemoryError) as error:
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        return LayerRecord(status=f"failed: {reason}", kind=stack.kind, shape=tuple(stack.matrices.shape))
+        status = f"failed: {_first_line(error) or type(error).__name__}"
+        return LayerRecord(status=status, kind=stack.kind, shape=tuple(stack.matrices.shape))
+
+
+def _first_line(error: BaseException) -> str:
+    """Return what an error says, without the stack of C++ calls that torch appends."""
+    return str(error).partition("\n")[0]

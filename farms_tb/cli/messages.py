@@ -1,4 +1,4 @@
-"""What the command says besides its results, on stderr, and the exit codes."""
+"""Messages on stderr, and the exit codes: stdout is for results."""
 
 from __future__ import annotations
 
@@ -16,7 +16,14 @@ EXIT_PART, EXIT_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 
 @contextmanager
 def complaints() -> Iterator[None]:
-    """Turn the user's mistakes into one message and exit code 2."""
+    """Turn the user's mistakes into one message and exit code 2.
+
+    It goes around what reads arguments, opens files and writes results, not around the measurement: an unexpected
+    error there is a fault of the package, and keeps its traceback.
+
+    Raises:
+        typer.Exit: in place of an error that a user can make.
+    """
     try:
         yield
     except BrokenPipeError:

@@ -1,10 +1,14 @@
-"""Write a result: to stdout or into a file; as a table, CSV, JSON or Parquet."""
+"""Write a result: to stdout or into a file; as a table, CSV, JSON or Parquet.
+
+`chosen_format` runs before anything is measured, so that a mistake costs no time; `emit` writes. A table is for
+the eye and rounds its numbers, the other formats hold every value of every row in full.
+"""
 
 from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from io import StringIO
@@ -21,30 +25,50 @@ from farms_tb.viewing.names import printable
 
 Format = Literal["table", "csv", "json", "parquet"]
 
+FORMATS: tuple[Format, ...] = get_args(Format)
+
 
 def chosen_format(form: Format | None, output: Path | None) -> Format:
-    """Return the format that was asked for, or else that of the file's ending.
+    """Return the format to write, after a check that it can be written.
+
+    Args:
+        form: what the user asked for; None for the format of the file's ending, and for a table without one.
+        output: the file; None for stdout.
 
     Raises:
         ValueError: it cannot be written there.
         ImportError: it needs a package that is not installed.
     """
-    ending = "" if output is None else output.suffix.removeprefix(".")
-    chosen: Format = form or (ending if ending in get_args(Format) else "table")  # type: ignore[assignment]
+    chosen = _format_of(output) if form is None else form
     if chosen == "parquet":
         if output is None:
             raise ValueError("Parquet is no text for a terminal: pass --output FILE")
         if not find_spec("pyarrow"):
             raise ImportError('--format parquet needs pyarrow: pip install "farms-tb[cli]"')
     if output is not None:
-        if output.is_dir():
-            raise ValueError(f"cannot write {output}: it is a folder")
-        try:
-            with TemporaryFile(dir=output.parent):
-                pass
-        except OSError as error:
-            raise ValueError(f"cannot write {output}: {error.strerror}") from error
+        _check_writable(output)
     return chosen
+
+
+def _format_of(output: Path | None) -> Format:
+    """Return the format that the ending of a file names; a table for any other ending, and for stdout."""
+    if output is None:
+        return "table"
+    for known in FORMATS:
+        if output.suffix == f".{known}":
+            return known
+    return "table"
+
+
+def _check_writable(output: Path) -> None:
+    """Raise a ValueError where a file cannot be made; one that is there is not touched."""
+    if output.is_dir():
+        raise ValueError(f"cannot write {output}: it is a folder")
+    try:
+        with TemporaryFile(dir=output.parent):
+            pass
+    except OSError as error:
+        raise ValueError(f"cannot write {output}: {error.strerror}") from error
 
 
 @dataclass(frozen=True)
@@ -69,6 +93,9 @@ class Result:
 def emit(result: Result, form: Format, output: Path | None) -> None:
     """Print or write a result.
 
+    An incomplete one goes into a file of another name, `a.partial.csv` for `a.csv`: a script that waits for the
+    file must not take a part for all.
+
     Args:
         result: what was found.
         form: the format.
@@ -90,6 +117,7 @@ def emit(result: Result, form: Format, output: Path | None) -> None:
 
 
 def _print(result: Result, form: Format) -> None:
+    """Print a result to stdout; only a table adapts to the terminal."""
     if form == "table":
         print_table(Console(), result.title, result.columns, result.rows)
     else:
@@ -97,6 +125,7 @@ def _print(result: Result, form: Format) -> None:
 
 
 def _as_text(result: Result, form: Format) -> str:
+    """Return a result as the content of a text file."""
     if form == "csv":
         return _as_csv(result.rows)
     if form == "json":
@@ -112,11 +141,21 @@ def _as_csv(rows: Sequence[Row]) -> str:
     Control characters in names are shown as escapes, since CSV may go to a terminal; JSON has its own escapes.
     """
     text = StringIO()
-    writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
+    writer = csv.DictWriter(text, _keys(rows), lineterminator="\n")
     writer.writeheader()
     for row in rows:
-        writer.writerow({key: printable(cell) if isinstance(cell, str) else cell for key, cell in row.items()})
+        writer.writerow(_with_text(row, printable))
     return text.getvalue()
+
+
+def _keys(rows: Sequence[Row]) -> list[str]:
+    """Return the keys that all rows have; none without rows."""
+    return list(rows[0]) if rows else []
+
+
+def _with_text(row: Row, change: Callable[[str], str]) -> dict[str, Any]:
+    """Return a row with its texts changed and its numbers as they are."""
+    return {key: change(cell) if isinstance(cell, str) else cell for key, cell in row.items()}
 
 
 def _write_parquet(rows: Sequence[Row], path: Path) -> None:
@@ -124,16 +163,14 @@ def _write_parquet(rows: Sequence[Row], path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    text, whole = ("layer", "shape", "kind", "solver", "status"), ("num_eigenvalues",)
-    kinds = {**dict.fromkeys(text, pa.string()), **dict.fromkeys(whole, pa.int64())}
-    names = list(rows[0]) if rows else []
-    schema = pa.schema([(name, kinds.get(name, pa.float64())) for name in names])
-    pq.write_table(pa.Table.from_pylist([_encodable(row) for row in rows], schema=schema), path)
+    types = {"num_eigenvalues": pa.int64()}
+    for name in ("layer", "shape", "kind", "solver", "status"):
+        types[name] = pa.string()
+    schema = pa.schema([(name, types.get(name, pa.float64())) for name in _keys(rows)])
+    encodable = [_with_text(row, _encodable) for row in rows]
+    pq.write_table(pa.Table.from_pylist(encodable, schema=schema), path)
 
 
-def _encodable(row: Row) -> dict[str, Any]:
-    """Return a row with an escape in place of each lone surrogate, which UTF-8 lacks."""
-    return {
-        key: cell.encode("utf-8", "backslashreplace").decode() if isinstance(cell, str) else cell
-        for key, cell in row.items()
-    }
+def _encodable(text: str) -> str:
+    """Return text with an escape in place of each lone surrogate, which UTF-8 lacks."""
+    return text.encode("utf-8", "backslashreplace").decode()

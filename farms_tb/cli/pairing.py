@@ -1,4 +1,8 @@
-"""Pair the layers of two models, and say how their alphas differ."""
+"""Pair the layers of two models, and say how their alphas differ.
+
+Layers are paired by name. Where a name is in one model alone, the prefixes are taken off that a wrapper puts
+before the names of all layers, so that a Lightning checkpoint and the model it was made of can be compared.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +20,10 @@ _WRAPPERS = ("module.", "model.", "_orig_mod.")
 """What DataParallel and DDP, Lightning modules and `torch.compile` put before the names of a model's layers."""
 
 
+_ABSENT = LayerRecord()
+"""Stands for a layer that a model does not have."""
+
+
 class Pair(NamedTuple):
     """A layer in two models.
 
@@ -28,6 +36,11 @@ class Pair(NamedTuple):
     name: str
     a: LayerRecord | None
     b: LayerRecord | None
+
+    @property
+    def in_both(self) -> bool:
+        """Whether both models have the layer."""
+        return self.a is not None and self.b is not None
 
 
 def paired(a: Mapping[str, LayerRecord], b: Mapping[str, LayerRecord]) -> list[Pair]:
@@ -44,11 +57,13 @@ def paired(a: Mapping[str, LayerRecord], b: Mapping[str, LayerRecord]) -> list[P
     bare_b = _bare_names(name for name in b if name not in a)
     partner = {bare_a[bare]: (bare, bare_b[bare]) for bare in bare_a if bare in bare_b}
     pairs = []
+    taken = set()
     for name, record in a.items():
-        shown, other = partner.get(name, (name, name))
-        pairs.append(Pair(shown, record, b.get(other)))
-    known = {*a, *(other for _, other in partner.values())}
-    return pairs + [Pair(name, None, record) for name, record in b.items() if name not in known]
+        shown, name_in_b = partner.get(name, (name, name))
+        pairs.append(Pair(shown, record, b.get(name_in_b)))
+        taken.add(name_in_b)
+    in_b_alone = [name for name in b if name not in taken]
+    return pairs + [Pair(name, None, b[name]) for name in in_b_alone]
 
 
 def _bare_names(names: Iterable[str]) -> dict[str, str]:
@@ -65,8 +80,9 @@ def without_wrappers(name: str) -> str:
         >>> without_wrappers("model._orig_mod.conv1")
         'conv1'
     """
-    while prefix := next((wrapper for wrapper in _WRAPPERS if name.startswith(wrapper)), ""):
-        name = name.removeprefix(prefix)
+    while name.startswith(_WRAPPERS):
+        for wrapper in _WRAPPERS:
+            name = name.removeprefix(wrapper)
     return name
 
 
@@ -77,23 +93,30 @@ def changes(pairs: Iterable[Pair]) -> list[Row]:
     independently.
     """
     rows = [_row(pair) for pair in pairs]
-    return sorted(rows, key=lambda row: -1.0 if row["change"] is None else abs(row["change"]), reverse=True)
+    return sorted(rows, key=_size_of_change, reverse=True)
+
+
+def _size_of_change(row: Row) -> float:
+    """Return what rows are sorted by; less than any change for a row without one."""
+    return -1.0 if row["change"] is None else abs(row["change"])
 
 
 def _row(pair: Pair) -> Row:
-    name, a, b = pair
-    alpha_a, alpha_b = (record.alpha if record else None for record in (a, b))
-    error_a, error_b = (record.alpha_error if record else None for record in (a, b))
-    change = None if alpha_a is None or alpha_b is None else alpha_b - alpha_a
-    error = None if error_a is None or error_b is None else math.hypot(error_a, error_b)
-    shapes = ["x".join(map(str, record.shape)) for record in (a, b) if record and record.shape]
+    """Return what `compare` shows of one layer; None where a model has no such layer, or no alpha for it."""
+    a, b = pair.a or _ABSENT, pair.b or _ABSENT
+    change = error = None
+    if a.alpha is not None and b.alpha is not None:
+        change = b.alpha - a.alpha
+    if a.alpha_error is not None and b.alpha_error is not None:
+        error = math.hypot(a.alpha_error, b.alpha_error)
+    shapes = ["x".join(map(str, record.shape)) for record in (a, b) if record.shape]
     return {
-        "layer": name,
+        "layer": pair.name,
         "shape": " / ".join(dict.fromkeys(shapes)),
-        "alpha_a": alpha_a,
-        "alpha_b": alpha_b,
-        "alpha_error_a": error_a,
-        "alpha_error_b": error_b,
+        "alpha_a": a.alpha,
+        "alpha_b": b.alpha,
+        "alpha_error_a": a.alpha_error,
+        "alpha_error_b": b.alpha_error,
         "change": change,
         "change_error": error,
         "change_in_errors": change / error if change is not None and error else None,

@@ -1,4 +1,7 @@
-"""`farms-tb report`: a page about a run."""
+"""`farms-tb report`: a page about a run.
+
+One HTML file that needs no network, to look through and to hand on; see `farms_tb.viewing.page`.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from farms_tb.cli.arguments import Null, RunFolderArgument
+from farms_tb.cli.arguments import Key, Null, RunArgument
 from farms_tb.cli.messages import complaints, say
 from farms_tb.viewing.names import printable
 from farms_tb.viewing.page import write_page
@@ -15,15 +18,16 @@ from farms_tb.viewing.run_folder import read_run_folder
 
 
 def report(
-    run_folder: RunFolderArgument,
+    run_folder: RunArgument,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Default: report.html in the run folder.")
     ] = None,
     null: Null = False,
+    key: Key = None,
 ) -> None:
-    """Write a page about a run: one HTML file with everything in it."""
+    """Write a page about a run, or about a file of weights: one HTML file with everything in it."""
     with complaints():
-        run = read_run_folder(run_folder, null=null)
+        run = read_run_folder(run_folder, null=null, key=key)
         print(printable(str(write_page(run, output))))
         for sentence in run.missing:
             say(sentence)

@@ -1,4 +1,9 @@
-"""What a MODEL stands for: a file, a run, a model of torchvision or timm, a function of the user's."""
+"""What a MODEL stands for: a file, a run, a model of torchvision or timm, a function of the user's.
+
+`open_source` decides, in this order: what exists as a path is a file or a folder; `library:name` a model of a
+library; `module:function` a function; anything else a model's name. It reads names and shapes alone: weights are
+read by `Source.read`, one layer after the other.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +24,7 @@ from farms_tb.viewing.metrics_csv import METRICS_FILE
 from farms_tb.viewing.run_files import find_run
 from farms_tb.weights.files import stored_layers, stored_tensors
 from farms_tb.weights.layers import Layer, checked_layers, read_stacks
-from farms_tb.weights.matrices import MatrixStack
+from farms_tb.weights.stacks import MatrixStack
 
 _FILE_ENDINGS = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".json")
 
@@ -52,8 +57,15 @@ def open_source(model: str, *, pretrained: bool = False, key: str | None = None)
             they are random, the same each time.
         key: where the weights lie in a file that holds more.
 
+    Returns:
+        What the layers are read from.
+
     Raises:
-        FileNotFoundError, ValueError, TypeError, ImportError: there is no such model, or nothing in it to measure.
+        FileNotFoundError: there is no such file.
+        ValueError: no library has a model of this name; the model has nothing to measure; `pretrained` or `key`
+            is not for this kind of model; or the folder holds several runs, or a run without a checkpoint.
+        TypeError: the function returns no module.
+        ImportError: the library is not installed.
 
     Example:
         >>> source = open_source("torch.nn:Flatten")
@@ -68,21 +80,27 @@ spectral-convolution layers can, others by farms_tb.layer_matrices.register
         return _open_file(Path(model), key)
     if key is not None:
         raise ValueError(f"--key is for files of weights, {model} is none")
-    return Source(checked_layers(_build(model, pretrained)), _model_layers)
+    built = _build(model, pretrained)
+    note = (
+        "" if pretrained or _is_function(model) else f"{model} has random weights: --pretrained loads trained ones"
+    )
+    return Source(checked_layers(built), _model_layers, note=note)
 
 
 def _open_file(path: Path, key: str | None) -> Source:
+    """Open a file or a directory of weights, or the last checkpoint of a run.
+
+    Args:
+        path: what the user named.
+        key: where the weights lie in it; None to find them.
+    """
     note = ""
     if _is_run_folder(path):
         checkpoint = _last_checkpoint(path)
         note = f"{path} is the folder of a run: measuring its last checkpoint, {checkpoint.relative_to(path)}"
         path = checkpoint
     damaged: list[str] = []
-    return Source(stored_tensors(path, damaged, **_only_given(key=key)), stored_layers, damaged, note)
-
-
-def _only_given(**options: Any) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if value is not None}
+    return Source(stored_tensors(path, damaged, key=key), stored_layers, damaged, note)
 
 
 def _is_run_folder(path: Path) -> bool:
@@ -105,6 +123,7 @@ def _last_checkpoint(folder: Path) -> Path:
 
 
 def _model_layers(layers: Iterable[Layer]) -> Iterator[tuple[str, MatrixStack | LayerRecord]]:
+    """Yield the name of each layer of a model, with its weight or a record that says why it has no spectrum."""
     for layer in layers:
         if layer.problem:
             yield layer.name, LayerRecord(status=layer.problem, kind=layer.kind, shape=layer.shape)
@@ -113,30 +132,45 @@ def _model_layers(layers: Iterable[Layer]) -> Iterator[tuple[str, MatrixStack | 
 
 
 def _build(model: str, pretrained: bool) -> nn.Module:
-    """Make a model by its name in a library or by a function; random weights are the same each time."""
+    """Make a model by its name in a library or by a function.
+
+    Random weights are the same each time. For the arguments and errors see `open_source`.
+    """
     if "://" in model:
         raise ValueError(f"{model} is an address: download the file first, then pass its path")
-    prefix, colon, name = model.partition(":")
+    prefix, _, name = model.partition(":")
     torch.manual_seed(0)
-    if prefix in LIBRARIES:
-        return model_of_library(prefix, name, pretrained)
-    if colon:
+    if _is_function(model):
         if pretrained:
             raise ValueError(f"--pretrained is for models of torchvision and timm, {model} is a function")
         return _from_function(prefix, name)
+    if prefix in LIBRARIES:
+        return model_of_library(prefix, name, pretrained)
     if os.sep in model or model.endswith(_FILE_ENDINGS):
         raise FileNotFoundError(f"no such file: {model}{_hint_of_hub(model)}")
     return model_by_name(model, pretrained)
 
 
+def _is_function(model: str) -> bool:
+    """Tell `module:function` from a model's name, before which a library may be named, `timm:resnet18`."""
+    prefix, colon, _ = model.partition(":")
+    return bool(colon) and prefix not in LIBRARIES
+
+
 def _hint_of_hub(model: str) -> str:
     """Return what to do where a name looks like that of a model on the Hugging Face hub, `owner/name`."""
-    if model.count("/") != 1 or model.startswith((".", "/", "~")) or model.endswith(("/", *_FILE_ENDINGS)):
+    is_path = model.startswith((".", "/", "~")) or model.endswith(("/", *_FILE_ENDINGS))
+    if is_path or model.count("/") != 1:
         return ""
     return f"; for a model of the Hugging Face hub, download it first (hf download {model}) and pass its folder"
 
 
 def _from_function(module: str, function: str) -> nn.Module:
+    """Return what a function of the user's makes.
+
+    Raises:
+        ValueError: the module cannot be imported, or it or the function fails, in whatever way.
+    """
     # As with `python -m`: what lies where the command is run can be imported.
     sys.path.insert(0, str(Path.cwd()))
     try:

@@ -1,4 +1,9 @@
-"""Rows as a table for the eye."""
+"""Rows as a table for the eye.
+
+A number is shown with the digits that mean something: its standard error, where it has one, ends with the second
+significant digit. In a terminal the table takes the layout with most in it that fits; reasons why layers have no
+alpha, which are long, become numbered notes where they do not.
+"""
 
 from __future__ import annotations
 
@@ -42,23 +47,32 @@ class Column:
     error: str = ""
     optional: bool = False
 
+    @property
+    def is_text(self) -> bool:
+        """Whether the values are text, not numbers."""
+        return self.decimals is None
+
     def cell(self, row: Row) -> str:
-        """Return the value as text; a dash where there is none."""
+        """Return the value of a row as text; a dash where there is none."""
         value = row.get(self.key)
         if self.decimals is None:
             return printable(str(value)) or "-"
         if value is None:
             return "-"
-        decimals = self.decimals
+        limits = [self.decimals]
         if self.digits:
-            decimals = min(decimals, decimals_of(value, self.digits))
+            limits.append(decimals_of(value, self.digits))
         if self.error:
-            decimals = min(decimals, decimals_of(row.get(self.error), 2))
-        return number(value, decimals, self.signed)
+            limits.append(decimals_of(row.get(self.error), 2))
+        return number(value, min(limits), self.signed)
 
 
 def decimals_of(value: float | None, digits: int) -> int:
     """Return the decimals with which a number has so many significant digits; many for 0 and None.
+
+    Args:
+        value: the number, which need not be known.
+        digits: significant digits, at least 1.
 
     Example:
         >>> decimals_of(0.031, 2), decimals_of(0.31, 2), decimals_of(31.0, 2)
@@ -70,15 +84,22 @@ def decimals_of(value: float | None, digits: int) -> int:
 
 
 def number(value: float, decimals: int, signed: bool = False) -> str:
-    """Return a number with fixed decimals; what rounds to zero has no minus sign.
+    """Return a number with fixed decimals; what rounds to zero has no sign.
+
+    Args:
+        value: the number.
+        decimals: digits behind the point.
+        signed: give positive numbers a plus sign.
 
     Example:
-        >>> number(-0.0004, 3), number(0.25, 2, signed=True)
-        ('0.000', '+0.25')
+        >>> number(-0.0004, 3), number(0.25, 2, signed=True), number(0.0, 2, signed=True)
+        ('0.000', '+0.25', '0.00')
     """
-    form = f"{'+' if signed else ''}.{decimals}f"
-    text = format(value, form)
-    return text if text.strip("+-0.") else format(0.0, form)
+    text = f"{value:.{decimals}f}"
+    rounds_to_zero = not text.strip("-0.")
+    if rounds_to_zero:
+        return text.removeprefix("-")
+    return f"+{text}" if signed and value > 0 else text
 
 
 def print_table(console: Console, title: str, columns: Sequence[Column], rows: Sequence[Row]) -> None:
@@ -86,6 +107,12 @@ def print_table(console: Console, title: str, columns: Sequence[Column], rows: S
 
     Reasons stand in a column of their own where there is room, as numbered notes below the table where not. What
     is piped into a file or a pager keeps a line for each layer.
+
+    Args:
+        console: where the table goes.
+        title: one line or several above it.
+        columns: its columns; one of numbers is left out where no row has one. The status comes last.
+        rows: one for each layer; all have a `status`.
     """
     room = console.width if console.is_terminal else sys.maxsize
     layout = _widest_that_fits(console, columns, rows, room)
@@ -113,44 +140,60 @@ def _widest_that_fits(console: Console, columns: Sequence[Column], rows: Sequenc
 
     Where none fits, the last one, which folds its names.
     """
-    shown = [c for c in columns if c.decimals is None or any(row.get(c.key) is not None for row in rows)]
+    shown = [column for column in columns if _has_values(column, rows)]
     needed = [column for column in shown if not column.optional]
     reasons = list(dict.fromkeys(printable(row["status"]) for row in rows if row["status"] != OK))
     in_full = dict(zip(reasons, reasons, strict=True))
-    notes = {reason: f"[{number}]" for number, reason in enumerate(reasons, 1)}
+    notes = {reason: f"[{index}]" for index, reason in enumerate(reasons, 1)}
+    unlimited = console.options.update(width=sys.maxsize)
     for kept, status in ((shown, in_full), (shown, notes), (needed, notes)):
         table = _table(kept, rows, status)
-        width = console.measure(table, options=console.options.update(width=sys.maxsize)).maximum
+        width = console.measure(table, options=unlimited).maximum
         if width <= room:
             break
     return _Layout(table, width, {} if status is in_full else notes)
 
 
+def _has_values(column: Column, rows: Sequence[Row]) -> bool:
+    """Tell whether a column has something to show; one of text always has."""
+    return column.is_text or any(row.get(column.key) is not None for row in rows)
+
+
 def _table(columns: Sequence[Column], rows: Sequence[Row], status: Mapping[str, str]) -> Table:
-    """Return a table; `status` holds what stands in the last column for each reason, and none is made for none."""
+    """Return a table.
+
+    Args:
+        columns: its columns.
+        rows: its rows.
+        status: what stands in the last column for each reason why a layer has no alpha; without reasons there is
+            no such column.
+    """
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     for column in columns:
-        if column.decimals is None:
+        if column.is_text:
             table.add_column(column.heading, overflow="fold")
         else:
             table.add_column(column.heading, justify="right", no_wrap=True)
     if status:
         table.add_column("status", overflow="fold")
     for row in rows:
-        cells = [column.cell(row) for column in columns]
+        cells = [Text(column.cell(row)) for column in columns]
         if status:
             reason = printable(row["status"])
-            cells.append(status.get(reason, reason))
-        table.add_row(*map(Text, cells), style=None if row["status"] == OK else "dim")
+            cells.append(Text(status.get(reason, reason)))
+        table.add_row(*cells, style=None if row["status"] == OK else "dim")
     return table
 
 
 def sort_rows(rows: Sequence[Row], column: str, reverse: bool) -> list[Row]:
     """Sort by a column; rows without a value come last, whatever the direction.
 
-    Raises:
-        ValueError: there is no such column.
+    Args:
+        rows: the rows, which all have the column.
+        column: a key of the rows.
+        reverse: the largest value first.
     """
     with_value = [row for row in rows if row[column] not in (None, "")]
     without = [row for row in rows if row[column] in (None, "")]
-    return [*sorted(with_value, key=lambda row: row[column], reverse=reverse), *without]
+    with_value.sort(key=lambda row: row[column], reverse=reverse)
+    return with_value + without

@@ -1,4 +1,8 @@
-"""`farms-tb watch`: curves of a run in the terminal while it goes on, one line for each layer."""
+"""`farms-tb watch`: curves of a run in the terminal while it goes on, one line for each layer.
+
+The run's `metrics.csv` is read anew each time, since it may be replaced. `view` makes what is shown, from the
+folder and the console's size, and `sparkline` draws one curve.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +32,14 @@ from farms_tb.viewing.saved_state import depth_order
 Quantity = Literal["alpha", "ratio"]
 
 _LEVELS, _ASCII_LEVELS = "▁▂▃▄▅▆▇█", "_.-~=+*#"
-# Lines around the layers: heading, rule and notes. Characters around a curve, without the layer's name.
-_OTHER_LINES, _OTHER_CELLS, _WIDEST_NAME = 7, 28, 32
+
+_OTHER_LINES = 7
+"""Lines around those of the layers: heading, rule and notes."""
+
+_OTHER_CELLS = 28
+"""Characters of a line that are neither the layer's name nor its curve."""
+
+_WIDEST_NAME = 32
 
 
 def watch(
@@ -43,7 +53,8 @@ def watch(
 
     Waits for the folder where there is none yet. Where stdout is no terminal, prints once.
     """
-    shown = Shown(run_folder, "ratio" if ratio else "alpha", tuple(patterns or ("*",)))
+    quantity: Quantity = "ratio" if ratio else "alpha"
+    shown = Shown(run_folder, quantity, tuple(patterns or ("*",)))
     console = Console()
     with complaints():
         if once or not console.is_terminal:
@@ -71,9 +82,19 @@ class Shown:
         """The folder as text for a terminal."""
         return printable(str(self.run_folder))
 
+    def takes(self, layer: str) -> bool:
+        """Tell whether a layer is shown."""
+        return any(fnmatchcase(layer, pattern) for pattern in self.patterns)
+
 
 def _follow(shown: Shown, console: Console, every: float) -> None:
-    """Show the curves anew every so many seconds, until Ctrl-C, on a screen of their own."""
+    """Show the curves anew until Ctrl-C, on a screen of their own, as pagers have.
+
+    Args:
+        shown: what is watched.
+        console: a terminal; it keeps the last state when this ends.
+        every: seconds between two looks at the file.
+    """
     last: RenderableType = ""
     layers: Sequence[str] = ()
     try:
@@ -97,40 +118,40 @@ def view(shown: Shown, console: Console, *, crop: bool, layers: Sequence[str] = 
         crop: show no more layers than fit the console.
         layers: names in order of depth, where that is known; the others are ordered by name.
 
+    Returns:
+        The curves, or a line that says why there are none.
+
     Raises:
         SeveralRunsError: the folder holds several runs.
     """
     metrics = _read(shown.run_folder, layers)
     curves: Mapping[str, Curve] = getattr(metrics.history, shown.quantity)
-    chosen = {
-        name: curve
-        for name, curve in curves.items()
-        if any(fnmatchcase(name, pattern) for pattern in shown.patterns)
-    }
+    chosen = {name: curve for name, curve in curves.items() if shown.takes(name)}
     if not chosen:
         return Text(f"{shown.place}: {_why_nothing(shown, curves)}", style="dim")
-    fit = max(1, console.height - _OTHER_LINES) if crop else len(chosen)
-    lines = dict(list(chosen.items())[:fit])
-    parts: list[RenderableType] = [
-        _heading(shown, chosen),
-        _table(lines, shown.quantity, console.width, console.options.ascii_only),
-    ]
-    if len(chosen) > fit:
-        parts.append(Text(f"and {len(chosen) - fit} more layers: choose by --filter", style="dim"))
-    parts += [Text(printable(problem), style="dim") for problem in metrics.problems if not crop]
-    return Group(*parts)
+    if not crop:
+        problems = [Text(printable(problem), style="dim") for problem in metrics.problems]
+        return Group(_heading(shown, chosen), _table(chosen, shown.quantity, console), *problems)
+    fit = max(1, console.height - _OTHER_LINES)
+    table = _table(dict(list(chosen.items())[:fit]), shown.quantity, console)
+    if len(chosen) <= fit:
+        return Group(_heading(shown, chosen), table)
+    more = Text(f"and {len(chosen) - fit} more layers: choose by --filter", style="dim")
+    return Group(_heading(shown, chosen), table, more)
 
 
 def _read(run_folder: Path, layers: Sequence[str]) -> MetricsFile:
     """Read what is whole of the metrics; nothing where there are none, or where they are being replaced."""
+    nothing = MetricsFile(History())
     try:
         path = run_folder if run_folder.is_file() else find_run(run_folder).metrics
-        return MetricsFile(History()) if path is None else read_metrics(path, layers)
+        return nothing if path is None else read_metrics(path, layers)
     except OSError:
-        return MetricsFile(History())
+        return nothing
 
 
 def _layers_by_depth(run_folder: Path) -> Sequence[str]:
+    """Return the layers in order of depth as a checkpoint lists them; empty while there is none."""
     try:
         return depth_order(find_run(run_folder).checkpoints)
     except OSError:
@@ -138,6 +159,7 @@ def _layers_by_depth(run_folder: Path) -> Sequence[str]:
 
 
 def _why_nothing(shown: Shown, curves: Mapping[str, Curve]) -> str:
+    """Return why no layer is shown: the filter takes none, or nothing was logged yet."""
     if curves:
         some = ", ".join(shortened(printable(name), _WIDEST_NAME) for name in list(curves)[:5])
         return f"no {shown.quantity} of such a layer: there are {some}, ..."
@@ -145,6 +167,12 @@ def _why_nothing(shown: Shown, curves: Mapping[str, Curve]) -> str:
 
 
 def _heading(shown: Shown, curves: Mapping[str, Curve]) -> Text:
+    """Return the lines above the table: the folder, the time of the last measurement, the span of the values.
+
+    Args:
+        shown: what is watched.
+        curves: all curves that the filter takes, at least one, also those that do not fit the screen.
+    """
     last = max(curves.values(), key=lambda curve: curve.steps[-1])
     low, high = _range(curves.values())
     when = f"epoch {last.epochs[-1]:g}, step {last.steps[-1]}"
@@ -153,6 +181,7 @@ def _heading(shown: Shown, curves: Mapping[str, Curve]) -> Text:
 
 
 def _range(curves: Iterable[Curve]) -> tuple[float, float]:
+    """Return the smallest and the largest value of some curves."""
     values = [value for curve in curves for value in curve.values]
     return min(values), max(values)
 
@@ -162,12 +191,19 @@ def _value(value: float, signed: bool = False) -> str:
     return number(value, 3, signed) if abs(value) < 1e5 else f"{value:.3g}"
 
 
-def _table(curves: Mapping[str, Curve], quantity: Quantity, width: int, ascii_only: bool) -> Table:
+def _table(curves: Mapping[str, Curve], quantity: Quantity, console: Console) -> Table:
+    """Return a line for each layer: its curve, on one scale for all, its first and its last value.
+
+    Args:
+        curves: the layers to show.
+        quantity: what the curves are, for the heading.
+        console: for its width, and for the characters it has.
+    """
     low, high = _range(curves.values())
     names = {name: printable(name) for name in curves}
     name_width = min(max(map(len, names.values())), _WIDEST_NAME)
-    room = max(8, width - name_width - _OTHER_CELLS)
-    levels = _ASCII_LEVELS if ascii_only else _LEVELS
+    curve_width = max(8, console.width - name_width - _OTHER_CELLS)
+    levels = _ASCII_LEVELS if console.options.ascii_only else _LEVELS
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     table.add_column("layer", width=name_width, overflow="ellipsis", no_wrap=True)
     table.add_column(quantity, no_wrap=True)
@@ -175,7 +211,7 @@ def _table(curves: Mapping[str, Curve], quantity: Quantity, width: int, ascii_on
         table.add_column(heading, justify="right", no_wrap=True)
     for name, curve in curves.items():
         first, now = curve.values[0], curve.values[-1]
-        drawn = Text(sparkline(curve.values, low, high, room, levels), style="cyan")
+        drawn = Text(sparkline(curve.values, low, high, curve_width, levels), style="cyan")
         table.add_row(Text(names[name]), drawn, _value(first), _value(now), _value(now - first, signed=True))
     return table
 
@@ -195,8 +231,13 @@ def sparkline(values: Sequence[float], low: float, high: float, width: int, leve
         '▁▅█▅'
     """
     if len(values) > width:
-        values = [values[round(k * (len(values) - 1) / (width - 1))] for k in range(width)]
+        step = (len(values) - 1) / (width - 1)
+        values = [values[round(k * step)] for k in range(width)]
     # Halves, so that the difference of two huge numbers is finite.
     span = (high / 2 - low / 2) or 1.0
-    heights = [(value / 2 - low / 2) / span for value in values]
-    return "".join(levels[min(len(levels) - 1, int(height * len(levels)))] for height in heights)
+    bars = []
+    for value in values:
+        height = (value / 2 - low / 2) / span
+        level = min(len(levels) - 1, int(height * len(levels)))
+        bars.append(levels[level])
+    return "".join(bars)

@@ -36,24 +36,48 @@ class Density(NamedTuple):
 
 
 def esd_density(histogram: EsdHistogram) -> Density:
-    """Return a histogram as a density: edges of its bins `(n + 1,)` and the density in each `(n,)`.
+    """Return a histogram as a density.
 
     Bins are equal in log10 of the eigenvalues. Spectra of few eigenvalues get fewer, wider bins.
+
+    Args:
+        histogram: counts of a layer's eigenvalues, `n` bins or more.
+
+    Returns:
+        The edges of the bins `(n + 1,)` and the density in each `(n,)`.
     """
     counts = np.asarray(histogram.counts, dtype=float)
+    while _can_be_halved(counts):
+        counts = counts.reshape(-1, 2).sum(-1)
     # One eigenvalue alone, or all equal, would have a bin of no width.
     high = max(histogram.high, histogram.low + 1e-3)
-    while len(counts) > 8 and len(counts) % 2 == 0 and counts.sum() < EIGENVALUES_PER_BIN * len(counts):
-        counts = counts.reshape(-1, 2).sum(-1)
     edges = 10.0 ** np.linspace(histogram.low, high, len(counts) + 1)
-    return Density(edges, counts / counts.sum() / np.diff(edges))
+    shares = counts / counts.sum()
+    return Density(edges, shares / np.diff(edges))
+
+
+def _can_be_halved(counts: Array) -> bool:
+    """Tell whether bins are to be merged in twos: there are enough, and they hold too few eigenvalues each."""
+    too_empty = counts.sum() < EIGENVALUES_PER_BIN * len(counts)
+    return bool(too_empty) and len(counts) > 8 and len(counts) % 2 == 0
 
 
 def tail_density(record: LayerRecord) -> Density | None:
-    """Return the ends of the fitted tail, a straight line on log-log axes; None for a layer without a fit.
+    """Return the density of the fitted tail.
 
-    The density is share * (alpha - 1) / xmin * (lambda / xmin)^-alpha from xmin on, where share is that of the
-    eigenvalues in the tail. With several blocks alpha and xmin are means, and so is the line.
+    For lambda >= xmin it is
+
+        share * (alpha - 1) / xmin * (lambda / xmin)^-alpha,
+
+    where share is that of the eigenvalues in the tail. With several blocks alpha and xmin are means, and so is the
+    line.
+
+    Args:
+        record: a layer's record, with a histogram.
+
+    Returns:
+        The two ends of a straight line on log-log axes, from xmin to the largest eigenvalue; None for a layer
+        without a fit.
     """
     if record.alpha is None or record.xmin is None or record.histogram is None:
         return None
@@ -62,19 +86,26 @@ def tail_density(record: LayerRecord) -> Density | None:
         return None
     x = np.array([start, end])
     share = _share_above(record.histogram, math.log10(start))
-    return Density(x, share * (record.alpha - 1) / start * (x / start) ** -record.alpha)
+    at_start = share * (record.alpha - 1) / start
+    return Density(x, at_start * (x / start) ** -record.alpha)
 
 
 def _share_above(histogram: EsdHistogram, log_start: float) -> float:
     """Return the share of the eigenvalues above a start; inside a bin they count as evenly spread."""
     counts = np.asarray(histogram.counts, dtype=float)
     edges = np.linspace(histogram.low, histogram.high, len(counts) + 1)
-    below = np.interp(log_start, edges, np.concatenate([[0.0], counts.cumsum()]))
+    below_edges = np.concatenate([[0.0], counts.cumsum()])
+    below = np.interp(log_start, edges, below_edges)
     return float(1 - below / counts.sum())
 
 
 def aspect_of_sample(record: LayerRecord, report: Report) -> float:
-    """Return short side / long side of the matrices whose eigenvalues were measured, at most 1."""
+    """Return short side / long side of the matrices whose eigenvalues were measured, at most 1.
+
+    Args:
+        record: the layer's record, for the shape of a whole matrix.
+        report: the measurement, whose options tell whether windows were measured, and of which aspect ratio.
+    """
     if report.options.get("esd") == "full":
         sides = record.shape[1:]
         return min(sides) / max(sides)
@@ -100,9 +131,11 @@ def marchenko_pastur(mean: float, aspect: float, lowest: float = 0.0) -> Density
     Returns:
         The law at points that are equally spaced in the logarithm, but closer at the edges.
     """
-    lower, upper = (mean * (1 + sign * math.sqrt(aspect)) ** 2 for sign in (-1, 1))
+    lower = mean * (1 - math.sqrt(aspect)) ** 2
+    upper = mean * (1 + math.sqrt(aspect)) ** 2
     start = max(lower, lowest, 1e-10 * upper)
     # Closer at both ends, where the density falls off like a square root.
     position = (1 - np.cos(np.linspace(0, np.pi, POINTS))) / 2
     x = np.clip(start * (upper / start) ** position, start, upper)
-    return Density(x, np.sqrt((upper - x) * (x - lower).clip(0)) / (2 * np.pi * mean * aspect * x))
+    root = np.sqrt((upper - x) * (x - lower).clip(0))
+    return Density(x, root / (2 * np.pi * mean * aspect * x))

@@ -1,4 +1,7 @@
-"""The curves of a training run, as plain data: who logs them live and who reads them later share these classes."""
+"""The curves of a training run, as plain data.
+
+The callback's live logging and the readers of `metrics.csv` share these classes, and so share the pictures.
+"""
 
 from __future__ import annotations
 
@@ -42,5 +45,7 @@ class History:
     @property
     def by_step(self) -> bool:
         """Whether one epoch holds several measurements, so that only steps can tell them apart."""
-        curves = (*self.alpha.values(), *self.ratio.values(), *self.lr.values())
-        return any(len(set(curve.epochs)) < len(curve.epochs) for curve in curves)
+        for curve in (*self.alpha.values(), *self.ratio.values(), *self.lr.values()):
+            if len(set(curve.epochs)) < len(curve.epochs):
+                return True
+        return False

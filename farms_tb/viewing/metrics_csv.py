@@ -1,4 +1,9 @@
-"""Read the callback's measurements out of the `metrics.csv` of Lightning's CSVLogger, also while it is written."""
+"""Read the callback's measurements out of the `metrics.csv` of Lightning's CSVLogger, also while it is written.
+
+The callback logs each layer under three columns, `farms/alpha/<layer>`, `farms/ratio/<layer>` and
+`farms/lr/<layer>`. A run that goes on may leave half a line at the end, and a run that crashed may leave anything:
+what is no finite number is left out and named in `MetricsFile.problems`, the rest is read.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +14,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from farms_tb.viewing.history import Curve, History
 from farms_tb.viewing.names import natural_order, printable, shortened
@@ -22,8 +28,26 @@ _KEY = re.compile(r"farms/(?P<quantity>alpha|ratio|lr)/(?P<layer>.+)", re.DOTALL
 _LARGEST_STEP = 2**53
 """Whole numbers beyond it are no longer exact in the page's and the pictures' floating-point numbers."""
 
-_When = tuple[float, int]
-"""Completed epochs and optimizer steps at a measurement."""
+
+class _When(NamedTuple):
+    """When something was measured."""
+
+    epoch: float
+    """Completed epochs; NaN where the row does not say."""
+    step: int
+    """Optimizer steps."""
+
+
+_Points = dict[str, dict[str, dict[_When, float]]]
+"""Values by quantity, layer and time."""
+
+
+class _Cell(NamedTuple):
+    """One measurement of one layer, still as text."""
+
+    quantity: str
+    layer: str
+    text: str
 
 
 @dataclass(frozen=True)
@@ -61,16 +85,24 @@ def read_history(metrics_csv: str | os.PathLike[str], layers: Sequence[str] | No
 def read_metrics(path: Path, layers: Sequence[str] = ()) -> MetricsFile:
     """Read a `metrics.csv` as `read_history` does, and say what was left out.
 
+    Args:
+        path: the file.
+        layers: names of the layers in order of depth, those that are known.
+
+    Returns:
+        The curves, and what was left out.
+
     Raises:
         FileNotFoundError: there is no such file.
     """
-    points: dict[str, dict[str, dict[_When, float]]] = {"alpha": {}, "ratio": {}, "lr": {}}
+    points: _Points = {"alpha": {}, "ratio": {}, "lr": {}}
     left_out: list[str] = []
     for row in _rows(path, left_out):
-        for quantity, layer, when, value in _measurements(row, left_out):
-            points[quantity].setdefault(layer, {})[when] = value
+        _add_measurements(points, row, left_out)
     names = _by_depth(set().union(*points.values()), layers)
-    curves = {quantity: {n: _curve(found[n]) for n in names if n in found} for quantity, found in points.items()}
+    curves = {}
+    for quantity, found in points.items():
+        curves[quantity] = {name: _curve(found[name]) for name in names if name in found}
     return MetricsFile(History(**curves, layers=names), tuple(_problems(path, left_out)))
 
 
@@ -85,50 +117,77 @@ def has_measurements(path: Path) -> bool:
 
 
 def _whole_lines(lines: Iterable[str]) -> Iterator[str]:
+    """Yield lines that have an end; the last one of a file that is being written has none."""
     return (line for line in lines if line.endswith("\n"))
 
 
 def _rows(path: Path, left_out: list[str]) -> Iterator[dict[str, str]]:
     """Yield each row by column; lines that are no CSV are noted in `left_out`."""
     with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
-        reader = csv.reader(_whole_lines(file))
-        header: list[str] | None = None
-        while True:
-            try:
-                cells = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                left_out.append(f"line {reader.line_num} ({error})")
-                continue
-            if header is None:
-                header = cells
-            else:
-                yield dict(zip(header, cells, strict=False))
+        lines = _parsed_lines(file, left_out)
+        header = next(lines, [])
+        for cells in lines:
+            yield dict(zip(header, cells, strict=False))
 
 
-def _measurements(row: Mapping[str, str], left_out: list[str]) -> Iterator[tuple[str, str, _When, float]]:
-    """Yield quantity, layer, time and value of each measurement in a row."""
-    cells = [(match, cell) for column, cell in row.items() if cell and (match := _KEY.fullmatch(column))]
+def _parsed_lines(file: Iterable[str], left_out: list[str]) -> Iterator[list[str]]:
+    """Yield the cells of each line of a CSV file that can be parsed."""
+    reader = csv.reader(_whole_lines(file))
+    while True:
+        try:
+            yield next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            left_out.append(f"line {reader.line_num} ({error})")
+
+
+def _add_measurements(points: _Points, row: Mapping[str, str], left_out: list[str]) -> None:
+    """Add the measurements in a row.
+
+    Args:
+        points: the values so far, by quantity, layer and time; a later row of equal time replaces an earlier one.
+        row: the cells by column; a row without the callback's columns adds nothing.
+        left_out: gets a few words on everything that is no finite number.
+    """
+    cells = _filled_cells(row)
     if not cells:
         return
-    step = _finite(row.get("step") or "0")
-    if step is None or abs(step) > _LARGEST_STEP:
+    when = _when(row)
+    if when is None:
         left_out.append(f"a row of step {_quoted(row['step'])}")
         return
-    epoch = _finite(row.get("epoch") or "nan")
-    when = (math.nan if epoch is None else epoch, int(step))
-    for match, cell in cells:
-        value = _finite(cell)
+    for quantity, layer, text in cells:
+        value = _finite(text)
         if value is None:
-            left_out.append(f"{_quoted(cell)} as {match['quantity']} of {_quoted(match['layer'])}")
+            left_out.append(f"{_quoted(text)} as {quantity} of {_quoted(layer)}")
         else:
-            yield match["quantity"], match["layer"], when, value
+            points[quantity].setdefault(layer, {})[when] = value
 
 
-def _finite(cell: str) -> float | None:
+def _filled_cells(row: Mapping[str, str]) -> list[_Cell]:
+    """Return the cells of a row that the callback has filled."""
+    cells = []
+    for column, text in row.items():
+        match = _KEY.fullmatch(column)
+        if match and text:
+            cells.append(_Cell(match["quantity"], match["layer"], text))
+    return cells
+
+
+def _when(row: Mapping[str, str]) -> _When | None:
+    """Return when a row was measured; None where its step is no number, or too large to be exact."""
+    step = _finite(row.get("step") or "0")
+    if step is None or abs(step) > _LARGEST_STEP:
+        return None
+    epoch = _finite(row.get("epoch", ""))
+    return _When(math.nan if epoch is None else epoch, int(step))
+
+
+def _finite(text: str) -> float | None:
+    """Return text as a number; None where it is none, or not finite."""
     try:
-        value = float(cell)
+        value = float(text)
     except ValueError:
         return None
     return value if math.isfinite(value) else None
@@ -139,6 +198,7 @@ def _quoted(text: str) -> str:
 
 
 def _problems(path: Path, left_out: Sequence[str]) -> Iterator[str]:
+    """Yield a sentence for each kind of thing that was left out of a file."""
     if left_out:
         more = f" and {len(left_out) - 1} more" if len(left_out) > 1 else ""
         yield f"{path.name} holds what is no finite number or no CSV, which is left out: {left_out[0]}{more}."
@@ -153,9 +213,10 @@ def _by_depth(names: Iterable[str], layers: Sequence[str]) -> tuple[str, ...]:
 
 
 def _curve(points: Mapping[_When, float]) -> Curve:
-    ordered = sorted(points.items(), key=lambda item: item[0][1])
+    """Return values as a curve, in the order of steps; those of equal steps in the order of the file."""
+    times = sorted(points, key=lambda when: when.step)
     return Curve(
-        epochs=tuple(epoch for (epoch, _), _ in ordered),
-        steps=tuple(step for (_, step), _ in ordered),
-        values=tuple(value for _, value in ordered),
+        epochs=tuple(when.epoch for when in times),
+        steps=tuple(when.step for when in times),
+        values=tuple(points[when] for when in times),
     )

@@ -28,14 +28,19 @@ def printable(text: str, keep: str = "") -> str:
     """
     if text.isprintable():
         return text
-    return "".join(
-        letter if letter.isprintable() or letter in keep else letter.encode("unicode_escape").decode()
-        for letter in text
-    )
+    shown = []
+    for letter in text:
+        safe = letter.isprintable() or letter in keep
+        shown.append(letter if safe else letter.encode("unicode_escape").decode())
+    return "".join(shown)
 
 
 def shortened(name: str, most: int) -> str:
     """Return at most `most` characters of a name: its end, which tells the layers of a model apart.
+
+    Args:
+        name: the name.
+        most: characters to keep, the ellipsis in place of the others included.
 
     Example:
         >>> shortened("model.layers.11.mlp.down_proj", 15)
@@ -49,10 +54,12 @@ def file_name(name: str) -> str:
 
     Names that had to be changed beyond their separators end in a checksum, so that two layers have two files.
     """
-    plain = "".join(letter if letter.isprintable() else "_" for letter in re.sub(r"[/\\]", "_", name))
-    if len(plain) <= 100 and plain == re.sub(r"[/\\]", "_", name):
-        return plain
-    return f"{plain[:80]}_{hashlib.sha256(name.encode('utf-8', 'surrogatepass')).hexdigest()[:12]}"
+    flat = re.sub(r"[/\\]", "_", name)
+    if flat.isprintable() and len(flat) <= 100:
+        return flat
+    plain = "".join(letter if letter.isprintable() else "_" for letter in flat)
+    checksum = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()
+    return f"{plain[:80]}_{checksum[:12]}"
 
 
 def natural_order(name: str) -> list[tuple[int, int, str]]:
@@ -65,7 +72,10 @@ def natural_order(name: str) -> list[tuple[int, int, str]]:
     key = []
     for index, part in enumerate(re.split(r"([0-9]+)", name)):
         is_number = index % 2 == 1
-        digits = part.lstrip("0")
-        # Of two numbers without leading zeros the longer one is larger; int() refuses more than 4,300 digits.
-        key.append((1, len(digits), digits) if is_number else (0, 0, part))
+        if is_number:
+            # Of two numbers without leading zeros the longer one is larger; int() refuses more than 4,300 digits.
+            digits = part.lstrip("0")
+            key.append((1, len(digits), digits))
+        else:
+            key.append((0, 0, part))
     return key

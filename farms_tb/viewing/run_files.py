@@ -1,4 +1,9 @@
-"""Find the files of one run in a folder, and refuse to choose between several runs."""
+"""Find the files of one run in a folder, and refuse to choose between several runs.
+
+Loggers disagree on where files go: Lightning's CSVLogger makes `version_0/metrics.csv` and
+`version_0/checkpoints/*.ckpt`, others keep checkpoints in a tree of their own. A run is told by its `metrics.csv`;
+where there is none, by its checkpoints.
+"""
 
 from __future__ import annotations
 
@@ -40,39 +45,70 @@ def find_run(folder: Path) -> RunFiles:
 
     A `metrics.csv` with `farms/` columns in the folder itself makes the folder a run, whatever lies below.
 
+    Args:
+        folder: the folder.
+
+    Returns:
+        Where the run's files lie; neither metrics nor checkpoints in a folder without a run.
+
     Raises:
         FileNotFoundError: there is no such folder.
         SeveralRunsError: several runs lie in it; the message lists them.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"no such folder: {folder}")
-    metrics = [path for path in _newest_first(folder.rglob(METRICS_FILE)) if has_measurements(path)]
-    if folder / METRICS_FILE in metrics:
-        metrics = [folder / METRICS_FILE]
-    _refuse_several(folder, [path.parent for path in metrics])
+    metrics = _find_metrics(folder)
     checkpoints = _newest_first(folder.rglob("*.ckpt"))
-    if not metrics:
+    if metrics is None:
         _refuse_several(folder, [_run_of(path) for path in checkpoints])
         return RunFiles(folder, folder, None, tuple(checkpoints))
-    root = metrics[0].parent
-    checkpoints = [path for path in checkpoints if _may_belong(path, root)]
-    own = [path for path in checkpoints if path.is_relative_to(root)]
-    # Some loggers keep checkpoints apart from the metrics: these are taken if only one run can be meant.
-    elsewhere = checkpoints if len({_run_of(path) for path in checkpoints}) == 1 else []
-    return RunFiles(folder, root, metrics[0], tuple(own or elsewhere))
+    root = metrics.parent
+    return RunFiles(folder, root, metrics, tuple(_checkpoints_of(root, checkpoints)))
+
+
+def _find_metrics(folder: Path) -> Path | None:
+    """Return the one `metrics.csv` with measurements in a folder; None where there is none.
+
+    Raises:
+        SeveralRunsError: there are several, and none in the folder itself.
+    """
+    found = [path for path in _newest_first(folder.rglob(METRICS_FILE)) if has_measurements(path)]
+    own = folder / METRICS_FILE
+    if own in found:
+        return own
+    _refuse_several(folder, [path.parent for path in found])
+    return found[0] if found else None
+
+
+def _checkpoints_of(root: Path, checkpoints: Iterable[Path]) -> list[Path]:
+    """Return those of some checkpoints that are of the run in `root`.
+
+    Some loggers keep checkpoints apart from the metrics: without any in the run's own folder, those elsewhere are
+    taken if only one run can be meant.
+    """
+    possible = [path for path in checkpoints if _may_belong(path, root)]
+    own = [path for path in possible if path.is_relative_to(root)]
+    if own:
+        return own
+    runs = {_run_of(path) for path in possible}
+    return possible if len(runs) == 1 else []
 
 
 def _refuse_several(folder: Path, runs: Iterable[Path]) -> None:
+    """Raise a SeveralRunsError that lists the runs, unless there is one at most."""
     found = list(dict.fromkeys(runs))
     if len(found) < 2:
         return
     lines = [f"\n  {run}  (written {_written(run)})" for run in found[:_MOST_LISTED]]
-    more = f"\n  and {len(found) - _MOST_LISTED} more" if len(found) > _MOST_LISTED else ""
-    raise SeveralRunsError(f"{folder} holds several runs, pass the folder of one of them:" + "".join(lines) + more)
+    if len(found) > _MOST_LISTED:
+        lines.append(f"\n  and {len(found) - _MOST_LISTED} more")
+    raise SeveralRunsError(f"{folder} holds several runs, pass the folder of one of them:" + "".join(lines))
 
 
 def _written(run: Path) -> str:
-    newest = max((_modified(path) or 0.0 for path in (run, *run.iterdir())), default=0.0)
+    """Return when something was last written in a run's folder, in local time."""
+    times = [_modified(path) for path in (run, *run.iterdir())]
+    newest = max((modified for modified in times if modified is not None), default=0.0)
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(newest))
 
 
@@ -89,12 +125,16 @@ def _may_belong(checkpoint: Path, root: Path) -> bool:
 
 def _newest_first(paths: Iterable[Path]) -> list[Path]:
     """Sort files by time of writing; those that are deleted meanwhile, as old checkpoints are, are left out."""
-    times = {path: _modified(path) for path in paths if path.is_file()}
-    found = [(modified, path) for path, modified in times.items() if modified is not None]
-    return [path for _, path in sorted(found, key=lambda item: item[0], reverse=True)]
+    times: dict[Path, float] = {}
+    for path in paths:
+        modified = _modified(path)
+        if path.is_file() and modified is not None:
+            times[path] = modified
+    return sorted(times, key=lambda path: times[path], reverse=True)
 
 
 def _modified(path: Path) -> float | None:
+    """Return when a file was last written, in seconds; None where it is gone or cannot be looked at."""
     try:
         return path.stat().st_mtime
     except OSError:

@@ -6,15 +6,15 @@ A run folder holds, in itself or further down:
 - checkpoints, `*.ckpt`: the spectra, which are measured from the newest one that can be read;
 - `config.yaml` or `hparams.yaml`: the settings; `summary.json`: the scores, as the recipes write it.
 
-What is not there, or only half written, is named in `RunFolder.missing`, and the rest is read all the same.
+What is not there, or only half written, is named in `RunFolder.missing`, and the rest is read all the same. The
+page and the pictures of a run are made from the `RunFolder` that `read_run_folder` returns.
 """
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +25,13 @@ from farms_tb.spectra.measure import with_nulls
 from farms_tb.viewing.history import Curve, History
 from farms_tb.viewing.metrics_csv import METRICS_FILE, MetricsFile, read_history, read_metrics
 from farms_tb.viewing.run_files import RunFiles, find_run
+from farms_tb.viewing.run_settings import read_settings
 from farms_tb.viewing.saved_state import SavedState, newest_state, read_state
 
 __all__ = ["Curve", "History", "RunFolder", "read_history", "read_run_folder"]
 
-SETTINGS_FILES = ("config.yaml", "hparams.yaml")
-SUMMARY_FILE = "summary.json"
-
 _ESDS: tuple[Esd, Esd] = ("farms", "full")
+"""The two kinds of measurement that are compared."""
 
 
 @dataclass(frozen=True)
@@ -81,16 +80,48 @@ class RunFolder:
 
 @dataclass(frozen=True)
 class _Measurement:
-    """The weights of a run, measured by FARMS windows and as whole matrices, and the state saved with them."""
+    """The weights of a run, measured by FARMS windows and as whole matrices, and the state saved with them.
+
+    Attributes:
+        farms: measurement by FARMS windows; None where no weights could be measured.
+        full: measurement of whole matrices, likewise.
+        state: the callback's state in the checkpoint; empty where there is none.
+        weights: what was measured, in words.
+        epoch: completed epochs of the weights; None where that is not known.
+        step: their optimizer steps, likewise.
+        problems: a sentence for each thing that is missing or damaged.
+    """
 
     farms: Report | None = None
     full: Report | None = None
     state: SavedState = field(default_factory=SavedState)
     weights: str = ""
+    epoch: int | None = None
+    step: int | None = None
+    problems: tuple[str, ...] = ()
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the layers in order of depth, as the run saved it, or else as they were measured."""
+        if self.state.layers or self.farms is None:
+            return self.state.layers
+        return tuple(self.farms.layers)
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """The options of the run's callback, or else those of the measurement."""
+        if self.state.options or self.farms is None:
+            return self.state.options
+        return self.farms.options
 
 
 def read_run_folder(
-    folder: str | os.PathLike[str], *, farms: Report | None = None, full: Report | None = None, null: bool = False
+    folder: str | os.PathLike[str],
+    *,
+    farms: Report | None = None,
+    full: Report | None = None,
+    null: bool = False,
+    key: str | None = None,
 ) -> RunFolder:
     """Read what a run has left behind so far.
 
@@ -103,6 +134,8 @@ def read_run_folder(
         null: also measure each layer's entries in random order, for the band of the permutation null and the
             z-scores. A run with the noise-aware map has measured them itself, and they are taken from its
             checkpoint.
+        key: where the weights lie in a file or a checkpoint that holds several things, as `analyze_checkpoint`
+            takes it (`"ema"`); None to find them.
 
     Returns:
         The run.
@@ -114,132 +147,114 @@ def read_run_folder(
     """
     folder = Path(folder)
     if folder.is_file():
-        return _read_weights(folder, null)
+        return _read_weights(folder, null, key)
     files = find_run(folder)
-    missing: list[str] = []
-    if farms is None or full is None:
-        measured = _measure_newest(files, null, missing)
-    else:
+    if farms is not None and full is not None:
         state = newest_state(files.checkpoints)
         measured = _Measurement(farms, full, state, "the weights at the end of training")
+    else:
+        measured = _measure_newest(files, null, key)
     if files.metrics is None and measured.farms is None:
-        raise ValueError(_no_run(folder, missing))
-    depth = measured.state.layers or (() if measured.farms is None else tuple(measured.farms.layers))
-    metrics = _metrics(files, depth)
-    settings = _settings(files, missing)
-    summary = _summary(files, missing)
-    found = RunFolder(
+        raise ValueError(_no_run(folder, measured.problems))
+    metrics = _metrics(files, measured.layers)
+    settings = read_settings(files)
+    return RunFolder(
         path=folder,
         history=metrics.history,
-        farms=_completed(measured.farms, measured.state, depth),
-        full=_completed(measured.full, measured.state, depth),
-        options=measured.state.options or ({} if measured.farms is None else measured.farms.options),
+        farms=_completed(measured.farms, measured),
+        full=_completed(measured.full, measured),
+        options=measured.options,
         weights=measured.weights,
-        settings=settings,
-        summary=summary,
-        missing=(*missing, *metrics.problems),
+        settings=settings.settings,
+        summary=settings.summary,
+        missing=(*measured.problems, *settings.problems, *metrics.problems),
+        weights_epoch=measured.epoch,
+        weights_step=measured.step,
     )
-    if farms is None or full is None:
-        found = replace(found, weights_epoch=measured.state.epoch, weights_step=measured.state.step)
-    return found
 
 
-def _read_weights(path: Path, null: bool) -> RunFolder:
+def _read_weights(path: Path, null: bool, key: str | None) -> RunFolder:
     """Measure a file of weights, which need not come from a run."""
-    farms, full = (_measure(path, SpectrumOptions(esd=esd), SavedState(), null) for esd in _ESDS)
+    options = [SpectrumOptions(esd=esd) for esd in _ESDS]
+    farms, full = (_measure(path, each, null, key) for each in options)
     return RunFolder(path.parent, farms=farms, full=full, options=farms.options, weights=path.name, name=path.name)
 
 
-def _measure_newest(files: RunFiles, null: bool, missing: list[str]) -> _Measurement:
-    """Measure the newest checkpoint that can be read; what is wrong with newer ones is said in `missing`."""
+def _measure_newest(files: RunFiles, null: bool, key: str | None) -> _Measurement:
+    """Measure the newest checkpoint that can be read.
+
+    Args:
+        files: where the run's files lie.
+        null: also measure the permutation null, unless the checkpoint holds it.
+        key: where the weights lie in a checkpoint; None to find them.
+
+    Returns:
+        The measurement, whose `problems` say what is wrong with newer checkpoints; an empty one without weights.
+    """
     if not files.checkpoints:
-        missing.append("No checkpoint (*.ckpt) yet, so no spectra and no full-matrix alphas.")
+        return _Measurement(problems=("No checkpoint (*.ckpt) yet, so no spectra and no full-matrix alphas.",))
+    problems: list[str] = []
     for path in files.checkpoints:
         name = path.relative_to(files.folder)
         try:
             state = read_state(path)
-            options = [SpectrumOptions(**{**state.spectrum_options, "esd": esd}) for esd in _ESDS]
-            farms, full = (_measure(path, each, state, null) for each in options)
+            farms, full = _measure_both(path, state, null, key)
         except Exception as error:
             # A file that is being written fails in many ways, all of which mean: take the one before.
             reason = str(error).partition("\n")[0]
-            missing.append(f"The checkpoint {name} can't be measured, so it is passed over: {reason}")
+            problems.append(f"The checkpoint {name} can't be measured, so it is passed over: {reason}")
             continue
         if state.damaged:
             parts = ", ".join(state.damaged)
-            missing.append(f"The callback's state in {name} is damaged, what is affected is left out: {parts}.")
+            problems.append(f"The callback's state in {name} is damaged, what is affected is left out: {parts}.")
         when = state.at()
-        return _Measurement(farms, full, state, f"{name} ({when})" if when else str(name))
-    return _Measurement()
+        weights = f"{name} ({when})" if when else str(name)
+        return _Measurement(farms, full, state, weights, state.epoch, state.step, tuple(problems))
+    return _Measurement(problems=tuple(problems))
 
 
-def _measure(path: Path, options: SpectrumOptions, state: SavedState, null: bool) -> Report:
-    """Measure a checkpoint, and shuffle only what the run has not shuffled itself."""
-    shuffle = null and not state.nulls_by(as_plain(options))
-    return analyze_checkpoint(path, **as_plain(options), histogram=True, null=shuffle)
+def _measure_both(path: Path, state: SavedState, null: bool, key: str | None) -> list[Report]:
+    """Measure a checkpoint by FARMS windows and as whole matrices, with the run's other options.
+
+    What the run has shuffled itself is not shuffled again.
+    """
+    reports = []
+    for esd in _ESDS:
+        options = SpectrumOptions(**{**state.spectrum_options, "esd": esd})
+        shuffle = null and not state.nulls_by(as_plain(options))
+        reports.append(_measure(path, options, shuffle, key))
+    return reports
 
 
-def _no_run(folder: Path, missing: Sequence[str]) -> str:
+def _measure(path: Path, options: SpectrumOptions, null: bool, key: str | None) -> Report:
+    return analyze_checkpoint(path, **as_plain(options), histogram=True, null=null, key=key)
+
+
+def _no_run(folder: Path, problems: Sequence[str]) -> str:
+    """Return why a folder is no run folder, with what is wrong with its checkpoints."""
     return (
         f"{folder} is no run folder: it holds neither a {METRICS_FILE} with farms/ columns nor a checkpoint "
         "(*.ckpt) that can be measured. Train with FARMSTempBalance() and Lightning's CSVLogger"
-        + "".join(f"\n  {sentence}" for sentence in missing)
+        + "".join(f"\n  {sentence}" for sentence in problems)
     )
 
 
-def _metrics(files: RunFiles, depth: Sequence[str]) -> MetricsFile:
+def _metrics(files: RunFiles, layers: Sequence[str]) -> MetricsFile:
+    """Read the curves of the layers, in order of depth; none where nothing was logged."""
     if files.metrics is None:
         problem = f"No {METRICS_FILE} with farms/ columns, so no curves: log with Lightning's CSVLogger."
         return MetricsFile(History(), (problem,))
-    return read_metrics(files.metrics, depth)
+    return read_metrics(files.metrics, layers)
 
 
-def _completed(report: Report | None, state: SavedState, depth: Sequence[str]) -> Report | None:
+def _completed(report: Report | None, measured: _Measurement) -> Report | None:
     """Add the run's own permutation nulls, and order the layers as the model registered them.
 
     A file of weights may hold them in another order.
     """
     if report is None:
         return None
-    position = {name: index for index, name in enumerate(depth)}
-    names = sorted(report.layers, key=lambda name: position.get(name, len(position)))
+    depth = {name: index for index, name in enumerate(measured.layers)}
+    names = sorted(report.layers, key=lambda name: depth.get(name, len(depth)))
     ordered = Report({name: report.layers[name] for name in names}, report.options)
-    return with_nulls(ordered, state.nulls_by(report.options))
-
-
-def _settings(files: RunFiles, missing: list[str]) -> str:
-    for place in dict.fromkeys((files.folder, files.root)):
-        for name in SETTINGS_FILES:
-            content = _read_own(place / name, files, missing)
-            if content is not None:
-                return content.decode("utf-8", "replace")
-    return ""
-
-
-def _summary(files: RunFiles, missing: list[str]) -> dict[str, Any]:
-    content = _read_own(files.folder / SUMMARY_FILE, files, missing)
-    if content is None:
-        return {}
-    try:
-        summary = json.loads(content)
-    except (ValueError, RecursionError):
-        missing.append(f"{SUMMARY_FILE} is no JSON, or half written: it is left out.")
-        return {}
-    return summary if isinstance(summary, dict) else {}
-
-
-def _read_own(path: Path, files: RunFiles, missing: list[str]) -> bytes | None:
-    """Read a file of the run; None where there is none, or a link leads out of the folder.
-
-    The page shows the content, and no link in somebody else's folder may bring a file of the reader's into it.
-    """
-    if not path.is_file():
-        return None
-    if not path.resolve().is_relative_to(files.folder.resolve()):
-        missing.append(f"{path.name} is a link out of the folder: it is left out.")
-        return None
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        missing.append(f"{path.name} can't be read, it is left out: {error.strerror}.")
-        return None
+    return with_nulls(ordered, measured.state.nulls_by(report.options))

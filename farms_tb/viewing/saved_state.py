@@ -1,4 +1,8 @@
-"""Read the callback's state in a checkpoint; what is damaged is left out and said, the rest is kept."""
+"""Read the callback's state in a checkpoint; what is damaged is left out and said, the rest is kept.
+
+Lightning saves it under `callbacks`. Nothing in the file is executed, see `farms_tb.weights.torch_files`, and a
+file may come from anybody: every value is checked for its type before it is used.
+"""
 
 from __future__ import annotations
 
@@ -54,12 +58,22 @@ class SavedState:
 
     def at(self) -> str:
         """Return the time of the checkpoint in words, `"epoch 3, step 12"`; empty where it is not known."""
-        times = (("epoch", self.epoch), ("step", self.step))
-        return ", ".join(f"{unit} {value}" for unit, value in times if value is not None)
+        words = []
+        if self.epoch is not None:
+            words.append(f"epoch {self.epoch}")
+        if self.step is not None:
+            words.append(f"step {self.step}")
+        return ", ".join(words)
 
 
 def read_state(checkpoint: Path) -> SavedState:
     """Read the callback's state out of a checkpoint.
+
+    Args:
+        checkpoint: a file that Lightning's Trainer saved, of which only plain values are read.
+
+    Returns:
+        What the checkpoint holds of the callback; empty for one of a run without it.
 
     Raises:
         ValueError: the file is no checkpoint, or cut short or damaged, or holds more than plain values.
@@ -72,13 +86,16 @@ def read_state(checkpoint: Path) -> SavedState:
     state: Any = loaded
     for key in ("callbacks", "FARMSTempBalance", "balancer"):
         state = _mapping(state, key, damaged)
-    epoch, step = (value if _is_count(value := loaded.get(key)) else None for key in ("epoch", "global_step"))
+    options = _mapping(state, "options", damaged)
+    ratios = _mapping(state, "ratios", damaged)
+    report = _mapping(state, "report", damaged)
+    index_of_epoch = _count(loaded, "epoch")
     return SavedState(
-        options={name: value for name, value in _mapping(state, "options", damaged).items() if _is_text(name)},
-        layers=tuple(name for name in _mapping(state, "ratios", damaged) if _is_text(name)),
-        nulls=dict(_nulls(_mapping(state, "report", damaged), damaged)),
-        epoch=None if epoch is None else epoch + 1,
-        step=step,
+        options={name: value for name, value in options.items() if _is_text(name)},
+        layers=tuple(name for name in ratios if _is_text(name)),
+        nulls=dict(_nulls(report, damaged)),
+        epoch=None if index_of_epoch is None else index_of_epoch + 1,
+        step=_count(loaded, "global_step"),
         damaged=tuple(damaged),
     )
 
@@ -88,7 +105,7 @@ def newest_state(checkpoints: Sequence[Path]) -> SavedState:
     for path in checkpoints:
         try:
             return read_state(path)
-        except Exception:  # a file that is being written, or deleted, fails in many ways
+        except (ValueError, OSError):  # one that is being written, or deleted
             continue
     return SavedState()
 
@@ -103,6 +120,7 @@ def depth_order(checkpoints: Sequence[Path]) -> tuple[str, ...]:
 
 
 def _mapping(state: Mapping[str, Any], key: str, damaged: list[str]) -> Mapping[Any, Any]:
+    """Return a part of the state; an empty one where it is missing, or is no dict, which is noted in `damaged`."""
     found = state.get(key, {})
     if isinstance(found, Mapping):
         return found
@@ -129,8 +147,12 @@ def _is_text(value: object) -> bool:
     return isinstance(value, str)
 
 
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53
+def _count(checkpoint: Mapping[Any, Any], key: str) -> int | None:
+    """Return a number of epochs or steps; None for what can be none, so that a page can show all that it gets."""
+    value = checkpoint.get(key)
+    if not isinstance(value, int) or isinstance(value, bool):
+        return None
+    return value if 0 <= value < 2**53 else None
 
 
 def _is_finite(value: object) -> bool:

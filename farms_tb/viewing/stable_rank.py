@@ -1,4 +1,7 @@
-"""The stable rank of a layer's weight matrix, out of a measurement of whole matrices."""
+"""The stable rank of a layer's weight matrix, out of a measurement of whole matrices.
+
+The page and the command line show it; balancing does not use it.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,14 @@ def matrix_stable_rank(full: LayerRecord | None) -> float | None:
 
     Args:
         full: record of the layer by `esd="full"`; None where there is none.
+
+    Returns:
+        The stable rank; None for a layer that was not measured, or is several matrices pooled into one sample.
     """
     if full is None or not full.shape:
         return None
-    pooled = full.kind != "spectral" and full.shape[0] > 1
-    return None if pooled else full.stable_rank
+    number_of_matrices = full.shape[0]
+    pools_them = full.kind != "spectral"
+    if pools_them and number_of_matrices > 1:
+        return None
+    return full.stable_rank

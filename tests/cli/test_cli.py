@@ -8,7 +8,9 @@ import math
 import re
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator
 from io import StringIO
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +22,13 @@ from torch import nn
 from typer.testing import CliRunner, Result
 
 from farms_tb import LayerRecord, analyze, analyze_checkpoint
-from farms_tb.cli import measuring
 from farms_tb.cli.app import app
 from farms_tb.cli.measuring import COLUMNS, Wanted, measure
 from farms_tb.cli.pairing import paired
-from farms_tb.cli.sources import open_source
+from farms_tb.cli.sources import Source, open_source
 from farms_tb.cli.tables import Column
 from farms_tb.options import SpectrumOptions, as_plain
+from farms_tb.weights.stacks import MatrixStack
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(torch.jit|forkpty)")
 
@@ -70,12 +72,12 @@ def weights(tmp_path: Path) -> Path:
     return tmp_path / "weights.pt"
 
 
-def test_figures_are_those_of_analyze() -> None:
+def test_metrics_are_those_of_analyze() -> None:
     rows = rows_of("analyze", NET, "--null")
     farms, full = analyze(net(), null=True).layers, analyze(net(), esd="full").layers
     assert list(rows) == list(farms)
     for name, row in rows.items():
-        for figure in (
+        for metric in (
             "alpha",
             "alpha_error",
             "ks_distance",
@@ -85,7 +87,7 @@ def test_figures_are_those_of_analyze() -> None:
             "xmin",
             "status",
         ):
-            assert row[figure] == getattr(farms[name], figure)
+            assert row[metric] == getattr(farms[name], metric)
         assert row["alpha_full"] == full[name].alpha
         one_matrix = full[name].shape[:1] == (1,)
         assert row["stable_rank_full"] == (full[name].stable_rank if one_matrix else None)
@@ -247,7 +249,7 @@ def test_tables_fit_the_terminal(mixed: Path, width: int, monkeypatch: pytest.Mo
     shown = plain(run("analyze", mixed, "--null").stdout).splitlines()
     assert max(map(len, shown)) <= width
     text = "\n".join(shown)
-    if width == 80:  # too narrow for the name beside all figures: it takes two lines
+    if width == 80:  # too narrow for the name and all metrics: the name takes two lines
         text = re.sub(r"\nmodel.layers(.*?) (.*)\n(\S+) ", r"\nmodel.layers\1\3 \2", text)
     for layer in ("model.layers.31.self_attn.q_proj", "eighth", "half"):
         assert re.search(rf"\n{re.escape(layer)} .* 2\.\d\d\d ", text)
@@ -350,10 +352,8 @@ def test_mistakes(arguments: list[str], words: str, monkeypatch: pytest.MonkeyPa
 
 
 def test_packages_that_are_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from farms_tb.cli import libraries, output
-
-    monkeypatch.setattr(output, "find_spec", lambda name: None)
-    monkeypatch.setattr(libraries, "find_spec", lambda name: None)
+    for package in ("pyarrow", "torchvision", "timm"):
+        monkeypatch.setitem(sys.modules, package, None)
     missing = run("analyze", NET, "-o", tmp_path / "a.parquet").stderr
     assert '--format parquet needs pyarrow: pip install "farms-tb[cli]"' in missing
     assert "timm:resnet18 needs timm: pip install timm" in run("analyze", "timm:resnet18").stderr
@@ -433,18 +433,31 @@ def test_7_billion_parameters_in_4_gb(tmp_path: Path) -> None:
     assert int(done.stderr) < 4e9
 
 
-def test_a_layer_that_fails_does_not_stop_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    measured = measuring.weight_record
+class TooLarge(torch.Tensor):
+    """A tensor that can be looked at, and not computed with: no room for any result."""
 
-    def out_of_memory(stack: Any, options: Any, **flags: Any) -> Any:
-        if stack.matrices.shape[0] == 9:
-            raise RuntimeError("not enough memory: you tried to allocate 99 bytes\nmore")
-        return measured(stack, options, **flags)
+    LOOKS = ("__get__", "to", "detach", "is_floating_point", "is_complex", "element_size")
 
-    monkeypatch.setattr(measuring, "weight_record", out_of_memory)
-    rows = rows_of("analyze", NET)
-    assert rows["0"]["status"] == "failed: not enough memory: you tried to allocate 99 bytes"
-    assert rows["1"]["alpha"] is not None
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.__name__ in cls.LOOKS:
+            return super().__torch_function__(func, types, args, kwargs or {})
+        raise RuntimeError("not enough memory: you tried to allocate 99 bytes\nmore")
+
+
+def test_a_layer_that_fails_does_not_stop_the_others() -> None:
+    def read(items: Iterable[Any]) -> Iterator[tuple[str, MatrixStack]]:
+        for name, matrices in items:
+            yield name, MatrixStack(matrices)
+
+    weights = torch.randn(1, 60, 20)
+    layers = [("first", weights.as_subclass(TooLarge)), ("second", weights)]
+    found = measure(Source(layers, read), Wanted(SpectrumOptions()), quiet())
+    first, second = found.records.values()
+    assert first.status == "failed: not enough memory: you tried to allocate 99 bytes"
+    assert (first.alpha, first.shape) == (None, (1, 60, 20))
+    assert second.alpha is not None
+    assert found.stopped == ""
 
 
 def test_a_whole_matrix_without_alpha_says_so(tmp_path: Path) -> None:
@@ -454,27 +467,19 @@ def test_a_whole_matrix_without_alpha_says_so(tmp_path: Path) -> None:
     assert row["status"] == "whole matrix: low rank: zero eigenvalues in the tail of 1 sample(s)"
 
 
-def test_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was measured is kept, under a name that says that it is not all."""
-    calls = []
+def test_interrupted() -> None:
+    """What was measured is kept."""
+    whole = open_source(NET)
 
-    def interrupted(stack: Any, options: Any, **flags: Any) -> Any:
-        calls.append(stack)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return analyze(nn.Linear(20, 30)).layers["weight"]
+    def read(items: Iterable[Any]) -> Iterator[tuple[str, Any]]:
+        yield from islice(whole.read(items), 2)
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(measuring, "weight_record", interrupted)
-    result = run("analyze", NET, "--no-full", "-o", tmp_path / "a.json")
-    assert result.exit_code == 130
-    assert "Not all layers were measured: interrupted at 3" in result.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["a.partial.json"]
-    written = json.loads((tmp_path / "a.partial.json").read_text())
-    assert (written["complete"], [row["layer"] for row in written["layers"]]) == (False, ["0", "1", "2"])
-    calls.clear()
-    result = run("compare", NET, NET)
-    assert (result.exit_code, result.stdout) == (130, "")
-    assert "interrupted at 3: nothing to compare yet" in result.stderr
+    found = measure(Source(whole.items, read), Wanted(SpectrumOptions()), quiet())
+    assert (found.interrupted, found.stopped) == (True, "interrupted at 1")
+    assert {name: record.alpha for name, record in found.records.items()} == {
+        name: analyze(net()).alphas[name] for name in "01"
+    }
 
 
 def test_compare(tmp_path: Path) -> None:
@@ -536,12 +541,12 @@ def test_tables_have_no_more_digits_than_are_known() -> None:
         ({"alpha": 2.0344, "error": 0.31}, "+2.03"),
         ({"alpha": 2.0344, "error": 31.0}, "+2"),
         ({"alpha": 2.0344, "error": 1e-9}, "+2.034"),
-        ({"alpha": -0.0004, "error": None}, "+0.000"),
+        ({"alpha": -0.0004, "error": None}, "0.000"),
         ({"alpha": None, "error": None}, "-"),
     ):
         assert column.cell(row) == shown
     z = Column("z", "z", 1, digits=2, signed=True)
-    assert [z.cell({"z": value}) for value in (-13.54, -9.94, 0.04, -0.04)] == ["-14", "-9.9", "+0.0", "+0.0"]
+    assert [z.cell({"z": value}) for value in (-13.54, -9.94, 0.04, -0.04)] == ["-14", "-9.9", "0.0", "0.0"]
 
 
 def test_report_and_plot(tmp_path: Path) -> None:
@@ -570,6 +575,21 @@ def test_pictures_and_page_of_a_file_of_weights(weights: Path, tmp_path: Path) -
     page = Path(run("report", weights, "--null").stdout.strip())
     assert page == tmp_path / "report.html"
     assert '"null_mean":2.' in page.read_text()
+
+
+def test_random_weights_say_so() -> None:
+    """They are what a name alone gives, and nothing in the table tells."""
+    assert "--pretrained loads trained ones" in run("analyze", "squeezenet1_1", "--filter", "features.3.*").stderr
+    assert run("analyze", NET).stderr == ""
+
+
+@pytest.mark.parametrize("command", ["plot", "report"])
+def test_key_names_the_weights_of_pictures_and_page(command: str, tmp_path: Path) -> None:
+    torch.save({"step": 3, "raw": net(1).state_dict(), "ema": net().state_dict()}, tmp_path / "two.pt")
+    refused = run(command, tmp_path / "two.pt")
+    assert refused.exit_code == 2
+    assert "key" in refused.stderr
+    assert run(command, tmp_path / "two.pt", "--key", "ema").exit_code == 0
 
 
 def test_the_command_itself(weights: Path) -> None:

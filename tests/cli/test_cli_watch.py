@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import pty
 import re
@@ -54,7 +55,7 @@ def test_curves(tmp_path: Path) -> None:
     assert rows_of(shown) == {
         "0": ["▆▃▁", "2.000", "1.000", "-1.000"],
         "2": ["▆▆▅", "2.100", "1.900", "-0.200"],
-        "10": ["███", "2.500", "2.500", "+0.000"],
+        "10": ["███", "2.500", "2.500", "0.000"],
     }
     assert rows_of(once(tmp_path, "--ratio")) == {"0": ["▁█▅", "0.500", "1.000", "+0.500"]}
     assert list(rows_of(once(tmp_path, "--filter", "1*", "--filter", "2"))) == ["2", "10"]
@@ -224,11 +225,32 @@ def test_in_a_terminal_from_nothing_to_the_end(tmp_path: Path, terminal: Callabl
 
 def test_interrupting_analyze_in_a_terminal(terminal: Callable[..., Terminal]) -> None:
     """The bar goes to the terminal, and Ctrl-C leaves the table of what was measured."""
-    shown = terminal("analyze", "tests.cli.test_cli_watch:slow")
+    shown = terminal("analyze", SLOW)
     shown.wait_for("1/41")
     assert shown.interrupt() == 130
     assert "Not all layers were measured: interrupted at " in shown.text
     assert re.search(r"\n0 +1x64x64 +2\.\d\d\d ", shown.text)
+
+
+def test_interrupting_what_writes_a_file(tmp_path: Path, terminal: Callable[..., Terminal]) -> None:
+    """What was measured is kept, under a name that says that it is not all."""
+    shown = terminal("analyze", SLOW, "-o", str(tmp_path / "a.json"))
+    shown.wait_for("1/41")
+    assert shown.interrupt() == 130
+    assert [path.name for path in tmp_path.iterdir()] == ["a.partial.json"]
+    written = json.loads((tmp_path / "a.partial.json").read_text())
+    assert written["complete"] is False
+    assert 1 <= len(written["layers"]) < 41
+
+
+def test_interrupting_compare(terminal: Callable[..., Terminal]) -> None:
+    shown = terminal("compare", SLOW, SLOW)
+    shown.wait_for("1/41")
+    assert shown.interrupt() == 130
+    assert "nothing to compare yet" in shown.text
+
+
+SLOW = "tests.cli.test_cli_watch:slow"
 
 
 def slow() -> Any:

@@ -37,7 +37,7 @@ CHROMIUM_FLAGS = [
 
 
 def content(page: Path) -> dict[str, Any]:
-    """Return the figures that stand in a page."""
+    """Return the values that stand in a page."""
     (data,) = re.findall(r'<script id="data" type="application/json">(.*?)</script>', page.read_text(), re.DOTALL)
     found: dict[str, Any] = json.loads(data)
     return found
@@ -75,7 +75,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # ---- what stands in it
 
 
-def test_figures_of_a_real_run(trained: Path, tmp_path: Path) -> None:
+def test_values_of_a_real_run(trained: Path, tmp_path: Path) -> None:
     page = write_page(trained, tmp_path / "new" / "page.html")
     run, found = read_run_folder(trained), content(page)
     assert run.farms is not None
@@ -296,7 +296,7 @@ def test_table_sorts_filters_and_toggles(view: Any, tmp_path: Path) -> None:
     assert names(tab) == [*sorted(alphas, key=lambda name: -alphas[name]), "layer.10"]
     tab.get_by_role("searchbox").fill("layer 1")
     assert names(tab) == ["layer.10"]
-    assert tab.inner_text("#count") == "1 of 4"
+    assert tab.inner_text("#count") == "1 of 4 layers"
     tab.locator("tbody tr:visible").hover()
     assert tab.locator("#curves .near").get_attribute("data-layer") == "0"
     tab.mouse.move(0, 0)
@@ -449,7 +449,7 @@ def test_no_more_digits_than_are_known(view: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("width", [1000, 1300, 1600])
 def test_the_table_needs_no_scrolling(view: Any, tmp_path: Path, width: int) -> None:
-    """With and without a layer's detail beside it, which holds what the table then leaves out."""
+    """With and without a layer's own view next to it, which holds what the table then leaves out."""
     tab = view(write_page(made_up_run(tmp_path, [f"net.decoders.{index}.merge.conv1" for index in range(5)])))
     tab.set_viewport_size({"width": width, "height": 900})
     headings = tab.locator("th[data-key]:visible")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import builtins
 import csv
 import struct
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -132,14 +133,7 @@ def test_nothing_to_draw() -> None:
 
 
 def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
-
-    def refuse(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name.startswith("matplotlib"):
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", refuse)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r'pip install "farms-tb\[plot\]"'):
         plot_alpha_curves(History(alpha={"a": Curve((0.0,), (0,), (2.0,))}))
 
@@ -337,6 +331,35 @@ def test_names_are_shown_as_they_are(tmp_path: Path) -> None:
     assert len(figure.axes[0].get_legend().get_texts()) == 2
     assert "_orig_mod.0</text>" in (tmp_path / "plot.svg").read_text()
     assert "$x$</text>" in (tmp_path / "plot.svg").read_text()
+
+
+def test_titles_are_shown_as_they_are(farms: Report, full: Report, metrics: Path, tmp_path: Path) -> None:
+    title = "lr $\\x$ of __init__\x1b[2J"
+    history = read_history(metrics)
+    draw: dict[str, Callable[..., object]] = {
+        "alpha": partial(plot_alpha_curves, history),
+        "ratio": partial(plot_ratio_curves, history),
+        "map": partial(plot_ratio_map, history),
+        "depth": partial(plot_alpha_by_depth, farms),
+        "both": partial(plot_full_against_farms, farms, full),
+        "esd": partial(plot_esd, farms, "1"),
+        "esds": partial(plot_esds, farms),
+    }
+    for name, plot in draw.items():
+        path = tmp_path / f"{name}.svg"
+        plot(path, title=title)
+        assert "lr $\\x$ of __init__\\x1b[2J</text>" in path.read_text(), name
+    assert plot_alpha_curves(history, title="two\nlines").axes[0].get_title(loc="left") == "two\nlines"
+
+
+@pytest.mark.parametrize("suffix", [".png", ".pdf"])
+def test_letters_that_the_font_lacks(farms: Report, full: Report, tmp_path: Path, suffix: str) -> None:
+    """Chinese names are drawn, as boxes, without a warning: warnings are errors here."""
+    names = ("\u5c42.0", "\u5c42.1")
+    curves = dict.fromkeys(names, Curve((0.0, 1.0), (0, 5), (2.0, 1.5)))
+    reports = [Report(dict.fromkeys(names, report.layers["1"]), report.options) for report in (farms, full)]
+    run = RunFolder(tmp_path / "\u8fd0\u884c", History(curves, curves, {}, names), *reports)
+    assert len(save_all(run, tmp_path / "p", suffix=suffix, layers=names)) == 6 + 2
 
 
 def test_a_full_disk_leaves_no_half_picture(metrics: Path, tmp_path: Path) -> None:

@@ -293,5 +293,22 @@ def test_a_file_of_weights(tmp_path: Path) -> None:
         read_run_folder(Path(__file__))
 
 
+def test_key_names_the_weights(run: Path, tmp_path: Path) -> None:
+    """In a file of weights, and in the checkpoints of a run."""
+    averaged = Module()
+    torch.save({"step": 3, "raw": Module().state_dict(), "ema": averaged.state_dict()}, tmp_path / "model.pt")
+    found = read_run_folder(tmp_path / "model.pt", key="ema")
+    assert found.farms is not None
+    assert found.farms.alphas == analyze(averaged).alphas
+    newest = newer(run / "version_0" / "checkpoints" / "last.ckpt")
+    content = torch.load(newest, weights_only=True)
+    torch.save({**content, "ema": averaged.state_dict()}, newest)
+    newer(newest)
+    of_run, without = read_run_folder(run, key="ema").farms, read_run_folder(run).farms
+    assert of_run is not None
+    assert without is not None
+    assert of_run.alphas == analyze(averaged, xmin_pos=3.0).alphas != without.alphas
+
+
 def test_layers_of_nothing() -> None:
     assert RunFolder(Path()).layers == ()

@@ -48,6 +48,7 @@ def write_page(
 
 
 def _render(run: RunFolder) -> str:
+    """Return the page as HTML: the template with the style, the script and the values of a run filled in."""
     content = content_of(run)
     parts = {
         "title": html.escape(content["title"]),

@@ -1,14 +1,19 @@
-"""What the page of a run shows, as plain values for JSON; `page.js` draws them and names each by the same key."""
+"""What the page of a run shows, as plain values for JSON; `page.js` draws them and names each by the same key.
+
+Numbers are rounded to five digits, and None stands for what JSON has no number for. A measurement is told by its
+time, completed epochs and optimizer steps: all curves of a run share one list of times, and have a value or None
+at each of them.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from farms_tb.report import OK, LayerRecord, Report
 from farms_tb.viewing.densities import aspect_of_sample, esd_density, marchenko_pastur, tail_density
-from farms_tb.viewing.history import Curve
+from farms_tb.viewing.history import Curve, History
 from farms_tb.viewing.run_folder import RunFolder
 from farms_tb.viewing.stable_rank import matrix_stable_rank
 
@@ -21,23 +26,41 @@ _When = tuple[float, int]
 
 
 def content_of(run: RunFolder) -> dict[str, Any]:
-    """Return all that the page shows, as plain values: no NaN, no infinity, no number that JSON lacks."""
-    history = run.history
-    curves = (*history.alpha.values(), *history.ratio.values(), *history.lr.values())
-    when = sorted({point for curve in curves for point in _points(curve)}, key=lambda point: (point[1], point[0]))
+    """Return all that the page shows.
+
+    Args:
+        run: what is known of the run.
+
+    Returns:
+        Plain values: no NaN, no infinity, no number that JSON lacks.
+    """
+    when = _times(run.history)
     return {
         "title": run.title,
         "facts": _facts(run),
         "missing": list(run.missing),
         "weights": run.weights,
         "esd": str(run.options.get("esd", "farms")),
-        "by_step": history.by_step,
+        "by_step": run.history.by_step,
         "when": {"epoch": _numbers(epoch for epoch, _ in when), "step": [step for _, step in when]},
         "layers": [_layer(name, run, when) for name in run.layers],
         "laws": _laws(run),
-        "options": _plain(run.options),
+        "options": _options_in_words(run.options),
         "settings": run.settings,
     }
+
+
+def _times(history: History) -> list[_When]:
+    """Return when any layer was measured, in the order of steps."""
+    times: set[_When] = set()
+    for curve in (*history.alpha.values(), *history.ratio.values(), *history.lr.values()):
+        times.update(_points(curve))
+    return sorted(times, key=lambda time: (time[1], time[0]))
+
+
+def _points(curve: Curve) -> Iterator[_When]:
+    """Yield when each value of a curve was measured."""
+    return zip(curve.epochs, curve.steps, strict=True)
 
 
 def _facts(run: RunFolder) -> list[str]:
@@ -46,42 +69,55 @@ def _facts(run: RunFolder) -> list[str]:
     if run.weights:
         facts.append(f"spectra of {run.weights}")
     scores = run.summary.get("test")
-    if isinstance(scores, Mapping):
-        facts += [f"{name} {_score(value)}" for name, value in scores.items() if isinstance(value, (int, float))]
+    if not isinstance(scores, Mapping):
+        return facts
+    for name, value in scores.items():
+        if isinstance(value, (int, float)):
+            facts.append(f"{name} {_score(value)}")
     return facts
 
 
 def _score(value: float) -> str:
+    """Return a score in four digits; JSON has integers that no float can hold."""
     try:
         return f"{float(value):.4g}"
     except OverflowError:
         return "beyond the range of floats"
 
 
-def _points(curve: Curve) -> Iterable[_When]:
-    return zip(curve.epochs, curve.steps, strict=True)
+def _layer(name: str, run: RunFolder, when: Sequence[_When]) -> dict[str, Any]:
+    """Return all that the page shows of one layer.
 
-
-def _layer(name: str, run: RunFolder, when: list[_When]) -> dict[str, Any]:
-    """Return one layer's metrics, curves and spectra."""
-    farms, full = _records(name, run)
+    Args:
+        name: the layer's name.
+        run: the run; the layer may have been logged, measured or both.
+        when: all times of the run, for its curves.
+    """
+    not_measured = LayerRecord(status=NOT_MEASURED)
+    farms = _record(run.farms, name) or not_measured
+    full = _record(run.full, name) or LayerRecord()
     return {"name": name, **_metrics(farms, full), **_curves(name, run, when), "esd": _spectra(name, run)}
 
 
-def _records(name: str, run: RunFolder) -> tuple[LayerRecord, LayerRecord]:
-    """Return a layer's records by FARMS windows and as a whole matrix; empty ones where it was not measured."""
-    farms = None if run.farms is None else run.farms.layers.get(name)
-    full = None if run.full is None else run.full.layers.get(name)
-    return farms or LayerRecord(status=NOT_MEASURED), full or LayerRecord()
+def _record(report: Report | None, name: str) -> LayerRecord | None:
+    """Return a layer's record; None where it was not measured."""
+    return None if report is None else report.layers.get(name)
 
 
 def _metrics(farms: LayerRecord, full: LayerRecord) -> dict[str, Any]:
-    reasons = [record.status for record in (farms, full) if record.status != OK]
-    bias = None if farms.alpha is None or full.alpha is None else full.alpha - farms.alpha
+    """Return the cells of one row of the table, and what the layer's own view shows.
+
+    Args:
+        farms: the layer's record by FARMS windows; one without values where it was not measured.
+        full: the same of the whole matrix.
+    """
+    bias = None
+    if farms.alpha is not None and full.alpha is not None:
+        bias = full.alpha - farms.alpha
     return {
         "kind": farms.kind,
         "shape": list(farms.shape),
-        "status": "; ".join(dict.fromkeys(reasons)) or OK,
+        "status": _status(farms, full),
         "farms": _number(farms.alpha),
         "error": _number(farms.alpha_error),
         "full": _number(full.alpha),
@@ -96,33 +132,52 @@ def _metrics(farms: LayerRecord, full: LayerRecord) -> dict[str, Any]:
     }
 
 
-def _curves(name: str, run: RunFolder, when: list[_When]) -> dict[str, Any]:
+def _status(farms: LayerRecord, full: LayerRecord) -> str:
+    """Return why a layer lacks an alpha; a reason that both measurements give is named once."""
+    reasons = [record.status for record in (farms, full) if record.status != OK]
+    return "; ".join(dict.fromkeys(reasons)) or OK
+
+
+def _curves(name: str, run: RunFolder, when: Sequence[_When]) -> dict[str, Any]:
+    """Return a layer's curves at all times of the run, its last ratio, and a note on the time of its row."""
     history = run.history
-    found = {"alpha": history.alpha.get(name), "ratio": history.ratio.get(name), "lr": history.lr.get(name)}
-    curves = {quantity: _on_axis(curve, when) for quantity, curve in found.items()}
-    ratios = [ratio for ratio in curves["ratio"] if ratio is not None]
+    alpha = history.alpha.get(name)
+    ratio = history.ratio.get(name)
+    last_ratio = ratio.values[-1] if ratio is not None and ratio.values else None
     return {
-        **curves,
-        "last_ratio": ratios[-1] if ratios else None,
-        "note": _other_time(found["alpha"], run),
+        "alpha": _on_axis(alpha, when),
+        "ratio": _on_axis(ratio, when),
+        "lr": _on_axis(history.lr.get(name), when),
+        "last_ratio": _number(last_ratio),
+        "note": "" if alpha is None else _other_time(alpha, run),
     }
 
 
-def _other_time(curve: Curve | None, run: RunFolder) -> str:
-    """Return a note where the weights that were measured are of another time than the end of the curve."""
-    if curve is None or (run.weights_step is None and run.weights_epoch is None):
-        return ""
+def _other_time(curve: Curve, run: RunFolder) -> str:
+    """Return a note where the weights that were measured are of another time than the end of the curve.
+
+    Steps decide where they are known: an epoch that a checkpoint interrupts counts as complete in the checkpoint,
+    and not in the curve.
+
+    Args:
+        curve: the layer's alphas, at least one.
+        run: the run, for the time of its weights.
+
+    Returns:
+        The note; empty where both are of one time, or the time of the weights is not known.
+    """
     epoch, step = curve.epochs[-1], curve.steps[-1]
-    same_epoch = run.weights_epoch in (None, epoch) or math.isnan(epoch)
-    same_step = run.weights_step in (None, step)
-    if run.weights_step is not None and same_step:
-        return ""  # an epoch that a checkpoint interrupts counts as complete there, and not in the curve
-    if not same_epoch:
+    if run.weights_step == step:
+        return ""
+    epoch_differs = run.weights_epoch not in (None, epoch) and not math.isnan(epoch)
+    if epoch_differs:
         return f"alpha of epoch {run.weights_epoch}, curve to epoch {epoch:g}"
-    return "" if same_step else f"alpha of step {run.weights_step}, curve to step {step}"
+    if run.weights_step is not None:
+        return f"alpha of step {run.weights_step}, curve to step {step}"
+    return ""
 
 
-def _on_axis(curve: Curve | None, when: list[_When]) -> list[float | None]:
+def _on_axis(curve: Curve | None, when: Sequence[_When]) -> list[float | None]:
     """Return a curve's value at each measurement of the run, None where it has none."""
     if curve is None:
         return [None] * len(when)
@@ -132,16 +187,29 @@ def _on_axis(curve: Curve | None, when: list[_When]) -> list[float | None]:
 
 def _spectra(name: str, run: RunFolder) -> dict[str, Any]:
     """Return what a layer's spectra are drawn from, by kind of measurement."""
-    reports = [report for report in (run.farms, run.full) if report is not None and name in report.layers]
-    return {
-        report.options["esd"]: _spectrum(report.layers[name], report)
-        for report in reports
-        if report.layers[name].histogram is not None
-    }
+    spectra = {}
+    for report in _reports(run):
+        record = report.layers.get(name)
+        if record is not None and record.histogram is not None:
+            spectra[report.options["esd"]] = _spectrum(record, report)
+    return spectra
+
+
+def _reports(run: RunFolder) -> list[Report]:
+    """Return the measurements that there are, by FARMS windows and of whole matrices."""
+    return [report for report in (run.farms, run.full) if report is not None]
 
 
 def _spectrum(record: LayerRecord, report: Report) -> dict[str, Any]:
-    """Return what one spectrum is drawn from; the Marchenko-Pastur law stands elsewhere, once for many layers."""
+    """Return what one spectrum is drawn from.
+
+    The Marchenko-Pastur law stands elsewhere, once for all layers of one aspect ratio, for a mean eigenvalue of 1;
+    the page scales it by `mean`.
+
+    Args:
+        record: a layer's record, with a histogram.
+        report: the measurement that the record is part of, for its options.
+    """
     assert record.histogram is not None  # spectra of others are not drawn
     edges, density = esd_density(record.histogram)
     tail = tail_density(record)
@@ -150,35 +218,47 @@ def _spectrum(record: LayerRecord, report: Report) -> dict[str, Any]:
         "density": _numbers(density),
         "tail": None if tail is None else [_numbers(point) for point in zip(*tail, strict=True)],
         "mean": _number(record.norm_stable_rank),
-        "aspect": f"{aspect_of_sample(record, report):.4f}",
+        "aspect": _aspect(record, report),
     }
+
+
+def _aspect(record: LayerRecord, report: Report) -> str:
+    """Return the aspect ratio of a spectrum's matrices, as the key under which the page finds its law."""
+    return f"{aspect_of_sample(record, report):.4f}"
 
 
 def _laws(run: RunFolder) -> dict[str, Any]:
     """Return the Marchenko-Pastur law of mean 1 for each aspect ratio in use."""
-    aspects = {
-        f"{aspect_of_sample(record, report):.4f}"
-        for report in (run.farms, run.full)
-        if report is not None
-        for record in report.layers.values()
-        if record.histogram is not None
-    }
-    laws = {aspect: marchenko_pastur(1.0, float(aspect)) for aspect in aspects}
-    return {aspect: {"x": _numbers(law.x), "y": _numbers(law.y)} for aspect, law in laws.items()}
+    laws: dict[str, Any] = {}
+    for report in _reports(run):
+        for record in report.layers.values():
+            if record.histogram is None:
+                continue
+            aspect = _aspect(record, report)
+            if aspect not in laws:
+                law = marchenko_pastur(1.0, float(aspect))
+                laws[aspect] = {"x": _numbers(law.x), "y": _numbers(law.y)}
+    return laws
 
 
-def _plain(options: Mapping[str, Any]) -> dict[str, str]:
-    return {
-        name: ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-        for name, value in options.items()
-        if value is not None
-    }
+def _options_in_words(options: Mapping[str, Any]) -> dict[str, str]:
+    """Return the callback's options as text, those that are None left out."""
+    words = {}
+    for name, value in options.items():
+        if isinstance(value, (list, tuple)):
+            words[name] = ", ".join(map(str, value))
+        elif value is not None:
+            words[name] = str(value)
+    return words
 
 
 def _numbers(values: Iterable[float]) -> list[float | None]:
+    """Return numbers as `_number` does."""
     return [_number(float(value)) for value in values]
 
 
 def _number(value: float | None) -> float | None:
     """Return a number to five digits, which is more than can be seen; None for what JSON has no number for."""
-    return None if value is None or not math.isfinite(value) else float(f"{value:.5g}")
+    if value is None or not math.isfinite(value):
+        return None
+    return float(f"{value:.5g}")

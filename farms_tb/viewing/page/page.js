@@ -22,6 +22,8 @@ function fill(element, attributes, children) {
   return element;
 }
 const el = (tag, attributes, ...children) => fill(document.createElement(tag), attributes, children);
+/** A name as pieces between which a line may break: after a dot, not within a word. */
+const breakable = (name) => name.split(/(?<=\.)/).flatMap((part, index) => (index ? [el("wbr"), part] : [part]));
 const svg = (tag, attributes, ...children) => fill(document.createElementNS("http://www.w3.org/2000/svg", tag), attributes, children);
 
 function choice(id, options, current, onchange) {
@@ -489,7 +491,7 @@ function buildTable() {
   for (const layer of layers) {
     layer.box = el("input", { type: "checkbox", checked: true, "aria-label": `Show ${layer.name} in the chart`, onclick: (event) => event.stopPropagation(),
       onchange: () => { layer.shown = layer.box.checked; drawHistory(); } });
-    layer.button = el("button", { type: "button" }, el("span", { class: "swatch", style: layer.tint }), layer.name);
+    layer.button = el("button", { type: "button" }, el("span", { class: "swatch", style: layer.tint }), ...breakable(layer.name));
     layer.row = el("tr", { "aria-selected": "false", onclick: () => choose(layer), onpointerenter: () => highlight(layer), onpointerleave: () => highlight(null) },
       el("td", { class: "text" }, layer.box), el("td", { class: ROOM.index }, String(layer.index + 1)),
       el("td", { class: "text name" }, layer.button, layer.note ? el("small", { class: "quiet" }, layer.note) : null),
@@ -533,7 +535,7 @@ function filterRows() {
     layer.row.hidden = !words.every((word) => layer.name.toLowerCase().includes(word));
     listed += !layer.row.hidden;
   }
-  byId("count").textContent = listed === layers.length ? `${listed}` : `${listed} of ${layers.length}`;
+  byId("count").textContent = listed === layers.length ? `${listed} layers` : `${listed} of ${layers.length} layers`;
 }
 
 // ---- the page --------------------------------------------------------------------------------------------------

@@ -11,7 +11,8 @@ from farms_tb.viewing.history import Curve, History
 from farms_tb.viewing.metrics_csv import read_history
 from farms_tb.viewing.plots.curves import plot_alpha_curves, plot_ratio_curves, plot_ratio_map
 from farms_tb.viewing.plots.everything import save_all
-from farms_tb.viewing.plots.layers import plot_alpha_by_depth, plot_esd, plot_esds, plot_full_against_farms
+from farms_tb.viewing.plots.layers import plot_alpha_by_depth, plot_full_against_farms
+from farms_tb.viewing.plots.spectra import plot_esd, plot_esds
 
 __all__ = [
     "Curve",

@@ -1,22 +1,29 @@
-"""Pictures of what the callback logged over training: curves by layer, and a map of the ratios."""
+"""Pictures of what the callback logged over training: curves by layer, and a map of the ratios.
+
+All are drawn from a `History`, which `read_history` reads from the `metrics.csv` of Lightning's CSVLogger. The
+horizontal axis is in completed epochs, or in optimizer steps where an epoch holds several measurements.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from farms_tb.viewing.history import Curve, History
 from farms_tb.viewing.plots.style import (
+    FAINT,
     MARKERS,
     MAX_LEGEND,
-    MAX_NAMES,
     PathLike,
     depth_colours,
     explain_colours,
+    heading,
+    name_ticks,
     new_figure,
     plain,
     save,
@@ -25,7 +32,9 @@ from farms_tb.viewing.plots.style import (
 )
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
 
 RATIO = "learning rate / scheduler's learning rate"
 
@@ -42,8 +51,8 @@ def plot_alpha_curves(history: History, path: PathLike | None = None, *, title: 
 
     Args:
         history: what `read_history` returned.
-        path: where to save the picture, in the format of the file's ending.
-        title: a heading.
+        path: where to save the picture, in the format of the file's ending; None to save nothing.
+        title: a heading, shown as it is: `$` is no mathematics.
 
     Returns:
         The figure.
@@ -52,7 +61,10 @@ def plot_alpha_curves(history: History, path: PathLike | None = None, *, title: 
         ImportError: matplotlib is not installed.
         ValueError: the history has no alpha.
     """
-    return _plot_curves(history, history.alpha, path, title, "power-law exponent alpha")
+    figure, axes = _draw_curves(history, history.alpha)
+    axes.set_ylabel("power-law exponent alpha")
+    axes.set_title(heading(title))
+    return save(figure, path)
 
 
 @styled
@@ -61,8 +73,8 @@ def plot_ratio_curves(history: History, path: PathLike | None = None, *, title: 
 
     Args:
         history: what `read_history` returned.
-        path: where to save the picture, in the format of the file's ending.
-        title: a heading.
+        path: where to save the picture, in the format of the file's ending; None to save nothing.
+        title: a heading, shown as it is: `$` is no mathematics.
 
     Returns:
         The figure.
@@ -71,7 +83,11 @@ def plot_ratio_curves(history: History, path: PathLike | None = None, *, title: 
         ImportError: matplotlib is not installed.
         ValueError: the history has no ratio.
     """
-    return _plot_curves(history, history.ratio, path, title, RATIO, reference=1.0)
+    figure, axes = _draw_curves(history, history.ratio)
+    axes.axhline(1.0, color=FAINT, linewidth=1.0, linestyle="--", zorder=1)
+    axes.set_ylabel(RATIO)
+    axes.set_title(heading(title))
+    return save(figure, path)
 
 
 @styled
@@ -83,8 +99,8 @@ def plot_ratio_map(history: History, path: PathLike | None = None, *, title: str
 
     Args:
         history: what `read_history` returned.
-        path: where to save the picture, in the format of the file's ending.
-        title: a heading.
+        path: where to save the picture, in the format of the file's ending; None to save nothing.
+        title: a heading, shown as it is: `$` is no mathematics.
 
     Returns:
         The figure.
@@ -93,79 +109,130 @@ def plot_ratio_map(history: History, path: PathLike | None = None, *, title: str
         ImportError: matplotlib is not installed.
         ValueError: the history has no ratio.
     """
-    from matplotlib.colors import LogNorm
-
     _check_any(history.ratio)
-    names, when, table = _as_table(history)
-    widest = _widest_ratio(table)
-    limit = min(widest, WIDEST_RATIO)
-    figure = new_figure(7.5, 1.2 + min(0.19 * len(names), 8.0))
+    table = _ratio_table(history)
+    figure = new_figure(7.5, 1.2 + min(0.19 * len(table.names), 8.0))
     axes = figure.add_subplot()
     axes.set_facecolor("0.85")
     axes.grid(False)
-    image = axes.imshow(
-        np.ma.masked_invalid(table).clip(1 / limit, limit),
-        norm=LogNorm(1 / limit, limit),
-        cmap=DIVERGING,
-        aspect="auto",
-        interpolation="nearest",
-    )
-    shown = spread(len(names), MAX_NAMES)
-    axes.set_yticks(shown, [plain(names[index]) for index in shown], fontsize="x-small")
-    shown = spread(len(when), 12)
-    axes.set_xticks(shown, [f"{when[index]:.12g}" for index in shown])
-    axes.set_xlabel("optimizer steps" if history.by_step else "completed epochs")
+    limit = min(table.widest, WIDEST_RATIO)
+    image = _draw_map(axes, table, limit)
+    axes.set_yticks(**name_ticks(table.names))
+    shown = spread(len(table.when), 12)
+    axes.set_xticks(shown, [f"{table.when[index]:.12g}" for index in shown])
+    axes.set_xlabel(_time_label(history))
     axes.set_ylabel("layer, by depth")
-    axes.set_title(title)
-    ticks = [limit**power for power in (-1, -0.5, 0, 0.5, 1)]
-    extend = "both" if widest > WIDEST_RATIO or (table <= 0).any() else "neither"
+    axes.set_title(heading(title))
+    extend: Any = "both" if table.exceeds(WIDEST_RATIO) else "neither"
     bar = figure.colorbar(image, ax=axes, label=RATIO, extend=extend, pad=0.02)
+    ticks = [limit**power for power in (-1, -0.5, 0, 0.5, 1)]
     bar.set_ticks(ticks, labels=[f"{tick:.2g}" for tick in ticks])
     bar.minorticks_off()
     return save(figure, path)
 
 
-def _widest_ratio(table: NDArray[np.float64]) -> float:
-    """Return the largest factor between a ratio and 1, either way; at least 1.05, so that there is a scale."""
-    positive = table[np.isfinite(table) & (table > 0)]
-    return float(max([1.05, *positive, *(1 / positive)]))
+@dataclass(frozen=True)
+class _RatioTable:
+    """The learning-rate ratios of a history as one array.
+
+    Attributes:
+        names: names of the layers, one for each row.
+        when: time of each measurement in steps or epochs, one for each column, ascending.
+        ratios: the ratios `(layers, measurements)`; NaN where a layer has none at that time.
+    """
+
+    names: list[str]
+    when: list[float]
+    ratios: NDArray[np.float64]
+
+    @property
+    def widest(self) -> float:
+        """The largest factor between a ratio and 1, either way; at least 1.05, so that there is a scale."""
+        positive = self.ratios[np.isfinite(self.ratios) & (self.ratios > 0)]
+        return float(max([1.05, *positive, *(1 / positive)]))
+
+    def exceeds(self, factor: float) -> bool:
+        """Whether some ratio is further from 1 than by this factor; a ratio of 0 is, by any factor."""
+        return self.widest > factor or bool((self.ratios <= 0).any())
 
 
-def _plot_curves(
-    history: History,
-    curves: Mapping[str, Curve],
-    path: PathLike | None,
-    title: str,
-    label: str,
-    reference: float | None = None,
-) -> Figure:
+def _ratio_table(history: History) -> _RatioTable:
+    """Return the ratios of all layers at all times that any layer was measured at."""
+    points = {name: _by_time(history, curve) for name, curve in history.ratio.items()}
+    when = sorted(set().union(*points.values()))
+    ratios = np.full((len(points), len(when)), math.nan)
+    for row, found in enumerate(points.values()):
+        for column, time in enumerate(when):
+            ratios[row, column] = found.get(time, math.nan)
+    return _RatioTable(list(points), when, ratios)
+
+
+def _by_time(history: History, curve: Curve) -> dict[float, float]:
+    """Return a curve's values by the time that the pictures of its run show."""
+    times = curve.steps if history.by_step else curve.epochs
+    return dict(zip(times, curve.values, strict=True))
+
+
+def _draw_map(axes: Axes, table: _RatioTable, limit: float) -> AxesImage:
+    """Draw the ratios as coloured cells, from 1 / limit to limit; cells without a ratio stay transparent."""
+    from matplotlib.colors import LogNorm
+
+    return axes.imshow(
+        np.ma.masked_invalid(table.ratios).clip(1 / limit, limit),
+        norm=LogNorm(1 / limit, limit),
+        cmap=DIVERGING,
+        aspect="auto",
+        interpolation="nearest",
+    )
+
+
+def _draw_curves(history: History, curves: Mapping[str, Curve]) -> tuple[Figure, Axes]:
+    """Draw one line for each layer, and explain their colours.
+
+    Args:
+        history: the run, for the depth of its layers and the kind of time.
+        curves: what to draw, alphas or ratios, by layer.
+
+    Returns:
+        The figure and its axes, which have no label of values yet.
+
+    Raises:
+        ValueError: there are no curves.
+    """
     from matplotlib.ticker import MaxNLocator
 
     _check_any(curves)
-    few = len(curves) <= MAX_LEGEND
+    with_legend = len(curves) <= MAX_LEGEND
     colours = depth_colours(history.layers or tuple(curves))
-    figure = new_figure(9.0 if few else 8.0, 4.8)
+    figure = new_figure(9.0 if with_legend else 8.0, 4.8)
     axes = figure.add_subplot()
-    if reference is not None:
-        axes.axhline(reference, color="0.6", linewidth=1.0, linestyle="--", zorder=1)
     for index, (name, curve) in enumerate(curves.items()):
-        x = curve.steps if history.by_step else curve.epochs
-        every = max(1, len(x) // 8)
-        axes.plot(
-            x,
-            curve.values,
-            color=colours[name],
-            marker=MARKERS[index % len(MARKERS)] if few else "o" if len(x) < 3 else "",
-            # Layers have their markers at different epochs, so that they do not hide one another.
-            markevery=(index % every, every),
-            label=plain(name),
-        )
+        times = curve.steps if history.by_step else curve.epochs
+        markers = _markers(index, len(times)) if with_legend else _marker_of_short(len(times))
+        axes.plot(times, curve.values, color=colours[name], label=plain(name), **markers)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlabel("optimizer steps" if history.by_step else "completed epochs")
-    axes.set_ylabel(label)
-    axes.set_title(title)
+    axes.set_xlabel(_time_label(history))
     explain_colours(figure, axes, {name: colours[name] for name in curves})
-    return save(figure, path)
+    return figure, axes
+
+
+def _markers(index: int, points: int) -> dict[str, Any]:
+    """Return the markers of one of a few curves, as arguments of `Axes.plot`.
+
+    Each layer has a shape of its own, at about eight of its points. Layers begin at different ones, so that their
+    markers do not hide one another.
+    """
+    every = max(1, points // 8)
+    return {"marker": MARKERS[index % len(MARKERS)], "markevery": (index % every, every)}
+
+
+def _marker_of_short(points: int) -> dict[str, Any]:
+    """Return dots for curves of one or two points, of which a line alone would show little or nothing."""
+    return {"marker": "o" if points < 3 else ""}
+
+
+def _time_label(history: History) -> str:
+    return "optimizer steps" if history.by_step else "completed epochs"
 
 
 def _check_any(curves: Mapping[str, Curve]) -> None:
@@ -173,14 +240,3 @@ def _check_any(curves: Mapping[str, Curve]) -> None:
         raise ValueError(
             "the history holds no farms/ measurement: train with FARMSTempBalance(log=True) and a logger"
         )
-
-
-def _as_table(history: History) -> tuple[list[str], list[float], NDArray[np.float64]]:
-    """Return the layers, when they were measured, and their ratios `(layers, measurements)`, NaN for none."""
-    names = list(history.ratio)
-    points = {
-        name: dict(zip(curve.steps if history.by_step else curve.epochs, curve.values, strict=True))
-        for name, curve in history.ratio.items()
-    }
-    when = sorted(set().union(*points.values()))
-    return names, when, np.array([[points[name].get(x, math.nan) for x in when] for name in names])

@@ -1,4 +1,8 @@
-"""Draw and save the pictures of a run folder: all that it has the data for, or some."""
+"""Draw and save the pictures of a run folder: all that it has the data for, or some.
+
+`save_all` is what `farms-tb plot` calls. It checks first that everything that was asked for can be drawn, so that
+a mistake costs no time and leaves no half-filled folder.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +10,12 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+from farms_tb.report import Report
 from farms_tb.viewing.names import file_name
 from farms_tb.viewing.plots.curves import plot_alpha_curves, plot_ratio_curves, plot_ratio_map
-from farms_tb.viewing.plots.layers import (
-    plot_alpha_by_depth,
-    plot_esd,
-    plot_esds,
-    plot_full_against_farms,
-    with_histogram,
-)
-from farms_tb.viewing.plots.style import PathLike, check_format, plain
+from farms_tb.viewing.plots.layers import plot_alpha_by_depth, plot_full_against_farms
+from farms_tb.viewing.plots.spectra import plot_esd, plot_esds, with_histogram
+from farms_tb.viewing.plots.style import PathLike, check_format
 from farms_tb.viewing.run_folder import RunFolder, read_run_folder
 
 FOLDER = "figures"
@@ -24,13 +24,25 @@ FOLDER = "figures"
 PICTURES = ("alpha", "lr_ratio", "lr_ratio_map", "alpha_by_depth", "full_against_farms", "esd")
 """Names of the pictures of a run."""
 
+_Draw = Callable[[Path], object]
+"""Draws one picture and saves it under a path."""
+
 
 def check_wanted(pictures: Sequence[str] | None, suffix: str) -> None:
-    """Raise a ValueError where there is no such picture, or no such format."""
+    """Check the names of pictures and their format.
+
+    Args:
+        pictures: names out of `PICTURES`; None for all that can be drawn.
+        suffix: the ending of the files, `".png"`.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: there is no such picture, or matplotlib writes no such files.
+    """
     check_format(suffix)
-    unknown = [name for name in pictures or () if name not in PICTURES]
-    if unknown:
-        raise ValueError(f"there is no picture {unknown[0]!r}: there are {', '.join(PICTURES)}")
+    for name in pictures or ():
+        if name not in PICTURES:
+            raise ValueError(f"there is no picture {name!r}: there are {', '.join(PICTURES)}")
 
 
 def save_all(
@@ -50,7 +62,7 @@ def save_all(
     Args:
         run_folder: the folder of a run, finished or not, a file of weights, or what `read_run_folder` made of it.
         output_dir: where the pictures go; made if it does not exist. None for `figures` in the run folder.
-        title: a heading for all; None for the run's name.
+        title: a heading for all, shown as it is; None for the run's name.
         suffix: the format: `".png"` (300 dpi), `".pdf"`, `".svg"` or any that matplotlib writes.
         pictures: the names of those to draw; None for all that can be drawn.
         layers: names of layers whose spectra are also drawn, one picture each.
@@ -66,24 +78,37 @@ def save_all(
     """
     check_wanted(pictures, suffix)
     run = run_folder if isinstance(run_folder, RunFolder) else read_run_folder(run_folder)
-    heading = plain(run.title) if title is None else title
     folder = _own_folder(run.path / FOLDER) if output_dir is None else Path(output_dir)
-    drawable = _drawable(run, heading)
-    chosen = list(drawable if pictures is None else pictures)
-    absent = [name for name in (*chosen, *(("esd",) if layers else ())) if name not in drawable]
-    if absent:
-        reasons = " ".join(run.missing) or "The table of the layers says why: farms-tb analyze."
-        raise ValueError(f"{run.path} has no data for the picture {absent[0]!r}. {reasons}")
-    wanted = {name: drawable[name] for name in chosen} | _spectra(run, layers)
+    drawable = _drawable(run, run.title if title is None else title)
+    chosen = list(drawable) if pictures is None else list(pictures)
+    _check_drawable(run, drawable, chosen)
+    if layers:
+        _check_drawable(run, drawable, ["esd"])
+    wanted = {name: drawable[name] for name in chosen}
+    wanted.update(_spectra(run, layers))
+    return _save_pictures(wanted, folder, suffix)
+
+
+def _save_pictures(wanted: dict[str, _Draw], folder: Path, suffix: str) -> list[Path]:
+    """Draw pictures into a folder, which is made where it is not there, and return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     saved = []
     for name, draw in wanted.items():
-        saved.append(folder / f"{name}{suffix}")
-        draw(saved[-1])
+        path = folder / f"{name}{suffix}"
+        draw(path)
+        saved.append(path)
     return saved
 
 
-def _spectra(run: RunFolder, layers: Sequence[str]) -> dict[str, Callable[[Path], object]]:
+def _check_drawable(run: RunFolder, drawable: dict[str, _Draw], wanted: Sequence[str]) -> None:
+    """Raise a ValueError where a run has no data for a picture; it says what is missing."""
+    for name in wanted:
+        if name not in drawable:
+            reasons = " ".join(run.missing) or "The table of the layers says why: farms-tb analyze."
+            raise ValueError(f"{run.path} has no data for the picture {name!r}. {reasons}")
+
+
+def _spectra(run: RunFolder, layers: Sequence[str]) -> dict[str, _Draw]:
     """Return what draws each of these layers' spectra, after a check that all are there."""
     if run.farms is None or not layers:
         return {}
@@ -98,22 +123,26 @@ def _own_folder(folder: Path) -> Path:
     return folder
 
 
-def _drawable(run: RunFolder, title: str) -> dict[str, Callable[[Path], object]]:
-    """Return what draws each picture that there is data for."""
-    history, farms, full = run.history, run.farms, run.full
-    found: dict[str, Callable[[Path], object]] = {}
-    if history.alpha:
-        found["alpha"] = lambda path: plot_alpha_curves(history, path, title=title)
-    if history.ratio:
-        found["lr_ratio"] = lambda path: plot_ratio_curves(history, path, title=title)
-        found["lr_ratio_map"] = lambda path: plot_ratio_map(history, path, title=title)
-    if farms is None or full is None:
+def _drawable(run: RunFolder, title: str) -> dict[str, _Draw]:
+    """Return what draws each picture that there is data for, by its name in `PICTURES`."""
+    found: dict[str, _Draw] = {}
+    if run.history.alpha:
+        found["alpha"] = partial(plot_alpha_curves, run.history, title=title)
+    if run.history.ratio:
+        found["lr_ratio"] = partial(plot_ratio_curves, run.history, title=title)
+        found["lr_ratio_map"] = partial(plot_ratio_map, run.history, title=title)
+    if run.farms is None or run.full is None:
         return found
-    alphas = [{name for name, alpha in report.alphas.items() if alpha is not None} for report in (farms, full)]
-    if alphas[0]:
-        found["alpha_by_depth"] = lambda path: plot_alpha_by_depth(farms, path, title=title)
-    if alphas[0] & alphas[1]:
-        found["full_against_farms"] = lambda path: plot_full_against_farms(farms, full, path, title=title)
-    if any(record.histogram is not None for record in farms.layers.values()):
-        found["esd"] = lambda path: plot_esds(farms, path, title=title)
+    by_farms, by_full = _with_alpha(run.farms), _with_alpha(run.full)
+    if by_farms:
+        found["alpha_by_depth"] = partial(plot_alpha_by_depth, run.farms, title=title)
+    if by_farms & by_full:
+        found["full_against_farms"] = partial(plot_full_against_farms, run.farms, run.full, title=title)
+    if any(record.histogram is not None for record in run.farms.layers.values()):
+        found["esd"] = partial(plot_esds, run.farms, title=title)
     return found
+
+
+def _with_alpha(report: Report) -> set[str]:
+    """Return the names of the layers that have an alpha."""
+    return {name for name, alpha in report.alphas.items() if alpha is not None}

@@ -1,13 +1,17 @@
 """One look for all pictures: for print, for the colour-blind, and with the depth of a layer to be seen.
 
 Layers go from dark at the input to bright at the output. matplotlib is imported where something is drawn, without
-pyplot, and its settings are put back afterwards: drawing needs no display and changes nothing of the user's.
+pyplot, and its settings are put back afterwards: drawing needs no display and changes none of the user's settings.
+
+A function that draws is decorated with `styled`, begins with `new_figure` and ends with `save`. Every text that is
+not a constant goes through `plain` (names) or `heading` (titles), since matplotlib takes `$` for mathematics.
 """
 
 from __future__ import annotations
 
 import functools
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
@@ -28,6 +32,9 @@ MAX_LEGEND = 24
 
 MAX_NAMES = 40
 """With more layers than this along an axis, some are named."""
+
+LONGEST_TITLE = 200
+"""Characters of a title that are kept, the last ones: a picture that grows with its title could not be saved."""
 
 _STYLE: dict[Any, Any] = {
     "font.size": 9.0,
@@ -63,8 +70,14 @@ _T = TypeVar("_T")
 def styled(draw: Callable[_P, _T]) -> Callable[_P, _T]:
     """Make a function draw and save in the project's style.
 
-    Raises:
-        ImportError: matplotlib is not installed.
+    Names may hold letters that the font lacks, Chinese ones for example. matplotlib draws a box in their place and
+    warns; the warning is silenced here, since the picture is still of use and its reader sees the box.
+
+    Args:
+        draw: a function that draws with matplotlib.
+
+    Returns:
+        The function, which also raises an ImportError where matplotlib is not installed.
     """
 
     @functools.wraps(draw)
@@ -73,7 +86,8 @@ def styled(draw: Callable[_P, _T]) -> Callable[_P, _T]:
             from matplotlib import rc_context
         except ImportError as error:
             raise ImportError('drawing needs matplotlib: pip install "farms-tb[plot]"') from error
-        with rc_context(_STYLE):
+        with rc_context(_STYLE), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
             return draw(*args, **kwargs)
 
     return inner
@@ -81,7 +95,15 @@ def styled(draw: Callable[_P, _T]) -> Callable[_P, _T]:
 
 @styled
 def check_format(suffix: str) -> None:
-    """Raise a ValueError where matplotlib does not write files of this ending."""
+    """Check that matplotlib writes files of this format, before time is spent on a measurement.
+
+    Args:
+        suffix: the ending of a file's name, `".png"`.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: it does not write such files; the message lists the formats it writes.
+    """
     known = new_figure(1, 1).canvas.get_supported_filetypes()
     if suffix.removeprefix(".") not in known:
         raise ValueError(f"no format of pictures {suffix!r}: matplotlib writes {', '.join(sorted(known))}")
@@ -104,6 +126,26 @@ def plain(name: str, most: int = 60) -> str:
     return f" {shown}" if shown.startswith("_") else shown
 
 
+def heading(title: str) -> str:
+    r"""Return a title as text that matplotlib shows as it is; line breaks stay.
+
+    Example:
+        >>> heading("lr $x$\nseed 1")
+        'lr \\$x\\$\nseed 1'
+    """
+    return shortened(printable(title, keep="\n"), LONGEST_TITLE).replace("$", r"\$")
+
+
+def name_ticks(names: Sequence[str]) -> dict[str, Any]:
+    """Return ticks of an axis along the layers, as arguments of `Axes.set_xticks`; of many layers some are named.
+
+    Args:
+        names: names of the layers, which lie at 0, 1, 2, ... on the axis.
+    """
+    shown = spread(len(names), MAX_NAMES)
+    return {"ticks": shown, "labels": [plain(names[index]) for index in shown], "fontsize": "x-small"}
+
+
 def new_figure(width: float, height: float) -> Figure:
     """Return an empty figure, width and height in inches."""
     from matplotlib.figure import Figure
@@ -112,31 +154,66 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def save(figure: Figure, path: PathLike | None) -> Figure:
-    """Save a figure where a path is given, in the format of its ending."""
-    if path is not None:
-        suffix = Path(path).suffix.removeprefix(".")
-        with atomic_path(path) as unfinished:
-            figure.savefig(unfinished, format=suffix or None, bbox_inches="tight")
+    """Save a figure where a path is given.
+
+    Args:
+        figure: the figure.
+        path: the file to write, in the format of its ending; None to save nothing.
+
+    Returns:
+        The figure.
+
+    Raises:
+        OSError: the file cannot be written; an earlier one is kept.
+        ValueError: matplotlib does not know the format.
+    """
+    if path is None:
+        return figure
+    suffix = Path(path).suffix.removeprefix(".")
+    with atomic_path(path) as unfinished:
+        figure.savefig(unfinished, format=suffix or None, bbox_inches="tight")
     return figure
 
 
 def depth_colours(layers: Sequence[str]) -> dict[str, Colour]:
-    """Colours of the layers, dark at the input; the palest end of the map, which print loses, is left out."""
+    """Return one colour for each layer, dark at the input.
+
+    The palest end of the colour map, which print loses, is left out.
+
+    Args:
+        layers: names of all layers in order of depth, those that are not drawn included: a layer has the same
+            colour in every picture of a run.
+
+    Returns:
+        Red, green, blue and opacity of each layer, from 0 to 1.
+    """
     from matplotlib import colormaps
 
+    colour_map = colormaps[COLOURS]
     last = max(1, len(layers) - 1)
-    return {name: colormaps[COLOURS](0.92 * position / last) for position, name in enumerate(layers)}
+    return {name: colour_map(0.92 * position / last) for position, name in enumerate(layers)}
 
 
 def explain_colours(figure: Figure, axes: Axes, colours: Mapping[str, Colour]) -> None:
-    """Put a legend to the right of the axes, or for many layers a colour bar with some of their names."""
-    names = list(colours)
-    if len(names) <= MAX_LEGEND:
+    """Put a legend to the right of the axes, or for many layers a colour bar with some of their names.
+
+    Args:
+        figure: the figure that the axes are part of.
+        axes: where a line with a label was drawn for each layer.
+        colours: colour of each layer, in order of depth.
+    """
+    if len(colours) <= MAX_LEGEND:
         axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), title="layer, by depth")
-        return
+    else:
+        _add_depth_bar(figure, axes, colours)
+
+
+def _add_depth_bar(figure: Figure, axes: Axes, colours: Mapping[str, Colour]) -> None:
+    """Add a bar with the colours of all layers, from the input at its top to the output, and eight names."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import ListedColormap, NoNorm
 
+    names = list(colours)
     shown = spread(len(names), 8)
     mappable = ScalarMappable(norm=NoNorm(), cmap=ListedColormap(list(colours.values())))
     bar = figure.colorbar(mappable, ax=axes, ticks=shown, label="layer, by depth", pad=0.02)
@@ -145,7 +222,13 @@ def explain_colours(figure: Figure, axes: Axes, colours: Mapping[str, Colour]) -
 
 
 def spread(number: int, most: int) -> list[int]:
-    """Return the indices of at most `most` of `number` things, evenly spread, first and last among them."""
+    """Return the indices of at most `most` of `number` things, evenly spread, first and last among them.
+
+    Example:
+        >>> spread(3, 8), spread(100, 4)
+        ([0, 1, 2], [0, 33, 66, 99])
+    """
     if number <= most:
         return list(range(number))
-    return sorted({round(index * (number - 1) / (most - 1)) for index in range(most)})
+    step = (number - 1) / (most - 1)
+    return sorted({round(index * step) for index in range(most)})

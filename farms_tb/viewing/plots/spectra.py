@@ -1,0 +1,199 @@
+"""Pictures of the layers' spectra: the histogram of the eigenvalues, the fitted tail, the Marchenko-Pastur law.
+
+They need a report with histograms, `analyze(model, histogram=True)`. Both axes are logarithmic: a power law is a
+straight line there, and its slope is -alpha.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from farms_tb.report import LayerRecord, Report
+from farms_tb.viewing.densities import Density, aspect_of_sample, esd_density, marchenko_pastur, tail_density
+from farms_tb.viewing.plots.style import (
+    PathLike,
+    depth_colours,
+    heading,
+    new_figure,
+    plain,
+    save,
+    spread,
+    styled,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MAX_SPECTRA = 20
+"""Of more layers than this, `plot_esds` shows so many."""
+
+SHOWN = 1e-4
+"""Eigenvalues below this share of the largest are cut off, unless the tail begins there: they hide the rest."""
+
+TAIL, RANDOM = "#D55E00", "0.25"
+
+
+@styled
+def plot_esd(report: Report, layer: str, path: PathLike | None = None, *, title: str = "") -> Figure:
+    """Draw a layer's empirical spectral density, its fitted tail and the Marchenko-Pastur law on log-log axes.
+
+    The Marchenko-Pastur law is what independent random entries of the same variance would give.
+
+    Args:
+        report: a measurement with histograms, `analyze(model, histogram=True)`.
+        layer: name of the layer.
+        path: where to save the picture, in the format of the file's ending; None to save nothing.
+        title: a heading, shown as it is; the layer's name where empty.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: no layer of that name has a histogram.
+    """
+    with_histogram(report, [layer])
+    figure = new_figure(5.0, 3.6)
+    axes = figure.add_subplot()
+    _draw_esd(axes, report, layer)
+    axes.set_title(heading(title) or plain(layer))
+    axes.set_xlabel("eigenvalue")
+    axes.set_ylabel("density")
+    axes.legend(loc="lower left")
+    return save(figure, path)
+
+
+@styled
+def plot_esds(
+    report: Report, path: PathLike | None = None, *, layers: Sequence[str] | None = None, title: str = ""
+) -> Figure:
+    """Draw the spectra of several layers side by side; see `plot_esd`.
+
+    Args:
+        report: a measurement with histograms, `analyze(model, histogram=True)`.
+        path: where to save the picture, in the format of the file's ending; None to save nothing.
+        layers: their names; None for all, or 20 of them, evenly spread over the depth, where there are more.
+        title: a heading, shown as it is: `$` is no mathematics.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: a layer has no histogram, or none has.
+    """
+    found = with_histogram(report, layers or ())
+    chosen = found
+    if layers is None:
+        chosen = [found[index] for index in spread(len(found), MAX_SPECTRA)]
+    columns = min(4, math.ceil(math.sqrt(len(chosen))))
+    rows = math.ceil(len(chosen) / columns)
+    figure = new_figure(2.3 * columns + 0.4, 1.9 * rows + 0.8)
+    panels = figure.subplots(rows, columns, squeeze=False).flat
+    for axes in panels[len(chosen) :]:
+        axes.set_axis_off()
+    for axes, name in zip(panels, chosen, strict=False):
+        _draw_small(axes, report, name)
+    figure.suptitle(heading(title), x=0.01, ha="left", fontsize=10)
+    left_out = f" ({len(chosen)} of {len(found)} layers)" if len(chosen) < len(found) else ""
+    figure.supxlabel(f"eigenvalue{left_out}", fontsize=9)
+    figure.supylabel("density", fontsize=9)
+    _add_common_legend(figure)
+    return save(figure, path)
+
+
+def _draw_small(axes: Axes, report: Report, name: str) -> None:
+    """Draw one layer's spectrum as one of many."""
+    _draw_esd(axes, report, name)
+    axes.set_title(plain(name, 32), fontsize=7)
+    axes.tick_params(labelsize=6)
+    axes.minorticks_off()  # hundreds of them would take most of the time of drawing
+
+
+def _add_common_legend(figure: Figure) -> None:
+    """Add one legend for all panels, in which the fitted tails, of different alphas, are one entry."""
+    entries = {}
+    for axes in figure.axes:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            entries[label.partition(", alpha")[0]] = handle
+    figure.legend(entries.values(), entries.keys(), loc="outside upper right", ncols=3)
+
+
+def _draw_esd(axes: Axes, report: Report, name: str) -> None:
+    """Draw one layer's histogram, its tail where one was fitted, and the law of random weights.
+
+    Args:
+        axes: where to draw; they get logarithmic scales, limits and labels for a legend.
+        report: the measurement.
+        name: name of a layer with a histogram.
+    """
+    record = report.layers[name]
+    assert record.histogram is not None  # those without are not drawn
+    histogram = esd_density(record.histogram)
+    tail = tail_density(record)
+    lowest = _lowest_shown(histogram, tail)
+    floor, ceiling = _heights_shown(histogram, lowest)
+    colour = depth_colours(list(report.layers))[name]
+    axes.stairs(histogram.y, histogram.x, baseline=floor, fill=True, color=colour, alpha=0.45, label="eigenvalues")
+    _draw_law(axes, record, report, lowest)
+    if tail is not None:
+        axes.plot(*tail, color=TAIL, linewidth=1.8, label=f"fitted tail, alpha {record.alpha:.2f}")
+        axes.axvline(tail.x[0], color=TAIL, linewidth=0.8, linestyle=":")
+    axes.set(xscale="log", yscale="log", ylim=(floor, ceiling), xlim=(lowest, histogram.x[-1] * 1.3))
+
+
+def _draw_law(axes: Axes, record: LayerRecord, report: Report, lowest: float) -> None:
+    """Draw the Marchenko-Pastur law of the layer's mean eigenvalue, where there is one above 0.
+
+    Args:
+        axes: where to draw.
+        record: the layer's record, for its mean eigenvalue.
+        report: the measurement, for the aspect ratio of its matrices.
+        lowest: the smallest eigenvalue to draw.
+    """
+    mean_eigenvalue = record.norm_stable_rank
+    if not mean_eigenvalue:
+        return
+    law = marchenko_pastur(mean_eigenvalue, aspect_of_sample(record, report), lowest)
+    axes.plot(*law, color=RANDOM, linestyle="--", label="random weights (Marchenko-Pastur)")
+
+
+def _lowest_shown(histogram: Density, tail: Density | None) -> float:
+    """Return the left end of the axis: where the histogram begins, or further right, but left of the tail."""
+    smallest, largest = float(histogram.x[0]), float(histogram.x[-1])
+    cut = largest * SHOWN
+    if tail is not None:
+        cut = min(cut, float(tail.x[0]) / 3)
+    return max(smallest, cut)
+
+
+def _heights_shown(histogram: Density, lowest: float) -> tuple[float, float]:
+    """Return the ends of the vertical axis: a factor of 3 around the histogram's bars that are shown."""
+    visible = histogram.x[1:] > lowest
+    bars = histogram.y[visible & (histogram.y > 0)]
+    return float(bars.min()) / 3, float(bars.max()) * 3
+
+
+def with_histogram(report: Report, layers: Sequence[str]) -> list[str]:
+    """Check that layers have a histogram.
+
+    Args:
+        report: a measurement.
+        layers: names of layers; none for all that have a histogram.
+
+    Returns:
+        The names of the layers.
+
+    Raises:
+        ValueError: a layer has no histogram, or none has.
+    """
+    found = [name for name, record in report.layers.items() if record.histogram is not None]
+    if not found:
+        raise ValueError("the report holds no histogram: measure with analyze(..., histogram=True)")
+    for name in layers:
+        if name not in found:
+            raise ValueError(f"no layer {name!r} with a histogram; those with one are {', '.join(found)}")
+    return list(layers) or found
