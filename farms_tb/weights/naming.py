@@ -16,8 +16,8 @@ any real name below experts, 3 dimensions      stacked experts
 =============================================  ==============================================================
 
 What is anything else is listed with the reason, as in `farms_tb.analyze`. So are quantised weights: integers, and
-8-bit floats with scales for other blocks than 128 x 128; scales are not listed. 8-bit floats with one or no scale
-are measured as they are: alpha does not depend on it.
+8-bit floats with scales for blocks of unclear size (see `farms_tb.weights.values.block_size`). Scales are not
+listed. 8-bit floats with one or no scale are measured as they are: alpha does not depend on it.
 """
 
 from __future__ import annotations

@@ -25,9 +25,6 @@ NESTED = "a nested tensor: its matrices have no one shape"
 
 MAKE_DENSE = "make it dense first, weight.to_dense()"
 
-SCALE_BLOCK = 128
-"""Rows and columns that share a scale in block-scaled 8-bit floats, in all models that are known."""
-
 
 def unreadable(parameters: Iterable[Tensor]) -> str:
     """Say why weights cannot be measured; empty where they can.
@@ -44,7 +41,7 @@ def unreadable(parameters: Iterable[Tensor]) -> str:
         if parameter.is_meta:
             return NO_VALUES
         if not (parameter.is_floating_point() or parameter.is_complex()):
-            return f"weights of type {parameter.dtype}: not floating point"
+            return quantised(parameter.dtype)
     return ""
 
 
@@ -98,21 +95,49 @@ def _dequantised(weight: Tensor) -> Tensor:
 
 
 def scaled(weight: Tensor, scale: Tensor) -> Tensor:
-    """Multiply 8-bit floats with the scales of their blocks of 128 x 128.
+    """Multiply 8-bit floats with the scales of their blocks: `W[i, j] * scale[i // rows, j // columns]`.
+
+    The shape of `scale` tells the size of the blocks, see `block_size`. Usual are 128 x 128 (DeepSeek), one row,
+    and 1 x 32 (MX formats).
 
     Args:
-        weight: `(R, C)` in an 8-bit floating dtype.
-        scale: `(ceil(R / 128), ceil(C / 128))`.
+        weight: `(R, C)`, or `(experts, R, C)`, in an 8-bit floating dtype.
+        scale: `(ceil(R / rows), ceil(C / columns))`, of as many dimensions as `weight`, any floating dtype.
 
     Returns:
-        `(R, C)` in float32.
+        The weight in float32, of its own shape.
 
     Raises:
-        NoSpectrumError: the scales are not those of such blocks.
+        NoSpectrumError: the shape of `scale` does not tell the size of the blocks.
     """
-    rows, columns = (weight.shape[0], weight.shape[1]) if weight.ndim == 2 else (0, 0)
-    blocks = (-(-rows // SCALE_BLOCK), -(-columns // SCALE_BLOCK))
-    if tuple(scale.shape) != blocks:
+    if scale.ndim != weight.ndim:
         raise NoSpectrumError(quantised(weight.dtype, block_scales=True))
-    wide = scale.float().repeat_interleave(SCALE_BLOCK, 0)[:rows]
-    return weight.float() * wide.repeat_interleave(SCALE_BLOCK, 1)[:, :columns]
+    values = weight.float()
+    factors = scale.float()
+    for dim, (size, blocks) in enumerate(zip(weight.shape, scale.shape, strict=True)):
+        entries = block_size(size, blocks)
+        if entries == 0:
+            raise NoSpectrumError(quantised(weight.dtype, block_scales=True))
+        factors = factors.repeat_interleave(entries, dim).narrow(dim, 0, size)
+    return values * factors
+
+
+def block_size(size: int, blocks: int) -> int:
+    """Return how many entries of a dimension share a scale.
+
+    A dimension of `size` entries in blocks of `b` has `ceil(size / b)` of them, the last one possibly narrower.
+    Several `b` give the same number, and at most one of them is a power of two, as in every known format.
+
+    Args:
+        size: entries of the weight along the dimension.
+        blocks: entries of the scale along it.
+
+    Returns:
+        The power of two, `size` where one block covers the dimension, or 0 where no power of two fits.
+    """
+    if blocks == 1:
+        return size
+    smallest = -(-size // max(blocks, 1))
+    power_of_two = 1 << (smallest - 1).bit_length()
+    fits = -(-size // power_of_two) == blocks
+    return power_of_two if fits else 0
