@@ -187,10 +187,12 @@ def _open_legacy(file: OpenedFile, opened: BinaryIO) -> TorchFile:
     for key in keys:
         opened.seek(position)
         (entries,) = struct.unpack("<q", opened.read(8))
-        size = entries * interpreter.storages[str(key)].dtype.itemsize
+        if not isinstance(key, str):
+            raise ValueError("a storage without a name")
+        size = entries * interpreter.storages[key].dtype.itemsize
         if entries < 0 or position + 8 + size > file.size:
             raise ValueError("it ends before its tensors")
-        records[str(key)] = _Record(size, partial(int, position + 8))
+        records[key] = _Record(size, partial(int, position + 8))
         position += 8 + size
     return TorchFile(content, file, records)
 
