@@ -270,7 +270,8 @@ def test_nothing_is_imported_or_called(
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "a.pt"
     if legacy:
-        start = b"".join(pickle.dumps(value, protocol=2) for value in (0x1950A86A20F9469CFC6C, 1001, {}))
+        head: list[Any] = [0x1950A86A20F9469CFC6C, 1001, {}]
+        start = b"".join(pickle.dumps(value, protocol=2) for value in head)
         path.write_bytes(start + ATTACKS[attack] + pickle.dumps(["0"], protocol=2) + pack("<q", 12) + bytes(48))
     else:
         write(ATTACKS[attack], path)
@@ -292,6 +293,9 @@ def test_nothing_is_imported_or_called(
 
 def _functions() -> list[tuple[Any, ...]]:
     """What a pickle could change of the functions that it may name."""
-    names: dict[str, Any] = {**vars(pickles), **vars(pickled_objects)}
-    found = list(filter(callable, names.values()))
-    return [(value, getattr(value, "__defaults__", None), dict(getattr(value, "__dict__", {}))) for value in found]
+    found: list[tuple[Any, ...]] = []
+    for module in (pickles, pickled_objects):
+        held: list[Any] = list(vars(module).values())
+        functions = [value for value in held if callable(value)]
+        found += [(f, getattr(f, "__defaults__", None), dict(getattr(f, "__dict__", {}))) for f in functions]
+    return found
