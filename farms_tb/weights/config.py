@@ -80,8 +80,9 @@ def _tied_head(config: dict[str, Any], text: dict[str, Any]) -> str:
     architectures = config.get("architectures")
     if tied is not True or not isinstance(architectures, list):
         return ""
+    names = [name for name in architectures if isinstance(name, str)]
     for end, head in _HEADS.items():
-        if any(str(name).endswith(end) for name in architectures):
+        if any(name.endswith(end) for name in names):
             return head
     return ""
 
