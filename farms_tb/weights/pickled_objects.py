@@ -154,13 +154,20 @@ def _numbers(found: Any) -> tuple[int, ...]:
 
 
 def _unread(dtype: Any, size: Any, problem: str) -> TorchTensor:
-    """Note a tensor that cannot be read, and why."""
+    """Note a tensor that cannot be read.
+
+    Args:
+        dtype: the type of its entries, as the pickle gives it.
+        size: its shape, as the pickle gives it.
+        problem: why it cannot be read, the status of its layer.
+    """
     if not isinstance(dtype, torch.dtype):
         raise pickle.UnpicklingError("a tensor without a type")
     return TorchTensor(_numbers(size), dtype, problem=problem)
 
 
 def _storage(found: Any) -> Storage:
+    """Return the first argument of most functions, checked."""
     if isinstance(found, Storage):
         return found
     raise pickle.UnpicklingError("a tensor without a storage")
@@ -179,6 +186,12 @@ def _typed_tensor(
 
 
 def _strided(storage: Storage, offset: Any, size: Any, stride: Any, dtype: Any) -> TorchTensor:
+    """Note a tensor whose entry `(i, j, ...)` is that at `offset + i * stride[0] + j * stride[1] + ...`.
+
+    Raises:
+        pickle.UnpicklingError: an argument is not what torch writes. Whether the storage has so many entries is
+            checked when the file's records are known, in `farms_tb.weights.torch_files`.
+    """
     if len(_sequence(size)) != len(_sequence(stride)):
         raise pickle.UnpicklingError("a tensor of impossible shape")
     unread = _unread(dtype, size, shape_problem(size))
@@ -189,6 +202,7 @@ def _strided(storage: Storage, offset: Any, size: Any, stride: Any, dtype: Any) 
 
 
 def _parameter(data: Any, *_: Any) -> Any:
+    """Note an `nn.Parameter` as the tensor that it holds."""
     return data
 
 
@@ -221,22 +235,26 @@ def _sparse(layout: Any, data: Any, *_: Any) -> TorchTensor:
 
 
 def _nested(buffer: Any, *_: Any) -> TorchTensor:
+    """Note a nested tensor: `buffer` holds the entries of all its parts."""
     dtype = buffer.dtype if isinstance(buffer, TorchTensor) else None
     return _unread(dtype, (), NESTED)
 
 
 def _quantised(storage: Any, _offset: Any, size: Any, *_: Any) -> TorchTensor:
+    """Note a tensor by torch's own quantisation, whose storage holds codes."""
     dtype = _storage(storage).dtype
     return _unread(dtype, size, quantised(dtype))
 
 
 def _layout(name: Any) -> str:
+    """Note a memory layout by its name, `"torch.sparse_coo"`."""
     if isinstance(name, str):
         return name[:_MAX_NAME]
     raise pickle.UnpicklingError("a layout without a name")
 
 
 def _size(values: Any = ()) -> Any:
+    """Note a `torch.Size` as the tuple that it is made of; it is checked where it becomes a shape."""
     return _sequence(values)
 
 

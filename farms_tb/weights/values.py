@@ -30,18 +30,29 @@ def unreadable(parameters: Iterable[Tensor]) -> str:
     """Say why weights cannot be measured; empty where they can.
 
     Nothing is computed: a tensor subclass is asked for its layout and type alone.
+
+    Args:
+        parameters: the weights of one layer; the first with a problem counts.
     """
     for parameter in parameters:
-        if is_lazy(parameter):
-            return "not initialised yet: run one batch through the model first"
-        if parameter.is_nested:
-            return NESTED
-        if parameter.layout != torch.strided:
-            return f"a weight of layout {parameter.layout}: {MAKE_DENSE}"
-        if parameter.is_meta:
-            return NO_VALUES
-        if not (parameter.is_floating_point() or parameter.is_complex()):
-            return quantised(parameter.dtype)
+        problem = _problem(parameter)
+        if problem:
+            return problem
+    return ""
+
+
+def _problem(parameter: Tensor) -> str:
+    """Say why one weight cannot be measured, what excludes the most first."""
+    if is_lazy(parameter):
+        return "not initialised yet: run one batch through the model first"
+    if parameter.is_nested:
+        return NESTED
+    if parameter.layout != torch.strided:
+        return f"a weight of layout {parameter.layout}: {MAKE_DENSE}"
+    if parameter.is_meta:
+        return NO_VALUES
+    if not (parameter.is_floating_point() or parameter.is_complex()):
+        return quantised(parameter.dtype)
     return ""
 
 
@@ -65,17 +76,21 @@ def dense(weight: Any) -> Tensor:
     Raises:
         NoSpectrumError: it is no tensor, or has no plain values; the message says why.
     """
+    if weight is None:
+        raise NoSpectrumError("its weight is None, no tensor")
     if not isinstance(weight, Tensor):
-        raise NoSpectrumError(f"its weight is {'None' if weight is None else type(weight).__name__}, no tensor")
+        raise NoSpectrumError(f"its weight is {type(weight).__name__}, no tensor")
     problem = unreadable([weight])
     if problem and problem != NO_VALUES:
         raise NoSpectrumError(problem)
     if _is_plain(weight):
         return weight.detach()
-    gather: Callable[[], Tensor] | None = getattr(weight, "full_tensor", None)
     if weight.is_meta:
         return torch.empty(weight.shape, dtype=weight.dtype, device="meta")
-    return _dequantised(weight) if gather is None else gather().detach()
+    gather: Callable[[], Tensor] | None = getattr(weight, "full_tensor", None)
+    if gather is not None:
+        return gather().detach()
+    return _dequantised(weight)
 
 
 def _is_plain(weight: Tensor) -> bool:
@@ -84,6 +99,11 @@ def _is_plain(weight: Tensor) -> bool:
 
 
 def _dequantised(weight: Tensor) -> Tensor:
+    """Return the values of a quantised tensor subclass.
+
+    Raises:
+        NoSpectrumError: it does not know how to dequantise, or gives something else than plain values.
+    """
     name = type(weight).__name__
     try:
         values: Tensor = weight.detach().dequantize()

@@ -369,14 +369,14 @@ def test_files_without_a_matrix(save: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("index", "error", "words"),
     [
-        ("hello", ValueError, "expected JSON whose 'weight_map' names a file beside it"),
+        ("hello", ValueError, "expected JSON whose 'weight_map' names a file next to it"),
         ('["a"]', ValueError, "expected JSON whose 'weight_map'"),
         ("{}", ValueError, "expected JSON whose 'weight_map'"),
         ('{"weight_map": ["a"]}', ValueError, "expected JSON whose 'weight_map'"),
         ('{"weight_map": {"fc.weight": 3}}', ValueError, "expected JSON whose 'weight_map'"),
         ('{"weight_map": {"fc.weight": "../a.safetensors"}}', ValueError, "expected JSON whose 'weight_map'"),
         ('{"weight_map": {"fc.weight": "/a.safetensors"}}', ValueError, "expected JSON whose 'weight_map'"),
-        ('{"weight_map": {"fc.weight": "b.safetensors"}}', FileNotFoundError, "not beside it: b.safetensors"),
+        ('{"weight_map": {"fc.weight": "b.safetensors"}}', FileNotFoundError, "not next to it: b.safetensors"),
         (
             '{"weight_map": {"gone.weight": "a.safetensors"}}',
             ValueError,
