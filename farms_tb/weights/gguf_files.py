@@ -1,7 +1,7 @@
 """Read GGUF, the format of llama.cpp, through the package `gguf`; quantised blocks are dequantised.
 
-The package lists the tensors and knows the quantised types. The entries are read here through ordinary file handles,
-because the package maps files into memory (see `farms_tb.weights.stored`).
+The package lists the tensors and knows the quantised types. The entries are read here through ordinary file
+handles, because the package maps files into memory (see `farms_tb.weights.stored`).
 """
 
 from __future__ import annotations

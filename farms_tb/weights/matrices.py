@@ -154,12 +154,14 @@ def _weight(module: nn.Module, name: str = "weight") -> Tensor:
 
 @layer_matrices.register(nn.Linear)
 def _linear(module: nn.Linear) -> list[MatrixStack]:
+    """Return the weight (out, in) as one matrix."""
     return stacks.linear(_weight(module))
 
 
 @layer_matrices.register(nn.Embedding)
 @layer_matrices.register(nn.EmbeddingBag)
 def _embedding(module: Any) -> list[MatrixStack]:
+    """Return a lookup table (entries, width) as one matrix, where a user asks for embeddings."""
     return stacks.linear(_weight(module))
 
 
@@ -170,11 +172,13 @@ def _embedding(module: Any) -> list[MatrixStack]:
 @layer_matrices.register(nn.ConvTranspose2d)
 @layer_matrices.register(nn.ConvTranspose3d)
 def _convolution(module: Any) -> list[MatrixStack]:
+    """Return one matrix for each group and kernel position."""
     return stacks.convolution(_weight(module), module.groups)
 
 
 @layer_matrices.register
 def _attention(module: nn.MultiheadAttention) -> list[MatrixStack]:
+    """Return q, k and v, packed into one weight or apart. The output projection is a linear layer of its own."""
     if module.in_proj_weight is not None:
         return stacks.packed_attention(_weight(module, "in_proj_weight"), "in_proj_weight")
     found = []

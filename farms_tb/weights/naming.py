@@ -168,6 +168,13 @@ def _name(stored: StoredTensor) -> str:
 def _layout(stored: StoredTensor, embeddings: bool) -> Layout:
     """Return what makes matrices of the tensor, by its name and shape.
 
+    A new layer type whose name tells what it is gets a function like `_attention`, added to the tuple of rules
+    below: it returns a layout, None for a tensor of another type, or raises for one that holds no matrix.
+
+    Args:
+        stored: the tensor; its values are not read.
+        embeddings: whether lookup tables are measured.
+
     Raises:
         NoSpectrumError: it is none, or cannot be told to be one.
     """
@@ -200,7 +207,15 @@ def _refuse_unreadable(stored: StoredTensor) -> None:
 
 
 def _weight(stored: StoredTensor) -> Tensor:
-    """Read the tensor, and multiply it with the scales of its blocks where it has such."""
+    """Read the tensor, and multiply it with the scales of its blocks where it has such.
+
+    Returns:
+        A plain tensor of the stored shape; float32 where scales were multiplied.
+
+    Raises:
+        NoSpectrumError: it has no plain values, or scales for blocks of unclear size.
+        ValueError, OSError: the file was cut, changed or deleted.
+    """
     weight = dense(stored.read())
     if weight.element_size() > 1:
         return weight
