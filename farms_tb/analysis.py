@@ -117,10 +117,13 @@ def analyze_checkpoint(
         and sorted by name from safetensors, which have no order.
 
     Raises:
-        TypeError: an option is unknown or has the wrong type.
-        FileNotFoundError: no such file, or one of several parts is missing.
-        ValueError: an option is out of range; or the file is cut short, is no checkpoint, holds no matrix or
-            several state dicts, or is a pickle of a whole module or program; or it changed while it was read.
+        TypeError: an option is unknown or has the wrong type, or `path` is no path.
+        FileNotFoundError: no such file, one of several parts is missing, or it was deleted while it was read.
+        OSError: the file cannot be opened or read, for lack of permission say.
+        ValueError: an option is out of range; `path` is a URL, a folder without weights, or one with several files
+            of weights; the file is of a format that is not read, is no checkpoint, is cut short or damaged, holds
+            no matrix, several state dicts or none under `key`, or is a pickle of a whole module or program; or it
+            changed while it was read.
         ImportError: a `.gguf` file, and the package gguf is not installed.
 
     Example:
@@ -142,15 +145,31 @@ def analyze_checkpoint(
 def _measure_stored(
     tensors: Iterable[StoredTensor], where: object, options: SpectrumOptions, null: bool, histogram: bool
 ) -> Report:
-    """Measure the layers among the tensors of a file or a state dict, one after the other."""
+    """Measure the layers among the tensors of a file or a state dict, one after the other.
+
+    Args:
+        tensors: what may be layers.
+        where: the file or the state dict, for the message of an error.
+        options: how to measure.
+        null: also measure the permutation null, once for each shape.
+        histogram: also count each layer's ESD.
+
+    Raises:
+        ValueError: none of them is a matrix.
+    """
     nulls: Nulls | None = {} if null else None
-    records = {
-        name: found
-        if isinstance(found, LayerRecord)
-        else weight_record(found, options, histogram=histogram, nulls=nulls)
-        for name, found in stored_layers(tensors)
-    }
-    if not any(record.shape and min(record.shape[1:]) > 1 for record in records.values()):
+    records: dict[str, LayerRecord] = {}
+    for name, found in stored_layers(tensors):
+        if isinstance(found, LayerRecord):
+            records[name] = found
+        else:
+            records[name] = weight_record(found, options, histogram=histogram, nulls=nulls)
+    if not any(_is_matrix(record) for record in records.values()):
         reasons = "".join(f"\n  {name}: {record.status}" for name, record in list(records.items())[:10])
         raise ValueError(f"{where} has no weight that can be analysed" + reasons)
     return Report(records, as_plain(options))
+
+
+def _is_matrix(record: LayerRecord) -> bool:
+    """Tell a layer of at least two rows and columns, measured or not."""
+    return bool(record.shape) and min(record.shape[1:]) > 1

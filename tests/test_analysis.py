@@ -513,7 +513,7 @@ class TestBadInput:
 
     def test_integer_weights_are_listed(self):
         weight = torch.ones(9, 9, dtype=torch.int8)
-        assert status_of(linear_of(weight)) == "weights of type torch.int8: not floating point"
+        assert status_of(linear_of(weight)) == "quantised weights (torch.int8): dequantise the model first"
 
     def test_meta_and_lazy_layers_are_listed(self):
         assert status_of(nn.Linear(9, 9, device="meta")) == "on the meta device: no values"
@@ -543,7 +543,7 @@ class TestBadInput:
             ValueError, match="fit must be one of 'median', 'goodness-of-fit', 'xmin_peak', got 'mean'"
         ):
             analyze(nn.Sequential(), fit="mean")
-        with pytest.raises(TypeError, match="unexpected keyword argument 'fits'"):
+        with pytest.raises(TypeError, match="no option 'fits'; did you mean 'fit'"):
             analyze(nn.Linear(9, 9), fits="median")
 
 

@@ -1,4 +1,9 @@
-"""What the `config.json` of a Hugging Face folder tells of the weights alongside it."""
+"""What the `config.json` of a Hugging Face folder tells of the weights alongside it.
+
+Two facts cannot be told by names and shapes: how many experts a mixture has, and whether the language model's head
+shares the embedding's weight, of which a file then holds one name. The file is input as any other: whatever is not
+of the expected type counts as not said.
+"""
 
 from __future__ import annotations
 
@@ -20,31 +25,66 @@ _HEADS = {
 }
 """Names of the heads of language models by the ends of their architectures' names."""
 
+_WORD_EMBEDDINGS = ("embed_tokens", "wte", "shared", "word_embeddings", "embed_in")
+
 _MAX_SIZE = 10_000_000
 
 
 def facts_of(folder: Path) -> ModelFacts:
-    """Read a folder's `config.json`; nothing is known where there is none, or one that is no JSON object."""
-    path = folder / "config.json"
+    """Read a folder's `config.json`.
+
+    Args:
+        folder: where the weights are.
+
+    Returns:
+        The facts; none where there is no such file, or one that is no JSON object.
+    """
+    config = _config(folder / "config.json")
+    text = config
+    nested = config.get("text_config")  # A model of several modalities has one for each.
+    if isinstance(nested, dict):
+        text = {**config, **nested}
+    return ModelFacts(_number_of_experts(text), _tied_head(config, text))
+
+
+def _config(path: Path) -> dict[str, Any]:
+    """Return the content of a `config.json`; an empty dict where it cannot be read."""
     try:
-        config = json.loads(path.read_bytes()) if path.stat().st_size < _MAX_SIZE else {}
+        if path.stat().st_size > _MAX_SIZE:
+            return {}
+        config = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
-        return ModelFacts()
+        return {}
     if not isinstance(config, dict):
-        return ModelFacts()
-    nested = config.get("text_config")
-    text = {**config, **nested} if isinstance(nested, dict) else config
-    number = next((text[name] for name in _EXPERTS if isinstance(text.get(name), int)), 0)
-    return ModelFacts(max(number, 0), _tied_head(config, text))
+        return {}
+    return config
+
+
+def _number_of_experts(text: dict[str, Any]) -> int:
+    """Return the experts of a mixture by the first of their names; 0 where none is there."""
+    for name in _EXPERTS:
+        number = text.get(name)
+        if isinstance(number, int):
+            return max(number, 0)
+    return 0
 
 
 def _tied_head(config: dict[str, Any], text: dict[str, Any]) -> str:
-    """Return the name of the head that shares the embedding's weight; empty where none does."""
+    """Return the name of the head that shares the embedding's weight; empty where none does.
+
+    Args:
+        config: the file's content.
+        text: the same, with what it says of the language model.
+    """
+    tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings"))
     architectures = config.get("architectures")
-    names = [name for name in architectures if isinstance(name, str)] if isinstance(architectures, list) else []
-    if config.get("tie_word_embeddings", text.get("tie_word_embeddings")) is not True:
+    if tied is not True or not isinstance(architectures, list):
         return ""
-    return next((head for end, head in _HEADS.items() if any(name.endswith(end) for name in names)), "")
+    names = [name for name in architectures if isinstance(name, str)]
+    for end, head in _HEADS.items():
+        if any(name.endswith(end) for name in names):
+            return head
+    return ""
 
 
 def with_tied_head(tensors: Sequence[StoredTensor], head: str) -> list[StoredTensor]:
@@ -53,15 +93,22 @@ def with_tied_head(tensors: Sequence[StoredTensor], head: str) -> list[StoredTen
     Args:
         tensors: the tensors of the model.
         head: the head's name; empty where it has a weight of its own.
+
+    Returns:
+        The tensors, and the head as a second name of the embedding's weight where there is exactly one embedding
+        of words.
     """
+    found = list(tensors)
     if not head or any(tensor.path.endswith(head) for tensor in tensors):
-        return list(tensors)
-    words = [tensor for tensor in tensors if tensor.name == "weight" and _is_word_embedding(tensor)]
-    if len(words) != 1:
-        return list(tensors)
-    shared = words[0]
-    return [*tensors, replace(shared, key=f"{head}.weight", siblings={"weight": shared})]
+        return found
+    embeddings = [tensor for tensor in tensors if _is_word_embedding(tensor)]
+    if len(embeddings) == 1:
+        shared = embeddings[0]
+        found.append(replace(shared, key=f"{head}.weight", siblings={"weight": shared}))
+    return found
 
 
 def _is_word_embedding(tensor: StoredTensor) -> bool:
-    return tensor.path.rpartition(".")[2] in ("embed_tokens", "wte", "shared", "word_embeddings", "embed_in")
+    """Tell the table of tokens from those of positions and token types."""
+    module = tensor.path.rpartition(".")[2]
+    return tensor.name == "weight" and module in _WORD_EMBEDDINGS

@@ -51,9 +51,12 @@ def stored_tensors(
     Args:
         path: see `farms_tb.analyze_checkpoint`.
         damaged: where given, gets a sentence for each of several files that cannot be read, and the tensors of the
-            others are listed; None for an error.
+            others are listed; None to raise an error instead.
         key: where in a file by `torch.save` the weights are, `"ema"`, or `"student.model"` for a dict in a dict;
             None to look for them.
+
+    Returns:
+        The tensors, those that no report lists left out, in the order of a torch file, else sorted by name.
 
     Raises:
         FileNotFoundError, ValueError, ImportError: see `farms_tb.analyze_checkpoint`.
@@ -65,7 +68,8 @@ def stored_tensors(
         path = _weights_in(path)
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
-    found = _in_parts(path, damaged) if path.name.endswith(INDEX) else list(_in_file(path, key))
+    is_index = path.name.endswith(INDEX)
+    found = _in_parts(path, damaged) if is_index else list(_in_file(path, key))
     if path.suffix in (".safetensors", ".json"):
         # Neither safetensors nor parts of a checkpoint have an order of their own.
         found.sort(key=lambda tensor: _natural(tensor.key))
@@ -75,23 +79,37 @@ def stored_tensors(
 def tensors_of_state_dict(state_dict: Mapping[str, Any]) -> list[StoredTensor]:
     """List the tensors of a state dict in memory that may be layers.
 
+    Args:
+        state_dict: tensors by name; other items are left out.
+
+    Returns:
+        The tensors in the order of the dict; none is copied.
+
     Raises:
         TypeError: it holds no tensor by name.
     """
-    named = [item for item in state_dict.items() if isinstance(item[0], str) and isinstance(item[1], Tensor)]
-    if not named:
+    found = []
+    for key, value in state_dict.items():
+        if isinstance(key, str) and isinstance(value, Tensor):
+            found.append(stored_in_memory(key, value))
+    if not found:
         kind = type(state_dict).__name__
         raise TypeError(f"expected a torch.nn.Module, got {kind}, and no state dict: it holds no tensor by name")
-    return _layers_among([stored_in_memory(key, tensor) for key, tensor in named], ModelFacts())
+    return _layers_among(found, ModelFacts())
 
 
 def _layers_among(tensors: list[StoredTensor], facts: ModelFacts) -> list[StoredTensor]:
+    """Return the tensors that a report lists, each with what is known of its module and the model."""
     tensors = with_tied_head(with_siblings(tensors, facts), facts.tied_head)
     return [tensor for tensor in tensors if may_be_layer(tensor)]
 
 
 def _weights_in(folder: Path) -> Path:
-    """Return the one index, or else the one file of weights, in a directory."""
+    """Return the one index, or else the one file of weights, in a directory.
+
+    Raises:
+        ValueError: there is none, or several; the message says what there is, and how it can be read.
+    """
     for pattern in _IN_FOLDER:
         found = sorted(folder.glob(pattern))
         if len(found) == 1:
@@ -99,22 +117,36 @@ def _weights_in(folder: Path) -> Path:
         if found:
             names = ", ".join(file.name for file in found[:5])
             raise ValueError(f"{folder} has several files of weights, pass one of them: {names}")
+    raise ValueError(_without_weights(folder))
+
+
+def _without_weights(folder: Path) -> str:
+    """Return the message that refuses a folder in which no known file of weights lies."""
     if any(folder.glob("*.distcp")):
-        raise ValueError(
+        return (
             f"{folder} is a distributed checkpoint (.distcp): make one file of it first, python -m "
             f"torch.distributed.checkpoint.format_utils dcp_to_torch {folder} weights.pt"
         )
     if (folder / "model_index.json").is_file():
         parts = ", ".join(sorted({file.parent.name for file in folder.glob("*/*.safetensors")}))
-        raise ValueError(f"{folder} is a diffusers pipeline, pass the folder of one of its parts: {parts}")
-    raise ValueError(
+        return f"{folder} is a diffusers pipeline, pass the folder of one of its parts: {parts}"
+    return (
         f"{folder} is a directory without a .safetensors file or model.safetensors{INDEX}: pass the file of the "
         "weights"
     )
 
 
 def _in_parts(index: Path, damaged: list[str] | None) -> list[StoredTensor]:
-    """List the tensors of a checkpoint in several files."""
+    """List the tensors of a checkpoint in several files.
+
+    Args:
+        index: the index, which names the file of each tensor.
+        damaged: as in `stored_tensors`.
+
+    Raises:
+        FileNotFoundError: a file is not there.
+        ValueError: the index or a file is damaged, or a tensor is not in its file.
+    """
     parts = _parts(index)
     found = []
     for name in sorted(set(parts.values())):
@@ -144,16 +176,22 @@ def _parts(index: Path) -> dict[str, str]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         valid = False
     if not valid:
-        raise ValueError(f"{index} is no index: expected JSON whose 'weight_map' names a file beside it a tensor")
+        raise ValueError(
+            f"{index} is no index: expected JSON whose 'weight_map' names a file next to it for each tensor"
+        )
     missing = sorted({name for name in parts.values() if not (index.parent / name).is_file()})
     if missing:
-        raise FileNotFoundError(f"{index} names files that are not beside it: {', '.join(missing[:5])}")
+        raise FileNotFoundError(f"{index} names files that are not next to it: {', '.join(missing[:5])}")
     return dict(parts)
 
 
 def _natural(key: str) -> list[tuple[int, str]]:
-    """Sort `layers.10` after `layers.2`."""
-    return [(int(part), "") if part.isdecimal() and len(part) < 20 else (-1, part) for part in key.split(".")]
+    """Return a key that sorts `layers.10` after `layers.2`, and words before numbers."""
+    parts = []
+    for part in key.split("."):
+        is_number = part.isdecimal() and len(part) < 20  # Conversion of longer ones takes time, or is refused.
+        parts.append((int(part), "") if is_number else (-1, part))
+    return parts
 
 
 def _in_file(path: Path, key: str | None = None) -> Iterator[StoredTensor]:
@@ -164,12 +202,12 @@ def _in_file(path: Path, key: str | None = None) -> Iterator[StoredTensor]:
         return in_gguf(path)
     if path.suffix == ".safetensors":
         return in_safetensors(path)
-    other = next((name for magic, name in _OTHER_FORMATS.items() if start.startswith(magic)), "")
-    if other:
-        raise ValueError(
-            f"cannot read {path}: {other}, expected safetensors, GGUF or a file by torch.save. Load the model in "
-            "torch and call analyze(model)"
-        )
+    for magic, name in _OTHER_FORMATS.items():
+        if start.startswith(magic):
+            raise ValueError(
+                f"cannot read {path}: {name}, expected safetensors, GGUF or a file by torch.save. Load the model "
+                "in torch and call analyze(model)"
+            )
     return _in_torch_file(path, key)
 
 
@@ -182,6 +220,12 @@ def _in_torch_file(path: Path, key: str | None) -> Iterator[StoredTensor]:
 
 def _state_dict(loaded: Any, path: Path, key: str | None) -> Mapping[str, Any]:
     """Return the tensors by name in what a file holds.
+
+    Args:
+        loaded: the file's content.
+        path: where it is, for messages.
+        key: where in the content the tensors are; None to take them from one of the usual places, or from
+            the only one.
 
     Raises:
         ValueError: there are none, or several dicts of tensors.
@@ -198,12 +242,9 @@ def _state_dict(loaded: Any, path: Path, key: str | None) -> Mapping[str, Any]:
         return next(iter(candidates.values()))
     if candidates:
         raise ValueError(f"{path} holds several state dicts, choose one by key=: {_names(candidates)}")
-    inner = loaded
-    if isinstance(loaded, dict):
-        inner = next((loaded[name] for name in _STATE_DICT_KEYS if name in loaded), loaded)
     raise ValueError(
         f"{path} holds no state dict: expected tensors by name, alone or as {_STATE_DICT_KEYS[0]!r}, got "
-        f"{_held(inner)}"
+        f"{_held(loaded)}"
     )
 
 
@@ -229,10 +270,19 @@ def _candidates(
 
 
 def _names(candidates: Mapping[str, Any]) -> str:
+    """Return the first ten names, quoted."""
     return ", ".join(repr(name) for name in list(candidates)[:10]) or "none"
 
 
-def _held(found: Any) -> str:
+def _held(loaded: Any) -> str:
+    """Describe what lies where a state dict was expected."""
+    found = loaded
+    if isinstance(loaded, dict):
+        usual = [loaded[name] for name in _STATE_DICT_KEYS if name in loaded]
+        found = usual[0] if usual else loaded
     if isinstance(found, Mapping):
-        return f"a dict with {', '.join(repr(key) for key in list(found)[:5] if isinstance(key, (str, int)))}"
-    return "Tensor" if isinstance(found, TorchTensor) else type(found).__name__
+        keys = [repr(key) for key in list(found)[:5] if isinstance(key, (str, int))]
+        return f"a dict with {', '.join(keys)}"
+    if isinstance(found, TorchTensor):
+        return "Tensor"
+    return type(found).__name__

@@ -1,4 +1,8 @@
-"""Read GGUF, the format of llama.cpp, through the package `gguf`; quantised blocks are dequantised."""
+"""Read GGUF, the format of llama.cpp, through the package `gguf`; quantised blocks are dequantised.
+
+The package lists the tensors and knows the quantised types. The entries are read here through ordinary file
+handles, because the package maps files into memory (see `farms_tb.weights.stored`).
+"""
 
 from __future__ import annotations
 
@@ -43,6 +47,17 @@ def in_gguf(path: Path) -> Iterator[StoredTensor]:
 
 
 def _read(file: OpenedFile, place: tuple[int, int], kind: Any, shape: tuple[int, ...]) -> Tensor:
+    """Read one tensor.
+
+    Args:
+        file: the file.
+        place: position of its first byte, and the number of its bytes.
+        kind: its type, a `gguf.GGMLQuantizationType`.
+        shape: its shape, in torch's order.
+
+    Returns:
+        A tensor of that shape, in its own floating type, or in float32 where it was quantised.
+    """
     import gguf
     import numpy as np
 

@@ -96,8 +96,8 @@ def find_layers(model: nn.Module, *, embeddings: bool = False) -> list[Layer]:
     """
     model = unwrap(model)
     names = _parameter_names(model)
-    claimed: dict[int, str] = {}
-    inside: set[int] = set()
+    claimed: dict[int, str] = {}  # The layers that parameters belong to.
+    inside: set[int] = set()  # Modules whose parameters belong to a layer above them.
     layers: list[Layer] = []
     for path, module in model.named_modules():
         path = clean_name(path)
@@ -113,23 +113,37 @@ def find_layers(model: nn.Module, *, embeddings: bool = False) -> list[Layer]:
 
 
 def checked_layers(model: nn.Module, *, plan: bool = False) -> list[Layer]:
-    """`find_layers`, with an error where there is nothing to measure, or to plan for."""
+    """Return `find_layers(model)`, with an error where there is nothing to measure.
+
+    Args:
+        model: any module.
+        plan: accept a model without values, on the meta device: its layers would be measured.
+
+    Returns:
+        The layers, at least one of them without a problem, or planned.
+
+    Raises:
+        TypeError: `model` is no module.
+        ValueError: none of its layers can be measured; the message lists the reasons.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
     layers = find_layers(model)
+    if any(not layer.problem for layer in layers):
+        return layers
     planned = any(layer.planned for layer in layers)
-    if all(layer.problem for layer in layers) and not (plan and planned):
-        if planned:
-            raise ValueError(
-                f"{type(model).__name__} is on the meta device: its layers have no values to balance. Give it "
-                "memory first, model.to_empty(device=...), and load or initialise its weights"
-            )
-        reasons = "".join(f"\n  {layer.name}: {layer.problem}" for layer in layers[:10])
+    if planned and plan:
+        return layers
+    if planned:
         raise ValueError(
-            f"{type(model).__name__} has no layer that can be analysed; linear, convolution, attention and "
-            "spectral-convolution layers can, others by farms_tb.layer_matrices.register" + reasons
+            f"{type(model).__name__} is on the meta device: its layers have no values to balance. Give it "
+            "memory first, model.to_empty(device=...), and load or initialise its weights"
         )
-    return layers
+    reasons = "".join(f"\n  {layer.name}: {layer.problem}" for layer in layers[:10])
+    raise ValueError(
+        f"{type(model).__name__} has no layer that can be analysed; linear, convolution, attention and "
+        "spectral-convolution layers can, others by farms_tb.layer_matrices.register" + reasons
+    )
 
 
 def _check_names(layers: list[Layer]) -> None:
@@ -147,6 +161,13 @@ def _check_names(layers: list[Layer]) -> None:
 def read_stacks(module: nn.Module) -> list[MatrixStack]:
     """Return the module's weights as matrices, without side effects on the module.
 
+    Args:
+        module: a layer.
+
+    Returns:
+        One stack for each weight, at least one. Without a history of gradients; views of the weights where
+        nothing has to be computed.
+
     Raises:
         NoSpectrumError: the module holds no matrix; the message says why.
     """
@@ -159,9 +180,11 @@ def read_stacks(module: nn.Module) -> list[MatrixStack]:
 
 @contextmanager
 def _measuring(module: nn.Module) -> Iterator[None]:
-    # A spectral-norm parametrization in training mode moves its power iteration each time the weight is read.
-    parametrizations = getattr(module, "parametrizations", None) if parametrize.is_parametrized(module) else None
-    changed = [part for part in parametrizations.modules() if part.training] if parametrizations else []
+    """Read weights without a change: spectral norm moves its power iteration at each reading in training mode."""
+    changed = []
+    if parametrize.is_parametrized(module):
+        parts = module.parametrizations.modules()  # type: ignore[operator,union-attr]
+        changed = [part for part in parts if part.training]
     for part in changed:
         part.training = False
     try:
@@ -177,6 +200,7 @@ def _is_compiled_shell(module: nn.Module) -> bool:
 
 
 def _parameter_names(model: nn.Module) -> dict[int, str]:
+    """Return the names of a model's parameters by their identity."""
     return {id(parameter): clean_name(name) for name, parameter in model.named_parameters()}
 
 
@@ -189,20 +213,27 @@ def _own_modules(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _module_layers(path: str, module: nn.Module, names: dict[int, str], claimed: dict[int, str]) -> list[Layer]:
-    """Return the layers of one module whose type has a rule, and note its parameters in `claimed`."""
-    own = [parameter for part in _own_modules(module) for parameter in part._parameters.values()]
-    parameters = {id(parameter): parameter for parameter in own if parameter is not None}
+    """Return the layers of one module whose type has a rule.
+
+    Args:
+        path: path of the module.
+        module: the module.
+        names: names of the model's parameters by their identity.
+        claimed: names of the layers that parameters belong to, by the parameters' identity; those of this module
+            are added.
+    """
+    name = path or "weight"
+    parameters = _own_parameters(module)
     problem = _tied(parameters, claimed) or unreadable(parameters.values())
     free = {key: names[key] for key in parameters if key not in claimed and key in names}
-    claimed.update(dict.fromkeys(free, path or "weight"))
+    claimed.update(dict.fromkeys(free, name))
     stacks: list[MatrixStack] = []
     if problem in ("", NO_VALUES):
         stacks, refused = _read_or_refuse(module)
         problem = problem or refused
     if not stacks:
-        return [Layer(path or "weight", path, module, parameters=tuple(free.values()), problem=problem)]
-    # A parameter that some stacks are made of belongs to these alone; what no stack names, a bias say, to all.
-    made_of = [id(module._parameters.get(stack.parameter)) for stack in stacks]
+        return [Layer(name, path, module, parameters=tuple(free.values()), problem=problem)]
+    owned = _parameters_of_stacks(module, stacks, free)
     return [
         Layer(
             name=".".join(filter(None, (path, stack.part))) or "weight",
@@ -211,12 +242,39 @@ def _module_layers(path: str, module: nn.Module, names: dict[int, str], claimed:
             index=index,
             kind=stack.kind,
             shape=tuple(stack.matrices.shape),
-            parameters=tuple(name for key, name in free.items() if key == made_of[index] or key not in made_of),
+            parameters=owned[index],
             problem=stack_problem(stack) or problem,
             sampling=stack.sampling,
         )
         for index, stack in enumerate(stacks)
     ]
+
+
+def _own_parameters(module: nn.Module) -> dict[int, nn.Parameter]:
+    """Return the parameters of a module, and of its descendants that are no layers, by their identity."""
+    found = {}
+    for part in _own_modules(module):
+        for parameter in part._parameters.values():
+            if parameter is not None:
+                found[id(parameter)] = parameter
+    return found
+
+
+def _parameters_of_stacks(
+    module: nn.Module, stacks: list[MatrixStack], free: dict[int, str]
+) -> list[tuple[str, ...]]:
+    """Return the names of the parameters that belong to each stack of a module.
+
+    A parameter that some stacks are made of belongs to these alone; what no stack names, a bias say, to all.
+
+    Args:
+        module: the module.
+        stacks: its stacks.
+        free: names of the parameters that belong to no other layer, by their identity.
+    """
+    made_of = [id(module._parameters.get(stack.parameter)) for stack in stacks]
+    shared = {key for key in free if key not in made_of}
+    return [tuple(name for key, name in free.items() if key == own or key in shared) for own in made_of]
 
 
 def _read_or_refuse(module: nn.Module) -> tuple[list[MatrixStack], str]:
@@ -232,24 +290,29 @@ def _read_or_refuse(module: nn.Module) -> tuple[list[MatrixStack], str]:
 
 def _layers_without_rule(path: str, module: nn.Module) -> list[Layer]:
     """List the matrices of a module whose type is unknown, or that is a lookup table."""
-    lookup = isinstance(module, (nn.Embedding, nn.EmbeddingBag)) or is_embedding_name(path)
+    is_lookup = isinstance(module, (nn.Embedding, nn.EmbeddingBag)) or is_embedding_name(path)
     layers = []
     for own, parameter in module._parameters.items():
-        if parameter is None or is_lazy(parameter) or _is_vector(parameter):
+        if parameter is None or not _may_hold_matrices(parameter):
             continue
-        problem = "" if parameter.is_meta else unreadable([parameter])
-        if not problem:
-            problem = EMBEDDING if lookup and own == "weight" and parameter.ndim == 2 else no_rule(own)
+        problem = unreadable([parameter])
+        if problem in ("", NO_VALUES):
+            is_table = is_lookup and own == "weight" and parameter.ndim == 2
+            problem = EMBEDDING if is_table else no_rule(own)
         layers.append(Layer(layer_name(path, own), path, module, problem=problem, has_rule=False))
     return layers
 
 
-def _is_vector(parameter: nn.Parameter) -> bool:
-    return not (is_lazy(parameter) or parameter.is_nested) and matrix_dims(parameter.shape) < 2
+def _may_hold_matrices(parameter: nn.Parameter) -> bool:
+    """Tell a parameter that is no vector; one that waits for its first batch has no shape yet."""
+    if is_lazy(parameter):
+        return False
+    return parameter.is_nested or matrix_dims(parameter.shape) > 1
 
 
 def _tied(parameters: dict[int, nn.Parameter], claimed: dict[int, str]) -> str:
+    """Say which layer shares a weight with these parameters; empty for none. A shared bias is no tie."""
     for key, parameter in parameters.items():
-        if key in claimed and not is_lazy(parameter) and not _is_vector(parameter):
+        if key in claimed and _may_hold_matrices(parameter):
             return f"tied to {claimed[key]!r}"
     return ""

@@ -1,9 +1,16 @@
-"""From a layer to its stacks of matrices: one function a layer type, registered on the type's class.
+"""From a layer to its stacks of matrices: one function a layer type, the *rules* of this module.
 
-A new layer type goes here: a function that hands its weight to a layout of `farms_tb.weights.stacks`, registered
-on its class, or under the class's full name in `_RULES_BY_NAME` where its package may not be installed.
+To add a layer type, write a function at the end of the rules below. It takes the module, hands its weight to a
+layout of `farms_tb.weights.stacks`, and is registered on the class, or on the class's full name where its package
+may not be installed::
 
-Users add their own types in the same way, from outside::
+    @layer_matrices.register(nn.Bilinear)
+    def _bilinear(module: nn.Bilinear) -> list[MatrixStack]:
+        return stacks.experts(_weight(module))
+
+A test in `tests/weights/test_matrices.py` compares it with `tests/reference/stacks.py`. What a file shows of the
+new type, names and shapes, goes to `farms_tb.weights.naming`. Users add their own types in the same way, from
+outside::
 
     @farms_tb.layer_matrices.register
     def _(module: MyLayer) -> list[MatrixStack]:
@@ -14,6 +21,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import singledispatch
 from typing import Any
 
@@ -27,6 +35,7 @@ from farms_tb.weights.values import dense, scaled
 __all__ = ["CONV_NORM", "MatrixStack", "NoSpectrumError", "Sampling", "dense", "has_rule", "layer_matrices"]
 
 Rule = Callable[[Any], list[MatrixStack]]
+"""Takes a module and returns its stacks. Raises NoSpectrumError where the module holds no matrix."""
 
 
 @singledispatch
@@ -48,7 +57,9 @@ def layer_matrices(module: nn.Module) -> list[MatrixStack]:
         torch.Size([9, 8, 4])
     """
     rule = _rule_by_name(module)
-    return [] if rule is None else rule(module)
+    if rule is None:
+        return []
+    return rule(module)
 
 
 def has_rule(module: nn.Module, *, embeddings: bool = False) -> bool:
@@ -61,17 +72,96 @@ def has_rule(module: nn.Module, *, embeddings: bool = False) -> bool:
     rule = layer_matrices.dispatch(type(module))
     if rule is _embedding:
         return embeddings
-    return rule is not layer_matrices.dispatch(object) or _rule_by_name(module) is not None
+    if rule is not layer_matrices.dispatch(object):
+        return True
+    return _rule_by_name(module) is not None
+
+
+@dataclass(frozen=True)
+class _NamedRule:
+    """A rule for classes of a package that may not be installed.
+
+    Attributes:
+        pattern: matches the full name of the class, or of one that it inherits from.
+        dimensions: what a parameter of the module must have for the rule to apply, 3 any of them and 2 the one
+            called `weight`; 0 where the name is enough. Of a module that holds its weights in children, these
+            are the layers.
+        rule: the rule.
+    """
+
+    pattern: re.Pattern[str]
+    dimensions: int
+    rule: Rule
+
+
+_NAMED_RULES: list[_NamedRule] = []
+
+
+def _register_name(pattern: str, dimensions: int = 0) -> Callable[[Rule], Rule]:
+    """Register a rule on full names of classes, as `layer_matrices.register` does on a class."""
+
+    def register(rule: Rule) -> Rule:
+        _NAMED_RULES.append(_NamedRule(re.compile(pattern), dimensions, rule))
+        return rule
+
+    return register
+
+
+def _rule_by_name(module: nn.Module) -> Rule | None:
+    names = [f"{cls.__module__}.{cls.__qualname__}" for cls in type(module).__mro__]
+    for named in _NAMED_RULES:
+        known = any(map(named.pattern.fullmatch, names))
+        if known and _holds(module, named.dimensions):
+            return named.rule
+    return None
+
+
+def _holds(module: nn.Module, dimensions: int) -> bool:
+    """Tell whether a module itself has a `weight`, or a stack of any name, of so many dimensions."""
+    if dimensions == 0:
+        return True
+    own: list[nn.Parameter | None] = [module._parameters.get("weight")]
+    if dimensions == 3:
+        own = list(module._parameters.values())
+    return any(parameter is not None and parameter.ndim == dimensions for parameter in own)
+
+
+def _weight(module: nn.Module, name: str = "weight") -> Tensor:
+    """Return a weight of a module as a plain tensor, multiplied with the scales of its blocks where it has such.
+
+    Args:
+        module: the layer.
+        name: the weight's attribute, which need not be a parameter: a parametrized weight is none.
+
+    Returns:
+        The tensor, detached, of the weight's shape.
+
+    Raises:
+        NoSpectrumError: the module has no such weight, or one without plain values.
+    """
+    weight = dense(getattr(module, name, None))
+    if weight.element_size() > 1:
+        return weight
+    for scale_name in scale_names(name):
+        scale = getattr(module, scale_name, None)
+        if isinstance(scale, Tensor) and scale.numel() > 1:
+            return scaled(weight, dense(scale))
+    return weight
+
+
+# ---- The rules, one a layer type. A new layer type goes at the end. ----
 
 
 @layer_matrices.register(nn.Linear)
 def _linear(module: nn.Linear) -> list[MatrixStack]:
+    """Return the weight (out, in) as one matrix."""
     return stacks.linear(_weight(module))
 
 
 @layer_matrices.register(nn.Embedding)
 @layer_matrices.register(nn.EmbeddingBag)
 def _embedding(module: Any) -> list[MatrixStack]:
+    """Return a lookup table (entries, width) as one matrix, where a user asks for embeddings."""
     return stacks.linear(_weight(module))
 
 
@@ -82,15 +172,20 @@ def _embedding(module: Any) -> list[MatrixStack]:
 @layer_matrices.register(nn.ConvTranspose2d)
 @layer_matrices.register(nn.ConvTranspose3d)
 def _convolution(module: Any) -> list[MatrixStack]:
+    """Return one matrix for each group and kernel position."""
     return stacks.convolution(_weight(module), module.groups)
 
 
 @layer_matrices.register
 def _attention(module: nn.MultiheadAttention) -> list[MatrixStack]:
+    """Return q, k and v, packed into one weight or apart. The output projection is a linear layer of its own."""
     if module.in_proj_weight is not None:
         return stacks.packed_attention(_weight(module, "in_proj_weight"), "in_proj_weight")
-    names = {part: f"{part}_proj_weight" for part in "qkv"}
-    return [stack for part, name in names.items() for stack in stacks.linear(_weight(module, name), part, name)]
+    found = []
+    for part in "qkv":
+        name = f"{part}_proj_weight"
+        found += stacks.linear(_weight(module, name), part, name)
+    return found
 
 
 @layer_matrices.register(nn.LSTM)
@@ -112,102 +207,64 @@ def _rnn(module: Any) -> list[MatrixStack]:
 
 
 def _gates(module: Any, number: int) -> list[MatrixStack]:
-    """One matrix a gate. The projection of an LSTM, `weight_hr`, has no gates."""
+    """Return one matrix for each of the `number` gates. The projection of an LSTM, `weight_hr`, has no gates."""
     # A parametrized weight is an attribute, and no parameter of this name.
     names = getattr(module, "_flat_weights_names", ("weight_ih", "weight_hh"))
-    return [
-        stack
-        for name in names
-        if name.startswith("weight")
-        for stack in stacks.gates(_weight(module, name), 1 if "_hr" in name else number, name)
-    ]
+    found = []
+    for name in names:
+        if "_hr" in name:
+            found += stacks.gates(_weight(module, name), 1, name)
+        elif name.startswith("weight"):
+            found += stacks.gates(_weight(module, name), number, name)
+    return found
 
 
+@_register_name(r"neuralop\.layers\.spectral_convolution\.SpectralConv")
 def _spectral_convolution(module: Any) -> list[MatrixStack]:
     """Neuraloperator's SpectralConv: one complex in x out matrix for each Fourier mode in use."""
     if module.separable:
         raise NoSpectrumError("separable spectral convolution: no in x out matrix")
     weight = module.weight
-    tensor = dense(weight.to_tensor() if hasattr(weight, "to_tensor") else weight)
-    return stacks.fourier_modes(tensor[_modes_in_use(module)])
+    if hasattr(weight, "to_tensor"):
+        weight = weight.to_tensor()  # A factorised weight.
+    return stacks.fourier_modes(dense(weight)[_modes_in_use(module)])
 
 
 def _modes_in_use(module: Any) -> tuple[slice, ...]:
-    """Slices of the weight that the forward pass reads where fewer modes are used than were allocated.
+    """Return slices of the weight that the forward pass reads where fewer modes are used than were allocated.
 
-    Modes are cut from both ends, but for the last dimension of a real transform, which holds only
-    non-negative frequencies and is cut at its end.
+    Modes are cut from both ends, the larger half of an odd number at the end. The last dimension of a real
+    transform holds only non-negative frequencies and is cut at its end alone.
+
+    Returns:
+        A slice for each dimension of the weight `(in, out, *modes)`.
     """
     slices = [slice(None), slice(None)]
-    unused = [allocated - used for allocated, used in zip(module.max_n_modes, module.n_modes, strict=True)]
-    for dim, cut in enumerate(unused):
-        half_spectrum = dim == len(unused) - 1 and not module.complex_data
-        if cut == 0:
-            slices.append(slice(None))
-        elif half_spectrum:
-            slices.append(slice(None, -cut))
-        else:
-            # Of an odd number, the forward pass cuts the larger half at the end.
-            slices.append(slice(cut // 2, -(cut - cut // 2)))
+    for allocated, used in zip(module.max_n_modes, module.n_modes, strict=True):
+        first = (allocated - used) // 2
+        slices.append(slice(first, first + used))
+    if not module.complex_data:
+        slices[-1] = slice(0, module.n_modes[-1])
     return tuple(slices)
 
 
+@_register_name(r"transformers\.pytorch_utils\.Conv1D")
 def _transformers_conv1d(module: Any) -> list[MatrixStack]:
     """The linear layer of Hugging Face's GPT-2, which stores its weight as (in, out)."""
     return stacks.linear(_weight(module))
 
 
+@_register_name(r"transformers\.models\.\S*(Router|Gate)", dimensions=2)
 def _router(module: Any) -> list[MatrixStack]:
     """Hugging Face's routers of a mixture of experts: a weight (experts, in)."""
     return stacks.linear(_weight(module))
 
 
+@_register_name(r"transformers\.models\.\S*Experts", dimensions=3)
 def _stacked_experts(module: Any) -> list[MatrixStack]:
     """Hugging Face's experts in parameters of three dimensions, one matrix an expert."""
-    names = [name for name, p in module._parameters.items() if p is not None and p.ndim == 3]
-    return [stack for name in names for stack in stacks.experts(_weight(module, name), name)]
-
-
-# Rules for classes of packages that may not be installed, looked up by their full name.
-_RULES_BY_NAME: dict[str, Rule] = {
-    "neuralop.layers.spectral_convolution.SpectralConv": _spectral_convolution,
-    "transformers.pytorch_utils.Conv1D": _transformers_conv1d,
-}
-
-# Families of classes that share no base: a pattern of their full names, and the dimensions of the parameters that
-# the rule takes. Of a module that holds its weights otherwise, in children say, these are the layers.
-_RULES_BY_PATTERN: tuple[tuple[re.Pattern[str], int, Rule], ...] = (
-    (re.compile(r"transformers\.models\.\S*Experts"), 3, _stacked_experts),
-    (re.compile(r"transformers\.models\.\S*(Router|Gate)"), 2, _router),
-)
-
-
-def _rule_by_name(module: nn.Module) -> Rule | None:
-    names = [f"{cls.__module__}.{cls.__qualname__}" for cls in type(module).__mro__]
-    for name in names:
-        if name in _RULES_BY_NAME:
-            return _RULES_BY_NAME[name]
-    for pattern, ndim, rule in _RULES_BY_PATTERN:
-        if any(map(pattern.fullmatch, names)) and _holds(module, ndim):
-            return rule
-    return None
-
-
-def _holds(module: nn.Module, ndim: int) -> bool:
-    own = module._parameters
-    found = own.values() if ndim == 3 else [own.get("weight")]
-    return any(parameter is not None and parameter.ndim == ndim for parameter in found)
-
-
-def _weight(module: nn.Module, name: str = "weight") -> Tensor:
-    """Return a weight of a module as a plain tensor, multiplied with the scales of its blocks where it has such.
-
-    Raises:
-        NoSpectrumError: the module has no such weight, or one without plain values.
-    """
-    weight = dense(getattr(module, name, None))
-    if weight.element_size() > 1:
-        return weight
-    scales = (getattr(module, scale, None) for scale in scale_names(name))
-    scale = next((scale for scale in scales if isinstance(scale, Tensor) and scale.numel() > 1), None)
-    return weight if scale is None else scaled(weight, dense(scale))
+    found = []
+    for name, parameter in module._parameters.items():
+        if parameter is not None and parameter.ndim == 3:
+            found += stacks.experts(_weight(module, name), name)
+    return found

@@ -1,4 +1,8 @@
-"""What the name of a weight tells, in a model and in a file alike."""
+"""What the name of a weight tells, in a model and in a file alike, and how its problem is called there.
+
+A layer has the same name and the same status wherever it is read from, so that two reports can be compared; both
+ways in ask this module.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +30,11 @@ def clean_name(name: str) -> str:
 
 def layer_name(path: str, parameter: str) -> str:
     """Return the name of the layer that a parameter is: `fc` for `fc.weight`, `head.cls_token` for another one."""
-    return path or parameter if parameter == "weight" else ".".join(filter(None, (path, parameter)))
+    if not path:
+        return parameter
+    if parameter == "weight":
+        return path
+    return f"{path}.{parameter}"
 
 
 def no_rule(parameter: str) -> str:
@@ -37,20 +45,30 @@ def no_rule(parameter: str) -> str:
 
 
 def quantised(dtype: object, *, block_scales: bool = False) -> str:
-    """Return the problem of a weight that holds codes instead of numbers."""
-    scaled = ", a scale for each block" if block_scales else ""
-    return f"quantised weights ({dtype}{scaled}): dequantise the model first"
+    """Return the problem of a weight that holds codes instead of numbers.
+
+    Args:
+        dtype: the type of the codes.
+        block_scales: whether they are 8-bit floats whose scales cannot be told to belong to which entries.
+    """
+    if block_scales:
+        return f"quantised weights ({dtype}, a scale for each block): dequantise the model first"
+    return f"quantised weights ({dtype}): dequantise the model first"
 
 
 def is_embedding_name(path: str) -> bool:
-    """Look at the module's own name: `patch_embed.proj` is no embedding, `tok_emb` and `embeds.0` are.
+    """Tell a lookup table by its module's own name, the last part of `path` that is no number.
 
-    GPT-NeoX's head is called `embed_out`, and several vision models project patches by a linear `patch_embed`.
+    `tok_emb` and `embeds.0` are embeddings, `patch_embed.proj` is none. GPT-NeoX's head is called `embed_out`, and
+    several vision models project patches by a linear `patch_embed`.
     """
-    own = next((part.lower() for part in reversed(path.split(".")) if not part.isdecimal()), "")
+    words = [part.lower() for part in path.split(".") if not part.isdecimal()]
+    own = words[-1] if words else ""
     if any(word in own for word in _NOT_EMBEDDING_WORDS):
         return False
-    return own in _EMBEDDING_NAMES or any(word in own for word in _EMBEDDING_WORDS)
+    if own in _EMBEDDING_NAMES:
+        return True
+    return any(word in own for word in _EMBEDDING_WORDS)
 
 
 def is_experts_name(path: str) -> bool:

@@ -16,8 +16,8 @@ any real name below experts, 3 dimensions      stacked experts
 =============================================  ==============================================================
 
 What is anything else is listed with the reason, as in `farms_tb.analyze`. So are quantised weights: integers, and
-8-bit floats with scales for other blocks than 128 x 128; scales are not listed. 8-bit floats with one or no scale
-are measured as they are: alpha does not depend on it.
+8-bit floats with scales for blocks of unclear size (see `farms_tb.weights.values.block_size`). Scales are not
+listed. 8-bit floats with one or no scale are measured as they are: alpha does not depend on it.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ from farms_tb.weights.stored import StoredTensor
 from farms_tb.weights.values import dense, matrix_dims, scaled
 
 Layout = Callable[[Tensor], list[MatrixStack]]
+"""Makes matrices of a weight: a function of `farms_tb.weights.stacks`, its other arguments given."""
 
 LONGEST_KERNEL = 31
 """A weight (out, in, last) whose name does not tell what it is counts as a convolution up to this last size."""
@@ -58,31 +59,48 @@ _RECURRENT = re.compile(r"weight_(ih|hh|hr)(_l\d+(_reverse)?)?")
 
 
 def may_be_layer(stored: StoredTensor) -> bool:
-    """Leave out vectors, scales of quantised weights, biases of experts, and tables of integers."""
-    name, siblings = stored.name, stored.siblings
-    if name in _ALONGSIDE_QUANTISED and any(weight in siblings for weight in _QUANTISED):
-        return False
-    base = re.sub(r"_(bias|scale|scale_inv|scales)$", "", name)
-    if base != name and (base in siblings or f"{base}_blocks" in siblings):
+    """Tell whether a report lists the tensor, measured or with a reason.
+
+    It does not list vectors, scales of quantised weights, biases of experts, and tables of integers.
+    """
+    if _belongs_to_another(stored):
         return False
     if stored.problem:
         return True
     if not stored.has_numbers and not _holds_codes(stored):
         return False
-    return matrix_dims(stored.shape) > 1 or (name == "weight" and _has_one_row(stored))
+    if matrix_dims(stored.shape) > 1:
+        return True
+    return stored.name == "weight" and _has_one_row(stored)
+
+
+def _belongs_to_another(stored: StoredTensor) -> bool:
+    """Tell scales and biases by the weight that is stored alongside: `gate_up_proj_bias` by `gate_up_proj`."""
+    name, siblings = stored.name, stored.siblings
+    if name in _ALONGSIDE_QUANTISED:
+        return any(weight in siblings for weight in _QUANTISED)
+    weight = re.sub(r"_(bias|scale|scale_inv|scales)$", "", name)
+    if weight == name:
+        return False
+    return weight in siblings or f"{weight}_blocks" in siblings
 
 
 def _holds_codes(stored: StoredTensor) -> bool:
     """Tell the integers of a quantised weight from a table of indices or a mask."""
-    named = stored.name in _QUANTISED or stored.name.endswith("_blocks")
-    scaled_by = any(name in stored.siblings for name in scale_names(stored.name))
-    return not stored.has_numbers and (named or scaled_by)
+    if stored.has_numbers:
+        return False
+    if stored.name in _QUANTISED or stored.name.endswith("_blocks"):
+        return True
+    return any(name in stored.siblings for name in scale_names(stored.name))
 
 
 def _has_one_row(stored: StoredTensor) -> bool:
-    """Tell a linear layer or convolution of one channel from gates, vectors (1, channels, 1, 1)."""
-    gate = len(stored.shape) > 2 and stored.shape[0] == 1 and stored.shape_of("bias") != (1,)
-    return len(stored.shape) > 1 and not gate
+    """Tell a linear layer or convolution of one channel from vectors and from gates (1, channels, 1, 1)."""
+    if len(stored.shape) < 2:
+        return False
+    if len(stored.shape) == 2 or stored.shape[0] != 1:
+        return True
+    return stored.shape_of("bias") == (1,)
 
 
 def stored_layers(
@@ -104,8 +122,8 @@ def stored_layers(
     names: set[str] = set()
     for stored in tensors:
         for name, found in _layers(stored, measured, embeddings):
-            # Only a dict made by hand has both `a` and `a.weight`.
-            name = stored.key if name in names else name
+            if name in names:
+                name = stored.key  # Only a dict made by hand has both `a` and `a.weight`.
             names.add(name)
             yield name, found
 
@@ -113,10 +131,14 @@ def stored_layers(
 def _layers(
     stored: StoredTensor, measured: dict[object, str], embeddings: bool
 ) -> Iterator[tuple[str, MatrixStack | LayerRecord]]:
-    """Yield the layers of one tensor, and note in `measured` that it has a spectrum."""
-    path = stored.path
-    named_by_module = stored.name in (*_QUANTISED, "in_proj_weight") or stored.name in _ATTENTION_PARTS
-    name = layer_name(path, "weight") if named_by_module and path else layer_name(path, stored.name)
+    """Yield the layers of one tensor.
+
+    Args:
+        stored: the tensor.
+        measured: identities of the tensors that have a spectrum, and their layers' names; this one is added.
+        embeddings: as in `stored_layers`.
+    """
+    name = _name(stored)
     if stored.identity in measured:
         yield name, LayerRecord(status=f"tied to {measured[stored.identity]!r}")
         return
@@ -129,11 +151,29 @@ def _layers(
     for stack in found:
         if not stack_problem(stack):
             measured[stored.identity] = name
-        yield (f"{path}.{stack.part}".strip(".") if stack.part else name), stack
+        if stack.part:
+            yield f"{stored.path}.{stack.part}".strip("."), stack
+        else:
+            yield name, stack
+
+
+def _name(stored: StoredTensor) -> str:
+    """Return the name of the layer: the module's for a weight that fills it, else with the parameter's added."""
+    fills_module = stored.name in (*_QUANTISED, "in_proj_weight", *_ATTENTION_PARTS)
+    if fills_module and stored.path:
+        return stored.path
+    return layer_name(stored.path, stored.name)
 
 
 def _layout(stored: StoredTensor, embeddings: bool) -> Layout:
     """Return what makes matrices of the tensor, by its name and shape.
+
+    A new layer type whose name tells what it is gets a function like `_attention`, added to the tuple of rules
+    below: it returns a layout, None for a tensor of another type, or raises for one that holds no matrix.
+
+    Args:
+        stored: the tensor; its values are not read.
+        embeddings: whether lookup tables are measured.
 
     Raises:
         NoSpectrumError: it is none, or cannot be told to be one.
@@ -146,7 +186,7 @@ def _layout(stored: StoredTensor, embeddings: bool) -> Layout:
     if stored.name != "weight" or _is_norm(stored):
         raise NoSpectrumError(no_rule(stored.name))
     if len(stored.shape) == 2:
-        if is_embedding_name(stored.path) and "bias" not in stored.siblings and not embeddings:
+        if _is_embedding(stored) and not embeddings:
             raise NoSpectrumError(EMBEDDING)
         return stacks.linear
     if len(stored.shape) == 3 and not _is_conv1d(stored):
@@ -155,6 +195,7 @@ def _layout(stored: StoredTensor, embeddings: bool) -> Layout:
 
 
 def _refuse_unreadable(stored: StoredTensor) -> None:
+    """Raise NoSpectrumError for a tensor whose entries are not those of a weight."""
     if stored.problem:
         raise NoSpectrumError(stored.problem)
     if _holds_codes(stored):
@@ -166,38 +207,62 @@ def _refuse_unreadable(stored: StoredTensor) -> None:
 
 
 def _weight(stored: StoredTensor) -> Tensor:
-    """Read the tensor, and multiply it with the scales of its blocks where it has such."""
+    """Read the tensor, and multiply it with the scales of its blocks where it has such.
+
+    Returns:
+        A plain tensor of the stored shape; float32 where scales were multiplied.
+
+    Raises:
+        NoSpectrumError: it has no plain values, or scales for blocks of unclear size.
+        ValueError, OSError: the file was cut, changed or deleted.
+    """
     weight = dense(stored.read())
     if weight.element_size() > 1:
         return weight
-    scale = next((name for name in scale_names(stored.name) if math.prod(stored.shape_of(name)) > 1), None)
-    return weight if scale is None else scaled(weight, dense(stored.siblings[scale].read()))
+    for name in scale_names(stored.name):
+        if math.prod(stored.shape_of(name)) > 1:
+            return scaled(weight, dense(stored.siblings[name].read()))
+    return weight
 
 
 def _attention(stored: StoredTensor) -> Layout | None:
+    """Tell q, k and v of attention: packed into one weight `(3E, E)`, or each `(E, in)` on its own."""
     if len(stored.shape) != 2:
         return None
     if stored.name == "in_proj_weight" and stored.shape[0] % 3 == 0:
         return lambda weight: stacks.packed_attention(weight, "in_proj_weight")
-    part = _ATTENTION_PARTS.get(stored.name)
-    return None if part is None else lambda weight: stacks.linear(weight, part)
+    if stored.name in _ATTENTION_PARTS:
+        part = _ATTENTION_PARTS[stored.name]
+        return lambda weight: stacks.linear(weight, part)
+    return None
 
 
 def _recurrent(stored: StoredTensor) -> Layout | None:
-    """Tell LSTM, GRU and RNN by the rows and columns of the square blocks of `weight_hh`."""
+    """Tell LSTM, GRU and RNN by the number of their gates."""
     match = _RECURRENT.fullmatch(stored.name)
     if match is None or len(stored.shape) != 2:
         return None
-    if match[1] == "hr":
-        number = 1
-    elif stored.name.replace(match[1], "hr", 1) in stored.siblings:
-        number = 4  # Only an LSTM has a projection.
-    else:
-        hidden = stored.shape_of(stored.name.replace(match[1], "hh", 1))
-        number = hidden[0] // max(hidden[1], 1) if len(hidden) == 2 else 0
+    number = _number_of_gates(stored, match[1])
     if number not in stacks.GATES or stored.shape[0] % number:
         return None
     return lambda weight: stacks.gates(weight, number, stored.name)
+
+
+def _number_of_gates(stored: StoredTensor, kind: str) -> int:
+    """Return the number of gates below each other in a weight; 0 where it is not known.
+
+    Args:
+        stored: the weight.
+        kind: `"ih"`, `"hh"` or `"hr"`, the part of its name.
+    """
+    if kind == "hr":
+        return 1
+    if stored.name.replace(kind, "hr", 1) in stored.siblings:
+        return 4  # Only an LSTM has a projection.
+    hidden = stored.shape_of(stored.name.replace(kind, "hh", 1))
+    if len(hidden) != 2 or hidden[1] == 0:
+        return 0
+    return hidden[0] // hidden[1]  # The gates of `weight_hh` are square.
 
 
 def _fourier(stored: StoredTensor) -> Layout | None:
@@ -207,25 +272,37 @@ def _fourier(stored: StoredTensor) -> Layout | None:
     bias = stored.shape_of("bias")
     if len(bias) > 1 and len(bias) == len(stored.shape):
         raise NoSpectrumError("separable spectral convolution: no in x out matrix")
-    return stacks.fourier_modes if len(stored.shape) > 2 else None
+    if len(stored.shape) == 2:
+        return None
+    return stacks.fourier_modes
 
 
 def _stacked_experts(stored: StoredTensor) -> Layout | None:
+    """Tell experts by a word of their path, or by their number in `config.json`."""
     if len(stored.shape) != 3 or "conv" in last_name(stored.path):
         return None
-    if is_experts_name(stored.key) or stored.shape[0] == stored.facts.experts:
+    known_number = stored.shape[0] == stored.facts.experts
+    if known_number or is_experts_name(stored.key):
         return lambda weight: stacks.experts(weight, stored.name)
     return None
 
 
+def _is_embedding(stored: StoredTensor) -> bool:
+    """Tell a lookup table from a head of the same name by the bias that only a head has."""
+    return is_embedding_name(stored.path) and "bias" not in stored.siblings
+
+
 def _is_norm(stored: StoredTensor) -> bool:
-    """A norm over several dimensions has a weight and a bias of one shape."""
+    """Tell a norm over several dimensions: its weight and bias have one shape, or its module is called so."""
     if len(stored.shape) > 1 and stored.shape_of("bias") == stored.shape:
         return True
-    return len(stored.shape) > 2 and bool(re.fullmatch(r"(\w*norm|ln)(_?\d+)?", last_name(stored.path)))
+    called_norm = re.fullmatch(r"(\w*norm|ln)(_?\d+)?", last_name(stored.path))
+    return called_norm is not None and len(stored.shape) > 2
 
 
 def _is_conv1d(stored: StoredTensor) -> bool:
     """Tell a convolution (out, in, kernel) from a bilinear form (out, in, in) and from stacked matrices."""
     own = last_name(stored.path)
-    return "conv" in own or (stored.shape[2] <= LONGEST_KERNEL and "bilinear" not in own)
+    if "conv" in own:
+        return True
+    return stored.shape[2] <= LONGEST_KERNEL and "bilinear" not in own

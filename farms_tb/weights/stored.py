@@ -62,7 +62,7 @@ class StoredTensor:
 
     @property
     def path(self) -> str:
-        """Path of the module."""
+        """Path of the module; empty for a parameter of the model itself."""
         return self._path_and_name[0]
 
     @property
@@ -78,7 +78,9 @@ class StoredTensor:
 
     def shape_of(self, sibling: str) -> tuple[int, ...]:
         """Return the shape of another tensor of the module; empty where there is none."""
-        return self.siblings[sibling].shape if sibling in self.siblings else ()
+        if sibling not in self.siblings:
+            return ()
+        return self.siblings[sibling].shape
 
     @property
     def has_numbers(self) -> bool:
@@ -97,13 +99,15 @@ def with_siblings(tensors: Iterable[StoredTensor], facts: ModelFacts) -> list[St
 
 
 def stored_in_memory(key: str, tensor: Tensor) -> StoredTensor:
-    """Return a tensor of a state dict as one of a file."""
+    """Return a tensor of a state dict as one of a file; two names of the same entries have one identity."""
     try:
         shape = tuple(tensor.shape)
     except RuntimeError:  # A nested tensor, or one that waits for its first batch.
         return StoredTensor(key, (), lambda: tensor, key, problem=unreadable([tensor]))
-    shared = tensor.layout == torch.strided and type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
-    identity = (tensor.data_ptr(), shape, tensor.stride()) if shared and not tensor.is_meta else key
+    identity: object = key
+    is_plain = tensor.layout == torch.strided and type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
+    if is_plain and not tensor.is_meta:
+        identity = (tensor.data_ptr(), shape, tensor.stride())
     return StoredTensor(key, shape, lambda: tensor, identity, tensor.dtype)
 
 
@@ -153,8 +157,15 @@ class OpenedFile:
             dtype: the type of its entries.
             shape: its shape.
             stride: its strides, in entries.
+
+        Returns:
+            A tensor of that shape, on the CPU, in memory of its own.
+
+        Raises:
+            NoSpectrumError: it does not fit into memory, or no tensor can have the shape.
+            ValueError, FileNotFoundError: see `read`.
         """
-        entries = 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+        entries = span(shape, stride)
         try:
             if 0 in shape:
                 return torch.empty(shape, dtype=dtype)
@@ -166,12 +177,22 @@ class OpenedFile:
             raise NoSpectrumError(f"damaged: no tensor can have the shape {shape}") from error
 
 
+def span(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
+    """Return how many entries of its storage lie from the first to the last entry of a tensor, both included."""
+    last = sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+    return last + 1
+
+
 def shape_problem(shape: tuple[int, ...]) -> str:
     """Say that a shape has more dimensions than any layer's; empty where it has not."""
-    return f"a tensor of {len(shape)} dimensions" if len(shape) > MAX_DIMS else ""
+    if len(shape) > MAX_DIMS:
+        return f"a tensor of {len(shape)} dimensions"
+    return ""
 
 
 def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Return the strides of a tensor that is stored row by row."""
+    if not shape:
+        return ()
     strides = accumulate(reversed(shape[1:]), operator.mul, initial=1)
-    return tuple(strides)[::-1] if shape else ()
+    return tuple(strides)[::-1]

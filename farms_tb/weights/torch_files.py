@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from farms_tb.weights.pickles import Interpreter, RefusedError, Skipped, TorchTensor
-from farms_tb.weights.stored import OpenedFile, StoredTensor, shape_problem
+from farms_tb.weights.stored import OpenedFile, StoredTensor, shape_problem, span
 
 _MAGIC = 0x1950A86A20F9469CFC6C
 """First number of a file by a version of torch before 1.6."""
@@ -56,6 +56,12 @@ class TorchFile:
     def read(self, tensor: TorchTensor) -> Tensor:
         """Read the entries of one tensor.
 
+        Args:
+            tensor: one that `problem` finds nothing wrong with.
+
+        Returns:
+            A tensor of its shape and dtype; on the meta device where the file holds no entries.
+
         Raises:
             ValueError: the file is cut short or damaged, or has changed.
         """
@@ -74,8 +80,8 @@ class TorchFile:
         record = self.records.get(tensor.storage.key)
         available = 0 if record is None else record.size // tensor.dtype.itemsize
         entries = math.prod(tensor.shape)
-        last = tensor.offset + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride, strict=True))
-        if entries > available or last >= available:
+        end = tensor.offset + span(tensor.shape, tensor.stride)
+        if max(entries, end) > available:
             return f"damaged: it claims {entries} entries, the file has {available} for it"
         return ""
 
@@ -108,7 +114,11 @@ def open_torch_file(path: Path) -> TorchFile:
 
 
 def read_torch_file(path: Path) -> Any:
-    """Return what a file by `torch.save` holds: plain values, and a stand-in for each tensor and foreign object.
+    """Return what a file by `torch.save` holds, for readers of other things than weights.
+
+    Returns:
+        Plain values, lists, tuples and dicts, with a `TorchTensor` for each tensor and a `Skipped` for each
+        foreign object.
 
     Raises:
         ValueError, OSError: see `open_torch_file`.
@@ -130,12 +140,19 @@ def holds_more(path: Path, what: str) -> str:
 
 
 def _reason(error: Exception) -> str:
+    """Say in one line why a file cannot be read."""
     if isinstance(error, (pickle.UnpicklingError, EOFError)):
         return "no pickle, or half of one"
     return f"{type(error).__name__}: {str(error).partition(chr(10))[0]:.200}"
 
 
 def _open_zip(file: OpenedFile, opened: BinaryIO) -> TorchFile:
+    """Read a file of torch 1.6 and later: a zip file with the records `data.pkl` and `data/KEY` for each storage.
+
+    Raises:
+        RefusedError: it holds code (TorchScript).
+        ValueError: it is another zip file, or of a machine with another order of bytes.
+    """
     with zipfile.ZipFile(opened) as archive:
         records = {info.filename: info for info in archive.infolist()}
         pickles = [name for name in records if name.count("/") == 1 and name.endswith("/data.pkl")]
@@ -144,12 +161,16 @@ def _open_zip(file: OpenedFile, opened: BinaryIO) -> TorchFile:
         root = pickles[0].removesuffix("data.pkl")
         if any(name.startswith(f"{root}code/") for name in records):
             raise RefusedError
-        if f"{root}byteorder" in records and _small(archive, records[f"{root}byteorder"]) != b"little":
+        order = records.get(f"{root}byteorder")
+        if order is not None and _small(archive, order) != b"little":
             raise ValueError("numbers in big-endian order")
         content = Interpreter(io.BytesIO(_small(archive, records[pickles[0]]))).load()
     data = f"{root}data/"
-    stored = {name: info for name, info in records.items() if name.startswith(data)}
-    return TorchFile(content, file, {name.removeprefix(data): _record(file, i) for name, i in stored.items()})
+    storages = {}
+    for name, info in records.items():
+        if name.startswith(data):
+            storages[name.removeprefix(data)] = _record(file, info)
+    return TorchFile(content, file, storages)
 
 
 def _small(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
@@ -167,8 +188,9 @@ def _record(file: OpenedFile, info: zipfile.ZipInfo) -> _Record:
         name_length, extra_length = struct.unpack("<HH", header[26:30])
         return info.header_offset + _LOCAL_HEADER + int(name_length) + int(extra_length)
 
-    stored = info.compress_type == zipfile.ZIP_STORED
-    return _Record(min(info.file_size, file.size - info.header_offset) if stored else 0, start)
+    if info.compress_type != zipfile.ZIP_STORED:
+        return _Record(0, start)
+    return _Record(min(info.file_size, file.size - info.header_offset), start)
 
 
 def _open_legacy(file: OpenedFile, opened: BinaryIO) -> TorchFile:
@@ -187,19 +209,28 @@ def _open_legacy(file: OpenedFile, opened: BinaryIO) -> TorchFile:
     for key in keys:
         opened.seek(position)
         (entries,) = struct.unpack("<q", opened.read(8))
-        size = entries * interpreter.storages[str(key)].dtype.itemsize
+        if not isinstance(key, str):
+            raise ValueError("a storage without a name")
+        size = entries * interpreter.storages[key].dtype.itemsize
         if entries < 0 or position + 8 + size > file.size:
             raise ValueError("it ends before its tensors")
-        records[str(key)] = _Record(size, partial(int, position + 8))
+        records[key] = _Record(size, partial(int, position + 8))
         position += 8 + size
     return TorchFile(content, file, records)
 
 
 def tensors_of(state_dict: Mapping[Any, Any], where: TorchFile) -> Iterator[StoredTensor]:
-    """Yield the tensors of a state dict in the file; nothing is read."""
+    """Yield the tensors of a state dict in the file; nothing is read.
+
+    Args:
+        state_dict: what the file holds, or a dict in it; items that are no tensor by name are left out.
+        where: the file.
+    """
     for key, tensor in state_dict.items():
         if not (isinstance(key, str) and isinstance(tensor, TorchTensor)):
             continue
-        identity = (where.file.path, tensor) if tensor.storage is not None else key
+        identity: object = key
+        if tensor.storage is not None:
+            identity = (where.file.path, tensor)
         read = partial(where.read, tensor)
         yield StoredTensor(key, tensor.shape, read, identity, tensor.dtype, where.problem(tensor))

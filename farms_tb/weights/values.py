@@ -25,26 +25,34 @@ NESTED = "a nested tensor: its matrices have no one shape"
 
 MAKE_DENSE = "make it dense first, weight.to_dense()"
 
-SCALE_BLOCK = 128
-"""Rows and columns that share a scale in block-scaled 8-bit floats, in all models that are known."""
-
 
 def unreadable(parameters: Iterable[Tensor]) -> str:
     """Say why weights cannot be measured; empty where they can.
 
     Nothing is computed: a tensor subclass is asked for its layout and type alone.
+
+    Args:
+        parameters: the weights of one layer; the first with a problem counts.
     """
     for parameter in parameters:
-        if is_lazy(parameter):
-            return "not initialised yet: run one batch through the model first"
-        if parameter.is_nested:
-            return NESTED
-        if parameter.layout != torch.strided:
-            return f"a weight of layout {parameter.layout}: {MAKE_DENSE}"
-        if parameter.is_meta:
-            return NO_VALUES
-        if not (parameter.is_floating_point() or parameter.is_complex()):
-            return f"weights of type {parameter.dtype}: not floating point"
+        problem = _problem(parameter)
+        if problem:
+            return problem
+    return ""
+
+
+def _problem(parameter: Tensor) -> str:
+    """Say why one weight cannot be measured, what excludes the most first."""
+    if is_lazy(parameter):
+        return "not initialised yet: run one batch through the model first"
+    if parameter.is_nested:
+        return NESTED
+    if parameter.layout != torch.strided:
+        return f"a weight of layout {parameter.layout}: {MAKE_DENSE}"
+    if parameter.is_meta:
+        return NO_VALUES
+    if not (parameter.is_floating_point() or parameter.is_complex()):
+        return quantised(parameter.dtype)
     return ""
 
 
@@ -68,17 +76,21 @@ def dense(weight: Any) -> Tensor:
     Raises:
         NoSpectrumError: it is no tensor, or has no plain values; the message says why.
     """
+    if weight is None:
+        raise NoSpectrumError("its weight is None, no tensor")
     if not isinstance(weight, Tensor):
-        raise NoSpectrumError(f"its weight is {'None' if weight is None else type(weight).__name__}, no tensor")
+        raise NoSpectrumError(f"its weight is {type(weight).__name__}, no tensor")
     problem = unreadable([weight])
     if problem and problem != NO_VALUES:
         raise NoSpectrumError(problem)
     if _is_plain(weight):
         return weight.detach()
-    gather: Callable[[], Tensor] | None = getattr(weight, "full_tensor", None)
     if weight.is_meta:
         return torch.empty(weight.shape, dtype=weight.dtype, device="meta")
-    return _dequantised(weight) if gather is None else gather().detach()
+    gather: Callable[[], Tensor] | None = getattr(weight, "full_tensor", None)
+    if gather is not None:
+        return gather().detach()
+    return _dequantised(weight)
 
 
 def _is_plain(weight: Tensor) -> bool:
@@ -87,6 +99,11 @@ def _is_plain(weight: Tensor) -> bool:
 
 
 def _dequantised(weight: Tensor) -> Tensor:
+    """Return the values of a quantised tensor subclass.
+
+    Raises:
+        NoSpectrumError: it does not know how to dequantise, or gives something else than plain values.
+    """
     name = type(weight).__name__
     try:
         values: Tensor = weight.detach().dequantize()
@@ -98,21 +115,49 @@ def _dequantised(weight: Tensor) -> Tensor:
 
 
 def scaled(weight: Tensor, scale: Tensor) -> Tensor:
-    """Multiply 8-bit floats with the scales of their blocks of 128 x 128.
+    """Multiply 8-bit floats with the scales of their blocks: `W[i, j] * scale[i // rows, j // columns]`.
+
+    The shape of `scale` tells the size of the blocks, see `block_size`. Usual are 128 x 128 (DeepSeek), one row,
+    and 1 x 32 (MX formats).
 
     Args:
-        weight: `(R, C)` in an 8-bit floating dtype.
-        scale: `(ceil(R / 128), ceil(C / 128))`.
+        weight: `(R, C)`, or `(experts, R, C)`, in an 8-bit floating dtype.
+        scale: `(ceil(R / rows), ceil(C / columns))`, of as many dimensions as `weight`, any floating dtype.
 
     Returns:
-        `(R, C)` in float32.
+        The weight in float32, of its own shape.
 
     Raises:
-        NoSpectrumError: the scales are not those of such blocks.
+        NoSpectrumError: the shape of `scale` does not tell the size of the blocks.
     """
-    rows, columns = (weight.shape[0], weight.shape[1]) if weight.ndim == 2 else (0, 0)
-    blocks = (-(-rows // SCALE_BLOCK), -(-columns // SCALE_BLOCK))
-    if tuple(scale.shape) != blocks:
+    if scale.ndim != weight.ndim:
         raise NoSpectrumError(quantised(weight.dtype, block_scales=True))
-    wide = scale.float().repeat_interleave(SCALE_BLOCK, 0)[:rows]
-    return weight.float() * wide.repeat_interleave(SCALE_BLOCK, 1)[:, :columns]
+    values = weight.float()
+    factors = scale.float()
+    for dim, (size, blocks) in enumerate(zip(weight.shape, scale.shape, strict=True)):
+        entries = block_size(size, blocks)
+        if entries == 0:
+            raise NoSpectrumError(quantised(weight.dtype, block_scales=True))
+        factors = factors.repeat_interleave(entries, dim).narrow(dim, 0, size)
+    return values * factors
+
+
+def block_size(size: int, blocks: int) -> int:
+    """Return how many entries of a dimension share a scale.
+
+    A dimension of `size` entries in blocks of `b` has `ceil(size / b)` of them, the last one possibly narrower.
+    Several `b` give the same number, and at most one of them is a power of two, as in every known format.
+
+    Args:
+        size: entries of the weight along the dimension.
+        blocks: entries of the scale along it.
+
+    Returns:
+        The power of two, `size` where one block covers the dimension, or 0 where no power of two fits.
+    """
+    if blocks == 1:
+        return size
+    smallest = -(-size // max(blocks, 1))
+    power_of_two = 1 << (smallest - 1).bit_length()
+    fits = -(-size // power_of_two) == blocks
+    return power_of_two if fits else 0

@@ -133,8 +133,8 @@ def test_options_arrive_and_agree_with_analyze(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="esd must be one of 'farms', 'full', got 'half'"):
         analyze_checkpoint(tmp_path / "weights.pt", esd="half")  # type: ignore[arg-type]
     own, other = (inspect.signature(function).parameters for function in (analyze_checkpoint, analyze))
-    assert list(own.values())[1:] == list(other.values())[1:]
-    assert all(f"        {name}: " in (analyze_checkpoint.__doc__ or "") for name in own)
+    only_in_files = ("path", "key")
+    assert [own[name] for name in own if name not in only_in_files] == list(other.values())[1:]
 
 
 @pytest.mark.parametrize("key", [None, "state_dict", "model_state_dict", "model"])
@@ -369,14 +369,14 @@ def test_files_without_a_matrix(save: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("index", "error", "words"),
     [
-        ("hello", ValueError, "expected JSON whose 'weight_map' names a file beside it"),
+        ("hello", ValueError, "expected JSON whose 'weight_map' names a file next to it"),
         ('["a"]', ValueError, "expected JSON whose 'weight_map'"),
         ("{}", ValueError, "expected JSON whose 'weight_map'"),
         ('{"weight_map": ["a"]}', ValueError, "expected JSON whose 'weight_map'"),
         ('{"weight_map": {"fc.weight": 3}}', ValueError, "expected JSON whose 'weight_map'"),
         ('{"weight_map": {"fc.weight": "../a.safetensors"}}', ValueError, "expected JSON whose 'weight_map'"),
         ('{"weight_map": {"fc.weight": "/a.safetensors"}}', ValueError, "expected JSON whose 'weight_map'"),
-        ('{"weight_map": {"fc.weight": "b.safetensors"}}', FileNotFoundError, "not beside it: b.safetensors"),
+        ('{"weight_map": {"fc.weight": "b.safetensors"}}', FileNotFoundError, "not next to it: b.safetensors"),
         (
             '{"weight_map": {"gone.weight": "a.safetensors"}}',
             ValueError,
@@ -503,9 +503,9 @@ QUANTISED: dict[str, dict[str, Any]] = {
         "gate_up_proj": torch.ones(4, 16, 24, dtype=torch.int8),
         "gate_up_proj_scale": torch.ones(4, 16, 1),
     },
-    "8-bit floats in blocks": {
+    "8-bit floats in blocks of unclear size": {
         "weight": torch.ones(16, 24).to(torch.float8_e4m3fn),
-        "weight_scale_inv": torch.ones(2, 3),
+        "weight_scale_inv": torch.ones(2, 5),
     },
 }
 

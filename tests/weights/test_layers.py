@@ -179,7 +179,7 @@ class TestProblems:
     def test_integer_weights(self, dtype):
         layer = nn.Linear(4, 4)
         layer.weight = nn.Parameter(torch.ones(4, 4, dtype=dtype), requires_grad=False)
-        assert problems(layer) == {"weight": f"weights of type {dtype}: not floating point"}
+        assert problems(layer) == {"weight": f"quantised weights ({dtype}): dequantise the model first"}
 
     def test_tied(self):
         model = nn.Sequential(nn.Linear(4, 6, bias=False), nn.Linear(6, 4), nn.Linear(4, 6))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -193,7 +194,71 @@ def test_scales_of_blocks_are_multiplied(name: str, tmp_path: Path) -> None:
     assert analyze_checkpoint(tmp_path / "a.safetensors").layers == {"0": expected}
 
 
-def test_scales_of_other_blocks_are_refused() -> None:
-    layer = Scaled(torch.randn(64, 64).to(torch.float8_e4m3fn), torch.ones(2, 2))
-    (found,) = find_layers(layer)
+@pytest.mark.parametrize(
+    ("shape", "blocks"),
+    [
+        ((256, 200), (64, 64)),  # The last blocks are narrower.
+        ((96, 60), (32, 16)),
+        ((64, 48), (1, 48)),  # One scale a row.
+        ((64, 96), (1, 32)),
+        ((100, 70), (64, 70)),
+        ((3, 40, 24), (1, 16, 8)),  # Stacked experts.
+    ],
+)
+def test_the_shape_of_the_scale_tells_the_size_of_the_blocks(
+    shape: tuple[int, ...], blocks: tuple[int, ...], tmp_path: Path
+) -> None:
+    """The same alpha as of the weight that is scaled entry by entry, in a model and a file."""
+    torch.manual_seed(0)
+    weight = torch.randn(shape).to(torch.float8_e4m3fn)
+    scale = torch.rand([-(-size // block) for size, block in zip(shape, blocks, strict=True)]) * 10
+    values = weight.float()
+    for index in itertools.product(*map(range, shape)):
+        values[index] *= scale[tuple(i // block for i, block in zip(index, blocks, strict=True))]
+    save_file({"experts.weight": weight, "experts.weight_scale_inv": scale}, tmp_path / "a.safetensors")
+    save_file({"experts.weight": values}, tmp_path / "b.safetensors")
+    expected = analyze_checkpoint(tmp_path / "b.safetensors").layers
+    assert analyze_checkpoint(tmp_path / "a.safetensors").layers == expected
+    if weight.ndim == 2:
+        assert analyze(nn.ModuleDict({"experts": Scaled(weight, scale)})).layers == expected
+
+
+@pytest.mark.parametrize("shape", [(3, 1), (2, 2, 2), (64,), (65, 1), (5, 5)])
+def test_scales_of_unclear_blocks_are_refused(shape: tuple[int, ...], tmp_path: Path) -> None:
+    weight = torch.randn(64, 64).to(torch.float8_e4m3fn)
+    (found,) = find_layers(Scaled(weight, torch.ones(shape)))
     assert "a scale for each block" in found.problem
+    save_file(
+        {"a.weight": weight, "a.scale": torch.ones(shape), "b.weight": torch.randn(8, 8)},
+        tmp_path / "a.safetensors",
+    )
+    assert analyze_checkpoint(tmp_path / "a.safetensors").layers["a"].status == found.problem
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.bool])
+def test_integers_are_called_the_same_in_a_model_and_a_file(dtype: torch.dtype, tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Linear(64, 64), with_weight(torch.ones(64, 64, dtype=dtype)))
+    expected = analyze(net).layers
+    assert f"quantised weights ({dtype})" in expected["1"].status
+    save_file(net.state_dict(), tmp_path / "a.safetensors")
+    torch.save(net.state_dict(), tmp_path / "a.pt")
+    found = [analyze_checkpoint(tmp_path / name).layers for name in ("a.safetensors", "a.pt")]
+    assert [*found, analyze(net.state_dict()).layers] == [expected] * 3
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("config", ["Int8WeightOnlyConfig", "Float8WeightOnlyConfig"])
+def test_weights_that_torchao_quantised(config: str, tmp_path: Path) -> None:
+    """A model's are dequantised; in a file they are packed as only torchao knows, and the reason is listed."""
+    quantization = pytest.importorskip("torchao.quantization")
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64))
+    before = analyze(net).layers
+    quantization.quantize_(net[1], getattr(quantization, config)())
+    after = analyze(net).layers
+    assert after["1"].alpha == pytest.approx(before["1"].alpha, abs=0.05)
+    assert analyze(net.state_dict()).layers == after
+    torch.save(net.state_dict(), tmp_path / "a.pt")
+    found = analyze_checkpoint(tmp_path / "a.pt").layers
+    assert "dequantise" in found["1"].status
+    assert [found[name] for name in "02"] == [before[name] for name in "02"]
