@@ -1,8 +1,8 @@
 """Import paths of earlier versions: `import farms_tb.plots` gives `farms_tb.viewing.plots`, the same module.
 
 Version 0.2 moved the modules into subpackages. Scripts and pickled objects of earlier versions name the old paths,
-so an import hook, which `farms_tb/__init__.py` installs, finds the modules by both. Nothing is imported before it is
-asked for, and no module exists twice: `isinstance` holds between the two paths.
+so an import hook, which `farms_tb/__init__.py` installs, finds the modules by both. Nothing is imported before it
+is asked for, and no module exists twice: `isinstance` holds between the two paths.
 """
 
 from __future__ import annotations

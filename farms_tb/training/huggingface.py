@@ -14,11 +14,11 @@ from farms_tb.balancing.balancer import LayerBalancer
 from farms_tb.balancing.optimizer_checks import stepping_optimizers
 from farms_tb.keywords import CallbackKeywords, takes_options
 from farms_tb.options import LoggingOptions, RatioOptions, ScheduleOptions, SpectrumOptions
-from farms_tb.training.metrics import Measurement
+from farms_tb.training.metrics import Measurement, Media, RunLog
 from farms_tb.training.run import CallbackOptions, Run
 from farms_tb.training.schedule import Moment
 from farms_tb.training.session import BalancingSession, ShowsResults
-from farms_tb.training.sinks import SHOWS_MEDIA, class_names, define_wandb_axes, tensorboard_media, wandb_values
+from farms_tb.training.sinks import define_wandb_axes, media_to_show, tensorboard_media, wandb_values
 
 try:
     from transformers.integrations.integration_utils import TensorBoardCallback, WandbCallback
@@ -199,7 +199,8 @@ class FARMSTrainerCallback(ShowsResults, TrainerCallback, ExportableState):
         **kwargs: Any,
     ) -> TrainerControl:
         """Measure the final weights, where nothing was saved after that, when the Trainer logs its summary."""
-        if "train_runtime" in (logs or {}):
+        is_summary = logs is not None and "train_runtime" in logs
+        if is_summary:
             control = self._measure_final_weights(args, state, control, **kwargs)
         return control
 
@@ -264,42 +265,62 @@ class FARMSTrainerCallback(ShowsResults, TrainerCallback, ExportableState):
         """
         if not self._session.logs:
             return control
-        row = measurement.row()
-        state.log_history.append({**row, "step": state.global_step})
+        run_log = self._session.current.run_log
+        state.log_history.append({**measurement.row(), "step": state.global_step})
         others = [callback for callback in _callbacks_of_trainer() if callback is not self]
-        wanted = measurement.table and any(class_names(other) & SHOWS_MEDIA for other in others)
-        media = self._session.run_log.media(measurement) if wanted else None
+        media = media_to_show(others, measurement, run_log)
         for callback in others:
-            logs: dict[str, Any] = dict(row)
-            if isinstance(callback, (ProgressCallback, PrinterCallback)):
-                logs = {"epoch": state.epoch, **measurement.aggregates()}
-            elif isinstance(callback, WandbCallback):
-                logs = wandb_values(measurement, media)
-                self._define_wandb_axes(logs)
-            elif isinstance(callback, TensorBoardCallback):
-                logs = dict(measurement.row(by_depth=True))
+            logs = _logs_for(callback, state, measurement, media)
+            if isinstance(callback, WandbCallback):
+                _define_wandb_axes(logs, run_log)
             control = callback.on_log(args, state, control, logs=logs, **kwargs) or control
             if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
                 tensorboard_media(callback.tb_writer, measurement, media, "train/")
         return control
 
-    def _define_wandb_axes(self, keys: Iterable[str]) -> None:
-        import wandb
 
-        run_log = self._session.run_log
-        if wandb.run is not None:
-            step_metric = "train/global_step" if run_log.x_axis == "step" else "train/epoch"
-            define_wandb_axes(wandb.run, keys, run_log, step_metric, "train/")
+def _logs_for(
+    callback: TrainerCallback, state: TrainerState, measurement: Measurement, media: Media | None
+) -> dict[str, Any]:
+    """Return what a reporter is given of a measurement: the console the aggregates, W&B everything."""
+    if isinstance(callback, (ProgressCallback, PrinterCallback)):
+        return {"epoch": state.epoch, **measurement.aggregates()}
+    if isinstance(callback, WandbCallback):
+        return wandb_values(measurement, media)
+    if isinstance(callback, TensorBoardCallback):
+        return dict(measurement.row(by_depth=True))
+    return dict(measurement.row())
+
+
+def _define_wandb_axes(keys: Iterable[str], run_log: RunLog) -> None:
+    """Tell the W&B run of the trainer what the keys are plotted against; nothing where W&B has no run."""
+    import wandb
+
+    if wandb.run is None:
+        return
+    step_metric = "train/epoch"
+    if run_log.x_axis == "step":
+        step_metric = "train/global_step"
+    define_wandb_axes(wandb.run, keys, run_log, step_metric, "train/")
 
 
 def _run(options: CallbackOptions, args: TrainingArguments, state: TrainerState, **kwargs: Any) -> Run:
-    """Describe the run that begins, from what the Trainer gives its callbacks."""
+    """Describe the run that begins, from what the Trainer gives its callbacks.
+
+    Args:
+        options: what the callback was asked for.
+        args: the Trainer's arguments.
+        state: where training stands.
+        **kwargs: the objects that the Trainer passes to every event: `model`, `optimizer`, `train_dataloader`.
+    """
     model, first, loader = kwargs["model"], kwargs["optimizer"], kwargs.get("train_dataloader")
 
     def optimizers() -> list[Optimizer]:
         # The Trainer keeps giving the first one to callbacks where its own was exchanged during training.
         trainer = _calling(Trainer)
-        return [first if trainer is None or trainer.optimizer is None else trainer.optimizer]
+        if trainer is None or trainer.optimizer is None:
+            return [first]
+        return [trainer.optimizer]
 
     def attach() -> LayerBalancer:
         for optimizer in optimizers():
@@ -319,7 +340,9 @@ def _run(options: CallbackOptions, args: TrainingArguments, state: TrainerState,
 def _callbacks_of_trainer() -> list[TrainerCallback]:
     """Return the callbacks of the trainer that is calling, in its order; none outside of a trainer."""
     handler = _calling(CallbackHandler)
-    return [] if handler is None else list(handler.callbacks)
+    if handler is None:
+        return []
+    return list(handler.callbacks)
 
 
 def _calling(cls: type[T]) -> T | None:
@@ -355,10 +378,11 @@ def _check_backend() -> None:
 
 
 def _check_optimizer(optimizer: Optimizer) -> None:
+    """Raise for an optimizer that moves the parameters outside of `step`, where no ratio would reach them."""
     for inner in stepping_optimizers(optimizer):
-        for cls in type(inner).__mro__:
-            if cls.__name__ in _REFUSED_OPTIMIZERS:
-                raise ValueError(
-                    f"FARMSTrainerCallback does not work with {cls.__name__}: it moves the layers during the "
-                    "backward pass, not in step(). Choose another optim, such as adamw_torch"
-                )
+        names = {cls.__name__ for cls in type(inner).__mro__}
+        for refused in names.intersection(_REFUSED_OPTIMIZERS):
+            raise ValueError(
+                f"FARMSTrainerCallback does not work with {refused}: it moves the layers during the backward "
+                "pass, not in step(). Choose another optim, such as adamw_torch"
+            )
