@@ -137,11 +137,11 @@ def plain_value(value: Any) -> Any:
         return float(value)
     if isinstance(value, np.generic):
         return value.item()
-    for cls in (str, bool, int, float):
-        if type(value) is cls:
-            return value
     if isinstance(value, str):
         return str.__str__(value)
+    # A bool is an int as well, and has no subclasses.
+    if isinstance(value, bool):
+        return value
     if isinstance(value, int):
         return int(value)
     if isinstance(value, float):

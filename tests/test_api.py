@@ -36,7 +36,7 @@ def options_of(function: Any) -> dict[str, object]:
     ("entry_point", "options"),
     [
         ("analyze", ANALYSIS),
-        ("analyze_checkpoint", ANALYSIS),
+        ("analyze_checkpoint", ANALYSIS | {"key": None}),
         ("lr_ratios", MAP),
         ("TempBalance", SPECTRUM | RATIOS | {"spectrum": None, "ratios": None}),
         ("FARMSTempBalance", CALLBACK),

@@ -24,7 +24,8 @@ MIN_SECONDS = 30.0
 class MeasuringCost:
     """Adds up how long training waits for measurements, and warns once a run where that is too long.
 
-    The clock decides about this warning and nothing else: runs stay reproducible.
+    The clock decides about this warning and nothing else: runs stay reproducible. A `MeasuringCost` belongs to one
+    run; the time of training counts from when it is made.
     """
 
     def __init__(self) -> None:
@@ -34,7 +35,11 @@ class MeasuringCost:
 
     @contextmanager
     def measurement(self) -> Iterator[None]:
-        """Time the measurement made in this context."""
+        """Time the measurement made in this context, and warn if they take too long.
+
+        Yields:
+            None, once. The time of a measurement that raises is not counted.
+        """
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             # Steps that are still queued on the GPU are training, not measuring.
             torch.cuda.synchronize()

@@ -32,6 +32,7 @@ MAX_LOGGED_LAYERS = 1000
 and the three parts of a histogram. The remaining 3000 are left to the user's own metrics."""
 
 TABLE = "farms/report"
+"""Key under which the table is logged."""
 COLUMNS = (
     "layer",
     "shape",
@@ -105,6 +106,8 @@ class Media:
 class RunLog:
     """What a run of training remembers for its logs: the curves so far, and what W&B was told.
 
+    It is not saved in checkpoints: after a resume the curves begin where the run was resumed.
+
     Attributes:
         x_axis: what W&B plots the curves against.
     """
@@ -128,7 +131,11 @@ class RunLog:
             self._ratios.setdefault(name, []).append((*when, ratio))
 
     def media(self, measurement: Measurement) -> Media:
-        """Return the table of a measurement, and the pictures of the run so far."""
+        """Return the table of a measurement, and the pictures of the run so far.
+
+        Args:
+            measurement: the latest one, which `add` has been given before.
+        """
         layers = tuple(measurement.report.layers)
         history = History(alpha=_curves(self._alphas), ratio=_curves(self._ratios), layers=layers)
         return Media(table(measurement), pictures(measurement.report, history))
@@ -258,18 +265,17 @@ def measurement_row(
     prefix = "farms_" if by_depth else "farms/"
     for name, depth_name in depth_names(report).items():
         record = report.layers[name]
-        shown = depth_name if by_depth else name
         if not record.kind:
             continue
+        shown = depth_name if by_depth else name
         metrics = {
             "alpha": record.alpha,
             "ratio": ratios.get(name),
             "lr": lrs.get(name),
             "z": record.z_score,
         }
-        for metric, value in metrics.items():
-            if value is not None:
-                row[f"{prefix}{metric}/{shown}"] = value
+        known = {metric: value for metric, value in metrics.items() if value is not None}
+        row.update({f"{prefix}{metric}/{shown}": value for metric, value in known.items()})
     return row
 
 

@@ -68,13 +68,15 @@ class CallbackOptions:
         )
 
     def as_plain(self) -> dict[str, Any]:
-        """Return all options as one flat dict of plain values, for a checkpoint."""
+        """Return all options as one flat dict of plain values, for a checkpoint; see `farms_tb.options`."""
         return as_plain(self.spectrum, self.ratios, self.schedule, self.logging)
 
 
 @dataclass(frozen=True)
 class Run:
     """What a trainer tells about a run when it begins.
+
+    The optimizers are asked for again before each measurement, as they may be others by then.
 
     Attributes:
         model: the model that is trained.
@@ -97,6 +99,8 @@ class Run:
 class Attachment:
     """A balancer, and the optimizers of a run that it is attached to.
 
+    Attached from the moment it is made, until `detach`.
+
     Attributes:
         run: the run.
         balancer: what measures and balances.
@@ -110,6 +114,7 @@ class Attachment:
         self._attach()
 
     def _attach(self) -> None:
+        """Make the balancer, and note which optimizers it steps."""
         self._optimizers = list(self.run.optimizers())
         self.balancer = self.run.attach()
 
@@ -132,7 +137,7 @@ class Attachment:
         self.balancer.detach()
 
     def results(self) -> Results:
-        """Return report and ratios without the model."""
+        """Return report and ratios without the model, to be pickled or handed to another process."""
         balancer = self.balancer
         return Results(balancer.report, dict(balancer.ratios), balancer.parameter_ratios())
 
