@@ -231,7 +231,7 @@ def _annotations(signature: inspect.Signature) -> dict[str, Any]:
 
 
 def _parameters(cls: type[Any]) -> list[inspect.Parameter]:
-    """Return the fields of a dataclass as keyword-only parameters."""
+    """Return the fields of a dataclass as keyword-only parameters, with their defaults and evaluated types."""
     hints = get_type_hints(cls)
     return [
         inspect.Parameter(
@@ -242,14 +242,26 @@ def _parameters(cls: type[Any]) -> list[inspect.Parameter]:
 
 
 def _evaluated(annotation: Any, function: Callable[..., Any]) -> Any:
-    """Return an annotation of a function as a type, for tools that read signatures."""
+    """Return an annotation of a function as a type, for tools that read signatures.
+
+    Every module here postpones the evaluation of annotations, so that they are strings at run time. Each is
+    evaluated by itself: `typing.get_type_hints` would fail on those that are imported for type checkers only.
+    """
     if not isinstance(annotation, str):
         return annotation
     return eval(annotation, function.__globals__)  # type: ignore[attr-defined]
 
 
 def _documented(docstring: str | None, classes: tuple[type[Any], ...]) -> str:
-    """Append the description of each option to the section Args of a docstring."""
+    """Append the description of each option to the section Args of a docstring.
+
+    Args:
+        docstring: with a section Args, which ends at an empty line or at the end.
+        classes: dataclasses of the options, in the order in which they are described.
+
+    Raises:
+        ValueError: there is no section Args.
+    """
     lines = inspect.cleandoc(docstring or "").splitlines()
     if "Args:" not in lines:
         raise ValueError("a docstring needs a section Args, for the options to be added to")
@@ -268,7 +280,10 @@ def _attributes(cls: type[Any]) -> str:
 
 
 def _without_removed(keywords: dict[str, Any], name: str) -> dict[str, Any]:
-    """Drop the options of earlier versions, with a warning where one was in use."""
+    """Drop the options of earlier versions, with a warning where one was in use.
+
+    Configs and checkpoints of earlier versions hold all options, these too, mostly with their default None.
+    """
     for removed, instead in REMOVED.items():
         if keywords.get(removed) is not None:
             warn_once(f"{name} no longer has the option {removed}: {instead}", ScheduleOptions)
@@ -276,7 +291,7 @@ def _without_removed(keywords: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _unknown(name: str, keyword: str, known: list[str], classes: tuple[type[Any], ...]) -> str:
-    """Say that there is no such option, which is the nearest, and where the options are documented."""
+    """Return a message: there is no such option, which is the nearest, and where the options are documented."""
     homes = classes
     hint = "."
     nearest = get_close_matches(keyword, known, n=1)

@@ -61,18 +61,18 @@ def check_number(
     argument: str,
     value: object,
     *,
-    above: float | None = None,
-    at_least: float | None = None,
-    at_most: float | None = None,
+    above: float = -math.inf,
+    at_least: float = -math.inf,
+    at_most: float = math.inf,
 ) -> None:
     """Check that a value is a finite real number inside some bounds.
 
     Args:
         argument: name of the option, for the message.
         value: what the user gave.
-        above: the value must be larger; None for no such bound.
-        at_least: the value must be as large or larger; None for no such bound.
-        at_most: the value must be as small or smaller; None for no such bound.
+        above: the value must be larger.
+        at_least: the value must be as large or larger.
+        at_most: the value must be as small or smaller.
 
     Raises:
         TypeError: not an int or a float. True and False are no numbers.
@@ -82,11 +82,11 @@ def check_number(
         raise TypeError(f"{argument} must be a number, got {value!r} of type {type(value).__name__}")
     if not math.isfinite(value):
         raise ValueError(f"{argument} must be finite, got {value!r}")
-    if above is not None and not value > above:
+    if not value > above:
         raise ValueError(f"{argument} must be above {above}, got {value!r}")
-    if at_least is not None and not value >= at_least:
+    if not value >= at_least:
         raise ValueError(f"{argument} must be at least {at_least}, got {value!r}")
-    if at_most is not None and not value <= at_most:
+    if not value <= at_most:
         raise ValueError(f"{argument} must be at most {at_most}, got {value!r}")
 
 

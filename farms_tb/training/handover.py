@@ -39,7 +39,10 @@ class Results:
         return self.by_parameter
 
     def as_json(self) -> str:
-        """Return the results as text; histograms, which are only needed for logging, are left out."""
+        """Return the results as text, for another process.
+
+        Histograms, which are only needed for logging, are left out. Numbers come back bitwise identical.
+        """
         report = Report({}, {}) if self.report is None else self.report
         layers = {}
         for name, record in report.layers.items():
@@ -97,7 +100,11 @@ class Handover:
         temporary.replace(self._path)
 
     def receive(self) -> Results | None:
-        """Return what a child has sent, and remove the file; None where there is nothing new."""
+        """Return what a child has sent, and remove the file.
+
+        Returns:
+            The results; None where there is nothing new, and in every process but the one that made this object.
+        """
         if os.getpid() != self._owner or not self._path.exists():
             return None
         results = Results.from_json(self._path.read_text())

@@ -1,6 +1,8 @@
 """The callback for Hugging Face's Trainer: the options and guarantees of the Lightning one.
 
-Everything that does not depend on the trainer is `farms_tb.training.session`.
+Everything that does not depend on the trainer is in `farms_tb.training.session`. What does is here: when the
+Trainer calls which event, how it counts epochs, where its checkpoints keep the state of callbacks, how its
+reporters want their rows, and which of its backends and optimizers leave nothing to balance.
 """
 
 from __future__ import annotations
@@ -122,7 +124,11 @@ class FARMSTrainerCallback(ShowsResults, TrainerCallback, ExportableState):
         self._session.stop()
 
     def state(self) -> dict[str, Any]:
-        """Return options, ratios, report and clock as plain values, for `trainer_state.json`."""
+        """Return options, ratios, report and clock as plain values, for `trainer_state.json`.
+
+        Returns:
+            `args`, from which the Trainer makes the callback anew on request; `attributes`, which it then sets.
+        """
         return {"args": self.options.as_plain(), "attributes": {"_restored": self._session.state_dict()}}
 
     @property
@@ -137,14 +143,23 @@ class FARMSTrainerCallback(ShowsResults, TrainerCallback, ExportableState):
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        """Refuse what cannot work before any time is spent."""
+        """Refuse what cannot work before any time is spent.
+
+        Raises:
+            ValueError: DeepSpeed, FSDP1, Megatron-LM or XLA.
+        """
         _check_backend()
         return control
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        """Attach to the optimizer, which is set up and restored by now, and apply restored ratios."""
+        """Attach to the optimizer, which is set up and restored by now, and apply restored ratios.
+
+        Raises:
+            ValueError: the optimizer cannot have layer-wise learning rates, the model has no layer to balance, or
+                the saved state is not one of this package.
+        """
         self.detach()
         _check_backend()
         # `state.epoch` is fractional: exact at the ends of epochs, but useless between them where the dataset has
@@ -227,6 +242,7 @@ class FARMSTrainerCallback(ShowsResults, TrainerCallback, ExportableState):
     def _measure_if_due(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
+        """Measure if it is time, and log; after an error, of which no event tells, let go of the optimizer."""
         try:
             found = self._session.measure_if_due(self._moment(state))
         except Exception:
@@ -239,6 +255,7 @@ class FARMSTrainerCallback(ShowsResults, TrainerCallback, ExportableState):
     def _measure_final_weights(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
+        """Measure and log once after the last step, at the first of the events that may be the last."""
         if not self._session.running:
             return control
         # What is logged below calls `on_log` of this callback too.
@@ -248,6 +265,7 @@ class FARMSTrainerCallback(ShowsResults, TrainerCallback, ExportableState):
         return control
 
     def _moment(self, state: TrainerState) -> Moment:
+        """Return where training stands, by this callback's count of epochs and the Trainer's of steps."""
         return Moment(self._epoch, state.global_step, state.epoch or 0.0, state.global_step)
 
     def _log(

@@ -1,6 +1,8 @@
 """The Lightning callback: measures at the start of epochs, balances the optimizers' steps, logs, resumes.
 
-Everything that does not depend on the trainer is `farms_tb.training.session`.
+Everything that does not depend on the trainer is in `farms_tb.training.session`. What does is here: which events
+Lightning calls in a resumed run, which strategies leave nothing to balance, and how other callbacks find the
+metrics they monitor.
 """
 
 from __future__ import annotations

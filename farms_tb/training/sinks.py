@@ -1,5 +1,8 @@
 """Hand a measurement to each kind of logger, in the form in which it shows it best.
 
+The columns of the table say what each logger gets of a measurement. Loggers are recognized by the names of their
+classes, and their packages are imported only where one is in use.
+
 | logger | row | ESDs | table | pictures |
 |---|---|---|---|---|
 | W&B | numbered by depth, against epoch or step | histograms | `wandb.Table` | images |
