@@ -1,15 +1,15 @@
 """The options as keyword arguments of the public entry points.
 
-An entry point is written as
+Every entry point takes each option by name as well as in an options object, `analyze(model, window=64)` as well as
+`analyze(model, spectrum=SpectrumOptions(window=64))`, without repeating forty parameters in its signature and its
+docstring. At run time everything comes from the dataclasses of `farms_tb.options`: `takes_options` puts their
+fields into the signature that `help`, LightningCLI and Hydra read, and into the docstring, and refuses misspelt
+names. A type checker cannot follow that, so each dataclass has a `TypedDict` here with the same names and types,
+for `**options: Unpack[...]`; tests/test_options.py compares the two.
 
     @takes_options(SpectrumOptions)
     def analyze(model, *, spectrum: SpectrumOptions | None = None, **options: Unpack[SpectrumKeywords]) -> Report:
         spectrum = resolved(SpectrumOptions, spectrum, options)
-
-mypy reads names and types from the `TypedDict`. All else that a user or a tool sees comes from the dataclasses of
-`farms_tb.options`: the decorator gives the function a signature with every option (for `help`, LightningCLI and
-Hydra), appends their documentation, and refuses misspelt names. A test compares the `TypedDict`s with the
-dataclasses.
 """
 
 from __future__ import annotations
@@ -125,25 +125,35 @@ def resolved(cls: type[T], given: T | None, keywords: Mapping[str, Any]) -> T:
 
     Args:
         cls: class of the options.
-        given: an object of that class, or None.
+        given: an object of that class; None for the defaults.
         keywords: values by name; names of other classes' options are left to them.
+
+    Returns:
+        Checked options of that class, a new object.
 
     Raises:
         TypeError: `given` is not of that class, or a value has the wrong type.
         ValueError: a value is out of range.
     """
-    base = cls() if given is None else given
-    if not isinstance(base, cls):
+    names = {field.name for field in fields(cls)}
+    named = {name: value for name, value in keywords.items() if name in names}
+    if given is None:
+        return cls(**named)
+    if not isinstance(given, cls):
         raise TypeError(
             f"{_ARGUMENTS[cls]} must be {cls.__name__}(...), got {given!r} of type {type(given).__name__}; "
             "options can also be given by name"
         )
-    defaults = vars(cls())
-    named = {name: value for name, value in keywords.items() if name in defaults}
-    if given is not None and len(named) == len(defaults):
-        # LightningCLI passes every parameter, also those that nobody set: their defaults must not hide the object.
-        named = {name: value for name, value in vars(cls(**named)).items() if value != defaults[name]}
-    return replace(base, **named)
+    # LightningCLI passes every parameter, also those that nobody set: their defaults must not hide the object.
+    if named.keys() == names:
+        named = _without_defaults(cls(**named))
+    return replace(given, **named)
+
+
+def _without_defaults(options: Any) -> dict[str, Any]:
+    """Return the fields of a dataclass that differ from its defaults."""
+    defaults = vars(type(options)())
+    return {name: value for name, value in vars(options).items() if value != defaults[name]}
 
 
 def takes_options(*classes: type[Any]) -> Callable[[F], F]:
@@ -155,6 +165,13 @@ def takes_options(*classes: type[Any]) -> Callable[[F], F]:
 
     Args:
         classes: dataclasses whose docstrings describe each field in a section Attributes.
+
+    Returns:
+        A decorator. A class is changed in place, so that it can still be subclassed and pickled; a function is
+        wrapped.
+
+    Raises:
+        ValueError: what is decorated has no section Args in its docstring.
     """
 
     def decorate(decorated: F) -> F:
@@ -170,38 +187,53 @@ def takes_options(*classes: type[Any]) -> Callable[[F], F]:
 
 
 def _with_options(function: F, name: str, classes: tuple[type[Any], ...]) -> F:
-    """Wrap a function: real signature, and an error for unknown options."""
-    signature = inspect.signature(function)
-    own = [
-        parameter.replace(annotation=_evaluated(parameter.annotation, function))
-        for parameter in signature.parameters.values()
-        if parameter.kind is not inspect.Parameter.VAR_KEYWORD
-    ]
-    returned = _evaluated(signature.return_annotation, function)
-    options = {option.name: option for cls in classes for option in _parameters(cls)}
-    known = [*(parameter.name for parameter in own), *options]
+    """Wrap a function: real signature, and an error for unknown options.
+
+    Args:
+        function: a function that ends in `**options`.
+        name: what error messages call it; a class's `__init__` goes by the name of the class.
+        classes: dataclasses of the options.
+    """
+    signature = _full_signature(function, classes)
+    known = list(signature.parameters)
 
     @functools.wraps(function)
     def wrapper(*args: Any, **keywords: Any) -> Any:
+        # Only callbacks have had options that are gone now.
         if ScheduleOptions in classes:
             keywords = _without_removed(keywords, name)
-        for keyword in keywords:
-            if keyword not in known:
-                raise TypeError(_unknown(name, keyword, known, classes))
+        unknown = [keyword for keyword in keywords if keyword not in known]
+        if unknown:
+            raise TypeError(_unknown(name, unknown[0], known, classes))
         return function(*args, **keywords)
 
-    parameters = [*own, *options.values()]
-    wrapper.__signature__ = signature.replace(parameters=parameters, return_annotation=returned)  # type: ignore[attr-defined]
-    annotated = {parameter.name: parameter.annotation for parameter in parameters}
-    annotated["return"] = returned
-    wrapper.__annotations__ = {
-        key: value for key, value in annotated.items() if value is not inspect.Parameter.empty
-    }
+    wrapper.__signature__ = signature  # type: ignore[attr-defined]
+    wrapper.__annotations__ = _annotations(signature)
     return wrapper  # type: ignore[return-value]
 
 
+def _full_signature(function: Callable[..., Any], classes: tuple[type[Any], ...]) -> inspect.Signature:
+    """Return the signature of a function with every option in the place of `**options`, and types for strings."""
+    signature = inspect.signature(function)
+    *own, _ = signature.parameters.values()
+    parameters = [parameter.replace(annotation=_evaluated(parameter.annotation, function)) for parameter in own]
+    for cls in classes:
+        parameters.extend(_parameters(cls))
+    returned = _evaluated(signature.return_annotation, function)
+    return signature.replace(parameters=parameters, return_annotation=returned)
+
+
+def _annotations(signature: inspect.Signature) -> dict[str, Any]:
+    """Return a signature's types by name, as `__annotations__` holds them; parameters without one are left out."""
+    annotated = {name: parameter.annotation for name, parameter in signature.parameters.items()}
+    annotated["return"] = signature.return_annotation
+    return {
+        name: annotation for name, annotation in annotated.items() if annotation is not inspect.Parameter.empty
+    }
+
+
 def _parameters(cls: type[Any]) -> list[inspect.Parameter]:
-    """Return the fields of a dataclass as keyword-only parameters."""
+    """Return the fields of a dataclass as keyword-only parameters, with their defaults and evaluated types."""
     hints = get_type_hints(cls)
     return [
         inspect.Parameter(
@@ -212,20 +244,34 @@ def _parameters(cls: type[Any]) -> list[inspect.Parameter]:
 
 
 def _evaluated(annotation: Any, function: Callable[..., Any]) -> Any:
-    """Return an annotation of a function as a type, for tools that read signatures."""
+    """Return an annotation of a function as a type, for tools that read signatures.
+
+    Every module here postpones the evaluation of annotations, so that they are strings at run time. Each is
+    evaluated by itself: `typing.get_type_hints` would fail on those that are imported for type checkers only.
+    """
     if not isinstance(annotation, str):
         return annotation
     return eval(annotation, function.__globals__)  # type: ignore[attr-defined]
 
 
 def _documented(docstring: str | None, classes: tuple[type[Any], ...]) -> str:
-    """Append the description of each option to the section Args of a docstring."""
+    """Append the description of each option to the section Args of a docstring.
+
+    Args:
+        docstring: with a section Args, which ends at an empty line or at the end.
+        classes: dataclasses of the options, in the order in which they are described.
+
+    Raises:
+        ValueError: there is no section Args.
+    """
     lines = inspect.cleandoc(docstring or "").splitlines()
     if "Args:" not in lines:
         raise ValueError("a docstring needs a section Args, for the options to be added to")
-    end = lines.index("", lines.index("Args:")) if "" in lines[lines.index("Args:") :] else len(lines)
-    described = [line for cls in classes for line in _attributes(cls).splitlines()]
-    return "\n".join([*lines[:end], *described, *lines[end:], ""])
+    # A section ends at the first empty line.
+    lines.append("")
+    end = lines.index("", lines.index("Args:"))
+    described = [_attributes(cls) for cls in classes]
+    return "\n".join([*lines[:end], *described, *lines[end:]])
 
 
 def _attributes(cls: type[Any]) -> str:
@@ -236,7 +282,10 @@ def _attributes(cls: type[Any]) -> str:
 
 
 def _without_removed(keywords: dict[str, Any], name: str) -> dict[str, Any]:
-    """Drop the options of earlier versions, with a warning where one was in use."""
+    """Drop the options of earlier versions, with a warning where one was in use.
+
+    Configs and checkpoints of earlier versions hold all options, these too, mostly with their default None.
+    """
     for removed, instead in REMOVED.items():
         if keywords.get(removed) is not None:
             warn_once(f"{name} no longer has the option {removed}: {instead}", ScheduleOptions)
@@ -244,9 +293,12 @@ def _without_removed(keywords: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _unknown(name: str, keyword: str, known: list[str], classes: tuple[type[Any], ...]) -> str:
-    """Say that there is no such option, which is the nearest, and where the options are documented."""
+    """Return a message: there is no such option, which is the nearest, and where the options are documented."""
+    homes = classes
+    hint = "."
     nearest = get_close_matches(keyword, known, n=1)
-    hint = f"; did you mean {nearest[0]!r}?" if nearest else "."
-    homes = [cls for cls in classes if nearest and nearest[0] in {field.name for field in fields(cls)}]
-    listed = " and ".join(f"help(farms_tb.{cls.__name__})" for cls in homes or classes)
+    if nearest:
+        hint = f"; did you mean {nearest[0]!r}?"
+        homes = tuple(cls for cls in classes if nearest[0] in cls.__dataclass_fields__) or classes
+    listed = " and ".join(f"help(farms_tb.{cls.__name__})" for cls in homes)
     return f"{name} has no option {keyword!r}{hint} The options are described in {listed}"

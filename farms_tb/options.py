@@ -6,7 +6,9 @@
 - `LoggingOptions`: what a callback logs.
 
 Names, types, defaults and documentation of all options are written here and nowhere else. Every public entry point
-takes these objects, and each option as a keyword argument too, see `farms_tb.keywords`.
+takes these objects, and each option as a keyword argument too, see `farms_tb.keywords`. Each object is checked
+when it is made: a wrong type raises a `TypeError` and a value out of range a `ValueError`, both name the option.
+Values are stored as plain Python values (tuples for sequences), so that options can be compared, hashed and saved.
 """
 
 from __future__ import annotations
@@ -39,43 +41,89 @@ NUMERICS = ("precision", "solver", "memory_mb", "threads")
 
 
 def check_choice(argument: str, value: object, choices: Any) -> None:
-    """Raise a `ValueError` naming `argument` unless `value` is one of the `Literal` type `choices`."""
+    """Check that a value is one of a few.
+
+    Args:
+        argument: name of the option, for the message.
+        value: what the user gave.
+        choices: a `Literal` type.
+
+    Raises:
+        ValueError: it is not; the message lists the choices.
+    """
     valid = get_args(choices)
-    if value not in valid:
-        listed = ", ".join(repr(choice) for choice in valid)
-        raise ValueError(f"{argument} must be one of {listed}, got {value!r}")
+    if value in valid:
+        return
+    listed = ", ".join(repr(choice) for choice in valid)
+    raise ValueError(f"{argument} must be one of {listed}, got {value!r}")
 
 
 def check_number(
     argument: str,
     value: object,
     *,
-    above: float | None = None,
-    at_least: float | None = None,
-    at_most: float | None = None,
+    above: float = -math.inf,
+    at_least: float = -math.inf,
+    at_most: float = math.inf,
 ) -> None:
-    """Raise unless `value` is a finite real number inside the bounds."""
+    """Check that a value is a finite real number inside some bounds.
+
+    Args:
+        argument: name of the option, for the message.
+        value: what the user gave.
+        above: the value must be larger.
+        at_least: the value must be as large or larger.
+        at_most: the value must be as small or smaller.
+
+    Raises:
+        TypeError: not an int or a float. True and False are no numbers.
+        ValueError: infinite, NaN or out of bounds.
+    """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{argument} must be a number, got {value!r} of type {type(value).__name__}")
     if not math.isfinite(value):
         raise ValueError(f"{argument} must be finite, got {value!r}")
-    if above is not None and not value > above:
+    if not value > above:
         raise ValueError(f"{argument} must be above {above}, got {value!r}")
-    if at_least is not None and not value >= at_least:
+    if not value >= at_least:
         raise ValueError(f"{argument} must be at least {at_least}, got {value!r}")
-    if at_most is not None and not value <= at_most:
+    if not value <= at_most:
         raise ValueError(f"{argument} must be at most {at_most}, got {value!r}")
 
 
 def check_integer(argument: str, value: object, at_least: int) -> None:
-    """Raise unless `value` is an integer of at least `at_least`."""
+    """Check that a value is an integer that is large enough.
+
+    Args:
+        argument: name of the option, for the message.
+        value: what the user gave.
+        at_least: the smallest value that is allowed.
+
+    Raises:
+        TypeError: not an int. True, False and 2.0 are no integers.
+        ValueError: smaller than `at_least`.
+    """
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{argument} must be an integer, got {value!r} of type {type(value).__name__}")
     check_number(argument, value, at_least=at_least)
 
 
+def check_integer_or_none(argument: str, value: object, at_least: int) -> None:
+    """Check as `check_integer` does a value that may be None as well."""
+    if value is not None:
+        check_integer(argument, value, at_least=at_least)
+
+
 def check_bool(argument: str, value: object) -> None:
-    """Raise unless `value` is True or False."""
+    """Check that a value is True or False.
+
+    Args:
+        argument: name of the option, for the message.
+        value: what the user gave.
+
+    Raises:
+        TypeError: it is something else, such as 1 or "yes".
+    """
     if not isinstance(value, bool):
         raise TypeError(f"{argument} must be True or False, got {value!r} of type {type(value).__name__}")
 
@@ -90,18 +138,24 @@ def plain_value(value: Any) -> Any:
         return float(value)
     if isinstance(value, np.generic):
         return value.item()
-    for cls in (str, bool, int, float):
-        if type(value) is cls:
-            return value
     if isinstance(value, str):
         return str.__str__(value)
+    # A bool is an int as well, and has no subclasses.
+    if isinstance(value, bool):
+        return value
     if isinstance(value, int):
         return int(value)
-    return float(value) if isinstance(value, float) else value
+    if isinstance(value, float):
+        return float(value)
+    return value
 
 
 def plain_strings(argument: str, values: object) -> tuple[str, ...]:
     """Return a sequence of strings as a tuple of plain strings.
+
+    Args:
+        argument: name of the option, for the message.
+        values: what the user gave; Hydra and YAML have list types of their own.
 
     Raises:
         TypeError: `values` is None, a single string, or no sequence of strings.
@@ -177,8 +231,7 @@ class SpectrumOptions:
         check_number("aspect_ratio", self.aspect_ratio, above=0)
         check_integer("window", self.window, at_least=2)
         check_integer("windows_per_dim", self.windows_per_dim, at_least=1)
-        if self.window_step is not None:
-            check_integer("window_step", self.window_step, at_least=1)
+        check_integer_or_none("window_step", self.window_step, at_least=1)
         check_number("xmin_pos", self.xmin_pos, above=1)
         check_bool("filter_zeros", self.filter_zeros)
         check_number("relative_cutoff", self.relative_cutoff, at_least=0)
@@ -190,8 +243,7 @@ class SpectrumOptions:
         if self.solver == "cupy" and not find_spec("cupy"):
             raise ValueError("solver='cupy' needs CuPy: pip install cupy-cuda13x (or 12x), or use solver='auto'")
         check_integer("memory_mb", self.memory_mb, at_least=1)
-        if self.threads is not None:
-            check_integer("threads", self.threads, at_least=1)
+        check_integer_or_none("threads", self.threads, at_least=1)
 
 
 @dataclass(frozen=True)
@@ -247,8 +299,7 @@ class RatioOptions:
         check_number("sigmoid_min", self.sigmoid_min, at_least=0, at_most=100)
         check_number("sigmoid_max", self.sigmoid_max, at_least=0, at_most=100)
         check_number("sigmoid_tau", self.sigmoid_tau, above=0)
-        if self.ratio_levels is not None:
-            check_integer("ratio_levels", self.ratio_levels, at_least=2)
+        check_integer_or_none("ratio_levels", self.ratio_levels, at_least=2)
         check_choice("metric", self.metric, Metric)
         check_bool("exclude_first", self.exclude_first)
         check_bool("exclude_last", self.exclude_last)
@@ -291,8 +342,7 @@ class ScheduleOptions:
     def __post_init__(self) -> None:
         _make_plain(self)
         check_integer("every_n_epochs", self.every_n_epochs, at_least=1)
-        if self.every_n_steps is not None:
-            check_integer("every_n_steps", self.every_n_steps, at_least=1)
+        check_integer_or_none("every_n_steps", self.every_n_steps, at_least=1)
         check_integer("lag_steps", self.lag_steps, at_least=0)
         if self.every_n_steps is not None and self.every_n_epochs != 1:
             warn_once(
@@ -325,10 +375,8 @@ class LoggingOptions:
     def __post_init__(self) -> None:
         _make_plain(self)
         check_bool("log", self.log)
-        if self.histogram_every_n is not None:
-            check_integer("histogram_every_n", self.histogram_every_n, at_least=1)
-        if self.table_every_n is not None:
-            check_integer("table_every_n", self.table_every_n, at_least=1)
+        check_integer_or_none("histogram_every_n", self.histogram_every_n, at_least=1)
+        check_integer_or_none("table_every_n", self.table_every_n, at_least=1)
         if self.x_axis is not None:
             check_choice("x_axis", self.x_axis, XAxis)
 
@@ -337,9 +385,18 @@ Options = SpectrumOptions | RatioOptions | ScheduleOptions | LoggingOptions
 
 
 def as_plain(*options: Options) -> dict[str, Any]:
-    """Return the options as one flat dict of plain values, safe in a checkpoint loaded with `weights_only`."""
+    """Return options as one flat dict of plain values, safe in a checkpoint loaded with `weights_only`.
+
+    Args:
+        *options: options of different classes, which have no field in common.
+
+    Returns:
+        Values by name, in the order of the fields; tuples as lists, as JSON would give them back.
+    """
     plain: dict[str, Any] = {}
     for part in options:
         for name, value in asdict(part).items():
-            plain[name] = list(value) if isinstance(value, tuple) else value
+            if isinstance(value, tuple):
+                value = list(value)
+            plain[name] = value
     return plain

@@ -1,4 +1,9 @@
-"""Warnings: once, on rank zero, pointing at the user's own line."""
+"""Warnings: once, on rank zero, pointing at the user's own line.
+
+Everything in the package that warns does it by `warn_once`. Python's own registry shows a warning once for each
+line of code; here the object that is warned about counts, so that a second model gets its own warnings, and the
+second epoch of the first model none. Users filter these warnings as any other `UserWarning`, by message or module.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +39,7 @@ def warn_once(message: str, about: object, stacklevel: int | None = None) -> Non
     if message in messages:
         return
     messages.add(message)
-    if dist.is_available() and dist.is_initialized() and dist.get_rank() > 0:
+    if _rank() > 0:
         return
     frame = _users_frame(sys._getframe(1))
     warnings.warn_explicit(
@@ -47,6 +52,13 @@ def warn_once(message: str, about: object, stacklevel: int | None = None) -> Non
     )
 
 
+def _rank() -> int:
+    """Return the rank of this process, 0 where training is not distributed."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank()
+    return 0
+
+
 def _users_frame(frame: FrameType) -> FrameType:
     """Return the innermost frame outside the libraries; the outermost one where every frame is in a library."""
     while frame.f_back is not None and _package(frame) in _LIBRARIES:
@@ -55,5 +67,6 @@ def _users_frame(frame: FrameType) -> FrameType:
 
 
 def _package(frame: FrameType) -> str:
+    """Return the name of the top-level package whose code a frame runs."""
     name: str = frame.f_globals.get("__name__", "")
     return name.partition(".")[0]

@@ -1,6 +1,9 @@
 """What importing the package needs, and what it leaves alone."""
 
 import ast
+import importlib
+import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import farms_tb
+from farms_tb._moved import MOVED
 
 PACKAGE = Path(farms_tb.__file__).parent
 OPTIONAL = (
@@ -18,6 +22,34 @@ ROOMS = ("weights", "spectra", "balancing", "viewing", "training", "cli")
 """In the order of the method: a room imports from those before it."""
 ABOVE_ALL = ("options", "report", "warnings", "_moved")
 """What every room may import."""
+
+PUBLIC_IN_0_1 = {
+    "": "EsdHistogram FARMSTempBalance FARMSTrainerCallback LayerRecord MatrixStack NoSpectrumError Report "
+    "StepGroup TempBalance analyze analyze_checkpoint layer_matrices lr_ratios",
+    "analysis": "analyze",
+    "balance": "LayerBalancer StepGroup TempBalance",
+    "callback": "FARMSTempBalance",
+    "checkpoint": "analyze_checkpoint",
+    "densities": "esd_density marchenko_pastur tail_density",
+    "huggingface": "FARMSTrainerCallback",
+    "layers": "find_layers read_stacks",
+    "layerwise_step": "LayerwiseStep",
+    "logs": "measurement_row",
+    "matrices": "MatrixStack NoSpectrumError layer_matrices",
+    "options": "AssignFunc Esd Fit check_integer",
+    "page": "write_page",
+    "plots": "Curve History plot_alpha_by_depth plot_alpha_curves plot_esd plot_esds plot_full_against_farms "
+    "plot_ratio_curves plot_ratio_map read_history save_all",
+    "plots.style": "COLOURS FAINT MARKERS depth_colours new_figure save spread styled",
+    "power_law": "fit_power_law",
+    "report": "EsdHistogram LayerRecord Report",
+    "run_folder": "read_run_folder",
+    "schedule": "Schedule",
+    "temperature": "lr_ratios noise_lambda",
+    "wandb_report": "build_workspace main",
+}
+"""By path below `farms_tb`: what the documentation, recipes and benchmarks of version 0.1 imported."""
+NEEDED_BY_MODULES = {"huggingface": "transformers", "plots": "matplotlib", "callback": "lightning"}
 
 REFUSE_OPTIONAL = f"""
 import importlib.abc, importlib.machinery, sys
@@ -140,3 +172,45 @@ def test_unknown_names():
 
 def test_type_hints_are_announced():
     assert (PACKAGE / "py.typed").exists()
+
+
+def moved_module(path):
+    """Import a module of version 0.1 by its old path, if the package it needs is installed."""
+    needed = NEEDED_BY_MODULES.get(path.split(".")[0])
+    if needed:
+        pytest.importorskip(needed)
+    return importlib.import_module(f"farms_tb.{path}" if path else "farms_tb")
+
+
+@pytest.mark.parametrize("path", PUBLIC_IN_0_1)
+def test_names_of_version_0_1_are_found_where_they_were(path):
+    module = moved_module(path)
+    names = PUBLIC_IN_0_1[path].split()
+    assert [name for name in names if not hasattr(module, name)] == []
+
+
+@pytest.mark.parametrize("path", MOVED)
+def test_both_paths_are_the_same_module(path):
+    old, new = moved_module(path), importlib.import_module(f"farms_tb.{MOVED[path]}")
+    assert old is new
+    assert new.__name__ == new.__spec__.name == f"farms_tb.{MOVED[path]}"
+
+
+def test_both_paths_give_the_same_class():
+    from farms_tb.balance import StepGroup, TempBalance
+    from farms_tb.callback import FARMSTempBalance
+
+    assert TempBalance is farms_tb.TempBalance
+    assert StepGroup is farms_tb.StepGroup
+    assert FARMSTempBalance is farms_tb.FARMSTempBalance
+    # What a pickle of version 0.1 holds of a class: module and name.
+    assert pickle.loads(b"cfarms_tb.callback\nFARMSTempBalance\n.") is farms_tb.FARMSTempBalance
+
+
+@pytest.mark.parametrize("path", ["farms_tb.wandb_report", "farms_tb.training.wandb_workspace", "farms_tb.cli"])
+def test_modules_that_can_be_run(path):
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
+    command = [sys.executable, "-W", "error", "-m", path, "--help"]
+    finished = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+    assert finished.returncode == 0, finished.stderr
+    assert "usage" in finished.stdout.lower()

@@ -1,4 +1,8 @@
-"""One warning where measuring takes a noticeable share of the time of training."""
+"""One warning where measuring takes a noticeable share of the time of training.
+
+The user decides how often layers are measured. Where that makes training noticeably slower, one warning says so
+and names the options to change; no measurement is skipped.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +24,8 @@ MIN_SECONDS = 30.0
 class MeasuringCost:
     """Adds up how long training waits for measurements, and warns once a run where that is too long.
 
-    The clock decides about this warning and nothing else: runs stay reproducible.
+    The clock decides about this warning and nothing else: runs stay reproducible. A `MeasuringCost` belongs to one
+    run; the time of training counts from when it is made.
     """
 
     def __init__(self) -> None:
@@ -30,7 +35,11 @@ class MeasuringCost:
 
     @contextmanager
     def measurement(self) -> Iterator[None]:
-        """Time the measurement made in this context."""
+        """Time the measurement made in this context, and warn if they take too long.
+
+        Yields:
+            None, once. The time of a measurement that raises is not counted.
+        """
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             # Steps that are still queued on the GPU are training, not measuring.
             torch.cuda.synchronize()
@@ -42,8 +51,9 @@ class MeasuringCost:
         self._warn_if_slow(now - self._start)
 
     def _warn_if_slow(self, total: float) -> None:
-        share = self._measuring / total if total > 0 else 0.0
-        if self._measurements < MIN_MEASUREMENTS or total < MIN_SECONDS or share <= MAX_SHARE:
+        """Warn, once a run, where measurements have taken too much of `total` seconds of training."""
+        is_trial = self._measurements < MIN_MEASUREMENTS or total < MIN_SECONDS
+        if is_trial or self._measuring <= MAX_SHARE * total:
             return
         warn_once(
             f"measuring the layers has taken more than {MAX_SHARE:.0%} of the time of training: measure less "

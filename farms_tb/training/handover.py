@@ -39,12 +39,18 @@ class Results:
         return self.by_parameter
 
     def as_json(self) -> str:
-        """Return the results as text; histograms, which are only needed for logging, are left out."""
-        records = {} if self.report is None else self.report.layers
+        """Return the results as text, for another process.
+
+        Histograms, which are only needed for logging, are left out. Numbers come back bitwise identical.
+        """
+        report = Report({}, {}) if self.report is None else self.report
+        layers = {}
+        for name, record in report.layers.items():
+            layers[name] = asdict(replace(record, histogram=None))
         return json.dumps(
             {
-                "layers": {name: asdict(replace(record, histogram=None)) for name, record in records.items()},
-                "options": {} if self.report is None else dict(self.report.options),
+                "layers": layers,
+                "options": dict(report.options),
                 "ratios": dict(self.ratios),
                 "by_parameter": dict(self.by_parameter),
             }
@@ -54,10 +60,11 @@ class Results:
     def from_json(cls, text: str) -> Results:
         """Read what `as_json` returned."""
         read: dict[str, Any] = json.loads(text)
-        layers = {
-            name: LayerRecord(**{**record, "shape": tuple(record["shape"])})
-            for name, record in read["layers"].items()
-        }
+        layers = {}
+        for name, record in read["layers"].items():
+            # JSON has no tuples.
+            shape = tuple(record["shape"])
+            layers[name] = LayerRecord(**{**record, "shape": shape})
         return cls(Report(layers, read["options"]), read["ratios"], read["by_parameter"])
 
 
@@ -74,8 +81,16 @@ class Handover:
         weakref.finalize(self, _remove, self._path, self._owner)
 
     def send(self, results: Results) -> None:
-        """Write the results if this process is a child of the one that made this object."""
-        if os.getpid() == self._owner or os.getppid() != self._owner:
+        """Write the results if this process is a child of the one that made this object.
+
+        Args:
+            results: what the parent will show; the file replaces an earlier one at once, never in part.
+
+        Raises:
+            OSError: the directory for temporary files cannot be written.
+        """
+        is_child = os.getpid() != self._owner and os.getppid() == self._owner
+        if not is_child:
             return
         temporary = self._path.with_suffix(".part")
         # For the user alone, and never through a link or into a file that somebody else has put there.
@@ -85,7 +100,11 @@ class Handover:
         temporary.replace(self._path)
 
     def receive(self) -> Results | None:
-        """Return what a child has sent, and remove the file; None where there is nothing new."""
+        """Return what a child has sent, and remove the file.
+
+        Returns:
+            The results; None where there is nothing new, and in every process but the one that made this object.
+        """
         if os.getpid() != self._owner or not self._path.exists():
             return None
         results = Results.from_json(self._path.read_text())

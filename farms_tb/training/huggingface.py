@@ -1,6 +1,8 @@
 """The callback for Hugging Face's Trainer: the options and guarantees of the Lightning one.
 
-Everything that does not depend on the trainer is `farms_tb.training.session`.
+Everything that does not depend on the trainer is in `farms_tb.training.session`. What does is here: when the
+Trainer calls which event, how it counts epochs, where its checkpoints keep the state of callbacks, how its
+reporters want their rows, and which of its backends and optimizers leave nothing to balance.
 """
 
 from __future__ import annotations
@@ -14,11 +16,11 @@ from farms_tb.balancing.balancer import LayerBalancer
 from farms_tb.balancing.optimizer_checks import stepping_optimizers
 from farms_tb.keywords import CallbackKeywords, takes_options
 from farms_tb.options import LoggingOptions, RatioOptions, ScheduleOptions, SpectrumOptions
-from farms_tb.training.metrics import Measurement
+from farms_tb.training.metrics import Measurement, Media, RunLog
 from farms_tb.training.run import CallbackOptions, Run
 from farms_tb.training.schedule import Moment
 from farms_tb.training.session import BalancingSession, ShowsResults
-from farms_tb.training.sinks import SHOWS_MEDIA, class_names, define_wandb_axes, tensorboard_media, wandb_values
+from farms_tb.training.sinks import define_wandb_axes, media_to_show, tensorboard_media, wandb_values
 
 try:
     from transformers.integrations.integration_utils import TensorBoardCallback, WandbCallback
@@ -122,7 +124,11 @@ class FARMSTrainerCallback(ShowsResults, TrainerCallback, ExportableState):
         self._session.stop()
 
     def state(self) -> dict[str, Any]:
-        """Return options, ratios, report and clock as plain values, for `trainer_state.json`."""
+        """Return options, ratios, report and clock as plain values, for `trainer_state.json`.
+
+        Returns:
+            `args`, from which the Trainer makes the callback anew on request; `attributes`, which it then sets.
+        """
         return {"args": self.options.as_plain(), "attributes": {"_restored": self._session.state_dict()}}
 
     @property
@@ -137,14 +143,23 @@ class FARMSTrainerCallback(ShowsResults, TrainerCallback, ExportableState):
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        """Refuse what cannot work before any time is spent."""
+        """Refuse what cannot work before any time is spent.
+
+        Raises:
+            ValueError: DeepSpeed, FSDP1, Megatron-LM or XLA.
+        """
         _check_backend()
         return control
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        """Attach to the optimizer, which is set up and restored by now, and apply restored ratios."""
+        """Attach to the optimizer, which is set up and restored by now, and apply restored ratios.
+
+        Raises:
+            ValueError: the optimizer cannot have layer-wise learning rates, the model has no layer to balance, or
+                the saved state is not one of this package.
+        """
         self.detach()
         _check_backend()
         # `state.epoch` is fractional: exact at the ends of epochs, but useless between them where the dataset has
@@ -199,7 +214,8 @@ class FARMSTrainerCallback(ShowsResults, TrainerCallback, ExportableState):
         **kwargs: Any,
     ) -> TrainerControl:
         """Measure the final weights, where nothing was saved after that, when the Trainer logs its summary."""
-        if "train_runtime" in (logs or {}):
+        is_summary = logs is not None and "train_runtime" in logs
+        if is_summary:
             control = self._measure_final_weights(args, state, control, **kwargs)
         return control
 
@@ -226,6 +242,7 @@ class FARMSTrainerCallback(ShowsResults, TrainerCallback, ExportableState):
     def _measure_if_due(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
+        """Measure if it is time, and log; after an error, of which no event tells, let go of the optimizer."""
         try:
             found = self._session.measure_if_due(self._moment(state))
         except Exception:
@@ -238,6 +255,7 @@ class FARMSTrainerCallback(ShowsResults, TrainerCallback, ExportableState):
     def _measure_final_weights(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
+        """Measure and log once after the last step, at the first of the events that may be the last."""
         if not self._session.running:
             return control
         # What is logged below calls `on_log` of this callback too.
@@ -247,6 +265,7 @@ class FARMSTrainerCallback(ShowsResults, TrainerCallback, ExportableState):
         return control
 
     def _moment(self, state: TrainerState) -> Moment:
+        """Return where training stands, by this callback's count of epochs and the Trainer's of steps."""
         return Moment(self._epoch, state.global_step, state.epoch or 0.0, state.global_step)
 
     def _log(
@@ -264,42 +283,62 @@ class FARMSTrainerCallback(ShowsResults, TrainerCallback, ExportableState):
         """
         if not self._session.logs:
             return control
-        row = measurement.row()
-        state.log_history.append({**row, "step": state.global_step})
+        run_log = self._session.current.run_log
+        state.log_history.append({**measurement.row(), "step": state.global_step})
         others = [callback for callback in _callbacks_of_trainer() if callback is not self]
-        wanted = measurement.table and any(class_names(other) & SHOWS_MEDIA for other in others)
-        media = self._session.run_log.media(measurement) if wanted else None
+        media = media_to_show(others, measurement, run_log)
         for callback in others:
-            logs: dict[str, Any] = dict(row)
-            if isinstance(callback, (ProgressCallback, PrinterCallback)):
-                logs = {"epoch": state.epoch, **measurement.aggregates()}
-            elif isinstance(callback, WandbCallback):
-                logs = wandb_values(measurement, media)
-                self._define_wandb_axes(logs)
-            elif isinstance(callback, TensorBoardCallback):
-                logs = dict(measurement.row(by_depth=True))
+            logs = _logs_for(callback, state, measurement, media)
+            if isinstance(callback, WandbCallback):
+                _define_wandb_axes(logs, run_log)
             control = callback.on_log(args, state, control, logs=logs, **kwargs) or control
             if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
                 tensorboard_media(callback.tb_writer, measurement, media, "train/")
         return control
 
-    def _define_wandb_axes(self, keys: Iterable[str]) -> None:
-        import wandb
 
-        run_log = self._session.run_log
-        if wandb.run is not None:
-            step_metric = "train/global_step" if run_log.x_axis == "step" else "train/epoch"
-            define_wandb_axes(wandb.run, keys, run_log, step_metric, "train/")
+def _logs_for(
+    callback: TrainerCallback, state: TrainerState, measurement: Measurement, media: Media | None
+) -> dict[str, Any]:
+    """Return what a reporter is given of a measurement: the console the aggregates, W&B everything."""
+    if isinstance(callback, (ProgressCallback, PrinterCallback)):
+        return {"epoch": state.epoch, **measurement.aggregates()}
+    if isinstance(callback, WandbCallback):
+        return wandb_values(measurement, media)
+    if isinstance(callback, TensorBoardCallback):
+        return dict(measurement.row(by_depth=True))
+    return dict(measurement.row())
+
+
+def _define_wandb_axes(keys: Iterable[str], run_log: RunLog) -> None:
+    """Tell the W&B run of the trainer what the keys are plotted against; nothing where W&B has no run."""
+    import wandb
+
+    if wandb.run is None:
+        return
+    step_metric = "train/epoch"
+    if run_log.x_axis == "step":
+        step_metric = "train/global_step"
+    define_wandb_axes(wandb.run, keys, run_log, step_metric, "train/")
 
 
 def _run(options: CallbackOptions, args: TrainingArguments, state: TrainerState, **kwargs: Any) -> Run:
-    """Describe the run that begins, from what the Trainer gives its callbacks."""
+    """Describe the run that begins, from what the Trainer gives its callbacks.
+
+    Args:
+        options: what the callback was asked for.
+        args: the Trainer's arguments.
+        state: where training stands.
+        **kwargs: the objects that the Trainer passes to every event: `model`, `optimizer`, `train_dataloader`.
+    """
     model, first, loader = kwargs["model"], kwargs["optimizer"], kwargs.get("train_dataloader")
 
     def optimizers() -> list[Optimizer]:
         # The Trainer keeps giving the first one to callbacks where its own was exchanged during training.
         trainer = _calling(Trainer)
-        return [first if trainer is None or trainer.optimizer is None else trainer.optimizer]
+        if trainer is None or trainer.optimizer is None:
+            return [first]
+        return [trainer.optimizer]
 
     def attach() -> LayerBalancer:
         for optimizer in optimizers():
@@ -319,7 +358,9 @@ def _run(options: CallbackOptions, args: TrainingArguments, state: TrainerState,
 def _callbacks_of_trainer() -> list[TrainerCallback]:
     """Return the callbacks of the trainer that is calling, in its order; none outside of a trainer."""
     handler = _calling(CallbackHandler)
-    return [] if handler is None else list(handler.callbacks)
+    if handler is None:
+        return []
+    return list(handler.callbacks)
 
 
 def _calling(cls: type[T]) -> T | None:
@@ -355,10 +396,11 @@ def _check_backend() -> None:
 
 
 def _check_optimizer(optimizer: Optimizer) -> None:
+    """Raise for an optimizer that moves the parameters outside of `step`, where no ratio would reach them."""
     for inner in stepping_optimizers(optimizer):
-        for cls in type(inner).__mro__:
-            if cls.__name__ in _REFUSED_OPTIMIZERS:
-                raise ValueError(
-                    f"FARMSTrainerCallback does not work with {cls.__name__}: it moves the layers during the "
-                    "backward pass, not in step(). Choose another optim, such as adamw_torch"
-                )
+        names = {cls.__name__ for cls in type(inner).__mro__}
+        for refused in names.intersection(_REFUSED_OPTIMIZERS):
+            raise ValueError(
+                f"FARMSTrainerCallback does not work with {refused}: it moves the layers during the backward "
+                "pass, not in step(). Choose another optim, such as adamw_torch"
+            )

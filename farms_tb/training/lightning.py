@@ -1,6 +1,8 @@
 """The Lightning callback: measures at the start of epochs, balances the optimizers' steps, logs, resumes.
 
-Everything that does not depend on the trainer is `farms_tb.training.session`.
+Everything that does not depend on the trainer is in `farms_tb.training.session`. What does is here: which events
+Lightning calls in a resumed run, which strategies leave nothing to balance, and how other callbacks find the
+metrics they monitor.
 """
 
 from __future__ import annotations
@@ -101,16 +103,21 @@ class FARMSTempBalance(ShowsResults, Callback):
         return "FARMSTempBalance"
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what cannot work before any time is spent."""
+        """Refuse what cannot work before any time is spent.
+
+        Raises:
+            ValueError: a second callback of this class, or a strategy that cannot have layer-wise learning rates.
+        """
         if stage != "fit":
             return
         others = [callback for callback in trainer.callbacks if isinstance(callback, FARMSTempBalance)]  # type: ignore[attr-defined]
         if len(others) > 1:
             raise ValueError("the trainer has two FARMSTempBalance callbacks: keep one")
         for cls in type(trainer.strategy).__mro__:
-            if cls.__name__ in _REFUSED_STRATEGIES:
+            reason = _REFUSED_STRATEGIES.get(cls.__name__)
+            if reason is not None:
                 raise ValueError(
-                    f"FARMSTempBalance does not work with {cls.__name__}: {_REFUSED_STRATEGIES[cls.__name__]}. "
+                    f"FARMSTempBalance does not work with {cls.__name__}: {reason}. "
                     "Use one device, DDP or FSDP2 (ModelParallelStrategy)"
                 )
 
@@ -141,7 +148,9 @@ class FARMSTempBalance(ShowsResults, Callback):
 
         Lightning then finds nothing left to train, and calls no event of training.
         """
-        if trainer.limit_train_batches and self._session.missed_final_weights(trainer.global_step):
+        if not trainer.limit_train_batches:
+            return
+        if self._session.missed_final_weights(trainer.global_step):
             self.on_train_start(trainer, pl_module)
             self.on_train_end(trainer, pl_module)
 
@@ -154,7 +163,10 @@ class FARMSTempBalance(ShowsResults, Callback):
         self._session.stop()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return ratios, report and clock as plain values, for the checkpoint."""
+        """Return ratios, report and clock as plain values, for the checkpoint.
+
+        The values are those that `torch.load(weights_only=True)` reads. Empty before the first measurement.
+        """
         return self._session.state_dict() or {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -191,9 +203,10 @@ class FARMSTempBalance(ShowsResults, Callback):
             self._publish(trainer, pl_module)
 
     def _log(self, trainer: Trainer, measurements: list[Measurement]) -> None:
-        if self._session.logs:
-            for measurement in measurements:
-                log_measurement(trainer.loggers, measurement, self._session.run_log)
+        if not self._session.logs:
+            return
+        for measurement in measurements:
+            log_measurement(trainer.loggers, measurement, self._session.current.run_log)
 
     def _publish(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Offer the aggregates to callbacks that monitor a metric.
@@ -201,12 +214,12 @@ class FARMSTempBalance(ShowsResults, Callback):
         Not by `pl_module.log`: what is logged that way at the start of an epoch is not available in the validation
         of that epoch, where checkpoints and early stopping look.
         """
-        assert self._session.attachment is not None
-        aggregates = self._session.attachment.aggregates().items()
-        trainer.callback_metrics.update({k: torch.tensor(v, device=pl_module.device) for k, v in aggregates})
+        for name, value in self._session.current.attachment.aggregates().items():
+            trainer.callback_metrics[name] = torch.tensor(value, device=pl_module.device)
 
 
 def _moment(trainer: Trainer) -> Moment:
+    """Return where training stands, by the trainer's counts."""
     # LearningRateMonitor and the user's own metrics are logged under this step, which counts batches that stepped.
     logged_step = trainer.fit_loop.epoch_loop._batches_that_stepped
     return Moment(trainer.current_epoch, trainer.global_step, trainer.current_epoch, logged_step)

@@ -32,6 +32,7 @@ MAX_LOGGED_LAYERS = 1000
 and the three parts of a histogram. The remaining 3000 are left to the user's own metrics."""
 
 TABLE = "farms/report"
+"""Key under which the table is logged."""
 COLUMNS = (
     "layer",
     "shape",
@@ -71,12 +72,17 @@ class Measurement:
     table: bool = False
 
     def row(self, *, by_depth: bool = False) -> dict[str, float]:
-        """Return the row to log; `by_depth` with the keys for W&B and TensorBoard."""
+        """Return the row to log.
+
+        Args:
+            by_depth: number the layers in the keys, for W&B and TensorBoard.
+
+        Returns:
+            `epoch` and what `measurement_row` returns.
+        """
         aggregates = self.aggregates() | dict(self.summary)
-        return {
-            "epoch": self.epoch,
-            **measurement_row(self.report, self.ratios, self.lrs, aggregates, by_depth=by_depth),
-        }
+        row = measurement_row(self.report, self.ratios, self.lrs, aggregates, by_depth=by_depth)
+        return {"epoch": self.epoch, **row}
 
     def aggregates(self) -> dict[str, float]:
         """Return mean and standard deviation of alpha over the layers that are trained, see `alpha_summary`."""
@@ -100,6 +106,8 @@ class Media:
 class RunLog:
     """What a run of training remembers for its logs: the curves so far, and what W&B was told.
 
+    It is not saved in checkpoints: after a resume the curves begin where the run was resumed.
+
     Attributes:
         x_axis: what W&B plots the curves against.
     """
@@ -110,24 +118,35 @@ class RunLog:
     _keys: dict[str, set[str]] = field(default_factory=dict)
 
     def add(self, measurement: Measurement) -> None:
-        """Keep a measurement for the curves in the pictures."""
+        """Keep a measurement for the curves in the pictures.
+
+        Args:
+            measurement: the latest one; layers without an alpha have no point in this place of their curve.
+        """
         when = (measurement.epoch, measurement.step)
-        for points, values in (
-            (self._alphas, measurement.report.alphas),
-            (self._ratios, measurement.ratios),
-        ):
-            for name, value in values.items():
-                if value is not None:
-                    points.setdefault(name, []).append((*when, value))
+        for name, alpha in measurement.report.alphas.items():
+            if alpha is not None:
+                self._alphas.setdefault(name, []).append((*when, alpha))
+        for name, ratio in measurement.ratios.items():
+            self._ratios.setdefault(name, []).append((*when, ratio))
 
     def media(self, measurement: Measurement) -> Media:
-        """Return the table of a measurement, and the pictures of the run so far."""
+        """Return the table of a measurement, and the pictures of the run so far.
+
+        Args:
+            measurement: the latest one, which `add` has been given before.
+        """
         layers = tuple(measurement.report.layers)
         history = History(alpha=_curves(self._alphas), ratio=_curves(self._ratios), layers=layers)
         return Media(table(measurement), pictures(measurement.report, history))
 
     def new_keys(self, run_id: str, keys: Iterable[str]) -> list[str]:
-        """Return the keys that a W&B run has not had before."""
+        """Return the keys that a W&B run has not had before, and note them.
+
+        Args:
+            run_id: id of the W&B run; a trainer may have several loggers.
+            keys: keys that are about to be logged.
+        """
         known = self._keys.setdefault(run_id, set())
         new = [key for key in keys if key not in known]
         known.update(new)
@@ -135,14 +154,26 @@ class RunLog:
 
 
 def choose_x_axis(x_axis: XAxis | None, every_n_steps: int | None) -> XAxis:
-    """Return what to plot curves against: None means the unit in which measurements are spaced."""
-    if x_axis is None:
-        return "epoch" if every_n_steps is None else "step"
-    return x_axis
+    """Return what to plot curves against.
+
+    Args:
+        x_axis: the user's choice; None for the unit in which measurements are spaced.
+        every_n_steps: the option of that name; None where layers are measured by epochs.
+    """
+    if x_axis is not None:
+        return x_axis
+    if every_n_steps is not None:
+        return "step"
+    return "epoch"
 
 
 def warn_of_many_layers(number: int, model: object) -> None:
-    """Say, once for each model, that its layers are too many to log."""
+    """Warn, once for each model, where it has too many layers to log each.
+
+    Args:
+        number: how many layers the model has.
+        model: the model, which tells one warning from another.
+    """
     if number > MAX_LOGGED_LAYERS:
         warn_once(
             f"the model has {number} layers: with more than {MAX_LOGGED_LAYERS}, only farms/alpha_mean and "
@@ -162,9 +193,12 @@ def summary_row(summary: RatioSummary) -> dict[str, float]:
         `farms/ratio_mean`; `farms/lambda` of real weights, the only kind in most models, and
         `farms/lambda_<kind>` of others.
     """
-    row = {} if summary.mean_ratio is None else {"farms/ratio_mean": summary.mean_ratio}
+    row = {}
+    if summary.mean_ratio is not None:
+        row["farms/ratio_mean"] = summary.mean_ratio
     for kind, value in summary.noise_lambda.items():
-        row["farms/lambda" if kind == "real" else f"farms/lambda_{kind}"] = value
+        key = "farms/lambda" if kind == "real" else f"farms/lambda_{kind}"
+        row[key] = value
     return row
 
 
@@ -180,18 +214,29 @@ def alpha_summary(report: Report, trained: Container[str] | None = None) -> dict
             the frozen weights below adapters, would hide what training does.
 
     Returns:
-        `farms/alpha_mean` and `farms/alpha_std`; empty where no layer has an alpha.
+        `farms/alpha_mean` and `farms/alpha_std` (of the population, divided by the number of layers); empty where
+        no layer has an alpha.
     """
-    known = {name: record for name, record in report.layers.items() if record.alpha is not None}
-    records = [record for name, record in known.items() if trained is None or name in trained]
-    records = records or list(known.values())
-    real = [record for record in records if record.kind == "real"]
-    alphas = [record.alpha for record in real or records if record.alpha is not None]
+    alphas = _alphas_to_summarize(report, trained)
     if not alphas:
         return {}
     mean = math.fsum(alphas) / len(alphas)
-    variance = math.fsum((alpha - mean) ** 2 for alpha in alphas) / len(alphas)
-    return {"farms/alpha_mean": mean, "farms/alpha_std": math.sqrt(variance)}
+    squares = math.fsum((alpha - mean) ** 2 for alpha in alphas)
+    return {"farms/alpha_mean": mean, "farms/alpha_std": math.sqrt(squares / len(alphas))}
+
+
+def _alphas_to_summarize(report: Report, trained: Container[str] | None) -> list[float]:
+    """Return the alphas of the layers that a summary is about, see `alpha_summary`."""
+    measured = {name: alpha for name, alpha in report.alphas.items() if alpha is not None}
+    chosen = list(measured)
+    if trained is not None:
+        chosen = [name for name in measured if name in trained]
+    if not chosen:
+        chosen = list(measured)
+    real = [name for name in chosen if report.layers[name].kind == "real"]
+    if real:
+        chosen = real
+    return [measured[name] for name in chosen]
 
 
 def measurement_row(
@@ -217,13 +262,20 @@ def measurement_row(
     row = {**alpha_summary(report), **summary}
     if len(report.layers) > MAX_LOGGED_LAYERS:
         return row
-    shown = depth_names(report) if by_depth else {name: name for name in report.layers}
     prefix = "farms_" if by_depth else "farms/"
-    for name, record in report.layers.items():
+    for name, depth_name in depth_names(report).items():
+        record = report.layers[name]
         if not record.kind:
             continue
-        metrics = {"alpha": record.alpha, "ratio": ratios.get(name), "lr": lrs.get(name), "z": record.z_score}
-        row.update({f"{prefix}{k}/{shown[name]}": v for k, v in metrics.items() if v is not None})
+        shown = depth_name if by_depth else name
+        metrics = {
+            "alpha": record.alpha,
+            "ratio": ratios.get(name),
+            "lr": lrs.get(name),
+            "z": record.z_score,
+        }
+        known = {metric: value for metric, value in metrics.items() if value is not None}
+        row.update({f"{prefix}{metric}/{shown}": value for metric, value in known.items()})
     return row
 
 
@@ -237,34 +289,52 @@ def depth_names(report: Report) -> dict[str, str]:
 
 
 def esd_histograms(report: Report) -> dict[str, EsdHistogram]:
-    """Return the ESDs that were counted, by the key they are logged under; none where layers are too many."""
+    """Return the ESDs that were counted, by the key they are logged under.
+
+    Returns:
+        Histograms of log10 of the eigenvalues; empty where the measurement counted none, and where the model has
+        more than `MAX_LOGGED_LAYERS` layers.
+    """
     if len(report.layers) > MAX_LOGGED_LAYERS:
         return {}
-    histograms = {shown: report.layers[name].histogram for name, shown in depth_names(report).items()}
-    return {f"farms_esd/{shown}": h for shown, h in histograms.items() if h is not None}
+    histograms = {}
+    for name, shown in depth_names(report).items():
+        histogram = report.layers[name].histogram
+        if histogram is not None:
+            histograms[f"farms_esd/{shown}"] = histogram
+    return histograms
 
 
 def table(measurement: Measurement) -> list[list[Any]]:
-    """Return the values of `COLUMNS` for each layer."""
-    return [
-        [
+    """Return the values of `COLUMNS` for each layer, None where there is no value; the shape as `64x3x3`."""
+    rows = []
+    for name, record in measurement.report.layers.items():
+        row = [
             name,
-            "x".join(map(str, r.shape)),
-            r.alpha,
-            r.alpha_error,
-            r.ks_distance,
-            r.stable_rank,
+            "x".join(map(str, record.shape)),
+            record.alpha,
+            record.alpha_error,
+            record.ks_distance,
+            record.stable_rank,
             measurement.ratios.get(name),
             measurement.lrs.get(name),
-            r.z_score,
-            r.status,
+            record.z_score,
+            record.status,
         ]
-        for name, r in measurement.report.layers.items()
-    ]
+        rows.append(row)
+    return rows
 
 
 def pictures(report: Report, history: History) -> dict[str, Figure]:
-    """Draw what there is data for, by the keys the pictures are logged under; nothing without matplotlib."""
+    """Draw what there is data for.
+
+    Args:
+        report: the latest measurement.
+        history: the curves so far.
+
+    Returns:
+        Figures by the keys they are logged under; empty where matplotlib is not installed.
+    """
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -282,4 +352,5 @@ def pictures(report: Report, history: History) -> dict[str, Figure]:
 
 
 def _curves(points: Mapping[str, list[tuple[float, int, float]]]) -> dict[str, Curve]:
+    """Return each layer's points (epoch, step, value) as a curve."""
     return {name: Curve(*zip(*found, strict=True)) for name, found in points.items()}

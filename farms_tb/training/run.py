@@ -1,4 +1,8 @@
-"""A run of training as a trainer describes it, and the balancer that is attached to its optimizers."""
+"""A run of training as a trainer describes it, and the balancer that is attached to its optimizers.
+
+`CallbackOptions` is what the user asked for, `Run` what the trainer says, `Attachment` what comes of both. Nothing
+here knows which trainer it is.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +47,19 @@ class CallbackOptions:
         logging: LoggingOptions | None,
         keywords: Mapping[str, Any],
     ) -> CallbackOptions:
-        """Return the given objects, or the defaults, overridden by the keywords."""
+        """Return the options of all four kinds, from objects and keywords as a user gives them.
+
+        Args:
+            spectrum: options as one object; None for the defaults.
+            ratios: likewise.
+            schedule: likewise.
+            logging: likewise.
+            keywords: options by name; each overrides the field of that name.
+
+        Raises:
+            TypeError: an object of another class, or a value of the wrong type.
+            ValueError: a value out of range.
+        """
         return cls(
             resolved(SpectrumOptions, spectrum, keywords),
             resolved(RatioOptions, ratios, keywords),
@@ -52,13 +68,15 @@ class CallbackOptions:
         )
 
     def as_plain(self) -> dict[str, Any]:
-        """Return all options as one flat dict of plain values, for a checkpoint."""
+        """Return all options as one flat dict of plain values, for a checkpoint; see `farms_tb.options`."""
         return as_plain(self.spectrum, self.ratios, self.schedule, self.logging)
 
 
 @dataclass(frozen=True)
 class Run:
     """What a trainer tells about a run when it begins.
+
+    The optimizers are asked for again before each measurement, as they may be others by then.
 
     Attributes:
         model: the model that is trained.
@@ -81,6 +99,8 @@ class Run:
 class Attachment:
     """A balancer, and the optimizers of a run that it is attached to.
 
+    Attached from the moment it is made, until `detach`.
+
     Attributes:
         run: the run.
         balancer: what measures and balances.
@@ -94,12 +114,18 @@ class Attachment:
         self._attach()
 
     def _attach(self) -> None:
+        """Make the balancer, and note which optimizers it steps."""
         self._optimizers = list(self.run.optimizers())
         self.balancer = self.run.attach()
 
     def follow_optimizers(self) -> None:
-        """Attach to the optimizers that train now, with the same ratios, where they were exchanged."""
-        if list(map(id, self.run.optimizers())) == list(map(id, self._optimizers)):
+        """Attach to the optimizers that train now, with the same ratios, where they were exchanged.
+
+        Callbacks of the user may exchange a trainer's optimizers in the middle of a run.
+        """
+        current = [id(optimizer) for optimizer in self.run.optimizers()]
+        attached = [id(optimizer) for optimizer in self._optimizers]
+        if current == attached:
             return
         state = self.balancer.state_dict()
         self.balancer.detach()
@@ -111,22 +137,32 @@ class Attachment:
         self.balancer.detach()
 
     def results(self) -> Results:
-        """Return report and ratios without the model."""
+        """Return report and ratios without the model, to be pickled or handed to another process."""
         balancer = self.balancer
         return Results(balancer.report, dict(balancer.ratios), balancer.parameter_ratios())
 
     def trained_layers(self) -> frozenset[str]:
-        """Return the names of the layers with a parameter that an optimizer trains."""
-        groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
-        held = {id(parameter) for group in groups for parameter in group["params"]}
-        named = unwrap(self.run.model).named_parameters()
-        trained = {clean_name(name) for name, p in named if p.requires_grad and id(p) in held}
-        return frozenset(layer.name for layer in self.balancer.layers if not trained.isdisjoint(layer.parameters))
+        """Return the names of the layers with a parameter that an optimizer trains.
+
+        Frozen layers (`requires_grad=False`) inside an optimizer do not count.
+        """
+        held: set[int] = set()
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                held.update(id(parameter) for parameter in group["params"])
+        trained = set()
+        for name, parameter in unwrap(self.run.model).named_parameters():
+            if parameter.requires_grad and id(parameter) in held:
+                trained.add(clean_name(name))
+        layers = self.balancer.layers
+        return frozenset(layer.name for layer in layers if not trained.isdisjoint(layer.parameters))
 
     def aggregates(self) -> dict[str, float]:
         """Return mean and standard deviation of alpha over the trained layers; empty before a measurement."""
         report = self.balancer.report
-        return {} if report is None else alpha_summary(report, self.trained_layers())
+        if report is None:
+            return {}
+        return alpha_summary(report, self.trained_layers())
 
     def measurement(self, now: Moment, *, table: bool, lrs: bool) -> Measurement:
         """Describe the latest update, for the logs.
@@ -138,10 +174,11 @@ class Attachment:
         """
         balancer = self.balancer
         assert balancer.report is not None
+        layer_lrs = balancer.layer_lrs() if lrs else {}
         return Measurement(
             balancer.report,
             ratios=dict(balancer.ratios),
-            lrs=balancer.layer_lrs() if lrs else {},
+            lrs=layer_lrs,
             summary=summary_row(balancer.summary),
             epoch=now.logged_epoch,
             step=now.logged_step,

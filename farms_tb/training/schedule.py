@@ -1,4 +1,8 @@
-"""When a callback measures: the clock that the callbacks of all trainers share."""
+"""When a callback measures: the clock that the callbacks of all trainers share.
+
+The clock counts epochs and optimizer steps and never looks at the time, so that two runs of one configuration
+measure at the same steps and are bitwise identical. Its state is part of each checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -49,49 +53,71 @@ class Schedule:
     measurements: int = 0
 
     def is_due(self, epoch: int, step: int) -> bool:
-        """Tell whether to measure in this epoch, after this many optimizer steps."""
+        """Tell whether to measure now.
+
+        By steps, a measurement is due once a multiple of `every_n_steps` has been passed since the last one, even
+        if nobody asked at the multiple itself.
+
+        Args:
+            epoch: epochs completed.
+            step: optimizer steps done.
+        """
         if self.measurements == 0:
             return True
-        if self.options.every_n_steps is not None:
-            return step // self.options.every_n_steps > self.step // self.options.every_n_steps
-        return epoch != self.epoch and epoch % self.options.every_n_epochs == 0
+        every_n_steps = self.options.every_n_steps
+        if every_n_steps is not None:
+            return step // every_n_steps > self.step // every_n_steps
+        is_new_epoch = epoch != self.epoch
+        return is_new_epoch and epoch % self.options.every_n_epochs == 0
 
     def wants_histogram(self) -> bool:
         """Tell whether the next measurement counts the ESDs."""
-        every = self.logging.histogram_every_n
-        return every is not None and self.measurements % every == 0
+        return self._is_nth(self.logging.histogram_every_n)
 
     def wants_table(self) -> bool:
         """Tell whether the next measurement is logged with table and pictures."""
-        every = self.logging.table_every_n
-        return every is not None and self.measurements % every == 0
+        return self._is_nth(self.logging.table_every_n)
+
+    def _is_nth(self, every: int | None) -> bool:
+        """Tell whether the next measurement is one of every n, beginning with the first; None means never."""
+        if every is None:
+            return False
+        return self.measurements % every == 0
 
     def tick(self, epoch: int, step: int) -> None:
-        """Note a measurement."""
+        """Note that a measurement was made.
+
+        Args:
+            epoch: epochs completed.
+            step: optimizer steps done.
+        """
         self.epoch, self.step = epoch, step
         self.measurements += 1
 
     def warn_of_endless_epoch(self, about: object) -> None:
-        """Say, once a run, that a first epoch that may never end is measured at its start only.
+        """Warn, once a run, that a first epoch that may never end is measured at its start only.
 
         Args:
-            about: the run.
+            about: the run, which tells one warning from another.
         """
-        if self.options.every_n_steps is None and self.measurements == 1:
-            warn_once(
-                "layers are measured at the start of epochs, and this epoch, of unknown length, has been the only "
-                "one so far: use every_n_steps to measure while it lasts",
-                about,
-            )
-
-    def reset(self) -> None:
-        """Set the clock back to before the first measurement."""
-        self.epoch, self.step, self.measurements = -1, -1, 0
+        if self.options.every_n_steps is not None or self.measurements != 1:
+            return
+        warn_once(
+            "layers are measured at the start of epochs, and this epoch, of unknown length, has been the only "
+            "one so far: use every_n_steps to measure while it lasts",
+            about,
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the clock stands, for a checkpoint."""
         return {"epoch": self.epoch, "step": self.step, "measurements": self.measurements}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Set the clock to where a checkpoint says."""
-        self.epoch, self.step, self.measurements = state["epoch"], state["step"], state["measurements"]
+        """Set the clock to where a checkpoint says.
+
+        Args:
+            state: holds what `state_dict` returned; other keys are left alone.
+        """
+        self.epoch = state["epoch"]
+        self.step = state["step"]
+        self.measurements = state["measurements"]

@@ -1,12 +1,12 @@
-"""What the callbacks of all trainers have in common: one run of training, from the first measurement to the last.
+"""What the callbacks of all trainers have in common, over all runs of training of one callback.
 
 A callback says when something happens (`start`, `measure_if_due`, `finish`, `stop`), and logs the `Measurement`s
-that are returned. Which layers are balanced, and how, is decided in `farms_tb.balancing`.
+that are returned. A session keeps what outlives a run: options, the saved state, the last report and ratios. The
+run itself is a `MeasuredRun`; which layers are balanced, and how, is decided in `farms_tb.balancing`.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -14,11 +14,11 @@ from torch.optim import Optimizer
 
 from farms_tb.balancing.balancer import LayerBalancer, StepGroup
 from farms_tb.report import Report
-from farms_tb.training.cost import MeasuringCost
 from farms_tb.training.handover import Handover, Results
-from farms_tb.training.metrics import Measurement, RunLog, choose_x_axis, warn_of_many_layers
-from farms_tb.training.run import Attachment, CallbackOptions, Run
-from farms_tb.training.schedule import LONG_EPOCH, Moment, Schedule
+from farms_tb.training.measured_run import MeasuredRun
+from farms_tb.training.metrics import Measurement, warn_of_many_layers
+from farms_tb.training.run import CallbackOptions, Run
+from farms_tb.training.schedule import Moment
 from farms_tb.training.sinks import warn_of_unseen_media
 from farms_tb.weights.layers import clean_name
 
@@ -32,41 +32,45 @@ class BalancingSession:
         options: the options of the callback.
 
     Attributes:
-        attachment: the balancer and what it is attached to; None before training and in a copy.
-        run_log: what the run remembers for its logs.
+        options: the options of the callback.
+        run: the run that is going on, or the last one; None before training and in a copy.
         running: whether a run of training is going on.
         restored: a saved state that waits for training to start; None where there is none.
     """
 
     def __init__(self, options: CallbackOptions) -> None:
         self.options = options
-        self.attachment: Attachment | None = None
-        self.run_log = self._new_run_log()
+        self.run: MeasuredRun | None = None
         self.running = False
         self.restored: dict[str, Any] | None = None
-        self._schedule = Schedule(options.schedule, options.logging)
-        self._cost = MeasuringCost()
-        # Of a measurement in the background: the step at which the weights were read, and whether to log a table.
-        self._background: tuple[int, bool] | None = None
-        # Optimizer steps done when the final weights were measured, -1 before.
-        self._final_step = -1
         self._results: Results | None = None
         self._handover = Handover()
 
-    def _new_run_log(self) -> RunLog:
-        return RunLog(choose_x_axis(self.options.logging.x_axis, self.options.schedule.every_n_steps))
+    @property
+    def current(self) -> MeasuredRun:
+        """The run that is going on, or the last one; there has to be one."""
+        assert self.run is not None
+        return self.run
+
+    @property
+    def logs(self) -> bool:
+        """Whether this process logs; False before training."""
+        return self.run is not None and self.run.logs
 
     def start(self, run: Run) -> None:
-        """Attach to the optimizers, which are set up and restored by now, and apply the restored ratios."""
+        """Attach to the optimizers, which are set up and restored by now, and apply the restored ratios.
+
+        Args:
+            run: what the trainer tells about the run that begins.
+
+        Raises:
+            ValueError: the model has no layer to balance, or the saved state is not one of this package.
+        """
         self.stop()
-        self.attachment = Attachment(run)
+        self.run = MeasuredRun(run, self.options)
         if self.logs:
-            warn_of_many_layers(len(self._balancer.layers), run.model)
+            warn_of_many_layers(len(self.run.attachment.balancer.layers), run.model)
             warn_of_unseen_media(self.options.logging, run.loggers, self)
-        self.run_log = self._new_run_log()
-        self._cost = MeasuringCost()
-        self._final_step = -1
-        self._schedule.reset()
         self.running = True
         try:
             self.restore()
@@ -74,125 +78,54 @@ class BalancingSession:
             self.stop()
             raise
 
-    @property
-    def logs(self) -> bool:
-        """Whether this process logs."""
-        return self.options.logging.log and self.attachment is not None and self.attachment.run.is_rank_zero
-
-    @property
-    def _attached(self) -> Attachment:
-        assert self.attachment is not None
-        return self.attachment
-
-    @property
-    def _balancer(self) -> LayerBalancer:
-        return self._attached.balancer
-
     def measure_if_due(self, now: Moment) -> list[Measurement]:
-        """Measure and balance if it is time, and apply what a measurement in the background has found.
+        """Measure and balance if it is time, see `MeasuredRun.measure_if_due`; nothing outside of a run.
+
+        Args:
+            now: when, before the next batch.
 
         Returns:
             What there is to log, in this order; empty where it is not time.
         """
         if not self.running:
             return []
-        self._attached.follow_optimizers()
-        if now.step >= LONG_EPOCH:
-            self._warn_of_endless_epoch()
-        found = self._finish_background(now)
-        if not self._schedule.is_due(now.epoch, now.step):
-            return found
-        found += self._finish_background(now, wait=True)
-        histogram, table = self._schedule.wants_histogram(), self._schedule.wants_table()
-        if self.options.schedule.lag_steps > 0 and self._schedule.measurements > 0:
-            self._balancer.begin_update(histogram=histogram)
-            self._background = now.step, table
-        else:
-            with self._cost.measurement():
-                self._balancer.update(histogram=histogram)
-            found.append(self._measurement(now, table))
-        self._schedule.tick(now.epoch, now.step)
-        return found
-
-    def _finish_background(self, now: Moment, wait: bool = False) -> list[Measurement]:
-        """Apply what was measured in the background, if its time has come or it is waited for."""
-        if self._background is None:
-            return []
-        step, table = self._background
-        if not wait and now.step < step + self.options.schedule.lag_steps:
-            return []
-        self._background = None
-        with self._cost.measurement():
-            self._balancer.finish_update()
-        return [self._measurement(now, table)]
-
-    def _measurement(self, now: Moment, table: bool) -> Measurement:
-        measurement = self._attached.measurement(now, table=table, lrs=self.logs)
-        self._remember(measurement)
-        return measurement
-
-    def _remember(self, measurement: Measurement) -> None:
-        """Keep a measurement for the pictures of the run, where there are any."""
-        if self.logs and self.options.logging.table_every_n is not None:
-            self.run_log.add(measurement)
-
-    def _warn_of_endless_epoch(self) -> None:
-        if not self._attached.run.known_length:
-            self._schedule.warn_of_endless_epoch(self._cost)
+        return self.current.measure_if_due(now)
 
     def finish(self, now: Moment) -> list[Measurement]:
-        """Measure the final weights, after the last step.
+        """Measure the final weights, after the last step, and hand the results to a parent process that waits.
+
+        Args:
+            now: when training ended.
 
         Returns:
             What there is to log; empty where the final weights were measured before.
         """
-        found = self._finish_background(now, wait=True)
-        if now.step not in (self._schedule.step, self._final_step):
-            self._balancer.measure()
-            table = self.options.logging.table_every_n is not None
-            measurement = self._attached.measurement(now, table=table, lrs=False)
-            # The final weights take no further step: ratios logged with them would be made up.
-            found.append(replace(measurement, ratios={}, summary={}))
-            self._remember(found[-1])
-        self._final_step = now.step
-        self._warn_of_endless_epoch()
-        if self._attached.run.is_rank_zero:
-            self._handover.send(self._attached.results())
+        found = self.current.finish(now)
+        if self.current.attachment.run.is_rank_zero:
+            self._handover.send(self.current.attachment.results())
         return found
 
     def stop(self) -> None:
         """Leave the optimizers as they were found; reports and ratios stay. Safe to call twice."""
         self.running = False
-        if self.attachment is not None:
-            self.attachment.detach()
+        if self.run is not None:
+            self.run.attachment.detach()
 
     def restore(self) -> None:
         """Apply the saved ratios that wait for training, and set the clock to where it was."""
         state, self.restored = self.restored, None
-        self._background = None
-        if state is None or not self._balancer.load_state_dict(state["balancer"]):
-            return
-        self._schedule.load_state_dict(state)
-        self._final_step = state.get("final_step", -1)
-        if "begun" in state:
-            step, table = state["begun"]
-            self._background = step, table
+        self.current.load_state_dict(state)
 
     def state_dict(self) -> dict[str, Any] | None:
-        """Return ratios, report and clock as plain values; the state that waits, before training."""
-        if self.attachment is None or self._schedule.measurements == 0:
-            return self.restored
-        state = {
-            "balancer": self._balancer.state_dict(),
-            **self._schedule.state_dict(),
-            "final_step": self._final_step,
-        }
-        return state if self._background is None else {**state, "begun": list(self._background)}
+        """Return ratios, report and clock as plain values; the state that waits, before the first measurement."""
+        if self.run is not None and self.run.is_measured:
+            return self.run.state_dict()
+        return self.restored
 
     def settle(self) -> None:
         """Wait for a measurement in the background, on every process, so that one alone can save its state."""
-        if self._background is not None:
-            self._balancer.state_dict()
+        if self.run is not None:
+            self.run.settle()
 
     def missed_final_weights(self, step: int) -> bool:
         """Tell whether a run was interrupted after its last step and before its final weights were measured.
@@ -200,25 +133,42 @@ class BalancingSession:
         Args:
             step: optimizer steps done, by the trainer's count.
         """
-        return not self.running and self.restored is not None and self.restored.get("final_step", -1) != step
+        if self.running or self.restored is None:
+            return False
+        measured_at: int = self.restored.get("final_step", -1)
+        return measured_at != step
 
     def shown(self) -> LayerBalancer | Results | None:
         """Return what has report and ratios; after training in child processes, theirs. None before training."""
-        received = None if self.running else self._handover.receive()
+        if not self.running:
+            self._take_results_of_child()
+        if self.run is not None:
+            return self.run.attachment.balancer
+        return self._results
+
+    def _take_results_of_child(self) -> None:
+        """Let the results of training in a child process, where there are new ones, take the place of a run's."""
+        received = self._handover.receive()
         if received is not None:
-            self.attachment, self._results = None, received
-        return self._results if self.attachment is None else self._balancer
+            self.run = None
+            self._results = received
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the model, the optimizers and what is attached to them."""
         self.shown()
-        results = self._results if self.attachment is None else self.attachment.results()
-        left_behind: dict[str, Any] = {"attachment": None, "running": False, "_background": None}
-        return {**self.__dict__, **left_behind, "_results": results}
+        results = self._results
+        if self.run is not None:
+            results = self.run.attachment.results()
+        return {**self.__dict__, "run": None, "running": False, "_results": results}
 
 
 class ShowsResults:
-    """What a callback shows of its session; the base of the trainers' callbacks."""
+    """What a callback shows of its session; the base of the trainers' callbacks.
+
+    Attributes:
+        _session: the callback's session, which the subclass makes in its `__init__`.
+        _how_to_begin: what to call before there is anything to show, for the error message.
+    """
 
     _session: BalancingSession
     _how_to_begin = "train first"
@@ -227,16 +177,27 @@ class ShowsResults:
     def report(self) -> Report | None:
         """The latest measurement; after training, of the final weights. None before training."""
         shown = self._session.shown()
-        return None if shown is None else shown.report
+        if shown is None:
+            return None
+        return shown.report
 
     @property
     def ratios(self) -> dict[str, float]:
         """Active learning-rate ratio of each layer by name; empty before training."""
         shown = self._session.shown()
-        return {} if shown is None else dict(shown.ratios)
+        if shown is None:
+            return {}
+        return dict(shown.ratios)
 
     def parameter_ratios(self, model: nn.Module) -> dict[str, float]:
         """Return the active learning-rate ratio of each parameter of `model` by name.
+
+        Args:
+            model: the model that was trained, or one with the same names of parameters; a model compiled by
+                `torch.compile` or wrapped by DDP counts as itself.
+
+        Returns:
+            Names as `model.named_parameters()` gives them, to ratios; 1 for parameters that no ratio applies to.
 
         Raises:
             RuntimeError: before training.
@@ -250,14 +211,20 @@ class ShowsResults:
     def param_groups(self, optimizer: Optimizer) -> list[StepGroup]:
         """Return the groups that `optimizer` really steps with: their layers, parameters, ratio and lr.
 
+        Args:
+            optimizer: one of the trainer's optimizers.
+
+        Returns:
+            A `StepGroup` for each learning rate of each of the optimizer's own groups.
+
         Raises:
             RuntimeError: before training, and in a copy of the callback, which has no optimizer.
             ValueError: the optimizer is not one that is being balanced.
         """
-        attachment = self._session.attachment
-        if attachment is None:
+        run = self._session.run
+        if run is None:
             raise self._nothing_to_show()
-        return attachment.balancer.param_groups(optimizer)
+        return run.attachment.balancer.param_groups(optimizer)
 
     def _nothing_to_show(self) -> RuntimeError:
         return RuntimeError(f"{type(self).__name__} has nothing to show before training: {self._how_to_begin}")

@@ -1,5 +1,8 @@
 """Hand a measurement to each kind of logger, in the form in which it shows it best.
 
+The columns of the table say what each logger gets of a measurement. Loggers are recognized by the names of their
+classes, and their packages are imported only where one is in use.
+
 | logger | row | ESDs | table | pictures |
 |---|---|---|---|---|
 | W&B | numbered by depth, against epoch or step | histograms | `wandb.Table` | images |
@@ -13,7 +16,7 @@ from __future__ import annotations
 import csv
 import io
 import posixpath
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -39,7 +42,7 @@ def class_names(logger: object) -> set[str]:
 
 
 def warn_of_unseen_media(options: LoggingOptions, loggers: Iterable[object], about: object) -> None:
-    """Say, once, that no logger of this run shows what the options ask for.
+    """Warn, once, that no logger of this run shows what the options ask for.
 
     Args:
         options: what to log.
@@ -61,6 +64,24 @@ def warn_of_unseen_media(options: LoggingOptions, loggers: Iterable[object], abo
         )
 
 
+def media_to_show(sinks: Iterable[object], measurement: Measurement, run_log: RunLog) -> Media | None:
+    """Make the table and the pictures of a measurement, if it has any and somebody shows them.
+
+    Args:
+        sinks: the trainer's loggers or reporters.
+        measurement: what is logged.
+        run_log: what the run remembers.
+
+    Returns:
+        Table and pictures; None where making them would be for nothing.
+    """
+    if not measurement.table:
+        return None
+    if not any(class_names(sink) & SHOWS_MEDIA for sink in sinks):
+        return None
+    return run_log.media(measurement)
+
+
 def log_measurement(loggers: Iterable[Any], measurement: Measurement, run_log: RunLog) -> None:
     """Log one measurement with Lightning loggers of any kind; to be called on rank zero.
 
@@ -69,10 +90,10 @@ def log_measurement(loggers: Iterable[Any], measurement: Measurement, run_log: R
         measurement: what to log.
         run_log: what the run remembers.
     """
-    kinds = [(logger, class_names(logger)) for logger in loggers]
-    wanted = measurement.table and any(names & SHOWS_MEDIA for _, names in kinds)
-    media = run_log.media(measurement) if wanted else None
-    for logger, names in kinds:
+    loggers = list(loggers)
+    media = media_to_show(loggers, measurement, run_log)
+    for logger in loggers:
+        names = class_names(logger)
         if "WandbLogger" in names:
             _log_to_wandb(logger, measurement, media, run_log)
         elif "TensorBoardLogger" in names:
@@ -87,15 +108,20 @@ def log_measurement(loggers: Iterable[Any], measurement: Measurement, run_log: R
 
 
 def _log_to_wandb(logger: Any, measurement: Measurement, media: Media | None, run_log: RunLog) -> None:
+    """Log with Lightning's WandbLogger, against the axis that the options ask for."""
     values = wandb_values(measurement, media)
-    step_metric = "trainer/global_step" if run_log.x_axis == "step" else f"{_prefix(logger)}epoch"
+    step_metric = f"{_prefix(logger)}epoch"
+    if run_log.x_axis == "step":
+        step_metric = "trainer/global_step"
     define_wandb_axes(logger.experiment, values, run_log, step_metric, _prefix(logger))
     logger.log_metrics(values, step=measurement.step)
 
 
 def _prefix(logger: Any) -> str:
     """Return the prefix that the logger adds to each key."""
-    return f"{logger._prefix}{logger.LOGGER_JOIN_CHAR}" if logger._prefix else ""
+    if not logger._prefix:
+        return ""
+    return f"{logger._prefix}{logger.LOGGER_JOIN_CHAR}"
 
 
 def define_wandb_axes(run: Any, keys: Iterable[str], run_log: RunLog, step_metric: str, prefix: str = "") -> None:
@@ -115,23 +141,34 @@ def define_wandb_axes(run: Any, keys: Iterable[str], run_log: RunLog, step_metri
         prefix: prefix of each key.
     """
     for key in run_log.new_keys(run.id, keys):
-        if key != "epoch" and "*" not in prefix + key:
-            summary = "min,last" if key == "farms/alpha_mean" else None
-            run.define_metric(prefix + key, step_metric=step_metric, summary=summary)
+        full_key = prefix + key
+        if key == "epoch" or "*" in full_key:
+            continue
+        summary = "min,last" if key == "farms/alpha_mean" else None
+        run.define_metric(full_key, step_metric=step_metric, summary=summary)
 
 
 def wandb_values(measurement: Measurement, media: Media | None) -> dict[str, Any]:
-    """Return the row, the histograms, the table and the pictures of a measurement, as W&B takes them."""
-    values: dict[str, Any] = dict(measurement.row(by_depth=True))
-    histograms = esd_histograms(measurement.report)
-    if histograms or media is not None:
-        import wandb
+    """Return the row, the histograms, the table and the pictures of a measurement, as W&B takes them.
 
-        for name, h in histograms.items():
-            values[name] = wandb.Histogram(np_histogram=(np.asarray(h.counts), _edges(h)))
-        if media is not None:
-            values[TABLE] = wandb.Table(columns=list(COLUMNS), data=media.table)
-            values |= {name: wandb.Image(_as_image(figure)) for name, figure in media.pictures.items()}
+    Args:
+        measurement: what to log.
+        media: table and pictures; None for neither.
+
+    Returns:
+        Numbers, `wandb.Histogram`, `wandb.Table` and `wandb.Image` by key.
+    """
+    import wandb
+
+    values: dict[str, Any] = dict(measurement.row(by_depth=True))
+    for name, histogram in esd_histograms(measurement.report).items():
+        counts = np.asarray(histogram.counts)
+        values[name] = wandb.Histogram(np_histogram=(counts, _edges(histogram)))
+    if media is None:
+        return values
+    values[TABLE] = wandb.Table(columns=list(COLUMNS), data=media.table)
+    for name, figure in media.pictures.items():
+        values[name] = wandb.Image(_as_image(figure))
     return values
 
 
@@ -145,11 +182,21 @@ def _as_image(figure: Any) -> Any:
 
 
 def _edges(histogram: EsdHistogram) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Return the edges of the bins, one more than there are counts."""
     return np.linspace(histogram.low, histogram.high, len(histogram.counts) + 1)
 
 
 def tensorboard_media(writer: Any, measurement: Measurement, media: Media | None, prefix: str = "") -> None:
-    """Write ESDs, table and pictures with a `SummaryWriter`; `prefix` is added to each key."""
+    """Write ESDs, table and pictures to TensorBoard.
+
+    Counts are written as they are: `SummaryWriter.add_histogram` would need the eigenvalues themselves.
+
+    Args:
+        writer: a `SummaryWriter`.
+        measurement: what to log, under its step.
+        media: table and pictures; None for neither.
+        prefix: prefix of each key.
+    """
     for name, histogram in esd_histograms(measurement.report).items():
         edges, counts = _edges(histogram), np.asarray(histogram.counts)
         centres = (edges[1:] + edges[:-1]) / 2
@@ -164,21 +211,32 @@ def tensorboard_media(writer: Any, measurement: Measurement, media: Media | None
             bucket_counts=counts.tolist(),
             global_step=measurement.step,
         )
-    if media is not None:
-        writer.add_text(prefix + TABLE, _as_markdown(media.table), measurement.step)
-        for name, figure in media.pictures.items():
-            writer.add_figure(prefix + name, figure, measurement.step)
+    if media is None:
+        return
+    writer.add_text(prefix + TABLE, _as_markdown(media.table), measurement.step)
+    for name, figure in media.pictures.items():
+        writer.add_figure(prefix + name, figure, measurement.step)
 
 
 def _as_markdown(table: list[list[Any]]) -> str:
-    rows = [COLUMNS, ["---"] * len(COLUMNS), *([_short(value) for value in row] for row in table)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    """Return a table of `COLUMNS` as Markdown, which TensorBoard renders."""
+    lines = [_markdown_row(COLUMNS), _markdown_row(["---"] * len(COLUMNS))]
+    lines += [_markdown_row(row) for row in table]
+    return "\n".join(lines)
+
+
+def _markdown_row(values: Iterable[Any]) -> str:
+    cells = " | ".join(_short(value) for value in values)
+    return f"| {cells} |"
 
 
 def _short(value: Any) -> str:
+    """Return a value as text that fits a cell: four digits, and bars, which would end the cell, escaped."""
     if value is None:
         return "-"
-    return f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", r"\|")
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return str(value).replace("|", r"\|")
 
 
 def _mlflow_key(key: str) -> str:
@@ -187,14 +245,13 @@ def _mlflow_key(key: str) -> str:
 
 
 def _mlflow_media(logger: Any, measurement: Measurement, media: Media | None) -> None:
-    """Store table and pictures in one folder for each step: artifacts have no step."""
+    """Store table and pictures as artifacts, in one folder for each step: artifacts have no step."""
     if media is None:
         return
+    folder = f"farms/step_{measurement.step}/"
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([COLUMNS, *media.table])
-    files: Mapping[str, Any] = {f"{TABLE}.csv": text.getvalue()} | {
-        f"{name}.png": figure for name, figure in media.pictures.items()
-    }
-    for name, content in files.items():
-        store = logger.experiment.log_text if isinstance(content, str) else logger.experiment.log_figure
-        store(logger.run_id, content, name.replace("farms/", f"farms/step_{measurement.step}/"))
+    client, run_id = logger.experiment, logger.run_id
+    client.log_text(run_id, text.getvalue(), f"{TABLE}.csv".replace("farms/", folder))
+    for name, figure in media.pictures.items():
+        client.log_figure(run_id, figure, f"{name}.png".replace("farms/", folder))

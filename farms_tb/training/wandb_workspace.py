@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from farms_tb.options import XAxis
@@ -24,6 +25,49 @@ __all__ = ["build_workspace", "main"]
 _KEY = re.compile(r"(?P<prefix>.*?)farms(_(?P<metric>alpha|ratio|lr|z|esd))?/(\d+_)?(?P<name>.+)")
 _SECTIONS = {"alpha": "alpha", "ratio": "ratio", "lr": "learning rate", "z": "z-score", "esd": "ESD"}
 _PICTURES = ("farms/alpha_curves", "farms/ratio_map", "farms/alpha_by_depth")
+
+
+@dataclass(frozen=True)
+class _Logged:
+    """What a run logged of the callback, sorted by where it is shown.
+
+    Attributes:
+        layers: for each metric of `_SECTIONS`, the layers' names by key, in order of depth.
+        scalars: names of the aggregates by key.
+        media: keys of the table and the pictures.
+        epoch_key: key of the number of completed epochs.
+        step_key: key of the number of optimizer steps.
+    """
+
+    layers: dict[str, dict[str, str]]
+    scalars: dict[str, str]
+    media: list[str]
+    epoch_key: str
+    step_key: str
+
+    @classmethod
+    def of(cls, keys: Iterable[str]) -> _Logged | None:
+        """Sort the keys of a run; None where nothing of the callback is among them."""
+        metrics = sorted(keys)
+        layers: dict[str, dict[str, str]] = {metric: {} for metric in _SECTIONS}
+        aggregates: dict[str, str] = {}
+        prefix: str | None = None
+        for key in metrics:
+            match = _KEY.fullmatch(key)
+            if match is None:
+                continue
+            if prefix is None:
+                prefix = match["prefix"]
+            group = aggregates if match["metric"] is None else layers[match["metric"]]
+            group[key] = match["name"]
+        if prefix is None:
+            return None
+        possible = [f"{prefix}{name}" for name in (TABLE, *_PICTURES)]
+        media = [key for key in possible if key in aggregates]
+        for key in media:
+            del aggregates[key]
+        step_key = "train/global_step" if "train/global_step" in metrics else "trainer/global_step"
+        return cls(layers, aggregates, media, f"{prefix}epoch", step_key)
 
 
 def build_workspace(path: str, keys: Iterable[str], *, x_axis: XAxis = "epoch") -> Workspace:
@@ -46,26 +90,18 @@ def build_workspace(path: str, keys: Iterable[str], *, x_axis: XAxis = "epoch") 
         ValueError: the path is not of that form, or nothing of the callback is among the keys.
     """
     entity, project, run_id = _split(path)
-    metrics = sorted(keys)
-    found = {key: match for key in metrics if (match := _KEY.fullmatch(key))}
-    if not found:
+    logged = _Logged.of(keys)
+    if logged is None:
         raise ValueError(f"{path} has no farms/ metrics: train with FARMSTempBalance() and a WandbLogger")
     workspaces = _package()
-    prefix = next(iter(found.values()))["prefix"]
-    steps = "train/global_step" if "train/global_step" in metrics else "trainer/global_step"
-    x = f"{prefix}epoch" if x_axis == "epoch" else steps
-    layers = {
-        metric: {key: match["name"] for key, match in found.items() if match["metric"] == metric}
-        for metric in _SECTIONS
-    }
-    aggregates = {key: match["name"] for key, match in found.items() if match["metric"] is None}
-    media = [key for key in (f"{prefix}{name}" for name in (TABLE, *_PICTURES)) if key in aggregates]
-    scalars = {key: name for key, name in aggregates.items() if key not in media}
-    sections = [_section("mean over layers", _line_plots(scalars, x))]
+    x = logged.epoch_key if x_axis == "epoch" else logged.step_key
+    sections = [_section("mean over layers", _line_plots(logged.scalars, x))]
     for metric, title in _SECTIONS.items():
-        overview = [] if metric == "esd" else [_all_layers(layers[metric], title, run_id, x)]
-        sections.append(_section(title, [*overview, *_line_plots(layers[metric], x)] if layers[metric] else []))
-    sections.append(_section("table and pictures", _media(media)))
+        panels = _line_plots(logged.layers[metric], x)
+        if panels and metric != "esd":
+            panels.insert(0, _all_layers(logged.layers[metric], title, run_id, x))
+        sections.append(_section(title, panels))
+    sections.append(_section("table and pictures", _media(logged.media)))
     sections = [section for section in sections if section.panels]
     return workspaces.Workspace(
         entity=entity,
@@ -78,6 +114,7 @@ def build_workspace(path: str, keys: Iterable[str], *, x_axis: XAxis = "epoch") 
 
 
 def _package() -> Any:
+    """Import `wandb_workspaces`, or raise an `ImportError` that names the extra."""
     try:
         from wandb_workspaces import workspaces
     except ImportError as error:
@@ -86,6 +123,7 @@ def _package() -> Any:
 
 
 def _split(path: str) -> tuple[str, str, str]:
+    """Return entity, project and id of a run, or raise a `ValueError` for a path of another form."""
     parts = path.split("/")
     if len(parts) != 3 or not all(parts):
         raise ValueError(f"a run is named ENTITY/PROJECT/RUN_ID, as in the address of its page, got {path!r}")
@@ -93,12 +131,14 @@ def _split(path: str) -> tuple[str, str, str]:
 
 
 def _section(name: str, panels: list[Any]) -> Section:
+    """Return a section; those of alpha and ratio are open when the page is."""
     from wandb_workspaces.workspaces import Section
 
     return Section(name=name, panels=panels, is_open=name in ("alpha", "ratio"))
 
 
 def _line_plots(keys: dict[str, str], x: str) -> list[Any]:
+    """Return a panel with one curve for each key, titled by its name."""
     from wandb_workspaces.reports.v2 import LinePlot
 
     return [LinePlot(title=name, x=x, y=[key]) for key, name in keys.items()]
@@ -122,14 +162,17 @@ def _all_layers(keys: dict[str, str], title: str, run_id: str, x: str) -> Any:
 
 
 def _media(keys: list[str]) -> list[Any]:
+    """Return a panel for each key of the table and the pictures."""
     from wandb_workspaces.reports.v2 import MediaBrowser, WeavePanelSummaryTable
 
-    return [
-        WeavePanelSummaryTable(table_name=key)
-        if key.endswith(TABLE)
-        else MediaBrowser(title=key.rpartition("/")[2], media_keys=[key])
-        for key in keys
-    ]
+    panels: list[Any] = []
+    for key in keys:
+        if key.endswith(TABLE):
+            panels.append(WeavePanelSummaryTable(table_name=key))
+        else:
+            title = key.rpartition("/")[2]
+            panels.append(MediaBrowser(title=title, media_keys=[key]))
+    return panels
 
 
 def describe(workspace: Workspace) -> str:
@@ -144,6 +187,7 @@ def describe(workspace: Workspace) -> str:
 
 
 def _logged_keys(path: str) -> list[str]:
+    """Ask W&B for the keys in a run's summary, or raise a `ValueError` that says why it cannot be read."""
     import wandb
 
     try:
@@ -156,7 +200,15 @@ def _logged_keys(path: str) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Build the workspace of a run and save it to W&B, or say what it would be."""
+    """Build the workspace of a run and save it to W&B, or print what it would be.
+
+    Args:
+        arguments: arguments of the command line; None for those of this process.
+
+    Raises:
+        SystemExit: wrong arguments, a run that W&B does not have, or the extra `workspace` is not installed; after
+            a message on stderr.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m farms_tb.wandb_report",
         description="Build a W&B workspace of a run, layers by depth.",

@@ -1,0 +1,181 @@
+"""The measurements of one run of training: when they are made, where, and what a checkpoint keeps of them.
+
+A run is measured when it begins, whenever the schedule says, and once more when its weights are final. A
+`MeasuredRun` lives as long as the run does; what a callback keeps from one run to the next is in
+`farms_tb.training.session`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from farms_tb.training.cost import MeasuringCost
+from farms_tb.training.metrics import Measurement, RunLog, choose_x_axis
+from farms_tb.training.run import Attachment, CallbackOptions, Run
+from farms_tb.training.schedule import LONG_EPOCH, Moment, Schedule
+
+
+@dataclass(frozen=True)
+class Background:
+    """A measurement that was begun in the background and has not been applied yet.
+
+    Attributes:
+        step: optimizer steps done when the weights were read.
+        table: whether it is logged with table and pictures.
+    """
+
+    step: int
+    table: bool
+
+
+class MeasuredRun:
+    """Measures the layers of one run of training, and balances its optimizers.
+
+    Making the object attaches to the optimizers; nothing is measured before `measure_if_due`.
+
+    Args:
+        run: the run that begins.
+        options: the options of the callback.
+
+    Attributes:
+        attachment: the balancer and what it is attached to.
+        run_log: what the run remembers for its logs.
+        logs: whether this process logs.
+    """
+
+    def __init__(self, run: Run, options: CallbackOptions) -> None:
+        self.attachment = Attachment(run)
+        self.run_log = RunLog(choose_x_axis(options.logging.x_axis, options.schedule.every_n_steps))
+        self.logs = options.logging.log and run.is_rank_zero
+        self._options = options
+        self._schedule = Schedule(options.schedule, options.logging)
+        self._cost = MeasuringCost()
+        self._background: Background | None = None
+        # Optimizer steps done when the final weights were measured, -1 before.
+        self._final_step = -1
+
+    def measure_if_due(self, now: Moment) -> list[Measurement]:
+        """Measure and balance if it is time, and apply what a measurement in the background has found.
+
+        The first measurement is never made in the background: the first step already needs its ratios.
+
+        Args:
+            now: when, before the next batch.
+
+        Returns:
+            What there is to log, in this order; empty where it is not time.
+        """
+        self.attachment.follow_optimizers()
+        if now.step >= LONG_EPOCH:
+            self._warn_of_endless_epoch()
+        found: list[Measurement] = []
+        lag_steps = self._options.schedule.lag_steps
+        if self._background is not None and now.step >= self._background.step + lag_steps:
+            found += self._apply_background(now)
+        if not self._schedule.is_due(now.epoch, now.step):
+            return found
+        # Of two measurements in the background the earlier one is applied before the later one begins.
+        found += self._apply_background(now)
+        if lag_steps > 0 and self.is_measured:
+            self.attachment.balancer.begin_update(histogram=self._schedule.wants_histogram())
+            self._background = Background(now.step, self._schedule.wants_table())
+        else:
+            found.append(self._measure_now(now))
+        self._schedule.tick(now.epoch, now.step)
+        return found
+
+    def finish(self, now: Moment) -> list[Measurement]:
+        """Measure the final weights, after the last step.
+
+        Args:
+            now: when training ended.
+
+        Returns:
+            What there is to log; empty where the final weights were measured before.
+        """
+        found = self._apply_background(now)
+        if now.step not in (self._schedule.step, self._final_step):
+            found.append(self._measure_final_weights(now))
+        self._final_step = now.step
+        self._warn_of_endless_epoch()
+        return found
+
+    def settle(self) -> None:
+        """Wait for a measurement in the background, on every process, so that one alone can save its state."""
+        if self._background is not None:
+            self.attachment.balancer.state_dict()
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether there has been a measurement, so that there is something to save."""
+        return self._schedule.measurements > 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs, as plain values.
+
+        Returns:
+            `balancer`: the state of the `LayerBalancer`, with ratios and report; `epoch`, `step`, `measurements`:
+            the clock; `final_step`: when the final weights were measured; while a measurement runs in the
+            background also `begun`: its step, and whether it is logged with a table.
+        """
+        state = {
+            "balancer": self.attachment.balancer.state_dict(),
+            **self._schedule.state_dict(),
+            "final_step": self._final_step,
+        }
+        if self._background is not None:
+            state["begun"] = [self._background.step, self._background.table]
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
+        """Apply saved ratios at once, and set the clock to where it was.
+
+        Args:
+            state: what `state_dict` returned, in this version or an earlier one. With None, and with a state of
+                other options or layers, the clock stays as it is, and the next chance to measure is taken.
+        """
+        self._background = None
+        if state is None or not self.attachment.balancer.load_state_dict(state["balancer"]):
+            return
+        self._schedule.load_state_dict(state)
+        # Version 0.1 did not save it.
+        self._final_step = state.get("final_step", -1)
+        if "begun" in state:
+            step, table = state["begun"]
+            self._background = Background(step, table)
+
+    def _measure_now(self, now: Moment) -> Measurement:
+        with self._cost.measurement():
+            self.attachment.balancer.update(histogram=self._schedule.wants_histogram())
+        return self._measurement(now, self._schedule.wants_table())
+
+    def _apply_background(self, now: Moment) -> list[Measurement]:
+        """Wait for the measurement in the background, if there is one, and apply its ratios."""
+        if self._background is None:
+            return []
+        table, self._background = self._background.table, None
+        with self._cost.measurement():
+            self.attachment.balancer.finish_update()
+        return [self._measurement(now, table)]
+
+    def _measure_final_weights(self, now: Moment) -> Measurement:
+        self.attachment.balancer.measure()
+        table = self._options.logging.table_every_n is not None
+        measurement = self.attachment.measurement(now, table=table, lrs=False)
+        # The final weights take no further step: ratios logged with them would be made up.
+        return self._remembered(replace(measurement, ratios={}, summary={}))
+
+    def _measurement(self, now: Moment, table: bool) -> Measurement:
+        return self._remembered(self.attachment.measurement(now, table=table, lrs=self.logs))
+
+    def _remembered(self, measurement: Measurement) -> Measurement:
+        """Keep a measurement for the pictures of the run, where there are any, and return it."""
+        if self.logs and self._options.logging.table_every_n is not None:
+            self.run_log.add(measurement)
+        return measurement
+
+    def _warn_of_endless_epoch(self) -> None:
+        if not self.attachment.run.known_length:
+            self._schedule.warn_of_endless_epoch(self)
