@@ -11,8 +11,8 @@ from pathlib import Path
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
+from farms_tb.atomic_write import atomic_path
 from recipes.errors import RecipeError
-from recipes.files import replacing
 from recipes.processes import process_rank
 
 __all__ = ["CONFIG_FILE", "drop_if_empty", "open_run_folder", "save_config"]
@@ -96,5 +96,5 @@ def drop_if_empty(folder: Path) -> None:
 @rank_zero_only
 def save_config(cfg: DictConfig, folder: Path) -> None:
     """Write the settings, every reference resolved, to `config.yaml`; the first process alone does."""
-    with replacing(folder / CONFIG_FILE) as part:
+    with atomic_path(folder / CONFIG_FILE) as part:
         OmegaConf.save(cfg, part, resolve=True)

@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from recipes.files import replacing
+from farms_tb.atomic_write import atomic_path
 
 __all__ = ["METRICS_FILE", "RunFolderCSVLogger", "RunFolderWandbLogger", "forget_rows_after", "read_rows"]
 
@@ -53,7 +53,7 @@ def _write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> list[str]:
     """Write a metrics file anew; return its columns."""
     rows = list(rows)
     columns = sorted(set().union(*rows))
-    with replacing(path) as part, part.open("w", newline="", encoding="utf-8") as file:
+    with atomic_path(path) as part, part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=columns)
         writer.writeheader()
         writer.writerows(rows)

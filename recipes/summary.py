@@ -17,11 +17,11 @@ from rich.table import Table
 from rich.text import Text
 
 import farms_tb
+from farms_tb.atomic_write import atomic_path
 from farms_tb.viewing.page import write_page
 from farms_tb.viewing.plots import plot_alpha_curves, plot_ratio_curves, plot_ratio_map
 from farms_tb.viewing.run_folder import read_run_folder
 from recipes.callbacks import LastStepRates
-from recipes.files import replacing
 
 __all__ = [
     "FinalLayers",
@@ -142,7 +142,7 @@ def draw_run(folder: Path, layers: FinalLayers, title: str) -> list[Path]:
 def write_summary(folder: Path, facts: Mapping[str, Any], rows: Sequence[LayerRow]) -> None:
     """Write `summary.json`: the facts and one entry a layer."""
     text = json.dumps({**facts, "layers": [asdict(row) for row in rows]}, indent=2)
-    with replacing(folder / "summary.json") as part:
+    with atomic_path(folder / "summary.json") as part:
         part.write_text(text + "\n", encoding="utf-8")
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from recipes.files import replacing
+from farms_tb.atomic_write import atomic_path
 
 __all__ = ["Arrays", "StaleCacheError", "load_or_make", "read_arrays", "write_arrays"]
 
@@ -86,5 +86,5 @@ def write_arrays(path: Path, description: Mapping[str, Any], arrays: Arrays) -> 
     """
     text = json.dumps({**description, _NAMES: sorted(arrays)})
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as part, part.open("wb") as file:
+    with atomic_path(path) as part, part.open("wb") as file:
         np.savez(file, **{_DESCRIPTION: np.array(text)}, **arrays)  # type: ignore[arg-type]

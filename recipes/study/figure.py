@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from recipes.files import replacing
+from farms_tb.atomic_write import atomic_path
 from recipes.study.report import POOLED, Row, percent
 
 __all__ = ["FIGURE_FILE", "draw"]
@@ -51,7 +51,7 @@ def draw(rows: Sequence[Row], baseline: str, path: Path) -> None:
     figure.legend(
         handles.values(), handles.keys(), loc="outside upper center", ncols=max(1, len(arms)), frameon=False
     )
-    with replacing(path) as part:
+    with atomic_path(path) as part:
         figure.savefig(part, dpi=150, format=path.suffix[1:])
 
 

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_type_hints
 
+from farms_tb.atomic_write import atomic_path
 from recipes.errors import RecipeError
-from recipes.files import replacing
 from recipes.study.statistics import log_error
 
 __all__ = ["RESULTS_FILE", "Job", "Phase", "Record", "read_records", "write_records", "write_rows"]
@@ -137,7 +137,7 @@ def write_records(folder: Path, records: Iterable[Record]) -> None:
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]], columns: list[str]) -> None:
     """Write a CSV in one step; NaN becomes "nan", None an empty cell."""
-    with replacing(path) as part, part.open("w", newline="", encoding="utf-8") as file:
+    with atomic_path(path) as part, part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)

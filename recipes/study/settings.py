@@ -9,8 +9,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
+from farms_tb.atomic_write import atomic_path
 from recipes.errors import RecipeError
-from recipes.files import replacing
 from recipes.old_names import current_settings
 from recipes.parts import build_parts
 from recipes.study.cells import Cell
@@ -68,7 +68,7 @@ def keep_settings(cell: Cell) -> None:
             arms = {str(arm): current_settings(settings) for arm, settings in saved["arms"].items()}
             _check_same(cell, {"study": saved["study"], "arms": arms}, now)
             now = {**now, "arms": {**arms, **now["arms"]}}
-        with replacing(path) as part:
+        with atomic_path(path) as part:
             OmegaConf.save(OmegaConf.create(now), part)
     except OSError as error:
         raise _unwritable(error) from error
