@@ -1,9 +1,14 @@
-"""A cell's `settings.yaml`: what its results depend on, noted in its folder and kept from changing."""
+"""A cell's `settings.yaml`: what its results depend on, noted in its folder and kept from changing.
+
+A study may go on over days and several commands, and its runs are compared with each other. So a command whose
+settings differ from those of the runs that are there is refused, with the settings that differ by name.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -62,16 +67,22 @@ def keep_settings(cell: Cell) -> None:
     path = cell.folder / SETTINGS_FILE
     now = cell.identity()
     try:
-        if path.exists():  # maybe written by an earlier release, under old names
-            saved = OmegaConf.to_container(OmegaConf.load(path))
-            assert isinstance(saved, dict)
-            arms = {str(arm): current_settings(settings) for arm, settings in saved["arms"].items()}
-            _check_same(cell, {"study": saved["study"], "arms": arms}, now)
-            now = {**now, "arms": {**arms, **now["arms"]}}
+        if path.exists():
+            saved = _read_settings(path)
+            _check_same(cell, saved, now)
+            now["arms"] = {**saved["arms"], **now["arms"]}
         with atomic_path(path) as part:
             OmegaConf.save(OmegaConf.create(now), part)
     except OSError as error:
         raise _unwritable(error) from error
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    """Read what was noted, maybe by an earlier release under old names, as `Cell.identity` gives it."""
+    saved = OmegaConf.to_container(OmegaConf.load(path))
+    assert isinstance(saved, dict)
+    arms = {str(arm): current_settings(settings) for arm, settings in saved["arms"].items()}
+    return {"study": saved["study"], "arms": arms}
 
 
 def _unwritable(error: OSError) -> RecipeError:
@@ -79,25 +90,32 @@ def _unwritable(error: OSError) -> RecipeError:
 
 
 def _check_same(cell: Cell, saved: dict[str, Any], now: dict[str, Any]) -> None:
+    """Compare the study's settings, and those of the arms that both have; name at most `_SHOWN` that differ."""
     old, new = _flat(saved["study"], "study"), _flat(now["study"], "study")
     for arm in now["arms"].keys() & saved["arms"].keys():
         old.update(_flat(saved["arms"][arm], arm))
         new.update(_flat(now["arms"][arm], arm))
-    changes = [
-        f"{name} was {old.get(name, _UNSET)} and is {new.get(name, _UNSET)}"
-        for name in dict.fromkeys([*old, *new])
-        if old.get(name, _UNSET) != new.get(name, _UNSET)
-    ]
-    if changes:
-        more = f" (and {len(changes) - _SHOWN} more)" if len(changes) > _SHOWN else ""
-        raise RecipeError(
-            f"the results in {cell.folder} come from other settings: {'; '.join(changes[:_SHOWN])}{more}. "
-            "Go back to those, or choose another study.folder"
-        )
+    changes = []
+    for name in {**old, **new}:
+        before, after = old.get(name, _UNSET), new.get(name, _UNSET)
+        if before != after:
+            changes.append(f"{name} was {before} and is {after}")
+    if not changes:
+        return
+    shown = "; ".join(changes[:_SHOWN])
+    if len(changes) > _SHOWN:
+        shown += f" (and {len(changes) - _SHOWN} more)"
+    raise RecipeError(
+        f"the results in {cell.folder} come from other settings: {shown}. "
+        "Go back to those, or choose another study.folder"
+    )
 
 
 def _flat(value: Any, path: str) -> dict[str, Any]:
-    """Return nested settings under dotted names."""
+    """Return nested settings under dotted names; an empty dict counts as a value."""
     if not isinstance(value, dict) or not value:
         return {path: value}
-    return {name: leaf for key, below in value.items() for name, leaf in _flat(below, f"{path}.{key}").items()}
+    leaves: dict[str, Any] = {}
+    for key, below in value.items():
+        leaves.update(_flat(below, f"{path}.{key}"))
+    return leaves
