@@ -44,7 +44,7 @@ BUSY = (408, 429, 500, 502, 503, 504)  # answers worth another attempt
 
 @dataclass(frozen=True)
 class DataFile:
-    """A file to be had.
+    """A file that the server has.
 
     Attributes:
         file_name: What it is called here.
@@ -181,6 +181,9 @@ def _check_present(path: Path, file: DataFile, progress: Progress) -> None:
 
 class _Download:
     """One file on its way.
+
+    What has come so far is in `part`, and that file is the only memory of the download: its size says where to go
+    on, in this command or in a later one.
 
     Args:
         file: The file.

@@ -288,7 +288,7 @@ class _PDEBenchData(LightningDataModule, ABC):
         splits = self._split()
         needed = self._sample_bytes() * sum(map(len, splits.values()))
         fits = needed <= self.options.memory_gb * 1e9
-        datasets = {split: self._samples(indices) for split, indices in splits.items()}
+        datasets: dict[str, Dataset[Any]] = {split: self._samples(indices) for split, indices in splits.items()}
         if fits:
             for split, samples in datasets.items():
                 datasets[split] = in_memory(samples, f"Reading {split} samples")

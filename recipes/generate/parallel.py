@@ -6,28 +6,20 @@ share the cores, and a sample is bitwise the same whichever process makes it.
 
 from __future__ import annotations
 
-import os
 import signal
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context
 
 from threadpoolctl import threadpool_limits
 
+from recipes.children import end_with_parent
 from recipes.data.cache import Arrays
 from recipes.errors import RecipeError
 from recipes.generate.files import Problem
 
-__all__ = ["available_cores", "make_samples", "runs"]
-
-
-def available_cores() -> int:
-    """Return how many cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+__all__ = ["make_samples", "runs"]
 
 
 def runs(indices: Sequence[int], longest: int) -> Iterator[range]:
@@ -84,12 +76,4 @@ def _prepare_worker() -> None:
     """One thread; quiet when the user presses Ctrl-C; gone when the parent is, however that ended."""
     threadpool_limits(1)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """End this process when its parent is gone, even one that was killed and could not say so."""
-    parent = parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+    end_with_parent()

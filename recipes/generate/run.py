@@ -21,11 +21,12 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from recipes.children import available_cores
 from recipes.errors import RecipeError
 from recipes.generate.cfd1d import CFD1DSpec
 from recipes.generate.darcy import DarcySpec
 from recipes.generate.files import PartFile, Settings
-from recipes.generate.parallel import available_cores, make_samples, runs
+from recipes.generate.parallel import make_samples, runs
 
 __all__ = ["KINDS", "Job", "Spec", "generate", "recorded_settings"]
 

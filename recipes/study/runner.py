@@ -17,11 +17,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from recipes.children import available_cores
 from recipes.study.cells import Cell, Study
 from recipes.study.plan import ArmPlan, Search, Tuning, plan_arm
 from recipes.study.records import Job, Record, read_records, write_records
 from recipes.study.settings import check_cell, keep_settings, locked
-from recipes.study.workers import Workers, available_cores
+from recipes.study.workers import Workers
 
 __all__ = ["run_study"]
 

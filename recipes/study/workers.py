@@ -11,9 +11,7 @@ import contextlib
 import io
 import logging
 import multiprocessing
-import os
 import signal
-import threading
 import traceback
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
@@ -24,18 +22,12 @@ from typing import Any
 
 import torch
 
+from recipes.children import end_with_parent
 from recipes.command import sentence
 from recipes.errors import RecipeError
 from recipes.study.single import run_once
 
-__all__ = ["Workers", "available_cores"]
-
-
-def available_cores() -> int:
-    """Return the number of cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+__all__ = ["Workers"]
 
 
 @dataclass
@@ -161,7 +153,7 @@ def _receive(worker: _Worker) -> _Outcome:
 def _work(connection: Connection, index: int) -> None:
     """Serve runs until the parent hangs up; `index` is this process's place among the processes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    end_with_parent()
     torch.set_num_threads(1)
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -181,14 +173,6 @@ def _run(settings: dict[str, Any]) -> _Outcome:
     except Exception as error:
         return _Outcome({}, [], sentence(error) or traceback.format_exc())
     return _Outcome(facts, messages)
-
-
-def _leave_with_parent() -> None:
-    """End this process when its parent is gone, even one that was killed and could not say so."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
 
 
 def _on_device(settings: dict[str, Any], index: int) -> dict[str, Any]:
