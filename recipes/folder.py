@@ -104,6 +104,11 @@ def drop_if_empty(folder: Path) -> None:
 
 @rank_zero_only
 def save_config(cfg: DictConfig, folder: Path) -> None:
-    """Write the settings, every reference resolved, to `config.yaml`; the first process alone does."""
+    """Write the settings, every reference resolved, to `config.yaml`; the first process alone does.
+
+    Args:
+        cfg: The composed settings.
+        folder: The run folder, which can be resumed from as soon as it holds this file and a checkpoint.
+    """
     with atomic_path(folder / CONFIG_FILE) as part:
         OmegaConf.save(cfg, part, resolve=True)

@@ -166,7 +166,13 @@ def draw_run(folder: Path, layers: FinalLayers, title: str) -> list[Path]:
 
 
 def write_summary(folder: Path, facts: Mapping[str, Any], rows: Sequence[LayerRow]) -> None:
-    """Write `summary.json`: the facts and one entry a layer."""
+    """Write `summary.json`: the facts and one entry a layer.
+
+    Args:
+        folder: The run folder.
+        facts: Plain JSON values by name.
+        rows: The layers.
+    """
     text = json.dumps({**facts, "layers": [asdict(row) for row in rows]}, indent=2)
     write_text_atomically(folder / "summary.json", text + "\n")
 

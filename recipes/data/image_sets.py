@@ -123,6 +123,7 @@ def _cifar(title: str, kind: type[datasets.CIFAR10], classes: int, scaling: tupl
     """Return CIFAR-10 or CIFAR-100, read by torchvision's class `kind`."""
 
     def fetch(data_dir: Path, download: bool) -> None:
+        """Download, check and unpack; torchvision does all three where they are needed."""
         kind(str(data_dir), download=download)
 
     def read(data_dir: Path, train: bool) -> tuple[Any, Any]:
@@ -137,6 +138,7 @@ def _svhn() -> ImageSet:
     """Return SVHN without its extra training images, as the papers use it."""
 
     def fetch(data_dir: Path, download: bool) -> None:
+        """Download and check both files."""
         for split in ("train", "test"):
             datasets.SVHN(str(data_dir), split, download=download)
 

@@ -234,11 +234,22 @@ class _PDEBenchData(LightningDataModule, ABC):
 
     @abstractmethod
     def _check_layout(self, shapes: Shapes) -> None:
-        """Refuse datasets that are of another layout, or too small for the options."""
+        """Refuse datasets that are of another layout, or too small for the options.
+
+        Args:
+            shapes: Shape of each dataset in the file, by name.
+
+        Raises:
+            RecipeError: They do not fit; the message names the file and what was expected.
+        """
 
     @abstractmethod
     def _samples(self, indices: Sequence[int]) -> Dataset[Pair]:
-        """Return samples that are read when they are asked for."""
+        """Return samples that are read when they are asked for.
+
+        Args:
+            indices: Their places in the file.
+        """
 
     @cached_property
     def _shapes(self) -> Shapes:

@@ -31,7 +31,10 @@ _MAGIC = b"FARMSTB1"
 
 
 class Problem(Protocol):
-    """What a file holds and how its samples are made; sent to worker processes."""
+    """What a file holds and how its samples are made; sent to worker processes.
+
+    `DarcySpec` and `CFD1DSpec` are such problems.
+    """
 
     @property
     def batch(self) -> int:
@@ -46,7 +49,14 @@ class Problem(Protocol):
         """Other data sets, written once."""
 
     def make(self, indices: range) -> Arrays:
-        """Make the samples of these numbers, by data set; each depends on its number alone."""
+        """Make samples; each depends on the settings and its number alone.
+
+        Args:
+            indices: Numbers of the samples.
+
+        Returns:
+            For each data set the samples, first axis by sample.
+        """
 
 
 class PartFile:

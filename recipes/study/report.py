@@ -135,6 +135,7 @@ def _overhead(cells: Iterable[FinalRuns], arm: str, baseline: str) -> float:
 
 
 def _diverged(runs: Iterable[Record]) -> int:
+    """Count the runs whose loss or score at the end was not finite."""
     return sum(run.status == "diverged" for run in runs)
 
 

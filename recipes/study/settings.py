@@ -31,6 +31,9 @@ _UNSET = "not set"
 def check_cell(cell: Cell) -> None:
     """Build every arm once, and throw it away: a mistake shows before time is spent.
 
+    Args:
+        cell: The cell.
+
     Raises:
         RecipeError: A part refuses its settings, or two parts do not fit.
     """
@@ -41,6 +44,12 @@ def check_cell(cell: Cell) -> None:
 @contextmanager
 def locked(cell: Cell) -> Iterator[None]:
     """Make the cell's folder and keep other studies out; the system frees the lock of a process that is killed.
+
+    Args:
+        cell: The cell.
+
+    Yields:
+        Nothing; the folder is locked until the block ends.
 
     Raises:
         RecipeError: The folder can't be written, or another process is at work there.
@@ -60,6 +69,9 @@ def locked(cell: Cell) -> Iterator[None]:
 
 def keep_settings(cell: Cell) -> None:
     """Note in the cell's folder what the results depend on, or compare with what is noted.
+
+    Args:
+        cell: The cell; its folder is locked.
 
     Raises:
         RecipeError: The folder can't be written, or holds results of other settings.

@@ -124,6 +124,7 @@ def _outcome(cfg: DictConfig, scores: Mapping[str, float]) -> dict[str, Any]:
 
 
 def _size(loader: Any) -> int:
+    """Return the number of samples that a loader goes through."""
     return len(loader.dataset)
 
 
