@@ -47,7 +47,7 @@ from benchmarks.results import BLUE, GREEN, ORANGE, Value, markdown_table, publi
 from benchmarks.timing import rounds, synchronise, wall_seconds
 from farms_tb import TempBalance
 from farms_tb.viewing.plots.style import new_figure, styled
-from recipes.config import build
+from recipes.config import build, build_balancer
 from recipes.data.images import ImageData, Images
 from recipes.loggers import RunFolderWandbLogger
 from recipes.train import build_run
@@ -163,7 +163,7 @@ def train(task: Task, balanced: bool, device: str) -> Training:
         if task.whole:
             _train_recipe(task, balanced, folder, before, after)
         else:
-            callback = [build(task.cfg, "farms")] if balanced else []
+            callback = [build_balancer(task.cfg)] if balanced else []
             trainer = Trainer(
                 max_epochs=task.epochs,
                 accelerator="gpu" if torch.device(device).type == "cuda" else "cpu",

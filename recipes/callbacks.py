@@ -1,4 +1,4 @@
-"""Callbacks of the recipes."""
+"""Callbacks of the recipes: checkpoints that survive a kill, the progress bar, the rates of the last step."""
 
 from __future__ import annotations
 
@@ -27,6 +27,10 @@ class _WholeCheckpoint(ModelCheckpoint):
                 part.unlink(missing_ok=True)
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        """Save under a temporary name; the first process renames the file once it is on the disk.
+
+        `farms_tb.atomic_write` is for one process: here all of them save parts of one file.
+        """
         target = Path(filepath)
         # Every process takes part in saving and must be given the same name.
         part = target.with_name(trainer.strategy.broadcast(f".{target.name}.{os.getpid()}.part"))
@@ -40,7 +44,10 @@ class _WholeCheckpoint(ModelCheckpoint):
 
 
 class BestCheckpoint(_WholeCheckpoint):
-    """Keep the weights that are best on validation data; the options are those of Lightning's ModelCheckpoint."""
+    """Keep the weights that are best on validation data, which are those that are tested.
+
+    The options are those of Lightning's ModelCheckpoint.
+    """
 
     @property
     def state_key(self) -> str:
@@ -74,7 +81,8 @@ class Progress(RichProgressBar):
 class LastStepRates(Callback):
     """Remember the learning rate and the layers' ratios of the last step.
 
-    After training the rate can't be asked for any more: the scheduler has moved on, often to zero.
+    After training the rate can't be asked for any more: the scheduler has moved on, often to zero. The rates are
+    part of checkpoints, since a run that is resumed after its end takes no step of its own.
 
     Args:
         balancer: The balancing callback, None where there is none.

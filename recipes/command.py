@@ -47,7 +47,7 @@ def user_errors() -> Iterator[None]:
 
 
 def show_errors(message: str) -> None:
-    """Print an error to the standard error stream."""
+    """Print an error to the standard error stream, in one line however wide the terminal is."""
     make_console(stderr=True).print(f"[bold red]error:[/bold red] {escape(message)}", soft_wrap=True)
 
 
@@ -58,7 +58,13 @@ def hand_over_hydras_errors() -> None:
 
 
 def sentence(error: BaseException) -> str | None:
-    """Return what to tell the user about a mistake of theirs; None for a fault of the program."""
+    """Return what to tell the user about a mistake of theirs; None for a fault of the program.
+
+    Args:
+        error: Any exception. Mistakes of the user are a `RecipeError`, an error of Hydra or OmegaConf about the
+            settings, of Lightning about the trainer's, of the balancing callback before the first step, and of
+            the operating system about a file.
+    """
     if isinstance(error, RecipeError):
         return str(error)
     if isinstance(error, HydraException | OmegaConfBaseException):
@@ -73,6 +79,7 @@ def sentence(error: BaseException) -> str | None:
 
 
 def _one_line(text: str) -> str:
+    """Join the lines of a message, without those that say nothing to users."""
     lines = [line.strip() for line in text.splitlines()]
     return " ".join(line for line in lines if line and not line.startswith(_NOISE))
 
@@ -90,8 +97,8 @@ def _settings_error(error: Exception) -> str:
 
 def _raised_at_setup(error: BaseException) -> bool:
     """Return whether the balancing callback raised this while it was set up, before the first step."""
-    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
-    return any(
-        frame.f_code.co_name in _SETUP and str(frame.f_globals.get("__name__")).startswith("farms_tb.")
-        for frame in frames
-    )
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        module = str(frame.f_globals.get("__name__"))
+        if frame.f_code.co_name in _SETUP and module.startswith("farms_tb."):
+            return True
+    return False

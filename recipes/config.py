@@ -1,4 +1,9 @@
-"""What must be right about the settings before anything is made, and how their parts are built."""
+"""What must be right about the settings before anything is made, and how their parts are built.
+
+The checks run in the order of what they cost: names, values and classes first (`check_config`), then the parts
+once they are built (`check_combination`), all of it before data are made or a network is trained. Each message
+names the setting to change.
+"""
 
 from __future__ import annotations
 
@@ -42,22 +47,15 @@ def choice(cfg: DictConfig, group: str) -> str:
 def check_config(cfg: DictConfig) -> None:
     """Check what can be checked without building or reading anything.
 
+    Args:
+        cfg: The composed settings.
+
     Raises:
         RecipeError: A section is missing or unknown, a value can't be resolved, the arm's name is not one of
             `ARMS` or not the one chosen, the checkpoint to resume from is not there, or model and data do not go
             together.
     """
-    unknown = sorted(set(map(str, cfg)) - set(SECTIONS))
-    if unknown:
-        raise RecipeError(
-            f"unknown settings at the top level: {', '.join(unknown)}; known are {', '.join(SECTIONS)}"
-        )
-    missing = sorted(set(SECTIONS) - set(map(str, cfg)))
-    if missing:
-        raise RecipeError(
-            f"missing settings at the top level: {', '.join(missing)}; conf/train.yaml shows them, and "
-            "the files in conf/data those of task"
-        )
+    _check_sections(cfg)
     try:
         OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
@@ -70,12 +68,34 @@ def check_config(cfg: DictConfig) -> None:
     _check_kinds(cfg)
 
 
+def _check_sections(cfg: DictConfig) -> None:
+    """Refuse settings at the top level that nothing reads, and the lack of those that are needed."""
+    found = set(map(str, cfg))
+    unknown = sorted(found - set(SECTIONS))
+    if unknown:
+        raise RecipeError(
+            f"unknown settings at the top level: {', '.join(unknown)}; known are {', '.join(SECTIONS)}"
+        )
+    missing = sorted(set(SECTIONS) - found)
+    if missing:
+        raise RecipeError(
+            f"missing settings at the top level: {', '.join(missing)}; conf/train.yaml shows them, and "
+            "the files in conf/data those of task"
+        )
+
+
 def _check_arm(cfg: DictConfig) -> None:
-    """Refuse an arm whose name belies its settings."""
-    chosen = HydraConfig.get().runtime.choices.get("balancing") if HydraConfig.initialized() else cfg.arm
-    names = {cfg.arm, cfg.balancing.get("arm"), chosen}
-    measures = cfg.balancing.get("_target_") is not None
-    if len(names) > 1 or measures == (cfg.arm == "off"):
+    """Refuse an arm whose name belies its settings.
+
+    The arm is named three times: as `balancing=` on the command line, in the chosen file and at the top level.
+    And only the arm `off` has no callback.
+    """
+    names = {cfg.arm, cfg.balancing.get("arm")}
+    if HydraConfig.initialized():
+        names.add(HydraConfig.get().runtime.choices.get("balancing"))
+    has_callback = cfg.balancing.get("_target_") is not None
+    should_have_callback = cfg.arm != "off"
+    if len(names) > 1 or has_callback != should_have_callback:
         raise RecipeError(
             f"arm={cfg.arm} does not match {choice(cfg, 'balancing')}; leave arm alone and choose with "
             f"balancing={'|'.join(ARMS)}"
@@ -84,12 +104,14 @@ def _check_arm(cfg: DictConfig) -> None:
 
 def _check_kinds(cfg: DictConfig) -> None:
     """Refuse a model for images on fields, and the other way round, where both say what they are for."""
-    needs, gives = (getattr(_class_of(cfg, part), "kind", None) for part in ("model", "data"))
-    if needs is not None and gives is not None and needs != gives:
-        raise RecipeError(
-            f"{choice(cfg, 'model')} and {choice(cfg, 'data')} do not go together: the model learns {needs}, "
-            f"the data are {gives}. Choose both, or one experiment=..."
-        )
+    needs = getattr(_class_of(cfg, "model"), "kind", None)
+    gives = getattr(_class_of(cfg, "data"), "kind", None)
+    if needs is None or gives is None or needs == gives:
+        return
+    raise RecipeError(
+        f"{choice(cfg, 'model')} and {choice(cfg, 'data')} do not go together: the model learns {needs}, "
+        f"the data are {gives}. Choose both, or one experiment=..."
+    )
 
 
 def _class_of(cfg: DictConfig, part: str) -> Any:
@@ -98,7 +120,8 @@ def _class_of(cfg: DictConfig, part: str) -> Any:
     Raises:
         RecipeError: There is no such thing, or it can't be imported.
     """
-    target = cfg[part].get("_target_") if OmegaConf.is_dict(cfg[part]) else None
+    section = cfg[part]
+    target = section.get("_target_") if OmegaConf.is_dict(section) else None
     if target is None:
         raise RecipeError(f"{choice(cfg, part)} needs a _target_, the class to build")
     try:
@@ -129,6 +152,7 @@ def check_combination(cfg: DictConfig, model: Any, data: Any) -> None:
 
 
 def _check_scores(cfg: DictConfig, data: Any) -> None:
+    """Check that there are as many outputs as classes, and validation data to choose the best epoch on."""
     channels = cfg.task.get("out_channels")
     classes = getattr(data, "num_classes", channels)
     if classes != channels:
@@ -143,11 +167,12 @@ def _check_scores(cfg: DictConfig, data: Any) -> None:
 
 
 def _check_channels(cfg: DictConfig, data: Any) -> None:
-    channels = (data.history * data.channels, data.channels)
-    if channels != (cfg.task.in_channels, cfg.task.out_channels):
+    """Check the channels of a network that maps the frames of a history, stacked, to the next frame."""
+    stacked = data.history * data.channels
+    if (cfg.task.in_channels, cfg.task.out_channels) != (stacked, data.channels):
         raise RecipeError(
             f"{data.history} frames of {data.channels} channels are mapped to the next one: set "
-            f"task.in_channels={channels[0]} task.out_channels={channels[1]}"
+            f"task.in_channels={stacked} task.out_channels={data.channels}"
         )
 
 
@@ -155,7 +180,8 @@ def _check_network(cfg: DictConfig, net: Any, data: Any) -> None:
     """Check the shape of an input, where the network or its number of dimensions asks for one."""
     dimension = getattr(net, "n_dim", None)  # neuraloperator's
     check_input = getattr(net, "check_input", None)
-    if (dimension is None and check_input is None) or not hasattr(type(data), "sample_shape"):
+    asks = dimension is not None or check_input is not None
+    if not asks or not hasattr(type(data), "sample_shape"):
         return
     pair = f"{choice(cfg, 'model')} does not fit {choice(cfg, 'data')}"
     shape = data.sample_shape  # a data file that is missing says so itself
@@ -172,7 +198,9 @@ def _check_network(cfg: DictConfig, net: Any, data: Any) -> None:
 def _plain(cfg: Any, section: str) -> Any:
     """Return a section, or with an empty name all settings, as plain values."""
     value = OmegaConf.select(cfg, section) if section else cfg
-    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+    if not OmegaConf.is_config(value):
+        return value
+    return OmegaConf.to_container(value, resolve=True)
 
 
 def check_resumed_config(cfg: DictConfig, saved_file: Path) -> list[str]:
@@ -207,6 +235,9 @@ def build(cfg: DictConfig, path: str, **extra: Any) -> Any:
         path: Dotted path, say "logger.wandb".
         extra: More keyword arguments.
 
+    Returns:
+        What their `_target_` makes: an object, or with `_partial_: true` a function that makes it.
+
     Raises:
         RecipeError: The constructor refuses; the message names the settings and the reason.
     """
@@ -214,12 +245,17 @@ def build(cfg: DictConfig, path: str, **extra: Any) -> Any:
         return instantiate(OmegaConf.select(cfg, path), _convert_="all", **extra)
     except InstantiationException as error:
         reason = error.__cause__ or error
-        hint = "; pip install 'farms-tb[recipes]', or logger=csv" if isinstance(reason, ImportError) else ""
-        raise RecipeError(f"{path}: {reason}{hint}") from error
+        message = f"{path}: {reason}"
+        if isinstance(reason, ImportError):
+            message += "; pip install 'farms-tb[recipes]', or logger=csv"
+        raise RecipeError(message) from error
 
 
 def build_balancer(cfg: DictConfig) -> Any:
     """Instantiate the balancing callback, without the name of the arm; return None for the arm `off`.
+
+    Args:
+        cfg: The composed settings.
 
     Raises:
         RecipeError: The callback refuses its options; the message names the reason.

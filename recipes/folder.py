@@ -1,8 +1,11 @@
-"""The run folder: found or made, and proven writable, before anything costs time."""
+"""The run folder: found or made, and proven writable, before anything costs time.
+
+A folder is named by the time at which a run starts, so only the first process can choose it. The processes that
+Lightning starts from there learn it from an environment variable.
+"""
 
 from __future__ import annotations
 
-import itertools
 import os
 import tempfile
 from datetime import datetime
@@ -11,8 +14,8 @@ from pathlib import Path
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
+from farms_tb.atomic_write import atomic_path
 from recipes.errors import RecipeError
-from recipes.files import replacing
 from recipes.processes import process_rank
 
 __all__ = ["CONFIG_FILE", "drop_if_empty", "open_run_folder", "save_config"]
@@ -27,6 +30,9 @@ def open_run_folder(cfg: DictConfig) -> Path:
     It is `paths.run_dir` where that is set; the folder of the run that `ckpt_path` belongs to when resuming; else
     `<output_dir>/<name>/<date_time>`, with a number behind it where that is taken. Of several processes that train
     one model the first makes it, and those that it starts find it.
+
+    Args:
+        cfg: The composed settings.
 
     Returns:
         The folder.
@@ -70,21 +76,24 @@ def _resumed_folder(cfg: DictConfig) -> Path | None:
     if cfg.ckpt_path is None:
         return None
     folder = Path(cfg.ckpt_path).resolve().parent.parent
-    return folder if (folder / CONFIG_FILE).is_file() else None
+    if not (folder / CONFIG_FILE).is_file():
+        return None
+    return folder
 
 
 def _new_folder(parent: Path) -> Path:
+    """Make a folder named by the time, with a number behind it where another run started in the same second."""
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    for number in itertools.count(1):
-        folder = parent / (stamp if number == 1 else f"{stamp}_{number}")
+    parent.mkdir(parents=True, exist_ok=True)
+    folder = parent / stamp
+    number = 1
+    while True:
         try:
-            folder.mkdir(parents=True)
+            folder.mkdir()
+            return folder
         except FileExistsError:
-            if not folder.is_dir():
-                raise
-            continue
-        return folder
-    raise AssertionError("unreachable: the count has no end")
+            number += 1
+            folder = parent / f"{stamp}_{number}"
 
 
 def drop_if_empty(folder: Path) -> None:
@@ -95,6 +104,11 @@ def drop_if_empty(folder: Path) -> None:
 
 @rank_zero_only
 def save_config(cfg: DictConfig, folder: Path) -> None:
-    """Write the settings, every reference resolved, to `config.yaml`; the first process alone does."""
-    with replacing(folder / CONFIG_FILE) as part:
+    """Write the settings, every reference resolved, to `config.yaml`; the first process alone does.
+
+    Args:
+        cfg: The composed settings.
+        folder: The run folder, which can be resumed from as soon as it holds this file and a checkpoint.
+    """
+    with atomic_path(folder / CONFIG_FILE) as part:
         OmegaConf.save(cfg, part, resolve=True)

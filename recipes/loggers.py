@@ -1,4 +1,8 @@
-"""Loggers that write straight into the run folder, and go on there when a run resumes."""
+"""Loggers that write straight into the run folder, and go on there when a run resumes.
+
+Lightning's own loggers make a folder for each version of a run, and begin anew when it resumes. Here a run has one
+folder and one `metrics.csv`, in which a resumed run continues behind the last row of its checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from recipes.files import replacing
+from farms_tb.atomic_write import atomic_path
 
 __all__ = ["METRICS_FILE", "RunFolderCSVLogger", "RunFolderWandbLogger", "forget_rows_after", "read_rows"]
 
@@ -26,14 +30,24 @@ def read_rows(path: Path) -> list[Row]:
     """Read the rows of a metrics file without their empty cells; none when there is no file.
 
     A last line without an end was cut by a kill or a full disk, and its last number with it: it is left out.
+
+    Args:
+        path: The metrics file.
+
+    Returns:
+        The cells of each row as text, by column.
     """
     if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8", errors="replace") as file:
         text = file.read()
-    whole = io.StringIO(text[: text.rfind("\n") + 1], newline="")
-    rows = [{key: cell for key, cell in row.items() if cell not in ("", None)} for row in csv.DictReader(whole)]
-    return [row for row in rows if "step" in row]
+    whole_lines = text[: text.rfind("\n") + 1]
+    rows = []
+    for cells in csv.DictReader(io.StringIO(whole_lines, newline="")):
+        row = {column: cell for column, cell in cells.items() if cell not in ("", None)}
+        if "step" in row:
+            rows.append(row)
+    return rows
 
 
 def forget_rows_after(path: Path, step: int) -> None:
@@ -53,7 +67,7 @@ def _write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> list[str]:
     """Write a metrics file anew; return its columns."""
     rows = list(rows)
     columns = sorted(set().union(*rows))
-    with replacing(path) as part, part.open("w", newline="", encoding="utf-8") as file:
+    with atomic_path(path) as part, part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=columns)
         writer.writeheader()
         writer.writerows(rows)
@@ -75,14 +89,18 @@ class _Rows:
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Add a row; it reaches the disk with `save`."""
-        row = {name: value.item() if isinstance(value, Tensor) else value for name, value in metrics.items()}
-        self._new.append({**row, "step": len(self._new) if step is None else step})
+        row: Row = {}
+        for name, value in metrics.items():
+            row[name] = value.item() if isinstance(value, Tensor) else value
+        row["step"] = len(self._new) if step is None else step
+        self._new.append(row)
 
     def save(self) -> None:
         """Write the rows gathered since the last time."""
         if not self._new:
             return
-        if set().union(*self._new) <= set(self._columns):
+        new_columns = set().union(*self._new) - set(self._columns)
+        if not new_columns:
             with self._path.open("a", newline="", encoding="utf-8") as file:
                 csv.DictWriter(file, fieldnames=self._columns).writerows(self._new)
         else:
@@ -138,9 +156,11 @@ class RunFolderWandbLogger(WandbLogger):
     def __init__(
         self, save_dir: str | Path, offline: bool = True, ckpt_path: str | Path | None = None, **options: Any
     ) -> None:
-        earlier = _run_ids(Path(save_dir)) if ckpt_path is not None else []
-        if earlier:
-            options = {"id": earlier[-1], **({} if offline else {"resume": "allow"}), **options}
+        earlier = _run_ids(Path(save_dir))
+        if ckpt_path is not None and earlier:
+            options.setdefault("id", earlier[-1])
+            if not offline:
+                options.setdefault("resume", "allow")
         super().__init__(save_dir=save_dir, offline=offline, **options)
         import wandb
 
@@ -157,5 +177,6 @@ class RunFolderWandbLogger(WandbLogger):
 
 def _run_ids(folder: Path) -> list[str]:
     """Return the ids of the W&B runs in a run folder, the oldest first."""
-    runs = (path.name for path in folder.glob("wandb/*run-*-*") if path.is_dir())
-    return [name.rpartition("-")[2] for name in sorted(runs, key=lambda name: name.partition("run-")[2])]
+    names = [path.name for path in folder.glob("wandb/*run-*-*") if path.is_dir()]
+    names.sort(key=lambda name: name.partition("run-")[2])  # "offline-run-<time>-<id>": by time
+    return [name.rpartition("-")[2] for name in names]

@@ -9,8 +9,8 @@ from typing import Any
 __all__ = ["current_overrides", "current_settings"]
 
 _REMOVED = ("max_overhead", "timings_file")  # options that the callback had
-_DARCY = re.compile(r"sciml/darcy_beta([\d.]+)_(fno|unet)")
-_FLOW = re.compile(r"sciml/cfd2d_fno_1of(\d+)")
+_DARCY = re.compile(r"experiment=sciml/darcy_beta(?P<beta>[\d.]+)_(?P<net>fno|unet)")
+_FLOW = re.compile(r"experiment=sciml/cfd2d_fno_1of(?P<part>\d+)")
 
 
 def current_overrides(overrides: Iterable[str]) -> tuple[list[str], list[str]]:
@@ -33,15 +33,15 @@ def current_overrides(overrides: Iterable[str]) -> tuple[list[str], list[str]]:
 
 
 def _current(override: str) -> list[str]:
+    """Return what an argument is written as now: itself where it is no old name, else one or two settings."""
     if re.match(r"[~+]*farms[.=]", override):
         return [override.replace("farms", "balancing", 1)]
-    name, equals, value = override.partition("=")
-    if name != "experiment" or not equals:
-        return [override]
-    if match := _DARCY.fullmatch(value):
-        return [f"experiment=sciml/darcy_{match[2]}", f"data.beta={match[1]}"]
-    if match := _FLOW.fullmatch(value):
-        return ["experiment=sciml/cfd2d_fno", f"data.fraction=1/{match[1]}"]
+    darcy = _DARCY.fullmatch(override)
+    if darcy:
+        return [f"experiment=sciml/darcy_{darcy['net']}", f"data.beta={darcy['beta']}"]
+    flow = _FLOW.fullmatch(override)
+    if flow:
+        return ["experiment=sciml/cfd2d_fno", f"data.fraction=1/{flow['part']}"]
     return [override]
 
 

@@ -37,6 +37,7 @@ class PredictionPictures(Callback):
         self._forget()
 
     def _forget(self) -> None:
+        """Keep nothing of the batches that have passed."""
         self._shown: tuple[Tensor, Tensor, Tensor] | None = None
         self._samples = 0
         self._errors: Tensor | float = 0.0
@@ -55,24 +56,33 @@ class PredictionPictures(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Keep the first samples, and add up errors by time."""
+        """Keep the first samples, and add up errors by time.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The task; its `kind` says whether the fields are those of a flow.
+            outputs: The predictions, if the test step returns them.
+            batch: Inputs and targets.
+            batch_idx: Number of the batch.
+            dataloader_idx: Number of the loader.
+        """
         flow = getattr(pl_module, "kind", "") == "trajectories"
         if not _can_be_drawn(flow, outputs, batch):
             return
         inputs, targets = batch
         if self._shown is None:
-            first, second, third = (fields[:SAMPLES].float().cpu() for fields in (inputs, targets, outputs))
-            self._shown = first, second, third
+            self._shown = _first(inputs), _first(targets), _first(outputs)
         if flow:
             self._samples += len(targets)
             self._errors = self._errors + _error_by_time(outputs, targets)
             self._baseline = self._baseline + _error_by_time(inputs[:, -1:].expand_as(targets), targets)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw, save and log."""
+        """Draw, save and log, on the first process alone."""
         if self._shown is None or not trainer.is_global_zero:
             return
-        pictures = self._draw_flow(*self._shown) if self._samples else self._draw_fields(*self._shown)
+        draw = self._draw_flow if self._samples else self._draw_fields
+        pictures = draw(*self._shown)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 for picture in pictures:
@@ -80,26 +90,40 @@ class PredictionPictures(Callback):
         self._forget()
 
     def _draw_fields(self, inputs: Tensor, targets: Tensor, predictions: Tensor) -> list[Path]:
+        """Draw the first channel of static fields (B, C, X, Y)."""
         picture = self.folder / "predictions.png"
         plot_fields(inputs[:, 0], targets[:, 0], predictions[:, 0], picture, title=self.title)
         return [picture]
 
     def _draw_flow(self, inputs: Tensor, targets: Tensor, predictions: Tensor) -> list[Path]:
+        """Draw the first trajectory (T, C, *space), and the errors of all by time."""
         pictures = [self.folder / "predictions.png", self.folder / "error_growth.png"]
         draw = {4: plot_flow_1d, 5: plot_flow_2d}[targets.ndim]
         draw(targets[0], predictions[0], pictures[0], title=self.title)
-        errors, baseline = (torch.as_tensor(x).cpu() / self._samples for x in (self._errors, self._baseline))
+        errors = torch.as_tensor(self._errors).cpu() / self._samples
+        baseline = torch.as_tensor(self._baseline).cpu() / self._samples
         names = channel_names(targets.shape[2], targets.ndim - 3)
         plot_error_growth(errors, baseline, pictures[1], names=names, title=self.title)
         return pictures
 
 
 def _can_be_drawn(flow: bool, outputs: Any, batch: Any) -> bool:
-    """Return whether a test step returned fields (B, C, X, Y), or of a flow (B, T, C, *space), as the target's."""
-    if not isinstance(outputs, Tensor) or not isinstance(batch, tuple | list) or len(batch) != 2:
+    """Return whether a test step returned fields (B, C, X, Y), or of a flow (B, T, C, *space), as the target's.
+
+    Tasks and data of the user's own may return anything else, of which nothing is drawn.
+    """
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
         return False
-    shapes_match = isinstance(batch[1], Tensor) and outputs.shape == batch[1].shape
-    return shapes_match and outputs.ndim in ((4, 5) if flow else (4,))
+    target = batch[1]
+    if not isinstance(outputs, Tensor) or not isinstance(target, Tensor):
+        return False
+    dimensions = (4, 5) if flow else (4,)
+    return outputs.shape == target.shape and outputs.ndim in dimensions
+
+
+def _first(fields: Tensor) -> Tensor:
+    """Return the first samples of a batch, on the CPU: the rest of the batch can be freed."""
+    return fields[:SAMPLES].float().cpu()
 
 
 def _error_by_time(prediction: Tensor, target: Tensor) -> Tensor:

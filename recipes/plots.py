@@ -40,7 +40,12 @@ COEFFICIENT = "cividis"
 
 
 def channel_names(channels: int, dimension: int) -> tuple[str, ...]:
-    """Name the channels of a compressible flow; anything else gets numbers."""
+    """Name the channels of a compressible flow; anything else gets numbers.
+
+    Args:
+        channels: Number of channels.
+        dimension: Dimensions of space. A flow has density, pressure and as many velocities as dimensions.
+    """
     if channels == dimension + 2:
         return FLOW_CHANNELS[:channels]
     return tuple(f"channel {index}" for index in range(1, channels + 1))
@@ -83,14 +88,20 @@ def plot_fields(
 
 
 def _head(figure: Figure | SubFigure, title: str) -> None:
+    """Write a heading at the left, if there is one."""
     if title:
         figure.suptitle(title, x=0.01, ha="left", fontsize="medium")
 
 
 def _show(axes: Axes, field: Tensor, colours: str, scale: Tensor, **options: Any) -> AxesImage:
-    """Draw a field (horizontal, vertical) in colours that span `scale`, diverging ones with zero in the middle."""
+    """Draw a field (horizontal, vertical) in colours that span `scale`, diverging ones with zero in the middle.
+
+    A network that diverged predicts NaN and infinity: colours span what is finite.
+    """
     finite = scale[torch.isfinite(scale)]
-    low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 1.0)
+    low, high = 0.0, 1.0
+    if len(finite):
+        low, high = float(finite.min()), float(finite.max())
     if colours == DIVERGING:
         high = max(abs(low), abs(high)) or 1.0
         low = -high
@@ -104,6 +115,7 @@ def _show(axes: Axes, field: Tensor, colours: str, scale: Tensor, **options: Any
 
 
 def _bar(figure: Figure | SubFigure, image: AxesImage, axes: np.ndarray, location: str) -> None:
+    """Draw one colour bar for all of `axes`, at their right or below them."""
     from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
     form = ScalarFormatter()

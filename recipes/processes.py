@@ -1,4 +1,4 @@
-"""Several processes that train one model."""
+"""Several processes that train one model (DDP, FSDP), started by Lightning, torchrun or SLURM."""
 
 from __future__ import annotations
 
@@ -21,14 +21,18 @@ def process_rank() -> int:
 def check_processes(trainer: Trainer) -> None:
     """Refuse to start several processes from within a sweep: each would start the sweep again.
 
+    Args:
+        trainer: The trainer, before training.
+
     Raises:
         RecipeError: This is such a sweep.
     """
-    starts_some = isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher) and not (
-        trainer.strategy.launcher.cluster_environment.creates_processes_externally
-    )
-    swept = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
-    if starts_some and swept and trainer.world_size > 1:
+    launcher = trainer.strategy.launcher
+    if not isinstance(launcher, _SubprocessScriptLauncher) or trainer.world_size == 1:
+        return
+    if launcher.cluster_environment.creates_processes_externally:
+        return
+    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
         raise RecipeError(
             f"a sweep can't start the {trainer.world_size} processes of trainer.devices by itself: start its "
             "runs one by one (seed=...), or let SLURM start all processes (hydra/launcher=slurm)"

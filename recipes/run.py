@@ -50,6 +50,11 @@ class Run:
 def build_run(cfg: DictConfig) -> Run:
     """Build every part; none of them makes or loads data yet.
 
+    The balancing callback stands first among the callbacks: those that monitor its metrics find them up to date.
+
+    Args:
+        cfg: The composed settings.
+
     Raises:
         RecipeError: A part refuses its settings, or two parts do not fit.
     """
@@ -57,9 +62,11 @@ def build_run(cfg: DictConfig) -> Run:
         torch.set_num_threads(cfg.threads)
     parts = build_parts(cfg)
     last = LastStepRates(parts.balancer)
-    callbacks: list[Callback] = [build(cfg, f"callbacks.{name}") for name in cfg.callbacks]
-    best = _best_checkpoint(callbacks)
-    callbacks = [*([] if parts.balancer is None else [parts.balancer]), last, *callbacks]
+    configured: list[Callback] = [build(cfg, f"callbacks.{name}") for name in cfg.callbacks]
+    best = _best_checkpoint(configured)
+    callbacks = [last, *configured]
+    if parts.balancer is not None:
+        callbacks.insert(0, parts.balancer)
     loggers: list[Logger] = [build(cfg, f"logger.{name}") for name in cfg.logger]
     trainer = build(cfg, "trainer", callbacks=callbacks, logger=loggers)
     check_processes(trainer)
@@ -67,6 +74,7 @@ def build_run(cfg: DictConfig) -> Run:
 
 
 def _best_checkpoint(callbacks: list[Callback]) -> ModelCheckpoint:
+    """Return the keeper of the weights that are tested, the only one that is not for resuming."""
     kept = [callback for callback in callbacks if isinstance(callback, ModelCheckpoint)]
     best = [callback for callback in kept if not isinstance(callback, LastCheckpoint)]
     if len(best) != 1:
@@ -76,6 +84,12 @@ def _best_checkpoint(callbacks: list[Callback]) -> ModelCheckpoint:
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a Lightning checkpoint; its tensors stay on the disk until they are used.
+
+    Args:
+        path: The checkpoint.
+
+    Returns:
+        What Lightning saved, by its names; all that resuming needs is there.
 
     Raises:
         RecipeError: The file can't be read, or is no checkpoint of a training run.
@@ -90,7 +104,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             f"ckpt_path={path} can't be read as a checkpoint ({reason}); take another one, such as "
             "checkpoints/best.ckpt of the same run, or start anew without ckpt_path"
         ) from error
-    missing = [key for key in _NEEDED if key not in checkpoint] if isinstance(checkpoint, dict) else list(_NEEDED)
+    if not isinstance(checkpoint, dict):
+        checkpoint = {}
+    missing = [key for key in _NEEDED if key not in checkpoint]
     if missing:
         raise RecipeError(
             f"ckpt_path={path} is no checkpoint of a training run: it lacks {', '.join(missing)}; a run keeps its "

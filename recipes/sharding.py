@@ -23,9 +23,11 @@ class ShardedNet(LightningModule):
 
     def configure_model(self) -> None:
         """Shard the network; called on every process, before training and again before a test."""
-        if not isinstance(self.trainer.strategy, ModelParallelStrategy) or isinstance(self.net, FSDPModule):
+        strategy = self.trainer.strategy
+        sharded_already = isinstance(self.net, FSDPModule)
+        if sharded_already or not isinstance(strategy, ModelParallelStrategy):
             return
-        mesh = self.trainer.strategy.device_mesh["data_parallel"]
+        mesh = strategy.device_mesh["data_parallel"]
         for unit in _units(self.net):
             fully_shard(unit, mesh=mesh)
         fully_shard(self.net, mesh=mesh)
@@ -36,5 +38,5 @@ def _units(module: nn.Module) -> Iterator[nn.Module]:
     for child in module.children():
         if isinstance(child, (nn.ModuleList, nn.ModuleDict)):  # these are never called themselves
             yield from _units(child)
-        elif any(True for _ in child.parameters()):
+        elif list(child.parameters()):
             yield child

@@ -1,4 +1,8 @@
-"""What a run leaves behind and prints at its end: the layers, the scores, the pictures, the page."""
+"""What a run leaves behind and prints at its end: the layers, the scores, the pictures, the page.
+
+The layers are those of the last epoch's weights, whose alphas the callback logged last; the scores are those of
+the weights that were best on validation data.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +21,12 @@ from rich.table import Table
 from rich.text import Text
 
 import farms_tb
+from farms_tb.atomic_write import write_text_atomically
+from farms_tb.report import LayerRecord
 from farms_tb.viewing.page import write_page
 from farms_tb.viewing.plots import plot_alpha_curves, plot_ratio_curves, plot_ratio_map
 from farms_tb.viewing.run_folder import read_run_folder
 from recipes.callbacks import LastStepRates
-from recipes.files import replacing
 
 __all__ = [
     "FinalLayers",
@@ -76,7 +81,13 @@ class FinalLayers:
 
 
 def measure_layers(model: torch.nn.Module, cfg: DictConfig, last: LastStepRates) -> FinalLayers:
-    """Measure the trained weights both ways, with the spectral options of `cfg.balancing` where there are any."""
+    """Measure the trained weights both ways, with the spectral options of `cfg.balancing` where there are any.
+
+    Args:
+        model: The trained model.
+        cfg: The composed settings.
+        last: Learning rate and ratios of the last step.
+    """
     options = OmegaConf.to_container(cfg.balancing, resolve=True)
     assert isinstance(options, dict)  # the callback's keyword arguments
     shared: dict[str, Any] = {name: options[name] for name in SPECTRAL_OPTIONS if name in options}
@@ -95,7 +106,8 @@ def measure_layers(model: torch.nn.Module, cfg: DictConfig, last: LastStepRates)
     return FinalLayers(rows, farms, full)
 
 
-def _layer_row(name: str, full: Any, farms: Any, last: LastStepRates) -> LayerRow:
+def _layer_row(name: str, full: LayerRecord, farms: LayerRecord, last: LastStepRates) -> LayerRow:
+    """Join what is known of one layer; a reason that both measurements give stands once."""
     reasons = [record.status for record in (full, farms) if record.status != "ok"]
     ratio = last.ratios.get(name, 1.0)
     lr = None if last.lr is None else last.lr * ratio
@@ -103,7 +115,11 @@ def _layer_row(name: str, full: Any, farms: Any, last: LastStepRates) -> LayerRo
 
 
 def layer_table(rows: Sequence[LayerRow]) -> Table:
-    """Lay the layers out as a table, alpha of the whole matrix next to alpha by FARMS."""
+    """Lay the layers out as a table, alpha of the whole matrix next to alpha by FARMS.
+
+    Args:
+        rows: The layers. Where one of them has a note, the table gets a column `status`.
+    """
     table = Table(
         title="Layers after training; ratio and lr of the last step", title_justify="left", box=box.SIMPLE_HEAD
     )
@@ -116,38 +132,60 @@ def layer_table(rows: Sequence[LayerRow]) -> Table:
     for row in rows:
         cells = [row.layer, _cell(row.alpha_full, ".2f"), _cell(row.alpha_farms, ".2f")]
         cells += [_cell(row.ratio, ".2f"), _cell(row.lr, ".2e")]
-        table.add_row(*map(Text, [*cells, row.note or "ok"][: len(table.columns)]))
+        if notes:
+            cells.append(row.note or "ok")
+        table.add_row(*map(Text, cells))
     return table
 
 
 def _cell(value: float | None, form: str) -> str:
+    """Format a number; one that is missing becomes a dash."""
     return "-" if value is None else format(value, form)
 
 
 def draw_run(folder: Path, layers: FinalLayers, title: str) -> list[Path]:
     """Draw `alpha.png`, `lr_ratio.png` and `lr_ratio_map.png` from the run's metrics, and write `report.html`.
 
+    Args:
+        folder: The run folder.
+        layers: The layers after training.
+        title: A heading of the pictures.
+
     Returns:
         What was made; where the run logged no alpha, the page alone.
     """
     run = read_run_folder(folder, farms=layers.farms, full=layers.full)
-    pictures = {"alpha": plot_alpha_curves, "lr_ratio": plot_ratio_curves, "lr_ratio_map": plot_ratio_map}
     made = []
-    for name, plot in pictures.items() if run.history.alpha else ():
-        made.append(folder / f"{name}.png")
-        plot(run.history, made[-1], title=title)
-    return [*made, write_page(run)]
+    if run.history.alpha:
+        pictures = {"alpha": plot_alpha_curves, "lr_ratio": plot_ratio_curves, "lr_ratio_map": plot_ratio_map}
+        for name, plot in pictures.items():
+            made.append(folder / f"{name}.png")
+            plot(run.history, made[-1], title=title)
+    made.append(write_page(run))
+    return made
 
 
 def write_summary(folder: Path, facts: Mapping[str, Any], rows: Sequence[LayerRow]) -> None:
-    """Write `summary.json`: the facts and one entry a layer."""
+    """Write `summary.json`: the facts and one entry a layer.
+
+    Args:
+        folder: The run folder.
+        facts: Plain JSON values by name.
+        rows: The layers.
+    """
     text = json.dumps({**facts, "layers": [asdict(row) for row in rows]}, indent=2)
-    with replacing(folder / "summary.json") as part:
-        part.write_text(text + "\n", encoding="utf-8")
+    write_text_atomically(folder / "summary.json", text + "\n")
 
 
 def print_summary(console: Console, folder: Path, facts: Mapping[str, Any], rows: Sequence[LayerRow]) -> None:
-    """Print the layers, the scores and where everything is."""
+    """Print the layers, the scores and where everything is.
+
+    Args:
+        console: Where to print.
+        folder: The run folder.
+        facts: What `summary.json` says of the run.
+        rows: The layers.
+    """
     console.print(layer_table(rows))
     scores = [f"{name} {value:.4g}" for name, value in facts["test"].items()]
     lines = [

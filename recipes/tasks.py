@@ -1,4 +1,9 @@
-"""What is trained and how it is scored: image classification, field-to-field regression, forecasts of flows."""
+"""What is trained and how it is scored: image classification, field-to-field regression, forecasts of flows.
+
+A task is a LightningModule around a network. It knows nothing of balancing: the callback attaches to the optimizer
+that the task makes. What a task logs under `val/` can choose the best epoch (`task.monitor`), and what it logs
+under `test/` stands in `summary.json`.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +23,8 @@ from recipes.sharding import ShardedNet
 __all__ = ["FieldRegression", "Forecast", "ImageClassification", "nrmse", "relative_l2", "rollout"]
 
 Batch = tuple[Tensor, Tensor]
+"""Inputs and targets."""
+
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 SchedulerFactory = Callable[[torch.optim.Optimizer], Any]
 
@@ -29,6 +36,10 @@ class _Task(ShardedNet):
         net: The network.
         optimizer: Makes the optimizer from the parameters.
         scheduler: Makes the scheduler from the optimizer; stepped once an epoch. None keeps the rate constant.
+
+    Attributes:
+        kind: What the network learns: "fields", "trajectories" or "images". The data must be of the same kind.
+        net: The network.
     """
 
     kind = ""
@@ -42,7 +53,7 @@ class _Task(ShardedNet):
         self._make_scheduler = scheduler
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the network."""
+        """Apply the network to a batch of inputs, (B, C, *space)."""
         return torch.as_tensor(self.net(x))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -53,14 +64,20 @@ class _Task(ShardedNet):
         checkpoint["state_dict"].pop("_metadata", None)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Make optimizer and scheduler."""
+        """Make the optimizer of all parameters and, where there is one, its scheduler."""
         optimizer = self._make_optimizer(self.parameters())
         if self._make_scheduler is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": self._make_scheduler(optimizer)}
 
     def _log_epoch(self, stage: str, batch: Batch, **values: Any) -> None:
-        """Log means over the epoch; the first value, the one that matters most, shows at the progress bar."""
+        """Log means over the epoch; the first value, the one that matters most, shows at the progress bar.
+
+        Args:
+            stage: "train", "val" or "test".
+            batch: The batch that the values are of; its size is their weight in the mean.
+            values: Numbers or metrics of torchmetrics, by name.
+        """
         for position, (name, value) in enumerate(values.items()):
             self.log(
                 f"{stage}/{name}",
@@ -74,7 +91,13 @@ class _Task(ShardedNet):
 
 
 class _FieldTask(_Task):
-    """A task whose outputs are fields: a few scores at validation, all of PDEBench's at the test."""
+    """A task whose outputs are fields: a few scores at validation, all of PDEBench's at the test.
+
+    Args:
+        net: The network.
+        optimizer: Makes the optimizer from the parameters.
+        scheduler: Makes the scheduler from the optimizer; stepped once an epoch. None keeps the rate constant.
+    """
 
     def __init__(
         self, net: nn.Module, optimizer: OptimizerFactory, scheduler: SchedulerFactory | None = None
@@ -87,7 +110,7 @@ class _FieldTask(_Task):
         raise NotImplementedError
 
     def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """Return the number to minimise."""
+        """Return the number to minimise, a scalar; prediction and target have the same shape."""
         return functional.mse_loss(prediction, target)
 
     def _channels(self, fields: Tensor) -> Tensor:
@@ -101,11 +124,17 @@ class _FieldTask(_Task):
         return loss
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
-        """Score a validation batch."""
+        """Log nRMSE, relative L2 error and loss of a validation batch."""
+        target = batch[1]
         prediction = self.predict(batch)
-        fields = self._channels(prediction), self._channels(batch[1])
-        scores = {"nrmse": nrmse(*fields), "relative_l2": relative_l2(*fields)}
-        self._log_epoch("val", batch, **scores, loss=self.loss(prediction, batch[1]))
+        fields, true_fields = self._channels(prediction), self._channels(target)
+        self._log_epoch(
+            "val",
+            batch,
+            nrmse=nrmse(fields, true_fields),
+            relative_l2=relative_l2(fields, true_fields),
+            loss=self.loss(prediction, target),
+        )
 
     def on_test_epoch_start(self) -> None:
         """Forget the scores of a test before, finished or not."""
@@ -125,7 +154,15 @@ class _FieldTask(_Task):
 
 
 class FieldRegression(_FieldTask):
-    """Field-to-field regression by mean squared error; batches are pairs of fields (B, C, *space)."""
+    """Field-to-field regression by mean squared error, such as from Darcy's coefficient to its solution.
+
+    Batches are pairs of fields, inputs (B, C_in, *space) and targets (B, C_out, *space).
+
+    Args:
+        net: Maps inputs to targets.
+        optimizer: Makes the optimizer from the parameters.
+        scheduler: Makes the scheduler from the optimizer; stepped once an epoch. None keeps the rate constant.
+    """
 
     kind = "fields"
 
@@ -150,25 +187,35 @@ def rollout(net: nn.Module, history: Tensor, steps: int, graded: int | None = No
     Raises:
         RecipeError: The network takes another number of channels, or returns another shape than that of a frame.
     """
-    window, frame_shape = history.flatten(1, 2), history[:, 0].shape
-    if getattr(net, "in_channels", window.shape[1]) != window.shape[1]:
-        raise RecipeError(
-            f"the network takes {net.in_channels} channels, but {history.shape[1]} frames of {history.shape[2]} "
-            f"channels are {window.shape[1]}; set task.in_channels={window.shape[1]}"
-        )
+    _check_history(net, history)
+    window = history.flatten(1, 2)
+    frame_shape = history[:, 0].shape
+    channels = frame_shape[1]
     first_graded = 0 if graded is None else steps - graded
+    training = torch.is_grad_enabled()
     frames = []
     for step in range(steps):
-        with torch.set_grad_enabled(torch.is_grad_enabled() and step >= first_graded):
+        with torch.set_grad_enabled(training and step >= first_graded):
             frame = net(window)
             if frame.shape != frame_shape:
                 raise RecipeError(
                     f"the network must map {tuple(window.shape)} to the next frame {tuple(frame_shape)}, not to "
-                    f"{tuple(frame.shape)}; set task.out_channels={frame_shape[1]}"
+                    f"{tuple(frame.shape)}; set task.out_channels={channels}"
                 )
             frames.append(frame)
-            window = torch.cat([window[:, frame_shape[1] :], frame], dim=1)
+            window = torch.cat([window[:, channels:], frame], dim=1)
     return torch.stack(frames, dim=1)
+
+
+def _check_history(net: nn.Module, history: Tensor) -> None:
+    """Compare the channels of a history (B, T, C, *space) with `net.in_channels`, where the network has that."""
+    frames, channels = history.shape[1:3]
+    taken = getattr(net, "in_channels", frames * channels)
+    if taken != frames * channels:
+        raise RecipeError(
+            f"the network takes {taken} channels, but {frames} frames of {channels} channels are "
+            f"{frames * channels}; set task.in_channels={frames * channels}"
+        )
 
 
 class Forecast(_FieldTask):
@@ -214,8 +261,9 @@ class Forecast(_FieldTask):
         self.teacher_forcing = teacher_forcing
 
     def predict(self, batch: Batch) -> Tensor:
-        """Forecast the whole future from the history."""
-        return rollout(self.net, batch[0], steps=batch[1].shape[1])
+        """Forecast the whole future from the history; of the future only the number of frames is used."""
+        history, future = batch
+        return rollout(self.net, history, steps=future.shape[1])
 
     def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Return the mean squared error of each frame, summed over the frames."""
@@ -225,26 +273,37 @@ class Forecast(_FieldTask):
         return fields.flatten(1, 2)
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
-        """Return the loss of a batch."""
+        """Return the loss of a batch, over the frames that count."""
         history, future = batch
-        steps = future.shape[1]
         if self.teacher_forcing:
-            truth = torch.cat([history, future], dim=1)
-            windows = (truth[:, step : step + history.shape[1]] for step in range(steps))
-            prediction = torch.cat([rollout(self.net, window, steps=1) for window in windows], dim=1)
+            prediction = self._forecast_from_truth(history, future)
         else:
-            prediction = rollout(self.net, history, steps, self.unroll_steps)
-        counted = steps if self.unroll_steps is None else min(steps, self.unroll_steps)
-        loss = self.loss(prediction[:, -counted:], future[:, -counted:])
+            prediction = rollout(self.net, history, future.shape[1], self.unroll_steps)
+        if self.unroll_steps is not None:
+            prediction = prediction[:, -self.unroll_steps :]
+            future = future[:, -self.unroll_steps :]
+        loss = self.loss(prediction, future)
         self._log_epoch("train", batch, loss=loss)
         return loss
+
+    def _forecast_from_truth(self, history: Tensor, future: Tensor) -> Tensor:
+        """Forecast each frame of the future from the true frames before it, never from forecast ones."""
+        given = history.shape[1]
+        truth = torch.cat([history, future], dim=1)
+        frames = []
+        for step in range(future.shape[1]):
+            window = truth[:, step : step + given]
+            frames.append(rollout(self.net, window, steps=1))
+        return torch.cat(frames, dim=1)
 
 
 class ImageClassification(_Task):
     """Image classification by cross-entropy; scored by accuracy.
 
+    Batches are images (B, C, H, W), float32 and normalised, and labels (B,), int64.
+
     Args:
-        net: Maps images to logits.
+        net: Maps images to logits (B, num_classes).
         num_classes: Number of classes.
         optimizer: Makes the optimizer from the parameters.
         scheduler: Makes the scheduler from the optimizer; stepped once an epoch. None keeps the rate constant.
@@ -270,9 +329,11 @@ class ImageClassification(_Task):
         return loss
 
     def _evaluate(self, stage: str, batch: Batch, accuracy: MulticlassAccuracy) -> None:
-        logits = self(batch[0])
-        accuracy(logits, batch[1])
-        self._log_epoch(stage, batch, accuracy=accuracy, loss=functional.cross_entropy(logits, batch[1]))
+        """Log accuracy and loss of a batch; `accuracy` counts over the whole set, on all processes together."""
+        images, labels = batch
+        logits = self(images)
+        accuracy(logits, labels)
+        self._log_epoch(stage, batch, accuracy=accuracy, loss=functional.cross_entropy(logits, labels))
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
         """Score a validation batch."""

@@ -125,11 +125,13 @@ def _train_in(folder: Path, cfg: DictConfig) -> dict[str, Any]:
 
 
 def _announcement(cfg: DictConfig, run: Run, folder: Path) -> str:
+    """Return the first line of a run: what is trained, and where it goes."""
     size = f"{_parameters(run.model):,} parameters"
     return f"[bold]{cfg.name}[/bold] balancing={cfg.arm} seed={cfg.seed}: {size}, into {escape(str(folder))}"
 
 
 def _parameters(model: torch.nn.Module) -> int:
+    """Return the number of the model's parameters, those of all processes together."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -144,7 +146,6 @@ def _fit_and_test(cfg: DictConfig, run: Run, folder: Path) -> tuple[dict[str, An
     _log_settings(cfg, run)
     try:
         run.trainer.fit(run.model, datamodule=run.data, ckpt_path=cfg.ckpt_path)
-        _log_final_weights(run)
         layers = measure_layers(run.model, cfg, run.last)
         best = run.checkpoint.best_model_path or None
         scores = run.trainer.test(run.model, datamodule=run.data, ckpt_path=best, verbose=False)[0]
@@ -155,20 +156,13 @@ def _fit_and_test(cfg: DictConfig, run: Run, folder: Path) -> tuple[dict[str, An
     return {**_facts(cfg, run, folder), "test": {name: float(value) for name, value in scores.items()}}, layers
 
 
-def _log_final_weights(run: Run) -> None:
-    """Let the callback measure and log the final weights where the resumed run was over already.
-
-    Lightning then calls none of the hooks of training, and the run may have been killed before it had done so.
-    """
-    balancer = run.last.balancer
-    if balancer is not None and balancer.report is None:
-        balancer.on_train_start(run.trainer, run.model)
-        balancer.on_train_end(run.trainer, run.model)
-
-
 def _facts(cfg: DictConfig, run: Run, folder: Path) -> dict[str, Any]:
+    """Return what `summary.json` says of the training; None for what a run without validation has not."""
     best = run.checkpoint.best_model_path
     score = run.checkpoint.best_model_score
+    best_epoch = None
+    if best:
+        best_epoch = torch.load(best, map_location="cpu", weights_only=True)["epoch"] + 1
     return {
         "name": cfg.name,
         "arm": cfg.arm,
@@ -176,7 +170,7 @@ def _facts(cfg: DictConfig, run: Run, folder: Path) -> dict[str, Any]:
         "monitor": cfg.task.monitor,
         "best_checkpoint": best and str(Path(best)),
         "best_score": None if score is None else float(score),
-        "best_epoch": torch.load(best, map_location="cpu", weights_only=True)["epoch"] + 1 if best else None,
+        "best_epoch": best_epoch,
         "epochs": run.trainer.current_epoch,
         "steps": run.trainer.global_step,
         "parameters": _parameters(run.model),
@@ -185,6 +179,7 @@ def _facts(cfg: DictConfig, run: Run, folder: Path) -> dict[str, Any]:
 
 
 def _log_settings(cfg: DictConfig, run: Run) -> None:
+    """Hand the settings, every reference resolved, to the loggers that keep some."""
     settings = OmegaConf.to_container(cfg, resolve=True)
     for logger in run.loggers:
         logger.log_hyperparams(settings)  # type: ignore[arg-type]

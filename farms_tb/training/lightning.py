@@ -162,6 +162,21 @@ class FARMSTempBalance(ShowsResults, Callback):
         """Let go of the optimizers."""
         self._session.stop()
 
+    def make_balancer(self, trainer: Trainer, pl_module: LightningModule) -> LayerBalancer:
+        """Attach to the trainer's optimizers, when training starts.
+
+        A subclass that maps alphas to ratios by a rule of its own overrides this, and returns a `LayerBalancer`
+        whose `map_ratios` is another one.
+
+        Args:
+            trainer: the trainer; its optimizers are set up and restored by now.
+            pl_module: the module that is trained.
+        """
+        options = self.options
+        return LayerBalancer(
+            pl_module, trainer.optimizers, options.spectrum, options.ratios, share=trainer.world_size > 1
+        )
+
     def state_dict(self) -> dict[str, Any]:
         """Return ratios, report and clock as plain values, for the checkpoint.
 
@@ -183,17 +198,10 @@ class FARMSTempBalance(ShowsResults, Callback):
         return Run(
             model=pl_module,
             optimizers=lambda: trainer.optimizers,
-            attach=lambda: self._make_balancer(trainer, pl_module),
+            attach=lambda: self.make_balancer(trainer, pl_module),
             loggers=trainer.loggers,
             is_rank_zero=trainer.is_global_zero,
             known_length=not math.isinf(trainer.num_training_batches),
-        )
-
-    def _make_balancer(self, trainer: Trainer, pl_module: LightningModule) -> LayerBalancer:
-        """Attach to the trainer's optimizers; a subclass with rules of its own overrides this."""
-        options = self.options
-        return LayerBalancer(
-            pl_module, trainer.optimizers, options.spectrum, options.ratios, share=trainer.world_size > 1
         )
 
     def _measure_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:

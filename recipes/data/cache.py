@@ -1,4 +1,8 @@
-"""Arrays cached in one file that is either whole and the right one, or made again."""
+"""Arrays cached in one file that is either whole and the right one, or made again.
+
+A cache that is trusted by its name alone goes stale without a word when the code that makes it changes, or when a
+disk loses a part of it. So a file holds a description of what it is, and is read to its checksums.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from recipes.files import replacing
+from farms_tb.atomic_write import atomic_path
 
 __all__ = ["Arrays", "StaleCacheError", "load_or_make", "read_arrays", "write_arrays"]
 
@@ -59,6 +63,13 @@ def load_or_make(path: Path, description: Mapping[str, Any], make: Callable[[], 
 def read_arrays(path: Path, description: Mapping[str, Any]) -> Arrays:
     """Read every array of `path`; the zip container's checksums are verified on the way.
 
+    Args:
+        path: An `.npz` file of `write_arrays`.
+        description: What the arrays must be.
+
+    Returns:
+        The arrays by name.
+
     Raises:
         FileNotFoundError: There is no such file.
         StaleCacheError: The file is cut short or damaged, or its description differs.
@@ -71,9 +82,10 @@ def read_arrays(path: Path, description: Mapping[str, Any]) -> Arrays:
         found = json.loads(str(arrays.pop(_DESCRIPTION)))
     except _UNREADABLE as error:
         raise StaleCacheError(f"the cached data in {path} is cut short or damaged ({error})") from error
-    names = found.pop(_NAMES, None) if isinstance(found, dict) else None
-    if names is not None and names != sorted(arrays):
-        raise StaleCacheError(f"the cached data in {path} is damaged: it lacks some of {', '.join(names)}")
+    if isinstance(found, dict):
+        names = found.pop(_NAMES, None)  # files of earlier releases do not list their arrays
+        if names is not None and names != sorted(arrays):
+            raise StaleCacheError(f"the cached data in {path} is damaged: it lacks some of {', '.join(names)}")
     if found != dict(description):
         raise StaleCacheError(f"the cached data in {path} describes other data: {found}")
     return arrays
@@ -83,8 +95,13 @@ def write_arrays(path: Path, description: Mapping[str, Any], arrays: Arrays) -> 
     """Write the arrays to `path` in one step.
 
     A reader sees the old file or the whole new one, also when writing stops half way or two runs write at once.
+
+    Args:
+        path: An `.npz` file; its folder is created.
+        description: What the arrays are (plain JSON values).
+        arrays: The arrays by name.
     """
     text = json.dumps({**description, _NAMES: sorted(arrays)})
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as part, part.open("wb") as file:
+    with atomic_path(path) as part, part.open("wb") as file:
         np.savez(file, **{_DESCRIPTION: np.array(text)}, **arrays)  # type: ignore[arg-type]

@@ -61,6 +61,9 @@ class DarcyData(LightningDataModule):
         shuffle_seed: Seed of the order of the training samples.
         workers: Threads that make the data.
         num_workers: Processes that load batches; 0 suits data in memory.
+
+    Raises:
+        ValueError: An argument is out of range.
     """
 
     kind = "fields"
@@ -104,6 +107,7 @@ class DarcyData(LightningDataModule):
         return (1, self.spec.resolution, self.spec.resolution)
 
     def _load(self, split: str) -> Arrays:
+        """Read one split from its cache file, or make it; the file's name stands for all settings of its data."""
         description: dict[str, Any] = {
             **asdict(self.spec),
             "split": split,
@@ -124,10 +128,17 @@ class DarcyData(LightningDataModule):
         """Load and scale all three splits."""
         if self.datasets:
             return
-        raw = {split: {k: torch.from_numpy(v)[:, None] for k, v in self._load(split).items()} for split in SPLITS}
-        mean, std = raw["train"]["a"].mean(), raw["train"]["a"].std().clamp_min(1e-6)
-        scale = raw["train"]["u"].square().mean().sqrt()
-        self.datasets = {s: TensorDataset((r["a"] - mean) / std, r["u"] / scale) for s, r in raw.items()}
+        coefficients, solutions = {}, {}
+        for split in SPLITS:
+            arrays = self._load(split)
+            coefficients[split] = torch.from_numpy(arrays["a"])[:, None]
+            solutions[split] = torch.from_numpy(arrays["u"])[:, None]
+        mean = coefficients["train"].mean()
+        deviation = coefficients["train"].std().clamp_min(1e-6)  # they may all have one value
+        scale = solutions["train"].square().mean().sqrt()
+        for split in SPLITS:
+            inputs = (coefficients[split] - mean) / deviation
+            self.datasets[split] = TensorDataset(inputs, solutions[split] / scale)
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled training batches: inputs and targets, both (B, 1, n, n)."""

@@ -30,6 +30,9 @@ class DigitsData(LightningDataModule):
         seed: Seed of the split. The test set does not depend on the other sizes.
         shuffle_seed: Seed of the order of the training images.
         num_workers: Processes that load batches; 0 suits data in memory.
+
+    Raises:
+        ValueError: A split has fewer images than classes, or there are not so many images.
     """
 
     kind = "images"
@@ -67,6 +70,7 @@ class DigitsData(LightningDataModule):
         return (1, self.image_size, self.image_size)
 
     def _images(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return all images, float32 (1797, 1, side, side) in [0, 1], and labels, int64 (1797,)."""
         digits = load_digits()
         images = torch.as_tensor(digits.images, dtype=torch.float32)[:, None] / 16.0
         if self.image_size != 8:
@@ -80,12 +84,15 @@ class DigitsData(LightningDataModule):
         images, labels = self._images()
         rest, test = self._split(labels, range(TOTAL), self.test_size)
         rest, val = self._split(labels, rest, self.val_size)
-        train = rest if len(rest) == self.train_size else self._split(labels, rest, self.train_size)[1]
-        mean, std = images[train].mean(), images[train].std()
-        chosen = {"train": train, "val": val, "test": test}
-        self.datasets = {s: TensorDataset((images[i] - mean) / std, labels[i]) for s, i in chosen.items()}
+        train = rest
+        if len(rest) > self.train_size:
+            _, train = self._split(labels, rest, self.train_size)
+        mean, deviation = images[train].mean(), images[train].std()
+        for name, indices in (("train", train), ("val", val), ("test", test)):
+            self.datasets[name] = TensorDataset((images[indices] - mean) / deviation, labels[indices])
 
     def _split(self, labels: torch.Tensor, indices: Any, size: int) -> tuple[list[int], list[int]]:
+        """Take `size` of the images, with the classes in equal shares; return those that are left, and these."""
         indices = list(indices)
         rest, taken = train_test_split(indices, test_size=size, random_state=self.seed, stratify=labels[indices])
         return rest, taken

@@ -3,6 +3,9 @@
 The files come from DaRUS, the data repository of the University of Stuttgart (https://doi.org/10.18419/darus-2986),
 and go to `<data_dir>/pdebench`. A download that was stopped goes on where it stopped when the command is repeated.
 A file gets its name once its MD5 checksum is right; until then it is called `<name>.download`.
+
+The files are large and the server is busy at times, so a connection that breaks is taken up again, with growing
+pauses, as long as attempts bring bytes.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 from rich import box
+from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
@@ -40,7 +44,7 @@ BUSY = (408, 429, 500, 502, 503, 504)  # answers worth another attempt
 
 @dataclass(frozen=True)
 class DataFile:
-    """A file to be had.
+    """A file that the server has.
 
     Attributes:
         file_name: What it is called here.
@@ -56,6 +60,7 @@ class DataFile:
 
 
 def _darcy(beta: str, identifier: int, md5: str) -> DataFile:
+    """Return the file of one source `beta`: 10 000 coefficients and solutions on 128x128 points, float32."""
     size = 10_000 * 2 * 128**2 * 4
     return DataFile(f"2D_DarcyFlow_beta{beta}_Train.hdf5", f"{SERVER}/{identifier}", md5, size)
 
@@ -100,15 +105,13 @@ def download(files: Sequence[DataFile], folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RecipeError(f"{folder} can't be made ({error}); choose another folder with --data-dir") from error
-    _check_space([file for file in files if not (folder / file.file_name).exists()], folder)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    absent = [file for file in files if not (folder / file.file_name).exists()]
+    _check_space(absent, folder)
     console = make_console()
     for file in files:
         path = folder / file.file_name
         console.print(f"{file.size / 1e9:.1f} GB: {escape(str(path))}", soft_wrap=True)
-        with Progress(
-            *columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal
-        ) as progress:
+        with _progress_bars(console) as progress:
             if path.exists():
                 _check_present(path, file, progress)
             else:
@@ -116,10 +119,26 @@ def download(files: Sequence[DataFile], folder: Path) -> None:
         console.print("[green]whole, with the right checksum[/green]")
 
 
+def _progress_bars(console: Console) -> Progress:
+    """Return bars that are gone at the end; none where the output goes to a file."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+
+
 def _check_space(files: Sequence[DataFile], folder: Path) -> None:
-    """Compare what is still to come with the free space."""
-    started = [_part(folder / file.file_name) for file in files]
-    needed = sum(file.size for file in files) - sum(part.stat().st_size for part in started if part.exists())
+    """Compare what is still to come with the free space; a download that was begun has a part of it."""
+    needed = 0
+    for file in files:
+        part = _part(folder / file.file_name)
+        needed += file.size - _size(part)
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise RecipeError(
@@ -129,10 +148,17 @@ def _check_space(files: Sequence[DataFile], folder: Path) -> None:
 
 
 def _part(path: Path) -> Path:
-    return path.with_name(path.name + ".download")  # the generator calls its own `.part`
+    """Return the name of an unfinished download; the generator calls its unfinished files `.part`."""
+    return path.with_name(path.name + ".download")
+
+
+def _size(path: Path) -> int:
+    """Return the bytes of a file, 0 where there is none."""
+    return path.stat().st_size if path.exists() else 0
 
 
 def _checksum(path: Path, progress: Progress) -> str:
+    """Return the MD5 checksum of a file, in hexadecimal. It is read in blocks, under a bar of its own."""
     digest = hashlib.md5(usedforsecurity=False)
     bar = progress.add_task("checking", total=path.stat().st_size)
     with path.open("rb") as file:
@@ -144,6 +170,7 @@ def _checksum(path: Path, progress: Progress) -> str:
 
 
 def _check_present(path: Path, file: DataFile, progress: Progress) -> None:
+    """Refuse a file of the right name and other content, such as one that the generator has made."""
     found = _checksum(path, progress)
     if found != file.md5:
         raise RecipeError(
@@ -154,6 +181,9 @@ def _check_present(path: Path, file: DataFile, progress: Progress) -> None:
 
 class _Download:
     """One file on its way.
+
+    What has come so far is in `part`, and that file is the only memory of the download: its size says where to go
+    on, in this command or in a later one.
 
     Args:
         file: The file.
@@ -169,7 +199,11 @@ class _Download:
         self.bar = progress.add_task("fetching", total=file.size)
 
     def run(self) -> None:
-        """Fetch, check, rename."""
+        """Fetch, check, rename.
+
+        Raises:
+            RecipeError: The server does not send the file, or its checksum is wrong.
+        """
         self._fetch()
         found = _checksum(self.part, self.progress)
         if found != self.file.md5:
@@ -180,19 +214,18 @@ class _Download:
             )
         self.part.replace(self.path)
 
-    def _have(self) -> int:
-        return self.part.stat().st_size if self.part.exists() else 0
-
     def _fetch(self) -> None:
         """Attempt until the last byte is there, or attempts bring nothing any more."""
-        failures, best = 0, self._have()
+        failures = 0  # attempts in a row that have brought nothing
+        most = _size(self.part)
         while True:
             try:
-                self._attempt(self._have())
+                self._attempt(_size(self.part))
                 return
             except _DroppedError as error:
-                failures = 0 if self._have() > best else failures + 1
-                best = max(best, self._have())
+                failures += 1
+                if _size(self.part) > most:
+                    failures, most = 0, _size(self.part)
                 if failures == ATTEMPTS:
                     raise RecipeError(
                         f"{self.file.url} cannot be reached ({error}); "
@@ -201,7 +234,12 @@ class _Download:
             time.sleep(FIRST_PAUSE * 2 ** max(failures - 1, 0))
 
     def _attempt(self, start: int) -> None:
-        """Ask for the bytes from `start` on, and keep what comes."""
+        """Ask for the bytes from `start` on, and keep what comes.
+
+        Raises:
+            _DroppedError: Not all of them came; another attempt may help.
+            RecipeError: Another attempt would not help.
+        """
         request = Request(self.file.url, headers={"User-Agent": "farms_tb"})
         if start:
             request.add_header("Range", f"bytes={start}-")
@@ -221,11 +259,12 @@ class _Download:
             self._receive(response, start if resumed else 0)
 
     def _refused(self, error: HTTPError, start: int) -> None:
-        """Sort out what another attempt may mend."""
+        """Sort out what another attempt may mend; return where nothing is missing any more."""
         with error:
-            if error.code == 416 and start:  # there is nothing from `start` on
-                if error.headers.get("Content-Range") == f"bytes */{start}":
-                    return
+            nothing_from_start_on = error.code == 416 and start > 0
+            if nothing_from_start_on and error.headers.get("Content-Range") == f"bytes */{start}":
+                return
+            if nothing_from_start_on:
                 self.part.unlink()
                 raise _DroppedError(f"there was more of it than the server has, {start} bytes")
             if error.code in BUSY:
@@ -247,11 +286,13 @@ class _Download:
                 f"{self.part}: {error.strerror}; once that is mended, repeat the command, "
                 "it goes on where it stopped"
             ) from error
-        if total is not None and self._have() < total:
-            raise _DroppedError(f"the connection broke after {self._have()} of {total} bytes")
+        received = _size(self.part)
+        if total is not None and received < total:
+            raise _DroppedError(f"the connection broke after {received} of {total} bytes")
 
 
 def _read(response: http.client.HTTPResponse) -> bytes:
+    """Read the next bytes of a body; none at its end. What breaks here is the connection, not the disk."""
     try:
         return response.read(BLOCK)
     except (OSError, http.client.HTTPException) as error:
@@ -259,6 +300,7 @@ def _read(response: http.client.HTTPResponse) -> bytes:
 
 
 def _print_list() -> None:
+    """Print the files that can be named, with their sizes."""
     table = Table("name", "file", title="PDEBench's data files", title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("GB", justify="right")
     for name, file in FILES.items():

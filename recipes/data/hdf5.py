@@ -82,12 +82,14 @@ class SampleReader:
         return part
 
     def _dataset(self, key: str) -> Any:
+        """Return a dataset of the open file; open it where this process has not yet done so."""
         if self._process != os.getpid():
             self._file = None  # one inherited by a fork is closed before the file is opened again
             self._file, self._process = self._open(), os.getpid()
         return self._file[key]
 
     def _open(self) -> Any:
+        """Open the file for reading; say how to come by it where that fails."""
         if not self.path.is_file():
             raise RecipeError(f"{self.path.name} is not in {self.path.parent.resolve()}. {self.remedy}")
         try:
@@ -98,6 +100,7 @@ class SampleReader:
             ) from error
 
     def _shape(self, file: Any, key: str) -> tuple[int, ...]:
+        """Return the shape of a dataset, which must be one of floats."""
         found = file.get(key)
         if not isinstance(found, h5py.Dataset) or found.dtype.kind != "f":
             there = ", ".join(sorted(file)) or "nothing"

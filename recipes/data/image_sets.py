@@ -37,6 +37,15 @@ class Archive:
     name: str
     md5: str
 
+    def state(self, data_dir: Path) -> str:
+        """Say how the file lies in the data folder: "missing", "whole", or "cut short or damaged"."""
+        path = data_dir / self.name
+        if not path.exists():
+            return "missing"
+        if not check_integrity(str(path), self.md5):
+            return "cut short or damaged"
+        return "whole"
+
 
 @dataclass(frozen=True)
 class ImageSet:
@@ -72,26 +81,22 @@ class ImageSet:
         """
         try:
             data_dir.mkdir(parents=True, exist_ok=True)
-            self.fetch(data_dir, download or all(self._state(data_dir, a) == "whole" for a in self.archives))
+            archives_are_whole = all(archive.state(data_dir) == "whole" for archive in self.archives)
+            self.fetch(data_dir, download or archives_are_whole)
         except (OSError, RuntimeError) as error:
-            states = "; ".join(
-                f"{a.name} is {self._state(data_dir, a)} (from {a.url}, MD5 {a.md5})" for a in self.archives
-            )
+            states = [f"{a.name} is {a.state(data_dir)} (from {a.url}, MD5 {a.md5})" for a in self.archives]
             tried = f"could not be downloaded ({error})" if download else "data.download=false forbids a download"
             raise RecipeError(
-                f"{self.title} is not whole in {data_dir.resolve()} and {tried}: {states}. Fetch the missing, "
-                "delete the damaged, or choose another folder with paths.data_dir=..."
+                f"{self.title} is not whole in {data_dir.resolve()} and {tried}: {'; '.join(states)}. Fetch the "
+                "missing, delete the damaged, or choose another folder with paths.data_dir=..."
             ) from error
-
-    @staticmethod
-    def _state(data_dir: Path, archive: Archive) -> str:
-        path = data_dir / archive.name
-        if not path.exists():
-            return "missing"
-        return "whole" if check_integrity(str(path), archive.md5) else "cut short or damaged"
 
     def read(self, data_dir: Path, train: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Read the training or the test images.
+
+        Args:
+            data_dir: The data folder, after `prepare`.
+            train: Training images, else the test images.
 
         Returns:
             Pixels uint8 (N, 3, H, W) and labels int64 (N,).
@@ -115,7 +120,10 @@ class ImageSet:
 
 
 def _cifar(title: str, kind: type[datasets.CIFAR10], classes: int, scaling: tuple[Triple, Triple]) -> ImageSet:
+    """Return CIFAR-10 or CIFAR-100, read by torchvision's class `kind`."""
+
     def fetch(data_dir: Path, download: bool) -> None:
+        """Download, check and unpack; torchvision does all three where they are needed."""
         kind(str(data_dir), download=download)
 
     def read(data_dir: Path, train: bool) -> tuple[Any, Any]:
@@ -127,7 +135,10 @@ def _cifar(title: str, kind: type[datasets.CIFAR10], classes: int, scaling: tupl
 
 
 def _svhn() -> ImageSet:
+    """Return SVHN without its extra training images, as the papers use it."""
+
     def fetch(data_dir: Path, download: bool) -> None:
+        """Download and check both files."""
         for split in ("train", "test"):
             datasets.SVHN(str(data_dir), split, download=download)
 

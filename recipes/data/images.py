@@ -48,8 +48,10 @@ class Images(Dataset[tuple[torch.Tensor, ...]]):
         """Return the batch itself; torch's loader asks for one where a data set offers this."""
         chosen = torch.tensor(places)
         indices = self.indices[chosen]
-        batch = self.images[indices], self.labels[indices]
-        return (*batch, chosen) if self.with_places else batch
+        images, labels = self.images[indices], self.labels[indices]
+        if self.with_places:
+            return images, labels, chosen
+        return images, labels
 
 
 class ImageData(LightningDataModule):
@@ -70,6 +72,9 @@ class ImageData(LightningDataModule):
         seed: Seed of the validation split.
         shuffle_seed: Seed of the order and the augmentation of the training images.
         download: Whether a missing archive may be downloaded.
+
+    Raises:
+        ValueError: There is no such image set, or `val_size` is negative.
     """
 
     kind = "images"
@@ -125,7 +130,9 @@ class ImageData(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """Validation batches: pixels uint8 (B, 3, H, W) and labels (B,); none with `val_size=0`."""
-        return self._evaluation_loader("val") if self.val_size else []
+        if self.val_size == 0:
+            return []
+        return self._evaluation_loader("val")
 
     def test_dataloader(self) -> DataLoader[Any]:
         """Test batches, as for validation."""
@@ -142,8 +149,10 @@ class ImageData(LightningDataModule):
         Returns:
             Pixels, labels and, of a training batch, crops int64 (B, 3).
         """
-        pixels, labels, *places = batch
-        return (pixels, labels, self._crops()[places[0]]) if places else batch
+        if len(batch) == 2:
+            return batch
+        pixels, labels, places = batch
+        return pixels, labels, self._crops()[places]
 
     def on_after_batch_transfer(
         self, batch: tuple[torch.Tensor, ...], dataloader_idx: int
@@ -154,9 +163,12 @@ class ImageData(LightningDataModule):
             Images, float (B, 3, H, W), and labels (B,).
         """
         pixels, labels, *crops = batch
-        return self._scaled(crop_and_flip(pixels, crops[0], PADDING) if crops else pixels), labels
+        if crops:
+            pixels = crop_and_flip(pixels, crops[0], PADDING)
+        return self._scaled(pixels), labels
 
     def _crops(self) -> torch.Tensor:
+        """Draw what this epoch does to every training image, int64 (N, 3), from shuffle seed and epoch alone."""
         epoch = 0 if self.trainer is None else self.trainer.current_epoch
         seed = int(np.random.SeedSequence((self.shuffle_seed, epoch)).generate_state(1)[0])
         return draw_crops(len(self.subsets["train"]), PADDING, seed)

@@ -1,4 +1,9 @@
-"""Data loaders shuffled by seed and epoch alone, so that a resumed run sees the same batches."""
+"""Data loaders shuffled by seed and epoch alone, so that a resumed run sees the same batches.
+
+A shuffle that draws from torch's global generator depends on all that was drawn before. Here the order of an epoch
+is a function of (seed, epoch), whatever the network, the arm or an interruption have drawn: runs of one seed are
+paired batch by batch.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +30,7 @@ class EpochShuffle(Sampler[int]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the shuffle of `epoch`."""
+        """Choose the shuffle of the epoch that comes; epochs are counted from 0."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -43,7 +48,15 @@ def training_loader(
     num_workers: int = 0,
     collate_fn: Callable[[Any], Any] | None = None,
 ) -> DataLoader[Any]:
-    """Shuffled batches; a last incomplete batch of one sample is dropped, for BatchNorm's sake."""
+    """Return a loader of shuffled batches; a last batch of a single sample is dropped, for BatchNorm's sake.
+
+    Args:
+        dataset: The training samples.
+        batch_size: Samples a batch.
+        seed: Seed of the order.
+        num_workers: Processes that read samples; with 0 the training process reads them itself.
+        collate_fn: Makes a batch from a list of samples; None for torch's own.
+    """
     size = len(dataset)  # type: ignore[arg-type]
     return DataLoader(
         dataset,
@@ -60,7 +73,14 @@ def training_loader(
 def evaluation_loader(
     dataset: Dataset[Any], batch_size: int, num_workers: int = 0, collate_fn: Callable[[Any], Any] | None = None
 ) -> DataLoader[Any]:
-    """Batches in order."""
+    """Return a loader of all samples in order, the last batch as small as it comes.
+
+    Args:
+        dataset: The validation or test samples.
+        batch_size: Samples a batch.
+        num_workers: Processes that read samples; with 0 the training process reads them itself.
+        collate_fn: Makes a batch from a list of samples; None for torch's own.
+    """
     return DataLoader(
         dataset,
         batch_size=batch_size,

@@ -46,6 +46,9 @@ CHANNELS = {1: ("density", "pressure", "Vx"), 2: ("density", "pressure", "Vx", "
 def sample_step(fraction: float | str) -> int:
     """Return k of the data fraction 1/k.
 
+    Args:
+        fraction: One over a whole number, as text ("1/180") or as the float nearest to it.
+
     Raises:
         ValueError: It is no such fraction.
     """
@@ -87,12 +90,28 @@ def split_samples(total: int, step: int, val_every: int) -> dict[str, list[int]]
             "take a larger one"
         )
     val = pool[val_every - 1 :: val_every]
-    return {"train": [i for i in pool[::step] if i not in val], "val": list(val), "test": list(range(test))}
+    train = [index for index in pool[::step] if index not in val]
+    return {"train": train, "val": list(val), "test": list(range(test))}
 
 
 @dataclass(frozen=True)
 class _Options:
-    """The arguments that `PDEBenchDarcy` and `PDEBenchFlow` share; `PDEBenchDarcy` says what they mean."""
+    """The arguments that `PDEBenchDarcy` and `PDEBenchFlow` share.
+
+    Attributes:
+        data_dir: Folder of all data; PDEBench's files are in its `pdebench`.
+        path: Another file of the same layout, instead.
+        every_point: Keep every so many-th point along each axis.
+        fraction: Part of the pool that is trained on, one over a whole number.
+        val_every: The last of every so many samples of the pool is held out for validation.
+        batch_size: Samples a batch.
+        shuffle_seed: Seed of the order of the training samples.
+        memory_gb: Gigabytes up to which the samples are kept in memory.
+        num_workers: Processes that read batches from the file.
+
+    Raises:
+        ValueError: One of them is out of range.
+    """
 
     data_dir: str | Path
     path: str | Path | None
@@ -120,7 +139,7 @@ class _Options:
 
 
 def _remedy(name: str, generate: str | None, options: _Options) -> str:
-    """Say how to come by a file."""
+    """Say how to come by a file, for the end of every message about one that is missing or damaged."""
     folder = options.data_dir
     text = "" if options.path is None else "Correct data.path, or leave it out: "
     text += f"`python -m recipes.data.download {name} --data-dir {folder}` fetches PDEBench's file"
@@ -148,6 +167,7 @@ class _Samples(Dataset[Pair]):
         return len(self.indices)
 
     def _fields(self, position: int) -> list[np.ndarray]:
+        """Read the selected part of one sample, an array for each dataset of the file."""
         index = self.indices[position]
         return [self.reader.read(key, index, select) for key, select in self.select.items()]
 
@@ -184,6 +204,9 @@ class _FlowSamples(_Samples):
 class _PDEBenchData(LightningDataModule, ABC):
     """A file in one of PDEBench's layouts, thinned and split.
 
+    The shapes in the file are read once, when they are first asked for, and checked against the options. Samples
+    are read when training sets up: all of them where they fit in memory, else each when its batch comes.
+
     Args:
         name: The published file, one of `FILES`.
         generate: Arguments for `recipes.generate` to make a file like it, if there is such a generator.
@@ -211,11 +234,22 @@ class _PDEBenchData(LightningDataModule, ABC):
 
     @abstractmethod
     def _check_layout(self, shapes: Shapes) -> None:
-        """Refuse datasets that are of another layout, or too small for the options."""
+        """Refuse datasets that are of another layout, or too small for the options.
+
+        Args:
+            shapes: Shape of each dataset in the file, by name.
+
+        Raises:
+            RecipeError: They do not fit; the message names the file and what was expected.
+        """
 
     @abstractmethod
     def _samples(self, indices: Sequence[int]) -> Dataset[Pair]:
-        """Return samples that are read when they are asked for."""
+        """Return samples that are read when they are asked for.
+
+        Args:
+            indices: Their places in the file.
+        """
 
     @cached_property
     def _shapes(self) -> Shapes:
@@ -229,6 +263,7 @@ class _PDEBenchData(LightningDataModule, ABC):
         return shapes
 
     def _space(self, shapes: Shapes) -> tuple[int, ...]:
+        """Points along each axis of space in the file."""
         return next(iter(shapes.values()))[-self.dimensions :]
 
     @property
@@ -237,15 +272,17 @@ class _PDEBenchData(LightningDataModule, ABC):
         return tuple(side // self.options.every_point for side in self._space(self._shapes))
 
     def _split(self) -> dict[str, list[int]]:
+        """Which samples of the file are for what; see `split_samples`."""
         total = next(iter(self._shapes.values()))[0]
         return split_samples(total, self.options.step, self.options.val_every)
 
     def _sample_bytes(self) -> int:
-        """Bytes of one sample as it is used."""
-        return 4 * sum(
-            math.prod(len(range(size)[part]) for part, size in zip(self.select[key], shape[1:], strict=True))
-            for key, shape in self._shapes.items()
-        )
+        """Bytes of one sample as it is used, float32 and thinned."""
+        numbers = 0
+        for key, shape in self._shapes.items():
+            kept = [len(range(size)[part]) for part, size in zip(self.select[key], shape[1:], strict=True)]
+            numbers += math.prod(kept)
+        return 4 * numbers
 
     def prepare_data(self) -> None:
         """Check the file and that the options fit it, before any time is spent.
@@ -260,12 +297,14 @@ class _PDEBenchData(LightningDataModule, ABC):
         if self.datasets:
             return
         splits = self._split()
-        self.datasets = {split: self._samples(indices) for split, indices in splits.items()}
-        if self._sample_bytes() * sum(map(len, splits.values())) <= self.options.memory_gb * 1e9:
+        needed = self._sample_bytes() * sum(map(len, splits.values()))
+        fits = needed <= self.options.memory_gb * 1e9
+        datasets: dict[str, Dataset[Any]] = {split: self._samples(indices) for split, indices in splits.items()}
+        if fits:
+            for split, samples in datasets.items():
+                datasets[split] = in_memory(samples, f"Reading {split} samples")
             self.num_workers = 0
-            self.datasets = {
-                split: in_memory(samples, f"Reading {split} samples") for split, samples in self.datasets.items()
-            }
+        self.datasets = datasets
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled training batches."""
@@ -298,6 +337,9 @@ class PDEBenchDarcy(_PDEBenchData):
         memory_gb: The samples in use are read once and kept if they take no more memory than this; otherwise each
             batch is read from the file. Each process of a distributed run keeps its own.
         num_workers: Processes that read batches from the file; samples kept in memory need none.
+
+    Raises:
+        ValueError: An argument is out of range. What depends on the file is checked by `prepare_data`.
     """
 
     kind = "fields"
@@ -362,6 +404,9 @@ class PDEBenchFlow(_PDEBenchData):
         memory_gb: The samples in use are read once and kept if they take no more memory than this; otherwise each
             batch is read from the file. Each process of a distributed run keeps its own.
         num_workers: Processes that read batches from the file; samples kept in memory need none.
+
+    Raises:
+        ValueError: An argument is out of range. What depends on the file is checked by `prepare_data`.
     """
 
     kind = "trajectories"

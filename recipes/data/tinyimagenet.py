@@ -52,7 +52,9 @@ def prepare(data_dir: Path, download: bool) -> None:
         RuntimeError: The archive is missing or damaged, and may not be or was not downloaded whole.
         RecipeError: The folder is there but not as it ships.
     """
-    if not (data_dir / FOLDER).is_dir() and not all(_cache(data_dir, train).exists() for train in (True, False)):
+    unpacked = (data_dir / FOLDER).is_dir()
+    decoded = _cache(data_dir, train=True).exists() and _cache(data_dir, train=False).exists()
+    if not unpacked and not decoded:
         if download:
             download_url(URL, str(data_dir), ARCHIVE, MD5)
         if not check_integrity(str(data_dir / ARCHIVE), MD5):
@@ -70,11 +72,17 @@ def _unpack(data_dir: Path) -> None:
 
 
 def _cache(data_dir: Path, train: bool) -> Path:
-    return data_dir / f"{FOLDER}-{'train' if train else 'val'}.npz"
+    """Return the file of the decoded images of one split."""
+    split = "train" if train else "val"
+    return data_dir / f"{FOLDER}-{split}.npz"
 
 
 def read(data_dir: Path, train: bool) -> tuple[np.ndarray, np.ndarray]:
     """Read the training or the validation images; decoded once, then kept next to the folder.
+
+    Args:
+        data_dir: Holds the unpacked folder, or its decoded images, or both.
+        train: Training images, else the validation images.
 
     Returns:
         Images uint8 (N, 64, 64, 3) and labels int64 (N,); classes are numbered in the order of `wnids.txt`.
@@ -88,6 +96,7 @@ def read(data_dir: Path, train: bool) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _decode(folder: Path, train: bool) -> Arrays:
+    """Decode every image of one split, on all cores: 100 000 of them take half a minute."""
     pairs = samples(folder, train)
     images = np.empty((len(pairs), SIDE, SIDE, 3), dtype=np.uint8)
     with ThreadPoolExecutor() as pool:
@@ -98,6 +107,7 @@ def _decode(folder: Path, train: bool) -> Arrays:
 
 
 def _pixels(path: Path) -> np.ndarray:
+    """Decode one image, uint8 (64, 64, 3)."""
     try:
         with Image.open(path) as image:
             pixels = np.asarray(image.convert("RGB"))  # some are grey
@@ -118,6 +128,9 @@ def samples(folder: Path, train: bool) -> list[tuple[Path, int]]:
         folder: The unpacked archive.
         train: Training images, else the validation images.
 
+    Returns:
+        Paths and labels; classes are numbered in the order of `wnids.txt`.
+
     Raises:
         RecipeError: Anything of this is missing; the message names it.
     """
@@ -125,7 +138,9 @@ def samples(folder: Path, train: bool) -> list[tuple[Path, int]]:
     if len(set(names)) != CLASSES:
         raise RecipeError(f"{folder / 'wnids.txt'} lists {len(set(names))} classes, expected {CLASSES}{_WAY_OUT}")
     labels = {name: label for label, name in enumerate(names)}
-    return _training_samples(folder / "train", labels) if train else _validation_samples(folder / "val", labels)
+    if train:
+        return _training_samples(folder / "train", labels)
+    return _validation_samples(folder / "val", labels)
 
 
 _WAY_OUT = (
@@ -135,6 +150,7 @@ _WAY_OUT = (
 
 
 def _lines(path: Path) -> list[str]:
+    """Read the lines of a text file of the archive."""
     try:
         return path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
@@ -142,6 +158,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def _training_samples(folder: Path, labels: dict[str, int]) -> list[tuple[Path, int]]:
+    """List `train/<wnid>/images`, class by class."""
     pairs = []
     for name, label in labels.items():
         files = sorted((folder / name / "images").glob("*.JPEG"))
@@ -152,11 +169,9 @@ def _training_samples(folder: Path, labels: dict[str, int]) -> list[tuple[Path, 
 
 
 def _validation_samples(folder: Path, labels: dict[str, int]) -> list[tuple[Path, int]]:
+    """List the images of `val` in the order of their annotations, wherever below that folder they are."""
     file = folder / "val_annotations.txt"
-    listed = [line.split("\t")[:2] for line in _lines(file)]
-    unclear = [number for number, columns in enumerate(listed, start=1) if len(columns) < 2]
-    if unclear:
-        raise RecipeError(f"line {unclear[0]} of {file} is not a file name and a class, parted by tabs{_WAY_OUT}")
+    listed = _annotations(file)
     found = {path.name: path for path in folder.rglob("*.JPEG")}
     missing = [name for name, _ in listed if name not in found]
     if missing or not listed:
@@ -168,6 +183,17 @@ def _validation_samples(folder: Path, labels: dict[str, int]) -> list[tuple[Path
     if unknown:
         raise RecipeError(f"{file} names classes that wnids.txt lacks: {unknown[0]}")
     return [(found[name], labels[wnid]) for name, wnid in listed]
+
+
+def _annotations(file: Path) -> list[tuple[str, str]]:
+    """Read file names and classes, the first two of the columns that tabs part."""
+    listed = []
+    for number, line in enumerate(_lines(file), start=1):
+        columns = line.split("\t")
+        if len(columns) < 2:
+            raise RecipeError(f"line {number} of {file} is not a file name and a class, parted by tabs{_WAY_OUT}")
+        listed.append((columns[0], columns[1]))
+    return listed
 
 
 def sort_validation_images(folder: Path) -> int:
@@ -189,15 +215,14 @@ def sort_validation_images(folder: Path) -> int:
     if not (folder / "wnids.txt").is_file():
         raise RecipeError(f"{folder} holds no wnids.txt; give the folder {FOLDER} that {ARCHIVE} unpacks to")
     names = _lines(folder / "wnids.txt")
-    places = [
-        (path, folder / "val" / names[label] / "images" / path.name)
-        for path, label in samples(folder, train=False)
-    ]
-    unsorted = [(path, place) for path, place in places if path != place]
+    moved = 0
     try:
-        for path, place in unsorted:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            path.rename(place)
+        for path, label in samples(folder, train=False):
+            place = folder / "val" / names[label] / "images" / path.name
+            if path != place:
+                place.parent.mkdir(parents=True, exist_ok=True)
+                path.rename(place)
+                moved += 1
         shipped = folder / "val" / "images"  # ImageFolder would take it for a class
         if shipped.is_dir() and not any(shipped.iterdir()):
             shipped.rmdir()
@@ -205,7 +230,7 @@ def sort_validation_images(folder: Path) -> int:
         raise RecipeError(
             f"{folder / 'val'} can't be sorted ({error}); run this again once that is mended"
         ) from error
-    return len(unsorted)
+    return moved
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -221,7 +246,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except RecipeError as error:
         make_console(stderr=True).print(f"[bold red]error:[/bold red] {escape(str(error))}", soft_wrap=True)
         raise SystemExit(2) from None
-    text = f"{moved} validation images sorted by class in {folder / 'val'}" if moved else "sorted already"
+    text = "sorted already"
+    if moved:
+        text = f"{moved} validation images sorted by class in {folder / 'val'}"
     make_console().print(escape(text), soft_wrap=True)
 
 

@@ -38,12 +38,20 @@ CONFIG_DIR = Path(__file__).resolve().parents[2] / "conf"
 def read_settings(kind: str, cfg: DictConfig) -> tuple[Spec, Job]:
     """Turn the composed settings into what is made and how.
 
+    Args:
+        kind: One of `KINDS`.
+        cfg: The settings of `conf/generate_<kind>.yaml`, with the overrides of the command line.
+
+    Returns:
+        Which samples, and how many of them go where.
+
     Raises:
         RecipeError: A setting is of the wrong type or out of its range.
     """
     try:
         spec = _typed(KINDS[kind], cfg)
-        file = Path(cfg.file or Path(cfg.paths.data_dir) / FOLDER / spec.file_name)
+        folder = Path(cfg.paths.data_dir) / FOLDER
+        file = Path(cfg.file) if cfg.file else folder / spec.file_name
         return spec, _typed(Job, cfg, file=file)
     except OmegaConfBaseException as error:
         raise RecipeError(f"{error.full_key}: {str(error.msg).splitlines()[0]}") from error
@@ -60,7 +68,15 @@ def _typed(kind: type[Any], cfg: DictConfig, **given: Any) -> Any:
 
 
 def run(kind: str, cfg: DictConfig) -> None:
-    """Make the file, show what it is and draw its first samples; say how to go on where that was stopped."""
+    """Make the file and draw its first samples; say how to go on where that was stopped.
+
+    Args:
+        kind: One of `KINDS`.
+        cfg: The composed settings.
+
+    Raises:
+        RecipeError: A setting, a folder or a file is at fault.
+    """
     console = Console()
     spec, job = read_settings(kind, cfg)
     try:

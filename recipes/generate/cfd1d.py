@@ -52,6 +52,10 @@ def _rescaled(rng: np.random.Generator, wave: np.ndarray, low: float, high: floa
 def random_flow(rng: np.random.Generator, x: np.ndarray) -> np.ndarray:
     """Draw an initial state: a random wave each; density rescaled within [1, 20], pressure within [10, 200].
 
+    Args:
+        rng: Source of the waves.
+        x: Cell centres in [-1, 1], shape (n,).
+
     Returns:
         Density, velocity and pressure at the cell centres, shape (3, n).
     """
@@ -106,6 +110,9 @@ class CFD1DSpec:
 
     def make(self, indices: range) -> Arrays:
         """Make samples; each depends on the settings and its index alone.
+
+        Args:
+            indices: Numbers of the samples.
 
         Returns:
             Density, velocity and pressure by their names in the file, float32 of shape (samples, frames, points).

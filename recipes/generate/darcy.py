@@ -53,6 +53,11 @@ def gaussian_field(rng: np.random.Generator, n: int, modes: int = 32, tau: float
 def bumps(rng: np.random.Generator, n: int, count: int = 5) -> np.ndarray:
     """Sum of Gaussian bumps exp(-r^2/s), centres U(0,1)^2, s ~ U(0, 0.5), minus its mean: PDEBench's family.
 
+    Args:
+        rng: Source of centres and widths.
+        n: Cells per side.
+        count: Number of bumps.
+
     Returns:
         Field at the cell centres, shape (n, n).
     """
@@ -158,7 +163,14 @@ class DarcySpec:
         return {"x-coordinate": centres, "y-coordinate": centres}
 
     def make(self, indices: range) -> Arrays:
-        """Make samples of the training split; see `sample`."""
+        """Make samples of the training split; see `sample`.
+
+        Args:
+            indices: Numbers of the samples.
+
+        Returns:
+            Coefficients (samples, n, n) and solutions (samples, 1, n, n), float32, by their names in the file.
+        """
         pairs = [sample(self, "train", index) for index in indices]
         return {"nu": np.stack([a for a, _ in pairs]), "tensor": np.stack([u[None] for _, u in pairs])}
 
@@ -168,6 +180,11 @@ def sample(spec: DarcySpec, split: str, index: int) -> tuple[np.ndarray, np.ndar
 
     The seed is child (split, index) of `spec.seed`, so splits are disjoint streams, and a sample stays the same
     however many others are made, and in whichever order.
+
+    Args:
+        spec: The problem.
+        split: One of `SPLITS`.
+        index: Number of the sample within the split.
 
     Returns:
         Coefficient and solution, both float32 of shape (n, n).

@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol
+from typing import Any, Protocol
 
 import h5py
 import numpy as np
@@ -31,7 +31,10 @@ _MAGIC = b"FARMSTB1"
 
 
 class Problem(Protocol):
-    """What a file holds and how its samples are made; sent to worker processes."""
+    """What a file holds and how its samples are made; sent to worker processes.
+
+    `DarcySpec` and `CFD1DSpec` are such problems.
+    """
 
     @property
     def batch(self) -> int:
@@ -46,7 +49,14 @@ class Problem(Protocol):
         """Other data sets, written once."""
 
     def make(self, indices: range) -> Arrays:
-        """Make the samples of these numbers, by data set; each depends on its number alone."""
+        """Make samples; each depends on the settings and its number alone.
+
+        Args:
+            indices: Numbers of the samples.
+
+        Returns:
+            For each data set the samples, first axis by sample.
+        """
 
 
 class PartFile:
@@ -79,7 +89,8 @@ class PartFile:
             self._lock()
             self._offsets = self._check(settings)
             self._end, self._done = self._read_record()
-            self._check_space(problem, present=512 * os.fstat(self._file.fileno()).st_blocks)
+            blocks = os.fstat(self._file.fileno()).st_blocks
+            self._check_space(problem, present=512 * blocks)
         except BaseException:
             self._file.close()
             raise
@@ -111,9 +122,9 @@ class PartFile:
         try:
             for name, values in arrays.items():
                 data = np.ascontiguousarray(values, dtype="<f4")
-                self._write_at(self._offsets[name] + start * data[0].nbytes, data.tobytes())
+                _write_at(self._file.fileno(), self._offsets[name] + start * data[0].nbytes, data.tobytes())
             os.fsync(self._file.fileno())  # the record must not reach the disk before what it vouches for
-            self._write_at(self._end + start, b"\1" * count)
+            _write_at(self._file.fileno(), self._end + start, b"\1" * count)
         except OSError as error:
             raise RecipeError(
                 f"writing {self.path} failed ({error}). {self.samples - len(self.missing)} of {self.samples} "
@@ -134,7 +145,7 @@ class PartFile:
         self.path.replace(self.target)
 
     def _create(self, problem: Problem, settings: Settings) -> None:
-        """Lay the file out under a third name: under its own it is whole."""
+        """Lay the file out, with an empty record, under a third name: a file that has its own name is whole."""
         draft = self.path.with_name(self.path.name + ".new")
         with h5py.File(draft, "w") as file:
             file.attrs.update(settings)
@@ -147,6 +158,7 @@ class PartFile:
         draft.replace(self.path)
 
     def _lock(self) -> None:
+        """Keep other runs out; the system frees the lock when the file is closed, by a kill too."""
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -156,34 +168,33 @@ class PartFile:
         """Compare the settings with those in the file; return where each data set begins, in bytes."""
         try:
             with h5py.File(self.path, "r", locking=False) as file:
-                found = {name: getattr(value, "item", lambda v=value: v)() for name, value in file.attrs.items()}
+                found = {name: _plain(value) for name, value in file.attrs.items()}
                 offsets = {name: data.id.get_offset() for name, data in file.items()}
         except OSError as error:
             raise RecipeError(
                 f"{self.path} is not an unfinished file of this generator ({error}); delete it to start anew"
             ) from error
-        names = [name for name in {**settings, **found} if settings.get(name) != found.get(name)]
-        if names:
-            there = ", ".join(f"{name}={found.get(name)}" for name in names)
-            here = ", ".join(f"{name}={settings.get(name)}" for name in names)
-            raise RecipeError(
-                f"{self.path} was begun with other settings: {there}, not {here}. Repeat those to go on with it, "
-                "choose another file, or delete it to start anew"
-            )
+        _check_settings(self.path, found, settings)
         return offsets
 
     def _read_record(self) -> tuple[int, np.ndarray]:
-        """Return where the HDF5 part ends and the record begins, and the record, one byte a sample."""
+        """Return where the HDF5 part ends and the record begins, and the record, one byte a sample.
+
+        A file without a record lost it in `finish`, and was stopped before it got its name: it is complete.
+        """
         size = os.fstat(self._file.fileno()).st_size
-        end = size - self.samples - len(_MAGIC)
-        record = os.pread(self._file.fileno(), size - end, end) if end > 0 else b""
-        if record.endswith(_MAGIC):
-            return end, np.frombuffer(record[: self.samples], dtype=np.uint8).copy()
-        return size, np.ones(self.samples, dtype=np.uint8)  # stopped between cutting and renaming
+        length = self.samples + len(_MAGIC)
+        record = b""
+        if size > length:
+            record = os.pread(self._file.fileno(), length, size - length)
+        if not record.endswith(_MAGIC):
+            return size, np.ones(self.samples, dtype=np.uint8)
+        return size - length, np.frombuffer(record[: self.samples], dtype=np.uint8).copy()
 
     def _check_space(self, problem: Problem, present: int) -> None:
         """Compare what the disk has left with what the samples take; `present` bytes are on it already."""
-        needed = 4 * self.samples * sum(math.prod(shape) for shape in problem.fields.values()) - present
+        numbers = sum(math.prod(shape) for shape in problem.fields.values())
+        needed = 4 * self.samples * numbers - present
         free = shutil.disk_usage(self.path.parent).free
         if needed > free:
             raise RecipeError(
@@ -191,11 +202,31 @@ class PartFile:
                 "make room, choose another place, or make fewer samples"
             )
 
-    def _write_at(self, offset: int, data: bytes) -> None:
-        rest = memoryview(data)
-        while rest:
-            written = os.pwrite(self._file.fileno(), rest, offset)
-            rest, offset = rest[written:], offset + written
+
+def _write_at(file: int, offset: int, data: bytes) -> None:
+    """Write all bytes at a place of an open file; the system may take fewer at a time."""
+    rest = memoryview(data)
+    while rest:
+        written = os.pwrite(file, rest, offset)
+        rest, offset = rest[written:], offset + written
+
+
+def _check_settings(path: Path, found: Settings, settings: Settings) -> None:
+    """Refuse to go on with a file of other settings; name those that differ."""
+    names = [name for name in {**settings, **found} if settings.get(name) != found.get(name)]
+    if not names:
+        return
+    there = ", ".join(f"{name}={found.get(name)}" for name in names)
+    here = ", ".join(f"{name}={settings.get(name)}" for name in names)
+    raise RecipeError(
+        f"{path} was begun with other settings: {there}, not {here}. Repeat those to go on with it, "
+        "choose another file, or delete it to start anew"
+    )
+
+
+def _plain(value: Any) -> Any:
+    """Return an attribute of an HDF5 file as a number or text of Python: h5py returns numbers as NumPy scalars."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _lay_out(file: h5py.File, name: str, shape: tuple[int, ...]) -> None:

@@ -1,27 +1,25 @@
-"""Samples made by several processes, one thread each."""
+"""Samples made by several processes, one thread each.
+
+The solvers' libraries would start a thread for each core, in every process. With one thread each the processes
+share the cores, and a sample is bitwise the same whichever process makes it.
+"""
 
 from __future__ import annotations
 
-import os
 import signal
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context
 
 from threadpoolctl import threadpool_limits
 
+from recipes.children import end_with_parent
 from recipes.data.cache import Arrays
 from recipes.errors import RecipeError
 from recipes.generate.files import Problem
 
-__all__ = ["available_cores", "make_samples", "runs"]
-
-
-def available_cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+__all__ = ["make_samples", "runs"]
 
 
 def runs(indices: Sequence[int], longest: int) -> Iterator[range]:
@@ -30,11 +28,16 @@ def runs(indices: Sequence[int], longest: int) -> Iterator[range]:
     >>> list(runs([0, 1, 2, 5, 6], 2))
     [range(0, 2), range(2, 3), range(5, 7)]
     """
-    start = 0
-    for end in range(1, len(indices) + 1):
-        if end == len(indices) or end - start == longest or indices[end] != indices[end - 1] + 1:
-            yield range(indices[start], indices[end - 1] + 1)
-            start = end
+    run = range(0)
+    for index in indices:
+        if index == run.stop and 0 < len(run) < longest:
+            run = range(run.start, index + 1)
+            continue
+        if run:
+            yield run
+        run = range(index, index + 1)
+    if run:
+        yield run
 
 
 def make_samples(problem: Problem, tasks: Iterable[range], workers: int) -> Iterator[tuple[range, Arrays]]:
@@ -65,6 +68,7 @@ def make_samples(problem: Problem, tasks: Iterable[range], workers: int) -> Iter
 
 
 def _make(problem: Problem, task: range) -> tuple[range, Arrays]:
+    """Make the samples of a task, in a worker, and return them with the task that they belong to."""
     return task, problem.make(task)
 
 
@@ -72,11 +76,4 @@ def _prepare_worker() -> None:
     """One thread; quiet when the user presses Ctrl-C; gone when the parent is, however that ended."""
     threadpool_limits(1)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+    end_with_parent()

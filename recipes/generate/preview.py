@@ -1,4 +1,4 @@
-"""A picture of the first samples of a data file."""
+"""A picture of the first samples of a data file, to see at a glance that it holds what was meant."""
 
 from __future__ import annotations
 
@@ -34,16 +34,19 @@ def draw_preview(file: Path, picture: Path, count: int = 4) -> None:
     with h5py.File(file, "r") as data:
         upwards = "t" if "t-coordinate" in data else "y"
         fields = {name: data[name][:count] for name in LABELS if name in data}
-        sides = data["x-coordinate"][:], data[f"{upwards}-coordinate"][:]
+        across, up = data["x-coordinate"][:], data[f"{upwards}-coordinate"][:]
     columns, *shape = next(iter(fields.values())).shape
-    # of times the files list one more than there are frames
-    extent = (*_ends(sides[0]), *_ends(sides[1][: shape[0]] if upwards == "t" else sides[1]))
+    if upwards == "t":
+        up = up[: shape[0]]  # the files list one time more than there are frames
+    extent = (*_ends(across), *_ends(up))
     figure = Figure(figsize=(2.6 * columns + 0.6, 2.3 * len(fields) + 0.5), layout="constrained")
     grid = figure.subplots(len(fields), columns, squeeze=False, sharex=True, sharey=True)
     for (name, samples), axes in zip(fields.items(), grid, strict=True):
         axes[0].set_ylabel(f"{LABELS[name]}\n{upwards}")
         for axis, sample in zip(axes, samples, strict=True):
-            values = sample if upwards == "t" else sample.reshape(sample.shape[-2:]).T  # x to the right
+            values = sample
+            if upwards == "y":  # (X, Y) or (1, X, Y): x is drawn to the right
+                values = sample.reshape(sample.shape[-2:]).T
             _draw_field(figure, axis, values, name, extent)
     for index in range(columns):
         grid[0, index].set_title(f"sample {index}", fontsize=9)
@@ -60,8 +63,10 @@ def _ends(centres: np.ndarray) -> tuple[float, float]:
 
 def _draw_field(figure: Figure, axis: Axes, values: np.ndarray, name: str, extent: Extent) -> None:
     """Draw one field with its colour bar; velocity in two colours that meet at zero."""
-    limit = np.abs(values).max() if name == "Vx" else None
-    limits = {} if limit is None else {"vmin": -limit, "vmax": limit}
+    limits = {}
+    if name == "Vx":
+        limit = np.abs(values).max()
+        limits = {"vmin": -limit, "vmax": limit}
     colours = COLOURS.get(name, "viridis")
     image = axis.imshow(values, origin="lower", extent=extent, aspect="auto", cmap=colours, **limits)
     bar = figure.colorbar(image, ax=axis, fraction=0.06, pad=0.03)

@@ -1,7 +1,12 @@
-"""Make one data file: checked, in parallel, under a progress bar, and going on where a stopped run was."""
+"""Make one data file: checked, in parallel, under a progress bar, and going on where a stopped run was.
+
+What a sample is depends on the settings and its number alone, so a file is bitwise the same for any number of
+workers and after any number of interruptions.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,11 +21,12 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from recipes.children import available_cores
 from recipes.errors import RecipeError
 from recipes.generate.cfd1d import CFD1DSpec
 from recipes.generate.darcy import DarcySpec
 from recipes.generate.files import PartFile, Settings
-from recipes.generate.parallel import available_cores, make_samples, runs
+from recipes.generate.parallel import make_samples, runs
 
 __all__ = ["KINDS", "Job", "Spec", "generate", "recorded_settings"]
 
@@ -86,8 +92,14 @@ def _check_target(job: Job) -> None:
 
 
 def recorded_settings(spec: Spec, samples: int) -> Settings:
-    """Return what the file's attributes say of how it was made; all that its content depends on."""
-    kind = next(name for name, known in KINDS.items() if isinstance(spec, known))
+    """Return what the file's attributes say of how it was made; all that its content depends on.
+
+    Args:
+        spec: Which samples.
+        samples: How many.
+    """
+    kinds = {known: name for name, known in KINDS.items()}
+    kind = kinds[type(spec)]
     return {"generator": f"recipes.generate {kind}, version {VERSION}", **asdict(spec), "samples": samples}
 
 
@@ -95,12 +107,14 @@ def _write_all(spec: Spec, part: PartFile, missing: list[int], workers: int) -> 
     """Make and write the samples; yield how many at a time."""
     if not missing:
         return
-    tasks = list(runs(missing, min(spec.batch, -(-len(missing) // workers))))
+    share = math.ceil(len(missing) / workers)
+    tasks = list(runs(missing, min(spec.batch, share)))
     for task, arrays in make_samples(spec, tasks, min(workers, len(tasks))):
         part.write(task.start, arrays)
         yield len(task)
 
 
 def _progress(console: Console) -> Progress:
+    """Return a bar that counts samples, with the time passed and the time left."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     return Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console)

@@ -19,6 +19,9 @@ class SmallImageResNet(nn.Module):
         in_channels: Channels of the images.
         out_channels: Classes.
         width: Features of the first stage (64 in the papers); they double at each of the four stages.
+
+    Raises:
+        ValueError: There is no ResNet of this depth here, or the width is not positive.
     """
 
     def __init__(self, depth: int = 18, in_channels: int = 3, out_channels: int = 10, width: int = 64) -> None:
@@ -33,7 +36,8 @@ class SmallImageResNet(nn.Module):
         before = width
         for index, blocks in enumerate(DEPTHS[depth]):
             after = width * 2**index
-            self.add_module(f"layer{index + 1}", _stage(before, after, blocks, stride=1 if index == 0 else 2))
+            stride = 1 if index == 0 else 2
+            self.add_module(f"layer{index + 1}", _stage(before, after, blocks, stride))
             before = after
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(before, out_channels)
@@ -50,6 +54,7 @@ class SmallImageResNet(nn.Module):
 
 
 def _stage(before: int, after: int, blocks: int, stride: int) -> nn.Sequential:
+    """Return the blocks of a stage; the first one changes channels and grid, and its shortcut with it."""
     shortcut = None
     if stride != 1 or before != after:
         projection = nn.Conv2d(before, after, kernel_size=1, stride=stride, bias=False)

@@ -19,7 +19,13 @@ POOLS: dict[int, Any] = {1: nn.MaxPool1d, 2: nn.MaxPool2d}
 
 
 def double_convolution(in_channels: int, out_channels: int, dimension: int = 2) -> nn.Sequential:
-    """Two convolutions of width 3 without bias, each followed by BatchNorm and Tanh; keeps the grid."""
+    """Return two convolutions of width 3 without bias, each followed by BatchNorm and Tanh; they keep the grid.
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels between the two, and of the output.
+        dimension: Dimensions of space, 1 or 2.
+    """
     layers: dict[str, nn.Module] = {}
     for index, channels in enumerate((in_channels, out_channels), start=1):
         layers[f"conv{index}"] = CONVOLUTIONS[dimension](

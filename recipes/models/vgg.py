@@ -21,6 +21,9 @@ class SmallImageVGG(nn.Module):
         out_channels: Classes.
         width: Features of the first stage (64 in the papers), a multiple of 8; the last stage has 8 * width.
         halvings: Max-pools to keep, the first ones of 5. Images of 8x8 pixels allow 3.
+
+    Raises:
+        ValueError: An argument is out of range.
     """
 
     def __init__(
@@ -39,12 +42,10 @@ class SmallImageVGG(nn.Module):
         if not 0 <= halvings <= HALVINGS:
             raise ValueError(f"model.net.halvings must be from 0 to {HALVINGS}, got {halvings}")
         self.halvings = halvings
-        plan = [step if step == "M" else int(step) * width // 64 for step in cfgs[DEPTHS[depth]]]
-        pools = [index for index, step in enumerate(plan) if step == "M"]
-        plan = [step for index, step in enumerate(plan) if index not in pools[halvings:]]
+        plan = _plan(depth, width, halvings)
         self.features = make_layers(plan, batch_norm=True)  # type: ignore[arg-type]
         if in_channels != 3:
-            self.features[0] = nn.Conv2d(in_channels, plan[0], kernel_size=3, padding=1)
+            self.features[0] = nn.Conv2d(in_channels, width, kernel_size=3, padding=1)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.classifier = nn.Linear(8 * width, out_channels)
         for module in self.modules():
@@ -71,3 +72,16 @@ class SmallImageVGG(nn.Module):
         """Map images (B, in_channels, H, W) to logits (B, out_channels)."""
         self.check_input(x.shape)
         return torch.as_tensor(self.classifier(self.avgpool(self.features(x)).flatten(1)))
+
+
+def _plan(depth: int, width: int, halvings: int) -> list[str | int]:
+    """Return torchvision's plan of the layers for another width: features of each convolution, "M" for a pool."""
+    plan: list[str | int] = []
+    pools = 0
+    for step in cfgs[DEPTHS[depth]]:
+        if step != "M":
+            plan.append(int(step) * width // 64)
+        elif pools < halvings:
+            plan.append("M")
+            pools += 1
+    return plan

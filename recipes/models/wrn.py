@@ -19,6 +19,9 @@ class WideResNet(nn.Module):
         in_channels: Channels of the images.
         out_channels: Classes.
         width: Features of the first stage before widening (16 in the paper); they double at each stage.
+
+    Raises:
+        ValueError: An argument is out of range.
     """
 
     def __init__(
@@ -38,7 +41,8 @@ class WideResNet(nn.Module):
         before = width
         for index in range(3):
             after = widen * width * 2**index
-            self.add_module(f"layer{index + 1}", _stage(before, after, depth // 6, stride=1 if index == 0 else 2))
+            stride = 1 if index == 0 else 2
+            self.add_module(f"layer{index + 1}", _stage(before, after, depth // 6, stride))
             before = after
         self.bn = nn.BatchNorm2d(before)
         self.relu = nn.ReLU(inplace=True)
@@ -86,6 +90,7 @@ class WideBlock(nn.Module):
 
 
 def _stage(before: int, after: int, blocks: int, stride: int) -> nn.Sequential:
-    return nn.Sequential(
-        WideBlock(before, after, stride), *(WideBlock(after, after, stride=1) for _ in range(blocks - 1))
-    )
+    """Return the blocks of a stage; the first one changes channels and grid."""
+    first = WideBlock(before, after, stride)
+    others = [WideBlock(after, after, stride=1) for _ in range(blocks - 1)]
+    return nn.Sequential(first, *others)

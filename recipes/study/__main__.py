@@ -64,6 +64,7 @@ REPORT = "study=report"
 
 
 def _report(study: Study, results: dict[str, Records], console: Console) -> None:
+    """Print the table; write it and the figure into the folder of the study, or into that of its only cell."""
     arms = list(dict.fromkeys(arm for cell in study.cells for arm in cell.options.arms))
     baseline = study.cells[0].options.baseline
     rows = summarise(results, arms, baseline)
@@ -77,7 +78,11 @@ def _report(study: Study, results: dict[str, Records], console: Console) -> None
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run from the command line; show the user's mistakes without a traceback."""
+    """Run from the command line; show the user's mistakes without a traceback.
+
+    Args:
+        arguments: The arguments; None for those of the command.
+    """
     parser = argparse.ArgumentParser(
         "python -m recipes.study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -87,7 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", help="settings, as name=value")
     options = parser.parse_args(arguments)
     report_only = options.report or REPORT in options.overrides
-    overrides, notes = current_overrides(override for override in options.overrides if override != REPORT)
+    settings = [override for override in options.overrides if override != REPORT]
+    overrides, notes = current_overrides(settings)
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     console = make_console()

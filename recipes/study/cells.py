@@ -1,4 +1,9 @@
-"""The cells of a study, one for each experiment, composed from `conf/`."""
+"""The cells of a study, one for each experiment, composed from `conf/`.
+
+A cell is composed once for each arm, before anything is trained, so that a mistake in the settings of the last arm
+shows at once. What the results of a cell depend on is its `identity`, which `recipes.study.settings` keeps in the
+cell's folder.
+"""
 
 from __future__ import annotations
 
@@ -51,25 +56,34 @@ class Options:
 
     def __post_init__(self) -> None:
         self._check_arms()
-        self._check_numbers()
+        _check_whole_number("seeds", self.seeds, 1)
+        _check_whole_number("tune_seeds", self.tune_seeds, 1)
+        _check_whole_number("extend", self.extend, 0)
+        _check_grid(self.grid)
+        if not isinstance(self.vary_data, bool):
+            raise RecipeError(f"study.vary_data must be true or false, got {self.vary_data!r}")
 
     def _check_arms(self) -> None:
-        unknown = sorted(set(self.arms) - set(ARMS))
-        if unknown or not self.arms or len(set(self.arms)) < len(self.arms):
+        """Refuse arms that are unknown or named twice, and a baseline that is none of them."""
+        known = set(self.arms) <= set(ARMS)
+        different = len(set(self.arms)) == len(self.arms)
+        if not self.arms or not known or not different:
             raise RecipeError(f"study.arms must be different ones of {', '.join(ARMS)}, got {list(self.arms)}")
         if self.baseline not in self.arms:
             raise RecipeError(f"study.baseline={self.baseline} is not one of study.arms {list(self.arms)}")
 
-    def _check_numbers(self) -> None:
-        for name, least in (("seeds", 1), ("tune_seeds", 1), ("extend", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise RecipeError(f"study.{name} must be a whole number of at least {least}, got {value!r}")
-        numbers = all(isinstance(m, int | float) and math.isfinite(m) and m > 0 for m in self.grid)
-        if not self.grid or not numbers or list(self.grid) != sorted(set(self.grid)):
-            raise RecipeError(f"study.grid must be positive multiples in ascending order, got {list(self.grid)}")
-        if not isinstance(self.vary_data, bool):
-            raise RecipeError(f"study.vary_data must be true or false, got {self.vary_data!r}")
+
+def _check_whole_number(name: str, value: Any, least: int) -> None:
+    """Refuse anything but a whole number of at least `least`; true and false are none."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise RecipeError(f"study.{name} must be a whole number of at least {least}, got {value!r}")
+
+
+def _check_grid(grid: Sequence[Any]) -> None:
+    """Refuse a grid that is empty, has something else than positive numbers in it, or does not ascend."""
+    positive = all(isinstance(multiple, int | float) and 0 < multiple < math.inf for multiple in grid)
+    if not grid or not positive or list(grid) != sorted(set(grid)):
+        raise RecipeError(f"study.grid must be positive multiples in ascending order, got {list(grid)}")
 
 
 @dataclass(frozen=True)
@@ -89,11 +103,11 @@ class Cell:
     arms: Mapping[str, DictConfig]
 
     def lr(self, arm: str) -> float:
-        """Return the arm's own learning rate."""
+        """Return the arm's own learning rate, the one that the grid has multiples of."""
         return float(self.arms[arm].lr)
 
     def settings(self, job: Job) -> dict[str, Any]:
-        """Return all settings of a run, resolved."""
+        """Return all settings of a run, resolved: plain values that can be sent to another process."""
         cfg = self.arms[job.arm].copy()
         cfg.seed, cfg.lr = job.seed, job.lr
         if self.options.vary_data:
@@ -101,13 +115,22 @@ class Cell:
         return _plain(cfg)
 
     def identity(self) -> dict[str, Any]:
-        """Return what the results depend on: more seeds and other arms may join, all else must stay."""
-        tuning = {name: getattr(self.options, name) for name in ("grid", "tune_seeds", "extend", "vary_data")}
-        arms = {arm: _lasting(cfg) for arm, cfg in self.arms.items()}
-        return {"study": {**tuning, "grid": list(self.options.grid)}, "arms": arms}
+        """Return what the results depend on: more seeds and other arms may join, all else must stay.
+
+        Returns:
+            Under "study" what decides the choice of learning rates, under "arms" the settings of each arm.
+        """
+        options = self.options
+        tuning = {
+            "grid": list(options.grid),
+            "tune_seeds": options.tune_seeds,
+            "extend": options.extend,
+            "vary_data": options.vary_data,
+        }
+        return {"study": tuning, "arms": {arm: _lasting(cfg) for arm, cfg in self.arms.items()}}
 
     def fingerprint(self, arm: str) -> str:
-        """Return twelve hex digits that stand for the arm's settings."""
+        """Return twelve hex digits that stand for the arm's settings; every row of the results has them."""
         identity = self.identity()
         text = json.dumps([identity["study"], identity["arms"][arm]], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
@@ -128,22 +151,6 @@ class Study:
     workers: int | None
 
 
-def _plain(cfg: Any) -> dict[str, Any]:
-    plain = OmegaConf.to_container(cfg, resolve=True)
-    assert isinstance(plain, dict)
-    return plain  # type: ignore[return-value]
-
-
-def _lasting(cfg: DictConfig) -> dict[str, Any]:
-    """Return the settings that results depend on: not where files are, nor who logs what."""
-    plain = _plain(cfg)
-    for section in ("paths", "logger", "callbacks", "threads", "ckpt_path", "arms", "seed", "seeds"):
-        plain.pop(section, None)
-    plain["data"].pop("data_dir", None)
-    plain["trainer"].pop("default_root_dir", None)
-    return plain
-
-
 def load_study(config_dir: str, overrides: Sequence[str]) -> Study:
     """Compose the study and every arm of every cell.
 
@@ -158,71 +165,129 @@ def load_study(config_dir: str, overrides: Sequence[str]) -> Study:
     Raises:
         RecipeError: Something is wrong with the settings.
     """
-    ours, experiments, rest = _sort_overrides(overrides)
+    sorted_overrides = _sort_overrides(overrides)
     with initialize_config_dir(config_dir, version_base="1.3"):
-        try:
-            plain = _plain(compose("study", ours).study)
-        except (HydraException, OmegaConfBaseException) as error:
-            raise RecipeError(f"the study's settings: {sentence(error)}") from error
-        own: dict[str, Any] = plain.pop("cells")
-        folder, workers = Path(str(plain.pop("folder"))), plain.pop("workers")
+        plain = _compose_study(sorted_overrides.study)
+        folder = Path(str(plain.pop("folder")))
+        workers = plain.pop("workers")
+        options_by_cell: dict[str, Any] = plain.pop("cells")
         if workers is not None and (not isinstance(workers, int) or workers < 1):
             raise RecipeError(f"study.workers must be null or a positive number, got {workers!r}")
-        names = experiments or list(own)
+        names = sorted_overrides.experiments or list(options_by_cell)
         if not names:
             raise RecipeError("say what to study: experiment=<name>[,<name>...], or study=small")
-        cells = tuple(_load_cell(name, folder, {**plain, **(own.get(name) or {})}, rest) for name in names)
-    twice = sorted(name for name, count in Counter(cell.name for cell in cells).items() if count > 1)
-    if twice:
-        raise RecipeError(
-            f"two experiments have the same name: {', '.join(twice)}; a cell's folder is named by it"
-        )
-    return Study(cells, folder, workers)
+        cells = []
+        for name in names:
+            own = options_by_cell.get(name) or {}
+            cells.append(_load_cell(name, folder, _read_options({**plain, **own}), sorted_overrides.runs))
+    _check_names(cells)
+    return Study(tuple(cells), folder, workers)
 
 
-def _sort_overrides(overrides: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
-    """Return the study's own settings, the names of the experiments, and the settings that go to every run.
+@dataclass
+class _Overrides:
+    """A command line, sorted by what each part of it is for.
+
+    Attributes:
+        study: The study's own settings.
+        experiments: Names of the experiments; empty where none was named.
+        runs: Settings that go to every run.
+    """
+
+    study: list[str]
+    experiments: list[str]
+    runs: list[str]
+
+
+def _sort_overrides(overrides: Sequence[str]) -> _Overrides:
+    """Sort the arguments of the command line; of several `experiment=` the last one counts.
 
     Raises:
-        RecipeError: One of the latter is set by the study itself.
+        RecipeError: A setting is given that the study itself sets for every run.
     """
-    ours, experiments, rest = [], [], []
+    found = _Overrides([], [], [])
     for text in overrides:
         name, _, value = text.lstrip("+~").partition("=")
         if name.partition(".")[0] == "study":
-            ours.append(text)
+            found.study.append(text)
         elif name == "experiment":
-            experiments = value.split(",")
+            found.experiments = value.split(",")
         elif name in _OURS:
             raise RecipeError(f"{text} can't be set: a study sets {', '.join(_OURS[:3])} for every run itself")
         else:
-            rest.append(text)
-    return ours, experiments, rest
+            found.runs.append(text)
+    return found
 
 
-def _load_cell(experiment: str, folder: Path, plain: Mapping[str, Any], overrides: Sequence[str]) -> Cell:
+def _compose_study(overrides: list[str]) -> dict[str, Any]:
+    """Return the settings of `conf/study.yaml` as plain values."""
+    try:
+        return _plain(compose("study", overrides).study)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise RecipeError(f"the study's settings: {sentence(error)}") from error
+
+
+def _read_options(plain: Mapping[str, Any]) -> Options:
+    """Check what is done in a cell; lists become tuples."""
     known = [field.name for field in fields(Options)]
     unknown = sorted(set(plain) - set(known))
     if unknown:
         raise RecipeError(f"unknown settings under study: {', '.join(unknown)}; known are {', '.join(known)}")
-    values: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in plain.items()
-    }
-    options = Options(**values)
-    arms = {}
-    for arm in options.arms:
-        try:
-            cfg = compose("train", [f"experiment={experiment}", f"balancing={arm}", *_those_of(arm, overrides)])
-        except (HydraException, OmegaConfBaseException) as error:
-            raise RecipeError(f"experiment={experiment}: {sentence(error)}") from error
-        check_config(cfg)
-        metric_of(cfg)
-        if "log" in cfg.balancing:
-            cfg.balancing.log = False
-        arms[arm] = cfg
-    return Cell(cfg.name, folder / cfg.name, options, arms)
+    values: dict[str, Any] = dict(plain)
+    for name, value in plain.items():
+        if isinstance(value, list):
+            values[name] = tuple(value)
+    return Options(**values)
 
 
-def _those_of(arm: str, overrides: Sequence[str]) -> list[str]:
-    """Leave out the options of the callback for the arm that has none."""
-    return [text for text in overrides if arm != "off" or not text.lstrip("+~").startswith("balancing.")]
+def _load_cell(experiment: str, folder: Path, options: Options, overrides: Sequence[str]) -> Cell:
+    """Compose one experiment with every arm of a cell."""
+    arms = {arm: _compose_arm(experiment, arm, overrides) for arm in options.arms}
+    name = arms[options.baseline].name
+    return Cell(name, folder / name, options, arms)
+
+
+def _compose_arm(experiment: str, arm: str, overrides: Sequence[str]) -> DictConfig:
+    """Compose and check the settings of an experiment with one arm. The runs of a study log nothing.
+
+    Raises:
+        RecipeError: They do not compose, or can't work.
+    """
+    if arm == "off":  # it has no callback whose options could be set
+        overrides = [text for text in overrides if not text.lstrip("+~").startswith("balancing.")]
+    try:
+        cfg = compose("train", [f"experiment={experiment}", f"balancing={arm}", *overrides])
+    except (HydraException, OmegaConfBaseException) as error:
+        raise RecipeError(f"experiment={experiment}: {sentence(error)}") from error
+    check_config(cfg)
+    metric_of(cfg)
+    if "log" in cfg.balancing:
+        cfg.balancing.log = False
+    return cfg
+
+
+def _check_names(cells: Sequence[Cell]) -> None:
+    """Refuse cells of one name, which would write into one folder."""
+    counts = Counter(cell.name for cell in cells)
+    twice = sorted(name for name, count in counts.items() if count > 1)
+    if twice:
+        raise RecipeError(
+            f"two experiments have the same name: {', '.join(twice)}; a cell's folder is named by it"
+        )
+
+
+def _plain(cfg: Any) -> dict[str, Any]:
+    """Return settings as plain values, references resolved."""
+    plain = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(plain, dict)
+    return plain  # type: ignore[return-value]
+
+
+def _lasting(cfg: DictConfig) -> dict[str, Any]:
+    """Return the settings that results depend on: not where files are, nor who logs what."""
+    plain = _plain(cfg)
+    for section in ("paths", "logger", "callbacks", "threads", "ckpt_path", "arms", "seed", "seeds"):
+        plain.pop(section, None)
+    plain["data"].pop("data_dir", None)
+    plain["trainer"].pop("default_root_dir", None)
+    return plain

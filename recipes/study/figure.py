@@ -1,4 +1,7 @@
-"""A study's findings as a figure: every arm's change of the error with its interval."""
+"""A study's findings as a figure: every arm's change of the error with its interval.
+
+matplotlib is imported where it is used, since the processes that train import this package too.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from recipes.files import replacing
+from farms_tb.atomic_write import atomic_path
 from recipes.study.report import POOLED, Row, percent
 
 __all__ = ["FIGURE_FILE", "draw"]
@@ -35,28 +38,29 @@ def draw(rows: Sequence[Row], baseline: str, path: Path) -> None:
     figure = Figure(figsize=(7.5, 1.3 + 0.17 * len(shown) + 0.25 * len(names)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    y, ticks = 0.0, []
+    top = 0.0  # of the next cell; rows have height 1 and go downwards
+    middles = []
     for name in names:
         members = [row for row in shown if row.cell == name]
         for place, row in enumerate(members):
-            _draw_row(axes, y + place, row, colours[row.arm])
-        ticks.append(y + (len(members) - 1) / 2)
+            _draw_row(axes, top + place, row, colours[row.arm])
+        middles.append(top + (len(members) - 1) / 2)
         if name == POOLED:
-            axes.axhspan(y - 0.9, y + len(members) - 0.1, color="0.95", zorder=0)
-        y += len(members) + _GAP
-    axes.set_yticks(ticks, names)
-    axes.set_ylim(y - _GAP - 0.2, -0.8)
+            axes.axhspan(top - 0.9, top + len(members) - 0.1, color="0.95", zorder=0)
+        top += len(members) + _GAP
+    axes.set_yticks(middles, names)
+    axes.set_ylim(top - _GAP - 0.2, -0.8)
     _style(axes, baseline)
     handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))  # one an arm
     figure.legend(
         handles.values(), handles.keys(), loc="outside upper center", ncols=max(1, len(arms)), frameon=False
     )
-    with replacing(path) as part:
+    with atomic_path(path) as part:
         figure.savefig(part, dpi=150, format=path.suffix[1:])
 
 
 def _draw_row(axes: Any, y: float, row: Row, colour: str) -> None:
-    """Draw the mean and, where there is one, the interval of a row."""
+    """Draw the mean and, where there is one, the interval of a row, in per cent; pooled rows get diamonds."""
     assert row.effect is not None
     centre = percent(row.effect.mean)
     ends = [[centre - percent(row.effect.low)], [percent(row.effect.high) - centre]]
@@ -73,6 +77,7 @@ def _draw_row(axes: Any, y: float, row: Row, colour: str) -> None:
 
 
 def _style(axes: Any, baseline: str) -> None:
+    """Draw the line of no effect and a grid for reading values; leave out what carries no information."""
     axes.axvline(0.0, color="0.3", linewidth=0.8, zorder=0.5)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x", color="0.9", linewidth=0.6, zorder=0)

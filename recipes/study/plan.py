@@ -6,12 +6,12 @@ So a study that was stopped goes on where it was, and the number of processes de
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from recipes.study.records import Job, Record
 
-__all__ = ["ArmPlan", "Tuning", "plan_arm", "tune"]
+__all__ = ["ArmPlan", "Search", "Tuning", "plan_arm", "tune"]
 
 TUNE_SEEDS_START = 1_000_000
 """Tuning has seeds of its own, out of the way of the final ones, which are 1, 2, 3, ..."""
@@ -52,9 +52,31 @@ class ArmPlan:
     total: int
 
 
-def tune(
-    arm: str, lr: float, grid: tuple[float, ...], seeds: int, extend: int, finished: Mapping[Job, Record]
-) -> Tuning:
+@dataclass(frozen=True)
+class Search:
+    """How the learning rate of an arm is searched for.
+
+    Attributes:
+        arm: The arm.
+        lr: The arm's own learning rate.
+        grid: Multiples of `lr` to try, ascending. A single one is taken untried.
+        seeds: Runs for each.
+        extend: How often the grid may grow at each end.
+    """
+
+    arm: str
+    lr: float
+    grid: tuple[float, ...]
+    seeds: int
+    extend: int
+
+    def jobs(self, lr: float) -> list[Job]:
+        """Return the runs that try one learning rate."""
+        seeds = range(TUNE_SEEDS_START + 1, TUNE_SEEDS_START + self.seeds + 1)
+        return [Job(self.arm, "tune", seed, lr) for seed in seeds]
+
+
+def tune(search: Search, finished: Mapping[Job, Record]) -> Tuning:
     """Choose the learning rate whose mean log error on validation data is smallest; the smaller one of equals.
 
     A learning rate under which a run diverged is out. Where the best is at an end of the grid, the grid grows
@@ -62,34 +84,36 @@ def tune(
     downwards, and in the end the smallest is taken.
 
     Args:
-        arm: The arm.
-        lr: The arm's own learning rate.
-        grid: Multiples of `lr` to try, ascending. A single one is taken untried.
-        seeds: Runs for each.
-        extend: How often the grid may grow at each end.
+        search: What is tried.
         finished: The runs so far.
+
+    Returns:
+        The chosen learning rate, or the runs that are needed to go on.
     """
-    lrs = [_tidy(lr * multiple) for multiple in grid]
+    lrs = [_tidy(search.lr * multiple) for multiple in search.grid]
     if len(lrs) == 1:
         return Tuning((lrs[0],), (), lrs[0], ())
-    below = above = extend
+    below = above = search.extend
     while True:
-        jobs = {
-            rate: [Job(arm, "tune", TUNE_SEEDS_START + 1 + index, rate) for index in range(seeds)] for rate in lrs
-        }
-        missing = tuple(job for rate in lrs for job in jobs[rate] if job not in finished)
+        missing = _missing([job for lr in lrs for job in search.jobs(lr)], finished)
         if missing:
             return Tuning(tuple(lrs), missing, None, ())
-        scores = [_score([finished[job] for job in jobs[rate]]) for rate in lrs]
+        scores = [_score([finished[job] for job in search.jobs(lr)]) for lr in lrs]
         best = scores.index(min(scores))
-        if best == 0 and below > 0:
+        at_lower_end = best == 0
+        at_upper_end = best == len(lrs) - 1
+        if at_lower_end and below > 0:
             below -= 1
             lrs.insert(0, _tidy(lrs[0] ** 2 / lrs[1]))
-        elif best == len(lrs) - 1 and above > 0:
+        elif at_upper_end and above > 0:
             above -= 1
             lrs.append(_tidy(lrs[-1] ** 2 / lrs[-2]))
         else:
             return Tuning(tuple(lrs), (), lrs[best], tuple(scores))
+
+
+def _missing(jobs: Iterable[Job], finished: Mapping[Job, Record]) -> tuple[Job, ...]:
+    return tuple(job for job in jobs if job not in finished)
 
 
 def _tidy(lr: float) -> float:
@@ -98,16 +122,27 @@ def _tidy(lr: float) -> float:
 
 
 def _score(records: list[Record]) -> float:
+    """Return the mean log validation error of one learning rate, infinite where a run diverged."""
     if any(record.status == "diverged" for record in records):
         return math.inf
     return math.fsum(record.log_error("val") for record in records) / len(records)
 
 
-def plan_arm(tuning: Tuning, arm: str, seeds: int, tune_seeds: int, finished: Mapping[Job, Record]) -> ArmPlan:
-    """Add the final runs to the search."""
-    searching = len(tuning.lrs) * tune_seeds if len(tuning.lrs) > 1 else 0
+def plan_arm(search: Search, seeds: int, finished: Mapping[Job, Record]) -> ArmPlan:
+    """Plan the search for an arm's learning rate and, once that is found, the arm's final runs.
+
+    Args:
+        search: How the learning rate is searched for.
+        seeds: Final runs.
+        finished: The runs so far, of this arm and maybe others.
+    """
+    tuning = tune(search, finished)
+    searching = len(tuning.lrs) * search.seeds
+    if len(tuning.lrs) == 1:
+        searching = 0
+    total = searching + seeds
     if tuning.best is None:
-        return ArmPlan(tuning, tuning.missing, searching - len(tuning.missing), searching + seeds)
-    finals = [Job(arm, "final", seed, tuning.best) for seed in range(1, seeds + 1)]
-    missing = tuple(job for job in finals if job not in finished)
-    return ArmPlan(tuning, missing, searching + seeds - len(missing), searching + seeds)
+        return ArmPlan(tuning, tuning.missing, searching - len(tuning.missing), total)
+    finals = [Job(search.arm, "final", seed, tuning.best) for seed in range(1, seeds + 1)]
+    missing = _missing(finals, finished)
+    return ArmPlan(tuning, missing, total - len(missing), total)

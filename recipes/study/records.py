@@ -1,4 +1,9 @@
-"""The results of a cell: one CSV, a row for every finished run, whole at any moment."""
+"""The results of a cell: one CSV, a row for every finished run, whole at any moment.
+
+The file is the only memory of a study. Numbers are written with all their digits, so that what is read is bitwise
+what was measured, and rows are ordered by run, not by time, so that two studies of the same settings write the
+same rows.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +13,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_type_hints
 
+from farms_tb.atomic_write import atomic_path
 from recipes.errors import RecipeError
-from recipes.files import replacing
 from recipes.study.statistics import log_error
 
 __all__ = ["RESULTS_FILE", "Job", "Phase", "Record", "read_records", "write_records", "write_rows"]
@@ -96,16 +101,26 @@ class Record:
         if self.status == "diverged":
             return self.blind_error
         score = self.val if split == "val" else self.test
-        return 1.0 - score if self.metric == "accuracy" else score
+        if self.metric == "accuracy":
+            return 1.0 - score
+        return score
 
     def log_error(self, split: Literal["val", "test"]) -> float:
         """Return the log of the error, with half a sample added to a share of samples."""
+        if self.metric != "accuracy":
+            return log_error(self.error(split), None)
         samples = self.val_samples if split == "val" else self.test_samples
-        return log_error(self.error(split), samples if self.metric == "accuracy" else None)
+        return log_error(self.error(split), samples)
 
 
 def read_records(folder: Path) -> dict[Job, Record]:
-    """Read the finished runs in `folder`; none where there is no file yet.
+    """Read the finished runs of a cell.
+
+    Args:
+        folder: The cell's folder.
+
+    Returns:
+        The finished runs; none where there is no file yet.
 
     Raises:
         RecipeError: The file is not one of `write_records`.
@@ -113,10 +128,9 @@ def read_records(folder: Path) -> dict[Job, Record]:
     path = folder / RESULTS_FILE
     if not path.exists():
         return {}
-    types = get_type_hints(Record)
     try:
         with path.open(newline="", encoding="utf-8") as file:
-            records = [_record(row, types) for row in csv.DictReader(file, strict=True)]
+            records = [_read_record(row) for row in csv.DictReader(file, strict=True)]
     except (KeyError, TypeError, ValueError, csv.Error) as error:
         raise RecipeError(
             f"{path} is not a study's results file ({error}); move it away, or choose another study.folder"
@@ -124,20 +138,38 @@ def read_records(folder: Path) -> dict[Job, Record]:
     return {record.job: record for record in records}
 
 
-def _record(row: dict[str, str], types: dict[str, Any]) -> Record:
-    plain = {float: float, int: int}
-    return Record(**{f.name: plain.get(types[f.name], str)(row[f.name]) for f in fields(Record)})
+_TYPES = get_type_hints(Record)
+
+
+def _read_record(row: dict[str, str]) -> Record:
+    """Turn the cells of a row into numbers where the record has numbers."""
+    values: dict[str, Any] = {}
+    for name, kind in _TYPES.items():
+        convert = kind if kind in (int, float) else str
+        values[name] = convert(row[name])
+    return Record(**values)
 
 
 def write_records(folder: Path, records: Iterable[Record]) -> None:
-    """Write all finished runs of a cell, in an order that does not depend on who finished first."""
+    """Write all finished runs of a cell, in an order that does not depend on who finished first.
+
+    Args:
+        folder: The cell's folder.
+        records: All runs that are to be in the file, in any order.
+    """
     ordered = sorted(records, key=lambda record: (record.experiment, record.phase != "tune", *record.job))
     write_rows(folder / RESULTS_FILE, [asdict(record) for record in ordered], [f.name for f in fields(Record)])
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]], columns: list[str]) -> None:
-    """Write a CSV in one step; NaN becomes "nan", None an empty cell."""
-    with replacing(path) as part, part.open("w", newline="", encoding="utf-8") as file:
+    """Write a CSV in one step; NaN becomes "nan", None an empty cell.
+
+    Args:
+        path: The file; its folder must exist.
+        rows: The rows, by the names of the columns.
+        columns: The columns, in order.
+    """
+    with atomic_path(path) as part, part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)

@@ -1,10 +1,14 @@
-"""What a study found, from the records alone: a row for each arm of each cell, and `effects.csv`."""
+"""What a study found, from the records alone: a row for each arm of each cell, and `effects.csv`.
+
+Nothing here trains or reads settings, so a report of a study that is still going on, or of one that was copied
+from another machine, is the same computation as that of a finished one.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -50,6 +54,11 @@ class Row:
     p_holm: float
     overhead: float
 
+    @property
+    def p(self) -> float:
+        """The p-value of the effect alone; NaN where there is none."""
+        return math.nan if self.effect is None else self.effect.p
+
 
 def summarise(cells: Mapping[str, Records], arms: Sequence[str], baseline: str) -> list[Row]:
     """Compare the arms with the baseline in every cell, and over all cells where there are several.
@@ -65,76 +74,101 @@ def summarise(cells: Mapping[str, Records], arms: Sequence[str], baseline: str) 
     Returns:
         The rows of arms that have final runs, by cell; the pooled ones last.
     """
-    finals = {
-        name: {arm: _finals(records, arm) for arm in arms if _finals(records, arm)}
-        for name, records in cells.items()
-    }
-    rows = []
-    for name, by_arm in finals.items():
-        effects = {arm: _effect([by_arm], arm, baseline) for arm in by_arm}
-        rows += _corrected([_cell_row(name, by_arm, arm, baseline, effects[arm]) for arm in by_arm])
+    finals = {name: _final_runs(records) for name, records in cells.items()}
+    rows: list[Row] = []
+    for name, runs in finals.items():
+        done = [arm for arm in arms if arm in runs]
+        rows += _corrected([_cell_row(name, runs, arm, baseline) for arm in done])
     if len(finals) > 1:
-        shown = [arm for arm in arms if any(arm in by_arm for by_arm in finals.values())]
-        rows += _corrected([_pooled_row(list(finals.values()), arm, baseline) for arm in shown])
+        every_cell = list(finals.values())
+        done_somewhere = set().union(*every_cell)
+        shown = [arm for arm in arms if arm in done_somewhere]
+        rows += _corrected([_pooled_row(every_cell, arm, baseline) for arm in shown])
     return rows
 
 
-def _finals(records: Records, arm: str) -> dict[int, Record]:
-    return {job.seed: record for job, record in records.items() if job.arm == arm and job.phase == "final"}
+FinalRuns = Mapping[str, Mapping[int, Record]]
+"""The final runs of one cell, by arm and seed."""
 
 
-ByArm = Mapping[str, Mapping[int, Record]]
+def _final_runs(records: Records) -> FinalRuns:
+    """Leave out the runs that chose learning rates, and sort the others by arm and seed."""
+    found: dict[str, dict[int, Record]] = {}
+    for job, record in records.items():
+        if job.phase == "final":
+            found.setdefault(job.arm, {})[job.seed] = record
+    return found
 
 
-def _pairs(by_arm: ByArm, arm: str, baseline: str) -> list[tuple[Record, Record]]:
-    ours, theirs = by_arm.get(arm, {}), by_arm.get(baseline, {})
-    return [(ours[seed], theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())]
+def _pairs(runs: FinalRuns, arm: str, baseline: str) -> list[tuple[Record, Record]]:
+    """Return the runs of the arm, each with the baseline's of the same seed, by ascending seed."""
+    own = runs.get(arm, {})
+    others = runs.get(baseline, {})
+    common = sorted(own.keys() & others.keys())
+    return [(own[seed], others[seed]) for seed in common]
 
 
-def _effect(cells: Iterable[ByArm], arm: str, baseline: str) -> Effect | None:
+def _effect(cells: Iterable[FinalRuns], arm: str, baseline: str) -> Effect | None:
+    """Return the arm's effect over the cells that have a pair; None for the baseline, or without any pair."""
     if arm == baseline:
         return None
-    ratios = [
-        {own.seed: own.log_error("test") - other.log_error("test") for own, other in _pairs(by_arm, arm, baseline)}
-        for by_arm in cells
-    ]
-    ratios = [ratio for ratio in ratios if ratio]
-    return pooled_effect(ratios) if ratios else None
+    ratios = []
+    for runs in cells:
+        pairs = _pairs(runs, arm, baseline)
+        if pairs:
+            ratios.append({own.seed: own.log_error("test") - other.log_error("test") for own, other in pairs})
+    if not ratios:
+        return None
+    return pooled_effect(ratios)
 
 
-def _overhead(cells: Iterable[ByArm], arm: str, baseline: str) -> float:
-    pairs = [pair for by_arm in cells for pair in _pairs(by_arm, arm, baseline)]
-    training = math.fsum(other.train_seconds for _, other in pairs)
-    return math.fsum(own.callback_seconds for own, _ in pairs) / training if training else math.nan
+def _overhead(cells: Iterable[FinalRuns], arm: str, baseline: str) -> float:
+    """Return seconds of the callback for each second of the baseline's training; NaN without any pair."""
+    callback = training = 0.0
+    for runs in cells:
+        for own, other in _pairs(runs, arm, baseline):
+            callback += own.callback_seconds
+            training += other.train_seconds
+    if training == 0:
+        return math.nan
+    return callback / training
 
 
-def _cell_row(name: str, by_arm: ByArm, arm: str, baseline: str, effect: Effect | None) -> Row:
-    runs = list(by_arm[arm].values())
+def _diverged(runs: Iterable[Record]) -> int:
+    """Count the runs whose loss or score at the end was not finite."""
+    return sum(run.status == "diverged" for run in runs)
+
+
+def _cell_row(name: str, cell: FinalRuns, arm: str, baseline: str) -> Row:
+    """Return the row of one arm in one cell, in which it has final runs."""
+    runs = list(cell[arm].values())
     errors = [run.error("test") for run in runs]
+    several = len(errors) > 1
     return Row(
         cell=name,
         arm=arm,
         error=runs[0].metric,
         lr=runs[0].lr,
         runs=len(runs),
-        diverged=sum(run.status == "diverged" for run in runs),
+        diverged=_diverged(runs),
         error_mean=mean(errors),
-        error_sd=stdev(errors) if len(errors) > 1 else math.nan,
-        effect=effect,
+        error_sd=stdev(errors) if several else math.nan,
+        effect=_effect([cell], arm, baseline),
         p_holm=math.nan,
-        overhead=_overhead([by_arm], arm, baseline),
+        overhead=_overhead([cell], arm, baseline),
     )
 
 
-def _pooled_row(cells: Sequence[ByArm], arm: str, baseline: str) -> Row:
-    runs = [record for by_arm in cells for record in by_arm.get(arm, {}).values()]
+def _pooled_row(cells: Sequence[FinalRuns], arm: str, baseline: str) -> Row:
+    """Return the row of one arm over all cells: errors of different tasks have no common mean."""
+    runs = [run for cell in cells for run in cell.get(arm, {}).values()]
     return Row(
         cell=POOLED,
         arm=arm,
         error="",
         lr=math.nan,
         runs=len(runs),
-        diverged=sum(run.status == "diverged" for run in runs),
+        diverged=_diverged(runs),
         error_mean=math.nan,
         error_sd=math.nan,
         effect=_effect(cells, arm, baseline),
@@ -144,24 +178,34 @@ def _pooled_row(cells: Sequence[ByArm], arm: str, baseline: str) -> Row:
 
 
 def _corrected(rows: Sequence[Row]) -> list[Row]:
-    adjusted = holm([math.nan if row.effect is None else row.effect.p for row in rows])
-    return [Row(**{**vars(row), "p_holm": p}) for row, p in zip(rows, adjusted, strict=True)]
+    """Fill in the p-values that are corrected for the number of arms among these rows."""
+    p_values = [row.p for row in rows]
+    return [replace(row, p_holm=p) for row, p in zip(rows, holm(p_values), strict=True)]
 
 
-def write_effects(rows: Iterable[Row], path: Path) -> None:
-    """Write the rows as a CSV; effects are log ratios, missing numbers empty cells."""
+def write_effects(rows: Sequence[Row], path: Path) -> None:
+    """Write the rows as a CSV; effects are log ratios, missing numbers empty cells.
+
+    Args:
+        rows: At least one row.
+        path: The file; its folder must exist.
+    """
     table = [_flat_row(row) for row in rows]
-    write_rows(path, table, list(table[0]) if table else [])
+    write_rows(path, table, list(table[0]))
 
 
 def _flat_row(row: Row) -> dict[str, Any]:
-    plain = vars(row).copy()
-    effect = plain.pop("effect")
-    names = ("mean", "low", "high", "p", "pairs")
-    plain.update({f"effect_{name}": math.nan if effect is None else getattr(effect, name) for name in names})
-    return {name: None if isinstance(v, float) and math.isnan(v) else v for name, v in plain.items()}
+    """Return the columns of `effects.csv`, with None for a number that is missing."""
+    flat = asdict(row)
+    effect = flat.pop("effect") or {}
+    for name in ("mean", "low", "high", "p", "pairs"):
+        flat[f"effect_{name}"] = effect.get(name)
+    for name, value in flat.items():
+        if isinstance(value, float) and math.isnan(value):
+            flat[name] = None
+    return flat
 
 
 def percent(log_ratio: float) -> float:
-    """Return the change in per cent that a log ratio of two errors stands for."""
+    """Return the change in per cent that a log ratio of two errors stands for, 100 (exp(log_ratio) - 1)."""
     return 100 * math.expm1(log_ratio)

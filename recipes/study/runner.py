@@ -1,4 +1,9 @@
-"""Bring a study to its end: hand out runs, keep what they find, show how far it is."""
+"""Bring a study to its end: hand out runs, keep what they find, show how far it is.
+
+The state of a study is the results that are in its folders, and nothing else: `recipes.study.plan` says from them
+which runs are missing. Each finished run is written before the next one is asked about, so a study can be stopped
+or killed at any moment and goes on there.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +11,18 @@ import contextlib
 import math
 import re
 from datetime import timedelta
+from statistics import mean
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from recipes.children import available_cores
 from recipes.study.cells import Cell, Study
-from recipes.study.plan import ArmPlan, Tuning, plan_arm, tune
+from recipes.study.plan import ArmPlan, Search, Tuning, plan_arm
 from recipes.study.records import Job, Record, read_records, write_records
 from recipes.study.settings import check_cell, keep_settings, locked
-from recipes.study.workers import Workers, available_cores
+from recipes.study.workers import Workers
 
 __all__ = ["run_study"]
 
@@ -47,7 +54,13 @@ def run_study(study: Study, console: Console) -> Results:
 
 
 class _Progress:
-    """The state of a study that is going on."""
+    """The state of a study that is going on.
+
+    Args:
+        study: The study.
+        results: The finished runs of each cell; runs that finish are added.
+        console: Where progress is shown.
+    """
 
     def __init__(self, study: Study, results: Results, console: Console) -> None:
         self._cells = {cell.name: cell for cell in study.cells}
@@ -55,33 +68,29 @@ class _Progress:
         self._results = results
         self._console = console
         self._said: set[tuple[str, ...]] = set()
-        self._plans = {
-            (cell.name, arm): self._plan(cell, arm) for cell in study.cells for arm in cell.options.arms
-        }
+        self._plans: dict[tuple[str, str], ArmPlan] = {}
+        for cell in study.cells:
+            for arm in cell.options.arms:
+                self._plans[cell.name, arm] = self._plan(cell, arm)
 
     def _plan(self, cell: Cell, arm: str) -> ArmPlan:
-        options, finished = cell.options, self._results[cell.name]
-        tuning = tune(arm, cell.lr(arm), options.grid, options.tune_seeds, options.extend, finished)
-        return plan_arm(tuning, arm, options.seeds, options.tune_seeds, finished)
+        """Return what an arm needs, by the results so far."""
+        options = cell.options
+        search = Search(arm, cell.lr(arm), options.grid, options.tune_seeds, options.extend)
+        return plan_arm(search, options.seeds, self._results[cell.name])
 
     def _missing(self) -> list[tuple[str, Job]]:
+        """Return the runs that can be started now, with the names of their cells."""
         return [(name, job) for (name, _), plan in self._plans.items() for job in plan.missing]
 
     def run(self) -> None:
         """Work until no run is missing."""
         if not self._missing():
             return
-        columns = (
-            *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()),
-            TextColumn("{task.fields[left]}"),
-        )
-        with Workers(self._count) as workers, Progress(*columns, console=self._console) as bar:
+        with Workers(self._count) as workers, _progress_bar(self._console) as bar:
             task = bar.add_task("runs", total=self._total(), completed=self._done(), left="")
             while True:
-                going = workers.tasks
-                waiting = [key for key in self._missing() if key not in going]
-                for name, job in waiting[: workers.idle]:
-                    workers.submit((name, job), self._cells[name].settings(job))
+                self._hand_out(workers)
                 if not workers.tasks:
                     return
                 for (name, job), facts, messages in workers.finished(timeout=1.0):
@@ -89,15 +98,24 @@ class _Progress:
                     self._tell(name, job.arm, messages)
                 bar.update(task, total=self._total(), completed=self._done(), left=self._left())
 
+    def _hand_out(self, workers: Workers) -> None:
+        """Give each idle process a run, as long as there are any."""
+        going = workers.tasks
+        waiting = [key for key in self._missing() if key not in going]
+        for name, job in waiting[: workers.idle]:
+            workers.submit((name, job), self._cells[name].settings(job))
+
     def _keep(self, name: str, job: Job, facts: dict[str, object]) -> None:
+        """Write a finished run, and plan its arm anew; tell of a learning rate that this has decided."""
         cell = self._cells[name]
         record = Record(experiment=name, **job._asdict(), **facts, config=cell.fingerprint(job.arm))  # type: ignore[arg-type]
         self._results[name][job] = record
         write_records(cell.folder, self._results[name].values())
-        before = self._plans[name, job.arm]
-        after = self._plans[name, job.arm] = self._plan(cell, job.arm)
-        if before.tuning.best is None and after.tuning.best is not None:
-            self._console.print(f"{name} {job.arm}: {_tuned(after.tuning)}", highlight=False, soft_wrap=True)
+        before = self._plans[name, job.arm].tuning
+        plan = self._plan(cell, job.arm)
+        self._plans[name, job.arm] = plan
+        if before.best is None and plan.tuning.best is not None:
+            self._console.print(f"{name} {job.arm}: {_tuned(plan.tuning)}", highlight=False, soft_wrap=True)
 
     def _tell(self, name: str, arm: str, messages: list[str]) -> None:
         """Show each warning once an arm, whatever layers and numbers it names."""
@@ -114,22 +132,32 @@ class _Progress:
         return sum(plan.done for plan in self._plans.values())
 
     def _left(self) -> str:
-        """Estimate the time left from each cell's mean time a run."""
-        times = {name: [r.seconds for r in records.values()] for name, records in self._results.items()}
-        known = [second for seconds in times.values() for second in seconds]
-        if not known:
+        """Estimate the time left from each cell's mean time a run, or that of all cells where it has none yet."""
+        finished = [record for records in self._results.values() for record in records.values()]
+        if not finished:
             return ""
-        mean = math.fsum(known) / len(known)
         seconds = 0.0
         for (name, _), plan in self._plans.items():
-            own = times[name]
-            seconds += (plan.total - plan.done) * (math.fsum(own) / len(own) if own else mean)
+            known = self._results[name].values() or finished
+            seconds += (plan.total - plan.done) * mean(record.seconds for record in known)
         return f"about {timedelta(seconds=round(seconds / self._count))} left"
 
 
-def _tuned(tuning: Tuning) -> str:
-    tried = ", ".join(
-        f"{lr:g}: {math.exp(score):.4g}" if math.isfinite(score) else f"{lr:g}: diverged"
-        for lr, score in zip(tuning.lrs, tuning.scores, strict=True)
+def _progress_bar(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[left]}"),
+        console=console,
     )
-    return f"lr {tuning.best:g} (validation error of each: {tried})"
+
+
+def _tuned(tuning: Tuning) -> str:
+    """Say which learning rate was chosen, and the validation error (geometric mean) of each that was tried."""
+    tried = []
+    for lr, score in zip(tuning.lrs, tuning.scores, strict=True):
+        error = "diverged" if math.isinf(score) else f"{math.exp(score):.4g}"
+        tried.append(f"{lr:g}: {error}")
+    return f"lr {tuning.best:g} (validation error of each: {', '.join(tried)})"

@@ -1,16 +1,21 @@
-"""A cell's `settings.yaml`: what its results depend on, noted in its folder and kept from changing."""
+"""A cell's `settings.yaml`: what its results depend on, noted in its folder and kept from changing.
+
+A study may go on over days and several commands, and its runs are compared with each other. So a command whose
+settings differ from those of the runs that are there is refused, with the settings that differ by name.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
+from farms_tb.atomic_write import atomic_path
 from recipes.errors import RecipeError
-from recipes.files import replacing
 from recipes.old_names import current_settings
 from recipes.parts import build_parts
 from recipes.study.cells import Cell
@@ -26,6 +31,9 @@ _UNSET = "not set"
 def check_cell(cell: Cell) -> None:
     """Build every arm once, and throw it away: a mistake shows before time is spent.
 
+    Args:
+        cell: The cell.
+
     Raises:
         RecipeError: A part refuses its settings, or two parts do not fit.
     """
@@ -36,6 +44,12 @@ def check_cell(cell: Cell) -> None:
 @contextmanager
 def locked(cell: Cell) -> Iterator[None]:
     """Make the cell's folder and keep other studies out; the system frees the lock of a process that is killed.
+
+    Args:
+        cell: The cell.
+
+    Yields:
+        Nothing; the folder is locked until the block ends.
 
     Raises:
         RecipeError: The folder can't be written, or another process is at work there.
@@ -56,22 +70,31 @@ def locked(cell: Cell) -> Iterator[None]:
 def keep_settings(cell: Cell) -> None:
     """Note in the cell's folder what the results depend on, or compare with what is noted.
 
+    Args:
+        cell: The cell; its folder is locked.
+
     Raises:
         RecipeError: The folder can't be written, or holds results of other settings.
     """
     path = cell.folder / SETTINGS_FILE
     now = cell.identity()
     try:
-        if path.exists():  # maybe written by an earlier release, under old names
-            saved = OmegaConf.to_container(OmegaConf.load(path))
-            assert isinstance(saved, dict)
-            arms = {str(arm): current_settings(settings) for arm, settings in saved["arms"].items()}
-            _check_same(cell, {"study": saved["study"], "arms": arms}, now)
-            now = {**now, "arms": {**arms, **now["arms"]}}
-        with replacing(path) as part:
+        if path.exists():
+            saved = _read_settings(path)
+            _check_same(cell, saved, now)
+            now["arms"] = {**saved["arms"], **now["arms"]}
+        with atomic_path(path) as part:
             OmegaConf.save(OmegaConf.create(now), part)
     except OSError as error:
         raise _unwritable(error) from error
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    """Read what was noted, maybe by an earlier release under old names, as `Cell.identity` gives it."""
+    saved = OmegaConf.to_container(OmegaConf.load(path))
+    assert isinstance(saved, dict)
+    arms = {str(arm): current_settings(settings) for arm, settings in saved["arms"].items()}
+    return {"study": saved["study"], "arms": arms}
 
 
 def _unwritable(error: OSError) -> RecipeError:
@@ -79,25 +102,32 @@ def _unwritable(error: OSError) -> RecipeError:
 
 
 def _check_same(cell: Cell, saved: dict[str, Any], now: dict[str, Any]) -> None:
+    """Compare the study's settings, and those of the arms that both have; name at most `_SHOWN` that differ."""
     old, new = _flat(saved["study"], "study"), _flat(now["study"], "study")
     for arm in now["arms"].keys() & saved["arms"].keys():
         old.update(_flat(saved["arms"][arm], arm))
         new.update(_flat(now["arms"][arm], arm))
-    changes = [
-        f"{name} was {old.get(name, _UNSET)} and is {new.get(name, _UNSET)}"
-        for name in dict.fromkeys([*old, *new])
-        if old.get(name, _UNSET) != new.get(name, _UNSET)
-    ]
-    if changes:
-        more = f" (and {len(changes) - _SHOWN} more)" if len(changes) > _SHOWN else ""
-        raise RecipeError(
-            f"the results in {cell.folder} come from other settings: {'; '.join(changes[:_SHOWN])}{more}. "
-            "Go back to those, or choose another study.folder"
-        )
+    changes = []
+    for name in {**old, **new}:
+        before, after = old.get(name, _UNSET), new.get(name, _UNSET)
+        if before != after:
+            changes.append(f"{name} was {before} and is {after}")
+    if not changes:
+        return
+    shown = "; ".join(changes[:_SHOWN])
+    if len(changes) > _SHOWN:
+        shown += f" (and {len(changes) - _SHOWN} more)"
+    raise RecipeError(
+        f"the results in {cell.folder} come from other settings: {shown}. "
+        "Go back to those, or choose another study.folder"
+    )
 
 
 def _flat(value: Any, path: str) -> dict[str, Any]:
-    """Return nested settings under dotted names."""
+    """Return nested settings under dotted names; an empty dict counts as a value."""
     if not isinstance(value, dict) or not value:
         return {path: value}
-    return {name: leaf for key, below in value.items() for name, leaf in _flat(below, f"{path}.{key}").items()}
+    leaves: dict[str, Any] = {}
+    for key, below in value.items():
+        leaves.update(_flat(below, f"{path}.{key}"))
+    return leaves

@@ -1,4 +1,8 @@
-"""One run of a study: build, train, validate and test the final weights, and nothing else."""
+"""One run of a study: build, train, validate and test the final weights, and nothing else.
+
+A study makes hundreds of runs, so this leaves out all that `recipes.train` does around a training: no run folder,
+no checkpoints, no loggers, no pictures. Model, data, callback and optimizer are built the same way.
+"""
 
 from __future__ import annotations
 
@@ -28,6 +32,9 @@ _NEVER = 10**9
 def metric_of(cfg: DictConfig) -> str:
     """Return the name of the score that is compared, that of `task.monitor`.
 
+    Args:
+        cfg: The composed settings.
+
     Raises:
         RecipeError: It is not one of `METRICS`.
     """
@@ -43,14 +50,22 @@ def make_trainer(cfg: DictConfig, parts: Parts) -> tuple[Trainer, SimpleProfiler
 
     No logger, no checkpoints, no progress bar; validation data are looked at once, after training.
 
+    Args:
+        cfg: The composed settings.
+        parts: What is trained.
+
+    Returns:
+        The trainer, and the profiler that it records the times of its hooks with.
+
     Raises:
         RecipeError: The trainer refuses its settings.
     """
     clock = SimpleProfiler()
+    callbacks = [] if parts.balancer is None else [parts.balancer]
     trainer = build(
         cfg,
         "trainer",
-        callbacks=[] if parts.balancer is None else [parts.balancer],
+        callbacks=callbacks,
         logger=False,
         profiler=clock,
         enable_checkpointing=False,
@@ -97,32 +112,30 @@ def run_once(settings: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 
 def _outcome(cfg: DictConfig, scores: Mapping[str, float]) -> dict[str, Any]:
-    """Return what the scores say, in the fields of `Record`."""
+    """Return what the scores say, in the fields of `Record`; a score that is not finite means that it diverged."""
     metric = metric_of(cfg)
-    finite = all(math.isfinite(score) for score in scores.values())
-    return {
-        "status": "ok" if finite else "diverged",
-        "metric": metric,
-        "val": scores[f"val/{metric}"] if finite else math.nan,
-        "test": scores[f"test/{metric}"] if finite else math.nan,
-        "blind_error": 1.0 - 1.0 / cfg.task.out_channels if metric == "accuracy" else 1.0,
-    }
+    blind_error = 1.0
+    if metric == "accuracy":
+        blind_error = 1.0 - 1.0 / cfg.task.out_channels
+    status, val, test = "ok", scores[f"val/{metric}"], scores[f"test/{metric}"]
+    if not all(math.isfinite(score) for score in scores.values()):
+        status, val, test = "diverged", math.nan, math.nan
+    return {"status": status, "metric": metric, "val": val, "test": test, "blind_error": blind_error}
 
 
 def _size(loader: Any) -> int:
+    """Return the number of samples that a loader goes through."""
     return len(loader.dataset)
 
 
 def _times(clock: SimpleProfiler) -> dict[str, float]:
-    """Split the time of the training loop into the callback's and the rest."""
-    durations = clock.recorded_durations
-    callback = {
-        name: math.fsum(d) for name, d in durations.items() if name.startswith("[Callback]FARMSTempBalance")
-    }
-    # The trainer's clock for an epoch runs while batches are trained, so it holds the hooks around batches.
-    within = math.fsum(seconds for name, seconds in callback.items() if "_batch_" in name)
-    loop = math.fsum(durations["run_training_epoch"])
-    return {
-        "train_seconds": round(loop - within, 4),
-        "callback_seconds": round(math.fsum(callback.values()), 4),
-    }
+    """Split the time of the training loop, in seconds, into the callback's and the rest."""
+    callback = within_epochs = 0.0
+    for name, durations in clock.recorded_durations.items():
+        if name.startswith("[Callback]FARMSTempBalance"):
+            callback += math.fsum(durations)
+            # The trainer's clock of an epoch runs while batches are trained: it includes the hooks around batches.
+            if "_batch_" in name:
+                within_epochs += math.fsum(durations)
+    loop = math.fsum(clock.recorded_durations["run_training_epoch"])
+    return {"train_seconds": round(loop - within_epochs, 4), "callback_seconds": round(callback, 4)}

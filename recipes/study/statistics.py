@@ -47,7 +47,9 @@ def log_error(error: float, samples: int | None) -> float:
         samples: Number of test samples n where the error is a share of them, None where it is a magnitude. To a
             share 1/(2n) is added: half a sample, so that no error at all has a log too.
     """
-    return math.log(error if samples is None else error + 0.5 / samples)
+    if samples is None:
+        return math.log(error)
+    return math.log(error + 0.5 / samples)
 
 
 def pooled_effect(cells: Sequence[Mapping[int, float]]) -> Effect:

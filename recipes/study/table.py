@@ -1,9 +1,15 @@
-"""A study's findings in the terminal: the table, and in a sentence or two what it says."""
+"""A study's findings in the terminal: the table, and in a sentence or two what it says.
+
+The sentence is there because a table of intervals is easily read as more than it shows: it names the arms that
+differ beyond the noise, how small an effect this study could have seen, and whether it has seeds enough.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import groupby
+from operator import attrgetter
 from statistics import mean
 
 from rich import box
@@ -23,54 +29,74 @@ def print_rows(console: Console, rows: Sequence[Row], baseline: str) -> None:
     """Print the table and, in a sentence, what it says.
 
     The last column is the overhead: the callback's time in per cent of the baseline's training.
+
+    Args:
+        console: Where to print.
+        rows: The findings, those of one cell in a row.
+        baseline: The arm that the others are compared with.
     """
     table = Table(box=box.SIMPLE_HEAD, title=f"Test error by arm, compared with {baseline}", title_justify="left")
     table.add_column("cell", no_wrap=True)
     table.add_column("arm", no_wrap=True)
     for heading in ("lr", "runs", "test error %", "change %", "95% interval", "p (Holm)", "cost %"):
         table.add_column(heading, justify="right", no_wrap=True)
-    before = None
-    for row in rows:
-        if before not in (None, row.cell):
-            table.add_section()
-        table.add_row("" if row.cell == before else row.cell, *_cells(row))
-        before = row.cell
+    for cell, members in groupby(rows, key=attrgetter("cell")):
+        first, *others = members
+        table.add_row(cell, *_cells(first))
+        for row in others:
+            table.add_row("", *_cells(row))
+        table.add_section()
     console.print(table)
     console.print(verdict(rows, baseline), soft_wrap=True)
 
 
 def _cells(row: Row) -> list[str]:
-    runs = f"{row.runs} ({row.diverged} diverged)" if row.diverged else str(row.runs)
-    spread = "" if math.isnan(row.error_sd) else f" ± {100 * row.error_sd:.2f}"
-    error = "" if math.isnan(row.error_mean) else f"{100 * row.error_mean:.2f}{spread}"
-    lr = "" if math.isnan(row.lr) else f"{row.lr:g}"
-    overhead = "" if math.isnan(row.overhead) else f"{100 * row.overhead:.1f}"
-    return [row.arm, lr, runs, error, *_effect_cells(row), overhead]
+    """Return the cells of a row behind the name of the cell."""
+    runs = str(row.runs)
+    if row.diverged:
+        runs += f" ({row.diverged} diverged)"
+    error = _number(100 * row.error_mean, ".2f")
+    if not math.isnan(row.error_sd):
+        error += f" ± {100 * row.error_sd:.2f}"
+    return [row.arm, _number(row.lr, "g"), runs, error, *_effect_cells(row), _number(100 * row.overhead, ".1f")]
+
+
+def _number(value: float, form: str) -> str:
+    """Format a number; NaN, which stands for one that is missing, becomes an empty cell."""
+    return "" if math.isnan(value) else format(value, form)
 
 
 def _effect_cells(row: Row) -> list[str]:
-    """Return the change, its interval and its p-value."""
+    """Return the change, its interval and its p-value; a single pair has neither of the latter."""
     if row.effect is None:
         return ["", "", ""]
-    ends = (row.effect.low, row.effect.high)
-    interval = "-" if math.isnan(ends[0]) else " to ".join(f"{percent(end):+.1f}" for end in ends)
-    p = f"{row.p_holm:.3f}" if row.p_holm >= 0.001 else "<0.001"
-    return [f"{percent(row.effect.mean):+.1f}", interval, "-" if math.isnan(row.p_holm) else p]
+    change = f"{percent(row.effect.mean):+.1f}"
+    if math.isnan(row.effect.low):
+        return [change, "-", "-"]
+    interval = f"{percent(row.effect.low):+.1f} to {percent(row.effect.high):+.1f}"
+    p = "<0.001" if row.p_holm < 0.001 else f"{row.p_holm:.3f}"
+    return [change, interval, p]
 
 
 def verdict(rows: Sequence[Row], baseline: str) -> str:
     """Say what the last cell's rows, the pooled ones where there are several cells, show.
 
     With fewer than five seeds in a cell a study proves nothing, and the text says that first.
+
+    Args:
+        rows: The findings; those of the last cell stand last.
+        baseline: The arm that the others are compared with.
     """
-    last = [row for row in rows if row.cell == rows[-1].cell and row.effect is not None] if rows else []
+    compared = [row for row in rows if row.effect is not None]
+    last = [row for row in compared if row.cell == rows[-1].cell]
     if not last:
         return f"Nothing to compare with {baseline} yet."
     where = "Over all cells" if last[0].cell == POOLED else f"In {last[0].cell}"
-    return f"{_warning_of_few_seeds(rows)}{where}, {_finding(last, baseline)}{_resolution(last)}"
+    return f"{_warning_of_few_seeds(compared)}{where}, {_finding(last, baseline)}{_resolution(last)}"
 
 
 def _warning_of_few_seeds(rows: Sequence[Row]) -> str:
+    """Return the sentence for a study whose smallest cell has too few pairs; empty where it has enough."""
     fewest = min(row.effect.pairs for row in rows if row.effect is not None and row.cell != POOLED)
     if fewest >= ENOUGH_SEEDS:
         return ""
@@ -82,16 +108,23 @@ def _warning_of_few_seeds(rows: Sequence[Row]) -> str:
 
 
 def _finding(rows: Sequence[Row], baseline: str) -> str:
-    changes = {row.arm: percent(row.effect.mean) for row in rows if row.effect and row.p_holm < SIGNIFICANT}
-    if not changes:
+    """Name the arms that differ from the baseline beyond the noise."""
+    found = []
+    for row in rows:
+        if row.effect is None or not row.p_holm < SIGNIFICANT:  # NaN is not significant either
+            continue
+        change = percent(row.effect.mean)
+        direction = "less" if change < 0 else "more"
+        found.append(f"{row.arm} has {abs(change):.1f}% {direction} error")
+    if not found:
         return f"no arm differs from {baseline} beyond the noise (5%, Holm)."
-    found = [f"{arm} has {abs(x):.1f}% {'less' if x < 0 else 'more'} error" for arm, x in changes.items()]
     return f"{' and '.join(found)} than {baseline}, beyond the noise (5%, Holm)."
 
 
 def _resolution(rows: Sequence[Row]) -> str:
     """Say how small an effect the intervals can tell from none; nothing where an interval is missing."""
     halves = [(row.effect.high - row.effect.low) / 2 for row in rows if row.effect is not None]
-    if not all(map(math.isfinite, halves)):
+    reach = 100 * mean(halves)
+    if math.isnan(reach):
         return ""
-    return f" The intervals reach ±{100 * mean(halves):.1f}%: smaller effects than that can't be told from none."
+    return f" The intervals reach ±{reach:.1f}%: smaller effects than that can't be told from none."

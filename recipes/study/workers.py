@@ -1,4 +1,9 @@
-"""Processes that run one training after the other, each on one thread and, where there are GPUs, on one GPU."""
+"""Processes that run one training after the other, each on one thread and, where there are GPUs, on one GPU.
+
+One thread each makes the results independent of the number of processes. The processes are spawned rather than
+forked: a forked process can use neither CUDA nor threads that were running in the parent. They live for the whole
+study, since importing torch takes longer than some of the runs.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +11,7 @@ import contextlib
 import io
 import logging
 import multiprocessing
-import os
 import signal
-import threading
 import traceback
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
@@ -19,20 +22,24 @@ from typing import Any
 
 import torch
 
+from recipes.children import end_with_parent
 from recipes.command import sentence
 from recipes.errors import RecipeError
 from recipes.study.single import run_once
 
-__all__ = ["Workers", "available_cores"]
-
-
-def available_cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+__all__ = ["Workers"]
 
 
 @dataclass
 class _Worker:
+    """A process and what it is doing.
+
+    Attributes:
+        process: The process.
+        connection: The parent's end of the pipe: settings go in, outcomes come out.
+        task: Name of the run that is going on; None while the process is idle.
+    """
+
     process: BaseProcess
     connection: Connection
     task: Hashable | None = None
@@ -51,9 +58,7 @@ class Workers:
 
     def __enter__(self) -> Workers:
         """Start the processes."""
-        context = multiprocessing.get_context(
-            "spawn"
-        )  # a forked process can't use CUDA, or threads that were running
+        context = multiprocessing.get_context("spawn")
         for index in range(self._count):
             here, there = context.Pipe()
             process = context.Process(target=_work, args=(there, index), daemon=True)
@@ -84,7 +89,12 @@ class Workers:
         return {worker.task for worker in self._workers if worker.task is not None}
 
     def submit(self, task: Hashable, settings: dict[str, Any]) -> None:
-        """Give a run to an idle process."""
+        """Give a run to an idle process.
+
+        Args:
+            task: Name of the run, by which `finished` tells of it.
+            settings: All settings of the run, resolved.
+        """
         worker = next(worker for worker in self._workers if worker.task is None)
         worker.task = task
         with contextlib.suppress(BrokenPipeError):  # `finished` tells of a process that died
@@ -92,6 +102,9 @@ class Workers:
 
     def finished(self, timeout: float) -> Iterator[tuple[Any, dict[str, Any], list[str]]]:
         """Wait until a run is done, or `timeout` seconds.
+
+        Args:
+            timeout: Longest time to wait, in seconds.
 
         Yields:
             Name, facts and warnings of every run that is done.
@@ -102,24 +115,45 @@ class Workers:
         busy = {worker.connection: worker for worker in self._workers if worker.task is not None}
         for connection in wait(list(busy), timeout):
             worker = busy[connection]  # type: ignore[index]
-            try:
-                facts, messages, failure = worker.connection.recv()
-            except (EOFError, ConnectionResetError):
-                worker.process.join()
-                raise RecipeError(
-                    f"the process of {worker.task} died (exit code {worker.process.exitcode}), maybe for want of "
-                    "memory; repeat the command to go on, with a smaller study.workers"
-                ) from None
-            if failure:
-                raise RecipeError(f"the run {worker.task} failed: {failure}")
+            outcome = _receive(worker)
+            if outcome.failure:
+                raise RecipeError(f"the run {worker.task} failed: {outcome.failure}")
             task, worker.task = worker.task, None
-            yield task, facts, messages
+            yield task, outcome.facts, outcome.messages
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What a process sends back.
+
+    Attributes:
+        facts: See `run_once`; empty where the run failed.
+        messages: Warnings of the callback.
+        failure: Why the run failed; empty where it did not.
+    """
+
+    facts: dict[str, Any]
+    messages: list[str]
+    failure: str = ""
+
+
+def _receive(worker: _Worker) -> _Outcome:
+    """Take the outcome of a run from its process, which may have been killed."""
+    try:
+        outcome: _Outcome = worker.connection.recv()
+    except (EOFError, ConnectionResetError):
+        worker.process.join()
+        raise RecipeError(
+            f"the process of {worker.task} died (exit code {worker.process.exitcode}), maybe for want of "
+            "memory; repeat the command to go on, with a smaller study.workers"
+        ) from None
+    return outcome
 
 
 def _work(connection: Connection, index: int) -> None:
-    """Serve runs until the parent hangs up."""
+    """Serve runs until the parent hangs up; `index` is this process's place among the processes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    end_with_parent()
     torch.set_num_threads(1)
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -128,25 +162,24 @@ def _work(connection: Connection, index: int) -> None:
             settings = connection.recv()
         except EOFError:
             return
-        try:
-            with contextlib.redirect_stdout(io.StringIO()):
-                answer: tuple[Any, ...] = (*run_once(_on_device(settings, index)), "")
-        except Exception as error:
-            answer = (None, [], sentence(error) or traceback.format_exc())
-        connection.send(answer)
+        connection.send(_run(_on_device(settings, index)))
 
 
-def _leave_with_parent() -> None:
-    """End this process when its parent is gone, even one that was killed and could not say so."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+def _run(settings: dict[str, Any]) -> _Outcome:
+    """Do one run quietly. A failure is sent to the parent as text: not every exception can be pickled."""
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            facts, messages = run_once(settings)
+    except Exception as error:
+        return _Outcome({}, [], sentence(error) or traceback.format_exc())
+    return _Outcome(facts, messages)
 
 
 def _on_device(settings: dict[str, Any], index: int) -> dict[str, Any]:
-    """Spread the processes over the GPUs."""
+    """Spread the processes over the GPUs, where there are some and the settings use them."""
     trainer = settings["trainer"]
-    if not torch.cuda.is_available() or trainer["accelerator"] not in ("auto", "gpu", "cuda"):
+    wants_gpu = trainer["accelerator"] in ("auto", "gpu", "cuda")
+    if not wants_gpu or not torch.cuda.is_available():
         return settings
-    return {**settings, "trainer": {**trainer, "devices": [index % torch.cuda.device_count()]}}
+    gpu = index % torch.cuda.device_count()
+    return {**settings, "trainer": {**trainer, "devices": [gpu]}}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable
+from inspect import signature
 from itertools import chain, zip_longest
 from pathlib import Path
 
@@ -98,6 +99,18 @@ def test_experiments_are_the_published_ones() -> None:
     del folders["study"]
     assert folders == {".": 5, "farms": 8, "tempbalance": 12, "sciml": 6}
     assert [name for name in EXPERIMENTS if "/" not in name] == DEMOS
+
+
+def test_the_options_are_those_of_the_callback_with_its_defaults(settings: Settings) -> None:
+    """A new option, or another default, of the callback has to reach conf/balancing/_options.yaml."""
+    written = OmegaConf.to_container(settings("~experiment").balancing, resolve=True)
+    assert isinstance(written, dict)
+    assert (written.pop("_target_"), written.pop("arm")) == ("farms_tb.FARMSTempBalance", "farms")
+    objects = {"spectrum", "ratios", "schedule", "logging"}  # the same options as objects
+    parameters = signature(FARMSTempBalance).parameters.values()
+    defaults = {parameter.name: parameter.default for parameter in parameters if parameter.name not in objects}
+    # YAML has lists where Python has tuples.
+    assert written == {name: list(x) if isinstance(x, tuple) else x for name, x in defaults.items()}
 
 
 @pytest.mark.parametrize("files", BATCHES, ids=" ".join)

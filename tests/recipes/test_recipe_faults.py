@@ -19,7 +19,6 @@ from torch.utils.data import DataLoader
 
 from recipes.callbacks import BestCheckpoint, LastCheckpoint
 from recipes.data.cache import load_or_make, write_arrays
-from recipes.files import replacing
 from recipes.loggers import RunFolderCSVLogger, forget_rows_after, read_rows
 from recipes.study.__main__ import main as study
 from recipes.study.cells import load_study
@@ -119,18 +118,6 @@ def test_the_best_checkpoint_is_found_by_lightnings_key() -> None:
     """Checkpoints of earlier releases, made with Lightning's class, keep their best score."""
     assert BestCheckpoint(monitor="loss").state_key.startswith("ModelCheckpoint{")
     assert LastCheckpoint("folder").state_key.startswith("LastCheckpoint{")
-
-
-def test_a_file_that_could_not_be_written_leaves_the_one_before(tmp_path: Path) -> None:
-    file = tmp_path / "file"
-    file.write_text("before", encoding="utf-8")
-    with pytest.raises(UnicodeEncodeError), replacing(file) as part:
-        part.write_text("half \ud800", encoding="utf-8")
-    assert file.read_text(encoding="utf-8") == "before"
-    with replacing(file) as part:
-        part.write_text("after", encoding="utf-8")
-    assert file.read_text(encoding="utf-8") == "after"
-    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_no_flipped_bit_in_a_cache_is_used_or_ends_the_run(tmp_path: Path) -> None:

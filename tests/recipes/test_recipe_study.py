@@ -25,7 +25,7 @@ from recipes.errors import RecipeError
 from recipes.placebo import PlaceboTempBalance
 from recipes.study.__main__ import main
 from recipes.study.cells import load_study
-from recipes.study.plan import Tuning, plan_arm, tune
+from recipes.study.plan import Search, Tuning, plan_arm, tune
 from recipes.study.records import Job, Record, read_records, write_records
 from recipes.study.report import POOLED, Row, summarise
 from recipes.study.single import run_once
@@ -182,7 +182,7 @@ def _tuned(error: Callable[[float], float], grid: tuple[float, ...] = (0.5, 1, 2
     """Search to the end; an infinite error diverges."""
     finished: dict[Job, Record] = {}
     while True:
-        tuning = tune("x", 0.1, grid, 2, extend, finished)
+        tuning = tune(Search("x", 0.1, grid, 2, extend), finished)
         if tuning.best is not None:
             assert len(finished) == (2 * len(tuning.lrs) if len(grid) > 1 else 0)
             return tuning
@@ -215,16 +215,17 @@ def test_grid_that_must_not_grow_and_grid_of_one() -> None:
 
 
 def test_final_runs_have_other_seeds_than_tuning() -> None:
-    tuning = tune("x", 0.1, (1, 2), 3, 0, {})
+    search = Search("x", 0.1, (1, 2), seeds=3, extend=0)
+    tuning = tune(search, {})
     tuning_seeds = {job.seed for job in tuning.missing}
     finished = {job: _record(*job, val=job.lr) for job in tuning.missing}
-    plan = plan_arm(tune("x", 0.1, (1, 2), 3, 0, finished), "x", 50, 3, finished)
+    plan = plan_arm(search, 50, finished)
     assert {job.lr for job in plan.missing} == {0.1}
     assert [job.seed for job in plan.missing] == list(range(1, 51))
     assert tuning_seeds.isdisjoint(range(1, 10_000))
     assert (plan.done, plan.total) == (6, 56)
     partly = {**finished, plan.missing[0]: _record(*plan.missing[0])}
-    assert plan_arm(tune("x", 0.1, (1, 2), 3, 0, partly), "x", 50, 3, partly).missing == plan.missing[1:]
+    assert plan_arm(search, 50, partly).missing == plan.missing[1:]
 
 
 # Records and what is made of them
@@ -439,7 +440,7 @@ def _results(folder: Path) -> dict[Job, dict[str, Any]]:
     return {job: {k: v for k, v in asdict(r).items() if k not in TIMES} for job, r in records.items()}
 
 
-def _wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+def _wait_for(condition: Callable[[], bool], seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"
