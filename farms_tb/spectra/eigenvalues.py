@@ -10,6 +10,7 @@ a weight, so the memory that solving takes is bounded by `memory_mb`.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -127,11 +128,13 @@ def _solve_on_cpu(chunks: Sequence[Chunk], memory: int, threads: int) -> list[So
 def _tasks(chunks: Sequence[Chunk]) -> Iterator[list[Chunk]]:
     """Gather chunks until they are worth a thread's while."""
     task: list[Chunk] = []
+    work = 0
     for chunk in chunks:
         task.append(chunk)
-        if sum(part.work for part in task) >= TASK_WORK:
+        work += chunk.work
+        if work >= TASK_WORK:
             yield task
-            task = []
+            task, work = [], 0
     if task:
         yield task
 
@@ -160,13 +163,14 @@ def _solve_on_gpus(chunks: Sequence[Chunk], memory: int, threads: int, solver: S
 def _batches(chunks: Sequence[Chunk], memory: int) -> Iterator[list[Chunk]]:
     """Group the chunks that are solved as one batch, as many as the memory allows."""
     groups: dict[Any, list[Chunk]] = {}
+    taken: Counter[Any] = Counter()
     for chunk in chunks:
         key = (chunk.device, chunk.dtype, chunk.precision, chunk.windows.size)
-        group = groups.setdefault(key, [])
-        if group and sum(part.bytes for part in group) + chunk.bytes > memory:
-            yield group
-            group = groups[key] = []
-        group.append(chunk)
+        if key in groups and taken[key] + chunk.bytes > memory:
+            yield groups.pop(key)
+            taken[key] = 0
+        groups.setdefault(key, []).append(chunk)
+        taken[key] += chunk.bytes
     yield from groups.values()
 
 

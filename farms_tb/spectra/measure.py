@@ -150,7 +150,7 @@ def _with_histograms(
     pooled = [own.pooled for own in samples]
     again = [place for place, own in enumerate(samples) if (own.levels == FLOAT32).any()]
     chunks = [
-        Chunk(place, samples[place].windows, torch.arange(samples[place].windows.number), "float64")
+        Chunk(place, samples[place].windows, torch.arange(samples[place].windows.number, device="cpu"), "float64")
         for place in again
     ]
     tables = {place: samples[place].by_window.copy() for place in again}

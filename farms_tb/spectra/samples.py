@@ -208,7 +208,7 @@ def _solve_quarters(
     found: Sequence[Samples], quarters: Sequence[Windows | None], options: SpectrumOptions, threads: int
 ) -> None:
     chunks = [
-        Chunk(place, windows, torch.arange(windows.number), "float64")
+        Chunk(place, windows, torch.arange(windows.number, device="cpu"), "float64")
         for place, windows in enumerate(quarters)
         if windows is not None
     ]
