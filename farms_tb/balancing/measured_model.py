@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from farms_tb.balancing.assignment import Assignment, assign
+from farms_tb.balancing.state import BalancerState
 from farms_tb.options import RatioOptions, SpectrumOptions
 from farms_tb.report import Report
 from farms_tb.spectra.background import BackgroundMeasurement
@@ -76,16 +77,19 @@ class MeasuredModel:
         if isinstance(self._begun, BackgroundMeasurement):
             self._begun.wait()
 
-    def restore(self, report: Report | None, begun: Report | None) -> None:
-        """Continue from a checkpoint.
+    def restore(self, saved: BalancerState | None) -> None:
+        """Continue from a checkpoint: with its permutation nulls, and with the measurement that was begun then.
 
         Args:
-            report: the latest measurement, whose permutation nulls stay; None to begin with new ones.
-            begun: the measurement that was begun.
+            saved: the checkpoint; None to begin anew.
         """
-        records = {} if report is None else report.layers
-        self._nulls = {name: record.null for name, record in records.items() if record.null is not None}
-        self._begun = begun
+        self._nulls = {}
+        self._begun = None if saved is None else saved.begun
+        if saved is None or saved.report is None:
+            return
+        for name, record in saved.report.layers.items():
+            if record.null is not None:
+                self._nulls[name] = record.null
 
     def _follow_model(self) -> None:
         """Find the layers again if parameters were replaced."""

@@ -19,8 +19,11 @@ from dataclasses import dataclass, fields
 from numbers import Real
 from typing import Any, get_type_hints
 
+from torch import nn
+
 from farms_tb.options import NUMERICS, RatioOptions, SpectrumOptions, as_plain
 from farms_tb.report import LayerRecord, Report
+from farms_tb.warnings import warn_once
 
 STATE_VERSION = 2
 
@@ -78,27 +81,40 @@ def read_state(plain: object) -> BalancerState:
     return BalancerState(options, ratios, report, begun)
 
 
-def state_changes(state: BalancerState, options: Mapping[str, Any], layers: Collection[str]) -> str:
-    """Say how a saved state differs from the present run; an empty string where it does not.
+def is_of_this_run(
+    state: BalancerState, options: Mapping[str, Any], layers: Collection[str], model: nn.Module
+) -> bool:
+    """Tell whether a saved state has the options and layers of the present run; warn of what is different.
 
     Args:
         state: the saved state.
         options: the present options by name.
         layers: names of the present layers.
+        model: what the warning is about.
     """
-    # An option that the checkpoint does not know yet had no effect: it was at its default.
-    saved = as_plain(SpectrumOptions(), RatioOptions()) | state.options
-    changes = [
-        f"{name} was {saved.get(name)!r} and is {options.get(name)!r}"
-        for name in {**options, **saved}
-        if saved.get(name) != options.get(name) and name not in NUMERICS
-    ]
-    gone, new = sorted(set(state.ratios) - set(layers)), sorted(set(layers) - set(state.ratios))
+    changes = _changed_options(state, options)
+    saved, present = set(state.ratios), set(layers)
+    gone, new = sorted(saved - present), sorted(present - saved)
     if gone:
         changes.append(f"layers {', '.join(gone)} are not in the model")
     if new:
         changes.append(f"layers {', '.join(new)} are not in the checkpoint")
-    return "; ".join(changes)
+    if changes:
+        what = "; ".join(changes)
+        warn_once(f"the checkpoint was written with other settings, measuring anew: {what}", model)
+    return not changes
+
+
+def _changed_options(state: BalancerState, options: Mapping[str, Any]) -> list[str]:
+    """Say of each option whether it has another value now. Those that change no result do not count."""
+    # An option that the checkpoint does not know yet had no effect: it was at its default.
+    saved = as_plain(SpectrumOptions(), RatioOptions()) | state.options
+    changes = []
+    for name in {**options, **saved}:
+        before, now = saved.get(name), options.get(name)
+        if before != now and name not in NUMERICS:
+            changes.append(f"{name} was {before!r} and is {now!r}")
+    return changes
 
 
 def _plain_records(report: Report | None) -> dict[str, dict[str, Any]]:
