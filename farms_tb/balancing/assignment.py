@@ -1,8 +1,8 @@
 """Who takes part in balancing, and which parameter takes which layer's learning-rate ratio.
 
-A layer (`farms_tb.weights.layers.Layer`) has matrices and so an alpha and a ratio. A parameter takes the ratio of the
-layer that it is part of: weight and bias alike. Norms may follow the layer that feeds them. All other parameters
-keep ratio 1.
+A layer (`farms_tb.weights.layers.Layer`) has matrices and so an alpha and a ratio. A parameter takes the ratio of
+the layer that it is part of: weight and bias alike. Norms may follow the layer that feeds them. All other
+parameters keep ratio 1.
 """
 
 from __future__ import annotations
