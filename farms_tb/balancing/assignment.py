@@ -120,11 +120,8 @@ def ratios_of_parameters(
         ratios: ratio of each layer by name.
         options: `ratio_levels` is used.
     """
-    found = {}
-    for raw, _ in model.named_parameters():
-        name = clean_name(raw)
-        found[name] = ratio_of_parameter(followed.get(name, ()), ratios, options)
-    return found
+    names = [clean_name(raw) for raw, _ in model.named_parameters()]
+    return {name: ratio_of_parameter(followed.get(name, ()), ratios, options) for name in names}
 
 
 def _excluded(layers: Sequence[Layer], options: RatioOptions, trained: Collection[int]) -> set[str]:

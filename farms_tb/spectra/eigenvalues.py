@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -64,13 +65,13 @@ class Chunk:
             return torch.complex64 if self.precision == "float32" else torch.complex128
         return torch.float32 if self.precision == "float32" else torch.float64
 
-    @property
+    @cached_property
     def work(self) -> int:
         """Time that solving takes, up to a factor: O(w^3), and relatively more for small matrices."""
         size = self.windows.size
         return len(self.index) * size**2 * (size + 512) * (SVD_WORK if self.precision == "svd" else 1)
 
-    @property
+    @cached_property
     def bytes(self) -> int:
         """Memory that solving takes: the windows, their Gram matrices and the solver's copy of these."""
         entries = self.windows.view.shape[-2:].numel() + 2 * self.windows.size**2
@@ -179,6 +180,9 @@ def _cut(chunk: Chunk, memory: int, work: int | None) -> Iterator[Chunk]:
     number = memory * len(chunk.index) // chunk.bytes
     if work is not None:
         number = min(number, work * len(chunk.index) // chunk.work)
+    if number >= len(chunk.index):
+        yield chunk
+        return
     for index in torch.split(chunk.index, max(1, number)):
         yield replace(chunk, index=index)
 
