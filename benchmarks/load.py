@@ -32,7 +32,7 @@ from benchmarks.results import write_csv
 from benchmarks.timing import Work, rounds
 from farms_tb import TempBalance, analyze
 from farms_tb.balancing.layerwise_step import LayerwiseStep
-from farms_tb.training.metrics import measurement_row, ratio_summary
+from farms_tb.training.metrics import measurement_row, summary_row
 from farms_tb.weights.layers import find_layers
 
 WIDTH = 32
@@ -64,7 +64,7 @@ def scaling_row(layers: int, times: int) -> dict[str, float]:
     inner = balancer._balancer
 
     def log_row() -> dict[str, float]:
-        return measurement_row(balancer.report, balancer.ratios, inner.layer_lrs(), ratio_summary(inner.summary))
+        return measurement_row(balancer.report, balancer.ratios, inner.layer_lrs(), summary_row(inner.summary))
 
     work = [lambda: find_layers(net), lambda: inner.measure(), balancer.step, log_row, balancer.state_dict]
     names = ("find_layers", "measure", "update", "log_row", "state_dict")
@@ -109,7 +109,7 @@ def begin_run() -> Callable[[], None]:
         scheduler.step()
         balancer.step()
         inner = balancer._balancer
-        measurement_row(balancer.report, balancer.ratios, inner.layer_lrs(), ratio_summary(inner.summary))
+        measurement_row(balancer.report, balancer.ratios, inner.layer_lrs(), summary_row(inner.summary))
         balancer.state_dict()
 
     return update

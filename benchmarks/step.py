@@ -7,7 +7,8 @@
 SGD (Nesterov momentum, weight decay), Adam and AdamW step on real networks and on one of 160 tiny layers, whose
 steps are overhead alone: as by default (a loop over the tensors on the CPU, `foreach` on a GPU), by `foreach` and
 fused. Against the plain step the same optimizer steps with a number of distinct ratios, and torch's own with as
-many param groups. All step on the same parameters in turn, each with state of its own.
+many param groups. They take turns, each with parameters and state of its own: a step with ratios refuses to share
+its parameters with an optimizer that has none. Gradients are shared.
 
 Times are medians: of this process's processor time on one thread, on a GPU of wall-clock time.
 
@@ -75,6 +76,16 @@ def make(name: str, device: str) -> nn.Module:
     return net
 
 
+def copied(params: Sequence[Tensor]) -> list[Tensor]:
+    """Return parameters of the same values and with the same gradients, for one optimizer alone."""
+    copies = []
+    for parameter in params:
+        copy = nn.Parameter(parameter.detach().clone())
+        copy.grad = parameter.grad
+        copies.append(copy)
+    return copies
+
+
 def spread(params: Sequence[Tensor], count: int) -> list[float]:
     """Return a ratio for each parameter, `count` different ones, neighbours alike as in a layer."""
     return [0.5 + (index * count // len(params) + 0.5) / count for index in range(len(params))]
@@ -106,9 +117,10 @@ def measure(name: str, device: str, wanted: Sequence[int], times: int, limit: fl
     rows: list[dict[str, Value]] = []
     for optimizer, build in OPTIMIZERS.items():
         for implementation, how in IMPLEMENTATIONS.items():
-            steps: list[Work] = [build(params, **how).step]
+            steps: list[Work] = [build(copied(params), **how).step]
             for count in counts(params, wanted):
-                steps += [balanced(params, count, build, **how).step, grouped(params, count, build, **how).step]
+                steps.append(balanced(copied(params), count, build, **how).step)
+                steps.append(grouped(copied(params), count, build, **how).step)
             plain, *others = timed(steps, device, times, limit)
             for place, count in enumerate(counts(params, wanted)):
                 ours, torchs = others[2 * place : 2 * place + 2]
@@ -133,22 +145,24 @@ def measure_training(
 ) -> list[dict[str, Value]]:
     """Time whole training steps of one network, forward, backward and step, on random inputs."""
     inputs = torch.randn(batch, *CASES[name][1], device=device)
-    net = make(name, device)
-    params = list(net.parameters())
 
-    def train(optimizer: Optimizer) -> None:
+    def train(net: nn.Module, optimizer: Optimizer) -> None:
         for _ in range(STEPS_AT_ONCE):
             optimizer.zero_grad()
             net(inputs).square().mean().backward()
             optimizer.step()
 
+    # With and without ratios: see the module's docstring.
+    plain_net, net = make(name, device), make(name, device)
+    params = list(net.parameters())
+    found = counts(params, wanted)
     rows: list[dict[str, Value]] = []
     for optimizer, build in OPTIMIZERS.items():
         for implementation in ("default", "fused"):
             how = IMPLEMENTATIONS[implementation]
-            found = counts(params, wanted)
-            ways = [build(params, **how), *(balanced(params, count, build, **how) for count in found)]
-            plain, *ours = timed([partial(train, way) for way in ways], device, times, limit)
+            ways = [partial(train, plain_net, build(plain_net.parameters(), **how))]
+            ways += [partial(train, net, balanced(params, count, build, **how)) for count in found]
+            plain, *ours = timed(ways, device, times, limit)
             for count, seconds in zip(found, ours, strict=True):
                 row = {"network": name, "optimizer": optimizer, "implementation": implementation, "ratios": count}
                 taken = {"plain": plain / STEPS_AT_ONCE, "ours": seconds / STEPS_AT_ONCE}

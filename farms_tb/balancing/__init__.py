@@ -6,7 +6,8 @@ To read in this order:
 - `assignment`: which layers take part, which parameter follows which layer; `norms`: whom a norm follows;
 - `layerwise_step`: the step with one learning rate for each ratio; `split_groups`: the param groups that it sees;
   `foreach_update`: the same update for a group as a whole; `optimizer_checks` and `first_steps`: what is refused;
-- `balancer`: all of these together, over `measured_model` and `optimizers`;
+- `attached_model`: a model and its optimizers, over `measured_model`, `optimizers` and `step_groups`;
+- `balancer`: `LayerBalancer`, all of these together;
 - `state`: what a checkpoint holds of it; `ratio_warnings`: what a user should know of the ratios;
 - `loop`: `TempBalance`, for a plain PyTorch loop.
 """

@@ -1,4 +1,9 @@
-"""Who takes part in balancing, and which parameter takes which layer's learning-rate ratio."""
+"""Who takes part in balancing, and which parameter takes which layer's learning-rate ratio.
+
+A layer (`farms_tb.weights.layers.Layer`) has matrices and so an alpha and a ratio. A parameter takes the ratio of
+the layer that it is part of: weight and bias alike. Norms may follow the layer that feeds them. All other
+parameters keep ratio 1.
+"""
 
 from __future__ import annotations
 
@@ -36,21 +41,28 @@ class Assignment:
 def assign(model: nn.Module, options: RatioOptions) -> Assignment:
     """Find the layers of a model, and which parameter takes whose ratio.
 
+    Args:
+        model: the model.
+        options: `exclude` and `norms` are used.
+
     Raises:
         TypeError: not a module.
         ValueError: no layer that can be analysed, or a pattern of `exclude` that matches none.
     """
     layers = checked_layers(model)
     for pattern in options.exclude:
-        if not any(_matches(layer.name, pattern) for layer in layers):
+        if not _matching(layers, pattern):
             names = ", ".join(layer.name for layer in layers)
             raise ValueError(f"exclude={pattern!r} matches no layer; the layers are {names}")
     owners: dict[str, tuple[str, ...]] = {}
     for layer in layers:
         for parameter in layer.parameters:
             owners[parameter] = (*owners.get(parameter, ()), layer.name)
-    follow = _norm_parameters(model, layers) if options.norms == "follow" else {}
-    return Assignment(layers, owners, {**follow, **owners})
+    followed = dict(owners)
+    if options.norms == "follow":
+        # A parameter that is shared with a layer stays with it.
+        followed = {**_norm_parameters(model, layers), **owners}
+    return Assignment(layers, owners, followed)
 
 
 def members(
@@ -66,12 +78,13 @@ def members(
         trained: the parameters that an optimizer trains, by name.
     """
     excluded = _excluded(layers, options, {id(parameter) for parameter in trained.values()})
-    taking_part = [
-        layer
-        for layer in layers
-        if not layer.problem and layer.name not in excluded and any(name in trained for name in layer.parameters)
-    ]
-    return {kind: [layer.name for layer in taking_part if layer.kind == kind] for kind in options.balance}
+    taking_part: dict[Kind, list[str]] = {kind: [] for kind in options.balance}
+    for layer in layers:
+        if layer.problem or layer.name in excluded or layer.kind not in taking_part:
+            continue
+        if not trained.keys().isdisjoint(layer.parameters):
+            taking_part[layer.kind].append(layer.name)
+    return taking_part
 
 
 def ratio_of_parameter(followed: Iterable[str], ratios: Mapping[str, float], options: RatioOptions) -> float:
@@ -79,10 +92,17 @@ def ratio_of_parameter(followed: Iterable[str], ratios: Mapping[str, float], opt
 
     With `ratio_levels` a mean of several is rounded to the nearest of the layers' ratios, so that no further
     learning rate comes up.
+
+    Args:
+        followed: names of the layers that the parameter follows.
+        ratios: ratio of each layer by name.
+        options: `ratio_levels` is used.
     """
     own = [ratios.get(layer, 1.0) for layer in followed]
-    if len(set(own)) < 2:
-        return own[0] if own else 1.0
+    if not own:
+        return 1.0
+    if len(set(own)) == 1:
+        return own[0]
     mean = math.fsum(own) / len(own)
     if options.ratio_levels is None:
         return mean
@@ -92,7 +112,14 @@ def ratio_of_parameter(followed: Iterable[str], ratios: Mapping[str, float], opt
 def ratios_of_parameters(
     model: nn.Module, followed: Owners, ratios: Mapping[str, float], options: RatioOptions
 ) -> dict[str, float]:
-    """Return `ratio_of_parameter` of each parameter of a model by name, in its order."""
+    """Return the ratio of each parameter of a model by name, see `ratio_of_parameter`.
+
+    Args:
+        model: the model.
+        followed: the layers that each parameter follows, by its name.
+        ratios: ratio of each layer by name.
+        options: `ratio_levels` is used.
+    """
     names = [clean_name(raw) for raw, _ in model.named_parameters()]
     return {name: ratio_of_parameter(followed.get(name, ()), ratios, options) for name in names}
 
@@ -102,23 +129,37 @@ def _excluded(layers: Sequence[Layer], options: RatioOptions, trained: Collectio
 
     The first and the last are those of the layers that are trained: excluding a layer that is frozen would change
     nothing. A weight that is shared with another layer counts for both.
+
+    Args:
+        layers: all layers.
+        options: `exclude`, `exclude_first` and `exclude_last` are used.
+        trained: the `id` of each parameter that is trained.
     """
-    matrix_layers = [layer for layer in layers if layer.has_rule]
-    own = [layer for layer in matrix_layers if any(id(p) in trained for p in layer.module.parameters())]
-    ends = set()
-    if own and options.exclude_first:
-        ends.add(own[0].module_name)
-    if own and options.exclude_last:
-        ends.add(own[-1].module_name)
-    excluded = {layer.name for layer in matrix_layers if layer.module_name in ends}
+    excluded: set[str] = set()
     for pattern in options.exclude:
-        excluded |= {layer.name for layer in layers if _matches(layer.name, pattern)}
+        excluded.update(_matching(layers, pattern))
+    with_matrices = [layer for layer in layers if layer.has_rule]
+    own = [layer.module_name for layer in with_matrices if _is_trained(layer, trained)]
+    first_and_last = {*own[:1]} if options.exclude_first else set()
+    if options.exclude_last:
+        first_and_last.update(own[-1:])
+    # By module, because the parts of one module (q, k and v) are excluded together.
+    excluded.update(layer.name for layer in with_matrices if layer.module_name in first_and_last)
     return excluded
 
 
-def _matches(name: str, pattern: str) -> bool:
-    """Match the whole name, or its end from some dot on: `lifting.*` matches `net.lifting.fcs.0`."""
-    return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
+def _is_trained(layer: Layer, trained: Collection[int]) -> bool:
+    """Tell whether the module of a layer has a parameter that is trained."""
+    return any(id(parameter) in trained for parameter in layer.module.parameters())
+
+
+def _matching(layers: Sequence[Layer], pattern: str) -> list[str]:
+    """Return the names of the layers that a pattern of `exclude` matches.
+
+    It has to match the whole name, or its end from some dot on: `lifting.*` matches `net.lifting.fcs.0`.
+    """
+    names = [layer.name for layer in layers]
+    return [name for name in names if fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")]
 
 
 def _norm_parameters(model: nn.Module, layers: Sequence[Layer]) -> dict[str, tuple[str, ...]]:
@@ -129,6 +170,7 @@ def _norm_parameters(model: nn.Module, layers: Sequence[Layer]) -> dict[str, tup
     modules = {clean_name(raw): module for raw, module in model.named_modules()}
     followed: dict[str, tuple[str, ...]] = {}
     for norm, feeder in norm_feeders(model, layers).items():
+        prefix = f"{norm}." if norm else ""
         for own in modules[norm]._parameters:
-            followed[f"{norm}.{own}".removeprefix(".")] = by_module[feeder]
+            followed[prefix + own] = by_module[feeder]
     return followed

@@ -86,25 +86,35 @@ class FirstSteps:
                 raise incompatible(self._optimizer, "moved parameters without reading its param_groups")
             self._skipped()
             return
-        touched = [any(before.touched(p) for p in candidates(group)) for group in shown]
+        touched = [before.group_touched(group) for group in shown]
         if not any(touched):
             self._skipped()
             return
         for group, moved in zip(shown, touched, strict=True):
-            if moved and isinstance(group, WatchedGroup) and not group.lr_was_read:
-                raise incompatible(self._optimizer, "moved parameters without reading the lr of their param group")
-            if not moved and any(_must_move(p, group) for p in candidates(group)):
-                raise incompatible(self._optimizer, "left out param groups")
+            self._check_group(group, moved)
         self._steps_left -= 1
         self.pending = not all(touched) and self._steps_left > 0
 
+    def _check_group(self, group: Group, moved: bool) -> None:
+        """Raise where a group was moved without its learning rate, or left out while others moved."""
+        if moved:
+            lr_was_read = not isinstance(group, WatchedGroup) or group.lr_was_read
+            if not lr_was_read:
+                raise incompatible(self._optimizer, "moved parameters without reading the lr of their param group")
+        elif any(_must_move(parameter, group) for parameter in candidates(group)):
+            raise incompatible(self._optimizer, "left out param groups")
+
     def _skipped(self) -> None:
+        """Note a step that moved nothing."""
         self._skips_left -= 1
         self.pending = self._skips_left > 0
 
 
 class Traces:
     """Finds out which parameters a step writes, from what they and their state are before it.
+
+    A tensor's version counts in-place writes, and misses those through `parameter.data`; the norm shows them, and
+    misses a step that is lost in rounding. The state of a parameter (momentum, step counters) changes with either.
 
     Args:
         optimizer: the optimizer, before the step.
@@ -119,7 +129,11 @@ class Traces:
 
     def any_touched(self) -> bool:
         """Tell whether a step has written any parameter that has a gradient."""
-        return any(self.touched(p) for group in self._groups for p in candidates(group))
+        return any(self.group_touched(group) for group in self._groups)
+
+    def group_touched(self, group: Group) -> bool:
+        """Tell whether a step has written any parameter of a group that has a gradient."""
+        return any(self.touched(parameter) for parameter in candidates(group))
 
     def touched(self, parameter: Tensor) -> bool:
         """Tell whether a step has written a parameter or its state since."""
@@ -128,14 +142,21 @@ class Traces:
             return False  # a closure has added it
         if self._marks[key] != self._mark(parameter):
             return True
-        # What is written through `parameter.data` is in no version.
         before, now = self._norms[key], _norm(parameter)
-        return before is not None and now is not None and not torch.equal(before, now)
+        if before is None or now is None:
+            return False
+        return not torch.equal(before, now)
 
     def _mark(self, parameter: Tensor) -> tuple[Any, ...]:
-        state = self._state.get(parameter, {}) if isinstance(self._state, Mapping) else {}
-        values = state.items() if isinstance(state, Mapping) else ()
-        return (_version(parameter), *((key, _version(value)) for key, value in values))
+        """Return what changes when a parameter or its state is written."""
+        own = _version(parameter)
+        # Optimizers of other packages may keep their state in other ways.
+        if not isinstance(self._state, Mapping):
+            return (own,)
+        state = self._state.get(parameter, {})
+        if not isinstance(state, Mapping):
+            return (own,)
+        return (own, *((key, _version(value)) for key, value in state.items()))
 
 
 def _version(value: object) -> tuple[int, Any]:
@@ -147,9 +168,10 @@ def _version(value: object) -> tuple[int, Any]:
 
 def _norm(parameter: Tensor) -> Tensor | None:
     """Return the norm of a parameter in double precision; None for tensors that have none of their own."""
+    double = torch.complex128 if parameter.is_complex() else torch.float64
     try:
         with torch.no_grad():
-            norm: Tensor = torch.linalg.vector_norm(_local(parameter), dtype=_double(parameter))
+            norm: Tensor = torch.linalg.vector_norm(_local(parameter), dtype=double)
             return norm.cpu()
     except (RuntimeError, NotImplementedError, TypeError, ValueError):
         return None
@@ -159,10 +181,6 @@ def _local(tensor: Tensor) -> Tensor:
     """Return the part of a sharded tensor that is on this process, so that no process waits for another one."""
     own = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     return own.detach()
-
-
-def _double(parameter: Tensor) -> torch.dtype:
-    return torch.complex128 if parameter.is_complex() else torch.float64
 
 
 def candidates(group: Group) -> list[Tensor]:
@@ -175,14 +193,21 @@ def _must_move(parameter: Tensor, group: Group) -> bool:
     """Tell whether a step that uses this group cannot leave a parameter as it is.
 
     Not where the gradient or the learning rate is 0, nor where a thousandth of their product is lost in the
-    rounding of the parameter.
+    rounding of the parameter: 0.001 * |lr * gradient| > eps * |parameter| for some entry.
+
+    Args:
+        parameter: the parameter, as it is now.
+        group: the group that the step saw. Its `lr` is read without a watched group noticing.
     """
     grad, lr = parameter.grad, float(dict.__getitem__(group, "lr"))
     if grad is None or lr == 0 or not parameter.is_floating_point():
         return False
-    grad = _local(grad).to_dense() if grad.layout != torch.strided else _local(grad)
+    grad = _local(grad)
+    if grad.layout != torch.strided:
+        grad = grad.to_dense()
     rounding = torch.finfo(parameter.dtype).eps * _local(parameter).abs()
-    return bool(((1e-3 * abs(lr)) * grad.abs() > rounding).any())
+    smallest_move = (1e-3 * abs(lr)) * grad.abs()
+    return bool((smallest_move > rounding).any())
 
 
 def _check_paired_lists(optimizer: Optimizer) -> None:
@@ -191,11 +216,12 @@ def _check_paired_lists(optimizer: Optimizer) -> None:
     It goes through its groups and this list in pairs, and a step sees more groups than the list has entries.
     """
     groups = optimizer.__dict__["param_groups"]
+    default = optimizer.defaults.get("lr")
     for name, value in vars(optimizer).items():
-        if not isinstance(value, (list, tuple)) or not 0 < len(value) == len(groups):
+        if not isinstance(value, (list, tuple)) or len(value) != len(groups):
             continue
-        default = optimizer.defaults.get("lr")
-        if all(_is_lr(number, group, default) for number, group in zip(value, groups, strict=True)):
+        are_lrs = [_is_lr(number, group, default) for number, group in zip(value, groups, strict=True)]
+        if are_lrs and all(are_lrs):
             raise incompatible(optimizer, f"pairs its param groups with a list of its own, {name!r},")
 
 
@@ -203,8 +229,10 @@ def _is_lr(number: object, group: Group, default: object) -> bool:
     """Tell whether a number is a learning rate that a group has, had at the start, or has by default."""
     if isinstance(number, bool) or not isinstance(number, (int, float)):
         return False
-    rates = (group.get("lr"), group.get("initial_lr"), default)
-    return any(isinstance(rate, (int, float)) and rate == number for rate in rates)
+    rates = [
+        rate for rate in (group.get("lr"), group.get("initial_lr"), default) if isinstance(rate, (int, float))
+    ]
+    return number in rates
 
 
 class UnseenSteps:
@@ -228,17 +256,24 @@ class UnseenSteps:
         Args:
             steps: number of the steps that were seen so far.
         """
-        params = [p for group in self._optimizer.param_groups for p in group["params"] if not is_lazy(p)]
-        versions = {id(p): p._version for p in params}
-        with_gradient = [id(p) for p in params if p.grad is not None and id(p) in self._versions]
-        written = [self._versions[key] != versions[key] for key in with_gradient]
-        unseen = steps == self._steps and bool(written) and all(written)
-        self._steps, self._versions = steps, versions
-        return unseen
+        before, self._versions = self._versions, {}
+        written = []
+        for group in self._optimizer.param_groups:
+            for parameter in group["params"]:
+                if is_lazy(parameter):
+                    continue
+                key, version = id(parameter), parameter._version
+                self._versions[key] = version
+                if parameter.grad is not None and key in before:
+                    written.append(before[key] != version)
+        no_step, self._steps = steps == self._steps, steps
+        return no_step and bool(written) and all(written)
 
 
 class ReplacedStep:
     """Watches a `step` that was replaced on the optimizer itself, which may never reach torch's hooks.
+
+    The first step decides: after one that torch's hooks have seen the user's own `step` is put back.
 
     Args:
         optimizer: the optimizer.
@@ -263,6 +298,7 @@ class ReplacedStep:
         self._watching = None
 
     def _watch(self, *args: Any, **kwargs: Any) -> Any:
+        """Make the user's step; raise where torch's hooks, and so the ratios, took no part in it."""
         seen = self._steps()
         assert self._step is not None
         result = self._step(*args, **kwargs)

@@ -56,22 +56,23 @@ def merged_update(optimizer: Optimizer, group: Group, ratios: Mapping[int, float
     own = [ratios.get(id(p), 1.0) for p in params]
     if len(set(own)) < 2 or not _are_alike(params, grads):
         return None
-    by_parameter = [optimizer.state.get(p, {}) for p in params]
-    states = {name: [state.get(name) for state in by_parameter] for name in rule.states(group)}
-    if any(value is None for values in states.values() for value in values):
-        return None
-    # Once Adam was compiled its step counters are on the GPU, and reading them would wait for the GPU.
-    if not all(step.is_cpu for step in states.get("step", ())):
+    states = _states(optimizer, params, rule.states(group))
+    if states is None:
         return None
     return partial(_update, rule, group, own, params, grads, states)
 
 
 def _takes_foreach(group: Group) -> bool:
-    options = (*group.values(), *group.get("betas", ()))
-    if group["differentiable"] or group.get("capturable") or any(isinstance(value, Tensor) for value in options):
+    """Tell whether the options of a group ask for, or allow, `foreach` operations on plain numbers."""
+    if group["differentiable"] or group.get("capturable"):
         return False
-    wanted = group["fused"] is None if group["foreach"] is None else group["foreach"]
-    return bool(wanted)
+    options = (*group.values(), *group.get("betas", ()))
+    if any(isinstance(value, Tensor) for value in options):
+        return False
+    if group["foreach"] is not None:
+        return bool(group["foreach"])
+    # Torch chooses by itself where neither is set.
+    return group["fused"] is None
 
 
 def _on_gpu(params: Tensors) -> bool:
@@ -86,8 +87,31 @@ def _are_alike(params: Tensors, grads: Tensors) -> bool:
     first = params[0]
     if len(kinds) > 1 or not first.is_floating_point() or first.layout != torch.strided:
         return False
+    if _on_gpu(params):
+        return True
     # In half precision the CPU's `foreach` operations round differently from those on single tensors.
-    return _on_gpu(params) or (first.is_cpu and first.dtype.itemsize >= 4)
+    return first.is_cpu and first.dtype.itemsize >= 4
+
+
+def _states(optimizer: Optimizer, params: Tensors, names: Sequence[str]) -> dict[str, list[Tensor]] | None:
+    """Return the state of all parameters, a list for each name; None where some state is missing or on a GPU.
+
+    Args:
+        optimizer: the optimizer.
+        params: the parameters.
+        names: the names of the state that each needs, such as `exp_avg`.
+    """
+    by_parameter = [optimizer.state.get(p, {}) for p in params]
+    states: dict[str, list[Tensor]] = {}
+    for name in names:
+        values = [state.get(name) for state in by_parameter]
+        if any(value is None for value in values):
+            return None
+        states[name] = values
+    # Once Adam was compiled its step counters are on the GPU, and reading them would wait for the GPU.
+    if not all(step.is_cpu for step in states.get("step", ())):
+        return None
+    return states
 
 
 @torch.no_grad()
@@ -99,6 +123,16 @@ def _update(
     grads: Tensors,
     states: Mapping[str, Tensors],
 ) -> None:
+    """Move the parameters of one group, in chunks.
+
+    Args:
+        rule: how the optimizer's class moves parameters.
+        group: the options.
+        ratios: learning-rate ratio of each parameter.
+        params: the parameters, which are written.
+        grads: their gradients, which are only read.
+        states: the state of the parameters by name, in the order in which the rule takes it; it is written.
+    """
     lrs = [group["lr"] * ratio for ratio in ratios]
     for chunk in _chunks(params):
         own = grads[chunk]
@@ -128,6 +162,18 @@ def _sgd(
     grads: Tensors,
     buffers: Tensors | None = None,
 ) -> None:
+    """Make a step of `torch.optim.SGD`: theta_i <- theta_i - lr_i * b_i.
+
+    With weight decay w, momentum m and dampening d: g_i <- g_i + w * theta_i, b_i <- m * b_i + (1 - d) * g_i. With
+    Nesterov momentum g_i + m * b_i takes the place of b_i in the step, and without momentum g_i does.
+
+    Args:
+        group: the options.
+        lrs: learning rate lr_i of each parameter.
+        params: the parameters theta_i.
+        grads: their gradients g_i.
+        buffers: their momentum buffers b_i; None without momentum.
+    """
     if group["weight_decay"] != 0:
         grads = torch._foreach_add(grads, params, alpha=group["weight_decay"])
     if buffers is not None:
@@ -154,14 +200,33 @@ def _adam(
     *,
     decoupled: bool = False,
 ) -> None:
+    """Make a step of `torch.optim.Adam`: theta_i <- theta_i - lr_i / (1 - beta1^t) * m_i / (sqrt(v_i') + eps).
+
+    At step t: m_i <- beta1 * m_i + (1 - beta1) * g_i, v_i <- beta2 * v_i + (1 - beta2) * g_i^2 and
+    v_i' = v_i / (1 - beta2^t). Weight decay w is g_i <- g_i + w * theta_i, decoupled (AdamW)
+    theta_i <- (1 - lr_i * w) * theta_i before the step.
+
+    Args:
+        group: the options.
+        lrs: learning rate lr_i of each parameter.
+        params: the parameters theta_i.
+        grads: their gradients g_i.
+        steps: the counter t of each parameter, on the CPU.
+        means: m_i.
+        squares: v_i.
+        maxima: with AMSGrad the largest v_i so far, which takes the place of v_i in the step; else None.
+        decoupled: whether weight decay is decoupled whatever the group says.
+    """
     beta1, beta2 = group["betas"]
     decay = group["weight_decay"]
+    decoupled = decoupled or group.get("decoupled_weight_decay", False)
     # As a tensor: for a number, torch would create a tensor for each counter.
     torch._foreach_add_(steps, torch.tensor(1.0, device="cpu"), alpha=1.0)
-    if decay != 0 and (decoupled or group.get("decoupled_weight_decay")):
-        torch._foreach_mul_(params, [1 - lr * decay for lr in lrs])
-    elif decay != 0:
-        grads = torch._foreach_add(grads, params, alpha=decay)
+    if decay != 0:
+        if decoupled:
+            torch._foreach_mul_(params, [1 - lr * decay for lr in lrs])
+        else:
+            grads = torch._foreach_add(grads, params, alpha=decay)
     torch._foreach_lerp_(means, grads, 1 - beta1)
     torch._foreach_mul_(squares, beta2)
     torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
@@ -176,11 +241,14 @@ def _adam(
 
 
 def _sgd_states(group: Group) -> tuple[str, ...]:
+    """Return the names of the state that `_sgd` takes, in its order."""
     return ("momentum_buffer",) if group["momentum"] != 0 else ()
 
 
 def _adam_states(group: Group) -> tuple[str, ...]:
-    return ("step", "exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if group["amsgrad"] else ()))
+    """Return the names of the state that `_adam` takes, in its order."""
+    names = ("step", "exp_avg", "exp_avg_sq")
+    return (*names, "max_exp_avg_sq") if group["amsgrad"] else names
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,10 @@ Outside `step` the optimizer's `param_groups` are exactly the user's: schedulers
 learning-rate monitors never see anything else. For the length of a step the optimizer is replaced, through its
 own step hooks, by a view of itself: an instance of a subclass that shares all of its state and whose
 `param_groups` are the user's groups split by ratio, each with lr = the group's lr * ratio.
+
+In the order of a step: `_before_step` hands torch the view; the step asks the view for its groups
+(`_groups_to_show`); a closure may change the user's groups (`_refresh`); `_after_step` carries over what the
+step wrote. `_OtherSteps` finds optimizers that move the same parameters without ratios.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ from farms_tb.balancing.optimizer_checks import (
     captured,
     check_optimizer,
     incompatible,
+    parameter_ids,
     stepping_optimizers,
 )
 from farms_tb.balancing.split_groups import ShownGroups, SplitGroup, split_groups
@@ -111,6 +116,7 @@ class LayerwiseStep:
         _other_steps.follow_if(bool(_attached))
 
     def _attach(self) -> None:
+        """Register the hooks."""
         optimizer = self.optimizer
         # Does what torch does when an optimizer is made, for a step that was assigned to its class since: without
         # it that step would call no hooks.
@@ -125,20 +131,23 @@ class LayerwiseStep:
         _other_steps.follow_if(True)
 
     def _groups_to_show(self) -> list[Group]:
-        if self._shown is None:
-            watched = self._first_steps.pending
-            kept, self._kept = self._kept, []
-            if watched or self._kept_ratios != self._ratios:
-                kept, self._kept_ratios = [], dict(self._ratios)
-            self._shown = ShownGroups(
-                self.optimizer, self._ratios, kept, compiled=self._compiled, watched=watched and not self._compiled
-            )
+        """Return the groups of the present step: the value of the view's `param_groups`."""
+        if self._shown is not None:
+            return self._shown.groups
+        watched = self._first_steps.pending
+        kept, self._kept = self._kept, []
+        if watched or self._kept_ratios != self._ratios:
+            kept, self._kept_ratios = [], dict(self._ratios)
+        watched = watched and not self._compiled
+        self._shown = ShownGroups(self.optimizer, self._ratios, kept, compiled=self._compiled, watched=watched)
         return self._shown.groups
 
     def _refuse_new_groups(self, _: Optimizer, groups: list[Group]) -> None:
+        """Refuse what a step assigns to the view's `param_groups`."""
         raise incompatible(self.optimizer, "replaced its param_groups")
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        """Return the arguments of a step with the view in place of the optimizer; None where no ratio is set."""
         # `super().step()` in a subclass calls the hooks again, for the view: scaled already.
         if optimizer is self._view:
             return None
@@ -155,25 +164,15 @@ class LayerwiseStep:
             self._first_steps.begin(active)
         if not active:
             return None
-        _, *rest = args
-        if rest and callable(rest[0]):
-            rest[0] = self._with_refresh(rest[0])
-        elif callable(kwargs.get("closure")):
-            kwargs = {**kwargs, "closure": self._with_refresh(kwargs["closure"])}
-        return (self._view, *rest), kwargs
+        return _with_view(self._view, args, kwargs, self._refresh)
 
-    def _with_refresh(self, closure: Callable[[], Any]) -> Callable[[], Any]:
-        """Wrap a closure: whatever it sets in the user's groups, the lr above all, holds for this step."""
-
-        def refreshing() -> Any:
-            result = closure()
-            if self._shown is not None:
-                self._shown.refresh()
-            return result
-
-        return refreshing
+    def _refresh(self) -> None:
+        """Follow what a closure set in the user's groups, the lr above all: it holds for this step."""
+        if self._shown is not None:
+            self._shown.refresh()
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """Check what the step did, and carry over to the user's groups what it wrote."""
         if optimizer is self._view:
             return
         shown, self._shown = self._shown, None
@@ -183,8 +182,43 @@ class LayerwiseStep:
             self._kept = shown.finish()
 
 
+def _with_view(
+    view: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any], after_closure: Callable[[], None]
+) -> tuple[Any, Any]:
+    """Return the arguments of a step with a view in place of the optimizer.
+
+    Args:
+        view: the view.
+        args: the positional arguments of the step, the optimizer first.
+        kwargs: its arguments by name.
+        after_closure: called after each call of the closure, if the step has one.
+    """
+    _, *rest = args
+    if rest and callable(rest[0]):
+        rest[0] = _followed_by(rest[0], after_closure)
+    elif callable(kwargs.get("closure")):
+        kwargs = {**kwargs, "closure": _followed_by(kwargs["closure"], after_closure)}
+    return (view, *rest), kwargs
+
+
+def _followed_by(closure: Callable[[], Any], after: Callable[[], None]) -> Callable[[], Any]:
+    """Return a closure that calls another function after each call."""
+
+    def both() -> Any:
+        result = closure()
+        after()
+        return result
+
+    return both
+
+
 def _make_view(optimizer: Optimizer, groups: property) -> Optimizer:
-    """Return an object that is `optimizer` in all but its `param_groups`."""
+    """Return an object that is `optimizer` in all but its `param_groups`.
+
+    Args:
+        optimizer: the optimizer. The object shares its attributes, so what a step assigns the optimizer has too.
+        groups: the property in place of `param_groups`.
+    """
     cls = type(optimizer)
     names = {
         "param_groups": groups,
@@ -201,7 +235,8 @@ class _OtherSteps:
     """Looks at the steps of optimizers that are not attached, by hooks of torch for all optimizers.
 
     An optimizer that steps parameters which are balanced in another one gives them its own learning rate: it was
-    exchanged during training, or is hidden inside the other one.
+    exchanged during training, or is hidden inside the other one. The first step of each that holds such parameters
+    decides; after it the optimizer is known, and costs a look-up at each step.
     """
 
     def __init__(self) -> None:
@@ -224,22 +259,25 @@ class _OtherSteps:
             self._handles = []
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """Note the parameters of an optimizer that may move what another one balances."""
         if torch.compiler.is_compiling() or self._is_known(optimizer):
             return
         active = _active_steps()
         wraps_attached = any(inner in _attached for inner in stepping_optimizers(optimizer))
-        if wraps_attached or not any(_shares_parameters(optimizer, step) for step in active):
-            self._right.setdefault(optimizer, set()).update(step.number for step in active)
+        shares_parameters = any(_shares_parameters(optimizer, step) for step in active)
+        if wraps_attached or not shares_parameters:
+            self._note_as_right(optimizer, active)
         else:
-            self._begun[optimizer] = sum(step.steps for step in active), Traces(optimizer)
+            self._begun[optimizer] = _number_of_steps(active), Traces(optimizer)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """Raise where they were moved without a step of that other one inside."""
         if torch.compiler.is_compiling() or optimizer not in self._begun:
             return
         steps, traces = self._begun.pop(optimizer)
         active = _active_steps()
-        if sum(step.steps for step in active) > steps:
-            self._right.setdefault(optimizer, set()).update(step.number for step in active)
+        if _number_of_steps(active) > steps:
+            self._note_as_right(optimizer, active)
         elif traces.any_touched():
             raise RuntimeError(
                 f"this {type(optimizer).__name__} moves parameters that have layer-wise learning rates in another "
@@ -247,7 +285,11 @@ class _OtherSteps:
                 "TempBalance and make one with the new optimizer; of several optimizers, pass all"
             )
 
+    def _note_as_right(self, optimizer: Optimizer, active: list[LayerwiseStep]) -> None:
+        self._right.setdefault(optimizer, set()).update(step.number for step in active)
+
     def _is_known(self, optimizer: Optimizer) -> bool:
+        """Tell whether an optimizer need not be looked at: it has ratios itself, or was found right."""
         if optimizer in _attached or getattr(type(optimizer), "is_view_of_layerwise_step", False):
             return True
         right = self._right.get(optimizer, set())
@@ -257,15 +299,19 @@ class _OtherSteps:
 _other_steps = _OtherSteps()
 
 
+def _number_of_steps(active: list[LayerwiseStep]) -> int:
+    return sum(step.steps for step in active)
+
+
 def _active_steps() -> list[LayerwiseStep]:
+    """Return what is attached to any optimizer and has some ratio that is not 1."""
     steps = [reference() for reference in _attached.values()]
     return [step for step in steps if step is not None and step.is_active]
 
 
 def _shares_parameters(optimizer: Optimizer, step: LayerwiseStep) -> bool:
     """Tell whether an optimizer holds a parameter that an attached one balances."""
-    balanced = {id(p) for group in step.optimizer.param_groups for p in group["params"]}
-    return any(id(p) in balanced for group in optimizer.param_groups for p in group["params"])
+    return not parameter_ids(optimizer).isdisjoint(parameter_ids(step.optimizer))
 
 
 def _all_one(ratios: Mapping[int, float]) -> bool:

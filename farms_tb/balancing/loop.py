@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.optim import Optimizer
 
-from farms_tb.balancing.balancer import LayerBalancer, StepGroup
+from farms_tb.balancing.balancer import LayerBalancer
+from farms_tb.balancing.step_groups import StepGroup
 from farms_tb.keywords import BalancingKeywords, resolved, takes_options
 from farms_tb.options import RatioOptions, SpectrumOptions
 from farms_tb.report import Report

@@ -1,4 +1,9 @@
-"""The layers of a model that is trained, and their measurements, now or in the background."""
+"""The layers of a model that is trained, and their measurements, now or in the background.
+
+A measurement in the background is begun with the weights of that moment, and finished later, at the end of an
+epoch say. Where several processes train one model they share the layers out, so that all of them have to begin,
+finish and save together.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +11,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from farms_tb.balancing.assignment import Assignment, assign
+from farms_tb.balancing.state import BalancerState
 from farms_tb.options import RatioOptions, SpectrumOptions
 from farms_tb.report import Report
 from farms_tb.spectra.background import BackgroundMeasurement
@@ -43,13 +49,21 @@ class MeasuredModel:
         self._signature = _signature(model)
 
     def measure(self, histogram: bool = False) -> Report:
-        """Measure every layer now, on all processes together where shared."""
+        """Measure every layer now, on all processes together where shared.
+
+        Args:
+            histogram: count the ESD of each layer too.
+        """
         self._follow_model()
         layers, team = self.assignment.layers, self._team()
         return self._with_nulls(measure(layers, self._spectrum_options, histogram=histogram, team=team))
 
     def begin(self, histogram: bool = False) -> None:
-        """Begin to measure the weights as they are now, in the background."""
+        """Begin to measure the weights as they are now, in the background.
+
+        Args:
+            histogram: count the ESD of each layer too.
+        """
         self._follow_model()
         layers, team = self.assignment.layers, self._team()
         self._begun = BackgroundMeasurement(layers, self._spectrum_options, histogram=histogram, team=team)
@@ -76,16 +90,19 @@ class MeasuredModel:
         if isinstance(self._begun, BackgroundMeasurement):
             self._begun.wait()
 
-    def restore(self, report: Report | None, begun: Report | None) -> None:
-        """Continue from a checkpoint.
+    def restore(self, saved: BalancerState | None) -> None:
+        """Continue from a checkpoint: with its permutation nulls, and with the measurement that was begun then.
 
         Args:
-            report: the latest measurement, whose permutation nulls stay; None to begin with new ones.
-            begun: the measurement that was begun.
+            saved: the checkpoint; None to begin anew.
         """
-        records = {} if report is None else report.layers
-        self._nulls = {name: record.null for name, record in records.items() if record.null is not None}
-        self._begun = begun
+        self._nulls = {}
+        self._begun = None if saved is None else saved.begun
+        if saved is None or saved.report is None:
+            return
+        for name, record in saved.report.layers.items():
+            if record.null is not None:
+                self._nulls[name] = record.null
 
     def _follow_model(self) -> None:
         """Find the layers again if parameters were replaced."""
@@ -97,6 +114,7 @@ class MeasuredModel:
         return current_team() if self._share else None
 
     def _with_nulls(self, report: Report) -> Report:
+        """Add the permutation null of each layer where the map needs it, and measure those that are missing."""
         if self._ratio_options.assign_func != "noise_aware":
             return report
         # Once for each layer, from the first weights that have an alpha: its permutation null stays.

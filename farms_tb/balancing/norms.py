@@ -1,14 +1,13 @@
-"""Which layer feeds each normalisation layer, whose learning-rate ratio it then takes.
+"""Which layer feeds each normalisation layer, whose learning-rate ratio the norm then takes.
 
-A normalisation layer is told by what it does: its output does not change when its input is multiplied by a number.
-So RMSNorms of any package count, whatever their class is called.
+Norms are told by what they are, and never called: a forward pass of a user's module may update statistics, draw
+random numbers, run hooks or wait for other processes. `is_norm` states the rule.
 """
 
 from __future__ import annotations
 
-import copy
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +25,8 @@ _TORCH_NORMS: tuple[type[nn.Module], ...] = (
 # Names under which layers hold the number of their output channels: torch's, then transformers' Conv1D.
 _OUTPUT_WIDTHS = ("out_channels", "out_features", "embed_dim", "nf")
 _NORM_WIDTHS = ("num_features", "num_channels")
+# Not `DiagonalNormal` and the like, which are distributions.
+_NORM_CLASS = re.compile("norm(?!al$)", re.IGNORECASE)
 
 
 def norm_feeders(model: nn.Module, layers: Sequence[Layer]) -> dict[str, str]:
@@ -40,91 +41,92 @@ def norm_feeders(model: nn.Module, layers: Sequence[Layer]) -> dict[str, str]:
 
     Returns:
         Path of the norm to path of the module of the layer it follows. A norm that no layer feeds is left out.
+
+    Example:
+        >>> from farms_tb.weights.layers import find_layers
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2))
+        >>> norm_feeders(model, find_layers(model))
+        {'1': '0'}
     """
     modules = {layer.module_name: layer.module for layer in layers if layer.kind}
     feeders: dict[str, str] = {}
-    nearest: dict[int | None, tuple[int, str]] = {}
+    # By the number of its output channels, the layer registered last.
+    nearest: dict[int, _Feeder] = {}
     for position, (raw, module) in enumerate(unwrap(model).named_modules()):
         path = clean_name(raw)
         if path in modules:
-            nearest[_output_width(modules[path])] = position, path
+            width = _output_width(module)
+            if width is not None:
+                nearest[width] = position, path
         elif is_norm(module):
-            sibling = _sibling(path)
-            wide = [nearest[width] for width in _norm_widths(module) if width in nearest]
-            if sibling in modules:
-                feeders[path] = sibling
-            elif wide:
-                feeders[path] = max(wide)[1]
+            feeder = _feeder(path, module, modules, nearest)
+            if feeder is not None:
+                feeders[path] = feeder
     return feeders
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Tell whether a module normalises its input.
+    """Tell whether a module normalises its input, without calling it.
 
-    Torch's own classes are known. Another module is one if it holds no parameters but vectors, which scale or
-    shift channels, and if it maps `x` and `4 x` to the same output. It is called with a copy of itself on the CPU,
-    so that neither its buffers nor the random state change, and none of its hooks runs.
+    Torch's own classes and classes derived from them do. A class of somebody else (LlamaRMSNorm, T5LayerNorm) does
+    where it, or a class it derives from, has "norm" in its name, and where the module has one or two parameters,
+    all vectors of one length: the scale and the shift of each channel. A shape such as `(1, C, 1, 1)` is a vector
+    as well. Modules with submodules are no norms.
     """
     if isinstance(module, _TORCH_NORMS):
         return True
-    width = _channels(module)
-    return width is not None and any(_ignores_scale(module, shape) for shape in _shapes(width))
+    if _channels(module) is None:
+        return False
+    classes = type(module).__mro__
+    return any(_NORM_CLASS.search(cls.__name__) for cls in classes)
+
+
+_Feeder = tuple[int, str]
+"""Position of a layer among all modules, and its path."""
+
+
+def _feeder(path: str, norm: nn.Module, modules: dict[str, nn.Module], nearest: dict[int, _Feeder]) -> str | None:
+    """Return the path of the layer that feeds a norm; None where there is none.
+
+    Args:
+        path: path of the norm.
+        norm: the norm.
+        modules: the modules of all layers by path.
+        nearest: for each number of output channels, the layer registered last before the norm.
+    """
+    sibling = _sibling(path)
+    if sibling in modules:
+        return sibling
+    as_wide = [nearest[width] for width in _norm_widths(norm) if width in nearest]
+    if not as_wide:
+        return None
+    _, feeder = max(as_wide)
+    return feeder
 
 
 def _sibling(path: str) -> str:
     """Return where the convolution of a norm is by the papers' rule: `layer1.bn2` gives `layer1.conv2`."""
-    parent, _, own = path.rpartition(".")
-    return ".".join(filter(None, (parent, re.sub("bn|norm", "conv", own))))
+    parent, dot, own = path.rpartition(".")
+    return parent + dot + re.sub("bn|norm", "conv", own)
 
 
 def _channels(module: nn.Module) -> int | None:
-    """Return the length of the vectors that are all of a module's parameters; None where there are others."""
+    """Return the length of the one or two vectors that are a module's parameters; None where it has others."""
     parameters = [parameter for parameter in module._parameters.values() if parameter is not None]
-    if not parameters or any(True for _ in module.children()):
+    if module._modules or len(parameters) not in (1, 2):
         return None
-    widths = set()
-    for parameter in parameters:
-        if is_lazy(parameter) or not parameter.is_floating_point() or sum(n > 1 for n in parameter.shape) != 1:
-            return None
-        widths.add(parameter.numel())
+    if not all(_is_vector(parameter) for parameter in parameters):
+        return None
+    widths = {parameter.numel() for parameter in parameters}
     return widths.pop() if len(widths) == 1 else None
 
 
-def _shapes(width: int) -> Iterator[tuple[int, ...]]:
-    """Yield shapes of inputs with `width` channels: channels last, then channels first."""
-    yield 2, 3, width
-    yield 2, width, 3, 3
-    yield 2, width
-
-
-def _ignores_scale(module: nn.Module, shape: tuple[int, ...]) -> bool:
-    """Tell whether a module gives the same output for `x` and `4 x`, and not for every input the same."""
-    generator = torch.Generator(device="cpu").manual_seed(0)
-    one, other = (torch.randn(shape, generator=generator, device="cpu") for _ in range(2))
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
-        try:
-            outputs = [_call(module, inputs) for inputs in (one, 4 * one, other)]
-        except Exception:  # whatever a module does that takes no such input, it is no norm
-            return False
-    tensors = [output.float() for output in outputs if isinstance(output, Tensor) and output.shape == one.shape]
-    if len(tensors) < len(outputs):
+def _is_vector(parameter: Tensor) -> bool:
+    """Tell whether all but one dimension of a parameter have length 1. A lazy parameter has no shape yet."""
+    if is_lazy(parameter):
         return False
-    first, scaled, different = tensors
-    size = first.abs().mean()
-    same, varied = (scaled - first).abs().mean(), (different - first).abs().mean()
-    return bool(same < 0.01 * size) and bool(varied > 0.1 * size)
-
-
-def _call(module: nn.Module, inputs: Tensor) -> object:
-    """Call the forward method on a copy of a module with parameters of ones, in the mode for training."""
-    replica = copy.copy(module)
-    ones = {
-        name: None if p is None else nn.Parameter(torch.ones(p.shape, device="cpu"), requires_grad=False)
-        for name, p in module._parameters.items()
-    }
-    buffers = {name: None if b is None else b.detach().cpu().clone() for name, b in module._buffers.items()}
-    replica.__dict__.update(_parameters=ones, _buffers=buffers, training=True)
-    return type(module).forward(replica, inputs)
+    long_dimensions = [length for length in parameter.shape if length > 1]
+    return len(long_dimensions) == 1
 
 
 def _output_width(module: nn.Module) -> int | None:
@@ -133,8 +135,9 @@ def _output_width(module: nn.Module) -> int | None:
         width = getattr(module, attribute, None)
         if isinstance(width, int):
             return width
-    bias = getattr(module, "bias", None)
-    return bias.numel() if isinstance(bias, Tensor) and bias.ndim == 1 else None
+    # Not `module.bias`, which would compute a bias that is parametrized.
+    bias = module._parameters.get("bias")
+    return bias.numel() if bias is not None and not is_lazy(bias) and bias.ndim == 1 else None
 
 
 def _norm_widths(norm: nn.Module) -> set[int]:

@@ -1,4 +1,8 @@
-"""Which optimizers move the parameters, and which of them can have layer-wise learning rates."""
+"""Which optimizers move the parameters, and which of them can have layer-wise learning rates.
+
+Everything here is known before the first step, from the optimizer's class, its attributes and its param groups;
+`first_steps` checks what only a step shows. The errors of both are made here, so that each names a way out.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +26,10 @@ _WAY_OUT = "Use another optimizer, or lr_min_ratio=lr_max_ratio=1 to measure onl
 
 def unwrapped_optimizer(optimizer: Any) -> Any:
     """Return the torch optimizer inside Lightning's `LightningOptimizer`; any other object as it is."""
+    if isinstance(optimizer, Optimizer):
+        return optimizer
     inner = getattr(optimizer, "_optimizer", None)
-    return inner if not isinstance(optimizer, Optimizer) and isinstance(inner, Optimizer) else optimizer
+    return inner if isinstance(inner, Optimizer) else optimizer
 
 
 def stepping_optimizers(optimizer: Optimizer) -> Iterator[Optimizer]:
@@ -31,19 +37,33 @@ def stepping_optimizers(optimizer: Optimizer) -> Iterator[Optimizer]:
 
     Wrapped optimizers are its attributes, or in lists and dicts among them. An optimizer that wraps another one
     and also moves parameters of its own comes after those it wraps. Each comes once.
+
+    Args:
+        optimizer: the optimizer that the training loop steps.
     """
     yield from _stepping(optimizer, set())
 
 
 def _stepping(optimizer: Optimizer, seen: set[int]) -> Iterator[Optimizer]:
+    """Yield as `stepping_optimizers` does, but for those whose `id` was seen: wrappers may refer to each other."""
     seen.add(id(optimizer))
     inner = [wrapped for wrapped in _optimizers_among(vars(optimizer).values()) if id(wrapped) not in seen]
     for wrapped in inner:
         if id(wrapped) not in seen:
             yield from _stepping(wrapped, seen)
-    moved = {id(p) for wrapped in inner for group in wrapped.param_groups for p in group["params"]}
-    if not inner or any(id(p) not in moved for group in optimizer.param_groups for p in group["params"]):
+    moved_by_others: set[int] = set()
+    for wrapped in inner:
+        moved_by_others |= parameter_ids(wrapped)
+    if not inner or not parameter_ids(optimizer) <= moved_by_others:
         yield optimizer
+
+
+def parameter_ids(optimizer: Optimizer) -> set[int]:
+    """Return the `id` of each parameter in the param groups of an optimizer."""
+    ids: set[int] = set()
+    for group in optimizer.param_groups:
+        ids.update(map(id, group["params"]))
+    return ids
 
 
 def _optimizers_among(values: Iterable[Any], depth: int = 3) -> Iterator[Optimizer]:
@@ -51,15 +71,24 @@ def _optimizers_among(values: Iterable[Any], depth: int = 3) -> Iterator[Optimiz
     for value in values:
         if isinstance(value, Optimizer):
             yield value
-        elif depth > 0 and isinstance(value, (list, tuple)):
+        elif depth == 0:
+            continue
+        elif isinstance(value, (list, tuple)):
             yield from _optimizers_among(value, depth - 1)
-        elif depth > 0 and isinstance(value, Mapping) and not isinstance(next(iter(value), None), Tensor):
-            # Not the state of an optimizer, which has parameters as keys and may have millions of values.
+        elif isinstance(value, Mapping) and not _is_state(value):
             yield from _optimizers_among(value.values(), depth - 1)
+
+
+def _is_state(mapping: Mapping[Any, Any]) -> bool:
+    """Tell whether it is the state of an optimizer: it has parameters as keys, and may hold millions of values."""
+    return isinstance(next(iter(mapping), None), Tensor)
 
 
 def check_optimizer(optimizer: Optimizer) -> None:
     """Raise where layer-wise learning rates cannot work, warn where they are untested.
+
+    Args:
+        optimizer: the optimizer; not changed.
 
     Raises:
         TypeError: not a torch optimizer.
@@ -83,15 +112,28 @@ def check_optimizer(optimizer: Optimizer) -> None:
         )
     for index, group in enumerate(optimizer.param_groups):
         _check_lr(name, index, group)
+    _warn_if_untested(optimizer)
+
+
+def _warn_if_untested(optimizer: Optimizer) -> None:
+    """Warn, once for each class, of optimizers that are not torch's, and of Rprop, to which ratios mean little."""
+    name = type(optimizer).__name__
     if name == "Rprop":
         message = "Rprop uses its lr for the first step alone: ratios have no effect after it"
-        warn_once(message, type(optimizer), stacklevel=3)
+        warn_once(message, type(optimizer))
     elif not type(optimizer).__module__.startswith("torch.optim"):
         message = f"layer-wise learning rates are untested with {name}: check callback.param_groups(optimizer)"
-        warn_once(message, type(optimizer), stacklevel=3)
+        warn_once(message, type(optimizer))
 
 
 def _check_lr(name: str, index: int, group: Group) -> None:
+    """Raise where a group has no number as its lr.
+
+    Args:
+        name: name of the optimizer's class.
+        index: which of its groups it is.
+        group: the group.
+    """
     if "lr" not in group:
         raise ValueError(f"param group {index} of {name} has no 'lr' to scale. {_WAY_OUT}")
     lr = group["lr"]
@@ -106,7 +148,12 @@ def _check_lr(name: str, index: int, group: Group) -> None:
 
 
 def incompatible(optimizer: Optimizer, deed: str) -> RuntimeError:
-    """Return the error for a step that did something which learning rates for each layer do not allow."""
+    """Return the error for a step that did something which learning rates for each layer do not allow.
+
+    Args:
+        optimizer: the optimizer.
+        deed: what its step did, as the predicate of a sentence.
+    """
     return RuntimeError(
         f"{type(optimizer).__name__}.step() {deed} during a step with layer-wise learning rates: the two cannot "
         f"be combined. {_WAY_OUT}"

@@ -1,4 +1,8 @@
-"""The optimizers that train a model, all balanced together."""
+"""The optimizers that train a model, all balanced together.
+
+A model may have several (Muon for matrices and AdamW for the rest), and an optimizer may wrap others (SAM,
+Lookahead). Those that really move parameters get a `LayerwiseStep` each, and all the same ratios.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from farms_tb.balancing.layerwise_step import LayerwiseStep
-from farms_tb.balancing.optimizer_checks import stepping_optimizers, unwrapped_optimizer
+from farms_tb.balancing.optimizer_checks import parameter_ids, stepping_optimizers, unwrapped_optimizer
 from farms_tb.balancing.split_groups import SplitGroup, split_groups
 from farms_tb.warnings import warn_once
 from farms_tb.weights.layers import Layer, clean_name
@@ -35,7 +39,9 @@ class BalancedOptimizers:
             if not isinstance(optimizer, Optimizer):
                 kind = type(optimizer).__name__
                 raise TypeError(f"layer-wise learning rates need a torch.optim.Optimizer, got {kind}")
-            self._optimizers += [o for o in stepping_optimizers(optimizer) if not _is_among(o, self._optimizers)]
+            for stepping in stepping_optimizers(optimizer):
+                if not _is_among(stepping, self._optimizers):
+                    self._optimizers.append(stepping)
         self._ratios: Mapping[int, float] = {}
         self._only_measure = only_measure
         self._steps: list[LayerwiseStep] = []
@@ -50,21 +56,30 @@ class BalancedOptimizers:
             ValueError: no layer has a parameter in an optimizer, or an optimizer cannot have layer-wise learning
                 rates, or has them already; none is attached.
         """
-        held = self._held()
-        if not any(id(parameter) in held for layer in layers for parameter in layer.module.parameters()):
+        of_layers: set[int] = set()
+        for layer in layers:
+            of_layers.update(map(id, layer.module.parameters()))
+        if self._held().isdisjoint(of_layers):
             raise ValueError(
                 "none of the model's layers has a parameter in the optimizer: build the optimizer from the "
                 "parameters of the same model"
             )
+        if self._only_measure:
+            return
         try:
-            for optimizer in () if self._only_measure else self._optimizers:
+            for optimizer in self._optimizers:
                 self._steps.append(LayerwiseStep(optimizer))
         except Exception:
             self.detach()
             raise
 
     def apply(self, model: nn.Module, ratios: Mapping[str, float]) -> None:
-        """Let the next steps use these ratios of a model's parameters by name."""
+        """Let the next steps use these ratios.
+
+        Args:
+            model: the model.
+            ratios: ratio of each of its parameters by name.
+        """
         by_id = {id(parameter): ratios[clean_name(name)] for name, parameter in model.named_parameters()}
         for step in self._steps:
             step.ratios = by_id
@@ -73,14 +88,14 @@ class BalancedOptimizers:
     def warn_of_unseen_steps(self, model: nn.Module) -> None:
         """Warn, once, where a model was trained since the last call by steps without layer-wise learning rates."""
         for step in self._steps:
-            if step.trained_unseen():
-                name = type(step.optimizer).__name__
-                warn_once(
-                    f"the weights were trained since the last measurement, but not by {name}.step(): their "
-                    "learning rates were not the layer-wise ones. Was the optimizer exchanged, or its step "
-                    "replaced?",
-                    model,
-                )
+            if not step.trained_unseen():
+                continue
+            warn_once(
+                f"the weights were trained since the last measurement, but not by "
+                f"{type(step.optimizer).__name__}.step(): their learning rates were not the layer-wise ones. Was "
+                "the optimizer exchanged, or its step replaced?",
+                model,
+            )
 
     def detach(self) -> None:
         """Give the optimizers back as they were. Safe to call twice."""
@@ -91,11 +106,11 @@ class BalancedOptimizers:
     def trained(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """Return the parameters of a model that some optimizer trains, by name."""
         held = self._held()
-        return {
-            clean_name(name): parameter
-            for name, parameter in model.named_parameters()
-            if parameter.requires_grad and id(parameter) in held
-        }
+        trained = {}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and id(parameter) in held:
+                trained[clean_name(name)] = parameter
+        return trained
 
     def groups(self, optimizer: Any = None) -> list[SplitGroup]:
         """Return the groups that a step sees now, of one optimizer or of all.
@@ -103,22 +118,24 @@ class BalancedOptimizers:
         Raises:
             ValueError: the optimizer is not one of these.
         """
-        chosen = self._optimizers
-        if optimizer is not None:
-            own = list(stepping_optimizers(unwrapped_optimizer(optimizer)))
-            chosen = [held for held in self._optimizers if _is_among(held, own)]
-            if not chosen:
-                raise ValueError(f"this {type(optimizer).__name__} is not one that is being balanced")
-        return [group for held in chosen for group in split_groups(held, self._ratios)]
+        chosen = self._optimizers if optimizer is None else self._inside(optimizer)
+        if not chosen:
+            raise ValueError(f"this {type(optimizer).__name__} is not one that is being balanced")
+        groups: list[SplitGroup] = []
+        for one in chosen:
+            groups += split_groups(one, self._ratios)
+        return groups
+
+    def _inside(self, optimizer: Any) -> list[Optimizer]:
+        """Return those of the optimizers that step when a user's optimizer does."""
+        own = list(stepping_optimizers(unwrapped_optimizer(optimizer)))
+        return [one for one in self._optimizers if _is_among(one, own)]
 
     def _held(self) -> set[int]:
-        return {
-            id(parameter)
-            for optimizer in self._optimizers
-            for group in optimizer.param_groups
-            for parameter in group["params"]
-        }
+        """Return the `id` of each parameter that some optimizer holds."""
+        return set().union(*map(parameter_ids, self._optimizers))
 
 
 def _is_among(optimizer: Optimizer, others: Sequence[Optimizer]) -> bool:
+    """Tell whether an optimizer is one of others; by identity, because a class may define equality."""
     return any(optimizer is other for other in others)

@@ -51,7 +51,10 @@ class MappedRatios:
     def balanced(self) -> dict[Kind, list[str]]:
         """The layers that take part and have the metric that is mapped, by kind."""
         missing = set(self.missing)
-        return {kind: [name for name in names if name not in missing] for kind, names in self.members.items()}
+        balanced = {}
+        for kind, names in self.members.items():
+            balanced[kind] = [name for name in names if name not in missing]
+        return balanced
 
 
 def ratios_of_report(report: Report, members: dict[Kind, list[str]], options: RatioOptions) -> MappedRatios:
@@ -61,6 +64,12 @@ def ratios_of_report(report: Report, members: dict[Kind, list[str]], options: Ra
         report: the measurement; with the noise-aware map, one that holds permutation nulls.
         members: names of the layers that take part, by kind.
         options: the map, its options and the metric.
+
+    Returns:
+        The ratio of every layer of the report, and which layers were balanced.
+
+    Raises:
+        ValueError: a metric that the map cannot map.
     """
     ratios = dict.fromkeys(report.layers, 1.0)
     lambdas: dict[Kind, float] = {}
@@ -74,6 +83,7 @@ def ratios_of_report(report: Report, members: dict[Kind, list[str]], options: Ra
         balanced += [ratios[name] for name in known]
         if options.assign_func == "noise_aware" and known:
             lambdas[kind] = noise_lambda(list(known.values()))
+    # The mean over all kinds together: of the layers, not of the kinds.
     mean = math.fsum(balanced) / len(balanced) if balanced else None
     return MappedRatios(ratios, members, missing, RatioSummary(mean, lambdas))
 
@@ -85,7 +95,9 @@ def mapped_metric(record: LayerRecord, options: RatioOptions) -> float | None:
     """
     if record.collapsed and options.collapsed == "leave_out":
         return None
-    return record.z_score if options.assign_func == "noise_aware" else record.metric(options.metric)
+    if options.assign_func == "noise_aware":
+        return record.z_score
+    return record.metric(options.metric)
 
 
 def only_measures(options: RatioOptions) -> bool:
@@ -152,22 +164,36 @@ def lr_ratios(
 def ratios_from(alphas: Mapping[str, float | None], options: RatioOptions) -> dict[str, float]:
     """Map alphas as `lr_ratios` does, with options that are checked already.
 
+    Args:
+        alphas: alpha of each layer; None or NaN where a layer has none.
+        options: the map and its options.
+
     Raises:
         ValueError: an alpha that is infinite, or that the map cannot map.
     """
-    known = {name: float(alpha) for name, alpha in alphas.items() if alpha is not None and alpha == alpha}
-    for name, alpha in known.items():
-        if math.isinf(alpha):
-            raise ValueError(f"the alpha of {name!r} is infinite; pass None for a layer without an alpha")
+    known = _known(alphas)
     ratios = dict.fromkeys(alphas, 1.0)
     values = list(known.values())
-    if only_measures(options) or not values or min(values) == max(values):
+    are_alike = len(set(values)) < 2
+    if only_measures(options) or are_alike:
         return ratios
     _check_domain(known, options.assign_func)
     mapped = _MAPS[options.assign_func](values, options)
     if options.ratio_levels is not None:
         mapped = _to_levels(mapped, options.ratio_levels)
     return ratios | dict(zip(known, mapped, strict=True))
+
+
+def _known(alphas: Mapping[str, float | None]) -> dict[str, float]:
+    """Return the alphas of the layers that have one; raise where one is infinite."""
+    known = {}
+    for name, alpha in alphas.items():
+        if alpha is None or math.isnan(alpha):
+            continue
+        if math.isinf(alpha):
+            raise ValueError(f"the alpha of {name!r} is infinite; pass None for a layer without an alpha")
+        known[name] = float(alpha)
+    return known
 
 
 def noise_lambda(z_scores: Sequence[float]) -> float:
@@ -192,7 +218,9 @@ def noise_lambda(z_scores: Sequence[float]) -> float:
     scaled = [z / largest for z in z_scores]
     mean = math.fsum(scaled) / len(scaled)
     variance = math.fsum((z - mean) ** 2 for z in scaled) / (len(scaled) - 1) * largest * largest
-    return 1 - 1 / variance if variance > 1 else 0.0
+    if variance <= 1:
+        return 0.0
+    return 1 - 1 / variance
 
 
 def _to_levels(ratios: Sequence[float], levels: int) -> list[float]:

@@ -7,7 +7,7 @@ layer. And some settings leave nothing to balance, or give a layer a rate that i
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
@@ -33,34 +33,58 @@ class RatioWarnings:
         self._said: set[str] = set()
 
     def about(self, report: Report, mapped: MappedRatios) -> None:
-        """Warn where nothing is balanced, a layer has no metric, or a ratio is large."""
-        missing = self._new(mapped.missing)
-        if missing:
-            reasons = "; ".join(f"{name}: {_reason(report.layers[name])}" for name in missing)
-            self._warn(f"layers with no {self._options.metric} keep the base learning rate: {reasons}")
+        """Warn where nothing is balanced, a layer has no metric, or a ratio is large.
+
+        Args:
+            report: the measurement.
+            mapped: the ratios that follow from it.
+        """
+        self._about_missing(report, mapped.missing)
         if not only_measures(self._options):
             self._about_few_layers(mapped)
-        large = max(mapped.ratios, key=mapped.ratios.__getitem__, default=None)
-        if large is not None and mapped.ratios[large] > LARGE_RATIO and self._new(["large ratio"]):
-            self._warn(
-                f"the learning rate of {large} is {mapped.ratios[large]:.3g} times the base learning rate: "
-                "training may diverge. lr_max_ratio, sigmoid_max and sigmoid_min set the range of the ratios"
-            )
+        self._about_large_ratio(mapped.ratios)
 
     def about_noise(self, report: Report, mapped: MappedRatios) -> None:
-        """Warn where the ratios rest on noise. Not meant for initial weights, whose alphas are all noise."""
+        """Warn where the ratios rest on noise. Not meant for initial weights, whose alphas are all noise.
+
+        Args:
+            report: the measurement.
+            mapped: the ratios that follow from it.
+        """
+        # The noise-aware map takes noise into account, and only alpha has a standard error.
         if self._options.assign_func == "noise_aware" or self._options.metric != "alpha":
             return
         for names in mapped.balanced.values():
-            if len({mapped.ratios[name] for name in names}) > 1:
-                self._about_sampling_noise([report.layers[name] for name in names])
-                self._about_single_matrix({name: report.layers[name] for name in names}, mapped)
+            ratios = {mapped.ratios[name] for name in names}
+            if len(ratios) < 2:
+                continue
+            records = {name: report.layers[name] for name in names}
+            self._about_sampling_noise(list(records.values()))
+            self._about_single_matrix(records, mapped)
+
+    def _about_missing(self, report: Report, missing: Sequence[str]) -> None:
+        new = self._new(missing)
+        if not new:
+            return
+        reasons = "; ".join(f"{name}: {_reason(report.layers[name])}" for name in new)
+        self._warn(f"layers with no {self._options.metric} keep the base learning rate: {reasons}")
+
+    def _about_large_ratio(self, ratios: Mapping[str, float]) -> None:
+        if not ratios:
+            return
+        largest = max(ratios, key=ratios.__getitem__)
+        if ratios[largest] <= LARGE_RATIO or not self._new(["large ratio"]):
+            return
+        self._warn(
+            f"the learning rate of {largest} is {ratios[largest]:.3g} times the base learning rate: training may "
+            "diverge. lr_max_ratio, sigmoid_max and sigmoid_min set the range of the ratios"
+        )
 
     def _about_few_layers(self, mapped: MappedRatios) -> None:
         numbers = [len(names) for names in mapped.members.values()]
         if max(numbers, default=0) > 1 or not self._new(["few layers"]):
             return
-        left = "no layer is" if sum(numbers) == 0 else "only one layer of a kind is"
+        left = "only one layer of a kind is" if any(numbers) else "no layer is"
         self._warn(
             f"{left} left to balance, so every layer keeps the base learning rate: see exclude, exclude_first, "
             "exclude_last, balance, and which parameters the optimizer trains"
@@ -76,13 +100,15 @@ class RatioWarnings:
 
     def _about_single_matrix(self, records: dict[str, LayerRecord], mapped: MappedRatios) -> None:
         top = max(records, key=lambda name: records[name].alpha or 0.0)
-        others_are_stacks = not all(map(_is_single, records.values()))
-        if _is_single(records[top]) and others_are_stacks and self._new([f"single matrix {top}"]):
-            self._warn(
-                f"{top} has the largest alpha and is a single matrix, which reads higher than a stack of several "
-                f"that is as random. The mean ratio is {mapped.summary.mean_ratio or 1.0:.2f}. "
-                "assign_func='noise_aware' compares each layer with random layers of its shape"
-            )
+        some_are_stacks = not all(map(_is_single, records.values()))
+        is_biased = _is_single(records[top]) and some_are_stacks
+        if not is_biased or not self._new([f"single matrix {top}"]):
+            return
+        self._warn(
+            f"{top} has the largest alpha and is a single matrix, which reads higher than a stack of several "
+            f"that is as random. The mean ratio is {mapped.summary.mean_ratio or 1.0:.2f}. "
+            "assign_func='noise_aware' compares each layer with random layers of its shape"
+        )
 
     def _new(self, topics: Sequence[str]) -> list[str]:
         """Return those topics that were not warned about yet, and note them."""
@@ -95,14 +121,17 @@ class RatioWarnings:
 
 
 def _reason(record: LayerRecord) -> str:
-    """Say why a layer has no value to map."""
-    return record.status if record.status != OK else "its permutation null has no alpha to compare with"
+    """Say why a layer has no value to map: it has no alpha, or nothing to compare its alpha with."""
+    if record.status != OK:
+        return record.status
+    return "its permutation null has no alpha to compare with"
 
 
 def _noise_share(records: Sequence[LayerRecord]) -> float:
     """Return the share of the variance of alpha over the layers that sampling noise explains.
 
-    The mean of the squared standard errors over the sample variance of the alphas, at most 1; 0 if it is unknown.
+    The mean of the squared standard errors over the sample variance of the alphas, at most 1:
+    (sum_i e_i^2 / n) / (sum_i (a_i - mean a)^2 / (n - 1)). 0 where it is unknown.
     """
     alphas = [record.alpha for record in records if record.alpha is not None]
     errors = [record.alpha_error for record in records if record.alpha_error is not None]
@@ -111,9 +140,14 @@ def _noise_share(records: Sequence[LayerRecord]) -> float:
     mean = math.fsum(alphas) / len(alphas)
     variance = math.fsum((alpha - mean) ** 2 for alpha in alphas) / (len(alphas) - 1)
     noise = math.fsum(error**2 for error in errors) / len(errors)
-    return min(1.0, noise / variance) if variance > 0 else 0.0
+    if variance == 0:
+        return 0.0
+    return min(1.0, noise / variance)
 
 
 def _is_single(record: LayerRecord) -> bool:
     """Tell whether a layer has one window alone: a 1x1 convolution, or a linear layer of a window's size."""
-    return bool(record.shape) and record.shape[0] == 1 and record.num_eigenvalues <= record.shape[1]
+    if not record.shape:
+        return False
+    matrices, rows = record.shape[:2]
+    return matrices == 1 and record.num_eigenvalues <= rows

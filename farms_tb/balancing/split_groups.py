@@ -1,7 +1,9 @@
 """The param groups that a step sees: the user's groups, split by learning-rate ratio.
 
-`ShownGroups` makes them at the start of a step, and carries over to the user's groups what the step wrote. To
-split a thousand layers takes as long as the step itself, so a split is kept for the next step while it holds.
+`ShownGroups` makes them at the start of a step, and carries over to the user's groups what the step wrote. Each of
+the user's groups becomes one part: `_Split`, the groups of its ratios, or `_Merged`, where `foreach_update` moves
+all parameters at once. To split a thousand layers takes as long as the step itself, so a split is kept for the
+next step while it holds.
 """
 
 from __future__ import annotations
@@ -46,18 +48,24 @@ def split_groups(optimizer: Optimizer, ratios: Mapping[int, float]) -> list[Spli
     Args:
         optimizer: the optimizer, outside of a step.
         ratios: learning-rate ratio of a parameter by its `id`; 1 where there is none.
+
+    Returns:
+        For each of the user's groups one for each ratio, in the order in which its parameters have them.
     """
     found = []
     for index, group in enumerate(optimizer.param_groups):
-        lr = group.get("lr")
+        lr: Any = group.get("lr")
+        # Without a number (None: the optimizer chooses by itself) there is nothing to scale.
+        has_lr = isinstance(lr, (Real, Tensor))
         for ratio, params in _by_ratio(group, ratios).items():
-            scaled = lr * ratio if isinstance(lr, (Real, Tensor)) else None
-            found.append(SplitGroup(index, params, ratio, scaled))  # type: ignore[arg-type]
+            found.append(SplitGroup(index, params, ratio, lr * ratio if has_lr else None))
     return found
 
 
 class WatchedGroup(dict[str, Any]):
     """A param group that knows whether its learning rate was read.
+
+    Copies of all values (`dict(group)`, `{**group}`) count as reading it. Copies are plain dicts.
 
     Attributes:
         lr_was_read: whether it was.
@@ -75,7 +83,7 @@ class WatchedGroup(dict[str, Any]):
         return super().get(key, default)
 
     def __iter__(self) -> Iterator[str]:
-        # Without it, `dict(group)` and `{**group}` would copy the values past `__getitem__`.
+        # Python copies a dict past `__getitem__` unless its class defines `__iter__`.
         return super().__iter__()
 
     def items(self) -> Any:
@@ -125,22 +133,25 @@ class ShownGroups:
         self._optimizer, self._ratios = optimizer, ratios
         self._compiled, self._watched = compiled, watched
         users = self._users()
-        self._parts = [self._part(group, old) for group, old in zip_longest(users, kept[: len(users)])]
+        self._parts: list[_Split | _Merged] = []
+        for group, old in zip_longest(users, kept[: len(users)]):
+            self._parts.append(self._part(group, old))
         self.groups: list[Group] = []
         self._show()
 
     def refresh(self) -> None:
         """Follow what became of the user's groups since they were split: a closure may change them."""
         users = self._users()
-        if [id(part.group) for part in self._parts] != [id(group) for group in users[: len(self._parts)]]:
+        known = users[: len(self._parts)]
+        if [id(part.group) for part in self._parts] != [id(group) for group in known]:
             self._parts = []
-        for place, part in enumerate(self._parts):
-            if type(self._optimizer) in RULES:
-                # Torch may look at the groups before it calls the closure, which makes other gradients.
-                self._parts[place] = self._part(part.group, None)
-            else:
-                part.follow_user()
-        self._parts += [self._part(group, None) for group in users[len(self._parts) :]]
+        if type(self._optimizer) in RULES:
+            # Torch may look at the groups before it calls the closure, which makes other gradients.
+            self._parts = []
+        for part in self._parts:
+            part.follow_user()
+        for group in users[len(self._parts) :]:
+            self._parts.append(self._part(group, None))
         self._show()
 
     def finish(self) -> list[_Split | None]:
@@ -155,14 +166,20 @@ class ShownGroups:
         """
         if len(self.groups) != sum(len(part.shown) for part in self._parts):
             raise incompatible(self._optimizer, "added or removed param groups")
+        writes_nothing = type(self._optimizer) in TORCH_OPTIMIZERS
+        kept: list[_Split | None] = []
         for part in self._parts:
             if isinstance(part, _Merged):
                 part.update()
-            elif not part.whole and type(self._optimizer) not in TORCH_OPTIMIZERS:
+                kept.append(None)
+                continue
+            if not part.whole and not writes_nothing:
                 self._write_back(part)
-        return [None if self._watched or isinstance(part, _Merged) else part for part in self._parts]
+            kept.append(None if self._watched else part)
+        return kept
 
     def _users(self) -> list[Group]:
+        """Return the user's groups, past the property of the view that shows others in their place."""
         users: list[Group] = self._optimizer.__dict__["param_groups"]
         return users
 
@@ -171,6 +188,7 @@ class ShownGroups:
         self.groups[:] = [group for part in self._parts for group in part.shown]
 
     def _part(self, group: Group, old: _Split | None) -> _Split | _Merged:
+        """Return what stands for one of the user's groups, where possible the split of the last step."""
         update = None if self._compiled else merged_update(self._optimizer, group, self._ratios)
         if update is not None:
             return _Merged(group, update)
@@ -185,11 +203,11 @@ class ShownGroups:
         if "lr" in written:
             raise incompatible(self._optimizer, "wrote group['lr']")
         for key in written:
-            values = [shown.get(key, _MISSING) for shown in split.shown]
-            if not all(_same(values[0], value) for value in values[1:]):
+            first, *others = (shown.get(key, _MISSING) for shown in split.shown)
+            if not all(_same(first, other) for other in others):
                 deed = f"keeps group[{key!r}], which depends on the learning rate,"
                 raise incompatible(self._optimizer, deed)
-            _store(split.group, key, values[0])
+            _store(split.group, key, first)
 
 
 class _Split:
@@ -197,6 +215,16 @@ class _Split:
 
     Tensors in the groups of the step are copies, so that a tensor that is written in place (a counter) is written
     once, and is seen to be.
+
+    Args:
+        group: the user's group.
+        by_ratio: its parameters by their ratio.
+        watched: whether to note if the learning rates are read.
+
+    Attributes:
+        group: the user's group.
+        whole: whether no ratio differs from 1, so that the step sees the user's group itself.
+        shown: the groups that the step sees.
     """
 
     def __init__(self, group: Group, by_ratio: Mapping[float, list[Tensor]], watched: bool = False) -> None:
@@ -206,10 +234,7 @@ class _Split:
         self._params = list(group["params"])
         self.shown = [group]
         if not self.whole:
-            self.shown = [
-                {key: self._own(key, value, ratio) for key, value in group.items()} | {"params": params}
-                for ratio, params in by_ratio.items()
-            ]
+            self.shown = [self._scaled(ratio, params) for ratio, params in by_ratio.items()]
         self._given = [_Snapshot(shown) for shown in self.shown]
         self._users = _Snapshot(group)
         if watched and not self.whole:
@@ -220,15 +245,13 @@ class _Split:
 
         Never where the group holds tensors, whose copies are made anew.
         """
+        if group is not self.group or group.keys() != self.shown[0].keys():
+            return False
+        if any(isinstance(value, Tensor) for value in group.values()):
+            return False
         params = group["params"]
-        return (
-            group is self.group
-            and group.keys() == self.shown[0].keys()
-            and not any(isinstance(value, Tensor) for value in group.values())
-            and len(params) == len(self._params)
-            # By identity: tensors compare by value.
-            and all(map(is_, params, self._params))
-        )
+        # By identity: tensors compare by value.
+        return len(params) == len(self._params) and all(map(is_, params, self._params))
 
     def follow_user(self) -> None:
         """Hand what the user changed since on to the groups of the step, scaled where it is the lr."""
@@ -251,8 +274,14 @@ class _Split:
             written |= given.changes(shown)
         return written
 
+    def _scaled(self, ratio: float, params: list[Tensor]) -> Group:
+        """Return the group that a step sees in place of the user's, for the parameters of one ratio."""
+        own = {key: self._own(key, value, ratio) for key, value in self.group.items()}
+        return own | {"params": params}
+
     @staticmethod
     def _own(key: str, value: Any, ratio: float) -> Any:
+        """Return the value of one key in a group of the step."""
         if key == "lr":
             return value * ratio
         return value.clone() if isinstance(value, Tensor) else value
@@ -271,11 +300,17 @@ class _Merged:
 
 
 class _Snapshot:
-    """The values of a group at some time but for its parameters, with the versions of the tensors among them."""
+    """The values of a group at some time but for its parameters, with the versions of the tensors among them.
+
+    Values are compared by identity: a value that was replaced counts as written even if it is equal.
+    """
 
     def __init__(self, group: Group) -> None:
         self._values = dict(group)
-        self._versions = {key: v._version for key, v in self._values.items() if isinstance(v, Tensor)}
+        self._versions: dict[str, int] = {}
+        for key, value in group.items():
+            if isinstance(value, Tensor):
+                self._versions[key] = value._version
 
     def update(self, key: str, value: Any) -> None:
         """Note a new value."""
@@ -288,14 +323,21 @@ class _Snapshot:
         """Return the keys that were written, added or removed since."""
         values = self._values
         same = group.keys() == values.keys() and all(map(is_, group.values(), values.values()))
-        if same and not self._versions:  # nearly always, with as many groups a step as there are ratios
+        if same and not self._versions:
+            # Nearly always. It has to be fast: a step has as many groups as there are ratios.
             return set()
-        written = {key for key, value in values.items() if group.get(key, _MISSING) is not value}
-        written |= {key for key, version in self._versions.items() if values[key]._version != version}
-        return (written | (group.keys() - values.keys())) - {"params"}
+        written = group.keys() - values.keys()
+        for key, value in values.items():
+            if group.get(key, _MISSING) is not value:
+                written.add(key)
+        for key, version in self._versions.items():
+            if values[key]._version != version:
+                written.add(key)
+        return written - {"params"}
 
 
 def _by_ratio(group: Group, ratios: Mapping[int, float]) -> dict[float, list[Tensor]]:
+    """Return the parameters of a group by their ratio, in the order of the user's."""
     by_ratio: dict[float, list[Tensor]] = {}
     for parameter in group["params"]:
         by_ratio.setdefault(ratios.get(id(parameter), 1.0), []).append(parameter)
@@ -315,6 +357,9 @@ def _store(group: Group, key: str, value: Any) -> None:
 
 
 def _same(first: object, second: object) -> bool:
+    """Tell whether two values of a group are equal; tensors are if all their entries are."""
+    if first is second:
+        return True
     if isinstance(first, Tensor) and isinstance(second, Tensor):
         return first.shape == second.shape and bool((first == second).all())
-    return first is second or (not isinstance(first, Tensor) and bool(first == second))
+    return not isinstance(first, Tensor) and bool(first == second)

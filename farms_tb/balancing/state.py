@@ -17,10 +17,13 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields
 from numbers import Real
-from typing import Any, get_type_hints
+from typing import Any, TypeGuard, get_type_hints
+
+from torch import nn
 
 from farms_tb.options import NUMERICS, RatioOptions, SpectrumOptions, as_plain
 from farms_tb.report import LayerRecord, Report
+from farms_tb.warnings import warn_once
 
 STATE_VERSION = 2
 
@@ -47,7 +50,11 @@ class BalancerState:
 
 
 def write_state(state: BalancerState) -> dict[str, Any]:
-    """Return a state as plain values, which `torch.load` reads with `weights_only=True`."""
+    """Return a state as plain values, which `torch.load` reads with `weights_only=True`.
+
+    Returns:
+        The dict of version 2, see this module. Histograms are left out.
+    """
     plain: dict[str, Any] = {
         "version": STATE_VERSION,
         "options": dict(state.options),
@@ -62,6 +69,9 @@ def write_state(state: BalancerState) -> dict[str, Any]:
 def read_state(plain: object) -> BalancerState:
     """Check a saved state of any version up to this one, and read it.
 
+    Args:
+        plain: what a checkpoint holds, of which nothing is taken for granted.
+
     Raises:
         ValueError: not a state of this package, one of a newer version, or one that is damaged: a wrong type, a
             missing entry, or a number that is not finite. The message names the entry.
@@ -70,53 +80,79 @@ def read_state(plain: object) -> BalancerState:
         raise ValueError("not a state of farms_tb: expected a dict with version, options, ratios and report")
     _check_version(plain["version"])
     options = _named(plain["options"], "options")
-    ratios = {
-        name: _ratio(value, f"ratios[{name!r}]") for name, value in _named(plain["ratios"], "ratios").items()
-    }
+    saved_ratios = _named(plain["ratios"], "ratios")
+    ratios = {name: _ratio(value, f"ratios[{name!r}]") for name, value in saved_ratios.items()}
     report = _read_report(plain["report"], "report", options)
-    begun = _read_report(plain["begun"], "begun", options) if "begun" in plain else None
+    begun = _read_report(plain.get("begun", {}), "begun", options)
     return BalancerState(options, ratios, report, begun)
 
 
-def state_changes(state: BalancerState, options: Mapping[str, Any], layers: Collection[str]) -> str:
-    """Say how a saved state differs from the present run; an empty string where it does not.
+def is_of_this_run(
+    state: BalancerState, options: Mapping[str, Any], layers: Collection[str], model: nn.Module
+) -> bool:
+    """Tell whether a saved state has the options and layers of the present run; warn of what is different.
 
     Args:
         state: the saved state.
         options: the present options by name.
         layers: names of the present layers.
+        model: what the warning is about.
     """
-    # An option that the checkpoint does not know yet had no effect: it was at its default.
-    saved = as_plain(SpectrumOptions(), RatioOptions()) | state.options
-    changes = [
-        f"{name} was {saved.get(name)!r} and is {options.get(name)!r}"
-        for name in {**options, **saved}
-        if saved.get(name) != options.get(name) and name not in NUMERICS
-    ]
-    gone, new = sorted(set(state.ratios) - set(layers)), sorted(set(layers) - set(state.ratios))
+    changes = _changed_options(state, options)
+    saved, present = set(state.ratios), set(layers)
+    gone, new = sorted(saved - present), sorted(present - saved)
     if gone:
         changes.append(f"layers {', '.join(gone)} are not in the model")
     if new:
         changes.append(f"layers {', '.join(new)} are not in the checkpoint")
-    return "; ".join(changes)
+    if changes:
+        what = "; ".join(changes)
+        warn_once(f"the checkpoint was written with other settings, measuring anew: {what}", model)
+    return not changes
+
+
+def _changed_options(state: BalancerState, options: Mapping[str, Any]) -> list[str]:
+    """Say of each option whether it has another value now. Those that change no result do not count."""
+    # An option that the checkpoint does not know yet had no effect: it was at its default.
+    saved = as_plain(SpectrumOptions(), RatioOptions()) | state.options
+    changes = []
+    for name in {**options, **saved}:
+        before, now = saved.get(name), options.get(name)
+        if before != now and name not in NUMERICS:
+            changes.append(f"{name} was {before!r} and is {now!r}")
+    return changes
 
 
 def _plain_records(report: Report | None) -> dict[str, dict[str, Any]]:
     """Return the records as dicts without histograms, which are large and not needed to continue."""
-    records = {} if report is None else report.layers
-    # `dataclasses.asdict` takes thirty times as long, at every checkpoint.
-    return {name: {**vars(r), "histogram": None, "shape": list(r.shape)} for name, r in records.items()}
+    if report is None:
+        return {}
+    plain = {}
+    for name, record in report.layers.items():
+        # `dataclasses.asdict` takes thirty times as long, at every checkpoint.
+        plain[name] = {**vars(record), "histogram": None, "shape": list(record.shape)}
+    return plain
 
 
 def _read_report(plain: object, entry: str, options: dict[str, Any]) -> Report | None:
+    """Check and read the records of a report; None where there are none.
+
+    Args:
+        plain: the saved records by name.
+        entry: where they are in the state, for messages.
+        options: the saved options.
+    """
     records = {name: _read_record(record, f"{entry}[{name!r}]") for name, record in _named(plain, entry).items()}
+    if not records:
+        return None
     # As it was measured; an option that the checkpoint does not know was at its default.
     defaults = as_plain(SpectrumOptions())
     measured_with = {name: options.get(name, default) for name, default in defaults.items()}
-    return Report(records, measured_with) if records else None
+    return Report(records, measured_with)
 
 
 def _read_record(plain: object, entry: str) -> LayerRecord:
+    """Check and read the record of one layer; `entry` is where it is in the state, for messages."""
     record = _named(plain, entry)
     unknown = sorted(set(record) - {field.name for field in fields(LayerRecord)})
     if unknown:
@@ -124,14 +160,20 @@ def _read_record(plain: object, entry: str) -> LayerRecord:
     for name in _RECORD_KEYS:
         if name not in record:
             raise _damaged(f"{entry} has no {name!r}")
+    _check_fields(record, entry)
+    return LayerRecord(**{**record, "histogram": None, "shape": tuple(record["shape"])})
+
+
+def _check_fields(record: Mapping[str, Any], entry: str) -> None:
+    """Raise where a field of a record has another type than in `LayerRecord`, or a value out of range."""
     hints = get_type_hints(LayerRecord)
     for name, value in record.items():
-        expected, fits = _FIELD_TYPES.get(str(hints[name]), ("", _anything))
+        expected, fits = _FIELD_TYPES.get(str(hints[name]), ("", _is_anything))
         if not fits(value):
             raise _damaged(f"{entry}[{name!r}] must be {expected}, got {value!r}")
-    if record.get("null_std") is not None and not record["null_std"] > 0:
-        raise _damaged(f"{entry}['null_std'] must be above 0, got {record['null_std']!r}")
-    return LayerRecord(**{**record, "histogram": None, "shape": tuple(record["shape"])})
+    null_std = record.get("null_std")
+    if null_std is not None and not null_std > 0:
+        raise _damaged(f"{entry}['null_std'] must be above 0, got {null_std!r}")
 
 
 def _check_version(version: object) -> None:
@@ -142,39 +184,56 @@ def _check_version(version: object) -> None:
 
 
 def _named(value: object, entry: str) -> dict[str, Any]:
+    """Return a dict with strings as keys; raise where `value` is none."""
     if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
         raise _damaged(f"{entry} must be a dict with names as keys, got {_short(value)}")
     return value
 
 
 def _ratio(value: object, entry: str) -> float:
-    if value is None or not _is_number_or_none(value) or value < 0:  # type: ignore[operator]
+    """Return a learning-rate ratio; raise where `value` is none."""
+    if not _is_number(value) or value < 0:
         raise _damaged(f"{entry} must be a finite number of at least 0, got {_short(value)}")
-    return float(value)  # type: ignore[arg-type]
+    return float(value)
 
 
 def _damaged(what: str) -> ValueError:
+    """Return the error for a state that cannot be used; `what` names the entry, what it must be and what it is."""
     return ValueError(f"the saved state of farms_tb is damaged: {what}. Resume from another checkpoint")
 
 
 def _short(value: object) -> str:
+    """Return a value as text of a bounded length, for messages."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:60]}..."
 
 
+def _is_number(value: object) -> TypeGuard[float]:
+    """Tell whether a value is a finite number. In Python, True and False are numbers; here they are not."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return False
+    return math.isfinite(value)
+
+
 def _is_number_or_none(value: object) -> bool:
-    return value is None or (isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value))
+    return value is None or _is_number(value)
 
 
 def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    if isinstance(value, bool) or not isinstance(value, int):
+        return False
+    return value >= 0
 
 
 def _is_shape(value: object) -> bool:
     return isinstance(value, (list, tuple)) and all(map(_is_count, value))
 
 
-def _anything(value: object) -> bool:
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_anything(value: object) -> bool:
     return True
 
 
@@ -183,6 +242,6 @@ _FIELD_TYPES: dict[str, tuple[str, Callable[[object], bool]]] = {
     "float | None": ("a finite number or None", _is_number_or_none),
     "typing.Optional[float]": ("a finite number or None", _is_number_or_none),
     "<class 'int'>": ("an integer of at least 0", _is_count),
-    "<class 'str'>": ("a string", lambda value: isinstance(value, str)),
+    "<class 'str'>": ("a string", _is_text),
     "tuple[int, ...]": ("a list of integers", _is_shape),
 }

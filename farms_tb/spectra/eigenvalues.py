@@ -11,8 +11,10 @@ a weight, so the memory that solving takes is bounded by `memory_mb`.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -64,13 +66,13 @@ class Chunk:
             return torch.complex64 if self.precision == "float32" else torch.complex128
         return torch.float32 if self.precision == "float32" else torch.float64
 
-    @property
+    @cached_property
     def work(self) -> int:
         """Time that solving takes, up to a factor: O(w^3), and relatively more for small matrices."""
         size = self.windows.size
         return len(self.index) * size**2 * (size + 512) * (SVD_WORK if self.precision == "svd" else 1)
 
-    @property
+    @cached_property
     def bytes(self) -> int:
         """Memory that solving takes: the windows, their Gram matrices and the solver's copy of these."""
         entries = self.windows.view.shape[-2:].numel() + 2 * self.windows.size**2
@@ -148,11 +150,13 @@ def _solve_on_cpu(chunks: Sequence[Chunk], memory: int, threads: int) -> list[So
 def _tasks(chunks: Sequence[Chunk]) -> Iterator[list[Chunk]]:
     """Gather chunks until they are worth a thread's while."""
     task: list[Chunk] = []
+    work = 0
     for chunk in chunks:
         task.append(chunk)
-        if sum(part.work for part in task) >= TASK_WORK:
+        work += chunk.work
+        if work >= TASK_WORK:
             yield task
-            task = []
+            task, work = [], 0
     if task:
         yield task
 
@@ -180,13 +184,14 @@ def _solve_on_gpus(chunks: Sequence[Chunk], memory: int, threads: int, solver: S
 def _batches(chunks: Sequence[Chunk], memory: int) -> Iterator[list[Chunk]]:
     """Group the chunks that are solved as one batch, as many as the memory allows."""
     groups: dict[Any, list[Chunk]] = {}
+    taken: Counter[Any] = Counter()
     for chunk in chunks:
         key = (chunk.device, chunk.dtype, chunk.precision, chunk.windows.size)
-        group = groups.setdefault(key, [])
-        if group and sum(part.bytes for part in group) + chunk.bytes > memory:
-            yield group
-            group = groups[key] = []
-        group.append(chunk)
+        if key in groups and taken[key] + chunk.bytes > memory:
+            yield groups.pop(key)
+            taken[key] = 0
+        groups.setdefault(key, []).append(chunk)
+        taken[key] += chunk.bytes
     yield from groups.values()
 
 
@@ -195,6 +200,9 @@ def _cut(chunk: Chunk, memory: int, work: int | None) -> Iterator[Chunk]:
     number = memory * len(chunk.index) // chunk.bytes
     if work is not None:
         number = min(number, work * len(chunk.index) // chunk.work)
+    if number >= len(chunk.index):
+        yield chunk
+        return
     for index in torch.split(chunk.index, max(1, number)):
         yield replace(chunk, index=index)
 

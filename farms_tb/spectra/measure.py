@@ -144,23 +144,26 @@ def _for_own_layers(
     found: dict[str, Result] = {}
     error: Exception | None = None
     group: dict[str, MatrixStack] = {}
+    held = 0  # bytes
 
     def finish() -> None:
-        nonlocal error
+        nonlocal error, held
         try:
             if error is None:
                 found.update(work(group))
         except Exception as caught:
             error = caught
         group.clear()
+        held = 0
 
     for layer, stack in read_layers(layers):
         if isinstance(stack, Exception):
             error = error or stack
         elif layer.name in own:
             group[layer.name] = stack
+            held += stack.matrices.nbytes
             # Weights gathered from shards are whole for as long as they are in the group.
-            if sum(one.matrices.nbytes for one in group.values()) > options.memory_mb * 2**20:
+            if held > options.memory_mb * 2**20:
                 finish()
     finish()
     if error is not None:

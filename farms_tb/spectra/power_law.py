@@ -81,7 +81,7 @@ def fit_power_law(
         tensor([3.8854], dtype=torch.float64)
     """
     if first is None:
-        first = torch.zeros(len(eigenvalues), dtype=torch.int64)
+        first = torch.zeros(len(eigenvalues), dtype=torch.int64, device=eigenvalues.device)
     if fit == "median":
         size = eigenvalues.shape[-1]
         # Truncated in the way of int(N / xmin_pos), in double precision: a quotient of integers is single.
@@ -110,7 +110,7 @@ def _fit_tails(eigenvalues: Tensor, start: Tensor, with_distance: bool) -> tuple
     """Return alpha and D `(S, 1)` of tails that start at `start` `(S, 1)`; no numbers where there is no fit."""
     left_out = int(start.min())
     logs, start = eigenvalues[:, left_out:].log(), start - left_out
-    index = torch.arange(logs.shape[-1])
+    index = torch.arange(logs.shape[-1], device=logs.device)
     length = (len(index) - start).to(logs.dtype)
     rise = logs - logs.gather(-1, start)
     inside = index >= start
@@ -123,14 +123,14 @@ def _fit_tails(eigenvalues: Tensor, start: Tensor, with_distance: bool) -> tuple
 
 def _hill_alphas(logs: Tensor) -> Tensor:
     """Return the Hill estimate `(S, N)` for a tail that starts at each index; not finite where there is none."""
-    length = torch.arange(logs.shape[-1], 0, -1, dtype=logs.dtype)
+    length = torch.arange(logs.shape[-1], 0, -1, dtype=logs.dtype, device=logs.device)
     tail_sums = logs.flip(-1).cumsum(-1).flip(-1)
     return 1 + length / (tail_sums - length * logs)
 
 
 def _candidates(eigenvalues: Tensor, alphas: Tensor, first: Tensor, fit: Fit) -> Tensor:
     """Tell at which of the `(S, N)` indices a searched tail may start."""
-    index = torch.arange(eigenvalues.shape[-1])
+    index = torch.arange(eigenvalues.shape[-1], device=eigenvalues.device)
     allowed = (index >= first[:, None]) & (index < len(index) - 1) & alphas.isfinite() & (alphas > 1)
     if fit == "xmin_peak":
         peak = _histogram_peak(eigenvalues, index >= first[:, None])
@@ -157,7 +157,7 @@ def _search(logs: Tensor, alphas: Tensor, candidates: Tensor) -> Tensor:
     as soon as its bound exceeds the smallest D found in its sample; those left are looked at in ever more points.
     """
     size = logs.shape[-1]
-    length = torch.arange(size, 0, -1)
+    length = torch.arange(size, 0, -1, device=logs.device)
     distances = torch.ones_like(logs)
     left, known, points = candidates, torch.zeros_like(candidates), _FIRST_POINTS
     while left.any():
@@ -181,7 +181,7 @@ def _ks_distances(logs: Tensor, alphas: Tensor, tails: Tensor, points: int) -> T
     """
     points = min(points, logs.shape[-1])
     step = max(1, _SEARCH_BYTES // (logs.element_size() * points))
-    index = torch.arange(points)
+    index = torch.arange(points, device=logs.device)
     found = []
     for chunk in torch.split(tails.nonzero(), step):
         row, start = chunk[:, :1], chunk[:, 1:]

@@ -198,7 +198,7 @@ def _solve_quarters(found: Sequence[Samples], options: SpectrumOptions, threads:
     for place, samples in enumerate(found):
         quarters = quarters_of(samples.layer.windows, samples.layer.independent, options)
         if quarters is not None:
-            chunks.append(Chunk(place, quarters, torch.arange(quarters.number), "float64"))
+            chunks.append(Chunk(place, quarters, torch.arange(quarters.number, device="cpu"), "float64"))
             samples.of_quarters = np.full((quarters.number, quarters.size), np.nan)
     for solved in solve_chunks(chunks, options.memory_mb * 2**20, threads, options.solver):
         samples = found[solved.chunk.layer]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from farms_tb import TempBalance
+from farms_tb import MatrixStack, TempBalance, layer_matrices
 from tests.helpers import make_net
 
 
@@ -21,78 +21,65 @@ def balanced(net: nn.Module, **options: Any) -> TempBalance:
 # Norms of any class
 
 
-class OwnRMSNorm(nn.Module):
-    """As Llama has it."""
+class Loud(nn.Module):
+    """Changes itself and fails whenever it is called."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
+        self.calls = 0
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+        self.calls += 1
+        raise AssertionError("a measurement must not call modules")
 
 
-class Unit(nn.Module):
-    """Divides by the length, as some write it; no `eps`, no telling name, and a weight that begins at 0."""
+class OwnRMSNorm(Loud):
+    """A class as Llama has it."""
+
+
+class Derived(OwnRMSNorm):
+    """Not called a norm, but derived from one."""
+
+
+class NormWithShift(Loud):
+    """Two vectors, one of which is laid out for images."""
 
     def __init__(self, width: int) -> None:
-        super().__init__()
-        self.g = nn.Parameter(torch.zeros(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.normalize(x, dim=-1) * (1 + self.g)
+        super().__init__(width)
+        self.shift = nn.Parameter(torch.zeros(1, width, 1, 1))
 
 
-class ChannelsFirst(nn.Module):
-    """As ConvNeXt has it."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        assert x.ndim == 4
-        x = (x - x.mean(1, keepdim=True)) / (x.var(1, keepdim=True) + 1e-6).sqrt()
-        return x * self.weight[:, None, None] + self.bias[:, None, None]
+class LayerScale(Loud):
+    """A vector that scales: by its parameters alone it could be a norm."""
 
 
-class OwnBatchNorm(nn.Module):
-    """Counts its batches, and keeps statistics."""
+class DiagonalNormal(Loud):
+    """The deviations of a distribution."""
+
+
+class NormalizedLinear(Loud):
+    """Has a matrix and a vector."""
 
     def __init__(self, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.register_buffer("mean", torch.zeros(width))
-        self.batches = 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.batches += 1
-        if self.training:
-            self.mean.lerp_(x.mean(0), 0.1)
-        return (x - x.mean(0)) / x.std(0) * self.weight
+        super().__init__(width)
+        self.matrix = nn.Parameter(torch.ones(width, width))
 
 
-class LayerScaleNorm(nn.Module):
-    """No norm, whatever it is called: it scales."""
+class NormOfParts(Loud):
+    """Holds another module."""
 
     def __init__(self, width: int) -> None:
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(width)), 1e-6
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.weight
+        super().__init__(width)
+        self.inner = nn.Identity()
 
 
-class Random(nn.Module):
-    """Draws numbers, and raises."""
+class NormOfTwoWidths(Loud):
+    """Has vectors of different lengths."""
 
     def __init__(self, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        torch.rand(3)
-        raise KeyError("not now")
+        super().__init__(width)
+        self.bias = nn.Parameter(torch.zeros(width + 1))
 
 
 def net_with(norm: nn.Module) -> nn.Sequential:
@@ -102,7 +89,7 @@ def net_with(norm: nn.Module) -> nn.Sequential:
     )
 
 
-@pytest.mark.parametrize("cls", [nn.LayerNorm, nn.RMSNorm, OwnRMSNorm, Unit, ChannelsFirst, OwnBatchNorm])
+@pytest.mark.parametrize("cls", [nn.LayerNorm, nn.BatchNorm1d, nn.RMSNorm, OwnRMSNorm, Derived, NormWithShift])
 def test_a_norm_of_any_class_follows(cls: Any) -> None:
     net = net_with(cls(16))
     balancer = balanced(net)
@@ -111,25 +98,56 @@ def test_a_norm_of_any_class_follows(cls: Any) -> None:
     assert {ratios[f"2.{name}"] for name, _ in net[2].named_parameters()} == {balancer.ratios["1"]}
 
 
-@pytest.mark.parametrize("cls", [LayerScaleNorm, Random, nn.PReLU])
-def test_what_does_not_normalise_keeps_the_base_rate(cls: Any) -> None:
+@pytest.mark.parametrize(
+    "cls", [LayerScale, DiagonalNormal, nn.PReLU, NormalizedLinear, NormOfParts, NormOfTwoWidths]
+)
+def test_other_modules_keep_the_base_rate(cls: Any) -> None:
     net = net_with(cls(16))
     ratios = balanced(net).parameter_ratios()
     assert {ratios[f"2.{name}"] for name, _ in net[2].named_parameters()} == {1.0}
 
 
-def test_looking_for_norms_changes_nothing() -> None:
-    norm = OwnBatchNorm(16)
+@pytest.mark.parametrize("cls", [OwnRMSNorm, NormWithShift, LayerScale, nn.BatchNorm1d, nn.SyncBatchNorm])
+def test_looking_for_norms_runs_nothing(cls: Any) -> None:
+    module = cls(16)
     hooked: list[int] = []
-    norm.register_forward_hook(lambda *_: hooked.append(1))
-    nets = net_with(norm).eval(), net_with(Random(16))
-    state = torch.get_rng_state()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        for net in nets:
-            balanced(net)
+    module.register_forward_hook(lambda *_: hooked.append(1))
+    module.register_forward_pre_hook(lambda *_: hooked.append(1))
+    net = net_with(module).eval()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    attributes, state = dict(vars(module)), torch.get_rng_state()
+    balanced(net)
     assert torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(norm.mean, torch.zeros(16))
-    assert (norm.batches, hooked, norm.training) == (0, [], False)
+    assert vars(module) == attributes
+    assert not hooked
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+class ParametrizedBias(nn.Module):
+    """A layer of a class of one's own, whose bias is computed anew whenever it is asked for."""
+
+    computed = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(16, 12))
+
+    @property
+    def bias(self) -> Tensor:
+        type(self).computed += 1
+        return self.weight[:, 0]
+
+
+def test_looking_for_the_width_of_a_layer_computes_nothing() -> None:
+    @layer_matrices.register
+    def _(module: ParametrizedBias) -> list[MatrixStack]:
+        return [MatrixStack(module.weight.detach()[None])]
+
+    balanced(
+        nn.Sequential(nn.Linear(6, 12), ParametrizedBias(), nn.LayerNorm(16), nn.Linear(16, 9), nn.Linear(9, 9))
+    )
+    assert ParametrizedBias.computed == 0
 
 
 def test_norms_of_language_models_follow() -> None:
