@@ -73,6 +73,7 @@ def read_state(plain: object) -> BalancerState:
     ratios = {
         name: _ratio(value, f"ratios[{name!r}]") for name, value in _named(plain["ratios"], "ratios").items()
     }
+    _check_bound(ratios, options)
     report = _read_report(plain["report"], "report", options)
     begun = _read_report(plain["begun"], "begun", options) if "begun" in plain else None
     return BalancerState(options, ratios, report, begun)
@@ -153,6 +154,17 @@ def _ratio(value: object, entry: str) -> float:
     return float(value)  # type: ignore[arg-type]
 
 
+def _check_bound(ratios: dict[str, float], options: dict[str, Any]) -> None:
+    """Raise where a ratio is larger than the options that it was saved with allow."""
+    largest = options.get("lr_max_ratio")
+    if not _is_finite(largest):
+        return
+    bound = max(1.0, float(largest)) * (1 + 1e-6)  # type: ignore[arg-type]
+    for name, ratio in ratios.items():
+        if ratio > bound:
+            raise _damaged(f"ratios[{name!r}] must be at most the lr_max_ratio of {largest!r}, got {ratio!r}")
+
+
 def _damaged(what: str) -> ValueError:
     return ValueError(f"the saved state of farms_tb is damaged: {what}. Resume from another checkpoint")
 
@@ -163,7 +175,16 @@ def _short(value: object) -> str:
 
 
 def _is_number_or_none(value: object) -> bool:
-    return value is None or (isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value))
+    return value is None or _is_finite(value)
+
+
+def _is_finite(value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer that no float holds
+        return False
 
 
 def _is_count(value: object) -> bool:

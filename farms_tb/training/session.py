@@ -18,7 +18,7 @@ from farms_tb.training.cost import MeasuringCost
 from farms_tb.training.handover import Handover, Results
 from farms_tb.training.metrics import Measurement, RunLog, choose_x_axis, warn_of_many_layers
 from farms_tb.training.run import Attachment, CallbackOptions, Run
-from farms_tb.training.schedule import LONG_EPOCH, Moment, Schedule
+from farms_tb.training.schedule import LONG_EPOCH, Moment, Schedule, check_saved_clock
 from farms_tb.training.sinks import warn_of_unseen_media
 from farms_tb.weights.layers import clean_name
 
@@ -167,10 +167,17 @@ class BalancingSession:
             self.attachment.detach()
 
     def restore(self) -> None:
-        """Apply the saved ratios that wait for training, and set the clock to where it was."""
+        """Apply the saved ratios that wait for training, and set the clock to where it was.
+
+        Raises:
+            ValueError: the saved state is damaged. Nothing of it was applied.
+        """
         state, self.restored = self.restored, None
         self._background = None
-        if state is None or not self._balancer.load_state_dict(state["balancer"]):
+        if state is None:
+            return
+        check_saved_clock(state)
+        if not self._balancer.load_state_dict(state["balancer"]):
             return
         self._schedule.load_state_dict(state)
         self._final_step = state.get("final_step", -1)

@@ -1,9 +1,9 @@
 """A layer whose spectrum has collapsed must not pass for the best trained one.
 
-In three layers of one shape, one is random, one has a power-law spectrum as trained layers have, and one holds its
-energy in a single direction while the rest fades over many decades, as weight decay leaves it. The collapsed layer has by
-far the smallest alpha. Right: its status says what happened, and it keeps ratio 1. The second input is a linear
-layer that collapsed to two directions.
+In three layers of one shape, one is random, one has a power-law spectrum as trained layers have, and one holds
+its energy in a single direction while the rest fades over many decades, as weight decay leaves it. The
+collapsed layer has by far the smallest alpha. Right: its status says what happened, and it keeps ratio 1. The
+second input is a linear layer that collapsed to two directions.
 """
 
 import warnings

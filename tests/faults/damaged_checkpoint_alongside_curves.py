@@ -1,8 +1,8 @@
 """A damaged state of the callback in a checkpoint must not hide the curves of its run folder.
 
-The curves are in metrics.csv, the state only adds to them. Right: `farms-tb report` and `watch` exit with 0, whatever is
-in place of the report, the ratios or the options. Second inputs: the same in `plot`, a state that is no dict at all,
-and a number in summary.json that no float can hold.
+The curves are in metrics.csv, the state only adds to them. Right: `farms-tb report` and `watch` exit with 0,
+whatever is in place of the report, the ratios or the options. Second inputs: the same in `plot`, a state that
+is no dict at all, and a number in summary.json that no float can hold.
 """
 
 import tempfile

@@ -1,7 +1,7 @@
 """A damaged state must end a resume in a ValueError that names what is damaged, and change nothing.
 
-Right: `TempBalance.load_state_dict` raises a ValueError; ratios and learning rates are what they were. Second inputs:
-states that are no dict, and a run of a Trainer that resumes from a checkpoint with a damaged clock.
+Right: `TempBalance.load_state_dict` raises a ValueError; ratios and learning rates are what they were. Second
+inputs: states that are no dict, and a run of a Trainer that resumes from a checkpoint with a damaged clock.
 """
 
 import copy
@@ -10,7 +10,7 @@ import tempfile
 import warnings
 from pathlib import Path
 
-import lightning as L
+import lightning
 import torch
 from torch import nn
 
@@ -54,7 +54,7 @@ for case in (None, [], "text", {}, {"version": 2}):
 assert balancer.ratios == ratios
 
 
-class Net(L.LightningModule):
+class Net(lightning.LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.net = nn.Sequential(*[nn.Linear(20, 20) for _ in range(4)])
@@ -66,8 +66,8 @@ class Net(L.LightningModule):
         return torch.optim.SGD(self.parameters(), 0.1)
 
 
-def fit(callback: FARMSTempBalance, epochs: int, ckpt_path: Path | None = None) -> L.Trainer:
-    trainer = L.Trainer(
+def fit(callback: FARMSTempBalance, epochs: int, ckpt_path: Path | None = None) -> lightning.Trainer:
+    trainer = lightning.Trainer(
         max_epochs=epochs,
         callbacks=[callback],
         logger=False,

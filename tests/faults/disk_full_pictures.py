@@ -1,8 +1,8 @@
 """A full disk must leave no half of a picture or page under its final name.
 
-The limit on the size of files stands for the full disk: whatever is cut short has exactly that size. Right: each writer
-raises OSError, and no file of that size is left. Second input: the written files existed before, and are still the
-old ones.
+The limit on the size of files stands for the full disk: whatever is cut short has exactly that size. Right:
+each writer raises OSError, and no file of that size is left. Second input: the written files existed before,
+and are still the old ones.
 """
 
 import os

@@ -1,7 +1,8 @@
 r"""Names must be drawn as they are, although matplotlib takes `$...$` for mathematics and `\` for a command.
 
-Right: pictures of a run whose folder or layers have such names are drawn, and a run that logs a table of pictures
-trains to its end. Second inputs: a lone backslash, braces, underscores and carets, and an unpaired dollar.
+Right: pictures of a run whose folder or layers have such names are drawn, and a run that logs a table of
+pictures trains to its end. Second inputs: a lone backslash, braces, underscores and carets, and an unpaired
+dollar.
 """
 
 import logging
@@ -9,7 +10,7 @@ import tempfile
 import warnings
 from pathlib import Path
 
-import lightning as L
+import lightning
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
@@ -22,7 +23,7 @@ logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 NAMES = ("$\\x$", "back\\slash", "{a}_^", "a$b", "$$")
 
 
-class Net(L.LightningModule):
+class Net(lightning.LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.net = nn.ModuleDict({name: nn.Linear(20, 20) for name in ("first", *NAMES, "last")})
@@ -40,7 +41,7 @@ with tempfile.TemporaryDirectory() as parent:
         folder.mkdir()
         (folder / "metrics.csv").write_text(f"epoch,step,farms/alpha/a,farms/alpha/{name}\n0,0,2,2.1\n1,1,2,2.2\n")
         assert save_all(folder), name
-    trainer = L.Trainer(
+    trainer = lightning.Trainer(
         max_epochs=1,
         accelerator="cpu",
         logger=TensorBoardLogger(parent),

@@ -1,8 +1,9 @@
 """Names in files must not reach the terminal with control characters.
 
-A terminal obeys escape sequences: they set its title, clear it, write to the clipboard. Right: no output of `farms-tb`
-holds ESC, BEL or a C1 control character of a name, neither on a terminal nor in CSV. Second inputs: hyperlinks (OSC 8),
-the C1 controls that introduce a sequence in one character, and marks that turn the direction of writing.
+A terminal obeys escape sequences: they set its title, clear it, write to the clipboard. Right: no output of
+`farms-tb` holds ESC, BEL or a C1 control character of a name, neither on a terminal nor in CSV. Second inputs:
+hyperlinks (OSC 8), the C1 controls that introduce a sequence in one character, and marks that turn the
+direction of writing.
 """
 
 import json
@@ -68,7 +69,9 @@ with tempfile.TemporaryDirectory() as parent:
     run.mkdir()
     # A carriage return would end the line of the file.
     columns = [f"farms/alpha/{name}".replace("\r", "") for name in NAMES.values()]
-    (run / "metrics.csv").write_text(f"epoch,step,{','.join(columns)}\n0,0,2.0,2.1\n1,1,2.1,2.2\n", encoding="utf-8")
+    (run / "metrics.csv").write_text(
+        f"epoch,step,{','.join(columns)}\n0,0,2.0,2.1\n1,1,2.1,2.2\n", encoding="utf-8"
+    )
     file = str(folder / "m.safetensors")
     check("analyze", on_a_terminal("analyze", file))
     check("compare", on_a_terminal("compare", file, file))

@@ -1,8 +1,8 @@
 """A file that is cut while it is measured must not kill the interpreter.
 
-Mapped files do: reading beyond their end is SIGBUS. It happens when `torch.save` or `save_file` write onto a name that
-is being read. Right: a documented error that names the file. Second input: a file that is replaced in place by a
-larger one of other layers.
+Mapped files do: reading beyond their end is SIGBUS. It happens when `torch.save` or `save_file` write onto a
+name that is being read. Right: a documented error that names the file. Second input: a file that is replaced in
+place by a larger one of other layers.
 """
 
 import subprocess

@@ -1,7 +1,7 @@
 """A flipped bit in a cached data file must cost the file, not the run, and never give other data.
 
-A bit may turn the compression of the zip into one that nobody has, or say that it is encrypted. Right: the data are
-made again. Second input: files that are cut short, empty, or another archive.
+A bit may turn the compression of the zip into one that nobody has, or say that it is encrypted. Right: the data
+are made again. Second input: files that are cut short, empty, or another archive.
 """
 
 import logging

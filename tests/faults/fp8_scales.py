@@ -1,8 +1,8 @@
 """8-bit floats must be measured with the scales of their blocks, or listed as quantised.
 
-The stored numbers alone have another spectrum. Right: the alpha of a layer of transformers' FP8Linear, and of a weight in
-a file whose scales are named `scale` or `weight_scale_inv`, is that of the dequantised weight, or there is none.
-The second input are scales for each row.
+The stored numbers alone have another spectrum. Right: the alpha of a layer of transformers' FP8Linear, and of a
+weight in a file whose scales are named `scale` or `weight_scale_inv`, is that of the dequantised weight, or
+there is none. The second input are scales for each row.
 """
 
 import tempfile

@@ -1,7 +1,8 @@
-"""A line of metrics.csv that was cut by a full disk or a kill must not end the resume, nor be taken for a whole one.
+"""A line of metrics.csv that was cut must not end the resume, nor be taken for a whole one.
 
-Right: the resume leaves it out; a step of 210 that was cut to 21 is no row of step 21. Second input: the cut may be
-after any byte of the file, within the head or a character of several bytes too.
+A full disk or a kill cuts it.
+Right: the resume leaves it out; a step of 210 that was cut to 21 is no row of step 21. Second input: the cut
+may be after any byte of the file, within the head or a character of several bytes too.
 """
 
 import os
@@ -42,7 +43,10 @@ with tempfile.TemporaryDirectory() as parent:
     assert [row["step"] for row in read_rows(path)] == ["5"], read_rows(path)
 
     whole = "epoch,step,farms/alpha/größe\r\n0,10,2.5\r\n1,20,2.75\r\n".encode()
-    rows = [{"epoch": "0", "step": "10", "farms/alpha/größe": "2.5"}, {"epoch": "1", "step": "20", "farms/alpha/größe": "2.75"}]
+    rows = [
+        {"epoch": "0", "step": "10", "farms/alpha/größe": "2.5"},
+        {"epoch": "1", "step": "20", "farms/alpha/größe": "2.75"},
+    ]
     for length in range(len(whole) + 1):
         path.write_bytes(whole[:length])
         forget_rows_after(path, 100)

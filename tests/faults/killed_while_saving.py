@@ -1,8 +1,8 @@
 """A run that is killed while its only checkpoint is written must keep the older one.
 
-Lightning writes a checkpoint into the temporary folder and moves it, which copies where that is another file system.
-Right: `last.ckpt` can be read after a kill, at any moment of the copy. The second input is a kill after the file was
-written and before it has its name.
+Lightning writes a checkpoint into the temporary folder and moves it, which copies where that is another file
+system. Right: `last.ckpt` can be read after a kill, at any moment of the copy. The second input is a kill after
+the file was written and before it has its name.
 """
 
 import logging
@@ -12,7 +12,7 @@ import tempfile
 import warnings
 from pathlib import Path
 
-import lightning as L
+import lightning
 import torch
 from torch import nn
 
@@ -23,7 +23,7 @@ logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 OTHER_FILE_SYSTEM = Path("/dev/shm")
 
 
-class Net(L.LightningModule):
+class Net(lightning.LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.net = nn.Linear(300, 300)
@@ -76,7 +76,7 @@ def train(folder: str, prepare) -> None:
         tempfile.tempdir = str(OTHER_FILE_SYSTEM)
     prepare()
     data = torch.utils.data.DataLoader(torch.randn(8, 300), 4)
-    trainer = L.Trainer(
+    trainer = lightning.Trainer(
         max_epochs=5,
         accelerator="cpu",
         logger=False,

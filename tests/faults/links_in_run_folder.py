@@ -1,7 +1,7 @@
 """A link in somebody's run folder must not make the page write where it points.
 
-Right: the file that a link named like the page's temporary file points at stays as it is. Second inputs: the page
-itself, a picture and its folder are links to files outside.
+Right: the file that a link named like the page's temporary file points at stays as it is. Second inputs: the
+page itself, a picture and its folder are links to files outside.
 """
 
 import tempfile

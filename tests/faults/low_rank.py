@@ -1,8 +1,8 @@
 """A weight of low rank must be told as one, in whatever type it is stored.
 
-The product of two thin matrices has zero singular values; rounded to float32 or bfloat16 they are tiny instead, and an
-alpha of them is one of rounding. Right: no alpha, and ratio 1. Second inputs: the product of a 192x4 and a 4x192
-matrix, and a convolution of low rank.
+The product of two thin matrices has zero singular values; rounded to float32 or bfloat16 they are tiny instead,
+and an alpha of them is one of rounding. Right: no alpha, and ratio 1. Second inputs: the product of a 192x4 and
+a 4x192 matrix, and a convolution of low rank.
 """
 
 import warnings

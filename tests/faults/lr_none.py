@@ -1,7 +1,7 @@
 """An optimizer that chooses its learning rate by itself has lr=None: to be refused, or only measured.
 
-Right: a ValueError that names the optimizer where ratios differ from 1, and a run that measures where both bounds are
-1. Second inputs: LBFGS, and an optimizer whose lr is text.
+Right: a ValueError that names the optimizer where ratios differ from 1, and a run that measures where both
+bounds are 1. Second inputs: LBFGS, and an optimizer whose lr is text.
 """
 
 import warnings
@@ -35,7 +35,8 @@ def train(optimizer: torch.optim.Optimizer, net: nn.Module, **options: float) ->
         loss.backward()
         return loss
 
-    optimizer.step(closure)
+    closure()
+    optimizer.step(*([closure] if isinstance(optimizer, torch.optim.LBFGS) else []))
     print(type(optimizer).__name__, [group.lr for group in balancer.param_groups(optimizer)])
 
 

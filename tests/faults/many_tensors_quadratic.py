@@ -1,7 +1,8 @@
 """The time to list the tensors of a file must not grow with the square of their number.
 
-A reader that opens the file anew for each tensor parses its head each time. Right: four times the tensors take about
-four times as long; a quadratic reader takes sixteen times. Second input: the same in a file by `torch.save`.
+A reader that opens the file anew for each tensor parses its head each time. Right: four times the tensors take
+about four times as long; a quadratic reader takes sixteen times. Second input: the same in a file by
+`torch.save`.
 """
 
 import tempfile
@@ -9,9 +10,8 @@ import time
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
-
 from farms_tb.checkpoint import stored_layers, stored_tensors
+from safetensors.torch import save_file
 
 
 def read(path: Path) -> float:

@@ -11,7 +11,7 @@ import warnings
 
 os.environ.update(WANDB_MODE="offline", WANDB_SILENT="true")
 
-import lightning as L
+import lightning
 import torch
 from lightning.pytorch.loggers import WandbLogger
 from torch import nn
@@ -23,7 +23,7 @@ logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 NAMES = ("q*k", "q*", "*", "a/b", "quote\"'`", "back\\slash", "<b>${x}")
 
 
-class Net(L.LightningModule):
+class Net(lightning.LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.net = nn.ModuleDict({name: nn.Linear(24, 24) for name in ("first", *NAMES, "last")})
@@ -38,7 +38,7 @@ class Net(L.LightningModule):
 
 
 with tempfile.TemporaryDirectory() as folder:
-    trainer = L.Trainer(
+    trainer = lightning.Trainer(
         max_epochs=1,
         callbacks=[FARMSTempBalance()],
         logger=WandbLogger(save_dir=folder, project="x", offline=True),

@@ -12,7 +12,20 @@ from torch import nn
 
 from farms_tb import TempBalance
 
-DAMAGED = (math.nan, math.inf, -math.inf, -3.0, -1e-300, 10**400, "0.5", None, True, 1j, torch.tensor(math.nan), [1.0])
+DAMAGED = (
+    math.nan,
+    math.inf,
+    -math.inf,
+    -3.0,
+    -1e-300,
+    10**400,
+    "0.5",
+    None,
+    True,
+    1j,
+    torch.tensor(math.nan),
+    [1.0],
+)
 
 for value in (*DAMAGED, 1e300):
     torch.manual_seed(0)

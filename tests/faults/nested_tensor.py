@@ -1,7 +1,7 @@
 """A tensor of a file that is no matrix must cost its layer, and not the file.
 
-Right: a nested tensor, which torch's safe mode loads, is listed with the reason, and the others are measured. Second
-inputs: empty, scalar, sparse, quantized and meta tensors.
+Right: a nested tensor, which torch's safe mode loads, is listed with the reason, and the others are measured.
+Second inputs: empty, scalar, sparse, quantized and meta tensors.
 """
 
 import tempfile

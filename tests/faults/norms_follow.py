@@ -1,7 +1,8 @@
 """Norms must follow the layer that feeds them, in the architectures that people train.
 
-GPT-2's Conv1D tells its width by a name of its own, and Llama's RMSNorm is none of torch's norms. Right: with the
-default `norms="follow"` some norm of each model has the ratio of another layer. Second inputs: Mistral and T5.
+GPT-2's Conv1D tells its width by a name of its own, and Llama's RMSNorm is none of torch's norms. Right: with
+the default `norms="follow"` some norm of each model has the ratio of another layer. Second inputs: Mistral and
+T5.
 """
 
 import warnings

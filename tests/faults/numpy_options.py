@@ -1,7 +1,8 @@
 """Options given as numpy's scalars must not make checkpoints that torch's safe mode refuses.
 
-`np.float64` is a float, so that a check of types lets it through; pickled, it names a function of numpy. Right: a run
-with such options is resumed from its checkpoint. Second inputs: numpy's integers, bools and strings in other options.
+`np.float64` is a float, so that a check of types lets it through; pickled, it names a function of numpy. Right:
+a run with such options is resumed from its checkpoint. Second inputs: numpy's integers, bools and strings in
+other options.
 """
 
 import logging
@@ -9,7 +10,7 @@ import tempfile
 import warnings
 from pathlib import Path
 
-import lightning as L
+import lightning
 import numpy as np
 import torch
 from torch import nn
@@ -29,7 +30,7 @@ OPTIONS = (
 )
 
 
-class Net(L.LightningModule):
+class Net(lightning.LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.net = nn.Sequential(nn.Linear(16, 64), nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 8))
@@ -41,8 +42,8 @@ class Net(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def trainer(epochs: int, callback: FARMSTempBalance) -> L.Trainer:
-    return L.Trainer(
+def trainer(epochs: int, callback: FARMSTempBalance) -> lightning.Trainer:
+    return lightning.Trainer(
         max_epochs=epochs,
         callbacks=[callback],
         logger=False,

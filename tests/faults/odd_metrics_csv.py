@@ -1,7 +1,7 @@
 """Cells of metrics.csv that are no plain numbers must not end `farms-tb report`, `watch` or `plot`.
 
-Right: they are passed over, or an error names the file. Second inputs: a step of 5,000 digits, a NUL, bytes that are
-not UTF-8, two columns of one name, and a file with nothing but a head.
+Right: they are passed over, or an error names the file. Second inputs: a step of 5,000 digits, a NUL, bytes
+that are not UTF-8, two columns of one name, and a file with nothing but a head.
 """
 
 import tempfile

@@ -1,8 +1,8 @@
 """An optimizer that pairs its groups with a list made in `__init__` must not leave layers untrained.
 
-AdaBound of several packages does: it goes through `zip(self.param_groups, self.base_lrs)`, and a step sees more groups
-than the list has entries. Right: every layer moves, or the first step refuses. Second inputs: a list of other numbers, one
-that is read by index, one in a dict, and a tuple of one coefficient for each group.
+AdaBound of several packages does: it goes through `zip(self.param_groups, self.base_lrs)`, and a step sees more
+groups than the list has entries. Right: every layer moves, or the first step refuses. Second inputs: a list of
+other numbers, one that is read by index, one in a dict, and a tuple of one coefficient for each group.
 """
 
 import warnings

@@ -1,8 +1,9 @@
 """Ratios must be those of the step, or the first step must refuse, however an optimizer is built.
 
-Right: the rates that the parameters really take are those that `parameter_ratios` claims, where an optimizer holds
-others in a list, has its `step` replaced, or keeps the groups in a list of its own. Second inputs: optimizers in a dict, in a
-list within a dict, and a wrapper that is no subclass of SGD and copies the rate of its groups in `__init__`.
+Right: the rates that the parameters really take are those that `parameter_ratios` claims, where an optimizer
+holds others in a list, has its `step` replaced, or keeps the groups in a list of its own. Second inputs:
+optimizers in a dict, in a list within a dict, and a wrapper that is no subclass of SGD and copies the rate of
+its groups in `__init__`.
 """
 
 import warnings

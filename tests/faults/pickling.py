@@ -1,8 +1,8 @@
 """Reports must come back from processes that a strategy starts, and a used callback must be pickled.
 
-`ddp_spawn` trains in processes of its own, and what the callback has measured stays there. Right: report and ratios
-are in the script after `fit`; callbacks and `TempBalance` can be pickled before and after use. Second inputs: a deep
-copy, and a used callback that trains again after pickling.
+`ddp_spawn` trains in processes of its own, and what the callback has measured stays there. Right: report and
+ratios are in the script after `fit`; callbacks and `TempBalance` can be pickled before and after use. Second
+inputs: a deep copy, and a used callback that trains again after pickling.
 """
 
 import copy
@@ -10,7 +10,7 @@ import logging
 import pickle
 import warnings
 
-import lightning as L
+import lightning
 import torch
 from torch import nn
 
@@ -20,7 +20,7 @@ warnings.simplefilter("ignore")
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
 
-class Net(L.LightningModule):
+class Net(lightning.LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.net = nn.Sequential(nn.Linear(16, 64), nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 8))
@@ -33,7 +33,7 @@ class Net(L.LightningModule):
 
 
 def fit(callback: FARMSTempBalance, **options) -> None:
-    trainer = L.Trainer(
+    trainer = lightning.Trainer(
         max_epochs=1,
         callbacks=[callback],
         logger=False,

@@ -1,7 +1,7 @@
 """A run that is killed and resumed must have each of its measurements in metrics.csv once.
 
-The measurement at the start of an epoch has the step of the checkpoint before it, and the resumed run logs it again.
-Right: the rows are those of the undisturbed run. Second input: a kill at the first batch of an epoch.
+The measurement at the start of an epoch has the step of the checkpoint before it, and the resumed run logs it
+again. Right: the rows are those of the undisturbed run. Second input: a kill at the first batch of an epoch.
 """
 
 import csv
@@ -12,7 +12,7 @@ import tempfile
 import warnings
 from pathlib import Path
 
-import lightning as L
+import lightning
 import torch
 from torch import nn
 
@@ -24,7 +24,7 @@ warnings.simplefilter("ignore")
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
 
-class Net(L.LightningModule):
+class Net(lightning.LightningModule):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
@@ -39,7 +39,7 @@ class Net(L.LightningModule):
         return torch.optim.SGD(self.parameters(), 0.1)
 
 
-class Kill(L.Callback):
+class Kill(lightning.Callback):
     """Kills the process after a step, when its rows are written."""
 
     def __init__(self, step: int) -> None:
@@ -56,7 +56,7 @@ def run(folder: str, resume: str | None = None, killed_after: int = -1) -> None:
     if child:
         os.waitpid(child, 0)
         return
-    trainer = L.Trainer(
+    trainer = lightning.Trainer(
         max_epochs=4,
         accelerator="cpu",
         logger=RunFolderCSVLogger(folder),

@@ -1,8 +1,8 @@
 """A weight of three dimensions in a file must not be taken for a convolution that it is not.
 
-Right: stacked experts are measured as one matrix for each expert; a LayerNorm over three dimensions and a Bilinear
-layer, which no rule measures in a model, have no alpha in a file either. Second inputs: experts under another name, a
-stack for two projections in one, and a Conv1d that is one.
+Right: stacked experts are measured as one matrix for each expert; a LayerNorm over three dimensions and a
+Bilinear layer, which no rule measures in a model, have no alpha in a file either. Second inputs: experts under
+another name, a stack for two projections in one, and a Conv1d that is one.
 """
 
 import tempfile

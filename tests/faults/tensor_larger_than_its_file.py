@@ -1,7 +1,8 @@
 """A tensor that claims more entries than its file has must not be measured.
 
-A view of stride 0 makes a file of 4 kB claim 10^12 entries, which would take hours. Right: a refusal, or the layer
-listed as damaged, within seconds. Second inputs: overlapping views, and a safetensors file whose head lies.
+A view of stride 0 makes a file of 4 kB claim 10^12 entries, which would take hours. Right: a refusal, or the
+layer listed as damaged, within seconds. Second inputs: overlapping views, and a safetensors file whose head
+lies.
 """
 
 import json
@@ -53,6 +54,11 @@ if __name__ == "__main__":
         for case, tensor in VIEWS.items():
             torch.save({"a.weight": tensor}, Path(folder) / "m.pt")
             check(Path(folder) / "m.pt", case)
-        for shape, end in (([10**6, 10**6], 1600), ([20, 20], 10**15), ([10**6, 10**6], 4 * 10**12), ([-1, 20], 1600)):
+        for shape, end in (
+            ([10**6, 10**6], 1600),
+            ([20, 20], 10**15),
+            ([10**6, 10**6], 4 * 10**12),
+            ([-1, 20], 1600),
+        ):
             write_lying_safetensors(Path(folder) / "m.safetensors", shape, end)
             check(Path(folder) / "m.safetensors", f"{shape} of {end} bytes")

@@ -1,8 +1,8 @@
 """A weight that is a subclass of tensor must cost its own layer at most.
 
-Quantised weights know few operations. Right: such a layer is dequantised and measured, or listed with the reason; the
-others are measured. Second inputs: a subclass that can do nothing at all, in a model and in `TempBalance` with the
-layer frozen.
+Quantised weights know few operations. Right: such a layer is dequantised and measured, or listed with the
+reason; the others are measured. Second inputs: a subclass that can do nothing at all, in a model and in
+`TempBalance` with the layer frozen.
 """
 
 import warnings

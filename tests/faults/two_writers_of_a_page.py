@@ -1,7 +1,7 @@
 """Two writers of one file must each write all of it.
 
-`farms-tb report` may run while the recipe that it shows ends. Right: both write the page as often as they like, and
-it is whole at any moment. Second input: both write pictures.
+`farms-tb report` may run while the recipe that it shows ends. Right: both write the page as often as they like,
+and it is whole at any moment. Second input: both write pictures.
 """
 
 import os

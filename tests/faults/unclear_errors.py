@@ -1,7 +1,8 @@
 """An error must say what is wrong: the option, the class, the format.
 
-Right: `exclude=None` names the option, a wrapper without `Optimizer.__init__` names its class, a file of another format
-that format, a URL that it is one. Second inputs: HDF5, ONNX and numpy files, `exclude=3`, and a string for an optimizer.
+Right: `exclude=None` names the option, a wrapper without `Optimizer.__init__` names its class, a file of
+another format that format, a URL that it is one. Second inputs: HDF5, ONNX and numpy files, `exclude=3`, and a
+string for an optimizer.
 """
 
 import subprocess

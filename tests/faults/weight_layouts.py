@@ -1,7 +1,8 @@
 """A weight of another memory layout must cost its own layer at most.
 
-Right: sparse and mkldnn weights are listed with the reason, and the others are measured. Second inputs: other sparse
-layouts, weights on the meta device, and transposed or strided views, which are measured as what they are.
+Right: sparse and mkldnn weights are listed with the reason, and the others are measured. Second inputs: other
+sparse layouts, weights on the meta device, and transposed or strided views, which are measured as what they
+are.
 """
 
 import warnings
