@@ -2,7 +2,8 @@
 
 AdaBound of several packages does: it goes through `zip(self.param_groups, self.base_lrs)`, and a step sees more
 groups than the list has entries. Right: every layer moves, or the first step refuses. Second inputs: a list of
-other numbers, one that is read by index, one in a dict, and a tuple of one coefficient for each group.
+other numbers, one that is read by index, one in a dict, a list of momentum, and a tuple of one coefficient for
+each group.
 """
 
 import warnings
@@ -72,6 +73,40 @@ class Coefficients(Zipped):
     def update(self, parameter, lr, own):
         parameter.sub_(own * lr * parameter.grad)
 
+
+class Momentum(Zipped):
+    """Has the momentum of its parameters in a list, by their order."""
+
+    def make_list(self):
+        return [torch.zeros_like(p) for group in self.param_groups for p in group["params"]]
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        params = [(p, group["lr"]) for group in self.param_groups for p in group["params"]]
+        for (parameter, lr), momentum in zip(params, self.own, strict=True):
+            momentum.mul_(0.9).add_(parameter.grad)
+            parameter.sub_(lr * momentum)
+
+
+class MomentumOfGroups(Momentum):
+    """Has a list of them for each group."""
+
+    def make_list(self):
+        return [[torch.zeros_like(p) for p in group["params"]] for group in self.param_groups]
+
+
+for cls in (Momentum, MomentumOfGroups):
+    net = nn.Sequential(*[nn.Linear(32, 32) for _ in range(5)])
+    optimizer = cls(net.parameters(), lr=0.1)
+    TempBalance(net, optimizer)
+    net(torch.randn(8, 32)).square().mean().backward()
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        assert "list of its own" in str(error), error
+        print("refused:", error)
+    else:
+        raise AssertionError(f"{cls.__name__}: layers of one shape may get the momentum of others")
 
 for cls in (Zipped, Counted, ByIndex, ByName, Coefficients):
     torch.manual_seed(0)
