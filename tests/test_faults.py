@@ -65,7 +65,7 @@ def marked(path: Path) -> object:
     return pytest.param(path, id=path.stem, marks=marks)
 
 
-@pytest.mark.parametrize("path", map(marked, SCRIPTS))
+@pytest.mark.parametrize("path", [marked(path) for path in SCRIPTS])
 def test_exits_with_zero(path: Path, tmp_path: Path) -> None:
     for module in NEEDS.get(path.stem, ()):
         pytest.importorskip(module)
