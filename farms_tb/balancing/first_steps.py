@@ -60,12 +60,14 @@ class FirstSteps:
             active: whether the step has layer-wise learning rates.
 
         Raises:
-            RuntimeError: the optimizer keeps a list of the learning rates of its groups.
+            RuntimeError: the optimizer keeps a list of the learning rates of its groups, or of tensors for its
+                parameters.
         """
         # Whatever is left of a step that raised.
         self._before = None
         if active and self.pending:
             _check_paired_lists(self._optimizer)
+            _check_tensor_lists(self._optimizer)
             self._before = Traces(self._optimizer)
 
     def end(self, shown: Sequence[Group] | None) -> None:
@@ -223,6 +225,36 @@ def _check_paired_lists(optimizer: Optimizer) -> None:
         are_lrs = [_is_lr(number, group, default) for number, group in zip(value, groups, strict=True)]
         if are_lrs and all(are_lrs):
             raise incompatible(optimizer, f"pairs its param groups with a list of its own, {name!r},")
+
+
+def _check_tensor_lists(optimizer: Optimizer) -> None:
+    """Raise where an optimizer keeps a list with a tensor for each of its parameters, its momentum say.
+
+    It goes through its parameters and this list in pairs, and a step sees the parameters in another order: layers
+    of one shape would get the momentum of others. An optimizer that keeps a list of its parameters, too, may go
+    through that.
+    """
+    params = [p for group in optimizer.__dict__["param_groups"] for p in group["params"]]
+    if len(params) < 2:
+        return
+    lists = {name: _tensors_in(value) for name, value in vars(optimizer).items()}
+    ids = [id(p) for p in params]
+    if any([id(tensor) for tensor in tensors] == ids for tensors in lists.values()):
+        return
+    shapes = [p.shape for p in params]
+    for name, tensors in lists.items():
+        if [tensor.shape for tensor in tensors] == shapes:
+            raise incompatible(optimizer, f"pairs its parameters with a list of its own, {name!r},")
+
+
+def _tensors_in(value: object) -> list[Tensor]:
+    """Return the tensors of a list, or of the lists in it; none where it holds anything else."""
+    if not isinstance(value, (list, tuple)):
+        return []
+    flat: list[Any] = []
+    for entry in value:
+        flat.extend(entry if isinstance(entry, (list, tuple)) else [entry])
+    return flat if all(isinstance(entry, Tensor) for entry in flat) else []
 
 
 def _is_lr(number: object, group: Group, default: object) -> bool:

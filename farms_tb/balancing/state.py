@@ -82,6 +82,7 @@ def read_state(plain: object) -> BalancerState:
     options = _named(plain["options"], "options")
     saved_ratios = _named(plain["ratios"], "ratios")
     ratios = {name: _ratio(value, f"ratios[{name!r}]") for name, value in saved_ratios.items()}
+    _check_bound(ratios, options)
     report = _read_report(plain["report"], "report", options)
     begun = _read_report(plain.get("begun", {}), "begun", options)
     return BalancerState(options, ratios, report, begun)
@@ -197,6 +198,18 @@ def _ratio(value: object, entry: str) -> float:
     return float(value)
 
 
+def _check_bound(ratios: dict[str, float], options: dict[str, Any]) -> None:
+    """Raise where a ratio is larger than the options that it was saved with allow."""
+    largest = options.get("lr_max_ratio")
+    if not _is_number(largest):
+        return
+    # Rounding may put a ratio just above its bound.
+    bound = max(1.0, largest) * (1 + 1e-6)
+    for name, ratio in ratios.items():
+        if ratio > bound:
+            raise _damaged(f"ratios[{name!r}] must be at most the lr_max_ratio of {largest!r}, got {ratio!r}")
+
+
 def _damaged(what: str) -> ValueError:
     """Return the error for a state that cannot be used; `what` names the entry, what it must be and what it is."""
     return ValueError(f"the saved state of farms_tb is damaged: {what}. Resume from another checkpoint")
@@ -212,7 +225,10 @@ def _is_number(value: object) -> TypeGuard[float]:
     """Tell whether a value is a finite number. In Python, True and False are numbers; here they are not."""
     if isinstance(value, bool) or not isinstance(value, Real):
         return False
-    return math.isfinite(value)
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer that no float holds
+        return False
 
 
 def _is_number_or_none(value: object) -> bool:

@@ -121,3 +121,29 @@ class Schedule:
         self.epoch = state["epoch"]
         self.step = state["step"]
         self.measurements = state["measurements"]
+
+
+def check_saved_clock(state: object) -> None:
+    """Check what a callback has saved alongside the state of its balancer.
+
+    Raises:
+        ValueError: not such a state, or a damaged one. The message names the entry.
+    """
+    if not isinstance(state, Mapping) or "balancer" not in state:
+        raise _damaged("expected a dict with balancer, epoch, step and measurements")
+    for name in ("epoch", "step", "measurements", "final_step"):
+        # Checkpoints of earlier versions have no final_step.
+        value = state.get(name, -1 if name == "final_step" else None)
+        if not _is_step(value):
+            raise _damaged(f"{name} must be an integer of at least -1, got {value!r:.60}")
+    begun = state.get("begun", [0, False])
+    if not isinstance(begun, (list, tuple)) or len(begun) != 2 or not _is_step(begun[0]):
+        raise _damaged(f"begun must be a step and whether to log a table, got {begun!r:.60}")
+
+
+def _is_step(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= -1
+
+
+def _damaged(what: str) -> ValueError:
+    return ValueError(f"the saved state of farms_tb is damaged: {what}. Resume from another checkpoint")

@@ -112,7 +112,11 @@ class BalancingSession:
             self.run.attachment.detach()
 
     def restore(self) -> None:
-        """Apply the saved ratios that wait for training, and set the clock to where it was."""
+        """Apply the saved ratios that wait for training, and set the clock to where it was.
+
+        Raises:
+            ValueError: the saved state is damaged. Nothing of it was applied.
+        """
         state, self.restored = self.restored, None
         self.current.load_state_dict(state)
 

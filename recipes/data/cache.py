@@ -31,6 +31,7 @@ _NAMES = "_arrays"  # in the description: a damaged directory of the zip contain
 _UNREADABLE = (
     *(OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error),
     *(RuntimeError, MemoryError, OverflowError, struct.error),
+    TypeError,  # an array in place of an archive, which cannot be closed as one
 )
 
 
