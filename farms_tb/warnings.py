@@ -23,7 +23,7 @@ _LIBRARIES = {
 _said: WeakKeyDictionary[object, set[str]] = WeakKeyDictionary()
 
 
-def warn_once(message: str, about: object, stacklevel: int | None = None) -> None:
+def warn_once(message: str, about: object) -> None:
     """Warn on rank zero, unless the same message about the same object was given before.
 
     The warning points at the innermost line of the call stack that is outside farms_tb, torch and the trainers:
@@ -33,7 +33,6 @@ def warn_once(message: str, about: object, stacklevel: int | None = None) -> Non
         message: the warning.
         about: an object or a class that can be weakly referenced; the same message about another one is another
             warning.
-        stacklevel: ignored; callers of earlier versions counted stack frames.
     """
     messages = _said.setdefault(about, set())
     if message in messages:

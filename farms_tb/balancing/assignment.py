@@ -156,10 +156,15 @@ def _is_trained(layer: Layer, trained: Collection[int]) -> bool:
 def _matching(layers: Sequence[Layer], pattern: str) -> list[str]:
     """Return the names of the layers that a pattern of `exclude` matches.
 
-    It has to match the whole name, or its end from some dot on: `lifting.*` matches `net.lifting.fcs.0`.
+    It has to match the whole name, or its end from some dot on: `lifting.*` matches `net.lifting.fcs.0`. The name
+    of a module that holds several weights, such as `attention` or `lstm`, stands for all of them.
     """
-    names = [layer.name for layer in layers]
-    return [name for name in names if fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")]
+    matched = []
+    for layer in layers:
+        names = (layer.name, layer.module_name)
+        if any(fnmatchcase(name, one) for name in names for one in (pattern, f"*.{pattern}")):
+            matched.append(layer.name)
+    return matched
 
 
 def _norm_parameters(model: nn.Module, layers: Sequence[Layer]) -> dict[str, tuple[str, ...]]:
