@@ -34,7 +34,7 @@ class EsdHistogram:
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """The figures of one layer. With several blocks, each is the mean over blocks.
+    """The metrics of one layer. With several blocks, each is the mean over blocks.
 
     Attributes:
         alpha: power-law exponent of the tail of the ESD; None where there is none, and `status` says why.
@@ -42,7 +42,8 @@ class LayerRecord:
         alpha_hat: alpha * log10(largest eigenvalue).
         spectral_norm: largest eigenvalue (squared largest singular value).
         norm: sum of the eigenvalues (squared Frobenius norm).
-        stable_rank: sum / largest.
+        stable_rank: sum / largest eigenvalue of a sample. Samples of windows pool several submatrices, which makes it
+            another number than the stable rank of the matrix itself.
         norm_stable_rank: sum / number of eigenvalues, by the papers' name.
         entropy: Shannon entropy of the eigenvalues as shares of their sum, over its maximum log N: 1 for equal
             eigenvalues, towards 0 where one dominates.
@@ -83,6 +84,11 @@ class LayerRecord:
     shape: tuple[int, ...] = ()
     solver: str = ""
     histogram: EsdHistogram | None = field(default=None, repr=False)
+
+    @property
+    def rank_share(self) -> float | None:
+        """Share of the eigenvalues that hold 99 % of their sum: near 1 where all directions count."""
+        return self.rank_99 / self.num_eigenvalues if self.rank_99 and self.num_eigenvalues else None
 
     @property
     def collapsed(self) -> bool:
@@ -153,6 +159,7 @@ class Report:
         return pd.DataFrame(self.rows()).set_index("layer")
 
     def __str__(self) -> str:
+        """Return a table: a row a layer; `rank 99 %` is the share of directions that hold 99 % of the energy."""
         header = (
             "layer",
             "K x R x C",
@@ -160,15 +167,16 @@ class Report:
             "KS",
             "alpha_hat",
             "spec. norm",
-            "stable rank",
+            "rank 99 %",
             "N",
             "status",
         )
         table: list[tuple[str, ...]] = [header]
         for name, r in self.layers.items():
-            figures = (r.alpha, r.ks_distance, r.alpha_hat, r.spectral_norm, r.stable_rank)
+            metrics = map(_short, (r.alpha, r.ks_distance, r.alpha_hat, r.spectral_norm))
             shape = " x ".join(map(str, r.shape)) or "-"
-            table.append((name, shape, *map(_short, figures), str(r.num_eigenvalues or "-"), r.status))
+            share = "-" if r.rank_share is None else f"{r.rank_share:.0%}"
+            table.append((name, shape, *metrics, share, str(r.num_eigenvalues or "-"), r.status))
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = [_line(cells, widths) for cells in table]
         lines.insert(1, "-" * max(map(len, lines)))
@@ -180,7 +188,7 @@ def _short(value: float | None) -> str:
 
 
 def _line(cells: tuple[str, ...], widths: list[int]) -> str:
-    """Align names and reasons to the left, figures to the right."""
+    """Align names and reasons to the left, numbers to the right."""
     last = len(cells) - 1
     aligned = [
         cell.ljust(width) if column in (0, last) else cell.rjust(width)

@@ -20,6 +20,7 @@ REPORT = Report(
             stable_rank=17.3491,
             norm_stable_rank=1.15,
             entropy=0.9,
+            rank_99=480,
             num_eigenvalues=567,
             kind="real",
             shape=(9, 64, 3),
@@ -35,12 +36,12 @@ REPORT = Report(
 )
 
 TABLE = """\
-layer                K x R x C  alpha    KS  alpha_hat  spec. norm  stable rank    N  status
------------------------------------------------------------------------------------------------------------
-conv1               9 x 64 x 3  2.123  0.17      -1.25   1.235e+06        17.35  567  ok
-blocks.0.spectral  4 x 20 x 20      -     -          -         0.5            -    8  low rank
-head                1 x 64 x 1      -     -          -           -            -    -  one row or one column
-rnn                          -      -     -          -           -            -    -  no rule for LSTM"""
+layer                K x R x C  alpha    KS  alpha_hat  spec. norm  rank 99 %    N  status
+---------------------------------------------------------------------------------------------------------
+conv1               9 x 64 x 3  2.123  0.17      -1.25   1.235e+06        85%  567  ok
+blocks.0.spectral  4 x 20 x 20      -     -          -         0.5          -    8  low rank
+head                1 x 64 x 1      -     -          -           -          -    -  one row or one column
+rnn                          -      -     -          -           -          -    -  no rule for LSTM"""
 
 
 def test_prints_as_a_table():
