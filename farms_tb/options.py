@@ -264,8 +264,8 @@ class RatioOptions:
         exclude: shell-style patterns of layer names to leave at ratio 1, matched from any dot: `"lifting.*"`.
         balance: the kinds of layers that are balanced, each kind within itself: `"real"` weights, complex
             `"spectral"` ones, or both. The others are measured and keep ratio 1.
-        collapsed: `"leave_out"` keeps layers whose spectrum has collapsed out of the map, at ratio 1: their alpha is
-            small, but not because they are well trained. `"keep"` maps them like any other, as in the papers.
+        collapsed: `"leave_out"` keeps layers whose spectrum has collapsed out of the map, at ratio 1: their alpha
+            is small, but not because they are well trained. `"keep"` maps them like any other, as in the papers.
         norms: `"follow"` gives a normalisation layer the ratio of the layer that feeds it, `"base"` ratio 1.
     """
 

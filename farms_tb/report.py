@@ -42,8 +42,8 @@ class LayerRecord:
         alpha_hat: alpha * log10(largest eigenvalue).
         spectral_norm: largest eigenvalue (squared largest singular value).
         norm: sum of the eigenvalues (squared Frobenius norm).
-        stable_rank: sum / largest eigenvalue of a sample. Samples of windows pool several submatrices, which makes it
-            another number than the stable rank of the matrix itself.
+        stable_rank: sum / largest eigenvalue of a sample. Samples of windows pool several submatrices, which makes
+            it another number than the stable rank of the matrix itself.
         norm_stable_rank: sum / number of eigenvalues, by the papers' name.
         entropy: Shannon entropy of the eigenvalues as shares of their sum, over its maximum log N: 1 for equal
             eigenvalues, towards 0 where one dominates.
