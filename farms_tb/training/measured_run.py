@@ -14,7 +14,7 @@ from typing import Any
 from farms_tb.training.cost import MeasuringCost
 from farms_tb.training.metrics import Measurement, RunLog, choose_x_axis
 from farms_tb.training.run import Attachment, CallbackOptions, Run
-from farms_tb.training.schedule import LONG_EPOCH, Moment, Schedule, check_saved_clock
+from farms_tb.training.schedule import LONG_EPOCH, Moment, Schedule
 
 
 @dataclass(frozen=True)
@@ -137,10 +137,7 @@ class MeasuredRun:
                 other options or layers, the clock stays as it is, and the next chance to measure is taken.
         """
         self._background = None
-        if state is None:
-            return
-        check_saved_clock(state)
-        if not self.attachment.balancer.load_state_dict(state["balancer"]):
+        if state is None or not self.attachment.balancer.load_state_dict(state["balancer"]):
             return
         self._schedule.load_state_dict(state)
         # Version 0.1 did not save it.

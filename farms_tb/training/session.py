@@ -18,7 +18,7 @@ from farms_tb.training.handover import Handover, Results
 from farms_tb.training.measured_run import MeasuredRun
 from farms_tb.training.metrics import Measurement, warn_of_many_layers
 from farms_tb.training.run import CallbackOptions, Run
-from farms_tb.training.schedule import Moment
+from farms_tb.training.schedule import Moment, check_saved_clock
 from farms_tb.training.sinks import warn_of_unseen_media
 from farms_tb.weights.layers import clean_name
 
@@ -118,6 +118,8 @@ class BalancingSession:
             ValueError: the saved state is damaged. Nothing of it was applied.
         """
         state, self.restored = self.restored, None
+        if state is not None:
+            check_saved_clock(state)
         self.current.load_state_dict(state)
 
     def state_dict(self) -> dict[str, Any] | None:
