@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,6 +37,11 @@ LIGHTNING_NOISE = [
         r".*You're resuming from a checkpoint that ended before the epoch ended",
     )
 ]
+
+
+def without_wandb() -> dict[str, str]:
+    """The environment for another process, whose W&B client must not find, and end, the one of the tests."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
 
 
 def make_net(bias: bool = True, seed: int = 0) -> nn.Sequential:

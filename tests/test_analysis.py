@@ -47,7 +47,7 @@ def linear(weight):
 
 def alpha_of(module, **options):
     (record,) = analyze(module, **options).layers.values()
-    assert record.status == "ok"
+    assert record.status == "ok" or record.collapsed
     return record.alpha
 
 
@@ -770,7 +770,7 @@ def test_any_model_gets_finite_ratios_inside_the_bounds(layers, esd, fit, aspect
     report = analyze(model, **options)
     assert len(report.layers) == len(layers) + 1
     for name, record in report.layers.items():
-        assert (record.alpha is not None) == (record.status == "ok"), f"{name}: {record}"
+        assert (record.alpha is not None) == (record.status == "ok" or record.collapsed), f"{name}: {record}"
         known = [getattr(record, figure) for figure in FIGURES if getattr(record, figure) is not None]
         assert all(map(math.isfinite, known)), f"{name}: {record}"
         assert record.alpha is None or record.alpha > 1

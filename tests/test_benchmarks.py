@@ -179,6 +179,7 @@ class TestAccuracy:
     ) -> None:
         class Wrong:
             def __init__(self, alphas: dict[str, float | None]) -> None:
+                self.layers: dict[str, object] = {}
                 first = next(iter(alphas))
                 self.alphas = alphas | {first: None if shift is None else (alphas[first] or 0) * (1 + shift)}
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers import without_wandb
+
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
 SCRIPTS = [path for path in sorted(EXAMPLES.rglob("*.py")) if path.name != "__init__.py"]
@@ -18,7 +20,7 @@ SCRIPTS = [path for path in sorted(EXAMPLES.rglob("*.py")) if path.name != "__in
 def run(*command: str, folder: Path, **environment: str) -> str:
     """Run Python on this checkout's package; return what it printed."""
     paths = [str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    settings = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "TERM": "dumb", **environment}
+    settings = {**without_wandb(), "PYTHONPATH": os.pathsep.join(paths), "TERM": "dumb", **environment}
     result = subprocess.run(
         [sys.executable, *command],
         cwd=folder, env=settings, capture_output=True, text=True, timeout=240, check=False,

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers import without_wandb
+
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted((ROOT / "tests" / "faults").glob("*.py"))
 NEEDS = {
@@ -71,7 +73,8 @@ def test_exits_with_zero(path: Path, tmp_path: Path) -> None:
     settings = {"PYTHONPATH": os.pathsep.join(paths), "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
         [sys.executable, str(path)],
-        cwd=tmp_path, env={**os.environ, **settings}, capture_output=True, text=True, timeout=240, check=False,
+        cwd=tmp_path, env={**without_wandb(), **settings}, capture_output=True, text=True, timeout=240,
+        check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
 

@@ -271,7 +271,7 @@ class _OtherSteps:
             self._begun[optimizer] = _number_of_steps(active), Traces(optimizer)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        """Raise where they were moved without a step of that other one inside."""
+        """Raise if this optimizer moved balanced parameters without stepping the optimizer that balances them."""
         if torch.compiler.is_compiling() or optimizer not in self._begun:
             return
         steps, traces = self._begun.pop(optimizer)

@@ -28,6 +28,9 @@ from farms_tb.warnings import warn_once
 STATE_VERSION = 2
 
 _KEYS = ("version", "options", "ratios", "report")
+BOUNDED_MAPS = ("tb_linear_map", "tb_step", "noise_aware")
+"""Maps whose ratios do not exceed `lr_max_ratio`."""
+
 _RECORD_KEYS = ("alpha", "status", "shape")
 """Fields of a record in every version."""
 
@@ -200,6 +203,8 @@ def _ratio(value: object, entry: str) -> float:
 
 def _check_bound(ratios: dict[str, float], options: dict[str, Any]) -> None:
     """Raise where a ratio is larger than the options that it was saved with allow."""
+    if options.get("assign_func") not in BOUNDED_MAPS:
+        return
     largest = options.get("lr_max_ratio")
     if not _is_number(largest):
         return

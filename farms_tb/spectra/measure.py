@@ -162,7 +162,8 @@ def _for_own_layers(
         elif layer.name in own:
             group[layer.name] = stack
             held += stack.matrices.nbytes
-            # Weights gathered from shards are whole for as long as they are in the group.
+            # A gathered weight stays in memory while its stack is in the group: measure before they exceed
+            # memory_mb.
             if held > options.memory_mb * 2**20:
                 finish()
     finish()
@@ -192,7 +193,8 @@ def measure_nulls(
 ) -> dict[str, Null]:
     """Measure the permutation null of every layer that has an alpha and no null yet.
 
-    Layers of one shape share a null, and the shuffles for it among them.
+    Layers of one shape get one permutation null. Its shuffles are dealt out among them in turn, so that together
+    they make as many as one layer would.
 
     Args:
         layers: the layers of the report.

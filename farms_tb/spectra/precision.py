@@ -50,7 +50,7 @@ ROUNDOFF: dict[Precision, float] = {"float32": 2.0**-24, "float64": 2.0**-53, "s
 """Unit roundoff u. Singular values are the most accurate there is: no bound leads further."""
 
 FAR_BELOW, OF_LARGEST = 8.0, 64.0
-"""A and B of the bound above."""
+"""A and B of the bound above: for eigenvalues far below lam_max, and for the largest ones."""
 
 ZERO = 32.0
 """Eigenvalues of a Gram matrix below this many u lam_max cannot be told from 0 and count as 0. Of matrices of
@@ -60,7 +60,8 @@ ALPHA_TOLERANCE = 5e-5
 """Error of alpha, relative to alpha, up to which a faster precision is taken. The promise to users is 1e-4."""
 
 WINDOW_TOLERANCE = 1e-3
-"""Error of the tail's start of a single window, relative to it: such windows only count for the standard error."""
+"""Allowed relative error of the eigenvalue where the tail of a single window begins. It is looser, because the
+alphas of single windows enter only the standard error."""
 
 SMALLEST_SINGLE = 64
 """On the CPU, real windows with fewer columns take about as long in double precision."""

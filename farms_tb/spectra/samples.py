@@ -98,7 +98,7 @@ class Samples:
             torch.from_numpy(self.pooled), options.fit, options.xmin_pos, torch.from_numpy(self.first)
         )
         self.xmin = np.take_along_axis(self.pooled, self.fit.tail_start.numpy()[:, None], axis=-1)[:, 0]
-        # On which side of a cutoff an eigenvalue lies decides how many there are.
+        # Near a cutoff a rounding error decides whether an eigenvalue is kept, so the bound must hold there, too.
         near = self.pooled[:, 0] < 2 * cutoff
         lowest = np.where(near, np.minimum(self.xmin, cutoff), self.xmin)
         imprecise = imprecise_windows(self.by_window, self.levels, lowest, self.fit.alpha.numpy(), options)

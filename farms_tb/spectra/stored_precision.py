@@ -54,10 +54,12 @@ def tail_is_rounding(samples: Samples, xmin_pos: float) -> bool:
         windows = windows[:, 0]
     windows = windows.to(torch.complex128 if view.is_complex() else torch.float64)
     generator = torch.Generator("cpu").manual_seed(0)
-    signs = torch.randint(0, 2, windows.shape, generator=generator, device="cpu").to(windows.device) * 2 - 1
+    signs = (
+        torch.randint(0, 2, windows.shape, generator=generator, device="cpu").to(windows.device).double() * 2 - 1
+    )
     start = int(samples.layer.windows.size / xmin_pos)
     before = _eigenvalue_at(start, windows)
-    after = _eigenvalue_at(start, windows * (1 + samples.layer.roundoff * signs))
+    after = _eigenvalue_at(start, windows * (1 + samples.layer.roundoff * signs.to(windows.device)))
     return bool((after > NOISE_FACTOR * before).double().mean() > 0.5)
 
 

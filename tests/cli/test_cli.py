@@ -298,7 +298,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["analyze", "https://huggingface.co/gpt2"], "is an address: download"),
     (["compare", NET, "https://huggingface.co/gpt2"], "is an address: download"),
     (["analyze", "README.md"], "cannot read README.md: no checkpoint, or one that is empty, cut short or damaged"),
-    (["analyze", "tests"], "tests is a directory without a .safetensors file"),
+    (["analyze", "conf"], "conf is a directory without a .safetensors file"),
     (
         ["analyze", "resnet19"],
         "'resnet19' is no file, and torchvision and timm know no model of this name; did you",

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -250,7 +251,15 @@ def mlflow_logger(tmp_path_factory: Any) -> Callable[[], Any]:
 
     folder = tmp_path_factory.mktemp("mlflow")
     options = {"tracking_uri": f"sqlite:///{folder / 'runs.db'}", "artifact_location": folder.as_uri()}
-    return lambda: MLFlowLogger(**options)
+
+    def make() -> Any:
+        # Setting the store up configures Python's logging, and so disables the loggers of other packages.
+        with mock.patch("logging.config.fileConfig"):
+            logger = MLFlowLogger(**options)
+            assert logger.experiment_id
+        return logger
+
+    return make
 
 
 # What MLflow's client and its packages say of themselves.

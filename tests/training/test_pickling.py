@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import pickle
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from farms_tb import FARMSTempBalance
-from tests.helpers import LIGHTNING_NOISE, Module, assert_same_weights, fit
+from tests.helpers import LIGHTNING_NOISE, Module, assert_same_weights, fit, without_wandb
 
 pytestmark = LIGHTNING_NOISE
 ROOT = Path(__file__).resolve().parents[2]
@@ -88,7 +87,7 @@ def test_training_in_child_processes(strategy: str, tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(SCRIPT)
     scratch = tmp_path / "scratch"
     scratch.mkdir()
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TMPDIR": str(scratch)}
+    environment = {**without_wandb(), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TMPDIR": str(scratch)}
     command = [sys.executable, str(tmp_path / "script.py"), strategy]
     done = subprocess.run(
         command, env=environment, cwd=tmp_path, timeout=240, capture_output=True, text=True, check=False
