@@ -289,9 +289,8 @@ def weight_record(
         stack: the weight.
         options: how alpha is measured.
         histogram: also count its ESD.
-        nulls: the nulls of the shapes so far, to which that of this one is added; layers of one shape share that
-        of
-            the first. None for no null.
+        nulls: the permutation nulls of the shapes so far; that of a new shape is measured and added. None to measure
+            none.
     """
     problem = stack_problem(stack)
     if problem:
