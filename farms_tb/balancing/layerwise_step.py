@@ -3,8 +3,8 @@
 Outside `step` the optimizer's `param_groups` are exactly the user's: schedulers, checkpoints, clipping and
 learning-rate monitors never see anything else. For the length of a step the optimizer is replaced, through its
 own step hooks, by a view of itself: an instance of a subclass that shares all of its state and whose
-`param_groups` are the user's groups split by ratio, each with lr = the group's lr * ratio. Of SGD, Adam and AdamW the
-step may see a group without parameters: `foreach_update` then moves all of them at once, after the step.
+`param_groups` are the user's groups split by ratio, each with lr = the group's lr * ratio. Of SGD, Adam and AdamW
+the step may see a group without parameters: `foreach_update` then moves all of them at once, after the step.
 
 In the order of a step: `_before_step` hands torch the view; the step asks the view for its groups
 (`_groups_to_show`); a closure may change the user's groups (`_refresh`); `_after_step` carries over what the

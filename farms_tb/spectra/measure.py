@@ -289,7 +289,8 @@ def weight_record(
         stack: the weight.
         options: how alpha is measured.
         histogram: also count its ESD.
-        nulls: the permutation nulls of the shapes so far; that of a new shape is measured and added. None to measure
+        nulls: the permutation nulls of the shapes so far; that of a new shape is measured and added. None to
+        measure
             none.
     """
     problem = stack_problem(stack)
