@@ -289,9 +289,8 @@ def weight_record(
         stack: the weight.
         options: how alpha is measured.
         histogram: also count its ESD.
-        nulls: the permutation nulls of the shapes so far; that of a new shape is measured and added. None to
-        measure
-            none.
+        nulls: the permutation nulls of the shapes so far; that of a new shape is measured and added. None to leave
+            them out.
     """
     problem = stack_problem(stack)
     if problem:
