@@ -1,5 +1,7 @@
 """Each test starts from one seed, with nothing warned about yet."""
 
+import logging
+import os
 import signal
 
 import pytest
@@ -30,3 +32,11 @@ def pytest_collection_modifyitems(config, items):
 def fresh():
     torch.manual_seed(0)
     warning._said.clear()
+    # The W&B client leaves the address of its service here. A child process that finds it ends the service with its own
+    # client, and with it that of every later test.
+    os.environ.pop("WANDB_SERVICE", None)
+    # Hydra and MLflow configure Python's logging for the whole process, and may disable the loggers of others.
+    logging.disable(logging.NOTSET)
+    for logger in logging.root.manager.loggerDict.values():
+        if isinstance(logger, logging.Logger):
+            logger.disabled = False

@@ -109,7 +109,7 @@ def imprecise_windows(
     roundoff = np.array([ROUNDOFF[precision] for precision in PRECISIONS])[levels]
     largest = values[:, -1]
     windows = len(values) // len(alpha)
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         if options.fit == "median":
             lowest, alpha = np.repeat(lowest, windows), np.repeat(alpha, windows)
             error = roundoff * (FAR_BELOW * largest / lowest + OF_LARGEST) * (alpha - 1) ** 2 / alpha

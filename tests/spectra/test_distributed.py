@@ -113,6 +113,7 @@ def test_lightning_ddp(tmp_path: Path) -> None:
 @pytest.mark.parametrize("job", ["loop that breaks", "lightning that breaks"])
 def test_failure_on_one_process_stops_both(job: str, tmp_path: Path) -> None:
     codes, (first, second) = run(job, tmp_path)
-    assert codes == [1, 1], first + second
+    # Not always 1: gloo may abort a process that ends while the other one is gone already.
+    assert all(codes), first + second
     assert "measuring the layers failed on 1 of 2 ranks, elsewhere: see the output of other ranks" in first
     assert "measuring the layers failed on 1 of 2 ranks, on this rank 1: planned failure" in second
