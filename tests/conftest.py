@@ -32,8 +32,8 @@ def pytest_collection_modifyitems(config, items):
 def fresh():
     torch.manual_seed(0)
     warning._said.clear()
-    # The W&B client leaves the address of its service here. A child process that finds it ends the service when its
-    # own client ends, and so ends it for every later test.
+    # The W&B client leaves the address of its service here. A child process that finds it ends the service when
+    # its own client ends, and so ends it for every later test.
     os.environ.pop("WANDB_SERVICE", None)
     # Hydra and MLflow configure Python's logging for the whole process, and may disable the loggers of others.
     logging.disable(logging.NOTSET)
