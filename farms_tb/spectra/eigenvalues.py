@@ -242,19 +242,19 @@ def _eigenvalues(
         threads: number of threads, where the CPU solves for a GPU.
         solver: what solves on a GPU.
     """
+    name = "cpu" if windows[0].is_cpu else "torch"
     if precision == "svd":
-        name = "cpu" if windows[0].is_cpu else "torch"
-        return torch.cat([_squared_singular_values(part) for part in windows]), name
+        return torch.cat([squared_singular_values(part) for part in windows]), name
     grams = torch.cat([_gram(part) for part in windows]) if len(windows) > 1 else _gram(windows[0])
     try:
         if grams.is_cpu:
             # LAPACK solves one matrix after the other: there is no choice of solvers.
-            values, name = torch.linalg.eigvalsh(grams), "cpu"
+            values = torch.linalg.eigvalsh(grams)
         else:
             values, name = symmetric_eigenvalues(grams, threads, solver)
     except LinAlgError:
         # NaN is imprecise in any case: the singular values will be asked for.
-        return grams.real.new_full(grams.shape[:2], torch.nan), solver
+        return grams.real.new_full(grams.shape[:2], torch.nan), name
     zero_below = ZERO * ROUNDOFF[precision] * values[:, -1:]
     return torch.where(values < zero_below, 0, values), name
 
@@ -281,16 +281,16 @@ def multiplies_in_full(device: torch.device) -> bool:
     return torch.get_float32_matmul_precision() == "highest"
 
 
-def _squared_singular_values(windows: Tensor) -> Tensor:
+def squared_singular_values(windows: Tensor) -> Tensor:
     """Return `(n, w)` ascending, 0 below the numerical rank; NaN where no solver converges."""
     try:
         singular = torch.linalg.svdvals(windows)
     except LinAlgError:
         if not windows.is_cpu:
             # LAPACK uses other algorithms than a GPU's solvers.
-            return _squared_singular_values(windows.cpu()).to(windows.device)
+            return squared_singular_values(windows.cpu()).to(windows.device)
         if len(windows) > 1:
-            return torch.cat([_squared_singular_values(window) for window in torch.split(windows, 1)])
+            return torch.cat([squared_singular_values(window) for window in torch.split(windows, 1)])
         return windows.real.new_full((1, min(windows.shape[-2:])), torch.nan)
     singular = singular.flip(-1)
     rank_limit = max(windows.shape[-2:]) * torch.finfo(singular.dtype).eps * singular[:, -1:]

@@ -15,11 +15,11 @@ import torch
 from farms_tb.options import SpectrumOptions, as_plain
 from farms_tb.report import LayerRecord, Report
 from farms_tb.spectra.distributed import Team, share, shared_out
-from farms_tb.spectra.eigenvalues import Chunk, solve_chunks
+from farms_tb.spectra.eigenvalues import Chunk
 from farms_tb.spectra.metrics import esd_histogram, layer_records
 from farms_tb.spectra.precision import FLOAT32
 from farms_tb.spectra.prepare import prepare_stacks
-from farms_tb.spectra.samples import Prepared, Samples, solve_layers
+from farms_tb.spectra.samples import Prepared, Samples, solve_into, solve_layers
 from farms_tb.spectra.uncertainty import draws_for, null_of, shuffled
 from farms_tb.spectra.windows import windows_of
 from farms_tb.spectra.workers import single_threaded_torch
@@ -74,9 +74,7 @@ def _with_histograms(
         single = np.flatnonzero(own.levels == FLOAT32)
         if len(single):
             chunks.append(Chunk(place, own.layer.windows, torch.from_numpy(single), "float64"))
-    for solved in solve_chunks(chunks, options.memory_mb * 2**20, threads, options.solver):
-        place = solved.chunk.layer
-        tables[place][solved.chunk.index.numpy()] = samples[place].layer.scale * solved.values
+    solve_into(tables, chunks, samples, options, threads)
     counted = []
     for record, own, table in zip(records, samples, tables, strict=True):
         pooled = np.sort(table.reshape(own.layer.windows.samples, -1), axis=-1)

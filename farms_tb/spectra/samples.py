@@ -186,21 +186,38 @@ def _solve(found: Sequence[Samples], todo: Mapping[int, Index], options: Spectru
         for level in np.unique(levels):
             windows = torch.from_numpy(index[levels == level])
             chunks.append(Chunk(place, found[place].layer.windows, windows, PRECISIONS[level]))
-    for solved in solve_chunks(chunks, options.memory_mb * 2**20, threads, options.solver):
-        samples = found[solved.chunk.layer]
-        samples.by_window[solved.chunk.index.numpy()] = samples.layer.scale * solved.values
-        samples.solver = solved.solver
+    solve_into([samples.by_window for samples in found], chunks, found, options, threads)
 
 
 def _solve_quarters(found: Sequence[Samples], options: SpectrumOptions, threads: int) -> None:
     """Solve the quarters of windows that standard errors need, always in double precision: they are small."""
     chunks = []
+    tables = {}
     for place, samples in enumerate(found):
         quarters = quarters_of(samples.layer.windows, samples.layer.independent, options)
         if quarters is not None:
             chunks.append(Chunk(place, quarters, torch.arange(quarters.number, device="cpu"), "float64"))
-            samples.of_quarters = np.full((quarters.number, quarters.size), np.nan)
+            tables[place] = samples.of_quarters = np.full((quarters.number, quarters.size), np.nan)
+    solve_into(tables, chunks, found, options, threads)
+
+
+def solve_into(
+    tables: Sequence[Array] | Mapping[int, Array],
+    chunks: Sequence[Chunk],
+    found: Sequence[Samples],
+    options: SpectrumOptions,
+    threads: int,
+) -> None:
+    """Solve chunks, and write their eigenvalues, scaled, into the tables of their layers.
+
+    Args:
+        tables: by the position of a layer, `(W, w)`, a row for each window; those of the chunks are written.
+        chunks: what to solve; `Chunk.layer` is a position in `found`.
+        found: the layers. What solved for a layer is noted there.
+        options: memory and solver.
+        threads: number of threads on the CPU.
+    """
     for solved in solve_chunks(chunks, options.memory_mb * 2**20, threads, options.solver):
         samples = found[solved.chunk.layer]
-        assert samples.of_quarters is not None
-        samples.of_quarters[solved.chunk.index.numpy()] = samples.layer.scale * solved.values
+        tables[solved.chunk.layer][solved.chunk.index.numpy()] = samples.layer.scale * solved.values
+        samples.solver = solved.solver

@@ -10,18 +10,16 @@ import math
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from farms_tb.spectra.eigenvalues import squared_singular_values
 from farms_tb.spectra.precision import Array
 from farms_tb.spectra.samples import Samples
 
 NOISE_FACTOR = 2.0
-"""An eigenvalue is noise if it grows by more than this factor where every entry is off by its rounding error once
-more.
+"""An eigenvalue is noise if it grows by more than this factor when every entry is moved by its rounding error.
 
 Rounding errors are spread evenly up to the unit roundoff u, of variance u^2 / 3; errors of just u add 3 times that
-variance. So an eigenvalue made of noise alone grows to 4 times its size, and one of which a third is noise to 2
-times.
+variance. So an eigenvalue made of noise alone grows to 4 times its size, one of which a third is noise to 2 times.
 """
 
 
@@ -54,20 +52,12 @@ def tail_is_rounding(samples: Samples, xmin_pos: float) -> bool:
         windows = windows[:, 0]
     windows = windows.to(torch.complex128 if view.is_complex() else torch.float64)
     generator = torch.Generator("cpu").manual_seed(0)
-    signs = (
-        torch.randint(0, 2, windows.shape, generator=generator, device="cpu").to(windows.device).double() * 2 - 1
-    )
+    signs = torch.randint(0, 2, windows.shape, generator=generator, device="cpu").double() * 2 - 1
+    errors = samples.layer.roundoff * signs.to(windows.device)
     start = int(samples.layer.windows.size / xmin_pos)
-    before = _eigenvalue_at(start, windows)
-    after = _eigenvalue_at(start, windows * (1 + samples.layer.roundoff * signs.to(windows.device)))
+    before = squared_singular_values(windows)[:, start]
+    after = squared_singular_values(windows * (1 + errors))[:, start]
     return bool((after > NOISE_FACTOR * before).double().mean() > 0.5)
-
-
-def _eigenvalue_at(index: int, windows: Tensor) -> Tensor:
-    """Return one eigenvalue of each window `(S, h, w)`, counted from the smallest: `(S,)`."""
-    # `svdvals` returns them in descending order.
-    singular: Tensor = torch.linalg.svdvals(windows)[:, min(windows.shape[-2:]) - 1 - index]
-    return singular.square()
 
 
 def _noise_edge(samples: Samples) -> Array:
