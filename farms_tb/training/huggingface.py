@@ -222,7 +222,7 @@ class FARMSTrainerCallback(ShowsResults, TrainerCallback, ExportableState):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        """Measure the final weights, where a subclass of Trainer logs no summary, and let go of the optimizer."""
+        """Measure the final weights, where a subclass of Trainer logs no summary, and detach from the optimizer."""
         control = self._measure_final_weights(args, state, control, **kwargs)
         self.detach()
         return control
@@ -242,7 +242,7 @@ class FARMSTrainerCallback(ShowsResults, TrainerCallback, ExportableState):
     def _measure_if_due(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        """Measure if it is time, and log; after an error, of which no event tells, let go of the optimizer."""
+        """Measure if it is time, and log; after an error, of which no event tells, detach from the optimizer."""
         try:
             found = self._session.measure_if_due(self._moment(state))
         except Exception:

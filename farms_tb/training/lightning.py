@@ -138,7 +138,7 @@ class FARMSTempBalance(ShowsResults, Callback):
         self._measure_if_due(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the final weights, for the report and the loggers, and let go of the optimizers."""
+        """Measure the final weights, for the report and the loggers, and detach from the optimizers."""
         if self._session.running:
             self._log(trainer, self._session.finish(_moment(trainer)))
         self._session.stop()
@@ -155,11 +155,11 @@ class FARMSTempBalance(ShowsResults, Callback):
             self.on_train_end(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Let go of the optimizers."""
+        """Detach from the optimizers."""
         self._session.stop()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let go of the optimizers."""
+        """Detach from the optimizers."""
         self._session.stop()
 
     def make_balancer(self, trainer: Trainer, pl_module: LightningModule) -> LayerBalancer:
