@@ -222,7 +222,7 @@ class FARMSTrainerCallback(ShowsResults, TrainerCallback, ExportableState):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        """Measure the final weights, where a subclass of Trainer logs no summary, and detach from the optimizer."""
+        """Measure the final weights, where a subclass of Trainer logs no summary, and detach."""
         control = self._measure_final_weights(args, state, control, **kwargs)
         self.detach()
         return control
