@@ -43,7 +43,7 @@ const MEANING = {
   status: "Why a layer has no alpha; empty where it has one.",
   shape: "The layer's weight as a stack of K matrices with R rows and C columns.",
   kind: "Real weights, or complex ones of a spectral convolution.",
-  farms: "Power-law exponent of the tail of the eigenvalue spectrum, fitted on windows of one aspect ratio (FARMS). Smaller means a heavier tail: a layer that has learnt more.",
+  farms: "Power-law exponent of the tail of the eigenvalue spectrum, fitted on windows of one aspect ratio (FARMS). Smaller means a heavier tail: more structure in the weights, or a collapse, which the status names.",
   error: "Standard error of the FARMS alpha.",
   full: "Power-law exponent of the spectrum of the whole matrix, which depends on the matrix's shape.",
   bias: "Full-matrix alpha minus FARMS alpha: what the shape of the matrix adds.",
@@ -557,7 +557,7 @@ if (data.missing.length) {
   byId("missing").append(el("strong", null, "Not everything is here"), el("ul", null, ...data.missing.map((sentence) => el("li", null, sentence))));
 }
 byId("depth").querySelector("i").style.cssText = `--light:${gradient(0, 0.9)};--dark:${gradient(0.35, 1)}`;
-byId("hint").textContent = "A smaller alpha means a heavier tail: a layer that has learnt more. Point at a curve for its values, click it, or a row of the table, for the layer's spectrum; with the keyboard, use the arrow keys and Enter.";
+byId("hint").textContent = "A smaller alpha means a heavier tail: more structure in the weights, or, where the status says so, a collapse to few directions. Point at a curve for its values, click it, or a row of the table, for the layer's spectrum; with the keyboard, use the arrow keys and Enter.";
 const logged = Object.entries(QUANTITIES).filter(([key]) => layers.some((layer) => layer[key].some(known)));
 if (logged.length) state.quantity = logged[0][0];
 choice("quantity", logged.map(([key, { label }]) => [key, label]), state.quantity, (key) => { state.quantity = key; drawHistory(); });
