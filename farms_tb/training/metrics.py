@@ -22,6 +22,7 @@ from farms_tb.balancing.ratio_maps import RatioSummary
 from farms_tb.options import XAxis
 from farms_tb.report import EsdHistogram, Report
 from farms_tb.viewing.history import Curve, History
+from farms_tb.viewing.names import printable
 from farms_tb.warnings import warn_once
 
 if TYPE_CHECKING:
@@ -283,9 +284,10 @@ def depth_names(report: Report) -> dict[str, str]:
     """Return the layers' names after their depth, so that sorted by name they are in order: `03_layer1.0.conv1`.
 
     The first layer of the report has number 0, and the numbers have as many digits as the last, at least two.
+    Characters that cannot be shown, of which W&B's client cannot send some, are escaped.
     """
     digits = max(2, len(str(len(report.layers) - 1)))
-    return {name: f"{depth:0{digits}d}_{name}" for depth, name in enumerate(report.layers)}
+    return {name: f"{depth:0{digits}d}_{printable(name)}" for depth, name in enumerate(report.layers)}
 
 
 def esd_histograms(report: Report) -> dict[str, EsdHistogram]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from farms_tb import EsdHistogram, FARMSTempBalance, LayerRecord, Report
 from farms_tb.training.metrics import COLUMNS, MAX_LOGGED_LAYERS, Measurement, RunLog
 from farms_tb.training.sinks import log_measurement
+from farms_tb.viewing.names import printable
 from tests.helpers import BATCHES, EPOCHS, LIGHTNING_NOISE, Module, fit, read_wandb_file
 from tests.training.test_logging import LAYERS, MEDIA, NUMBERED, WHILE_TRAINING
 
@@ -168,7 +169,10 @@ def test_x_axis_and_prefix(tmp_path: Path, options: dict[str, Any], axis: str) -
     assert all(axis in row for row in run.farms_rows)
 
 
-ODD_NAMES = ["q*k", "ends*", "*", "a b", "ü\"'[x]<y>", "a/b", "a:b", "?", "\\", "{}", "%s", "**"]
+ODD_NAMES = [
+    *("q*k", "ends*", "*", "a b", "ü\"'[x]<y>", "a/b", "a:b", "?", "\\", "{}", "%s", "**"),
+    *("\ud800", "\x1b[2J"),
+]
 
 
 def test_odd_names_of_layers(tmp_path: Path) -> None:
@@ -187,7 +191,7 @@ def test_odd_names_of_layers(tmp_path: Path) -> None:
     fit(Odd(net=net), [FARMSTempBalance(histogram_every_n=2, table_every_n=2)], logger=logger, max_epochs=2)
     run = OfflineRun(tmp_path)
     for depth, name in enumerate(ODD_NAMES, start=1):
-        key = f"farms_alpha/{depth:02d}_net.1.{name}"
+        key = f"farms_alpha/{depth:02d}_net.1.{printable(name)}"
         assert all(key in row for row in run.farms_rows), name
         assert (key in run.definitions) == ("*" not in name), name
     assert run.definitions["farms_alpha/00_net.0"].step_metric == "epoch"
