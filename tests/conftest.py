@@ -1,7 +1,5 @@
 """Each test starts from one seed, with nothing warned about yet."""
 
-import logging
-import os
 import signal
 
 import pytest
@@ -10,6 +8,8 @@ from hypothesis import settings
 
 from farms_tb import warnings as warning
 
+# Scripts, which test_faults.py runs in processes of their own: to look for doctests would be to run them here.
+collect_ignore_glob = ["faults/*.py"]
 torch.set_num_threads(1)
 # A shell starts commands in the background deaf to Ctrl-C, and what the tests start would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -32,11 +32,3 @@ def pytest_collection_modifyitems(config, items):
 def fresh():
     torch.manual_seed(0)
     warning._said.clear()
-    # The W&B client leaves the address of its service here. A child process that finds it ends the service when
-    # its own client ends, and so ends it for every later test.
-    os.environ.pop("WANDB_SERVICE", None)
-    # Hydra and MLflow configure Python's logging for the whole process, and may disable the loggers of others.
-    logging.disable(logging.NOTSET)
-    for logger in logging.root.manager.loggerDict.values():
-        if isinstance(logger, logging.Logger):
-            logger.disabled = False

@@ -22,7 +22,7 @@ def in_gguf(path: Path) -> Iterator[StoredTensor]:
 
     Raises:
         ImportError: the package gguf is not installed.
-        ValueError: no GGUF file, or one that is cut short or damaged.
+        ValueError: no GGUF file, one that is cut short or damaged, or one without tensors.
     """
     try:
         import gguf  # type: ignore[import-not-found,unused-ignore]
@@ -38,6 +38,8 @@ def in_gguf(path: Path) -> Iterator[StoredTensor]:
         raise ValueError(
             f"cannot read {path}: no GGUF file, or one that is cut short or damaged ({error!s:.200})"
         ) from error
+    if not entries:
+        raise ValueError(f"{path} is a GGUF file that holds no tensors")
     for entry in entries:
         # The file's order of dimensions is the reverse of torch's.
         shape = tuple(int(size) for size in reversed(entry.shape.tolist()))

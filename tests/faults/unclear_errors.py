@@ -1,6 +1,6 @@
 """An error must say what is wrong: the option, the class, the format.
 
-Right: `exclude=None` names the option, a wrapper without `Optimizer.__init__` names its class, a file of
+Right: `exclude=None` names the option, a wrapper without `Optimizer.__init__` works, a file of
 another format that format, a URL that it is one. Second inputs: HDF5, ONNX and numpy files, `exclude=3`, and a
 string for an optimizer.
 """
@@ -41,7 +41,7 @@ def must_say(word: str, call, *allowed: type[Exception]) -> None:
         assert word in str(error), f"{word!r} is not in: {error}"
         print(f"{type(error).__name__}: {error}")
     else:
-        print(f"{word}: accepted")
+        raise AssertionError(f"{word}: accepted")
 
 
 net = nn.Sequential(*[nn.Linear(32, 32) for _ in range(5)])
@@ -50,7 +50,16 @@ wrong = (TypeError, ValueError)
 must_say("exclude", lambda: TempBalance(net, optimizer, exclude=None), *wrong)
 must_say("exclude", lambda: TempBalance(net, optimizer, exclude=3), *wrong)
 must_say("str", lambda: TempBalance(net, "sgd"), *wrong)
-must_say("Wrapper", lambda: TempBalance(net, Wrapper(optimizer)), *wrong)
+
+# A wrapper needs no error: the optimizers inside it are found, and step with the ratios that are claimed.
+wrapper = Wrapper(optimizer)
+balancer = TempBalance(net, wrapper)
+before = [parameter.detach().clone() for parameter in net.parameters()]
+net(torch.randn(8, 32)).square().mean().backward()
+wrapper.step()
+for old, parameter, ratio in zip(before, net.parameters(), balancer.parameter_ratios().values(), strict=True):
+    torch.testing.assert_close(old - parameter, 0.1 * ratio * parameter.grad, rtol=1e-3, atol=1e-6)
+assert {0.5, 1.5} <= set(balancer.parameter_ratios().values())
 
 FORMATS = {
     "GGUF": b"GGUF\x03\0\0\0" + bytes(100),
