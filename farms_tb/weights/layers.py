@@ -6,7 +6,7 @@ listed with the reason: one odd layer never costs the measurement of the others.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -26,6 +26,7 @@ __all__ = [
     "checked_layers",
     "clean_name",
     "find_layers",
+    "read_layers",
     "read_stacks",
     "stack_problem",
     "unreadable",
@@ -176,6 +177,22 @@ def read_stacks(module: nn.Module) -> list[MatrixStack]:
     if not stacks:
         raise NoSpectrumError(f"{type(module).__name__} holds no matrix")
     return stacks
+
+
+def read_layers(layers: Sequence[Layer]) -> Iterator[tuple[Layer, MatrixStack | Exception]]:
+    """Yield each layer that has matrices with them, or with the error that reading it raised."""
+    module, stacks = None, []
+    for layer in layers:
+        if layer.problem and not layer.planned:
+            continue
+        try:
+            if layer.module is not module:
+                module, stacks = layer.module, read_stacks(layer.module)
+            yield layer, stacks[layer.index]
+        except NoSpectrumError:
+            continue
+        except Exception as caught:
+            yield layer, caught
 
 
 @contextmanager
