@@ -132,7 +132,7 @@ def solve_chunks(chunks: Sequence[Chunk], memory: int, threads: int, solver: Sol
 
 def _solve_on_cpu(chunks: Sequence[Chunk], memory: int, threads: int) -> list[Solved]:
     share = memory // threads
-    parts = []
+    parts: list[Chunk] = []
     for chunk in chunks:
         by_memory = share * len(chunk.index) // chunk.bytes
         by_work = CHUNK_WORK * len(chunk.index) // chunk.work
