@@ -32,13 +32,13 @@ def ignores_lr_of_groups(optimizer: Optimizer) -> bool:
     try:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), torch.enable_grad():
             warnings.simplefilter("ignore")
-            moves = _moves_at_half_the_lr(optimizer)
-    except Exception:  # of other people's classes, anything
+            first, second = _moves_at_half_the_lr(optimizer)
+    except Exception:  # noqa: BLE001 - other people's classes may raise anything
         return False
-    first, second = (move.norm() for move in moves)
-    if not (torch.isfinite(first) and first > 0):
+    distance, difference = first.norm(), (first - second).norm()
+    if not (torch.isfinite(distance) and distance > 0):
         return False
-    return bool((moves[0] - moves[1]).norm() <= ALIKE * first)
+    return bool(difference <= ALIKE * distance)
 
 
 def _moves_at_half_the_lr(optimizer: Optimizer) -> tuple[Tensor, Tensor]:
