@@ -113,11 +113,12 @@ def find_layers(model: nn.Module, *, embeddings: bool = False) -> list[Layer]:
     return layers
 
 
-def checked_layers(model: nn.Module, *, plan: bool = False) -> list[Layer]:
-    """Return `find_layers(model)`, with an error where there is nothing to measure.
+def checked_layers(model: nn.Module, *, embeddings: bool = False, plan: bool = False) -> list[Layer]:
+    """Return the layers that `find_layers` finds, with an error where there is nothing to measure.
 
     Args:
         model: any module.
+        embeddings: as in `find_layers`.
         plan: accept a model without values, on the meta device: its layers would be measured.
 
     Returns:
@@ -129,7 +130,7 @@ def checked_layers(model: nn.Module, *, plan: bool = False) -> list[Layer]:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
-    layers = find_layers(model)
+    layers = find_layers(model, embeddings=embeddings)
     if any(not layer.problem for layer in layers):
         return layers
     planned = any(layer.planned for layer in layers)
