@@ -64,7 +64,7 @@ def analyze(
         )
     if isinstance(model, Mapping):
         return _measure_stored(tensors_of_state_dict(model), "the state dict", chosen, null, histogram)
-    layers = checked_layers(model, plan=True)
+    layers = checked_layers(model, embeddings=chosen.embeddings, plan=True)
     report = measure(layers, chosen, histogram=histogram)
     return with_nulls(report, measure_nulls(layers, report, chosen)) if null else report
 
@@ -160,7 +160,7 @@ def _measure_stored(
     """
     nulls: Nulls | None = {} if null else None
     records: dict[str, LayerRecord] = {}
-    for name, found in stored_layers(tensors):
+    for name, found in stored_layers(tensors, embeddings=options.embeddings):
         if isinstance(found, LayerRecord):
             records[name] = found
         else:

@@ -201,6 +201,8 @@ class SpectrumOptions:
         relative_cutoff: drop eigenvalues below this fraction of the largest one. Unlike `filter_zeros` it does
             not depend on the scale of the weights. 0 drops none.
         min_eigenvalues: a sample with fewer eigenvalues has no alpha.
+        embeddings: measure lookup tables as well, each as one matrix (entries, width). Balancing then treats them
+            as any other layer.
         precision: `"auto"` solves in single precision where alpha is within 5e-5 of itself with it, `"float64"`
             never does.
         solver: what solves for eigenvalues on a GPU: `"torch"`, `"cupy"`, `"cpu"`, or `"auto"` for whichever is
@@ -219,6 +221,7 @@ class SpectrumOptions:
     filter_zeros: bool = False
     relative_cutoff: float = 0.0
     min_eigenvalues: int = 5
+    embeddings: bool = False
     precision: Precision = "auto"
     solver: Solver = "auto"
     memory_mb: int = 512
@@ -238,6 +241,7 @@ class SpectrumOptions:
         if self.relative_cutoff >= 1:
             raise ValueError(f"relative_cutoff must be below 1, got {self.relative_cutoff!r}")
         check_integer("min_eigenvalues", self.min_eigenvalues, at_least=2)
+        check_bool("embeddings", self.embeddings)
         check_choice("precision", self.precision, Precision)
         check_choice("solver", self.solver, Solver)
         if self.solver == "cupy" and not find_spec("cupy"):

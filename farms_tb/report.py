@@ -54,7 +54,7 @@ class LayerRecord:
         num_eigenvalues: eigenvalues in all samples together, after filtering; on the meta device the number that a
             measurement would solve for.
         status: `"ok"`, or the reason why there is no alpha, or why it means something else (`collapsed`).
-        alpha_error: standard error of alpha, see `farms_tb.spectra.uncertainty`.
+        alpha_error: standard error of alpha, see `farms_tb.spectra.standard_error`.
         xmin: eigenvalue at which the tail begins; the geometric mean over blocks.
         tail_floor: xmin / largest eigenvalue, the geometric mean over blocks: how far down the tail reaches.
         rank_99: number of largest eigenvalues that hold 99 % of the sum, over all blocks; compare it with

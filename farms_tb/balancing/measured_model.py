@@ -46,8 +46,7 @@ class MeasuredModel:
         self._share = share
         self._begun: BackgroundMeasurement | Report | None = None
         self._nulls: dict[str, tuple[float, float]] = {}
-        self.assignment: Assignment = assign(model, ratio_options)
-        self._signature = _signature(model)
+        self.assignment, self._signature = self._assigned(), _signature(model)
 
     def measure(self, histogram: bool = False) -> Report:
         """Measure every layer now, on all processes together where shared.
@@ -109,7 +108,10 @@ class MeasuredModel:
         """Find the layers again if parameters were replaced."""
         signature = _signature(self.model)
         if self._signature != signature:
-            self.assignment, self._signature = assign(self.model, self._ratio_options), signature
+            self.assignment, self._signature = self._assigned(), signature
+
+    def _assigned(self) -> Assignment:
+        return assign(self.model, self._ratio_options, embeddings=self._spectrum_options.embeddings)
 
     def _team(self) -> Team | None:
         return current_team() if self._share else None

@@ -80,7 +80,7 @@ def analyze(
         also_full = full and options.esd == "farms"
         wanted = Wanted(options, also_full, null, tuple(patterns or ()), checked_device(device))
         _check_column(sort)
-        source = open_source(model, pretrained=pretrained, key=key)
+        source = open_source(model, pretrained=pretrained, key=key, embeddings=options.embeddings)
     found = measure(source, wanted, Console(stderr=True))
     rows: Sequence[Row] = found.rows()
     if sort is not None:

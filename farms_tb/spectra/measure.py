@@ -1,29 +1,28 @@
 """Measure layers: from stacks of matrices to records, and from the layers of a model to a report.
 
-`measure_stacks` is the one loop of the method: windows, eigenvalues and fits, metrics.
+`measure_stacks` is the method from top to bottom: windows, eigenvalues and fits, standard errors, metrics.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
-import numpy as np
 import torch
 
 from farms_tb.options import SpectrumOptions, as_plain
 from farms_tb.report import LayerRecord, Report
 from farms_tb.spectra.distributed import Team, share, shared_out
-from farms_tb.spectra.eigenvalues import Chunk
-from farms_tb.spectra.metrics import esd_histogram, layer_records
-from farms_tb.spectra.precision import FLOAT32
-from farms_tb.spectra.prepare import prepare_stacks
-from farms_tb.spectra.samples import Prepared, Samples, solve_into, solve_layers
+from farms_tb.spectra.histogram import esd_histograms
+from farms_tb.spectra.metrics import layer_records
+from farms_tb.spectra.prepare import PreparedLayer, prepare_stacks
+from farms_tb.spectra.samples import solve_layers
+from farms_tb.spectra.standard_error import alpha_errors
 from farms_tb.spectra.windows import windows_of
 from farms_tb.spectra.workers import single_threaded_torch
-from farms_tb.weights.layers import Layer, read_stacks
-from farms_tb.weights.matrices import MatrixStack, NoSpectrumError
+from farms_tb.weights.layers import Layer, read_layers
+from farms_tb.weights.matrices import MatrixStack
 
 Result = TypeVar("Result")
 
@@ -44,39 +43,19 @@ def measure_stacks(
     """
     with single_threaded_torch(options.threads) as threads:
         prepared = prepare_stacks(stacks, options, threads)
-        layers = [found for found in prepared if isinstance(found, Prepared)]
+        layers = [found for found in prepared if isinstance(found, PreparedLayer)]
         samples = solve_layers(layers, options, threads)
-        records = layer_records(samples, options)
+        errors = alpha_errors(samples, options, threads)
+        records = layer_records(samples, errors, options)
         if histogram:
-            records = _with_histograms(records, samples, options, threads)
+            esds = esd_histograms(samples, options, threads)
+            records = [replace(record, histogram=esd) for record, esd in zip(records, esds, strict=True)]
     measured = iter(records)
-    found = [next(measured) if isinstance(one, Prepared) else one for one in prepared]
+    found = [next(measured) if isinstance(one, PreparedLayer) else one for one in prepared]
     return [
         replace(record, kind=stack.kind, shape=tuple(stack.matrices.shape))
         for record, stack in zip(found, stacks, strict=True)
     ]
-
-
-def _with_histograms(
-    records: Sequence[LayerRecord], samples: Sequence[Samples], options: SpectrumOptions, threads: int
-) -> list[LayerRecord]:
-    """Add the ESD of each layer, of eigenvalues in double precision.
-
-    A histogram shows the smallest eigenvalues as well, which single precision does not know. Alpha stays as it is:
-    it must not depend on what is logged.
-    """
-    tables = [own.by_window.copy() for own in samples]
-    chunks = []
-    for place, own in enumerate(samples):
-        single = np.flatnonzero(own.levels == FLOAT32)
-        if len(single):
-            chunks.append(Chunk(place, own.layer.windows, torch.from_numpy(single), "float64"))
-    solve_into(tables, chunks, samples, options, threads)
-    counted = []
-    for record, own, table in zip(records, samples, tables, strict=True):
-        pooled = np.sort(table.reshape(own.layer.windows.samples, -1), axis=-1)
-        counted.append(replace(record, histogram=esd_histogram(pooled, own.layer.exponent, options)))
-    return counted
 
 
 def measure(
@@ -165,19 +144,3 @@ def for_own_layers(
     if error is not None:
         raise error
     return found
-
-
-def read_layers(layers: Sequence[Layer]) -> Iterator[tuple[Layer, MatrixStack | Exception]]:
-    """Yield each layer that has matrices with them, or with the error that reading it raised."""
-    module, stacks = None, []
-    for layer in layers:
-        if layer.problem and not layer.planned:
-            continue
-        try:
-            if layer.module is not module:
-                module, stacks = layer.module, read_stacks(layer.module)
-            yield layer, stacks[layer.index]
-        except NoSpectrumError:
-            continue
-        except Exception as caught:
-            yield layer, caught
