@@ -45,7 +45,7 @@ TRAP_QUANTILE = {"real": 2.0234, "spectral": 0.4776}
 MAX_COLUMNS = 2048
 """Whole matrices of more columns are not solved: that would take minutes."""
 
-BLOCK = 2**18
+BLOCK = 2**17
 """Entries that are squared at a time, few enough for the processor's cache."""
 
 
@@ -88,25 +88,36 @@ def entry_metrics(stack: MatrixStack, largest: float) -> dict[str, Any]:
         stack: `(K, R, C)`, finite and not all zero.
         largest: largest absolute value of an entry.
     """
-    rows, columns = _squares(solvable(stack).matrices, largest)
-    total = float(rows.sum())
+    # Squares of weights of any common size stay within the range of single precision as they are.
+    unit = 1.0 if 1e-12 < largest < 1e12 else largest
+    rows, columns = _squares(solvable(stack).matrices, unit)
     return {
-        "log_norm": math.log10(total * stack.eigenvalue_scale) + 2 * math.log10(largest),
+        "log_norm": math.log10(float(rows.sum()) * stack.eigenvalue_scale) + 2 * math.log10(unit),
         "dead_rows": int((rows < DEAD**2 * rows.max()).sum()),
         "dead_columns": int((columns < DEAD**2 * columns.max()).sum()),
     }
 
 
-def _squares(matrices: Tensor, largest: float) -> tuple[Tensor, Tensor]:
-    """Return the squared norms, divided by `largest` squared, of the rows `(R,)` and of the columns `(C,)`."""
+def _squares(matrices: Tensor, unit: float) -> tuple[Tensor, Tensor]:
+    """Return the squared norms of the rows `(R,)` and of the columns `(C,)`, of entries divided by `unit`."""
+    parts = torch.view_as_real(matrices.resolve_conj()).unbind(-1) if matrices.is_complex() else [matrices]
+    rows, columns = [], []
+    for part in parts:
+        own_rows, own_columns = _squares_of_real(part, unit)
+        rows.append(own_rows)
+        columns.append(own_columns)
+    return torch.stack(rows).sum(dim=0), torch.stack(columns).sum(dim=0)
+
+
+def _squares_of_real(matrices: Tensor, unit: float) -> tuple[Tensor, Tensor]:
     number, height, width = matrices.shape
+    wide = torch.promote_types(matrices.dtype, torch.float32)
     rows, columns = [], []
     for block in matrices.split(max(1, BLOCK // (number * width)) if matrices.is_cpu else height, dim=1):
-        # Divided by the largest, squares stay within the range of single precision.
-        squares = (block.to(torch.promote_types(block.dtype, torch.float32)) / largest).abs().square_()
+        squares = (block.to(wide) if unit == 1 else block.to(wide) / unit).square()
         rows.append(squares.sum(dim=(0, 2)))
         columns.append(squares.sum(dim=(0, 1)))
-    return torch.cat(rows).cpu().double(), torch.stack(columns).sum(dim=0).cpu().double()
+    return torch.cat(rows).double().cpu(), torch.stack(columns).sum(dim=0).double().cpu()
 
 
 def _stable_rank(eigenvalues: Array) -> float | None:
