@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from farms_tb.report import LayerRecord
 from farms_tb.spectra.precision import Array
@@ -46,7 +47,7 @@ MAX_COLUMNS = 2048
 """Whole matrices of more columns are not solved: that would take minutes."""
 
 BLOCK = 2**17
-"""Entries that are squared at a time, few enough for the processor's cache."""
+"""Entries of a matrix that are squared at a time, few enough for the processor's cache."""
 
 
 def with_matrix_metrics(
@@ -100,24 +101,24 @@ def entry_metrics(stack: MatrixStack, largest: float) -> dict[str, Any]:
 
 def _squares(matrices: Tensor, unit: float) -> tuple[Tensor, Tensor]:
     """Return the squared norms of the rows `(R,)` and of the columns `(C,)`, of entries divided by `unit`."""
-    parts = torch.view_as_real(matrices.resolve_conj()).unbind(-1) if matrices.is_complex() else [matrices]
     rows, columns = [], []
-    for part in parts:
-        own_rows, own_columns = _squares_of_real(part, unit)
-        rows.append(own_rows)
-        columns.append(own_columns)
-    return torch.stack(rows).sum(dim=0), torch.stack(columns).sum(dim=0)
-
-
-def _squares_of_real(matrices: Tensor, unit: float) -> tuple[Tensor, Tensor]:
-    number, height, width = matrices.shape
-    wide = torch.promote_types(matrices.dtype, torch.float32)
-    rows, columns = [], []
-    for block in matrices.split(max(1, BLOCK // (number * width)) if matrices.is_cpu else height, dim=1):
-        squares = (block.to(wide) if unit == 1 else block.to(wide) / unit).square()
-        rows.append(squares.sum(dim=(0, 2)))
-        columns.append(squares.sum(dim=(0, 1)))
+    height = BLOCK // matrices.shape[2] + 1 if matrices.is_cpu else matrices.shape[1]
+    for begin in range(0, matrices.shape[1], height):
+        squares = _summed_squares(matrices[:, begin : begin + height], unit)
+        rows.append(squares.sum(dim=1))
+        columns.append(squares.sum(dim=0))
     return torch.cat(rows).double().cpu(), torch.stack(columns).sum(dim=0).double().cpu()
+
+
+def _summed_squares(block: Tensor, unit: float) -> Tensor:
+    """Return the squares of entries divided by `unit`, summed over the K matrices: `(R, C)`."""
+    parts = torch.view_as_real(block.resolve_conj()) if block.is_complex() else block.unsqueeze(-1)
+    parts = parts.to(torch.promote_types(parts.dtype, torch.float32))
+    if unit != 1:
+        parts = parts / unit
+    number, *_, both = parts.shape
+    # A sum over a dimension of length 1 takes ten times as long as the squares.
+    return parts.square().sum(dim=(0, 3)) if number * both > 1 else parts[0, :, :, 0].square()
 
 
 def _stable_rank(eigenvalues: Array) -> float | None:
@@ -142,7 +143,7 @@ def _whole_spectrum(stack: MatrixStack) -> Array | None:
     wide = _unit_scale(stack, torch.float64)
     try:
         return np.asarray(torch.linalg.eigvalsh(wide.mH @ wide).clamp_(min=0).cpu().numpy())
-    except torch.linalg.LinAlgError:
+    except LinAlgError:
         return None
 
 
@@ -169,7 +170,7 @@ def count_outliers(stack: MatrixStack, quantile: Mapping[str, float]) -> int | N
         return 0
     try:
         return int((torch.linalg.eigvalsh(gram[hard]) > limit).sum())
-    except torch.linalg.LinAlgError:
+    except LinAlgError:
         return None
 
 
@@ -182,7 +183,8 @@ def outlier_edge(rows: int, columns: int, quantile: float) -> float:
         quantile: of the Tracy-Widom law, t above.
     """
     roots = math.sqrt(rows) + math.sqrt(columns)
-    return roots**2 + quantile * roots * (1 / math.sqrt(rows) + 1 / math.sqrt(columns)) ** (1 / 3)
+    scale = roots * math.pow(1 / math.sqrt(rows) + 1 / math.sqrt(columns), 1 / 3)
+    return roots * roots + quantile * scale
 
 
 def _unit_scale(stack: MatrixStack, dtype: torch.dtype) -> Tensor:
