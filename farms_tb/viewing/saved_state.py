@@ -26,7 +26,7 @@ class SavedState:
     Attributes:
         options: the callback's options as plain values; empty where they are not known.
         layers: names of the layers in order of depth; empty where they are not known.
-        nulls: mean and standard deviation of alpha under each layer's permutation null, where the run measured it.
+        nulls: each layer's permutation null, where the run measured it.
         epoch: completed epochs; None where the checkpoint does not say.
         step: optimizer steps; None where the checkpoint does not say.
         damaged: names of the parts that are not what the callback writes, and were left out.
@@ -130,7 +130,7 @@ def _mapping(state: Mapping[str, Any], key: str, damaged: list[str]) -> Mapping[
 
 
 def _nulls(report: Mapping[Any, Any], damaged: list[str]) -> Iterator[tuple[str, PermutationNull]]:
-    """Yield mean and standard deviation of each layer that has both; a standard deviation must be positive."""
+    """Yield the permutation null of each layer that has one; standard deviations must be positive."""
     for name, record in report.items():
         if not (_is_text(name) and isinstance(record, Mapping)):
             damaged.append("report")
@@ -141,7 +141,10 @@ def _nulls(report: Mapping[Any, Any], damaged: list[str]) -> Iterator[tuple[str,
         if not (_is_finite(mean) and _is_finite(std) and std > 0):
             damaged.append("permutation null")
             return
-        yield name, PermutationNull(mean, std)
+        entropy_mean, entropy_std = record.get("null_entropy_mean"), record.get("null_entropy_std")
+        if not (_is_finite(entropy_mean) and _is_finite(entropy_std) and entropy_std > 0):
+            entropy_mean = entropy_std = None  # Version 0.1 did not save them.
+        yield name, PermutationNull(mean, std, _count(record, "null_draws"), entropy_mean, entropy_std)
 
 
 def _is_text(value: object) -> bool:

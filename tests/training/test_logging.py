@@ -81,7 +81,8 @@ def test_layer_without_alpha_leaves_its_key_out() -> None:
     net[5].requires_grad_(False)
     fit(Module(net=net), [FARMSTempBalance()], logger=logger)
     row = farms_rows(logger)[0][1]
-    assert PER_LAYER - row.keys() == {"farms/alpha/net.5", "farms/lr/net.5"}, "frozen: it has no learning rate"
+    missing = {f"farms/{metric}/net.5" for metric in ("alpha", "rank_share", "lr")}
+    assert PER_LAYER - row.keys() == missing, "frozen: it has no learning rate"
 
 
 def test_log_off() -> None:
