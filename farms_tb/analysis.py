@@ -11,7 +11,8 @@ from torch import nn
 from farms_tb.keywords import SpectrumKeywords, resolved, takes_options
 from farms_tb.options import SpectrumOptions, as_plain, check_bool
 from farms_tb.report import LayerRecord, Report
-from farms_tb.spectra.measure import Nulls, measure, measure_nulls, weight_record, with_nulls
+from farms_tb.spectra.measure import measure
+from farms_tb.spectra.permutation_null import Nulls, measure_nulls, weight_record, with_nulls
 from farms_tb.weights.files import StoredTensor, stored_layers, stored_tensors, tensors_of_state_dict
 from farms_tb.weights.layers import checked_layers
 

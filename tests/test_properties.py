@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from farms_tb import MatrixStack, TempBalance, layer_matrices
 from farms_tb.options import SpectrumOptions
 from farms_tb.report import LayerRecord
-from farms_tb.spectra.measure import weight_record
+from farms_tb.spectra.permutation_null import weight_record
 
 MANY = settings(
     max_examples=max(500, settings().max_examples),

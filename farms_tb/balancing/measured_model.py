@@ -16,7 +16,8 @@ from farms_tb.options import RatioOptions, SpectrumOptions
 from farms_tb.report import Report
 from farms_tb.spectra.background import BackgroundMeasurement
 from farms_tb.spectra.distributed import Team, current_team
-from farms_tb.spectra.measure import measure, measure_nulls, with_nulls
+from farms_tb.spectra.measure import measure
+from farms_tb.spectra.permutation_null import measure_nulls, with_nulls
 
 
 class MeasuredModel:

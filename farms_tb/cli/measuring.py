@@ -22,7 +22,7 @@ from farms_tb.cli.pairing import without_wrappers
 from farms_tb.cli.sources import Source
 from farms_tb.options import SpectrumOptions
 from farms_tb.report import OK, LayerRecord, Report
-from farms_tb.spectra.measure import Nulls, weight_record
+from farms_tb.spectra.permutation_null import Nulls, weight_record
 from farms_tb.viewing.names import printable, shortened
 from farms_tb.viewing.stable_rank import matrix_stable_rank
 from farms_tb.weights.stacks import MatrixStack

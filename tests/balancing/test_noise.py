@@ -17,8 +17,8 @@ from farms_tb.balancing.ratio_maps import noise_lambda
 from farms_tb.options import SpectrumOptions
 from farms_tb.report import LayerRecord
 from farms_tb.spectra.distributed import Team
-from farms_tb.spectra.measure import measure, measure_nulls, weight_record, with_nulls
-from farms_tb.spectra.uncertainty import MAX_DRAWS, MIN_DRAWS
+from farms_tb.spectra.measure import measure
+from farms_tb.spectra.permutation_null import MAX_DRAWS, MIN_DRAWS, measure_nulls, weight_record, with_nulls
 from farms_tb.weights.layers import find_layers
 from recipes.models.resnet import SmallImageResNet
 from recipes.models.vgg import SmallImageVGG
@@ -154,8 +154,8 @@ class TestNull:
     def test_z_scores_of_random_layers_have_variance_one(
         self, draws: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("farms_tb.spectra.uncertainty.MIN_DRAWS", draws)
-        monkeypatch.setattr("farms_tb.spectra.uncertainty.MAX_DRAWS", draws)
+        monkeypatch.setattr("farms_tb.spectra.permutation_null.MIN_DRAWS", draws)
+        monkeypatch.setattr("farms_tb.spectra.permutation_null.MAX_DRAWS", draws)
         scores = [
             stack_record(random_stack((4, 12, 12), seed), SpectrumOptions(), null=True).z_score
             for seed in range(200)
