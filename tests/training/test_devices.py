@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -62,10 +63,10 @@ def test_compiled_model_and_step(device: str) -> None:
 
 
 ONE_RANK = """
-import sys
+import json, sys
 from tests.training.test_devices import trained
 module, callback = trained(sys.argv[1], strategy="ddp", use_distributed_sampler=False)
-print(sorted(set(callback.ratios.values())))
+print(json.dumps(callback.ratios))
 """
 
 
@@ -75,7 +76,8 @@ def test_ddp_of_one_rank(device: str) -> None:
     _, callback = trained(device)
     command = [sys.executable, "-c", ONE_RANK, device]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=without_wandb())
-    assert done.stdout.splitlines()[-1] == str(sorted(set(callback.ratios.values())))
+    # DDP averages gradients in buckets of its own, which rounds them otherwise.
+    assert json.loads(done.stdout.splitlines()[-1]) == pytest.approx(callback.ratios, rel=1e-3)
 
 
 @on_each_device
