@@ -16,7 +16,7 @@ import torch
 
 from farms_tb.options import SpectrumOptions
 from farms_tb.report import LayerRecord, Report
-from farms_tb.spectra.distributed import Team, share, shared_out
+from farms_tb.spectra.distributed import Team, layers_of_this_process, results_of_all
 from farms_tb.spectra.measure import blank, cost, for_own_layers, measure_stacks
 from farms_tb.weights.layers import Layer, stack_problem
 from farms_tb.weights.matrices import MatrixStack
@@ -91,8 +91,8 @@ def _alphas_of_shuffles(
         }
 
     layers = [layer for members in groups for layer in members]
-    own = share(layers, lambda layer: draws[layer.name] * cost(layer, options), team)
-    return shared_out(team, lambda: for_own_layers(layers, own, work, options))
+    own = layers_of_this_process(layers, lambda layer: draws[layer.name] * cost(layer, options), team)
+    return results_of_all(team, lambda: for_own_layers(layers, own, work, options))
 
 
 def alphas_of_shuffles(stack: MatrixStack, options: SpectrumOptions, draws: int, seed: int = 0) -> list[float]:
