@@ -27,7 +27,15 @@ Esd = Literal["farms", "full"]
 Fit = Literal["median", "goodness-of-fit", "xmin_peak"]
 AssignFunc = Literal["tb_linear_map", "tb_sqrt", "tb_log2", "tb_step", "tb_sigmoid", "noise_aware"]
 Metric = Literal[
-    "alpha", "ks_distance", "alpha_hat", "spectral_norm", "norm", "stable_rank", "norm_stable_rank", "entropy"
+    "alpha",
+    "ks_distance",
+    "alpha_hat",
+    "spectral_norm",
+    "norm",
+    "pooled_stable_rank",
+    "stable_rank",
+    "norm_stable_rank",
+    "entropy",
 ]
 Kind = Literal["real", "spectral"]
 Norms = Literal["follow", "base"]
@@ -262,7 +270,8 @@ class RatioOptions:
         sigmoid_max: strength of the sigmoid map above it.
         sigmoid_tau: steepness of the sigmoid map.
         ratio_levels: round the ratios to this many values, so that a step has few different learning rates.
-        metric: the metric of a layer that is mapped; `"alpha"` in the papers.
+        metric: the metric of a layer that is mapped; `"alpha"` in the papers. `"stable_rank"` is an older name of
+            `"pooled_stable_rank"`, the papers' metric, and not the stable rank of the matrix.
         exclude_first: leave the first matrix layer, in order of registration, at ratio 1.
         exclude_last: leave the last matrix layer at ratio 1.
         exclude: shell-style patterns of layer names to leave at ratio 1, matched from any dot: `"lifting.*"`.

@@ -227,7 +227,7 @@ class TestKnownAnswers:
             "alpha_hat": alpha * math.log10(25),
             "spectral_norm": 25,
             "norm": 50,
-            "stable_rank": 2,
+            "pooled_stable_rank": 2,
             "norm_stable_rank": 10,
             "entropy": -sum(p * math.log(p) for p in shares) / math.log(5),
             "num_eigenvalues": 5,

@@ -19,6 +19,7 @@ from farms_tb.spectra.metrics import layer_records
 from farms_tb.spectra.prepare import PreparedLayer, prepare_stacks
 from farms_tb.spectra.samples import solve_layers
 from farms_tb.spectra.standard_error import alpha_errors
+from farms_tb.spectra.whole_matrix import with_matrix_metrics
 from farms_tb.spectra.windows import windows_of
 from farms_tb.spectra.workers import single_threaded_torch
 from farms_tb.weights.layers import Layer, read_layers
@@ -29,7 +30,7 @@ Result = TypeVar("Result")
 
 @torch.no_grad()
 def measure_stacks(
-    stacks: Sequence[MatrixStack], options: SpectrumOptions, *, histogram: bool = False
+    stacks: Sequence[MatrixStack], options: SpectrumOptions, *, histogram: bool = False, whole: bool = False
 ) -> list[LayerRecord]:
     """Measure stacks of matrices together.
 
@@ -37,6 +38,7 @@ def measure_stacks(
         stacks: `(K, R, C)` each, on any device, also the meta device.
         options: how alpha is measured.
         histogram: also count the ESD of each.
+        whole: also solve for the eigenvalues of whole matrices, where windows are parts of them.
 
     Returns:
         The record of each stack; it does not depend on which others are measured with it.
@@ -46,7 +48,8 @@ def measure_stacks(
         layers = [found for found in prepared if isinstance(found, PreparedLayer)]
         samples = solve_layers(layers, options, threads)
         errors = alpha_errors(samples, options, threads)
-        records = layer_records(samples, errors, options)
+        solved = [stack for stack, one in zip(stacks, prepared, strict=True) if isinstance(one, PreparedLayer)]
+        records = with_matrix_metrics(layer_records(samples, errors, options), solved, samples, whole=whole)
         if histogram:
             esds = esd_histograms(samples, options, threads)
             records = [replace(record, histogram=esd) for record, esd in zip(records, esds, strict=True)]
@@ -59,7 +62,12 @@ def measure_stacks(
 
 
 def measure(
-    layers: Sequence[Layer], options: SpectrumOptions, *, histogram: bool = False, team: Team | None = None
+    layers: Sequence[Layer],
+    options: SpectrumOptions,
+    *,
+    histogram: bool = False,
+    whole: bool = False,
+    team: Team | None = None,
 ) -> Report:
     """Measure layers, shared among processes where there are several.
 
@@ -67,6 +75,7 @@ def measure(
         layers: what `find_layers` returned, the same on every process.
         options: how alpha is measured.
         histogram: also count each layer's ESD.
+        whole: also solve for the eigenvalues of whole matrices, where windows are parts of them.
         team: the processes; None where this one is alone.
 
     Returns:
@@ -77,7 +86,8 @@ def measure(
     """
 
     def work(group: Mapping[str, MatrixStack]) -> dict[str, LayerRecord]:
-        return dict(zip(group, measure_stacks(list(group.values()), options, histogram=histogram), strict=True))
+        records = measure_stacks(list(group.values()), options, histogram=histogram, whole=whole)
+        return dict(zip(group, records, strict=True))
 
     own = layers_of_this_process(layers, lambda layer: cost(layer, options), team)
     return report_of(results_of_all(team, lambda: for_own_layers(layers, own, work, options)), layers, options)

@@ -4,7 +4,7 @@ A metric of a layer is the mean over its samples. For a sample of N eigenvalues 
 which begins at xmin and has the exponent alpha:
 
     spectral_norm = lam_N                    norm = sum_j lam_j
-    stable_rank = norm / lam_N               norm_stable_rank = norm / N
+    pooled_stable_rank = norm / lam_N        norm_stable_rank = norm / N
     alpha_hat = alpha * log10(lam_N)         entropy = -sum_j p_j ln p_j / ln N,  p_j = lam_j / norm
     tail_floor = xmin / lam_N                rank_99 = the number of largest lam_j that add up to 0.99 norm
 
@@ -119,8 +119,9 @@ def _metrics(samples: Samples) -> dict[str, float]:
         return {
             "spectral_norm": float(largest.mean()) * factor,
             "norm": float(total.mean()) * factor,
-            "stable_rank": float((total / largest).mean()),
-            "norm_stable_rank": float((total / kept).mean()) * factor,
+            "pooled_stable_rank": float((total / largest).mean()),
+            # As in the papers' code, by the number before a cutoff drops some.
+            "norm_stable_rank": float(total.mean() / eigenvalues.shape[-1]) * factor,
             "entropy": float(entropy.mean()),
             "rank_99": int(rank_99.sum()),
         }

@@ -89,8 +89,8 @@ def test_metrics_are_those_of_analyze() -> None:
         ):
             assert row[metric] == getattr(farms[name], metric)
         assert row["alpha_full"] == full[name].alpha
-        one_matrix = full[name].shape[:1] == (1,)
-        assert row["stable_rank_full"] == (full[name].stable_rank if one_matrix else None)
+        assert row["stable_rank_full"] == full[name].stable_rank
+        assert row["verdict"] == (None if farms[name].verdict is None else farms[name].verdict.value)
         assert row["bias"] == (full[name].alpha - farms[name].alpha if farms[name].alpha else None)
     assert rows["0"]["bias"] > 0.3
     assert rows["2"]["status"] == "embedding: not analysed without embeddings=True"
