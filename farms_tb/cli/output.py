@@ -164,7 +164,7 @@ def _write_parquet(rows: Sequence[Row], path: Path) -> None:
     import pyarrow.parquet as pq
 
     types = {"num_eigenvalues": pa.int64()}
-    for name in ("layer", "shape", "kind", "solver", "status"):
+    for name in ("layer", "shape", "kind", "solver", "verdict", "status"):
         types[name] = pa.string()
     schema = pa.schema([(name, types.get(name, pa.float64())) for name in _keys(rows)])
     encodable = [_with_text(row, _encodable) for row in rows]
