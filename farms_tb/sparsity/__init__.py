@@ -1,0 +1,12 @@
+"""Sparsity: how much of each layer is pruned, and the pruning itself.
+
+- `allocate(alphas, sizes, target)`: a plan, the sparsity of each layer.
+- `SparsityPlan`, `PlannedLayer`: what a plan holds; `SparsityPlan.load(path)`.
+- `SparsityOptions`: what an allocation can be asked for.
+"""
+
+from farms_tb.sparsity.allocation import allocate
+from farms_tb.sparsity.options import SparsityOptions
+from farms_tb.sparsity.plan import PlannedLayer, SparsityPlan
+
+__all__ = ["PlannedLayer", "SparsityOptions", "SparsityPlan", "allocate"]
