@@ -3,10 +3,19 @@
 - `allocate(alphas, sizes, target)`: a plan, the sparsity of each layer.
 - `SparsityPlan`, `PlannedLayer`: what a plan holds; `SparsityPlan.load(path)`.
 - `SparsityOptions`: what an allocation can be asked for.
+- `compare_with_depth(plan)`: how far the plan is from the uniform one and from a straight line in depth.
 """
 
+from farms_tb.sparsity.advice import DepthComparison, compare_with_depth
 from farms_tb.sparsity.allocation import allocate
 from farms_tb.sparsity.options import SparsityOptions
 from farms_tb.sparsity.plan import PlannedLayer, SparsityPlan
 
-__all__ = ["PlannedLayer", "SparsityOptions", "SparsityPlan", "allocate"]
+__all__ = [
+    "DepthComparison",
+    "PlannedLayer",
+    "SparsityOptions",
+    "SparsityPlan",
+    "allocate",
+    "compare_with_depth",
+]

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from farms_tb.options import check_number
 from farms_tb.sparsity.filling import Floats
 from farms_tb.sparsity.options import Granularity
-from farms_tb.weights.blocks import BlockRule, blocks_of, name_in_block
+from farms_tb.weights.blocks import BlockRule, blocks_of, name_in_block, split_number
 
 Sizes = Mapping[str, int | Sequence[int]]
 """Entries of each layer, or the shape of its weight or of its stack of matrices."""
@@ -23,13 +23,13 @@ class Layers:
     """The layers that share a target.
 
     Attributes:
-        names: name of each layer.
+        names: name of each layer, in order of depth.
         shapes: shape of each; empty where only its size is known.
         sizes: `(n,)` entries of each.
         alphas: `(n,)` power-law exponents; NaN where a layer has none.
         errors: `(n,)` their standard errors; NaN where they are not known.
         blocks: name of the block of each layer; empty strings where there are no blocks.
-        units: `(n,)` which unit each layer belongs to, 0 the first in depth; a unit has one sparsity.
+        units: `(n,)` which unit each layer belongs to, from 0 on; a unit has one sparsity.
         unit_names: name of each unit: a block's or a layer's.
     """
 
@@ -41,6 +41,11 @@ class Layers:
     blocks: tuple[str, ...]
     units: NDArray[np.intp]
     unit_names: tuple[str, ...]
+
+    @property
+    def depths(self) -> NDArray[np.intp]:
+        """Depth of each layer: the position of its block, or its own where there are no blocks."""
+        return depths(self.names, self.blocks)
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -62,6 +67,25 @@ class Layers:
         return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
 
 
+def depths(names: Sequence[str], blocks: Sequence[str]) -> NDArray[np.intp]:
+    """Return the depth of each layer: the position of its block, or its own where it is in none.
+
+    Args:
+        names: names of the layers, in order of depth.
+        blocks: the block of each; empty for none.
+
+    Returns:
+        `(n,)` integers from 0 on, equal for layers of one block.
+    """
+    return positions([block or name for name, block in zip(names, blocks, strict=True)])
+
+
+def positions(keys: Sequence[str]) -> NDArray[np.intp]:
+    """Return the position of each key among the different ones, in order of first appearance."""
+    index = {key: position for position, key in enumerate(dict.fromkeys(keys))}
+    return np.array([index[key] for key in keys], dtype=np.intp)
+
+
 def checked_layers(
     alphas: Mapping[str, float | None],
     sizes: Sizes,
@@ -79,7 +103,7 @@ def checked_layers(
         granularity: what gets a sparsity of its own.
 
     Returns:
-        The layers in blocks, in the order of `sizes`; all layers where there are no blocks and none are needed.
+        The layers in blocks; all layers where there are no blocks and none are needed.
 
     Raises:
         ValueError: a size is not positive, an alpha infinite, an error negative; there are no layers or no blocks.
@@ -89,22 +113,19 @@ def checked_layers(
         raise TypeError(f"sizes must hold the entries or the shape of each layer by name, got {sizes!r}")
     shapes = {name: _checked_shape(name, size) for name, size in sizes.items()}
     found = _checked_blocks(shapes, blocks, granularity)
-    names = tuple(name for name in sizes if name in found)
-    shown = {name: _as_shape(sizes[name]) for name in names}
+    names = _in_depth({name: found[name] for name in sizes if name in found})
     _check_same_names(alphas, names)
     own = tuple(found[name] for name in names)
-    unit_names = _in_depth(own) if granularity == "block" else names
-    index = {name: position for position, name in enumerate(unit_names)}
     keys = own if granularity == "block" else names
     return Layers(
         names=names,
-        shapes=tuple(shown[name] for name in names),
+        shapes=tuple(_as_shape(sizes[name]) for name in names),
         sizes=np.array([math.prod(shapes[name]) for name in names], dtype=np.float64),
         alphas=_numbers("alphas", alphas, names),
         errors=_numbers("errors", errors or {}, names, at_least=0),
         blocks=own,
-        units=np.array([index[key] for key in keys], dtype=np.intp),
-        unit_names=unit_names,
+        units=positions(keys),
+        unit_names=tuple(dict.fromkeys(keys)),
     )
 
 
@@ -183,21 +204,21 @@ def _numbers(argument: str, values: Mapping[str, float | None], names: Sequence[
     return found
 
 
-def _in_depth(blocks: Sequence[str]) -> tuple[str, ...]:
-    """Return the names of blocks in order of depth.
+def _in_depth(blocks: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the names of layers in order of depth, as far as names tell.
 
-    Blocks of one list go by their numbers, `layers.2` before `layers.10` in whatever order the layers come; lists
-    go by their first block, and so do blocks whose names do not end in a number.
+    Blocks of one list go by their numbers, `layers.2` before `layers.10` in whatever order the layers come. Lists,
+    blocks without a number, and the layers of one block keep the order in which they come.
+
+    Args:
+        blocks: name of the block of each layer; empty for none.
     """
     first: dict[str, int] = {}
-    for position, block in enumerate(blocks):
-        first.setdefault(_list_of(block)[0], position)
-    return tuple(sorted(dict.fromkeys(blocks), key=lambda block: (first[_list_of(block)[0]], _list_of(block)[1])))
+    for position, block in enumerate(blocks.values()):
+        first.setdefault(split_number(block)[0], position)
 
+    def depth(name: str) -> tuple[int, int]:
+        before, number = split_number(blocks[name])
+        return first[before], number
 
-def _list_of(block: str) -> tuple[str, int]:
-    """Return what comes before the number of a block, and the number; the name and 0 where there is none."""
-    before, _, number = block.rpartition(".")
-    if number.isdecimal() and len(number) < 10:
-        return before, int(number)
-    return block, 0
+    return tuple(sorted(blocks, key=depth))

@@ -61,6 +61,8 @@ class SparsityOptions:
                     f"compat={self.compat!r} reproduces method='alpha' of the research code, got "
                     f"method={self.method!r}: leave one of the two out"
                 )
+            if self.granularity == "mixed":
+                raise ValueError(f"compat={self.compat!r} has no granularity='mixed', which no research code has")
         if self.granularity == "mixed" and self.method != "alpha":
             raise ValueError(f"granularity='mixed' is for method='alpha', got method={self.method!r}")
 

@@ -99,6 +99,11 @@ class SparsityPlan:
                 found.setdefault(layer.block, []).append(name)
         return found
 
+    def unit_of(self, name: str) -> str:
+        """Return what a layer shares its sparsity with: the name of its block, or its own."""
+        block = self.layers[name].block
+        return block if block and self.granularity == "block" else name
+
     def check_fits(self, shapes: Mapping[str, Sequence[int]]) -> None:
         """Check that the plan was made for a model with these layers.
 

@@ -10,6 +10,7 @@ Sources: AlphaPruning (Lu et al., NeurIPS 2024, arXiv 2410.10912), FARMS (Hu et 
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from farms_tb.sparsity.filling import Floats
 from farms_tb.sparsity.layers import Layers
@@ -41,9 +42,14 @@ def linear_map(values: Floats, epsilon: float) -> Floats:
     return (1 - epsilon) + 2 * epsilon * (halves - halves.min()) / span
 
 
-def line(count: int, epsilon: float) -> Floats:
-    """Return ratios that rise by equal steps from 1 - epsilon to 1 + epsilon; 1 for a single unit."""
-    return linear_map(np.arange(count, dtype=np.float64), epsilon)
+def line(depths: NDArray[np.intp], epsilon: float) -> Floats:
+    """Return ratios that rise by equal steps from 1 - epsilon, the first block, to 1 + epsilon, the last.
+
+    Args:
+        depths: `(n,)` depth of each layer.
+        epsilon: half-width of the ratios.
+    """
+    return linear_map(depths.astype(np.float64), epsilon)
 
 
 def by_alpha(layers: Layers, epsilon: float) -> Floats:

@@ -24,12 +24,14 @@ def blocks_of(shapes: Mapping[str, Sequence[int]], rule: BlockRule | None = None
     Without a rule, blocks are found as follows:
 
     1. Paths that end in a number and share what comes before it are a list: `model.layers.0`, `model.layers.1`
-       and so on. A list counts where more than half of its members hold layers of mostly the same names.
+       and so on, or `encoder_layer_0`, `encoder_layer_1`. A list counts where more than half of its members hold
+       layers of mostly the same names.
     2. A list inside the members of another one is left out where more than half of these members are equal in
        names and shapes: it holds the experts or the attention heads of a block. Where they are not, the members
        are the stages of a network, and the lists inside hold the blocks.
     3. Of the lists that remain, the longest one decides what a block looks like. The blocks are the members of
-       all lists that look like it: those of encoder and decoder, or of all stages of a residual network.
+       all lists that look like it: those of encoder and decoder, or of all stages of a residual network. Blocks
+       that hold no more than half of the layers do not count.
 
     Args:
         shapes: shape of each layer by name, in any order.
@@ -55,15 +57,37 @@ def blocks_of(shapes: Mapping[str, Sequence[int]], rule: BlockRule | None = None
     chosen = _lists_of_blocks(shapes)
     found = {}
     for name in shapes:
-        block = next((path for path in _numbered_paths(name) if path.rpartition(".")[0] in chosen), None)
+        block = next((path for path in _numbered_paths(name) if split_number(path)[0] in chosen), None)
         if block is not None:
             found[name] = block
-    return found
+    # Less is a detail that repeats by chance, two auxiliary classifiers for example.
+    return found if 2 * len(found) > len(shapes) else {}
 
 
 def name_in_block(name: str, block: str) -> str:
     """Return the name of a layer inside its block: `self_attn.q_proj` of `model.layers.3.self_attn.q_proj`."""
     return name.removeprefix(f"{block}.") if block else name
+
+
+def split_number(path: str) -> tuple[str, int]:
+    """Split a path before the number that it ends in.
+
+    Args:
+        path: of a block, say.
+
+    Returns:
+        What comes before the number, and the number; the whole path and -1 where it ends in none.
+
+    Example:
+        >>> split_number("model.layers.12"), split_number("encoder_layer_3"), split_number("head")
+        (('model.layers.', 12), ('encoder_layer_', 3), ('head', -1))
+    """
+    before = path.rstrip("0123456789")
+    digits = path[len(before) :]
+    # Conversion of longer ones takes time, or is refused.
+    if not digits or len(digits) > 9:
+        return path, -1
+    return before, int(digits)
 
 
 def _by_patterns(names: Mapping[str, object], patterns: Sequence[str]) -> dict[str, str]:
@@ -99,7 +123,7 @@ def _starts(name: str) -> Iterator[str]:
 def _numbered_paths(name: str) -> Iterator[str]:
     """Yield the paths that lead to a layer and end in a number, the shortest first."""
     for path in _starts(name):
-        if path.rpartition(".")[2].isdecimal():
+        if split_number(path)[1] >= 0:
             yield path
 
 
@@ -113,12 +137,12 @@ class _List:
     """
 
     path: str
-    members: dict[str, dict[str, tuple[int, ...]]] = field(default_factory=dict)
+    members: dict[int, dict[str, tuple[int, ...]]] = field(default_factory=dict)
 
     @property
     def kind(self) -> frozenset[str]:
-        """Last parts of the names of the layers below a typical member, the most frequent ones."""
-        kinds = Counter(_last_parts(member) for member in self.members.values())
+        """What the layers below a typical member are called."""
+        kinds = Counter(map(_kind, self.members.values()))
         return max(kinds, key=lambda kind: (kinds[kind], sorted(kind)))
 
     @property
@@ -129,18 +153,37 @@ class _List:
     def is_repeated(self) -> bool:
         """Tell whether more than half of its members, at least two, are of the typical kind."""
         kind = self.kind
-        alike = sum(_are_alike(_last_parts(member), kind) for member in self.members.values())
+        alike = sum(_are_alike(_kind(member), kind) for member in self.members.values())
         return alike > 1 and 2 * alike > len(self.members)
+
+    def holds_several_layers(self) -> bool:
+        """Tell whether more than half of its members hold more than one layer."""
+        several = sum(len(member) > 1 for member in self.members.values())
+        return 2 * several > len(self.members)
 
     def has_equal_members(self) -> bool:
         """Tell whether more than half of its members have layers of the same names and shapes."""
         equal = Counter(frozenset(member.items()) for member in self.members.values())
-        return 2 * equal.most_common(1)[0][1] > len(self.members)
+        return 2 * max(equal.values()) > len(self.members)
+
+    def is_inside(self, other: _List) -> bool:
+        """Tell whether it is inside a member of another list."""
+        rest = self.path.removeprefix(other.path)
+        return self.path.startswith(other.path) and rest[:1].isdecimal()
 
 
-def _last_parts(member: Mapping[str, object]) -> frozenset[str]:
-    """Return the last part of each name."""
-    return frozenset(name.rpartition(".")[2] for name in member)
+def _kind(member: Mapping[str, object]) -> frozenset[str]:
+    """Return the last part of the name of each layer of a member, with the numbers that follow it.
+
+    The parts before are left out: `layer.1.DenseReluDense.wo` of an encoder is `layer.2.DenseReluDense.wo` in the
+    decoder.
+    """
+    found = []
+    for name in member:
+        parts = name.split(".")
+        words = [index for index, part in enumerate(parts) if not part.isdecimal()]
+        found.append(".".join(parts[words[-1] if words else 0 :]))
+    return frozenset(found)
 
 
 def _are_alike(first: frozenset[str], second: frozenset[str]) -> bool:
@@ -151,12 +194,17 @@ def _are_alike(first: frozenset[str], second: frozenset[str]) -> bool:
 def _lists_of_blocks(shapes: Mapping[str, Sequence[int]]) -> set[str]:
     """Return the paths of the lists whose members are the blocks."""
     lists = [found for found in _lists(shapes) if found.is_repeated()]
-    closed = [found.path for found in lists if found.has_equal_members()]
-    outer = [found for found in lists if not any(_is_below(found.path, path) for path in closed)]
-    if not outer:
+    of_equals = [found for found in lists if found.has_equal_members()]
+    lists = [found for found in lists if not any(found.is_inside(other) for other in of_equals)]
+    # Members of one layer are blocks only where nothing else is.
+    lists = [found for found in lists if found.holds_several_layers()] or lists
+    if not lists:
         return set()
-    longest = max(outer, key=lambda found: (len(found.members), found.size, found.path))
-    return {found.path for found in outer if _are_alike(found.kind, longest.kind)}
+    longest = max(lists, key=lambda found: (len(found.members), found.size, found.path))
+    alike = [found for found in lists if _are_alike(found.kind, longest.kind)]
+    # A list of stages looks like the lists in it.
+    innermost = [found for found in alike if not any(other.is_inside(found) for other in alike)]
+    return {found.path for found in innermost}
 
 
 def _lists(shapes: Mapping[str, Sequence[int]]) -> list[_List]:
@@ -164,12 +212,7 @@ def _lists(shapes: Mapping[str, Sequence[int]]) -> list[_List]:
     found: dict[str, _List] = {}
     for name, shape in shapes.items():
         for path in _numbered_paths(name):
-            before, _, number = path.rpartition(".")
+            before, number = split_number(path)
             members = found.setdefault(before, _List(before)).members
             members.setdefault(number, {})[name[len(path) + 1 :]] = tuple(shape)
     return list(found.values())
-
-
-def _is_below(path: str, other: str) -> bool:
-    """Tell whether a path leads through a member of a list at another path."""
-    return path.startswith(f"{other}.") if other else bool(path)
