@@ -22,6 +22,8 @@ LINEAR = 0.8
 
 The block means of alpha that the papers' repositories ship for LLaMA correlate with depth by 0.65 to 0.88.
 """
+_EVEN = 0.005
+"""Mean distance from the uniform allocation below which the shape of a plan does not matter."""
 _FEW_BLOCKS = 4
 """Below so many blocks, a correlation with depth means nothing."""
 
@@ -174,11 +176,12 @@ def _on_depth(plan: SparsityPlan) -> Iterator[str]:
     """Yield a sentence on a plan that is close to a straight line in depth."""
     if max(_depths(plan)) + 1 < _FEW_BLOCKS:
         return
-    correlation = compare_with_depth(plan).correlation
-    if correlation is not None and abs(correlation) >= LINEAR:
+    found = compare_with_depth(plan)
+    is_uneven = found.from_uniform > _EVEN
+    if is_uneven and found.correlation is not None and abs(found.correlation) >= LINEAR:
         yield (
-            f"the plan is close to a straight line in depth (correlation {correlation:.2f}): compare it with "
-            "method='depth', which needs no alphas"
+            f"the plan is close to a straight line in depth (correlation {found.correlation:.2f}): compare it "
+            "with method='depth', which needs no alphas"
         )
 
 

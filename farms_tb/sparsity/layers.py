@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from farms_tb.options import check_number
+from farms_tb.options import check_number, plain_value
 from farms_tb.sparsity.filling import Floats
 from farms_tb.sparsity.options import Granularity
 from farms_tb.weights.blocks import BlockRule, blocks_of, name_in_block, split_number
@@ -131,7 +131,7 @@ def checked_layers(
 
 def _checked_shape(name: str, size: int | Sequence[int]) -> tuple[int, ...]:
     """Return a shape as it is, and a number of entries as a shape of one dimension."""
-    shape = (size,) if isinstance(size, (int, np.integer)) else tuple(size)
+    shape = tuple(size) if isinstance(size, Sequence) else (size,)
     for side in shape:
         if isinstance(side, bool) or not isinstance(side, (int, np.integer)):
             raise TypeError(f"sizes[{name!r}] must be an integer or a shape, got {size!r}")
@@ -142,7 +142,7 @@ def _checked_shape(name: str, size: int | Sequence[int]) -> tuple[int, ...]:
 
 def _as_shape(size: int | Sequence[int]) -> tuple[int, ...]:
     """Return a shape as plain integers; empty for a number of entries."""
-    return () if isinstance(size, (int, np.integer)) else tuple(int(side) for side in size)
+    return tuple(int(side) for side in size) if isinstance(size, Sequence) else ()
 
 
 def _checked_blocks(
@@ -196,10 +196,10 @@ def _numbers(argument: str, values: Mapping[str, float | None], names: Sequence[
     """
     found = np.full(len(names), np.nan)
     for index, name in enumerate(names):
-        value = values.get(name)
+        value = plain_value(values.get(name))
         if value is None or value != value:
             continue
-        check_number(f"{argument}[{name!r}]", float(value), **bounds)
+        check_number(f"{argument}[{name!r}]", value, **bounds)
         found[index] = value
     return found
 

@@ -100,9 +100,9 @@ def random_effects(effects: Floats, errors: Floats) -> RandomEffects:
     if not known.any():
         return RandomEffects(effects, errors, 0.0, 0.0, np.zeros(len(effects)))
     values = effects[known]
-    largest = float(np.max(np.abs(values)))
+    largest = max(float(np.max(np.abs(values))), float(np.max(errors[known])))
     # Errors of exactly 0 would get infinite weights.
-    variances = np.maximum(errors[known] ** 2, (1e-9 * largest) ** 2)
+    variances = np.maximum(errors[known], 1e-9 * largest) ** 2
     if np.ptp(values) == 0:
         return RandomEffects(effects, errors, float(values[0]), 0.0, np.full(len(effects), values[0]))
     tau2 = _paule_mandel(values, variances)
