@@ -28,6 +28,8 @@ from farms_tb.sparsity.layers import Layers
 
 _FURTHEST = 3.0
 """Standard deviations beyond which an effect inside a block is winsorised."""
+_TINY = 1e-200
+"""A variance that counts as 0: fractions of smaller ones have no floating-point numbers."""
 _MAD = 1.4826
 """Standard deviation of a Gaussian over its median absolute deviation."""
 
@@ -99,17 +101,19 @@ def random_effects(effects: Floats, errors: Floats) -> RandomEffects:
     known = np.isfinite(effects)
     if not known.any():
         return RandomEffects(effects, errors, 0.0, 0.0, np.zeros(len(effects)))
-    values = effects[known]
-    largest = max(float(np.max(np.abs(values))), float(np.max(errors[known])))
+    if np.ptp(effects[known]) == 0:
+        equal = float(effects[known][0])
+        return RandomEffects(effects, errors, equal, 0.0, np.full(len(effects), equal))
+    # In units of the largest, whose square can neither overflow nor vanish.
+    unit = max(float(np.max(np.abs(effects[known]))), float(np.max(errors[known])))
+    values = effects[known] / unit
     # Errors of exactly 0 would get infinite weights.
-    variances = np.maximum(errors[known], 1e-9 * largest) ** 2
-    if np.ptp(values) == 0:
-        return RandomEffects(effects, errors, float(values[0]), 0.0, np.full(len(effects), values[0]))
+    variances = np.maximum(errors[known] / unit, 1e-9) ** 2
     tau2 = _paule_mandel(values, variances)
     mean = _weighted_mean(values, tau2 + variances)
     shrunk = np.full(len(effects), mean)
     shrunk[known] = mean + tau2 / (tau2 + variances) * (values - mean)
-    return RandomEffects(effects, errors, mean, float(np.sqrt(tau2)), shrunk)
+    return RandomEffects(effects, errors, mean * unit, float(np.sqrt(tau2)) * unit, shrunk * unit)
 
 
 def _paule_mandel(values: Floats, variances: Floats) -> float:
@@ -199,7 +203,7 @@ def _effect(residuals: Floats, variances: Floats) -> tuple[float, float]:
     limits = _FURTHEST * np.sqrt(squares)
     held = np.clip(values, center - limits, center + limits) if squares.min() > 0 else values
     largest = squares.max()
-    if largest == 0:
+    if largest < _TINY:
         return float(np.mean(held)), 0.0
     weights = 1 / np.maximum(squares, 1e-18 * largest)
     return float(np.sum(weights * held) / np.sum(weights)), float(1 / np.sqrt(np.sum(weights)))

@@ -24,7 +24,9 @@ REFERENCE = json.loads((DATA / "reference_pruning.json").read_text())
 ALLOCATIONS = {case["name"]: case for case in REFERENCE["allocations"]}
 MEASURED = [name for name, case in ALLOCATIONS.items() if case["alphas_from"] == "measured"]
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*(epsilon|held at|straight line|took no part|no layer has|without an alpha)")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*(epsilon|held at|straight line|took no part|no layer has|without an alpha)"
+)
 
 
 def names_of(case: dict[str, Any]) -> list[str]:
@@ -244,7 +246,7 @@ def test_shuffled_is_the_allocation_by_alpha_in_another_order() -> None:
 
 @pytest.mark.parametrize("case", REFERENCE["masks"]["model"]["owl"])
 def test_owl_spreads_the_shares_of_outliers(case: dict[str, Any]) -> None:
-    """Of the outliers that the published sparsities imply: blocks of equal size, whose plain mean is the target."""
+    """With the outliers that the sparsities imply; blocks are of equal size, so their plain mean is the target."""
     wanted = case["sparsity_of_blocks"]
     outliers = {f"layers.{b}": 50 - 10 * share for b, share in enumerate(wanted)}
     sizes = {f"layers.{b}.{name}": 64 for b in range(3) for name in ("q", "up")}
