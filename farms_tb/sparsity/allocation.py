@@ -88,8 +88,9 @@ def allocate(
     chosen = SparsityOptions(**options)
     _check_target(target, chosen)
     layers = checked_layers(alphas, sizes, blocks, errors, chosen.granularity)
-    left_out = _left_out(layers, chosen)
-    usable = _scaled(replace(layers, alphas=np.where(left_out, np.nan, layers.alphas)))
+    scaled = _scaled(layers)
+    left_out = _left_out(scaled, chosen)
+    usable = replace(scaled, alphas=np.where(left_out, np.nan, scaled.alphas))
     if chosen.compat is None:
         filling = Filling(layers.sizes, target, chosen.min_sparsity, chosen.max_sparsity)
         sparsities = _sparsities(usable, filling, chosen, outliers)

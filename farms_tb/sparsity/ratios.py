@@ -33,13 +33,11 @@ def linear_map(values: Floats, epsilon: float) -> Floats:
     known = np.isfinite(values)
     if not known.any():
         return np.ones(len(values))
-    # Halved, because the difference of two huge values of opposite sign would overflow.
-    halves = values / 2
-    halves = np.where(known, halves, np.mean(halves[known]))
-    span = np.ptp(halves)
+    filled = np.where(known, values, np.mean(values[known]))
+    span = np.ptp(filled)
     if span == 0:
         return np.ones(len(values))
-    return (1 - epsilon) + 2 * epsilon * (halves - halves.min()) / span
+    return (1 - epsilon) + 2 * epsilon * (filled - filled.min()) / span
 
 
 def line(depths: NDArray[np.intp], epsilon: float) -> Floats:
