@@ -208,7 +208,7 @@ def _as_research_code(layers: Layers, target: float, options: SparsityOptions) -
         `(n,)` sparsities, which may be above 1 with `compat="alphapruning"`.
     """
     mapped = ratios.by_alpha(layers, options.epsilon)
-    sparsities = mapped * target * layers.sizes.sum() / np.dot(layers.sizes, mapped)
+    sparsities: Floats = mapped * target * layers.sizes.sum() / np.dot(layers.sizes, mapped)
     if options.compat == "farms":
         return np.where(sparsities > 1, _cut(target), sparsities)
     return sparsities

@@ -37,7 +37,8 @@ def linear_map(values: Floats, epsilon: float) -> Floats:
     span = np.ptp(filled)
     if span == 0:
         return np.ones(len(values))
-    return (1 - epsilon) + 2 * epsilon * (filled - filled.min()) / span
+    ratios: Floats = (1 - epsilon) + 2 * epsilon * (filled - filled.min()) / span
+    return ratios
 
 
 def line(depths: NDArray[np.intp], epsilon: float) -> Floats:
@@ -106,7 +107,7 @@ def shuffled(ratios: Floats, layers: Layers, seed: int) -> Floats:
     return np.random.default_rng(seed).permutation(of_units)[layers.units]
 
 
-def wild(alphas: Floats) -> Floats:
+def wild(alphas: Floats) -> NDArray[np.bool_]:
     """Tell alphas that are far from all others.
 
     The robust z-score of an alpha is its distance from the median, over 1.4826 times the median of all distances.
@@ -122,5 +123,7 @@ def wild(alphas: Floats) -> Floats:
         return np.zeros(len(alphas), dtype=bool)
     distances = np.abs(alphas - np.median(known))
     scale = 1.4826 * np.median(distances[np.isfinite(alphas)])
-    with np.errstate(invalid="ignore"):
-        return (scale > 0) & (distances > WILD * scale)
+    if scale == 0:
+        return np.zeros(len(alphas), dtype=bool)
+    far: NDArray[np.bool_] = np.nan_to_num(distances) > WILD * scale
+    return far

@@ -64,7 +64,8 @@ class RandomEffects:
         largest = np.nanmax(np.abs(self.effects - self.mean), initial=0.0)
         if self.tau == 0 or largest == 0:
             return np.ones(len(self.effects))
-        return 1 + epsilon * (self.shrunk - self.mean) / largest
+        ratios: Floats = 1 + epsilon * (self.shrunk - self.mean) / largest
+        return ratios
 
 
 def shrunk_effects(layers: Layers) -> RandomEffects:
