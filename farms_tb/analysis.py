@@ -11,7 +11,8 @@ from torch import nn
 from farms_tb.keywords import SpectrumKeywords, resolved, takes_options
 from farms_tb.options import SpectrumOptions, as_plain, check_bool
 from farms_tb.report import LayerRecord, Report
-from farms_tb.spectra.measure import Nulls, measure, measure_nulls, weight_record, with_nulls
+from farms_tb.spectra.measure import measure
+from farms_tb.spectra.permutation_null import measure_nulls, weight_record, with_nulls
 from farms_tb.weights.files import StoredTensor, stored_layers, stored_tensors, tensors_of_state_dict
 from farms_tb.weights.layers import checked_layers
 
@@ -34,8 +35,9 @@ def analyze(
         model: any module, on any device. Nothing of it is changed. On the meta device the report is a plan: the
             layers, their shapes and how many eigenvalues a measurement would solve for. Or a state dict, whose
             layers are told by name and shape as in `analyze_checkpoint`.
-        null: also measure layers with their entries shuffled, 8 to 32 times for each shape, which tells what alpha
-            a random layer of that shape has: `null_mean`, `null_std` and `z_score` of a record.
+        null: also measure each layer with its entries shuffled, 8 to 32 times, which tells what alpha a random
+            layer of its shape has: `effect`, `z_score` and `verdict` of a record; and whole matrices, for
+            `stable_rank` and `num_spikes`. It takes about ten times as long.
         histogram: also count each layer's ESD, the `histogram` of its record.
         spectrum: the options below as one object; an option given by name overrides its field.
 
@@ -63,8 +65,8 @@ def analyze(
         )
     if isinstance(model, Mapping):
         return _measure_stored(tensors_of_state_dict(model), "the state dict", chosen, null, histogram)
-    layers = checked_layers(model, plan=True)
-    report = measure(layers, chosen, histogram=histogram)
+    layers = checked_layers(model, embeddings=chosen.embeddings, plan=True)
+    report = measure(layers, chosen, histogram=histogram, whole=null)
     return with_nulls(report, measure_nulls(layers, report, chosen)) if null else report
 
 
@@ -106,7 +108,7 @@ def analyze_checkpoint(
             or `pytorch_model.bin.index.json`; a `.gguf` file; a file by `torch.save` of a state dict or of a dict
             that holds one as `"state_dict"` (a Lightning checkpoint), `"model_state_dict"`, `"model"`, or under
             another key if it is the only one.
-        null: also measure a layer of each shape with its entries shuffled.
+        null: also measure each layer with its entries shuffled, as `analyze` does.
         histogram: also count each layer's ESD, the `histogram` of its record.
         key: where the weights lie in a file by `torch.save` that holds several things, `"ema"` or `"a.b"` for a
             dict within a dict; None to find them.
@@ -151,19 +153,18 @@ def _measure_stored(
         tensors: what may be layers.
         where: the file or the state dict, for the message of an error.
         options: how to measure.
-        null: also measure the permutation null, once for each shape.
+        null: also measure the permutation null of each layer.
         histogram: also count each layer's ESD.
 
     Raises:
         ValueError: none of them is a matrix.
     """
-    nulls: Nulls | None = {} if null else None
     records: dict[str, LayerRecord] = {}
-    for name, found in stored_layers(tensors):
+    for name, found in stored_layers(tensors, embeddings=options.embeddings):
         if isinstance(found, LayerRecord):
             records[name] = found
         else:
-            records[name] = weight_record(found, options, histogram=histogram, nulls=nulls)
+            records[name] = weight_record(found, options, histogram=histogram, null=null)
     if not any(_is_matrix(record) for record in records.values()):
         reasons = "".join(f"\n  {name}: {record.status}" for name, record in list(records.items())[:10])
         raise ValueError(f"{where} has no weight that can be analysed" + reasons)

@@ -70,6 +70,7 @@ class SpectrumKeywords(TypedDict, total=False):
     filter_zeros: bool
     relative_cutoff: float
     min_eigenvalues: int
+    embeddings: bool
     precision: Precision
     solver: Solver
     memory_mb: int

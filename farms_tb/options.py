@@ -27,7 +27,15 @@ Esd = Literal["farms", "full"]
 Fit = Literal["median", "goodness-of-fit", "xmin_peak"]
 AssignFunc = Literal["tb_linear_map", "tb_sqrt", "tb_log2", "tb_step", "tb_sigmoid", "noise_aware"]
 Metric = Literal[
-    "alpha", "ks_distance", "alpha_hat", "spectral_norm", "norm", "stable_rank", "norm_stable_rank", "entropy"
+    "alpha",
+    "ks_distance",
+    "alpha_hat",
+    "spectral_norm",
+    "norm",
+    "pooled_stable_rank",
+    "stable_rank",
+    "norm_stable_rank",
+    "entropy",
 ]
 Kind = Literal["real", "spectral"]
 Norms = Literal["follow", "base"]
@@ -201,6 +209,8 @@ class SpectrumOptions:
         relative_cutoff: drop eigenvalues below this fraction of the largest one. Unlike `filter_zeros` it does
             not depend on the scale of the weights. 0 drops none.
         min_eigenvalues: a sample with fewer eigenvalues has no alpha.
+        embeddings: measure lookup tables as well, each as one matrix (entries, width). Balancing then treats them
+            as any other layer.
         precision: `"auto"` solves in single precision where alpha is within 5e-5 of itself with it, `"float64"`
             never does.
         solver: what solves for eigenvalues on a GPU: `"torch"`, `"cupy"`, `"cpu"`, or `"auto"` for whichever is
@@ -219,6 +229,7 @@ class SpectrumOptions:
     filter_zeros: bool = False
     relative_cutoff: float = 0.0
     min_eigenvalues: int = 5
+    embeddings: bool = False
     precision: Precision = "auto"
     solver: Solver = "auto"
     memory_mb: int = 512
@@ -238,6 +249,7 @@ class SpectrumOptions:
         if self.relative_cutoff >= 1:
             raise ValueError(f"relative_cutoff must be below 1, got {self.relative_cutoff!r}")
         check_integer("min_eigenvalues", self.min_eigenvalues, at_least=2)
+        check_bool("embeddings", self.embeddings)
         check_choice("precision", self.precision, Precision)
         check_choice("solver", self.solver, Solver)
         if self.solver == "cupy" and not find_spec("cupy"):
@@ -258,7 +270,8 @@ class RatioOptions:
         sigmoid_max: strength of the sigmoid map above it.
         sigmoid_tau: steepness of the sigmoid map.
         ratio_levels: round the ratios to this many values, so that a step has few different learning rates.
-        metric: the metric of a layer that is mapped; `"alpha"` in the papers.
+        metric: the metric of a layer that is mapped; `"alpha"` in the papers. `"stable_rank"` is an older name of
+            `"pooled_stable_rank"`, the papers' metric, and not the stable rank of the matrix.
         exclude_first: leave the first matrix layer, in order of registration, at ratio 1.
         exclude_last: leave the last matrix layer at ratio 1.
         exclude: shell-style patterns of layer names to leave at ratio 1, matched from any dot: `"lifting.*"`.

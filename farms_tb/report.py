@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from farms_tb.options import Metric
+from farms_tb.verdicts import Verdict, verdict_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -19,6 +21,9 @@ Measured: in three runs of a UNet with too strong an L2 penalty, the layers of w
 directions hold 99 % of the energy begin their tails below 5e-7, all others above 9e-6. No layer of the same UNet
 trained with AdamW is below 5e-4, and none of all-MiniLM-L6-v2 below 5e-3.
 """
+
+DERIVED = ("rank_share", "effect", "effect_error", "z_score", "z_error", "entropy_z_score")
+"""Metrics of a record that follow from others, and are in the rows of a report, too."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ class EsdHistogram:
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """The metrics of one layer. With several blocks, each is the mean over blocks.
+    """The metrics of one layer. With several blocks, each is the mean over blocks, if it is one of eigenvalues.
 
     Attributes:
         alpha: power-law exponent of the tail of the ESD; None where there is none, and `status` says why.
@@ -46,21 +51,34 @@ class LayerRecord:
         alpha_hat: alpha * log10(largest eigenvalue).
         spectral_norm: largest eigenvalue (squared largest singular value).
         norm: sum of the eigenvalues (squared Frobenius norm).
-        stable_rank: sum / largest eigenvalue of a sample. Samples of windows pool several submatrices, which makes
-            it another number than the stable rank of the matrix itself.
-        norm_stable_rank: sum / number of eigenvalues, by the papers' name.
+        stable_rank: ||W||_F^2 / ||W||_2^2 of the whole weight matrix, the mean over the K matrices. None where it
+            would have cost more than the measurement: it is known where the windows are whole matrices, as with
+            `esd="full"`, and together with a permutation null.
+        pooled_stable_rank: sum / largest eigenvalue of a sample, the papers' stable rank. A sample pools several
+            matrices or windows, so that it may be far above the rank of any of them.
+        norm_stable_rank: sum / number of eigenvalues before filtering, by the papers' name.
         entropy: Shannon entropy of the eigenvalues as shares of their sum, over its maximum log N: 1 for equal
             eigenvalues, towards 0 where one dominates.
         num_eigenvalues: eigenvalues in all samples together, after filtering; on the meta device the number that a
             measurement would solve for.
         status: `"ok"`, or the reason why there is no alpha, or why it means something else (`collapsed`).
-        alpha_error: standard error of alpha, see `farms_tb.spectra.uncertainty`.
+        alpha_error: standard error of alpha, see `farms_tb.spectra.standard_error`.
         xmin: eigenvalue at which the tail begins; the geometric mean over blocks.
         tail_floor: xmin / largest eigenvalue, the geometric mean over blocks: how far down the tail reaches.
         rank_99: number of largest eigenvalues that hold 99 % of the sum, over all blocks; compare it with
             `num_eigenvalues`.
         null_mean: mean alpha of random layers of this shape, where asked for: the same entries, shuffled.
         null_std: standard deviation of their alphas.
+        null_draws: number of shuffles that these two come from.
+        null_entropy_mean: mean entropy of the same shuffled layers.
+        null_entropy_std: standard deviation of their entropies.
+        num_traps: mean number of eigenvalues of a shuffled layer that are outliers, summed over its K matrices;
+            None without a permutation null. See `farms_tb.spectra.whole_matrix`.
+        num_spikes: number of eigenvalues of the whole matrices above the edge of random ones; known where
+            `stable_rank` is.
+        log_norm: log10 of the squared Frobenius norm of the weight, all K matrices together.
+        dead_rows: number of rows, of all K matrices together, whose norm is below 1e-3 of the largest row's.
+        dead_columns: the same of columns.
         kind: `"real"` or `"spectral"` (complex) weights; empty where there is no stack.
         shape: (K, R, C) of the stack of matrices; empty where there is none.
         solver: what solved for the eigenvalues, `"cpu"`, `"torch"` or `"cupy"`, and in which precision: `float32`
@@ -74,6 +92,7 @@ class LayerRecord:
     spectral_norm: float | None = None
     norm: float | None = None
     stable_rank: float | None = None
+    pooled_stable_rank: float | None = None
     norm_stable_rank: float | None = None
     entropy: float | None = None
     alpha_error: float | None = None
@@ -82,6 +101,14 @@ class LayerRecord:
     rank_99: int | None = None
     null_mean: float | None = None
     null_std: float | None = None
+    null_draws: int | None = None
+    null_entropy_mean: float | None = None
+    null_entropy_std: float | None = None
+    num_traps: float | None = None
+    num_spikes: int | None = None
+    log_norm: float | None = None
+    dead_rows: int | None = None
+    dead_columns: int | None = None
     num_eigenvalues: int = 0
     status: str = OK
     kind: str = ""
@@ -105,16 +132,57 @@ class LayerRecord:
         return None if self.null_mean is None or self.null_std is None else (self.null_mean, self.null_std)
 
     @property
-    def z_score(self) -> float | None:
-        """How far alpha is from that of a random layer, in standard deviations; None without a null."""
-        if self.alpha is None or self.null is None:
+    def effect(self) -> float | None:
+        """Alpha minus that of the shuffled entries: how much has been learnt, negative for a heavier tail."""
+        return None if self.alpha is None or self.null_mean is None else self.alpha - self.null_mean
+
+    @property
+    def effect_error(self) -> float | None:
+        """Standard error of `effect`: that of alpha, and of the mean over n shuffles.
+
+        It is sqrt(alpha_error^2 + null_std^2 / n).
+        """
+        if self.effect is None or self.alpha_error is None or self.null_std is None:
             return None
-        mean, std = self.null
-        return (self.alpha - mean) / std
+        return math.hypot(self.alpha_error, self.null_std / math.sqrt(self.null_draws or 1))
+
+    @property
+    def z_score(self) -> float | None:
+        """Effect in standard deviations of the permutation null: is it noise? None without a null.
+
+        It grows with the size of the layer, whatever was learnt: compare layers by `effect`.
+        """
+        return None if self.effect is None or not self.null_std else self.effect / self.null_std
+
+    @property
+    def z_error(self) -> float | None:
+        """Standard error of `z_score`, sqrt(1 / n + z^2 / (2 (n - 1))) for n shuffles, of which z is made."""
+        if self.z_score is None or self.null_draws is None or self.null_draws < 2:
+            return None
+        return math.sqrt(1 / self.null_draws + self.z_score**2 / (2 * (self.null_draws - 1)))
+
+    @property
+    def entropy_z_score(self) -> float | None:
+        """Entropy minus that of the shuffled entries, in standard deviations; None without a null.
+
+        It tells small layers from random ones where alpha, made of a few eigenvalues, does not.
+        """
+        if self.entropy is None or self.null_entropy_mean is None or not self.null_entropy_std:
+            return None
+        return (self.entropy - self.null_entropy_mean) / self.null_entropy_std
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """What the metrics say of the layer; None where only a permutation null could tell. See `verdict_of`."""
+        return verdict_of(self)
 
     def metric(self, name: Metric) -> float | None:
-        """Return the figure called `name`, or None where the layer has no alpha."""
-        value: float | None = getattr(self, name)
+        """Return a metric to map to learning-rate ratios, or None where the layer has no alpha.
+
+        Args:
+            name: `"stable_rank"` has the papers' meaning, as it always had: `pooled_stable_rank`.
+        """
+        value: float | None = getattr(self, "pooled_stable_rank" if name == "stable_rank" else name)
         return None if self.alpha is None else value
 
 
@@ -144,8 +212,10 @@ class Report:
         """Return one flat dict of plain values a layer, for a table or a file."""
         rows = []
         for name, record in self.layers.items():
-            row = {"layer": name, **asdict(record), "z_score": record.z_score}
+            row = {"layer": name, **asdict(record)}
             del row["histogram"]
+            row |= {metric: getattr(record, metric) for metric in DERIVED}
+            row["verdict"] = None if record.verdict is None else str(record.verdict)
             row["shape"] = "x".join(map(str, record.shape))
             rows.append(row)
         return rows

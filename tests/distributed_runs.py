@@ -16,7 +16,7 @@ from torch import nn
 from farms_tb import FARMSTempBalance, TempBalance
 from farms_tb.options import SpectrumOptions
 from farms_tb.spectra.distributed import current_team
-from farms_tb.spectra.measure import measure_nulls
+from farms_tb.spectra.permutation_null import measure_nulls
 from farms_tb.weights.layers import find_layers
 from tests.helpers import Module, Recorder, make_data, make_net, make_trainer
 

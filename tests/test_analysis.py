@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections import OrderedDict
 from itertools import product
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import farms_tb
-from farms_tb import MatrixStack, analyze, layer_matrices, lr_ratios
+from farms_tb import MatrixStack, TempBalance, analyze, analyze_checkpoint, layer_matrices, lr_ratios
 from farms_tb.options import SpectrumOptions
 from farms_tb.spectra.distributed import Team, share
 from farms_tb.spectra.measure import cost, measure
@@ -226,7 +227,7 @@ class TestKnownAnswers:
             "alpha_hat": alpha * math.log10(25),
             "spectral_norm": 25,
             "norm": 50,
-            "stable_rank": 2,
+            "pooled_stable_rank": 2,
             "norm_stable_rank": 10,
             "entropy": -sum(p * math.log(p) for p in shares) / math.log(5),
             "num_eigenvalues": 5,
@@ -788,3 +789,25 @@ def test_every_fit_and_esd_is_reached_through_the_package():
         report = farms_tb.analyze(nn.Linear(30, 40), esd=esd, fit=fit)
         assert report.options["esd"] == esd
         assert report.options["fit"] == fit
+
+
+def test_embeddings_are_measured_where_asked_for(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(OrderedDict(emb=nn.Embedding(60, 30), fc=nn.Linear(30, 30)))
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    for plain in (analyze(model), analyze_checkpoint(tmp_path / "weights.pt")):
+        assert plain.layers["emb"].alpha is None
+        assert "embeddings=True" in plain.layers["emb"].status
+    found = analyze(model, embeddings=True).layers
+    assert found["emb"].shape == (1, 60, 30)
+    assert found["emb"].alpha == pytest.approx(2.1, abs=0.4)
+    assert analyze_checkpoint(tmp_path / "weights.pt", embeddings=True).layers == found
+
+
+def test_a_measured_embedding_is_balanced_as_any_layer():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(60, 30), *(nn.Linear(30, 30) for _ in range(4)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    balancer = TempBalance(model, optimizer, embeddings=True, exclude_first=False, exclude_last=False)
+    balancer.step()
+    assert balancer.ratios["0"] != 1

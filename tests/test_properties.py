@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from farms_tb import MatrixStack, TempBalance, layer_matrices
 from farms_tb.options import SpectrumOptions
 from farms_tb.report import LayerRecord
-from farms_tb.spectra.measure import weight_record
+from farms_tb.spectra.permutation_null import weight_record
 
 MANY = settings(
     max_examples=max(500, settings().max_examples),
@@ -200,7 +200,15 @@ def spectral_options(draw: Any) -> dict[str, Any]:
     }
 
 
-METRICS = ("ks_distance", "alpha_hat", "spectral_norm", "norm", "stable_rank", "norm_stable_rank", "entropy")
+METRICS = (
+    "ks_distance",
+    "alpha_hat",
+    "spectral_norm",
+    "norm",
+    "pooled_stable_rank",
+    "norm_stable_rank",
+    "entropy",
+)
 
 
 @st.composite
@@ -307,7 +315,8 @@ def check_record(record: LayerRecord) -> None:
         assert value is None or math.isfinite(value), (name, value)
     assert record.ks_distance is None or 0 <= record.ks_distance <= 1
     assert record.entropy is None or -1e-9 <= record.entropy <= 1 + 1e-9
-    assert record.stable_rank is None or record.stable_rank >= 1 - 1e-9
+    for stable_rank in (record.stable_rank, record.pooled_stable_rank):
+        assert stable_rank is None or stable_rank >= 1 - 1e-9
 
 
 def check_excluded(balancer: TempBalance, net: nn.Module, ruled: list[str], options: dict[str, Any]) -> None:

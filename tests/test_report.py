@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from farms_tb import EsdHistogram, LayerRecord, Report, analyze, lr_ratios
+from farms_tb.report import DERIVED
 
 REPORT = Report(
     {
@@ -17,7 +18,7 @@ REPORT = Report(
             alpha_hat=-1.25,
             spectral_norm=1234567.0,
             norm=30.5,
-            stable_rank=17.3491,
+            pooled_stable_rank=17.3491,
             norm_stable_rank=1.15,
             entropy=0.9,
             rank_99=480,
@@ -62,7 +63,7 @@ def test_rows_are_flat_and_plain():
     assert last["alpha"] is None
     names = {field.name for field in fields(LayerRecord)} - {"histogram"}
     for row in REPORT.rows():
-        assert set(row) == names | {"layer", "z_score"}
+        assert set(row) == names | {"layer", "verdict", *DERIVED}
         assert all(value is None or isinstance(value, (int, float, str)) for value in row.values())
 
 

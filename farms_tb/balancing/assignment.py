@@ -38,18 +38,19 @@ class Assignment:
     followed: Owners
 
 
-def assign(model: nn.Module, options: RatioOptions) -> Assignment:
+def assign(model: nn.Module, options: RatioOptions, *, embeddings: bool = False) -> Assignment:
     """Find the layers of a model, and which parameter takes whose ratio.
 
     Args:
         model: the model.
         options: `exclude` and `norms` are used.
+        embeddings: whether lookup tables count as layers.
 
     Raises:
         TypeError: not a module.
         ValueError: no layer that can be analysed, or a pattern of `exclude` that matches none.
     """
-    layers = checked_layers(model)
+    layers = checked_layers(model, embeddings=embeddings)
     for pattern in options.exclude:
         if not _matching(layers, pattern):
             names = ", ".join(layer.name for layer in layers)

@@ -7,6 +7,8 @@ finish and save together.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import nn
 from torch.nn.parameter import is_lazy
 
@@ -16,7 +18,8 @@ from farms_tb.options import RatioOptions, SpectrumOptions
 from farms_tb.report import Report
 from farms_tb.spectra.background import BackgroundMeasurement
 from farms_tb.spectra.distributed import Team, current_team
-from farms_tb.spectra.measure import measure, measure_nulls, with_nulls
+from farms_tb.spectra.measure import measure
+from farms_tb.spectra.permutation_null import PermutationNull, measure_nulls, with_nulls, with_shared_deviations
 
 
 class MeasuredModel:
@@ -44,9 +47,8 @@ class MeasuredModel:
         self._spectrum_options, self._ratio_options = spectrum_options, ratio_options
         self._share = share
         self._begun: BackgroundMeasurement | Report | None = None
-        self._nulls: dict[str, tuple[float, float]] = {}
-        self.assignment: Assignment = assign(model, ratio_options)
-        self._signature = _signature(model)
+        self._nulls: dict[str, PermutationNull] = {}
+        self.assignment, self._signature = self._assigned(), _signature(model)
 
     def measure(self, histogram: bool = False) -> Report:
         """Measure every layer now, on all processes together where shared.
@@ -101,14 +103,18 @@ class MeasuredModel:
         if saved is None or saved.report is None:
             return
         for name, record in saved.report.layers.items():
-            if record.null is not None:
-                self._nulls[name] = record.null
+            null = PermutationNull.of(record)
+            if null is not None:
+                self._nulls[name] = null
 
     def _follow_model(self) -> None:
         """Find the layers again if parameters were replaced."""
         signature = _signature(self.model)
         if self._signature != signature:
-            self.assignment, self._signature = assign(self.model, self._ratio_options), signature
+            self.assignment, self._signature = self._assigned(), signature
+
+    def _assigned(self) -> Assignment:
+        return assign(self.model, self._ratio_options, embeddings=self._spectrum_options.embeddings)
 
     def _team(self) -> Team | None:
         return current_team() if self._share else None
@@ -119,9 +125,11 @@ class MeasuredModel:
             return report
         # Once for each layer, from the first weights that have an alpha: its permutation null stays.
         report = with_nulls(report, self._nulls)
-        new = measure_nulls(self.assignment.layers, report, self._spectrum_options, team=self._team())
-        self._nulls.update(new)
-        return with_nulls(report, new)
+        found = measure_nulls(self.assignment.layers, report, self._spectrum_options, team=self._team())
+        # Traps are those of the first weights, which say nothing of the present ones.
+        new = {name: replace(null, num_traps=None) for name, null in found.items() if name not in self._nulls}
+        self._nulls.update(with_shared_deviations(new, report))
+        return with_nulls(report, self._nulls)
 
 
 def _signature(model: nn.Module) -> tuple[tuple[int, bool], ...]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from farms_tb.balancing.lr_probe import ignores_lr_of_groups
 from farms_tb.warnings import warn_once
 
 Group = dict[str, Any]
@@ -92,8 +93,8 @@ def check_optimizer(optimizer: Optimizer) -> None:
 
     Raises:
         TypeError: not a torch optimizer.
-        ValueError: a class of optimizers that cannot have layer-wise learning rates, or a group without a number
-            as its lr.
+        ValueError: a class of optimizers that cannot have layer-wise learning rates, or that ignores those of its
+            groups, or a group without a number as its lr.
     """
     name = type(optimizer).__name__
     if not isinstance(optimizer, Optimizer):
@@ -112,6 +113,11 @@ def check_optimizer(optimizer: Optimizer) -> None:
         )
     for index, group in enumerate(optimizer.param_groups):
         _check_lr(name, index, group)
+    if type(optimizer) not in TORCH_OPTIMIZERS and ignores_lr_of_groups(optimizer):
+        raise ValueError(
+            f"{name} does not step with the learning rates of its param groups: in a trial on two equal matrices, "
+            f"half the lr for one of them made no difference. {_WAY_OUT}"
+        )
     _warn_if_untested(optimizer)
 
 

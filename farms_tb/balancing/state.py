@@ -165,6 +165,9 @@ def _read_record(plain: object, entry: str) -> LayerRecord:
         if name not in record:
             raise _damaged(f"{entry} has no {name!r}")
     _check_fields(record, entry)
+    if "pooled_stable_rank" not in record:
+        # Up to version 0.1 it had the name that is the matrix's now.
+        record = {**record, "pooled_stable_rank": record.get("stable_rank"), "stable_rank": None}
     return LayerRecord(**{**record, "histogram": None, "shape": tuple(record["shape"])})
 
 
@@ -175,9 +178,10 @@ def _check_fields(record: Mapping[str, Any], entry: str) -> None:
         expected, fits = _FIELD_TYPES.get(str(hints[name]), ("", _is_anything))
         if not fits(value):
             raise _damaged(f"{entry}[{name!r}] must be {expected}, got {value!r}")
-    null_std = record.get("null_std")
-    if null_std is not None and not null_std > 0:
-        raise _damaged(f"{entry}['null_std'] must be above 0, got {null_std!r}")
+    for name in ("null_std", "null_entropy_std", "null_draws"):
+        value = record.get(name)
+        if value is not None and not value > 0:
+            raise _damaged(f"{entry}[{name!r}] must be above 0, got {value!r}")
 
 
 def _check_version(version: object) -> None:
@@ -246,6 +250,10 @@ def _is_count(value: object) -> bool:
     return value >= 0
 
 
+def _is_count_or_none(value: object) -> bool:
+    return value is None or _is_count(value)
+
+
 def _is_shape(value: object) -> bool:
     return isinstance(value, (list, tuple)) and all(map(_is_count, value))
 
@@ -262,6 +270,8 @@ def _is_anything(value: object) -> bool:
 _FIELD_TYPES: dict[str, tuple[str, Callable[[object], bool]]] = {
     "float | None": ("a finite number or None", _is_number_or_none),
     "typing.Optional[float]": ("a finite number or None", _is_number_or_none),
+    "int | None": ("an integer of at least 0, or None", _is_count_or_none),
+    "typing.Optional[int]": ("an integer of at least 0, or None", _is_count_or_none),
     "<class 'int'>": ("an integer of at least 0", _is_count),
     "<class 'str'>": ("a string", _is_text),
     "tuple[int, ...]": ("a list of integers", _is_shape),

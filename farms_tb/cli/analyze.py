@@ -42,7 +42,7 @@ _COLUMNS = (
     # Its unit, the standard deviation of a few shuffled layers, is itself uncertain by 10 to 30 %.
     Column("z_score", "z", 1, digits=2, signed=True),
     Column("ks_distance", "KS", 3),
-    Column("stable_rank_full", "st. rank", 1),
+    Column("stable_rank", "st. rank", 1),
 )
 
 
@@ -73,14 +73,14 @@ def analyze(
     whole matrix, and bias their difference, which comes from the matrix's shape. z says how many standard
     deviations alpha lies from that of a random layer of the same shape. KS is the distance between the spectrum
     and its power law, 0 the best. st. rank is the stable rank of the whole matrix: its squared Frobenius norm over
-    its squared largest singular value; a convolution, several matrices, has none unless its kernel is 1x1.
+    its squared largest singular value; of a convolution, the mean over its matrices.
     """
     with complaints():
         form = chosen_format(output_format, output)
         also_full = full and options.esd == "farms"
         wanted = Wanted(options, also_full, null, tuple(patterns or ()), checked_device(device))
         _check_column(sort)
-        source = open_source(model, pretrained=pretrained, key=key)
+        source = open_source(model, pretrained=pretrained, key=key, embeddings=options.embeddings)
     found = measure(source, wanted, Console(stderr=True))
     rows: Sequence[Row] = found.rows()
     if sort is not None:

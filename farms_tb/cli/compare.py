@@ -66,7 +66,7 @@ def compare(
     with complaints():
         form = chosen_format(output_format, output)
         wanted = Wanted(options, patterns=tuple(patterns or ()), device=checked_device(device))
-        sources = _open_both((model_a, model_b), pretrained, key)
+        sources = _open_both((model_a, model_b), pretrained, key, options.embeddings)
     found = _measure_all(sources, wanted)
     pairs = paired(*(part.records for part in found))
     rows = changes(pairs)
@@ -106,13 +106,14 @@ def _measure_all(sources: Sequence[Source], wanted: Wanted) -> list[Measured]:
     return found
 
 
-def _open_both(models: tuple[str, str], pretrained: bool, key: str | None) -> list[Source]:
+def _open_both(models: tuple[str, str], pretrained: bool, key: str | None, embeddings: bool) -> list[Source]:
     """Open two models; of a file and a model by name, each takes the option that is for it.
 
     Args:
         models: what the user named as A and B.
         pretrained: for those that are no files, see `open_source`.
         key: for those that are files.
+        embeddings: whether lookup tables are measured.
 
     Raises:
         ValueError: there is a key and no file; for the others see `open_source`.
@@ -123,7 +124,7 @@ def _open_both(models: tuple[str, str], pretrained: bool, key: str | None) -> li
     sources = []
     for model, is_file in zip(models, are_files, strict=True):
         if is_file:
-            sources.append(open_source(model, key=key))
+            sources.append(open_source(model, key=key, embeddings=embeddings))
         else:
-            sources.append(open_source(model, pretrained=pretrained))
+            sources.append(open_source(model, pretrained=pretrained, embeddings=embeddings))
     return sources

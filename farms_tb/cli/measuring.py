@@ -22,7 +22,7 @@ from farms_tb.cli.pairing import without_wrappers
 from farms_tb.cli.sources import Source
 from farms_tb.options import SpectrumOptions
 from farms_tb.report import OK, LayerRecord, Report
-from farms_tb.spectra.measure import Nulls, weight_record
+from farms_tb.spectra.permutation_null import weight_record
 from farms_tb.viewing.names import printable, shortened
 from farms_tb.viewing.stable_rank import matrix_stable_rank
 from farms_tb.weights.stacks import MatrixStack
@@ -35,7 +35,7 @@ class Wanted:
     Attributes:
         options: how alpha is measured.
         full: also measure whole matrices.
-        null: also measure the permutation null: a layer of each shape with its entries shuffled.
+        null: also measure the permutation null: each layer with its entries shuffled.
         patterns: shell-style patterns of layer names, with or without prefixes of wrappers; none for every layer.
         device: where eigenvalues are computed.
     """
@@ -74,14 +74,12 @@ class Measured:
         full: the same of the whole matrices, where asked for.
         stopped: why not all layers were measured; empty where they were.
         interrupted: whether that was Ctrl-C.
-        nulls: the permutation nulls of the shapes so far.
     """
 
     records: dict[str, LayerRecord] = field(default_factory=dict)
     full: dict[str, LayerRecord] = field(default_factory=dict)
     stopped: str = ""
     interrupted: bool = False
-    nulls: Nulls = field(default_factory=dict)
 
     def rows(self) -> list[dict[str, Any]]:
         """Return one flat dict of plain values for each layer.
@@ -95,6 +93,8 @@ class Measured:
         full = self.full.get(row["layer"], LayerRecord())
         row["alpha_full"] = full.alpha
         row["stable_rank_full"] = matrix_stable_rank(full)
+        if row["stable_rank"] is None:
+            row["stable_rank"] = full.stable_rank
         row["bias"] = None
         if row["alpha"] is not None and full.alpha is not None:
             row["bias"] = full.alpha - row["alpha"]
@@ -195,20 +195,19 @@ def _measure_layer(found: Measured, name: str, weight: MatrixStack | LayerRecord
         found.records[name] = weight
         return
     stack = replace(weight, matrices=weight.matrices.to(wanted.device))
-    nulls = found.nulls if wanted.null else None
-    record = _attempt(stack, wanted.options, nulls)
+    record = _attempt(stack, wanted.options, wanted.null)
     if wanted.full and record.status == OK:
         found.full[name] = _attempt(stack, replace(wanted.options, esd="full"))
     found.records[name] = record
 
 
-def _attempt(stack: MatrixStack, options: SpectrumOptions, nulls: Nulls | None = None) -> LayerRecord:
+def _attempt(stack: MatrixStack, options: SpectrumOptions, null: bool = False) -> LayerRecord:
     """Measure one layer; where that fails, return a record that says why.
 
     A layer that is too large for the memory, or whose eigenvalues do not converge, does not stop the others.
     """
     try:
-        return weight_record(stack, options, nulls=nulls)
+        return weight_record(stack, options, null=null)
     except (RuntimeError, MemoryError) as error:
         status = f"failed: {_first_line(error) or type(error).__name__}"
         return LayerRecord(status=status, kind=stack.kind, shape=tuple(stack.matrices.shape))

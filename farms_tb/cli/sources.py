@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,9 @@ class Source:
     note: str = ""
 
 
-def open_source(model: str, *, pretrained: bool = False, key: str | None = None) -> Source:
+def open_source(
+    model: str, *, pretrained: bool = False, key: str | None = None, embeddings: bool = False
+) -> Source:
     """Find a model; of a file, nothing is read but names and shapes.
 
     Args:
@@ -56,6 +59,7 @@ def open_source(model: str, *, pretrained: bool = False, key: str | None = None)
         pretrained: load the weights that torchvision or timm has for a model, which may download them; without it
             they are random, the same each time.
         key: where the weights lie in a file that holds more.
+        embeddings: whether lookup tables are measured.
 
     Returns:
         What the layers are read from.
@@ -77,22 +81,23 @@ spectral-convolution layers can, others by farms_tb.layer_matrices.register
     if Path(model).exists():
         if pretrained:
             raise ValueError(f"--pretrained is for models of torchvision and timm, {model} is a file")
-        return _open_file(Path(model), key)
+        return _open_file(Path(model), key, embeddings)
     if key is not None:
         raise ValueError(f"--key is for files of weights, {model} is none")
     built = _build(model, pretrained)
     note = (
         "" if pretrained or _is_function(model) else f"{model} has random weights: --pretrained loads trained ones"
     )
-    return Source(checked_layers(built), _model_layers, note=note)
+    return Source(checked_layers(built, embeddings=embeddings), _model_layers, note=note)
 
 
-def _open_file(path: Path, key: str | None) -> Source:
+def _open_file(path: Path, key: str | None, embeddings: bool) -> Source:
     """Open a file or a directory of weights, or the last checkpoint of a run.
 
     Args:
         path: what the user named.
         key: where the weights lie in it; None to find them.
+        embeddings: whether lookup tables are measured.
     """
     note = ""
     if _is_run_folder(path):
@@ -100,7 +105,8 @@ def _open_file(path: Path, key: str | None) -> Source:
         note = f"{path} is the folder of a run: measuring its last checkpoint, {checkpoint.relative_to(path)}"
         path = checkpoint
     damaged: list[str] = []
-    return Source(stored_tensors(path, damaged, key=key), stored_layers, damaged, note)
+    read = partial(stored_layers, embeddings=embeddings)
+    return Source(stored_tensors(path, damaged, key=key), read, damaged, note)
 
 
 def _is_run_folder(path: Path) -> bool:

@@ -12,8 +12,8 @@ import torch
 from farms_tb.options import SpectrumOptions
 from farms_tb.report import LayerRecord, Report
 from farms_tb.spectra.distributed import Team, share, shared_out
-from farms_tb.spectra.measure import cost, measure_stacks, read_layers, report_of
-from farms_tb.weights.layers import Layer
+from farms_tb.spectra.measure import cost, measure_stacks, report_of
+from farms_tb.weights.layers import Layer, read_layers
 from farms_tb.weights.matrices import MatrixStack
 
 BACKGROUND_DEVICES = ("cuda",)

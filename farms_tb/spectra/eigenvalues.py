@@ -4,18 +4,16 @@ For a window of h rows and w columns, w <= h, they are the eigenvalues of the Gr
 or double precision, or the squares of the singular values themselves (see `farms_tb.spectra.precision`).
 
 The windows of all layers are solved together, in chunks. On the CPU the chunks are shared among threads, one chunk
-on one thread; on a GPU chunks of the same size are solved as one batch. A chunk is all that is ever copied out of
-a weight, so the memory that solving takes is bounded by `memory_mb`.
+on one thread; on a GPU a chunk is one batch. A chunk is all that is ever copied out of a weight, so the memory
+that solving takes is bounded by `memory_mb`.
 """
 
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,9 +28,6 @@ from farms_tb.warnings import warn_once
 
 CHUNK_WORK = 16 * 10**7
 """Work (`Chunk.work`) of a chunk on the CPU: some milliseconds, so that threads finish at about the same time."""
-
-TASK_WORK = 2 * 10**7
-"""Least work of a task: handing a task to a thread costs as much as solving a few small windows."""
 
 SVD_WORK = 4
 """A singular value decomposition takes about this many times as long as the eigenvalues of the Gram matrix."""
@@ -54,12 +49,7 @@ class Chunk:
     index: Tensor
     precision: Precision
 
-    @property
-    def device(self) -> torch.device:
-        """Where the weight is, and where the chunk is solved."""
-        return self.windows.view.device
-
-    @property
+    @cached_property
     def dtype(self) -> torch.dtype:
         """Type that the windows are solved in."""
         if self.windows.view.is_complex():
@@ -77,6 +67,14 @@ class Chunk:
         """Memory that solving takes: the windows, their Gram matrices and the solver's copy of these."""
         entries = self.windows.view.shape[-2:].numel() + 2 * self.windows.size**2
         return len(self.index) * entries * self.dtype.itemsize
+
+    def split(self, number: int) -> Iterator[Chunk]:
+        """Yield chunks of at most so many windows, at least one each."""
+        if number >= len(self.index):
+            yield self
+            return
+        for index in torch.split(self.index, max(1, number)):
+            yield replace(self, index=index)
 
     def take(self) -> Tensor:
         """Copy the windows out of the weight, in the type that they are solved in.
@@ -105,7 +103,7 @@ class Solved:
 
     Attributes:
         chunk: the chunk.
-        values: `(n, w)` float64, ascending, 0 or more; NaN for windows on which no solver converged.
+        values: `(n, w)` float64 on the CPU, ascending, 0 or more; NaN for windows on which no solver converged.
         solver: what solved for them: `"cpu"`, `"torch"` or `"cupy"`.
     """
 
@@ -118,7 +116,7 @@ def solve_chunks(chunks: Sequence[Chunk], memory: int, threads: int, solver: Sol
     """Solve for the eigenvalues of windows of several layers.
 
     Args:
-        chunks: the windows, of any number for each chunk: they are cut to fit the memory and the threads.
+        chunks: the windows, of any number for each chunk: they are split to fit the memory and the threads.
         memory: bytes that all windows which are solved at the same time may take; a single window that needs more
             is solved alone.
         threads: number of threads on the CPU.
@@ -127,125 +125,70 @@ def solve_chunks(chunks: Sequence[Chunk], memory: int, threads: int, solver: Sol
     Returns:
         One or more results for each chunk, in any order.
     """
-    on_cpu = [chunk for chunk in chunks if chunk.device.type == "cpu"]
-    elsewhere = [chunk for chunk in chunks if chunk.device.type != "cpu"]
-    return [*_solve_on_cpu(on_cpu, memory, threads), *_solve_on_gpus(elsewhere, memory, threads, solver)]
+    on_cpu = [chunk for chunk in chunks if chunk.windows.view.is_cpu]
+    on_gpus = [chunk for chunk in chunks if not chunk.windows.view.is_cpu]
+    return _solve_on_cpu(on_cpu, memory, threads) + _solve_on_gpus(on_gpus, memory, threads, solver)
 
 
 def _solve_on_cpu(chunks: Sequence[Chunk], memory: int, threads: int) -> list[Solved]:
     share = memory // threads
-    cut = [part for chunk in chunks for part in _cut(chunk, share, CHUNK_WORK)]
-    cut.sort(key=lambda chunk: -chunk.work)
-    large = [chunk for chunk in cut if chunk.bytes > share]
-    small = [chunk for chunk in cut if chunk.bytes <= share]
-
-    def solve(task: Sequence[Chunk]) -> list[Solved]:
-        return [_solve_one_on_cpu(chunk) for chunk in task]
-
-    found = map_on_threads(solve, list(_tasks(small)), threads)
-    # A window that takes more than a thread's share of the memory is solved while no other one is.
-    return [solved for task in found for solved in task] + solve(large)
-
-
-def _tasks(chunks: Sequence[Chunk]) -> Iterator[list[Chunk]]:
-    """Gather chunks until they are worth a thread's while."""
-    task: list[Chunk] = []
-    work = 0
+    parts: list[Chunk] = []
     for chunk in chunks:
-        task.append(chunk)
-        work += chunk.work
-        if work >= TASK_WORK:
-            yield task
-            task, work = [], 0
-    if task:
-        yield task
+        by_memory = share * len(chunk.index) // chunk.bytes
+        by_work = CHUNK_WORK * len(chunk.index) // chunk.work
+        parts += chunk.split(min(by_memory, by_work))
+    # The longest first: a long one that is begun last would keep the other threads waiting.
+    parts.sort(key=lambda part: -part.work)
+    fitting = [part for part in parts if part.bytes <= share]
+    large = [part for part in parts if part.bytes > share]
 
+    def solve(part: Chunk) -> Solved:
+        values, name = _eigenvalues(part.take(), part.precision)
+        return Solved(part, values.double().numpy(), name)
 
-def _solve_one_on_cpu(chunk: Chunk) -> Solved:
-    values, solver = _eigenvalues([chunk.take()], chunk.precision, 1, "auto")
-    return Solved(chunk, values.double().numpy(), solver)
+    # A window that takes more than a thread's share of the memory is solved while no other one is.
+    return map_on_threads(solve, fitting, threads) + [solve(part) for part in large]
 
 
 def _solve_on_gpus(chunks: Sequence[Chunk], memory: int, threads: int, solver: Solver) -> list[Solved]:
-    """Solve windows of one device, type and size in batches, and copy all results to the CPU at the end."""
-    cut = [part for chunk in chunks for part in _cut(chunk, memory, None)]
-    batches = [(batch, _solve_batch(batch, threads, solver)) for batch in _batches(cut, memory)]
-    found = []
-    for device in {batch[0].device for batch, _ in batches}:
-        own = [(batch, values, name) for batch, (values, name) in batches if batch[0].device == device]
-        flat = torch.cat([values.double().flatten() for _, values, _ in own]).cpu()
-        parts = torch.split(flat, [values.numel() for _, values, _ in own])
-        for (batch, values, name), part in zip(own, parts, strict=True):
-            by_chunk = torch.split(part.view(values.shape), [len(chunk.index) for chunk in batch])
-            found += [Solved(chunk, part.numpy(), name) for chunk, part in zip(batch, by_chunk, strict=True)]
-    return found
-
-
-def _batches(chunks: Sequence[Chunk], memory: int) -> Iterator[list[Chunk]]:
-    """Group the chunks that are solved as one batch, as many as the memory allows."""
-    groups: dict[Any, list[Chunk]] = {}
-    taken: Counter[Any] = Counter()
+    parts: list[Chunk] = []
     for chunk in chunks:
-        key = (chunk.device, chunk.dtype, chunk.precision, chunk.windows.size)
-        if key in groups and taken[key] + chunk.bytes > memory:
-            yield groups.pop(key)
-            taken[key] = 0
-        groups.setdefault(key, []).append(chunk)
-        taken[key] += chunk.bytes
-    yield from groups.values()
+        parts += chunk.split(memory * len(chunk.index) // chunk.bytes)
+    found = [(part, *_solve_or_split(part, threads, solver)) for part in parts]
+    # Copied only now: a copy waits for the device, which can be given the work of all parts before.
+    return [Solved(part, values.double().cpu().numpy(), name) for part, values, name in found]
 
 
-def _cut(chunk: Chunk, memory: int, work: int | None) -> Iterator[Chunk]:
-    """Cut a chunk into smaller ones, each within so much memory and work where a single window is."""
-    number = memory * len(chunk.index) // chunk.bytes
-    if work is not None:
-        number = min(number, work * len(chunk.index) // chunk.work)
-    if number >= len(chunk.index):
-        yield chunk
-        return
-    for index in torch.split(chunk.index, max(1, number)):
-        yield replace(chunk, index=index)
-
-
-def _solve_batch(batch: Sequence[Chunk], threads: int, solver: Solver) -> tuple[Tensor, str]:
-    """Solve chunks of one size as one batch; where memory is short, fewer at a time, and at last on the CPU."""
+def _solve_or_split(chunk: Chunk, threads: int, solver: Solver) -> tuple[Tensor, str]:
+    """Solve a chunk on its GPU; where memory is short, fewer windows at a time, and a single one on the CPU."""
     try:
-        return _eigenvalues([chunk.take() for chunk in batch], batch[0].precision, threads, solver)
+        return _eigenvalues(chunk.take(), chunk.precision, threads, solver)
     except torch.OutOfMemoryError:
         # Tried again below, as the error holds on to all that was computed for as long as it is handled.
         warn_once(
-            f"too little free memory on {batch[0].device} for the windows that are solved at once: they are "
-            "solved fewer at a time, and on the CPU where there is none for a single one; it takes longer. A "
+            f"too little free memory on {chunk.windows.view.device} for the windows that are solved at once: they "
+            "are solved fewer at a time, and on the CPU where there is none for a single one; it takes longer. A "
             "smaller memory_mb avoids it",
             solve_chunks,
         )
-    number = sum(len(chunk.index) for chunk in batch)
-    if number == 1:
-        (chunk,) = batch
-        place = tuple(map(int, torch.unravel_index(chunk.index[0], chunk.windows.view.shape[:-2])))
-        window = chunk.windows.view[place][None].cpu().to(chunk.dtype)
-        values, _ = _eigenvalues([window], chunk.precision, 1, "auto")
-        return values.to(chunk.device), "cpu"
-    halves = [[replace(chunk, index=half)] for chunk in batch for half in chunk.index.chunk(2)]
-    solved = [_solve_batch(half, threads, solver) for half in halves]
-    return torch.cat([values for values, _ in solved]), solved[0][1]
+    view, number = chunk.windows.view, len(chunk.index)
+    if number > 1:
+        solved = [_solve_or_split(half, threads, solver) for half in chunk.split((number + 1) // 2)]
+        return torch.cat([values for values, _ in solved]), solved[0][1]
+    place = torch.unravel_index(chunk.index[0], view.shape[:-2])
+    window = view[tuple(map(int, place))][None].cpu().to(chunk.dtype)
+    values, _ = _eigenvalues(window, chunk.precision)
+    return values.to(view.device), "cpu"
 
 
 def _eigenvalues(
-    windows: Sequence[Tensor], precision: Precision, threads: int, solver: Solver
+    windows: Tensor, precision: Precision, threads: int = 1, solver: Solver = "auto"
 ) -> tuple[Tensor, str]:
-    """Return the eigenvalues `(n, w)` of all windows, on their device, and what solved for them.
-
-    Args:
-        windows: `(m, h, w)` each, of one type and one min(h, w).
-        precision: how they are solved.
-        threads: number of threads, where the CPU solves for a GPU.
-        solver: what solves on a GPU.
-    """
-    name = "cpu" if windows[0].is_cpu else "torch"
+    """Return the eigenvalues `(n, w)` of windows `(n, h, w)`, on their device, and what solved for them."""
+    name = "cpu" if windows.is_cpu else "torch"
     if precision == "svd":
-        return torch.cat([squared_singular_values(part) for part in windows]), name
-    grams = torch.cat([_gram(part) for part in windows]) if len(windows) > 1 else _gram(windows[0])
+        return squared_singular_values(windows), name
+    grams = _gram(windows)
     try:
         if grams.is_cpu:
             # LAPACK solves one matrix after the other: there is no choice of solvers.

@@ -1,39 +1,36 @@
 """Measure layers: from stacks of matrices to records, and from the layers of a model to a report.
 
-`measure_stacks` is the one loop of the method: windows, eigenvalues and fits, metrics.
+`measure_stacks` is the method from top to bottom: windows, eigenvalues and fits, standard errors, metrics.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
-import numpy as np
 import torch
 
 from farms_tb.options import SpectrumOptions, as_plain
 from farms_tb.report import LayerRecord, Report
 from farms_tb.spectra.distributed import Team, share, shared_out
-from farms_tb.spectra.eigenvalues import Chunk
-from farms_tb.spectra.metrics import esd_histogram, layer_records
-from farms_tb.spectra.precision import FLOAT32
-from farms_tb.spectra.prepare import prepare_stacks
-from farms_tb.spectra.samples import Prepared, Samples, solve_into, solve_layers
-from farms_tb.spectra.uncertainty import draws_for, null_of, shuffled
+from farms_tb.spectra.histogram import esd_histograms
+from farms_tb.spectra.metrics import layer_records
+from farms_tb.spectra.prepare import PreparedLayer, prepare_stacks
+from farms_tb.spectra.samples import solve_layers
+from farms_tb.spectra.standard_error import alpha_errors
+from farms_tb.spectra.whole_matrix import with_matrix_metrics
 from farms_tb.spectra.windows import windows_of
 from farms_tb.spectra.workers import single_threaded_torch
-from farms_tb.weights.layers import Layer, read_stacks, stack_problem
-from farms_tb.weights.matrices import MatrixStack, NoSpectrumError
+from farms_tb.weights.layers import Layer, read_layers
+from farms_tb.weights.matrices import MatrixStack
 
 Result = TypeVar("Result")
-Null = tuple[float, float]
-"""Mean and standard deviation of alpha over the permutation null."""
 
 
 @torch.no_grad()
 def measure_stacks(
-    stacks: Sequence[MatrixStack], options: SpectrumOptions, *, histogram: bool = False
+    stacks: Sequence[MatrixStack], options: SpectrumOptions, *, histogram: bool = False, whole: bool = False
 ) -> list[LayerRecord]:
     """Measure stacks of matrices together.
 
@@ -41,49 +38,36 @@ def measure_stacks(
         stacks: `(K, R, C)` each, on any device, also the meta device.
         options: how alpha is measured.
         histogram: also count the ESD of each.
+        whole: also solve for the eigenvalues of whole matrices, where windows are parts of them.
 
     Returns:
         The record of each stack; it does not depend on which others are measured with it.
     """
     with single_threaded_torch(options.threads) as threads:
         prepared = prepare_stacks(stacks, options, threads)
-        layers = [found for found in prepared if isinstance(found, Prepared)]
+        layers = [found for found in prepared if isinstance(found, PreparedLayer)]
         samples = solve_layers(layers, options, threads)
-        records = layer_records(samples, options)
+        errors = alpha_errors(samples, options, threads)
+        solved = [stack for stack, one in zip(stacks, prepared, strict=True) if isinstance(one, PreparedLayer)]
+        records = with_matrix_metrics(layer_records(samples, errors, options), solved, samples, whole=whole)
         if histogram:
-            records = _with_histograms(records, samples, options, threads)
+            esds = esd_histograms(samples, options, threads)
+            records = [replace(record, histogram=esd) for record, esd in zip(records, esds, strict=True)]
     measured = iter(records)
-    found = [next(measured) if isinstance(one, Prepared) else one for one in prepared]
+    found = [next(measured) if isinstance(one, PreparedLayer) else one for one in prepared]
     return [
         replace(record, kind=stack.kind, shape=tuple(stack.matrices.shape))
         for record, stack in zip(found, stacks, strict=True)
     ]
 
 
-def _with_histograms(
-    records: Sequence[LayerRecord], samples: Sequence[Samples], options: SpectrumOptions, threads: int
-) -> list[LayerRecord]:
-    """Add the ESD of each layer, of eigenvalues in double precision.
-
-    A histogram shows the smallest eigenvalues as well, which single precision does not know. Alpha stays as it is:
-    it must not depend on what is logged.
-    """
-    tables = [own.by_window.copy() for own in samples]
-    chunks = []
-    for place, own in enumerate(samples):
-        single = np.flatnonzero(own.levels == FLOAT32)
-        if len(single):
-            chunks.append(Chunk(place, own.layer.windows, torch.from_numpy(single), "float64"))
-    solve_into(tables, chunks, samples, options, threads)
-    counted = []
-    for record, own, table in zip(records, samples, tables, strict=True):
-        pooled = np.sort(table.reshape(own.layer.windows.samples, -1), axis=-1)
-        counted.append(replace(record, histogram=esd_histogram(pooled, own.layer.exponent, options)))
-    return counted
-
-
 def measure(
-    layers: Sequence[Layer], options: SpectrumOptions, *, histogram: bool = False, team: Team | None = None
+    layers: Sequence[Layer],
+    options: SpectrumOptions,
+    *,
+    histogram: bool = False,
+    whole: bool = False,
+    team: Team | None = None,
 ) -> Report:
     """Measure layers, shared among processes where there are several.
 
@@ -91,6 +75,7 @@ def measure(
         layers: what `find_layers` returned, the same on every process.
         options: how alpha is measured.
         histogram: also count each layer's ESD.
+        whole: also solve for the eigenvalues of whole matrices, where windows are parts of them.
         team: the processes; None where this one is alone.
 
     Returns:
@@ -101,10 +86,11 @@ def measure(
     """
 
     def work(group: Mapping[str, MatrixStack]) -> dict[str, LayerRecord]:
-        return dict(zip(group, measure_stacks(list(group.values()), options, histogram=histogram), strict=True))
+        records = measure_stacks(list(group.values()), options, histogram=histogram, whole=whole)
+        return dict(zip(group, records, strict=True))
 
     own = share(layers, lambda layer: cost(layer, options), team)
-    return report_of(shared_out(team, lambda: _for_own_layers(layers, own, work, options)), layers, options)
+    return report_of(shared_out(team, lambda: for_own_layers(layers, own, work, options)), layers, options)
 
 
 def report_of(records: Mapping[str, LayerRecord], layers: Sequence[Layer], options: SpectrumOptions) -> Report:
@@ -119,16 +105,16 @@ def report_of(records: Mapping[str, LayerRecord], layers: Sequence[Layer], optio
 
 def cost(layer: Layer, options: SpectrumOptions) -> int:
     """Return what measuring a layer costs, n h w min(h, w) for n windows of h x w: its shape alone decides."""
-    windows = windows_of(_blank(layer), options) if layer.kind else None
+    windows = windows_of(blank(layer), options) if layer.kind else None
     return 0 if windows is None else windows.view.numel() * windows.size
 
 
-def _blank(layer: Layer) -> MatrixStack:
+def blank(layer: Layer) -> MatrixStack:
     """Return a stack of the layer's shape, without values."""
     return MatrixStack(torch.empty(layer.shape, device="meta"), layer.sampling)
 
 
-def _for_own_layers(
+def for_own_layers(
     layers: Sequence[Layer],
     own: set[str],
     work: Callable[[Mapping[str, MatrixStack]], dict[str, Result]],
@@ -168,136 +154,3 @@ def _for_own_layers(
     if error is not None:
         raise error
     return found
-
-
-def read_layers(layers: Sequence[Layer]) -> Iterator[tuple[Layer, MatrixStack | Exception]]:
-    """Yield each layer that has matrices with them, or with the error that reading it raised."""
-    module, stacks = None, []
-    for layer in layers:
-        if layer.problem and not layer.planned:
-            continue
-        try:
-            if layer.module is not module:
-                module, stacks = layer.module, read_stacks(layer.module)
-            yield layer, stacks[layer.index]
-        except NoSpectrumError:
-            continue
-        except Exception as caught:
-            yield layer, caught
-
-
-def measure_nulls(
-    layers: Sequence[Layer], report: Report, options: SpectrumOptions, *, team: Team | None = None
-) -> dict[str, Null]:
-    """Measure the permutation null of every layer that has an alpha and no null yet.
-
-    Layers of one shape get one permutation null. Its shuffles are dealt out among them in turn, so that together
-    they make as many as one layer would.
-
-    Args:
-        layers: the layers of the report.
-        report: the measurement that is to be compared with the nulls.
-        options: those of the report.
-        team: the processes that share the work, as in `measure`.
-
-    Returns:
-        Mean and standard deviation by layer, the same on every process; no entry for a layer without a null.
-    """
-    groups: dict[Hashable, list[Layer]] = {}
-    for layer in layers:
-        record = report.layers[layer.name]
-        if record.alpha is not None:
-            # The number of eigenvalues tells a 1x1 convolution from a linear layer of its shape.
-            groups.setdefault((record.shape, record.kind, record.num_eigenvalues), []).append(layer)
-    known = {key: _known_null(members, report) for key, members in groups.items()}
-    alphas = _alphas_of_shuffles([members for key, members in groups.items() if known[key] is None], options, team)
-    nulls: dict[str, Null] = {}
-    for key, members in groups.items():
-        null = known[key] or null_of([alpha for layer in members for alpha in alphas.get(layer.name, ())])
-        if null is not None:
-            nulls.update(dict.fromkeys((layer.name for layer in members), null))
-    return nulls
-
-
-def _known_null(members: Sequence[Layer], report: Report) -> Null | None:
-    return next((null for layer in members if (null := report.layers[layer.name].null) is not None), None)
-
-
-def _alphas_of_shuffles(
-    groups: Sequence[Sequence[Layer]], options: SpectrumOptions, team: Team | None
-) -> dict[str, list[float]]:
-    """Return the alphas of the shuffles of each layer, the layers of each group sharing the draws in turn."""
-    if not groups:
-        return {}  # on every process, which so agree that there is nothing to gather
-    seeds = {layer.name: seed for members in groups for seed, layer in enumerate(members)}
-    draws = {
-        layer.name: len(range(seed, draws_for(_blank(layer)), len(members)))
-        for members in groups
-        for seed, layer in enumerate(members)
-    }
-
-    def work(group: Mapping[str, MatrixStack]) -> dict[str, list[float]]:
-        return {
-            name: alphas_of_shuffles(stack, options, draws[name], seeds[name]) for name, stack in group.items()
-        }
-
-    layers = [layer for members in groups for layer in members]
-    own = share(layers, lambda layer: draws[layer.name] * cost(layer, options), team)
-    return shared_out(team, lambda: _for_own_layers(layers, own, work, options))
-
-
-def alphas_of_shuffles(stack: MatrixStack, options: SpectrumOptions, draws: int, seed: int = 0) -> list[float]:
-    """Return the alphas of a stack with its entries shuffled, without those that have none.
-
-    Args:
-        stack: the layer's matrices.
-        options: how alpha is measured.
-        draws: number of shuffles.
-        seed: that of the shuffles, which touch no other random state.
-    """
-    generator = torch.Generator("cpu").manual_seed(seed)
-    # As many at a time as there is memory for.
-    together = max(1, options.memory_mb * 2**20 // stack.matrices.nbytes)
-    alphas: list[float] = []
-    for begin in range(0, draws, together):
-        stacks = [shuffled(stack, generator) for _ in range(begin, min(begin + together, draws))]
-        alphas += [record.alpha for record in measure_stacks(stacks, options) if record.alpha is not None]
-    return alphas
-
-
-def with_nulls(report: Report, nulls: Mapping[str, Null]) -> Report:
-    """Return the report with mean and standard deviation of the permutation null of these layers."""
-    records = dict(report.layers)
-    for name, (mean, std) in nulls.items():
-        if name in records:
-            records[name] = replace(records[name], null_mean=mean, null_std=std)
-    return replace(report, layers=records)
-
-
-Nulls = dict[Hashable, Null | None]
-"""The permutation null of each shape of layer, None where it has none."""
-
-
-def weight_record(
-    stack: MatrixStack, options: SpectrumOptions, *, histogram: bool = False, nulls: Nulls | None = None
-) -> LayerRecord:
-    """Measure one weight that belongs to no module.
-
-    Args:
-        stack: the weight.
-        options: how alpha is measured.
-        histogram: also count its ESD.
-        nulls: the permutation nulls of the shapes so far; that of a new shape is measured and added. None to leave
-            them out.
-    """
-    problem = stack_problem(stack)
-    if problem:
-        return LayerRecord(status=problem, kind=stack.kind, shape=tuple(stack.matrices.shape))
-    (record,) = measure_stacks([stack], options, histogram=histogram)
-    if nulls is None or record.alpha is None:
-        return record
-    shape = record.shape, record.kind, record.num_eigenvalues
-    if shape not in nulls:
-        nulls[shape] = null_of(alphas_of_shuffles(stack, options, draws_for(stack)))
-    mean, std = nulls[shape] or (None, None)
-    return replace(record, null_mean=mean, null_std=std)

@@ -4,7 +4,7 @@ A metric of a layer is the mean over its samples. For a sample of N eigenvalues 
 which begins at xmin and has the exponent alpha:
 
     spectral_norm = lam_N                    norm = sum_j lam_j
-    stable_rank = norm / lam_N               norm_stable_rank = norm / N
+    pooled_stable_rank = norm / lam_N        norm_stable_rank = norm / N
     alpha_hat = alpha * log10(lam_N)         entropy = -sum_j p_j ln p_j / ln N,  p_j = lam_j / norm
     tail_floor = xmin / lam_N                rank_99 = the number of largest lam_j that add up to 0.99 norm
 
@@ -22,17 +22,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from farms_tb.options import SpectrumOptions
-from farms_tb.report import COLLAPSED, OK, EsdHistogram, LayerRecord
-from farms_tb.spectra.power_law import fit_power_law
-from farms_tb.spectra.precision import FLOAT64, PRECISIONS, SVD, Array
-from farms_tb.spectra.samples import Samples, first_kept
+from farms_tb.report import COLLAPSED, OK, LayerRecord
+from farms_tb.spectra.precision import FLOAT64, PRECISIONS, SVD
+from farms_tb.spectra.samples import Samples
 from farms_tb.spectra.stored_precision import tail_is_rounding
-from farms_tb.spectra.uncertainty import alpha_variances
-
-HISTOGRAM_BINS = 64
 
 EQUAL = 1e-4
 """Two largest eigenvalues that differ by less, relative to each other, make a tail flat."""
@@ -41,24 +36,29 @@ ENERGY = 0.99
 """Share of the sum of the eigenvalues that `rank_99` is about."""
 
 
-def layer_records(found: Sequence[Samples], options: SpectrumOptions) -> list[LayerRecord]:
+def layer_records(
+    found: Sequence[Samples], alpha_errors: Sequence[float], options: SpectrumOptions
+) -> list[LayerRecord]:
     """Return the record of each layer, but for its kind, shape and histogram.
 
     Args:
         found: the fitted samples of the layers.
+        alpha_errors: the standard error of each layer's alpha.
         options: how alpha was measured.
     """
-    return [_layer_record(samples, options) for samples in found]
+    roundings = [tail_is_rounding(samples, options.xmin_pos) for samples in found]
+    problems = [_problem(samples, rounding, options) for samples, rounding in zip(found, roundings, strict=True)]
+    return [_layer_record(*of_layer) for of_layer in zip(found, problems, alpha_errors, strict=True)]
 
 
-def _layer_record(samples: Samples, options: SpectrumOptions) -> LayerRecord:
+def _layer_record(samples: Samples, problem: str, alpha_error: float) -> LayerRecord:
     solver = f"{samples.solver} {_precision(samples)}"
     if np.isnan(samples.pooled[:, -1]).any():
         return LayerRecord(status="the eigenvalue solver did not converge", solver=solver)
     metrics = _metrics(samples)
-    status = _problem(samples, options)
-    if not status:
-        metrics |= _fit_metrics(samples, options)
+    status = problem
+    if not problem:
+        metrics |= {**_fit_metrics(samples), "alpha_error": alpha_error}
         status = _collapse(metrics["tail_floor"], metrics["rank_99"], samples)
     # Squares of very large weights may leave the range of float64, which leaves no number to show.
     known: dict[str, Any] = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
@@ -72,8 +72,8 @@ def _precision(samples: Samples) -> str:
     return f"{fastest} svd" if (samples.levels == SVD).any() else fastest
 
 
-def _problem(samples: Samples, options: SpectrumOptions) -> str:
-    """Say why the layer has no alpha; empty if every sample has one."""
+def _problem(samples: Samples, rounding: bool, options: SpectrumOptions) -> str:
+    """Say why the layer has no alpha, or one of rounding errors; empty if every sample has one."""
     kept = samples.pooled.shape[-1] - int(samples.first.max())
     if kept < options.min_eigenvalues:
         return f"too few eigenvalues: {kept} in a sample, min_eigenvalues is {options.min_eigenvalues}"
@@ -84,7 +84,6 @@ def _problem(samples: Samples, options: SpectrumOptions) -> str:
     if zero.any():
         return f"low rank: zero eigenvalues in the tail of {zero.sum()} sample(s)"
     if not missing.any():
-        rounding = tail_is_rounding(samples, options.xmin_pos)
         return "low rank: the tail is made of the rounding errors of the stored weights" if rounding else ""
     flat = missing & (samples.pooled[:, -1] <= samples.pooled[:, -2] * (1 + EQUAL))
     if options.fit == "xmin_peak" and not flat.any():
@@ -120,8 +119,9 @@ def _metrics(samples: Samples) -> dict[str, float]:
         return {
             "spectral_norm": float(largest.mean()) * factor,
             "norm": float(total.mean()) * factor,
-            "stable_rank": float((total / largest).mean()),
-            "norm_stable_rank": float((total / kept).mean()) * factor,
+            "pooled_stable_rank": float((total / largest).mean()),
+            # As in the papers' code, by the number before a cutoff drops some.
+            "norm_stable_rank": float(total.mean() / eigenvalues.shape[-1]) * factor,
             "entropy": float(entropy.mean()),
             "rank_99": int(rank_99.sum()),
         }
@@ -135,7 +135,7 @@ def _factor(samples: Samples) -> float:
         return math.inf
 
 
-def _fit_metrics(samples: Samples, options: SpectrumOptions) -> dict[str, float]:
+def _fit_metrics(samples: Samples) -> dict[str, float]:
     """Return alpha and what follows from the fits, all samples having one."""
     alpha = samples.fit.alpha.numpy()
     largest = samples.pooled[:, -1]
@@ -146,54 +146,6 @@ def _fit_metrics(samples: Samples, options: SpectrumOptions) -> dict[str, float]
         "alpha": float(alpha.mean()),
         "ks_distance": float(samples.fit.ks_distance.numpy().mean()),
         "alpha_hat": float((alpha * log_largest).mean()),
-        "alpha_error": _alpha_error(samples, options),
         "xmin": math.exp(log_xmin.mean()) * _factor(samples),
         "tail_floor": math.exp((log_xmin - np.log(largest)).mean()),
     }
-
-
-def _alpha_error(samples: Samples, options: SpectrumOptions) -> float:
-    """Return the standard error of the layer's alpha, the mean of S independent alphas."""
-    windows = samples.layer.windows
-    pieces = samples.by_window if samples.of_quarters is None else samples.of_quarters
-    number = len(pieces) // windows.samples
-    independent = samples.layer.independent
-    room = independent if samples.of_quarters is None else number * independent
-    # The tail of overlapping windows holds each eigenvalue several times.
-    overlap = independent / (windows.number // windows.samples)
-    tail = (samples.pooled.shape[-1] - samples.fit.tail_start.numpy()) * overlap
-    of_pieces = _alphas_of_pieces(samples, pieces, options).reshape(-1, number)
-    variances = alpha_variances(samples.fit.alpha.numpy(), tail, of_pieces, room)
-    return math.sqrt(variances.sum()) / len(tail)
-
-
-def _alphas_of_pieces(samples: Samples, pieces: Array, options: SpectrumOptions) -> Array:
-    """Return alpha of each window, or quarter of one, without the eigenvalues that a cutoff drops."""
-    smallest_kept = np.take_along_axis(samples.pooled, samples.first[:, None], axis=-1)[:, 0]
-    # Without a cutoff all count: quarters of a window may have smaller eigenvalues than any window.
-    cutoff = np.where(samples.first > 0, smallest_kept, 0.0)
-    first = np.sum(pieces < np.repeat(cutoff, len(pieces) // len(cutoff))[:, None], axis=-1)
-    fit = fit_power_law(
-        torch.from_numpy(pieces), options.fit, options.xmin_pos, torch.from_numpy(first), distance=False
-    )
-    return np.asarray(fit.alpha.numpy())
-
-
-def esd_histogram(pooled: Array, exponent: int, options: SpectrumOptions) -> EsdHistogram | None:
-    """Count log10 of the positive eigenvalues of all samples that no cutoff drops; None where there are none.
-
-    Args:
-        pooled: `(S, N)`, ascending.
-        exponent: see `Prepared`.
-        options: the cutoffs.
-    """
-    kept = np.arange(pooled.shape[-1]) >= first_kept(pooled, exponent, options)[:, None]
-    logs = np.log10(pooled[kept & (pooled > 0)]) + 2 * exponent * math.log10(2)
-    if not len(logs) or not np.isfinite(logs).all():
-        return None
-    low, high = float(logs.min()), float(logs.max())
-    # Of equal values there is no range to divide: all fall into the first bin.
-    position = np.zeros(len(logs)) if low == high else (logs - low) / (high - low) * HISTOGRAM_BINS
-    bins = np.minimum(position.astype(np.int64), HISTOGRAM_BINS - 1)
-    counts = np.bincount(bins, minlength=HISTOGRAM_BINS)
-    return EsdHistogram(tuple(counts.tolist()), low, high)

@@ -37,6 +37,7 @@ import numpy.typing as npt
 import torch
 
 from farms_tb.options import SpectrumOptions
+from farms_tb.spectra.power_law import fit_power_law
 from farms_tb.spectra.windows import Windows
 
 Precision = Literal["float32", "float64", "svd"]
@@ -123,3 +124,16 @@ def imprecise_windows(
         own_xmin = values[:, int(values.shape[1] / options.xmin_pos)]
         imprecise |= (levels == FLOAT32) & ~(roundoff * FAR_BELOW * largest / own_xmin <= WINDOW_TOLERANCE)
     return np.asarray(imprecise & (levels < SVD))
+
+
+def single_precision_suffices(pilot: Array, options: SpectrumOptions) -> bool:
+    """Tell by one window of a layer whether single precision will do for the others.
+
+    Args:
+        pilot: `(1, w)`, its eigenvalues in double precision, ascending.
+        options: how alpha is measured.
+    """
+    fit = fit_power_law(torch.from_numpy(pilot), options.fit, options.xmin_pos)
+    xmin = pilot[:, int(fit.tail_start)]
+    level = np.array([FLOAT32], dtype=np.int8)
+    return not imprecise_windows(pilot, level, xmin, fit.alpha.numpy(), options).any()

@@ -8,7 +8,7 @@ precision, those for which the error bound turns out too large.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -26,35 +26,14 @@ from farms_tb.spectra.precision import (
     Array,
     first_level,
     imprecise_windows,
+    single_precision_suffices,
 )
-from farms_tb.spectra.uncertainty import quarters_of
-from farms_tb.spectra.windows import Windows
+from farms_tb.spectra.prepare import PreparedLayer
 
 Index = npt.NDArray[np.int64]
 
 ZERO_CUTOFF = 1e-5
 """Eigenvalues below this are what `filter_zeros` drops: the papers' absolute threshold."""
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A layer that has windows of finite numbers, not all of them zero.
-
-    Attributes:
-        windows: the layer's windows.
-        independent: how many windows of one sample would fit into the weight without overlap.
-        largest: largest absolute value of the weight.
-        scale: what the eigenvalues of the windows are multiplied by, `MatrixStack.eigenvalue_scale`.
-        exponent: the weights were divided by 2^exponent, so that no square leaves the range of float64.
-        roundoff: unit roundoff of the type in which the weight is stored.
-    """
-
-    windows: Windows
-    independent: float
-    largest: float
-    scale: float
-    exponent: int
-    roundoff: float
 
 
 @dataclass
@@ -65,8 +44,6 @@ class Samples:
         layer: where they are from.
         levels: `(W,)`, how each window was solved, as a position in `PRECISIONS`.
         by_window: `(W, w)`, eigenvalues of each window, ascending.
-        of_quarters: `(4 S, v)`, eigenvalues of the quarters of the first window of each sample, where they are
-            needed for the standard error; else None.
         solver: what solved for them: `"cpu"`, `"torch"` or `"cupy"`.
         pooled: `(S, N)`, eigenvalues of each sample, ascending.
         first: `(S,)`, the index of the first eigenvalue that no cutoff drops.
@@ -74,57 +51,17 @@ class Samples:
         xmin: `(S,)`, the eigenvalue at which the tail of each sample begins.
     """
 
-    layer: Prepared
+    layer: PreparedLayer
     levels: npt.NDArray[np.int8]
     by_window: Array
-    of_quarters: Array | None = None
     solver: str = ""
     pooled: Array = field(init=False)
     first: Index = field(init=False)
     fit: PowerLawFit = field(init=False)
     xmin: Array = field(init=False)
 
-    def pool(self, options: SpectrumOptions) -> Index:
-        """Sort and fit the samples, all windows being solved.
 
-        Returns:
-            The windows that must be solved again, whose levels are raised.
-        """
-        # NumPy's sort is more than ten times as fast as torch's, which computes the permutation as well.
-        self.pooled = np.sort(self.by_window.reshape(self.layer.windows.samples, -1), axis=-1)
-        cutoff = cutoff_of(self.pooled, self.layer.exponent, options)
-        self.first = np.sum(self.pooled < cutoff[:, None], axis=-1)
-        self.fit = fit_power_law(
-            torch.from_numpy(self.pooled), options.fit, options.xmin_pos, torch.from_numpy(self.first)
-        )
-        self.xmin = np.take_along_axis(self.pooled, self.fit.tail_start.numpy()[:, None], axis=-1)[:, 0]
-        # Near a cutoff a rounding error decides whether an eigenvalue is kept, so the bound must hold there, too.
-        near = self.pooled[:, 0] < 2 * cutoff
-        lowest = np.where(near, np.minimum(self.xmin, cutoff), self.xmin)
-        imprecise = imprecise_windows(self.by_window, self.levels, lowest, self.fit.alpha.numpy(), options)
-        self.levels[imprecise] += 1
-        return np.flatnonzero(imprecise)
-
-
-def cutoff_of(pooled: Array, exponent: int, options: SpectrumOptions) -> Array:
-    """Return the value `(S,)` below which eigenvalues of each sample `(S, N)` are dropped; 0 for none."""
-    cutoff = np.zeros(len(pooled))
-    if options.filter_zeros:
-        # Eigenvalues times 4^exponent may leave the range of float64, so the cutoff is divided; it may become
-        # infinite.
-        with np.errstate(over="ignore"):
-            absolute = np.ldexp(ZERO_CUTOFF, -2 * exponent)
-        cutoff = np.where(pooled[:, -1] < absolute, 0.0, absolute)
-    return np.maximum(cutoff, options.relative_cutoff * pooled[:, -1])
-
-
-def first_kept(pooled: Array, exponent: int, options: SpectrumOptions) -> Index:
-    """Return the index `(S,)` of the first eigenvalue of each sample `(S, N)` that no cutoff drops."""
-    first: Index = np.sum(pooled < cutoff_of(pooled, exponent, options)[:, None], axis=-1)
-    return first
-
-
-def solve_layers(layers: Sequence[Prepared], options: SpectrumOptions, threads: int) -> list[Samples]:
+def solve_layers(layers: Sequence[PreparedLayer], options: SpectrumOptions, threads: int) -> list[Samples]:
     """Solve the windows of several layers together, and fit their samples.
 
     Args:
@@ -132,20 +69,19 @@ def solve_layers(layers: Sequence[Prepared], options: SpectrumOptions, threads: 
         options: how alpha is measured.
         threads: number of threads on the CPU.
     """
-    found = [_unsolved(layer, options) for layer in layers]
-    _solve_quarters(found, options, threads)
+    levels = [first_level(layer.windows, layer.largest, options) for layer in layers]
+    found = [_unsolved(layer, level) for layer, level in zip(layers, levels, strict=True)]
     todo = _choose_by_pilots(found, options, threads)
     while todo:
         _solve(found, todo, options, threads)
-        again = {place: found[place].pool(options) for place in todo}
-        todo = {place: windows for place, windows in again.items() if len(windows)}
+        _fit([found[place] for place in todo], options)
+        todo = _imprecise(found, todo, options)
     return found
 
 
-def _unsolved(layer: Prepared, options: SpectrumOptions) -> Samples:
+def _unsolved(layer: PreparedLayer, level: int) -> Samples:
     shape = layer.windows.number, layer.windows.size
-    levels = np.full(shape[0], first_level(layer.windows, layer.largest, options), dtype=np.int8)
-    return Samples(layer, levels, np.full(shape, np.nan))
+    return Samples(layer, np.full(shape[0], level, dtype=np.int8), np.full(shape, np.nan))
 
 
 def _choose_by_pilots(found: Sequence[Samples], options: SpectrumOptions, threads: int) -> dict[int, Index]:
@@ -155,27 +91,19 @@ def _choose_by_pilots(found: Sequence[Samples], options: SpectrumOptions, thread
         The windows that are left to solve, by the position of their layer.
     """
     todo = {place: np.arange(samples.layer.windows.number) for place, samples in enumerate(found)}
-    pilots = [
-        place
-        for place, samples in enumerate(found)
-        if samples.levels[0] == FLOAT32 and samples.layer.windows.number >= PILOT_WINDOWS
-    ]
-    for place in pilots:
-        found[place].levels[0] = FLOAT64
+    pilots = []
+    for place, samples in enumerate(found):
+        if samples.levels[0] == FLOAT32 and samples.layer.windows.number >= PILOT_WINDOWS:
+            samples.levels[0] = FLOAT64
+            pilots.append(place)
+    if not pilots:
+        return todo
     _solve(found, {place: todo[place][:1] for place in pilots}, options, threads)
     for place in pilots:
         todo[place] = todo[place][1:]
-        if not single_precision_will_do(found[place].by_window[:1], options):
+        if not single_precision_suffices(found[place].by_window[:1], options):
             found[place].levels[:] = FLOAT64
     return todo
-
-
-def single_precision_will_do(pilot: Array, options: SpectrumOptions) -> bool:
-    """Tell by one window `(1, w)`, solved in double precision, whether single precision suits its layer."""
-    fit = fit_power_law(torch.from_numpy(pilot), options.fit, options.xmin_pos)
-    xmin = pilot[:, int(fit.tail_start)]
-    level = np.array([FLOAT32], dtype=np.int8)
-    return not imprecise_windows(pilot, level, xmin, fit.alpha.numpy(), options).any()
 
 
 def _solve(found: Sequence[Samples], todo: Mapping[int, Index], options: SpectrumOptions, threads: int) -> None:
@@ -187,18 +115,6 @@ def _solve(found: Sequence[Samples], todo: Mapping[int, Index], options: Spectru
             windows = torch.from_numpy(index[levels == level])
             chunks.append(Chunk(place, found[place].layer.windows, windows, PRECISIONS[level]))
     solve_into([samples.by_window for samples in found], chunks, found, options, threads)
-
-
-def _solve_quarters(found: Sequence[Samples], options: SpectrumOptions, threads: int) -> None:
-    """Solve the quarters of windows that standard errors need, always in double precision: they are small."""
-    chunks = []
-    tables = {}
-    for place, samples in enumerate(found):
-        quarters = quarters_of(samples.layer.windows, samples.layer.independent, options)
-        if quarters is not None:
-            chunks.append(Chunk(place, quarters, torch.arange(quarters.number, device="cpu"), "float64"))
-            tables[place] = samples.of_quarters = np.full((quarters.number, quarters.size), np.nan)
-    solve_into(tables, chunks, found, options, threads)
 
 
 def solve_into(
@@ -221,3 +137,59 @@ def solve_into(
         samples = found[solved.chunk.layer]
         tables[solved.chunk.layer][solved.chunk.index.numpy()] = samples.layer.scale * solved.values
         samples.solver = solved.solver
+
+
+def _fit(found: Sequence[Samples], options: SpectrumOptions) -> None:
+    """Pool, sort and fit the samples of layers of which all windows are solved."""
+    for samples in found:
+        # NumPy's sort is more than ten times as fast as torch's, which computes the permutation as well.
+        samples.pooled = np.sort(samples.by_window.reshape(samples.layer.windows.samples, -1), axis=-1)
+        samples.first = first_kept(samples.pooled, samples.layer.exponent, options)
+    for samples in found:
+        pooled, first = torch.from_numpy(samples.pooled), torch.from_numpy(samples.first)
+        samples.fit = fit_power_law(pooled, options.fit, options.xmin_pos, first)
+        tail_start = samples.fit.tail_start.numpy()[:, None]
+        samples.xmin = np.take_along_axis(samples.pooled, tail_start, axis=-1)[:, 0]
+
+
+def _imprecise(found: Sequence[Samples], places: Iterable[int], options: SpectrumOptions) -> dict[int, Index]:
+    """Return the windows that must be solved again, by the position of their layer, and raise their levels."""
+    lowest = {place: _lowest_that_counts(found[place], options) for place in places}
+    again = {}
+    for place, smallest in lowest.items():
+        samples = found[place]
+        alpha = samples.fit.alpha.numpy()
+        imprecise = imprecise_windows(samples.by_window, samples.levels, smallest, alpha, options)
+        samples.levels[imprecise] += 1
+        if imprecise.any():
+            again[place] = np.flatnonzero(imprecise)
+    return again
+
+
+def _lowest_that_counts(samples: Samples, options: SpectrumOptions) -> Array:
+    """Return the smallest eigenvalue `(S,)` of each sample that has a say in alpha.
+
+    That is where the tail begins, or a cutoff near which there are eigenvalues: there a rounding error decides
+    whether an eigenvalue is kept.
+    """
+    cutoff = _cutoff(samples.pooled, samples.layer.exponent, options)
+    near = samples.pooled[:, 0] < 2 * cutoff
+    return np.where(near, np.minimum(samples.xmin, cutoff), samples.xmin)
+
+
+def first_kept(pooled: Array, exponent: int, options: SpectrumOptions) -> Index:
+    """Return the index `(S,)` of the first eigenvalue of each sample `(S, N)` that no cutoff drops."""
+    first: Index = np.sum(pooled < _cutoff(pooled, exponent, options)[:, None], axis=-1)
+    return first
+
+
+def _cutoff(pooled: Array, exponent: int, options: SpectrumOptions) -> Array:
+    """Return the value `(S,)` below which eigenvalues of each sample `(S, N)` are dropped; 0 for none."""
+    cutoff = np.zeros(len(pooled))
+    if options.filter_zeros:
+        # Eigenvalues times 4^exponent may leave the range of float64, so the cutoff is divided; it may become
+        # infinite.
+        with np.errstate(over="ignore"):
+            absolute = np.ldexp(ZERO_CUTOFF, -2 * exponent)
+        cutoff = np.where(pooled[:, -1] < absolute, 0.0, absolute)
+    return np.maximum(cutoff, options.relative_cutoff * pooled[:, -1])

@@ -53,7 +53,7 @@ def tail_is_rounding(samples: Samples, xmin_pos: float) -> bool:
     windows = windows.to(torch.complex128 if view.is_complex() else torch.float64)
     generator = torch.Generator("cpu").manual_seed(0)
     signs = torch.randint(0, 2, windows.shape, generator=generator, device="cpu").double() * 2 - 1
-    errors = samples.layer.roundoff * signs.to(windows.device)
+    errors = stored_roundoff(samples.layer.stored_as) * signs.to(windows.device)
     start = int(samples.layer.windows.size / xmin_pos)
     before = squared_singular_values(windows)[:, start]
     after = squared_singular_values(windows * (1 + errors))[:, start]
@@ -69,6 +69,6 @@ def _noise_edge(samples: Samples) -> Array:
     height, width = samples.layer.windows.view.shape[-2:]
     windows = samples.pooled.shape[-1] // samples.layer.windows.size
     mean_square = samples.pooled.sum(axis=-1) / samples.layer.scale / (windows * height * width)
-    variance = samples.layer.roundoff**2 / 3 * mean_square
+    variance = stored_roundoff(samples.layer.stored_as) ** 2 / 3 * mean_square
     edge: Array = np.asarray(samples.layer.scale * variance * (math.sqrt(height) + math.sqrt(width)) ** 2)
     return edge

@@ -67,6 +67,17 @@ def windows_of(stack: MatrixStack, options: SpectrumOptions) -> Windows | None:
     return _grid(stack.matrices, options)
 
 
+def quarters_of(windows: Windows) -> Windows:
+    """Cut the first window of each sample in four: `(S, 2, 2, h // 2, w // 2)`."""
+    quarters = windows.view[: windows.samples]
+    while quarters.ndim > 3:
+        quarters = quarters[:, 0]
+    height, width = windows.view.shape[-2:]
+    for dim, length in ((1, height // 2), (2, width // 2)):
+        quarters = quarters.unfold(dim, length, length).narrow(dim, 0, 2)
+    return Windows(quarters, windows.samples)
+
+
 def window_shape(rows: int, columns: int, window: int | None, aspect_ratio: float) -> tuple[int, int]:
     """Return (rows, columns) of the largest window that fits a matrix and keeps the aspect ratio.
 

@@ -317,7 +317,7 @@ def table(measurement: Measurement) -> list[list[Any]]:
             record.alpha,
             record.alpha_error,
             record.ks_distance,
-            record.stable_rank,
+            record.pooled_stable_rank,
             measurement.ratios.get(name),
             measurement.lrs.get(name),
             record.z_score,

@@ -21,7 +21,7 @@ from typing import Any
 from farms_tb.analysis import analyze_checkpoint
 from farms_tb.options import Esd, SpectrumOptions, as_plain
 from farms_tb.report import Report
-from farms_tb.spectra.measure import with_nulls
+from farms_tb.spectra.permutation_null import with_nulls
 from farms_tb.viewing.history import Curve, History
 from farms_tb.viewing.metrics_csv import METRICS_FILE, MetricsFile, read_history, read_metrics
 from farms_tb.viewing.run_files import RunFiles, find_run

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from farms_tb.options import SpectrumOptions, as_plain
+from farms_tb.spectra.permutation_null import PermutationNull
 from farms_tb.weights.files import read_torch_file
 
 __all__ = ["SavedState", "depth_order", "newest_state", "read_state"]
@@ -33,7 +34,7 @@ class SavedState:
 
     options: Mapping[str, Any] = field(default_factory=dict)
     layers: tuple[str, ...] = ()
-    nulls: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    nulls: Mapping[str, PermutationNull] = field(default_factory=dict)
     epoch: int | None = None
     step: int | None = None
     damaged: tuple[str, ...] = ()
@@ -44,7 +45,7 @@ class SavedState:
         names = [option.name for option in fields(SpectrumOptions)]
         return {name: self.options[name] for name in names if name in self.options}
 
-    def nulls_by(self, options: Mapping[str, Any]) -> Mapping[str, tuple[float, float]]:
+    def nulls_by(self, options: Mapping[str, Any]) -> Mapping[str, PermutationNull]:
         """Return the permutation nulls if the run measured them by these options; else none: they differ.
 
         Args:
@@ -128,7 +129,7 @@ def _mapping(state: Mapping[str, Any], key: str, damaged: list[str]) -> Mapping[
     return {}
 
 
-def _nulls(report: Mapping[Any, Any], damaged: list[str]) -> Iterator[tuple[str, tuple[float, float]]]:
+def _nulls(report: Mapping[Any, Any], damaged: list[str]) -> Iterator[tuple[str, PermutationNull]]:
     """Yield mean and standard deviation of each layer that has both; a standard deviation must be positive."""
     for name, record in report.items():
         if not (_is_text(name) and isinstance(record, Mapping)):
@@ -140,7 +141,7 @@ def _nulls(report: Mapping[Any, Any], damaged: list[str]) -> Iterator[tuple[str,
         if not (_is_finite(mean) and _is_finite(std) and std > 0):
             damaged.append("permutation null")
             return
-        yield name, (mean, std)
+        yield name, PermutationNull(mean, std)
 
 
 def _is_text(value: object) -> bool:

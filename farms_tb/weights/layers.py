@@ -6,7 +6,7 @@ listed with the reason: one odd layer never costs the measurement of the others.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -26,6 +26,7 @@ __all__ = [
     "checked_layers",
     "clean_name",
     "find_layers",
+    "read_layers",
     "read_stacks",
     "stack_problem",
     "unreadable",
@@ -112,11 +113,12 @@ def find_layers(model: nn.Module, *, embeddings: bool = False) -> list[Layer]:
     return layers
 
 
-def checked_layers(model: nn.Module, *, plan: bool = False) -> list[Layer]:
-    """Return `find_layers(model)`, with an error where there is nothing to measure.
+def checked_layers(model: nn.Module, *, embeddings: bool = False, plan: bool = False) -> list[Layer]:
+    """Return the layers that `find_layers` finds, with an error where there is nothing to measure.
 
     Args:
         model: any module.
+        embeddings: as in `find_layers`.
         plan: accept a model without values, on the meta device: its layers would be measured.
 
     Returns:
@@ -128,7 +130,7 @@ def checked_layers(model: nn.Module, *, plan: bool = False) -> list[Layer]:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
-    layers = find_layers(model)
+    layers = find_layers(model, embeddings=embeddings)
     if any(not layer.problem for layer in layers):
         return layers
     planned = any(layer.planned for layer in layers)
@@ -176,6 +178,22 @@ def read_stacks(module: nn.Module) -> list[MatrixStack]:
     if not stacks:
         raise NoSpectrumError(f"{type(module).__name__} holds no matrix")
     return stacks
+
+
+def read_layers(layers: Sequence[Layer]) -> Iterator[tuple[Layer, MatrixStack | Exception]]:
+    """Yield each layer that has matrices with them, or with the error that reading it raised."""
+    module, stacks = None, []
+    for layer in layers:
+        if layer.problem and not layer.planned:
+            continue
+        try:
+            if layer.module is not module:
+                module, stacks = layer.module, read_stacks(layer.module)
+            yield layer, stacks[layer.index]
+        except NoSpectrumError:
+            continue
+        except Exception as caught:
+            yield layer, caught
 
 
 @contextmanager

@@ -6,7 +6,7 @@ ways in ask this module.
 
 from __future__ import annotations
 
-EMBEDDING = "embedding: not analysed by default"
+EMBEDDING = "embedding: not analysed without embeddings=True"
 """Problem of a lookup table."""
 
 SCALES = ("weight_scale", "weight_scale_inv", "scale", "scales", "SCB")

@@ -33,10 +33,13 @@ def effective_ratios(params: Params, before: list[Tensor], lr: float) -> list[fl
 
 
 class Plain(Optimizer):
-    """Gradient descent as people write it, for others to be derived from."""
+    """Gradient descent as people write it, for others to be derived from.
 
-    def __init__(self, params: Any, lr: Any = 0.1) -> None:
-        super().__init__(params, {"lr": lr})
+    It cannot be built from its defaults, so that the trial before the first step has no say (`test_lr_probe.py`).
+    """
+
+    def __init__(self, params: Any, rate: Any = 0.1) -> None:
+        super().__init__(params, {"lr": rate})
 
     def move(self, params: Any, lr: float) -> None:
         with torch.no_grad():

@@ -298,7 +298,7 @@ def test_options_reach_the_measurement() -> None:
     )
     report = analyze(net, **spectral)  # type: ignore[arg-type]
     assert balancer.report.layers == report.layers
-    values = {name: report.layers[name].stable_rank for name in LAYERS[:-1]}
+    values = {name: report.layers[name].pooled_stable_rank for name in LAYERS[:-1]}
     assert balancer.ratios == lr_ratios(values, "tb_step") | {"9": 1.0}
 
 

@@ -12,13 +12,13 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
-from farms_tb import FARMSTempBalance, MatrixStack, TempBalance, analyze, lr_ratios
+from farms_tb import FARMSTempBalance, MatrixStack, TempBalance, analyze, analyze_checkpoint, lr_ratios
 from farms_tb.balancing.ratio_maps import noise_lambda
 from farms_tb.options import SpectrumOptions
 from farms_tb.report import LayerRecord
 from farms_tb.spectra.distributed import Team
-from farms_tb.spectra.measure import measure, measure_nulls, weight_record, with_nulls
-from farms_tb.spectra.uncertainty import MAX_DRAWS, MIN_DRAWS
+from farms_tb.spectra.measure import measure
+from farms_tb.spectra.permutation_null import MAX_DRAWS, MIN_DRAWS, measure_nulls, weight_record, with_nulls
 from farms_tb.weights.layers import find_layers
 from recipes.models.resnet import SmallImageResNet
 from recipes.models.vgg import SmallImageVGG
@@ -29,7 +29,7 @@ DRAWS = 60
 
 
 def stack_record(stack: MatrixStack, options: SpectrumOptions, null: bool = False) -> LayerRecord:
-    return weight_record(stack, options, nulls={} if null else None)
+    return weight_record(stack, options, null=null)
 
 
 def random_stack(shape: tuple[int, int, int], seed: int, sampling: Any = "blocks") -> MatrixStack:
@@ -136,11 +136,15 @@ class TestNull:
         assert null_of(matrices) == null_of(matrices)
         assert torch.equal(torch.get_rng_state(), before)
 
-    def test_layers_of_one_shape_share_a_null(self) -> None:
-        net = nn.Sequential(*(nn.Conv2d(16, 16, 3) for _ in range(3)), nn.Linear(16, 16), nn.Conv2d(16, 16, 1))
-        records = list(analyze(net, null=True).layers.values())
-        assert len({(record.null_mean, record.null_std) for record in records[:3]}) == 1
-        assert len({record.null_mean for record in records}) == 2, "of one window each, the last two are alike"
+    def test_is_the_layers_own_whatever_is_measured_with_it(self, tmp_path: Path) -> None:
+        """A layer has the same z-score in a model, alone, in a state dict and in a file."""
+        net = nn.Sequential(*(nn.Conv2d(16, 16, 3) for _ in range(2)), nn.Linear(16, 16), nn.Conv2d(16, 16, 1))
+        torch.save(net.state_dict(), tmp_path / "net.pt")
+        records = analyze(net, null=True).layers
+        assert records["0"].null != records["1"].null
+        assert analyze(net.state_dict(), null=True).layers == records
+        assert analyze_checkpoint(tmp_path / "net.pt", null=True).layers == records
+        assert analyze(net[1], null=True).layers["weight"] == records["1"]
 
     def test_no_alpha_no_null(self) -> None:
         net = nn.Sequential(nn.Linear(9, 9), nn.Linear(3, 3), nn.Linear(9, 7))
@@ -154,8 +158,8 @@ class TestNull:
     def test_z_scores_of_random_layers_have_variance_one(
         self, draws: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("farms_tb.spectra.uncertainty.MIN_DRAWS", draws)
-        monkeypatch.setattr("farms_tb.spectra.uncertainty.MAX_DRAWS", draws)
+        monkeypatch.setattr("farms_tb.spectra.permutation_null.MIN_DRAWS", draws)
+        monkeypatch.setattr("farms_tb.spectra.permutation_null.MAX_DRAWS", draws)
         scores = [
             stack_record(random_stack((4, 12, 12), seed), SpectrumOptions(), null=True).z_score
             for seed in range(200)

@@ -89,11 +89,11 @@ def test_metrics_are_those_of_analyze() -> None:
         ):
             assert row[metric] == getattr(farms[name], metric)
         assert row["alpha_full"] == full[name].alpha
-        one_matrix = full[name].shape[:1] == (1,)
-        assert row["stable_rank_full"] == (full[name].stable_rank if one_matrix else None)
+        assert row["stable_rank_full"] == full[name].stable_rank
+        assert row["verdict"] == (None if farms[name].verdict is None else farms[name].verdict.value)
         assert row["bias"] == (full[name].alpha - farms[name].alpha if farms[name].alpha else None)
     assert rows["0"]["bias"] > 0.3
-    assert rows["2"]["status"] == "embedding: not analysed by default"
+    assert rows["2"]["status"] == "embedding: not analysed without embeddings=True"
 
 
 def test_esd_full_and_no_full() -> None:
@@ -156,6 +156,7 @@ OTHER_OPTIONS: dict[str, Any] = {
     "filter_zeros": True,
     "relative_cutoff": 0.01,
     "min_eigenvalues": 6,
+    "embeddings": True,
     "precision": "float64",
     "solver": "torch",
     "memory_mb": 64,

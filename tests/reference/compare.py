@@ -11,7 +11,7 @@ FIGURES = (
     "alpha_hat",
     "spectral_norm",
     "norm",
-    "stable_rank",
+    "pooled_stable_rank",
     "norm_stable_rank",
     "entropy",
     "num_eigenvalues",

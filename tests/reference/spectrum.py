@@ -66,8 +66,8 @@ def histogram_peak(values, bins=100):
     return float(10 ** (low + counts.index(max(counts)) * width))
 
 
-def metrics(values, method="median", xmin_pos=2.0):
-    """Every figure of one sample, by its name in a report."""
+def metrics(values, method="median", xmin_pos=2.0, number=None):
+    """Every figure of one sample, by its name in a report; `number` of eigenvalues before small ones were dropped."""
     alpha, distance = fit(values, method, xmin_pos)
     largest, total = values[-1], math.fsum(values)
     entropy = -math.fsum(v / total * math.log(v / total) for v in values if v > 0) / math.log(len(values))
@@ -77,8 +77,8 @@ def metrics(values, method="median", xmin_pos=2.0):
         "alpha_hat": alpha and alpha * math.log10(largest),
         "spectral_norm": largest,
         "norm": total,
-        "stable_rank": total / largest,
-        "norm_stable_rank": total / len(values),
+        "pooled_stable_rank": total / largest,
+        "norm_stable_rank": total / (number or len(values)),
         "entropy": entropy,
     }
 
@@ -86,7 +86,8 @@ def metrics(values, method="median", xmin_pos=2.0):
 def layer_metrics(samples, scale=1.0, method="median", xmin_pos=2.0, zero_cutoff=0.0):
     """The mean over samples of each figure, and the number of eigenvalues."""
     spectra = [eigenvalues(sample, scale) for sample in samples]
+    numbers = [len(values) for values in spectra]
     spectra = [[value for value in values if value >= zero_cutoff] or values for values in spectra]
-    found = [metrics(values, method, xmin_pos) for values in spectra]
+    found = [metrics(values, method, xmin_pos, n) for values, n in zip(spectra, numbers, strict=True)]
     figures = {name: sum(figure[name] for figure in found) / len(found) for name in found[0]}
     return figures | {"num_eigenvalues": sum(map(len, spectra))}

@@ -27,7 +27,7 @@ from tests.reference.compare import FIGURES, assert_same_figures, figures
 FITS = ("median", "goodness-of-fit", "xmin_peak")
 RTOL = 1e-4
 # Sums over eigenvalues: an error of single precision's rounding of the largest one is the most that they may have.
-SUMS = ("spectral_norm", "norm", "stable_rank", "norm_stable_rank", "num_eigenvalues")
+SUMS = ("spectral_norm", "norm", "pooled_stable_rank", "norm_stable_rank", "num_eigenvalues")
 SUMS_RTOL = 1e-5
 
 Weights = dict[str, Tensor]

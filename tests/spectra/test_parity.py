@@ -48,7 +48,7 @@ def names_of(settings):
 
 
 def wanted_figures(layer):
-    renamed = {"D": "ks_distance", "eigs_num": "num_eigenvalues"}
+    renamed = {"D": "ks_distance", "eigs_num": "num_eigenvalues", "stable_rank": "pooled_stable_rank"}
     return {renamed.get(name, name): value for name, value in layer.items()}
 
 

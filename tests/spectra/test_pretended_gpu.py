@@ -1,5 +1,7 @@
 """Where the spectral pass computes what, on a GPU that is none: see `tests/pretended_gpu.py`."""
 
+from itertools import groupby
+
 import pytest
 import torch
 
@@ -68,16 +70,19 @@ def test_all_is_where_it_belongs(options, histogram):
     assert solvers <= {options.solver, "torch"}
 
 
-def test_results_leave_the_device_together():
-    """Once the largest weights, once the pilots, once all other eigenvalues."""
+def test_a_round_is_solved_before_its_results_are_read(monkeypatch):
+    """Reading waits for the device: the largest weights, then the pilots, then all other eigenvalues."""
     generator = torch.Generator().manual_seed(0)
     stacks = [
         MatrixStack(OnGpu(torch.randn(9, size, size, generator=generator))) for size in (40, 64, 100) for _ in "ab"
     ]
-    with pretended_gpu() as copies:
+    solve = torch.linalg.eigvalsh
+    with pretended_gpu() as events:
+        monkeypatch.setattr(torch.linalg, "eigvalsh", lambda matrices: events.append("solve") or solve(matrices))
         measure_stacks(stacks, SpectrumOptions(solver="torch"))
-    assert len(copies) == 3
-    assert copies[0] == (len(stacks),)
+    steps = ["solve" if event == "solve" else "read" for event in events]
+    assert [step for step, _ in groupby(steps)] == ["read", "solve", "read", "solve", "read"]
+    assert steps.count("solve") == 2 * len(stacks)
 
 
 @pytest.mark.parametrize("limit", [0, 2])

@@ -174,7 +174,7 @@ def test_tied_weights_are_measured_once(tmp_path: Path) -> None:
     model["head"].weight = model["wte"].weight
     model["again"] = model["body"]
     layers = analyze_checkpoint(save_torch(model, tmp_path)).layers
-    assert layers["wte"].status == "embedding: not analysed by default"
+    assert layers["wte"].status == "embedding: not analysed without embeddings=True"
     assert layers["head"] == analyze(model).layers["head"]
     assert layers["head"].alpha is not None
     assert layers["again"].status == "tied to 'body'"
@@ -210,7 +210,7 @@ def test_what_is_listed_with_a_reason(tmp_path: Path) -> None:
     }
     torch.save(kept, tmp_path / "weights.pt")
     layers = analyze_checkpoint(tmp_path / "weights.pt").layers
-    embedding = "embedding: not analysed by default"
+    embedding = "embedding: not analysed without embeddings=True"
     part = "part of a parametrized or factorised weight: build the model and use analyze(model)"
     assert {name: record.status for name, record in layers.items()} == {
         "tok_emb": embedding,

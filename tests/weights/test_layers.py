@@ -196,14 +196,16 @@ class TestProblems:
 
     def test_embedding(self):
         for table in (nn.Embedding(9, 4), nn.EmbeddingBag(9, 4)):
-            assert problems(table) == {"weight": "embedding: not analysed by default"}
+            assert problems(table) == {"weight": "embedding: not analysed without embeddings=True"}
             (layer,) = find_layers(table, embeddings=True)
             assert (layer.shape, layer.problem, layer.parameters) == ((1, 9, 4), "", ("weight",))
 
     def test_a_head_tied_to_an_embedding_is_measured_once(self):
         model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 9, bias=False))
         model[1].weight = model[0].weight
-        assert [layer.problem for layer in find_layers(model)] == ["embedding: not analysed by default", ""]
+        table, head = find_layers(model)
+        assert "embeddings=True" in table.problem
+        assert not head.problem
         assert [layer.problem for layer in find_layers(model, embeddings=True)] == ["", "tied to '0'"]
 
     def test_unknown_types_are_listed_by_parameter(self):

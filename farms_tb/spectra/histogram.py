@@ -1,0 +1,59 @@
+"""The ESD of a layer as a histogram, for pages and loggers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from farms_tb.options import SpectrumOptions
+from farms_tb.report import EsdHistogram
+from farms_tb.spectra.eigenvalues import Chunk
+from farms_tb.spectra.precision import FLOAT32, Array
+from farms_tb.spectra.samples import Samples, first_kept, solve_into
+
+HISTOGRAM_BINS = 64
+
+
+def esd_histograms(found: Sequence[Samples], options: SpectrumOptions, threads: int) -> list[EsdHistogram | None]:
+    """Return the ESD of each layer, of eigenvalues in double precision.
+
+    A histogram shows the smallest eigenvalues as well, which single precision does not know. The samples stay as
+    they are: alpha must not depend on what is logged.
+
+    Args:
+        found: the solved samples of the layers.
+        options: how alpha is measured.
+        threads: number of threads on the CPU.
+
+    Returns:
+        One histogram a layer; None where no eigenvalue is positive.
+    """
+    tables = [samples.by_window.copy() for samples in found]
+    chunks = []
+    for place, samples in enumerate(found):
+        single = np.flatnonzero(samples.levels == FLOAT32)
+        if len(single):
+            chunks.append(Chunk(place, samples.layer.windows, torch.from_numpy(single), "float64"))
+    solve_into(tables, chunks, found, options, threads)
+    histograms = []
+    for samples, table in zip(found, tables, strict=True):
+        pooled = np.sort(table.reshape(samples.layer.windows.samples, -1), axis=-1)
+        histograms.append(_histogram(pooled, samples.layer.exponent, options))
+    return histograms
+
+
+def _histogram(pooled: Array, exponent: int, options: SpectrumOptions) -> EsdHistogram | None:
+    """Count log10 of the positive eigenvalues `(S, N)` of all samples that no cutoff drops, ascending in each."""
+    kept = np.arange(pooled.shape[-1]) >= first_kept(pooled, exponent, options)[:, None]
+    logs = np.log10(pooled[kept & (pooled > 0)]) + 2 * exponent * math.log10(2)
+    if not len(logs) or not np.isfinite(logs).all():
+        return None
+    low, high = float(logs.min()), float(logs.max())
+    # Of equal values there is no range to divide: all fall into the first bin.
+    position = np.zeros(len(logs)) if low == high else (logs - low) / (high - low) * HISTOGRAM_BINS
+    bins = np.minimum(position.astype(np.int64), HISTOGRAM_BINS - 1)
+    counts = np.bincount(bins, minlength=HISTOGRAM_BINS)
+    return EsdHistogram(tuple(counts.tolist()), low, high)

@@ -1,0 +1,230 @@
+"""The permutation null of a layer: what alpha it would have if nothing had been learnt.
+
+The alpha of a small stack of matrices is a noisy number with a bias of its own; both depend on how many matrices
+there are and how large, not on the aspect ratio alone. So a layer is compared with random layers of just its
+shape: its own entries, shuffled, which keeps their distribution and destroys every correlation. Each layer has a
+permutation null of its own, from a fixed seed: it does not depend on which other layers are measured.
+
+The standard deviation is that of a few shuffles, 8 for a large layer, and known to 1 / sqrt(2 (n - 1)) of itself:
+27 % for 8 shuffles, 13 % for 32. A z-score is no better known, see `LayerRecord.z_error`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean, pvariance
+
+import torch
+
+from farms_tb.options import SpectrumOptions
+from farms_tb.report import LayerRecord, Report
+from farms_tb.spectra.distributed import Team, share, shared_out
+from farms_tb.spectra.measure import blank, cost, for_own_layers, measure_stacks
+from farms_tb.spectra.whole_matrix import count_traps
+from farms_tb.weights.layers import Layer, stack_problem
+from farms_tb.weights.matrices import MatrixStack
+
+SEED = 0
+"""Seed of the shuffles of every layer, which touch no other random state."""
+
+MIN_DRAWS, MAX_DRAWS = 8, 32
+"""Shuffles of a layer that make up its permutation null."""
+
+DRAWS_WORK = 2 * 10**8
+"""Entries * columns of all shuffles together, beyond which a layer gets fewer of them. `null_of` allows for the
+uncertainty that this leaves."""
+
+
+@dataclass(frozen=True)
+class PermutationNull:
+    """What a random layer of the same shape has: metrics of the layer's own entries, shuffled several times.
+
+    Attributes:
+        mean: mean alpha.
+        std: standard deviation of alpha, widened for the small number of shuffles.
+        draws: number of shuffles; None where a file of an earlier version does not say.
+        entropy_mean: mean entropy of the ESD; None as for `draws`, or where all are equal.
+        entropy_std: standard deviation of the entropy, widened in the same way.
+        num_traps: mean number of outliers of a shuffled layer; None where they were not counted.
+    """
+
+    mean: float
+    std: float
+    draws: int | None = None
+    entropy_mean: float | None = None
+    entropy_std: float | None = None
+    num_traps: float | None = None
+
+    @classmethod
+    def of(cls, record: LayerRecord) -> PermutationNull | None:
+        """Return the permutation null that a record holds; None where it has none."""
+        if record.null_mean is None or record.null_std is None:
+            return None
+        entropy = record.null_entropy_mean, record.null_entropy_std
+        return cls(record.null_mean, record.null_std, record.null_draws, *entropy, record.num_traps)
+
+    def add_to(self, record: LayerRecord) -> LayerRecord:
+        """Return the record, compared with this permutation null."""
+        return replace(
+            record,
+            null_mean=self.mean,
+            null_std=self.std,
+            null_draws=self.draws,
+            null_entropy_mean=self.entropy_mean,
+            null_entropy_std=self.entropy_std,
+            num_traps=self.num_traps,
+        )
+
+
+def measure_nulls(
+    layers: Sequence[Layer], report: Report, options: SpectrumOptions, *, team: Team | None = None
+) -> dict[str, PermutationNull]:
+    """Measure the permutation null of every layer that has an alpha and no null yet.
+
+    Args:
+        layers: the layers of the report.
+        report: the measurement that is to be compared with the nulls.
+        options: those of the report.
+        team: the processes that share the work, as in `measure`.
+
+    Returns:
+        The permutation nulls by layer, the same on every process; no entry for a layer without one. Those that the
+        report holds are among them.
+    """
+    known = {name: null for name, record in report.layers.items() if (null := PermutationNull.of(record))}
+    missing = [
+        layer for layer in layers if layer.name not in known and report.layers[layer.name].alpha is not None
+    ]
+    if not missing:
+        return known  # on every process, which so agree that there is nothing to gather
+
+    def work(group: Mapping[str, MatrixStack]) -> dict[str, PermutationNull | None]:
+        return {name: null_of_stack(stack, options) for name, stack in group.items()}
+
+    own = share(missing, lambda layer: draws_for(blank(layer)) * cost(layer, options), team)
+    found = shared_out(team, lambda: for_own_layers(missing, own, work, options))
+    return known | {name: null for name, null in found.items() if null is not None}
+
+
+def null_of_stack(stack: MatrixStack, options: SpectrumOptions) -> PermutationNull | None:
+    """Measure the permutation null of one layer; None where too few of its shuffles have an alpha.
+
+    Args:
+        stack: the layer's matrices.
+        options: how alpha is measured.
+    """
+    generator = torch.Generator("cpu").manual_seed(SEED)
+    draws = draws_for(stack)
+    # As many at a time as there is memory for.
+    together = max(1, options.memory_mb * 2**20 // stack.matrices.nbytes)
+    records: list[LayerRecord] = []
+    traps: list[int | None] = []
+    for begin in range(0, draws, together):
+        stacks = [shuffled(stack, generator) for _ in range(begin, min(begin + together, draws))]
+        records += measure_stacks(stacks, options)
+        traps += [count_traps(each) for each in stacks]
+    return _null_of(records, [number for number in traps if number is not None])
+
+
+def _null_of(records: Sequence[LayerRecord], traps: Sequence[int]) -> PermutationNull | None:
+    """Return the permutation null that the records of shuffled layers make."""
+    alpha = mean_and_std([record.alpha for record in records if record.alpha is not None])
+    if alpha is None:
+        return None
+    entropy = mean_and_std([record.entropy for record in records if record.entropy is not None])
+    entropy_mean, entropy_std = entropy or (None, None)
+    return PermutationNull(
+        *alpha,
+        draws=len(records),
+        entropy_mean=entropy_mean,
+        entropy_std=entropy_std,
+        num_traps=fmean(traps) if traps else None,
+    )
+
+
+def mean_and_std(values: Sequence[float]) -> tuple[float, float] | None:
+    """Return mean m and standard deviation s of a metric of shuffled layers; None where there are too few.
+
+    s is widened so that z = (x - m) / s has variance 1 for a random layer although m and s are estimates: its
+    square by (1 + 1/n) (n - 1) / (n - 3) for n draws, the variance of Student's t.
+    """
+    number = len(values)
+    if number <= MIN_DRAWS // 2:
+        return None
+    mean, variance = fmean(values), pvariance(values) * number / (number - 3) * (1 + 1 / number)
+    return (mean, math.sqrt(variance)) if variance > 0 else None
+
+
+def with_shared_deviations(nulls: Mapping[str, PermutationNull], report: Report) -> dict[str, PermutationNull]:
+    """Return permutation nulls in which layers of one shape have the same standard deviation of alpha.
+
+    It depends on little else than the shape. A map of z-scores takes the mean of all estimates there are, rather
+    than hand the error of each, 13 to 27 %, on to the learning-rate ratios.
+
+    Args:
+        nulls: the permutation nulls by layer.
+        report: the records of these layers.
+    """
+    variances: dict[Hashable, list[float]] = {}
+    for name, null in nulls.items():
+        variances.setdefault(_shape(report.layers[name]), []).append(null.std**2)
+    return {
+        name: replace(null, std=math.sqrt(fmean(variances[_shape(report.layers[name])])))
+        for name, null in nulls.items()
+    }
+
+
+def _shape(record: LayerRecord) -> Hashable:
+    # The number of eigenvalues tells a 1x1 convolution from a linear layer of its shape.
+    return record.shape, record.kind, record.num_eigenvalues
+
+
+def with_nulls(report: Report, nulls: Mapping[str, PermutationNull]) -> Report:
+    """Return the report with the permutation null of these layers."""
+    records = dict(report.layers)
+    for name, null in nulls.items():
+        if name in records:
+            records[name] = null.add_to(records[name])
+    return replace(report, layers=records)
+
+
+def weight_record(
+    stack: MatrixStack, options: SpectrumOptions, *, histogram: bool = False, null: bool = False
+) -> LayerRecord:
+    """Measure one weight that belongs to no module.
+
+    Args:
+        stack: the weight.
+        options: how alpha is measured.
+        histogram: also count its ESD.
+        null: also measure its permutation null and its whole matrices.
+    """
+    problem = stack_problem(stack)
+    if problem:
+        return LayerRecord(status=problem, kind=stack.kind, shape=tuple(stack.matrices.shape))
+    (record,) = measure_stacks([stack], options, histogram=histogram, whole=null)
+    if not null or record.alpha is None:
+        return record
+    found = null_of_stack(stack, options)
+    return record if found is None else found.add_to(record)
+
+
+def draws_for(stack: MatrixStack) -> int:
+    """Return the number of shuffles for the permutation null of stacks of this shape."""
+    return max(MIN_DRAWS, min(MAX_DRAWS, DRAWS_WORK // (stack.matrices.numel() * stack.matrices.shape[-1])))
+
+
+def shuffled(stack: MatrixStack, generator: torch.Generator) -> MatrixStack:
+    """Return the stack with all its entries in random order.
+
+    Args:
+        stack: the layer's matrices `(K, R, C)`.
+        generator: of the CPU; no other random state is touched.
+    """
+    entries = stack.matrices.detach().flatten()
+    if entries.element_size() == 1:
+        entries = entries.float()  # torch before 2.7 cannot index eight-bit floats
+    order = torch.randperm(len(entries), generator=generator, device="cpu").to(entries.device)
+    return replace(stack, matrices=entries[order].view(stack.matrices.shape))

@@ -1,0 +1,124 @@
+"""The standard error of alpha: how far alpha would move if the weights were drawn again.
+
+Windows that do not overlap are as good as independent, so the spread of their own alphas tells. Measured on random
+weights, the standard error is within a quarter of the true deviation for convolutions and up to twice it for
+overlapping windows; for the two search fits, whose tail may jump elsewhere, it is up to half too small.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from farms_tb.options import SpectrumOptions
+from farms_tb.spectra.eigenvalues import Chunk
+from farms_tb.spectra.power_law import fit_power_law
+from farms_tb.spectra.precision import Array
+from farms_tb.spectra.samples import Samples, solve_into
+from farms_tb.spectra.windows import quarters_of
+
+FEW_WINDOWS = 4
+"""With fewer independent windows than this their spread tells little, and that of their quarters is taken."""
+
+
+def alpha_errors(found: Sequence[Samples], options: SpectrumOptions, threads: int) -> list[float]:
+    """Return the standard error of each layer's alpha, the mean of the alphas of S independent samples.
+
+    Args:
+        found: the fitted samples of the layers.
+        options: how alpha was measured.
+        threads: number of threads on the CPU.
+
+    Returns:
+        One standard error a layer; NaN where a sample has no alpha.
+    """
+    quarters = _solve_quarters(found, options, threads)
+    pieces = [quarters.get(place, samples.by_window) for place, samples in enumerate(found)]
+    first = [_first_kept(own, samples) for own, samples in zip(pieces, found, strict=True)]
+    fits = [
+        fit_power_law(torch.from_numpy(own), options.fit, options.xmin_pos, start, distance=False)
+        for own, start in zip(pieces, first, strict=True)
+    ]
+    errors = []
+    for place, samples in enumerate(found):
+        of_pieces = fits[place].alpha.numpy().reshape(len(samples.pooled), -1)
+        independent = samples.layer.independent
+        if place in quarters:
+            independent *= of_pieces.shape[1]
+        variances = alpha_variances(samples.fit.alpha.numpy(), _tail_lengths(samples), of_pieces, independent)
+        errors.append(math.sqrt(variances.sum()) / len(variances))
+    return errors
+
+
+def alpha_variances(alpha: Array, tail: Array, of_pieces: Array, independent: float) -> Array:
+    """Return the squared standard error of the alpha of each sample.
+
+    With m independent pieces, the variance of alpha over the pieces divided by m. Where there are fewer than four,
+    or where some piece has no alpha, the square of Hill's (alpha - 1) / sqrt(n) for n eigenvalues in the tail.
+    That formula takes them for independent, but eigenvalues of one matrix repel each other: it is about threefold
+    too large.
+
+    Args:
+        alpha: `(S,)`, that of each sample.
+        tail: `(S,)`, number n of eigenvalues in the tail, of windows that do not overlap.
+        of_pieces: `(S, P)`, alpha of each window of a sample, or of the quarters of one; NaN where it has none.
+        independent: number m of such pieces that fit without overlap.
+
+    Returns:
+        `(S,)`.
+
+    Source: Hill, A simple general approach to inference about the tail of a distribution, Annals of Statistics
+    1975.
+    """
+    hill: Array = (alpha - 1) ** 2 / tail
+    if of_pieces.shape[1] < 2 or independent < FEW_WINDOWS:
+        return hill
+    spread = of_pieces.var(axis=1, ddof=1) / independent
+    return np.where(np.isfinite(spread), spread, hill)
+
+
+def _solve_quarters(found: Sequence[Samples], options: SpectrumOptions, threads: int) -> dict[int, Array]:
+    """Solve the quarters of the first window of each sample, where a layer has too few windows for a spread.
+
+    Returns:
+        Eigenvalues `(4 S, v)` by the position of the layer, in double precision, as quarters are small; no entry
+        for layers with enough windows, or with quarters that would be too small.
+    """
+    chunks = []
+    tables = {}
+    for place, samples in enumerate(found):
+        windows = samples.layer.windows
+        if samples.layer.independent >= FEW_WINDOWS or windows.size // 2 < options.min_eigenvalues:
+            continue
+        quarters = quarters_of(windows)
+        chunks.append(Chunk(place, quarters, torch.arange(quarters.number, device="cpu"), "float64"))
+        tables[place] = np.full((quarters.number, quarters.size), np.nan)
+    if chunks:
+        solve_into(tables, chunks, found, options, threads)
+    return tables
+
+
+def _tail_lengths(samples: Samples) -> Array:
+    """Return the number of eigenvalues `(S,)` in the tail of each sample, counted once where windows overlap."""
+    windows = samples.layer.windows
+    of_all_windows = samples.pooled.shape[-1] - samples.fit.tail_start.numpy()
+    lengths: Array = of_all_windows * samples.layer.independent / (windows.number // windows.samples)
+    return lengths
+
+
+def _first_kept(pieces: Array, samples: Samples) -> Tensor:
+    """Return the index `(S * P,)` of the first eigenvalue of each piece that no cutoff of its sample drops.
+
+    Args:
+        pieces: `(S * P, v)`, eigenvalues of the windows of each sample, or of quarters, ascending.
+        samples: the samples that they are of.
+    """
+    smallest_kept = np.take_along_axis(samples.pooled, samples.first[:, None], axis=-1)[:, 0]
+    # Without a cutoff all count: quarters of a window may have smaller eigenvalues than any window.
+    cutoff = np.where(samples.first > 0, smallest_kept, 0.0)
+    cutoff = np.repeat(cutoff, len(pieces) // len(cutoff))
+    return torch.from_numpy(np.sum(pieces < cutoff[:, None], axis=-1))

@@ -1,0 +1,110 @@
+"""What a measurement says of a layer in one word, its verdict, and the thresholds behind it.
+
+The first rule that applies decides:
+
+1. *not measured*: the layer has no eigenvalues to look at; `status` says why.
+2. *low rank*: zeros or rounding errors make up the tail, so there is no alpha.
+3. *collapsed*: few directions hold the energy, and make alpha small (see `COLLAPSED`).
+4. *random*: of a flat spectrum, which has no tail at all, as orthogonal initialisation makes it.
+5. *outliers*: entries so large that one alone makes an outlier of the ESD, also with all entries shuffled.
+6. *random*: neither alpha nor the entropy of the ESD is below that of the same entries shuffled.
+7. *no power law*: the tail is too far from the fitted law for alpha to mean anything.
+8. *trained*: everything else.
+
+Rules 5 to 8 need the permutation null, `analyze(model, null=True)`; without one such a layer has no verdict.
+
+The test of rule 6 is one-sided. An ESD that is flatter than that of shuffled entries has no direction that stands
+out, so nothing shows that anything was learnt: initialisation that makes rows or columns orthogonal gives such
+ESDs.
+
+`python -m benchmarks.verdicts` measures the error rates, see `docs/verdicts.md`.
+"""
+
+from __future__ import annotations
+
+import math
+from enum import Enum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from farms_tb.report import LayerRecord
+
+RANDOM_Z = -4.0
+"""An alpha, or an entropy, that is this many standard deviations below the permutation null is no accident."""
+
+TRAPS = 0.5
+"""With more traps than this in a shuffled layer of one matrix, mean over the shuffles, it has outliers."""
+
+FALSE_TRAPS = 0.03
+"""Traps that a further matrix without outliers may add to the mean; the test of a trap errs in 1 % of matrices."""
+
+KS_LIMIT = 0.3
+"""No power law has a larger Kolmogorov-Smirnov distance. That of random matrices tends to 0.175."""
+
+KOLMOGOROV = 1.63
+"""Quantile at 99 % of sqrt(n) times the distance between n samples and their own law."""
+
+
+class Verdict(str, Enum):
+    """The verdict of a layer, as it stands in the column `verdict` of tables and files."""
+
+    RANDOM = "random"
+    TRAINED = "trained"
+    COLLAPSED = "collapsed"
+    LOW_RANK = "low rank"
+    OUTLIERS = "outliers"
+    NO_POWER_LAW = "no power law"
+    NOT_MEASURED = "not measured"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+def verdict_of(record: LayerRecord) -> Verdict | None:
+    """Return the verdict of a layer by the rules above.
+
+    Args:
+        record: of a measurement with permutation nulls.
+
+    Returns:
+        The verdict; None for a layer that only a permutation null could tell about, and that has none.
+    """
+    if record.alpha is None:
+        return _without_alpha(record.status)
+    if record.collapsed:
+        return Verdict.COLLAPSED
+    if record.z_score is None:
+        return None
+    if _has_outliers(record):
+        return Verdict.OUTLIERS
+    if _is_random(record):
+        return Verdict.RANDOM
+    return Verdict.NO_POWER_LAW if _is_no_power_law(record) else Verdict.TRAINED
+
+
+def _without_alpha(status: str) -> Verdict:
+    if status.startswith("low rank"):
+        return Verdict.LOW_RANK
+    return Verdict.RANDOM if status.startswith("flat spectrum") else Verdict.NOT_MEASURED
+
+
+def _has_outliers(record: LayerRecord) -> bool:
+    if record.num_traps is None:
+        return False
+    matrices = record.shape[0] if record.shape else 1
+    return record.num_traps > TRAPS + FALSE_TRAPS * (matrices - 1)
+
+
+def _is_random(record: LayerRecord) -> bool:
+    scores = (record.z_score, record.entropy_z_score)
+    return all(score is None or score > RANDOM_Z for score in scores)
+
+
+def _is_no_power_law(record: LayerRecord) -> bool:
+    """Tell whether the tail is further from the law than a sample of the law of its size would be."""
+    if record.ks_distance is None or not record.shape:
+        return False
+    matrices, _, columns = record.shape
+    # Of several samples the distance is a mean; the size of one is that of the K matrices' smallest windows.
+    tail = min(record.num_eigenvalues, matrices * columns) / 2
+    return record.ks_distance > max(KS_LIMIT, KOLMOGOROV / math.sqrt(tail))
