@@ -22,7 +22,8 @@ from farms_tb.options import SpectrumOptions
 from farms_tb.report import LayerRecord, Report
 from farms_tb.spectra.distributed import Team, layers_of_this_process, results_of_all
 from farms_tb.spectra.measure import blank, cost, for_own_layers, measure_stacks
-from farms_tb.spectra.whole_matrix import TRAP_QUANTILE, count_outliers
+from farms_tb.spectra.whole_matrix import MAX_COLUMNS, TRAP_QUANTILE, count_outliers
+from farms_tb.spectra.windows import windows_of
 from farms_tb.spectra.workers import map_on_threads, single_threaded_torch
 from farms_tb.weights.layers import Layer, stack_problem
 from farms_tb.weights.matrices import MatrixStack
@@ -217,6 +218,26 @@ def weight_record(
 def draws_for(stack: MatrixStack) -> int:
     """Return the number of shuffles for the permutation null of stacks of this shape."""
     return max(MIN_DRAWS, min(MAX_DRAWS, DRAWS_WORK // (stack.matrices.numel() * stack.matrices.shape[-1])))
+
+
+def null_seconds(stack: MatrixStack, options: SpectrumOptions) -> float:
+    """Estimate how long the permutation null of a layer takes on one core of a processor of 2020.
+
+    Windows are solved at some 2e9 entries times columns a second, whole matrices at some 3e10 operations a second.
+
+    Args:
+        stack: the layer's matrices, also without values, on the meta device.
+        options: how alpha is measured.
+    """
+    windows = windows_of(stack, options)
+    if windows is None:
+        return 0.0
+    number, rows, columns = stack.matrices.shape
+    draws = draws_for(stack)
+    seconds = draws * windows.view.numel() * windows.size / 2e9
+    if columns <= MAX_COLUMNS:
+        seconds += draws * number * rows * columns**2 / 3e10 + number * columns**3 / 4e9
+    return seconds
 
 
 def shuffled(stack: MatrixStack, generator: torch.Generator) -> MatrixStack:
