@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from torch import nn
+
 from farms_tb.keywords import takes_options
 from farms_tb.report import LayerRecord, Report
-from farms_tb.sparsity.allocation import allocate
+from farms_tb.sparsity.allocation import Batch, allocate
 from farms_tb.sparsity.options import SparsityKeywords, SparsityOptions
 from farms_tb.sparsity.plan import SparsityPlan
 from farms_tb.weights.blocks import BlockRule, blocks_of
@@ -24,6 +26,8 @@ def plan_from_report(
     *,
     blocks: Mapping[str, str] | BlockRule | None = None,
     outliers: Mapping[str, float] | None = None,
+    model: nn.Module | None = None,
+    calibration: Iterable[Batch] | None = None,
     **options: Unpack[SparsityKeywords],
 ) -> SparsityPlan:
     """Allocate sparsity to the layers of a model that was measured.
@@ -38,6 +42,8 @@ def plan_from_report(
         target: the sparsity over all entries of the planned layers, 0 to 1.
         blocks: as for `allocate`.
         outliers: as for `allocate`.
+        model: as for `allocate`.
+        calibration: as for `allocate`.
 
     Returns:
         The plan. Its options hold those of the measurement; its notes name the weights inside the blocks that
@@ -68,6 +74,8 @@ def plan_from_report(
         blocks={name: found[name] for name in planned} if found else blocks,
         errors={name: record.alpha_error for name, record in planned.items()},
         outliers=outliers,
+        model=model,
+        calibration=calibration,
         **options,
     )
     dense = {name: record for name, record in inside.items() if name not in planned}
