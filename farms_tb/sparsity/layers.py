@@ -113,9 +113,9 @@ def checked_layers(
         raise TypeError(f"sizes must hold the entries or the shape of each layer by name, got {sizes!r}")
     shapes = {name: _checked_shape(name, size) for name, size in sizes.items()}
     found = _checked_blocks(shapes, blocks, granularity)
-    names = _in_depth({name: found[name] for name in sizes if name in found})
+    names = _in_depth(found)
     _check_same_names(alphas, names)
-    own = tuple(found[name] for name in names)
+    own = tuple(map(found.__getitem__, names))
     keys = own if granularity == "block" else names
     return Layers(
         names=names,
@@ -150,12 +150,11 @@ def _checked_blocks(
     blocks: Mapping[str, str] | BlockRule | None,
     granularity: Granularity,
 ) -> dict[str, str]:
-    """Return the block of each layer that takes part; empty names where there are none and none are needed."""
-    found = _given(blocks) if isinstance(blocks, Mapping) else blocks_of(shapes, blocks)
-    if isinstance(blocks, Mapping):
-        unknown = [name for name in found if name not in shapes]
-        if unknown:
-            raise ValueError(f"blocks names {unknown[0]!r}, which sizes does not: pass the size of each layer")
+    """Return the block of each layer that takes part, in the order of `shapes`.
+
+    The names of the blocks are empty where there are none and none are needed.
+    """
+    found = _given(blocks, shapes) if isinstance(blocks, Mapping) else blocks_of(shapes, blocks)
     if found:
         return found
     if granularity == "matrix" and blocks is None:
@@ -167,9 +166,16 @@ def _checked_blocks(
     )
 
 
-def _given(blocks: Mapping[str, str]) -> dict[str, str]:
-    """Return the blocks of a mapping; a layer whose block is None or empty takes no part."""
-    return {name: str(block) for name, block in blocks.items() if block is not None and block != ""}
+def _given(blocks: Mapping[str, str], shapes: Mapping[str, object]) -> dict[str, str]:
+    """Return the blocks of a mapping; a layer whose block is None or empty takes no part.
+
+    Raises:
+        ValueError: it names a layer without a shape.
+    """
+    unknown = [name for name in blocks if name not in shapes]
+    if unknown:
+        raise ValueError(f"blocks names {unknown[0]!r}, which sizes does not: pass the size of each layer")
+    return {name: str(blocks[name]) for name in shapes if blocks.get(name)}
 
 
 def _check_same_names(alphas: Mapping[str, float | None], names: Sequence[str]) -> None:
