@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from farms_tb.options import check_number, plain_value
+from farms_tb.options import check_integer, check_number, plain_value
 from farms_tb.sparsity.filling import Floats
 from farms_tb.sparsity.options import Granularity
 from farms_tb.weights.blocks import BlockRule, blocks_of, name_in_block, split_number
@@ -121,8 +121,8 @@ def checked_layers(
         names=names,
         shapes=tuple(_as_shape(sizes[name]) for name in names),
         sizes=np.array([math.prod(shapes[name]) for name in names], dtype=np.float64),
-        alphas=_numbers("alphas", alphas, names),
-        errors=_numbers("errors", errors or {}, names, at_least=0),
+        alphas=numbers("alphas", alphas, names),
+        errors=numbers("errors", errors or {}, names, at_least=0),
         blocks=own,
         units=positions(keys),
         unit_names=tuple(dict.fromkeys(keys)),
@@ -130,14 +130,12 @@ def checked_layers(
 
 
 def _checked_shape(name: str, size: int | Sequence[int]) -> tuple[int, ...]:
-    """Return a shape as it is, and a number of entries as a shape of one dimension."""
-    shape = tuple(size) if isinstance(size, Sequence) else (size,)
+    """Return a shape as plain integers, and a number of entries as a shape of one dimension."""
+    sides = size if isinstance(size, Sequence) else (size,)
+    shape = tuple(map(plain_value, sides))
     for side in shape:
-        if isinstance(side, bool) or not isinstance(side, (int, np.integer)):
-            raise TypeError(f"sizes[{name!r}] must be an integer or a shape, got {size!r}")
-        if side < 1:
-            raise ValueError(f"sizes[{name!r}] must be positive, got {size!r}")
-    return tuple(int(side) for side in shape)
+        check_integer(f"sizes[{name!r}]", side, at_least=1)
+    return shape
 
 
 def _as_shape(size: int | Sequence[int]) -> tuple[int, ...]:
@@ -187,13 +185,13 @@ def _check_same_names(alphas: Mapping[str, float | None], names: Sequence[str]) 
         )
 
 
-def _numbers(argument: str, values: Mapping[str, float | None], names: Sequence[str], **bounds: float) -> Floats:
-    """Return a number for each layer, NaN where it has none.
+def numbers(argument: str, values: Mapping[str, float | None], names: Sequence[str], **bounds: float) -> Floats:
+    """Return a number for each name, NaN where there is none.
 
     Args:
         argument: what the values are called, for messages.
-        values: by name; None, NaN or no entry for a layer without.
-        names: the layers.
+        values: by name; None, NaN or no entry for none.
+        names: of layers, or of units.
         bounds: as for `check_number`.
 
     Raises:
