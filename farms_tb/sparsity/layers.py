@@ -173,7 +173,8 @@ def _given(blocks: Mapping[str, str], shapes: Mapping[str, object]) -> dict[str,
     unknown = [name for name in blocks if name not in shapes]
     if unknown:
         raise ValueError(f"blocks names {unknown[0]!r}, which sizes does not: pass the size of each layer")
-    return {name: str(blocks[name]) for name in shapes if blocks.get(name)}
+    # A block may be called 0.
+    return {name: str(blocks[name]) for name in shapes if blocks.get(name) not in (None, "")}
 
 
 def _check_same_names(alphas: Mapping[str, float | None], names: Sequence[str]) -> None:

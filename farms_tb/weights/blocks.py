@@ -51,7 +51,7 @@ def blocks_of(shapes: Mapping[str, Sequence[int]], rule: BlockRule | None = None
     """
     if callable(rule):
         told = {name: rule(name) for name in shapes}
-        return {name: block for name, block in told.items() if block}
+        return {name: str(block) for name, block in told.items() if block not in (None, "")}
     if rule is not None:
         return _by_patterns(shapes, rule)
     chosen = {found.path for found in _lists_of_blocks(shapes)}

@@ -212,6 +212,15 @@ def test_blocks_match_the_steps_of_the_paper() -> None:
         assert plan.sparsity[f"h.{block}.w0"] == pytest.approx(share, abs=1e-14)
 
 
+def test_blocks_may_be_numbers() -> None:
+    numbered: dict[str, Any] = {name: int(name.split(".")[1]) for name in BLOCKS}
+    named = allocate(BLOCKS, SIZES, 0.7)
+    for blocks in (numbered, lambda name: numbered[name]):
+        plan = allocate(BLOCKS, SIZES, 0.7, blocks=blocks)
+        assert plan.sparsity == named.sparsity
+        assert list(plan.blocks) == ["0", "1", "2", "3", "4", "5"]
+
+
 def test_the_order_of_the_layers_does_not_matter() -> None:
     alphas = {f"layers.{b}.{name}": 2 + b / 5 + len(name) / 7 for b in range(12) for name in ("q", "up", "down")}
     sizes = dict.fromkeys(alphas, 64)
