@@ -58,7 +58,7 @@ def sparsity(
         Method,
         typer.Option(
             help="shrinkage: by alpha as far as it is known; depth: a straight line; shuffled: those of alpha in "
-            "random order, a placebo. owl needs data: use Python."
+            "random order, a placebo. owl and search need data: use Python."
         ),
     ] = _DEFAULT.method,
     epsilon: Annotated[
@@ -133,10 +133,8 @@ def _check_before_measuring(method: Method, target: float, output: Path | None) 
         ValueError: the method needs data, the target is no share, or the file is neither JSON nor CSV or cannot
             be written.
     """
-    if method == "owl":
-        raise ValueError(
-            "--method owl needs the outliers of each block on calibration data: use farms_tb.sparsity.allocate"
-        )
+    if method in ("owl", "search"):
+        raise ValueError(f"--method {method} needs calibration data: use farms_tb.sparsity.allocate in Python")
     if not 0 <= target <= 1:
         raise ValueError(f"--target {target:g}: expected a share from 0 to 1")
     if output is None:

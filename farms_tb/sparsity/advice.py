@@ -110,7 +110,7 @@ def notes_of(plan: SparsityPlan, left_out: Collection[str]) -> tuple[str, ...]:
         left_out: names of the layers whose alphas took no part.
     """
     notes = list(_on_total(plan))
-    if plan.method in ("alpha", "shuffled", "shrinkage"):
+    if plan.method in ("alpha", "shuffled", "shrinkage", "search"):
         notes += _on_alphas(plan, left_out)
     found = list(plan.sparsity.values())
     is_uniform = max(found) - min(found) < 1e-12
@@ -118,7 +118,7 @@ def notes_of(plan: SparsityPlan, left_out: Collection[str]) -> tuple[str, ...]:
         return tuple(notes)
     notes += _on_bounds(plan)
     notes += _on_epsilon(plan)
-    if plan.method in ("alpha", "shrinkage", "owl"):
+    if plan.method in ("alpha", "shrinkage", "owl", "search"):
         notes += _on_depth(plan)
     return tuple(notes)
 
@@ -142,7 +142,8 @@ def _on_alphas(plan: SparsityPlan, left_out: Collection[str]) -> Iterator[str]:
         yield f"alphas far from all others took no part: {_listed(outliers)}"
     known = [name for name, layer in plan.layers.items() if layer.alpha is not None and name not in left_out]
     if not known:
-        yield "no layer has an alpha: the allocation is uniform"
+        left = "the search has the line alone" if plan.method == "search" else "the allocation is uniform"
+        yield f"no layer has an alpha: {left}"
         return
     without = sorted(set(map(plan.unit_of, plan.layers)) - set(map(plan.unit_of, known)))
     if without:
@@ -165,7 +166,7 @@ def _on_bounds(plan: SparsityPlan) -> Iterator[str]:
 def _on_epsilon(plan: SparsityPlan) -> Iterator[str]:
     """Yield a sentence on an epsilon that is large for the target."""
     sensible = largest_sensible_epsilon(plan.target)
-    if plan.method != "owl" and plan.epsilon > sensible + 1e-12:
+    if plan.method not in ("owl", "search") and plan.epsilon > sensible + 1e-12:
         yield (
             f"epsilon={plan.epsilon:g} is large for a target of {plan.target:g}: allocations more uneven than "
             f"{sensible:.2g} did harm there; compare the result with method='uniform'"

@@ -10,18 +10,19 @@ OWL (Yin et al., arXiv 2310.05175).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from torch import nn
 
 from farms_tb.keywords import takes_options
 from farms_tb.options import check_number
 from farms_tb.sparsity import ratios
 from farms_tb.sparsity.advice import notes_of
 from farms_tb.sparsity.filling import Filling, Floats
-from farms_tb.sparsity.layers import Layers, Sizes, checked_layers
+from farms_tb.sparsity.layers import Layers, Sizes, checked_layers, numbers
 from farms_tb.sparsity.options import SparsityKeywords, SparsityOptions
 from farms_tb.sparsity.plan import PlannedLayer, SparsityPlan
 from farms_tb.sparsity.shrinkage import shrunk_effects
@@ -30,6 +31,11 @@ from farms_tb.weights.blocks import BlockRule
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+    from farms_tb.sparsity.search import Trial
+
+Batch = Mapping[str, Any]
+"""Keyword arguments for a model."""
 
 
 @takes_options(SparsityOptions)
@@ -41,6 +47,8 @@ def allocate(
     blocks: Mapping[str, str] | BlockRule | None = None,
     errors: Mapping[str, float | None] | None = None,
     outliers: Mapping[str, float] | None = None,
+    model: nn.Module | None = None,
+    calibration: Iterable[Batch] | None = None,
     **options: Unpack[SparsityKeywords],
 ) -> SparsityPlan:
     """Allocate the sparsity of a model to its layers.
@@ -70,13 +78,18 @@ def allocate(
         errors: standard errors of the alphas, for `method="shrinkage"`: a record's `alpha_error`.
         outliers: with `method="owl"`, the share of outliers of each block (of each layer, with
             `granularity="matrix"`), in percent.
+        model: with `method="search"`, the model that the alphas are of. For a batch it returns a loss, as models
+            of transformers do where there are `labels`, or logits for the next token of each of its `input_ids`.
+            Its weights are put back afterwards.
+        calibration: with `method="search"`, at least twelve batches, each a dict of keyword arguments for the
+            model: half of them prune, a quarter chooses, a quarter confirms that the winner beats uniform.
 
     Returns:
         The plan: `plan.sparsity` by layer, `plan.total`, `plan.save("plan.json")`.
 
     Raises:
         ValueError: the target is out of reach of the bounds, no blocks are found, a size is not positive, an alpha
-            infinite, an option out of range, or `outliers` is missing.
+            infinite, an option out of range, or `outliers`, `model` or `calibration` is missing.
         TypeError: an option is unknown or has the wrong type.
 
     Example:
@@ -91,16 +104,14 @@ def allocate(
     scaled = _scaled(layers)
     left_out = _left_out(scaled, chosen)
     usable = replace(scaled, alphas=np.where(left_out, np.nan, scaled.alphas))
-    if chosen.compat is None:
-        filling = Filling(layers.sizes, target, chosen.min_sparsity, chosen.max_sparsity)
-        sparsities = _sparsities(usable, filling, chosen, outliers)
+    if chosen.method == "search":
+        plan = _searched(layers, usable, target, chosen, _checked_data(model, calibration))
     else:
-        sparsities = _as_research_code(usable, target, chosen)
-    plan = _plan(layers, sparsities, target, chosen)
+        plan = _plan(layers, _sparsities(usable, target, chosen, outliers), target, chosen)
     notes = notes_of(plan, [name for name, out in zip(layers.names, left_out, strict=True) if out])
     for note in notes:
         warn_once(note, chosen)
-    return replace(plan, notes=notes)
+    return replace(plan, notes=(*plan.notes, *notes))
 
 
 def _check_target(target: float, options: SparsityOptions) -> None:
@@ -116,7 +127,7 @@ def _check_target(target: float, options: SparsityOptions) -> None:
 
 def _left_out(layers: Layers, options: SparsityOptions) -> np.ndarray:
     """Tell the alphas that take no part: of outliers, where the method maps alphas."""
-    maps_alphas = options.method in ("alpha", "shuffled", "shrinkage")
+    maps_alphas = options.method in ("alpha", "shuffled", "shrinkage", "search")
     if not maps_alphas or options.compat is not None:
         return np.zeros(len(layers.names), dtype=bool)
     return ratios.wild(layers.alphas)
@@ -130,17 +141,58 @@ def _scaled(layers: Layers) -> Layers:
     return replace(layers, alphas=layers.alphas / largest, errors=layers.errors / largest)
 
 
+def _checked_data(model: nn.Module | None, calibration: Iterable[Batch] | None) -> Trial:
+    """Return what a search judges allocations by.
+
+    Raises:
+        TypeError: `model` is no module.
+        ValueError: `model` or `calibration` is missing.
+    """
+    # Here, since pruning is not needed for any other method.
+    from farms_tb.sparsity.search import Trial
+
+    if model is None or calibration is None:
+        raise ValueError(
+            "method='search' tries allocations on the model: pass model and calibration, an iterable of dicts of "
+            "keyword arguments for it"
+        )
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    return Trial(model, calibration)
+
+
+def _searched(
+    layers: Layers, usable: Layers, target: float, options: SparsityOptions, trial: Trial
+) -> SparsityPlan:
+    """Return the plan that a search finds.
+
+    Args:
+        layers: the layers with their alphas as given.
+        usable: the same, their alphas scaled and without outliers.
+        target: the sparsity over all of them.
+        options: bounds, budget and how to prune.
+        trial: the model and its data.
+    """
+    from farms_tb.sparsity.search import searched
+
+    filling = Filling(layers.sizes, target, options.min_sparsity, options.max_sparsity)
+    return searched(usable, filling, options, trial, lambda found: _plan(layers, found, target, options))
+
+
 def _sparsities(
-    layers: Layers, filling: Filling, options: SparsityOptions, outliers: Mapping[str, float] | None
+    layers: Layers, target: float, options: SparsityOptions, outliers: Mapping[str, float] | None
 ) -> Floats:
     """Return the sparsity of each layer by the chosen method.
 
     Args:
         layers: the layers, their alphas scaled and without outliers.
-        filling: target and bounds.
+        target: the sparsity over all of them.
         options: the method and its options.
         outliers: share of outliers of each unit by name, for OWL.
     """
+    if options.compat is not None:
+        return _as_research_code(layers, target, options)
+    filling = Filling(layers.sizes, target, options.min_sparsity, options.max_sparsity)
     if options.method == "owl":
         return filling.shifted(_owl_offsets(layers, outliers, options.owl_lambda))
     return filling.proportional(_ratios(layers, options))
@@ -180,15 +232,13 @@ def _owl_offsets(layers: Layers, outliers: Mapping[str, float] | None, half_widt
     Raises:
         ValueError: there are no outliers, or not of every unit.
     """
-    missing = [name for name in layers.unit_names if name not in (outliers or {})]
-    if outliers is None or missing:
+    shares = numbers("outliers", outliers or {}, layers.unit_names, at_least=0)
+    if np.isnan(shares).any():
+        missing = layers.unit_names[int(np.argmax(np.isnan(shares)))]
         raise ValueError(
-            f"method='owl' needs outliers, the share of outliers of {missing[0]!r} and every other unit: they are "
+            f"method='owl' needs outliers, the share of outliers of {missing!r} and every other unit: they are "
             "counted on calibration data"
         )
-    for name in layers.unit_names:
-        check_number(f"outliers[{name!r}]", outliers[name], at_least=0)
-    shares = np.array([outliers[name] for name in layers.unit_names], dtype=np.float64)
     # Ratios from 0 to 2, of which the largest share of outliers has the largest.
     return -half_width * ratios.linear_map(shares, 1.0)[layers.units]
 
@@ -210,7 +260,7 @@ def _as_research_code(layers: Layers, target: float, options: SparsityOptions) -
     mapped = ratios.by_alpha(layers, options.epsilon)
     sparsities: Floats = mapped * target * layers.sizes.sum() / np.dot(layers.sizes, mapped)
     if options.compat == "farms":
-        return np.where(sparsities > 1, _cut(target), sparsities)
+        sparsities[sparsities > 1] = _cut(target)
     return sparsities
 
 

@@ -7,7 +7,7 @@ from typing import Literal, TypedDict
 
 from farms_tb.options import check_choice, check_integer, check_number
 
-Method = Literal["alpha", "uniform", "depth", "shuffled", "owl", "shrinkage"]
+Method = Literal["alpha", "uniform", "depth", "shuffled", "owl", "shrinkage", "search"]
 Granularity = Literal["block", "matrix", "mixed"]
 Compat = Literal["farms", "alphapruning"]
 
@@ -20,8 +20,10 @@ class SparsityOptions:
         method: `"alpha"` prunes layers with a large alpha more (AlphaPruning, FARMS), `"shrinkage"` does it as far
             as the alphas are known; `"uniform"` gives every layer the target, `"depth"` a straight line from the
             first block to the last, `"shuffled"` the sparsities of `"alpha"` in random order (a placebo);
-            `"owl"` takes each block's share of outliers (Yin et al., 2023).
-        epsilon: half-width of the range of sparsities, relative to the target; the papers call it tau.
+            `"owl"` takes each block's share of outliers (Yin et al., 2023); `"search"` mixes line, alpha and
+            shrinkage as the loss on calibration data prefers.
+        epsilon: half-width of the range of sparsities, relative to the target; the papers call it tau. With
+            `"search"`, its first step.
         granularity: `"block"` gives all matrices of a block one sparsity, `"matrix"` each its own, `"mixed"` each
             its own within that of its block.
         min_sparsity: no layer gets a smaller sparsity.
@@ -30,6 +32,8 @@ class SparsityOptions:
         compat: reproduce the research code of `"farms"` or `"alphapruning"`: no bounds, no protection against
             outliers; `"farms"` cuts sparsities above 1, which misses the target.
         seed: of the order of `"shuffled"`.
+        prune_method: with `"search"`, how candidates are pruned: `"magnitude"`, `"wanda"` or `"sparsegpt"`.
+        evaluations: with `"search"`, candidates to try at most, the uniform one among them.
     """
 
     method: Method = "alpha"
@@ -40,6 +44,8 @@ class SparsityOptions:
     owl_lambda: float = 0.08
     compat: Compat | None = None
     seed: int = 0
+    prune_method: Literal["magnitude", "wanda", "sparsegpt"] = "wanda"
+    evaluations: int = 24
 
     def __post_init__(self) -> None:
         check_choice("method", self.method, Method)
@@ -54,6 +60,7 @@ class SparsityOptions:
             )
         check_number("owl_lambda", self.owl_lambda, at_least=0, at_most=0.5)
         check_integer("seed", self.seed, at_least=0)
+        check_integer("evaluations", self.evaluations, at_least=1)
         if self.compat is not None:
             check_choice("compat", self.compat, Compat)
             if self.method != "alpha":
@@ -78,3 +85,5 @@ class SparsityKeywords(TypedDict, total=False):
     owl_lambda: float
     compat: Compat | None
     seed: int
+    prune_method: Literal["magnitude", "wanda", "sparsegpt"]
+    evaluations: int

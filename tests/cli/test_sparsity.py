@@ -102,7 +102,8 @@ def test_models_by_name_and_patterns(tmp_path: Path) -> None:
     [
         (["--target", "1.5"], "--target"),
         (["--target", "0.995"], "out of reach"),
-        (["--target", "0.5", "--method", "owl"], "outliers"),
+        (["--target", "0.5", "--method", "owl"], "calibration"),
+        (["--target", "0.5", "--method", "search"], "calibration"),
         (["--target", "0.5", "--epsilon", "2"], "epsilon"),
         (["--target", "0.5", "--blocks", "nothing.*"], "no blocks"),
         (["--target", "0.5", "-o", "plan.txt"], ".json"),
