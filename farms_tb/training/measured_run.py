@@ -46,7 +46,7 @@ class MeasuredRun:
     """
 
     def __init__(self, run: Run, options: CallbackOptions) -> None:
-        self.attachment = Attachment(run)
+        self.attachment = Attachment(run, options.logging.verdicts)
         self.run_log = RunLog(choose_x_axis(options.logging.x_axis, options.schedule.every_n_steps))
         self.logs = options.logging.log and run.is_rank_zero
         self._options = options

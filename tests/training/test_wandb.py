@@ -206,6 +206,8 @@ def large_report(layers: int) -> Report:
                 alpha=2.0 + 0.001 * index,
                 null_mean=2.1,
                 null_std=0.1,
+                rank_99=40,
+                num_eigenvalues=64,
                 kind="real",
                 shape=(1, 64, 64),
                 histogram=histogram,
@@ -234,7 +236,7 @@ def test_never_more_than_ten_thousand_keys(
     large = OfflineRun(tmp_path)
     keys = set().union(*large.rows) | set(large.summary) | pictures
     per_layer = {key for key in keys if key[0].startswith("farms_")}
-    assert len(per_layer) == (0 if beyond else 7 * MAX_LOGGED_LAYERS)
+    assert len(per_layer) == (0 if beyond else 9 * MAX_LOGGED_LAYERS)
     others = {".".join(key) for key in keys - per_layer}
     assert {"farms/alpha_mean", "farms/lambda"} <= others
     assert beyond or "farms/report.path" in others
