@@ -13,7 +13,7 @@ Array = NDArray[np.float64]
 Interval = tuple[float, float, float]
 """Value, lower and upper end."""
 
-DRAWS = 1000
+DRAWS = 500
 
 
 def bootstrap(samples: Sequence[Array], statistic: Callable[..., float], draws: int = DRAWS) -> Interval:

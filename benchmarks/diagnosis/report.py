@@ -110,7 +110,8 @@ def draw_held_back(path: Path, rows: Sequence[Row]) -> None:
             found = [_mean(_scores(rows, name, factor, network)) for name in MEASURES]
             _draw_intervals(axes, found, places + 0.17 * (position - 1.5), colour, _factor(factor))
         axes.axvline(0.5, color=FAINT, linestyle=":")
-        axes.set(title=network, xlabel="share of other layers ranked as better trained")
+        axes.set_title(network)
+    panels[1].set_xlabel("share of the other layers ranked as better trained")
     panels[0].set_yticks(places, [measure.label for measure in MEASURES.values()])
     panels[0].invert_yaxis()
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(FACTORS))
@@ -138,10 +139,9 @@ def _taus(rows: Sequence[Row], name: str) -> dict[str, Interval]:
 
 
 def _tau(pairs: Array) -> float:
-    """Return Kendall's tau-b of two columns, `(N, 2)`."""
-    from scipy.stats import kendalltau
-
-    return float(kendalltau(pairs[:, 0], pairs[:, 1]).statistic)
+    """Return Kendall's tau-b of two columns, `(N, 2)`: how far they agree on the order of all pairs of rows."""
+    first, second = (np.sign(column[:, None] - column) for column in pairs.T)
+    return float((first * second).sum() / np.sqrt((first**2).sum() * (second**2).sum()))
 
 
 def generalisation_table(rows: Sequence[Row]) -> str:
@@ -167,7 +167,7 @@ def draw_generalisation(path: Path, rows: Sequence[Row]) -> None:
     taus.set_yticks(places, list(SUMMARIES.values()), fontsize="x-small")
     taus.invert_yaxis()
     taus.set(xlabel="Kendall's tau with the test error")
-    taus.legend(loc="best")
+    taus.legend(loc="upper right")
     for depth, colour in zip(DEPTHS, COLOURS, strict=False):
         chosen = [row for row in rows if row["depth"] == depth]
         x, y = ([float(row[name]) for row in chosen] for name in ("effect", "test_error"))

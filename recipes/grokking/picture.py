@@ -108,7 +108,7 @@ def draw_runs(runs: Sequence[Curves], path: PathLike | None = None) -> Figure:
     """
     figure = new_figure(1.2 + 3.0 * len(runs), 6.6)
     grid = figure.subplots(
-        4, len(runs), sharex="col", sharey="row", squeeze=False, height_ratios=[1, 0.6, 1.2, 0.6]
+        4, len(runs), sharex=True, sharey="row", squeeze=False, height_ratios=[1, 0.6, 1.2, 0.6]
     )
     for run, (accuracies, norm, alphas, traps) in zip(runs, grid.T, strict=True):
         accuracies.set_title(heading(run.title))

@@ -34,7 +34,7 @@ class SquaredErrorClassification(ImageClassification):
         right = self(images.to(self.device)).argmax(1).cpu() == labels
         norms = torch.stack([parameter.norm() for parameter in self.parameters()])
         self.log_dict({"train/accuracy": right.float().mean(), "weight_norm": norms.norm()})
-        # Traps are those of whole matrices in any case, and shuffles of these take less time than those of windows.
+        # Traps are those of whole matrices in any case, and shuffling these takes less time than windows of them.
         for name, record in analyze(self, esd="full", null=True, threads=1).layers.items():
             if record.num_traps is not None:
                 self.log(f"{TRAPS}{name}", record.num_traps)

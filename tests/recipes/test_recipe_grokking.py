@@ -1,4 +1,4 @@
-"""The grokking recipe: large initial weights, epochs of many passes, squared error, one picture of several runs."""
+"""The grokking recipe: large initial weights, epochs of many passes, squared error, one picture of many runs."""
 
 from __future__ import annotations
 
