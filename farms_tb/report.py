@@ -74,8 +74,7 @@ class LayerRecord:
         null_entropy_std: standard deviation of their entropies.
         num_traps: mean number of eigenvalues of a shuffled layer that are outliers, summed over its K matrices;
             None without a permutation null. See `farms_tb.spectra.whole_matrix`.
-        num_spikes: number of eigenvalues of the whole matrices above the edge of random ones; known where
-            `stable_rank` is.
+        num_spikes: number of eigenvalues of the whole matrices that are outliers; None without a permutation null.
         log_norm: log10 of the squared Frobenius norm of the weight, all K matrices together.
         dead_rows: number of rows, of all K matrices together, whose norm is below 1e-3 of the largest row's.
         dead_columns: the same of columns.

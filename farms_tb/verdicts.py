@@ -7,7 +7,8 @@ The first rule that applies decides:
 3. *collapsed*: few directions hold the energy, and make alpha small (see `COLLAPSED`).
 4. *random*: of a flat spectrum, which has no tail at all, as orthogonal initialisation makes it.
 5. *outliers*: entries so large that one alone makes an outlier of the ESD, also with all entries shuffled.
-6. *random*: neither alpha nor the entropy of the ESD is below that of the same entries shuffled.
+6. *random*: neither alpha nor the entropy of the ESD is below that of the same entries shuffled, and the whole
+   matrices have no more outliers.
 7. *no power law*: the tail is too far from the fitted law for alpha to mean anything.
 8. *trained*: everything else.
 
@@ -29,14 +30,28 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from farms_tb.report import LayerRecord
 
-RANDOM_Z = -4.0
+RANDOM_Z = -3.5
 """An alpha, or an entropy, that is this many standard deviations below the permutation null is no accident."""
 
-TRAPS = 0.5
+RANDOM_Z_OF_FEW = -4.0
+"""The same where the standard deviation is that of fewer than `FEW_DRAWS` shuffles, and less sure.
+
+Either has a probability of about 0.001 for a random layer, by Student's t.
+"""
+
+FEW_DRAWS = 16
+
+TRAPS = 0.9
 """With more traps than this in a shuffled layer of one matrix, mean over the shuffles, it has outliers."""
 
 FALSE_TRAPS = 0.03
 """Traps that a further matrix without outliers may add to the mean; the test of a trap errs in 1 % of matrices."""
+
+SPIKES = 0.5
+"""With more spikes than this beyond its traps, a layer of one matrix is not random."""
+
+FALSE_SPIKES = 0.15
+"""Spikes that a further random matrix may add; the test of a spike errs in 0.1 % of matrices."""
 
 KS_LIMIT = 0.3
 """No power law has a larger Kolmogorov-Smirnov distance. That of random matrices tends to 0.175."""
@@ -91,13 +106,22 @@ def _without_alpha(status: str) -> Verdict:
 def _has_outliers(record: LayerRecord) -> bool:
     if record.num_traps is None:
         return False
-    matrices = record.shape[0] if record.shape else 1
-    return record.num_traps > TRAPS + FALSE_TRAPS * (matrices - 1)
+    return record.num_traps > TRAPS + FALSE_TRAPS * (_matrices(record) - 1)
 
 
 def _is_random(record: LayerRecord) -> bool:
+    limit = RANDOM_Z if (record.null_draws or 0) >= FEW_DRAWS else RANDOM_Z_OF_FEW
     scores = (record.z_score, record.entropy_z_score)
-    return all(score is None or score > RANDOM_Z for score in scores)
+    if any(score is not None and score < limit for score in scores):
+        return False
+    if record.num_spikes is None:
+        return True
+    beyond_traps = record.num_spikes - (record.num_traps or 0)
+    return beyond_traps <= SPIKES + FALSE_SPIKES * (_matrices(record) - 1)
+
+
+def _matrices(record: LayerRecord) -> int:
+    return record.shape[0] if record.shape else 1
 
 
 def _is_no_power_law(record: LayerRecord) -> bool:

@@ -22,7 +22,7 @@ from farms_tb.options import SpectrumOptions
 from farms_tb.report import LayerRecord, Report
 from farms_tb.spectra.distributed import Team, share, shared_out
 from farms_tb.spectra.measure import blank, cost, for_own_layers, measure_stacks
-from farms_tb.spectra.whole_matrix import count_traps
+from farms_tb.spectra.whole_matrix import TRAP_QUANTILE, count_outliers
 from farms_tb.weights.layers import Layer, stack_problem
 from farms_tb.weights.matrices import MatrixStack
 
@@ -124,7 +124,7 @@ def null_of_stack(stack: MatrixStack, options: SpectrumOptions) -> PermutationNu
     for begin in range(0, draws, together):
         stacks = [shuffled(stack, generator) for _ in range(begin, min(begin + together, draws))]
         records += measure_stacks(stacks, options)
-        traps += [count_traps(each) for each in stacks]
+        traps += [count_outliers(each, TRAP_QUANTILE) for each in stacks]
     return _null_of(records, [number for number in traps if number is not None])
 
 

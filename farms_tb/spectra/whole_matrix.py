@@ -1,13 +1,16 @@
 """Metrics of a layer's whole weight matrices, where alpha is measured on windows of them.
 
-Of a matrix W of R rows and C <= R columns, whose entries have the mean square s^2, `stable_rank` is
-||W||_F^2 / ||W||_2^2. An eigenvalue of W^T W is a *spike* if it lies above the edge of a random matrix,
+Of a matrix W of R rows and C <= R columns, `stable_rank` is ||W||_F^2 / ||W||_2^2. Let W' be W without the mean of
+its entries, and s^2 their variance. An eigenvalue of W'^T W' is an outlier if it lies above the edge of a random
+matrix,
 
-    s^2 (sqrt(R) + sqrt(C))^2 + t s^2 (sqrt(R) + sqrt(C)) (1 / sqrt(R) + 1 / sqrt(C))^(1/3),
+    s^2 (sqrt(R) + sqrt(C))^2 + t s^2 (sqrt(R) + sqrt(C)) (1 / sqrt(R) + 1 / sqrt(C))^(1/3):
 
-that of the Marchenko-Pastur law, and the quantile t at 99 % of the Tracy-Widom law, by which the largest
-eigenvalue of a random matrix varies about it. A *trap* is a spike of a matrix whose entries were shuffled, after
-their mean is taken off: entries so large that one alone makes an outlier.
+that of the Marchenko-Pastur law, and a quantile t of the Tracy-Widom law, by which the largest eigenvalue of a
+random matrix varies about it. A *spike* is an outlier of the matrix itself, at the quantile of 99.9 %. A *trap* is
+one of a matrix whose entries were shuffled, at 99 %: an entry so large that it makes an outlier alone. The mean is
+taken off as it makes an outlier of its own, also in shuffled and in random matrices, such as those that a Fourier
+layer begins with, whose entries are positive.
 
 Sources: Marchenko and Pastur 1967; Johnstone, On the distribution of the largest eigenvalue in principal
 components analysis, Annals of Statistics 2001; correlation traps: Martin and Mahoney's WeightWatcher.
@@ -16,13 +19,14 @@ components analysis, Annals of Statistics 2001; correlation traps: Martin and Ma
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from farms_tb.report import LayerRecord
 from farms_tb.spectra.precision import Array
@@ -33,14 +37,17 @@ from farms_tb.weights.matrices import MatrixStack
 DEAD = 1e-3
 """A row or column is dead if its norm is below this fraction of the largest."""
 
-TRACY_WIDOM = {False: 2.0234, True: 0.4776}
-"""Quantile at 99 % of the Tracy-Widom law, of real (order 1) and of complex (order 2) matrices."""
+SPIKE_QUANTILE = {"real": 3.2722, "spectral": 1.3144}
+"""Quantile at 99.9 % of the Tracy-Widom law, of real (order 1) and of complex (order 2) matrices."""
+
+TRAP_QUANTILE = {"real": 2.0234, "spectral": 0.4776}
+"""The same at 99 %."""
 
 MAX_COLUMNS = 2048
 """Whole matrices of more columns are not solved: that would take minutes."""
 
-BLOCK = 2**18
-"""Entries that are squared at a time, few enough for the processor's cache."""
+BLOCK = 2**17
+"""Entries of a matrix that are squared at a time, few enough for the processor's cache."""
 
 
 def with_matrix_metrics(
@@ -56,12 +63,15 @@ def with_matrix_metrics(
     """
     found = []
     for record, stack, own in zip(records, stacks, samples, strict=True):
-        metrics = entry_metrics(stack, own.layer.largest)
+        if record.num_eigenvalues == 0:  # The solver did not converge.
+            found.append(record)
+            continue
         eigenvalues = own.by_window if _windows_are_whole(stack, own) else None
         if eigenvalues is None and whole:
-            eigenvalues = whole_spectrum(stack)
-        if eigenvalues is not None:
-            metrics |= spectrum_metrics(eigenvalues, stack.matrices.shape[1], stack.matrices.is_complex())
+            eigenvalues = _whole_spectrum(stack)
+        metrics: dict[str, Any] = entry_metrics(stack, own.layer.largest)
+        metrics["stable_rank"] = None if eigenvalues is None else _stable_rank(eigenvalues)
+        metrics["num_spikes"] = count_outliers(stack, SPIKE_QUANTILE) if whole else None
         found.append(replace(record, **metrics))
     return found
 
@@ -79,56 +89,51 @@ def entry_metrics(stack: MatrixStack, largest: float) -> dict[str, Any]:
         stack: `(K, R, C)`, finite and not all zero.
         largest: largest absolute value of an entry.
     """
-    rows, columns = _squares(solvable(stack).matrices, largest)
-    total = float(rows.sum())
+    # Squares of weights of any common size stay within the range of single precision as they are.
+    unit = 1.0 if 1e-12 < largest < 1e12 else largest
+    rows, columns = _squares(solvable(stack).matrices, unit)
     return {
-        "log_norm": math.log10(total * stack.eigenvalue_scale) + 2 * math.log10(largest),
+        "log_norm": math.log10(float(rows.sum()) * stack.eigenvalue_scale) + 2 * math.log10(unit),
         "dead_rows": int((rows < DEAD**2 * rows.max()).sum()),
         "dead_columns": int((columns < DEAD**2 * columns.max()).sum()),
     }
 
 
-def _squares(matrices: Tensor, largest: float) -> tuple[Tensor, Tensor]:
-    """Return the squared norms, divided by `largest` squared, of the rows `(R,)` and of the columns `(C,)`."""
-    number, height, width = matrices.shape
+def _squares(matrices: Tensor, unit: float) -> tuple[Tensor, Tensor]:
+    """Return the squared norms of the rows `(R,)` and of the columns `(C,)`, of entries divided by `unit`."""
     rows, columns = [], []
-    for block in matrices.split(max(1, BLOCK // (number * width)) if matrices.is_cpu else height, dim=1):
-        # Divided by the largest, squares stay within the range of single precision.
-        squares = (block.to(torch.promote_types(block.dtype, torch.float32)) / largest).abs().square_()
-        rows.append(squares.sum(dim=(0, 2)))
-        columns.append(squares.sum(dim=(0, 1)))
-    return torch.cat(rows).cpu().double(), torch.stack(columns).sum(dim=0).cpu().double()
+    height = BLOCK // matrices.shape[2] + 1 if matrices.is_cpu else matrices.shape[1]
+    for begin in range(0, matrices.shape[1], height):
+        squares = _summed_squares(matrices[:, begin : begin + height], unit)
+        rows.append(squares.sum(dim=1))
+        columns.append(squares.sum(dim=0))
+    return torch.cat(rows).double().cpu(), torch.stack(columns).sum(dim=0).double().cpu()
 
 
-def spectrum_metrics(eigenvalues: Array, rows: int, complex_weight: bool) -> dict[str, Any]:
-    """Return `stable_rank` and `num_spikes` of whole matrices.
+def _summed_squares(block: Tensor, unit: float) -> Tensor:
+    """Return the squares of entries divided by `unit`, summed over the K matrices: `(R, C)`."""
+    parts = torch.view_as_real(block.resolve_conj()) if block.is_complex() else block.unsqueeze(-1)
+    parts = parts.to(torch.promote_types(parts.dtype, torch.float32))
+    if unit != 1:
+        parts = parts / unit
+    number, *_, both = parts.shape
+    # A sum over a dimension of length 1 takes ten times as long as the squares.
+    return parts.square().sum(dim=(0, 3)) if number * both > 1 else parts[0, :, :, 0].square()
+
+
+def _stable_rank(eigenvalues: Array) -> float | None:
+    """Return the mean of ||W||_F^2 / ||W||_2^2 over matrices that are not all zero.
 
     Args:
         eigenvalues: `(K, C)`, of W^T W of each matrix, ascending, in any unit.
-        rows: R.
-        complex_weight: whether the matrices are complex.
     """
     total, largest = eigenvalues.sum(axis=1), eigenvalues[:, -1]
-    alive = largest > 0
-    if not alive.any() or not np.isfinite(total).all():
-        return {}
-    columns = eigenvalues.shape[1]
-    edge = total / (rows * columns) * edge_of(rows, columns, complex_weight)
-    return {
-        "stable_rank": float((total[alive] / largest[alive]).mean()),
-        "num_spikes": int((eigenvalues > edge[:, None]).sum()),
-    }
+    ratios = total[largest > 0] / largest[largest > 0]
+    return float(ratios.mean()) if len(ratios) and np.isfinite(ratios).all() else None
 
 
-def edge_of(rows: int, columns: int, complex_weight: bool) -> float:
-    """Return the edge above which a random matrix of unit mean square has no eigenvalue, with 99 % probability."""
-    roots = math.sqrt(rows) + math.sqrt(columns)
-    scale = roots * (1 / math.sqrt(rows) + 1 / math.sqrt(columns)) ** (1 / 3)
-    return roots**2 + TRACY_WIDOM[complex_weight] * scale
-
-
-def whole_spectrum(stack: MatrixStack) -> Array | None:
-    """Return the eigenvalues `(K, C)` of W^T W of each whole matrix; None where that would take minutes.
+def _whole_spectrum(stack: MatrixStack) -> Array | None:
+    """Return the eigenvalues `(K, C)` of W^T W of each whole matrix; None where they cannot be had in seconds.
 
     Args:
         stack: `(K, R, C)`; the eigenvalues are ascending, in units of its largest entry, squared.
@@ -136,29 +141,50 @@ def whole_spectrum(stack: MatrixStack) -> Array | None:
     if stack.matrices.shape[-1] > MAX_COLUMNS:
         return None
     wide = _unit_scale(stack, torch.float64)
-    return np.asarray(torch.linalg.eigvalsh(wide.mH @ wide).clamp_(min=0).cpu().numpy())
+    try:
+        return np.asarray(torch.linalg.eigvalsh(wide.mH @ wide).clamp_(min=0).cpu().numpy())
+    except LinAlgError:
+        return None
 
 
-def count_traps(stack: MatrixStack) -> int | None:
-    """Return the number of traps in a layer whose entries were shuffled; None where that would take minutes.
+def count_outliers(stack: MatrixStack, quantile: Mapping[str, float]) -> int | None:
+    """Return the number of outliers of all K matrices; None where they cannot be had in seconds.
 
     Args:
-        stack: `(K, R, C)`, its entries in random order.
+        stack: `(K, R, C)`.
+        quantile: of the Tracy-Widom law, for each kind of weights.
     """
     rows, columns = stack.matrices.shape[1:]
     if columns > MAX_COLUMNS:
         return None
-    wide = _unit_scale(stack, torch.float32)
-    wide -= wide.mean()
-    limit = float(wide.abs().square().mean()) * edge_of(rows, columns, wide.is_complex())
-    gram = wide.mH @ wide
-    # Without traps, as nearly always, limit - W^T W is positive definite: a factorisation that takes a tenth of
-    # the time of eigenvalues tells.
+    centred = _unit_scale(stack, torch.float32)
+    centred -= centred.mean()
+    variance = float(centred.abs().square().mean())
+    limit = variance * outlier_edge(rows, columns, quantile[stack.kind])
+    gram = centred.mH @ centred
+    # Without outliers limit - W^T W is positive definite, which a factorisation tells in a tenth of the time.
     shifted = -gram
     shifted.diagonal(dim1=-2, dim2=-1).add_(limit)
-    if not torch.linalg.cholesky_ex(shifted).info.any():
+    hard = torch.linalg.cholesky_ex(shifted).info != 0
+    if not hard.any():
         return 0
-    return int((torch.linalg.eigvalsh(gram) > limit).sum())
+    try:
+        return int((torch.linalg.eigvalsh(gram[hard]) > limit).sum())
+    except LinAlgError:
+        return None
+
+
+def outlier_edge(rows: int, columns: int, quantile: float) -> float:
+    """Return the edge above which an eigenvalue of a random matrix of variance 1 is an outlier.
+
+    Args:
+        rows: R.
+        columns: C.
+        quantile: of the Tracy-Widom law, t above.
+    """
+    roots = math.sqrt(rows) + math.sqrt(columns)
+    scale = roots * math.pow(1 / math.sqrt(rows) + 1 / math.sqrt(columns), 1 / 3)
+    return roots * roots + quantile * scale
 
 
 def _unit_scale(stack: MatrixStack, dtype: torch.dtype) -> Tensor:

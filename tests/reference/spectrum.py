@@ -67,7 +67,7 @@ def histogram_peak(values, bins=100):
 
 
 def metrics(values, method="median", xmin_pos=2.0, number=None):
-    """Every figure of one sample, by its name in a report; `number` of eigenvalues before small ones were dropped."""
+    """Every figure of one sample by its name in a report; `number` counts eigenvalues before some were dropped."""
     alpha, distance = fit(values, method, xmin_pos)
     largest, total = values[-1], math.fsum(values)
     entropy = -math.fsum(v / total * math.log(v / total) for v in values if v > 0) / math.log(len(values))
