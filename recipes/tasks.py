@@ -331,9 +331,13 @@ class ImageClassification(_Task):
         self.val_accuracy = MulticlassAccuracy(num_classes, average="micro")
         self.test_accuracy = MulticlassAccuracy(num_classes, average="micro")
 
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the number to minimise, a scalar, from logits (B, num_classes) and labels (B,)."""
+        return functional.cross_entropy(logits, labels)
+
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
-        """Return the cross-entropy of a batch of images (B, C, H, W) and labels (B,)."""
-        loss = functional.cross_entropy(self(batch[0]), batch[1])
+        """Return the loss of a batch of images (B, C, H, W) and labels (B,)."""
+        loss = self.loss(self(batch[0]), batch[1])
         self._log_epoch("train", batch, loss=loss)
         return loss
 
@@ -342,7 +346,7 @@ class ImageClassification(_Task):
         images, labels = batch
         logits = self(images)
         accuracy(logits, labels)
-        self._log_epoch(stage, batch, accuracy=accuracy, loss=functional.cross_entropy(logits, labels))
+        self._log_epoch(stage, batch, accuracy=accuracy, loss=self.loss(logits, labels))
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
         """Score a validation batch."""

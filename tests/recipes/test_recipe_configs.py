@@ -37,7 +37,15 @@ EXPERIMENTS = sorted(
     for file in (CONF / "experiment").rglob("*.yaml")
     if not file.stem.startswith("_")
 )
-DEMOS = ["cifar100_resnet18", "cifar100_vgg16", "darcy_fno", "darcy_unet", "digits_resnet18", "tiny_lm"]
+DEMOS = [
+    "cifar100_resnet18",
+    "cifar100_vgg16",
+    "darcy_fno",
+    "darcy_unet",
+    "digits_resnet18",
+    "grokking_mlp",
+    "tiny_lm",
+]
 ELSEWHERE = {"experiment", "hydra", "study"}  # tested below or with their own commands
 GROUPS = {
     folder.name: sorted(file.stem for file in folder.glob("*.yaml") if not file.stem.startswith("_"))
@@ -65,6 +73,7 @@ COMPANIONS: dict[str, tuple[str, ...]] = {
     "model=resnet34": ("data=digits",),
     "model=vgg16": ("data=digits", "data.image_size=32"),
     "model=vgg19": ("data=digits", "data.image_size=32"),
+    "model=mlp": ("data=digits",),
     "model=wrn16_8": ("data=digits", "model.net.width=2"),
     "model=wrn28_6": ("data=digits", "model.net.width=2"),
     "model=fno_cfd1d": ("data=pdebench_cfd1d", "data.every_point=1", "data.every_frame=1"),
@@ -153,6 +162,7 @@ SMALL = {
     r"tempbalance/tinyimagenet_wrn": ("model.net.width=2", *IMAGES[1:]),
     r"digits_resnet18": ("model.net.width=8",),
     r"tiny_lm": (f"data.path={__file__}", "data.val_bytes=600", "data.test_bytes=600", "model.net.width=32"),
+    r"grokking_mlp": ("data.passes=1",),
     r"darcy_fno": (*TINY_DARCY, *FNO_2D),
     r"darcy_unet": (*TINY_DARCY, "model.net.width=4"),
     r"sciml/darcy_fno": (*PDE, *FNO_2D),

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from farms_tb import analyze_checkpoint
+from farms_tb.verdicts import Verdict
 from recipes.errors import RecipeError
 from recipes.real import install, minilm_folder, missing, newsgroups20, reuters8, smollm2_folder, wikipedia
 from recipes.real.files import FILES, checked
@@ -126,9 +127,10 @@ def test_the_language_model_knows_a_capital():
 def test_of_minilm_the_unused_pooler_alone_is_not_told_from_its_shuffles():
     """`pooler.dense` takes no part in the vector of a sentence: it still has its first, random entries."""
     report = analyze_checkpoint(minilm_folder(), null=True)
-    scores = {name: record.z_score for name, record in report.layers.items() if record.z_score is not None}
-    assert len(scores) == 37
-    assert [name for name, score in scores.items() if abs(score) < 3] == ["pooler.dense"]
+    verdicts = {name: record.verdict for name, record in report.layers.items() if record.alpha is not None}
+    assert len(verdicts) == 37
+    assert [name for name, verdict in verdicts.items() if verdict is Verdict.RANDOM] == ["pooler.dense"]
+    assert sum(verdict is Verdict.TRAINED for verdict in verdicts.values()) == 36
     whole = analyze_checkpoint(minilm_folder(), esd="full")
     above = [name for name, record in whole.layers.items() if (record.alpha or 0) > whole.alphas["pooler.dense"]]
     assert len(above) == 13, "alphas of whole matrices rank trained layers as less trained than the random one"
