@@ -26,6 +26,7 @@ from farms_tb.options import (
     AssignFunc,
     Collapsed,
     Esd,
+    Favor,
     Fit,
     Kind,
     LoggingOptions,
@@ -94,6 +95,7 @@ class RatioKeywords(TypedDict, total=False):
     balance: Sequence[Kind]
     norms: Norms
     collapsed: Collapsed
+    favor: Favor
 
 
 class ScheduleKeywords(TypedDict, total=False):

@@ -25,7 +25,8 @@ from farms_tb.warnings import warn_once
 
 Esd = Literal["farms", "full"]
 Fit = Literal["median", "goodness-of-fit", "xmin_peak"]
-AssignFunc = Literal["tb_linear_map", "tb_sqrt", "tb_log2", "tb_step", "tb_sigmoid", "noise_aware"]
+AssignFunc = Literal["tb_linear_map", "tb_sqrt", "tb_log2", "tb_step", "tb_sigmoid", "noise_aware", "shrinkage"]
+Favor = Literal["large_alpha", "small_alpha"]
 Metric = Literal[
     "alpha",
     "ks_distance",
@@ -43,6 +44,9 @@ Collapsed = Literal["leave_out", "keep"]
 Precision = Literal["auto", "float64"]
 Solver = Literal["auto", "torch", "cupy", "cpu"]
 XAxis = Literal["epoch", "step"]
+
+COMPARES_WITH_RANDOM: tuple[AssignFunc, ...] = ("noise_aware", "shrinkage")
+"""Maps that compare each layer with random layers of its shape, and so need its permutation null."""
 
 NUMERICS = ("precision", "solver", "memory_mb", "threads")
 """Options that change how eigenvalues are computed, and an alpha by rounding only."""
@@ -280,6 +284,8 @@ class RatioOptions:
         collapsed: `"leave_out"` keeps layers whose spectrum has collapsed out of the map, at ratio 1: their alpha
             is small, but not because they are well trained. `"keep"` maps them like any other, as in the papers.
         norms: `"follow"` gives a normalisation layer the ratio of the layer that feeds it, `"base"` ratio 1.
+        favor: which layers get the larger ratios: `"large_alpha"`, as in the papers, those that have learnt less;
+            `"small_alpha"` those that have learnt more.
     """
 
     assign_func: AssignFunc = "tb_linear_map"
@@ -296,6 +302,7 @@ class RatioOptions:
     balance: Sequence[Kind] = ("real",)
     norms: Norms = "follow"
     collapsed: Collapsed = "leave_out"
+    favor: Favor = "large_alpha"
 
     def __post_init__(self) -> None:
         _make_plain(self)
@@ -317,6 +324,7 @@ class RatioOptions:
         check_bool("exclude_last", self.exclude_last)
         check_choice("norms", self.norms, Norms)
         check_choice("collapsed", self.collapsed, Collapsed)
+        check_choice("favor", self.favor, Favor)
         for argument in ("exclude", "balance"):
             # Hydra hands over its own list type; a tuple is comparable, hashable and safe to store.
             object.__setattr__(self, argument, plain_strings(argument, getattr(self, argument)))
@@ -327,10 +335,10 @@ class RatioOptions:
                 f"assign_func={self.assign_func!r} is defined for metric='alpha', whose values are "
                 f"above 1, got metric={self.metric!r}; use 'tb_linear_map', 'tb_step' or 'tb_sigmoid'"
             )
-        if self.metric != "alpha" and self.assign_func == "noise_aware":
+        if self.metric != "alpha" and self.assign_func in COMPARES_WITH_RANDOM:
             raise ValueError(
-                "assign_func='noise_aware' compares alpha with that of random layers, it knows no other metric: "
-                f"got metric={self.metric!r}"
+                f"assign_func={self.assign_func!r} compares alpha with that of random layers, it knows no other "
+                f"metric: got metric={self.metric!r}"
             )
 
 

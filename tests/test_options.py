@@ -63,7 +63,7 @@ def test_spectral_options(options, error, message):
         (
             {"assign_func": "linear"},
             ValueError,
-            "one of 'tb_linear_map', 'tb_sqrt', 'tb_log2', 'tb_step', 'tb_sigmoid', 'noise_aware', got 'linear'",
+            "one of 'tb_linear_map', 'tb_sqrt', .*, 'noise_aware', 'shrinkage', got 'linear'",
         ),
         ({"lr_min_ratio": -0.1}, ValueError, r"lr_min_ratio must be at least 0, got -0\.1"),
         ({"lr_max_ratio": 0}, ValueError, "lr_max_ratio must be above 0, got 0"),
@@ -93,6 +93,12 @@ def test_temperature_options(options, error, message):
         ({"metric": "beta"}, ValueError, "metric must be one of 'alpha', .*, 'entropy', got 'beta'"),
         ({"exclude_first": 1}, TypeError, "exclude_first must be True or False, got 1 of type int"),
         ({"exclude_last": None}, TypeError, "exclude_last must be True or False, got None"),
+        ({"favor": "small"}, ValueError, "favor must be one of 'large_alpha', 'small_alpha', got 'small'"),
+        (
+            {"metric": "entropy", "assign_func": "shrinkage"},
+            ValueError,
+            "assign_func='shrinkage' compares alpha .* no other metric: got metric='entropy'",
+        ),
         ({"norms": "feed"}, ValueError, "norms must be one of 'follow', 'base', got 'feed'"),
         ({"exclude": "conv1"}, TypeError, "exclude must be a sequence of strings, got 'conv1'"),
         ({"exclude": (1,)}, TypeError, r"exclude must be a sequence of strings, got \(1,\)"),

@@ -10,8 +10,9 @@ from torch.optim import Optimizer
 from farms_tb.balancing.assignment import Assignment, members, ratios_of_parameters
 from farms_tb.balancing.measured_model import MeasuredModel
 from farms_tb.balancing.optimizers import BalancedOptimizers
-from farms_tb.balancing.ratio_maps import MappedRatios, only_measures, ratios_of_report
+from farms_tb.balancing.ratio_maps import only_measures
 from farms_tb.balancing.ratio_warnings import RatioWarnings
+from farms_tb.balancing.report_ratios import MappedRatios, ratios_of_report
 from farms_tb.balancing.step_groups import StepGroup, lrs_of_layers, step_groups
 from farms_tb.options import RatioOptions
 from farms_tb.report import Report
