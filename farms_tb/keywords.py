@@ -303,5 +303,6 @@ def _unknown(name: str, keyword: str, known: list[str], classes: tuple[type[Any]
     if nearest:
         hint = f"; did you mean {nearest[0]!r}?"
         homes = tuple(cls for cls in classes if nearest[0] in cls.__dataclass_fields__) or classes
-    listed = " and ".join(f"help(farms_tb.{cls.__name__})" for cls in homes)
+    # Each package shows the names of its module `options`.
+    listed = " and ".join(f"help({cls.__module__.removesuffix('.options')}.{cls.__name__})" for cls in homes)
     return f"{name} has no option {keyword!r}{hint} The options are described in {listed}"
