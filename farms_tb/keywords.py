@@ -31,6 +31,7 @@ from farms_tb.options import (
     Kind,
     LoggingOptions,
     Metric,
+    Normalize,
     Norms,
     Precision,
     RatioOptions,
@@ -96,6 +97,9 @@ class RatioKeywords(TypedDict, total=False):
     norms: Norms
     collapsed: Collapsed
     favor: Favor
+    normalize: Normalize | None
+    exclude_heads: bool
+    fixed: Mapping[str, float] | Sequence[tuple[str, float]]
 
 
 class ScheduleKeywords(TypedDict, total=False):

@@ -40,6 +40,7 @@ Metric = Literal[
 ]
 Kind = Literal["real", "spectral"]
 Norms = Literal["follow", "base"]
+Normalize = Literal["mean"]
 Collapsed = Literal["leave_out", "keep"]
 Precision = Literal["auto", "float64"]
 Solver = Literal["auto", "torch", "cupy", "cpu"]
@@ -186,6 +187,32 @@ def plain_strings(argument: str, values: object) -> tuple[str, ...]:
     return found
 
 
+def plain_ratios(argument: str, ratios: object) -> tuple[tuple[str, float], ...]:
+    """Return ratios by pattern as a tuple of pairs, which can be compared, hashed and saved.
+
+    Args:
+        argument: name of the option, for the message.
+        ratios: what the user gave: a mapping, or pairs, as a checkpoint gives them back.
+
+    Raises:
+        TypeError: neither, or a pattern or a ratio of the wrong type.
+        ValueError: a ratio that is negative or not finite.
+    """
+    pairs = ratios.items() if isinstance(ratios, Mapping) else ratios
+    if isinstance(pairs, (str, bytes)) or not isinstance(pairs, Iterable):
+        raise TypeError(f'{argument} must map patterns to ratios, as {{"embed*": 5.0}}, got {ratios!r}')
+    found = []
+    for pair in pairs:
+        if isinstance(pair, (str, bytes)) or not isinstance(pair, Sequence) or len(pair) != 2:
+            raise TypeError(f'{argument} must map patterns to ratios, as {{"embed*": 5.0}}, got {ratios!r}')
+        pattern, ratio = plain_value(pair[0]), plain_value(pair[1])
+        if not isinstance(pattern, str):
+            raise TypeError(f"{argument} must have patterns of names as keys, got {pattern!r}")
+        check_number(f"{argument}[{pattern!r}]", ratio, at_least=0)
+        found.append((pattern, float(ratio)))
+    return tuple(found)
+
+
 def _make_plain(options: Any) -> None:
     """Replace the numpy values among the fields of a frozen dataclass by plain ones."""
     for field in fields(options):
@@ -286,6 +313,11 @@ class RatioOptions:
         norms: `"follow"` gives a normalisation layer the ratio of the layer that feeds it, `"base"` ratio 1.
         favor: which layers get the larger ratios: `"large_alpha"`, as in the papers, those that have learnt less;
             `"small_alpha"` those that have learnt more.
+        normalize: `"mean"` divides the mapped ratios by their mean, in which a layer weighs as much as it has
+            entries, so that balancing does not change the overall learning rate. None leaves them as mapped.
+        exclude_heads: leave the layers of a transformers model that are not in its base model at ratio 1.
+        fixed: ratios that are set instead of mapped, by shell-style patterns of layers or parameters, matched as
+            in `exclude`: `{"embed*": 5.0, "lm_head": 5.0}`. Where several match, the first one counts.
     """
 
     assign_func: AssignFunc = "tb_linear_map"
@@ -303,6 +335,9 @@ class RatioOptions:
     norms: Norms = "follow"
     collapsed: Collapsed = "leave_out"
     favor: Favor = "large_alpha"
+    normalize: Normalize | None = None
+    exclude_heads: bool = False
+    fixed: Mapping[str, float] | Sequence[tuple[str, float]] = ()
 
     def __post_init__(self) -> None:
         _make_plain(self)
@@ -325,6 +360,10 @@ class RatioOptions:
         check_choice("norms", self.norms, Norms)
         check_choice("collapsed", self.collapsed, Collapsed)
         check_choice("favor", self.favor, Favor)
+        if self.normalize is not None:
+            check_choice("normalize", self.normalize, Normalize)
+        check_bool("exclude_heads", self.exclude_heads)
+        object.__setattr__(self, "fixed", plain_ratios("fixed", self.fixed))
         for argument in ("exclude", "balance"):
             # Hydra hands over its own list type; a tuple is comparable, hashable and safe to store.
             object.__setattr__(self, argument, plain_strings(argument, getattr(self, argument)))
@@ -416,7 +455,10 @@ def as_plain(*options: Options) -> dict[str, Any]:
     plain: dict[str, Any] = {}
     for part in options:
         for name, value in asdict(part).items():
-            if isinstance(value, tuple):
-                value = list(value)
-            plain[name] = value
+            plain[name] = _as_lists(value)
     return plain
+
+
+def _as_lists(value: Any) -> Any:
+    """Return a tuple as a list, and the tuples in it too; other values as they are."""
+    return [_as_lists(one) for one in value] if isinstance(value, tuple) else value

@@ -55,8 +55,8 @@ class AttachedModel:
     def map_ratios(self, report: Report) -> MappedRatios:
         """Return the ratios that follow from a report."""
         trained = self._optimizers.trained(self.model)
-        by_kind = members(self.assignment.layers, self._options, trained)
-        return ratios_of_report(report, by_kind, self._options)
+        by_kind = members(self.assignment, self._options, trained)
+        return ratios_of_report(report, by_kind, self._options, self.assignment.fixed_layers)
 
     def follow(self, report: Report, mapped: MappedRatios, *, initial: bool) -> None:
         """Apply the ratios of a report, and warn of what a user should know.
@@ -78,7 +78,7 @@ class AttachedModel:
 
     def parameter_ratios(self, ratios: Mapping[str, float]) -> dict[str, float]:
         """Return the ratio of each parameter by name, given those of the layers."""
-        return ratios_of_parameters(self.model, self.assignment.followed, ratios, self._options)
+        return ratios_of_parameters(self.model, self.assignment, ratios, self._options)
 
     def param_groups(self, optimizer: Optimizer | None = None) -> list[StepGroup]:
         """Return the groups that an optimizer really steps with, or all optimizers.

@@ -18,9 +18,14 @@ from farms_tb.balancing.shrinkage import shrinkage_ratios
 from farms_tb.options import AssignFunc, Favor, RatioOptions
 
 
-def only_measures(options: RatioOptions) -> bool:
-    """Tell whether every ratio is 1 by the options alone, so that no optimizer has to be changed."""
+def maps_nothing(options: RatioOptions) -> bool:
+    """Tell whether every ratio of the map is 1 by the options alone."""
     return options.lr_min_ratio == options.lr_max_ratio == 1 or not options.balance
+
+
+def only_measures(options: RatioOptions) -> bool:
+    """Tell whether every learning rate is the base one by the options alone: no optimizer has to be changed."""
+    return maps_nothing(options) and all(ratio == 1 for _, ratio in options.fixed)
 
 
 def lr_ratios(  # noqa: PLR0913 - each is an option
@@ -108,7 +113,7 @@ def ratios_from(
     ratios = dict.fromkeys(alphas, 1.0)
     values = list(known.values())
     are_alike = len(set(values)) < 2
-    if only_measures(options) or are_alike:
+    if maps_nothing(options) or are_alike:
         return ratios
     _check_domain(known, options.assign_func)
     if options.favor == "small_alpha":

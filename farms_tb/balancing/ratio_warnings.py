@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from farms_tb.balancing.ratio_maps import only_measures
+from farms_tb.balancing.ratio_maps import maps_nothing
 from farms_tb.balancing.report_ratios import MappedRatios
 from farms_tb.options import COMPARES_WITH_RANDOM, RatioOptions
 from farms_tb.report import OK, LayerRecord, Report
@@ -42,7 +42,7 @@ class RatioWarnings:
             mapped: the ratios that follow from it.
         """
         self._about_missing(report, mapped.missing)
-        if not only_measures(self._options):
+        if not maps_nothing(self._options):
             self._about_few_layers(mapped)
         self._about_large_ratio(mapped.ratios)
 

@@ -60,7 +60,9 @@ class MappedRatios:
         return balanced
 
 
-def ratios_of_report(report: Report, members: dict[Kind, list[str]], options: RatioOptions) -> MappedRatios:
+def ratios_of_report(
+    report: Report, members: dict[Kind, list[str]], options: RatioOptions, fixed: Mapping[str, float] | None = None
+) -> MappedRatios:
     """Map the metric of the layers that take part, each kind within itself.
 
     Args:
@@ -68,6 +70,7 @@ def ratios_of_report(report: Report, members: dict[Kind, list[str]], options: Ra
             permutation nulls.
         members: names of the layers that take part, by kind.
         options: the map, its options and the metric.
+        fixed: ratios of layers that take no part, and keep these.
 
     Returns:
         The ratio of every layer of the report, and which layers were balanced.
@@ -84,6 +87,9 @@ def ratios_of_report(report: Report, members: dict[Kind, list[str]], options: Ra
         missing += [name for name in names if name not in known]
         ratios |= ratios_from(known, options, _errors(report, known))
         by_kind[kind] = known
+    if options.normalize == "mean":
+        ratios |= _with_mean_one(report, {name: ratios[name] for known in by_kind.values() for name in known})
+    ratios |= fixed or {}
     return MappedRatios(ratios, members, missing, _summary(report, by_kind, ratios, options))
 
 
@@ -99,6 +105,21 @@ def mapped_metric(record: LayerRecord, options: RatioOptions) -> float | None:
     if options.assign_func == "shrinkage":
         return None if record.effect_error is None else record.effect
     return record.metric(options.metric)
+
+
+def _with_mean_one(report: Report, ratios: Mapping[str, float]) -> dict[str, float]:
+    """Divide ratios by their mean, in which a layer weighs as much as its matrices have entries.
+
+    Args:
+        report: the measurement, whose records hold the shapes.
+        ratios: ratios of the balanced layers by name; not all of them 0.
+    """
+    sizes = {name: math.prod(report.layers[name].shape) for name in ratios}
+    total = math.fsum(sizes[name] * ratio for name, ratio in ratios.items())
+    if total == 0:
+        return dict(ratios)
+    mean = total / sum(sizes.values())
+    return {name: ratio / mean for name, ratio in ratios.items()}
 
 
 def _errors(report: Report, names: Iterable[str]) -> dict[str, float]:
