@@ -26,10 +26,12 @@ from farms_tb.options import (
     AssignFunc,
     Collapsed,
     Esd,
+    Favor,
     Fit,
     Kind,
     LoggingOptions,
     Metric,
+    Normalize,
     Norms,
     Precision,
     RatioOptions,
@@ -94,6 +96,10 @@ class RatioKeywords(TypedDict, total=False):
     balance: Sequence[Kind]
     norms: Norms
     collapsed: Collapsed
+    favor: Favor
+    normalize: Normalize | None
+    exclude_heads: bool
+    fixed: Mapping[str, float] | Sequence[tuple[str, float]]
 
 
 class ScheduleKeywords(TypedDict, total=False):
