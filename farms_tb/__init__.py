@@ -57,7 +57,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import a callback, and its trainer's package with it, or the package for pruning, only for those who use it."""
+    """Import what brings other packages with it, a trainer's callback or pruning, only for those who use it."""
     if name == "sparsity":
         return importlib.import_module("farms_tb.sparsity")
     if name == "FARMSTempBalance":

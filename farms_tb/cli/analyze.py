@@ -34,7 +34,7 @@ from farms_tb.options import SpectrumOptions, as_plain
 from farms_tb.verdicts import Verdict
 from farms_tb.viewing.diagnosis import ModelSummary, diagnose, summarise
 
-VERDICT_STYLES = {
+VERDICT_STYLES: dict[str, str] = {
     Verdict.TRAINED: "green",
     Verdict.RANDOM: "bold yellow",
     Verdict.COLLAPSED: "bold red",
