@@ -14,6 +14,8 @@ import griffe
 
 ROOT = Path(__file__).resolve().parents[1]
 DECORATOR = "takes_options"
+MODULES = ("farms_tb.options", "farms_tb.sparsity.options")
+"""Where the dataclasses of options are."""
 
 
 class Options(griffe.Extension):
@@ -39,16 +41,18 @@ def _classes(decorated: griffe.Function | griffe.Class) -> list[griffe.Class]:
     for decorator in decorated.decorators:
         name, *arguments = str(decorator.value).rstrip(")").replace("(", ", ").split(", ")
         if name == DECORATOR:
-            return [_options()[argument] for argument in arguments]
+            return [_options(argument) for argument in arguments]
     return []
 
 
 @cache
-def _options() -> griffe.Module:
-    """Return the module of the dataclasses, read without this extension."""
-    module = griffe.load("farms_tb.options", search_paths=[ROOT])
-    assert isinstance(module, griffe.Module)
-    return module
+def _options(name: str) -> griffe.Class:
+    """Return a dataclass of options by its name, read without this extension."""
+    for path in MODULES:
+        found = griffe.load(path, search_paths=[ROOT]).members.get(name)
+        if isinstance(found, griffe.Class):
+            return found
+    raise KeyError(f"none of {', '.join(MODULES)} has a class {name}")
 
 
 def _expand_signature(function: Any, classes: list[griffe.Class]) -> None:

@@ -26,10 +26,12 @@ from farms_tb.options import (
     AssignFunc,
     Collapsed,
     Esd,
+    Favor,
     Fit,
     Kind,
     LoggingOptions,
     Metric,
+    Normalize,
     Norms,
     Precision,
     RatioOptions,
@@ -94,6 +96,10 @@ class RatioKeywords(TypedDict, total=False):
     balance: Sequence[Kind]
     norms: Norms
     collapsed: Collapsed
+    favor: Favor
+    normalize: Normalize | None
+    exclude_heads: bool
+    fixed: Mapping[str, float] | Sequence[tuple[str, float]]
 
 
 class ScheduleKeywords(TypedDict, total=False):
@@ -302,5 +308,6 @@ def _unknown(name: str, keyword: str, known: list[str], classes: tuple[type[Any]
     if nearest:
         hint = f"; did you mean {nearest[0]!r}?"
         homes = tuple(cls for cls in classes if nearest[0] in cls.__dataclass_fields__) or classes
-    listed = " and ".join(f"help(farms_tb.{cls.__name__})" for cls in homes)
+    # Each package shows the names of its module `options`.
+    listed = " and ".join(f"help({cls.__module__.removesuffix('.options')}.{cls.__name__})" for cls in homes)
     return f"{name} has no option {keyword!r}{hint} The options are described in {listed}"

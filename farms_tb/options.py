@@ -25,7 +25,8 @@ from farms_tb.warnings import warn_once
 
 Esd = Literal["farms", "full"]
 Fit = Literal["median", "goodness-of-fit", "xmin_peak"]
-AssignFunc = Literal["tb_linear_map", "tb_sqrt", "tb_log2", "tb_step", "tb_sigmoid", "noise_aware"]
+AssignFunc = Literal["tb_linear_map", "tb_sqrt", "tb_log2", "tb_step", "tb_sigmoid", "noise_aware", "shrinkage"]
+Favor = Literal["large_alpha", "small_alpha"]
 Metric = Literal[
     "alpha",
     "ks_distance",
@@ -39,10 +40,14 @@ Metric = Literal[
 ]
 Kind = Literal["real", "spectral"]
 Norms = Literal["follow", "base"]
+Normalize = Literal["mean"]
 Collapsed = Literal["leave_out", "keep"]
 Precision = Literal["auto", "float64"]
 Solver = Literal["auto", "torch", "cupy", "cpu"]
 XAxis = Literal["epoch", "step"]
+
+COMPARES_WITH_RANDOM: tuple[AssignFunc, ...] = ("noise_aware", "shrinkage")
+"""Maps that compare each layer with random layers of its shape, and so need its permutation null."""
 
 NUMERICS = ("precision", "solver", "memory_mb", "threads")
 """Options that change how eigenvalues are computed, and an alpha by rounding only."""
@@ -182,6 +187,32 @@ def plain_strings(argument: str, values: object) -> tuple[str, ...]:
     return found
 
 
+def plain_ratios(argument: str, ratios: object) -> tuple[tuple[str, float], ...]:
+    """Return ratios by pattern as a tuple of pairs, which can be compared, hashed and saved.
+
+    Args:
+        argument: name of the option, for the message.
+        ratios: what the user gave: a mapping, or pairs, as a checkpoint gives them back.
+
+    Raises:
+        TypeError: neither, or a pattern or a ratio of the wrong type.
+        ValueError: a ratio that is negative or not finite.
+    """
+    pairs = ratios.items() if isinstance(ratios, Mapping) else ratios
+    if isinstance(pairs, (str, bytes)) or not isinstance(pairs, Iterable):
+        raise TypeError(f'{argument} must map patterns to ratios, as {{"embed*": 5.0}}, got {ratios!r}')
+    found = []
+    for pair in pairs:
+        if isinstance(pair, (str, bytes)) or not isinstance(pair, Sequence) or len(pair) != 2:
+            raise TypeError(f'{argument} must map patterns to ratios, as {{"embed*": 5.0}}, got {ratios!r}')
+        pattern, ratio = plain_value(pair[0]), plain_value(pair[1])
+        if not isinstance(pattern, str):
+            raise TypeError(f"{argument} must have patterns of names as keys, got {pattern!r}")
+        check_number(f"{argument}[{pattern!r}]", ratio, at_least=0)
+        found.append((pattern, float(ratio)))
+    return tuple(found)
+
+
 def _make_plain(options: Any) -> None:
     """Replace the numpy values among the fields of a frozen dataclass by plain ones."""
     for field in fields(options):
@@ -280,6 +311,13 @@ class RatioOptions:
         collapsed: `"leave_out"` keeps layers whose spectrum has collapsed out of the map, at ratio 1: their alpha
             is small, but not because they are well trained. `"keep"` maps them like any other, as in the papers.
         norms: `"follow"` gives a normalisation layer the ratio of the layer that feeds it, `"base"` ratio 1.
+        favor: which layers get the larger ratios: `"large_alpha"`, as in the papers, those that have learnt less;
+            `"small_alpha"` those that have learnt more.
+        normalize: `"mean"` divides the mapped ratios by their mean, in which a layer weighs as much as it has
+            entries, so that balancing does not change the overall learning rate. None leaves them as mapped.
+        exclude_heads: leave the layers of a transformers model that are not in its base model at ratio 1.
+        fixed: ratios that are set instead of mapped, by shell-style patterns of layers or parameters, matched as
+            in `exclude`: `{"embed*": 5.0, "lm_head": 5.0}`. Where several match, the first one counts.
     """
 
     assign_func: AssignFunc = "tb_linear_map"
@@ -296,6 +334,10 @@ class RatioOptions:
     balance: Sequence[Kind] = ("real",)
     norms: Norms = "follow"
     collapsed: Collapsed = "leave_out"
+    favor: Favor = "large_alpha"
+    normalize: Normalize | None = None
+    exclude_heads: bool = False
+    fixed: Mapping[str, float] | Sequence[tuple[str, float]] = ()
 
     def __post_init__(self) -> None:
         _make_plain(self)
@@ -317,6 +359,11 @@ class RatioOptions:
         check_bool("exclude_last", self.exclude_last)
         check_choice("norms", self.norms, Norms)
         check_choice("collapsed", self.collapsed, Collapsed)
+        check_choice("favor", self.favor, Favor)
+        if self.normalize is not None:
+            check_choice("normalize", self.normalize, Normalize)
+        check_bool("exclude_heads", self.exclude_heads)
+        object.__setattr__(self, "fixed", plain_ratios("fixed", self.fixed))
         for argument in ("exclude", "balance"):
             # Hydra hands over its own list type; a tuple is comparable, hashable and safe to store.
             object.__setattr__(self, argument, plain_strings(argument, getattr(self, argument)))
@@ -327,10 +374,10 @@ class RatioOptions:
                 f"assign_func={self.assign_func!r} is defined for metric='alpha', whose values are "
                 f"above 1, got metric={self.metric!r}; use 'tb_linear_map', 'tb_step' or 'tb_sigmoid'"
             )
-        if self.metric != "alpha" and self.assign_func == "noise_aware":
+        if self.metric != "alpha" and self.assign_func in COMPARES_WITH_RANDOM:
             raise ValueError(
-                "assign_func='noise_aware' compares alpha with that of random layers, it knows no other metric: "
-                f"got metric={self.metric!r}"
+                f"assign_func={self.assign_func!r} compares alpha with that of random layers, it knows no other "
+                f"metric: got metric={self.metric!r}"
             )
 
 
@@ -412,7 +459,10 @@ def as_plain(*options: Options) -> dict[str, Any]:
     plain: dict[str, Any] = {}
     for part in options:
         for name, value in asdict(part).items():
-            if isinstance(value, tuple):
-                value = list(value)
-            plain[name] = value
+            plain[name] = _as_lists(value)
     return plain
+
+
+def _as_lists(value: Any) -> Any:
+    """Return a tuple as a list, and the tuples in it too; other values as they are."""
+    return [_as_lists(one) for one in value] if isinstance(value, tuple) else value

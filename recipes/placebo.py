@@ -17,7 +17,7 @@ from lightning import LightningModule, Trainer
 
 from farms_tb import FARMSTempBalance
 from farms_tb.balancing.balancer import LayerBalancer
-from farms_tb.balancing.ratio_maps import MappedRatios
+from farms_tb.balancing.report_ratios import MappedRatios
 from farms_tb.options import check_integer
 from farms_tb.report import Report
 

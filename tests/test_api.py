@@ -19,7 +19,7 @@ from tests.helpers import LIGHTNING_NOISE, make_data
 CLASSES = (SpectrumOptions, RatioOptions, ScheduleOptions, LoggingOptions)
 SPECTRUM, RATIOS, SCHEDULE, LOGGING = ({field.name: field.default for field in fields(cls)} for cls in CLASSES)
 HINTS = {name: hint for cls in CLASSES for name, hint in get_type_hints(cls).items()}
-MAP = dict(list(RATIOS.items())[:7])
+MAP = {**dict(list(RATIOS.items())[:7]), "favor": RATIOS["favor"], "errors": None}
 OBJECTS = {"spectrum": None, "ratios": None, "schedule": None, "logging": None}
 CALLBACK = OBJECTS | SPECTRUM | RATIOS | SCHEDULE | LOGGING
 ANALYSIS = SPECTRUM | {"spectrum": None, "null": False, "histogram": False}

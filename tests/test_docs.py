@@ -23,6 +23,7 @@ from filelock import FileLock
 
 import farms_tb
 import farms_tb.options
+from farms_tb import sparsity
 from farms_tb.cli.app import app
 from farms_tb.viewing import page, plots
 from tests.viewing.test_page import browser  # noqa: F401
@@ -133,15 +134,17 @@ def test_every_option_object_has_a_reference(pages: dict[Path, Page], site: Path
     ("api_page", "names"),
     [
         ("measuring", ("analyze", "analyze_checkpoint")),
+        ("sparsity", ("allocate", "plan_from_report")),
         ("balancing", ("FARMSTempBalance", "FARMSTrainerCallback", "TempBalance", "lr_ratios")),
     ],
 )
 def test_entry_points_show_every_option(site: Path, api_page: str, names: tuple[str, ...]) -> None:
     """Also those that a decorator puts in the place of `**options`, which the code alone does not show."""
     text = (site / "api" / f"{api_page}.html").read_text(encoding="utf-8")
-    sections = dict(re.findall(r'<h2 id="farms_tb\.(\w+)"(.*?)(?=<h2 |\Z)', text, flags=re.DOTALL))
+    sections = dict(re.findall(r'<h2 id="farms_tb\.(?:sparsity\.)?(\w+)"(.*?)(?=<h2 |\Z)', text, flags=re.DOTALL))
     for name in names:
-        parameters = set(inspect.signature(getattr(farms_tb, name)).parameters)
+        home = sparsity if api_page == "sparsity" else farms_tb
+        parameters = set(inspect.signature(getattr(home, name)).parameters)
         assert parameters <= set(re.findall(r"<b><code>(\w+)</code></b>", sections[name])), name
         assert "Unpack" not in sections[name]
 
@@ -167,6 +170,7 @@ def test_every_command_and_its_options_are_shown(site: Path) -> None:
 def test_every_public_name_is_documented(pages: dict[Path, Page]) -> None:
     ids = set().union(*(content.ids for content in pages.values()))
     names = {f"farms_tb.{name}" for name in (*farms_tb.__all__, "FARMSTrainerCallback")}
+    names |= {f"farms_tb.sparsity.{name}" for name in sparsity.__all__}
     names |= {f"farms_tb.viewing.plots.{name}" for name in plots.__all__} | {
         f"farms_tb.viewing.page.{name}" for name in page.__all__
     }

@@ -18,7 +18,7 @@ OPTIONAL = (
     *("lightning", "pytorch_lightning", "lightning_fabric", "wandb", "matplotlib", "pandas", "hydra", "omegaconf"),
     *("scipy", "sklearn", "neuralop", "tltorch", "torchvision", "rich", "typer", "transformers", "accelerate"),
 )
-ROOMS = ("weights", "spectra", "balancing", "viewing", "training", "cli")
+ROOMS = ("weights", "spectra", "balancing", "sparsity", "viewing", "training", "cli")
 """In the order of the method: a room imports from those before it."""
 ABOVE_ALL = ("options", "report", "warnings", "_moved")
 """What every room may import."""
@@ -142,7 +142,7 @@ def imports_of(path):
     return found
 
 
-@pytest.mark.parametrize("room", ["weights", "spectra", "balancing"])
+@pytest.mark.parametrize("room", ["weights", "spectra", "balancing", "sparsity"])
 def test_the_method_needs_torch_and_numpy_alone(room):
     for path in (PACKAGE / room).rglob("*.py"):
         outside = imported_packages(path) - set(sys.stdlib_module_names)
@@ -151,8 +151,13 @@ def test_the_method_needs_torch_and_numpy_alone(room):
 
 @pytest.mark.parametrize("room", ROOMS)
 def test_imports_point_down_the_page(room):
-    """Weights < spectra < balancing < training: no room imports from a later one."""
+    """Weights < spectra < balancing, sparsity < viewing < training < cli: no room imports from a later one.
+
+    Balancing and sparsity, which both start from records, do not know each other.
+    """
     later = set(ROOMS[ROOMS.index(room) + 1 :])
+    if room == "sparsity":
+        later.add("balancing")
     for path in (PACKAGE / room).rglob("*.py"):
         upwards = {name for name in imports_of(path) if name.split(".")[1:2] and name.split(".")[1] in later}
         assert not upwards, f"{path.relative_to(PACKAGE)} imports {upwards}"
@@ -168,6 +173,13 @@ def test_all_names_exist():
 def test_unknown_names():
     with pytest.raises(AttributeError, match="module 'farms_tb' has no attribute 'FarmsTempBalance'"):
         farms_tb.FarmsTempBalance  # noqa: B018
+
+
+def test_pruning_is_imported_on_first_use():
+    code = "import farms_tb, sys; assert 'farms_tb.sparsity' not in sys.modules; print(farms_tb.sparsity.allocate)"
+    finished = run(code)
+    assert finished.returncode == 0, finished.stderr
+    assert "allocate" in finished.stdout
 
 
 def test_type_hints_are_announced():

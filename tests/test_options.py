@@ -63,7 +63,7 @@ def test_spectral_options(options, error, message):
         (
             {"assign_func": "linear"},
             ValueError,
-            "one of 'tb_linear_map', 'tb_sqrt', 'tb_log2', 'tb_step', 'tb_sigmoid', 'noise_aware', got 'linear'",
+            "one of 'tb_linear_map', 'tb_sqrt', .*, 'noise_aware', 'shrinkage', got 'linear'",
         ),
         ({"lr_min_ratio": -0.1}, ValueError, r"lr_min_ratio must be at least 0, got -0\.1"),
         ({"lr_max_ratio": 0}, ValueError, "lr_max_ratio must be above 0, got 0"),
@@ -93,6 +93,20 @@ def test_temperature_options(options, error, message):
         ({"metric": "beta"}, ValueError, "metric must be one of 'alpha', .*, 'entropy', got 'beta'"),
         ({"exclude_first": 1}, TypeError, "exclude_first must be True or False, got 1 of type int"),
         ({"exclude_last": None}, TypeError, "exclude_last must be True or False, got None"),
+        ({"normalize": "sum"}, ValueError, "normalize must be one of 'mean', got 'sum'"),
+        ({"exclude_heads": 1}, TypeError, "exclude_heads must be True or False, got 1"),
+        ({"fixed": "embed"}, TypeError, "fixed must map patterns to ratios, .* got 'embed'"),
+        ({"fixed": 5.0}, TypeError, r"fixed must map patterns to ratios, .* got 5\.0"),
+        ({"fixed": ["embed"]}, TypeError, "fixed must map patterns to ratios"),
+        ({"fixed": {1: 5.0}}, TypeError, "fixed must have patterns of names as keys, got 1"),
+        ({"fixed": {"embed*": -1.0}}, ValueError, r"fixed\['embed\*'\] must be at least 0, got -1"),
+        ({"fixed": {"embed*": "5"}}, TypeError, r"fixed\['embed\*'\] must be a number, got '5'"),
+        ({"favor": "small"}, ValueError, "favor must be one of 'large_alpha', 'small_alpha', got 'small'"),
+        (
+            {"metric": "entropy", "assign_func": "shrinkage"},
+            ValueError,
+            "assign_func='shrinkage' compares alpha .* no other metric: got metric='entropy'",
+        ),
         ({"norms": "feed"}, ValueError, "norms must be one of 'follow', 'base', got 'feed'"),
         ({"exclude": "conv1"}, TypeError, "exclude must be a sequence of strings, got 'conv1'"),
         ({"exclude": (1,)}, TypeError, r"exclude must be a sequence of strings, got \(1,\)"),
@@ -123,6 +137,15 @@ def test_lists_become_tuples():
     options = RatioOptions(exclude=["conv*"], balance=["real", "spectral"])
     assert (options.exclude, options.balance) == (("conv*",), ("real", "spectral"))
     assert hash(options)
+
+
+def test_fixed_ratios_are_the_same_as_mapping_and_as_saved():
+    options = RatioOptions(fixed={"embed*": np.float32(5.0), "lm_head": 2})
+    assert options.fixed == (("embed*", 5.0), ("lm_head", 2.0))
+    assert hash(options)
+    saved = as_plain(options)["fixed"]
+    assert saved == [["embed*", 5.0], ["lm_head", 2.0]]
+    assert RatioOptions(fixed=saved) == options
 
 
 def test_options_cannot_be_changed_unchecked():

@@ -2,7 +2,9 @@
 
 To read in this order:
 
-- `ratio_maps`: the record of each layer -> its ratio;
+- `ratio_maps`: alphas -> ratios; `shrinkage`: effects and their errors -> ratios;
+- `report_ratios`: the record of each layer -> its ratio;
+- `selection`: what the patterns of an option name;
 - `assignment`: which layers take part, which parameter follows which layer; `norms`: whom a norm follows;
 - `layerwise_step`: the step with one learning rate for each ratio; `split_groups`: the param groups that it sees;
   `foreach_update`: the same update for a group as a whole; `optimizer_checks` and `first_steps`: what is refused;

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from dataclasses import dataclass, field
 
 from torch import nn
 
 from farms_tb.balancing.norms import norm_feeders
+from farms_tb.balancing.selection import check_patterns, fixed_ratios, heads, layers_matching
 from farms_tb.options import Kind, RatioOptions
 from farms_tb.weights.layers import Layer, checked_layers, clean_name
 
@@ -31,11 +31,17 @@ class Assignment:
         owners: the layers that each parameter is part of. The packed q, k and v of attention have three.
         followed: the layers whose ratio each parameter takes: its owners, and for the parameters of a
             normalisation layer with `norms="follow"` the layer that feeds it.
+        excluded: the layers that `exclude` and `exclude_heads` leave out.
+        fixed_layers: the ratio of each layer that the option `fixed` names; these take no part in the map.
+        fixed_parameters: the ratio of each parameter that `fixed` names, whatever layer it follows.
     """
 
     layers: Sequence[Layer]
     owners: Owners
     followed: Owners
+    excluded: frozenset[str] = frozenset()
+    fixed_layers: Mapping[str, float] = field(default_factory=dict)
+    fixed_parameters: Mapping[str, float] = field(default_factory=dict)
 
 
 def assign(model: nn.Module, options: RatioOptions, *, embeddings: bool = False) -> Assignment:
@@ -43,18 +49,17 @@ def assign(model: nn.Module, options: RatioOptions, *, embeddings: bool = False)
 
     Args:
         model: the model.
-        options: `exclude` and `norms` are used.
+        options: `exclude`, `exclude_heads`, `fixed` and `norms` are used.
         embeddings: whether lookup tables count as layers.
 
     Raises:
         TypeError: not a module.
-        ValueError: no layer that can be analysed, or a pattern of `exclude` that matches none.
+        ValueError: no layer that can be analysed, a pattern of `exclude` or `fixed` that matches nothing, or
+            `exclude_heads` with a model that is none of transformers.
     """
     layers = checked_layers(model, embeddings=embeddings)
-    for pattern in options.exclude:
-        if not _matching(layers, pattern):
-            names = ", ".join(layer.name for layer in layers)
-            raise ValueError(f"exclude={pattern!r} matches no layer; the layers are {names}")
+    check_patterns(layers, "exclude", options.exclude)
+    of_layers, of_parameters = fixed_ratios(model, layers, options.fixed)
     owners: dict[str, tuple[str, ...]] = {}
     for layer in layers:
         for parameter in layer.parameters:
@@ -63,24 +68,28 @@ def assign(model: nn.Module, options: RatioOptions, *, embeddings: bool = False)
     if options.norms == "follow":
         # A parameter that is shared with a layer stays with it.
         followed = {**_norm_parameters(model, layers), **owners}
-    return Assignment(layers, owners, followed)
+    excluded = {name for pattern in options.exclude for name in layers_matching(layers, pattern)}
+    if options.exclude_heads:
+        excluded.update(heads(model, layers))
+    return Assignment(layers, owners, followed, frozenset(excluded), of_layers, of_parameters)
 
 
 def members(
-    layers: Sequence[Layer], options: RatioOptions, trained: Mapping[str, nn.Parameter]
+    assignment: Assignment, options: RatioOptions, trained: Mapping[str, nn.Parameter]
 ) -> dict[Kind, list[str]]:
     """Return the names of the layers that are balanced, for each kind that is balanced within itself.
 
-    A layer takes part where it is trained, can be measured, and is not excluded.
+    A layer takes part where it is trained, can be measured, is not excluded and has no fixed ratio.
 
     Args:
-        layers: all layers of the model.
-        options: `exclude`, `exclude_first`, `exclude_last` and the kinds.
+        assignment: the layers of the model, and which are excluded or fixed.
+        options: `exclude_first`, `exclude_last` and the kinds are used.
         trained: the parameters that an optimizer trains, by name.
     """
-    excluded = _excluded(layers, options, {id(parameter) for parameter in trained.values()})
+    ends = _first_and_last(assignment.layers, options, {id(parameter) for parameter in trained.values()})
+    excluded = ends | assignment.excluded | assignment.fixed_layers.keys()
     taking_part: dict[Kind, list[str]] = {kind: [] for kind in options.balance}
-    for layer in layers:
+    for layer in assignment.layers:
         if layer.problem or layer.name in excluded or layer.kind not in taking_part:
             continue
         if not trained.keys().isdisjoint(layer.parameters):
@@ -111,61 +120,45 @@ def ratio_of_parameter(followed: Iterable[str], ratios: Mapping[str, float], opt
 
 
 def ratios_of_parameters(
-    model: nn.Module, followed: Owners, ratios: Mapping[str, float], options: RatioOptions
+    model: nn.Module, assignment: Assignment, ratios: Mapping[str, float], options: RatioOptions
 ) -> dict[str, float]:
-    """Return the ratio of each parameter of a model by name, see `ratio_of_parameter`.
+    """Return the ratio of each parameter of a model by name: the fixed one, else see `ratio_of_parameter`.
 
     Args:
         model: the model.
-        followed: the layers that each parameter follows, by its name.
+        assignment: the layers that each parameter follows, and the fixed ratios.
         ratios: ratio of each layer by name.
         options: `ratio_levels` is used.
     """
     names = [clean_name(raw) for raw, _ in model.named_parameters()]
-    return {name: ratio_of_parameter(followed.get(name, ()), ratios, options) for name in names}
+    followed = assignment.followed
+    found = {name: ratio_of_parameter(followed.get(name, ()), ratios, options) for name in names}
+    return found | dict(assignment.fixed_parameters)
 
 
-def _excluded(layers: Sequence[Layer], options: RatioOptions, trained: Collection[int]) -> set[str]:
-    """Return the names of the excluded layers.
+def _first_and_last(layers: Sequence[Layer], options: RatioOptions, trained: Collection[int]) -> set[str]:
+    """Return the names of the layers that `exclude_first` and `exclude_last` mean.
 
-    The first and the last are those of the layers that are trained: excluding a layer that is frozen would change
-    nothing. A weight that is shared with another layer counts for both.
+    They are those of the layers that are trained: excluding a layer that is frozen would change nothing. A weight
+    that is shared with another layer counts for both.
 
     Args:
         layers: all layers.
-        options: `exclude`, `exclude_first` and `exclude_last` are used.
+        options: `exclude_first` and `exclude_last` are used.
         trained: the `id` of each parameter that is trained.
     """
-    excluded: set[str] = set()
-    for pattern in options.exclude:
-        excluded.update(_matching(layers, pattern))
     with_matrices = [layer for layer in layers if layer.has_rule]
     own = [layer.module_name for layer in with_matrices if _is_trained(layer, trained)]
-    first_and_last = {*own[:1]} if options.exclude_first else set()
+    ends = {*own[:1]} if options.exclude_first else set()
     if options.exclude_last:
-        first_and_last.update(own[-1:])
+        ends.update(own[-1:])
     # By module, because the parts of one module (q, k and v) are excluded together.
-    excluded.update(layer.name for layer in with_matrices if layer.module_name in first_and_last)
-    return excluded
+    return {layer.name for layer in with_matrices if layer.module_name in ends}
 
 
 def _is_trained(layer: Layer, trained: Collection[int]) -> bool:
     """Tell whether the module of a layer has a parameter that is trained."""
     return any(id(parameter) in trained for parameter in layer.module.parameters())
-
-
-def _matching(layers: Sequence[Layer], pattern: str) -> list[str]:
-    """Return the names of the layers that a pattern of `exclude` matches.
-
-    It has to match the whole name, or its end from some dot on: `lifting.*` matches `net.lifting.fcs.0`. The name
-    of a module that holds several weights, such as `attention` or `lstm`, stands for all of them.
-    """
-    matched = []
-    for layer in layers:
-        names = (layer.name, layer.module_name)
-        if any(fnmatchcase(name, one) for name in names for one in (pattern, f"*.{pattern}")):
-            matched.append(layer.name)
-    return matched
 
 
 def _norm_parameters(model: nn.Module, layers: Sequence[Layer]) -> dict[str, tuple[str, ...]]:

@@ -10,8 +10,9 @@ from torch.optim import Optimizer
 from farms_tb.balancing.assignment import Assignment, members, ratios_of_parameters
 from farms_tb.balancing.measured_model import MeasuredModel
 from farms_tb.balancing.optimizers import BalancedOptimizers
-from farms_tb.balancing.ratio_maps import MappedRatios, only_measures, ratios_of_report
+from farms_tb.balancing.ratio_maps import only_measures
 from farms_tb.balancing.ratio_warnings import RatioWarnings
+from farms_tb.balancing.report_ratios import MappedRatios, ratios_of_report
 from farms_tb.balancing.step_groups import StepGroup, lrs_of_layers, step_groups
 from farms_tb.balancing.verdict_warnings import VerdictWarnings
 from farms_tb.options import RatioOptions
@@ -56,8 +57,8 @@ class AttachedModel:
     def map_ratios(self, report: Report) -> MappedRatios:
         """Return the ratios that follow from a report."""
         trained = self._optimizers.trained(self.model)
-        by_kind = members(self.assignment.layers, self._options, trained)
-        return ratios_of_report(report, by_kind, self._options)
+        by_kind = members(self.assignment, self._options, trained)
+        return ratios_of_report(report, by_kind, self._options, self.assignment.fixed_layers)
 
     def follow(self, report: Report, mapped: MappedRatios, *, initial: bool) -> None:
         """Apply the ratios of a report, and warn of what a user should know.
@@ -84,7 +85,7 @@ class AttachedModel:
 
     def parameter_ratios(self, ratios: Mapping[str, float]) -> dict[str, float]:
         """Return the ratio of each parameter by name, given those of the layers."""
-        return ratios_of_parameters(self.model, self.assignment.followed, ratios, self._options)
+        return ratios_of_parameters(self.model, self.assignment, ratios, self._options)
 
     def param_groups(self, optimizer: Optimizer | None = None) -> list[StepGroup]:
         """Return the groups that an optimizer really steps with, or all optimizers.

@@ -1,8 +1,8 @@
 """From a model and its optimizers to the learning rate of every parameter.
 
 `LayerBalancer` calls the steps of the method in order: a measurement gives a record for each layer
-(`farms_tb.spectra`), `ratio_maps` turns records into ratios, `assignment` says which parameter takes which ratio,
-and `layerwise_step` lets the optimizers step with them. `TempBalance` and the trainers' callbacks drive it.
+(`farms_tb.spectra`), `report_ratios` turns records into ratios, `assignment` says which parameter takes which
+ratio, and `layerwise_step` lets the optimizers step with them. `TempBalance` and the trainers' callbacks drive it.
 
 Source of the method: TempBalance, Zhou et al., NeurIPS 2023, arXiv 2312.00359.
 """
@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from farms_tb.balancing.attached_model import AttachedModel
 from farms_tb.balancing.measured_model import MeasuredModel
-from farms_tb.balancing.ratio_maps import MappedRatios, RatioSummary
+from farms_tb.balancing.report_ratios import MappedRatios, RatioSummary
 from farms_tb.balancing.state import BalancerState, is_of_this_run, read_state, write_state
 from farms_tb.balancing.step_groups import StepGroup as StepGroup
 from farms_tb.options import RatioOptions, SpectrumOptions, as_plain

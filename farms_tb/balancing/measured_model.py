@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from farms_tb.balancing.assignment import Assignment, assign
 from farms_tb.balancing.state import BalancerState
-from farms_tb.options import RatioOptions, SpectrumOptions
+from farms_tb.options import COMPARES_WITH_RANDOM, RatioOptions, SpectrumOptions
 from farms_tb.report import Report
 from farms_tb.spectra.background import BackgroundMeasurement
 from farms_tb.spectra.distributed import Team, current_team
@@ -123,7 +123,7 @@ class MeasuredModel:
 
     def _with_nulls(self, report: Report) -> Report:
         """Add the permutation null of each layer where the map needs it, and measure those that are missing."""
-        if self._ratio_options.assign_func != "noise_aware" and not self.compares:
+        if self._ratio_options.assign_func not in COMPARES_WITH_RANDOM and not self.compares:
             return report
         # Once for each layer, from the first weights that have an alpha: its permutation null stays.
         report = with_nulls(report, self._nulls)

@@ -1,6 +1,8 @@
 """From alphas to learning-rate ratios: the temperature maps of TempBalance.
 
 A large alpha marks an undertrained layer, which gets a larger learning rate; a small alpha gives a smaller one.
+`favor="small_alpha"` turns that round, for every map.
+
 The maps are functions of the list of alphas a_1, ..., a_n of the n layers that are balanced together. They return
 the ratios r_1, ..., r_n; a layer's learning rate is its ratio times that of the scheduler.
 
@@ -10,102 +12,23 @@ Sources: TempBalance (Zhou et al., NeurIPS 2023, arXiv 2312.00359) and its appli
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from farms_tb.options import AssignFunc, Kind, RatioOptions
-from farms_tb.report import LayerRecord, Report
-
-
-@dataclass(frozen=True)
-class RatioSummary:
-    """What one mapping of a report did, over all layers.
-
-    Attributes:
-        mean_ratio: mean ratio of the balanced layers; None where no layer is balanced. Far from 1, balancing also
-            changes the overall learning rate.
-        noise_lambda: with the noise-aware map, the `noise_lambda` of each kind that is balanced; else empty.
-    """
-
-    mean_ratio: float | None = None
-    noise_lambda: dict[Kind, float] = field(default_factory=dict)
+from farms_tb.balancing.shrinkage import shrinkage_ratios
+from farms_tb.options import AssignFunc, Favor, RatioOptions
 
 
-@dataclass(frozen=True)
-class MappedRatios:
-    """The ratios that follow from a report.
-
-    Attributes:
-        ratios: ratio of each layer of the report; 1 for those that take no part.
-        members: the layers that take part, by kind: each kind is balanced within itself.
-        missing: those of them without the metric that is mapped, which keep ratio 1.
-        summary: what the mapping did, over all layers.
-    """
-
-    ratios: dict[str, float]
-    members: dict[Kind, list[str]]
-    missing: list[str] = field(default_factory=list)
-    summary: RatioSummary = field(default_factory=RatioSummary)
-
-    @property
-    def balanced(self) -> dict[Kind, list[str]]:
-        """The layers that take part and have the metric that is mapped, by kind."""
-        missing = set(self.missing)
-        balanced = {}
-        for kind, names in self.members.items():
-            balanced[kind] = [name for name in names if name not in missing]
-        return balanced
-
-
-def ratios_of_report(report: Report, members: dict[Kind, list[str]], options: RatioOptions) -> MappedRatios:
-    """Map the metric of the layers that take part, each kind within itself.
-
-    Args:
-        report: the measurement; with the noise-aware map, one that holds permutation nulls.
-        members: names of the layers that take part, by kind.
-        options: the map, its options and the metric.
-
-    Returns:
-        The ratio of every layer of the report, and which layers were balanced.
-
-    Raises:
-        ValueError: a metric that the map cannot map.
-    """
-    ratios = dict.fromkeys(report.layers, 1.0)
-    lambdas: dict[Kind, float] = {}
-    missing: list[str] = []
-    balanced: list[float] = []
-    for kind, names in members.items():
-        values = {name: mapped_metric(report.layers[name], options) for name in names}
-        ratios.update(ratios_from(values, options))
-        known = {name: value for name, value in values.items() if value is not None}
-        missing += [name for name in names if name not in known]
-        balanced += [ratios[name] for name in known]
-        if options.assign_func == "noise_aware" and known:
-            lambdas[kind] = noise_lambda(list(known.values()))
-    # The mean over all kinds together: of the layers, not of the kinds.
-    mean = math.fsum(balanced) / len(balanced) if balanced else None
-    return MappedRatios(ratios, members, missing, RatioSummary(mean, lambdas))
-
-
-def mapped_metric(record: LayerRecord, options: RatioOptions) -> float | None:
-    """Return the value of a layer that is mapped: its metric, or its z-score with the noise-aware map.
-
-    None for a layer that has no alpha, or whose small alpha comes of a collapsed spectrum.
-    """
-    if record.collapsed and options.collapsed == "leave_out":
-        return None
-    if options.assign_func == "noise_aware":
-        return record.z_score
-    return record.metric(options.metric)
-
-
-def only_measures(options: RatioOptions) -> bool:
-    """Tell whether every ratio is 1 by the options alone, so that no optimizer has to be changed."""
+def maps_nothing(options: RatioOptions) -> bool:
+    """Tell whether every ratio of the map is 1 by the options alone."""
     return options.lr_min_ratio == options.lr_max_ratio == 1 or not options.balance
 
 
-def lr_ratios(
+def only_measures(options: RatioOptions) -> bool:
+    """Tell whether every learning rate is the base one by the options alone: no optimizer has to be changed."""
+    return maps_nothing(options) and all(ratio == 1 for _, ratio in options.fixed)
+
+
+def lr_ratios(  # noqa: PLR0913 - each is an option
     alphas: Mapping[str, float | None],
     assign_func: AssignFunc = "tb_linear_map",
     lr_min_ratio: float = 0.5,
@@ -114,6 +37,9 @@ def lr_ratios(
     sigmoid_max: float = 0.5,
     sigmoid_tau: float = 10.0,
     ratio_levels: int | None = None,
+    *,
+    favor: Favor = "large_alpha",
+    errors: Mapping[str, float] | None = None,
 ) -> dict[str, float]:
     """Map the alphas of layers to the ratios of their learning rates to the base learning rate.
 
@@ -129,6 +55,10 @@ def lr_ratios(
       z, to the power of lambda, see `noise_lambda`: the share of the spread of z that noise does not explain.
       Layers that differ by no more than random ones would all keep ratio 1; layers far apart get the linear map's
       ratios. It is this package's own, not from the papers.
+    - `"shrinkage"`: takes effects in place of alphas (`record.effect`), and their `errors`:
+      (low + high) / 2 + (high - low) / 2 * (delta - m) / max |effect - m|, delta the effects shrunk to their mean
+      m as far as their errors explain their differences, see `farms_tb.balancing.shrinkage`. The mean ratio is
+      (low + high) / 2. It is this package's own, not from the papers.
 
     With `lr_min_ratio` and `lr_max_ratio` both 1, every map gives every layer ratio 1.
 
@@ -142,6 +72,10 @@ def lr_ratios(
         sigmoid_tau: steepness tau of the sigmoid.
         ratio_levels: round each ratio to the nearest of this many values, equally spaced from the smallest ratio
             to the largest, which stay. None rounds none.
+        favor: `"large_alpha"` as above; with `"small_alpha"` each alpha is replaced by max + min - alpha before it
+            is mapped, so that the smallest alpha gets the ratio of the largest.
+        errors: standard error of each effect by layer, for `"shrinkage"` alone. When a model is balanced it is the
+            larger of `record.effect_error` and `record.null_std`: that of few windows is itself noisy.
 
     Returns:
         The ratio of every layer of `alphas`, in its order. A layer without an alpha has ratio 1 and takes no
@@ -149,24 +83,28 @@ def lr_ratios(
 
     Raises:
         ValueError: an unknown `assign_func`, `lr_min_ratio` above `lr_max_ratio`, an option out of range, an
-            infinite alpha, or one that `tb_sqrt` (below 0) or `tb_log2` (not above 1) cannot map.
+            infinite alpha, or one that `tb_sqrt` (below 0) or `tb_log2` (not above 1) cannot map. With
+            `"shrinkage"`, a layer without an error.
 
     Example:
         >>> lr_ratios({"conv1": 2.0, "conv2": 3.0, "fc": 4.0})
         {'conv1': 0.5, 'conv2': 1.0, 'fc': 1.5}
     """
     options = RatioOptions(
-        assign_func, lr_min_ratio, lr_max_ratio, sigmoid_min, sigmoid_max, sigmoid_tau, ratio_levels
+        assign_func, lr_min_ratio, lr_max_ratio, sigmoid_min, sigmoid_max, sigmoid_tau, ratio_levels, favor=favor
     )
-    return ratios_from(alphas, options)
+    return ratios_from(alphas, options, errors or {})
 
 
-def ratios_from(alphas: Mapping[str, float | None], options: RatioOptions) -> dict[str, float]:
+def ratios_from(
+    alphas: Mapping[str, float | None], options: RatioOptions, errors: Mapping[str, float]
+) -> dict[str, float]:
     """Map alphas as `lr_ratios` does, with options that are checked already.
 
     Args:
         alphas: alpha of each layer; None or NaN where a layer has none.
         options: the map and its options.
+        errors: standard error of each alpha, which the map of shrunk effects uses.
 
     Raises:
         ValueError: an alpha that is infinite, or that the map cannot map.
@@ -175,10 +113,16 @@ def ratios_from(alphas: Mapping[str, float | None], options: RatioOptions) -> di
     ratios = dict.fromkeys(alphas, 1.0)
     values = list(known.values())
     are_alike = len(set(values)) < 2
-    if only_measures(options) or are_alike:
+    if maps_nothing(options) or are_alike:
         return ratios
     _check_domain(known, options.assign_func)
-    mapped = _MAPS[options.assign_func](values, options)
+    if options.favor == "small_alpha":
+        values = _reflected(values)
+    if options.assign_func == "shrinkage":
+        low, high = options.lr_min_ratio, options.lr_max_ratio
+        mapped = shrinkage_ratios(values, _errors_of(known, errors), low, high)
+    else:
+        mapped = _MAPS[options.assign_func](values, options)
     if options.ratio_levels is not None:
         mapped = _to_levels(mapped, options.ratio_levels)
     return ratios | dict(zip(known, mapped, strict=True))
@@ -194,6 +138,27 @@ def _known(alphas: Mapping[str, float | None]) -> dict[str, float]:
             raise ValueError(f"the alpha of {name!r} is infinite; pass None for a layer without an alpha")
         known[name] = float(alpha)
     return known
+
+
+def _errors_of(names: Iterable[str], errors: Mapping[str, float]) -> list[float]:
+    """Return the standard errors of layers; raise where one is missing or none."""
+    found = []
+    for name in names:
+        error = errors.get(name, math.nan)
+        if not 0 <= error < math.inf:
+            raise ValueError(
+                f"assign_func='shrinkage' needs the standard error of every effect, got {errors.get(name)!r} for "
+                f"{name!r}: pass errors={{name: record.effect_error, ...}}"
+            )
+        found.append(error)
+    return found
+
+
+def _reflected(alphas: Sequence[float]) -> list[float]:
+    """Return max + min - a of each alpha a, which turns their order round and stays in their range."""
+    # Halves, because a sum of two huge values would overflow.
+    low, high = min(alphas) / 2, max(alphas) / 2
+    return [2 * (low + (high - alpha / 2)) for alpha in alphas]
 
 
 def noise_lambda(z_scores: Sequence[float]) -> float:

@@ -1,7 +1,8 @@
 """What a user should know of the ratios that were just applied: each is said once.
 
-Without the noise-aware map, ratios follow differences of alpha that may be sampling noise, or the bias of a small
-layer. And some settings leave nothing to balance, or give a layer a rate that is far from the one that was tuned.
+Without a map that compares layers with random ones, ratios follow differences of alpha that may be sampling noise,
+or the bias of a small layer. And some settings leave nothing to balance, or give a layer a rate that is far from
+the one that was tuned.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from farms_tb.balancing.ratio_maps import MappedRatios, only_measures
-from farms_tb.options import RatioOptions
+from farms_tb.balancing.ratio_maps import maps_nothing
+from farms_tb.balancing.report_ratios import MappedRatios
+from farms_tb.options import COMPARES_WITH_RANDOM, RatioOptions
 from farms_tb.report import OK, LayerRecord, Report
 from farms_tb.warnings import warn_once
 
@@ -40,7 +42,7 @@ class RatioWarnings:
             mapped: the ratios that follow from it.
         """
         self._about_missing(report, mapped.missing)
-        if not only_measures(self._options):
+        if not maps_nothing(self._options):
             self._about_few_layers(mapped)
         self._about_large_ratio(mapped.ratios)
 
@@ -51,8 +53,8 @@ class RatioWarnings:
             report: the measurement.
             mapped: the ratios that follow from it.
         """
-        # The noise-aware map takes noise into account, and only alpha has a standard error.
-        if self._options.assign_func == "noise_aware" or self._options.metric != "alpha":
+        # Maps that compare with random layers take noise into account, and only alpha has a standard error.
+        if self._options.assign_func in COMPARES_WITH_RANDOM or self._options.metric != "alpha":
             return
         for names in mapped.balanced.values():
             ratios = {mapped.ratios[name] for name in names}
@@ -95,7 +97,7 @@ class RatioWarnings:
         if share > 0.5 and self._new(["noise"]):
             self._warn(
                 f"{share:.0%} of the variance of alpha between the layers is sampling noise, so the learning "
-                "rates mostly follow noise. Consider assign_func='noise_aware'"
+                "rates mostly follow noise. Consider assign_func='shrinkage'"
             )
 
     def _about_single_matrix(self, records: dict[str, LayerRecord], mapped: MappedRatios) -> None:
@@ -107,7 +109,7 @@ class RatioWarnings:
         self._warn(
             f"{top} has the largest alpha and is a single matrix, which reads higher than a stack of several "
             f"that is as random. The mean ratio is {mapped.summary.mean_ratio or 1.0:.2f}. "
-            "assign_func='noise_aware' compares each layer with random layers of its shape"
+            "assign_func='shrinkage' compares each layer with random layers of its shape"
         )
 
     def _new(self, topics: Sequence[str]) -> list[str]:

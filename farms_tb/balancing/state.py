@@ -28,7 +28,7 @@ from farms_tb.warnings import warn_once
 STATE_VERSION = 2
 
 _KEYS = ("version", "options", "ratios", "report")
-BOUNDED_MAPS = ("tb_linear_map", "tb_step", "noise_aware")
+BOUNDED_MAPS = ("tb_linear_map", "tb_step", "noise_aware", "shrinkage")
 """Maps whose ratios do not exceed `lr_max_ratio`."""
 
 _RECORD_KEYS = ("alpha", "status", "shape")
@@ -207,7 +207,8 @@ def _ratio(value: object, entry: str) -> float:
 
 def _check_bound(ratios: dict[str, float], options: dict[str, Any]) -> None:
     """Raise where a ratio is larger than the options that it was saved with allow."""
-    if options.get("assign_func") not in BOUNDED_MAPS:
+    is_free = options.get("normalize") is not None or options.get("fixed")
+    if is_free or options.get("assign_func") not in BOUNDED_MAPS:
         return
     largest = options.get("lr_max_ratio")
     if not _is_number(largest):

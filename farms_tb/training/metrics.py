@@ -2,8 +2,9 @@
 
 Keys of a row: `farms/alpha/<layer>`, `farms/ratio/<layer>`, `farms/lr/<layer>`, `farms/rank_share/<layer>`,
 `farms/alpha_mean`, `farms/alpha_std`, `farms/ratio_mean`, `epoch`; where layers are compared with their
-permutation nulls (`verdicts=True`, the noise-aware map) also `farms/z/<layer>`, `farms/effect/<layer>` and
-`farms/share_<verdict>`; with the noise-aware map `farms/lambda`.
+permutation nulls (`verdicts=True`, the noise-aware map and that of shrunk effects) also `farms/z/<layer>`,
+`farms/effect/<layer>` and `farms/share_<verdict>`; with the noise-aware map `farms/lambda`, with that of shrunk
+effects `farms/tau` and `farms/mean_weight`.
 Models of more than `MAX_LOGGED_LAYERS` layers log the aggregates only.
 
 W&B and TensorBoard make a section of what stands before the first slash of a key, and sort the panels in it by
@@ -20,7 +21,7 @@ from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from farms_tb.balancing.ratio_maps import RatioSummary
+from farms_tb.balancing.report_ratios import RatioSummary
 from farms_tb.options import XAxis
 from farms_tb.report import EsdHistogram, Report
 from farms_tb.verdicts import Verdict
@@ -194,18 +195,21 @@ def summary_row(summary: RatioSummary) -> dict[str, float]:
 
     Args:
         summary: `LayerBalancer.summary`: `mean_ratio`, the mean ratio of the balanced layers or None, and
-            `noise_lambda`, the noise-aware map's lambda of each kind of layer.
+            `noise_lambda`, `tau` and `mean_weight` of each kind of layer.
 
     Returns:
-        `farms/ratio_mean`; `farms/lambda` of real weights, the only kind in most models, and
-        `farms/lambda_<kind>` of others.
+        `farms/ratio_mean`; with the noise-aware map `farms/lambda`, with that of shrunk effects `farms/tau` and
+        `farms/mean_weight`: of real weights, the only kind in most models. Keys of other kinds end in their name,
+        `farms/lambda_spectral`.
     """
     row = {}
     if summary.mean_ratio is not None:
         row["farms/ratio_mean"] = summary.mean_ratio
-    for kind, value in summary.noise_lambda.items():
-        key = "farms/lambda" if kind == "real" else f"farms/lambda_{kind}"
-        row[key] = value
+    of_kinds = {"lambda": summary.noise_lambda, "tau": summary.tau, "mean_weight": summary.mean_weight}
+    for name, by_kind in of_kinds.items():
+        for kind, value in by_kind.items():
+            key = f"farms/{name}" if kind == "real" else f"farms/{name}_{kind}"
+            row[key] = value
     return row
 
 

@@ -37,7 +37,9 @@ def test_each_goes_to_the_nearest_of_few_levels(
     assign_func: Any, alphas: list[float], levels: int, low: float, width: float
 ) -> None:
     assume(min(alphas) < max(alphas) and low + width > 0)
-    bounds = {"lr_min_ratio": low, "lr_max_ratio": low + width}
+    bounds: dict[str, Any] = {"lr_min_ratio": low, "lr_max_ratio": low + width}
+    if assign_func == "shrinkage":
+        bounds["errors"] = dict.fromkeys(range(len(alphas)), 0.1)
     exact = mapped(alphas, assign_func, **bounds)
     rounded = mapped(alphas, assign_func, ratio_levels=levels, **bounds)
     smallest, largest = min(exact), max(exact)

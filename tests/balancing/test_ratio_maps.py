@@ -62,6 +62,20 @@ def test_by_hand():
 
 
 @pytest.mark.parametrize("name", MAPS)
+def test_a_small_alpha_may_be_favoured_instead(name):
+    alphas = [2.0, 2.1, 2.7, 3.5]
+    turned = list(lr_ratios(named(alphas), name, favor="small_alpha").values())
+    assert turned == sorted(turned, reverse=True)
+    mirrored = [5.5 - alpha for alpha in alphas]
+    assert turned == pytest.approx(list(lr_ratios(named(mirrored), name).values()))
+
+
+def test_favor_by_hand():
+    alphas = {"a": 2.0, "b": 3.0, "c": 3.5, "d": None}
+    assert lr_ratios(alphas, favor="small_alpha") == pytest.approx({"a": 1.5, "b": 5 / 6, "c": 0.5, "d": 1.0})
+
+
+@pytest.mark.parametrize("name", MAPS)
 def test_layers_without_an_alpha_keep_ratio_one_and_take_no_part(name):
     alphas = {"none": None, "a": 2.0, "nan": math.nan, "b": 3.0, "c": 2.5}
     found = lr_ratios(alphas, name)
@@ -87,11 +101,12 @@ def test_nothing_to_balance_is_ratio_one(name, alphas):
     assert lr_ratios(named(alphas), name) == named([1.0] * len(alphas))
 
 
+@pytest.mark.parametrize("favor", ["large_alpha", "small_alpha"])
 @pytest.mark.parametrize("name", BOUNDED)
 @given(alphas=st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=1, max_size=6))
-def test_any_finite_value_stays_inside_the_bounds(name, alphas):
+def test_any_finite_value_stays_inside_the_bounds(name, favor, alphas):
     low, high = (10**-0.25, 10**0.25) if name == "tb_sigmoid" else (0.5, 1.5)
-    for ratio in lr_ratios(named(alphas), name).values():
+    for ratio in lr_ratios(named(alphas), name, favor=favor).values():
         assert low - 1e-12 <= ratio <= high + 1e-12
 
 

@@ -1,0 +1,126 @@
+"""Which layers and parameters an option names: by pattern, or as heads of a language model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from farms_tb.weights.layers import Layer, clean_name
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Tell whether a pattern matches a whole name, or its end from some dot on.
+
+    `lifting.*` matches `net.lifting.fcs.0`, and `embed*` matches `model.embed_tokens`.
+    """
+    return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
+
+
+def layers_matching(layers: Sequence[Layer], pattern: str) -> list[str]:
+    """Return the names of the layers that a pattern matches.
+
+    The name of a module that holds several weights, such as `attention` or `lstm`, stands for all of them.
+    """
+    return [layer.name for layer in layers if matches(layer.name, pattern) or matches(layer.module_name, pattern)]
+
+
+def parameters_matching(model: nn.Module, pattern: str) -> list[str]:
+    """Return the names of the parameters that a pattern matches, or whose module it matches."""
+    found = []
+    for raw, _ in model.named_parameters():
+        name = clean_name(raw)
+        if matches(name, pattern) or matches(name.rpartition(".")[0], pattern):
+            found.append(name)
+    return found
+
+
+def check_patterns(layers: Sequence[Layer], argument: str, patterns: Iterable[str]) -> None:
+    """Raise where a pattern matches no layer.
+
+    Args:
+        layers: the layers of the model.
+        argument: name of the option, for the message.
+        patterns: its patterns.
+
+    Raises:
+        ValueError: the message lists the layers.
+    """
+    for pattern in patterns:
+        if not layers_matching(layers, pattern):
+            raise ValueError(f"{argument}={pattern!r} matches no layer; the layers are {_listed(layers)}")
+
+
+def fixed_ratios(
+    model: nn.Module, layers: Sequence[Layer], fixed: Iterable[tuple[str, float]]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Return the ratios that the option `fixed` gives to layers and to parameters, by their names.
+
+    Where several patterns match a name, the first one counts.
+
+    Args:
+        model: the model.
+        layers: its layers.
+        fixed: patterns and their ratios.
+
+    Raises:
+        ValueError: a pattern matches neither a layer nor a parameter.
+    """
+    of_layers: dict[str, float] = {}
+    of_parameters: dict[str, float] = {}
+    for pattern, ratio in fixed:
+        matched = layers_matching(layers, pattern)
+        parameters = parameters_matching(model, pattern)
+        if not matched and not parameters:
+            raise ValueError(
+                f"fixed={{{pattern!r}: {ratio!r}}} matches no layer and no parameter; the layers are "
+                f"{_listed(layers)}"
+            )
+        of_layers = dict.fromkeys(matched, ratio) | of_layers
+        of_parameters = dict.fromkeys(parameters, ratio) | of_parameters
+    return of_layers, of_parameters
+
+
+def heads(model: nn.Module, layers: Sequence[Layer]) -> list[str]:
+    """Return the layers of a transformers model that are not in its base model, such as `lm_head`.
+
+    Args:
+        model: the model, or one that holds it.
+        layers: the layers of `model`.
+
+    Returns:
+        Their names; none where the base model itself is trained.
+
+    Raises:
+        ValueError: no module is a transformers model, which says by `base_model_prefix` where its base model is.
+    """
+    wholes = {}
+    for path, module in model.named_modules():
+        prefix = getattr(module, "base_model_prefix", None)
+        if isinstance(prefix, str):
+            wholes[clean_name(path)] = prefix if isinstance(getattr(module, prefix, None), nn.Module) else ""
+    if not wholes:
+        raise ValueError(
+            "exclude_heads=True needs a transformers model, whose base_model_prefix tells its heads: name the "
+            "heads in exclude=[...] instead"
+        )
+    return [layer.name for layer in layers if _is_head(layer.module_name, wholes)]
+
+
+def _is_head(name: str, wholes: Mapping[str, str]) -> bool:
+    """Tell whether a module is inside a model, and outside of its base model.
+
+    Args:
+        name: path of the module.
+        wholes: path of each transformers model, and the name of the base model in it.
+    """
+    for path, prefix in wholes.items():
+        inside = f"{path}." if path else ""
+        if prefix and name.startswith(inside) and not name.startswith(f"{inside}{prefix}."):
+            return True
+    return False
+
+
+def _listed(layers: Sequence[Layer]) -> str:
+    return ", ".join(layer.name for layer in layers)

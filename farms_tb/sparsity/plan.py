@@ -1,0 +1,270 @@
+"""A plan: which share of each layer's entries becomes zero.
+
+`farms_tb.sparsity.allocate` makes plans, `farms_tb.sparsity.prune` carries them out. A plan is plain data: it is
+saved as JSON, compared with other plans, and checked against a model before anything is pruned.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from io import StringIO
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from farms_tb.atomic_write import write_text_atomically
+
+FORMAT = "farms_tb sparsity plan"
+VERSION = 1
+"""Of the JSON; a reader refuses newer ones."""
+
+
+@dataclass(frozen=True)
+class PlannedLayer:
+    """One layer of a plan.
+
+    Attributes:
+        size: entries of its weight.
+        sparsity: share of them that becomes zero, from 0 to 1.
+        block: name of the block that it is in, `"model.layers.3"`; empty where there is none.
+        alpha: its power-law exponent; None where it has none or none was needed.
+        alpha_error: standard error of alpha.
+        shape: shape of its stack of matrices, (K, R, C), as in a `LayerRecord`; empty where it is not known.
+
+    Raises:
+        ValueError: `size` is not positive, `sparsity` negative or not finite.
+    """
+
+    size: int
+    sparsity: float
+    block: str = ""
+    alpha: float | None = None
+    alpha_error: float | None = None
+    shape: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(f"the size of a layer must be at least 1, got {self.size!r}")
+        if not (math.isfinite(self.sparsity) and self.sparsity >= 0):
+            raise ValueError(f"the sparsity of a layer must be finite and at least 0, got {self.sparsity!r}")
+
+
+@dataclass(frozen=True)
+class SparsityPlan:
+    """The sparsity of each layer of a model, and how it was found.
+
+    Attributes:
+        layers: each layer by name, in order of depth. What is not listed stays dense.
+        target: the sparsity over all listed entries that was asked for.
+        method: how it was allocated, see `SparsityOptions`.
+        epsilon: half-width of the range of sparsities, relative to the target.
+        granularity: what has a sparsity of its own: `"block"`, `"matrix"` or `"mixed"`.
+        bounds: the smallest and the largest sparsity that a layer could get.
+        seed: of whatever was random.
+        options: everything else that was asked for, plain values by name: how alpha was measured, for example.
+        notes: what the user should know of the plan, a sentence each.
+    """
+
+    layers: Mapping[str, PlannedLayer]
+    target: float
+    method: str
+    epsilon: float = 0.0
+    granularity: str = "block"
+    bounds: tuple[float, float] = (0.0, 1.0)
+    seed: int = 0
+    options: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def sparsity(self) -> dict[str, float]:
+        """Share of the entries of each layer that becomes zero, by the layer's name."""
+        return {name: layer.sparsity for name, layer in self.layers.items()}
+
+    @property
+    def total(self) -> float:
+        """Share of all listed entries that becomes zero: sum of n_i p_i / sum of n_i, n_i a layer's size."""
+        zeros = math.fsum(layer.size * layer.sparsity for layer in self.layers.values())
+        return zeros / sum(layer.size for layer in self.layers.values())
+
+    @property
+    def blocks(self) -> dict[str, list[str]]:
+        """Names of the layers of each block, blocks in order of depth; layers without a block are left out."""
+        found: dict[str, list[str]] = {}
+        for name, layer in self.layers.items():
+            if layer.block:
+                found.setdefault(layer.block, []).append(name)
+        return found
+
+    def unit_of(self, name: str) -> str:
+        """Return what a layer shares its sparsity with: the name of its block, or its own."""
+        block = self.layers[name].block
+        return block if block and self.granularity == "block" else name
+
+    def check_fits(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        """Check that the plan was made for a model with these layers.
+
+        Args:
+            shapes: shape of the weight or of the stack of matrices of each layer of the model, by name; layers
+                that are not in the plan may be among them.
+
+        Raises:
+            ValueError: a layer of the plan is missing, or has another shape; the message names it.
+        """
+        missing = [name for name in self.layers if name not in shapes]
+        if missing:
+            raise ValueError(
+                f"the plan was made for another model: it has no layer {missing[0]!r} ({len(missing)} of "
+                f"{len(self.layers)} layers are missing); make a plan of this model"
+            )
+        other = [name for name, layer in self.layers.items() if not _same_shape(layer, shapes[name])]
+        if other:
+            layer = self.layers[other[0]]
+            raise ValueError(
+                f"the plan was made for another model: {other[0]!r} has shape {tuple(shapes[other[0]])}, the plan "
+                f"says {layer.shape or layer.size}; make a plan of this model"
+            )
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return one flat dict of plain values a layer, for a table or a file."""
+        rows = []
+        for name, layer in self.layers.items():
+            values = asdict(layer)
+            shape = "x".join(map(str, values.pop("shape")))
+            rows.append({"layer": name, **values, "shape": shape})
+        return rows
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the plan: as a table where the path ends in `.csv`, else as JSON, which `load` reads.
+
+        Args:
+            path: the file to make or to replace, whole or not at all.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        text = self.to_csv() if Path(path).suffix == ".csv" else self.to_json()
+        write_text_atomically(path, text, errors="backslashreplace")
+
+    def to_csv(self) -> str:
+        """Return the layers as CSV with a header: layer, size, sparsity, block, alpha, alpha_error, shape."""
+        text = StringIO()
+        writer = csv.DictWriter(text, ["layer", *_LAYER_FIELDS], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows())
+        return text.getvalue()
+
+    def to_json(self) -> str:
+        """Return the plan as JSON, floats in full."""
+        values: dict[str, Any] = {"format": FORMAT, "version": VERSION}
+        for name in _PLAN_FIELDS:
+            values[name] = getattr(self, name)
+        values["total"] = self.total
+        values["layers"] = [{"name": name, **asdict(layer)} for name, layer in self.layers.items()]
+        return json.dumps(values, indent=1, allow_nan=False) + "\n"
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> SparsityPlan:
+        """Read a plan that `save` wrote as JSON.
+
+        Args:
+            path: the file.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: it is no plan, is damaged, or comes from a newer version.
+        """
+        try:
+            values = json.loads(Path(path).read_text("utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(_no_plan(path, f"it is no JSON ({error})")) from error
+        if not isinstance(values, dict) or values.get("format") != FORMAT:
+            raise ValueError(_no_plan(path, f"it lacks 'format': {FORMAT!r}"))
+        if values.get("version") != VERSION:
+            raise ValueError(
+                f"{path} is a plan of version {values.get('version')!r}, this farms_tb reads {VERSION}: update it"
+            )
+        try:
+            return _plan_of(values)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(_no_plan(path, f"it is damaged ({type(error).__name__}: {error})")) from error
+
+
+_LAYER_FIELDS = tuple(f.name for f in fields(PlannedLayer))
+_PLAN_FIELDS = tuple(f.name for f in fields(SparsityPlan) if f.name != "layers")
+
+
+def _no_plan(path: object, reason: str) -> str:
+    """Return the message that refuses a file."""
+    return (
+        f"{path} is no plan that can be read: {reason}; expected JSON that SparsityPlan.save or "
+        "`farms-tb sparsity MODEL -o plan.json` wrote"
+    )
+
+
+def _same_shape(layer: PlannedLayer, shape: Sequence[int]) -> bool:
+    """Tell whether a layer has this shape, given as that of its weight or of its stack of matrices.
+
+    A weight (out, in) is a stack (1, out, in) or, stood upright, (1, in, out); a convolution's stack and weight
+    have the number of their entries in common.
+    """
+    if math.prod(shape) != layer.size:
+        return False
+    if not layer.shape:
+        return True
+    sides, planned = (sorted(size for size in sizes if size > 1) for sizes in (shape, layer.shape))
+    return sides == planned or len(shape) > 3
+
+
+def _plan_of(values: dict[str, Any]) -> SparsityPlan:
+    """Return the plan that decoded JSON holds.
+
+    Args:
+        values: fields by name; those of newer minor versions are ignored.
+
+    Raises:
+        KeyError, TypeError, ValueError, AttributeError: something is missing or of the wrong type.
+    """
+    layers: dict[str, PlannedLayer] = {}
+    for row in values["layers"]:
+        if row["name"] in layers:
+            raise ValueError(f"two layers are called {row['name']!r}")
+        layers[row["name"]] = _layer_of(row)
+    if not layers:
+        raise ValueError("it has no layers")
+    chosen = {name: values[name] for name in _PLAN_FIELDS}
+    chosen["bounds"] = tuple(map(float, chosen["bounds"]))
+    chosen["notes"] = tuple(map(str, chosen["notes"]))
+    chosen["options"] = dict(chosen["options"])
+    plan = SparsityPlan(layers=layers, **chosen)
+    written, found = float(values["total"]), plan.total
+    if not math.isclose(written, found, rel_tol=1e-9, abs_tol=1e-9):
+        raise ValueError(f"its layers add up to a sparsity of {found:.6g}, not to its total {written:.6g}")
+    return plan
+
+
+def _layer_of(row: Mapping[str, Any]) -> PlannedLayer:
+    """Return the layer in one row of decoded JSON."""
+    return PlannedLayer(
+        size=_integer(row["size"]),
+        sparsity=float(row["sparsity"]),
+        block=str(row["block"]),
+        alpha=_number_or_none(row["alpha"]),
+        alpha_error=_number_or_none(row["alpha_error"]),
+        shape=tuple(map(_integer, row["shape"])),
+    )
+
+
+def _integer(value: Any) -> int:
+    """Return an integer, or raise a TypeError for anything else."""
+    if type(value) is not int:
+        raise TypeError(f"expected an integer, got {value!r}")
+    return value
+
+
+def _number_or_none(value: Any) -> float | None:
+    """Return None or a number as a float."""
+    return None if value is None else float(value)

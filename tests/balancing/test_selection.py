@@ -1,0 +1,147 @@
+"""Ratios that are set by pattern, heads that are left out, and ratios of mean 1."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from farms_tb import FARMSTempBalance, TempBalance
+from tests.helpers import LIGHTNING_NOISE, Module, fit, make_net
+
+
+class LanguageModel(nn.Module):
+    """An embedding, two blocks and a head, as transformers lays them out: the base model under its prefix."""
+
+    base_model_prefix = "model"
+
+    def __init__(self, tied: bool = False) -> None:
+        super().__init__()
+        blocks = [nn.Sequential(nn.Linear(16, 24), nn.Linear(24, 16), nn.LayerNorm(16)) for _ in range(3)]
+        self.model = nn.ModuleDict({"embed_tokens": nn.Embedding(30, 16), "layers": nn.ModuleList(blocks)})
+        self.lm_head = nn.Linear(16, 30, bias=False)
+        if tied:
+            self.lm_head.weight = self.model["embed_tokens"].weight
+
+
+def balance(model: nn.Module, **options: Any) -> TempBalance:
+    torch.manual_seed(0)
+    options = {"exclude_first": False, "exclude_last": False, **options}
+    return TempBalance(model, torch.optim.SGD(model.parameters(), lr=0.1), **options)
+
+
+class TestFixed:
+    def test_layers_and_parameters_without_a_layer(self) -> None:
+        balancer = balance(LanguageModel(), fixed={"embed*": 5.0, "lm_head": 3.0})
+        by_parameter = balancer.parameter_ratios()
+        assert by_parameter["model.embed_tokens.weight"] == 5
+        assert by_parameter["lm_head.weight"] == balancer.ratios["lm_head"] == 3
+        assert balancer.ratios["model.embed_tokens"] == 5
+
+    def test_they_take_no_part_in_the_map(self) -> None:
+        model = LanguageModel()
+        plain = balance(model, exclude=["lm_head"])
+        expected = plain.ratios
+        plain.detach()
+        assert balance(model, fixed={"lm_head": 3.0}).ratios == expected | {"lm_head": 3.0}
+
+    def test_an_embedding_tied_to_the_head(self) -> None:
+        balancer = balance(LanguageModel(tied=True), fixed={"embed*": 5.0, "lm_head": 5.0})
+        assert balancer.parameter_ratios()["model.embed_tokens.weight"] == 5
+
+    def test_the_first_of_two_patterns_counts(self) -> None:
+        balancer = balance(LanguageModel(), fixed={"layers.0.*": 2.0, "layers.*.0": 4.0})
+        ratios = balancer.ratios
+        assert [ratios[f"model.layers.{index}.0"] for index in range(3)] == [2, 4, 4]
+        assert ratios["model.layers.0.1"] == 2
+
+    def test_a_single_parameter(self) -> None:
+        balancer = balance(LanguageModel(), fixed={"layers.1.0.bias": 0.0})
+        ratios = balancer.parameter_ratios()
+        assert ratios["model.layers.1.0.bias"] == 0
+        assert ratios["model.layers.1.0.weight"] == balancer.ratios["model.layers.1.0"] != 0
+
+    def test_alone_with_a_map_that_does_nothing(self) -> None:
+        """The control: only the named layers step at another rate, by just that factor."""
+        model = make_net()
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        balancer = TempBalance(model, optimizer, lr_min_ratio=1.0, lr_max_ratio=1.0, fixed={"5": 3.0})
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        named = zip(model.named_parameters(), before, strict=True)
+        moved = {name: (start - now).mean().item() for (name, now), start in named}
+        for name, distance in moved.items():
+            assert distance == pytest.approx(0.3 if name.startswith("5.") else 0.1, rel=1e-4)
+        assert balancer.ratios["5"] == 3
+
+    def test_a_pattern_that_matches_nothing(self) -> None:
+        with pytest.raises(ValueError, match=r"fixed=.*'embedding': .* no layer and no parameter; .*lm_head"):
+            balance(LanguageModel(), fixed={"embedding": 5.0})
+
+
+class TestHeads:
+    def test_are_what_is_outside_of_the_base_model(self) -> None:
+        balancer = balance(LanguageModel(), exclude_heads=True)
+        assert balancer.ratios["lm_head"] == 1
+        inside = [ratio for name, ratio in balancer.ratios.items() if name.startswith("model.layers")]
+        assert (min(inside), max(inside)) == (0.5, 1.5)
+
+    def test_in_a_module_around_the_model(self) -> None:
+        around = nn.ModuleDict({"student": LanguageModel(), "other": nn.Linear(16, 16)})
+        balancer = balance(around, exclude_heads=True)
+        assert balancer.ratios["student.lm_head"] == 1
+        assert balancer.ratios["other"] != 1
+
+    def test_of_transformers(self) -> None:
+        transformers = pytest.importorskip("transformers")
+        config = transformers.RobertaConfig(
+            vocab_size=30, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+        )
+        model = transformers.RobertaForSequenceClassification(config)
+        ratios = balance(model, exclude_heads=True).ratios
+        assert ratios["classifier.dense"] == ratios["classifier.out_proj"] == 1
+        assert sum(ratio != 1 for ratio in ratios.values()) >= 4
+        base = balance(model.roberta, exclude_heads=True).ratios
+        assert max(base.values()) == 1.5
+
+    def test_of_other_models(self) -> None:
+        with pytest.raises(ValueError, match="exclude_heads=True needs a transformers model"):
+            balance(make_net(), exclude_heads=True)
+
+
+class TestNormalize:
+    @pytest.mark.parametrize("assign_func", ["tb_linear_map", "tb_sigmoid", "shrinkage"])
+    def test_the_mean_over_the_entries_is_one(self, assign_func: Any) -> None:
+        model = make_net()
+        options = {"assign_func": assign_func, "lr_min_ratio": 0.5, "lr_max_ratio": 3.0}
+        plain = balance(model, **options)
+        mapped = plain.ratios
+        plain.detach()
+        ratios = balance(model, **options, normalize="mean").ratios
+        sizes = {name: model.get_submodule(name).weight.numel() for name in ratios}
+        mean = sum(sizes[name] * mapped[name] for name in ratios) / sum(sizes.values())
+        assert ratios == pytest.approx({name: ratio / mean for name, ratio in mapped.items()})
+        assert math.fsum(sizes[name] * ratio for name, ratio in ratios.items()) == pytest.approx(
+            sum(sizes.values())
+        )
+
+
+class TestInTraining:
+    pytestmark = LIGHTNING_NOISE
+
+    def test_a_resumed_run_continues_bitwise(self, tmp_path: Path) -> None:
+        options: dict[str, Any] = {"fixed": {"net.5": 3.0}, "normalize": "mean"}
+        whole, module = FARMSTempBalance(**options), Module()
+        fit(module, [whole], max_epochs=4)
+        first, resumed = FARMSTempBalance(**options), FARMSTempBalance(**options)
+        fit(Module(), [first], max_epochs=2).save_checkpoint(tmp_path / "half.ckpt")
+        fit(other := Module(), [resumed], max_epochs=4, ckpt_path=tmp_path / "half.ckpt")
+        assert resumed.ratios == whole.ratios
+        assert resumed.ratios["net.5"] == 3
+        assert all(torch.equal(a, b) for a, b in zip(module.parameters(), other.parameters(), strict=True))

@@ -1,0 +1,126 @@
+"""Plans as files, and against the model that they are for."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from farms_tb.sparsity import PlannedLayer, SparsityPlan, allocate
+
+SHAPES = {f"layers.{b}.{name}": (1, 8 + b, 4) for b in range(3) for name in ("q", "u\nd")}
+ALPHAS = {name: 2.0 + index / 10 for index, name in enumerate(SHAPES)}
+
+
+@pytest.fixture
+def plan() -> SparsityPlan:
+    made = allocate(ALPHAS, SHAPES, 0.7, epsilon=0.1, errors=dict.fromkeys(SHAPES, 0.05), seed=3)
+    return replace(made, options={**made.options, "window": 100}, notes=("something",))
+
+
+def test_json_holds_everything(plan: SparsityPlan, tmp_path: Path) -> None:
+    plan.save(tmp_path / "plan.json")
+    assert SparsityPlan.load(tmp_path / "plan.json") == plan
+    held = json.loads((tmp_path / "plan.json").read_text())
+    assert held["total"] == pytest.approx(0.7, abs=1e-12)
+    assert held["layers"][0]["shape"] == [1, 8, 4]
+
+
+def test_csv_holds_the_layers(plan: SparsityPlan, tmp_path: Path) -> None:
+    plan.save(tmp_path / "plan.csv")
+    with (tmp_path / "plan.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["layer"] for row in rows] == list(SHAPES)
+    assert [float(row["sparsity"]) for row in rows] == list(plan.sparsity.values())
+    with pytest.raises(ValueError, match="no JSON"):
+        SparsityPlan.load(tmp_path / "plan.csv")
+
+
+def changed(**changes: Any) -> Any:
+    def change(values: dict[str, Any]) -> dict[str, Any]:
+        return {**values, **changes}
+
+    return change
+
+
+def of_first_layer(**changes: Any) -> Any:
+    def change(values: dict[str, Any]) -> dict[str, Any]:
+        first, *others = values["layers"]
+        return {**values, "layers": [{**first, **changes}, *others]}
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda values: [values], "lacks 'format'"),
+        (changed(format="another"), "lacks 'format'"),
+        (changed(version=2), "version 2"),
+        (changed(layers=[]), "no layers"),
+        (changed(layers=3), "damaged"),
+        (lambda values: {k: v for k, v in values.items() if k != "target"}, "target"),
+        (lambda values: {**values, "layers": [*values["layers"], values["layers"][0]]}, "two layers"),
+        (of_first_layer(sparsity=0.1), "add up"),
+        (of_first_layer(sparsity=-0.1), "at least 0"),
+        (of_first_layer(sparsity="much"), "damaged"),
+        (of_first_layer(size=0), "size"),
+        (of_first_layer(size=1.5), "integer"),
+        (of_first_layer(shape=None), "damaged"),
+    ],
+)
+def test_damaged_and_foreign_files(plan: SparsityPlan, tmp_path: Path, change: Any, message: str) -> None:
+    values = change(json.loads(plan.to_json()))
+    (tmp_path / "plan.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=message) as raised:
+        SparsityPlan.load(tmp_path / "plan.json")
+    assert "plan.json" in str(raised.value)
+
+
+def test_files_cut_anywhere(plan: SparsityPlan, tmp_path: Path) -> None:
+    text = plan.to_json().rstrip()
+    for end in range(0, len(text), 97):
+        (tmp_path / "plan.json").write_text(text[:end])
+        with pytest.raises(ValueError, match="no plan"):
+            SparsityPlan.load(tmp_path / "plan.json")
+    with pytest.raises(FileNotFoundError):
+        SparsityPlan.load(tmp_path / "other.json")
+    (tmp_path / "plan.json").write_bytes(b"\xff\xfe\x00" * 9)
+    with pytest.raises(ValueError, match="no plan"):
+        SparsityPlan.load(tmp_path / "plan.json")
+
+
+def test_a_full_disk_leaves_the_plan_before(plan: SparsityPlan, tmp_path: Path) -> None:
+    plan.save(tmp_path / "plan.json")
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        replace(plan, options={"window": float("nan")}).save(tmp_path / "plan.json")
+    assert SparsityPlan.load(tmp_path / "plan.json") == plan
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_a_plan_fits_its_model_alone(plan: SparsityPlan) -> None:
+    plan.check_fits({**SHAPES, "head": (5, 5)})
+    plan.check_fits({name: (shape[2], shape[1]) for name, shape in SHAPES.items()})
+    with pytest.raises(ValueError, match=r"another model.*layers\.0\.q"):
+        plan.check_fits({name: shape for name, shape in SHAPES.items() if name != "layers.0.q"})
+    with pytest.raises(ValueError, match=r"another model.*layers\.0\.q.*\(1, 8, 5\)"):
+        plan.check_fits({**SHAPES, "layers.0.q": (1, 8, 5)})
+    with pytest.raises(ValueError, match="another model"):
+        plan.check_fits({**SHAPES, "layers.0.q": (1, 16, 2)})
+
+
+def test_sizes_alone_and_convolutions() -> None:
+    sizes = {"layers.0.conv": 9 * 4 * 8, "layers.1.conv": (9, 8, 4)}
+    plan = allocate({}, sizes, 0.5, method="uniform")
+    plan.check_fits({"layers.0.conv": (8, 4, 3, 3), "layers.1.conv": (8, 4, 3, 3)})
+    assert plan.layers["layers.0.conv"].shape == ()
+
+
+@pytest.mark.parametrize("values", [{"size": 0, "sparsity": 0.5}, {"size": 4, "sparsity": float("nan")}])
+def test_impossible_layers(values: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="layer must be"):
+        PlannedLayer(**values)
