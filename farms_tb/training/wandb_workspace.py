@@ -22,8 +22,18 @@ if TYPE_CHECKING:
 
 __all__ = ["build_workspace", "main"]
 
-_KEY = re.compile(r"(?P<prefix>.*?)farms(_(?P<metric>alpha|ratio|lr|z|esd))?/(\d+_)?(?P<name>.+)")
-_SECTIONS = {"alpha": "alpha", "ratio": "ratio", "lr": "learning rate", "z": "z-score", "esd": "ESD"}
+_KEY = re.compile(
+    r"(?P<prefix>.*?)farms(_(?P<metric>alpha|ratio|lr|z|effect|rank_share|esd))?/(\d+_)?(?P<name>.+)"
+)
+_SECTIONS = {
+    "alpha": "alpha",
+    "ratio": "ratio",
+    "lr": "learning rate",
+    "z": "z-score",
+    "effect": "effect",
+    "rank_share": "rank share",
+    "esd": "ESD",
+}
 _PICTURES = ("farms/alpha_curves", "farms/ratio_map", "farms/alpha_by_depth")
 
 
