@@ -166,10 +166,14 @@ def _nulls(report: Mapping[Any, Any], damaged: list[str]) -> Iterator[tuple[str,
         if not (_is_finite(mean) and _is_finite(std) and std > 0):
             damaged.append("permutation null")
             return
-        entropy_mean, entropy_std = record.get("null_entropy_mean"), record.get("null_entropy_std")
-        if not (_is_finite(entropy_mean) and _is_finite(entropy_std) and entropy_std > 0):
-            entropy_mean = entropy_std = None  # Version 0.1 did not save them.
-        yield name, PermutationNull(mean, std, _count(record, "null_draws"), entropy_mean, entropy_std)
+        yield name, PermutationNull(mean, std, _count(record, "null_draws"), *_entropy_null(record))
+
+
+def _entropy_null(record: Mapping[Any, Any]) -> tuple[float | None, float | None]:
+    """Return mean and standard deviation of the entropy, of which version 0.1 saved none."""
+    mean: Any = record.get("null_entropy_mean")
+    std: Any = record.get("null_entropy_std")
+    return (mean, std) if _is_finite(mean) and _is_finite(std) and std > 0 else (None, None)
 
 
 def _is_text(value: object) -> bool:

@@ -86,3 +86,10 @@ def test_a_whole_state(tmp_path: Path) -> None:
     assert (run.weights_epoch, run.weights_step, run.missing) == (1, 1, ())
     assert run.farms is not None
     assert run.farms.layers["a"].null == (2.0, 0.1)
+
+
+@pytest.mark.parametrize("odd", [None, float("nan"), "0.1", -0.1])
+def test_a_null_without_a_sound_entropy_keeps_its_alpha(tmp_path: Path, odd: object) -> None:
+    record = {**GOOD["report"]["a"], "null_draws": 8, "null_entropy_mean": 0.9, "null_entropy_std": odd}
+    run_with(tmp_path, callbacks=callbacks({**GOOD, "report": {"a": record}}))
+    assert read_state(tmp_path / "last.ckpt").nulls == {"a": PermutationNull(2.0, 0.1, 8)}
