@@ -60,6 +60,8 @@ DAMAGED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "status a number": (with_record(status=3), r"report\['2'\]\['status'\] must be a string"),
     "shape a number": (with_record(shape=3), r"report\['2'\]\['shape'\] must be a list"),
     "shape of fractions": (with_record(shape=[1, 2.5]), r"report\['2'\]\['shape'\] must be a list"),
+    "no entropy's deviation": (with_record(null_entropy_std=0.0), "null_entropy_std.*above 0"),
+    "draws a fraction": (with_record(null_draws=8.5), "null_draws.*an integer"),
     "no deviation": (with_record(null_mean=2.0, null_std=0.0), "null_std.*above 0"),
 }
 
@@ -100,6 +102,21 @@ def test_numbers_of_other_types_are_read() -> None:
     balancer.load_state_dict(state)
     assert balancer.ratios["2"] == 1.0
     assert type(balancer.ratios["2"]) is float
+
+
+def test_the_stable_rank_of_an_earlier_version_is_the_pooled_one() -> None:
+    """It had the name that is the matrix's now; the options of the run keep it, too."""
+    options: dict[str, Any] = {"metric": "stable_rank", "esd": "full"}
+    _, _, balancer = make_balancer(**options)
+    state, ratios = balancer.state_dict(), balancer.ratios
+    for record in state["report"].values():
+        record["stable_rank"] = record.pop("pooled_stable_rank")
+    _, _, other = make_balancer(**options)
+    other.load_state_dict(state)
+    assert other.ratios == ratios
+    for name, record in other.report.layers.items():
+        assert record.stable_rank is None
+        assert record.pooled_stable_rank == balancer.report.layers[name].pooled_stable_rank
 
 
 # Copies and other processes
