@@ -37,8 +37,9 @@ class _ShuffledPasses(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         for _ in range(self.passes):
-            for batch in torch.randperm(self.size, generator=generator).split(self.batch_size):
-                yield batch.tolist()
+            order = torch.randperm(self.size, generator=generator).tolist()
+            for start in range(0, self.size, self.batch_size):
+                yield order[start : start + self.batch_size]
 
 
 class RepeatedDigits(DigitsData):

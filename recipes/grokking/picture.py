@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from farms_tb.viewing.plots.style import FAINT, PathLike, depth_colours, heading, new_figure, plain, save, styled
 from recipes.errors import RecipeError
@@ -84,8 +84,8 @@ def read_run(folder: str | Path, title: str) -> Curves:
     )
     if not alphas or "train/accuracy" not in columns:
         raise RecipeError(f"{path} lacks alphas or train/accuracy; give a run of experiment=grokking_mlp")
-    names = ("train/accuracy", "val/accuracy", "weight_norm")
-    return Curves(title, *(_points(rows, name) for name in names), alphas, traps)
+    train, held_out, norm = (_points(rows, name) for name in ("train/accuracy", "val/accuracy", "weight_norm"))
+    return Curves(title, train, held_out, norm, alphas, traps)
 
 
 def _points(rows: Sequence[Mapping[str, str]], column: str) -> Points:
@@ -127,7 +127,7 @@ def draw_runs(runs: Sequence[Curves], path: PathLike | None = None) -> Figure:
     return save(figure, path)
 
 
-def _draw(axes: Axes, points: Points, **look: str) -> None:
+def _draw(axes: Axes, points: Points, **look: Any) -> None:
     """Draw one curve; step 0 has no place on a logarithmic axis."""
     steps = sorted(step for step in points if step > 0)
-    axes.plot(steps, [points[step] for step in steps], **look)  # type: ignore[arg-type]
+    axes.plot(steps, [points[step] for step in steps], **look)

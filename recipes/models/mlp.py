@@ -45,7 +45,7 @@ class ScaledMLP(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(inputs, outputs) for inputs, outputs in pairwise(widths))
         with torch.no_grad():
             for parameter in self.parameters():
-                parameter *= init_scale
+                parameter.mul_(init_scale)
 
     def check_input(self, shape: tuple[int, ...]) -> None:
         """Refuse images of another number of values.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock
@@ -38,32 +39,31 @@ def smollm2_folder() -> Path:
     Raises:
         RecipeError: the file is not there or is another, or transformers or gguf is not installed.
     """
-    file = FILES["smollm2"]
-    folder = REAL / f"smollm2-135m-{file.sha256[:8]}"  # made anew when another file is pinned
-    gguf = checked("smollm2")
+    folder = REAL / f"smollm2-135m-{FILES['smollm2'].sha256[:8]}"  # made anew when another file is pinned
+    file = checked("smollm2")
     with FileLock(REAL / ".smollm2.lock"):
         if not folder.exists():
-            _convert(gguf, folder)
+            _convert(file, folder)
     return folder
 
 
-def _convert(gguf: Path, folder: Path) -> None:
+def _convert(file: Path, folder: Path) -> None:
     """Save a model of quantised weights as plain float32; the folder gets its name once it is whole."""
     try:
+        import gguf  # noqa: F401
         from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
-        from transformers.utils import is_gguf_available
     except ImportError as error:
-        raise RecipeError("SmolLM2 needs transformers: pip install 'farms-tb[transformers,gguf]'") from error
-    if not is_gguf_available():
-        raise RecipeError("SmolLM2 needs gguf: pip install 'farms-tb[transformers,gguf]'")
-    source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name, "local_files_only": True}
+        raise RecipeError(f"SmolLM2 needs {error.name}: pip install 'farms-tb[transformers,gguf]'") from error
     part = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
-    loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, local_files_only=True, dtype=torch.float32
+    )
     # transformers refuses to save a model that was loaded from quantised weights, even after dequantising them.
     del loaded.config.quantization_config
     model = LlamaForCausalLM(loaded.config)
     model.load_state_dict(loaded.state_dict())
     model.save_pretrained(part)
-    AutoTokenizer.from_pretrained(**source).save_pretrained(part)
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
+    tokenizer.save_pretrained(part)
     part.replace(folder)
