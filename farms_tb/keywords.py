@@ -108,6 +108,10 @@ class ScheduleKeywords(TypedDict, total=False):
     every_n_epochs: int
     every_n_steps: int | None
     lag_steps: int
+    measurements_per_epoch: int | None
+    start: float | str
+    until: float | str
+    ramp_steps: int
 
 
 class LoggingKeywords(TypedDict, total=False):

@@ -14,6 +14,7 @@ Values are stored as plain Python values (tuples for sequences), so that options
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib.util import find_spec
@@ -213,6 +214,41 @@ def plain_ratios(argument: str, ratios: object) -> tuple[tuple[str, float], ...]
     return tuple(found)
 
 
+@dataclass(frozen=True)
+class Time:
+    """A point of a training run: so many epochs or optimizer steps, or a fraction of all its steps.
+
+    Attributes:
+        amount: how many.
+        unit: of what.
+    """
+
+    amount: float
+    unit: Literal["epochs", "steps", "fraction"]
+
+
+def parsed_time(argument: str, value: object) -> Time:
+    """Return the point of time that an option names.
+
+    Args:
+        argument: name of the option, for the message.
+        value: a number from 0 to 1, the fraction of the run, or a text such as `"2 epochs"` or `"500 steps"`.
+
+    Raises:
+        TypeError: neither a number nor a text.
+        ValueError: a fraction out of range, or a text of another form.
+    """
+    if isinstance(value, str):
+        found = re.fullmatch(r"(\d+) (epoch|step)s?", value.strip())
+        if found is None:
+            raise ValueError(f"{argument} must be a fraction, 'N epochs' or 'N steps', got {value!r}")
+        return Time(int(found[1]), "epochs" if found[2] == "epoch" else "steps")
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{argument} must be a fraction, 'N epochs' or 'N steps', got {value!r}")
+    check_number(f"{argument}, a fraction of the run,", value, at_least=0, at_most=1)
+    return Time(value, "fraction")
+
+
 def _make_plain(options: Any) -> None:
     """Replace the numpy values among the fields of a frozen dataclass by plain ones."""
     for field in fields(options):
@@ -392,21 +428,54 @@ class ScheduleOptions:
             optimizer steps after the weights were read, always, so that runs stay reproducible. Training waits
             for the first measurement and for that of the final weights. Needs memory for a copy of the layers'
             weights; models on the CPU are measured at once, with the same results. 0 waits at each measurement.
+        measurements_per_epoch: measure this many times an epoch, at equal numbers of optimizer steps, instead of
+            once.
+        start: when ratios begin to apply: a fraction of the run from 0 to 1, `"2 epochs"` or `"500 steps"`. Before
+            it layers are measured and logged, and every ratio is 1.
+        until: when measuring ends, likewise: from then on the last ratios stay. 1 is the end of the run.
+        ramp_steps: let the ratios grow from 1 to their values over this many optimizer steps after `start`.
     """
 
     every_n_epochs: int = 1
     every_n_steps: int | None = None
     lag_steps: int = 0
+    measurements_per_epoch: int | None = None
+    start: float | str = 0
+    until: float | str = 1
+    ramp_steps: int = 0
 
     def __post_init__(self) -> None:
         _make_plain(self)
         check_integer("every_n_epochs", self.every_n_epochs, at_least=1)
         check_integer_or_none("every_n_steps", self.every_n_steps, at_least=1)
         check_integer("lag_steps", self.lag_steps, at_least=0)
-        if self.every_n_steps is not None and self.every_n_epochs != 1:
+        check_integer_or_none("measurements_per_epoch", self.measurements_per_epoch, at_least=1)
+        check_integer("ramp_steps", self.ramp_steps, at_least=0)
+        self._check_one_spacing()
+        start, until = parsed_time("start", self.start), parsed_time("until", self.until)
+        if start.unit == until.unit and not start.amount < until.amount:
+            raise ValueError(f"until must be later than start, got start={self.start!r} and until={self.until!r}")
+
+    @property
+    def needs_length(self) -> bool:
+        """Whether the options depend on how many steps the run, or an epoch of it, has."""
+        times = parsed_time("start", self.start), parsed_time("until", self.until)
+        has_fraction = any(time.unit == "fraction" and 0 < time.amount < 1 for time in times)
+        return has_fraction or self.measurements_per_epoch is not None
+
+    def _check_one_spacing(self) -> None:
+        """Warn of an option that has no effect next to another, and refuse two that contradict each other."""
+        if self.every_n_steps is not None and self.measurements_per_epoch is not None:
+            raise ValueError(
+                f"every_n_steps={self.every_n_steps} and measurements_per_epoch={self.measurements_per_epoch} "
+                "both say when to measure: leave one of the two out"
+            )
+        chosen = "every_n_steps" if self.every_n_steps is not None else "measurements_per_epoch"
+        number = getattr(self, chosen)
+        if number is not None and self.every_n_epochs != 1:
             warn_once(
-                f"every_n_steps={self.every_n_steps} replaces every_n_epochs={self.every_n_epochs}, which has no "
-                "effect: leave one of the two out",
+                f"{chosen}={number} replaces every_n_epochs={self.every_n_epochs}, which has no effect: leave one "
+                "of the two out",
                 ScheduleOptions,
             )
 

@@ -58,23 +58,25 @@ class AttachedModel:
         by_kind = members(self.assignment, self._options, trained)
         return ratios_of_report(report, by_kind, self._options, self.assignment.fixed_layers)
 
-    def follow(self, report: Report, mapped: MappedRatios, *, initial: bool) -> None:
-        """Apply the ratios of a report, and warn of what a user should know.
+    def warn_of_unseen_steps(self) -> None:
+        """Warn where the model was trained since the last call by steps without layer-wise learning rates."""
+        self._optimizers.warn_of_unseen_steps(self.model)
+
+    def warn_about(self, report: Report, mapped: MappedRatios, *, initial: bool) -> None:
+        """Warn of what a user should know of ratios that were just applied.
 
         Args:
             report: the measurement.
             mapped: the ratios that follow from it.
             initial: whether these may be initial weights, whose alphas are all noise: that is not worth a warning.
         """
-        self._optimizers.warn_of_unseen_steps(self.model)
-        self.apply(mapped.ratios)
         self._warnings.about(report, mapped)
         if not initial:
             self._warnings.about_noise(report, mapped)
 
     def apply(self, ratios: Mapping[str, float]) -> None:
-        """Let the next steps use these ratios of the layers by name."""
-        self._optimizers.apply(self.model, self.parameter_ratios(ratios))
+        """Let the next steps use these ratios of the parameters by name."""
+        self._optimizers.apply(self.model, ratios)
 
     def parameter_ratios(self, ratios: Mapping[str, float]) -> dict[str, float]:
         """Return the ratio of each parameter by name, given those of the layers."""

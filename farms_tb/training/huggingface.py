@@ -18,7 +18,7 @@ from farms_tb.keywords import CallbackKeywords, takes_options
 from farms_tb.options import LoggingOptions, RatioOptions, ScheduleOptions, SpectrumOptions
 from farms_tb.training.metrics import Measurement, Media, RunLog
 from farms_tb.training.run import CallbackOptions, Run
-from farms_tb.training.schedule import Moment
+from farms_tb.training.schedule import Moment, RunLength
 from farms_tb.training.session import BalancingSession, ShowsResults
 from farms_tb.training.sinks import define_wandb_axes, media_to_show, tensorboard_media, wandb_values
 
@@ -352,7 +352,16 @@ def _run(options: CallbackOptions, args: TrainingArguments, state: TrainerState,
         loggers=_callbacks_of_trainer(),
         is_rank_zero=state.is_world_process_zero,
         known_length=loader is None or has_length(loader),
+        length=lambda: _length(args, state, loader),
     )
+
+
+def _length(args: TrainingArguments, state: TrainerState, loader: Any) -> RunLength:
+    """Return how many optimizer steps an epoch and the run have, as far as the Trainer knows."""
+    per_epoch = None
+    if loader is not None and has_length(loader):
+        per_epoch = math.ceil(len(loader) / args.gradient_accumulation_steps)
+    return RunLength(per_epoch, state.max_steps if state.max_steps > 0 else None)
 
 
 def _callbacks_of_trainer() -> list[TrainerCallback]:

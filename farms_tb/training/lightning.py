@@ -18,7 +18,7 @@ from farms_tb.keywords import CallbackKeywords, takes_options
 from farms_tb.options import LoggingOptions, RatioOptions, ScheduleOptions, SpectrumOptions
 from farms_tb.training.metrics import Measurement
 from farms_tb.training.run import CallbackOptions, Run
-from farms_tb.training.schedule import Moment
+from farms_tb.training.schedule import Moment, RunLength
 from farms_tb.training.session import BalancingSession, ShowsResults
 from farms_tb.training.sinks import log_measurement
 
@@ -203,6 +203,7 @@ class FARMSTempBalance(ShowsResults, Callback):
             loggers=trainer.loggers,
             is_rank_zero=trainer.is_global_zero,
             known_length=not math.isinf(trainer.num_training_batches),
+            length=lambda: _length(trainer),
         )
 
     def _measure_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -225,6 +226,13 @@ class FARMSTempBalance(ShowsResults, Callback):
         """
         for name, value in self._session.current.attachment.aggregates().items():
             trainer.callback_metrics[name] = torch.tensor(value, device=pl_module.device)
+
+
+def _length(trainer: Trainer) -> RunLength:
+    """Return how many optimizer steps an epoch and the run have, as far as the trainer knows."""
+    batches, steps = trainer.num_training_batches, trainer.estimated_stepping_batches
+    per_epoch = None if math.isinf(batches) else math.ceil(batches / trainer.accumulate_grad_batches)
+    return RunLength(per_epoch, None if math.isinf(steps) or steps <= 0 else int(steps))
 
 
 def _moment(trainer: Trainer) -> Moment:
