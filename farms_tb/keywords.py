@@ -38,6 +38,7 @@ from farms_tb.options import (
     ScheduleOptions,
     Solver,
     SpectrumOptions,
+    Target,
     XAxis,
 )
 from farms_tb.warnings import warn_once
@@ -100,6 +101,8 @@ class RatioKeywords(TypedDict, total=False):
     normalize: Normalize | None
     exclude_heads: bool
     fixed: Mapping[str, float] | Sequence[tuple[str, float]]
+    target: Target
+    decay_follows_lr: bool
 
 
 class ScheduleKeywords(TypedDict, total=False):

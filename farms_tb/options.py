@@ -42,6 +42,7 @@ Metric = Literal[
 Kind = Literal["real", "spectral"]
 Norms = Literal["follow", "base"]
 Normalize = Literal["mean"]
+Target = Literal["lr", "weight_decay", "both"]
 Collapsed = Literal["leave_out", "keep"]
 Precision = Literal["auto", "float64"]
 Solver = Literal["auto", "torch", "cupy", "cpu"]
@@ -354,6 +355,9 @@ class RatioOptions:
         exclude_heads: leave the layers of a transformers model that are not in its base model at ratio 1.
         fixed: ratios that are set instead of mapped, by shell-style patterns of layers or parameters, matched as
             in `exclude`: `{"embed*": 5.0, "lm_head": 5.0}`. Where several match, the first one counts.
+        target: what the ratios scale: the learning rate, `"weight_decay"`, or `"both"`.
+        decay_follows_lr: whether a parameter's decay in a step, lr * weight_decay, is scaled along with its
+            learning rate, as it is in torch. False keeps it, or leaves it to `target`.
     """
 
     assign_func: AssignFunc = "tb_linear_map"
@@ -374,6 +378,8 @@ class RatioOptions:
     normalize: Normalize | None = None
     exclude_heads: bool = False
     fixed: Mapping[str, float] | Sequence[tuple[str, float]] = ()
+    target: Target = "lr"
+    decay_follows_lr: bool = True
 
     def __post_init__(self) -> None:
         _make_plain(self)
@@ -399,6 +405,8 @@ class RatioOptions:
         if self.normalize is not None:
             check_choice("normalize", self.normalize, Normalize)
         check_bool("exclude_heads", self.exclude_heads)
+        check_choice("target", self.target, Target)
+        check_bool("decay_follows_lr", self.decay_follows_lr)
         object.__setattr__(self, "fixed", plain_ratios("fixed", self.fixed))
         for argument in ("exclude", "balance"):
             # Hydra hands over its own list type; a tuple is comparable, hashable and safe to store.

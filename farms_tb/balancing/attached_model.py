@@ -10,7 +10,6 @@ from torch.optim import Optimizer
 from farms_tb.balancing.assignment import Assignment, members, ratios_of_parameters
 from farms_tb.balancing.measured_model import MeasuredModel
 from farms_tb.balancing.optimizers import BalancedOptimizers
-from farms_tb.balancing.ratio_maps import only_measures
 from farms_tb.balancing.ratio_warnings import RatioWarnings
 from farms_tb.balancing.report_ratios import MappedRatios, ratios_of_report
 from farms_tb.balancing.step_groups import StepGroup, lrs_of_layers, step_groups
@@ -39,7 +38,7 @@ class AttachedModel:
         self.measured = measured
         self._options = options
         self._warnings = RatioWarnings(measured.model, options)
-        self._optimizers = BalancedOptimizers(optimizers, only_measure=only_measures(options))
+        self._optimizers = BalancedOptimizers(optimizers, options)
         self._optimizers.attach(measured.assignment.layers)
 
     @property
