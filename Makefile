@@ -8,10 +8,12 @@ OLDEST := .venv-oldest
 RUN := $(VENV)/bin/python
 PYTEST := $(RUN) -m pytest -n auto --durations=15
 
-.PHONY: help demo test test-kernels test-oldest test-nightly docs lint format clean
+.PHONY: help demo real test test-kernels test-oldest test-nightly docs lint format clean
 
 help:
 	@echo "make demo    install, then train a UNet on Darcy flow with FARMS-guided learning rates (about two minutes)"
+	@echo "make real    install, then bring trained models and texts into .real, which some tests and benchmarks use"
+	@echo "             (250 MB once, 840 MB on the disk)"
 	@echo "make test    install, then run the test suite"
 	@echo "make test-kernels"
 	@echo "             install, then run the tests of the spectra with other BLAS kernels, as other processors choose them"
@@ -23,11 +25,15 @@ help:
 	@echo "make docs    install, then build the documentation: site/index.html"
 	@echo "make lint    install, then check style, docstrings and types"
 	@echo "make format  rewrite the code in the project's style"
-	@echo "make clean   remove .venv, .venv-oldest and caches, keep runs and data"
+	@echo "make clean   remove .venv, .venv-oldest, .real and caches, keep runs and data"
 
 demo: $(VENV)/.recipes
 	@echo "==> Training the default recipe: UNet on Darcy flow (python -m recipes.train)"
 	$(RUN) -m recipes.train
+
+real: $(VENV)/.test
+	@echo "==> Bringing trained models and texts into .real"
+	$(RUN) -m recipes.real
 
 test: $(VENV)/.test
 	@echo "==> Running the tests"
@@ -65,7 +71,7 @@ format: $(VENV)/.test
 	$(VENV)/bin/ruff format .
 
 clean:
-	rm -rf $(VENV) $(OLDEST) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist site
+	rm -rf $(VENV) $(OLDEST) .real .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist site
 
 $(VENV)/.%: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("farms_tb needs Python 3.10 or later, this is " + sys.version.split()[0] + ": set PYTHON=/path/to/python3.12" if sys.version_info < (3, 10) else 0)'

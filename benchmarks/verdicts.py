@@ -6,10 +6,11 @@
 Half of the layers are random, of initialisers of torch and neuraloperator; the other half are such layers with a
 structure planted into them that training makes:
 
-- *power law*: the squared singular values i^(-1 / (a - 1)), a between 1.2 and 1.7, between random bases;
+- *power law*: the squared singular values i^(-1 / (a - 1)), a between 1.2 and 1.6, between random bases;
 - *few directions*: 1 to 4 directions are added to random entries, each 10 to 40 times as strong, in its squared
   singular value, as one that would just make an outlier of a random matrix;
-- *uneven features*: the columns of a random layer are scaled by factors between e^-2 and e^2.
+- *uneven features*: the columns of a random layer are scaled by factors from e^-2 to e^2, evenly spread in their
+  logarithms.
 
 Widths are between 8 and 1024, evenly spread in their logarithms: linear layers, convolutions of kernels 1x1 and
 3x3, whose widths are a third, and Fourier layers of 4 to 32 modes, whose widths are an eighth; none is below 8.
@@ -121,7 +122,7 @@ def trained_layer(number: int, largest: int) -> Generated:
 def power_law(noise: Tensor) -> Tensor:
     """Return matrices `(K, R, C)` with the singular vectors of random ones, and eigenvalues of a power law."""
     left, _, right = torch.linalg.svd(noise, full_matrices=False)
-    exponent = 1.2 + 0.5 * float(torch.rand(()))
+    exponent = 1.2 + 0.4 * float(torch.rand(()))
     singular = torch.arange(1.0, noise.shape[-1] + 1) ** (-0.5 / (exponent - 1))
     return left * singular @ right
 
@@ -138,8 +139,7 @@ def few_directions(noise: Tensor) -> Tensor:
 
 def uneven_features(noise: Tensor) -> Tensor:
     """Return random matrices whose columns are of very different norms."""
-    factors = torch.exp(4 * torch.rand(noise.shape[-1]) - 2)
-    return noise * factors
+    return noise * torch.linspace(-2, 2, noise.shape[-1]).exp()
 
 
 PLANTED: Mapping[str, Callable[[Tensor], Tensor]] = {

@@ -5,12 +5,14 @@
 - `FARMSTempBalance()`: the Lightning callback that measures, balances and logs.
 - `FARMSTrainerCallback()`: the same for Hugging Face's Trainer; needs the extra `transformers`.
 - `TempBalance(model, optimizer)`: the same for a plain PyTorch loop.
+- `farms_tb.sparsity`: how much of each layer to prune, and pruning.
 - `lr_ratios(alphas)`: the maps from alphas to learning-rate ratios.
 - `SpectrumOptions`, `RatioOptions`, `ScheduleOptions`, `LoggingOptions`: what all of these can be asked for.
 """
 
 from __future__ import annotations
 
+import importlib
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -55,7 +57,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import a callback, and its trainer's package with it, only for those who use it."""
+    """Import what brings other packages with it, a trainer's callback or pruning, only for those who use it."""
+    if name == "sparsity":
+        return importlib.import_module("farms_tb.sparsity")
     if name == "FARMSTempBalance":
         from farms_tb.training.lightning import FARMSTempBalance
 

@@ -123,6 +123,7 @@ class LoggingKeywords(TypedDict, total=False):
     log: bool
     histogram_every_n: int | None
     table_every_n: int | None
+    verdicts: bool
     x_axis: XAxis | None
 
 

@@ -499,6 +499,8 @@ class LoggingOptions:
         table_every_n: log the whole report as a table, and with matplotlib pictures of the run so far, at every
             n-th measurement and of the final weights (W&B, TensorBoard, MLflow). In a resumed run, the pictures
             begin where it was resumed.
+        verdicts: compare each layer with its own entries shuffled, and log effects and the shares of verdicts. The
+            first weights are shuffled, once, which takes as long as 8 to 32 measurements.
         x_axis: what W&B plots the curves against, `"epoch"` or `"step"`. None: epochs, and steps with
             `every_n_steps`.
     """
@@ -506,6 +508,7 @@ class LoggingOptions:
     log: bool = True
     histogram_every_n: int | None = None
     table_every_n: int | None = None
+    verdicts: bool = False
     x_axis: XAxis | None = None
 
     def __post_init__(self) -> None:
@@ -513,6 +516,7 @@ class LoggingOptions:
         check_bool("log", self.log)
         check_integer_or_none("histogram_every_n", self.histogram_every_n, at_least=1)
         check_integer_or_none("table_every_n", self.table_every_n, at_least=1)
+        check_bool("verdicts", self.verdicts)
         if self.x_axis is not None:
             check_choice("x_axis", self.x_axis, XAxis)
 

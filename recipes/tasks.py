@@ -1,4 +1,4 @@
-"""What is trained and how it is scored: image classification, field-to-field regression, forecasts of flows.
+"""What is trained and how it is scored: images to classes, fields to fields, forecasts of flows, text.
 
 A task is a LightningModule around a network. It knows nothing of balancing: the callback attaches to the optimizer
 that the task makes. What a task logs under `val/` can choose the best epoch (`task.monitor`), and what it logs
@@ -20,7 +20,15 @@ from recipes.errors import RecipeError
 from recipes.metrics import FieldErrors, nrmse, relative_l2
 from recipes.sharding import ShardedNet
 
-__all__ = ["FieldRegression", "Forecast", "ImageClassification", "nrmse", "relative_l2", "rollout"]
+__all__ = [
+    "FieldRegression",
+    "Forecast",
+    "ImageClassification",
+    "LanguageModel",
+    "nrmse",
+    "relative_l2",
+    "rollout",
+]
 
 Batch = tuple[Tensor, Tensor]
 """Inputs and targets."""
@@ -38,7 +46,8 @@ class _Task(ShardedNet):
         scheduler: Makes the scheduler from the optimizer; stepped once an epoch. None keeps the rate constant.
 
     Attributes:
-        kind: What the network learns: "fields", "trajectories" or "images". The data must be of the same kind.
+        kind: What the network learns: "fields", "trajectories", "images" or "text". The data must be of the same
+            kind.
         net: The network.
     """
 
@@ -322,9 +331,13 @@ class ImageClassification(_Task):
         self.val_accuracy = MulticlassAccuracy(num_classes, average="micro")
         self.test_accuracy = MulticlassAccuracy(num_classes, average="micro")
 
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the number to minimise, a scalar, from logits (B, num_classes) and labels (B,)."""
+        return functional.cross_entropy(logits, labels)
+
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
-        """Return the cross-entropy of a batch of images (B, C, H, W) and labels (B,)."""
-        loss = functional.cross_entropy(self(batch[0]), batch[1])
+        """Return the loss of a batch of images (B, C, H, W) and labels (B,)."""
+        loss = self.loss(self(batch[0]), batch[1])
         self._log_epoch("train", batch, loss=loss)
         return loss
 
@@ -333,7 +346,7 @@ class ImageClassification(_Task):
         images, labels = batch
         logits = self(images)
         accuracy(logits, labels)
-        self._log_epoch(stage, batch, accuracy=accuracy, loss=functional.cross_entropy(logits, labels))
+        self._log_epoch(stage, batch, accuracy=accuracy, loss=self.loss(logits, labels))
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
         """Score a validation batch."""
@@ -342,3 +355,44 @@ class ImageClassification(_Task):
     def test_step(self, batch: Batch, batch_index: int) -> None:
         """Score a test batch."""
         self._evaluate("test", batch, self.test_accuracy)
+
+
+class LanguageModel(_Task):
+    """Prediction of the next token by cross-entropy, scored by the mean loss of a token, in nats.
+
+    Batches are tokens and the tokens after them, int64 (B, length) each.
+
+    Args:
+        net: Maps tokens to logits (B, length, num_tokens).
+        optimizer: Makes the optimizer from the parameters.
+        scheduler: Makes the scheduler from the optimizer; stepped after each step, unlike those of other tasks.
+            None keeps the rate constant.
+    """
+
+    kind = "text"
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Make the optimizer of all parameters and, where there is one, its scheduler."""
+        optimizer = self._make_optimizer(self.parameters())
+        if self._make_scheduler is None:
+            return optimizer
+        scheduler = {"scheduler": self._make_scheduler(optimizer), "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+    def training_step(self, batch: Batch, batch_index: int) -> Tensor:
+        """Return the loss of a batch."""
+        return self._loss("train", batch)
+
+    def validation_step(self, batch: Batch, batch_index: int) -> None:
+        """Score a validation batch."""
+        self._loss("val", batch)
+
+    def test_step(self, batch: Batch, batch_index: int) -> None:
+        """Score a test batch."""
+        self._loss("test", batch)
+
+    def _loss(self, stage: str, batch: Batch) -> Tensor:
+        tokens, following = batch
+        loss = functional.cross_entropy(self(tokens).flatten(0, 1), following.flatten())
+        self._log_epoch(stage, batch, loss=loss)
+        return loss

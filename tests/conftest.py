@@ -7,6 +7,7 @@ import torch
 from hypothesis import settings
 
 from farms_tb import warnings as warning
+from recipes.real.files import missing
 
 # Scripts, which test_faults.py runs in processes of their own: to look for doctests would be to run them here.
 collect_ignore_glob = ["faults/*.py"]
@@ -21,11 +22,19 @@ settings.load_profile("repeatable")
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leave what takes minutes to `make test-nightly`."""
+    """Leave what takes minutes to `make test-nightly`, and what needs real models to where there are some."""
     if config.getoption("--hypothesis-profile") != "nightly":
-        for item in items:
-            if item.get_closest_marker("nightly"):
-                item.add_marker(pytest.mark.skip(reason="takes minutes: make test-nightly"))
+        skip(items, "nightly", "takes minutes: make test-nightly")
+    absent = missing()
+    if absent:
+        skip(items, "real", f"needs real models: make real ({len(absent)} files are missing, such as {absent[0]})")
+
+
+def skip(items, marker, reason):
+    """Skip the tests of a marker."""
+    for item in items:
+        if item.get_closest_marker(marker):
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(autouse=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,7 @@ def sharded(rank: int) -> dict[str, Any]:
     weights = [p.full_tensor().detach() for p in nets[0].parameters()]
     return {
         "ratios": ratios,
-        "nulls": nulls,
+        "nulls": [{name: asdict(null) for name, null in each.items()} for each in nulls],
         "sharded": weights,
         "whole": [p.detach() for p in nets[1].parameters()],
     }

@@ -16,7 +16,7 @@ from torch.nn.utils import parametrizations
 import farms_tb
 from farms_tb import MatrixStack, TempBalance, analyze, analyze_checkpoint, layer_matrices, lr_ratios
 from farms_tb.options import SpectrumOptions
-from farms_tb.spectra.distributed import Team, share
+from farms_tb.spectra.distributed import Team, layers_of_this_process
 from farms_tb.spectra.measure import cost, measure
 from farms_tb.weights.layers import Layer, checked_layers, find_layers
 from recipes.models.resnet import SmallImageResNet
@@ -591,7 +591,9 @@ class TestSharedAmongProcesses:
         return [
             {
                 int(name)
-                for name in share(layers, lambda layer: costs[int(layer.name)], Team(rank, processes, list))
+                for name in layers_of_this_process(
+                    layers, lambda layer: costs[int(layer.name)], Team(rank, processes, list)
+                )
             }
             for rank in range(processes)
         ]

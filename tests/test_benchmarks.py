@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import math
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -282,3 +284,14 @@ class TestResults:
     def test_csv_of_rows_that_differ(self, tmp_path: Path) -> None:
         results.write_csv(tmp_path / "a.csv", [{"x": 1, "y": 1 / 3}, {"x": 2, "z": "w"}])
         assert rows(tmp_path / "a.csv") == [{"x": "1", "y": "0.333333", "z": ""}, {"x": "2", "y": "", "z": "w"}]
+
+
+@pytest.mark.parametrize(("python", "code"), [("true", 0), ("false", 1)])
+def test_the_script_for_a_gpu_notes_how_each_part_ended(python: str, code: int, tmp_path: Path) -> None:
+    script = Path(__file__).parents[1] / "benchmarks" / "on_gpu.sh"
+    environment = {**os.environ, "PYTHON": python}
+    done = subprocess.run(["bash", str(script), str(tmp_path)], env=environment, check=False, capture_output=True)
+    assert done.returncode == code
+    parts = (tmp_path / "summary.txt").read_text().splitlines()
+    assert [line.split(":")[0] for line in parts][:6] == ["machine", "tests", "pass", "epoch", "step", "accuracy"]
+    assert all(f"exit {code}" in line for line in parts)

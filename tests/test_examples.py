@@ -34,8 +34,17 @@ def test_at_most_forty_lines(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 40
 
 
-def test_there_are_six() -> None:
-    assert len(SCRIPTS) == 6
+def test_there_are_seven() -> None:
+    assert len(SCRIPTS) == 7
+
+
+def test_stop_by_alpha(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    stopped, whole = run(str(EXAMPLES / "stop_by_alpha.py"), folder=tmp_path).splitlines()
+    assert stopped.startswith("stop after ")
+    assert int(stopped.split()[2]) < 50
+    lost = float(whole.split()[-1].rstrip("%")) - float(stopped.split()[-1].rstrip("%"))
+    assert lost < 2
 
 
 def test_lightning_trainer(tmp_path: Path) -> None:

@@ -175,6 +175,13 @@ def test_unknown_names():
         farms_tb.FarmsTempBalance  # noqa: B018
 
 
+def test_pruning_is_imported_on_first_use():
+    code = "import farms_tb, sys; assert 'farms_tb.sparsity' not in sys.modules; print(farms_tb.sparsity.allocate)"
+    finished = run(code)
+    assert finished.returncode == 0, finished.stderr
+    assert "allocate" in finished.stdout
+
+
 def test_type_hints_are_announced():
     assert (PACKAGE / "py.typed").exists()
 

@@ -13,6 +13,7 @@ from farms_tb.balancing.optimizers import BalancedOptimizers
 from farms_tb.balancing.ratio_warnings import RatioWarnings
 from farms_tb.balancing.report_ratios import MappedRatios, ratios_of_report
 from farms_tb.balancing.step_groups import StepGroup, lrs_of_layers, step_groups
+from farms_tb.balancing.verdict_warnings import VerdictWarnings
 from farms_tb.options import RatioOptions
 from farms_tb.report import Report
 
@@ -38,6 +39,7 @@ class AttachedModel:
         self.measured = measured
         self._options = options
         self._warnings = RatioWarnings(measured.model, options)
+        self._verdict_warnings = VerdictWarnings(measured.model)
         self._optimizers = BalancedOptimizers(optimizers, options)
         self._optimizers.attach(measured.assignment.layers)
 
@@ -70,8 +72,13 @@ class AttachedModel:
             initial: whether these may be initial weights, whose alphas are all noise: that is not worth a warning.
         """
         self._warnings.about(report, mapped)
+        self._verdict_warnings.about(report, self._trained_layers(), mapped.missing)
         if not initial:
             self._warnings.about_noise(report, mapped)
+
+    def _trained_layers(self) -> list[str]:
+        trained = self._optimizers.trained(self.model).keys()
+        return [layer.name for layer in self.assignment.layers if not trained.isdisjoint(layer.parameters)]
 
     def apply(self, ratios: Mapping[str, float]) -> None:
         """Let the next steps use these ratios of the parameters by name."""

@@ -93,6 +93,10 @@ class LayerBalancer:
             self.strength = strength
             self._apply()
 
+    def compare_with_random(self) -> None:
+        """From now on compare layers with their permutation nulls, also where the map does not need it."""
+        self._attached.measured.compares = True
+
     def measure(self, histogram: bool = False) -> Report:
         """Measure every layer, on all processes together where shared; ratios stay as they are."""
         self.report = self._attached.measured.measure(histogram)

@@ -34,6 +34,7 @@ class MeasuredModel:
     Attributes:
         model: the model.
         assignment: its layers, and which parameter follows which of them, at the latest measurement.
+        compares: whether layers are compared with their permutation nulls also where the map does not need it.
 
     Raises:
         TypeError: not a module.
@@ -46,6 +47,7 @@ class MeasuredModel:
         self.model = model
         self._spectrum_options, self._ratio_options = spectrum_options, ratio_options
         self._share = share
+        self.compares = False
         self._begun: BackgroundMeasurement | Report | None = None
         self._nulls: dict[str, PermutationNull] = {}
         self.assignment, self._signature = self._assigned(), _signature(model)
@@ -121,7 +123,7 @@ class MeasuredModel:
 
     def _with_nulls(self, report: Report) -> Report:
         """Add the permutation null of each layer where the map needs it, and measure those that are missing."""
-        if self._ratio_options.assign_func not in COMPARES_WITH_RANDOM:
+        if self._ratio_options.assign_func not in COMPARES_WITH_RANDOM and not self.compares:
             return report
         # Once for each layer, from the first weights that have an alpha: its permutation null stays.
         report = with_nulls(report, self._nulls)

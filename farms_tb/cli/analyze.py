@@ -1,12 +1,13 @@
 """`farms-tb analyze`: measure each layer of a model or a file of weights.
 
-A row for each layer, by FARMS windows and, unless `--no-full`, as a whole matrix. Everything the user may have got
-wrong is checked before the first layer is measured.
+A row for each layer, by FARMS windows and, unless `--no-full`, as a whole matrix; below the table what the numbers
+say. All that the user may have got wrong is checked before the first layer is measured.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Annotated
 
 import typer
@@ -17,7 +18,6 @@ from farms_tb.cli.arguments import (
     Filter,
     Key,
     ModelArgument,
-    Null,
     Output,
     OutputFormat,
     Pretrained,
@@ -25,24 +25,37 @@ from farms_tb.cli.arguments import (
     takes_spectrum_options,
 )
 from farms_tb.cli.exit_codes import finish
-from farms_tb.cli.measuring import COLUMNS, Wanted, checked_device, measure
-from farms_tb.cli.messages import complaints
+from farms_tb.cli.measuring import COLUMNS, Measured, Wanted, checked_device, measure, null_is_quick
+from farms_tb.cli.messages import complaints, say
 from farms_tb.cli.output import Result, chosen_format, emit
 from farms_tb.cli.sources import open_source
 from farms_tb.cli.tables import Column, Row, sort_rows
 from farms_tb.options import SpectrumOptions, as_plain
+from farms_tb.verdicts import Verdict
+from farms_tb.viewing.diagnosis import ModelSummary, diagnose, summarise
+
+VERDICT_STYLES: dict[str, str] = {
+    Verdict.TRAINED: "green",
+    Verdict.RANDOM: "bold yellow",
+    Verdict.COLLAPSED: "bold red",
+    Verdict.OUTLIERS: "yellow",
+    Verdict.NO_POWER_LAW: "yellow",
+}
+"""Colours of the verdicts in a terminal: red and bold for what to look at first."""
 
 _COLUMNS = (
     Column("layer", "layer"),
     Column("shape", "K x R x C", optional=True),
     Column("alpha", "alpha", 3, error="alpha_error"),
     Column("alpha_error", "±", 3, error="alpha_error"),
-    Column("alpha_full", "full", 3, error="alpha_error"),
+    Column("effect", "effect", 3, error="effect_error", signed=True),
+    Column("alpha_full", "full", 3, error="alpha_error", optional=True),
     Column("bias", "bias", 3, error="alpha_error", signed=True),
     # Its unit, the standard deviation of a few shuffled layers, is itself uncertain by 10 to 30 %.
-    Column("z_score", "z", 1, digits=2, signed=True),
-    Column("ks_distance", "KS", 3),
-    Column("stable_rank", "st. rank", 1),
+    Column("z_score", "z", 1, digits=2, signed=True, optional=True),
+    Column("ks_distance", "KS", 3, optional=True),
+    Column("stable_rank", "st. rank", 1, optional=True),
+    Column("verdict", "verdict", styles=VERDICT_STYLES),
 )
 
 
@@ -54,7 +67,18 @@ def analyze(
     full: Annotated[
         bool, typer.Option(help="Also measure whole matrices, for the bias of their alpha. Slow for large ones.")
     ] = True,
-    null: Null = False,
+    null: Annotated[
+        bool | None,
+        typer.Option(
+            "--null/--no-null",
+            help="Also measure each layer in random order (permutation null), for effect, z and verdict. Default: "
+            "where that takes less than a minute.",
+            show_default=False,
+        ),
+    ] = None,
+    against: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Compare the model as a whole with this one.")
+    ] = None,
     pretrained: Pretrained = False,
     key: Key = None,
     patterns: Filter = None,
@@ -70,26 +94,74 @@ def analyze(
     """Measure each layer of a model or a file of weights; of a run folder, its last checkpoint.
 
     alpha is the power-law exponent of the layer's spectrum by FARMS, ± its standard error. full is that of the
-    whole matrix, and bias their difference, which comes from the matrix's shape. z says how many standard
-    deviations alpha lies from that of a random layer of the same shape. KS is the distance between the spectrum
-    and its power law, 0 the best. st. rank is the stable rank of the whole matrix: its squared Frobenius norm over
-    its squared largest singular value; of a convolution, the mean over its matrices.
+    whole matrix, and bias their difference, which comes from the matrix's shape. effect is alpha minus that of the
+    layer's own entries in random order, negative where something was learnt, and z says how many standard
+    deviations that is. KS is the distance between the spectrum and its power law, 0 the best. st. rank is the
+    stable rank of the whole matrix: its squared Frobenius norm over its squared largest singular value; of a
+    convolution, the mean over its matrices. The verdict says in a word what these numbers mean. Below the table
+    stand up to five sentences on what to look at.
     """
     with complaints():
         form = chosen_format(output_format, output)
-        also_full = full and options.esd == "farms"
-        wanted = Wanted(options, also_full, null, tuple(patterns or ()), checked_device(device))
+        device = checked_device(device)
         _check_column(sort)
         source = open_source(model, pretrained=pretrained, key=key, embeddings=options.embeddings)
-    found = measure(source, wanted, Console(stderr=True))
-    rows: Sequence[Row] = found.rows()
+        other = None if against is None else open_source(against, embeddings=options.embeddings)
+    if null is None:
+        null = null_is_quick(source, options)
+        if not null:
+            say("effects and verdicts are left out: permutation nulls take over a minute (--null measures them)")
+    also_full = full and options.esd == "farms"
+    wanted = Wanted(options, also_full, null, tuple(patterns or ()), device)
+    console = Console(stderr=True)
+    found = measure(source, wanted, console)
+    compared = None if other is None else measure(other, replace(wanted, full=False), console)
+    result = _result(model, found, against, compared, options)
     if sort is not None:
-        rows = sort_rows(rows, sort, reverse)
-    facts = {"model": model, "complete": not found.stopped, "options": as_plain(options)}
-    result = Result(f"{model}: {_summary(rows)}", _COLUMNS, rows, facts, not found.stopped)
+        result = replace(result, rows=sort_rows(result.rows, sort, reverse))
     with complaints():
         emit(result, form, output)
-    finish([found], rows, "alpha", strict)
+    finish([found], result.rows, "alpha", strict)
+
+
+def _result(
+    model: str, found: Measured, against: str | None, compared: Measured | None, options: SpectrumOptions
+) -> Result:
+    """Return the table of a model, with what it says of the model as a whole.
+
+    Args:
+        model: what the user called it.
+        found: its layers.
+        against: what the user called the model to compare it with; None for none.
+        compared: the layers of that.
+        options: how alpha was measured.
+    """
+    rows = found.rows()
+    summaries = {model: summarise(found.report)}
+    if against is not None and compared is not None:
+        summaries[against] = summarise(compared.report)
+    sentences = diagnose(found.report) if rows else []
+    facts = {
+        "model": model,
+        "complete": not found.stopped,
+        "options": as_plain(options),
+        "summaries": {name: asdict(summary) for name, summary in summaries.items()},
+        "diagnosis": sentences,
+    }
+    below = [*_whole_models(summaries), *sentences]
+    return Result(f"{model}: {_summary(rows)}", _COLUMNS, rows, facts, not found.stopped, below)
+
+
+def _whole_models(summaries: Mapping[str, ModelSummary]) -> list[str]:
+    """Return a line for each model: its mean metrics, and how many layers have each verdict."""
+    lines = []
+    for name, summary in summaries.items():
+        if summary.mean_alpha is None or summary.weighted_alpha is None or summary.mean_log_norm is None:
+            continue
+        means = f"mean alpha {summary.mean_alpha:.3f}, alpha weighted by log norm {summary.weighted_alpha:.2f}"
+        verdicts = "".join(f", {number} {verdict}" for verdict, number in summary.verdicts.items())
+        lines.append(f"{name}: {means}, mean log norm {summary.mean_log_norm:.2f}{verdicts}")
+    return lines
 
 
 def _check_column(sort: str | None) -> None:

@@ -6,6 +6,7 @@ breaks off and a layer that is too large for the memory cost what is not measure
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -22,9 +23,10 @@ from farms_tb.cli.pairing import without_wrappers
 from farms_tb.cli.sources import Source
 from farms_tb.options import SpectrumOptions
 from farms_tb.report import OK, LayerRecord, Report
-from farms_tb.spectra.permutation_null import weight_record
+from farms_tb.spectra.permutation_null import null_seconds, weight_record
 from farms_tb.viewing.names import printable, shortened
 from farms_tb.viewing.stable_rank import matrix_stable_rank
+from farms_tb.weights.layers import Layer
 from farms_tb.weights.stacks import MatrixStack
 
 
@@ -59,7 +61,19 @@ class Wanted:
 
 
 _FIRST = (
-    *("layer", "shape", "alpha", "alpha_error", "alpha_full", "bias", "z_score", "ks_distance"),
+    *(
+        "layer",
+        "shape",
+        "verdict",
+        "alpha",
+        "alpha_error",
+        "effect",
+        "effect_error",
+        "alpha_full",
+        "bias",
+        "z_score",
+    ),
+    "ks_distance",
     *("stable_rank", "stable_rank_full"),
 )
 """The most asked-for metrics, which come first in every format."""
@@ -81,12 +95,17 @@ class Measured:
     stopped: str = ""
     interrupted: bool = False
 
+    @property
+    def report(self) -> Report:
+        """The records as a report."""
+        return Report(self.records)
+
     def rows(self) -> list[dict[str, Any]]:
         """Return one flat dict of plain values for each layer.
 
         Keys are those of `COLUMNS`, in this order: the most asked-for metrics, the other ones, the status.
         """
-        return [self._row(row) for row in Report(self.records).rows()]
+        return [self._row(row) for row in self.report.rows()]
 
     def _row(self, row: dict[str, Any]) -> dict[str, Any]:
         """Return a report's row with the metrics of the whole matrix added."""
@@ -104,6 +123,9 @@ class Measured:
         first = {name: row[name] for name in _FIRST}
         return {**first, **row, "status": status}
 
+
+QUICK_NULLS = 60.0
+"""Seconds that permutation nulls may take to be measured without being asked for."""
 
 COLUMNS = tuple(Measured({"": LayerRecord()}).rows()[0])
 """Names of the values in a row."""
@@ -126,6 +148,29 @@ def checked_device(name: str) -> str:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name}: {_first_line(error)}") from error
     return name
+
+
+def null_is_quick(source: Source, options: SpectrumOptions) -> bool:
+    """Tell by the shapes of all layers whether their permutation nulls take less than a minute on one core.
+
+    Args:
+        source: the model; nothing is read.
+        options: how alpha is measured.
+    """
+    return sum(null_seconds(stack, options) for stack in _without_values(source)) < QUICK_NULLS
+
+
+def _without_values(source: Source) -> Iterator[MatrixStack]:
+    """Yield what each item will be measured as, by its shape alone: of a file, the layer's kind is a guess."""
+    for item in source.items:
+        if isinstance(item, Layer):
+            if item.kind and not item.problem:
+                yield MatrixStack(torch.empty(item.shape, device="meta"), item.sampling)
+        elif len(item.shape) == 2:
+            yield MatrixStack(torch.empty(1, *item.shape, device="meta"), "grid")
+        elif len(item.shape) > 2:
+            matrices = math.prod(item.shape[2:]), *item.shape[:2]
+            yield MatrixStack(torch.empty(matrices, device="meta"))
 
 
 def measure(source: Source, wanted: Wanted, console: Console) -> Measured:

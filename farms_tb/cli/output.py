@@ -17,6 +17,7 @@ from tempfile import TemporaryFile
 from typing import Any, Literal, get_args
 
 from rich.console import Console
+from rich.text import Text
 
 from farms_tb.atomic_write import atomic_path, write_text_atomically
 from farms_tb.cli.messages import say
@@ -81,6 +82,7 @@ class Result:
         rows: one for each layer.
         facts: what JSON says about all layers together.
         complete: whether that is all; if not, a file says so in its name.
+        below: lines below a table.
     """
 
     title: str
@@ -88,6 +90,7 @@ class Result:
     rows: Sequence[Row]
     facts: Mapping[str, Any]
     complete: bool
+    below: Sequence[str] = ()
 
 
 def emit(result: Result, form: Format, output: Path | None) -> None:
@@ -119,7 +122,7 @@ def emit(result: Result, form: Format, output: Path | None) -> None:
 def _print(result: Result, form: Format) -> None:
     """Print a result to stdout; only a table adapts to the terminal."""
     if form == "table":
-        print_table(Console(), result.title, result.columns, result.rows)
+        _print_table(Console(), result)
     else:
         print(_as_text(result, form), end="")
 
@@ -131,8 +134,16 @@ def _as_text(result: Result, form: Format) -> str:
     if form == "json":
         return json.dumps({**result.facts, "layers": result.rows}, indent=2) + "\n"
     text = StringIO()
-    print_table(Console(file=text), result.title, result.columns, result.rows)
+    _print_table(Console(file=text), result)
     return text.getvalue()
+
+
+def _print_table(console: Console, result: Result) -> None:
+    """Print a table, and what is said below it, each on lines of its own."""
+    print_table(console, result.title, result.columns, result.rows)
+    for line in result.below:
+        console.print()
+        console.print(Text(printable(line)), soft_wrap=not console.is_terminal)
 
 
 def _as_csv(rows: Sequence[Row]) -> str:
@@ -164,7 +175,7 @@ def _write_parquet(rows: Sequence[Row], path: Path) -> None:
     import pyarrow.parquet as pq
 
     types = {"num_eigenvalues": pa.int64()}
-    for name in ("layer", "shape", "kind", "solver", "status"):
+    for name in ("layer", "shape", "kind", "solver", "verdict", "status"):
         types[name] = pa.string()
     schema = pa.schema([(name, types.get(name, pa.float64())) for name in _keys(rows)])
     encodable = [_with_text(row, _encodable) for row in rows]

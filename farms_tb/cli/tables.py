@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from rich import box
@@ -37,6 +37,7 @@ class Column:
         error: key of the number's standard error, whose second significant digit is the last one shown; empty for
             none.
         optional: left out where the terminal is too narrow for all.
+        styles: colours of cells by their text.
     """
 
     key: str
@@ -46,6 +47,7 @@ class Column:
     digits: int = 0
     error: str = ""
     optional: bool = False
+    styles: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def is_text(self) -> bool:
@@ -55,10 +57,10 @@ class Column:
     def cell(self, row: Row) -> str:
         """Return the value of a row as text; a dash where there is none."""
         value = row.get(self.key)
-        if self.decimals is None:
-            return printable(str(value)) or "-"
         if value is None:
             return "-"
+        if self.decimals is None:
+            return printable(str(value)) or "-"
         limits = [self.decimals]
         if self.digits:
             limits.append(decimals_of(value, self.digits))
@@ -155,8 +157,8 @@ def _widest_that_fits(console: Console, columns: Sequence[Column], rows: Sequenc
 
 
 def _has_values(column: Column, rows: Sequence[Row]) -> bool:
-    """Tell whether a column has something to show; one of text always has."""
-    return column.is_text or any(row.get(column.key) is not None for row in rows)
+    """Tell whether a column has something to show; that of the names always has."""
+    return column.key == "layer" or any(row.get(column.key) is not None for row in rows)
 
 
 def _table(columns: Sequence[Column], rows: Sequence[Row], status: Mapping[str, str]) -> Table:
@@ -177,7 +179,10 @@ def _table(columns: Sequence[Column], rows: Sequence[Row], status: Mapping[str, 
     if status:
         table.add_column("status", overflow="fold")
     for row in rows:
-        cells = [Text(column.cell(row)) for column in columns]
+        cells = []
+        for column in columns:
+            cell = column.cell(row)
+            cells.append(Text(cell, column.styles.get(cell, "")))
         if status:
             reason = printable(row["status"])
             cells.append(Text(status.get(reason, reason)))

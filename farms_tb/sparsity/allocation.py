@@ -22,7 +22,7 @@ from farms_tb.options import check_number
 from farms_tb.sparsity import ratios
 from farms_tb.sparsity.advice import notes_of
 from farms_tb.sparsity.filling import Filling, Floats
-from farms_tb.sparsity.layers import Layers, Sizes, checked_layers
+from farms_tb.sparsity.layers import Layers, Sizes, checked_layers, numbers
 from farms_tb.sparsity.options import SparsityKeywords, SparsityOptions
 from farms_tb.sparsity.plan import PlannedLayer, SparsityPlan
 from farms_tb.sparsity.shrinkage import shrunk_effects
@@ -232,15 +232,13 @@ def _owl_offsets(layers: Layers, outliers: Mapping[str, float] | None, half_widt
     Raises:
         ValueError: there are no outliers, or not of every unit.
     """
-    missing = [name for name in layers.unit_names if name not in (outliers or {})]
-    if outliers is None or missing:
+    shares = numbers("outliers", outliers or {}, layers.unit_names, at_least=0)
+    if np.isnan(shares).any():
+        missing = layers.unit_names[int(np.argmax(np.isnan(shares)))]
         raise ValueError(
-            f"method='owl' needs outliers, the share of outliers of {missing[0]!r} and every other unit: they are "
+            f"method='owl' needs outliers, the share of outliers of {missing!r} and every other unit: they are "
             "counted on calibration data"
         )
-    for name in layers.unit_names:
-        check_number(f"outliers[{name!r}]", outliers[name], at_least=0)
-    shares = np.array([outliers[name] for name in layers.unit_names], dtype=np.float64)
     # Ratios from 0 to 2, of which the largest share of outliers has the largest.
     return -half_width * ratios.linear_map(shares, 1.0)[layers.units]
 

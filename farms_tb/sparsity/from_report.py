@@ -63,24 +63,27 @@ def plan_from_report(
     """
     chosen = SparsityOptions(**options)
     found = _blocks(report, blocks)
-    inside = {name: record for name, record in report.layers.items() if name in found or not found}
-    planned = {name: record for name, record in inside.items() if _can_be_pruned(record)}
+    planned, dense = _divided(report, found)
     if not planned:
-        raise ValueError("no layer can be pruned" + _reasons(inside or report.layers))
+        raise ValueError("no layer can be pruned" + _reasons(dense or report.layers))
+    alphas = {name: _usable_alpha(record, chosen) for name, record in planned.items()}
+    shapes = {name: record.shape for name, record in planned.items()}
+    errors = {name: record.alpha_error for name, record in planned.items()}
     plan = allocate(
-        {name: _usable_alpha(record, chosen) for name, record in planned.items()},
-        {name: record.shape for name, record in planned.items()},
+        alphas,
+        shapes,
         target,
-        blocks={name: found[name] for name in planned} if found else blocks,
-        errors={name: record.alpha_error for name, record in planned.items()},
+        blocks=_blocks_among(shapes, found) or blocks,
+        errors=errors,
         outliers=outliers,
         model=model,
         calibration=calibration,
         **options,
     )
-    dense = {name: record for name, record in inside.items() if name not in planned}
-    notes = (*plan.notes, f"these stay dense:{_reasons(dense)}") if dense else plan.notes
-    return replace(plan, options={**plan.options, **report.options}, notes=notes)
+    notes = list(plan.notes)
+    if dense:
+        notes.append(f"these stay dense:{_reasons(dense)}")
+    return replace(plan, options={**plan.options, **report.options}, notes=tuple(notes))
 
 
 def _blocks(report: Report, blocks: Mapping[str, str] | BlockRule | None) -> Mapping[str, str]:
@@ -88,6 +91,31 @@ def _blocks(report: Report, blocks: Mapping[str, str] | BlockRule | None) -> Map
     if isinstance(blocks, Mapping):
         return blocks
     return blocks_of({name: record.shape for name, record in report.layers.items()}, blocks)
+
+
+Records = dict[str, LayerRecord]
+
+
+def _divided(report: Report, blocks: Mapping[str, str]) -> tuple[Records, Records]:
+    """Return the layers to plan, and those in the same blocks that stay dense.
+
+    Args:
+        report: all layers.
+        blocks: the block of each layer that is in one; empty where there are none, and every layer counts.
+    """
+    planned: Records = {}
+    dense: Records = {}
+    for name, record in report.layers.items():
+        if blocks and name not in blocks:
+            continue
+        group = planned if _can_be_pruned(record) else dense
+        group[name] = record
+    return planned, dense
+
+
+def _blocks_among(names: Iterable[str], blocks: Mapping[str, str]) -> dict[str, str]:
+    """Return the blocks of these layers; empty where there are no blocks."""
+    return {name: blocks[name] for name in names if name in blocks}
 
 
 def _can_be_pruned(record: LayerRecord) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from farms_tb.options import check_number, plain_value
+from farms_tb.options import check_integer, check_number, plain_value
 from farms_tb.sparsity.filling import Floats
 from farms_tb.sparsity.options import Granularity
 from farms_tb.weights.blocks import BlockRule, blocks_of, name_in_block, split_number
@@ -113,16 +113,16 @@ def checked_layers(
         raise TypeError(f"sizes must hold the entries or the shape of each layer by name, got {sizes!r}")
     shapes = {name: _checked_shape(name, size) for name, size in sizes.items()}
     found = _checked_blocks(shapes, blocks, granularity)
-    names = _in_depth({name: found[name] for name in sizes if name in found})
+    names = _in_depth(found)
     _check_same_names(alphas, names)
-    own = tuple(found[name] for name in names)
+    own = tuple(map(found.__getitem__, names))
     keys = own if granularity == "block" else names
     return Layers(
         names=names,
         shapes=tuple(_as_shape(sizes[name]) for name in names),
         sizes=np.array([math.prod(shapes[name]) for name in names], dtype=np.float64),
-        alphas=_numbers("alphas", alphas, names),
-        errors=_numbers("errors", errors or {}, names, at_least=0),
+        alphas=numbers("alphas", alphas, names),
+        errors=numbers("errors", errors or {}, names, at_least=0),
         blocks=own,
         units=positions(keys),
         unit_names=tuple(dict.fromkeys(keys)),
@@ -130,14 +130,12 @@ def checked_layers(
 
 
 def _checked_shape(name: str, size: int | Sequence[int]) -> tuple[int, ...]:
-    """Return a shape as it is, and a number of entries as a shape of one dimension."""
-    shape = tuple(size) if isinstance(size, Sequence) else (size,)
+    """Return a shape as plain integers, and a number of entries as a shape of one dimension."""
+    sides = size if isinstance(size, Sequence) else (size,)
+    shape = tuple(map(plain_value, sides))
     for side in shape:
-        if isinstance(side, bool) or not isinstance(side, (int, np.integer)):
-            raise TypeError(f"sizes[{name!r}] must be an integer or a shape, got {size!r}")
-        if side < 1:
-            raise ValueError(f"sizes[{name!r}] must be positive, got {size!r}")
-    return tuple(int(side) for side in shape)
+        check_integer(f"sizes[{name!r}]", side, at_least=1)
+    return shape
 
 
 def _as_shape(size: int | Sequence[int]) -> tuple[int, ...]:
@@ -150,12 +148,11 @@ def _checked_blocks(
     blocks: Mapping[str, str] | BlockRule | None,
     granularity: Granularity,
 ) -> dict[str, str]:
-    """Return the block of each layer that takes part; empty names where there are none and none are needed."""
-    found = _given(blocks) if isinstance(blocks, Mapping) else blocks_of(shapes, blocks)
-    if isinstance(blocks, Mapping):
-        unknown = [name for name in found if name not in shapes]
-        if unknown:
-            raise ValueError(f"blocks names {unknown[0]!r}, which sizes does not: pass the size of each layer")
+    """Return the block of each layer that takes part, in the order of `shapes`.
+
+    The names of the blocks are empty where there are none and none are needed.
+    """
+    found = _given(blocks, shapes) if isinstance(blocks, Mapping) else blocks_of(shapes, blocks)
     if found:
         return found
     if granularity == "matrix" and blocks is None:
@@ -167,9 +164,17 @@ def _checked_blocks(
     )
 
 
-def _given(blocks: Mapping[str, str]) -> dict[str, str]:
-    """Return the blocks of a mapping; a layer whose block is None or empty takes no part."""
-    return {name: str(block) for name, block in blocks.items() if block is not None and block != ""}
+def _given(blocks: Mapping[str, str], shapes: Mapping[str, object]) -> dict[str, str]:
+    """Return the blocks of a mapping; a layer whose block is None or empty takes no part.
+
+    Raises:
+        ValueError: it names a layer without a shape.
+    """
+    unknown = [name for name in blocks if name not in shapes]
+    if unknown:
+        raise ValueError(f"blocks names {unknown[0]!r}, which sizes does not: pass the size of each layer")
+    # A block may be called 0.
+    return {name: str(blocks[name]) for name in shapes if blocks.get(name) not in (None, "")}
 
 
 def _check_same_names(alphas: Mapping[str, float | None], names: Sequence[str]) -> None:
@@ -181,13 +186,13 @@ def _check_same_names(alphas: Mapping[str, float | None], names: Sequence[str]) 
         )
 
 
-def _numbers(argument: str, values: Mapping[str, float | None], names: Sequence[str], **bounds: float) -> Floats:
-    """Return a number for each layer, NaN where it has none.
+def numbers(argument: str, values: Mapping[str, float | None], names: Sequence[str], **bounds: float) -> Floats:
+    """Return a number for each name, NaN where there is none.
 
     Args:
         argument: what the values are called, for messages.
-        values: by name; None, NaN or no entry for a layer without.
-        names: the layers.
+        values: by name; None, NaN or no entry for none.
+        names: of layers, or of units.
         bounds: as for `check_number`.
 
     Raises:

@@ -120,13 +120,13 @@ class SparsityPlan:
                 f"the plan was made for another model: it has no layer {missing[0]!r} ({len(missing)} of "
                 f"{len(self.layers)} layers are missing); make a plan of this model"
             )
-        for name, layer in self.layers.items():
-            if not _same_shape(layer, shapes[name]):
-                expected = layer.shape or f"{layer.size} entries"
-                raise ValueError(
-                    f"the plan was made for another model: {name!r} has shape {tuple(shapes[name])}, the plan "
-                    f"says {expected}; make a plan of this model"
-                )
+        other = [name for name, layer in self.layers.items() if not _same_shape(layer, shapes[name])]
+        if other:
+            layer = self.layers[other[0]]
+            raise ValueError(
+                f"the plan was made for another model: {other[0]!r} has shape {tuple(shapes[other[0]])}, the plan "
+                f"says {layer.shape or layer.size}; make a plan of this model"
+            )
 
     def rows(self) -> list[dict[str, Any]]:
         """Return one flat dict of plain values a layer, for a table or a file."""

@@ -11,7 +11,7 @@ import torch
 
 from farms_tb.options import SpectrumOptions
 from farms_tb.report import LayerRecord, Report
-from farms_tb.spectra.distributed import Team, share, shared_out
+from farms_tb.spectra.distributed import Team, layers_of_this_process, results_of_all
 from farms_tb.spectra.measure import cost, measure_stacks, report_of
 from farms_tb.weights.layers import Layer, read_layers
 from farms_tb.weights.matrices import MatrixStack
@@ -65,7 +65,7 @@ class BackgroundMeasurement:
             RuntimeError: the measurement failed on some process; raised on every one.
         """
         self.wait()
-        return report_of(shared_out(self._team, self._own_records), self._layers, self._options)
+        return report_of(results_of_all(self._team, self._own_records), self._layers, self._options)
 
     def wait(self) -> None:
         """Wait until this process has measured its layers."""
@@ -78,7 +78,7 @@ class BackgroundMeasurement:
         return self._records
 
     def _copy(self) -> dict[str, MatrixStack]:
-        own = share(self._layers, lambda layer: cost(layer, self._options), self._team)
+        own = layers_of_this_process(self._layers, lambda layer: cost(layer, self._options), self._team)
         copies = {}
         # To the end, also after an error: reading a sharded weight is a collective call.
         for layer, stack in read_layers(self._layers):

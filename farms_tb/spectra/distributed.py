@@ -41,7 +41,7 @@ def current_team() -> Team | None:
     return Team(dist.get_rank(), dist.get_world_size(), gather)
 
 
-def share(layers: Sequence[Layer], cost: Callable[[Layer], int], team: Team | None) -> set[str]:
+def layers_of_this_process(layers: Sequence[Layer], cost: Callable[[Layer], int], team: Team | None) -> set[str]:
     """Return the names of the layers that fall to this process.
 
     The costliest layer first, each goes to the process that has least to do; every process works this out alike.
@@ -63,7 +63,7 @@ def share(layers: Sequence[Layer], cost: Callable[[Layer], int], team: Team | No
     return own
 
 
-def shared_out(team: Team | None, work: Callable[[], dict[str, Result]]) -> dict[str, Result]:
+def results_of_all(team: Team | None, work: Callable[[], dict[str, Result]]) -> dict[str, Result]:
     """Do this process's part of some work, and return what all processes found.
 
     Args:

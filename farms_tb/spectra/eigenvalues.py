@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from farms_tb.options import Solver
-from farms_tb.spectra.precision import ROUNDOFF, ZERO, Array, Precision
+from farms_tb.spectra.precision import ROUNDOFF, ZERO, Array, WindowPrecision
 from farms_tb.spectra.solvers import symmetric_eigenvalues
 from farms_tb.spectra.windows import Windows
 from farms_tb.spectra.workers import map_on_threads
@@ -47,7 +47,7 @@ class Chunk:
     layer: int
     windows: Windows
     index: Tensor
-    precision: Precision
+    precision: WindowPrecision
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -182,7 +182,7 @@ def _solve_or_split(chunk: Chunk, threads: int, solver: Solver) -> tuple[Tensor,
 
 
 def _eigenvalues(
-    windows: Tensor, precision: Precision, threads: int = 1, solver: Solver = "auto"
+    windows: Tensor, precision: WindowPrecision, threads: int = 1, solver: Solver = "auto"
 ) -> tuple[Tensor, str]:
     """Return the eigenvalues `(n, w)` of windows `(n, h, w)`, on their device, and what solved for them."""
     name = "cpu" if windows.is_cpu else "torch"

@@ -13,7 +13,7 @@ import torch
 
 from farms_tb.options import SpectrumOptions, as_plain
 from farms_tb.report import LayerRecord, Report
-from farms_tb.spectra.distributed import Team, share, shared_out
+from farms_tb.spectra.distributed import Team, layers_of_this_process, results_of_all
 from farms_tb.spectra.histogram import esd_histograms
 from farms_tb.spectra.metrics import layer_records
 from farms_tb.spectra.prepare import PreparedLayer, prepare_stacks
@@ -89,8 +89,8 @@ def measure(
         records = measure_stacks(list(group.values()), options, histogram=histogram, whole=whole)
         return dict(zip(group, records, strict=True))
 
-    own = share(layers, lambda layer: cost(layer, options), team)
-    return report_of(shared_out(team, lambda: for_own_layers(layers, own, work, options)), layers, options)
+    own = layers_of_this_process(layers, lambda layer: cost(layer, options), team)
+    return report_of(results_of_all(team, lambda: for_own_layers(layers, own, work, options)), layers, options)
 
 
 def report_of(records: Mapping[str, LayerRecord], layers: Sequence[Layer], options: SpectrumOptions) -> Report:

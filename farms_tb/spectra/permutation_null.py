@@ -20,9 +20,11 @@ import torch
 
 from farms_tb.options import SpectrumOptions
 from farms_tb.report import LayerRecord, Report
-from farms_tb.spectra.distributed import Team, share, shared_out
+from farms_tb.spectra.distributed import Team, layers_of_this_process, results_of_all
 from farms_tb.spectra.measure import blank, cost, for_own_layers, measure_stacks
-from farms_tb.spectra.whole_matrix import TRAP_QUANTILE, count_outliers
+from farms_tb.spectra.whole_matrix import MAX_COLUMNS, TRAP_QUANTILE, count_outliers
+from farms_tb.spectra.windows import windows_of
+from farms_tb.spectra.workers import map_on_threads, single_threaded_torch
 from farms_tb.weights.layers import Layer, stack_problem
 from farms_tb.weights.matrices import MatrixStack
 
@@ -103,8 +105,8 @@ def measure_nulls(
     def work(group: Mapping[str, MatrixStack]) -> dict[str, PermutationNull | None]:
         return {name: null_of_stack(stack, options) for name, stack in group.items()}
 
-    own = share(missing, lambda layer: draws_for(blank(layer)) * cost(layer, options), team)
-    found = shared_out(team, lambda: for_own_layers(missing, own, work, options))
+    own = layers_of_this_process(missing, lambda layer: draws_for(blank(layer)) * cost(layer, options), team)
+    found = results_of_all(team, lambda: for_own_layers(missing, own, work, options))
     return known | {name: null for name, null in found.items() if null is not None}
 
 
@@ -122,9 +124,11 @@ def null_of_stack(stack: MatrixStack, options: SpectrumOptions) -> PermutationNu
     records: list[LayerRecord] = []
     traps: list[int | None] = []
     for begin in range(0, draws, together):
-        stacks = [shuffled(stack, generator) for _ in range(begin, min(begin + together, draws))]
+        # torch's own threads wait for each other at every small operation, many times as long as they compute.
+        with single_threaded_torch(options.threads) as threads:
+            stacks = [shuffled(stack, generator) for _ in range(begin, min(begin + together, draws))]
+            traps += map_on_threads(lambda each: count_outliers(each, TRAP_QUANTILE), stacks, threads)
         records += measure_stacks(stacks, options)
-        traps += [count_outliers(each, TRAP_QUANTILE) for each in stacks]
     return _null_of(records, [number for number in traps if number is not None])
 
 
@@ -214,6 +218,26 @@ def weight_record(
 def draws_for(stack: MatrixStack) -> int:
     """Return the number of shuffles for the permutation null of stacks of this shape."""
     return max(MIN_DRAWS, min(MAX_DRAWS, DRAWS_WORK // (stack.matrices.numel() * stack.matrices.shape[-1])))
+
+
+def null_seconds(stack: MatrixStack, options: SpectrumOptions) -> float:
+    """Estimate how long the permutation null of a layer takes on one core of a processor of 2020.
+
+    Windows are solved at some 2e9 entries times columns a second, whole matrices at some 3e10 operations a second.
+
+    Args:
+        stack: the layer's matrices, also without values, on the meta device.
+        options: how alpha is measured.
+    """
+    windows = windows_of(stack, options)
+    if windows is None:
+        return 0.0
+    number, rows, columns = stack.matrices.shape
+    draws = draws_for(stack)
+    seconds = draws * windows.view.numel() * windows.size / 2e9
+    if columns <= MAX_COLUMNS:
+        seconds += draws * number * rows * columns**2 / 3e10 + number * columns**3 / 4e9
+    return seconds
 
 
 def shuffled(stack: MatrixStack, generator: torch.Generator) -> MatrixStack:

@@ -40,16 +40,16 @@ from farms_tb.options import SpectrumOptions
 from farms_tb.spectra.power_law import fit_power_law
 from farms_tb.spectra.windows import Windows
 
-Precision = Literal["float32", "float64", "svd"]
+WindowPrecision = Literal["float32", "float64", "svd"]
 Array = npt.NDArray[np.float64]
 
-PRECISIONS: tuple[Precision, ...] = ("float32", "float64", "svd")
+PRECISIONS: tuple[WindowPrecision, ...] = ("float32", "float64", "svd")
 """From the fastest to the most accurate."""
 
 FLOAT32, FLOAT64, SVD = range(3)
 """Positions in `PRECISIONS`."""
 
-ROUNDOFF: dict[Precision, float] = {"float32": 2.0**-24, "float64": 2.0**-53, "svd": 0.0}
+ROUNDOFF: dict[WindowPrecision, float] = {"float32": 2.0**-24, "float64": 2.0**-53, "svd": 0.0}
 """Unit roundoff u. Singular values are the most accurate there is: no bound leads further."""
 
 FAR_BELOW, OF_LARGEST = 8.0, 64.0

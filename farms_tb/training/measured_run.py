@@ -49,7 +49,7 @@ class MeasuredRun:
         # Asked for only where it is needed: some trainers cannot tell.
         length = run.length() if options.schedule.needs_length else RunLength()
         self._schedule = Schedule(options.schedule, options.logging, length)
-        self.attachment = Attachment(run)
+        self.attachment = Attachment(run, options.logging.verdicts)
         self.run_log = RunLog(choose_x_axis(options.logging.x_axis, self._schedule.every_n_steps))
         self.logs = options.logging.log and run.is_rank_zero
         self._options = options

@@ -1,8 +1,10 @@
 """What is logged of a measurement: a row of metrics, histograms, a table and pictures.
 
-Keys of a row: `farms/alpha/<layer>`, `farms/ratio/<layer>`, `farms/lr/<layer>`, `farms/alpha_mean`,
-`farms/alpha_std`, `farms/ratio_mean`, `epoch`; with the noise-aware map also `farms/z/<layer>` and
-`farms/lambda`, with that of shrunk effects `farms/z/<layer>`, `farms/tau` and `farms/mean_weight`.
+Keys of a row: `farms/alpha/<layer>`, `farms/ratio/<layer>`, `farms/lr/<layer>`, `farms/rank_share/<layer>`,
+`farms/alpha_mean`, `farms/alpha_std`, `farms/ratio_mean`, `epoch`; where layers are compared with their
+permutation nulls (`verdicts=True`, the noise-aware map and that of shrunk effects) also `farms/z/<layer>`,
+`farms/effect/<layer>` and `farms/share_<verdict>`; with the noise-aware map `farms/lambda`, with that of shrunk
+effects `farms/tau` and `farms/mean_weight`.
 Models of more than `MAX_LOGGED_LAYERS` layers log the aggregates only.
 
 W&B and TensorBoard make a section of what stands before the first slash of a key, and sort the panels in it by
@@ -22,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from farms_tb.balancing.report_ratios import RatioSummary
 from farms_tb.options import XAxis
 from farms_tb.report import EsdHistogram, Report
+from farms_tb.verdicts import Verdict
 from farms_tb.viewing.history import Curve, History
 from farms_tb.viewing.names import printable
 from farms_tb.warnings import warn_once
@@ -30,8 +33,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MAX_LOGGED_LAYERS = 1000
-"""W&B's pages become slow beyond 10 000 metrics in a project. A layer has at most seven: alpha, ratio, lr, z-score
-and the three parts of a histogram. The remaining 3000 are left to the user's own metrics."""
+"""W&B's pages become slow beyond 10 000 metrics in a project. A layer has at most nine: alpha, ratio, lr, z-score,
+effect, rank share and the three parts of a histogram. The remaining 1000 are left to the user's own metrics."""
 
 TABLE = "farms/report"
 """Key under which the table is logged."""
@@ -41,10 +44,13 @@ COLUMNS = (
     "alpha",
     "alpha_error",
     "ks_distance",
+    "rank_share",
     "stable_rank",
     "ratio",
     "lr",
     "z",
+    "effect",
+    "verdict",
     "status",
 )
 
@@ -87,8 +93,8 @@ class Measurement:
         return {"epoch": self.epoch, **row}
 
     def aggregates(self) -> dict[str, float]:
-        """Return mean and standard deviation of alpha over the layers that are trained, see `alpha_summary`."""
-        return alpha_summary(self.report, self.trained)
+        """Return what sums up the layers that are trained, see `alpha_summary` and `verdict_shares`."""
+        return alpha_summary(self.report, self.trained) | verdict_shares(self.report, self.trained)
 
 
 @dataclass(frozen=True)
@@ -230,6 +236,27 @@ def alpha_summary(report: Report, trained: Container[str] | None = None) -> dict
     return {"farms/alpha_mean": mean, "farms/alpha_std": math.sqrt(squares / len(alphas))}
 
 
+def verdict_shares(report: Report, trained: Container[str] | None = None) -> dict[str, float]:
+    """Return the share of each verdict among the layers that are trained and were compared with random ones.
+
+    Args:
+        report: the measurement.
+        trained: names of the layers that an optimizer trains; None for all.
+
+    Returns:
+        `farms/share_random`, `farms/share_trained`, `farms/share_collapsed` and so on, which add up to 1; empty
+        where no layer was compared with its permutation null.
+    """
+    names = [name for name in report.layers if trained is None or name in trained]
+    verdicts = [report.layers[name].verdict for name in names if report.layers[name].null is not None]
+    if not verdicts:
+        return {}
+    return {
+        f"farms/share_{verdict.value.replace(' ', '_')}": verdicts.count(verdict) / len(verdicts)
+        for verdict in (Verdict.RANDOM, Verdict.TRAINED, Verdict.COLLAPSED, Verdict.NO_POWER_LAW)
+    }
+
+
 def _alphas_to_summarize(report: Report, trained: Container[str] | None) -> list[float]:
     """Return the alphas of the layers that a summary is about, see `alpha_summary`."""
     measured = {name: alpha for name, alpha in report.alphas.items() if alpha is not None}
@@ -252,7 +279,7 @@ def measurement_row(
     *,
     by_depth: bool = False,
 ) -> dict[str, float]:
-    """Return one measurement as a row of metrics: the aggregates, and each layer's alpha, ratio, lr and z-score.
+    """Return one measurement as a row of metrics: the aggregates, and the metrics of each layer.
 
     Args:
         report: the measurement.
@@ -278,6 +305,8 @@ def measurement_row(
             "ratio": ratios.get(name),
             "lr": lrs.get(name),
             "z": record.z_score,
+            "effect": record.effect,
+            "rank_share": record.rank_share,
         }
         known = {metric: value for metric, value in metrics.items() if value is not None}
         row.update({f"{prefix}{metric}/{shown}": value for metric, value in known.items()})
@@ -321,10 +350,13 @@ def table(measurement: Measurement) -> list[list[Any]]:
             record.alpha,
             record.alpha_error,
             record.ks_distance,
-            record.pooled_stable_rank,
+            record.rank_share,
+            record.stable_rank,
             measurement.ratios.get(name),
             measurement.lrs.get(name),
             record.z_score,
+            record.effect,
+            None if record.verdict is None else str(record.verdict),
             record.status,
         ]
         rows.append(row)

@@ -105,10 +105,12 @@ class Attachment:
 
     Attributes:
         run: the run.
+        verdicts: whether layers are compared with their permutation nulls, for the logs.
         balancer: what measures and balances.
     """
 
     run: Run
+    verdicts: bool = False
     balancer: LayerBalancer = field(init=False)
     _optimizers: list[Optimizer] = field(init=False)
 
@@ -119,6 +121,8 @@ class Attachment:
         """Make the balancer, and note which optimizers it steps."""
         self._optimizers = list(self.run.optimizers())
         self.balancer = self.run.attach()
+        if self.verdicts:
+            self.balancer.compare_with_random()
 
     def follow_optimizers(self) -> None:
         """Attach to the optimizers that train now, with the same ratios, where they were exchanged.

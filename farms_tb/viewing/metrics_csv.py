@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from farms_tb.viewing.history import Curve, History
-from farms_tb.viewing.names import natural_order, printable, shortened
+from farms_tb.viewing.names import in_order, natural_order, printable, shortened
 
 __all__ = ["METRICS_FILE", "MetricsFile", "has_measurements", "read_history", "read_metrics"]
 
@@ -100,10 +100,13 @@ def read_metrics(path: Path, layers: Sequence[str] = ()) -> MetricsFile:
     for row in _rows(path, left_out):
         _add_measurements(points, row, left_out)
     names = _by_depth(set().union(*points.values()), layers)
-    curves = {}
-    for quantity, found in points.items():
-        curves[quantity] = {name: _curve(found[name]) for name in names if name in found}
-    return MetricsFile(History(**curves, layers=names), tuple(_problems(path, left_out)))
+    history = History(
+        alpha=_curves(points["alpha"], names),
+        ratio=_curves(points["ratio"], names),
+        lr=_curves(points["lr"], names),
+        layers=names,
+    )
+    return MetricsFile(history, tuple(_problems(path, left_out)))
 
 
 def has_measurements(path: Path) -> bool:
@@ -122,7 +125,15 @@ def _whole_lines(lines: Iterable[str]) -> Iterator[str]:
 
 
 def _rows(path: Path, left_out: list[str]) -> Iterator[dict[str, str]]:
-    """Yield each row by column; lines that are no CSV are noted in `left_out`."""
+    """Yield the rows of a file.
+
+    Args:
+        path: the file.
+        left_out: gets a few words on each line that is no CSV.
+
+    Yields:
+        The cells of a row as text, by column; a row that is shorter than the header lacks the last columns.
+    """
     with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
         lines = _parsed_lines(file, left_out)
         header = next(lines, [])
@@ -131,7 +142,11 @@ def _rows(path: Path, left_out: list[str]) -> Iterator[dict[str, str]]:
 
 
 def _parsed_lines(file: Iterable[str], left_out: list[str]) -> Iterator[list[str]]:
-    """Yield the cells of each line of a CSV file that can be parsed."""
+    """Yield the cells of each line of a CSV file that can be parsed.
+
+    The loop calls `next` itself: a `for` would end at the first line that the reader refuses, and the lines after
+    it would be lost.
+    """
     reader = csv.reader(_whole_lines(file))
     while True:
         try:
@@ -176,12 +191,22 @@ def _filled_cells(row: Mapping[str, str]) -> list[_Cell]:
 
 
 def _when(row: Mapping[str, str]) -> _When | None:
-    """Return when a row was measured; None where its step is no number, or too large to be exact."""
+    """Return when a row was measured.
+
+    Args:
+        row: the cells by column; one without a step counts as of step 0.
+
+    Returns:
+        Its epoch, NaN where the row does not say, and its step; None where the step is no number, or too large to
+        be exact.
+    """
     step = _finite(row.get("step") or "0")
     if step is None or abs(step) > _LARGEST_STEP:
         return None
     epoch = _finite(row.get("epoch", ""))
-    return _When(math.nan if epoch is None else epoch, int(step))
+    if epoch is None:
+        epoch = math.nan
+    return _When(epoch, int(step))
 
 
 def _finite(text: str) -> float | None:
@@ -190,26 +215,46 @@ def _finite(text: str) -> float | None:
         value = float(text)
     except ValueError:
         return None
-    return value if math.isfinite(value) else None
+    if not math.isfinite(value):
+        return None
+    return value
 
 
 def _quoted(text: str) -> str:
+    """Return a cell or a name in quotes, safe to print and short enough for a sentence."""
     return repr(shortened(printable(text), 40))
 
 
 def _problems(path: Path, left_out: Sequence[str]) -> Iterator[str]:
     """Yield a sentence for each kind of thing that was left out of a file."""
     if left_out:
-        more = f" and {len(left_out) - 1} more" if len(left_out) > 1 else ""
-        yield f"{path.name} holds what is no finite number or no CSV, which is left out: {left_out[0]}{more}."
+        examples = left_out[0]
+        others = len(left_out) - 1
+        if others:
+            examples += f" and {others} more"
+        yield f"{path.name} holds what is no finite number or no CSV, which is left out: {examples}."
     if not path.read_bytes().endswith(b"\n"):
         yield f"{path.name} ends in half a line, which is left out: the run seems to be writing it."
 
 
 def _by_depth(names: Iterable[str], layers: Sequence[str]) -> tuple[str, ...]:
     """Order `names` as in `layers`; those that are not in it come last, by name."""
-    depth = {name: position for position, name in enumerate(layers)}
-    return tuple(sorted(names, key=lambda name: (depth.get(name, len(depth)), natural_order(name))))
+    by_name = sorted(names, key=natural_order)
+    return tuple(in_order(by_name, layers))
+
+
+def _curves(values: Mapping[str, Mapping[_When, float]], names: Sequence[str]) -> dict[str, Curve]:
+    """Return the curves of one quantity.
+
+    Args:
+        values: its values by layer and time; not every layer need have some.
+        names: names of all layers, in the order that the curves get.
+    """
+    curves = {}
+    for name in names:
+        if name in values:
+            curves[name] = _curve(values[name])
+    return curves
 
 
 def _curve(points: Mapping[_When, float]) -> Curve:

@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterable, Sequence
 
-__all__ = ["file_name", "natural_order", "printable", "shortened"]
+__all__ = ["file_name", "in_order", "natural_order", "printable", "shortened"]
+
+LONGEST_FILE_NAME = 100
+"""Characters of a layer's name that are kept in a file's name; most file systems take 255 bytes in all."""
 
 
 def printable(text: str, keep: str = "") -> str:
@@ -46,16 +50,24 @@ def shortened(name: str, most: int) -> str:
         >>> shortened("model.layers.11.mlp.down_proj", 15)
         '….mlp.down_proj'
     """
-    return name if len(name) <= most else "…" + name[1 - most :]
+    if len(name) <= most:
+        return name
+    return "…" + name[1 - most :]
 
 
 def file_name(name: str) -> str:
     """Return a layer's name as a part of a file's name: no separators of folders, at most 100 characters.
 
     Names that had to be changed beyond their separators end in a checksum, so that two layers have two files.
+
+    Args:
+        name: the layer's name, of any length and with any characters.
+
+    Returns:
+        Characters that can be printed, without the file's ending.
     """
     flat = re.sub(r"[/\\]", "_", name)
-    if flat.isprintable() and len(flat) <= 100:
+    if flat.isprintable() and len(flat) <= LONGEST_FILE_NAME:
         return flat
     plain = "".join(letter if letter.isprintable() else "_" for letter in flat)
     checksum = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()
@@ -79,3 +91,19 @@ def natural_order(name: str) -> list[tuple[int, int, str]]:
         else:
             key.append((0, 0, part))
     return key
+
+
+def in_order(names: Iterable[str], order: Sequence[str]) -> list[str]:
+    """Sort names as they stand in a list; names that are not in it come last, and keep their order.
+
+    Args:
+        names: what to sort, say the layers of a file of weights.
+        order: the order, say that in which the model registered its layers.
+
+    Example:
+        >>> in_order(["a", "x", "b"], order=["b", "a"])
+        ['b', 'a', 'x']
+    """
+    positions = {name: position for position, name in enumerate(order)}
+    last = len(positions)
+    return sorted(names, key=lambda name: positions.get(name, last))

@@ -17,6 +17,7 @@ from farms_tb.viewing.metrics_csv import METRICS_FILE, has_measurements
 __all__ = ["RunFiles", "SeveralRunsError", "find_run"]
 
 _MOST_LISTED = 10
+"""Runs that an error lists, the newest first; a folder of a sweep may hold thousands."""
 
 
 class SeveralRunsError(ValueError):
@@ -77,7 +78,9 @@ def _find_metrics(folder: Path) -> Path | None:
     if own in found:
         return own
     _refuse_several(folder, [path.parent for path in found])
-    return found[0] if found else None
+    if not found:
+        return None
+    return found[0]
 
 
 def _checkpoints_of(root: Path, checkpoints: Iterable[Path]) -> list[Path]:
@@ -85,42 +88,68 @@ def _checkpoints_of(root: Path, checkpoints: Iterable[Path]) -> list[Path]:
 
     Some loggers keep checkpoints apart from the metrics: without any in the run's own folder, those elsewhere are
     taken if only one run can be meant.
+
+    Args:
+        root: the folder that holds the run's `metrics.csv`.
+        checkpoints: all checkpoints of the folder that was asked for, the newest first.
+
+    Returns:
+        The run's checkpoints, in the same order; none where they could be of several runs.
     """
     possible = [path for path in checkpoints if _may_belong(path, root)]
     own = [path for path in possible if path.is_relative_to(root)]
     if own:
         return own
     runs = {_run_of(path) for path in possible}
-    return possible if len(runs) == 1 else []
+    if len(runs) > 1:
+        return []
+    return possible
 
 
 def _refuse_several(folder: Path, runs: Iterable[Path]) -> None:
-    """Raise a SeveralRunsError that lists the runs, unless there is one at most."""
-    found = list(dict.fromkeys(runs))
-    if len(found) < 2:
+    """Refuse to choose between runs.
+
+    Args:
+        folder: the folder that was asked for.
+        runs: the folders of the runs in it, the newest first; one may be named more than once.
+
+    Raises:
+        SeveralRunsError: there is more than one; the message lists them.
+    """
+    different = list(dict.fromkeys(runs))
+    if len(different) < 2:
         return
-    lines = [f"\n  {run}  (written {_written(run)})" for run in found[:_MOST_LISTED]]
-    if len(found) > _MOST_LISTED:
-        lines.append(f"\n  and {len(found) - _MOST_LISTED} more")
-    raise SeveralRunsError(f"{folder} holds several runs, pass the folder of one of them:" + "".join(lines))
+    listed = [f"{run}  (written {_written(run)})" for run in different[:_MOST_LISTED]]
+    more = len(different) - _MOST_LISTED
+    if more > 0:
+        listed.append(f"and {more} more")
+    heading = f"{folder} holds several runs, pass the folder of one of them:"
+    raise SeveralRunsError("\n  ".join([heading, *listed]))
 
 
 def _written(run: Path) -> str:
     """Return when something was last written in a run's folder, in local time."""
-    times = [_modified(path) for path in (run, *run.iterdir())]
-    newest = max((modified for modified in times if modified is not None), default=0.0)
+    newest = 0.0
+    for path in (run, *run.iterdir()):
+        modified = _modified(path)
+        if modified is not None:
+            newest = max(newest, modified)
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(newest))
 
 
 def _run_of(checkpoint: Path) -> Path:
     """Return the folder of a checkpoint's run: Lightning keeps checkpoints in a folder `checkpoints` of it."""
-    return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
+    folder = checkpoint.parent
+    if folder.name == "checkpoints":
+        return folder.parent
+    return folder
 
 
 def _may_belong(checkpoint: Path, root: Path) -> bool:
     """Tell whether a checkpoint is not another run's, which has metrics of its own."""
     run = _run_of(checkpoint)
-    return run == root or not (run / METRICS_FILE).exists()
+    has_own_metrics = (run / METRICS_FILE).exists()
+    return run == root or not has_own_metrics
 
 
 def _newest_first(paths: Iterable[Path]) -> list[Path]:

@@ -24,6 +24,7 @@ from farms_tb.report import Report
 from farms_tb.spectra.permutation_null import with_nulls
 from farms_tb.viewing.history import Curve, History
 from farms_tb.viewing.metrics_csv import METRICS_FILE, MetricsFile, read_history, read_metrics
+from farms_tb.viewing.names import in_order
 from farms_tb.viewing.run_files import RunFiles, find_run
 from farms_tb.viewing.run_settings import read_settings
 from farms_tb.viewing.saved_state import SavedState, newest_state, read_state
@@ -174,9 +175,9 @@ def read_run_folder(
 
 
 def _read_weights(path: Path, null: bool, key: str | None) -> RunFolder:
-    """Measure a file of weights, which need not come from a run."""
-    options = [SpectrumOptions(esd=esd) for esd in _ESDS]
-    farms, full = (_measure(path, each, null, key) for each in options)
+    """Measure a file of weights, which need not come from a run, with the default options."""
+    farms = _measure(path, SpectrumOptions(esd="farms"), null, key)
+    full = _measure(path, SpectrumOptions(esd="full"), null, key)
     return RunFolder(path.parent, farms=farms, full=full, options=farms.options, weights=path.name, name=path.name)
 
 
@@ -195,7 +196,7 @@ def _measure_newest(files: RunFiles, null: bool, key: str | None) -> _Measuremen
         return _Measurement(problems=("No checkpoint (*.ckpt) yet, so no spectra and no full-matrix alphas.",))
     problems: list[str] = []
     for path in files.checkpoints:
-        name = path.relative_to(files.folder)
+        name = str(path.relative_to(files.folder))
         try:
             state = read_state(path)
             farms, full = _measure_both(path, state, null, key)
@@ -207,16 +208,30 @@ def _measure_newest(files: RunFiles, null: bool, key: str | None) -> _Measuremen
         if state.damaged:
             parts = ", ".join(state.damaged)
             problems.append(f"The callback's state in {name} is damaged, what is affected is left out: {parts}.")
-        when = state.at()
-        weights = f"{name} ({when})" if when else str(name)
+        weights = _in_words(name, state)
         return _Measurement(farms, full, state, weights, state.epoch, state.step, tuple(problems))
     return _Measurement(problems=tuple(problems))
+
+
+def _in_words(checkpoint: str, state: SavedState) -> str:
+    """Return the name of a checkpoint, with its epoch and step where it holds them."""
+    when = state.at()
+    if not when:
+        return checkpoint
+    return f"{checkpoint} ({when})"
 
 
 def _measure_both(path: Path, state: SavedState, null: bool, key: str | None) -> list[Report]:
     """Measure a checkpoint by FARMS windows and as whole matrices, with the run's other options.
 
-    What the run has shuffled itself is not shuffled again.
+    Args:
+        path: the checkpoint.
+        state: the callback's state in it, for the options and the permutation nulls that the run measured.
+        null: also measure the permutation null, unless the state holds it for these options.
+        key: where the weights lie in the checkpoint; None to find them.
+
+    Returns:
+        The two measurements, in the order of `_ESDS`.
     """
     reports = []
     for esd in _ESDS:
@@ -227,16 +242,17 @@ def _measure_both(path: Path, state: SavedState, null: bool, key: str | None) ->
 
 
 def _measure(path: Path, options: SpectrumOptions, null: bool, key: str | None) -> Report:
+    """Measure a file of weights, with the histograms that the pictures of spectra are drawn from."""
     return analyze_checkpoint(path, **as_plain(options), histogram=True, null=null, key=key)
 
 
 def _no_run(folder: Path, problems: Sequence[str]) -> str:
     """Return why a folder is no run folder, with what is wrong with its checkpoints."""
-    return (
+    reason = (
         f"{folder} is no run folder: it holds neither a {METRICS_FILE} with farms/ columns nor a checkpoint "
         "(*.ckpt) that can be measured. Train with FARMSTempBalance() and Lightning's CSVLogger"
-        + "".join(f"\n  {sentence}" for sentence in problems)
     )
+    return "\n  ".join([reason, *problems])
 
 
 def _metrics(files: RunFiles, layers: Sequence[str]) -> MetricsFile:
@@ -254,7 +270,6 @@ def _completed(report: Report | None, measured: _Measurement) -> Report | None:
     """
     if report is None:
         return None
-    depth = {name: index for index, name in enumerate(measured.layers)}
-    names = sorted(report.layers, key=lambda name: depth.get(name, len(depth)))
+    names = in_order(report.layers, measured.layers)
     ordered = Report({name: report.layers[name] for name in names}, report.options)
     return with_nulls(ordered, measured.state.nulls_by(report.options))

@@ -63,6 +63,7 @@ def _settings(files: RunFiles, problems: list[str]) -> str:
 
 
 def _summary(files: RunFiles, problems: list[str]) -> dict[str, Any]:
+    """Return the scores of a run; none where there is no file of them, or it holds something else than a dict."""
     content = _read_own(files.folder / SUMMARY_FILE, files.folder, problems)
     if content is None:
         return {}
@@ -71,13 +72,23 @@ def _summary(files: RunFiles, problems: list[str]) -> dict[str, Any]:
     except (ValueError, RecursionError):
         problems.append(f"{SUMMARY_FILE} is no JSON, or half written: it is left out.")
         return {}
-    return summary if isinstance(summary, dict) else {}
+    if not isinstance(summary, dict):
+        return {}
+    return summary
 
 
 def _read_own(path: Path, folder: Path, problems: list[str]) -> bytes | None:
-    """Read a file of a run; None where there is none, or a link leads out of the folder.
+    """Read a file of a run.
 
     The page shows the content, and no link in somebody else's folder may bring a file of the reader's into it.
+
+    Args:
+        path: the file.
+        folder: the folder that was asked for, outside of which nothing is read.
+        problems: gets a sentence where the file is there and cannot be used.
+
+    Returns:
+        Its content; None where there is no such file, it cannot be read, or a link leads out of the folder.
     """
     if not path.is_file():
         return None

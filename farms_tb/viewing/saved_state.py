@@ -18,6 +18,9 @@ from farms_tb.weights.files import read_torch_file
 
 __all__ = ["SavedState", "depth_order", "newest_state", "read_state"]
 
+_LARGEST_COUNT = 2**53
+"""Whole numbers from here on are no longer exact in the page's floating-point numbers."""
+
 
 @dataclass(frozen=True)
 class SavedState:
@@ -26,7 +29,7 @@ class SavedState:
     Attributes:
         options: the callback's options as plain values; empty where they are not known.
         layers: names of the layers in order of depth; empty where they are not known.
-        nulls: mean and standard deviation of alpha under each layer's permutation null, where the run measured it.
+        nulls: each layer's permutation null, where the run measured it.
         epoch: completed epochs; None where the checkpoint does not say.
         step: optimizer steps; None where the checkpoint does not say.
         damaged: names of the parts that are not what the callback writes, and were left out.
@@ -50,12 +53,17 @@ class SavedState:
 
         Args:
             options: the plain values of `SpectrumOptions`, which may hold more.
+
+        Returns:
+            Mean and standard deviation of alpha by layer.
         """
         try:
             own = as_plain(SpectrumOptions(**self.spectrum_options))
         except (TypeError, ValueError):  # options that no run can have had
             return {}
-        return self.nulls if options == own else {}
+        if options != own:
+            return {}
+        return self.nulls
 
     def at(self) -> str:
         """Return the time of the checkpoint in words, `"epoch 3, step 12"`; empty where it is not known."""
@@ -90,12 +98,11 @@ def read_state(checkpoint: Path) -> SavedState:
     options = _mapping(state, "options", damaged)
     ratios = _mapping(state, "ratios", damaged)
     report = _mapping(state, "report", damaged)
-    index_of_epoch = _count(loaded, "epoch")
     return SavedState(
         options={name: value for name, value in options.items() if _is_text(name)},
-        layers=tuple(name for name in ratios if _is_text(name)),
+        layers=tuple(filter(_is_text, ratios)),
         nulls=dict(_nulls(report, damaged)),
-        epoch=None if index_of_epoch is None else index_of_epoch + 1,
+        epoch=_completed_epochs(loaded),
         step=_count(loaded, "global_step"),
         damaged=tuple(damaged),
     )
@@ -121,7 +128,16 @@ def depth_order(checkpoints: Sequence[Path]) -> tuple[str, ...]:
 
 
 def _mapping(state: Mapping[str, Any], key: str, damaged: list[str]) -> Mapping[Any, Any]:
-    """Return a part of the state; an empty one where it is missing, or is no dict, which is noted in `damaged`."""
+    """Return a part of the callback's state.
+
+    Args:
+        state: the whole, or a part that holds this one.
+        key: name of the part.
+        damaged: gets the name where the part is no dict.
+
+    Returns:
+        The part; an empty one where it is missing or damaged.
+    """
     found = state.get(key, {})
     if isinstance(found, Mapping):
         return found
@@ -130,18 +146,30 @@ def _mapping(state: Mapping[str, Any], key: str, damaged: list[str]) -> Mapping[
 
 
 def _nulls(report: Mapping[Any, Any], damaged: list[str]) -> Iterator[tuple[str, PermutationNull]]:
-    """Yield mean and standard deviation of each layer that has both; a standard deviation must be positive."""
+    """Yield the permutation null of each layer that has one, up to the first record that is damaged.
+
+    Args:
+        report: the records of the layers, by name.
+        damaged: gets a name for what is wrong with a record.
+
+    Yields:
+        Name of the layer and its permutation null, whose standard deviations are positive.
+    """
     for name, record in report.items():
         if not (_is_text(name) and isinstance(record, Mapping)):
             damaged.append("report")
             return
-        mean, std = record.get("null_mean"), record.get("null_std")
+        mean = record.get("null_mean")
+        std = record.get("null_std")
         if mean is None or std is None:
             continue
         if not (_is_finite(mean) and _is_finite(std) and std > 0):
             damaged.append("permutation null")
             return
-        yield name, PermutationNull(mean, std)
+        entropy_mean, entropy_std = record.get("null_entropy_mean"), record.get("null_entropy_std")
+        if not (_is_finite(entropy_mean) and _is_finite(entropy_std) and entropy_std > 0):
+            entropy_mean = entropy_std = None  # Version 0.1 did not save them.
+        yield name, PermutationNull(mean, std, _count(record, "null_draws"), entropy_mean, entropy_std)
 
 
 def _is_text(value: object) -> bool:
@@ -153,7 +181,17 @@ def _count(checkpoint: Mapping[Any, Any], key: str) -> int | None:
     value = checkpoint.get(key)
     if not isinstance(value, int) or isinstance(value, bool):
         return None
-    return value if 0 <= value < 2**53 else None
+    if value not in range(_LARGEST_COUNT):
+        return None
+    return value
+
+
+def _completed_epochs(checkpoint: Mapping[Any, Any]) -> int | None:
+    """Return the number of completed epochs; Lightning saves the index of the last one."""
+    index = _count(checkpoint, "epoch")
+    if index is None:
+        return None
+    return index + 1
 
 
 def _is_finite(value: object) -> bool:

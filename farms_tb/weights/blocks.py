@@ -51,17 +51,17 @@ def blocks_of(shapes: Mapping[str, Sequence[int]], rule: BlockRule | None = None
     """
     if callable(rule):
         told = {name: rule(name) for name in shapes}
-        return {name: block for name, block in told.items() if block}
+        return {name: str(block) for name, block in told.items() if block not in (None, "")}
     if rule is not None:
         return _by_patterns(shapes, rule)
-    chosen = _lists_of_blocks(shapes)
-    found = {}
+    chosen = {found.path for found in _lists_of_blocks(shapes)}
+    blocks = {}
     for name in shapes:
-        block = next((path for path in _numbered_paths(name) if split_number(path)[0] in chosen), None)
-        if block is not None:
-            found[name] = block
+        for path in _numbered_paths(name):
+            if split_number(path)[0] in chosen:
+                blocks[name] = path
     # Less is a detail that repeats by chance, two auxiliary classifiers for example.
-    return found if 2 * len(found) > len(shapes) else {}
+    return blocks if 2 * len(blocks) > len(shapes) else {}
 
 
 def name_in_block(name: str, block: str) -> str:
@@ -145,10 +145,12 @@ class _List:
         kinds = Counter(map(_kind, self.members.values()))
         return max(kinds, key=lambda kind: (kinds[kind], sorted(kind)))
 
-    @property
-    def size(self) -> int:
-        """Entries of all its layers."""
-        return sum(math.prod(shape) for member in self.members.values() for shape in member.values())
+    def rank(self) -> tuple[int, int, str]:
+        """Return what the longest list has most of: members, then entries; then the last path in the alphabet."""
+        entries = 0
+        for member in self.members.values():
+            entries += sum(map(math.prod, member.values()))
+        return len(self.members), entries, self.path
 
     def is_repeated(self) -> bool:
         """Tell whether more than half of its members, at least two, are of the typical kind."""
@@ -191,20 +193,28 @@ def _are_alike(first: frozenset[str], second: frozenset[str]) -> bool:
     return 2 * len(first & second) >= len(first | second)
 
 
-def _lists_of_blocks(shapes: Mapping[str, Sequence[int]]) -> set[str]:
-    """Return the paths of the lists whose members are the blocks."""
-    lists = [found for found in _lists(shapes) if found.is_repeated()]
-    of_equals = [found for found in lists if found.has_equal_members()]
-    lists = [found for found in lists if not any(found.is_inside(other) for other in of_equals)]
+def _lists_of_blocks(shapes: Mapping[str, Sequence[int]]) -> list[_List]:
+    """Return the lists whose members are the blocks, none of them inside another one."""
+    repeated = [found for found in _lists(shapes) if found.is_repeated()]
+    of_equals = [found for found in repeated if found.has_equal_members()]
+    candidates = _outside_of(repeated, of_equals)
     # Members of one layer are blocks only where nothing else is.
-    lists = [found for found in lists if found.holds_several_layers()] or lists
-    if not lists:
-        return set()
-    longest = max(lists, key=lambda found: (len(found.members), found.size, found.path))
-    alike = [found for found in lists if _are_alike(found.kind, longest.kind)]
-    # A list of stages looks like the lists in it.
-    innermost = [found for found in alike if not any(other.is_inside(found) for other in alike)]
-    return {found.path for found in innermost}
+    candidates = [found for found in candidates if found.holds_several_layers()] or candidates
+    if not candidates:
+        return []
+    longest = max(candidates, key=_List.rank)
+    alike = [found for found in candidates if _are_alike(found.kind, longest.kind)]
+    return _without_stages(alike)
+
+
+def _outside_of(lists: Sequence[_List], others: Sequence[_List]) -> list[_List]:
+    """Return the lists that are inside no member of the others."""
+    return [found for found in lists if not any(map(found.is_inside, others))]
+
+
+def _without_stages(lists: Sequence[_List]) -> list[_List]:
+    """Return the lists that have none of the others inside: a list of stages looks like the lists in it."""
+    return [found for found in lists if not any(other.is_inside(found) for other in lists)]
 
 
 def _lists(shapes: Mapping[str, Sequence[int]]) -> list[_List]:

@@ -1,1 +1,1 @@
-"""Networks of the recipes: UNet, ResNet and VGG for small images; FNO comes from neuraloperator."""
+"""Networks of the recipes: UNet, ResNet and VGG for small images, LLaMA on bytes; FNO is neuraloperator's."""

@@ -146,9 +146,9 @@ class CachedGroupsByData(ByData, CachedGroups):
 class CachedRates(Plain):
     """Asks for its groups, and steps with a rate of its own."""
 
-    def __init__(self, params: Any, lr: float = 0.1) -> None:
-        super().__init__(params, lr)
-        self.rate = lr
+    def __init__(self, params: Any, rate: float = 0.1) -> None:
+        super().__init__(params, rate)
+        self.rate = rate
 
     def step(self, closure: Any = None) -> Any:
         for group in self.param_groups:
@@ -508,7 +508,7 @@ def test_a_step_that_was_assigned_to_the_class_works() -> None:
 def test_an_exchanged_optimizer_is_refused(cls: Any) -> None:
     net = make_net()
     balancer = TempBalance(net, SGD(net.parameters(), lr=0.1))
-    new = cls(net.parameters(), lr=0.1)
+    new = cls(net.parameters(), 0.1)
     set_grads(net.parameters())
     with pytest.raises(RuntimeError, match=r"exchange of the optimizer, detach\(\)"):
         new.step()
@@ -634,8 +634,8 @@ class NoInit(Optimizer):
 
 REFUSED: dict[str, tuple[Callable[[Any], Optimizer], str]] = {
     "LBFGS": (torch.optim.LBFGS, "LBFGS takes one step"),
-    "lr None": (lambda params: Plain(params, lr=None), "lr=None"),
-    "lr of a wrong type": (lambda params: Plain(params, lr="fast"), "number as its lr"),
+    "lr None": (lambda params: Plain(params, None), "lr=None"),
+    "lr of a wrong type": (lambda params: Plain(params, "fast"), "number as its lr"),
     "no lr": (NoRates, "no 'lr'"),
     "no constructor": (NoInit, "Optimizer.__init__"),
     "ZeRO": (

@@ -263,7 +263,7 @@ def plain(text: str) -> str:
 
 
 def test_piped_tables_keep_a_line_for_each_layer(mixed: Path) -> None:
-    shown = run("analyze", mixed).stdout.splitlines()
+    shown = run("analyze", mixed).stdout.split("\n\n")[0].splitlines()
     assert len(shown) == 3 + 6
     assert next(line for line in shown if line.startswith("mlp.weight.core ")).rstrip().endswith(WIDE_REASON)
 
@@ -321,7 +321,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["analyze", NET, "--fit", "best"], "'best' is not one of 'median', 'goodness-of-fit', "),
     (
         ["analyze", NET, "--sort", "size"],
-        "--sort size: the columns are layer, shape, alpha, ",
+        "--sort size: the columns are layer, shape, verdict, alpha, ",
     ),
     (["analyze", NET, "--device", "fast"], "--device fast: Expected one of cpu, cuda"),
     (
@@ -600,3 +600,28 @@ def test_the_command_itself(weights: Path) -> None:
     assert done.stdout.startswith(",".join(COLUMNS[:4]))
     assert done.stderr == ""
     assert len(list(csv.DictReader(done.stdout.splitlines()))) == 5
+
+
+def test_analyze_says_what_the_numbers_mean(weights: Path) -> None:
+    found = run("analyze", weights)
+    assert found.exit_code == 0
+    assert "verdict" in found.stdout
+    assert "No layer can be told from random" in found.stdout
+    facts = json.loads(run("analyze", weights, "--format", "json").stdout)
+    assert facts["diagnosis"]
+    assert {row["verdict"] for row in facts["layers"]} <= {"random", "not measured"}
+    assert facts["summaries"][str(weights)]["verdicts"]["random"] >= 1
+
+
+def test_nulls_can_be_left_out_and_are_where_they_take_long(weights: Path, tmp_path: Path) -> None:
+    assert all(row["null_mean"] is None for row in rows_of("analyze", weights, "--no-null").values())
+    torch.save({f"{i}.weight": torch.randn(1, 1).expand(1800, 1800) for i in range(20)}, tmp_path / "large.pt")
+    found = run("analyze", tmp_path / "large.pt", "--filter", "nothing")
+    assert "over a minute" in found.stderr
+
+
+def test_a_model_is_compared_as_a_whole_with_another(weights: Path) -> None:
+    facts = json.loads(run("analyze", weights, "--against", NET, "--format", "json").stdout)
+    assert set(facts["summaries"]) == {str(weights), NET}
+    shown = run("analyze", weights, "--against", NET).stdout
+    assert f"{NET}: mean alpha" in " ".join(shown.split())

@@ -37,7 +37,15 @@ EXPERIMENTS = sorted(
     for file in (CONF / "experiment").rglob("*.yaml")
     if not file.stem.startswith("_")
 )
-DEMOS = ["cifar100_resnet18", "cifar100_vgg16", "darcy_fno", "darcy_unet", "digits_resnet18"]
+DEMOS = [
+    "cifar100_resnet18",
+    "cifar100_vgg16",
+    "darcy_fno",
+    "darcy_unet",
+    "digits_resnet18",
+    "grokking_mlp",
+    "tiny_lm",
+]
 ELSEWHERE = {"experiment", "hydra", "study"}  # tested below or with their own commands
 GROUPS = {
     folder.name: sorted(file.stem for file in folder.glob("*.yaml") if not file.stem.startswith("_"))
@@ -59,10 +67,13 @@ COMPANIONS: dict[str, tuple[str, ...]] = {
     "data=tinyimagenet": ("model=resnet18",),
     "data=pdebench_cfd1d": ("model=fno_cfd1d", "data.every_point=1", "data.every_frame=1"),
     "data=pdebench_cfd2d": ("model=fno_cfd2d", "data.every_point=1"),
+    "data=text": ("model=byte_llama",),
+    "model=byte_llama": ("data=text",),
     "model=resnet18": ("data=digits",),
     "model=resnet34": ("data=digits",),
     "model=vgg16": ("data=digits", "data.image_size=32"),
     "model=vgg19": ("data=digits", "data.image_size=32"),
+    "model=mlp": ("data=digits",),
     "model=wrn16_8": ("data=digits", "model.net.width=2"),
     "model=wrn28_6": ("data=digits", "model.net.width=2"),
     "model=fno_cfd1d": ("data=pdebench_cfd1d", "data.every_point=1", "data.every_frame=1"),
@@ -97,7 +108,7 @@ def test_experiments_are_the_published_ones() -> None:
     """The settings of the papers, and the demos."""
     folders = Counter(Path(name).parent.as_posix() for name in EXPERIMENTS)
     del folders["study"]
-    assert folders == {".": 5, "farms": 8, "tempbalance": 12, "sciml": 6}
+    assert folders == {".": len(DEMOS), "farms": 8, "tempbalance": 12, "sciml": 6}
     assert [name for name in EXPERIMENTS if "/" not in name] == DEMOS
 
 
@@ -150,6 +161,8 @@ SMALL = {
     r"tempbalance/tinyimagenet_resnet": IMAGES,
     r"tempbalance/tinyimagenet_wrn": ("model.net.width=2", *IMAGES[1:]),
     r"digits_resnet18": ("model.net.width=8",),
+    r"tiny_lm": (f"data.path={__file__}", "data.val_bytes=600", "data.test_bytes=600", "model.net.width=32"),
+    r"grokking_mlp": ("data.passes=1",),
     r"darcy_fno": (*TINY_DARCY, *FNO_2D),
     r"darcy_unet": (*TINY_DARCY, "model.net.width=4"),
     r"sciml/darcy_fno": (*PDE, *FNO_2D),

@@ -71,15 +71,16 @@ def kept(values, filter_zeros=False, relative_cutoff=0.0):
     return [value for value in values if value >= relative_cutoff * values[-1]]
 
 
-def figures(samples, fit="median", xmin_pos=2.0):
+def figures(samples, numbers, fit="median", xmin_pos=2.0):
     """Every metric of a layer: the mean over its samples; an alpha only where every sample has one.
 
     Args:
         samples: eigenvalues of each sample, ascending, those that count.
+        numbers: of eigenvalues of each sample, those that do not count among them.
         fit: the fit.
         xmin_pos: the divisor of the median fit.
     """
-    found = [spectrum.metrics(values, fit, xmin_pos) for values in samples]
+    found = [spectrum.metrics(values, fit, xmin_pos, n) for values, n in zip(samples, numbers, strict=True)]
     means = {name: _mean([figure[name] for figure in found]) for name in found[0]}
     alphas = [figure["alpha"] for figure in found]
     if None in alphas or max(alphas) > FLAT_ALPHA or min(map(len, samples)) < MIN_EIGENVALUES:

@@ -212,6 +212,15 @@ def test_blocks_match_the_steps_of_the_paper() -> None:
         assert plan.sparsity[f"h.{block}.w0"] == pytest.approx(share, abs=1e-14)
 
 
+def test_blocks_may_be_numbers() -> None:
+    numbered: dict[str, Any] = {name: int(name.split(".")[1]) for name in BLOCKS}
+    named = allocate(BLOCKS, SIZES, 0.7)
+    for blocks in (numbered, lambda name: numbered[name]):
+        plan = allocate(BLOCKS, SIZES, 0.7, blocks=blocks)
+        assert plan.sparsity == named.sparsity
+        assert list(plan.blocks) == ["0", "1", "2", "3", "4", "5"]
+
+
 def test_the_order_of_the_layers_does_not_matter() -> None:
     alphas = {f"layers.{b}.{name}": 2 + b / 5 + len(name) / 7 for b in range(12) for name in ("q", "up", "down")}
     sizes = dict.fromkeys(alphas, 64)
@@ -355,8 +364,8 @@ def test_the_alphas_of_a_large_model_are_close_to_a_line(model: str) -> None:
         ({"seed": -1}, ValueError, "seed"),
         ({"sizes": {}}, TypeError, "sizes"),
         ({"sizes": [1, 2]}, TypeError, "sizes"),
-        ({"sizes": {"layers.0.q": 0, "layers.1.q": 1}}, ValueError, r"layers\.0\.q.*positive"),
-        ({"sizes": {"layers.0.q": 2.5, "layers.1.q": 1}}, TypeError, "integer or a shape"),
+        ({"sizes": {"layers.0.q": 0, "layers.1.q": 1}}, ValueError, r"layers\.0\.q.*at least 1"),
+        ({"sizes": {"layers.0.q": 2.5, "layers.1.q": 1}}, TypeError, "integer"),
         ({"sizes": {"a": 10, "b": 20}, "alphas": {}}, ValueError, "no blocks.*granularity='matrix'"),
         ({"blocks": ["nothing.*"]}, ValueError, "no blocks"),
         ({"blocks": {"other": "layers.0"}}, ValueError, "other"),

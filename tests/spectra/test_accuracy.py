@@ -343,7 +343,8 @@ def assert_accurate(report, samples, fit="median", xmin_pos=2.0, dtypes=None, **
             starts = [values[int(len(values) / xmin_pos)] / values[-1] for values in counted]
             assert min(starts) < 4 * eps**2 * max(record.shape), name
             continue
-        actual[name], expected[name] = figures(record), twin.figures(counted, fit, xmin_pos)
+        numbers = [len(values) for values in samples[name]]
+        actual[name], expected[name] = figures(record), twin.figures(counted, numbers, fit, xmin_pos)
         if fit != "median" and _differ(record.alpha, expected[name]["alpha"]):
             choices = twin.equal_choices(counted, fit)
             same = [choice for choice in choices if not _differ(record.alpha, choice["alpha"])]
@@ -454,7 +455,8 @@ def test_weights_in_double_have_the_same_records(case: str) -> None:
 def test_ratios_are_those_of_singular_values(assign_func: str) -> None:
     found = {name: alpha for name, alpha in analyze(net("trained_weights")).alphas.items() if alpha}
     samples = spectra("trained_weights", "farms", 1.0)
-    wanted = getattr(ratio_twins, assign_func)([twin.figures(samples[name])["alpha"] for name in found])
+    alphas = [twin.figures(samples[name], map(len, samples[name]))["alpha"] for name in found]
+    wanted = getattr(ratio_twins, assign_func)(alphas)
     # The steepest is the sigmoid, of slope 2.9 a unit of alpha; the linear map's is 1 over the range of alphas.
     assert list(lr_ratios(found, assign_func).values()) == pytest.approx(wanted, abs=1e-3)
 

@@ -24,12 +24,12 @@ pytestmark = LIGHTNING_NOISE
 LAYERS = ["net.0", "net.2", "net.5", "net.7", "net.9"]
 SUMMARY = {"epoch", "farms/alpha_mean", "farms/alpha_std"}
 WHILE_TRAINING = SUMMARY | {"farms/ratio_mean"}
-PER_LAYER = {f"farms/{metric}/{layer}" for metric in ("alpha", "ratio", "lr") for layer in LAYERS}
+PER_LAYER = {f"farms/{metric}/{layer}" for metric in ("alpha", "ratio", "lr", "rank_share") for layer in LAYERS}
 
 
 NUMBERED = {
     f"farms_{metric}/{depth:02d}_{layer}"
-    for metric in ("alpha", "ratio", "lr")
+    for metric in ("alpha", "ratio", "lr", "rank_share")
     for depth, layer in enumerate(LAYERS)
 }
 MEDIA = {"farms/alpha_curves", "farms/ratio_map", "farms/alpha_by_depth"}
@@ -51,7 +51,9 @@ def test_rows() -> None:
         assert all(row[f"farms/lr/{layer}"] == 0.1 * row[f"farms/ratio/{layer}"] for layer in LAYERS)
     assert {layer: rows[0][1][f"farms/alpha/{layer}"] for layer in LAYERS} == before
     # The last row is of the final weights, which take no further step.
-    assert rows[-1][1].keys() == SUMMARY | {f"farms/alpha/{layer}" for layer in LAYERS}
+    assert rows[-1][1].keys() == SUMMARY | {
+        f"farms/{metric}/{layer}" for metric in ("alpha", "rank_share") for layer in LAYERS
+    }
     assert {layer: rows[-1][1][f"farms/alpha/{layer}"] for layer in LAYERS} == analyze(module).alphas
     assert all(type(value) in (int, float) for _, row in rows for value in row.values())
 
@@ -79,7 +81,8 @@ def test_layer_without_alpha_leaves_its_key_out() -> None:
     net[5].requires_grad_(False)
     fit(Module(net=net), [FARMSTempBalance()], logger=logger)
     row = farms_rows(logger)[0][1]
-    assert PER_LAYER - row.keys() == {"farms/alpha/net.5", "farms/lr/net.5"}, "frozen: it has no learning rate"
+    missing = {f"farms/{metric}/net.5" for metric in ("alpha", "rank_share", "lr")}
+    assert PER_LAYER - row.keys() == missing, "frozen: it has no learning rate"
 
 
 def test_log_off() -> None:

@@ -121,7 +121,7 @@ def test_table(run: OfflineRun) -> None:
         assert [line[2] for line in content["data"]] == pytest.approx(by_depth)
     first = json.loads((run.files / tables[0]["path"]).read_text())["data"][1]
     assert first[1] == "1x16x12"
-    assert first[6] == run.farms_rows[0]["farms_ratio/01_net.2"]
+    assert first[COLUMNS.index("ratio")] == run.farms_rows[0]["farms_ratio/01_net.2"]
     assert first[-1] == "ok"
 
 
@@ -163,7 +163,7 @@ def test_x_axis_and_prefix(tmp_path: Path, options: dict[str, Any], axis: str) -
     run = OfflineRun(tmp_path)
     farms = {key: row for row in run.farms_rows for key in row if "farms" in key}
     assert {key.partition("/")[0] for key in farms} == {
-        f"mine-farms{end}" for end in ("", "_alpha", "_ratio", "_lr")
+        f"mine-farms{end}" for end in ("", "_alpha", "_ratio", "_lr", "_rank_share")
     }
     assert {run.definitions[key].step_metric for key in farms} == {axis}
     assert all(axis in row for row in run.farms_rows)
@@ -206,6 +206,8 @@ def large_report(layers: int) -> Report:
                 alpha=2.0 + 0.001 * index,
                 null_mean=2.1,
                 null_std=0.1,
+                rank_99=40,
+                num_eigenvalues=64,
                 kind="real",
                 shape=(1, 64, 64),
                 histogram=histogram,
@@ -234,7 +236,7 @@ def test_never_more_than_ten_thousand_keys(
     large = OfflineRun(tmp_path)
     keys = set().union(*large.rows) | set(large.summary) | pictures
     per_layer = {key for key in keys if key[0].startswith("farms_")}
-    assert len(per_layer) == (0 if beyond else 7 * MAX_LOGGED_LAYERS)
+    assert len(per_layer) == (0 if beyond else 9 * MAX_LOGGED_LAYERS)
     others = {".".join(key) for key in keys - per_layer}
     assert {"farms/alpha_mean", "farms/lambda"} <= others
     assert beyond or "farms/report.path" in others

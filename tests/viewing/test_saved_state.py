@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from farms_tb.spectra.permutation_null import PermutationNull
 from farms_tb.viewing.page import write_page
 from farms_tb.viewing.run_folder import RunFolder, read_run_folder
 from farms_tb.viewing.saved_state import read_state
@@ -81,7 +82,7 @@ def test_a_whole_state(tmp_path: Path) -> None:
     run = run_with(tmp_path, callbacks=callbacks(GOOD))
     state = read_state(tmp_path / "last.ckpt")
     assert (state.layers, state.epoch, state.step, state.damaged) == (("a",), 1, 1, ())
-    assert state.nulls == {"a": (2.0, 0.1)}
+    assert state.nulls == {"a": PermutationNull(2.0, 0.1)}
     assert (run.weights_epoch, run.weights_step, run.missing) == (1, 1, ())
     assert run.farms is not None
     assert run.farms.layers["a"].null == (2.0, 0.1)

@@ -1,0 +1,69 @@
+"""The digits, with epochs of many passes, for training of very many short steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from recipes.data.digits import DigitsData
+
+__all__ = ["RepeatedDigits"]
+
+
+class _ShuffledPasses(Sampler[list[int]]):
+    """Shuffle each pass over the samples by (seed, epoch, pass); whole batches as lists of indices.
+
+    Args:
+        size: Number of samples.
+        batch_size: Samples a batch.
+        passes: Passes an epoch.
+        seed: Seed of the shuffles.
+    """
+
+    def __init__(self, size: int, batch_size: int, passes: int, seed: int) -> None:
+        self.size, self.batch_size, self.passes, self.seed = size, batch_size, passes, seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the shuffles of the epoch that comes; Lightning calls this."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.passes * -(-self.size // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        for _ in range(self.passes):
+            for batch in torch.randperm(self.size, generator=generator).split(self.batch_size):
+                yield batch.tolist()
+
+
+class RepeatedDigits(DigitsData):
+    """The digits as image classification; an epoch is a number of passes over the training images.
+
+    What happens once an epoch (validation, a measurement of the layers, checkpoints, a row of metrics) then
+    happens once in so many passes.
+
+    Args:
+        passes: Passes an epoch.
+        **options: Those of `DigitsData`.
+
+    Raises:
+        ValueError: `passes` is below 1, or as `DigitsData` raises.
+    """
+
+    def __init__(self, passes: int = 1, **options: Any) -> None:
+        super().__init__(**options)
+        if passes < 1:
+            raise ValueError(f"data.passes must be at least 1, got {passes}")
+        self.passes = passes
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Shuffled training batches: images (B, 1, H, W) and labels (B,)."""
+        dataset = self.datasets["train"]
+        batches = _ShuffledPasses(len(dataset), self.batch_size, self.passes, self.shuffle_seed)
+        # A TensorDataset takes the indices of a whole batch at once, many times faster than one by one.
+        return DataLoader(dataset, sampler=batches, batch_size=None)

@@ -1,0 +1,125 @@
+"""Text as bytes, for small language models: Wikipedia's articles of `make real`, or any files of the user's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+from recipes.data.loaders import evaluation_loader, training_loader
+from recipes.errors import RecipeError
+from recipes.real import wikipedia
+
+__all__ = ["ByteTextData"]
+
+BYTES = 256
+
+
+class ByteTextData(LightningDataModule):
+    """Windows of consecutive bytes, and the same a byte later as targets.
+
+    The text is cut in three: its end is the test text, what comes before that the validation text, and the rest is
+    trained on. Windows of one text do not overlap.
+
+    Args:
+        path: A file of text, or a folder, of which all files that end in `suffix` are read in the order of their
+            paths. None for the articles of the English Wikipedia that `make real` brings, 2.3 MB.
+        suffix: Ending of the files of a folder.
+        length: Bytes of a window.
+        train_bytes: Train on so many bytes, from the start of the text; None for all that is left.
+        val_bytes: Bytes of validation text.
+        test_bytes: Bytes of test text.
+        batch_size: Windows a batch.
+        shuffle_seed: Seed of the order of the windows.
+
+    Raises:
+        ValueError: A size is not positive.
+        RecipeError: There is no such file, or too little text.
+    """
+
+    kind = "text"
+    num_classes = BYTES
+
+    def __init__(
+        self,
+        path: str | None = None,
+        suffix: str = ".txt",
+        length: int = 128,
+        train_bytes: int | None = None,
+        val_bytes: int = 131072,
+        test_bytes: int = 131072,
+        batch_size: int = 32,
+        shuffle_seed: int = 0,
+    ) -> None:
+        super().__init__()
+        sizes = {"length": length, "val_bytes": val_bytes, "test_bytes": test_bytes, "batch_size": batch_size}
+        if train_bytes is not None:
+            sizes["train_bytes"] = train_bytes
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"data.{name} must be at least 1, got {size}")
+        self.path = path
+        self.suffix = suffix
+        self.length = length
+        self.train_bytes = train_bytes
+        self.val_bytes, self.test_bytes = val_bytes, test_bytes
+        self.batch_size = batch_size
+        self.shuffle_seed = shuffle_seed
+        self.datasets: dict[str, TensorDataset] = {}
+
+    def setup(self, stage: str) -> None:
+        """Read the text, cut it in three, and each part in windows."""
+        if self.datasets:
+            return
+        text = self._text()
+        end = len(text) - self.val_bytes - self.test_bytes
+        length = self.train_bytes or end
+        if min(length, end, self.val_bytes, self.test_bytes) <= self.length or length > end:
+            raise RecipeError(
+                f"data.path={self.path}: {len(text)} bytes are too few for data.val_bytes={self.val_bytes}, "
+                f"data.test_bytes={self.test_bytes}, data.train_bytes={self.train_bytes} and windows of "
+                f"data.length={self.length}; choose smaller ones"
+            )
+        parts = {"train": text[:length], "val": text[end:][: self.val_bytes], "test": text[-self.test_bytes :]}
+        for name, part in parts.items():
+            self.datasets[name] = _windows(part, self.length)
+
+    def _text(self) -> bytes:
+        """Return the whole text in UTF-8."""
+        if self.path is None:
+            return "\n\n".join(wikipedia("calibration") + wikipedia("evaluation")).encode()
+        path = Path(self.path)
+        if path.is_file():
+            return path.read_bytes()
+        files = sorted(path.rglob(f"*{self.suffix}"))
+        if not files:
+            raise RecipeError(f"data.path={path} is no file and no folder with files that end in {self.suffix!r}")
+        return b"\n\n".join(file.read_bytes() for file in files)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Shuffled training batches: bytes and the bytes after them, int64 (B, length) each."""
+        return training_loader(self.datasets["train"], self.batch_size, self.shuffle_seed)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Validation batches."""
+        return evaluation_loader(self.datasets["val"], 4 * self.batch_size)
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """Test batches."""
+        return evaluation_loader(self.datasets["test"], 4 * self.batch_size)
+
+
+def _windows(text: bytes, length: int) -> TensorDataset:
+    """Cut a text in windows of `length` bytes; what is left at its end is not used."""
+    codes = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    number = (len(codes) - 1) // length
+    return TensorDataset(_rows(codes, 0, number, length), _rows(codes, 1, number, length))
+
+
+def _rows(codes: Tensor, start: int, number: int, length: int) -> Tensor:
+    """Return `number` rows of `length` codes, int64, one behind the other from `start` on."""
+    return codes[start : start + number * length].view(number, length).long()

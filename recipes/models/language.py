@@ -1,0 +1,50 @@
+"""Small language models on bytes."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from recipes.errors import RecipeError
+
+__all__ = ["ByteLlama"]
+
+
+class ByteLlama(nn.Module):
+    """transformers' LLaMA on bytes: the blocks of today's language models, at the size of a CPU.
+
+    Args:
+        width: Features of a token.
+        hidden: Features inside of the gated feed-forward part.
+        depth: Blocks.
+        heads: Attention heads; divides `width`.
+        length: Longest input.
+
+    Raises:
+        RecipeError: transformers is not installed.
+    """
+
+    def __init__(
+        self, width: int = 128, hidden: int = 344, depth: int = 4, heads: int = 4, length: int = 512
+    ) -> None:
+        super().__init__()
+        try:
+            from transformers import LlamaConfig, LlamaForCausalLM
+        except ImportError as error:
+            raise RecipeError("language models need transformers: pip install 'farms-tb[transformers]'") from error
+        config = LlamaConfig(
+            vocab_size=256,
+            hidden_size=width,
+            intermediate_size=hidden,
+            num_hidden_layers=depth,
+            num_attention_heads=heads,
+            max_position_embeddings=length,
+            bos_token_id=None,
+            eos_token_id=None,
+            use_cache=False,
+        )
+        self.llama = LlamaForCausalLM(config)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return the logits (B, length, 256) of the byte after each of the bytes (B, length)."""
+        logits: Tensor = self.llama(tokens).logits
+        return logits
