@@ -24,6 +24,7 @@ from typing import Any, TypedDict, TypeVar, get_type_hints
 
 from farms_tb.options import (
     AssignFunc,
+    BlockMean,
     Collapsed,
     Esd,
     Favor,
@@ -39,6 +40,7 @@ from farms_tb.options import (
     Solver,
     SpectrumOptions,
     Target,
+    Unit,
     XAxis,
 )
 from farms_tb.warnings import warn_once
@@ -101,6 +103,9 @@ class RatioKeywords(TypedDict, total=False):
     normalize: Normalize | None
     exclude_heads: bool
     fixed: Mapping[str, float] | Sequence[tuple[str, float]]
+    unit: Unit
+    blocks: Sequence[str]
+    block_mean: BlockMean
     target: Target
     decay_follows_lr: bool
 

@@ -42,6 +42,8 @@ Metric = Literal[
 Kind = Literal["real", "spectral"]
 Norms = Literal["follow", "base"]
 Normalize = Literal["mean"]
+Unit = Literal["layer", "block"]
+BlockMean = Literal["plain", "weighted"]
 Target = Literal["lr", "weight_decay", "both"]
 Collapsed = Literal["leave_out", "keep"]
 Precision = Literal["auto", "float64"]
@@ -355,6 +357,12 @@ class RatioOptions:
         exclude_heads: leave the layers of a transformers model that are not in its base model at ratio 1.
         fixed: ratios that are set instead of mapped, by shell-style patterns of layers or parameters, matched as
             in `exclude`: `{"embed*": 5.0, "lm_head": 5.0}`. Where several match, the first one counts.
+        unit: what has a ratio of its own: a `"layer"`, or a `"block"` of repeated ones. The mean over the layers of
+            a block is mapped, and all of its parameters, norms and biases too, take its ratio. Layers outside of
+            blocks keep ratio 1, and `exclude_first` and `exclude_last` have no effect.
+        blocks: shell-style patterns of the paths of blocks, `"encoder.layer.*"`, where they are not found by
+            themselves, see `farms_tb.weights.blocks.blocks_of`.
+        block_mean: `"plain"`, or `"weighted"` by 1 / squared standard error.
         target: what the ratios scale: the learning rate, `"weight_decay"`, or `"both"`.
         decay_follows_lr: whether a parameter's decay in a step, lr * weight_decay, is scaled along with its
             learning rate, as it is in torch. False keeps it, or leaves it to `target`.
@@ -378,6 +386,9 @@ class RatioOptions:
     normalize: Normalize | None = None
     exclude_heads: bool = False
     fixed: Mapping[str, float] | Sequence[tuple[str, float]] = ()
+    unit: Unit = "layer"
+    blocks: Sequence[str] = ()
+    block_mean: BlockMean = "plain"
     target: Target = "lr"
     decay_follows_lr: bool = True
 
@@ -405,14 +416,17 @@ class RatioOptions:
         if self.normalize is not None:
             check_choice("normalize", self.normalize, Normalize)
         check_bool("exclude_heads", self.exclude_heads)
+        check_choice("unit", self.unit, Unit)
+        check_choice("block_mean", self.block_mean, BlockMean)
         check_choice("target", self.target, Target)
         check_bool("decay_follows_lr", self.decay_follows_lr)
         object.__setattr__(self, "fixed", plain_ratios("fixed", self.fixed))
-        for argument in ("exclude", "balance"):
+        for argument in ("exclude", "balance", "blocks"):
             # Hydra hands over its own list type; a tuple is comparable, hashable and safe to store.
             object.__setattr__(self, argument, plain_strings(argument, getattr(self, argument)))
         for kind in self.balance:
             check_choice("balance", kind, Kind)
+        self._check_unit()
         if self.metric != "alpha" and self.assign_func in ("tb_sqrt", "tb_log2"):
             raise ValueError(
                 f"assign_func={self.assign_func!r} is defined for metric='alpha', whose values are "
@@ -422,6 +436,17 @@ class RatioOptions:
             raise ValueError(
                 f"assign_func={self.assign_func!r} compares alpha with that of random layers, it knows no other "
                 f"metric: got metric={self.metric!r}"
+            )
+
+    def _check_unit(self) -> None:
+        """Raise where options of blocks contradict each other."""
+        if self.unit == "layer" and (self.blocks or self.block_mean != "plain"):
+            raise ValueError("blocks and block_mean are for unit='block', got unit='layer'")
+        if self.unit == "block" and self.assign_func == "noise_aware":
+            raise ValueError("unit='block' has no z-scores: use assign_func='shrinkage' in place of 'noise_aware'")
+        if self.block_mean == "weighted" and self.metric != "alpha":
+            raise ValueError(
+                f"block_mean='weighted' needs standard errors, which alpha alone has, got metric={self.metric!r}"
             )
 
 

@@ -57,7 +57,7 @@ class AttachedModel:
         """Return the ratios that follow from a report."""
         trained = self._optimizers.trained(self.model)
         by_kind = members(self.assignment, self._options, trained)
-        return ratios_of_report(report, by_kind, self._options, self.assignment.fixed_layers)
+        return ratios_of_report(report, by_kind, self._options, self.assignment)
 
     def warn_of_unseen_steps(self) -> None:
         """Warn where the model was trained since the last call by steps without layer-wise learning rates."""

@@ -54,7 +54,11 @@ class RatioWarnings:
             mapped: the ratios that follow from it.
         """
         # Maps that compare with random layers take noise into account, and only alpha has a standard error.
-        if self._options.assign_func in COMPARES_WITH_RANDOM or self._options.metric != "alpha":
+        if (
+            self._options.unit == "block"
+            or self._options.assign_func in COMPARES_WITH_RANDOM
+            or self._options.metric != "alpha"
+        ):
             return
         for names in mapped.balanced.values():
             ratios = {mapped.ratios[name] for name in names}
