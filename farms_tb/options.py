@@ -357,9 +357,9 @@ class RatioOptions:
         exclude_heads: leave the layers of a transformers model that are not in its base model at ratio 1.
         fixed: ratios that are set instead of mapped, by shell-style patterns of layers or parameters, matched as
             in `exclude`: `{"embed*": 5.0, "lm_head": 5.0}`. Where several match, the first one counts.
-        unit: what has a ratio of its own: a `"layer"`, or a `"block"` of repeated ones. The mean over the layers of
-            a block is mapped, and all of its parameters, norms and biases too, take its ratio. Layers outside of
-            blocks keep ratio 1, and `exclude_first` and `exclude_last` have no effect.
+        unit: what has a ratio of its own: a `"layer"`, or a `"block"` of repeated ones. The mean over the layers
+            of a block is mapped, and all of its parameters, norms and biases too, take its ratio. Layers outside
+            of blocks keep ratio 1, and `exclude_first` and `exclude_last` have no effect.
         blocks: shell-style patterns of the paths of blocks, `"encoder.layer.*"`, where they are not found by
             themselves, see `farms_tb.weights.blocks.blocks_of`.
         block_mean: `"plain"`, or `"weighted"` by 1 / squared standard error.

@@ -16,6 +16,7 @@ from farms_tb.balancing.balancer import LayerBalancer
 from farms_tb.balancing.optimizer_checks import stepping_optimizers
 from farms_tb.keywords import CallbackKeywords, takes_options
 from farms_tb.options import LoggingOptions, RatioOptions, ScheduleOptions, SpectrumOptions
+from farms_tb.presets import Preset, with_preset
 from farms_tb.training.metrics import Measurement, Media, RunLog
 from farms_tb.training.run import CallbackOptions, Run
 from farms_tb.training.schedule import Moment, RunLength
@@ -81,6 +82,7 @@ class FARMSTrainerCallback(ShowsResults, TrainerCallback, ExportableState):
     arXiv 2506.06280.
 
     Args:
+        preset: a published method by name, see `farms_tb.presets`; options given by name override it.
         spectrum: the options of `SpectrumOptions` below as one object; an option given by name overrides its
             field.
         ratios: the options of `RatioOptions` below as one object, likewise.
@@ -88,6 +90,7 @@ class FARMSTrainerCallback(ShowsResults, TrainerCallback, ExportableState):
         logging: the options of `LoggingOptions` below as one object, likewise.
 
     Attributes:
+        preset: the published method that was asked for by name; None without one.
         options: what the callback was asked for.
         report: the latest measurement; after training, of the final weights. None before training.
         ratios: active learning-rate ratio of each layer by name; empty before training.
@@ -109,13 +112,17 @@ class FARMSTrainerCallback(ShowsResults, TrainerCallback, ExportableState):
     def __init__(
         self,
         *,
+        preset: Preset | None = None,
         spectrum: SpectrumOptions | None = None,
         ratios: RatioOptions | None = None,
         schedule: ScheduleOptions | None = None,
         logging: LoggingOptions | None = None,
         **options: Unpack[CallbackKeywords],
     ) -> None:
-        self.options = CallbackOptions.resolved(spectrum, ratios, schedule, logging, options)
+        objects = {"spectrum": spectrum, "ratios": ratios, "schedule": schedule, "logging": logging}
+        named = with_preset(preset, objects, options)
+        self.preset = preset
+        self.options = CallbackOptions.resolved(spectrum, ratios, schedule, logging, named)
         self._session = BalancingSession(self.options)
         self._epoch = -1
 

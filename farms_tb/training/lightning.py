@@ -16,6 +16,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from farms_tb.balancing.balancer import LayerBalancer
 from farms_tb.keywords import CallbackKeywords, takes_options
 from farms_tb.options import LoggingOptions, RatioOptions, ScheduleOptions, SpectrumOptions
+from farms_tb.presets import Preset, with_preset
 from farms_tb.training.metrics import Measurement
 from farms_tb.training.run import CallbackOptions, Run
 from farms_tb.training.schedule import Moment, RunLength
@@ -61,6 +62,7 @@ class FARMSTempBalance(ShowsResults, Callback):
     arXiv 2506.06280.
 
     Args:
+        preset: a published method by name, see `farms_tb.presets`; options given by name override it.
         spectrum: the options of `SpectrumOptions` below as one object; an option given by name overrides its
             field.
         ratios: the options of `RatioOptions` below as one object, likewise.
@@ -68,6 +70,7 @@ class FARMSTempBalance(ShowsResults, Callback):
         logging: the options of `LoggingOptions` below as one object, likewise.
 
     Attributes:
+        preset: the published method that was asked for by name; None without one.
         options: what the callback was asked for.
         report: the latest measurement; after training, of the final weights. None before training.
         ratios: active learning-rate ratio of each layer by name; empty before training.
@@ -88,6 +91,7 @@ class FARMSTempBalance(ShowsResults, Callback):
     def __init__(
         self,
         *,
+        preset: Preset | None = None,
         spectrum: SpectrumOptions | None = None,
         ratios: RatioOptions | None = None,
         schedule: ScheduleOptions | None = None,
@@ -95,7 +99,10 @@ class FARMSTempBalance(ShowsResults, Callback):
         **options: Unpack[CallbackKeywords],
     ) -> None:
         super().__init__()
-        self.options = CallbackOptions.resolved(spectrum, ratios, schedule, logging, options)
+        objects = {"spectrum": spectrum, "ratios": ratios, "schedule": schedule, "logging": logging}
+        named = with_preset(preset, objects, options)
+        self.preset = preset
+        self.options = CallbackOptions.resolved(spectrum, ratios, schedule, logging, named)
         self._session = BalancingSession(self.options)
 
     @property

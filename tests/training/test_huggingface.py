@@ -412,7 +412,7 @@ def test_state_is_plain_and_comes_back(tmp_path: Path) -> None:
     assert saved["args"]["lr_min_ratio"] == 0.7
     assert FARMSTrainerCallback().state()["attributes"] == {"_restored": None}
     # Every option is in it: a callback made anew has none of its own.
-    objects = {"spectrum", "ratios", "schedule", "logging"}
+    objects = {"preset", "spectrum", "ratios", "schedule", "logging"}
     assert set(saved["args"]) == set(inspect.signature(FARMSTrainerCallback).parameters) - objects
 
 
