@@ -1,12 +1,12 @@
 """Published methods, each as the options that reproduce it: `FARMSTempBalance(preset="llr")`.
 
-A preset is a set of options. Those that a user gives beside it override it, one by one. Where a preset differs from
+A preset is a set of options. Those that a user gives by name override it, one by one. Where a preset differs from
 the code of its authors, the page "Presets" of the documentation says so.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -113,9 +113,7 @@ def with_preset(
     own = dict(keywords)
     if defaults.keys() <= own.keys():
         defaults |= as_plain(ScheduleOptions())
-        own = {
-            name: value for name, value in own.items() if name not in defaults or not _equal(value, defaults[name])
-        }
+        own = {name: value for name, value in own.items() if not _is_default(name, value, defaults)}
     return {**PRESETS[preset].options, **own}
 
 
@@ -151,8 +149,9 @@ def _typed(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: tuple(value.items()) if isinstance(value, Mapping) else value for name, value in options.items()}
 
 
-def _equal(value: object, default: object) -> bool:
-    """Tell whether a value is the default, however a list of it is written."""
-    if isinstance(default, list) and not isinstance(value, (str, Mapping)):
-        return list(value or ()) == default  # type: ignore[call-overload, no-any-return]
-    return value == default
+def _is_default(name: str, value: object, defaults: Mapping[str, object]) -> bool:
+    """Tell whether an option is at its default, be it a list or a tuple."""
+    if name not in defaults:
+        return False
+    default = defaults[name]
+    return value == default or (isinstance(value, Sequence) and list(value) == default)

@@ -64,7 +64,7 @@ def test_weight_decays_of_alphadecay_by_hand() -> None:
 
 
 def test_model_balancing_by_hand() -> None:
-    """r = 10^(sigmoid(10 (mean alpha of the block - mean over blocks)) - 1/2), the upper two thirds not in the tail."""
+    """Ratio: 10^(sigmoid(10 (mean alpha of the block - mean over blocks)) - 1/2)."""
     balancer = balance("model_balancing", LanguageModel())
     alphas = balancer.report.alphas
     means = [(alphas[f"layers.{i}.up"] + alphas[f"layers.{i}.down"]) / 2 for i in range(3)]  # type: ignore[operator]
@@ -99,7 +99,7 @@ def test_all_options_at_once_as_command_lines_pass_them() -> None:
 
 
 def test_mistakes() -> None:
-    with pytest.raises(ValueError, match="preset must be one of 'farms', .* got 'lrr'"):
+    with pytest.raises(ValueError, match=r"preset must be one of 'farms', .* got 'lrr'"):
         FARMSTempBalance(preset="lrr")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="preset='llr' and ratios= both choose options"):
         FARMSTempBalance(preset="llr", ratios=RatioOptions())
