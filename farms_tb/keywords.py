@@ -106,6 +106,7 @@ class RatioKeywords(TypedDict, total=False):
     unit: Unit
     blocks: Sequence[str]
     block_mean: BlockMean
+    permute: int | None
     target: Target
     decay_follows_lr: bool
 

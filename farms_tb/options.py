@@ -26,7 +26,17 @@ from farms_tb.warnings import warn_once
 
 Esd = Literal["farms", "full"]
 Fit = Literal["median", "goodness-of-fit", "xmin_peak"]
-AssignFunc = Literal["tb_linear_map", "tb_sqrt", "tb_log2", "tb_step", "tb_sigmoid", "noise_aware", "shrinkage"]
+AssignFunc = Literal[
+    "tb_linear_map",
+    "tb_sqrt",
+    "tb_log2",
+    "tb_step",
+    "tb_sigmoid",
+    "noise_aware",
+    "shrinkage",
+    "depth",
+    "constant",
+]
 Favor = Literal["large_alpha", "small_alpha"]
 Metric = Literal[
     "alpha",
@@ -52,6 +62,9 @@ XAxis = Literal["epoch", "step"]
 
 COMPARES_WITH_RANDOM: tuple[AssignFunc, ...] = ("noise_aware", "shrinkage")
 """Maps that compare each layer with random layers of its shape, and so need its permutation null."""
+
+STATIC: tuple[AssignFunc, ...] = ("depth", "constant")
+"""Maps that look at no alpha: the arms that a comparison needs."""
 
 NUMERICS = ("precision", "solver", "memory_mb", "threads")
 """Options that change how eigenvalues are computed, and an alpha by rounding only."""
@@ -363,6 +376,8 @@ class RatioOptions:
         blocks: shell-style patterns of the paths of blocks, `"encoder.layer.*"`, where they are not found by
             themselves, see `farms_tb.weights.blocks.blocks_of`.
         block_mean: `"plain"`, or `"weighted"` by 1 / squared standard error.
+        permute: seed of a permutation by which the mapped ratios are dealt out among the layers: a placebo, whose
+            layers train at unequal rates that have nothing to do with their alphas. None leaves them in place.
         target: what the ratios scale: the learning rate, `"weight_decay"`, or `"both"`.
         decay_follows_lr: whether a parameter's decay in a step, lr * weight_decay, is scaled along with its
             learning rate, as it is in torch. False keeps it, or leaves it to `target`.
@@ -389,6 +404,7 @@ class RatioOptions:
     unit: Unit = "layer"
     blocks: Sequence[str] = ()
     block_mean: BlockMean = "plain"
+    permute: int | None = None
     target: Target = "lr"
     decay_follows_lr: bool = True
 
@@ -417,6 +433,7 @@ class RatioOptions:
             check_choice("normalize", self.normalize, Normalize)
         check_bool("exclude_heads", self.exclude_heads)
         check_choice("unit", self.unit, Unit)
+        check_integer_or_none("permute", self.permute, at_least=0)
         check_choice("block_mean", self.block_mean, BlockMean)
         check_choice("target", self.target, Target)
         check_bool("decay_follows_lr", self.decay_follows_lr)
@@ -437,6 +454,11 @@ class RatioOptions:
                 f"assign_func={self.assign_func!r} compares alpha with that of random layers, it knows no other "
                 f"metric: got metric={self.metric!r}"
             )
+
+    @property
+    def fixed_pairs(self) -> tuple[tuple[str, float], ...]:
+        """`fixed` as pairs of pattern and ratio, which is how it is stored."""
+        return plain_ratios("fixed", self.fixed)
 
     def _check_unit(self) -> None:
         """Raise where options of blocks contradict each other."""

@@ -63,7 +63,7 @@ def test_spectral_options(options, error, message):
         (
             {"assign_func": "linear"},
             ValueError,
-            "one of 'tb_linear_map', 'tb_sqrt', .*, 'noise_aware', 'shrinkage', got 'linear'",
+            "one of 'tb_linear_map', 'tb_sqrt', .*, 'noise_aware', 'shrinkage', .*, got 'linear'",
         ),
         ({"lr_min_ratio": -0.1}, ValueError, r"lr_min_ratio must be at least 0, got -0\.1"),
         ({"lr_max_ratio": 0}, ValueError, "lr_max_ratio must be above 0, got 0"),

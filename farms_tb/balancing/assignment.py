@@ -61,7 +61,7 @@ def assign(model: nn.Module, options: RatioOptions, *, embeddings: bool = False)
     """
     layers = checked_layers(model, embeddings=embeddings)
     check_patterns(layers, "exclude", options.exclude)
-    of_layers, of_parameters = fixed_ratios(model, layers, options.fixed)
+    of_layers, of_parameters = fixed_ratios(model, layers, options.fixed_pairs)
     owners: dict[str, tuple[str, ...]] = {}
     for layer in layers:
         for parameter in layer.parameters:
@@ -119,7 +119,7 @@ def _leaders(layers: Sequence[Layer], blocks: Mapping[str, str], left_out: Colle
 
 def _parameters_inside(model: nn.Module, leaders: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
     """Return the layer that each parameter inside a block follows: the leader of its block."""
-    followed = {}
+    followed: dict[str, tuple[str, ...]] = {}
     for raw, _ in model.named_parameters():
         name = clean_name(raw)
         for block, leader in leaders.items():

@@ -9,6 +9,8 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+import torch
+
 from farms_tb.balancing.assignment import Assignment
 from farms_tb.balancing.ratio_maps import noise_lambda, ratios_from
 from farms_tb.balancing.shrinkage import shrunk_effects
@@ -102,11 +104,13 @@ def ratios_of_report(
         known = {unit: estimate for unit, estimate in found.items() if estimate is not None}
         values = {unit: estimate.value for unit, estimate in known.items()}
         errors = {unit: estimate.error for unit, estimate in known.items() if estimate.error is not None}
-        of_units = ratios_from(values, options, errors)
+        of_units = dict.fromkeys(units, 1.0) | ratios_from(values, options, errors)
+        if options.permute is not None:
+            of_units = _permuted(of_units, options.permute)
         for unit, layers in units.items():
-            if unit in known:
+            if unit in known or options.permute is not None:
                 mapped.update(dict.fromkeys(layers, of_units[unit]))
-            else:
+            if unit not in known:
                 missing += layers
         by_kind[kind] = known
     if options.normalize == "mean":
@@ -117,6 +121,14 @@ def ratios_of_report(
     if assignment is not None:
         ratios |= assignment.fixed_layers
     return MappedRatios(ratios, members, missing, _summary(by_kind, mean, options))
+
+
+def _permuted(ratios: Mapping[str, float], seed: int) -> dict[str, float]:
+    """Deal ratios out under a permutation that is drawn uniformly from the seed, and is the same at every call."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(ratios), generator=generator).tolist()
+    names = list(ratios)
+    return {name: ratios[names[place]] for name, place in zip(names, order, strict=True)}
 
 
 def _units(names: Iterable[str], blocks: Mapping[str, str] | None) -> dict[str, list[str]]:
