@@ -24,6 +24,7 @@ from typing import Any, TypedDict, TypeVar, get_type_hints
 
 from farms_tb.options import (
     AssignFunc,
+    BlockMean,
     Collapsed,
     Esd,
     Favor,
@@ -38,6 +39,8 @@ from farms_tb.options import (
     ScheduleOptions,
     Solver,
     SpectrumOptions,
+    Target,
+    Unit,
     XAxis,
 )
 from farms_tb.warnings import warn_once
@@ -100,6 +103,12 @@ class RatioKeywords(TypedDict, total=False):
     normalize: Normalize | None
     exclude_heads: bool
     fixed: Mapping[str, float] | Sequence[tuple[str, float]]
+    unit: Unit
+    blocks: Sequence[str]
+    block_mean: BlockMean
+    permute: int | None
+    target: Target
+    decay_follows_lr: bool
 
 
 class ScheduleKeywords(TypedDict, total=False):
@@ -108,6 +117,10 @@ class ScheduleKeywords(TypedDict, total=False):
     every_n_epochs: int
     every_n_steps: int | None
     lag_steps: int
+    measurements_per_epoch: int | None
+    start: float | str
+    until: float | str
+    ramp_steps: int
 
 
 class LoggingKeywords(TypedDict, total=False):

@@ -14,6 +14,7 @@ Values are stored as plain Python values (tuples for sequences), so that options
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib.util import find_spec
@@ -25,7 +26,17 @@ from farms_tb.warnings import warn_once
 
 Esd = Literal["farms", "full"]
 Fit = Literal["median", "goodness-of-fit", "xmin_peak"]
-AssignFunc = Literal["tb_linear_map", "tb_sqrt", "tb_log2", "tb_step", "tb_sigmoid", "noise_aware", "shrinkage"]
+AssignFunc = Literal[
+    "tb_linear_map",
+    "tb_sqrt",
+    "tb_log2",
+    "tb_step",
+    "tb_sigmoid",
+    "noise_aware",
+    "shrinkage",
+    "depth",
+    "constant",
+]
 Favor = Literal["large_alpha", "small_alpha"]
 Metric = Literal[
     "alpha",
@@ -41,6 +52,9 @@ Metric = Literal[
 Kind = Literal["real", "spectral"]
 Norms = Literal["follow", "base"]
 Normalize = Literal["mean"]
+Unit = Literal["layer", "block"]
+BlockMean = Literal["plain", "weighted"]
+Target = Literal["lr", "weight_decay", "both"]
 Collapsed = Literal["leave_out", "keep"]
 Precision = Literal["auto", "float64"]
 Solver = Literal["auto", "torch", "cupy", "cpu"]
@@ -48,6 +62,9 @@ XAxis = Literal["epoch", "step"]
 
 COMPARES_WITH_RANDOM: tuple[AssignFunc, ...] = ("noise_aware", "shrinkage")
 """Maps that compare each layer with random layers of its shape, and so need its permutation null."""
+
+STATIC: tuple[AssignFunc, ...] = ("depth", "constant")
+"""Maps that look at no alpha: the arms that a comparison needs."""
 
 NUMERICS = ("precision", "solver", "memory_mb", "threads")
 """Options that change how eigenvalues are computed, and an alpha by rounding only."""
@@ -213,6 +230,41 @@ def plain_ratios(argument: str, ratios: object) -> tuple[tuple[str, float], ...]
     return tuple(found)
 
 
+@dataclass(frozen=True)
+class Time:
+    """A point of a training run: so many epochs or optimizer steps, or a fraction of all its steps.
+
+    Attributes:
+        amount: how many.
+        unit: of what.
+    """
+
+    amount: float
+    unit: Literal["epochs", "steps", "fraction"]
+
+
+def parsed_time(argument: str, value: object) -> Time:
+    """Return the point of time that an option names.
+
+    Args:
+        argument: name of the option, for the message.
+        value: a number from 0 to 1, the fraction of the run, or a text such as `"2 epochs"` or `"500 steps"`.
+
+    Raises:
+        TypeError: neither a number nor a text.
+        ValueError: a fraction out of range, or a text of another form.
+    """
+    if isinstance(value, str):
+        found = re.fullmatch(r"(\d+) (epoch|step)s?", value.strip())
+        if found is None:
+            raise ValueError(f"{argument} must be a fraction, 'N epochs' or 'N steps', got {value!r}")
+        return Time(int(found[1]), "epochs" if found[2] == "epoch" else "steps")
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{argument} must be a fraction, 'N epochs' or 'N steps', got {value!r}")
+    check_number(f"{argument}, a fraction of the run,", value, at_least=0, at_most=1)
+    return Time(value, "fraction")
+
+
 def _make_plain(options: Any) -> None:
     """Replace the numpy values among the fields of a frozen dataclass by plain ones."""
     for field in fields(options):
@@ -318,6 +370,17 @@ class RatioOptions:
         exclude_heads: leave the layers of a transformers model that are not in its base model at ratio 1.
         fixed: ratios that are set instead of mapped, by shell-style patterns of layers or parameters, matched as
             in `exclude`: `{"embed*": 5.0, "lm_head": 5.0}`. Where several match, the first one counts.
+        unit: what has a ratio of its own: a `"layer"`, or a `"block"` of repeated ones. The mean over the layers
+            of a block is mapped, and all of its parameters, norms and biases too, take its ratio. Layers outside
+            of blocks keep ratio 1, and `exclude_first` and `exclude_last` have no effect.
+        blocks: shell-style patterns of the paths of blocks, `"encoder.layer.*"`, where they are not found by
+            themselves, see `farms_tb.weights.blocks.blocks_of`.
+        block_mean: `"plain"`, or `"weighted"` by 1 / squared standard error.
+        permute: seed of a permutation by which the mapped ratios are dealt out among the layers: a placebo, whose
+            layers train at unequal rates that have nothing to do with their alphas. None leaves them in place.
+        target: what the ratios scale: the learning rate, `"weight_decay"`, or `"both"`.
+        decay_follows_lr: whether a parameter's decay in a step, lr * weight_decay, is scaled along with its
+            learning rate, as it is in torch. False keeps it, or leaves it to `target`.
     """
 
     assign_func: AssignFunc = "tb_linear_map"
@@ -338,6 +401,12 @@ class RatioOptions:
     normalize: Normalize | None = None
     exclude_heads: bool = False
     fixed: Mapping[str, float] | Sequence[tuple[str, float]] = ()
+    unit: Unit = "layer"
+    blocks: Sequence[str] = ()
+    block_mean: BlockMean = "plain"
+    permute: int | None = None
+    target: Target = "lr"
+    decay_follows_lr: bool = True
 
     def __post_init__(self) -> None:
         _make_plain(self)
@@ -363,12 +432,18 @@ class RatioOptions:
         if self.normalize is not None:
             check_choice("normalize", self.normalize, Normalize)
         check_bool("exclude_heads", self.exclude_heads)
+        check_choice("unit", self.unit, Unit)
+        check_integer_or_none("permute", self.permute, at_least=0)
+        check_choice("block_mean", self.block_mean, BlockMean)
+        check_choice("target", self.target, Target)
+        check_bool("decay_follows_lr", self.decay_follows_lr)
         object.__setattr__(self, "fixed", plain_ratios("fixed", self.fixed))
-        for argument in ("exclude", "balance"):
+        for argument in ("exclude", "balance", "blocks"):
             # Hydra hands over its own list type; a tuple is comparable, hashable and safe to store.
             object.__setattr__(self, argument, plain_strings(argument, getattr(self, argument)))
         for kind in self.balance:
             check_choice("balance", kind, Kind)
+        self._check_unit()
         if self.metric != "alpha" and self.assign_func in ("tb_sqrt", "tb_log2"):
             raise ValueError(
                 f"assign_func={self.assign_func!r} is defined for metric='alpha', whose values are "
@@ -378,6 +453,22 @@ class RatioOptions:
             raise ValueError(
                 f"assign_func={self.assign_func!r} compares alpha with that of random layers, it knows no other "
                 f"metric: got metric={self.metric!r}"
+            )
+
+    @property
+    def fixed_pairs(self) -> tuple[tuple[str, float], ...]:
+        """`fixed` as pairs of pattern and ratio, which is how it is stored."""
+        return plain_ratios("fixed", self.fixed)
+
+    def _check_unit(self) -> None:
+        """Raise where options of blocks contradict each other."""
+        if self.unit == "layer" and (self.blocks or self.block_mean != "plain"):
+            raise ValueError("blocks and block_mean are for unit='block', got unit='layer'")
+        if self.unit == "block" and self.assign_func == "noise_aware":
+            raise ValueError("unit='block' has no z-scores: use assign_func='shrinkage' in place of 'noise_aware'")
+        if self.block_mean == "weighted" and self.metric != "alpha":
+            raise ValueError(
+                f"block_mean='weighted' needs standard errors, which alpha alone has, got metric={self.metric!r}"
             )
 
 
@@ -392,21 +483,54 @@ class ScheduleOptions:
             optimizer steps after the weights were read, always, so that runs stay reproducible. Training waits
             for the first measurement and for that of the final weights. Needs memory for a copy of the layers'
             weights; models on the CPU are measured at once, with the same results. 0 waits at each measurement.
+        measurements_per_epoch: measure this many times an epoch, at equal numbers of optimizer steps, instead of
+            once.
+        start: when ratios begin to apply: a fraction of the run from 0 to 1, `"2 epochs"` or `"500 steps"`. Before
+            it layers are measured and logged, and every ratio is 1.
+        until: when measuring ends, likewise: from then on the last ratios stay. 1 is the end of the run.
+        ramp_steps: let the ratios grow from 1 to their values over this many optimizer steps after `start`.
     """
 
     every_n_epochs: int = 1
     every_n_steps: int | None = None
     lag_steps: int = 0
+    measurements_per_epoch: int | None = None
+    start: float | str = 0
+    until: float | str = 1
+    ramp_steps: int = 0
 
     def __post_init__(self) -> None:
         _make_plain(self)
         check_integer("every_n_epochs", self.every_n_epochs, at_least=1)
         check_integer_or_none("every_n_steps", self.every_n_steps, at_least=1)
         check_integer("lag_steps", self.lag_steps, at_least=0)
-        if self.every_n_steps is not None and self.every_n_epochs != 1:
+        check_integer_or_none("measurements_per_epoch", self.measurements_per_epoch, at_least=1)
+        check_integer("ramp_steps", self.ramp_steps, at_least=0)
+        self._check_one_spacing()
+        start, until = parsed_time("start", self.start), parsed_time("until", self.until)
+        if start.unit == until.unit and not start.amount < until.amount:
+            raise ValueError(f"until must be later than start, got start={self.start!r} and until={self.until!r}")
+
+    @property
+    def needs_length(self) -> bool:
+        """Whether the options depend on how many steps the run, or an epoch of it, has."""
+        times = parsed_time("start", self.start), parsed_time("until", self.until)
+        has_fraction = any(time.unit == "fraction" and 0 < time.amount < 1 for time in times)
+        return has_fraction or self.measurements_per_epoch is not None
+
+    def _check_one_spacing(self) -> None:
+        """Warn of an option that has no effect next to another, and refuse two that contradict each other."""
+        if self.every_n_steps is not None and self.measurements_per_epoch is not None:
+            raise ValueError(
+                f"every_n_steps={self.every_n_steps} and measurements_per_epoch={self.measurements_per_epoch} "
+                "both say when to measure: leave one of the two out"
+            )
+        chosen = "every_n_steps" if self.every_n_steps is not None else "measurements_per_epoch"
+        number = getattr(self, chosen)
+        if number is not None and self.every_n_epochs != 1:
             warn_once(
-                f"every_n_steps={self.every_n_steps} replaces every_n_epochs={self.every_n_epochs}, which has no "
-                "effect: leave one of the two out",
+                f"{chosen}={number} replaces every_n_epochs={self.every_n_epochs}, which has no effect: leave one "
+                "of the two out",
                 ScheduleOptions,
             )
 

@@ -20,7 +20,7 @@ CLASSES = (SpectrumOptions, RatioOptions, ScheduleOptions, LoggingOptions)
 SPECTRUM, RATIOS, SCHEDULE, LOGGING = ({field.name: field.default for field in fields(cls)} for cls in CLASSES)
 HINTS = {name: hint for cls in CLASSES for name, hint in get_type_hints(cls).items()}
 MAP = {**dict(list(RATIOS.items())[:7]), "favor": RATIOS["favor"], "errors": None}
-OBJECTS = {"spectrum": None, "ratios": None, "schedule": None, "logging": None}
+OBJECTS = {"preset": None, "spectrum": None, "ratios": None, "schedule": None, "logging": None}
 CALLBACK = OBJECTS | SPECTRUM | RATIOS | SCHEDULE | LOGGING
 ANALYSIS = SPECTRUM | {"spectrum": None, "null": False, "histogram": False}
 
@@ -38,7 +38,7 @@ def options_of(function: Any) -> dict[str, object]:
         ("analyze", ANALYSIS),
         ("analyze_checkpoint", ANALYSIS | {"key": None}),
         ("lr_ratios", MAP),
-        ("TempBalance", SPECTRUM | RATIOS | {"spectrum": None, "ratios": None}),
+        ("TempBalance", SPECTRUM | RATIOS | {"preset": None, "spectrum": None, "ratios": None}),
         ("FARMSTempBalance", CALLBACK),
         ("FARMSTrainerCallback", CALLBACK),
     ],

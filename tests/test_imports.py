@@ -20,7 +20,7 @@ OPTIONAL = (
 )
 ROOMS = ("weights", "spectra", "balancing", "sparsity", "viewing", "training", "cli")
 """In the order of the method: a room imports from those before it."""
-ABOVE_ALL = ("options", "report", "warnings", "_moved")
+ABOVE_ALL = ("options", "presets", "report", "warnings", "_moved")
 """What every room may import."""
 
 PUBLIC_IN_0_1 = {

@@ -6,6 +6,7 @@ To read in this order:
 - `report_ratios`: the record of each layer -> its ratio;
 - `selection`: what the patterns of an option name;
 - `assignment`: which layers take part, which parameter follows which layer; `norms`: whom a norm follows;
+- `targets`: what a ratio scales, learning rate or weight decay;
 - `layerwise_step`: the step with one learning rate for each ratio; `split_groups`: the param groups that it sees;
   `foreach_update`: the same update for a group as a whole; `optimizer_checks` and `first_steps`: what is refused;
 - `attached_model`: a model and its optimizers, over `measured_model`, `optimizers` and `step_groups`;

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from farms_tb.balancing.norms import norm_feeders
-from farms_tb.balancing.selection import check_patterns, fixed_ratios, heads, layers_matching
+from farms_tb.balancing.selection import blocks_of_layers, check_patterns, fixed_ratios, heads, layers_matching
 from farms_tb.options import Kind, RatioOptions
 from farms_tb.weights.layers import Layer, checked_layers, clean_name
 
@@ -34,6 +34,7 @@ class Assignment:
         excluded: the layers that `exclude` and `exclude_heads` leave out.
         fixed_layers: the ratio of each layer that the option `fixed` names; these take no part in the map.
         fixed_parameters: the ratio of each parameter that `fixed` names, whatever layer it follows.
+        blocks: with `unit="block"` the block of each layer that is in one; None with `unit="layer"`.
     """
 
     layers: Sequence[Layer]
@@ -42,6 +43,7 @@ class Assignment:
     excluded: frozenset[str] = frozenset()
     fixed_layers: Mapping[str, float] = field(default_factory=dict)
     fixed_parameters: Mapping[str, float] = field(default_factory=dict)
+    blocks: Mapping[str, str] | None = None
 
 
 def assign(model: nn.Module, options: RatioOptions, *, embeddings: bool = False) -> Assignment:
@@ -59,7 +61,7 @@ def assign(model: nn.Module, options: RatioOptions, *, embeddings: bool = False)
     """
     layers = checked_layers(model, embeddings=embeddings)
     check_patterns(layers, "exclude", options.exclude)
-    of_layers, of_parameters = fixed_ratios(model, layers, options.fixed)
+    of_layers, of_parameters = fixed_ratios(model, layers, options.fixed_pairs)
     owners: dict[str, tuple[str, ...]] = {}
     for layer in layers:
         for parameter in layer.parameters:
@@ -71,7 +73,12 @@ def assign(model: nn.Module, options: RatioOptions, *, embeddings: bool = False)
     excluded = {name for pattern in options.exclude for name in layers_matching(layers, pattern)}
     if options.exclude_heads:
         excluded.update(heads(model, layers))
-    return Assignment(layers, owners, followed, frozenset(excluded), of_layers, of_parameters)
+    blocks = None
+    if options.unit == "block":
+        blocks = blocks_of_layers(layers, options.blocks)
+        leaders = _leaders(layers, blocks, excluded | of_layers.keys())
+        followed = {**_parameters_inside(model, leaders), **owners}
+    return Assignment(layers, owners, followed, frozenset(excluded), of_layers, of_parameters, blocks)
 
 
 def members(
@@ -86,15 +93,39 @@ def members(
         options: `exclude_first`, `exclude_last` and the kinds are used.
         trained: the parameters that an optimizer trains, by name.
     """
-    ends = _first_and_last(assignment.layers, options, {id(parameter) for parameter in trained.values()})
+    ends: set[str] = set()
+    if assignment.blocks is None:
+        ends = _first_and_last(assignment.layers, options, {id(parameter) for parameter in trained.values()})
     excluded = ends | assignment.excluded | assignment.fixed_layers.keys()
     taking_part: dict[Kind, list[str]] = {kind: [] for kind in options.balance}
     for layer in assignment.layers:
         if layer.problem or layer.name in excluded or layer.kind not in taking_part:
             continue
+        if assignment.blocks is not None and layer.name not in assignment.blocks:
+            continue
         if not trained.keys().isdisjoint(layer.parameters):
             taking_part[layer.kind].append(layer.name)
     return taking_part
+
+
+def _leaders(layers: Sequence[Layer], blocks: Mapping[str, str], left_out: Collection[str]) -> dict[str, str]:
+    """Return for each block one layer that has its ratio: the first that can be measured and is not left out."""
+    leaders: dict[str, str] = {}
+    for layer in layers:
+        if layer.name in blocks and not layer.problem and layer.name not in left_out:
+            leaders.setdefault(blocks[layer.name], layer.name)
+    return leaders
+
+
+def _parameters_inside(model: nn.Module, leaders: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+    """Return the layer that each parameter inside a block follows: the leader of its block."""
+    followed: dict[str, tuple[str, ...]] = {}
+    for raw, _ in model.named_parameters():
+        name = clean_name(raw)
+        for block, leader in leaders.items():
+            if name.startswith(f"{block}."):
+                followed[name] = (leader,)
+    return followed
 
 
 def ratio_of_parameter(followed: Iterable[str], ratios: Mapping[str, float], options: RatioOptions) -> float:

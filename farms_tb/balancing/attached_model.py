@@ -10,7 +10,6 @@ from torch.optim import Optimizer
 from farms_tb.balancing.assignment import Assignment, members, ratios_of_parameters
 from farms_tb.balancing.measured_model import MeasuredModel
 from farms_tb.balancing.optimizers import BalancedOptimizers
-from farms_tb.balancing.ratio_maps import only_measures
 from farms_tb.balancing.ratio_warnings import RatioWarnings
 from farms_tb.balancing.report_ratios import MappedRatios, ratios_of_report
 from farms_tb.balancing.step_groups import StepGroup, lrs_of_layers, step_groups
@@ -41,7 +40,7 @@ class AttachedModel:
         self._options = options
         self._warnings = RatioWarnings(measured.model, options)
         self._verdict_warnings = VerdictWarnings(measured.model)
-        self._optimizers = BalancedOptimizers(optimizers, only_measure=only_measures(options))
+        self._optimizers = BalancedOptimizers(optimizers, options)
         self._optimizers.attach(measured.assignment.layers)
 
     @property
@@ -58,18 +57,20 @@ class AttachedModel:
         """Return the ratios that follow from a report."""
         trained = self._optimizers.trained(self.model)
         by_kind = members(self.assignment, self._options, trained)
-        return ratios_of_report(report, by_kind, self._options, self.assignment.fixed_layers)
+        return ratios_of_report(report, by_kind, self._options, self.assignment)
 
-    def follow(self, report: Report, mapped: MappedRatios, *, initial: bool) -> None:
-        """Apply the ratios of a report, and warn of what a user should know.
+    def warn_of_unseen_steps(self) -> None:
+        """Warn where the model was trained since the last call by steps without layer-wise learning rates."""
+        self._optimizers.warn_of_unseen_steps(self.model)
+
+    def warn_about(self, report: Report, mapped: MappedRatios, *, initial: bool) -> None:
+        """Warn of what a user should know of ratios that were just applied.
 
         Args:
             report: the measurement.
             mapped: the ratios that follow from it.
             initial: whether these may be initial weights, whose alphas are all noise: that is not worth a warning.
         """
-        self._optimizers.warn_of_unseen_steps(self.model)
-        self.apply(mapped.ratios)
         self._warnings.about(report, mapped)
         self._verdict_warnings.about(report, self._trained_layers(), mapped.missing)
         if not initial:
@@ -80,8 +81,8 @@ class AttachedModel:
         return [layer.name for layer in self.assignment.layers if not trained.isdisjoint(layer.parameters)]
 
     def apply(self, ratios: Mapping[str, float]) -> None:
-        """Let the next steps use these ratios of the layers by name."""
-        self._optimizers.apply(self.model, self.parameter_ratios(ratios))
+        """Let the next steps use these ratios of the parameters by name."""
+        self._optimizers.apply(self.model, ratios)
 
     def parameter_ratios(self, ratios: Mapping[str, float]) -> dict[str, float]:
         """Return the ratio of each parameter by name, given those of the layers."""

@@ -10,6 +10,7 @@ Source of the method: TempBalance, Zhou et al., NeurIPS 2023, arXiv 2312.00359.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -28,7 +29,7 @@ _DETACHED = (
     "this balancer is a copy, or was pickled, and is detached from its model and optimizers: report, ratios and "
     "parameter_ratios() can be read. Make a new one to balance"
 )
-_KEPT_IN_COPIES = ("spectrum_options", "ratio_options", "report", "ratios", "summary")
+_KEPT_IN_COPIES = ("spectrum_options", "ratio_options", "report", "strength", "summary", "_mapped")
 
 
 class LayerBalancer:
@@ -45,7 +46,7 @@ class LayerBalancer:
 
     Attributes:
         report: the latest measurement; None before the first.
-        ratios: current learning-rate ratio of each layer by name.
+        strength: share s of the ratios r that applies: the current ones are 1 + s (r - 1).
         summary: what the latest mapping of a report to ratios did, over all layers.
 
     Raises:
@@ -67,7 +68,8 @@ class LayerBalancer:
         self.summary = RatioSummary()
         self._copied_ratios: dict[str, float] = {}
         measured = MeasuredModel(unwrap(model), spectrum_options, ratio_options, share)
-        self.ratios = {layer.name: 1.0 for layer in measured.assignment.layers}
+        self.strength = 1.0
+        self._mapped = {layer.name: 1.0 for layer in measured.assignment.layers}
         # None in a copy.
         self._own: AttachedModel | None = AttachedModel(measured, optimizers, ratio_options)
 
@@ -75,6 +77,21 @@ class LayerBalancer:
     def layers(self) -> Sequence[Layer]:
         """The layers of the model."""
         return self._attached.assignment.layers
+
+    @property
+    def ratios(self) -> dict[str, float]:
+        """Current learning-rate ratio of each layer by name."""
+        return _weakened(self._mapped, self.strength)
+
+    def set_strength(self, strength: float) -> None:
+        """Let the next steps use 1 + s (r - 1) in place of each ratio r.
+
+        Args:
+            strength: s, from 0 (the base learning rate everywhere) to 1 (the ratios).
+        """
+        if strength != self.strength:
+            self.strength = strength
+            self._apply()
 
     def compare_with_random(self) -> None:
         """From now on compare layers with their permutation nulls, also where the map does not need it."""
@@ -105,7 +122,7 @@ class LayerBalancer:
         """Return the current ratio of each parameter of the model by name."""
         if self._own is None:
             return dict(self._copied_ratios)
-        return self._own.parameter_ratios(self.ratios)
+        return _weakened(self._own.parameter_ratios(self._mapped), self.strength)
 
     def param_groups(self, optimizer: Optimizer) -> list[StepGroup]:
         """Return the groups that `optimizer` really steps with.
@@ -130,7 +147,7 @@ class LayerBalancer:
         A measurement that was begun is waited for, on every process that takes part in it.
         """
         options, begun = self._options(), self._attached.measured.begun_report()
-        return write_state(BalancerState(options, self.ratios, self.report, begun))
+        return write_state(BalancerState(options, self._mapped, self.report, begun))
 
     def load_state_dict(self, state: dict[str, Any]) -> bool:
         """Apply the saved ratios.
@@ -145,8 +162,8 @@ class LayerBalancer:
         saved, attached = read_state(state), self._attached
         names = [layer.name for layer in self.layers]
         fits = is_of_this_run(saved, self._options(), names, attached.model)
-        self.ratios = {name: saved.ratios.get(name, 1.0) for name in names}
-        attached.apply(self.ratios)
+        self._mapped = {name: saved.ratios.get(name, 1.0) for name in names}
+        self._apply()
         self.report = saved.report
         attached.measured.restore(saved if fits else None)
         return fits
@@ -171,6 +188,20 @@ class LayerBalancer:
     def _follow(self, report: Report) -> Report:
         initial, self.report = self.report is None, report
         mapped = self.map_ratios(report)
-        self.ratios, self.summary = mapped.ratios, mapped.summary
-        self._attached.follow(report, mapped, initial=initial)
+        self._mapped, mean = mapped.ratios, mapped.summary.mean_ratio
+        self.summary = replace(mapped.summary, mean_ratio=None if mean is None else 1 + self.strength * (mean - 1))
+        self._attached.warn_of_unseen_steps()
+        self._apply()
+        self._attached.warn_about(report, mapped, initial=initial)
         return report
+
+    def _apply(self) -> None:
+        """Let the next steps use the current ratios."""
+        self._attached.apply(self.parameter_ratios())
+
+
+def _weakened(ratios: dict[str, float], strength: float) -> dict[str, float]:
+    """Return 1 + s (r - 1) of each ratio r; the ratios themselves, to the last digit, where s is 1."""
+    if strength == 1:
+        return ratios
+    return {name: 1 + strength * (ratio - 1) for name, ratio in ratios.items()}

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from farms_tb.balancing.optimizer_checks import TORCH_OPTIMIZERS, Group, incompatible
 from farms_tb.balancing.split_groups import WatchedGroup
+from farms_tb.balancing.targets import Ratio
 
 _MOST_STEPS = 10
 """So many steps that move something are checked, if some group never has a gradient."""
@@ -45,7 +46,7 @@ class FirstSteps:
         self._before: Traces | None = None
         self.pending = False
 
-    def expect(self, ratios: Mapping[int, float]) -> None:
+    def expect(self, ratios: Mapping[int, Ratio]) -> None:
         """Check the next steps if there are more different ratios than in any step before."""
         number = len(set(ratios.values()))
         if self._applies and number > self._most_groups:

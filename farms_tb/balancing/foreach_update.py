@@ -26,6 +26,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
+from farms_tb.balancing.targets import Ratio, Scale
+
 Group = dict[str, Any]
 Tensors = list[Tensor] | tuple[Tensor, ...]  # as `foreach` operations take them
 
@@ -33,12 +35,13 @@ Tensors = list[Tensor] | tuple[Tensor, ...]  # as `foreach` operations take them
 _CHUNK = 2**16
 
 
-def merged_update(optimizer: Optimizer, group: Group, ratios: Mapping[int, float]) -> Callable[[], None] | None:
+def merged_update(optimizer: Optimizer, group: Group, ratios: Mapping[int, Ratio]) -> Callable[[], None] | None:
     """Return a function that makes the step of one group with the gradients of now, or None where torch has to.
 
     Torch has to where there is nothing to merge, on other devices, with other optimizers, with options that ask
     for another way (`fused`, `capturable`, `differentiable`, `foreach=False`), with sparse gradients, tensors
-    among the options or parameters of several kinds, and at the first step of a parameter.
+    among the options or parameters of several kinds, with ratios that scale the weight decay as well, and at the
+    first step of a parameter.
 
     Args:
         optimizer: any optimizer.
@@ -54,12 +57,13 @@ def merged_update(optimizer: Optimizer, group: Group, ratios: Mapping[int, float
     params = [p for p in group["params"] if p.grad is not None]
     grads = [p.grad for p in params]
     own = [ratios.get(id(p), 1.0) for p in params]
-    if len(set(own)) < 2 or not _are_alike(params, grads):
+    lrs = [ratio for ratio in own if not isinstance(ratio, Scale)]
+    if len(lrs) < len(own) or len(set(lrs)) < 2 or not _are_alike(params, grads):
         return None
     states = _states(optimizer, params, rule.states(group))
     if states is None:
         return None
-    return partial(_update, rule, group, own, params, grads, states)
+    return partial(_update, rule, group, lrs, params, grads, states)
 
 
 def _takes_foreach(group: Group) -> bool:

@@ -32,6 +32,7 @@ from farms_tb.balancing.optimizer_checks import (
     stepping_optimizers,
 )
 from farms_tb.balancing.split_groups import ShownGroups, SplitGroup, split_groups
+from farms_tb.balancing.targets import Ratio
 
 # By a weak reference: what is attached holds its optimizer, which would never be freed otherwise.
 _attached: WeakKeyDictionary[Optimizer, ReferenceType[LayerwiseStep]] = WeakKeyDictionary()
@@ -63,7 +64,7 @@ class LayerwiseStep:
             )
         self.optimizer = optimizer
         self.steps, self.number = 0, next(_numbers)
-        self._ratios: Mapping[int, float] = {}
+        self._ratios: Mapping[int, Ratio] = {}
         self._captured = self._compiled = False
         self._view = _make_view(optimizer, property(lambda _: self._groups_to_show(), self._refuse_new_groups))
         self._first_steps, self._unseen = FirstSteps(optimizer), UnseenSteps(optimizer)
@@ -71,14 +72,14 @@ class LayerwiseStep:
         self._shown: ShownGroups | None = None
         # How the last step's groups were split, and by which ratios.
         self._kept: list[Any] = []
-        self._kept_ratios: Mapping[int, float] = {}
+        self._kept_ratios: Mapping[int, Ratio] = {}
         self._handles: list[Any] = []
         self._replaced = ReplacedStep(optimizer, lambda: self.steps, lambda: self.is_active)
         self._attach()
 
     @property
-    def ratios(self) -> Mapping[int, float]:
-        """Learning-rate ratio of a parameter by its `id`; 1 where there is none.
+    def ratios(self) -> Mapping[int, Ratio]:
+        """Ratio of a parameter by its `id`: of its learning rate, or a `Scale`; 1 where there is none.
 
         It may be replaced at any time between steps. While every ratio is 1 the optimizer steps as if nothing were
         attached.
@@ -86,7 +87,7 @@ class LayerwiseStep:
         return self._ratios
 
     @ratios.setter
-    def ratios(self, ratios: Mapping[int, float]) -> None:
+    def ratios(self, ratios: Mapping[int, Ratio]) -> None:
         if self._captured and not _all_one(ratios):
             raise captured(self.optimizer)
         self._ratios = ratios
@@ -315,7 +316,7 @@ def _shares_parameters(optimizer: Optimizer, step: LayerwiseStep) -> bool:
     return not parameter_ids(optimizer).isdisjoint(parameter_ids(step.optimizer))
 
 
-def _all_one(ratios: Mapping[int, float]) -> bool:
+def _all_one(ratios: Mapping[int, Ratio]) -> bool:
     return all(ratio == 1 for ratio in ratios.values())
 
 

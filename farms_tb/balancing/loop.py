@@ -15,6 +15,7 @@ from farms_tb.balancing.balancer import LayerBalancer
 from farms_tb.balancing.step_groups import StepGroup
 from farms_tb.keywords import BalancingKeywords, resolved, takes_options
 from farms_tb.options import RatioOptions, SpectrumOptions
+from farms_tb.presets import Preset, described, with_preset
 from farms_tb.report import Report
 
 if TYPE_CHECKING:
@@ -34,11 +35,14 @@ class TempBalance:
     Args:
         model: the model that is trained.
         optimizer: the optimizer that trains it, or several.
+        preset: a published method by name, see `farms_tb.presets`; options given by name override it. When to call
+            `step()` stays yours, whatever the method says of it.
         spectrum: the options of `SpectrumOptions` below as one object; an option given by name overrides its
             field.
         ratios: the options of `RatioOptions` below as one object, likewise.
 
     Attributes:
+        preset: the published method that was asked for by name; None without one.
         report: the latest measurement.
         ratios: active ratio of each layer by name.
 
@@ -66,11 +70,14 @@ class TempBalance:
         model: nn.Module,
         optimizer: Optimizer | Sequence[Optimizer],
         *,
+        preset: Preset | None = None,
         spectrum: SpectrumOptions | None = None,
         ratios: RatioOptions | None = None,
         **options: Unpack[BalancingKeywords],
     ) -> None:
-        chosen = resolved(SpectrumOptions, spectrum, options), resolved(RatioOptions, ratios, options)
+        named = with_preset(preset, {"spectrum": spectrum, "ratios": ratios}, options)
+        chosen = resolved(SpectrumOptions, spectrum, named), resolved(RatioOptions, ratios, named)
+        self.preset = preset
         optimizers = optimizer if isinstance(optimizer, Sequence) else [optimizer]
         self._balancer = LayerBalancer(model, optimizers, *chosen, share=_is_sharded(model))
         try:
@@ -89,6 +96,10 @@ class TempBalance:
     def ratios(self) -> dict[str, float]:
         """Current learning-rate ratio of each layer by name."""
         return dict(self._balancer.ratios)
+
+    def settings(self) -> str:
+        """Return which options are active and where they come from, to be printed."""
+        return described(self.preset, self._balancer.spectrum_options, self._balancer.ratio_options)
 
     def step(self) -> Report:
         """Measure the model and apply the ratios that follow; on every process where there are several."""

@@ -14,7 +14,10 @@ from torch.optim import Optimizer
 
 from farms_tb.balancing.layerwise_step import LayerwiseStep
 from farms_tb.balancing.optimizer_checks import parameter_ids, stepping_optimizers, unwrapped_optimizer
+from farms_tb.balancing.ratio_maps import only_measures
 from farms_tb.balancing.split_groups import SplitGroup, split_groups
+from farms_tb.balancing.targets import Ratio, check_decay, scale_of
+from farms_tb.options import RatioOptions
 from farms_tb.warnings import warn_once
 from farms_tb.weights.layers import Layer, clean_name
 
@@ -24,14 +27,15 @@ class BalancedOptimizers:
 
     Args:
         optimizers: the optimizers; those that they wrap are found.
-        only_measure: leave the optimizers alone, whatever they are: every ratio stays 1.
+        options: what the ratios scale. Where they are all 1 by the options alone, the optimizers are left alone,
+            whatever they are.
 
     Raises:
         TypeError: not a torch optimizer.
-        ValueError: no optimizer, or one that cannot have layer-wise learning rates.
+        ValueError: no optimizer.
     """
 
-    def __init__(self, optimizers: Sequence[Any], only_measure: bool = False) -> None:
+    def __init__(self, optimizers: Sequence[Any], options: RatioOptions) -> None:
         if not optimizers:
             raise ValueError("there is no optimizer to balance")
         self._optimizers: list[Optimizer] = []
@@ -42,8 +46,8 @@ class BalancedOptimizers:
             for stepping in stepping_optimizers(optimizer):
                 if not _is_among(stepping, self._optimizers):
                     self._optimizers.append(stepping)
-        self._ratios: Mapping[int, float] = {}
-        self._only_measure = only_measure
+        self._ratios: Mapping[int, Ratio] = {}
+        self._options = options
         self._steps: list[LayerwiseStep] = []
 
     def attach(self, layers: Sequence[Layer]) -> None:
@@ -54,7 +58,7 @@ class BalancedOptimizers:
 
         Raises:
             ValueError: no layer has a parameter in an optimizer, or an optimizer cannot have layer-wise learning
-                rates, or has them already; none is attached.
+                rates, or has them already, or has no weight decay that is to be balanced; none is attached.
         """
         of_layers: set[int] = set()
         for layer in layers:
@@ -64,8 +68,9 @@ class BalancedOptimizers:
                 "none of the model's layers has a parameter in the optimizer: build the optimizer from the "
                 "parameters of the same model"
             )
-        if self._only_measure:
+        if only_measures(self._options):
             return
+        check_decay(self._optimizers, self._options)
         try:
             for optimizer in self._optimizers:
                 self._steps.append(LayerwiseStep(optimizer))
@@ -80,7 +85,9 @@ class BalancedOptimizers:
             model: the model.
             ratios: ratio of each of its parameters by name.
         """
-        by_id = {id(parameter): ratios[clean_name(name)] for name, parameter in model.named_parameters()}
+        by_id = {}
+        for name, parameter in model.named_parameters():
+            by_id[id(parameter)] = scale_of(ratios[clean_name(name)], self._options)
         for step in self._steps:
             step.ratios = by_id
         self._ratios = by_id

@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from farms_tb.balancing.shrinkage import shrinkage_ratios
-from farms_tb.options import AssignFunc, Favor, RatioOptions
+from farms_tb.options import STATIC, AssignFunc, Favor, RatioOptions
 
 
 def maps_nothing(options: RatioOptions) -> bool:
@@ -25,7 +25,7 @@ def maps_nothing(options: RatioOptions) -> bool:
 
 def only_measures(options: RatioOptions) -> bool:
     """Tell whether every learning rate is the base one by the options alone: no optimizer has to be changed."""
-    return maps_nothing(options) and all(ratio == 1 for _, ratio in options.fixed)
+    return maps_nothing(options) and all(ratio == 1 for _, ratio in options.fixed_pairs)
 
 
 def lr_ratios(  # noqa: PLR0913 - each is an option
@@ -59,6 +59,10 @@ def lr_ratios(  # noqa: PLR0913 - each is an option
       (low + high) / 2 + (high - low) / 2 * (delta - m) / max |effect - m|, delta the effects shrunk to their mean
       m as far as their errors explain their differences, see `farms_tb.balancing.shrinkage`. The mean ratio is
       (low + high) / 2. It is this package's own, not from the papers.
+
+    - `"depth"`: low^(1 - t) * high^t, t from 0 for the first layer to 1 for the last: layer-wise decay by depth,
+      whatever the alphas are (high * t where low is 0);
+    - `"constant"`: high for every layer, another base rate.
 
     With `lr_min_ratio` and `lr_max_ratio` both 1, every map gives every layer ratio 1.
 
@@ -113,6 +117,8 @@ def ratios_from(
     ratios = dict.fromkeys(alphas, 1.0)
     values = list(known.values())
     are_alike = len(set(values)) < 2
+    if are_alike and options.assign_func in STATIC:
+        are_alike = not known
     if maps_nothing(options) or are_alike:
         return ratios
     _check_domain(known, options.assign_func)
@@ -270,6 +276,21 @@ def _noise_aware(z_scores: Sequence[float], options: RatioOptions) -> list[float
     return [ratio**share for ratio in _linear_map(z_scores, options)]
 
 
+def _depth(alphas: Sequence[float], options: RatioOptions) -> list[float]:
+    """Return r_i = low^(1 - t_i) * high^t_i for t_i = i / (n - 1), i the place in order; linear where low is 0."""
+    low, high = options.lr_min_ratio, options.lr_max_ratio
+    ratios = []
+    for place in range(len(alphas)):
+        share = place / (len(alphas) - 1) if len(alphas) > 1 else 1.0
+        ratios.append(low ** (1 - share) * high**share if low > 0 else high * share)
+    return [min(max(ratio, low), high) for ratio in ratios]
+
+
+def _constant(alphas: Sequence[float], options: RatioOptions) -> list[float]:
+    """Return r_i = high for every layer."""
+    return [options.lr_max_ratio] * len(alphas)
+
+
 _MAPS: dict[AssignFunc, Callable[[Sequence[float], RatioOptions], list[float]]] = {
     "tb_linear_map": _linear_map,
     "tb_sqrt": _sqrt,
@@ -277,4 +298,6 @@ _MAPS: dict[AssignFunc, Callable[[Sequence[float], RatioOptions], list[float]]] 
     "tb_step": _step,
     "tb_sigmoid": _sigmoid,
     "noise_aware": _noise_aware,
+    "depth": _depth,
+    "constant": _constant,
 }

@@ -14,7 +14,7 @@ from torch import nn
 
 from farms_tb.balancing.ratio_maps import maps_nothing
 from farms_tb.balancing.report_ratios import MappedRatios
-from farms_tb.options import COMPARES_WITH_RANDOM, RatioOptions
+from farms_tb.options import COMPARES_WITH_RANDOM, STATIC, RatioOptions
 from farms_tb.report import OK, LayerRecord, Report
 from farms_tb.warnings import warn_once
 
@@ -53,8 +53,7 @@ class RatioWarnings:
             report: the measurement.
             mapped: the ratios that follow from it.
         """
-        # Maps that compare with random layers take noise into account, and only alpha has a standard error.
-        if self._options.assign_func in COMPARES_WITH_RANDOM or self._options.metric != "alpha":
+        if not self._follows_single_alphas():
             return
         for names in mapped.balanced.values():
             ratios = {mapped.ratios[name] for name in names}
@@ -63,6 +62,14 @@ class RatioWarnings:
             records = {name: report.layers[name] for name in names}
             self._about_sampling_noise(list(records.values()))
             self._about_single_matrix(records, mapped)
+
+    def _follows_single_alphas(self) -> bool:
+        """Tell whether ratios follow the alpha of each layer, noise included."""
+        options = self._options
+        if options.assign_func in (*COMPARES_WITH_RANDOM, *STATIC):
+            return False
+        # Only alpha has a standard error; means over blocks have less noise, and a placebo follows nothing.
+        return options.metric == "alpha" and options.unit == "layer" and options.permute is None
 
     def _about_missing(self, report: Report, missing: Sequence[str]) -> None:
         new = self._new(missing)

@@ -9,6 +9,9 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+import torch
+
+from farms_tb.balancing.assignment import Assignment
 from farms_tb.balancing.ratio_maps import noise_lambda, ratios_from
 from farms_tb.balancing.shrinkage import shrunk_effects
 from farms_tb.options import Kind, RatioOptions
@@ -60,17 +63,30 @@ class MappedRatios:
         return balanced
 
 
+@dataclass(frozen=True)
+class Estimate:
+    """What is mapped of a layer or a block.
+
+    Attributes:
+        value: the metric, effect or z-score.
+        error: its standard error; None where it is unknown.
+    """
+
+    value: float
+    error: float | None
+
+
 def ratios_of_report(
-    report: Report, members: dict[Kind, list[str]], options: RatioOptions, fixed: Mapping[str, float] | None = None
+    report: Report, members: dict[Kind, list[str]], options: RatioOptions, assignment: Assignment | None = None
 ) -> MappedRatios:
-    """Map the metric of the layers that take part, each kind within itself.
+    """Map the metric of the layers that take part, or of their blocks, each kind within itself.
 
     Args:
         report: the measurement; with the noise-aware map and with that of shrunk effects, one that holds
             permutation nulls.
         members: names of the layers that take part, by kind.
         options: the map, its options and the metric.
-        fixed: ratios of layers that take no part, and keep these.
+        assignment: the blocks of the layers, and ratios of layers that take no part, and keep these.
 
     Returns:
         The ratio of every layer of the report, and which layers were balanced.
@@ -80,17 +96,82 @@ def ratios_of_report(
     """
     ratios = dict.fromkeys(report.layers, 1.0)
     missing: list[str] = []
-    by_kind: dict[Kind, dict[str, float]] = {}
+    by_kind: dict[Kind, dict[str, Estimate]] = {}
+    mapped: dict[str, float] = {}
     for kind, names in members.items():
-        values = {name: mapped_metric(report.layers[name], options) for name in names}
-        known = {name: value for name, value in values.items() if value is not None}
-        missing += [name for name in names if name not in known]
-        ratios |= ratios_from(known, options, _errors(report, known))
+        units = _units(names, None if assignment is None else assignment.blocks)
+        found = {unit: _estimate(report, layers, options) for unit, layers in units.items()}
+        known = {unit: estimate for unit, estimate in found.items() if estimate is not None}
+        values = {unit: estimate.value for unit, estimate in known.items()}
+        errors = {unit: estimate.error for unit, estimate in known.items() if estimate.error is not None}
+        of_units = dict.fromkeys(units, 1.0) | ratios_from(values, options, errors)
+        if options.permute is not None:
+            of_units = _permuted(of_units, options.permute)
+        for unit, layers in units.items():
+            if unit in known or options.permute is not None:
+                mapped.update(dict.fromkeys(layers, of_units[unit]))
+            if unit not in known:
+                missing += layers
         by_kind[kind] = known
     if options.normalize == "mean":
-        ratios |= _with_mean_one(report, {name: ratios[name] for known in by_kind.values() for name in known})
-    ratios |= fixed or {}
-    return MappedRatios(ratios, members, missing, _summary(report, by_kind, ratios, options))
+        mapped = _with_mean_one(report, mapped)
+    # The mean over all kinds together: of the layers, not of the kinds.
+    mean = math.fsum(mapped.values()) / len(mapped) if mapped else None
+    ratios |= mapped
+    if assignment is not None:
+        ratios |= assignment.fixed_layers
+    return MappedRatios(ratios, members, missing, _summary(by_kind, mean, options))
+
+
+def _permuted(ratios: Mapping[str, float], seed: int) -> dict[str, float]:
+    """Deal ratios out under a permutation that is drawn uniformly from the seed, and is the same at every call."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(ratios), generator=generator).tolist()
+    names = list(ratios)
+    return {name: ratios[names[place]] for name, place in zip(names, order, strict=True)}
+
+
+def _units(names: Iterable[str], blocks: Mapping[str, str] | None) -> dict[str, list[str]]:
+    """Return the layers of each unit: a layer, or the block that layers are in.
+
+    Args:
+        names: layers that take part.
+        blocks: the block of each of them; None where layers are units by themselves.
+    """
+    units: dict[str, list[str]] = {}
+    for name in names:
+        units.setdefault(name if blocks is None else blocks[name], []).append(name)
+    return units
+
+
+def _estimate(report: Report, names: Iterable[str], options: RatioOptions) -> Estimate | None:
+    """Return what is mapped of a unit: the mean over its layers, of those that have a value.
+
+    Plain: the mean of the values, whose error is sqrt(sum of e_i^2) / n. Weighted: with the weights 1 / e_i^2,
+    whose error is 1 / sqrt(sum of 1 / e_i^2).
+
+    Args:
+        report: the measurement.
+        names: the layers of the unit.
+        options: `block_mean` and the map.
+    """
+    pairs = []
+    for name in names:
+        record = report.layers[name]
+        value = mapped_metric(record, options)
+        if value is not None:
+            pairs.append(Estimate(value, _error(record, options)))
+    if len(pairs) < 2:
+        return pairs[0] if pairs else None
+    errors = [pair.error for pair in pairs if pair.error]
+    if options.block_mean == "weighted" and len(errors) == len(pairs):
+        weights = [1 / error**2 for error in errors]
+        weighted = math.fsum(weight * pair.value for weight, pair in zip(weights, pairs, strict=True))
+        return Estimate(weighted / math.fsum(weights), 1 / math.sqrt(math.fsum(weights)))
+    mean = math.fsum(pair.value for pair in pairs) / len(pairs)
+    known = [pair.error for pair in pairs if pair.error is not None]
+    error = math.hypot(*known) / len(pairs) if len(known) == len(pairs) else None
+    return Estimate(mean, error)
 
 
 def mapped_metric(record: LayerRecord, options: RatioOptions) -> float | None:
@@ -122,45 +203,42 @@ def _with_mean_one(report: Report, ratios: Mapping[str, float]) -> dict[str, flo
     return {name: ratio / mean for name, ratio in ratios.items()}
 
 
-def _errors(report: Report, names: Iterable[str]) -> dict[str, float]:
-    """Return the standard error of each layer's effect, where it has one.
+def _error(record: LayerRecord, options: RatioOptions) -> float | None:
+    """Return the standard error of what is mapped: that of alpha, or with shrinkage that of the effect.
 
-    It is at least the deviation of random layers of the same shape. The layer's own error comes of its windows; of
-    few windows it is noisy itself, and one that is far too small would make the layer count for sure: over random
-    layers of four to nine windows the squared effects are twice their squared errors without this bound.
+    That of an effect is at least the deviation of random layers of the same shape. The layer's own error comes of
+    its windows; of few windows it is noisy itself, and one that is far too small would make the layer count for
+    sure: over random layers of four to nine windows the squared effects are twice their squared errors without
+    this bound.
     """
-    errors = {}
-    for name in names:
-        record = report.layers[name]
-        if record.effect_error is not None and record.null_std is not None:
-            errors[name] = max(record.effect_error, record.null_std)
-    return errors
+    if options.assign_func != "shrinkage":
+        return record.alpha_error
+    if record.effect_error is None or record.null_std is None:
+        return None
+    return max(record.effect_error, record.null_std)
 
 
 def _summary(
-    report: Report, by_kind: Mapping[Kind, Mapping[str, float]], ratios: Mapping[str, float], options: RatioOptions
+    by_kind: Mapping[Kind, Mapping[str, Estimate]], mean_ratio: float | None, options: RatioOptions
 ) -> RatioSummary:
-    """Say what the map made of the numbers of the layers, each kind of layer apart.
+    """Say what the map made of the estimates, each kind of layer apart.
 
     Args:
-        report: the measurement.
-        by_kind: what was mapped, by kind and name.
-        ratios: the ratios that came of it.
+        by_kind: what was mapped, by kind and unit.
+        mean_ratio: the mean ratio that came of it.
         options: the map.
     """
-    balanced = [ratios[name] for known in by_kind.values() for name in known]
-    # The mean over all kinds together: of the layers, not of the kinds.
-    mean = math.fsum(balanced) / len(balanced) if balanced else None
-    present = {kind: known for kind, known in by_kind.items() if known}
+    values = {kind: [one.value for one in known.values()] for kind, known in by_kind.items() if known}
     if options.assign_func == "noise_aware":
-        return RatioSummary(mean, {kind: noise_lambda(list(known.values())) for kind, known in present.items()})
+        return RatioSummary(mean_ratio, {kind: noise_lambda(own) for kind, own in values.items()})
     if options.assign_func != "shrinkage":
-        return RatioSummary(mean)
+        return RatioSummary(mean_ratio)
     shrunk = {}
-    for kind, known in present.items():
-        shrunk[kind] = shrunk_effects(list(known.values()), list(_errors(report, known).values()))
+    for kind, own in values.items():
+        errors = [one.error for one in by_kind[kind].values() if one.error is not None]
+        shrunk[kind] = shrunk_effects(own, errors)
     return RatioSummary(
-        mean,
+        mean_ratio,
         tau={kind: one.tau for kind, one in shrunk.items()},
         mean_weight={kind: one.mean_weight for kind, one in shrunk.items()},
     )

@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from farms_tb.weights.blocks import blocks_of
 from farms_tb.weights.layers import Layer, clean_name
 
 
@@ -80,6 +81,33 @@ def fixed_ratios(
         of_layers = dict.fromkeys(matched, ratio) | of_layers
         of_parameters = dict.fromkeys(parameters, ratio) | of_parameters
     return of_layers, of_parameters
+
+
+def blocks_of_layers(layers: Sequence[Layer], patterns: Sequence[str]) -> dict[str, str]:
+    """Return the block that each layer is in; layers outside of blocks are left out.
+
+    Args:
+        layers: the layers of the model.
+        patterns: the option `blocks`; empty to find them.
+
+    Raises:
+        ValueError: there are no blocks, or a pattern matches none that another one leaves.
+    """
+    shapes = {layer.name: layer.shape for layer in layers if layer.has_rule}
+    found = blocks_of(shapes, patterns or None)
+    if not found and not patterns:
+        raise ValueError(
+            "unit='block' finds no repeated blocks in the model: name them, as in blocks=['encoder.layer.*']; the "
+            f"layers are {_listed(layers)}"
+        )
+    for pattern in patterns:
+        own = set(blocks_of(shapes, [pattern]).values())
+        if not own:
+            raise ValueError(f"blocks={pattern!r} matches no block of layers; the layers are {_listed(layers)}")
+        inside = sorted(own - set(found.values()))
+        if inside:
+            raise ValueError(f"blocks={pattern!r} overlaps another pattern: {inside[0]} is inside another block")
+    return found
 
 
 def heads(model: nn.Module, layers: Sequence[Layer]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The param groups that a step sees: the user's groups, split by learning-rate ratio.
+"""The param groups that a step sees: the user's groups, split by ratio.
 
 `ShownGroups` makes them at the start of a step, and carries over to the user's groups what the step wrote. Each of
 the user's groups becomes one part: `_Split`, the groups of its ratios, or `_Merged`, where `foreach_update` moves
@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from farms_tb.balancing.foreach_update import RULES, merged_update
 from farms_tb.balancing.optimizer_checks import TORCH_OPTIMIZERS, Group, incompatible
+from farms_tb.balancing.targets import Ratio, Scale, as_scale
 
 _MISSING = object()
 
@@ -34,15 +35,17 @@ class SplitGroup:
         params: the parameters, in the user's order.
         ratio: learning-rate ratio.
         lr: the learning rate that a step would use now: the group's lr * ratio. None where the group has none.
+        weight_decay: the weight decay that a step would use now. None where the group has none.
     """
 
     index: int
     params: list[Tensor]
     ratio: float
     lr: float | Tensor | None
+    weight_decay: float | Tensor | None = None
 
 
-def split_groups(optimizer: Optimizer, ratios: Mapping[int, float]) -> list[SplitGroup]:
+def split_groups(optimizer: Optimizer, ratios: Mapping[int, Ratio]) -> list[SplitGroup]:
     """Return the groups that a step of `optimizer` would see now, in order.
 
     Args:
@@ -57,8 +60,12 @@ def split_groups(optimizer: Optimizer, ratios: Mapping[int, float]) -> list[Spli
         lr: Any = group.get("lr")
         # Without a number (None: the optimizer chooses by itself) there is nothing to scale.
         has_lr = isinstance(lr, (Real, Tensor))
+        decay: Any = group.get("weight_decay")
+        has_decay = isinstance(decay, (Real, Tensor))
         for ratio, params in _by_ratio(group, ratios).items():
-            found.append(SplitGroup(index, params, ratio, lr * ratio if has_lr else None))
+            scale = as_scale(ratio)
+            own_decay = decay * scale.decay if has_decay else None
+            found.append(SplitGroup(index, params, scale.lr, lr * scale.lr if has_lr else None, own_decay))
     return found
 
 
@@ -124,7 +131,7 @@ class ShownGroups:
     def __init__(
         self,
         optimizer: Optimizer,
-        ratios: Mapping[int, float],
+        ratios: Mapping[int, Ratio],
         kept: Sequence[_Split | None] = (),
         *,
         compiled: bool = False,
@@ -202,6 +209,8 @@ class ShownGroups:
         written = split.written_by_step()
         if "lr" in written:
             raise incompatible(self._optimizer, "wrote group['lr']")
+        if "weight_decay" in written and split.scales_decay:
+            raise incompatible(self._optimizer, "wrote group['weight_decay']")
         for key in written:
             first, *others = (shown.get(key, _MISSING) for shown in split.shown)
             if not all(_same(first, other) for other in others):
@@ -224,11 +233,13 @@ class _Split:
     Attributes:
         group: the user's group.
         whole: whether no ratio differs from 1, so that the step sees the user's group itself.
+        scales_decay: whether some ratio scales the weight decay.
         shown: the groups that the step sees.
     """
 
-    def __init__(self, group: Group, by_ratio: Mapping[float, list[Tensor]], watched: bool = False) -> None:
+    def __init__(self, group: Group, by_ratio: Mapping[Ratio, list[Tensor]], watched: bool = False) -> None:
         self.group = group
+        self.scales_decay = any(isinstance(ratio, Scale) for ratio in by_ratio)
         self.whole = set(by_ratio) <= {1.0}
         self._ratios = list(by_ratio)
         self._params = list(group["params"])
@@ -274,16 +285,18 @@ class _Split:
             written |= given.changes(shown)
         return written
 
-    def _scaled(self, ratio: float, params: list[Tensor]) -> Group:
+    def _scaled(self, ratio: Ratio, params: list[Tensor]) -> Group:
         """Return the group that a step sees in place of the user's, for the parameters of one ratio."""
         own = {key: self._own(key, value, ratio) for key, value in self.group.items()}
         return own | {"params": params}
 
     @staticmethod
-    def _own(key: str, value: Any, ratio: float) -> Any:
+    def _own(key: str, value: Any, ratio: Ratio) -> Any:
         """Return the value of one key in a group of the step."""
         if key == "lr":
-            return value * ratio
+            return value * as_scale(ratio).lr
+        if key == "weight_decay" and isinstance(ratio, Scale):
+            return value * ratio.decay
         return value.clone() if isinstance(value, Tensor) else value
 
 
@@ -336,9 +349,9 @@ class _Snapshot:
         return written - {"params"}
 
 
-def _by_ratio(group: Group, ratios: Mapping[int, float]) -> dict[float, list[Tensor]]:
+def _by_ratio(group: Group, ratios: Mapping[int, Ratio]) -> dict[Ratio, list[Tensor]]:
     """Return the parameters of a group by their ratio, in the order of the user's."""
-    by_ratio: dict[float, list[Tensor]] = {}
+    by_ratio: dict[Ratio, list[Tensor]] = {}
     for parameter in group["params"]:
         by_ratio.setdefault(ratios.get(id(parameter), 1.0), []).append(parameter)
     return by_ratio

@@ -28,7 +28,7 @@ from farms_tb.warnings import warn_once
 STATE_VERSION = 2
 
 _KEYS = ("version", "options", "ratios", "report")
-BOUNDED_MAPS = ("tb_linear_map", "tb_step", "noise_aware", "shrinkage")
+BOUNDED_MAPS = ("tb_linear_map", "tb_step", "noise_aware", "shrinkage", "depth", "constant")
 """Maps whose ratios do not exceed `lr_max_ratio`."""
 
 _RECORD_KEYS = ("alpha", "status", "shape")

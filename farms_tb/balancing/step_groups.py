@@ -28,6 +28,7 @@ class StepGroup:
         ratio: learning-rate ratio of all of them.
         lr: learning rate of all of them now, the user's (or the scheduler's) lr * ratio. None where the optimizer
             chooses its learning rate by itself, which is possible if it is only measured.
+        weight_decay: weight decay of all of them now; None where the optimizer has none.
     """
 
     group: int
@@ -35,6 +36,7 @@ class StepGroup:
     parameters: tuple[str, ...]
     ratio: float
     lr: float | None
+    weight_decay: float | None = None
 
 
 def step_groups(model: nn.Module, assignment: Assignment, groups: Sequence[SplitGroup]) -> list[StepGroup]:
@@ -54,7 +56,8 @@ def step_groups(model: nn.Module, assignment: Assignment, groups: Sequence[Split
         parameters = tuple(names.get(id(parameter), _NOT_IN_MODEL) for parameter in group.params)
         layers = _layers_of(parameters, assignment.owners)
         lr = None if group.lr is None else float(group.lr)
-        found.append(StepGroup(group.index, layers, parameters, group.ratio, lr))
+        decay = None if group.weight_decay is None else float(group.weight_decay)
+        found.append(StepGroup(group.index, layers, parameters, group.ratio, lr, decay))
     return found
 
 

@@ -16,9 +16,10 @@ from farms_tb.balancing.balancer import LayerBalancer
 from farms_tb.balancing.optimizer_checks import stepping_optimizers
 from farms_tb.keywords import CallbackKeywords, takes_options
 from farms_tb.options import LoggingOptions, RatioOptions, ScheduleOptions, SpectrumOptions
+from farms_tb.presets import Preset, with_preset
 from farms_tb.training.metrics import Measurement, Media, RunLog
 from farms_tb.training.run import CallbackOptions, Run
-from farms_tb.training.schedule import Moment
+from farms_tb.training.schedule import Moment, RunLength
 from farms_tb.training.session import BalancingSession, ShowsResults
 from farms_tb.training.sinks import define_wandb_axes, media_to_show, tensorboard_media, wandb_values
 
@@ -81,6 +82,7 @@ class FARMSTrainerCallback(ShowsResults, TrainerCallback, ExportableState):
     arXiv 2506.06280.
 
     Args:
+        preset: a published method by name, see `farms_tb.presets`; options given by name override it.
         spectrum: the options of `SpectrumOptions` below as one object; an option given by name overrides its
             field.
         ratios: the options of `RatioOptions` below as one object, likewise.
@@ -88,6 +90,7 @@ class FARMSTrainerCallback(ShowsResults, TrainerCallback, ExportableState):
         logging: the options of `LoggingOptions` below as one object, likewise.
 
     Attributes:
+        preset: the published method that was asked for by name; None without one.
         options: what the callback was asked for.
         report: the latest measurement; after training, of the final weights. None before training.
         ratios: active learning-rate ratio of each layer by name; empty before training.
@@ -109,13 +112,17 @@ class FARMSTrainerCallback(ShowsResults, TrainerCallback, ExportableState):
     def __init__(
         self,
         *,
+        preset: Preset | None = None,
         spectrum: SpectrumOptions | None = None,
         ratios: RatioOptions | None = None,
         schedule: ScheduleOptions | None = None,
         logging: LoggingOptions | None = None,
         **options: Unpack[CallbackKeywords],
     ) -> None:
-        self.options = CallbackOptions.resolved(spectrum, ratios, schedule, logging, options)
+        objects = {"spectrum": spectrum, "ratios": ratios, "schedule": schedule, "logging": logging}
+        named = with_preset(preset, objects, options)
+        self.preset = preset
+        self.options = CallbackOptions.resolved(spectrum, ratios, schedule, logging, named)
         self._session = BalancingSession(self.options)
         self._epoch = -1
 
@@ -352,7 +359,16 @@ def _run(options: CallbackOptions, args: TrainingArguments, state: TrainerState,
         loggers=_callbacks_of_trainer(),
         is_rank_zero=state.is_world_process_zero,
         known_length=loader is None or has_length(loader),
+        length=lambda: _length(args, state, loader),
     )
+
+
+def _length(args: TrainingArguments, state: TrainerState, loader: Any) -> RunLength:
+    """Return how many optimizer steps an epoch and the run have, as far as the Trainer knows."""
+    per_epoch = None
+    if loader is not None and has_length(loader):
+        per_epoch = math.ceil(len(loader) / args.gradient_accumulation_steps)
+    return RunLength(per_epoch, state.max_steps if state.max_steps > 0 else None)
 
 
 def _callbacks_of_trainer() -> list[TrainerCallback]:

@@ -16,9 +16,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from farms_tb.balancing.balancer import LayerBalancer
 from farms_tb.keywords import CallbackKeywords, takes_options
 from farms_tb.options import LoggingOptions, RatioOptions, ScheduleOptions, SpectrumOptions
+from farms_tb.presets import Preset, with_preset
 from farms_tb.training.metrics import Measurement
 from farms_tb.training.run import CallbackOptions, Run
-from farms_tb.training.schedule import Moment
+from farms_tb.training.schedule import Moment, RunLength
 from farms_tb.training.session import BalancingSession, ShowsResults
 from farms_tb.training.sinks import log_measurement
 
@@ -62,6 +63,7 @@ class FARMSTempBalance(ShowsResults, Callback):
     arXiv 2506.06280.
 
     Args:
+        preset: a published method by name, see `farms_tb.presets`; options given by name override it.
         spectrum: the options of `SpectrumOptions` below as one object; an option given by name overrides its
             field.
         ratios: the options of `RatioOptions` below as one object, likewise.
@@ -69,6 +71,7 @@ class FARMSTempBalance(ShowsResults, Callback):
         logging: the options of `LoggingOptions` below as one object, likewise.
 
     Attributes:
+        preset: the published method that was asked for by name; None without one.
         options: what the callback was asked for.
         report: the latest measurement; after training, of the final weights. None before training.
         ratios: active learning-rate ratio of each layer by name; empty before training.
@@ -89,6 +92,7 @@ class FARMSTempBalance(ShowsResults, Callback):
     def __init__(
         self,
         *,
+        preset: Preset | None = None,
         spectrum: SpectrumOptions | None = None,
         ratios: RatioOptions | None = None,
         schedule: ScheduleOptions | None = None,
@@ -96,7 +100,10 @@ class FARMSTempBalance(ShowsResults, Callback):
         **options: Unpack[CallbackKeywords],
     ) -> None:
         super().__init__()
-        self.options = CallbackOptions.resolved(spectrum, ratios, schedule, logging, options)
+        objects = {"spectrum": spectrum, "ratios": ratios, "schedule": schedule, "logging": logging}
+        named = with_preset(preset, objects, options)
+        self.preset = preset
+        self.options = CallbackOptions.resolved(spectrum, ratios, schedule, logging, named)
         self._session = BalancingSession(self.options)
 
     @property
@@ -204,6 +211,7 @@ class FARMSTempBalance(ShowsResults, Callback):
             loggers=trainer.loggers,
             is_rank_zero=trainer.is_global_zero,
             known_length=not math.isinf(trainer.num_training_batches),
+            length=lambda: _length(trainer),
         )
 
     def _measure_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -226,6 +234,13 @@ class FARMSTempBalance(ShowsResults, Callback):
         """
         for name, value in self._session.current.attachment.aggregates().items():
             trainer.callback_metrics[name] = torch.tensor(value, device=pl_module.device)
+
+
+def _length(trainer: Trainer) -> RunLength:
+    """Return how many optimizer steps an epoch and the run have, as far as the trainer knows."""
+    batches, steps = trainer.num_training_batches, trainer.estimated_stepping_batches
+    per_epoch = None if math.isinf(batches) else math.ceil(batches / trainer.accumulate_grad_batches)
+    return RunLength(per_epoch, None if math.isinf(steps) or steps <= 0 else int(steps))
 
 
 def _moment(trainer: Trainer) -> Moment:

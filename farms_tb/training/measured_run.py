@@ -14,7 +14,7 @@ from typing import Any
 from farms_tb.training.cost import MeasuringCost
 from farms_tb.training.metrics import Measurement, RunLog, choose_x_axis
 from farms_tb.training.run import Attachment, CallbackOptions, Run
-from farms_tb.training.schedule import LONG_EPOCH, Moment, Schedule
+from farms_tb.training.schedule import LONG_EPOCH, Moment, RunLength, Schedule
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,13 @@ class MeasuredRun:
     """
 
     def __init__(self, run: Run, options: CallbackOptions) -> None:
+        # Asked for only where it is needed: some trainers cannot tell.
+        length = run.length() if options.schedule.needs_length else RunLength()
+        self._schedule = Schedule(options.schedule, options.logging, length)
         self.attachment = Attachment(run, options.logging.verdicts)
-        self.run_log = RunLog(choose_x_axis(options.logging.x_axis, options.schedule.every_n_steps))
+        self.run_log = RunLog(choose_x_axis(options.logging.x_axis, self._schedule.every_n_steps))
         self.logs = options.logging.log and run.is_rank_zero
         self._options = options
-        self._schedule = Schedule(options.schedule, options.logging)
         self._cost = MeasuringCost()
         self._background: Background | None = None
         # Optimizer steps done when the final weights were measured, -1 before.
@@ -68,6 +70,7 @@ class MeasuredRun:
             What there is to log, in this order; empty where it is not time.
         """
         self.attachment.follow_optimizers()
+        self.attachment.balancer.set_strength(self._schedule.advance(now.epoch, now.step))
         if now.step >= LONG_EPOCH:
             self._warn_of_endless_epoch()
         found: list[Measurement] = []

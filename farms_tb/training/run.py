@@ -18,7 +18,7 @@ from farms_tb.keywords import resolved
 from farms_tb.options import LoggingOptions, RatioOptions, ScheduleOptions, SpectrumOptions, as_plain
 from farms_tb.training.handover import Results
 from farms_tb.training.metrics import Measurement, alpha_summary, summary_row
-from farms_tb.training.schedule import Moment
+from farms_tb.training.schedule import Moment, RunLength
 from farms_tb.weights.layers import clean_name, unwrap
 
 
@@ -85,6 +85,7 @@ class Run:
         loggers: loggers or reporters of the trainer.
         is_rank_zero: whether this process logs.
         known_length: whether the trainer knows how many batches an epoch has.
+        length: returns how many steps the run and an epoch of it have.
     """
 
     model: nn.Module
@@ -93,6 +94,7 @@ class Run:
     loggers: Iterable[object]
     is_rank_zero: bool
     known_length: bool
+    length: Callable[[], RunLength] = RunLength
 
 
 @dataclass

@@ -6,11 +6,12 @@ measure at the same steps and are bitwise identical. Its state is part of each c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from farms_tb.options import LoggingOptions, ScheduleOptions
+from farms_tb.options import LoggingOptions, ScheduleOptions, Time, parsed_time
 from farms_tb.warnings import warn_once
 
 LONG_EPOCH = 1000
@@ -34,6 +35,19 @@ class Moment:
     logged_step: int
 
 
+@dataclass(frozen=True)
+class RunLength:
+    """How long a run of training is, as far as the trainer knows.
+
+    Attributes:
+        steps_per_epoch: optimizer steps of an epoch; None where it is unknown.
+        steps: optimizer steps of the whole run; None where it is unknown.
+    """
+
+    steps_per_epoch: int | None = None
+    steps: int | None = None
+
+
 @dataclass
 class Schedule:
     """By epochs or by optimizer steps, and when the last measurement was made.
@@ -41,19 +55,93 @@ class Schedule:
     Attributes:
         options: when to measure.
         logging: how often histograms and tables are logged.
+        length: how long the run is.
         epoch: epoch of the last measurement, -1 before the first.
         step: optimizer steps done at the last measurement, -1 before the first.
         measurements: number of measurements so far, without that of the final weights.
+        started: optimizer steps done when ratios began to apply, -1 before.
+
+    Raises:
+        ValueError: `start`, `until` or `measurements_per_epoch` need a length that the trainer does not know, or
+            `until` is not later than `start`.
     """
 
     options: ScheduleOptions
     logging: LoggingOptions
+    length: RunLength = RunLength()
     epoch: int = -1
     step: int = -1
     measurements: int = 0
+    started: int = -1
+
+    def __post_init__(self) -> None:
+        self._start = parsed_time("start", self.options.start)
+        self._until = parsed_time("until", self.options.until)
+        for argument, time in (("start", self._start), ("until", self._until)):
+            if time.unit == "fraction" and 0 < time.amount < 1 and self.length.steps is None:
+                raise ValueError(
+                    f"{argument}={time.amount} is a fraction of a run whose length the trainer does not know: "
+                    "give it as '2 epochs' or '500 steps'"
+                )
+        if self.options.measurements_per_epoch is not None and self.length.steps_per_epoch is None:
+            raise ValueError(
+                "measurements_per_epoch needs epochs of a known length: use every_n_steps to measure by steps"
+            )
+        first, last = self._in_steps(self._start), self._in_steps(self._until)
+        if first is not None and last is not None and first >= last:
+            raise ValueError(
+                f"until must be later than start, got start={self.options.start!r}, which is step {first}, and "
+                f"until={self.options.until!r}, which is step {last}"
+            )
+
+    @property
+    def every_n_steps(self) -> int | None:
+        """Optimizer steps from one measurement to the next; None where epochs decide."""
+        if self.options.measurements_per_epoch is None or self.length.steps_per_epoch is None:
+            return self.options.every_n_steps
+        return max(1, self.length.steps_per_epoch // self.options.measurements_per_epoch)
+
+    def advance(self, epoch: int, step: int) -> float:
+        """Follow training to where it stands now.
+
+        Args:
+            epoch: epochs completed.
+            step: optimizer steps done.
+
+        Returns:
+            The strength s of the next step's ratios, 1 + s (r - 1): 0 before `start`, then growing to 1 over
+            `ramp_steps` steps.
+        """
+        if self.started < 0 and self._is_reached(self._start, epoch, step):
+            self.started = step
+        if self.started < 0:
+            return 0.0
+        if self.options.ramp_steps == 0:
+            return 1.0
+        return min(1.0, (step - self.started + 1) / self.options.ramp_steps)
+
+    def _is_reached(self, time: Time, epoch: int, step: int) -> bool:
+        """Tell whether a point of time has come."""
+        if time.unit == "epochs":
+            return epoch >= time.amount
+        at = self._in_steps(time)
+        return at is not None and step >= at
+
+    def _in_steps(self, time: Time) -> int | None:
+        """Return a point of time in optimizer steps; None where it is unknown, or the end of the run."""
+        if time.unit == "steps" or time.amount == 0:
+            return int(time.amount)
+        if time.unit == "epochs":
+            per_epoch = self.length.steps_per_epoch
+            return None if per_epoch is None else int(time.amount) * per_epoch
+        if time.amount == 1 or self.length.steps is None:
+            return None
+        return math.ceil(time.amount * self.length.steps)
 
     def is_due(self, epoch: int, step: int) -> bool:
         """Tell whether to measure now.
+
+        The first measurement is made in any case, and one when ratios begin to apply; none after `until`.
 
         By steps, a measurement is due once a multiple of `every_n_steps` has been passed since the last one, even
         if nobody asked at the multiple itself.
@@ -64,7 +152,11 @@ class Schedule:
         """
         if self.measurements == 0:
             return True
-        every_n_steps = self.options.every_n_steps
+        if self._is_reached(self._until, epoch, step):
+            return False
+        if self.step < self.started:
+            return True
+        every_n_steps = self.every_n_steps
         if every_n_steps is not None:
             return step // every_n_steps > self.step // every_n_steps
         is_new_epoch = epoch != self.epoch
@@ -100,7 +192,7 @@ class Schedule:
         Args:
             about: the run, which tells one warning from another.
         """
-        if self.options.every_n_steps is not None or self.measurements != 1:
+        if self.every_n_steps is not None or self.measurements != 1:
             return
         warn_once(
             "layers are measured at the start of epochs, and this epoch, of unknown length, has been the only "
@@ -110,7 +202,12 @@ class Schedule:
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the clock stands, for a checkpoint."""
-        return {"epoch": self.epoch, "step": self.step, "measurements": self.measurements}
+        return {
+            "epoch": self.epoch,
+            "step": self.step,
+            "measurements": self.measurements,
+            "started": self.started,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Set the clock to where a checkpoint says.
@@ -121,6 +218,8 @@ class Schedule:
         self.epoch = state["epoch"]
         self.step = state["step"]
         self.measurements = state["measurements"]
+        # Up to version 0.1 ratios applied from the beginning.
+        self.started = state.get("started", 0)
 
 
 def check_saved_clock(state: object) -> None:
@@ -131,9 +230,9 @@ def check_saved_clock(state: object) -> None:
     """
     if not isinstance(state, Mapping) or "balancer" not in state:
         raise _damaged("expected a dict with balancer, epoch, step and measurements")
-    for name in ("epoch", "step", "measurements", "final_step"):
-        # Checkpoints of earlier versions have no final_step.
-        value = state.get(name, -1 if name == "final_step" else None)
+    for name in ("epoch", "step", "measurements", "final_step", "started"):
+        # Checkpoints of earlier versions do not have the last two.
+        value = state.get(name, -1 if name in ("final_step", "started") else None)
         if not _is_step(value):
             raise _damaged(f"{name} must be an integer of at least -1, got {value!r:.60}")
     begun = state.get("begun", [0, False])

@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from farms_tb.balancing.balancer import LayerBalancer, StepGroup
+from farms_tb.presets import Preset, described
 from farms_tb.report import Report
 from farms_tb.training.handover import Handover, Results
 from farms_tb.training.measured_run import MeasuredRun
@@ -172,10 +173,14 @@ class ShowsResults:
     """What a callback shows of its session; the base of the trainers' callbacks.
 
     Attributes:
+        options: what the callback was asked for.
+        preset: the published method that was asked for by name; None without one.
         _session: the callback's session, which the subclass makes in its `__init__`.
         _how_to_begin: what to call before there is anything to show, for the error message.
     """
 
+    options: CallbackOptions
+    preset: Preset | None
     _session: BalancingSession
     _how_to_begin = "train first"
 
@@ -194,6 +199,16 @@ class ShowsResults:
         if shown is None:
             return {}
         return dict(shown.ratios)
+
+    def settings(self) -> str:
+        """Return which options are active and where they come from, to be printed.
+
+        Returns:
+            A line for the preset and its paper, and one for each option that is not at its default, or that the
+            preset sets.
+        """
+        options = self.options
+        return described(self.preset, options.spectrum, options.ratios, options.schedule, options.logging)
 
     def parameter_ratios(self, model: nn.Module) -> dict[str, float]:
         """Return the active learning-rate ratio of each parameter of `model` by name.

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -153,6 +154,19 @@ class TestModels:
         assert balancer.ratios["5"] == 1
 
 
+def heavy_net() -> nn.Sequential:
+    """Return a net with one layer that stands out of the noise: its tail is the heaviest."""
+    net = make_net()
+    with torch.no_grad():
+        left, _, right = torch.linalg.svd(net[5].weight, full_matrices=False)
+        net[5].weight.copy_(left * torch.logspace(0, -2, 12) @ right)
+    return net
+
+
+def slow(params: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(params, lr=1e-3)
+
+
 class TestInTraining:
     pytestmark = LIGHTNING_NOISE
 
@@ -168,10 +182,11 @@ class TestInTraining:
 
     def test_a_resumed_run_continues_bitwise(self, tmp_path: Path) -> None:
         options = {"assign_func": "shrinkage", "favor": "small_alpha"}
-        whole, module = FARMSTempBalance(**options), Module()  # type: ignore[arg-type]
+        whole, module = FARMSTempBalance(**options), Module(slow, net=heavy_net())  # type: ignore[arg-type]
         fit(module, [whole], max_epochs=4)
+        assert whole.ratios["net.5"] > 1.01
         first, resumed = (FARMSTempBalance(**options) for _ in range(2))  # type: ignore[arg-type]
-        fit(Module(), [first], max_epochs=2).save_checkpoint(tmp_path / "half.ckpt")
-        fit(other := Module(), [resumed], max_epochs=4, ckpt_path=tmp_path / "half.ckpt")
+        fit(Module(slow, net=heavy_net()), [first], max_epochs=2).save_checkpoint(tmp_path / "half.ckpt")
+        fit(other := Module(slow, net=heavy_net()), [resumed], max_epochs=4, ckpt_path=tmp_path / "half.ckpt")
         assert resumed.ratios == whole.ratios
         assert all(torch.equal(a, b) for a, b in zip(module.parameters(), other.parameters(), strict=True))

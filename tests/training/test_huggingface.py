@@ -368,7 +368,13 @@ def test_histograms_go_to_the_reporters_that_have_them(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("optim", "clock"), [("adamw_torch", {}), ("sgd", {"every_n_steps": 3}), ("sgd", {"lag_steps": 3})]
+    ("optim", "clock"),
+    [
+        ("adamw_torch", {}),
+        ("sgd", {"every_n_steps": 3}),
+        ("sgd", {"lag_steps": 3}),
+        ("sgd", {"start": 0.3, "until": "7 steps", "ramp_steps": 3, "measurements_per_epoch": 2}),
+    ],
 )
 def test_resume_is_bitwise_identical(tmp_path: Path, optim: str, clock: dict[str, Any]) -> None:
     options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "optim": optim}
@@ -406,7 +412,7 @@ def test_state_is_plain_and_comes_back(tmp_path: Path) -> None:
     assert saved["args"]["lr_min_ratio"] == 0.7
     assert FARMSTrainerCallback().state()["attributes"] == {"_restored": None}
     # Every option is in it: a callback made anew has none of its own.
-    objects = {"spectrum", "ratios", "schedule", "logging"}
+    objects = {"preset", "spectrum", "ratios", "schedule", "logging"}
     assert set(saved["args"]) == set(inspect.signature(FARMSTrainerCallback).parameters) - objects
 
 

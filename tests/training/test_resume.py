@@ -86,6 +86,14 @@ CLOCKS: list[dict[str, Any]] = [
     {"histogram_every_n": 2},
     {"lag_steps": 3},
 ]
+# Runs that stop after six or eight steps stop before ratios apply, while they grow, while they apply, or after.
+PHASES: list[dict[str, Any]] = [
+    {"start": "9 steps"},
+    {"start": "1 epoch", "ramp_steps": 6},
+    {"start": 0.2, "until": 0.7, "measurements_per_epoch": 2},
+    {"until": "5 steps", "every_n_steps": 2, "assign_func": "tb_sigmoid"},
+    {"start": "3 steps", "ramp_steps": 2, "until": "2 epochs", "lag_steps": 3},
+]
 
 
 def finish_and_compare(
@@ -114,7 +122,7 @@ def finish_and_compare(
     assert 0 < len(ours) < len(whole)
 
 
-@pytest.mark.parametrize("clock", CLOCKS, ids=str)
+@pytest.mark.parametrize("clock", [*CLOCKS, *PHASES], ids=str)
 @pytest.mark.parametrize("stop", STOPS)
 def test_from_a_checkpoint(stop: str, clock: dict[str, Any], tmp_path: Path) -> None:
     saving, options, name = STOPS[stop]

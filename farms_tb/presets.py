@@ -1,0 +1,157 @@
+"""Published methods, each as the options that reproduce it: `FARMSTempBalance(preset="llr")`.
+
+A preset is a set of options. Those that a user gives by name override it, one by one. Where a preset differs from
+the code of its authors, the page "Presets" of the documentation says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from farms_tb.options import Options, RatioOptions, ScheduleOptions, SpectrumOptions, as_plain, check_choice
+
+Preset = Literal["farms", "tempbalance", "model_balancing", "llr", "alphadecay", "shrinkage", "monitor"]
+
+
+@dataclass(frozen=True)
+class Published:
+    """A method and its source.
+
+    Attributes:
+        source: paper, or what else says so.
+        options: options by name; all others are at their defaults.
+    """
+
+    source: str
+    options: Mapping[str, Any]
+
+
+_WHOLE_MATRICES = {"esd": "full", "fit": "median", "collapsed": "keep"}
+
+PRESETS: Mapping[Preset, Published] = {
+    "farms": Published(
+        "FARMS, Hu et al., ICML 2025, arXiv 2506.06280",
+        {"esd": "farms", "fit": "median", "assign_func": "tb_linear_map", "collapsed": "keep"},
+    ),
+    "tempbalance": Published(
+        "TempBalance, Zhou et al., NeurIPS 2023, arXiv 2312.00359",
+        {**_WHOLE_MATRICES, "assign_func": "tb_linear_map"},
+    ),
+    "model_balancing": Published(
+        "Model Balancing, Liu et al., EMNLP 2024, arXiv 2410.12178",
+        {
+            **_WHOLE_MATRICES,
+            "xmin_pos": 1.5,
+            "min_eigenvalues": 50,
+            "assign_func": "tb_sigmoid",
+            "sigmoid_min": 1.0,
+            "sigmoid_max": 1.0,
+            "sigmoid_tau": 10.0,
+            "unit": "block",
+            "measurements_per_epoch": 10,
+        },
+    ),
+    "llr": Published(
+        "Layer-wise learning rates (LLR), ICML 2026, arXiv 2605.22297",
+        {
+            **_WHOLE_MATRICES,
+            "assign_func": "tb_linear_map",
+            "lr_min_ratio": 1.0,
+            "lr_max_ratio": 5.0,
+            "exclude_first": False,
+            "exclude_last": False,
+            "fixed": {"embed*": 5.0, "lm_head": 5.0},
+            "norms": "base",
+            "every_n_steps": 50,
+            "until": 0.2,
+            "ramp_steps": 50,
+        },
+    ),
+    "alphadecay": Published(
+        "AlphaDecay, NeurIPS 2025, arXiv 2506.14562",
+        {
+            **_WHOLE_MATRICES,
+            "min_eigenvalues": 50,
+            "assign_func": "tb_linear_map",
+            "lr_min_ratio": 2 / 3,
+            "lr_max_ratio": 5.0,
+            "target": "weight_decay",
+            "every_n_steps": 500,
+        },
+    ),
+    "shrinkage": Published("this package's own", {"esd": "farms", "assign_func": "shrinkage"}),
+    "monitor": Published(
+        "measures and logs, and changes no learning rate", {"lr_min_ratio": 1.0, "lr_max_ratio": 1.0}
+    ),
+}
+
+
+def with_preset(
+    preset: Preset | None, objects: Mapping[str, object], keywords: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return options by name: those of a preset, overridden by those that a user gave.
+
+    Args:
+        preset: its name; None for no preset.
+        objects: the objects of options that the user gave, by argument.
+        keywords: the options that the user gave by name. Where these are all there are, as LightningCLI and Hydra
+            pass them, those at their defaults do not override.
+
+    Raises:
+        ValueError: an unknown preset, or one together with an object of options, of which nobody can tell which
+            fields were meant.
+    """
+    if preset is None:
+        return dict(keywords)
+    check_choice("preset", preset, Preset)
+    given = [argument for argument, value in objects.items() if value is not None]
+    if given:
+        raise ValueError(f"preset={preset!r} and {given[0]}= both choose options: give single options by name")
+    defaults = as_plain(SpectrumOptions(), RatioOptions())
+    own = dict(keywords)
+    if defaults.keys() <= own.keys():
+        defaults |= as_plain(ScheduleOptions())
+        own = {name: value for name, value in own.items() if not _is_default(name, value, defaults)}
+    return {**PRESETS[preset].options, **own}
+
+
+def described(preset: Preset | None, *options: Options) -> str:
+    """Say which options are active, and where each comes from.
+
+    Args:
+        preset: the preset in use; None without one.
+        *options: the options of each class.
+
+    Returns:
+        A line for the source, and one for each option that is not at its default or that the preset sets.
+    """
+    published = Published("the options of this package", {}) if preset is None else PRESETS[preset]
+    lines = [f"preset: {preset or 'none'} ({published.source})"]
+    chosen = {name: value for part in options for name, value in vars(part).items()}
+    defaults = {name: value for part in options for name, value in vars(type(part)()).items()}
+    plain = {**chosen, **_typed(published.options)}
+    for name, value in chosen.items():
+        if name in published.options:
+            origin = "preset" if value == plain[name] else f"yours, the preset has {published.options[name]!r}"
+        elif value != defaults[name]:
+            origin = "yours"
+        else:
+            continue
+        lines.append(f"  {name} = {value!r} ({origin})")
+    lines.append(f"  all others at their defaults, {len(chosen) - len(lines) + 1} of {len(chosen)}")
+    return "\n".join(lines)
+
+
+def _typed(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options as the dataclasses store them: `fixed` as pairs."""
+    return {name: tuple(value.items()) if isinstance(value, Mapping) else value for name, value in options.items()}
+
+
+def _is_default(name: str, value: object, defaults: Mapping[str, object]) -> bool:
+    """Tell whether an option is at its default, be it a list or a tuple."""
+    if name not in defaults:
+        return False
+    default = defaults[name]
+    return value == default or (isinstance(value, Sequence) and list(value) == default)
