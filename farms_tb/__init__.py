@@ -55,7 +55,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import a callback, and its trainer's package with it, or the package for pruning, only for those who use it."""
+    """Import a callback, with its trainer's package, or the package for pruning, only for those who use it."""
     if name == "sparsity":
         return importlib.import_module("farms_tb.sparsity")
     if name == "FARMSTempBalance":
