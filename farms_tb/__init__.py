@@ -23,7 +23,6 @@ from farms_tb.balancing.loop import TempBalance
 from farms_tb.balancing.ratio_maps import lr_ratios
 from farms_tb.options import LoggingOptions, RatioOptions, ScheduleOptions, SpectrumOptions
 from farms_tb.report import EsdHistogram, LayerRecord, Report
-from farms_tb.verdicts import Verdict
 from farms_tb.weights.matrices import MatrixStack, NoSpectrumError, layer_matrices
 
 if TYPE_CHECKING:
@@ -48,7 +47,6 @@ __all__ = [
     "SpectrumOptions",
     "StepGroup",
     "TempBalance",
-    "Verdict",
     "analyze",
     "analyze_checkpoint",
     "layer_matrices",
@@ -57,7 +55,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import what brings other packages with it, a trainer's callback or pruning, only for those who use it."""
+    """Import a callback, with its trainer's package, or the package for pruning, only for those who use it."""
     if name == "sparsity":
         return importlib.import_module("farms_tb.sparsity")
     if name == "FARMSTempBalance":
