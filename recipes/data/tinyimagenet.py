@@ -14,6 +14,7 @@ import argparse
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -103,7 +104,8 @@ def read(data_dir: Path, train: bool) -> tuple[np.ndarray, np.ndarray]:
         RecipeError: The folder is not as it ships, or an image can't be decoded.
     """
     description = {"images": FOLDER, "split": _SPLITS[train], "version": VERSION}
-    arrays = load_or_make(_cache(data_dir, train), description, lambda: _decode(data_dir / FOLDER, train))
+    decode = partial(_decode, data_dir / FOLDER, train)
+    arrays = load_or_make(_cache(data_dir, train), description, decode)
     return arrays["images"], arrays["labels"]
 
 
