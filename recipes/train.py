@@ -176,9 +176,9 @@ def _facts(cfg: DictConfig, run: Run, folder: Path) -> dict[str, Any]:
     best_epoch = None
     if best:
         best_epoch = torch.load(best, map_location="cpu", weights_only=True)["epoch"] + 1
-    best_score = run.checkpoint.best_model_score
-    if best_score is not None:
-        best_score = float(best_score)
+    best_score = None
+    if run.checkpoint.best_model_score is not None:
+        best_score = float(run.checkpoint.best_model_score)
     return {
         "name": cfg.name,
         "arm": cfg.arm,
