@@ -78,7 +78,12 @@ class _Progress:
                 self._plans[cell.name, arm] = self._plan(cell, arm)
 
     def _plan(self, cell: Cell, arm: str) -> ArmPlan:
-        """Return what an arm needs, by the results so far."""
+        """Return what an arm needs, by the results so far.
+
+        Args:
+            cell: The cell, for its options and the arm's own learning rate.
+            arm: One of its arms.
+        """
         options = cell.options
         search = Search(arm, cell.lr(arm), options.grid, options.tune_seeds, options.extend)
         return plan_arm(search, options.seeds, self._results[cell.name])
@@ -113,7 +118,13 @@ class _Progress:
             workers.submit((name, job), self._cells[name].settings(job))
 
     def _keep(self, name: str, job: Job, facts: dict[str, object]) -> None:
-        """Write a finished run, and plan its arm anew; tell of a learning rate that this has decided."""
+        """Write a finished run, plan its arm again, and print the learning rate where this run has decided it.
+
+        Args:
+            name: Name of the cell.
+            job: The run.
+            facts: What the run has found, the fields of `Record` that are not in `job`.
+        """
         cell = self._cells[name]
         record = Record(experiment=name, **job._asdict(), **facts, config=cell.fingerprint(job.arm))  # type: ignore[arg-type]
         self._results[name][job] = record
@@ -125,7 +136,13 @@ class _Progress:
             self._console.print(f"{name} {job.arm}: {_tuned(plan.tuning)}", highlight=False, soft_wrap=True)
 
     def _tell(self, name: str, arm: str, messages: list[str]) -> None:
-        """Show each warning once an arm, whatever layers and numbers it names."""
+        """Show each warning once an arm, whatever layers and numbers it names.
+
+        Args:
+            name: Name of the cell.
+            arm: The arm.
+            messages: The callback's warnings in one run; hundreds of runs may give the same.
+        """
         for message in messages:
             key = (name, arm, _WITH_DIGITS.sub("", message))
             if key in self._said:
@@ -171,7 +188,11 @@ def _progress_bar(console: Console) -> Progress:
 
 
 def _tuned(tuning: Tuning) -> str:
-    """Say which learning rate was chosen, and the validation error (geometric mean) of each that was tried."""
+    """Say which learning rate was chosen, and the validation error (geometric mean) of each that was tried.
+
+    Args:
+        tuning: A search that is over.
+    """
     tried = []
     for lr, score in zip(tuning.lrs, tuning.scores, strict=True):
         error = "diverged"

@@ -71,7 +71,15 @@ def _number(value: float, form: str) -> str:
 
 
 def _effect_cells(row: Row) -> list[str]:
-    """Return the change, its interval and its p-value; a single pair has neither of the latter."""
+    """Return the cells of the comparison with the baseline.
+
+    Args:
+        row: The row of an arm.
+
+    Returns:
+        The change, its interval and its p-value. All are empty for the baseline itself; a single pair has dashes
+        for the last two.
+    """
     if row.effect is None:
         return ["", "", ""]
     change = f"{percent(row.effect.mean):+.1f}"
@@ -107,7 +115,14 @@ def verdict(rows: Sequence[Row], baseline: str) -> str:
 
 
 def _warning_of_few_seeds(rows: Sequence[Row]) -> str:
-    """Return the sentence for a study whose smallest cell has too few pairs; empty where it has enough."""
+    """Return the sentence for a study whose smallest cell has too few pairs.
+
+    Args:
+        rows: The rows with an effect, of all cells; pooled rows are not looked at.
+
+    Returns:
+        The sentence, which ends in a space; empty where every cell has enough pairs.
+    """
     fewest = min(row.effect.pairs for row in rows if row.effect is not None and row.cell != POOLED)
     if fewest >= ENOUGH_SEEDS:
         return ""
@@ -121,7 +136,12 @@ def _warning_of_few_seeds(rows: Sequence[Row]) -> str:
 
 
 def _finding(rows: Sequence[Row], baseline: str) -> str:
-    """Name the arms that differ from the baseline beyond the noise."""
+    """Name the arms that differ from the baseline beyond the noise.
+
+    Args:
+        rows: The rows with an effect of one cell, or the pooled ones.
+        baseline: The arm that they are compared with.
+    """
     found = []
     for row in rows:
         significant = row.p_holm < SIGNIFICANT  # NaN is not
