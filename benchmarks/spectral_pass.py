@@ -11,6 +11,7 @@ The ways to measure a model:
 - `windows`: one `torch.linalg.svdvals` for each FARMS window, layer by layer in a loop, then the median fit;
 - `whole`: the same for whole weight matrices;
 - `update`: `windows` and `whole`, as the research code does both at each update;
+- `entries`: the share of `analyze` that goes into dead rows, dead columns and norms of whole matrices;
 - `WeightWatcher`: `WeightWatcher(model).analyze()` with its defaults, where the package is installed. It fits by
   another method and on the CPU alone.
 
@@ -38,9 +39,11 @@ from benchmarks.models import NETWORKS
 from benchmarks.references import reference_pass, weightwatcher_pass
 from benchmarks.results import BLUE, GREEN, ORANGE, PURPLE, Value, markdown_table, publish, write_csv
 from benchmarks.timing import Work, rounds, wall_seconds
-from farms_tb import analyze
+from farms_tb import MatrixStack, analyze
 from farms_tb.options import SpectrumOptions
+from farms_tb.spectra.whole_matrix import entry_metrics
 from farms_tb.viewing.plots.style import FAINT, new_figure, styled
+from farms_tb.weights.layers import find_layers, read_layers
 
 TARGET = 4
 """The aim on two CPU cores: one pass is this many times faster than an update in the research code's way."""
@@ -53,6 +56,7 @@ WAYS = {
     "windows": ("one SVD a window", ORANGE, ""),
     "whole": ("one SVD a whole matrix", FAINT, "v"),
     "weightwatcher": ("WeightWatcher", GREEN, "^"),
+    "entries": ("dead rows and norms, a part of analyze", FAINT, ""),
 }
 
 
@@ -90,6 +94,8 @@ def ways_of(case: Case, device: str) -> dict[str, Work]:
     ways: dict[str, Work] = {"analyze": lambda: analyze(model, **case.options)}
     if torch.device(device).type == "cpu" and threads > 1:
         ways["one_thread"] = on_one_thread
+    stacks = [stack for _, stack in read_layers(find_layers(model)) if isinstance(stack, MatrixStack)]
+    ways["entries"] = lambda: [entry_metrics(stack, 1.0) for stack in stacks]
     ways["windows"] = lambda: reference_pass(model, SpectrumOptions(**case.options))
     ways["whole"] = lambda: reference_pass(model, SpectrumOptions(esd="full"))
     if weightwatcher is not None and torch.device(device).type == "cpu":

@@ -23,6 +23,7 @@ from farms_tb.report import LayerRecord, Report
 from farms_tb.spectra.distributed import Team, layers_of_this_process, results_of_all
 from farms_tb.spectra.measure import blank, cost, for_own_layers, measure_stacks
 from farms_tb.spectra.whole_matrix import TRAP_QUANTILE, count_outliers
+from farms_tb.spectra.workers import map_on_threads, single_threaded_torch
 from farms_tb.weights.layers import Layer, stack_problem
 from farms_tb.weights.matrices import MatrixStack
 
@@ -122,9 +123,11 @@ def null_of_stack(stack: MatrixStack, options: SpectrumOptions) -> PermutationNu
     records: list[LayerRecord] = []
     traps: list[int | None] = []
     for begin in range(0, draws, together):
-        stacks = [shuffled(stack, generator) for _ in range(begin, min(begin + together, draws))]
+        # torch's own threads wait for each other at every small operation, many times as long as they compute.
+        with single_threaded_torch(options.threads) as threads:
+            stacks = [shuffled(stack, generator) for _ in range(begin, min(begin + together, draws))]
+            traps += map_on_threads(lambda each: count_outliers(each, TRAP_QUANTILE), stacks, threads)
         records += measure_stacks(stacks, options)
-        traps += [count_outliers(each, TRAP_QUANTILE) for each in stacks]
     return _null_of(records, [number for number in traps if number is not None])
 
 

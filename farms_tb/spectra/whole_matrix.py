@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from farms_tb.report import LayerRecord
 from farms_tb.spectra.precision import Array
@@ -45,8 +46,8 @@ TRAP_QUANTILE = {"real": 2.0234, "spectral": 0.4776}
 MAX_COLUMNS = 2048
 """Whole matrices of more columns are not solved: that would take minutes."""
 
-BLOCK = 2**18
-"""Entries that are squared at a time, few enough for the processor's cache."""
+BLOCK = 2**17
+"""Entries of a matrix that are squared at a time, few enough for the processor's cache."""
 
 
 def with_matrix_metrics(
@@ -88,25 +89,36 @@ def entry_metrics(stack: MatrixStack, largest: float) -> dict[str, Any]:
         stack: `(K, R, C)`, finite and not all zero.
         largest: largest absolute value of an entry.
     """
-    rows, columns = _squares(solvable(stack).matrices, largest)
-    total = float(rows.sum())
+    # Squares of weights of any common size stay within the range of single precision as they are.
+    unit = 1.0 if 1e-12 < largest < 1e12 else largest
+    rows, columns = _squares(solvable(stack).matrices, unit)
     return {
-        "log_norm": math.log10(total * stack.eigenvalue_scale) + 2 * math.log10(largest),
+        "log_norm": math.log10(float(rows.sum()) * stack.eigenvalue_scale) + 2 * math.log10(unit),
         "dead_rows": int((rows < DEAD**2 * rows.max()).sum()),
         "dead_columns": int((columns < DEAD**2 * columns.max()).sum()),
     }
 
 
-def _squares(matrices: Tensor, largest: float) -> tuple[Tensor, Tensor]:
-    """Return the squared norms, divided by `largest` squared, of the rows `(R,)` and of the columns `(C,)`."""
-    number, height, width = matrices.shape
+def _squares(matrices: Tensor, unit: float) -> tuple[Tensor, Tensor]:
+    """Return the squared norms of the rows `(R,)` and of the columns `(C,)`, of entries divided by `unit`."""
     rows, columns = [], []
-    for block in matrices.split(max(1, BLOCK // (number * width)) if matrices.is_cpu else height, dim=1):
-        # Divided by the largest, squares stay within the range of single precision.
-        squares = (block.to(torch.promote_types(block.dtype, torch.float32)) / largest).abs().square_()
-        rows.append(squares.sum(dim=(0, 2)))
-        columns.append(squares.sum(dim=(0, 1)))
-    return torch.cat(rows).cpu().double(), torch.stack(columns).sum(dim=0).cpu().double()
+    height = BLOCK // matrices.shape[2] + 1 if matrices.is_cpu else matrices.shape[1]
+    for begin in range(0, matrices.shape[1], height):
+        squares = _summed_squares(matrices[:, begin : begin + height], unit)
+        rows.append(squares.sum(dim=1))
+        columns.append(squares.sum(dim=0))
+    return torch.cat(rows).double().cpu(), torch.stack(columns).sum(dim=0).double().cpu()
+
+
+def _summed_squares(block: Tensor, unit: float) -> Tensor:
+    """Return the squares of entries divided by `unit`, summed over the K matrices: `(R, C)`."""
+    parts = torch.view_as_real(block.resolve_conj()) if block.is_complex() else block.unsqueeze(-1)
+    parts = parts.to(torch.promote_types(parts.dtype, torch.float32))
+    if unit != 1:
+        parts = parts / unit
+    number, *_, both = parts.shape
+    # A sum over a dimension of length 1 takes ten times as long as the squares.
+    return parts.square().sum(dim=(0, 3)) if number * both > 1 else parts[0, :, :, 0].square()
 
 
 def _stable_rank(eigenvalues: Array) -> float | None:
@@ -131,7 +143,7 @@ def _whole_spectrum(stack: MatrixStack) -> Array | None:
     wide = _unit_scale(stack, torch.float64)
     try:
         return np.asarray(torch.linalg.eigvalsh(wide.mH @ wide).clamp_(min=0).cpu().numpy())
-    except torch.linalg.LinAlgError:
+    except LinAlgError:
         return None
 
 
@@ -158,7 +170,7 @@ def count_outliers(stack: MatrixStack, quantile: Mapping[str, float]) -> int | N
         return 0
     try:
         return int((torch.linalg.eigvalsh(gram[hard]) > limit).sum())
-    except torch.linalg.LinAlgError:
+    except LinAlgError:
         return None
 
 
@@ -171,7 +183,8 @@ def outlier_edge(rows: int, columns: int, quantile: float) -> float:
         quantile: of the Tracy-Widom law, t above.
     """
     roots = math.sqrt(rows) + math.sqrt(columns)
-    return roots**2 + quantile * roots * (1 / math.sqrt(rows) + 1 / math.sqrt(columns)) ** (1 / 3)
+    scale = roots * math.pow(1 / math.sqrt(rows) + 1 / math.sqrt(columns), 1 / 3)
+    return roots * roots + quantile * scale
 
 
 def _unit_scale(stack: MatrixStack, dtype: torch.dtype) -> Tensor:

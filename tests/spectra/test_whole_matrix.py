@@ -1,0 +1,112 @@
+"""Metrics of whole weight matrices, against NumPy and planted ones."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from farms_tb import LayerRecord, MatrixStack, analyze, layer_matrices
+from farms_tb.options import SpectrumOptions
+from farms_tb.spectra.permutation_null import weight_record
+from farms_tb.spectra.whole_matrix import SPIKE_QUANTILE, TRAP_QUANTILE, count_outliers
+
+
+def layer_record(module: nn.Module, **options: Any) -> LayerRecord:
+    (record,) = analyze(module, **options).layers.values()
+    return record
+
+
+def stack_record(matrices: Tensor, *, null: bool = False) -> LayerRecord:
+    return weight_record(MatrixStack(matrices), SpectrumOptions(), null=null)
+
+
+class TestEntries:
+    @pytest.mark.parametrize("make", [lambda: nn.Linear(700, 300), lambda: nn.Conv2d(24, 40, 3)])
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+    def test_log_norm_is_that_of_all_matrices(self, make: Any, dtype: torch.dtype) -> None:
+        layer = make().to(dtype)
+        (stack,) = layer_matrices(layer)
+        norm = stack.eigenvalue_scale * float(layer.weight.detach().double().square().sum())
+        assert layer_record(layer).log_norm == pytest.approx(math.log10(norm), abs=1e-5)
+        assert layer_record(layer, esd="full").norm == pytest.approx(norm, rel=1e-4)
+
+    @pytest.mark.parametrize("scale", [1e-30, 1e-14, 1.0, 1e14, 1e30])
+    def test_dead_rows_and_columns(self, scale: float) -> None:
+        weight = torch.rand(9, 60, 40) + 0.5
+        weight[:, :7] *= 1e-4
+        weight[:, :, :5] *= 1e-4
+        weight[0, 8] *= 1e-6  # In one of the nine matrices alone.
+        record = stack_record(weight * scale)
+        assert (record.dead_rows, record.dead_columns) == (7, 5)
+
+    def test_complex_weights(self) -> None:
+        weight = torch.randn(4, 30, 20, dtype=torch.complex64)
+        weight[:, 3] *= 1e-4
+        record = stack_record(weight)
+        assert (record.dead_rows, record.dead_columns) == (1, 0)
+        assert record.log_norm == pytest.approx(math.log10(float(weight.abs().square().sum())), abs=1e-5)
+
+    def test_a_layer_without_alpha_has_them_too(self) -> None:
+        record = layer_record(nn.Linear(4, 4))
+        assert record.alpha is None
+        assert record.dead_rows == 0
+        assert record.log_norm is not None
+
+    def test_zeros_have_none(self) -> None:
+        record = stack_record(torch.zeros(1, 20, 20))
+        assert record.log_norm is record.dead_rows is record.num_spikes is None
+
+
+class TestOutliers:
+    @pytest.mark.parametrize(("quantile", "share"), [(TRAP_QUANTILE, 0.01), (SPIKE_QUANTILE, 0.001)])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+    def test_random_matrices_have_as_few_as_the_quantile_says(
+        self, quantile: dict[str, float], share: float, dtype: torch.dtype
+    ) -> None:
+        """Of 2,000 matrices; the law is that of infinite ones, small ones have fewer."""
+        generator = torch.Generator().manual_seed(0)
+        matrices = torch.randn(2000, 90, 40, dtype=dtype, generator=generator)
+        found = count_outliers(MatrixStack(matrices), quantile)
+        assert found is not None
+        assert 0.1 * share * 2000 <= found <= 2 * share * 2000
+
+    @pytest.mark.parametrize("number", [1, 3, 10])
+    def test_spikes_are_the_planted_directions(self, number: int) -> None:
+        generator = np.random.default_rng(0)
+        left = np.linalg.qr(generator.normal(size=(120, number)))[0]
+        right = np.linalg.qr(generator.normal(size=(80, number)))[0]
+        weight = generator.normal(size=(120, 80)) + 40 * left @ right.T
+        assert stack_record(torch.from_numpy(weight)[None], null=True).num_spikes == number
+
+    def test_are_counted_over_all_matrices(self) -> None:
+        torch.manual_seed(0)
+        matrices = torch.randn(5, 40, 30)
+        matrices[:3] += 60 * torch.eye(40, 30) * (torch.arange(30) == 2)
+        record = stack_record(matrices, null=True)
+        assert record.num_spikes == 3
+        assert record.num_traps is not None
+        assert record.num_traps == pytest.approx(3, abs=0.5), "one entry makes each, in any order"
+
+    def test_the_mean_of_the_entries_is_none(self) -> None:
+        torch.manual_seed(0)
+        record = stack_record(torch.rand(1, 100, 100) + 3, null=True)
+        assert record.num_spikes == 0
+        assert record.num_traps is not None
+        assert record.num_traps < 0.3
+
+    def test_directions_are_no_traps(self) -> None:
+        torch.manual_seed(0)
+        weight = torch.randn(100, 100) + 10 * torch.randn(100, 1) / 10 * torch.randn(100)
+        record = stack_record(weight[None], null=True)
+        assert record.num_spikes == 1
+        assert record.num_traps is not None
+        assert record.num_traps < 0.3
+
+    def test_unknown_without_a_null_and_for_huge_matrices(self) -> None:
+        assert stack_record(torch.randn(1, 30, 30)).num_spikes is None
+        assert count_outliers(MatrixStack(torch.randn(1, 2050, 2050)), SPIKE_QUANTILE) is None
