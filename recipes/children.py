@@ -28,6 +28,7 @@ def end_with_parent() -> None:
 
 
 def _wait_for_parent() -> None:
+    """Wait until the parent ends, and end this process with status 1, whatever its other threads do."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from hydra.errors import HydraException
@@ -22,7 +22,9 @@ from recipes.errors import RecipeError
 __all__ = ["sentence", "show_errors", "user_errors"]
 
 FULL_ERROR = "RECIPES_FULL_ERROR"
-_SETUP = ("setup", "on_train_start")  # hooks in which the callback refuses what can't work
+_SETUP = ("setup", "on_train_start")
+"""Hooks in which the callback refuses what can't work."""
+
 _NOISE = ("full_key:", "object_type=", "reference_type=", "Config search path:", "provider=", "_")
 """Starts of lines in messages of Hydra and OmegaConf that say nothing to users: classes, paths, shared files."""
 
@@ -64,41 +66,74 @@ def sentence(error: BaseException) -> str | None:
         error: Any exception. Mistakes of the user are a `RecipeError`, an error of Hydra or OmegaConf about the
             settings, of Lightning about the trainer's, of the balancing callback before the first step, and of
             the operating system about a file.
+
+    Returns:
+        A sentence in one line.
     """
-    if isinstance(error, RecipeError):
-        return str(error)
-    if isinstance(error, HydraException | OmegaConfBaseException):
-        return _settings_error(error)
-    if isinstance(error, MisconfigurationException):
-        return f"trainer: {_one_line(str(error))}"
-    if isinstance(error, ValueError | TypeError) and _raised_at_setup(error):
-        return f"balancing: {error}"
-    if isinstance(error, OSError) and error.strerror is not None:
-        return str(error)
+    for kinds, describe in _MISTAKES:
+        if isinstance(error, kinds):
+            return describe(error)
     return None
 
 
 def _one_line(text: str) -> str:
     """Join the lines of a message, without those that say nothing to users."""
-    lines = [line.strip() for line in text.splitlines()]
+    lines = map(str.strip, text.splitlines())
     return " ".join(line for line in lines if line and not line.startswith(_NOISE))
 
 
-def _settings_error(error: Exception) -> str:
+def _settings_error(error: BaseException) -> str:
     """Put an error of Hydra and the one that caused it in one line; name the way out for the group's old name."""
     text = _one_line(str(error))
-    cause = "" if error.__cause__ is None else _one_line(str(error.__cause__))
-    if cause and cause not in text:
+    cause = _one_line(str(error.__cause__ or ""))
+    if cause not in text:
         text = f"{text} ({cause})"
     if "'farms'" in text or "farms/" in text:
         text += ". The config group farms is called balancing now: balancing=..., override /balancing: ..."
     return text
 
 
+def _trainer_error(error: BaseException) -> str:
+    """Return Lightning's reason for refusing the trainer's settings."""
+    return f"trainer: {_one_line(str(error))}"
+
+
+def _balancing_error(error: BaseException) -> str | None:
+    """Return the balancing callback's reason; None where it was not the callback that refused something."""
+    if not _raised_at_setup(error):
+        return None
+    return f"balancing: {error}"
+
+
+def _file_error(error: BaseException) -> str | None:
+    """Return the operating system's reason; None for an error that Python code raised without asking it."""
+    if getattr(error, "strerror", None) is None:
+        return None
+    return str(error)
+
+
 def _raised_at_setup(error: BaseException) -> bool:
-    """Return whether the balancing callback raised this while it was set up, before the first step."""
+    """Return whether the balancing callback raised this while it was set up, before the first step.
+
+    A ValueError says nothing of who is at fault. The callback checks its options in the hooks of `_SETUP`; the
+    same error from anywhere else is a fault of the program, which keeps its traceback.
+
+    Args:
+        error: A ValueError or a TypeError that was caught, with its traceback.
+    """
     for frame, _ in traceback.walk_tb(error.__traceback__):
         module = str(frame.f_globals.get("__name__"))
         if frame.f_code.co_name in _SETUP and module.startswith("farms_tb."):
             return True
     return False
+
+
+_Kinds = type[BaseException] | tuple[type[BaseException], ...]
+_MISTAKES: tuple[tuple[_Kinds, Callable[[BaseException], str | None]], ...] = (
+    (RecipeError, str),
+    ((HydraException, OmegaConfBaseException), _settings_error),
+    (MisconfigurationException, _trainer_error),
+    ((ValueError, TypeError), _balancing_error),
+    (OSError, _file_error),
+)
+"""What describes each kind of mistake. The first kind that fits counts: OmegaConf has ValueErrors of its own."""

@@ -25,6 +25,7 @@ __all__ = [
     "build_balancer",
     "check_combination",
     "check_config",
+    "check_count",
     "check_resumed_config",
     "choice",
 ]
@@ -61,22 +62,38 @@ def check_config(cfg: DictConfig) -> None:
     except OmegaConfBaseException as error:
         raise RecipeError(f"the settings do not resolve: {error}") from error
     _check_arm(cfg)
-    if cfg.threads is not None and (not isinstance(cfg.threads, int) or cfg.threads < 1):
-        raise RecipeError(f"threads must be null or a positive number, got {cfg.threads}")
+    check_count("threads", cfg.threads)
     if cfg.ckpt_path is not None and not Path(cfg.ckpt_path).is_file():
         raise RecipeError(f"ckpt_path={cfg.ckpt_path} is not a file; a run keeps its own in checkpoints/last.ckpt")
     _check_kinds(cfg)
 
 
+def check_count(name: str, value: Any) -> None:
+    """Refuse a number of threads or processes that is none; None stands for as many as there are cores.
+
+    Args:
+        name: The setting, for the message.
+        value: Its value.
+
+    Raises:
+        RecipeError: The value is neither None nor a whole number above 0.
+    """
+    if value is None:
+        return
+    if not isinstance(value, int) or value < 1:
+        raise RecipeError(f"{name} must be null or a positive number, got {value!r}")
+
+
 def _check_sections(cfg: DictConfig) -> None:
     """Refuse settings at the top level that nothing reads, and the lack of those that are needed."""
+    known = set(SECTIONS)
     found = set(map(str, cfg))
-    unknown = sorted(found - set(SECTIONS))
+    unknown = sorted(found - known)
     if unknown:
         raise RecipeError(
             f"unknown settings at the top level: {', '.join(unknown)}; known are {', '.join(SECTIONS)}"
         )
-    missing = sorted(set(SECTIONS) - found)
+    missing = sorted(known - found)
     if missing:
         raise RecipeError(
             f"missing settings at the top level: {', '.join(missing)}; conf/train.yaml shows them, and "
@@ -85,7 +102,7 @@ def _check_sections(cfg: DictConfig) -> None:
 
 
 def _check_arm(cfg: DictConfig) -> None:
-    """Refuse an arm whose name belies its settings.
+    """Refuse an arm whose name does not match its settings.
 
     The arm is named three times: as `balancing=` on the command line, in the chosen file and at the top level.
     And only the arm `off` has no callback.
@@ -159,7 +176,8 @@ def _check_scores(cfg: DictConfig, data: Any) -> None:
         raise RecipeError(
             f"task.out_channels={channels}, but {choice(cfg, 'data')} has {classes} classes; leave it at {classes}"
         )
-    if getattr(data, "val_size", 1) == 0 and cfg.task.monitor is not None:
+    nothing_held_out = getattr(data, "val_size", 1) == 0
+    if nothing_held_out and cfg.task.monitor is not None:
         raise RecipeError(
             f"data.val_size=0 leaves no {cfg.task.monitor} to choose the best epoch by; set task.monitor=null too "
             "(the weights of the last epoch are tested), or hold images out"
@@ -169,7 +187,8 @@ def _check_scores(cfg: DictConfig, data: Any) -> None:
 def _check_channels(cfg: DictConfig, data: Any) -> None:
     """Check the channels of a network that maps the frames of a history, stacked, to the next frame."""
     stacked = data.history * data.channels
-    if (cfg.task.in_channels, cfg.task.out_channels) != (stacked, data.channels):
+    expected = (stacked, data.channels)
+    if (cfg.task.in_channels, cfg.task.out_channels) != expected:
         raise RecipeError(
             f"{data.history} frames of {data.channels} channels are mapped to the next one: set "
             f"task.in_channels={stacked} task.out_channels={data.channels}"
@@ -196,8 +215,15 @@ def _check_network(cfg: DictConfig, net: Any, data: Any) -> None:
 
 
 def _plain(cfg: Any, section: str) -> Any:
-    """Return a section, or with an empty name all settings, as plain values."""
-    value = OmegaConf.select(cfg, section) if section else cfg
+    """Return a section as plain values, references resolved.
+
+    Args:
+        cfg: All settings.
+        section: Dotted path of the section; empty for all settings.
+    """
+    value = cfg
+    if section:
+        value = OmegaConf.select(cfg, section)
     if not OmegaConf.is_config(value):
         return value
     return OmegaConf.to_container(value, resolve=True)

@@ -40,7 +40,7 @@ def open_run_folder(cfg: DictConfig) -> Path:
     Raises:
         RecipeError: It can't be made or written, or this process can't know which one the first has made.
     """
-    folder = _resumed_folder(cfg) if cfg.paths.run_dir is None else Path(cfg.paths.run_dir)
+    folder = _chosen_folder(cfg)
     try:
         if folder is None:
             folder = _shared_folder() or _new_folder(Path(cfg.paths.output_dir) / cfg.name)
@@ -71,8 +71,19 @@ def _shared_folder() -> Path | None:
     return Path(folder)
 
 
-def _resumed_folder(cfg: DictConfig) -> Path | None:
-    """Return the run folder a checkpoint lies in, None for no or a foreign checkpoint."""
+def _chosen_folder(cfg: DictConfig) -> Path | None:
+    """Return the run folder that the settings name: `paths.run_dir`, or that of the checkpoint to resume from.
+
+    A checkpoint that lies elsewhere, without the settings of its run, names none.
+
+    Args:
+        cfg: The composed settings.
+
+    Returns:
+        The folder; None where one is to be chosen.
+    """
+    if cfg.paths.run_dir is not None:
+        return Path(cfg.paths.run_dir)
     if cfg.ckpt_path is None:
         return None
     folder = Path(cfg.ckpt_path).resolve().parent.parent

@@ -64,7 +64,15 @@ def forget_rows_after(path: Path, step: int) -> None:
 
 
 def _write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Write a metrics file anew; return its columns."""
+    """Write a metrics file from its first row on.
+
+    Args:
+        path: The file; a reader sees the old one or the whole new one.
+        rows: The rows, each with the columns that it has.
+
+    Returns:
+        The columns of all rows, by name.
+    """
     rows = list(rows)
     columns = sorted(set().union(*rows))
     with atomic_path(path) as part, part.open("w", newline="", encoding="utf-8") as file:
@@ -75,7 +83,7 @@ def _write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 class _Rows:
-    """The rows of a metrics file: appended, or where a new column comes, written anew.
+    """The rows of a metrics file: appended, or all written again where a new column comes.
 
     Args:
         path: The file; rows that are in it stay.
@@ -100,11 +108,11 @@ class _Rows:
         if not self._new:
             return
         new_columns = set().union(*self._new) - set(self._columns)
-        if not new_columns:
+        if new_columns:
+            self._columns = _write_rows(self._path, [*read_rows(self._path), *self._new])
+        else:
             with self._path.open("a", newline="", encoding="utf-8") as file:
                 csv.DictWriter(file, fieldnames=self._columns).writerows(self._new)
-        else:
-            self._columns = _write_rows(self._path, [*read_rows(self._path), *self._new])
         self._new = []
 
 

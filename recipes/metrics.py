@@ -51,6 +51,7 @@ def _error(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def _rms(field: Tensor) -> Tensor:
+    """Return the root mean square over space, (B, C), of fields (B, C, *space)."""
     return field.flatten(2).square().mean(-1).sqrt()
 
 

@@ -81,7 +81,9 @@ class PredictionPictures(Callback):
         """Draw, save and log, on the first process alone."""
         if self._shown is None or not trainer.is_global_zero:
             return
-        draw = self._draw_flow if self._samples else self._draw_fields
+        draw = self._draw_fields
+        if self._samples:
+            draw = self._draw_flow
         pictures = draw(*self._shown)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
@@ -90,13 +92,31 @@ class PredictionPictures(Callback):
         self._forget()
 
     def _draw_fields(self, inputs: Tensor, targets: Tensor, predictions: Tensor) -> list[Path]:
-        """Draw the first channel of static fields (B, C, X, Y)."""
+        """Draw the first channel of static fields.
+
+        Args:
+            inputs: Coefficients, (B, C, X, Y).
+            targets: Solutions, (B, C, X, Y).
+            predictions: The network's solutions, likewise.
+
+        Returns:
+            The picture made.
+        """
         picture = self.folder / "predictions.png"
         plot_fields(inputs[:, 0], targets[:, 0], predictions[:, 0], picture, title=self.title)
         return [picture]
 
     def _draw_flow(self, inputs: Tensor, targets: Tensor, predictions: Tensor) -> list[Path]:
-        """Draw the first trajectory (T, C, *space), and the errors of all by time."""
+        """Draw the first trajectory, and the errors of all by time.
+
+        Args:
+            inputs: The frames that are known, (B, T, C, *space); they are not drawn.
+            targets: The frames that follow, (B, T, C, *space).
+            predictions: The network's, likewise.
+
+        Returns:
+            The pictures made.
+        """
         pictures = [self.folder / "predictions.png", self.folder / "error_growth.png"]
         draw = {4: plot_flow_1d, 5: plot_flow_2d}[targets.ndim]
         draw(targets[0], predictions[0], pictures[0], title=self.title)
@@ -111,6 +131,11 @@ def _can_be_drawn(flow: bool, outputs: Any, batch: Any) -> bool:
     """Return whether a test step returned fields (B, C, X, Y), or of a flow (B, T, C, *space), as the target's.
 
     Tasks and data of the user's own may return anything else, of which nothing is drawn.
+
+    Args:
+        flow: Whether the fields are those of a flow.
+        outputs: What the test step returned.
+        batch: What the loader gave.
     """
     if not isinstance(batch, tuple | list) or len(batch) != 2:
         return False
@@ -127,6 +152,14 @@ def _first(fields: Tensor) -> Tensor:
 
 
 def _error_by_time(prediction: Tensor, target: Tensor) -> Tensor:
-    """Sum the nRMSE of trajectories (B, T, C, *space) over the samples; shape (T, C)."""
+    """Sum the nRMSE of trajectories over the samples.
+
+    Args:
+        prediction: The network's frames, or others to compare with, (B, T, C, *space).
+        target: The frames of the data, likewise.
+
+    Returns:
+        The sums by time and channel, (T, C).
+    """
     errors = nrmse_by_channel(prediction.flatten(1, 2), target.flatten(1, 2))
     return errors.sum(0).reshape(target.shape[1:3])

@@ -94,14 +94,25 @@ def _head(figure: Figure | SubFigure, title: str) -> None:
 
 
 def _show(axes: Axes, field: Tensor, colours: str, scale: Tensor, **options: Any) -> AxesImage:
-    """Draw a field (horizontal, vertical) in colours that span `scale`, diverging ones with zero in the middle.
+    """Draw a field in colours that span the values of another, diverging ones with zero in the middle.
 
-    A network that diverged predicts NaN and infinity: colours span what is finite.
+    Args:
+        axes: Where to draw.
+        field: The field, (horizontal, vertical).
+        colours: Name of the colour map.
+        scale: Values of any shape that the colours span. A network that diverged predicts NaN and infinity, which
+            are left out.
+        options: More arguments of `Axes.imshow`.
+
+    Returns:
+        The image, for a colour bar.
     """
     finite = scale[torch.isfinite(scale)]
-    low, high = 0.0, 1.0
+    low = 0.0
+    high = 1.0
     if len(finite):
-        low, high = float(finite.min()), float(finite.max())
+        low = float(finite.min())
+        high = float(finite.max())
     if colours == DIVERGING:
         high = max(abs(low), abs(high)) or 1.0
         low = -high
@@ -115,7 +126,14 @@ def _show(axes: Axes, field: Tensor, colours: str, scale: Tensor, **options: Any
 
 
 def _bar(figure: Figure | SubFigure, image: AxesImage, axes: np.ndarray, location: str) -> None:
-    """Draw one colour bar for all of `axes`, at their right or below them."""
+    """Draw one colour bar for several axes.
+
+    Args:
+        figure: The figure, or the part of it, that the axes belong to.
+        image: One of the images, which all have the same colours.
+        axes: The axes, an array of any shape.
+        location: "right" of them, or at their "bottom".
+    """
     from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
     form = ScalarFormatter()
@@ -154,20 +172,21 @@ def plot_flow_1d(truth: Tensor, prediction: Tensor, path: PathLike | None = None
     chosen = spread(steps, 3)
     colours = depth_colours([str(index) for index in chosen])
     for row, name in enumerate(names):
-        fields = truth[:, row], prediction[:, row]
-        error = fields[1] - fields[0]
+        true = truth[:, row]
+        predicted = prediction[:, row]
+        error = predicted - true
         # Half a step either side, so that ticks stand in the middle of the cells.
         place = {"aspect": "auto", "extent": (0.5, steps + 0.5, 0, truth.shape[2])}
-        images = [
-            _show(axes, field, COLOURS, fields[0], **place) for axes, field in zip(grid[row], fields, strict=False)
-        ]
-        images.append(_show(grid[row, 2], error, DIVERGING, error, **place))
-        _bar(figure, images[0], grid[row, :2], location="right")
-        _bar(figure, images[2], grid[row, 2:3], location="right")
+        image = _show(grid[row, 0], true, COLOURS, true, **place)
+        _show(grid[row, 1], predicted, COLOURS, true, **place)
+        error_image = _show(grid[row, 2], error, DIVERGING, error, **place)
+        _bar(figure, image, grid[row, :2], location="right")
+        _bar(figure, error_image, grid[row, 2:3], location="right")
         grid[row, 0].set_ylabel(f"{name}\ngrid point")
         for index in chosen:
-            grid[row, 3].plot(fields[0][index], color=colours[str(index)], label=f"step {index + 1}")
-            grid[row, 3].plot(fields[1][index], color=colours[str(index)], linestyle=(0, (2, 1.5)), linewidth=1.8)
+            colour = colours[str(index)]
+            grid[row, 3].plot(true[index], color=colour, label=f"step {index + 1}")
+            grid[row, 3].plot(predicted[index], color=colour, linestyle=(0, (2, 1.5)), linewidth=1.8)
     headings = ("truth", "prediction", "prediction - truth", "truth (solid), prediction (dashed)")
     for axes, heading in zip(grid[0], headings, strict=True):
         axes.set_title(heading)
@@ -201,14 +220,22 @@ def plot_flow_2d(truth: Tensor, prediction: Tensor, path: PathLike | None = None
     figure = new_figure((0.9 + 1.15 * len(chosen)) * columns, 0.3 + 4.1 * rows)
     blocks = np.atleast_1d(figure.subfigures(rows, columns, squeeze=False, wspace=0.03, hspace=0.03)).ravel()
     for block, channel, name in zip(blocks, range(channels), channel_names(channels, 2), strict=False):
-        fields = truth[chosen, channel], prediction[chosen, channel]
-        _plot_frames(block, name, [index + 1 for index in chosen], *fields)
+        steps = [index + 1 for index in chosen]
+        _plot_frames(block, name, steps, truth[chosen, channel], prediction[chosen, channel])
     _head(figure, title)
     return save(figure, path)
 
 
 def _plot_frames(block: SubFigure, name: str, steps: Sequence[int], truth: Tensor, prediction: Tensor) -> None:
-    """Draw frames (T, X, Y) of one channel."""
+    """Draw frames of one channel in three rows: truth, prediction and error.
+
+    Args:
+        block: The part of the figure to draw in.
+        name: Name of the channel, as a heading.
+        steps: Number of each frame, counted from 1, as a heading of its column.
+        truth: Frames that were to be forecast, (T, X, Y).
+        prediction: The forecast, (T, X, Y).
+    """
     error = prediction - truth
     grid = block.subplots(3, len(steps), squeeze=False)
     for column, step in enumerate(steps):

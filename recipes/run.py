@@ -86,7 +86,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a Lightning checkpoint; its tensors stay on the disk until they are used.
 
     Args:
-        path: The checkpoint.
+        path: The checkpoint. Nothing in it is executed: it may hold tensors and plain values alone.
 
     Returns:
         What Lightning saved, by its names; all that resuming needs is there.
@@ -99,7 +99,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             raise zipfile.BadZipFile("it is cut short, or was never one")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (OSError, EOFError, ValueError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason, *_ = str(error).splitlines() or [type(error).__name__]
         raise RecipeError(
             f"ckpt_path={path} can't be read as a checkpoint ({reason}); take another one, such as "
             "checkpoints/best.ckpt of the same run, or start anew without ckpt_path"
@@ -126,12 +126,22 @@ def check_weights(model: LightningModule, checkpoint: Mapping[str, Any], path: s
     Raises:
         RecipeError: Names or shapes of the weights differ.
     """
-    saved = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()}
-    own = {name: tuple(v.shape) for name, v in model.state_dict().items() if isinstance(v, torch.Tensor)}
+    saved = _shapes(checkpoint["state_dict"])
+    own = _shapes(model.state_dict())
     differ = [name for name in {**own, **saved} if saved.get(name) != own.get(name)]
-    if differ:
-        name = differ[0]
-        raise RecipeError(
-            f"ckpt_path={path} is of another network: {len(differ)} of its weights differ, such as {name}, "
-            f"{saved.get(name, 'missing')} there and {own.get(name, 'missing')} here; repeat the run's overrides"
-        )
+    if not differ:
+        return
+    name = differ[0]
+    raise RecipeError(
+        f"ckpt_path={path} is of another network: {len(differ)} of its weights differ, such as {name}, "
+        f"{saved.get(name, 'missing')} there and {own.get(name, 'missing')} here; repeat the run's overrides"
+    )
+
+
+def _shapes(state_dict: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each tensor of a network's state, which may also hold other things."""
+    shapes = {}
+    for name, value in state_dict.items():
+        if isinstance(value, torch.Tensor):
+            shapes[name] = tuple(value.shape)
+    return shapes

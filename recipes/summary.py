@@ -43,6 +43,8 @@ SPECTRAL_OPTIONS = (
     *("xmin_pos", "filter_zeros", "relative_cutoff"),
 )
 
+SCORES_IN_A_LINE = 5
+
 
 @dataclass(frozen=True)
 class LayerRow:
@@ -87,31 +89,40 @@ def measure_layers(model: torch.nn.Module, cfg: DictConfig, last: LastStepRates)
         model: The trained model.
         cfg: The composed settings.
         last: Learning rate and ratios of the last step.
+
+    Returns:
+        The layers, and the two measurements that they are taken from.
     """
     options = OmegaConf.to_container(cfg.balancing, resolve=True)
     assert isinstance(options, dict)  # the callback's keyword arguments
     shared: dict[str, Any] = {name: options[name] for name in SPECTRAL_OPTIONS if name in options}
     least = cfg.arms.farms.min_eigenvalues
-    full, farms = (
-        farms_tb.analyze(
-            model,
-            esd=esd,
-            min_eigenvalues=OmegaConf.select(cfg, f"arms.{esd}.min_eigenvalues", default=least),
-            histogram=True,
-            **shared,
-        )
-        for esd in ("full", "farms")
-    )
+    least_full = OmegaConf.select(cfg, "arms.full.min_eigenvalues", default=least)
+    full = farms_tb.analyze(model, esd="full", min_eigenvalues=least_full, histogram=True, **shared)
+    farms = farms_tb.analyze(model, esd="farms", min_eigenvalues=least, histogram=True, **shared)
     rows = [_layer_row(name, full.layers[name], farms.layers[name], last) for name in farms.layers]
     return FinalLayers(rows, farms, full)
 
 
 def _layer_row(name: str, full: LayerRecord, farms: LayerRecord, last: LastStepRates) -> LayerRow:
-    """Join what is known of one layer; a reason that both measurements give stands once."""
+    """Join what is known of one layer.
+
+    Args:
+        name: Its name.
+        full: Its record by whole matrices.
+        farms: Its record by FARMS.
+        last: Learning rate and ratios of the last step.
+
+    Returns:
+        The row; a reason for a missing alpha that both measurements give stands once in its note.
+    """
     reasons = [record.status for record in (full, farms) if record.status != "ok"]
+    note = "; ".join(dict.fromkeys(reasons))
     ratio = last.ratios.get(name, 1.0)
-    lr = None if last.lr is None else last.lr * ratio
-    return LayerRow(name, full.alpha, farms.alpha, ratio, lr, "; ".join(dict.fromkeys(reasons)))
+    lr = None
+    if last.lr is not None:
+        lr = last.lr * ratio
+    return LayerRow(name, full.alpha, farms.alpha, ratio, lr, note)
 
 
 def layer_table(rows: Sequence[LayerRow]) -> Table:
@@ -140,7 +151,9 @@ def layer_table(rows: Sequence[LayerRow]) -> Table:
 
 def _cell(value: float | None, form: str) -> str:
     """Format a number; one that is missing becomes a dash."""
-    return "-" if value is None else format(value, form)
+    if value is None:
+        return "-"
+    return format(value, form)
 
 
 def draw_run(folder: Path, layers: FinalLayers, title: str) -> list[Path]:
@@ -155,14 +168,13 @@ def draw_run(folder: Path, layers: FinalLayers, title: str) -> list[Path]:
         What was made; where the run logged no alpha, the page alone.
     """
     run = read_run_folder(folder, farms=layers.farms, full=layers.full)
-    made = []
-    if run.history.alpha:
-        pictures = {"alpha": plot_alpha_curves, "lr_ratio": plot_ratio_curves, "lr_ratio_map": plot_ratio_map}
-        for name, plot in pictures.items():
-            made.append(folder / f"{name}.png")
-            plot(run.history, made[-1], title=title)
-    made.append(write_page(run))
-    return made
+    page = write_page(run)
+    if not run.history.alpha:
+        return [page]
+    pictures = {"alpha": plot_alpha_curves, "lr_ratio": plot_ratio_curves, "lr_ratio_map": plot_ratio_map}
+    for name, plot in pictures.items():
+        plot(run.history, folder / f"{name}.png", title=title)
+    return [*(folder / f"{name}.png" for name in pictures), page]
 
 
 def write_summary(folder: Path, facts: Mapping[str, Any], rows: Sequence[LayerRow]) -> None:
@@ -188,8 +200,11 @@ def print_summary(console: Console, folder: Path, facts: Mapping[str, Any], rows
     """
     console.print(layer_table(rows))
     scores = [f"{name} {value:.4g}" for name, value in facts["test"].items()]
-    lines = [
-        *(f"[bold]{'   '.join(scores[start : start + 5])}[/bold]" for start in range(0, len(scores), 5)),
+    lines = []
+    for start in range(0, len(scores), SCORES_IN_A_LINE):
+        some = "   ".join(scores[start : start + SCORES_IN_A_LINE])
+        lines.append(f"[bold]{some}[/bold]")
+    lines += [
         f"best epoch {_cell(facts['best_epoch'], 'd')} by {facts['monitor']} {_cell(facts['best_score'], '.4g')}, "
         f"{facts['parameters']:,} parameters, {facts['seconds']:.0f} s",
         f"run folder  {folder}",

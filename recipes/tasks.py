@@ -279,6 +279,7 @@ class Forecast(_FieldTask):
         return functional.mse_loss(prediction, target) * target.shape[1]
 
     def _channels(self, fields: Tensor) -> Tensor:
+        """Return trajectories (B, T, C, *space) as (B, T * C, *space): each frame's channels are scored alone."""
         return fields.flatten(1, 2)
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
@@ -376,8 +377,8 @@ class LanguageModel(_Task):
         optimizer = self._make_optimizer(self.parameters())
         if self._make_scheduler is None:
             return optimizer
-        scheduler = {"scheduler": self._make_scheduler(optimizer), "interval": "step"}
-        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+        scheduler = self._make_scheduler(optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """Return the loss of a batch."""
@@ -392,6 +393,12 @@ class LanguageModel(_Task):
         self._loss("test", batch)
 
     def _loss(self, stage: str, batch: Batch) -> Tensor:
+        """Return the cross-entropy of the next tokens, and log it.
+
+        Args:
+            stage: "train", "val" or "test".
+            batch: Tokens and those that follow each of them, both int64 (B, T).
+        """
         tokens, following = batch
         loss = functional.cross_entropy(self(tokens).flatten(0, 1), following.flatten())
         self._log_epoch(stage, batch, loss=loss)

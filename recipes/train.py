@@ -38,7 +38,7 @@ from rich.markup import escape
 
 from recipes.command import hand_over_hydras_errors, user_errors
 from recipes.config import check_config, check_resumed_config
-from recipes.console import make_console
+from recipes.console import make_console, quiet_lightning, warn
 from recipes.folder import CONFIG_FILE, drop_if_empty, open_run_folder, save_config
 from recipes.loggers import METRICS_FILE, RunFolderWandbLogger, forget_rows_after
 from recipes.old_names import current_overrides, current_settings
@@ -72,7 +72,8 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         RecipeError: A setting, a folder or a data file is at fault.
     """
-    if "farms" in cfg and "balancing" not in cfg:
+    has_old_name = "farms" in cfg and "balancing" not in cfg
+    if has_old_name:
         warnings.warn(
             "the section `farms` of the settings is now `balancing`; the old name goes with the next release",
             FutureWarning,
@@ -93,12 +94,14 @@ def _say_how_to_resume(folder: Path) -> None:
     """Point an interrupted user to the last checkpoint, if there is one."""
     last = folder / "checkpoints" / "last.ckpt"
     if last.exists():
-        hint = f"stopped; to go on, repeat the command with ckpt_path={last}"
-        make_console().print(f"[yellow]{escape(hint)}[/yellow]", soft_wrap=True)
+        warn(make_console(), f"stopped; to go on, repeat the command with ckpt_path={last}")
 
 
 def _train_in(folder: Path, cfg: DictConfig) -> dict[str, Any]:
-    """Run one experiment in its folder; see `train`."""
+    """Run one experiment in its folder; see `train`.
+
+    The order is that of the cost of a mistake: settings, checkpoint, parts, and only then data and training.
+    """
     started = time.monotonic()
     console = make_console()
     check_config(cfg)
@@ -142,7 +145,16 @@ def _forget_unsaved_rows(checkpoint: dict[str, Any], trainer: Trainer, folder: P
 
 
 def _fit_and_test(cfg: DictConfig, run: Run, folder: Path) -> tuple[dict[str, Any], FinalLayers]:
-    """Train, measure the final weights, then test the best ones."""
+    """Train, measure the final weights, then test the best ones.
+
+    Args:
+        cfg: The composed settings.
+        run: The parts of the run.
+        folder: The run folder.
+
+    Returns:
+        What `summary.json` says of the run, without the layers and the time it took; and the layers.
+    """
     _log_settings(cfg, run)
     try:
         run.trainer.fit(run.model, datamodule=run.data, ckpt_path=cfg.ckpt_path)
@@ -153,23 +165,27 @@ def _fit_and_test(cfg: DictConfig, run: Run, folder: Path) -> tuple[dict[str, An
         for logger in run.loggers:
             if isinstance(logger, RunFolderWandbLogger):
                 logger.close()
-    return {**_facts(cfg, run, folder), "test": {name: float(value) for name, value in scores.items()}}, layers
+    facts = _facts(cfg, run, folder)
+    facts["test"] = {name: float(value) for name, value in scores.items()}
+    return facts, layers
 
 
 def _facts(cfg: DictConfig, run: Run, folder: Path) -> dict[str, Any]:
     """Return what `summary.json` says of the training; None for what a run without validation has not."""
     best = run.checkpoint.best_model_path
-    score = run.checkpoint.best_model_score
     best_epoch = None
     if best:
         best_epoch = torch.load(best, map_location="cpu", weights_only=True)["epoch"] + 1
+    best_score = None
+    if run.checkpoint.best_model_score is not None:
+        best_score = float(run.checkpoint.best_model_score)
     return {
         "name": cfg.name,
         "arm": cfg.arm,
         "seed": cfg.seed,
         "monitor": cfg.task.monitor,
         "best_checkpoint": best and str(Path(best)),
-        "best_score": None if score is None else float(score),
+        "best_score": best_score,
         "best_epoch": best_epoch,
         "epochs": run.trainer.current_epoch,
         "steps": run.trainer.global_step,
@@ -188,8 +204,7 @@ def _log_settings(cfg: DictConfig, run: Run) -> None:
 @hydra.main(config_path=CONFIG_DIR, config_name="train", version_base="1.3")
 def _task(cfg: DictConfig) -> None:
     """Train with the composed settings; a launcher may call this in a process of its own."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    quiet_lightning(logging.WARNING)
     with user_errors():
         train(cfg)
 
@@ -200,7 +215,7 @@ def main() -> None:
     with user_errors():
         sys.argv[1:], notes = current_overrides(sys.argv[1:])
         for note in notes:
-            make_console(stderr=True).print(f"[yellow]warning: {escape(note)}[/yellow]", soft_wrap=True)
+            warn(make_console(stderr=True), f"warning: {note}")
         _task()
 
 

@@ -45,7 +45,5 @@ class History:
     @property
     def by_step(self) -> bool:
         """Whether one epoch holds several measurements, so that only steps can tell them apart."""
-        for curve in (*self.alpha.values(), *self.ratio.values(), *self.lr.values()):
-            if len(set(curve.epochs)) < len(curve.epochs):
-                return True
-        return False
+        curves = [*self.alpha.values(), *self.ratio.values(), *self.lr.values()]
+        return any(len(set(curve.epochs)) < len(curve.epochs) for curve in curves)

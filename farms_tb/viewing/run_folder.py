@@ -29,7 +29,7 @@ from farms_tb.viewing.run_files import RunFiles, find_run
 from farms_tb.viewing.run_settings import read_settings
 from farms_tb.viewing.saved_state import SavedState, newest_state, read_state
 
-__all__ = ["Curve", "History", "RunFolder", "read_history", "read_run_folder"]
+__all__ = ["Curve", "History", "RunFolder", "as_run_folder", "read_history", "read_run_folder"]
 
 _ESDS: tuple[Esd, Esd] = ("farms", "full")
 """The two kinds of measurement that are compared."""
@@ -75,8 +75,10 @@ class RunFolder:
     @property
     def layers(self) -> tuple[str, ...]:
         """Names of all layers, logged or measured, in order of depth."""
-        measured = () if self.farms is None else tuple(self.farms.layers)
-        return tuple(dict.fromkeys((*self.history.layers, *measured)))
+        names = [*self.history.layers]
+        if self.farms is not None:
+            names += self.farms.layers
+        return tuple(dict.fromkeys(names))
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,21 @@ class _Measurement:
         if self.state.options or self.farms is None:
             return self.state.options
         return self.farms.options
+
+
+def as_run_folder(run: str | os.PathLike[str] | RunFolder) -> RunFolder:
+    """Return a run that was read already as it is, and read one that is given by its folder.
+
+    Args:
+        run: the folder of a run, a file of weights, or what `read_run_folder` made of it.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: it holds no run, or several.
+    """
+    if isinstance(run, RunFolder):
+        return run
+    return read_run_folder(run)
 
 
 def read_run_folder(

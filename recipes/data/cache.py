@@ -83,10 +83,11 @@ def read_arrays(path: Path, description: Mapping[str, Any]) -> Arrays:
         found = json.loads(str(arrays.pop(_DESCRIPTION)))
     except _UNREADABLE as error:
         raise StaleCacheError(f"the cached data in {path} is cut short or damaged ({error})") from error
+    names = None  # files of earlier releases do not list their arrays
     if isinstance(found, dict):
-        names = found.pop(_NAMES, None)  # files of earlier releases do not list their arrays
-        if names is not None and names != sorted(arrays):
-            raise StaleCacheError(f"the cached data in {path} is damaged: it lacks some of {', '.join(names)}")
+        names = found.pop(_NAMES, None)
+    if names is not None and names != sorted(arrays):
+        raise StaleCacheError(f"the cached data in {path} is damaged: it lacks some of {', '.join(names)}")
     if found != dict(description):
         raise StaleCacheError(f"the cached data in {path} describes other data: {found}")
     return arrays

@@ -6,6 +6,7 @@ import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,16 +108,21 @@ class DarcyData(LightningDataModule):
         return (1, self.spec.resolution, self.spec.resolution)
 
     def _load(self, split: str) -> Arrays:
-        """Read one split from its cache file, or make it; the file's name stands for all settings of its data."""
-        description: dict[str, Any] = {
-            **asdict(self.spec),
-            "split": split,
-            "count": self.sizes[split],
-            "version": 1,
-        }
+        """Read one split from its cache file, or make it.
+
+        The file's name stands for all settings of its data: other settings have files of their own.
+
+        Args:
+            split: One of `SPLITS`.
+
+        Returns:
+            Under "a" the coefficients, under "u" the solutions, both float32 (N, n, n).
+        """
+        count = self.sizes[split]
+        description: dict[str, Any] = {**asdict(self.spec), "split": split, "count": count, "version": 1}
         tag = hashlib.sha256(json.dumps(description).encode()).hexdigest()[:10]
-        name = f"{self.spec.family}_{self.spec.resolution}_{split}_{self.sizes[split]}_{tag}.npz"
-        make = lambda: generate(self.spec, split, self.sizes[split], self.workers)  # noqa: E731
+        name = f"{self.spec.family}_{self.spec.resolution}_{split}_{count}_{tag}.npz"
+        make = partial(generate, self.spec, split, count, self.workers)
         return load_or_make(self.data_dir / "darcy" / name, description, make)
 
     def prepare_data(self) -> None:

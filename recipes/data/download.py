@@ -134,7 +134,15 @@ def _progress_bars(console: Console) -> Progress:
 
 
 def _check_space(files: Sequence[DataFile], folder: Path) -> None:
-    """Compare what is still to come with the free space; a download that was begun has a part of it."""
+    """Compare what is still to come with the free space; a download that was begun has a part of it.
+
+    Args:
+        files: The files that are not there yet.
+        folder: Where they go.
+
+    Raises:
+        RecipeError: They do not fit.
+    """
     needed = 0
     for file in files:
         part = _part(folder / file.file_name)
@@ -154,11 +162,20 @@ def _part(path: Path) -> Path:
 
 def _size(path: Path) -> int:
     """Return the bytes of a file, 0 where there is none."""
-    return path.stat().st_size if path.exists() else 0
+    if not path.exists():
+        return 0
+    return path.stat().st_size
 
 
 def _checksum(path: Path, progress: Progress) -> str:
-    """Return the MD5 checksum of a file, in hexadecimal. It is read in blocks, under a bar of its own."""
+    """Return the MD5 checksum of a file, in hexadecimal.
+
+    MD5 is what the server publishes; it finds damage, and is no protection from forgery.
+
+    Args:
+        path: The file; it is read in blocks, since it may be larger than the memory.
+        progress: Gets a bar of its own for the reading.
+    """
     digest = hashlib.md5(usedforsecurity=False)
     bar = progress.add_task("checking", total=path.stat().st_size)
     with path.open("rb") as file:
@@ -170,7 +187,16 @@ def _checksum(path: Path, progress: Progress) -> str:
 
 
 def _check_present(path: Path, file: DataFile, progress: Progress) -> None:
-    """Refuse a file of the right name and other content, such as one that the generator has made."""
+    """Refuse a file of the right name and other content, such as one that the generator has made.
+
+    Args:
+        path: The file that is there.
+        file: What it should be.
+        progress: Shows the bar.
+
+    Raises:
+        RecipeError: The checksums differ; the file is left alone.
+    """
     found = _checksum(path, progress)
     if found != file.md5:
         raise RecipeError(
@@ -210,12 +236,16 @@ class _Download:
             self.part.unlink()
             raise RecipeError(
                 f"{self.file.url} brought other bytes than published (MD5 {found}, published {self.file.md5}); "
-                "they were thrown away. Repeat the command"
+                "they were deleted. Repeat the command"
             )
         self.part.replace(self.path)
 
     def _fetch(self) -> None:
-        """Attempt until the last byte is there, or attempts bring nothing any more."""
+        """Attempt until the last byte is there, or attempts bring nothing any more.
+
+        Raises:
+            RecipeError: `ATTEMPTS` in a row have brought nothing, or another attempt would not help.
+        """
         failures = 0  # attempts in a row that have brought nothing
         most = _size(self.part)
         while True:
@@ -224,8 +254,10 @@ class _Download:
                 return
             except _DroppedError as error:
                 failures += 1
-                if _size(self.part) > most:
-                    failures, most = 0, _size(self.part)
+                size = _size(self.part)
+                if size > most:
+                    failures = 0
+                    most = size
                 if failures == ATTEMPTS:
                     raise RecipeError(
                         f"{self.file.url} cannot be reached ({error}); "
@@ -255,11 +287,22 @@ class _Download:
                 raise RecipeError(
                     f"{self.file.url} answers with a web page instead of the file; open it in a browser to see why"
                 )
-            resumed = response.status == 206  # a server that ignores the range sends 200 and everything
-            self._receive(response, start if resumed else 0)
+            if response.status != 206:  # the server ignored the range, and sends everything
+                start = 0
+            self._receive(response, start)
 
     def _refused(self, error: HTTPError, start: int) -> None:
-        """Sort out what another attempt may mend; return where nothing is missing any more."""
+        """Sort out what another attempt may solve; return where nothing is missing any more.
+
+        Args:
+            error: The server's answer. 416 means that it has no byte from `start` on: the part is whole, or longer
+                than the file.
+            start: Number of bytes that were there already.
+
+        Raises:
+            _DroppedError: Another attempt may help.
+            RecipeError: It would not.
+        """
         with error:
             nothing_from_start_on = error.code == 416 and start > 0
             if nothing_from_start_on and error.headers.get("Content-Range") == f"bytes */{start}":
@@ -272,9 +315,20 @@ class _Download:
             raise RecipeError(f"{self.file.url}: the server answers {error.code} {error.reason}")
 
     def _receive(self, response: http.client.HTTPResponse, start: int) -> None:
-        """Write the body behind the first `start` bytes."""
+        """Write the body of an answer to the part.
+
+        Args:
+            response: The answer.
+            start: Number of bytes to keep; 0 where the answer is the whole file.
+
+        Raises:
+            _DroppedError: The connection broke; what has come is kept.
+            RecipeError: The part can't be written.
+        """
         length = response.headers.get("Content-Length")
-        total = None if length is None else start + int(length)
+        total = None
+        if length is not None:
+            total = start + int(length)
         self.progress.update(self.bar, completed=start, total=total)
         try:
             with self.part.open("ab" if start else "wb") as out:
@@ -283,7 +337,7 @@ class _Download:
                     self.progress.advance(self.bar, len(block))
         except OSError as error:
             raise RecipeError(
-                f"{self.part}: {error.strerror}; once that is mended, repeat the command, "
+                f"{self.part}: {error.strerror}; once that is solved, repeat the command, "
                 "it goes on where it stopped"
             ) from error
         received = _size(self.part)
@@ -292,7 +346,11 @@ class _Download:
 
 
 def _read(response: http.client.HTTPResponse) -> bytes:
-    """Read the next bytes of a body; none at its end. What breaks here is the connection, not the disk."""
+    """Read the next bytes of a body; none at its end.
+
+    Raises:
+        _DroppedError: The connection broke. The disk has OSErrors too, so that only the reading is looked at here.
+    """
     try:
         return response.read(BLOCK)
     except (OSError, http.client.HTTPException) as error:
@@ -316,7 +374,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if "list" in options.names:
         return _print_list()
-    names = list(FILES) if "all" in options.names else dict.fromkeys(options.names)
+    names = list(dict.fromkeys(options.names))
+    if "all" in names:
+        names = list(FILES)
     unknown = [name for name in names if name not in FILES]
     if unknown:
         parser.error(f"no file is called {', '.join(unknown)}; there are {', '.join(FILES)}")

@@ -120,13 +120,21 @@ class ImageSet:
 
 
 def _cifar(title: str, kind: type[datasets.CIFAR10], classes: int, scaling: tuple[Triple, Triple]) -> ImageSet:
-    """Return CIFAR-10 or CIFAR-100, read by torchvision's class `kind`."""
+    """Return CIFAR-10 or CIFAR-100.
+
+    Args:
+        title: Name of the set, for messages.
+        kind: torchvision's class that reads it, which also knows the archive and its checksum.
+        classes: Number of classes.
+        scaling: Mean and standard deviation of the training images by channel, for values in [0, 1].
+    """
 
     def fetch(data_dir: Path, download: bool) -> None:
         """Download, check and unpack; torchvision does all three where they are needed."""
         kind(str(data_dir), download=download)
 
     def read(data_dir: Path, train: bool) -> tuple[Any, Any]:
+        """Read the pixels, (N, H, W, 3), and the labels of one split."""
         dataset = kind(str(data_dir), train=train)
         return dataset.data, dataset.targets
 
@@ -143,7 +151,9 @@ def _svhn() -> ImageSet:
             datasets.SVHN(str(data_dir), split, download=download)
 
     def read(data_dir: Path, train: bool) -> tuple[Any, Any]:
-        dataset = datasets.SVHN(str(data_dir), "train" if train else "test")
+        """Read the pixels, (N, H, W, 3), and the labels of one split; torchvision has the channels first."""
+        split = {True: "train", False: "test"}[train]
+        dataset = datasets.SVHN(str(data_dir), split)
         return dataset.data.transpose(0, 2, 3, 1), dataset.labels
 
     archives = tuple(Archive(*datasets.SVHN.split_list[split]) for split in ("train", "test"))

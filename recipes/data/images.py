@@ -139,6 +139,7 @@ class ImageData(LightningDataModule):
         return self._evaluation_loader("test")
 
     def _evaluation_loader(self, split: str) -> DataLoader[Any]:
+        """Return batches in fixed order, four times as large as in training: nothing is kept for gradients."""
         return evaluation_loader(self.subsets[split], 4 * self.batch_size, collate_fn=as_it_is)
 
     def on_before_batch_transfer(

@@ -121,5 +121,15 @@ def _windows(text: bytes, length: int) -> TensorDataset:
 
 
 def _rows(codes: Tensor, start: int, number: int, length: int) -> Tensor:
-    """Return `number` rows of `length` codes, int64, one behind the other from `start` on."""
+    """Cut rows out of a text, one behind the other.
+
+    Args:
+        codes: The text, one code a character.
+        start: Where the first row begins.
+        number: Number of rows.
+        length: Codes in each.
+
+    Returns:
+        The rows, int64 (number, length).
+    """
     return codes[start : start + number * length].view(number, length).long()

@@ -14,6 +14,7 @@ import argparse
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from rich.markup import escape
 from rich.progress import track
 from torchvision.datasets.utils import check_integrity, download_url, extract_archive
 
+from recipes.command import user_errors
 from recipes.console import make_console
 from recipes.data.cache import Arrays, load_or_make
 from recipes.errors import RecipeError
@@ -38,6 +40,8 @@ MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 CLASSES = 200
 SIDE = 64
 VERSION = 1  # of the cached arrays
+_SPLITS = {True: "train", False: "val"}
+"""Names of the splits: of the training images and of the others."""
 
 
 def prepare(data_dir: Path, download: bool) -> None:
@@ -52,16 +56,26 @@ def prepare(data_dir: Path, download: bool) -> None:
         RuntimeError: The archive is missing or damaged, and may not be or was not downloaded whole.
         RecipeError: The folder is there but not as it ships.
     """
+    caches = [_cache(data_dir, train=True), _cache(data_dir, train=False)]
+    decoded = all(cache.exists() for cache in caches)
     unpacked = (data_dir / FOLDER).is_dir()
-    decoded = _cache(data_dir, train=True).exists() and _cache(data_dir, train=False).exists()
     if not unpacked and not decoded:
-        if download:
-            download_url(URL, str(data_dir), ARCHIVE, MD5)
-        if not check_integrity(str(data_dir / ARCHIVE), MD5):
-            raise RuntimeError("no whole archive")
+        _fetch(data_dir, download)
         _unpack(data_dir)
-    for train in (True, False):
-        read(data_dir, train)
+    read(data_dir, train=True)
+    read(data_dir, train=False)
+
+
+def _fetch(data_dir: Path, download: bool) -> None:
+    """Make sure that the archive is there and whole.
+
+    Raises:
+        RuntimeError: It is not; `recipes.data.image_sets` tells the user what to do.
+    """
+    if download:
+        download_url(URL, str(data_dir), ARCHIVE, MD5)
+    if not check_integrity(str(data_dir / ARCHIVE), MD5):
+        raise RuntimeError("no whole archive")
 
 
 def _unpack(data_dir: Path) -> None:
@@ -73,8 +87,7 @@ def _unpack(data_dir: Path) -> None:
 
 def _cache(data_dir: Path, train: bool) -> Path:
     """Return the file of the decoded images of one split."""
-    split = "train" if train else "val"
-    return data_dir / f"{FOLDER}-{split}.npz"
+    return data_dir / f"{FOLDER}-{_SPLITS[train]}.npz"
 
 
 def read(data_dir: Path, train: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -90,24 +103,43 @@ def read(data_dir: Path, train: bool) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         RecipeError: The folder is not as it ships, or an image can't be decoded.
     """
-    description = {"images": FOLDER, "split": "train" if train else "val", "version": VERSION}
-    arrays = load_or_make(_cache(data_dir, train), description, lambda: _decode(data_dir / FOLDER, train))
+    description = {"images": FOLDER, "split": _SPLITS[train], "version": VERSION}
+    decode = partial(_decode, data_dir / FOLDER, train)
+    arrays = load_or_make(_cache(data_dir, train), description, decode)
     return arrays["images"], arrays["labels"]
 
 
 def _decode(folder: Path, train: bool) -> Arrays:
-    """Decode every image of one split, on all cores: 100 000 of them take half a minute."""
-    pairs = samples(folder, train)
-    images = np.empty((len(pairs), SIDE, SIDE, 3), dtype=np.uint8)
+    """Decode every image of one split, on all cores: 100 000 of them take half a minute.
+
+    Args:
+        folder: The unpacked archive.
+        train: Training images, else the validation images.
+
+    Returns:
+        Under "images" uint8 (N, 64, 64, 3), under "labels" int64 (N,).
+    """
+    paths, labels = zip(*samples(folder, train), strict=True)
+    images = np.empty((len(paths), SIDE, SIDE, 3), dtype=np.uint8)
     with ThreadPoolExecutor() as pool:
-        decoded = pool.map(_pixels, (path for path, _ in pairs))
-        for index, pixels in enumerate(track(decoded, description="Tiny ImageNet", total=len(pairs))):
+        decoded = pool.map(_pixels, paths)
+        for index, pixels in enumerate(track(decoded, description="Tiny ImageNet", total=len(paths))):
             images[index] = pixels
-    return {"images": images, "labels": np.array([label for _, label in pairs], dtype=np.int64)}
+    return {"images": images, "labels": np.array(labels, dtype=np.int64)}
 
 
 def _pixels(path: Path) -> np.ndarray:
-    """Decode one image, uint8 (64, 64, 3)."""
+    """Decode one image.
+
+    Args:
+        path: Its file.
+
+    Returns:
+        Pixels uint8 (64, 64, 3), red, green and blue.
+
+    Raises:
+        RecipeError: The file is damaged, or the image has another size.
+    """
     try:
         with Image.open(path) as image:
             pixels = np.asarray(image.convert("RGB"))  # some are grey
@@ -169,7 +201,18 @@ def _training_samples(folder: Path, labels: dict[str, int]) -> list[tuple[Path, 
 
 
 def _validation_samples(folder: Path, labels: dict[str, int]) -> list[tuple[Path, int]]:
-    """List the images of `val` in the order of their annotations, wherever below that folder they are."""
+    """List the images of `val` in the order of their annotations, wherever below that folder they are.
+
+    Args:
+        folder: The folder `val` of the unpacked archive.
+        labels: Label of each class, by its name in `wnids.txt`.
+
+    Returns:
+        Paths and labels.
+
+    Raises:
+        RecipeError: An image or the list of annotations is missing, or the list names an unknown class.
+    """
     file = folder / "val_annotations.txt"
     listed = _annotations(file)
     found = {path.name: path for path in folder.rglob("*.JPEG")}
@@ -214,23 +257,34 @@ def sort_validation_images(folder: Path) -> int:
     """
     if not (folder / "wnids.txt").is_file():
         raise RecipeError(f"{folder} holds no wnids.txt; give the folder {FOLDER} that {ARCHIVE} unpacks to")
-    names = _lines(folder / "wnids.txt")
-    moved = 0
     try:
-        for path, label in samples(folder, train=False):
-            place = folder / "val" / names[label] / "images" / path.name
-            if path != place:
-                place.parent.mkdir(parents=True, exist_ok=True)
-                path.rename(place)
-                moved += 1
-        shipped = folder / "val" / "images"  # ImageFolder would take it for a class
-        if shipped.is_dir() and not any(shipped.iterdir()):
-            shipped.rmdir()
+        moved = _move_by_class(folder)
+        _remove_if_empty(folder / "val" / "images")  # ImageFolder would take it for a class
     except OSError as error:
         raise RecipeError(
-            f"{folder / 'val'} can't be sorted ({error}); run this again once that is mended"
+            f"{folder / 'val'} can't be sorted ({error}); run this again once that is solved"
         ) from error
     return moved
+
+
+def _move_by_class(folder: Path) -> int:
+    """Move every validation image that is not there yet to the folder of its class; return how many were."""
+    names = _lines(folder / "wnids.txt")
+    moved = 0
+    for path, label in samples(folder, train=False):
+        place = folder / "val" / names[label] / "images" / path.name
+        if path == place:
+            continue
+        place.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(place)
+        moved += 1
+    return moved
+
+
+def _remove_if_empty(folder: Path) -> None:
+    """Remove a folder that is there and holds nothing."""
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -241,11 +295,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("folder", type=Path, help=f"the unpacked archive, {FOLDER}")
     folder = parser.parse_args(arguments).folder
-    try:
+    with user_errors():
         moved = sort_validation_images(folder)
-    except RecipeError as error:
-        make_console(stderr=True).print(f"[bold red]error:[/bold red] {escape(str(error))}", soft_wrap=True)
-        raise SystemExit(2) from None
     text = "sorted already"
     if moved:
         text = f"{moved} validation images sorted by class in {folder / 'val'}"

@@ -104,6 +104,7 @@ def main() -> None:
 
         @hydra.main(config_path=str(CONFIG_DIR), config_name=f"generate_{kind}", version_base="1.3")
         def task(cfg: DictConfig) -> None:
+            """Make one data file with the composed settings."""
             run(kind, cfg)
 
         task()

@@ -119,12 +119,14 @@ class PartFile:
             RecipeError: They can't be written, for want of space say.
         """
         count = len(next(iter(arrays.values())))
+        file = self._file.fileno()
         try:
             for name, values in arrays.items():
                 data = np.ascontiguousarray(values, dtype="<f4")
-                _write_at(self._file.fileno(), self._offsets[name] + start * data[0].nbytes, data.tobytes())
-            os.fsync(self._file.fileno())  # the record must not reach the disk before what it vouches for
-            _write_at(self._file.fileno(), self._end + start, b"\1" * count)
+                offset = self._offsets[name] + start * data[0].nbytes
+                _write_at(file, offset, data.tobytes())
+            os.fsync(file)  # the record must not reach the disk before the samples that it says are there
+            _write_at(file, self._end + start, b"\1" * count)
         except OSError as error:
             raise RecipeError(
                 f"writing {self.path} failed ({error}). {self.samples - len(self.missing)} of {self.samples} "
@@ -165,7 +167,17 @@ class PartFile:
             raise RecipeError(f"another run is writing {self.path}; wait for it, or stop it") from error
 
     def _check(self, settings: Settings) -> dict[str, int]:
-        """Compare the settings with those in the file; return where each data set begins, in bytes."""
+        """Compare the settings with those in the file.
+
+        Args:
+            settings: What the samples of this run depend on.
+
+        Returns:
+            Where each data set begins in the file, in bytes.
+
+        Raises:
+            RecipeError: The settings differ, or the file is none of this generator.
+        """
         try:
             with h5py.File(self.path, "r", locking=False) as file:
                 found = {name: _plain(value) for name, value in file.attrs.items()}
@@ -192,7 +204,15 @@ class PartFile:
         return size - length, np.frombuffer(record[: self.samples], dtype=np.uint8).copy()
 
     def _check_space(self, problem: Problem, present: int) -> None:
-        """Compare what the disk has left with what the samples take; `present` bytes are on it already."""
+        """Compare what the disk has left with what the samples take, in float32.
+
+        Args:
+            problem: Gives the data sets.
+            present: Bytes of the file that are on the disk already; a file with holes has fewer than its size.
+
+        Raises:
+            RecipeError: The disk has too little space left.
+        """
         numbers = sum(math.prod(shape) for shape in problem.fields.values())
         needed = 4 * self.samples * numbers - present
         free = shutil.disk_usage(self.path.parent).free
@@ -204,15 +224,31 @@ class PartFile:
 
 
 def _write_at(file: int, offset: int, data: bytes) -> None:
-    """Write all bytes at a place of an open file; the system may take fewer at a time."""
+    """Write all bytes at a place of an open file.
+
+    Args:
+        file: The file's descriptor.
+        offset: The place, in bytes.
+        data: What is written; the system may take less of it at a time.
+    """
     rest = memoryview(data)
     while rest:
         written = os.pwrite(file, rest, offset)
-        rest, offset = rest[written:], offset + written
+        rest = rest[written:]
+        offset += written
 
 
 def _check_settings(path: Path, found: Settings, settings: Settings) -> None:
-    """Refuse to go on with a file of other settings; name those that differ."""
+    """Refuse to go on with a file of other settings.
+
+    Args:
+        path: The file, for the message.
+        found: The settings in the file.
+        settings: The settings now.
+
+    Raises:
+        RecipeError: They differ; the message names those that do.
+    """
     names = [name for name in {**settings, **found} if settings.get(name) != found.get(name)]
     if not names:
         return
@@ -226,11 +262,21 @@ def _check_settings(path: Path, found: Settings, settings: Settings) -> None:
 
 def _plain(value: Any) -> Any:
     """Return an attribute of an HDF5 file as a number or text of Python: h5py returns numbers as NumPy scalars."""
-    return value.item() if isinstance(value, np.generic) else value
+    if isinstance(value, np.generic):
+        return value.item()
+    return value
 
 
 def _lay_out(file: h5py.File, name: str, shape: tuple[int, ...]) -> None:
-    """Make a float32 data set that has its place in the file, in one piece, before anything is written to it."""
+    """Make a float32 data set that has its place in the file, in one piece, before anything is written to it.
+
+    Neither fill values nor times are written: the file of a run is bitwise the same whenever it was begun.
+
+    Args:
+        file: The file, open for writing.
+        name: Name of the data set.
+        shape: Its shape, first axis by sample.
+    """
     layout = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     layout.set_layout(h5py.h5d.CONTIGUOUS)
     layout.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)

@@ -62,7 +62,15 @@ def _ends(centres: np.ndarray) -> tuple[float, float]:
 
 
 def _draw_field(figure: Figure, axis: Axes, values: np.ndarray, name: str, extent: Extent) -> None:
-    """Draw one field with its colour bar; velocity in two colours that meet at zero."""
+    """Draw one field with its colour bar; velocity in two colours that meet at zero.
+
+    Args:
+        figure: The figure.
+        axis: Where to draw.
+        values: The field, (vertical, horizontal).
+        name: Name of the field in the file, which decides the colours.
+        extent: Left, right, lower and upper edge.
+    """
     limits = {}
     if name == "Vx":
         limit = np.abs(values).max()

@@ -104,12 +104,24 @@ def recorded_settings(spec: Spec, samples: int) -> Settings:
 
 
 def _write_all(spec: Spec, part: PartFile, missing: list[int], workers: int) -> Iterator[int]:
-    """Make and write the samples; yield how many at a time."""
+    """Make and write the samples that are missing.
+
+    Args:
+        spec: Which samples.
+        part: The file that they are written to.
+        missing: Their numbers, ascending.
+        workers: The largest number of processes.
+
+    Yields:
+        The number of samples of each batch that has been written.
+    """
     if not missing:
         return
     share = math.ceil(len(missing) / workers)
-    tasks = list(runs(missing, min(spec.batch, share)))
-    for task, arrays in make_samples(spec, tasks, min(workers, len(tasks))):
+    batch = min(spec.batch, share)  # smaller than asked for where some worker would get none
+    tasks = list(runs(missing, batch))
+    processes = min(workers, len(tasks))
+    for task, arrays in make_samples(spec, tasks, processes):
         part.write(task.start, arrays)
         yield len(task)
 

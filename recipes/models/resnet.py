@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from torchvision.models.resnet import BasicBlock
 
+from recipes.models.initial_weights import init_convolutions
+
 __all__ = ["DEPTHS", "SmallImageResNet"]
 
 DEPTHS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
@@ -41,9 +43,7 @@ class SmallImageResNet(nn.Module):
             before = after
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(before, out_channels)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        init_convolutions(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map images (B, in_channels, H, W) to logits (B, out_channels)."""
@@ -54,7 +54,14 @@ class SmallImageResNet(nn.Module):
 
 
 def _stage(before: int, after: int, blocks: int, stride: int) -> nn.Sequential:
-    """Return the blocks of a stage; the first one changes channels and grid, and its shortcut with it."""
+    """Return the blocks of a stage; the first one changes channels and grid, and its shortcut with it.
+
+    Args:
+        before: Channels that come in.
+        after: Channels that go out.
+        blocks: Number of blocks.
+        stride: Of the first block; 2 halves the grid.
+    """
     shortcut = None
     if stride != 1 or before != after:
         projection = nn.Conv2d(before, after, kernel_size=1, stride=stride, bias=False)

@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from torchvision.models.vgg import cfgs, make_layers
 
+from recipes.models.initial_weights import init_convolutions
+
 __all__ = ["DEPTHS", "SmallImageVGG"]
 
 DEPTHS = {16: "D", 19: "E"}
@@ -48,10 +50,7 @@ class SmallImageVGG(nn.Module):
             self.features[0] = nn.Conv2d(in_channels, width, kernel_size=3, padding=1)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.classifier = nn.Linear(8 * width, out_channels)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-                nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+        init_convolutions(self)
 
     def check_input(self, shape: tuple[int, ...]) -> None:
         """Refuse images that the halvings would make empty.

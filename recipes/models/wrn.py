@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from recipes.models.initial_weights import init_convolutions
+
 __all__ = ["WideResNet"]
 
 STEM_WIDTH = 16
@@ -48,9 +50,7 @@ class WideResNet(nn.Module):
         self.relu = nn.ReLU(inplace=True)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(before, out_channels)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        init_convolutions(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map images (B, in_channels, H, W) to logits (B, out_channels)."""
@@ -90,7 +90,14 @@ class WideBlock(nn.Module):
 
 
 def _stage(before: int, after: int, blocks: int, stride: int) -> nn.Sequential:
-    """Return the blocks of a stage; the first one changes channels and grid."""
+    """Return the blocks of a stage; the first one changes channels and grid.
+
+    Args:
+        before: Channels that come in.
+        after: Channels that go out.
+        blocks: Number of blocks.
+        stride: Of the first block; 2 halves the grid.
+    """
     first = WideBlock(before, after, stride)
     others = [WideBlock(after, after, stride=1) for _ in range(blocks - 1)]
     return nn.Sequential(first, *others)

@@ -67,9 +67,11 @@ def wikipedia(part: Part) -> list[str]:
         ValueError: `part` is neither.
         RecipeError: the file is not there, or is another.
     """
-    if part not in get_args(Part):
-        raise ValueError(f"part must be one of {get_args(Part)}, got {part!r}")
-    return list(_articles()[get_args(Part).index(part) :: 2])
+    parts = get_args(Part)
+    if part not in parts:
+        raise ValueError(f"part must be one of {parts}, got {part!r}")
+    first = parts.index(part)
+    return list(_articles()[first::2])
 
 
 @cache
@@ -91,8 +93,12 @@ def plain_text(source: str) -> str:
     count = 1
     while count:  # templates and tables hold others: from the inside out
         text, count = _INNERMOST.subn("", text)
-    text = _LINK.sub(r"\1", _MEDIA.sub("", text))
-    text = _EMPTY.sub("", html.unescape(_MARKS.sub("", _ADDRESS.sub(r"\1", text))))
+    text = _MEDIA.sub("", text)
+    text = _LINK.sub(r"\1", text)
+    text = _ADDRESS.sub(r"\1", text)
+    text = _MARKS.sub("", text)
+    text = html.unescape(text)
+    text = _EMPTY.sub("", text)
     return "\n".join(" ".join(line.split()) for line in _PROSE.findall(text))
 
 
@@ -125,13 +131,27 @@ def newsgroups20(split: Split) -> LabelledTexts:
 
 
 def _labelled(name: str, split: Split) -> LabelledTexts:
-    """Read a table of labels and documents."""
+    """Read a table of labels and documents; rows without a label, or cut short, are left out.
+
+    Args:
+        name: name of the data set.
+        split: which documents.
+
+    Raises:
+        ValueError: `split` is neither "train" nor "test".
+        RecipeError: the file is not there, or is another.
+    """
     if split not in get_args(Split):
         raise ValueError(f"split must be one of {get_args(Split)}, got {split!r}")
     csv.field_size_limit(max(csv.field_size_limit(), _LONGEST_DOCUMENT))
     with checked(f"{name} {split}").open(encoding="utf-8", newline="") as file:
         rows = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))[_HEADER_LINES:]
-    labelled = [row for row in rows if len(row) == 2 and row[0]]
-    classes = tuple(sorted({label for label, _ in labelled}))
-    labels = tuple(classes.index(label) for label, _ in labelled)
-    return LabelledTexts(tuple(text for _, text in labelled), labels, classes)
+    names = []
+    texts = []
+    for row in rows:
+        if len(row) == 2 and row[0]:
+            names.append(row[0])
+            texts.append(row[1])
+    classes = tuple(sorted(set(names)))
+    labels = tuple(map(classes.index, names))
+    return LabelledTexts(tuple(texts), labels, classes)

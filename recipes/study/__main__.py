@@ -43,12 +43,13 @@ import shlex
 import sys
 import warnings
 from collections.abc import Sequence
+from itertools import chain
 
 from rich.console import Console
 from rich.markup import escape
 
 from recipes.command import user_errors
-from recipes.console import make_console
+from recipes.console import make_console, quiet_lightning, warn
 from recipes.old_names import current_overrides
 from recipes.study.cells import Study, load_study
 from recipes.study.figure import FIGURE_FILE, draw
@@ -65,10 +66,13 @@ REPORT = "study=report"
 
 def _report(study: Study, results: dict[str, Records], console: Console) -> None:
     """Print the table; write it and the figure into the folder of the study, or into that of its only cell."""
-    arms = list(dict.fromkeys(arm for cell in study.cells for arm in cell.options.arms))
-    baseline = study.cells[0].options.baseline
+    arms = list(dict.fromkeys(chain.from_iterable(cell.options.arms for cell in study.cells)))
+    first = study.cells[0]
+    baseline = first.options.baseline
     rows = summarise(results, arms, baseline)
-    folder = study.cells[0].folder if len(study.cells) == 1 else study.folder
+    folder = study.folder
+    if len(study.cells) == 1:
+        folder = first.folder
     print_rows(console, rows, baseline)
     if not rows:
         return
@@ -94,17 +98,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     report_only = options.report or REPORT in options.overrides
     settings = [override for override in options.overrides if override != REPORT]
     overrides, notes = current_overrides(settings)
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    quiet_lightning(logging.ERROR)
     console = make_console()
     for note in notes:
-        console.print(f"[yellow]warning: {escape(note)}[/yellow]", soft_wrap=True)
+        warn(console, f"warning: {note}")
     with user_errors():
         try:
             _run(overrides, report_only, console)
         except KeyboardInterrupt:
             command = shlex.join(["python", "-m", "recipes.study", *(arguments or sys.argv[1:])])
-            console.print(f"[yellow]stopped; to go on, repeat {escape(command)}[/yellow]", soft_wrap=True)
+            warn(console, f"stopped; to go on, repeat {command}")
             raise
 
 

@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from recipes.command import sentence
-from recipes.config import ARMS, check_config
+from recipes.config import ARMS, check_config, check_count
 from recipes.errors import RecipeError
 from recipes.study.records import Job
 from recipes.study.single import metric_of
@@ -30,6 +30,10 @@ from recipes.study.single import metric_of
 __all__ = ["Cell", "Options", "Study", "load_study"]
 
 _OURS = ("seed", "lr", "balancing", "ckpt_path")
+"""Settings that a user of a study can't set: it sets the first three for every run itself, and resumes no run."""
+
+_NOT_IN_IDENTITY = ("paths", "logger", "callbacks", "threads", "ckpt_path", "arms", "seed", "seeds")
+"""Sections that results do not depend on: where files are, who logs what, and what each run has of its own."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,8 @@ def _check_whole_number(name: str, value: Any, least: int) -> None:
 def _check_grid(grid: Sequence[Any]) -> None:
     """Refuse a grid that is empty, has something else than positive numbers in it, or does not ascend."""
     positive = all(isinstance(multiple, int | float) and 0 < multiple < math.inf for multiple in grid)
-    if not grid or not positive or list(grid) != sorted(set(grid)):
+    ascending = positive and list(grid) == sorted(set(grid))
+    if not grid or not ascending:
         raise RecipeError(f"study.grid must be positive multiples in ascending order, got {list(grid)}")
 
 
@@ -109,7 +114,8 @@ class Cell:
     def settings(self, job: Job) -> dict[str, Any]:
         """Return all settings of a run, resolved: plain values that can be sent to another process."""
         cfg = self.arms[job.arm].copy()
-        cfg.seed, cfg.lr = job.seed, job.lr
+        cfg.seed = job.seed
+        cfg.lr = job.lr
         if self.options.vary_data:
             cfg.data.seed = job.seed
         return _plain(cfg)
@@ -171,15 +177,15 @@ def load_study(config_dir: str, overrides: Sequence[str]) -> Study:
         folder = Path(str(plain.pop("folder")))
         workers = plain.pop("workers")
         options_by_cell: dict[str, Any] = plain.pop("cells")
-        if workers is not None and (not isinstance(workers, int) or workers < 1):
-            raise RecipeError(f"study.workers must be null or a positive number, got {workers!r}")
+        check_count("study.workers", workers)
         names = sorted_overrides.experiments or list(options_by_cell)
         if not names:
             raise RecipeError("say what to study: experiment=<name>[,<name>...], or study=small")
         cells = []
         for name in names:
             own = options_by_cell.get(name) or {}
-            cells.append(_load_cell(name, folder, _read_options({**plain, **own}), sorted_overrides.runs))
+            options = _read_options({**plain, **own})
+            cells.append(_load_cell(name, folder, options, sorted_overrides.runs))
     _check_names(cells)
     return Study(tuple(cells), folder, workers)
 
@@ -228,7 +234,14 @@ def _compose_study(overrides: list[str]) -> dict[str, Any]:
 
 
 def _read_options(plain: Mapping[str, Any]) -> Options:
-    """Check what is done in a cell; lists become tuples."""
+    """Check what is done in a cell.
+
+    Args:
+        plain: The settings by name, as Hydra gives them; lists become tuples.
+
+    Raises:
+        RecipeError: A setting is unknown, or has a value that it can't have.
+    """
     known = [field.name for field in fields(Options)]
     unknown = sorted(set(plain) - set(known))
     if unknown:
@@ -241,7 +254,14 @@ def _read_options(plain: Mapping[str, Any]) -> Options:
 
 
 def _load_cell(experiment: str, folder: Path, options: Options, overrides: Sequence[str]) -> Cell:
-    """Compose one experiment with every arm of a cell."""
+    """Compose one experiment with every arm of a cell.
+
+    Args:
+        experiment: The experiment's file in `conf/experiment`, without its ending.
+        folder: Where the folders of the cells are.
+        options: What is done in the cell.
+        overrides: Settings that go to every run.
+    """
     arms = {arm: _compose_arm(experiment, arm, overrides) for arm in options.arms}
     name = arms[options.baseline].name
     return Cell(name, folder / name, options, arms)
@@ -286,7 +306,7 @@ def _plain(cfg: Any) -> dict[str, Any]:
 def _lasting(cfg: DictConfig) -> dict[str, Any]:
     """Return the settings that results depend on: not where files are, nor who logs what."""
     plain = _plain(cfg)
-    for section in ("paths", "logger", "callbacks", "threads", "ckpt_path", "arms", "seed", "seeds"):
+    for section in _NOT_IN_IDENTITY:
         plain.pop(section, None)
     plain["data"].pop("data_dir", None)
     plain["trainer"].pop("default_root_dir", None)

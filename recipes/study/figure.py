@@ -60,15 +60,27 @@ def draw(rows: Sequence[Row], baseline: str, path: Path) -> None:
 
 
 def _draw_row(axes: Any, y: float, row: Row, colour: str) -> None:
-    """Draw the mean and, where there is one, the interval of a row, in per cent; pooled rows get diamonds."""
+    """Draw the mean and, where there is one, the interval of a row, in per cent; pooled rows get diamonds.
+
+    Args:
+        axes: Where to draw.
+        y: Height of the row.
+        row: A row with an effect.
+        colour: Colour of its arm.
+    """
     assert row.effect is not None
     centre = percent(row.effect.mean)
-    ends = [[centre - percent(row.effect.low)], [percent(row.effect.high) - centre]]
+    to_ends = None
+    if not math.isnan(row.effect.low):
+        to_ends = [[centre - percent(row.effect.low)], [percent(row.effect.high) - centre]]
+    marker = "o"
+    if row.cell == POOLED:
+        marker = "D"
     axes.errorbar(
         centre,
         y,
-        xerr=None if math.isnan(row.effect.low) else ends,
-        fmt="D" if row.cell == POOLED else "o",
+        xerr=to_ends,
+        fmt=marker,
         markersize=5,
         capsize=2.5,
         color=colour,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 
 from recipes.study.records import Job, Record
 
@@ -70,10 +71,32 @@ class Search:
     seeds: int
     extend: int
 
+    @property
+    def lrs(self) -> list[float]:
+        """The learning rates to begin with, ascending."""
+        return [_tidy(self.lr * multiple) for multiple in self.grid]
+
     def jobs(self, lr: float) -> list[Job]:
         """Return the runs that try one learning rate."""
         seeds = range(TUNE_SEEDS_START + 1, TUNE_SEEDS_START + self.seeds + 1)
         return [Job(self.arm, "tune", seed, lr) for seed in seeds]
+
+    def missing(self, lrs: Iterable[float], finished: Mapping[Job, Record]) -> tuple[Job, ...]:
+        """Return the runs that are not finished of those that try some learning rates."""
+        jobs = chain.from_iterable(map(self.jobs, lrs))
+        return _missing(jobs, finished)
+
+    def score(self, lr: float, finished: Mapping[Job, Record]) -> float:
+        """Return the mean log validation error of a learning rate; infinite where a run diverged.
+
+        Args:
+            lr: A learning rate of which no run is missing.
+            finished: The runs so far.
+        """
+        records = [finished[job] for job in self.jobs(lr)]
+        if any(record.status == "diverged" for record in records):
+            return math.inf
+        return math.fsum(record.log_error("val") for record in records) / len(records)
 
 
 def tune(search: Search, finished: Mapping[Job, Record]) -> Tuning:
@@ -90,15 +113,15 @@ def tune(search: Search, finished: Mapping[Job, Record]) -> Tuning:
     Returns:
         The chosen learning rate, or the runs that are needed to go on.
     """
-    lrs = [_tidy(search.lr * multiple) for multiple in search.grid]
+    lrs = search.lrs
     if len(lrs) == 1:
-        return Tuning((lrs[0],), (), lrs[0], ())
+        return Tuning(tuple(lrs), missing=(), best=lrs[0], scores=())
     below = above = search.extend
     while True:
-        missing = _missing([job for lr in lrs for job in search.jobs(lr)], finished)
+        missing = search.missing(lrs, finished)
         if missing:
-            return Tuning(tuple(lrs), missing, None, ())
-        scores = [_score([finished[job] for job in search.jobs(lr)]) for lr in lrs]
+            return Tuning(tuple(lrs), missing, best=None, scores=())
+        scores = [search.score(lr, finished) for lr in lrs]
         best = scores.index(min(scores))
         at_lower_end = best == 0
         at_upper_end = best == len(lrs) - 1
@@ -113,19 +136,13 @@ def tune(search: Search, finished: Mapping[Job, Record]) -> Tuning:
 
 
 def _missing(jobs: Iterable[Job], finished: Mapping[Job, Record]) -> tuple[Job, ...]:
+    """Return those of some runs that are not finished, in the same order."""
     return tuple(job for job in jobs if job not in finished)
 
 
 def _tidy(lr: float) -> float:
     """Round to six digits, so that a rate reads the same everywhere."""
     return float(f"{lr:.6g}")
-
-
-def _score(records: list[Record]) -> float:
-    """Return the mean log validation error of one learning rate, infinite where a run diverged."""
-    if any(record.status == "diverged" for record in records):
-        return math.inf
-    return math.fsum(record.log_error("val") for record in records) / len(records)
 
 
 def plan_arm(search: Search, seeds: int, finished: Mapping[Job, Record]) -> ArmPlan:
@@ -135,6 +152,9 @@ def plan_arm(search: Search, seeds: int, finished: Mapping[Job, Record]) -> ArmP
         search: How the learning rate is searched for.
         seeds: Final runs.
         finished: The runs so far, of this arm and maybe others.
+
+    Returns:
+        The plan. While the search goes on, its runs alone can be started: the final ones need its result.
     """
     tuning = tune(search, finished)
     searching = len(tuning.lrs) * search.seeds

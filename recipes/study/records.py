@@ -8,7 +8,7 @@ same rows.
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_type_hints
@@ -97,19 +97,26 @@ class Record:
         """Return the error, smaller is better: 1 - accuracy, else the score itself.
 
         A diverged run has learnt nothing, and counts as such.
+
+        Args:
+            split: The data on which the score was measured.
         """
         if self.status == "diverged":
             return self.blind_error
-        score = self.val if split == "val" else self.test
+        score = {"val": self.val, "test": self.test}[split]
         if self.metric == "accuracy":
             return 1.0 - score
         return score
 
     def log_error(self, split: Literal["val", "test"]) -> float:
-        """Return the log of the error, with half a sample added to a share of samples."""
+        """Return the log of the error, with half a sample added to a share of samples; see `log_error`.
+
+        Args:
+            split: The data on which the score was measured.
+        """
         if self.metric != "accuracy":
             return log_error(self.error(split), None)
-        samples = self.val_samples if split == "val" else self.test_samples
+        samples = {"val": self.val_samples, "test": self.test_samples}[split]
         return log_error(self.error(split), samples)
 
 
@@ -139,13 +146,14 @@ def read_records(folder: Path) -> dict[Job, Record]:
 
 
 _TYPES = get_type_hints(Record)
+_CONVERT: dict[Any, Callable[[str], Any]] = {int: int, float: float}
 
 
 def _read_record(row: dict[str, str]) -> Record:
     """Turn the cells of a row into numbers where the record has numbers."""
     values: dict[str, Any] = {}
     for name, kind in _TYPES.items():
-        convert = kind if kind in (int, float) else str
+        convert = _CONVERT.get(kind, str)
         values[name] = convert(row[name])
     return Record(**values)
 

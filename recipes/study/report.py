@@ -57,7 +57,9 @@ class Row:
     @property
     def p(self) -> float:
         """The p-value of the effect alone; NaN where there is none."""
-        return math.nan if self.effect is None else self.effect.p
+        if self.effect is None:
+            return math.nan
+        return self.effect.p
 
 
 def summarise(cells: Mapping[str, Records], arms: Sequence[str], baseline: str) -> list[Row]:
@@ -109,17 +111,28 @@ def _pairs(runs: FinalRuns, arm: str, baseline: str) -> list[tuple[Record, Recor
 
 
 def _effect(cells: Iterable[FinalRuns], arm: str, baseline: str) -> Effect | None:
-    """Return the arm's effect over the cells that have a pair; None for the baseline, or without any pair."""
+    """Return the effect of an arm.
+
+    Args:
+        cells: The cells that it is averaged over; those without a pair are left out.
+        arm: The arm.
+        baseline: The arm that it is compared with.
+
+    Returns:
+        The effect; None for the baseline itself, or without any pair.
+    """
     if arm == baseline:
         return None
-    ratios = []
-    for runs in cells:
-        pairs = _pairs(runs, arm, baseline)
-        if pairs:
-            ratios.append({own.seed: own.log_error("test") - other.log_error("test") for own, other in pairs})
-    if not ratios:
+    ratios = [_log_ratios(_pairs(runs, arm, baseline)) for runs in cells]
+    with_pairs = list(filter(None, ratios))
+    if not with_pairs:
         return None
-    return pooled_effect(ratios)
+    return pooled_effect(with_pairs)
+
+
+def _log_ratios(pairs: Iterable[tuple[Record, Record]]) -> dict[int, float]:
+    """Return the log of the arm's test error over the baseline's, by seed."""
+    return {own.seed: own.log_error("test") - other.log_error("test") for own, other in pairs}
 
 
 def _overhead(cells: Iterable[FinalRuns], arm: str, baseline: str) -> float:
@@ -139,11 +152,24 @@ def _diverged(runs: Iterable[Record]) -> int:
     return sum(run.status == "diverged" for run in runs)
 
 
+def _deviation(errors: Sequence[float]) -> float:
+    """Return the standard deviation over seeds; NaN for a single one."""
+    if len(errors) == 1:
+        return math.nan
+    return stdev(errors)
+
+
 def _cell_row(name: str, cell: FinalRuns, arm: str, baseline: str) -> Row:
-    """Return the row of one arm in one cell, in which it has final runs."""
+    """Return the row of one arm in one cell; its p-value is corrected later, with those of the other arms.
+
+    Args:
+        name: Name of the cell.
+        cell: The final runs of the cell.
+        arm: An arm that has some.
+        baseline: The arm that it is compared with.
+    """
     runs = list(cell[arm].values())
     errors = [run.error("test") for run in runs]
-    several = len(errors) > 1
     return Row(
         cell=name,
         arm=arm,
@@ -152,7 +178,7 @@ def _cell_row(name: str, cell: FinalRuns, arm: str, baseline: str) -> Row:
         runs=len(runs),
         diverged=_diverged(runs),
         error_mean=mean(errors),
-        error_sd=stdev(errors) if several else math.nan,
+        error_sd=_deviation(errors),
         effect=_effect([cell], arm, baseline),
         p_holm=math.nan,
         overhead=_overhead([cell], arm, baseline),

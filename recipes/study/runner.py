@@ -14,10 +14,10 @@ from datetime import timedelta
 from statistics import mean
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from recipes.children import available_cores
+from recipes.console import warn
 from recipes.study.cells import Cell, Study
 from recipes.study.plan import ArmPlan, Search, Tuning, plan_arm
 from recipes.study.records import Job, Record, read_records, write_records
@@ -27,6 +27,10 @@ from recipes.study.workers import Workers
 __all__ = ["run_study"]
 
 Results = dict[str, dict[Job, Record]]
+"""The finished runs, by name of the cell."""
+
+_WITH_DIGITS = re.compile(r"\S*\d\S*")
+"""Words with a digit in them, which differ between warnings that say the same of different layers and numbers."""
 
 
 def run_study(study: Study, console: Console) -> Results:
@@ -74,14 +78,22 @@ class _Progress:
                 self._plans[cell.name, arm] = self._plan(cell, arm)
 
     def _plan(self, cell: Cell, arm: str) -> ArmPlan:
-        """Return what an arm needs, by the results so far."""
+        """Return what an arm needs, by the results so far.
+
+        Args:
+            cell: The cell, for its options and the arm's own learning rate.
+            arm: One of its arms.
+        """
         options = cell.options
         search = Search(arm, cell.lr(arm), options.grid, options.tune_seeds, options.extend)
         return plan_arm(search, options.seeds, self._results[cell.name])
 
     def _missing(self) -> list[tuple[str, Job]]:
         """Return the runs that can be started now, with the names of their cells."""
-        return [(name, job) for (name, _), plan in self._plans.items() for job in plan.missing]
+        missing = []
+        for (name, _), plan in self._plans.items():
+            missing += [(name, job) for job in plan.missing]
+        return missing
 
     def run(self) -> None:
         """Work until no run is missing."""
@@ -106,7 +118,13 @@ class _Progress:
             workers.submit((name, job), self._cells[name].settings(job))
 
     def _keep(self, name: str, job: Job, facts: dict[str, object]) -> None:
-        """Write a finished run, and plan its arm anew; tell of a learning rate that this has decided."""
+        """Write a finished run, plan its arm again, and print the learning rate where this run has decided it.
+
+        Args:
+            name: Name of the cell.
+            job: The run.
+            facts: What the run has found, the fields of `Record` that are not in `job`.
+        """
         cell = self._cells[name]
         record = Record(experiment=name, **job._asdict(), **facts, config=cell.fingerprint(job.arm))  # type: ignore[arg-type]
         self._results[name][job] = record
@@ -118,32 +136,47 @@ class _Progress:
             self._console.print(f"{name} {job.arm}: {_tuned(plan.tuning)}", highlight=False, soft_wrap=True)
 
     def _tell(self, name: str, arm: str, messages: list[str]) -> None:
-        """Show each warning once an arm, whatever layers and numbers it names."""
+        """Show each warning once an arm, whatever layers and numbers it names.
+
+        Args:
+            name: Name of the cell.
+            arm: The arm.
+            messages: The callback's warnings in one run; hundreds of runs may give the same.
+        """
         for message in messages:
-            key = (name, arm, re.sub(r"\S*\d\S*", "", message))
-            if key not in self._said:
-                self._said.add(key)
-                self._console.print(f"[yellow]{name} {arm}: {escape(message)}[/yellow]", soft_wrap=True)
+            key = (name, arm, _WITH_DIGITS.sub("", message))
+            if key in self._said:
+                continue
+            self._said.add(key)
+            warn(self._console, f"{name} {arm}: {message}")
 
     def _total(self) -> int:
+        """Return the number of runs in all, as far as is known: a search for a learning rate may grow."""
         return sum(plan.total for plan in self._plans.values())
 
     def _done(self) -> int:
+        """Return the number of runs of the plans that are finished."""
         return sum(plan.done for plan in self._plans.values())
 
     def _left(self) -> str:
-        """Estimate the time left from each cell's mean time a run, or that of all cells where it has none yet."""
+        """Return an estimate of the time left, in words; empty as long as no run is finished.
+
+        It rests on the mean time of a run in each cell, or in all cells where the cell has no finished run yet.
+        """
         finished = [record for records in self._results.values() for record in records.values()]
         if not finished:
             return ""
         seconds = 0.0
         for (name, _), plan in self._plans.items():
             known = self._results[name].values() or finished
-            seconds += (plan.total - plan.done) * mean(record.seconds for record in known)
-        return f"about {timedelta(seconds=round(seconds / self._count))} left"
+            runs_left = plan.total - plan.done
+            seconds += runs_left * mean(record.seconds for record in known)
+        left = timedelta(seconds=round(seconds / self._count))
+        return f"about {left} left"
 
 
 def _progress_bar(console: Console) -> Progress:
+    """Return a bar that counts runs, with the time passed and, in the field `left`, the time left."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -155,9 +188,15 @@ def _progress_bar(console: Console) -> Progress:
 
 
 def _tuned(tuning: Tuning) -> str:
-    """Say which learning rate was chosen, and the validation error (geometric mean) of each that was tried."""
+    """Say which learning rate was chosen, and the validation error (geometric mean) of each that was tried.
+
+    Args:
+        tuning: A search that is over.
+    """
     tried = []
     for lr, score in zip(tuning.lrs, tuning.scores, strict=True):
-        error = "diverged" if math.isinf(score) else f"{math.exp(score):.4g}"
+        error = "diverged"
+        if not math.isinf(score):
+            error = f"{math.exp(score):.4g}"
         tried.append(f"{lr:g}: {error}")
     return f"lr {tuning.best:g} (validation error of each: {', '.join(tried)})"

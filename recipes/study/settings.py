@@ -98,18 +98,30 @@ def _read_settings(path: Path) -> dict[str, Any]:
 
 
 def _unwritable(error: OSError) -> RecipeError:
+    """Return the error that tells the user of a folder that can't be written."""
     return RecipeError(f"the study's folder can't be written ({error}); choose another with study.folder=...")
 
 
 def _check_same(cell: Cell, saved: dict[str, Any], now: dict[str, Any]) -> None:
-    """Compare the study's settings, and those of the arms that both have; name at most `_SHOWN` that differ."""
-    old, new = _flat(saved["study"], "study"), _flat(now["study"], "study")
+    """Compare the study's settings, and those of the arms that both have.
+
+    Args:
+        cell: The cell, for its folder.
+        saved: What is noted in the folder, as `Cell.identity` gives it.
+        now: The same of this command.
+
+    Raises:
+        RecipeError: They differ; the message names at most `_SHOWN` settings.
+    """
+    old = _flat(saved["study"], "study")
+    new = _flat(now["study"], "study")
     for arm in now["arms"].keys() & saved["arms"].keys():
         old.update(_flat(saved["arms"][arm], arm))
         new.update(_flat(now["arms"][arm], arm))
     changes = []
     for name in {**old, **new}:
-        before, after = old.get(name, _UNSET), new.get(name, _UNSET)
+        before = old.get(name, _UNSET)
+        after = new.get(name, _UNSET)
         if before != after:
             changes.append(f"{name} was {before} and is {after}")
     if not changes:

@@ -82,18 +82,29 @@ def pooled_effect(cells: Sequence[Mapping[int, float]]) -> Effect:
     smallest = min(map(len, cells))
     if smallest < 2:
         return Effect(mean, math.nan, math.nan, math.nan, pairs)
-    residuals: dict[int, float] = {}
-    for cell, centre in zip(cells, means, strict=True):
-        n = len(cell)
-        for seed, value in cell.items():
-            share = math.sqrt(n / (n - 1)) * (value - centre) / (len(cells) * n)
-            residuals[seed] = residuals.get(seed, 0.0) + share
+    residuals = _residuals(cells, means)
     error = math.sqrt(math.fsum(residual**2 for residual in residuals.values()))
     if error == 0.0:
         return Effect(mean, mean, mean, float(mean == 0.0), pairs)
     half = error * float(stats.t.ppf((1 + LEVEL) / 2, smallest - 1))
     p = 2 * float(stats.t.sf(abs(mean) / error, smallest - 1))
     return Effect(mean, mean - half, mean + half, p, pairs)
+
+
+def _residuals(cells: Sequence[Mapping[int, float]], means: Sequence[float]) -> dict[int, float]:
+    """Return each seed's residuals, added up over the cells that have it: the sum over c in `pooled_effect`.
+
+    Args:
+        cells: For each cell the log ratio of each seed, two seeds at least.
+        means: The mean log ratio of each cell.
+    """
+    residuals: dict[int, float] = {}
+    for cell, centre in zip(cells, means, strict=True):
+        n = len(cell)
+        for seed, value in cell.items():
+            share = math.sqrt(n / (n - 1)) * (value - centre) / (len(cells) * n)
+            residuals[seed] = residuals.get(seed, 0.0) + share
+    return residuals
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -107,9 +118,11 @@ def holm(p_values: Sequence[float]) -> list[float]:
     """
     p = np.asarray(p_values, dtype=float)
     adjusted = np.full(len(p), math.nan)
-    order = [int(i) for i in np.argsort(p, kind="stable") if not math.isnan(p[i])]
+    tests = int(np.count_nonzero(~np.isnan(p)))
+    smallest_first = np.argsort(p, kind="stable")[:tests]  # NaN is sorted to the end
     highest = 0.0
-    for rank, index in enumerate(order):
-        highest = max(highest, min(1.0, (len(order) - rank) * float(p[index])))
+    for rank, index in enumerate(smallest_first):
+        corrected = (tests - rank) * float(p[index])
+        highest = max(highest, min(1.0, corrected))
         adjusted[index] = highest
     return [float(value) for value in adjusted]

@@ -51,31 +51,44 @@ def print_rows(console: Console, rows: Sequence[Row], baseline: str) -> None:
 
 
 def _cells(row: Row) -> list[str]:
-    """Return the cells of a row behind the name of the cell."""
+    """Return the cells of a row behind the name of the cell, in the order of the table's headings."""
     runs = str(row.runs)
     if row.diverged:
         runs += f" ({row.diverged} diverged)"
     error = _number(100 * row.error_mean, ".2f")
     if not math.isnan(row.error_sd):
         error += f" ± {100 * row.error_sd:.2f}"
-    return [row.arm, _number(row.lr, "g"), runs, error, *_effect_cells(row), _number(100 * row.overhead, ".1f")]
+    lr = _number(row.lr, "g")
+    cost = _number(100 * row.overhead, ".1f")
+    return [row.arm, lr, runs, error, *_effect_cells(row), cost]
 
 
 def _number(value: float, form: str) -> str:
     """Format a number; NaN, which stands for one that is missing, becomes an empty cell."""
-    return "" if math.isnan(value) else format(value, form)
+    if math.isnan(value):
+        return ""
+    return format(value, form)
 
 
 def _effect_cells(row: Row) -> list[str]:
-    """Return the change, its interval and its p-value; a single pair has neither of the latter."""
+    """Return the cells of the comparison with the baseline.
+
+    Args:
+        row: The row of an arm.
+
+    Returns:
+        The change, its interval and its p-value. All are empty for the baseline itself; a single pair has dashes
+        for the last two.
+    """
     if row.effect is None:
         return ["", "", ""]
     change = f"{percent(row.effect.mean):+.1f}"
     if math.isnan(row.effect.low):
         return [change, "-", "-"]
     interval = f"{percent(row.effect.low):+.1f} to {percent(row.effect.high):+.1f}"
-    p = "<0.001" if row.p_holm < 0.001 else f"{row.p_holm:.3f}"
-    return [change, interval, p]
+    if row.p_holm < 0.001:
+        return [change, interval, "<0.001"]
+    return [change, interval, f"{row.p_holm:.3f}"]
 
 
 def verdict(rows: Sequence[Row], baseline: str) -> str:
@@ -86,21 +99,36 @@ def verdict(rows: Sequence[Row], baseline: str) -> str:
     Args:
         rows: The findings; those of the last cell stand last.
         baseline: The arm that the others are compared with.
+
+    Returns:
+        One to three sentences.
     """
     compared = [row for row in rows if row.effect is not None]
     last = [row for row in compared if row.cell == rows[-1].cell]
     if not last:
         return f"Nothing to compare with {baseline} yet."
-    where = "Over all cells" if last[0].cell == POOLED else f"In {last[0].cell}"
-    return f"{_warning_of_few_seeds(compared)}{where}, {_finding(last, baseline)}{_resolution(last)}"
+    warning = _warning_of_few_seeds(compared)
+    where = f"In {last[0].cell}"
+    if last[0].cell == POOLED:
+        where = "Over all cells"
+    return f"{warning}{where}, {_finding(last, baseline)}{_resolution(last)}"
 
 
 def _warning_of_few_seeds(rows: Sequence[Row]) -> str:
-    """Return the sentence for a study whose smallest cell has too few pairs; empty where it has enough."""
+    """Return the sentence for a study whose smallest cell has too few pairs.
+
+    Args:
+        rows: The rows with an effect, of all cells; pooled rows are not looked at.
+
+    Returns:
+        The sentence, which ends in a space; empty where every cell has enough pairs.
+    """
     fewest = min(row.effect.pairs for row in rows if row.effect is not None and row.cell != POOLED)
     if fewest >= ENOUGH_SEEDS:
         return ""
-    seeds = "1 seed" if fewest == 1 else f"{fewest} seeds"
+    seeds = f"{fewest} seeds"
+    if fewest == 1:
+        seeds = "1 seed"
     return (
         f"This proves nothing: with {seeds} chance alone can make any order of the arms; set study.seeds to at "
         f"least {ENOUGH_SEEDS}, better 10 to 20. "
@@ -108,17 +136,28 @@ def _warning_of_few_seeds(rows: Sequence[Row]) -> str:
 
 
 def _finding(rows: Sequence[Row], baseline: str) -> str:
-    """Name the arms that differ from the baseline beyond the noise."""
+    """Name the arms that differ from the baseline beyond the noise.
+
+    Args:
+        rows: The rows with an effect of one cell, or the pooled ones.
+        baseline: The arm that they are compared with.
+    """
     found = []
     for row in rows:
-        if row.effect is None or not row.p_holm < SIGNIFICANT:  # NaN is not significant either
-            continue
-        change = percent(row.effect.mean)
-        direction = "less" if change < 0 else "more"
-        found.append(f"{row.arm} has {abs(change):.1f}% {direction} error")
+        significant = row.p_holm < SIGNIFICANT  # NaN is not
+        if significant and row.effect is not None:
+            found.append(f"{row.arm} has {_change(percent(row.effect.mean))} error")
     if not found:
         return f"no arm differs from {baseline} beyond the noise (5%, Holm)."
     return f"{' and '.join(found)} than {baseline}, beyond the noise (5%, Holm)."
+
+
+def _change(percentage: float) -> str:
+    """Return a change in words, `"3.0% less"`."""
+    size = f"{abs(percentage):.1f}%"
+    if percentage < 0:
+        return f"{size} less"
+    return f"{size} more"
 
 
 def _resolution(rows: Sequence[Row]) -> str:

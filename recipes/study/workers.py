@@ -24,6 +24,7 @@ import torch
 
 from recipes.children import end_with_parent
 from recipes.command import sentence
+from recipes.console import quiet_lightning
 from recipes.errors import RecipeError
 from recipes.study.single import run_once
 
@@ -118,7 +119,8 @@ class Workers:
             outcome = _receive(worker)
             if outcome.failure:
                 raise RecipeError(f"the run {worker.task} failed: {outcome.failure}")
-            task, worker.task = worker.task, None
+            task = worker.task
+            worker.task = None
             yield task, outcome.facts, outcome.messages
 
 
@@ -155,8 +157,7 @@ def _work(connection: Connection, index: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     end_with_parent()
     torch.set_num_threads(1)
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    quiet_lightning(logging.ERROR)
     while True:
         try:
             settings = connection.recv()

@@ -199,7 +199,7 @@ def test_wrong_bytes_leave_nothing(server: Any, tmp_path: Path, start: int) -> N
     state.faults = ["wrong"] if start == 0 else []
     if start:
         (tmp_path / "x.hdf5.download").write_bytes(bytes(start))  # of another file: the checksum finds out
-    with pytest.raises(RecipeError, match=f"other bytes than published .*, published {MD5}.* thrown away"):
+    with pytest.raises(RecipeError, match=f"other bytes than published .*, published {MD5}.* deleted"):
         download([file()], tmp_path)
     assert list(tmp_path.iterdir()) == []
     download([file()], tmp_path)

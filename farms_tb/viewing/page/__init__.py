@@ -13,7 +13,7 @@ from pathlib import Path
 
 from farms_tb.atomic_write import write_text_atomically
 from farms_tb.viewing.page.content import content_of
-from farms_tb.viewing.run_folder import RunFolder, read_run_folder
+from farms_tb.viewing.run_folder import RunFolder, as_run_folder
 
 __all__ = ["write_page"]
 
@@ -40,7 +40,7 @@ def write_page(
             runs.
         OSError: the file cannot be written; an earlier one is kept.
     """
-    run = run_folder if isinstance(run_folder, RunFolder) else read_run_folder(run_folder)
+    run = as_run_folder(run_folder)
     path = run.path / PAGE_FILE if output is None else Path(output)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text_atomically(path, _render(run), errors="replace")

@@ -16,7 +16,7 @@ from farms_tb.viewing.plots.curves import plot_alpha_curves, plot_ratio_curves, 
 from farms_tb.viewing.plots.layers import plot_alpha_by_depth, plot_full_against_farms
 from farms_tb.viewing.plots.spectra import plot_esd, plot_esds, with_histogram
 from farms_tb.viewing.plots.style import PathLike, check_format
-from farms_tb.viewing.run_folder import RunFolder, read_run_folder
+from farms_tb.viewing.run_folder import RunFolder, as_run_folder
 
 FOLDER = "figures"
 """Where the pictures of a run go, in its folder."""
@@ -77,10 +77,14 @@ def save_all(
         ImportError: matplotlib is not installed.
     """
     check_wanted(pictures, suffix)
-    run = run_folder if isinstance(run_folder, RunFolder) else read_run_folder(run_folder)
-    folder = _own_folder(run.path / FOLDER) if output_dir is None else Path(output_dir)
-    drawable = _drawable(run, run.title if title is None else title)
-    chosen = list(drawable) if pictures is None else list(pictures)
+    run = as_run_folder(run_folder)
+    folder = _output_folder(run, output_dir)
+    if title is None:
+        title = run.title
+    drawable = _drawable(run, title)
+    chosen = pictures
+    if chosen is None:
+        chosen = list(drawable)
     _check_drawable(run, drawable, chosen)
     if layers:
         _check_drawable(run, drawable, ["esd"])
@@ -102,10 +106,10 @@ def _save_pictures(wanted: dict[str, _Draw], folder: Path, suffix: str) -> list[
 
 def _check_drawable(run: RunFolder, drawable: dict[str, _Draw], wanted: Sequence[str]) -> None:
     """Raise a ValueError where a run has no data for a picture; it says what is missing."""
-    for name in wanted:
-        if name not in drawable:
-            reasons = " ".join(run.missing) or "The table of the layers says why: farms-tb analyze."
-            raise ValueError(f"{run.path} has no data for the picture {name!r}. {reasons}")
+    impossible = [name for name in wanted if name not in drawable]
+    if impossible:
+        reasons = " ".join(run.missing) or "The table of the layers says why: farms-tb analyze."
+        raise ValueError(f"{run.path} has no data for the picture {impossible[0]!r}. {reasons}")
 
 
 def _spectra(run: RunFolder, layers: Sequence[str]) -> dict[str, _Draw]:
@@ -116,8 +120,20 @@ def _spectra(run: RunFolder, layers: Sequence[str]) -> dict[str, _Draw]:
     return {f"esd_{file_name(layer)}": partial(plot_esd, run.farms, layer) for layer in layers}
 
 
-def _own_folder(folder: Path) -> Path:
-    """Return the folder for a run's pictures, unless a link in somebody's run would lead them elsewhere."""
+def _output_folder(run: RunFolder, output_dir: PathLike | None) -> Path:
+    """Return the folder that the pictures go to.
+
+    Args:
+        run: the run, in whose folder they go by default.
+        output_dir: the folder that the user names; None for the default.
+
+    Raises:
+        ValueError: `figures` in the run folder is a link. The folder may come from somebody else, and such a link
+            would lead the pictures out of it.
+    """
+    if output_dir is not None:
+        return Path(output_dir)
+    folder = run.path / FOLDER
     if folder.is_symlink():
         raise ValueError(f"{folder} is a link to {folder.readlink()}: pass the folder to write to (--output)")
     return folder
