@@ -23,6 +23,7 @@ from farms_tb.balancing.loop import TempBalance
 from farms_tb.balancing.ratio_maps import lr_ratios
 from farms_tb.options import LoggingOptions, RatioOptions, ScheduleOptions, SpectrumOptions
 from farms_tb.report import EsdHistogram, LayerRecord, Report
+from farms_tb.verdicts import Verdict
 from farms_tb.weights.matrices import MatrixStack, NoSpectrumError, layer_matrices
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ __all__ = [
     "SpectrumOptions",
     "StepGroup",
     "TempBalance",
+    "Verdict",
     "analyze",
     "analyze_checkpoint",
     "layer_matrices",
