@@ -1,7 +1,8 @@
 """Pictures of what was logged and measured, for papers and for a first look; needs matplotlib (extra `plot`).
 
 Over training, from `read_history(".../metrics.csv")`: `plot_alpha_curves`, `plot_ratio_curves`, `plot_ratio_map`.
-Of one measurement, from `analyze(...)`: `plot_alpha_by_depth`, `plot_full_against_farms`, `plot_esd`, `plot_esds`.
+Of one measurement, from `analyze(...)`: `plot_alpha_by_depth`, `plot_full_against_farms`, `plot_esd`, `plot_esds`;
+with permutation nulls `plot_effect_plane`.
 All that a run folder has: `save_all`.
 """
 
@@ -12,6 +13,7 @@ from farms_tb.viewing.metrics_csv import read_history
 from farms_tb.viewing.plots.curves import plot_alpha_curves, plot_ratio_curves, plot_ratio_map
 from farms_tb.viewing.plots.everything import save_all
 from farms_tb.viewing.plots.layers import plot_alpha_by_depth, plot_full_against_farms
+from farms_tb.viewing.plots.plane import plot_effect_plane
 from farms_tb.viewing.plots.spectra import plot_esd, plot_esds
 
 __all__ = [
@@ -19,6 +21,7 @@ __all__ = [
     "History",
     "plot_alpha_by_depth",
     "plot_alpha_curves",
+    "plot_effect_plane",
     "plot_esd",
     "plot_esds",
     "plot_full_against_farms",

@@ -1,0 +1,72 @@
+"""The plane of effect against rank share: one axis for how much was learnt, one for collapse."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from farms_tb.report import LayerRecord, Report
+from farms_tb.verdicts import Verdict
+from farms_tb.viewing.plots.style import FAINT, PathLike, heading, new_figure, save, styled
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MARKS = {
+    Verdict.TRAINED: ("o", "#0072B2"),
+    Verdict.RANDOM: ("X", "#D55E00"),
+    Verdict.COLLAPSED: ("v", "#CC79A7"),
+    Verdict.OUTLIERS: ("^", "#009E73"),
+    Verdict.NO_POWER_LAW: ("s", "0.5"),
+}
+"""Marker and colour of each verdict that a layer with an alpha can have; told apart without colours, too."""
+
+
+@styled
+def plot_effect_plane(report: Report, path: PathLike | None = None, *, title: str = "") -> Figure:
+    """Draw each layer's effect against its rank share, with its verdict as the mark.
+
+    The effect is alpha minus that of the same entries in random order: 0 for a random layer. The rank share is
+    the share of directions that hold 99 % of the energy, near 0 for a collapsed layer.
+
+    Args:
+        report: of `analyze(..., null=True)`.
+        path: where to save the picture, in the format of the file's ending; None to save nothing.
+        title: a heading, shown as it is: `$` is no mathematics.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: no layer has an effect.
+    """
+    found = [record for record in report.layers.values() if record.effect is not None and record.rank_share]
+    if not found:
+        raise ValueError("the report holds no effect: measure with analyze(..., null=True)")
+    figure = new_figure(5.4, 4.4)
+    axes = figure.add_subplot()
+    axes.axvline(0.0, color=FAINT, linewidth=1.0, linestyle="--", zorder=1, label="random weights")
+    for verdict, (marker, colour) in MARKS.items():
+        _draw(axes, [record for record in found if record.verdict is verdict], marker, colour, str(verdict))
+    axes.set_ylim(0.0, 1.05)
+    axes.set_xlabel("effect: alpha minus that of shuffled entries")
+    axes.set_ylabel("share of directions with 99 % of the energy")
+    axes.set_title(heading(title))
+    axes.legend()
+    return save(figure, path)
+
+
+def _draw(axes: Axes, records: list[LayerRecord], marker: str, colour: str, label: str) -> None:
+    """Draw the layers of one verdict, with the standard errors of their effects; nothing without layers."""
+    if not records:
+        return
+    axes.errorbar(
+        [record.effect for record in records],
+        [record.rank_share for record in records],
+        xerr=[record.effect_error or 0.0 for record in records],
+        color=colour,
+        marker=marker,
+        linestyle="",
+        label=label,
+    )
