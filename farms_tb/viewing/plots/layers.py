@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from farms_tb.report import LayerRecord, Report
+from farms_tb.verdicts import Verdict
+from farms_tb.viewing.plots.plane import MARKS
 from farms_tb.viewing.plots.style import (
     FAINT,
     PathLike,
@@ -35,6 +37,7 @@ def plot_alpha_by_depth(report: Report, path: PathLike | None = None, *, title: 
 
     A report of `analyze(..., null=True)` also shows the band of the permutation null: alpha of the same weights in
     random order, mean +- two standard deviations. A layer below it has learnt something.
+    Layers with a verdict other than *trained* are marked.
 
     Args:
         report: a measurement; layers without an alpha leave a gap.
@@ -58,6 +61,7 @@ def plot_alpha_by_depth(report: Report, path: PathLike | None = None, *, title: 
     positions = {name: index for index, name in enumerate(names)}
     _draw_alphas(axes, measured, positions, depth_colours(names))
     _draw_null_band(axes, measured, positions)
+    _mark_verdicts(axes, measured, positions)
     _explain_kinds(axes, measured)
     axes.set_xticks(**name_ticks(names), rotation=45, ha="right", rotation_mode="anchor")
     axes.set_xlim(-0.6, len(names) - 0.4)
@@ -95,6 +99,16 @@ def _draw_alphas(
             marker=_MARKERS[record.kind],
             capsize=2,
         )
+
+
+def _mark_verdicts(axes: Axes, measured: Mapping[str, LayerRecord], positions: Mapping[str, int]) -> None:
+    """Mark the layers that ask for a look: those with a verdict other than trained."""
+    for verdict, (marker, colour) in MARKS.items():
+        places = [positions[name] for name, record in measured.items() if record.verdict is verdict]
+        alphas = [record.alpha for record in measured.values() if record.verdict is verdict]
+        if not places or verdict is Verdict.TRAINED:
+            continue
+        axes.scatter(places, alphas, s=70, c=colour, marker=marker, zorder=3, label=str(verdict))
 
 
 def _explain_kinds(axes: Axes, measured: Mapping[str, LayerRecord]) -> None:
