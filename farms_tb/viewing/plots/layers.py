@@ -108,7 +108,7 @@ def _mark_verdicts(axes: Axes, measured: Mapping[str, LayerRecord], positions: M
         alphas = [record.alpha for record in measured.values() if record.verdict is verdict]
         if not places or verdict is Verdict.TRAINED:
             continue
-        axes.scatter(places, alphas, s=70, c=colour, marker=marker, zorder=3, label=str(verdict))
+        axes.scatter(places, alphas, s=70, c=colour, marker=marker, zorder=3, label=str(verdict))  # type: ignore[arg-type]
 
 
 def _explain_kinds(axes: Axes, measured: Mapping[str, LayerRecord]) -> None:

@@ -62,8 +62,8 @@ def _draw(axes: Axes, records: list[LayerRecord], marker: str, colour: str, labe
     if not records:
         return
     axes.errorbar(
-        [record.effect for record in records],
-        [record.rank_share for record in records],
+        [record.effect for record in records],  # type: ignore[arg-type]
+        [record.rank_share for record in records],  # type: ignore[arg-type]
         xerr=[record.effect_error or 0.0 for record in records],
         color=colour,
         marker=marker,
