@@ -4,6 +4,7 @@
 - `plan_from_report(analyze(model), target)`: the same from a measurement.
 - `SparsityPlan`, `PlannedLayer`: what a plan holds; `SparsityPlan.load(path)`.
 - `SparsityOptions`: what an allocation can be asked for.
+- `prune(model, plan, "wanda", calibration=batches)`: zeros in the model's weights, or masks, and a report.
 - `compare_with_depth(plan)`: how far the plan is from the uniform one and from a straight line in depth.
 """
 
@@ -12,13 +13,18 @@ from farms_tb.sparsity.allocation import allocate
 from farms_tb.sparsity.from_report import plan_from_report
 from farms_tb.sparsity.options import SparsityOptions
 from farms_tb.sparsity.plan import PlannedLayer, SparsityPlan
+from farms_tb.sparsity.prune import prune
+from farms_tb.sparsity.prune_report import PrunedLayer, PruneReport
 
 __all__ = [
     "DepthComparison",
     "PlannedLayer",
+    "PruneReport",
+    "PrunedLayer",
     "SparsityOptions",
     "SparsityPlan",
     "allocate",
     "compare_with_depth",
     "plan_from_report",
+    "prune",
 ]

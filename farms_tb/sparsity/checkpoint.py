@@ -1,0 +1,149 @@
+"""The blocks that an interrupted run of pruning had finished.
+
+A folder holds `run.json`, which says what was being done, and for each finished block a file with the masks of its
+weights and, after SparseGPT, the corrected entries. Each file is written whole or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from farms_tb.atomic_write import atomic_path, write_text_atomically
+from farms_tb.sparsity.methods import Pruned
+from farms_tb.sparsity.prunable import PrunableWeight
+from farms_tb.sparsity.prune_report import PrunedLayer
+from farms_tb.sparsity.sequential import Batch, Block
+
+__all__ = ["Checkpoint", "open_checkpoint"]
+
+_RUN = "run.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder of finished blocks.
+
+    Attributes:
+        folder: where they are.
+    """
+
+    folder: Path
+
+    def has(self, block: str) -> bool:
+        """Tell whether a block, given by its path, is finished."""
+        return self._file(block).is_file()
+
+    def write(self, block: Block, chosen: Mapping[str, Pruned], reported: Mapping[str, PrunedLayer]) -> None:
+        """Write a finished block.
+
+        Args:
+            block: the block.
+            chosen: mask and corrected entries of each of its weights, by name.
+            reported: what is reported of each.
+
+        Raises:
+            OSError: the disk is full, or the folder cannot be written to.
+        """
+        content = {}
+        for name, result in chosen.items():
+            values = {"mask": result.mask.cpu(), "report": asdict(reported[name])}
+            if result.corrected is not None:
+                values["corrected"] = result.corrected.cpu()
+            content[name] = values
+        with atomic_path(self._file(block.path)) as path:
+            torch.save(content, path)
+
+    def read(self, block: Block) -> tuple[dict[str, Pruned], dict[str, PrunedLayer]]:
+        """Return the masks and corrected entries of a finished block's weights, and what was reported of them."""
+        device = block.weights[0].tensor.device
+        content = torch.load(self._file(block.path), map_location=device, weights_only=True)
+        chosen = {name: Pruned(values["mask"], values.get("corrected")) for name, values in content.items()}
+        return chosen, {name: PrunedLayer(**values["report"]) for name, values in content.items()}
+
+    def _file(self, block: str) -> Path:
+        """Return the file of a block; any path is made a name that no file system objects to."""
+        return self.folder / f"block-{hashlib.sha256(block.encode()).hexdigest()[:16]}.pt"
+
+
+def open_checkpoint(
+    folder: str | PathLike[str] | None,
+    facts: Mapping[str, str],
+    weights: Sequence[PrunableWeight],
+    batches: Sequence[Batch],
+) -> Checkpoint | None:
+    """Open a folder for finished blocks, and check that those in it belong to the same run.
+
+    Args:
+        folder: where they are; None for no checkpoint.
+        facts: what the run was asked for.
+        weights: the dense weights.
+        batches: the calibration data.
+
+    Returns:
+        The checkpoint; None without a folder.
+
+    Raises:
+        ValueError: another run's blocks are there.
+        OSError: the folder cannot be made or written to.
+    """
+    if folder is None:
+        return None
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    run = {name: _digest(value.encode()) for name, value in facts.items()}
+    run["weights"] = _digest(*(_sum(weight.tensor) for weight in weights))
+    run["calibration"] = _digest(*(_bytes(value) for batch in batches for value in batch.values()))
+    _check_same_run(folder / _RUN, run)
+    write_text_atomically(folder / _RUN, json.dumps(run, indent=1) + "\n")
+    return Checkpoint(folder)
+
+
+def _check_same_run(path: Path, run: Mapping[str, str]) -> None:
+    """Refuse to go on with the blocks of another run.
+
+    Raises:
+        ValueError: there are such.
+    """
+    if not path.is_file():
+        return
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except ValueError:
+        found = {}
+    differ = [name for name in run if found.get(name) != run[name]]
+    if differ:
+        raise ValueError(
+            f"{path.parent} holds the blocks of another run, with other {', '.join(differ)}: pass the same "
+            "arguments "
+            "as then to go on, or delete that folder"
+        )
+
+
+def _digest(*contents: bytes) -> str:
+    """Return a short digest of bytes."""
+    digest = hashlib.sha256()
+    for content in contents:
+        digest.update(len(content).to_bytes(8, "little"))
+        digest.update(content)
+    return digest.hexdigest()[:32]
+
+
+def _sum(weight: Tensor) -> bytes:
+    """Return the sum of the absolute entries, which tells the weights of two models apart."""
+    return repr(float(weight.abs().sum(dtype=torch.float64))).encode()
+
+
+def _bytes(value: Any) -> bytes:
+    """Return the content of a value of a batch."""
+    if isinstance(value, Tensor):
+        return value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    return repr(value).encode()

@@ -1,0 +1,228 @@
+"""One matrix, one method: from a weight and what is known of its inputs to a mask and the entries that stay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from farms_tb.sparsity.masks import (
+    magnitude_mask,
+    mixed_counts,
+    n_of_m_mask,
+    pruned_count,
+    wanda_mask,
+    wanda_scores,
+)
+from farms_tb.sparsity.plan import SparsityPlan
+from farms_tb.sparsity.prunable import PrunableWeight, from_matrix, to_matrix
+from farms_tb.sparsity.sparsegpt import DAMPING, block_counts, inverse_factor, sparsegpt
+from farms_tb.sparsity.statistics import InputStatistics
+
+__all__ = ["PruneMethod", "Pruned", "Structure", "Wanted", "check_structure", "prune_weight", "wanted_of"]
+
+PruneMethod = Literal["magnitude", "wanda", "sparsegpt"]
+Structure = Literal["unstructured", "2:4", "4:8", "mixed:8"]
+
+_FIXED: Mapping[str, tuple[int, int]] = {"2:4": (2, 4), "4:8": (4, 8)}
+_MIXED_GROUP = 8
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """How a matrix is to be pruned.
+
+    Attributes:
+        sparsity: share of its entries that becomes zero.
+        structure: `(n, m)` where n of each m consecutive inputs become zero; None for any entries.
+    """
+
+    sparsity: float
+    structure: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What a method chose for a weight.
+
+    Attributes:
+        mask: boolean, of the weight's shape, True where it becomes zero.
+        corrected: the entries that stay, float32, of the weight's shape; None where they stay as they are.
+        method: what was used: `"magnitude"` also where no input of the matrix was seen.
+        damping: what SparseGPT added to the diagonal of the Hessian, as a share of its mean; None for the others.
+    """
+
+    mask: Tensor
+    corrected: Tensor | None = None
+    method: PruneMethod = "magnitude"
+    damping: float | None = None
+
+
+def wanted_of(plan: SparsityPlan, structure: Structure) -> dict[str, Wanted]:
+    """Return how each matrix of a plan is pruned.
+
+    Args:
+        plan: the plan.
+        structure: `"unstructured"`; `"2:4"` or `"4:8"`, which need a plan of 50 % everywhere; or `"mixed:8"`, N of
+            each 8 with an N for each block (for each matrix where the plan's granularity is not `"block"`), chosen
+            so that the total comes nearest to the plan's.
+
+    Returns:
+        By name of the layer.
+
+    Raises:
+        ValueError: a planned sparsity is above 1, or is not what a fixed structure gives.
+    """
+    _check_range(plan)
+    if structure == "unstructured":
+        return {name: Wanted(share) for name, share in plan.sparsity.items()}
+    if structure in _FIXED:
+        n, m = _FIXED[structure]
+        uneven = [name for name, share in plan.sparsity.items() if abs(share - n / m) > 1e-9]
+        if uneven:
+            raise ValueError(
+                f"structure={structure!r} makes {n / m:.0%} of every matrix zero, and the plan says "
+                f"{plan.sparsity[uneven[0]]:.4g} for {uneven[0]!r}: use structure='mixed:8', which follows the "
+                "plan, "
+                f"or a plan with method='uniform' and target={n / m}"
+            )
+        return {name: Wanted(n / m, (n, m)) for name in plan.layers}
+    return _mixed(plan)
+
+
+def _check_range(plan: SparsityPlan) -> None:
+    """Refuse sparsities above 1, which plans made with `compat` may have.
+
+    Raises:
+        ValueError: there is one.
+    """
+    for name, share in plan.sparsity.items():
+        if share > 1:
+            raise ValueError(
+                f"the plan says {share:.4g} for {name!r}: a sparsity is at most 1. Make the plan without compat, "
+                "or "
+                "with a smaller epsilon"
+            )
+
+
+def _mixed(plan: SparsityPlan) -> dict[str, Wanted]:
+    """Return N of each 8 for every matrix, the same for all matrices that share a block and a sparsity."""
+    groups: dict[str, list[str]] = {}
+    for name, layer in plan.layers.items():
+        is_shared = layer.block and plan.granularity == "block"
+        groups.setdefault(layer.block if is_shared else name, []).append(name)
+    shares = {group: _mean_sparsity(plan, names) for group, names in groups.items()}
+    sizes = {group: sum(plan.layers[name].size for name in names) for group, names in groups.items()}
+    counts = mixed_counts(shares, sizes, _MIXED_GROUP)
+    wanted = {}
+    for group, names in groups.items():
+        structure = (counts[group], _MIXED_GROUP)
+        wanted.update({name: Wanted(counts[group] / _MIXED_GROUP, structure) for name in names})
+    return wanted
+
+
+def _mean_sparsity(plan: SparsityPlan, names: list[str]) -> float:
+    """Return the sparsity of some layers together, weighted by their sizes."""
+    layers = [plan.layers[name] for name in names]
+    return sum(layer.size * layer.sparsity for layer in layers) / sum(layer.size for layer in layers)
+
+
+def check_structure(weight: PrunableWeight, wanted: Wanted) -> None:
+    """Check that a matrix can have a structure.
+
+    Raises:
+        ValueError: its inputs cannot be grouped; the message names the layer.
+    """
+    if wanted.structure is None:
+        return
+    m = wanted.structure[1]
+    if weight.layout == "rows":
+        raise ValueError(
+            f"{weight.name} cannot be pruned in groups of {m}: which of its entries share an output is not known "
+            "for "
+            f"{type(weight.module).__name__}. Leave it out of the plan, or use structure='unstructured'"
+        )
+    # Next to each other in a convolution's matrix are the input channels of one kernel position.
+    inputs = weight.tensor.shape[0 if weight.layout == "transposed" else 1]
+    if inputs % m:
+        raise ValueError(
+            f"{weight.name} cannot be pruned in groups of {m}: it has {inputs} inputs, which {m} does not divide. "
+            "Leave it out of the plan, or use structure='unstructured'"
+        )
+
+
+def prune_weight(
+    weight: PrunableWeight, wanted: Wanted, method: PruneMethod, statistics: InputStatistics | None
+) -> Pruned:
+    """Choose the entries of a weight that become zero; the weight is not changed.
+
+    Args:
+        weight: the weight.
+        wanted: how many entries, and in which structure.
+        method: how they are chosen. Where no input was seen, by magnitude.
+        statistics: of its inputs; for SparseGPT with a Hessian. None for magnitude.
+
+    Returns:
+        The mask, and for SparseGPT the corrected weight.
+
+    Raises:
+        ValueError: the inputs hold NaN or inf.
+    """
+    if method == "magnitude" or statistics is None or statistics.squared_norms is None:
+        return Pruned(_magnitude(weight, wanted))
+    if not statistics.squared_norms.isfinite().all():
+        raise ValueError(f"the inputs of {weight.name} hold NaN or inf: check the calibration data and the dtype")
+    return _WITH_INPUTS[method](weight, wanted, statistics)
+
+
+def _magnitude(weight: PrunableWeight, wanted: Wanted) -> Tensor:
+    """Return the mask of the smallest absolute values, ties in the order in which the weight is stored."""
+    tensor = weight.tensor
+    if wanted.structure is None:
+        return magnitude_mask(tensor, pruned_count(tensor.numel(), wanted.sparsity))
+    mask = n_of_m_mask(to_matrix(tensor, weight.layout).abs(), *wanted.structure)
+    return from_matrix(mask, tensor.shape, weight.layout)
+
+
+def _wanda(weight: PrunableWeight, wanted: Wanted, statistics: InputStatistics) -> Pruned:
+    """Prune by the magnitude of an entry times the norm of its input."""
+    matrix = to_matrix(weight.tensor, weight.layout)
+    assert statistics.squared_norms is not None
+    norms = statistics.squared_norms
+    if weight.groups > 1:
+        norms = norms.repeat_interleave(matrix.shape[0] // weight.groups, dim=0)
+    scores = wanda_scores(matrix, norms)
+    if wanted.structure is None:
+        mask = wanda_mask(scores, pruned_count(matrix.numel(), wanted.sparsity))
+    else:
+        mask = n_of_m_mask(scores, *wanted.structure)
+    return Pruned(from_matrix(mask, weight.tensor.shape, weight.layout), method="wanda")
+
+
+def _sparsegpt(weight: PrunableWeight, wanted: Wanted, statistics: InputStatistics) -> Pruned:
+    """Prune group by group of a convolution, of which a linear layer has one, and correct what stays."""
+    matrix = to_matrix(weight.tensor, weight.layout)
+    assert statistics.hessian is not None
+    masks, corrected, damping = [], [], DAMPING
+    done = 0
+    for rows, hessian in zip(matrix.chunk(weight.groups), statistics.hessian, strict=True):
+        inverse = inverse_factor(hessian)
+        height, width = rows.shape
+        counts = block_counts(height, width, wanted.sparsity, before=done)
+        result = sparsegpt(rows, inverse, counts, wanted.structure)
+        masks.append(result.mask)
+        corrected.append(result.weight)
+        damping = max(damping, inverse.damping)
+        done += rows.numel()
+    mask = from_matrix(torch.cat(masks), weight.tensor.shape, weight.layout)
+    values = from_matrix(torch.cat(corrected), weight.tensor.shape, weight.layout)
+    return Pruned(mask, values, "sparsegpt", damping)
+
+
+_WITH_INPUTS: dict[str, Callable[[PrunableWeight, Wanted, InputStatistics], Pruned]] = {
+    "wanda": _wanda,
+    "sparsegpt": _sparsegpt,
+}

@@ -1,0 +1,245 @@
+"""The weights that a plan names: where they are in a model, and how each one is a matrix `(out, in)`.
+
+===========================  =====================================  ============================================
+layer                        weight                                 matrix
+===========================  =====================================  ============================================
+Linear                       (out, in)                              the weight
+Conv1D of GPT-2              (in, out)                              transposed
+Conv1d/2d/3d                 (out, in / g, *kernel)                 (out, kernel * in / g), the input channels of
+                                                                    one kernel position next to each other
+q, k, v of attention, gates  their rows of one parameter            these rows
+any other                    (..., columns)                         rows of the last dimension, for magnitudes
+===========================  =====================================  ============================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from farms_tb.sparsity.plan import SparsityPlan
+from farms_tb.weights.layers import Layer, clean_name, find_layers, read_stacks, unwrap
+
+__all__ = ["Layout", "PrunableWeight", "from_matrix", "plan_for_names", "planned_weights", "to_matrix"]
+
+Layout = Literal["linear", "transposed", "convolution", "rows"]
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def to_matrix(weight: Tensor, layout: Layout) -> Tensor:
+    """Return a weight as a matrix `(out, in)`, a view where that is possible.
+
+    Args:
+        weight: of the shape that the layout expects, see the table above.
+        layout: how it is stored.
+    """
+    if layout == "transposed":
+        return weight.mT
+    if layout == "convolution":
+        return weight.flatten(2).mT.flatten(1)
+    return weight.reshape(-1, weight.shape[-1])
+
+
+def from_matrix(matrix: Tensor, shape: torch.Size, layout: Layout) -> Tensor:
+    """Undo `to_matrix`.
+
+    Args:
+        matrix: `(out, in)`, any dtype.
+        shape: the weight's.
+        layout: how the weight is stored.
+    """
+    if layout == "transposed":
+        return matrix.mT
+    if layout == "convolution":
+        return matrix.view(shape[0], -1, shape[1]).mT.reshape(shape)
+    return matrix.reshape(shape)
+
+
+@dataclass(frozen=True)
+class PrunableWeight:
+    """A weight of a model that a plan names.
+
+    Attributes:
+        name: its name in the plan, `"model.layers.0.mlp.up_proj"`.
+        module_name: path of its module.
+        module: the module.
+        parameter: name of the parameter in the module.
+        layout: how the weight becomes a matrix.
+        groups: groups of a convolution, each with inputs of its own; else 1.
+        part: which of `parts` equal runs of rows of the parameter this is.
+        parts: how many layers share the parameter: three for packed attention.
+        block: path of its block; of the module itself where it is in none.
+    """
+
+    name: str
+    module_name: str
+    module: nn.Module
+    parameter: str
+    layout: Layout
+    groups: int = 1
+    part: int = 0
+    parts: int = 1
+    block: str = ""
+
+    @property
+    def tensor(self) -> Tensor:
+        """The weight as it is stored, detached: a view of the parameter."""
+        stored: Tensor = getattr(self.module, self.parameter)
+        return stored.detach().chunk(self.parts)[self.part]
+
+    @property
+    def has_inputs(self) -> bool:
+        """Whether the inputs that the matrix is multiplied with can be seen from outside of its module."""
+        return self.layout != "rows" or isinstance(self.module, nn.MultiheadAttention)
+
+
+def planned_weights(model: nn.Module, plan: SparsityPlan) -> list[PrunableWeight]:
+    """Find every weight of a plan in a model, and check that it can be pruned.
+
+    Args:
+        model: any module.
+        plan: its names may lack the prefix that the model gives all of them (`"transformer."`), or have one more,
+            as names in a file do.
+
+    Returns:
+        The weights in the order of the plan.
+
+    Raises:
+        TypeError: `model` is no module.
+        ValueError: the plan was made for another model; or a weight is tied, quantised, parametrized, on the meta
+            device or holds NaN or inf. The message names it and says what to do.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    model = unwrap(model)
+    layers = {layer.name: layer for layer in find_layers(model)}
+    plan = plan_for_names(plan, layers)
+    owners = _owners(model)
+    for name in plan.layers:
+        if name in layers:
+            _check_readable(layers[name], owners)
+    plan.check_fits({name: layer.shape for name, layer in layers.items() if layer.shape})
+    weights = [_weight(layers[name], plan.layers[name].block) for name in plan.layers]
+    for weight in weights:
+        if not weight.tensor.isfinite().all():
+            raise ValueError(f"{weight.name} holds NaN or inf and cannot be pruned: load intact weights")
+    return weights
+
+
+def plan_for_names(plan: SparsityPlan, names: Mapping[str, object]) -> SparsityPlan:
+    """Return the plan with a prefix added to, or removed from, all its names, where they match only so.
+
+    Files of weights and models differ in such a prefix: `h.0.attn.c_attn` is `transformer.h.0.attn.c_attn` in a
+    `GPT2LMHeadModel`.
+
+    Args:
+        plan: the plan.
+        names: names of the model's layers.
+
+    Returns:
+        The plan; the same object where its names match as they are, or no prefix makes them match.
+    """
+    if all(name in names for name in plan.layers):
+        return plan
+    first = next(iter(plan.layers))
+    for name in names:
+        added, removed = name.removesuffix(first), first.removesuffix(name)
+        if name.endswith(f".{first}") and all(added + other in names for other in plan.layers):
+            return _renamed(plan, added, "")
+        if first.endswith(f".{name}") and all(other.removeprefix(removed) in names for other in plan.layers):
+            return _renamed(plan, "", removed)
+    return plan
+
+
+def _renamed(plan: SparsityPlan, added: str, removed: str) -> SparsityPlan:
+    """Return the plan with other prefixes of layers and blocks."""
+    layers = {}
+    for name, layer in plan.layers.items():
+        block = added + layer.block.removeprefix(removed) if layer.block else ""
+        layers[added + name.removeprefix(removed)] = replace(layer, block=block)
+    return replace(plan, layers=layers)
+
+
+def _owners(model: nn.Module) -> dict[int, list[str]]:
+    """Return the names of each parameter by its identity: more than one where modules share it."""
+    owners: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        for own, parameter in module._parameters.items():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(clean_name(f"{path}.{own}".strip(".")))
+    return owners
+
+
+def _check_readable(layer: Layer, owners: Mapping[int, list[str]]) -> None:
+    """Refuse a layer whose weight cannot be replaced entry by entry.
+
+    Args:
+        layer: a layer that the plan names.
+        owners: names of each parameter by its identity.
+
+    Raises:
+        ValueError: see `planned_weights`.
+    """
+    if layer.problem:
+        raise ValueError(f"{layer.name} cannot be pruned: {layer.problem}. Leave it out of the plan")
+    parameter_name = _parameter_name(layer)
+    weight = layer.module._parameters.get(parameter_name)
+    if weight is None:
+        raise ValueError(
+            f"{layer.name} cannot be pruned: its {parameter_name} is computed from other tensors (parametrized, "
+            "or "
+            "masked by torch.nn.utils.prune). Make it plain first: parametrize.remove_parametrizations(module, "
+            "'weight') or prune.remove(module, 'weight')"
+        )
+    if type(weight.data) is not Tensor or weight.element_size() == 1:
+        kind = type(weight.data).__name__ if type(weight.data) is not Tensor else str(weight.dtype)
+        raise ValueError(
+            f"{layer.name} is quantised ({kind}) and cannot be pruned: prune the model in 16 or 32 bits, then "
+            "quantise it"
+        )
+    shared = owners.get(id(weight), [])
+    if len(shared) > 1:
+        others = ", ".join(name for name in shared if not name.startswith(f"{layer.name}."))
+        raise ValueError(
+            f"{layer.name} is tied to {others}: pruning one prunes the other. Leave it out of the plan, or untie "
+            "it: give the module a copy, module.weight = nn.Parameter(module.weight.detach().clone())"
+        )
+
+
+def _parameter_name(layer: Layer) -> str:
+    """Return the name, in its module, of the parameter that a layer is made of."""
+    return read_stacks(layer.module)[layer.index].parameter or "weight"
+
+
+def _weight(layer: Layer, block: str) -> PrunableWeight:
+    """Return a layer of the model as a weight to prune."""
+    parameters = [stack.parameter or "weight" for stack in read_stacks(layer.module)]
+    parameter = parameters[layer.index]
+    return PrunableWeight(
+        name=layer.name,
+        module_name=layer.module_name,
+        module=layer.module,
+        parameter=parameter,
+        layout=_layout(layer.module),
+        groups=layer.module.groups if isinstance(layer.module, _CONVOLUTIONS) else 1,
+        part=parameters[: layer.index].count(parameter),
+        parts=parameters.count(parameter),
+        block=block or layer.module_name,
+    )
+
+
+def _layout(module: nn.Module) -> Layout:
+    """Tell how the weight of a module is stored."""
+    if isinstance(module, nn.Linear):
+        return "linear"
+    if isinstance(module, _CONVOLUTIONS):
+        return "convolution"
+    names = {f"{cls.__module__}.{cls.__qualname__}" for cls in type(module).__mro__}
+    if "transformers.pytorch_utils.Conv1D" in names:
+        return "transposed"
+    return "rows"

@@ -1,0 +1,453 @@
+"""Visit the blocks of a model one after the other, each with statistics of the inputs that it really gets.
+
+Any architecture works, because nothing is assumed of a block's arguments: they are captured from the model's own
+forward pass as they come. Where a block gets tensors that blocks before it returned, or that were captured already
+(masks, position embeddings), it is called directly; so a decoder is run once in all, not once for each block.
+Where something else happens between two blocks, the model itself is run up to the next block. `trace` finds out
+which is the case by the identity of tensors.
+
+In memory are, for each batch, the tensors that blocks yet to come will need, and statistics of one block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from farms_tb.sparsity.prunable import PrunableWeight
+from farms_tb.sparsity.statistics import InputStatistics, observed
+from farms_tb.weights.layers import unwrap
+
+__all__ = ["Block", "evaluating", "planned_blocks", "visit_blocks"]
+
+Batch = Mapping[str, Any]
+"""Keyword arguments of one call of the model."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """A module whose weights are pruned together.
+
+    Attributes:
+        path: its path in the model.
+        module: the module.
+        weights: the planned weights in it.
+    """
+
+    path: str
+    module: nn.Module
+    weights: tuple[PrunableWeight, ...]
+
+
+@dataclass(frozen=True)
+class _Token:
+    """Stands for a tensor in a traced call: equal where it is the same tensor with the same content."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call of a block in one forward pass of the model.
+
+    Attributes:
+        structure: how arguments and keyword arguments are nested.
+        leaves: the arguments, tokens in place of tensors.
+        outputs: tokens of the returned tensors.
+        changes_inputs: whether the block writes into tensors that it is given.
+    """
+
+    structure: pytree.TreeSpec
+    leaves: tuple[Any, ...]
+    outputs: tuple[_Token, ...]
+    changes_inputs: bool
+
+    @property
+    def needed(self) -> set[_Token]:
+        """The tensors that the call is given."""
+        return {leaf for leaf in self.leaves if isinstance(leaf, _Token)}
+
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+Trace = dict[str, list[_Call]]
+"""The calls of each block in one forward pass, by the block's path, in order of the first call."""
+
+
+class _Stop(BaseException):
+    """Ends a forward pass early; models that catch every Exception do not catch this."""
+
+
+def planned_blocks(model: nn.Module, weights: Sequence[PrunableWeight]) -> list[Block]:
+    """Group weights by their blocks.
+
+    Args:
+        model: the model; wrappers are looked through.
+        weights: the planned weights.
+
+    Returns:
+        The blocks in the order of the plan. One that lies in another is part of it.
+
+    Raises:
+        ValueError: the plan names a block that is no module of the model.
+    """
+    modules = dict(unwrap(model).named_modules())
+    paths = {weight.block for weight in weights}
+    found: dict[str, list[PrunableWeight]] = {}
+    for weight in weights:
+        if weight.block not in modules:
+            raise ValueError(f"the plan names a block {weight.block!r}, which is no module of the model")
+        found.setdefault(_outermost(weight.block, paths), []).append(weight)
+    return [Block(path, modules[path], tuple(members)) for path, members in found.items()]
+
+
+def _outermost(path: str, paths: set[str]) -> str:
+    """Return the shortest of `paths` that leads to `path` or is the same."""
+    parts = path.split(".")
+    ancestors = ["", *(".".join(parts[: end + 1]) for end in range(len(parts)))]
+    return next(ancestor for ancestor in ancestors if ancestor in paths)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Run a model for its activations alone: in evaluation mode, without gradients and without a cache of keys.
+
+    Args:
+        model: any module; its modes are put back at the end.
+    """
+    modes = {module: module.training for module in model.modules()}
+    configs = _caching_configs(model)
+    model.eval()
+    for config in configs:
+        config.use_cache = False
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+        for config in configs:
+            config.use_cache = True
+
+
+def _caching_configs(model: nn.Module) -> list[Any]:
+    """Return the configurations of `transformers` in a model that ask for a cache of keys and values.
+
+    Such a cache would grow each time that a block is run. An encoder-decoder has one configuration for each half.
+    """
+    found: dict[int, Any] = {}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if getattr(config, "use_cache", None) is True:
+            found[id(config)] = config
+    return list(found.values())
+
+
+def visit_blocks(
+    model: nn.Module,
+    blocks: Sequence[Block],
+    batches: Sequence[Batch],
+    *,
+    hessian: bool = False,
+    done: Callable[[Block], bool] = lambda block: False,
+) -> Iterator[tuple[Block, dict[str, InputStatistics]]]:
+    """Yield each block with statistics of the inputs of its layers.
+
+    What the caller changes in a block before it asks for the next one is seen by all blocks after it.
+
+    Args:
+        model: any module, see `evaluating`.
+        blocks: the blocks.
+        batches: keyword arguments for the model.
+        hessian: whether to sum X X^T of the inputs.
+        done: tells the blocks to leave out.
+
+    Yields:
+        The blocks in the order in which the model calls them, and the statistics of each weight by name.
+
+    Raises:
+        ValueError: the model calls a block never.
+    """
+    traces = _Traces(unwrap(model), blocks, batches)
+    store = _Store(len(batches))
+    order = traces.order()
+    for index, block in enumerate(order):
+        if done(block):
+            continue
+        calls = _arguments(traces, store, block)
+        number = sum(len(of_batch) for of_batch in calls)
+        with observed(block.weights, hessian=hessian, calls=number) as statistics:
+            for place, of_batch in enumerate(calls):
+                _run(block, of_batch, traces.calls(place, block))
+        yield block, statistics
+        _advance(traces, store, block, calls, order[index + 1 :])
+
+
+def _advance(
+    traces: _Traces, store: _Store, block: Block, calls: list[list[Arguments]], later: Sequence[Block]
+) -> None:
+    """Run a block after it was changed, for what it returns to later blocks, and drop what none of them needs."""
+    for place, of_batch in enumerate(calls):
+        needed = traces.needed(place, later)
+        traced = traces.calls(place, block)
+        if len(traced) == 1 and needed & set(traced[0].outputs):
+            outputs = _run(block, of_batch, traced)
+            store.keep(place, traced[0].outputs, _tensors(outputs[0]))
+        store.drop_all_but(place, needed)
+
+
+def _run(block: Block, calls: Sequence[Arguments], traced: Sequence[_Call]) -> list[Any]:
+    """Call a block with given arguments; return what it returns."""
+    outputs = []
+    for (args, kwargs), call in zip(calls, traced, strict=True):
+        if call.changes_inputs:
+            args, kwargs = pytree.tree_map_only(Tensor, torch.clone, (args, kwargs))
+        outputs.append(block.module(*args, **kwargs))
+    return outputs
+
+
+def _arguments(traces: _Traces, store: _Store, block: Block) -> list[list[Arguments]]:
+    """Return the arguments of a block's calls, for each batch.
+
+    They are put together of tensors at hand where all are known, else captured from the model.
+    """
+    found = []
+    for place in range(len(traces.batches)):
+        traced = traces.calls(place, block)
+        if len(traced) == 1 and store.has(place, traced[0].needed):
+            found.append([store.arguments(place, traced[0])])
+        else:
+            found.append(_captured(traces, store, block, place))
+    return found
+
+
+def _captured(traces: _Traces, store: _Store, block: Block, place: int) -> list[Arguments]:
+    """Run the model on one batch for the arguments that a block gets, and note the tensors among them."""
+    batch = traces.batches[place]
+    calls = _capture(traces.model, batch, block, traces.calls(place, block))
+    if not _all_match(traces.calls(place, block), calls):
+        # A mask of ones is often dropped by the model, one with zeros is not: equal shapes are no proof.
+        traces.renew(place)
+        store.drop_all_but(place, set())
+        calls = _capture(traces.model, batch, block, traces.calls(place, block))
+    if len(calls) == 1:
+        store.keep_arguments(place, traces.calls(place, block)[0], calls[0])
+    return calls
+
+
+def _capture(model: nn.Module, batch: Batch, block: Block, traced: Sequence[_Call]) -> list[Arguments]:
+    """Run the model for the arguments that a block gets; no further than to its only call.
+
+    Args:
+        model: the model.
+        batch: keyword arguments for it.
+        block: the block.
+        traced: its calls in a pass of this batch, as they were traced.
+    """
+    calls: list[Arguments] = []
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if any(call.changes_inputs for call in traced):
+            args, kwargs = pytree.tree_map_only(Tensor, torch.clone, (args, kwargs))
+        calls.append((args, kwargs))
+        if len(traced) == 1:
+            raise _Stop
+
+    handle = block.module.register_forward_pre_hook(before, with_kwargs=True)
+    try:
+        model(**batch)
+    except _Stop:
+        pass
+    finally:
+        handle.remove()
+    return calls
+
+
+@dataclass
+class _Store:
+    """Tensors that are known, for each batch by token.
+
+    Attributes:
+        batches: number of batches.
+    """
+
+    batches: int
+    _known: list[dict[_Token, Tensor]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._known = [{} for _ in range(self.batches)]
+
+    def has(self, place: int, tokens: set[_Token]) -> bool:
+        """Tell whether all these tensors of a batch are known."""
+        return bool(tokens) and tokens <= self._known[place].keys()
+
+    def keep(self, place: int, tokens: Sequence[_Token], tensors: Sequence[Tensor]) -> None:
+        """Note tensors of a batch."""
+        self._known[place].update(zip(tokens, tensors, strict=True))
+
+    def keep_arguments(self, place: int, call: _Call, arguments: Arguments) -> None:
+        """Note the tensors that were passed in a call."""
+        for token, leaf in zip(call.leaves, pytree.tree_leaves(arguments), strict=True):
+            if isinstance(token, _Token):
+                self._known[place][token] = leaf
+
+    def arguments(self, place: int, call: _Call) -> Arguments:
+        """Return the arguments of a call, its tokens replaced by tensors."""
+        known = self._known[place]
+        leaves = [known[leaf] if isinstance(leaf, _Token) else leaf for leaf in call.leaves]
+        arguments: Arguments = pytree.tree_unflatten(leaves, call.structure)
+        return arguments
+
+    def drop_all_but(self, place: int, tokens: set[_Token]) -> None:
+        """Forget all tensors of a batch but these."""
+        known = self._known[place]
+        for token in known.keys() - tokens:
+            del known[token]
+
+
+class _Traces:
+    """How the model calls its blocks, for each batch.
+
+    Batches whose tensors have the same shapes share a trace, so that a single forward pass of one of them is
+    enough.
+    """
+
+    def __init__(self, model: nn.Module, blocks: Sequence[Block], batches: Sequence[Batch]) -> None:
+        self.model, self.batches = model, batches
+        self._blocks = {block.path: block for block in blocks}
+        by_signature: dict[Any, Trace] = {}
+        self.of_batches: list[Trace] = []
+        for batch in batches:
+            signature = _signature(batch)
+            if signature not in by_signature:
+                by_signature[signature] = _trace(model, blocks, batch)
+            self.of_batches.append(by_signature[signature])
+
+    def order(self) -> list[Block]:
+        """Return the blocks in the order of their first call.
+
+        Raises:
+            ValueError: a block is never called.
+        """
+        called: dict[str, None] = {}
+        for trace in self.of_batches:
+            called.update(dict.fromkeys(trace))
+        missing = [path for path in self._blocks if path not in called]
+        if missing:
+            raise ValueError(
+                f"the calibration data never reach {missing[0]!r} ({len(missing)} of {len(self._blocks)} blocks): "
+                "pass inputs that use the whole model, or leave these layers out of the plan"
+            )
+        return [self._blocks[path] for path in called]
+
+    def calls(self, place: int, block: Block) -> list[_Call]:
+        """Return how a block is called in the pass of a batch."""
+        return self.of_batches[place].get(block.path, [])
+
+    def needed(self, place: int, blocks: Sequence[Block]) -> set[_Token]:
+        """Return the tensors that blocks are given in the pass of a batch."""
+        needed: set[_Token] = set()
+        for block in blocks:
+            for call in self.calls(place, block):
+                needed |= call.needed
+        return needed
+
+    def renew(self, place: int) -> None:
+        """Trace one batch by itself: it is not called like the others of its shape."""
+        self.of_batches[place] = _trace(self.model, list(self._blocks.values()), self.batches[place])
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    """Return the tensors in what a block returned, in order."""
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _signature(batch: Batch) -> Any:
+    """Return what batches have in common that are called alike: names, and shapes of tensors."""
+    leaves, structure = pytree.tree_flatten(dict(batch))
+    kinds = [(tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves]
+    return str(structure), tuple(kinds)
+
+
+def _all_match(traced: Sequence[_Call], calls: Sequence[Arguments]) -> bool:
+    """Tell whether a block was called as it was traced."""
+    return len(traced) == len(calls) and all(map(_matches, traced, calls))
+
+
+def _matches(call: _Call, arguments: Arguments) -> bool:
+    """Tell whether a call has the structure, the tensors and the plain values of a traced one."""
+    leaves, structure = pytree.tree_flatten(arguments)
+    if structure != call.structure:
+        return False
+    for leaf, traced in zip(leaves, call.leaves, strict=True):
+        if isinstance(leaf, Tensor) != isinstance(traced, _Token):
+            return False
+        if isinstance(leaf, (bool, int, float, str, type(None))) and leaf != traced:
+            return False
+    return True
+
+
+class _Tracer:
+    """Notes the calls of blocks in one forward pass, and which tensors are the same."""
+
+    def __init__(self) -> None:
+        self.trace: Trace = {}
+        self._tokens: dict[tuple[int, int], _Token] = {}
+        self._alive: list[Tensor] = []  # so that no other tensor gets the identity of one that was seen
+        self._open: list[tuple[pytree.TreeSpec, list[Any], list[Any]]] = []
+
+    def before(self, path: str, arguments: Arguments) -> None:
+        """Note what a block is given."""
+        leaves, structure = pytree.tree_flatten(arguments)
+        tokens = [self._token(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        self._open.append((structure, leaves, tokens))
+        self.trace.setdefault(path, [])
+
+    def after(self, path: str, output: Any) -> None:
+        """Note what it returned, and whether it wrote into what it was given."""
+        structure, leaves, tokens = self._open.pop()
+        changed = False
+        for leaf, token in zip(leaves, tokens, strict=True):
+            if isinstance(leaf, Tensor) and self._tokens.get((id(leaf), leaf._version)) != token:
+                changed = True
+        outputs = tuple(self._token(tensor) for tensor in _tensors(output))
+        self.trace[path].append(_Call(structure, tuple(tokens), outputs, changed))
+
+    def _token(self, tensor: Tensor) -> _Token:
+        """Return the token of a tensor with its present content."""
+        key = (id(tensor), tensor._version)
+        if key not in self._tokens:
+            self._alive.append(tensor)
+            self._tokens[key] = _Token(len(self._tokens))
+        return self._tokens[key]
+
+
+def _trace(model: nn.Module, blocks: Sequence[Block], batch: Batch) -> Trace:
+    """Run the model on a batch and note how it calls each block."""
+    tracer = _Tracer()
+    with ExitStack() as hooks:
+        for block in blocks:
+            for handle in _tracing(tracer, block):
+                hooks.callback(handle.remove)
+        model(**batch)
+    return tracer.trace
+
+
+def _tracing(tracer: _Tracer, block: Block) -> list[Any]:
+    """Let a tracer see each call of a block; return the handles of the hooks."""
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tracer.before(block.path, (args, kwargs))
+
+    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        tracer.after(block.path, output)
+
+    return [
+        block.module.register_forward_pre_hook(before, with_kwargs=True),
+        block.module.register_forward_hook(after),
+    ]

@@ -1,0 +1,221 @@
+"""What is known of the inputs of a matrix: sums over all calibration tokens, and a few of the inputs themselves.
+
+Sums of squares and products are formed in float32 for each call of a layer and added up in float64, so that they
+do not depend on how the calibration data are cut into batches beyond rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from farms_tb.sparsity.prunable import PrunableWeight
+
+__all__ = ["SAMPLE", "InputStatistics", "layer_inputs", "observed", "relative_output_error"]
+
+SAMPLE = 512
+"""Inputs of each matrix that are kept, evenly spread, to measure the error of its output."""
+
+_ATTENTION_INPUTS = ("query", "key", "value")
+
+
+@dataclass(frozen=True)
+class _Summary:
+    """What one call of a layer adds to the statistics.
+
+    Attributes:
+        squared_norms: sum of the squares of each feature, `(groups, in)`, float32.
+        hessian: X^T X, `(groups, in, in)`, float32; None where it is not needed.
+        sample: some of the inputs, `(groups, n, in)`, float32.
+        inputs: how many inputs there were.
+    """
+
+    squared_norms: Tensor
+    hessian: Tensor | None
+    sample: Tensor
+    inputs: int
+
+
+@dataclass
+class InputStatistics:
+    """Sums over the inputs of one matrix.
+
+    Attributes:
+        squared_norms: sum of the squares of each feature, `(groups, in)`, float64; None before the first input.
+        hessian: X X^T of inputs X `(in, tokens)`, `(groups, in, in)`, float64; None unless it is asked for.
+        samples: some of the inputs, each `(groups, n, in)`, float32.
+        inputs: number of inputs, tokens for a language model.
+    """
+
+    squared_norms: Tensor | None = None
+    hessian: Tensor | None = None
+    samples: list[Tensor] = field(default_factory=list)
+    inputs: int = 0
+
+    def add(self, summary: _Summary) -> None:
+        """Add what one call brought."""
+        self.inputs += summary.inputs
+        self.samples.append(summary.sample)
+        self.squared_norms = _sum(self.squared_norms, summary.squared_norms)
+        if summary.hessian is not None:
+            self.hessian = _sum(self.hessian, summary.hessian)
+
+
+def _sum(total: Tensor | None, summand: Tensor) -> Tensor:
+    """Add a float32 tensor to a sum in float64, in place where there is one."""
+    return summand.double() if total is None else total.add_(summand)
+
+
+def _summary(inputs: Tensor, hessian: bool, sample: int) -> _Summary:
+    """Return the sums over one call's inputs.
+
+    Args:
+        inputs: `(groups, n, in)`, any floating dtype.
+        hessian: whether X^T X is needed.
+        sample: inputs to keep.
+    """
+    values = inputs.float()
+    number = values.shape[1]
+    chosen = torch.linspace(0, number - 1, min(sample, number), device=values.device).long()
+    products = values.mT @ values if hessian else None
+    return _Summary(values.square().sum(1), products, values[:, chosen], number)
+
+
+def layer_inputs(weight: PrunableWeight, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    """Return what a weight's matrix is multiplied with in one call of its module.
+
+    Args:
+        weight: the weight.
+        args: positional arguments of the call.
+        kwargs: keyword arguments of the call.
+
+    Returns:
+        The inputs `(groups, n, in)`: n tokens, or positions of the output of a convolution.
+    """
+    if isinstance(weight.module, nn.MultiheadAttention):
+        named = dict(zip(_ATTENTION_INPUTS, args, strict=False)) | dict(kwargs)
+        attended: Tensor = named[_ATTENTION_INPUTS["qkv".index(weight.name[-1])]]
+        return attended.flatten(0, -2)[None]
+    inputs: Tensor = args[0] if args else next(iter(kwargs.values()))
+    if weight.layout == "convolution":
+        return _patches(weight.module, inputs)
+    return inputs.flatten(0, -2)[None]
+
+
+def _patches(module: Any, inputs: Tensor) -> Tensor:
+    """Return the patches that a convolution multiplies its weight with.
+
+    Args:
+        module: the convolution, with d spatial dimensions.
+        inputs: `(batch, in, *space)`.
+
+    Returns:
+        A tensor `(groups, batch * positions, kernel * in / groups)`, columns in the order of `to_matrix`.
+    """
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    patches = nn.functional.pad(inputs, module._reversed_padding_repeated_twice, mode=mode)
+    dims = len(module.kernel_size)
+    for dim in range(dims):
+        span = module.dilation[dim] * (module.kernel_size[dim] - 1) + 1
+        patches = patches.unfold(2 + dim, span, module.stride[dim])[..., :: module.dilation[dim]]
+    # Now (batch, in, *positions, *kernel).
+    patches = patches.flatten(2 + dims).flatten(2, 1 + dims)
+    batch, channels, positions, kernel = patches.shape
+    grouped = patches.reshape(batch, module.groups, channels // module.groups, positions, kernel)
+    return grouped.permute(1, 0, 3, 4, 2).reshape(module.groups, batch * positions, -1)
+
+
+class _Observer:
+    """Adds the inputs of each call of some layers to their statistics.
+
+    Layers that are called with the same tensor one after the other, q, k and v for example, share the work.
+
+    Attributes:
+        statistics: of each weight by name.
+    """
+
+    def __init__(self, weights: Sequence[PrunableWeight], hessian: bool, calls: int) -> None:
+        self.statistics = {weight.name: InputStatistics() for weight in weights}
+        self._hessian = hessian
+        self._sample = -(-SAMPLE // max(calls, 1))
+        self._last: tuple[Any, _Summary] | None = None
+
+    def see(self, weight: PrunableWeight, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Add one call of a weight's module."""
+        self.statistics[weight.name].add(self._summary_of(weight, args, kwargs))
+
+    def _summary_of(self, weight: PrunableWeight, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Summary:
+        """Return the sums over a call's inputs; those of the call before where the input is the same tensor."""
+        is_plain = len(args) == 1 and not kwargs and weight.layout in ("linear", "transposed")
+        source = args[0] if is_plain else None
+        if self._last is not None and source is not None:
+            (seen, version), summary = self._last
+            if seen is source and version == source._version:
+                return summary
+        summary = _summary(layer_inputs(weight, args, kwargs), self._hessian, self._sample)
+        self._last = None if source is None else ((source, source._version), summary)
+        return summary
+
+    def forget_last(self) -> None:
+        """Let go of the last call's tensors."""
+        self._last = None
+
+
+@contextmanager
+def observed(
+    weights: Sequence[PrunableWeight], *, hessian: bool, calls: int
+) -> Iterator[dict[str, InputStatistics]]:
+    """Collect statistics of the inputs of some layers while their modules are called.
+
+    Args:
+        weights: the layers.
+        hessian: whether to sum X X^T, too.
+        calls: how often each layer will be called, for the size of the samples.
+
+    Yields:
+        The statistics of each weight by name, which grow with every call.
+    """
+    observer = _Observer(weights, hessian, calls)
+    with ExitStack() as hooks:
+        for weight in weights:
+            if weight.has_inputs:
+                hooks.callback(_hook(observer, weight).remove)
+        yield observer.statistics
+    observer.forget_last()
+
+
+def _hook(observer: _Observer, weight: PrunableWeight) -> Any:
+    """Let an observer see each call of a weight's module; return the handle of the hook."""
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        observer.see(weight, args, kwargs)
+
+    return weight.module.register_forward_pre_hook(before, with_kwargs=True)
+
+
+def relative_output_error(dense: Tensor, pruned: Tensor, statistics: InputStatistics) -> float | None:
+    """Return how much of a matrix's output is lost, ||(W - W')X||_F / ||WX||_F.
+
+    Args:
+        dense: W `(out, in)`.
+        pruned: W' `(out, in)`.
+        statistics: of the inputs; X is their sample, at most `SAMPLE` of them and one for each call.
+
+    Returns:
+        The error; None where no input is known, or the dense output is zero.
+    """
+    if not statistics.samples:
+        return None
+    inputs = torch.cat(statistics.samples, dim=1)
+    groups = inputs.shape[0]
+    before = dense.float().view(groups, -1, inputs.shape[2])
+    lost = before - pruned.float().view(before.shape)
+    norm = float(torch.linalg.vector_norm(inputs @ before.mT))
+    if norm == 0:
+        return None
+    return float(torch.linalg.vector_norm(inputs @ lost.mT)) / norm
