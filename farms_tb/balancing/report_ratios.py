@@ -13,9 +13,9 @@ import torch
 
 from farms_tb.balancing.assignment import Assignment
 from farms_tb.balancing.ratio_maps import noise_lambda, ratios_from
-from farms_tb.balancing.shrinkage import shrunk_effects
 from farms_tb.options import Kind, RatioOptions
 from farms_tb.report import LayerRecord, Report
+from farms_tb.spectra.random_effects import shrunk_effects
 
 
 @dataclass(frozen=True)

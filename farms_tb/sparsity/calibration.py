@@ -92,8 +92,7 @@ def calibration_batches(
     if available == 0:
         raise ValueError(
             f"calibration is too short: {len(tokens)} tokens for sequences of length={length}. Pass a longer "
-            "text, or "
-            "a smaller length"
+            "text, or a smaller length"
         )
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(available, generator=generator)[:number].sort().values.tolist()
@@ -133,16 +132,14 @@ def checked_batches(model: nn.Module, calibration: Iterable[Batch] | None, *, re
     if required and not batches:
         raise ValueError(
             "calibration is empty: this method needs the inputs of each layer. Pass an iterable of dicts of "
-            "keyword "
-            "arguments for the model, [{'input_ids': ids}, ...], or use method='magnitude'"
+            "keyword arguments for the model, [{'input_ids': ids}, ...], or use method='magnitude'"
         )
     size = vocabulary_size(model)
     for batch in batches:
         if not isinstance(batch, Mapping):
             raise TypeError(
                 f"calibration must be an iterable of dicts of keyword arguments for the model, got a batch of "
-                "type "
-                f"{type(batch).__name__}; for a model that takes one tensor x, wrap it: {{'x': tensor}}"
+                f"type {type(batch).__name__}; for a model that takes one tensor x, wrap it: {{'x': tensor}}"
             )
         _check_vocabulary(batch.get("input_ids"), size)
     return batches
@@ -163,6 +160,5 @@ def _check_vocabulary(ids: Any, size: int | None) -> None:
         wrong = largest if largest >= size else smallest
         raise ValueError(
             f"calibration has the token {wrong}, and the model's vocabulary is 0 to {size - 1}: was the text "
-            "tokenised "
-            "for another model?"
+            "tokenised for another model?"
         )

@@ -123,8 +123,7 @@ def _check_same_run(path: Path, run: Mapping[str, str]) -> None:
     if differ:
         raise ValueError(
             f"{path.parent} holds the blocks of another run, with other {', '.join(differ)}: pass the same "
-            "arguments "
-            "as then to go on, or delete that folder"
+            "arguments as then to go on, or delete that folder"
         )
 
 

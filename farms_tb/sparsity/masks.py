@@ -1,8 +1,7 @@
 """Which entries of a matrix are pruned: scores in, a mask out.
 
 A mask is a boolean tensor of the weight's shape, True where an entry becomes zero. All functions here are pure.
-They
-select by count, not by a threshold, so that ties (4-bit and 16-bit weights are full of them) cannot move the
+They select by count, not by a threshold, so that ties (4-bit and 16-bit weights are full of them) cannot move the
 sparsity: entries of equal score are pruned in the order of their index.
 
 The matrices are oriented as `(out, in)`: a row holds the weights of one output.

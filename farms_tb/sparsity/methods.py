@@ -86,8 +86,7 @@ def wanted_of(plan: SparsityPlan, structure: Structure) -> dict[str, Wanted]:
             raise ValueError(
                 f"structure={structure!r} makes {n / m:.0%} of every matrix zero, and the plan says "
                 f"{plan.sparsity[uneven[0]]:.4g} for {uneven[0]!r}: use structure='mixed:8', which follows the "
-                "plan, "
-                f"or a plan with method='uniform' and target={n / m}"
+                f"plan, or a plan with method='uniform' and target={n / m}"
             )
         return {name: Wanted(n / m, (n, m)) for name in plan.layers}
     return _mixed(plan)
@@ -103,8 +102,7 @@ def _check_range(plan: SparsityPlan) -> None:
         if share > 1:
             raise ValueError(
                 f"the plan says {share:.4g} for {name!r}: a sparsity is at most 1. Make the plan without compat, "
-                "or "
-                "with a smaller epsilon"
+                "or with a smaller epsilon"
             )
 
 
@@ -142,8 +140,7 @@ def check_structure(weight: PrunableWeight, wanted: Wanted) -> None:
     if weight.layout == "rows":
         raise ValueError(
             f"{weight.name} cannot be pruned in groups of {m}: which of its entries share an output is not known "
-            "for "
-            f"{type(weight.module).__name__}. Leave it out of the plan, or use structure='unstructured'"
+            f"for {type(weight.module).__name__}. Leave it out of the plan, or use structure='unstructured'"
         )
     # Next to each other in a convolution's matrix are the input channels of one kernel position.
     inputs = weight.tensor.shape[0 if weight.layout == "transposed" else 1]

@@ -192,8 +192,7 @@ def _check_readable(layer: Layer, owners: Mapping[int, list[str]]) -> None:
     if weight is None:
         raise ValueError(
             f"{layer.name} cannot be pruned: its {parameter_name} is computed from other tensors (parametrized, "
-            "or "
-            "masked by torch.nn.utils.prune). Make it plain first: parametrize.remove_parametrizations(module, "
+            "or masked by torch.nn.utils.prune). Make it plain first: parametrize.remove_parametrizations(module, "
             "'weight') or prune.remove(module, 'weight')"
         )
     if type(weight.data) is not Tensor or weight.element_size() == 1:

@@ -240,16 +240,14 @@ def _warn_of(layers: Mapping[str, PrunedLayer], method: PruneMethod, model: nn.M
     if raised:
         warn_once(
             f"the Hessians of {_named(raised)} nearly singular: their damping was raised, see `damping` of the "
-            "report. "
-            "More calibration data help",
+            "report. More calibration data help",
             model,
         )
     short = [name for name, layer in layers.items() if 0 < layer.inputs < layer.columns]
     if short and method == "sparsegpt":
         warn_once(
             f"calibration is short for SparseGPT: of {_named(short)} seen fewer inputs than the matrix has "
-            "columns, so "
-            "that the corrections are mostly damping. Pass more batches",
+            "columns, so that the corrections are mostly damping. Pass more batches",
             model,
         )
 

@@ -25,6 +25,7 @@ import numpy as np
 
 from farms_tb.sparsity.filling import Floats
 from farms_tb.sparsity.layers import Layers
+from farms_tb.spectra.random_effects import shrunk_effects as effects_of
 
 _FURTHEST = 3.0
 """Standard deviations beyond which an effect inside a block is winsorised."""
@@ -89,8 +90,7 @@ def shrunk_effects(layers: Layers) -> RandomEffects:
 def random_effects(effects: Floats, errors: Floats) -> RandomEffects:
     """Shrink effects to their mean by the method of Paule and Mandel.
 
-    tau^2 is the number for which sum_i (d_i - m)^2 / (tau^2 + s_i^2) = k - 1, m the mean weighted by
-    1 / (tau^2 + s_i^2), over the k units that have an effect; 0 where the sum is smaller already without it.
+    See `farms_tb.spectra.random_effects`; units without an effect take no part.
 
     Args:
         effects: `(units,)`, NaN where there is none.
@@ -102,51 +102,10 @@ def random_effects(effects: Floats, errors: Floats) -> RandomEffects:
     known = np.isfinite(effects)
     if not known.any():
         return RandomEffects(effects, errors, 0.0, 0.0, np.zeros(len(effects)))
-    if np.ptp(effects[known]) == 0:
-        equal = float(effects[known][0])
-        return RandomEffects(effects, errors, equal, 0.0, np.full(len(effects), equal))
-    # In units of the largest, whose square can neither overflow nor vanish.
-    unit = max(float(np.max(np.abs(effects[known]))), float(np.max(errors[known])))
-    values = effects[known] / unit
-    # Errors of exactly 0 would get infinite weights.
-    variances = np.maximum(errors[known] / unit, 1e-9) ** 2
-    tau2 = _paule_mandel(values, variances)
-    mean = _weighted_mean(values, tau2 + variances)
-    shrunk = np.full(len(effects), mean)
-    shrunk[known] = mean + tau2 / (tau2 + variances) * (values - mean)
-    return RandomEffects(effects, errors, mean * unit, float(np.sqrt(tau2)) * unit, shrunk * unit)
-
-
-def _paule_mandel(values: Floats, variances: Floats) -> float:
-    """Return tau^2 by bisection: the weighted sum of squares falls as tau^2 grows.
-
-    Args:
-        values: `(k,)` effects, k at least 2.
-        variances: `(k,)` squared standard errors, above 0.
-    """
-
-    def excess(tau2: float) -> float:
-        total = tau2 + variances
-        return float(np.sum((values - _weighted_mean(values, total)) ** 2 / total)) - (len(values) - 1)
-
-    if excess(0.0) <= 0:
-        return 0.0
-    low, high = 0.0, float(np.ptp(values)) ** 2
-    while excess(high) > 0:
-        high *= 2
-    for _ in range(200):
-        middle = (low + high) / 2
-        if excess(middle) > 0:
-            low = middle
-        else:
-            high = middle
-    return high
-
-
-def _weighted_mean(values: Floats, variances: Floats) -> float:
-    """Return the mean of values weighted by 1 / variance."""
-    weights = variances.min() / variances
-    return float(np.sum(weights * values) / np.sum(weights))
+    found = effects_of(effects[known].tolist(), errors[known].tolist())
+    shrunk = np.full(len(effects), found.mean)
+    shrunk[known] = found.effects
+    return RandomEffects(effects, errors, found.mean, found.tau, shrunk)
 
 
 def _role_medians(layers: Layers) -> Floats:

@@ -17,7 +17,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
 from farms_tb import FARMSTempBalance, TempBalance, lr_ratios
-from farms_tb.balancing.shrinkage import shrunk_effects
+from farms_tb.spectra.random_effects import shrunk_effects
 from recipes.models.resnet import SmallImageResNet
 from recipes.models.vgg import SmallImageVGG
 from tests.balancing.test_noise import planted
