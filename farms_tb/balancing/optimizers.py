@@ -85,9 +85,8 @@ class BalancedOptimizers:
             model: the model.
             ratios: ratio of each of its parameters by name.
         """
-        by_id = {}
-        for name, parameter in model.named_parameters():
-            by_id[id(parameter)] = scale_of(ratios[clean_name(name)], self._options)
+        named = {clean_name(name): parameter for name, parameter in model.named_parameters()}
+        by_id = {id(parameter): scale_of(ratios[name], self._options) for name, parameter in named.items()}
         for step in self._steps:
             step.ratios = by_id
         self._ratios = by_id

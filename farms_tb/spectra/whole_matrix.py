@@ -62,7 +62,8 @@ def with_matrix_metrics(
         whole: also solve for the eigenvalues of whole matrices, where windows are parts of them.
     """
     found = []
-    for record, stack, own in zip(records, stacks, samples, strict=True):
+    in_solvable_types = [solvable(stack) for stack in stacks]
+    for record, stack, own in zip(records, in_solvable_types, samples, strict=True):
         if record.num_eigenvalues == 0:  # The solver did not converge.
             found.append(record)
             continue
@@ -91,7 +92,7 @@ def entry_metrics(stack: MatrixStack, largest: float) -> dict[str, Any]:
     """
     # Squares of weights of any common size stay within the range of single precision as they are.
     unit = 1.0 if 1e-12 < largest < 1e12 else largest
-    rows, columns = _squares(solvable(stack).matrices, unit)
+    rows, columns = _squares(stack.matrices, unit)
     return {
         "log_norm": math.log10(float(rows.sum()) * stack.eigenvalue_scale) + 2 * math.log10(unit),
         "dead_rows": int((rows < DEAD**2 * rows.max()).sum()),
