@@ -5,6 +5,7 @@
 - `SparsityPlan`, `PlannedLayer`: what a plan holds; `SparsityPlan.load(path)`.
 - `SparsityOptions`: what an allocation can be asked for.
 - `prune(model, plan, "wanda", calibration=batches)`: zeros in the model's weights, or masks, and a report.
+- `outlier_shares(model, blocks, batches)`: what the method `"owl"` goes by.
 - `compare_with_depth(plan)`: how far the plan is from the uniform one and from a straight line in depth.
 """
 
@@ -12,6 +13,7 @@ from farms_tb.sparsity.advice import DepthComparison, compare_with_depth
 from farms_tb.sparsity.allocation import allocate
 from farms_tb.sparsity.from_report import plan_from_report
 from farms_tb.sparsity.options import SparsityOptions
+from farms_tb.sparsity.owl import outlier_shares
 from farms_tb.sparsity.plan import PlannedLayer, SparsityPlan
 from farms_tb.sparsity.prune import prune
 from farms_tb.sparsity.prune_report import PrunedLayer, PruneReport
@@ -25,6 +27,7 @@ __all__ = [
     "SparsityPlan",
     "allocate",
     "compare_with_depth",
+    "outlier_shares",
     "plan_from_report",
     "prune",
 ]

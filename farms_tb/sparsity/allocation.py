@@ -77,7 +77,7 @@ def allocate(
             `farms_tb.weights.blocks.blocks_of`.
         errors: standard errors of the alphas, for `method="shrinkage"`: a record's `alpha_error`.
         outliers: with `method="owl"`, the share of outliers of each block (of each layer, with
-            `granularity="matrix"`), in percent.
+            `granularity="matrix"`) on calibration data, in any unit: `farms_tb.sparsity.outlier_shares`.
         model: with `method="search"`, the model that the alphas are of. For a batch it returns a loss, as models
             of transformers do where there are `labels`, or logits for the next token of each of its `input_ids`.
             Its weights are put back afterwards.

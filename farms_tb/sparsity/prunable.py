@@ -14,7 +14,7 @@ any other                    (..., columns)                         rows of the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -24,7 +24,15 @@ from torch import Tensor, nn
 from farms_tb.sparsity.plan import SparsityPlan
 from farms_tb.weights.layers import Layer, clean_name, find_layers, read_stacks, unwrap
 
-__all__ = ["Layout", "PrunableWeight", "from_matrix", "plan_for_names", "planned_weights", "to_matrix"]
+__all__ = [
+    "Layout",
+    "PrunableWeight",
+    "from_matrix",
+    "named_weights",
+    "plan_for_names",
+    "planned_weights",
+    "to_matrix",
+]
 
 Layout = Literal["linear", "transposed", "convolution", "rows"]
 
@@ -114,21 +122,51 @@ def planned_weights(model: nn.Module, plan: SparsityPlan) -> list[PrunableWeight
         ValueError: the plan was made for another model; or a weight is tied, quantised, parametrized, on the meta
             device or holds NaN or inf. The message names it and says what to do.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    model = unwrap(model)
-    layers = {layer.name: layer for layer in find_layers(model)}
+    layers = _layers(model)
     plan = plan_for_names(plan, layers)
-    owners = _owners(model)
-    for name in plan.layers:
-        if name in layers:
-            _check_readable(layers[name], owners)
+    known = [name for name in plan.layers if name in layers]
+    _check_readable(unwrap(model), [layers[name] for name in known])
     plan.check_fits({name: layer.shape for name, layer in layers.items() if layer.shape})
     weights = [_weight(layers[name], plan.layers[name].block) for name in plan.layers]
     for weight in weights:
         if not weight.tensor.isfinite().all():
             raise ValueError(f"{weight.name} holds NaN or inf and cannot be pruned: load intact weights")
     return weights
+
+
+def named_weights(model: nn.Module, blocks: Mapping[str, str]) -> list[PrunableWeight]:
+    """Find weights of a model by their names.
+
+    Args:
+        model: any module.
+        blocks: path of the block of each layer, by the layer's name.
+
+    Returns:
+        The weights in the order of `blocks`.
+
+    Raises:
+        TypeError: `model` is no module.
+        ValueError: there is no such layer, or its weight cannot be read.
+    """
+    layers = _layers(model)
+    missing = [name for name in blocks if name not in layers]
+    if missing:
+        raise ValueError(
+            f"the model has no layer {missing[0]!r} ({len(missing)} unknown names): analyze(model) lists them"
+        )
+    _check_readable(unwrap(model), [layers[name] for name in blocks])
+    return [_weight(layers[name], block) for name, block in blocks.items()]
+
+
+def _layers(model: nn.Module) -> dict[str, Layer]:
+    """Return the layers of a model by name.
+
+    Raises:
+        TypeError: it is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    return {layer.name: layer for layer in find_layers(model)}
 
 
 def plan_for_names(plan: SparsityPlan, names: Mapping[str, object]) -> SparsityPlan:
@@ -175,12 +213,24 @@ def _owners(model: nn.Module) -> dict[int, list[str]]:
     return owners
 
 
-def _check_readable(layer: Layer, owners: Mapping[int, list[str]]) -> None:
-    """Refuse a layer whose weight cannot be replaced entry by entry.
+def _check_readable(model: nn.Module, layers: Sequence[Layer]) -> None:
+    """Refuse layers whose weights cannot be replaced entry by entry.
 
     Args:
-        layer: a layer that the plan names.
-        owners: names of each parameter by its identity.
+        model: the model.
+        layers: the layers that a plan names.
+
+    Raises:
+        ValueError: see `planned_weights`.
+    """
+    owners = _owners(model)
+    for layer in layers:
+        _check_plain(layer)
+        _check_untied(layer, owners)
+
+
+def _check_plain(layer: Layer) -> None:
+    """Refuse a weight that is no ordinary parameter.
 
     Raises:
         ValueError: see `planned_weights`.
@@ -201,7 +251,15 @@ def _check_readable(layer: Layer, owners: Mapping[int, list[str]]) -> None:
             f"{layer.name} is quantised ({kind}) and cannot be pruned: prune the model in 16 or 32 bits, then "
             "quantise it"
         )
-    shared = owners.get(id(weight), [])
+
+
+def _check_untied(layer: Layer, owners: Mapping[int, list[str]]) -> None:
+    """Refuse a weight that another module uses, too.
+
+    Raises:
+        ValueError: see `planned_weights`.
+    """
+    shared = owners[id(layer.module._parameters[_parameter_name(layer)])]
     if len(shared) > 1:
         others = ", ".join(name for name in shared if not name.startswith(f"{layer.name}."))
         raise ValueError(

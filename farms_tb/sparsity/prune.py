@@ -246,8 +246,8 @@ def _warn_of(layers: Mapping[str, PrunedLayer], method: PruneMethod, model: nn.M
     short = [name for name, layer in layers.items() if 0 < layer.inputs < layer.columns]
     if short and method == "sparsegpt":
         warn_once(
-            f"calibration is short for SparseGPT: of {_named(short)} seen fewer inputs than the matrix has "
-            "columns, so that the corrections are mostly damping. Pass more batches",
+            f"calibration is short for SparseGPT: {_named(short)} calibrated with fewer inputs than the matrix "
+            "has columns, so that the corrections are mostly damping. Pass more batches",
             model,
         )
 
