@@ -77,13 +77,13 @@ class TestThousandLayers:
         _, _, balancer = balanced
         size = len(json.dumps(balancer.state_dict()))
         balancer.step()
-        assert size < 600 * 1000, "bytes: the ratios and one report, however long the run"
+        assert size < 900 * 1000, "bytes: the ratios and one report, however long the run"
         assert abs(len(json.dumps(balancer.state_dict())) - size) < 0.02 * size
 
     def test_keys_of_a_row(self, balanced: Any) -> None:
         _, _, balancer = balanced
         row = logs.measurement_row(balancer.report, balancer.ratios, balancer._balancer.layer_lrs(), {})
-        assert len(row) == 3 * 1000 + 2
+        assert len(row) == 4 * 1000 + 2
 
 
 def calls(function: Callable[[], Any]) -> Counter[str]:
@@ -338,7 +338,7 @@ class TestManyKeys:
 
     def test_up_to_the_bound_every_layer_is_logged(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(logs, "MAX_LOGGED_LAYERS", 5)
-        assert len(self.rows(FARMSTempBalance())[0]) == 4 + 3 * 5
+        assert len(self.rows(FARMSTempBalance())[0]) == 4 + 4 * 5
 
     @pytest.mark.filterwarnings("ignore:histogram_every_n is set, and no logger takes histograms")
     def test_beyond_it_the_aggregates_alone(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -359,7 +359,7 @@ class TestManyKeys:
         assert self.rows(FARMSTempBalance(log=False)) == []
 
     def test_bound_is_below_what_wandb_advises(self) -> None:
-        assert 7 * logs.MAX_LOGGED_LAYERS < 10_000 - 100
+        assert 9 * logs.MAX_LOGGED_LAYERS < 10_000 - 100
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads resident memory from /proc")

@@ -25,6 +25,7 @@ MANY = settings(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 HARMLESS = pytest.mark.filterwarnings(
+    "ignore:.*has collapsed",
     "ignore:layers with no",
     "ignore:.* left to balance",
     "ignore:the learning rate of .* times the base",

@@ -53,14 +53,14 @@ def prepare_stacks(
     largest = _largest_entries([stack.matrices for stack in in_solvable_types], threads)
     found: list[PreparedLayer | LayerRecord] = []
     for stack, cut, entry, original in zip(in_solvable_types, windows, largest, stacks, strict=True):
-        if cut is None:
-            found.append(LayerRecord(status="no window of this aspect ratio fits"))
-        elif stack.matrices.is_meta:
+        if stack.matrices.is_meta and cut is not None:
             found.append(_planned(cut, options))
-        elif not math.isfinite(entry):
+        elif not stack.matrices.is_meta and not math.isfinite(entry):
             found.append(LayerRecord(status="weights contain NaN or infinity"))
         elif entry == 0:
             found.append(LayerRecord(status="all weights are zero"))
+        elif cut is None:
+            found.append(LayerRecord(status="no window of this aspect ratio fits"))
         else:
             found.append(_prepared(stack, cut, entry, original.matrices.dtype, options))
     return found

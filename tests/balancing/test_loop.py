@@ -238,6 +238,7 @@ def test_param_groups_are_readable() -> None:
         parameters=("0.weight", "0.bias", "3.weight", "3.bias", "9.weight", "9.bias"),
         ratio=1.0,
         lr=float(torch.tensor(0.1)),
+        weight_decay=0.0,
     )
     assert {group.layers for group in rest} == {("2",), ("5",), ("7",)}
 

@@ -82,7 +82,7 @@ class TestCollapse:
         with pytest.warns(UserWarning, match="collapsed"):
             assert self.ratios() == [1.5, 0.5, 1.0]
 
-    @pytest.mark.filterwarnings("ignore:.*sampling noise", "ignore:.*largest alpha")
+    @pytest.mark.filterwarnings("ignore:.*sampling noise", "ignore:.*largest alpha", "ignore:.*has collapsed")
     def test_is_kept_in_the_map_where_the_user_says_so(self):
         random, middle, smallest = self.ratios(collapsed="keep")
         assert (random, smallest) == (1.5, 0.5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import subprocess
 import sys
@@ -117,7 +118,8 @@ def test_command_line(device: str, tmp_path: Path) -> None:
     found = CliRunner().invoke(app, arguments)
     assert found.exit_code == 0
     exact = analyze(net, precision="float64").layers["1"].alpha
-    assert float(found.stdout.splitlines()[2].split(",")[2]) == pytest.approx(exact, rel=1e-4)
+    rows = {row["layer"]: row for row in csv.DictReader(found.stdout.splitlines())}
+    assert float(rows["1"]["alpha"]) == pytest.approx(exact, rel=1e-4)
 
 
 @pytest.mark.gpu

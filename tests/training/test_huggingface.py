@@ -295,7 +295,8 @@ def test_log_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [{**row, "step": step} for row, step in zip(rows, (0, 4, 8, 12), strict=True)] == history
     layers = [name for name, record in callback.report.layers.items() if record.alpha is not None]
     assert len(layers) == 9
-    expected = {"epoch", "farms/alpha_mean", "farms/alpha_std"} | {f"farms/alpha/{name}" for name in layers}
+    expected = {"epoch", "farms/alpha_mean", "farms/alpha_std"}
+    expected |= {f"farms/{key}/{name}" for key in ("alpha", "rank_share") for name in layers}
     assert set(rows[-1]) == expected
     expected |= {"farms/ratio_mean"} | {f"farms/{key}/{name}" for key in ("ratio", "lr") for name in layers}
     assert [set(row) for row in rows[:-1]] == [expected] * EPOCHS
