@@ -2,7 +2,8 @@
 
     python docs/figures.py
 
-All of them show what the package itself computes, for weights that are made here.
+All of them show what the package itself computes, for weights that are made here; `minilm.png` is drawn where
+`make real` has brought the trained model.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor, nn
 
-from farms_tb import analyze, lr_ratios
+from farms_tb import Report, analyze, analyze_checkpoint, lr_ratios
 from farms_tb.balancing.ratio_maps import noise_lambda
 from farms_tb.options import AssignFunc
 from farms_tb.spectra.power_law import fit_power_law
 from farms_tb.viewing.densities import esd_density, tail_density
+from farms_tb.viewing.plots import plot_alpha_by_depth
 from farms_tb.viewing.plots.style import FAINT, new_figure, styled
+from recipes.real import minilm_folder, missing
 
 IMAGES = Path(__file__).parent / "images"
 BLUE, ORANGE, GREEN, PURPLE = "#3B528B", "#D55E00", "#2A9D6F", "#8E4FA8"
@@ -218,7 +221,20 @@ def draw_noise_aware() -> None:
     store(figure, "noise_aware")
 
 
+def draw_minilm() -> None:
+    """Draw alpha by depth of all-MiniLM-L6-v2, whose pooler was never used, and what random weights have."""
+    if missing():
+        return
+    report = analyze_checkpoint(minilm_folder(), null=True)
+    layers = {
+        name.removeprefix("encoder.layer.").replace("attention.self.", ""): record
+        for name, record in report.layers.items()
+        if record.alpha is not None
+    }
+    store(plot_alpha_by_depth(Report(layers)), "minilm")
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for draw in (draw_spectra, draw_null, draw_windows, draw_fits, draw_maps, draw_noise_aware):
+    for draw in (draw_spectra, draw_null, draw_windows, draw_fits, draw_maps, draw_noise_aware, draw_minilm):
         draw()
