@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from farms_tb import LayerRecord, Report, analyze
+from farms_tb.viewing.diagnosis import diagnose
 from farms_tb.viewing.history import Curve, History
 from farms_tb.viewing.page import write_page
 from farms_tb.viewing.run_folder import RunFolder, read_run_folder
@@ -95,6 +96,7 @@ def test_values_of_a_real_run(trained: Path, tmp_path: Path) -> None:
         assert set(layer["esd"]) == {"farms", "full"}
         assert {spectrum["aspect"] for spectrum in layer["esd"].values()} <= set(found["laws"])
     assert found["missing"] == []
+    assert found["diagnosis"] == diagnose(run.farms)
     assert "last.ckpt" in found["weights"] or "epoch=2" in found["weights"]
 
 
@@ -353,6 +355,16 @@ def test_names_and_settings_are_text(view: Any, tmp_path: Path) -> None:
     assert tab.inner_text("#missing li") == EVIL
     assert tab.locator("img, b").count() == 0
     assert tab.title() == title
+
+
+def test_the_page_says_what_to_look_at(view: Any, trained: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(trained, tmp_path / "run"))
+    tab = view(write_page(read_run_folder(folder, null=True), tmp_path / "page.html"))
+    assert "No layer can be told from random" in tab.inner_text("#diagnosis")
+    tab.locator("tbody tr").first.click()
+    assert "random" in tab.inner_text("#detail")
+    tab.set_viewport_size({"width": 390, "height": 800})
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 390
 
 
 def test_partial_runs_say_what_is_missing(view: Any, trained: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from farms_tb.report import OK, LayerRecord, Report
 from farms_tb.viewing.densities import aspect_of_sample, esd_density, marchenko_pastur, tail_density
+from farms_tb.viewing.diagnosis import diagnose
 from farms_tb.viewing.history import Curve, History
 from farms_tb.viewing.run_folder import RunFolder
 from farms_tb.viewing.stable_rank import matrix_stable_rank
@@ -39,6 +40,7 @@ def content_of(run: RunFolder) -> dict[str, Any]:
         "title": run.title,
         "facts": _facts(run),
         "missing": list(run.missing),
+        "diagnosis": [] if run.farms is None else diagnose(run.farms),
         "weights": run.weights,
         "esd": str(run.options.get("esd", "farms")),
         "by_step": run.history.by_step,
@@ -129,6 +131,7 @@ def _metrics(farms: LayerRecord, full: LayerRecord) -> dict[str, Any]:
         "null_mean": _number(farms.null_mean),
         "null_std": _number(farms.null_std),
         "z": _number(farms.z_score),
+        "verdict": "" if farms.verdict is None else str(farms.verdict),
     }
 
 

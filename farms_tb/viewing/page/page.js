@@ -52,6 +52,7 @@ const MEANING = {
   spectral_norm: "The largest eigenvalue of the windows measured.",
   count: "Number of eigenvalues that the FARMS alpha is fitted on.",
   null_mean: "Mean alpha of the same weights in random order ± its standard deviation (permutation null).",
+  verdict: "What the metrics say in a word: random, trained, collapsed, low rank, outliers, no power law or not measured.",
   z: "Distance of alpha from that of the same weights in random order, in standard deviations of the latter. Negative: a heavier tail than chance gives.",
   last_ratio: "Learning rate of the layer / the scheduler's learning rate, as last logged.",
 };
@@ -417,6 +418,7 @@ function drawDetail() {
     ["full-matrix alpha", asKnown(layer.full, layer), "full"], ["bias", asKnown(layer.bias, layer), "bias"], ["KS distance", number(layer.ks), "ks"], ["stable rank", number(layer.stable_rank), "stable_rank"],
     ["largest eigenvalue", number(layer.spectral_norm), "spectral_norm"], ["eigenvalues", layer.count || "–", "count"], ["last ratio", fixed(3)(layer.last_ratio), "last_ratio"],
   ];
+  if (layer.verdict) facts.push(["verdict", layer.verdict, "verdict"]);
   if (known(layer.z)) facts.push(["random weights' alpha", withError(layer.null_mean, layer.null_std), "null_mean"], ["z-score", twoDigits(layer.z), "z"]);
   place.append(el("dl", null, ...facts.map(([name, value, key]) =>
     el("div", { title: MEANING[key] }, el("dt", null, name), el("dd", null, String(value))))));
@@ -555,6 +557,10 @@ byId("facts").textContent = data.facts.join(" · ");
 if (data.missing.length) {
   byId("missing").hidden = false;
   byId("missing").append(el("strong", null, "Not everything is here"), el("ul", null, ...data.missing.map((sentence) => el("li", null, sentence))));
+}
+if (data.diagnosis.length) {
+  byId("diagnosis").hidden = false;
+  byId("diagnosis").append(el("ul", null, ...data.diagnosis.map((sentence) => el("li", null, sentence))));
 }
 byId("depth").querySelector("i").style.cssText = `--light:${gradient(0, 0.9)};--dark:${gradient(0.35, 1)}`;
 byId("hint").textContent = "A smaller alpha means a heavier tail: more structure in the weights, or, where the status says so, a collapse to few directions. Point at a curve for its values, click it, or a row of the table, for the layer's spectrum; with the keyboard, use the arrow keys and Enter.";
