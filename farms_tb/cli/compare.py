@@ -24,11 +24,12 @@ from farms_tb.cli.arguments import (
     Strict,
     takes_spectrum_options,
 )
+from farms_tb.cli.differences import weight_differences, with_differences
 from farms_tb.cli.exit_codes import finish
 from farms_tb.cli.measuring import Measured, Wanted, checked_device, measure
 from farms_tb.cli.messages import EXIT_INTERRUPTED, complaints, say
 from farms_tb.cli.output import Result, chosen_format, emit
-from farms_tb.cli.pairing import changes, paired
+from farms_tb.cli.pairing import changes, paired, without_wrappers
 from farms_tb.cli.sources import Source, open_source
 from farms_tb.cli.tables import Column
 from farms_tb.options import SpectrumOptions, as_plain
@@ -40,7 +41,10 @@ _COLUMNS = (
     Column("alpha_b", "alpha B", 3, error="alpha_error_b"),
     Column("change", "B - A", 3, error="change_error", signed=True),
     Column("change_error", "±", 3, error="change_error"),
-    Column("change_in_errors", "(B - A)/±", 1, digits=2, signed=True),
+    Column("change_in_errors", "(B - A)/±", 1, digits=2, signed=True, optional=True),
+    Column("difference_norm", "|D|/|A|", 4),
+    Column("difference_rank", "rank D", 0),
+    Column("difference_alpha", "alpha D", 3, optional=True),
 )
 
 
@@ -50,6 +54,12 @@ def compare(
     model_b: Annotated[str, typer.Argument(metavar="B", help="The same.", show_default=False)],
     *,
     options: SpectrumOptions,
+    difference: Annotated[
+        bool,
+        typer.Option(
+            help="Also measure D, the difference of the weights: its norm, rank and alpha. Reads both again."
+        ),
+    ] = True,
     pretrained: Pretrained = False,
     key: Key = None,
     patterns: Filter = None,
@@ -61,7 +71,9 @@ def compare(
     """Compare the alphas of two models, layer by layer of the same name, the largest change first.
 
     Names are the same if they differ in the prefixes module., model. and _orig_mod. alone. ± is the standard error
-    of the change: the root of the sum of both alphas' squared standard errors.
+    of the change: the root of the sum of both alphas' squared standard errors. D is the difference of the weights
+    B - A: |D|/|A| its Frobenius norm against that of A, rank D the number of directions that hold 99 % of its
+    energy, alpha D its own alpha.
     """
     with complaints():
         form = chosen_format(output_format, output)
@@ -70,6 +82,9 @@ def compare(
     found = _measure_all(sources, wanted)
     pairs = paired(*(part.records for part in found))
     rows = changes(pairs)
+    if difference:
+        shared = {without_wrappers(pair.name) for pair in pairs if pair.in_both}
+        rows = with_differences(rows, weight_differences(sources, shared, wanted))
     complete = not any(part.stopped for part in found)
     facts = {"a": model_a, "b": model_b, "complete": complete, "options": as_plain(options)}
     result = Result(f"A: {model_a}\nB: {model_b}", _COLUMNS, rows, facts, complete)

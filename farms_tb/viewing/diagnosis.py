@@ -133,10 +133,8 @@ def _about_random(records: Records, layers: Records) -> str:
         )
     looks = _verb(records, "looks", "look")
     used = _verb(records, "Is it used, and does it get gradients?", "Are they used, and do they get gradients?")
-    trained = "the other layer can" if others == 1 else f"{others} others can"
-    return (
-        f"{_named(records)} {looks} untrained: no different from its own entries shuffled, while {trained}. {used}"
-    )
+    trained = "the other layer" if others == 1 else f"{others} others"
+    return f"{_named(records)} {looks} untrained: no different from its own entries shuffled, unlike {trained}. {used}"
 
 
 def _about_low_rank(records: Records, layers: Records) -> str:

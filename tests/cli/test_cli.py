@@ -625,3 +625,25 @@ def test_a_model_is_compared_as_a_whole_with_another(weights: Path) -> None:
     assert set(facts["summaries"]) == {str(weights), NET}
     shown = run("analyze", weights, "--against", NET).stdout
     assert f"{NET}: mean alpha" in " ".join(shown.split())
+
+
+def test_compare_looks_at_the_difference_of_the_weights(tmp_path: Path) -> None:
+    """Of a low-rank update, full fine-tuning, a layer left alone, and one of another shape."""
+    torch.manual_seed(0)
+    base = {name: torch.randn(60, 40) for name in ("low", "full", "same")} | {"other": torch.randn(60, 40)}
+    tuned = dict(base)
+    tuned["low"] = base["low"] + 0.01 * torch.randn(60, 3) @ torch.randn(3, 40)
+    tuned["full"] = base["full"] + 0.1 * torch.randn(60, 40)
+    tuned["other"] = torch.randn(50, 40)
+    for name, weights in (("a", base), ("b", {f"module.{key}": tuned[key] for key in reversed(tuned)})):
+        torch.save({f"{key}.weight": weight for key, weight in weights.items()}, tmp_path / f"{name}.pt")
+    rows = rows_of("compare", tmp_path / "a.pt", tmp_path / "b.pt")
+    assert rows["low"]["difference_rank"] == 3
+    assert rows["low"]["difference_alpha"] is None
+    assert rows["full"]["difference_norm"] == pytest.approx(0.1, rel=0.1)
+    assert rows["full"]["difference_rank"] > 30
+    assert rows["full"]["difference_alpha"] == pytest.approx(2.1, abs=0.4)
+    assert (rows["same"]["difference_norm"], rows["same"]["difference_rank"]) == (0.0, 0)
+    assert rows["other"]["difference_norm"] is None
+    plain = rows_of("compare", tmp_path / "a.pt", tmp_path / "b.pt", "--no-difference")
+    assert "difference_norm" not in plain["low"]
