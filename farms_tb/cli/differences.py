@@ -30,8 +30,8 @@ class Difference:
     Attributes:
         relative_norm: ||D||_F / ||A||_F; None where A is zero.
         rank: directions of the whole matrices that hold 99 % of the energy of D; 0 where it is zero.
-        alpha: that of D; None where it has none, as one of low rank, whose tail is made of the rounding errors that
-            A and B were stored with.
+        alpha: that of D; None where it has none, as one of low rank, whose tail is made of the rounding errors
+            that A and B were stored with.
     """
 
     relative_norm: float | None

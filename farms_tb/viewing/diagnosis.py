@@ -134,7 +134,8 @@ def _about_random(records: Records, layers: Records) -> str:
     looks = _verb(records, "looks", "look")
     used = _verb(records, "Is it used, and does it get gradients?", "Are they used, and do they get gradients?")
     trained = "the other layer" if others == 1 else f"{others} others"
-    return f"{_named(records)} {looks} untrained: no different from its own entries shuffled, unlike {trained}. {used}"
+    shuffled = "no different from its own entries shuffled"
+    return f"{_named(records)} {looks} untrained: {shuffled}, unlike {trained}. {used}"
 
 
 def _about_low_rank(records: Records, layers: Records) -> str:
