@@ -143,9 +143,12 @@ def _labelled(name: str, split: Split) -> LabelledTexts:
     """
     if split not in get_args(Split):
         raise ValueError(f"split must be one of {get_args(Split)}, got {split!r}")
-    csv.field_size_limit(max(csv.field_size_limit(), _LONGEST_DOCUMENT))
-    with checked(f"{name} {split}").open(encoding="utf-8", newline="") as file:
-        rows = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))[_HEADER_LINES:]
+    limit = csv.field_size_limit(_LONGEST_DOCUMENT)  # that of the whole process, which is put back
+    try:
+        with checked(f"{name} {split}").open(encoding="utf-8", newline="") as file:
+            rows = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))[_HEADER_LINES:]
+    finally:
+        csv.field_size_limit(limit)
     names = []
     texts = []
     for row in rows:
