@@ -1,5 +1,6 @@
 """Real trained models and texts: brought once, compared by SHA-256, read as they should be."""
 
+import csv
 import zipfile
 
 import pytest
@@ -100,7 +101,9 @@ def test_the_articles_of_wikipedia():
 
 @pytest.mark.real
 def test_the_labelled_documents():
+    limit = csv.field_size_limit()
     sizes = {read: [len(read(split).texts) for split in ("train", "test")] for read in (reuters8, newsgroups20)}
+    assert csv.field_size_limit() == limit, "it holds for the whole process"
     assert sizes == {reuters8: [5485, 2189], newsgroups20: [11293, 7528]}
     train, test = reuters8("train"), reuters8("test")
     assert train.classes == test.classes
