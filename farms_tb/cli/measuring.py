@@ -25,7 +25,6 @@ from farms_tb.options import SpectrumOptions
 from farms_tb.report import OK, LayerRecord, Report
 from farms_tb.spectra.permutation_null import null_seconds, weight_record
 from farms_tb.viewing.names import printable, shortened
-from farms_tb.viewing.stable_rank import matrix_stable_rank
 from farms_tb.weights.layers import Layer
 from farms_tb.weights.stacks import MatrixStack
 
@@ -111,7 +110,7 @@ class Measured:
         """Return a report's row with the metrics of the whole matrix added."""
         full = self.full.get(row["layer"], LayerRecord())
         row["alpha_full"] = full.alpha
-        row["stable_rank_full"] = matrix_stable_rank(full)
+        row["stable_rank_full"] = full.stable_rank
         if row["stable_rank"] is None:
             row["stable_rank"] = full.stable_rank
         row["bias"] = None

@@ -162,7 +162,7 @@ class _Observer:
         return summary
 
     def forget_last(self) -> None:
-        """Let go of the last call's tensors."""
+        """Drop the last call's tensors, so that they can be freed."""
         self._last = None
 
 

@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from farms_tb import LayerRecord, analyze
-from farms_tb.viewing.stable_rank import matrix_stable_rank
+from farms_tb import analyze
 
 
 def stable_rank(*matrices: Tensor) -> float:
@@ -29,7 +28,6 @@ def test_of_every_layer(options: Any) -> None:
     net = nn.Sequential(nn.Linear(384, 384), nn.Linear(256, 128), nn.Conv2d(8, 24, 3), nn.Conv2d(16, 16, 3))
     for name, record in analyze(net, **options).layers.items():
         assert record.stable_rank == pytest.approx(expected(net[int(name)]), rel=1e-4)
-        assert matrix_stable_rank(record) == record.stable_rank
 
 
 def test_of_windows_that_are_whole_matrices() -> None:
@@ -48,11 +46,6 @@ def test_pooled_matrices_have_a_name_of_their_own() -> None:
     assert record.pooled_stable_rank is not None
     assert record.stable_rank is not None
     assert record.pooled_stable_rank > 8 > record.stable_rank
-
-
-def test_none_without_a_measurement() -> None:
-    assert matrix_stable_rank(None) is None
-    assert matrix_stable_rank(LayerRecord()) is None
 
 
 def test_the_papers_metric_keeps_its_name() -> None:

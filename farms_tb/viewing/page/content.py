@@ -16,7 +16,6 @@ from farms_tb.viewing.densities import aspect_of_sample, esd_density, marchenko_
 from farms_tb.viewing.diagnosis import diagnose
 from farms_tb.viewing.history import Curve, History
 from farms_tb.viewing.run_folder import RunFolder
-from farms_tb.viewing.stable_rank import matrix_stable_rank
 
 __all__ = ["content_of"]
 
@@ -125,7 +124,7 @@ def _metrics(farms: LayerRecord, full: LayerRecord) -> dict[str, Any]:
         "full": _number(full.alpha),
         "bias": _number(bias),
         "ks": _number(farms.ks_distance),
-        "stable_rank": _number(matrix_stable_rank(full)),
+        "stable_rank": _number(full.stable_rank),
         "spectral_norm": _number(farms.spectral_norm),
         "count": farms.num_eigenvalues,
         "null_mean": _number(farms.null_mean),
