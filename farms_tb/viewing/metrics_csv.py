@@ -232,7 +232,7 @@ def _problems(path: Path, left_out: Sequence[str]) -> Iterator[str]:
         others = len(left_out) - 1
         if others:
             examples += f" and {others} more"
-        yield f"{path.name} has cells without a finite number or lines without CSV, which are left out: {examples}."
+        yield f"{path.name} has cells that hold no finite number, or broken lines, left out here: {examples}."
     if not path.read_bytes().endswith(b"\n"):
         yield f"{path.name} ends in half a line, which is left out: the run seems to be writing it."
 
