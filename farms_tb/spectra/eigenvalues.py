@@ -11,7 +11,7 @@ that solving takes is bounded by `memory_mb`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -42,12 +42,14 @@ class Chunk:
         windows: all W windows of the layer.
         index: `(n,)` int64 on the CPU, which of them, from 0 to W - 1; ascending.
         precision: how they are solved.
+        scale: what the eigenvalues are multiplied by.
     """
 
     layer: int
     windows: Windows
     index: Tensor
     precision: WindowPrecision
+    scale: float = 1.0
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -97,37 +99,39 @@ class Chunk:
         return taken if 1 in taken.stride()[-2:] else taken.contiguous()
 
 
-@dataclass(frozen=True)
-class Solved:
-    """The eigenvalues of a chunk.
-
-    Attributes:
-        chunk: the chunk.
-        values: `(n, w)` float64 on the CPU, ascending, 0 or more; NaN for windows on which no solver converged.
-        solver: what solved for them: `"cpu"`, `"torch"` or `"cupy"`.
-    """
-
-    chunk: Chunk
-    values: Array
-    solver: str
+Solved = tuple[Chunk, Array, str]
+"""A chunk, the eigenvalues `(n, w)` of its windows, and what solved for them."""
 
 
-def solve_chunks(chunks: Sequence[Chunk], memory: int, threads: int, solver: Solver) -> list[Solved]:
-    """Solve for the eigenvalues of windows of several layers.
+def solve_chunks(
+    chunks: Sequence[Chunk],
+    tables: Sequence[Array] | Mapping[int, Array],
+    memory: int,
+    threads: int,
+    solver: Solver = "auto",
+) -> dict[int, str]:
+    """Solve for the eigenvalues of windows of several layers, and write them into tables.
 
     Args:
         chunks: the windows, of any number for each chunk: they are split to fit the memory and the threads.
+        tables: `(W, w)` float64 for each layer, by its position. The row of each window is written: ascending, 0
+            or more; NaN where no solver converged.
         memory: bytes that all windows which are solved at the same time may take; a single window that needs more
             is solved alone.
         threads: number of threads on the CPU.
         solver: what solves on a GPU, see `farms_tb.spectra.solvers`.
 
     Returns:
-        One or more results for each chunk, in any order.
+        What solved for each layer, by its position: `"cpu"`, `"torch"` or `"cupy"`.
     """
     on_cpu = [chunk for chunk in chunks if chunk.windows.view.is_cpu]
     on_gpus = [chunk for chunk in chunks if not chunk.windows.view.is_cpu]
-    return _solve_on_cpu(on_cpu, memory, threads) + _solve_on_gpus(on_gpus, memory, threads, solver)
+    names = {}
+    solved = _solve_on_cpu(on_cpu, memory, threads) + _solve_on_gpus(on_gpus, memory, threads, solver)
+    for chunk, values, name in solved:
+        tables[chunk.layer][chunk.index.numpy()] = chunk.scale * values
+        names[chunk.layer] = name
+    return names
 
 
 def _solve_on_cpu(chunks: Sequence[Chunk], memory: int, threads: int) -> list[Solved]:
@@ -144,7 +148,7 @@ def _solve_on_cpu(chunks: Sequence[Chunk], memory: int, threads: int) -> list[So
 
     def solve(part: Chunk) -> Solved:
         values, name = _eigenvalues(part.take(), part.precision)
-        return Solved(part, values.double().numpy(), name)
+        return part, values.double().numpy(), name
 
     # A window that takes more than a thread's share of the memory is solved while no other one is.
     return map_on_threads(solve, fitting, threads) + [solve(part) for part in large]
@@ -156,7 +160,7 @@ def _solve_on_gpus(chunks: Sequence[Chunk], memory: int, threads: int, solver: S
         parts += chunk.split(memory * len(chunk.index) // chunk.bytes)
     found = [(part, *_solve_or_split(part, threads, solver)) for part in parts]
     # Copied only now: a copy waits for the device, which can be given the work of all parts before.
-    return [Solved(part, values.double().cpu().numpy(), name) for part, values, name in found]
+    return [(part, values.double().cpu().numpy(), name) for part, values, name in found]
 
 
 def _solve_or_split(chunk: Chunk, threads: int, solver: Solver) -> tuple[Tensor, str]:

@@ -10,9 +10,9 @@ import torch
 
 from farms_tb.options import SpectrumOptions
 from farms_tb.report import EsdHistogram
-from farms_tb.spectra.eigenvalues import Chunk
+from farms_tb.spectra.eigenvalues import Chunk, solve_chunks
 from farms_tb.spectra.precision import FLOAT32, Array
-from farms_tb.spectra.samples import Samples, first_kept, solve_into
+from farms_tb.spectra.samples import Samples, first_kept
 
 HISTOGRAM_BINS = 64
 
@@ -36,8 +36,9 @@ def esd_histograms(found: Sequence[Samples], options: SpectrumOptions, threads: 
     for place, samples in enumerate(found):
         single = np.flatnonzero(samples.levels == FLOAT32)
         if len(single):
-            chunks.append(Chunk(place, samples.layer.windows, torch.from_numpy(single), "float64"))
-    solve_into(tables, chunks, found, options, threads)
+            layer = samples.layer
+            chunks.append(Chunk(place, layer.windows, torch.from_numpy(single), "float64", layer.scale))
+    solve_chunks(chunks, tables, options.memory_mb * 2**20, threads, options.solver)
     histograms = []
     for samples, table in zip(found, tables, strict=True):
         pooled = np.sort(table.reshape(samples.layer.windows.samples, -1), axis=-1)

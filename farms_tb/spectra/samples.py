@@ -113,30 +113,12 @@ def _solve(found: Sequence[Samples], todo: Mapping[int, Index], options: Spectru
         levels = found[place].levels[index]
         for level in np.unique(levels):
             windows = torch.from_numpy(index[levels == level])
-            chunks.append(Chunk(place, found[place].layer.windows, windows, PRECISIONS[level]))
-    solve_into([samples.by_window for samples in found], chunks, found, options, threads)
-
-
-def solve_into(
-    tables: Sequence[Array] | Mapping[int, Array],
-    chunks: Sequence[Chunk],
-    found: Sequence[Samples],
-    options: SpectrumOptions,
-    threads: int,
-) -> None:
-    """Solve chunks, and write their eigenvalues, scaled, into the tables of their layers.
-
-    Args:
-        tables: by the position of a layer, `(W, w)`, a row for each window; those of the chunks are written.
-        chunks: what to solve; `Chunk.layer` is a position in `found`.
-        found: the layers. What solved for a layer is noted there.
-        options: memory and solver.
-        threads: number of threads on the CPU.
-    """
-    for solved in solve_chunks(chunks, options.memory_mb * 2**20, threads, options.solver):
-        samples = found[solved.chunk.layer]
-        tables[solved.chunk.layer][solved.chunk.index.numpy()] = samples.layer.scale * solved.values
-        samples.solver = solved.solver
+            layer = found[place].layer
+            chunks.append(Chunk(place, layer.windows, windows, PRECISIONS[level], layer.scale))
+    tables = [samples.by_window for samples in found]
+    names = solve_chunks(chunks, tables, options.memory_mb * 2**20, threads, options.solver)
+    for place, name in names.items():
+        found[place].solver = name
 
 
 def _fit(found: Sequence[Samples], options: SpectrumOptions) -> None:

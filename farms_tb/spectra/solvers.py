@@ -43,24 +43,20 @@ def symmetric_eigenvalues(matrices: Tensor, threads: int = 1, solver: Solver = "
     Args:
         matrices: `(n, w, w)` symmetric or Hermitian; the lower triangle is read.
         threads: number of threads on which the CPU solves for a GPU.
-        solver: what solves where the matrices are on a GPU: `"torch"`, `"cupy"`, `"cpu"`, or `"auto"` for the
-            fastest.
+        solver: `"torch"`, `"cupy"`, `"cpu"`, or `"auto"` for the fastest.
 
     Returns:
-        `(n, w)` of the real type of the same precision, ascending, on the device of the matrices; and `"cpu"`,
-        `"torch"` or `"cupy"`.
+        `(n, w)` of the real type of the same precision, ascending, on the device of the matrices; and the name.
 
     Raises:
         torch.linalg.LinAlgError: the solver did not converge.
     """
-    name = solver_for(matrices.device, matrices.dtype, matrices.shape[-1], solver)
+    name = fastest_solver(matrices.device, matrices.dtype, matrices.shape[-1]) if solver == "auto" else solver
     return _SOLVERS[name](matrices, threads), name
 
 
-def solver_for(device: torch.device, dtype: torch.dtype, size: int, solver: Solver = "auto") -> str:
-    """Return the name of what solves for matrices of this device, type and size."""
-    if solver != "auto":
-        return solver
+def fastest_solver(device: torch.device, dtype: torch.dtype, size: int) -> str:
+    """Return the name of the solver that is the fastest for matrices of this device, type and size."""
     # Sizes up to the next power of two share a choice: a model may have a hundred sizes.
     bucket = 1 << max(4, (size - 1).bit_length())
     key = _key(device, dtype, bucket)

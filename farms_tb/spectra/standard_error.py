@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from farms_tb.options import SpectrumOptions
-from farms_tb.spectra.eigenvalues import Chunk
+from farms_tb.spectra.eigenvalues import Chunk, solve_chunks
 from farms_tb.spectra.power_law import fit_power_law
 from farms_tb.spectra.precision import Array
-from farms_tb.spectra.samples import Samples, solve_into
+from farms_tb.spectra.samples import Samples
 from farms_tb.spectra.windows import quarters_of
 
 FEW_WINDOWS = 4
@@ -95,10 +95,10 @@ def _solve_quarters(found: Sequence[Samples], options: SpectrumOptions, threads:
         if samples.layer.independent >= FEW_WINDOWS or windows.size // 2 < options.min_eigenvalues:
             continue
         quarters = quarters_of(windows)
-        chunks.append(Chunk(place, quarters, torch.arange(quarters.number, device="cpu"), "float64"))
+        every = torch.arange(quarters.number, device="cpu")
+        chunks.append(Chunk(place, quarters, every, "float64", samples.layer.scale))
         tables[place] = np.full((quarters.number, quarters.size), np.nan)
-    if chunks:
-        solve_into(tables, chunks, found, options, threads)
+    solve_chunks(chunks, tables, options.memory_mb * 2**20, threads, options.solver)
     return tables
 
 

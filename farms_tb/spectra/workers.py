@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import lru_cache
 from threading import Barrier
@@ -66,9 +66,7 @@ def map_on_threads(function: Callable[[Item], Result], items: Sequence[Item], th
     finally:
         for future in futures:
             future.cancel()
-        for future in futures:
-            if not future.cancelled():
-                future.exception()  # waits, so that no call outlives this function
+        wait(futures)  # no call outlives this function
 
 
 @lru_cache(maxsize=1)

@@ -21,17 +21,15 @@ def whole(view, precision="svd", layer=0):
     return Chunk(layer, windows, torch.arange(windows.number), precision)
 
 
-def table(found, chunks):
-    """The eigenvalues `(W, w)` of each chunk, put together from those of the parts that it was cut into."""
+def solve(chunks, memory=2**29, threads=1, solver="auto"):
+    """The eigenvalues `(W, w)` of the layer of each chunk; NaN for windows that are in no chunk."""
     tables = [np.full((chunk.windows.number, chunk.windows.size), np.nan) for chunk in chunks]
-    for solved in found:
-        tables[solved.chunk.layer][solved.chunk.index.numpy()] = solved.values
-    return [torch.from_numpy(one) for one in tables]
+    solve_chunks(chunks, tables, memory, threads, solver)
+    return [torch.from_numpy(table) for table in tables]
 
 
 def solved(view, precision="svd", memory=2**29, threads=1):
-    chunk = whole(view, precision)
-    return table(solve_chunks([chunk], memory, threads, "auto"), [chunk])[0]
+    return solve([whole(view, precision)], memory, threads)[0]
 
 
 def pooled(matrices, precision="svd"):
@@ -104,7 +102,7 @@ def test_some_of_the_windows():
     view = torch.randn(12, 9).unfold(0, 4, 2).unfold(1, 3, 3)
     index = torch.tensor([0, 7, 8, 14])
     chunk = Chunk(0, Windows(view, 1), index, "svd")
-    (found,) = table(solve_chunks([chunk], 2**29, 1, "auto"), [chunk])
+    (found,) = solve([chunk])
     assert torch.equal(found[index], solved(view)[index])
     assert found.isnan().any(-1).sum() == 15 - len(index)
 
@@ -119,7 +117,7 @@ def test_layers_of_all_sizes_and_types_together(precision, threads):
         weight = torch.randn(number, 5 + number, size, dtype=torch.complex64)
         layers.append(weight if dtype.is_complex else weight.real.to(dtype))
     chunks = [whole(layer, precision, place) for place, layer in enumerate(layers)]
-    for layer, found in zip(layers, table(solve_chunks(chunks, 2**29, threads, "auto"), chunks), strict=True):
+    for layer, found in zip(layers, solve(chunks, threads=threads), strict=True):
         assert torch.equal(found, solved(layer, precision))
 
 
@@ -132,12 +130,16 @@ def test_the_size_of_chunks_changes_roundings_only(memory, precision):
     assert ((found - expected).abs() / expected[:, -1:]).max() <= 64 * max(ROUNDOFF[precision], 2.0**-53)
 
 
-def test_memory_is_bounded_by_the_size_of_chunks():
+def test_memory_is_bounded_by_the_size_of_chunks(monkeypatch):
     view = torch.randn(1000 + 9, 10).unfold(0, 10, 1).mT
+    taken = []
+    take = Chunk.take
+    monkeypatch.setattr(Chunk, "take", lambda chunk: taken.append(chunk) or take(chunk))
     for memory in (50_000, 500_000):
-        found = solve_chunks([whole(view)], memory, 2, "auto")
-        assert sum(len(part.chunk.index) for part in found) == 1000
-        assert max(part.chunk.bytes for part in found) <= memory / 2
+        taken.clear()
+        assert not solved(view, memory=memory, threads=2).isnan().any()
+        assert sum(len(chunk.index) for chunk in taken) == 1000
+        assert max(chunk.bytes for chunk in taken) <= memory / 2
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -207,7 +209,7 @@ class TestSolverThatDoesNotConverge:
         matrices = torch.randn(6, 5, 5, dtype=torch.float64)
         break_solver(monkeypatch, "svdvals", matrices[2])
         chunks = [whole(matrices, layer=0), whole(torch.randn(3, 5, 5), layer=1)]
-        hard, easy = table(solve_chunks(chunks, 2**29, 1, "auto"), chunks)
+        hard, easy = solve(chunks)
         assert hard.isnan().all(-1).tolist() == [place == 2 for place in range(6)]
         assert not easy.isnan().any()
 
@@ -223,7 +225,7 @@ class TestOnAGpu:
         shapes = [(30, 64, 64), (3, 90, 64), (9, 512, 256), (50, 20, 20)]
         layers = [torch.randn(shape) for shape in shapes] + [torch.randn(4, 30, 20, dtype=torch.complex64)]
         chunks = [whole(layer.cuda(), precision, place) for place, layer in enumerate(layers)]
-        for layer, found in zip(layers, table(solve_chunks(chunks, 2**29, 2, solver), chunks), strict=True):
+        for layer, found in zip(layers, solve(chunks, threads=2, solver=solver), strict=True):
             expected = solved(layer)
             error = (found - expected).abs() / expected[:, -1:]
             assert error.max() < (200 * SINGLE if precision == "float32" else 1e-13)
