@@ -242,6 +242,9 @@ class Time:
     amount: float
     unit: Literal["epochs", "steps", "fraction"]
 
+    def __str__(self) -> str:
+        return f"{self.amount:g}" if self.unit == "fraction" else f"{self.amount:g} {self.unit}"
+
 
 def parsed_time(argument: str, value: object) -> Time:
     """Return the point of time that an option names.

@@ -9,8 +9,7 @@ Source of the method: TempBalance, Zhou et al., NeurIPS 2023, arXiv 2312.00359.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -30,6 +29,23 @@ _DETACHED = (
     "parameter_ratios() can be read. Make a new one to balance"
 )
 _KEPT_IN_COPIES = ("spectrum_options", "ratio_options", "report", "strength", "summary", "_mapped")
+
+
+class _Detached:
+    """Takes the place of the attached model in a copy: it knows the ratios, and nothing else."""
+
+    def __init__(self, ratios: dict[str, float]) -> None:
+        self._ratios = ratios
+
+    def parameter_ratios(self, ratios: Mapping[str, float]) -> dict[str, float]:
+        """Return the ratio of each parameter by name, as it was when the copy was made."""
+        return dict(self._ratios)
+
+    def detach(self) -> None:
+        """Do nothing."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError(_DETACHED)
 
 
 class LayerBalancer:
@@ -66,12 +82,11 @@ class LayerBalancer:
         self.spectrum_options, self.ratio_options = spectrum_options, ratio_options
         self.report: Report | None = None
         self.summary = RatioSummary()
-        self._copied_ratios: dict[str, float] = {}
         measured = MeasuredModel(unwrap(model), spectrum_options, ratio_options, share)
+        self._plain_options = as_plain(spectrum_options, ratio_options)
         self.strength = 1.0
         self._mapped = {layer.name: 1.0 for layer in measured.assignment.layers}
-        # None in a copy.
-        self._own: AttachedModel | None = AttachedModel(measured, optimizers, ratio_options)
+        self._attached: AttachedModel | _Detached = AttachedModel(measured, optimizers, ratio_options)
 
     @property
     def layers(self) -> Sequence[Layer]:
@@ -120,9 +135,7 @@ class LayerBalancer:
 
     def parameter_ratios(self) -> dict[str, float]:
         """Return the current ratio of each parameter of the model by name."""
-        if self._own is None:
-            return dict(self._copied_ratios)
-        return _weakened(self._own.parameter_ratios(self._mapped), self.strength)
+        return _weakened(self._attached.parameter_ratios(self._mapped), self.strength)
 
     def param_groups(self, optimizer: Optimizer) -> list[StepGroup]:
         """Return the groups that `optimizer` really steps with.
@@ -138,16 +151,15 @@ class LayerBalancer:
 
     def detach(self) -> None:
         """Give the optimizers back as they were. Reports and ratios stay readable."""
-        if self._own is not None:
-            self._own.detach()
+        self._attached.detach()
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that a resumed run needs, as plain values.
 
         A measurement that was begun is waited for, on every process that takes part in it.
         """
-        options, begun = self._options(), self._attached.measured.begun_report()
-        return write_state(BalancerState(options, self._mapped, self.report, begun))
+        begun = self._attached.measured.begun_report()
+        return write_state(BalancerState(self._plain_options, self._mapped, self.report, begun))
 
     def load_state_dict(self, state: dict[str, Any]) -> bool:
         """Apply the saved ratios.
@@ -161,7 +173,7 @@ class LayerBalancer:
         """
         saved, attached = read_state(state), self._attached
         names = [layer.name for layer in self.layers]
-        fits = is_of_this_run(saved, self._options(), names, attached.model)
+        fits = is_of_this_run(saved, self._plain_options, names, attached.model)
         self._mapped = {name: saved.ratios.get(name, 1.0) for name in names}
         self._apply()
         self.report = saved.report
@@ -171,32 +183,21 @@ class LayerBalancer:
     def __getstate__(self) -> dict[str, Any]:
         """Return what is of use in a copy or in another process: no hooks, views and threads."""
         kept = {name: getattr(self, name) for name in _KEPT_IN_COPIES}
-        return {**kept, "_copied_ratios": self.parameter_ratios()}
+        return {**kept, "_attached": self._attached.parameter_ratios(self._mapped)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _own=None)
-
-    @property
-    def _attached(self) -> AttachedModel:
-        if self._own is None:
-            raise RuntimeError(_DETACHED)
-        return self._own
-
-    def _options(self) -> dict[str, Any]:
-        return as_plain(self.spectrum_options, self.ratio_options)
+        self.__dict__.update(state, _attached=_Detached(state["_attached"]))
 
     def _follow(self, report: Report) -> Report:
         initial, self.report = self.report is None, report
         mapped = self.map_ratios(report)
-        self._mapped, mean = mapped.ratios, mapped.summary.mean_ratio
-        self.summary = replace(mapped.summary, mean_ratio=None if mean is None else 1 + self.strength * (mean - 1))
+        self._mapped, self.summary = mapped.ratios, mapped.summary.at(self.strength)
         self._attached.warn_of_unseen_steps()
         self._apply()
         self._attached.warn_about(report, mapped, initial=initial)
         return report
 
     def _apply(self) -> None:
-        """Let the next steps use the current ratios."""
         self._attached.apply(self.parameter_ratios())
 
 

@@ -6,8 +6,8 @@ The maps themselves, from numbers to ratios, are in `farms_tb.balancing.ratio_ma
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -35,6 +35,11 @@ class RatioSummary:
     noise_lambda: dict[Kind, float] = field(default_factory=dict)
     tau: dict[Kind, float] = field(default_factory=dict)
     mean_weight: dict[Kind, float] = field(default_factory=dict)
+
+    def at(self, strength: float) -> RatioSummary:
+        """Return the summary of the ratios 1 + s (r - 1), for a strength s."""
+        mean = None if self.mean_ratio is None else 1 + strength * (self.mean_ratio - 1)
+        return replace(self, mean_ratio=mean)
 
 
 @dataclass(frozen=True)
@@ -100,8 +105,12 @@ def ratios_of_report(
     mapped: dict[str, float] = {}
     for kind, names in members.items():
         units = _units(names, None if assignment is None else assignment.blocks)
-        found = {unit: _estimate(report, layers, options) for unit, layers in units.items()}
-        known = {unit: estimate for unit, estimate in found.items() if estimate is not None}
+        estimates = _estimates({name: report.layers[name] for name in names}, options)
+        known = {}
+        for unit, layers in units.items():
+            of_unit = [estimates[name] for name in layers if name in estimates]
+            if of_unit:
+                known[unit] = _mean(of_unit, options)
         values = {unit: estimate.value for unit, estimate in known.items()}
         errors = {unit: estimate.error for unit, estimate in known.items() if estimate.error is not None}
         of_units = dict.fromkeys(units, 1.0) | ratios_from(values, options, errors)
@@ -144,48 +153,49 @@ def _units(names: Iterable[str], blocks: Mapping[str, str] | None) -> dict[str, 
     return units
 
 
-def _estimate(report: Report, names: Iterable[str], options: RatioOptions) -> Estimate | None:
-    """Return what is mapped of a unit: the mean over its layers, of those that have a value.
+def _estimates(records: Mapping[str, LayerRecord], options: RatioOptions) -> dict[str, Estimate]:
+    """Return what is mapped of each layer: its effect, its z-score or its metric, as the map needs.
+
+    Layers that have no alpha are left out, and those whose small alpha comes of a collapsed spectrum.
+
+    The standard error of an effect is taken as at least the deviation of random layers of the same shape. The
+    layer's own error comes of its windows; of few windows it is noisy itself, and one that is far too small would
+    make the layer count for sure: over random layers of four to nine windows the squared effects are twice their
+    squared errors without this bound.
+    """
+    if options.collapsed == "leave_out":
+        records = {name: record for name, record in records.items() if not record.collapsed}
+    errors = {name: record.alpha_error for name, record in records.items()}
+    if options.assign_func == "shrinkage":
+        records = {name: record for name, record in records.items() if record.effect_error is not None}
+        values = {name: record.effect for name, record in records.items()}
+        errors = {
+            name: max(record.effect_error or 0.0, record.null_std or 0.0) for name, record in records.items()
+        }
+    elif options.assign_func == "noise_aware":
+        values = {name: record.z_score for name, record in records.items()}
+    else:
+        values = {name: record.metric(options.metric) for name, record in records.items()}
+    return {name: Estimate(value, errors[name]) for name, value in values.items() if value is not None}
+
+
+def _mean(estimates: Sequence[Estimate], options: RatioOptions) -> Estimate:
+    """Return the mean of the estimates of a unit's layers, one or more.
 
     Plain: the mean of the values, whose error is sqrt(sum of e_i^2) / n. Weighted: with the weights 1 / e_i^2,
     whose error is 1 / sqrt(sum of 1 / e_i^2).
-
-    Args:
-        report: the measurement.
-        names: the layers of the unit.
-        options: `block_mean` and the map.
     """
-    pairs = []
-    for name in names:
-        record = report.layers[name]
-        value = mapped_metric(record, options)
-        if value is not None:
-            pairs.append(Estimate(value, _error(record, options)))
-    if len(pairs) < 2:
-        return pairs[0] if pairs else None
-    errors = [pair.error for pair in pairs if pair.error]
-    if options.block_mean == "weighted" and len(errors) == len(pairs):
+    if len(estimates) == 1:
+        return estimates[0]
+    errors = [one.error for one in estimates if one.error]
+    if options.block_mean == "weighted" and len(errors) == len(estimates):
         weights = [1 / error**2 for error in errors]
-        weighted = math.fsum(weight * pair.value for weight, pair in zip(weights, pairs, strict=True))
+        weighted = math.fsum(weight * one.value for weight, one in zip(weights, estimates, strict=True))
         return Estimate(weighted / math.fsum(weights), 1 / math.sqrt(math.fsum(weights)))
-    mean = math.fsum(pair.value for pair in pairs) / len(pairs)
-    known = [pair.error for pair in pairs if pair.error is not None]
-    error = math.hypot(*known) / len(pairs) if len(known) == len(pairs) else None
+    mean = math.fsum(one.value for one in estimates) / len(estimates)
+    known = [one.error for one in estimates if one.error is not None]
+    error = math.hypot(*known) / len(estimates) if len(known) == len(estimates) else None
     return Estimate(mean, error)
-
-
-def mapped_metric(record: LayerRecord, options: RatioOptions) -> float | None:
-    """Return the number of a record that is mapped: its effect, its z-score or its metric, as the map needs.
-
-    None for a layer that has no alpha, or whose small alpha comes of a collapsed spectrum.
-    """
-    if record.collapsed and options.collapsed == "leave_out":
-        return None
-    if options.assign_func == "noise_aware":
-        return record.z_score
-    if options.assign_func == "shrinkage":
-        return None if record.effect_error is None else record.effect
-    return record.metric(options.metric)
 
 
 def _with_mean_one(report: Report, ratios: Mapping[str, float]) -> dict[str, float]:
@@ -201,21 +211,6 @@ def _with_mean_one(report: Report, ratios: Mapping[str, float]) -> dict[str, flo
         return dict(ratios)
     mean = total / sum(sizes.values())
     return {name: ratio / mean for name, ratio in ratios.items()}
-
-
-def _error(record: LayerRecord, options: RatioOptions) -> float | None:
-    """Return the standard error of what is mapped: that of alpha, or with shrinkage that of the effect.
-
-    That of an effect is at least the deviation of random layers of the same shape. The layer's own error comes of
-    its windows; of few windows it is noisy itself, and one that is far too small would make the layer count for
-    sure: over random layers of four to nine windows the squared effects are twice their squared errors without
-    this bound.
-    """
-    if options.assign_func != "shrinkage":
-        return record.alpha_error
-    if record.effect_error is None or record.null_std is None:
-        return None
-    return max(record.effect_error, record.null_std)
 
 
 def _summary(

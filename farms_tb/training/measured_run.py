@@ -152,7 +152,8 @@ class MeasuredRun:
     def _measure_now(self, now: Moment) -> Measurement:
         with self._cost.measurement():
             self.attachment.balancer.update(histogram=self._schedule.wants_histogram())
-        return self._measurement(now, self._schedule.wants_table())
+        table = self._schedule.wants_table()
+        return self._remembered(self.attachment.measurement(now, table=table, lrs=self.logs))
 
     def _apply_background(self, now: Moment) -> list[Measurement]:
         """Wait for the measurement in the background, if there is one, and apply its ratios."""
@@ -161,7 +162,7 @@ class MeasuredRun:
         table, self._background = self._background.table, None
         with self._cost.measurement():
             self.attachment.balancer.finish_update()
-        return [self._measurement(now, table)]
+        return [self._remembered(self.attachment.measurement(now, table=table, lrs=self.logs))]
 
     def _measure_final_weights(self, now: Moment) -> Measurement:
         self.attachment.balancer.measure()
@@ -169,9 +170,6 @@ class MeasuredRun:
         measurement = self.attachment.measurement(now, table=table, lrs=False)
         # The final weights take no further step: ratios logged with them would be made up.
         return self._remembered(replace(measurement, ratios={}, summary={}))
-
-    def _measurement(self, now: Moment, table: bool) -> Measurement:
-        return self._remembered(self.attachment.measurement(now, table=table, lrs=self.logs))
 
     def _remembered(self, measurement: Measurement) -> Measurement:
         """Keep a measurement for the pictures of the run, where there are any, and return it."""

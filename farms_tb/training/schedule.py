@@ -48,6 +48,65 @@ class RunLength:
     steps: int | None = None
 
 
+@dataclass(frozen=True)
+class Period:
+    """The part of a run in which layers are balanced.
+
+    Attributes:
+        start: when ratios begin to apply.
+        until: when the last measurement may be made.
+        length: how long the run is.
+    """
+
+    start: Time
+    until: Time
+    length: RunLength
+
+    def check(self) -> None:
+        """Check that the length of the run is known where it is needed, and that the end is after the start.
+
+        Raises:
+            ValueError: it is not.
+        """
+        for argument, time in (("start", self.start), ("until", self.until)):
+            if time.unit == "fraction" and 0 < time.amount < 1 and self.length.steps is None:
+                raise ValueError(
+                    f"{argument}={time.amount} is a fraction of a run whose length the trainer does not know: "
+                    "give it as '2 epochs' or '500 steps'"
+                )
+        first, last = self._in_steps(self.start), self._in_steps(self.until)
+        if first is not None and last is not None and first >= last:
+            raise ValueError(
+                f"until must be later than start, got start={self.start}, which is step {first}, and "
+                f"until={self.until}, which is step {last}"
+            )
+
+    def has_begun(self, epoch: int, step: int) -> bool:
+        """Tell whether `start` has come, after so many epochs and optimizer steps."""
+        return self._is_reached(self.start, epoch, step)
+
+    def is_over(self, epoch: int, step: int) -> bool:
+        """Tell whether `until` has come, after so many epochs and optimizer steps."""
+        return self._is_reached(self.until, epoch, step)
+
+    def _is_reached(self, time: Time, epoch: int, step: int) -> bool:
+        if time.unit == "epochs":
+            return epoch >= time.amount
+        at = self._in_steps(time)
+        return at is not None and step >= at
+
+    def _in_steps(self, time: Time) -> int | None:
+        """Return a point of time in optimizer steps; None where it is unknown, or the end of the run."""
+        if time.unit == "steps" or time.amount == 0:
+            return int(time.amount)
+        if time.unit == "epochs":
+            per_epoch = self.length.steps_per_epoch
+            return None if per_epoch is None else int(time.amount) * per_epoch
+        if time.amount == 1 or self.length.steps is None:
+            return None
+        return math.ceil(time.amount * self.length.steps)
+
+
 @dataclass
 class Schedule:
     """By epochs or by optimizer steps, and when the last measurement was made.
@@ -75,23 +134,12 @@ class Schedule:
     started: int = -1
 
     def __post_init__(self) -> None:
-        self._start = parsed_time("start", self.options.start)
-        self._until = parsed_time("until", self.options.until)
-        for argument, time in (("start", self._start), ("until", self._until)):
-            if time.unit == "fraction" and 0 < time.amount < 1 and self.length.steps is None:
-                raise ValueError(
-                    f"{argument}={time.amount} is a fraction of a run whose length the trainer does not know: "
-                    "give it as '2 epochs' or '500 steps'"
-                )
+        start, until = parsed_time("start", self.options.start), parsed_time("until", self.options.until)
+        self._period = Period(start, until, self.length)
+        self._period.check()
         if self.options.measurements_per_epoch is not None and self.length.steps_per_epoch is None:
             raise ValueError(
                 "measurements_per_epoch needs epochs of a known length: use every_n_steps to measure by steps"
-            )
-        first, last = self._in_steps(self._start), self._in_steps(self._until)
-        if first is not None and last is not None and first >= last:
-            raise ValueError(
-                f"until must be later than start, got start={self.options.start!r}, which is step {first}, and "
-                f"until={self.options.until!r}, which is step {last}"
             )
 
     @property
@@ -112,31 +160,13 @@ class Schedule:
             The strength s of the next step's ratios, 1 + s (r - 1): 0 before `start`, then growing to 1 over
             `ramp_steps` steps.
         """
-        if self.started < 0 and self._is_reached(self._start, epoch, step):
+        if self.started < 0 and self._period.has_begun(epoch, step):
             self.started = step
         if self.started < 0:
             return 0.0
         if self.options.ramp_steps == 0:
             return 1.0
         return min(1.0, (step - self.started + 1) / self.options.ramp_steps)
-
-    def _is_reached(self, time: Time, epoch: int, step: int) -> bool:
-        """Tell whether a point of time has come."""
-        if time.unit == "epochs":
-            return epoch >= time.amount
-        at = self._in_steps(time)
-        return at is not None and step >= at
-
-    def _in_steps(self, time: Time) -> int | None:
-        """Return a point of time in optimizer steps; None where it is unknown, or the end of the run."""
-        if time.unit == "steps" or time.amount == 0:
-            return int(time.amount)
-        if time.unit == "epochs":
-            per_epoch = self.length.steps_per_epoch
-            return None if per_epoch is None else int(time.amount) * per_epoch
-        if time.amount == 1 or self.length.steps is None:
-            return None
-        return math.ceil(time.amount * self.length.steps)
 
     def is_due(self, epoch: int, step: int) -> bool:
         """Tell whether to measure now.
@@ -152,7 +182,7 @@ class Schedule:
         """
         if self.measurements == 0:
             return True
-        if self._is_reached(self._until, epoch, step):
+        if self._period.is_over(epoch, step):
             return False
         if self.step < self.started:
             return True
