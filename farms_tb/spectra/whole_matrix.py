@@ -46,6 +46,9 @@ TRAP_QUANTILE = {"real": 2.0234, "spectral": 0.4776}
 MAX_COLUMNS = 2048
 """Whole matrices of more columns are not solved: that would take minutes."""
 
+FEW_ROWS = 128
+"""So many rows of a large matrix are looked at before all, as they can show that no column is dead."""
+
 BLOCK = 2**17
 """Entries of a matrix that are squared at a time, few enough for the processor's cache."""
 
@@ -101,13 +104,30 @@ def entry_metrics(stack: MatrixStack, largest: float) -> dict[str, Any]:
 
 
 def _squares(matrices: Tensor, unit: float) -> tuple[Tensor, Tensor]:
+    """Return the squared norms of the rows `(R,)` and of the columns `(C,)`, of entries divided by `unit`.
+
+    Those of the columns may be of some rows alone, where these show that no column is dead.
+    """
+    number, height, _ = matrices.shape
+    if unit == 1 and number == 1 and matrices.stride(2) == 1 and height > FEW_ROWS and not matrices.is_complex():
+        dtype = torch.promote_types(matrices.dtype, torch.float32)
+        rows = torch.linalg.vector_norm(matrices[0], dim=1, dtype=dtype).square()
+        columns = _summed_squares(matrices[:, :FEW_ROWS], unit).sum(dim=0)
+        # No column has a larger norm than the matrix.
+        if columns.min() >= DEAD**2 * rows.sum():
+            return rows.double().cpu(), columns.double().cpu()
+    return _all_squares(matrices, unit)
+
+
+def _all_squares(matrices: Tensor, unit: float) -> tuple[Tensor, Tensor]:
     """Return the squared norms of the rows `(R,)` and of the columns `(C,)`, of entries divided by `unit`."""
     rows, columns = [], []
     height = BLOCK // matrices.shape[2] + 1 if matrices.is_cpu else matrices.shape[1]
     for begin in range(0, matrices.shape[1], height):
         squares = _summed_squares(matrices[:, begin : begin + height], unit)
-        rows.append(squares.sum(dim=1))
-        columns.append(squares.sum(dim=0))
+        # Products with a vector of ones take half the time of sums.
+        rows.append(squares @ squares.new_ones(squares.shape[1]))
+        columns.append(squares.new_ones(squares.shape[0]) @ squares)
     return torch.cat(rows).double().cpu(), torch.stack(columns).sum(dim=0).double().cpu()
 
 

@@ -44,6 +44,19 @@ class TestEntries:
         record = stack_record(weight * scale)
         assert (record.dead_rows, record.dead_columns) == (7, 5)
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+    @pytest.mark.parametrize("alive_below", [0, 1, 300, 500])
+    def test_columns_of_a_single_large_matrix(self, alive_below: int, dtype: torch.dtype) -> None:
+        """A look at the first rows is enough where no column is dead there, and must not decide otherwise."""
+        weight = torch.randn(500, 60).to(dtype)
+        weight[:alive_below, 3:6] *= 1e-4
+        weight[9] = 0
+        record = stack_record(weight[None])
+        norms = weight.double().square().sum(dim=0).sqrt()
+        assert record.dead_columns == int((norms < 1e-3 * norms.max()).sum()) == (3 if alive_below == 500 else 0)
+        assert record.dead_rows == 1
+        assert record.log_norm == pytest.approx(2 * math.log10(float(weight.double().norm())), abs=1e-5)
+
     def test_complex_weights(self) -> None:
         weight = torch.randn(4, 30, 20, dtype=torch.complex64)
         weight[:, 3] *= 1e-4
