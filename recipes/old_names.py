@@ -8,6 +8,7 @@ from typing import Any
 
 __all__ = ["current_overrides", "current_settings"]
 
+_PLACEBO = "recipes.placebo.PlaceboTempBalance"  # a callback of its own, now the option `permute`
 _REMOVED = ("max_overhead", "timings_file")  # options that the callback had
 _DARCY = re.compile(r"experiment=sciml/darcy_beta(?P<beta>[\d.]+)_(?P<net>fno|unet)")
 _FLOW = re.compile(r"experiment=sciml/cfd2d_fno_1of(?P<part>\d+)")
@@ -55,8 +56,13 @@ def current_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
         The settings with `balancing` in place of `farms`, without the callback's options that are gone.
     """
     current = dict(settings)
-    if "balancing" in current or "farms" not in current:
-        return current
-    options = current.pop("farms") or {}
-    kept = {name: value for name, value in options.items() if name not in _REMOVED}
-    return {**current, "balancing": {**kept, "arm": current.get("arm", "farms")}}
+    if "balancing" not in current and "farms" in current:
+        options = current.pop("farms") or {}
+        kept = {name: value for name, value in options.items() if name not in _REMOVED}
+        current["balancing"] = {**kept, "arm": current.get("arm", "farms")}
+    balancing = current.get("balancing")
+    if isinstance(balancing, Mapping) and balancing.get("_target_") == _PLACEBO:
+        kept = {name: value for name, value in balancing.items() if name != "placebo_seed"}
+        permute = balancing.get("placebo_seed")
+        current["balancing"] = {**kept, "_target_": "farms_tb.FARMSTempBalance", "permute": permute}
+    return current

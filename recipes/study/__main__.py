@@ -10,7 +10,7 @@ their test errors with the baseline's, seed by seed:
     python -m recipes.study --report study=small                         table and figure again, no training
     python -m recipes.study experiment=study/darcy_fno study=report      the same of one cell, written as a setting
 
-Arms are off, full, farms, noise_aware and placebo (FARMS's ratios on the wrong layers); `conf/study.yaml` holds
+Arms are off, full, farms, shrinkage, small_alpha, noise_aware and placebo (FARMS's ratios on the wrong layers); `conf/study.yaml` holds
 and explains the settings. Every other setting goes to each run as it would to `python -m recipes.train`.
 
 A study that was stopped, or killed, goes on where it was when the command is repeated: `results.csv` in the cell's

@@ -60,3 +60,5 @@ class TestInTraining:
         fit(other := Module(), [resumed], max_epochs=4, ckpt_path=tmp_path / "half.ckpt")
         assert resumed.ratios == whole.ratios
         assert all(torch.equal(a, b) for a, b in zip(module.parameters(), other.parameters(), strict=True))
+        fit(wrong := Module(), [FARMSTempBalance(permute=2)], max_epochs=4)
+        assert not all(torch.equal(a, b) for a, b in zip(module.parameters(), wrong.parameters(), strict=True))

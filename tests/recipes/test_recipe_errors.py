@@ -174,3 +174,9 @@ def test_a_run_of_an_earlier_release_resumes(settings: Settings, capsys: pytest.
 
 def test_settings_without_a_callback_are_those_of_the_arm_off() -> None:
     assert current_settings({"arm": "off", "farms": None})["balancing"] == {"arm": "off"}
+
+
+def test_a_placebo_of_an_earlier_release_is_an_option_now() -> None:
+    old = {"balancing": {"_target_": "recipes.placebo.PlaceboTempBalance", "arm": "placebo", "placebo_seed": 7}}
+    new = {"_target_": "farms_tb.FARMSTempBalance", "arm": "placebo", "permute": 7}
+    assert current_settings(old)["balancing"] == new

@@ -14,15 +14,10 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-import torch
 from hydra.core.global_hydra import GlobalHydra
-from lightning import LightningModule, Trainer
 from scipy import stats
-from torch import nn
 
-from farms_tb import FARMSTempBalance
 from recipes.errors import RecipeError
-from recipes.placebo import PlaceboTempBalance
 from recipes.study.__main__ import main
 from recipes.study.cells import load_study
 from recipes.study.plan import Search, Tuning, plan_arm, tune
@@ -277,63 +272,6 @@ def test_only_pairs_count_and_overhead_is_of_the_baselines_training() -> None:
     assert x.overhead == pytest.approx(0.25)
 
 
-# The placebo
-
-
-class _Net(LightningModule):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.net = nn.Sequential(*(nn.Linear(24, 24) for _ in range(8)))
-
-    def training_step(self, batch: torch.Tensor, _: int) -> torch.Tensor:
-        return self.net(batch).square().mean()
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
-
-
-def _fit(callback: FARMSTempBalance, epochs: int, ckpt_path: Path | None = None) -> tuple[_Net, Trainer]:
-    model = _Net()
-    data = torch.utils.data.DataLoader(torch.arange(96.0).view(4, 24).sin(), 2)
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-    trainer = Trainer(max_epochs=epochs, accelerator="cpu", callbacks=[callback], logger=False, **quiet)
-    trainer.fit(model, data, ckpt_path=ckpt_path)
-    return model, trainer
-
-
-@pytest.mark.filterwarnings("ignore")  # Lightning's hints about data and loggers, the core's about noise
-def test_placebo_permutes_the_ratios_of_the_layers_that_take_part() -> None:
-    options = {"lr_min_ratio": 0.2, "lr_max_ratio": 1.8, "exclude": ["net.3"]}
-    farms = FARMSTempBalance(**options)
-    _fit(farms, 1)
-    shuffled = []
-    for seed in range(6):
-        placebo = PlaceboTempBalance(placebo_seed=seed, **options)
-        _fit(placebo, 1)
-        assert sorted(placebo.ratios.values()) == sorted(farms.ratios.values())
-        assert [placebo.ratios[f"net.{i}"] for i in (0, 3, 7)] == [1.0, 1.0, 1.0]
-        shuffled.append(placebo.ratios)
-    assert len({tuple(ratios.values()) for ratios in [farms.ratios, *shuffled]}) > 5
-    again = PlaceboTempBalance(placebo_seed=5, **options)
-    _fit(again, 1)
-    assert again.ratios == shuffled[5]
-    with pytest.raises(ValueError, match="placebo_seed must be"):
-        PlaceboTempBalance(placebo_seed=-1)
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_placebo_resumes_bit_identically(tmp_path: Path) -> None:
-    whole, _ = _fit(PlaceboTempBalance(placebo_seed=3), 4)
-    _, trainer = _fit(PlaceboTempBalance(placebo_seed=3), 2)
-    trainer.save_checkpoint(tmp_path / "half.ckpt")
-    resumed, _ = _fit(PlaceboTempBalance(placebo_seed=3), 4, tmp_path / "half.ckpt")
-    other, _ = _fit(PlaceboTempBalance(placebo_seed=4), 4)
-    weights = [torch.nn.utils.parameters_to_vector(model.parameters()) for model in (whole, resumed, other)]
-    assert torch.equal(weights[0], weights[1])
-    assert not torch.equal(weights[0], weights[2])
-
-
 # Settings
 
 NAMED_BY_ARM = (
@@ -413,7 +351,7 @@ def test_arms_of_a_seed_share_all_but_the_callback() -> None:
         rest = [{k: v for k, v in plain.items() if k not in NAMED_BY_ARM} for plain in settings]
         assert all(plain == rest[0] for plain in rest)
         assert len({cell.fingerprint(arm) for arm in names}) == 3
-        assert settings[2]["balancing"]["placebo_seed"] == 7
+        assert settings[2]["balancing"]["permute"] == 7
 
 
 def test_experiments_say_how_to_run_them() -> None:
