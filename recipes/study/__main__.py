@@ -10,8 +10,9 @@ their test errors with the baseline's, seed by seed:
     python -m recipes.study --report study=small                         table and figure again, no training
     python -m recipes.study experiment=study/darcy_fno study=report      the same of one cell, written as a setting
 
-Arms are off, full, farms, shrinkage, small_alpha, noise_aware and placebo (FARMS's ratios on the wrong layers); `conf/study.yaml` holds
-and explains the settings. Every other setting goes to each run as it would to `python -m recipes.train`.
+Arms are off, full, farms, shrinkage, small_alpha, noise_aware and placebo (FARMS's ratios on the wrong layers);
+`conf/study.yaml` holds and explains the settings. Every other setting goes to each run as it would to
+`python -m recipes.train`.
 
 A study that was stopped, or killed, goes on where it was when the command is repeated: `results.csv` in the cell's
 folder has a row for every finished run, and is whole at any moment. More seeds and more arms may join later; any
@@ -28,7 +29,7 @@ How it is done:
 - The effect is the mean log ratio of test errors, with a t-interval; see `recipes.study.statistics`. Its p-value
   is corrected over the arms of a cell (Holm).
 - A run that diverged is out when a learning rate is chosen; as a final run it counts with the error of a network
-  that has learnt nothing: 1 - 1 / classes, or 1 for nRMSE and relative L2.
+  that has learnt nothing: 1 - 1 / classes, ln(classes) for a loss, or 1 for nRMSE and relative L2.
 
 With fewer than five seeds a study proves nothing, and its report says so.
 

@@ -22,9 +22,14 @@ from recipes.parts import Parts, build_parts
 
 __all__ = ["METRICS", "make_trainer", "metric_of", "run_once"]
 
-METRICS = {"accuracy": "1 - accuracy", "nrmse": "nRMSE", "relative_l2": "relative L2 error"}
+METRICS = {
+    "accuracy": "1 - accuracy",
+    "nrmse": "nRMSE",
+    "relative_l2": "relative L2 error",
+    "loss": "cross-entropy in nats",
+}
 """The scores a study can compare, and their errors. A network that has learnt nothing has the error of blind
-guessing, 1 - 1 / classes, or that of predicting zero, 1."""
+guessing, 1 - 1 / classes or ln(classes), or that of predicting zero, 1."""
 
 _NEVER = 10**9
 
@@ -117,6 +122,8 @@ def _outcome(cfg: DictConfig, scores: Mapping[str, float]) -> dict[str, Any]:
     blind_error = 1.0
     if metric == "accuracy":
         blind_error = 1.0 - 1.0 / cfg.task.out_channels
+    elif metric == "loss":
+        blind_error = math.log(cfg.task.out_channels)
     status, val, test = "ok", scores[f"val/{metric}"], scores[f"test/{metric}"]
     if not all(math.isfinite(score) for score in scores.values()):
         status, val, test = "diverged", math.nan, math.nan
