@@ -12,7 +12,10 @@ its parameters with an optimizer that has none. Gradients are shared.
 
 Times are medians: of this process's processor time on one thread, on a GPU of wall-clock time.
 
-Writes `step.csv`, `step.png`, with whole training steps `training.csv`, and the tables of `README.md`.
+Options that change what a ratio does are measured with AdamW on each real network.
+
+Writes `step.csv`, `step.png`, `options.csv`, with whole training steps `training.csv`, and the tables of
+`README.md`.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ from benchmarks.machine import describe
 from benchmarks.models import NETWORKS
 from benchmarks.results import BLUE, GREEN, ORANGE, PURPLE, Value, markdown_table, publish, write_csv
 from benchmarks.timing import Work, processor_seconds, rounds, wall_seconds
+from farms_tb import TempBalance
 from farms_tb.balancing.layerwise_step import LayerwiseStep
 from farms_tb.viewing.plots.style import new_figure, styled
 
@@ -49,6 +53,15 @@ IMPLEMENTATIONS: dict[str, dict[str, Any]] = {
     "foreach": {"foreach": True},
     "fused": {"fused": True},
 }
+OPTIONS: dict[str, dict[str, Any]] = {
+    "a ratio for each layer": {},
+    "unit": {"unit": "block"},
+    "fixed": {"fixed": {"*": 2.0}},
+    "target, weight_decay": {"target": "weight_decay"},
+    "target, both": {"target": "both"},
+    "decay_follows_lr": {"decay_follows_lr": False},
+}
+"""Options that change what a ratio does, measured with AdamW."""
 STEPS_AT_ONCE = 5
 """Training steps between two readings of the clock, so that a GPU may lag behind."""
 
@@ -170,6 +183,34 @@ def measure_training(
     return rows
 
 
+def measure_options(name: str, device: str, times: int, limit: float) -> list[dict[str, Value]]:
+    """Time the steps of AdamW on one network with some options of the balancer: a row for each."""
+    net = make(name, device)
+    steps: list[Work] = [OPTIMIZERS["AdamW"](copied(list(net.parameters()))).step]
+    for options in OPTIONS.values():
+        own = make(name, device)
+        optimizer = OPTIMIZERS["AdamW"](own.parameters())
+        TempBalance(own, optimizer, **options).step()
+        steps.append(optimizer.step)
+    plain, *found = timed(steps, device, times, limit)
+    rows: list[dict[str, Value]] = []
+    for option, seconds in zip(OPTIONS, found, strict=True):
+        rows.append({"network": name, "option": option, "ms": 1e3 * seconds, "plain": seconds / plain})
+    return rows
+
+
+def options_table(rows: Sequence[Mapping[str, Value]]) -> str:
+    """Return the ratios to the plain step of each network."""
+    lines = []
+    for option in OPTIONS:
+        line = {"AdamW with": option}
+        for row in rows:
+            if row["option"] == option:
+                line[str(row["network"])] = f"{row['plain']:.2f}"
+        lines.append(line)
+    return markdown_table(lines)
+
+
 def timed(ways: Sequence[Work], device: str, times: int, limit: float) -> list[float]:
     """Return the median time of each way. Called once first: an optimizer begins its state at the first step."""
     for way in ways:
@@ -264,6 +305,7 @@ def main() -> None:
     batch = (0 if on_cpu else 64) if options.batch is None else options.batch
     rows: list[dict[str, Value]] = []
     training: list[dict[str, Value]] = []
+    by_option: list[dict[str, Value]] = []
     for name in options.networks:
         rows += measure(name, options.device, options.ratios, options.times, options.limit)
         worst = max((row for row in rows if row["network"] == name), key=lambda row: float(row["ours_ratio"]))
@@ -272,12 +314,17 @@ def main() -> None:
             f"({worst['optimizer']}, {worst['implementation']}, {worst['ratios']} ratios)",
             flush=True,
         )
+        if name != TINY:  # which has no blocks
+            by_option += measure_options(name, options.device, options.times, options.limit)
         if batch:
             training += measure_training(name, options.device, batch, options.ratios, options.times, options.limit)
     options.out.mkdir(parents=True, exist_ok=True)
     write_csv(options.out / "step.csv", rows)
     draw(options.out / "step.png", rows, options.ratios)
     parts = [headline(rows), "![Time of a step over the number of ratios](step.png)", table(rows)]
+    if by_option:
+        write_csv(options.out / "options.csv", by_option)
+        parts += ["How many times as long as the plain step:", options_table(by_option)]
     if training:
         write_csv(options.out / "training.csv", training)
         parts += [f"Whole training steps, of {batch} inputs:", table(training)]
