@@ -12,7 +12,7 @@ its parameters with an optimizer that has none. Gradients are shared.
 
 Times are medians: of this process's processor time on one thread, on a GPU of wall-clock time.
 
-Options that change what a ratio does are measured with AdamW on each real network.
+Options that change what a ratio does are measured with AdamW on networks of blocks.
 
 Writes `step.csv`, `step.png`, `options.csv`, with whole training steps `training.csv`, and the tables of
 `README.md`.
@@ -53,6 +53,8 @@ IMPLEMENTATIONS: dict[str, dict[str, Any]] = {
     "foreach": {"foreach": True},
     "fused": {"fused": True},
 }
+WITH_BLOCKS = ("ResNet-18", "ViT-B/16")
+"""Networks that repeat a block, with which the options of the balancer are measured."""
 OPTIONS: dict[str, dict[str, Any]] = {
     "a ratio for each layer": {},
     "unit": {"unit": "block"},
@@ -61,7 +63,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "target, both": {"target": "both"},
     "decay_follows_lr": {"decay_follows_lr": False},
 }
-"""Options that change what a ratio does, measured with AdamW."""
+"""Options that change what a ratio does."""
 STEPS_AT_ONCE = 5
 """Training steps between two readings of the clock, so that a GPU may lag behind."""
 
@@ -314,7 +316,7 @@ def main() -> None:
             f"({worst['optimizer']}, {worst['implementation']}, {worst['ratios']} ratios)",
             flush=True,
         )
-        if name != TINY:  # which has no blocks
+        if name in WITH_BLOCKS:
             by_option += measure_options(name, options.device, options.times, options.limit)
         if batch:
             training += measure_training(name, options.device, batch, options.ratios, options.times, options.limit)

@@ -239,6 +239,16 @@ def test_step_runs(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert {row["optimizer"] for row in rows(folder / "step.csv")} == {"SGD", "Adam", "AdamW"}
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_step_with_options_runs(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def blocks() -> nn.Module:
+        return nn.ModuleDict({"layers": nn.ModuleList([tiny() for _ in range(3)])})
+
+    monkeypatch.setattr(step, "CASES", {"ResNet-18": (blocks, (20,))})
+    folder, _ = run(step, "--networks", "ResNet-18", "--ratios", "2", "--times", "2", "--limit", "0.5")
+    assert {row["option"] for row in rows(folder / "options.csv")} == set(step.OPTIONS)
+
+
 class TestTiming:
     def test_ways_take_turns_and_the_first_round_warms_up(self) -> None:
         called: list[str] = []
