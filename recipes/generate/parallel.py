@@ -6,16 +6,11 @@ share the cores, and a sample is bitwise the same whichever process makes it.
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from typing import cast
 
-from threadpoolctl import threadpool_limits
-
-from recipes.children import end_with_parent
 from recipes.data.cache import Arrays
+from recipes.engine import LocalEngine
 from recipes.errors import RecipeError
 from recipes.generate.files import Problem
 
@@ -54,26 +49,22 @@ def make_samples(problem: Problem, tasks: Iterable[range], workers: int) -> Iter
     Raises:
         RecipeError: A worker was killed.
     """
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_prepare_worker)
-    try:
-        for future in as_completed([pool.submit(_make, problem, task) for task in tasks]):
-            yield future.result()
-    except BrokenProcessPool as error:
-        raise RecipeError(
-            "a worker process was killed, perhaps for want of memory; run the same command again, with fewer "
-            "workers=..., to go on"
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
+    waiting = list(tasks)
+    with LocalEngine(workers) as engine:
+        while waiting or engine.tasks:
+            while waiting and len(engine.tasks) < engine.slots:
+                task = waiting.pop(0)
+                engine.submit(task, _make, (problem, task))
+            for outcome in engine.finished(timeout=1.0):
+                if outcome.failure:
+                    raise RecipeError(
+                        f"samples {outcome.task} failed: {outcome.failure}; run the same command again to go on, "
+                        "with fewer workers=... where memory is short"
+                    )
+                yield cast(range, outcome.task), outcome.result
 
 
-def _make(problem: Problem, task: range) -> tuple[range, Arrays]:
-    """Make the samples of a task, in a worker, and return them with the task that they belong to."""
-    return task, problem.make(task)
-
-
-def _prepare_worker() -> None:
-    """One thread; quiet when the user presses Ctrl-C; gone when the parent is, however that ended."""
-    threadpool_limits(1)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    end_with_parent()
+def _make(argument: tuple[Problem, range]) -> Arrays:
+    """Make the samples of a task, in a process of the engine."""
+    problem, task = argument
+    return problem.make(task)

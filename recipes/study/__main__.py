@@ -7,6 +7,7 @@ their test errors with the baseline's, seed by seed:
     python -m recipes.study experiment=study/darcy_fno,study/darcy_unet  several, each alone and pooled
     python -m recipes.study study=small                                  the cells of conf/study/small.yaml
     python -m recipes.study study=small study.seeds=5 trainer.max_epochs=20
+    python -m recipes.study --dry-run study=small                        what is left to do, no training
     python -m recipes.study --report study=small                         table and figure again, no training
     python -m recipes.study experiment=study/darcy_fno study=report      the same of one cell, written as a setting
 
@@ -16,7 +17,9 @@ Arms are off, full, farms, shrinkage, small_alpha, noise_aware and placebo (FARM
 
 A study that was stopped, or killed, goes on where it was when the command is repeated: `results.csv` in the cell's
 folder has a row for every finished run, and is whole at any moment. More seeds and more arms may join later; any
-other change of settings is refused. On CPUs the number of processes does not change the results.
+other change of settings is refused. On CPUs neither the number of processes nor the engine changes the results:
+`study.engine=ray` runs a study on a Ray cluster. A run whose process dies is tried again, twice; one that fails is
+named at the end, after all others.
 
 How it is done:
 
@@ -56,7 +59,7 @@ from recipes.study.cells import Study, load_study
 from recipes.study.figure import FIGURE_FILE, draw
 from recipes.study.records import read_records
 from recipes.study.report import EFFECTS_FILE, Records, summarise, write_effects
-from recipes.study.runner import run_study
+from recipes.study.runner import run_study, show_plan
 from recipes.study.table import print_rows
 from recipes.train import CONFIG_DIR
 
@@ -94,6 +97,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--report", action="store_true", help="print the table and draw the figure of what is there, train nothing"
     )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the runs that are left and what they cost, train nothing"
+    )
     parser.add_argument("overrides", nargs="*", help="settings, as name=value")
     options = parser.parse_args(arguments)
     report_only = options.report or REPORT in options.overrides
@@ -105,7 +111,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         warn(console, f"warning: {note}")
     with user_errors():
         try:
-            _run(overrides, report_only, console)
+            if options.dry_run:
+                show_plan(load_study(CONFIG_DIR, overrides), console)
+            else:
+                _run(overrides, report_only, console)
         except KeyboardInterrupt:
             command = shlex.join(["python", "-m", "recipes.study", *(arguments or sys.argv[1:])])
             warn(console, f"stopped; to go on, repeat {command}")

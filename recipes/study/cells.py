@@ -27,7 +27,9 @@ from recipes.errors import RecipeError
 from recipes.study.records import Job
 from recipes.study.single import metric_of
 
-__all__ = ["Cell", "Options", "Study", "load_study"]
+__all__ = ["Cell", "Options", "Resources", "Study", "load_study"]
+
+ENGINES = ("local", "ray")
 
 _OURS = ("seed", "lr", "balancing", "ckpt_path")
 """Settings that a user of a study can't set: it sets the first three for every run itself, and resumes no run."""
@@ -143,18 +145,51 @@ class Cell:
 
 
 @dataclass(frozen=True)
+class Resources:
+    """What the runs of a study run on; `conf/study.yaml` explains each.
+
+    Attributes:
+        engine: `"local"` or `"ray"`.
+        workers: Most runs at the same time; None for as many as there is room for.
+        address: That of the Ray cluster; None for `RAY_ADDRESS`, or one that is started on this machine.
+        gpus_per_run: GPUs, or the share of one, that a run has; None for no share in particular.
+    """
+
+    engine: str = "local"
+    workers: int | None = None
+    address: str | None = None
+    gpus_per_run: float | None = None
+
+    def __post_init__(self) -> None:
+        check_count("study.workers", self.workers)
+        if self.engine not in ENGINES:
+            raise RecipeError(f"study.engine must be one of {', '.join(ENGINES)}, got {self.engine!r}")
+        share = self.gpus_per_run
+        if share is not None and not (isinstance(share, int | float) and 0 < share < math.inf):
+            raise RecipeError(f"study.gpus_per_run must be a number above 0, got {share!r}")
+        if self.engine == "local" and self.address is not None:
+            raise RecipeError("study.address is that of a Ray cluster: it needs study.engine=ray")
+
+
+@dataclass(frozen=True)
 class Study:
     """What was asked for.
 
     Attributes:
         cells: The cells.
         folder: Where their folders are.
-        workers: Number of processes; None for one a core.
+        resources: What the runs run on.
     """
 
     cells: tuple[Cell, ...]
     folder: Path
-    workers: int | None
+    resources: Resources
+
+    @property
+    def uses_gpus(self) -> bool:
+        """Whether some run may train on a GPU."""
+        settings = [cfg for cell in self.cells for cfg in cell.arms.values()]
+        return any(cfg.trainer.accelerator in ("auto", "gpu", "cuda") for cfg in settings)
 
 
 def load_study(config_dir: str, overrides: Sequence[str]) -> Study:
@@ -175,9 +210,8 @@ def load_study(config_dir: str, overrides: Sequence[str]) -> Study:
     with initialize_config_dir(config_dir, version_base="1.3"):
         plain = _compose_study(sorted_overrides.study)
         folder = Path(str(plain.pop("folder")))
-        workers = plain.pop("workers")
+        resources = Resources(**{field.name: plain.pop(field.name) for field in fields(Resources)})
         options_by_cell: dict[str, Any] = plain.pop("cells")
-        check_count("study.workers", workers)
         names = sorted_overrides.experiments or list(options_by_cell)
         if not names:
             raise RecipeError("say what to study: experiment=<name>[,<name>...], or study=small")
@@ -187,7 +221,7 @@ def load_study(config_dir: str, overrides: Sequence[str]) -> Study:
             options = _read_options({**plain, **own})
             cells.append(_load_cell(name, folder, options, sorted_overrides.runs))
     _check_names(cells)
-    return Study(tuple(cells), folder, workers)
+    return Study(tuple(cells), folder, resources)
 
 
 @dataclass

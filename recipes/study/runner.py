@@ -10,24 +10,34 @@ from __future__ import annotations
 import contextlib
 import math
 import re
+import time
+from collections import Counter
+from collections.abc import Mapping
 from datetime import timedelta
 from statistics import mean
+from typing import cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
-from recipes.children import available_cores
 from recipes.console import warn
+from recipes.engine import Engine, Outcome
+from recipes.errors import RecipeError
 from recipes.study.cells import Cell, Study
+from recipes.study.engines import make_engine
 from recipes.study.plan import ArmPlan, Search, Tuning, plan_arm
 from recipes.study.records import Job, Record, read_records, write_records
 from recipes.study.settings import check_cell, keep_settings, locked
-from recipes.study.workers import Workers
+from recipes.study.single import run_quietly
 
-__all__ = ["run_study"]
+__all__ = ["arm_plan", "run_study", "show_plan"]
 
 Results = dict[str, dict[Job, Record]]
 """The finished runs, by name of the cell."""
+
+TRIES = 3
+"""A run whose process dies is tried so many times."""
 
 _WITH_DIGITS = re.compile(r"\S*\d\S*")
 """Words with a digit in them, which differ between warnings that say the same of different layers and numbers."""
@@ -57,6 +67,32 @@ def run_study(study: Study, console: Console) -> Results:
     return results
 
 
+def arm_plan(cell: Cell, arm: str, finished: Mapping[Job, Record]) -> ArmPlan:
+    """Return what an arm of a cell needs, by the runs that are finished."""
+    options = cell.options
+    search = Search(arm, cell.lr(arm), options.grid, options.tune_seeds, options.extend)
+    return plan_arm(search, options.seeds, finished)
+
+
+def show_plan(study: Study, console: Console) -> None:
+    """Print what is left to do and, by the runs that are finished, what it will cost; begin nothing."""
+    table = Table("cell", "arm", "runs", "done", "core-hours left")
+    left = 0.0
+    for cell in study.cells:
+        records = read_records(cell.folder)
+        for arm in cell.options.arms:
+            plan = arm_plan(cell, arm, records)
+            known = [record.seconds for job, record in records.items() if job.arm == arm]
+            known = known or [record.seconds for record in records.values()]
+            hours = (plan.total - plan.done) * mean(known) / 3600 if known else math.nan
+            left += hours
+            cost = f"{hours:.2f}" if known else "unknown: no run is finished"
+            table.add_row(cell.name, arm, str(plan.total), str(plan.done), cost)
+    console.print(table)
+    if math.isfinite(left):
+        console.print(f"{left:.2f} core-hours left, if no search for a learning rate grows")
+
+
 class _Progress:
     """The state of a study that is going on.
 
@@ -68,54 +104,76 @@ class _Progress:
 
     def __init__(self, study: Study, results: Results, console: Console) -> None:
         self._cells = {cell.name: cell for cell in study.cells}
-        self._count = study.workers or available_cores()
+        self._study = study
+        self._begun, self._slots, self._finished = 0.0, 1, 0
+        self._failures: dict[tuple[str, Job], str] = {}
+        self._deaths: Counter[tuple[str, Job]] = Counter()
         self._results = results
         self._console = console
         self._said: set[tuple[str, ...]] = set()
         self._plans: dict[tuple[str, str], ArmPlan] = {}
         for cell in study.cells:
             for arm in cell.options.arms:
-                self._plans[cell.name, arm] = self._plan(cell, arm)
-
-    def _plan(self, cell: Cell, arm: str) -> ArmPlan:
-        """Return what an arm needs, by the results so far.
-
-        Args:
-            cell: The cell, for its options and the arm's own learning rate.
-            arm: One of its arms.
-        """
-        options = cell.options
-        search = Search(arm, cell.lr(arm), options.grid, options.tune_seeds, options.extend)
-        return plan_arm(search, options.seeds, self._results[cell.name])
+                self._plans[cell.name, arm] = arm_plan(cell, arm, results[cell.name])
 
     def _missing(self) -> list[tuple[str, Job]]:
         """Return the runs that can be started now, with the names of their cells."""
         missing = []
-        for (name, _), plan in self._plans.items():
-            missing += [(name, job) for job in plan.missing]
+        # What fails in one run of an arm fails in all of them.
+        failed = {(name, job.arm) for name, job in self._failures}
+        for (name, arm), plan in self._plans.items():
+            if (name, arm) not in failed:
+                missing += [(name, job) for job in plan.missing]
         return missing
 
     def run(self) -> None:
-        """Work until no run is missing."""
-        if not self._missing():
-            return
-        with Workers(self._count) as workers, _progress_bar(self._console) as bar:
-            task = bar.add_task("runs", total=self._total(), completed=self._done(), left="")
-            while True:
-                self._hand_out(workers)
-                if not workers.tasks:
-                    return
-                for (name, job), facts, messages in workers.finished(timeout=1.0):
-                    self._keep(name, job, facts)
-                    self._tell(name, job.arm, messages)
-                bar.update(task, total=self._total(), completed=self._done(), left=self._left())
+        """Work until no run is missing that can be done.
 
-    def _hand_out(self, workers: Workers) -> None:
-        """Give each idle process a run, as long as there are any."""
-        going = workers.tasks
+        Raises:
+            RecipeError: Runs failed; all others are done.
+        """
+        if self._missing():
+            with make_engine(self._study) as engine, _progress_bar(self._console) as bar:
+                self._begun = time.monotonic()
+                self._slots = engine.slots
+                task = bar.add_task("runs", total=self._total(), completed=self._done(), left="")
+                while self._hand_out(engine):
+                    for outcome in engine.finished(timeout=1.0):
+                        self._take(outcome)
+                    bar.update(task, total=self._total(), completed=self._done(), left=self._left())
+        self._raise_failures()
+
+    def _hand_out(self, engine: Engine) -> bool:
+        """Begin as many runs as there is room for, and return whether any is going on."""
+        going = engine.tasks
         waiting = [key for key in self._missing() if key not in going]
-        for name, job in waiting[: workers.idle]:
-            workers.submit((name, job), self._cells[name].settings(job))
+        for name, job in waiting[: max(0, engine.slots - len(going))]:
+            engine.submit((name, job), run_quietly, self._cells[name].settings(job))
+        return bool(engine.tasks)
+
+    def _take(self, outcome: Outcome) -> None:
+        """Keep what a run has found, or note that it failed."""
+        name, job = cast(tuple[str, Job], outcome.task)
+        if not outcome.failure:
+            facts, messages = outcome.result
+            self._keep(name, job, facts)
+            self._tell(name, job.arm, messages)
+            return
+        self._deaths[name, job] += 1
+        if outcome.died and self._deaths[name, job] < TRIES:
+            warn(self._console, f"{name} {job}: {outcome.failure}; it is tried again")
+            return
+        self._failures[name, job] = outcome.failure
+
+    def _raise_failures(self) -> None:
+        """Name the runs that failed, after all others are done."""
+        if not self._failures:
+            return
+        (name, job), why = next(iter(self._failures.items()))
+        more = f", and {len(self._failures) - 1} more" if len(self._failures) > 1 else ""
+        raise RecipeError(
+            f"the run {(name, job)} failed{more}: {why}. All other runs are done; repeat the command to try again"
+        )
 
     def _keep(self, name: str, job: Job, facts: dict[str, object]) -> None:
         """Write a finished run, plan its arm again, and print the learning rate where this run has decided it.
@@ -128,9 +186,10 @@ class _Progress:
         cell = self._cells[name]
         record = Record(experiment=name, **job._asdict(), **facts, config=cell.fingerprint(job.arm))  # type: ignore[arg-type]
         self._results[name][job] = record
+        self._finished += 1
         write_records(cell.folder, self._results[name].values())
         before = self._plans[name, job.arm].tuning
-        plan = self._plan(cell, job.arm)
+        plan = arm_plan(cell, job.arm, self._results[name])
         self._plans[name, job.arm] = plan
         if before.best is None and plan.tuning.best is not None:
             self._console.print(f"{name} {job.arm}: {_tuned(plan.tuning)}", highlight=False, soft_wrap=True)
@@ -171,8 +230,9 @@ class _Progress:
             known = self._results[name].values() or finished
             runs_left = plan.total - plan.done
             seconds += runs_left * mean(record.seconds for record in known)
-        left = timedelta(seconds=round(seconds / self._count))
-        return f"about {left} left"
+        left = timedelta(seconds=round(seconds / self._slots))
+        rate = 3600 * self._finished / (time.monotonic() - self._begun)
+        return f"{rate:.3g} runs an hour, about {left} left"
 
 
 def _progress_bar(console: Console) -> Progress:

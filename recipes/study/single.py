@@ -6,21 +6,26 @@ no checkpoints, no loggers, no pictures. Model, data, callback and optimizer are
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
 import math
 import time
 import warnings
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from lightning import Trainer
 from lightning.pytorch.profilers import SimpleProfiler
 from omegaconf import DictConfig, OmegaConf
 
 from recipes.config import build
+from recipes.console import quiet_lightning
 from recipes.errors import RecipeError
 from recipes.parts import Parts, build_parts
 
-__all__ = ["METRICS", "make_trainer", "metric_of", "run_once"]
+__all__ = ["METRICS", "make_trainer", "metric_of", "run_once", "run_quietly"]
 
 METRICS = {
     "accuracy": "1 - accuracy",
@@ -114,6 +119,14 @@ def run_once(settings: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         "seconds": round(time.perf_counter() - started, 3),
     }
     return facts, [str(warning.message) for warning in caught if "farms_tb" in warning.filename]
+
+
+def run_quietly(settings: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Do a run in a process of an engine: on one thread, with nothing printed. See `run_once`."""
+    torch.set_num_threads(1)
+    quiet_lightning(logging.ERROR)
+    with contextlib.redirect_stdout(io.StringIO()):
+        return run_once(settings)
 
 
 def _outcome(cfg: DictConfig, scores: Mapping[str, float]) -> dict[str, Any]:

@@ -13,6 +13,11 @@ TINY_DARCY = (
     *("data.workers=1", "trainer=cpu", "trainer.log_every_n_steps=1"),
 )
 TINY_UNET = (*TINY_DARCY, "trainer.max_epochs=2", "model.net.width=4")
+TINY_STUDY = (
+    *("experiment=digits_resnet18", "model.net.width=2", "trainer.max_epochs=2", "trainer=cpu"),
+    *("data.train_size=20", "data.val_size=40", "data.test_size=40", "data.batch_size=10"),
+    *('study.arms=["off",farms]', "study.seeds=4", "study.grid=[1,2]", "study.tune_seeds=1", "study.extend=0"),
+)
 
 
 def compose_settings(*overrides: str) -> DictConfig:

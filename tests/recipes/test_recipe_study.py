@@ -26,6 +26,7 @@ from recipes.study.report import POOLED, Row, summarise
 from recipes.study.single import run_once
 from recipes.study.statistics import Effect, holm, log_error, pooled_effect
 from recipes.train import CONFIG_DIR
+from tests.recipes.recipe_runs import TINY_STUDY
 
 ROOT = Path(CONFIG_DIR).parent
 
@@ -281,15 +282,9 @@ NAMED_BY_ARM = (
     "callbacks",
 )  # a study builds neither loggers nor callbacks of recipes.train
 
-TINY = (
-    *("experiment=digits_resnet18", "model.net.width=2", "trainer.max_epochs=2", "trainer=cpu"),
-    *("data.train_size=20", "data.val_size=40", "data.test_size=40", "data.batch_size=10"),
-    *('study.arms=["off",farms]', "study.seeds=4", "study.grid=[1,2]", "study.tune_seeds=1", "study.extend=0"),
-)
-
 
 def _tiny(tmp_path: Path, *more: str) -> list[str]:
-    return [*TINY, f"study.folder={tmp_path}/study", *more]
+    return [*TINY_STUDY, f"study.folder={tmp_path}/study", *more]
 
 
 @pytest.mark.parametrize(
@@ -433,6 +428,14 @@ def test_killed_study_goes_on_and_ends_as_if_each_run_had_been_alone(
         assert (folder / "effects.csv").read_text() == effects
     assert (folder / "results.csv").read_text().splitlines() == after
 
+    # A dry run trains nothing, and knows what runs cost.
+    GlobalHydra.instance().clear()
+    main(["--dry-run", *arguments, "study.seeds=6"])
+    printed = capsys.readouterr().out
+    assert "core-hours left" in printed
+    assert "unknown" not in printed
+    assert (folder / "results.csv").read_text().splitlines() == after
+
     # Settings that results depend on must stay; more seeds and arms may join.
     capsys.readouterr()
     for override, change in (
@@ -444,6 +447,25 @@ def test_killed_study_goes_on_and_ends_as_if_each_run_had_been_alone(
             main([*arguments, override])
         assert change in capsys.readouterr().err
     assert (folder / "results.csv").read_text().splitlines() == after
+
+
+def test_a_dry_run_of_a_new_study_makes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--dry-run", *_tiny(tmp_path)])
+    assert "no run is finished" in capsys.readouterr().out
+    assert not (tmp_path / "study").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("study.engine=slurm", "local, ray"),
+        ("study.gpus_per_run=0", "gpus_per_run"),
+        ("study.address=auto", "engine=ray"),
+    ],
+)
+def test_resources_that_cannot_be(tmp_path: Path, override: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load_study(CONFIG_DIR, _tiny(tmp_path, override))
 
 
 @pytest.mark.filterwarnings("ignore")
