@@ -5,6 +5,7 @@
 - `SparsityPlan`, `PlannedLayer`: what a plan holds; `SparsityPlan.load(path)`.
 - `SparsityOptions`: what an allocation can be asked for.
 - `prune(model, plan, "wanda", calibration=batches)`: zeros in the model's weights, or masks, and a report.
+- `perplexity(model, tokens)`: of a language model by the protocol of the papers, compared segment by segment.
 - `outlier_shares(model, blocks, batches)`: what the method `"owl"` goes by.
 - `compare_with_depth(plan)`: how far the plan is from the uniform one and from a straight line in depth.
 """
@@ -14,12 +15,15 @@ from farms_tb.sparsity.allocation import allocate
 from farms_tb.sparsity.from_report import plan_from_report
 from farms_tb.sparsity.options import SparsityOptions
 from farms_tb.sparsity.owl import outlier_shares
+from farms_tb.sparsity.perplexity import Perplexity, PerplexityComparison, perplexity
 from farms_tb.sparsity.plan import PlannedLayer, SparsityPlan
 from farms_tb.sparsity.prune import prune
 from farms_tb.sparsity.prune_report import PrunedLayer, PruneReport
 
 __all__ = [
     "DepthComparison",
+    "Perplexity",
+    "PerplexityComparison",
     "PlannedLayer",
     "PruneReport",
     "PrunedLayer",
@@ -28,6 +32,7 @@ __all__ = [
     "allocate",
     "compare_with_depth",
     "outlier_shares",
+    "perplexity",
     "plan_from_report",
     "prune",
 ]

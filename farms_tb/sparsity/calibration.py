@@ -17,7 +17,14 @@ from torch import Tensor, nn
 from farms_tb.options import check_integer
 from farms_tb.weights.layers import unwrap
 
-__all__ = ["calibration_batches", "checked_batches", "random_tokens", "tokens_of_text", "vocabulary_size"]
+__all__ = [
+    "calibration_batches",
+    "check_vocabulary",
+    "checked_batches",
+    "random_tokens",
+    "tokens_of_text",
+    "vocabulary_size",
+]
 
 Batch = Mapping[str, Any]
 
@@ -141,24 +148,29 @@ def checked_batches(model: nn.Module, calibration: Iterable[Batch] | None, *, re
                 f"calibration must be an iterable of dicts of keyword arguments for the model, got a batch of "
                 f"type {type(batch).__name__}; for a model that takes one tensor x, wrap it: {{'x': tensor}}"
             )
-        _check_vocabulary(batch.get("input_ids"), size)
+        ids = batch.get("input_ids")
+        if isinstance(ids, Tensor):
+            check_vocabulary("calibration", ids, size)
     return batches
 
 
-def _check_vocabulary(ids: Any, size: int | None) -> None:
-    """Refuse ids that the model's embedding does not have.
+def check_vocabulary(argument: str, ids: Tensor, size: int | None) -> None:
+    """Refuse ids that a model's embedding does not have.
+
+    Args:
+        argument: what the ids are called, for the message.
+        ids: integers of any shape.
+        size: see `vocabulary_size`; None where it is not known.
 
     Raises:
         ValueError: there is one, or there is none at all.
     """
-    if not isinstance(ids, Tensor):
-        return
     if ids.numel() == 0:
-        raise ValueError("calibration is too short: a batch has no tokens")
+        raise ValueError(f"{argument} is too short: there are no tokens")
     smallest, largest = (int(value) for value in ids.aminmax())
     if size is not None and not 0 <= smallest <= largest < size:
         wrong = largest if largest >= size else smallest
         raise ValueError(
-            f"calibration has the token {wrong}, and the model's vocabulary is 0 to {size - 1}: was the text "
+            f"{argument} has the token {wrong}, and the model's vocabulary is 0 to {size - 1}: was the text "
             "tokenised for another model?"
         )
