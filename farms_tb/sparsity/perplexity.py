@@ -162,8 +162,8 @@ def perplexity(
 
     Args:
         model: called as `model(input_ids=ids)` with ids int64 `(segments, length)`; returns logits
-            `(segments, length, vocabulary)` or an object with such `logits`. It runs in evaluation mode and without
-            gradients, and its modes are put back.
+            `(segments, length, vocabulary)` or an object with such `logits`. It runs in evaluation mode, without
+            gradients; its modes are put back.
         tokens: ids of the whole text, integers `(N,)` or `(1, N)`, from a tokenizer.
         length: tokens of a segment. The papers use 2048; some tables for Llama 2 use 4096, which gives lower
             values.
