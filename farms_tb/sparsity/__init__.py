@@ -6,12 +6,14 @@
 - `SparsityOptions`: what an allocation can be asked for.
 - `prune(model, plan, "wanda", calibration=batches)`: zeros in the model's weights, or masks, and a report.
 - `perplexity(model, tokens)`: of a language model by the protocol of the papers, compared segment by segment.
+- `to_llm_compressor(plan, model)`, `to_torchao(plan, model)`: a plan as the tables that these packages prune by.
 - `outlier_shares(model, blocks, batches)`: what the method `"owl"` goes by.
 - `compare_with_depth(plan)`: how far the plan is from the uniform one and from a straight line in depth.
 """
 
 from farms_tb.sparsity.advice import DepthComparison, compare_with_depth
 from farms_tb.sparsity.allocation import allocate
+from farms_tb.sparsity.export import to_llm_compressor, to_torchao
 from farms_tb.sparsity.from_report import plan_from_report
 from farms_tb.sparsity.options import SparsityOptions
 from farms_tb.sparsity.owl import outlier_shares
@@ -35,4 +37,6 @@ __all__ = [
     "perplexity",
     "plan_from_report",
     "prune",
+    "to_llm_compressor",
+    "to_torchao",
 ]
