@@ -6,6 +6,7 @@
 - `SparsityOptions`: what an allocation can be asked for.
 - `prune(model, plan, "wanda", calibration=batches)`: zeros in the model's weights, or masks, and a report.
 - `perplexity(model, tokens)`: of a language model by the protocol of the papers, compared segment by segment.
+- `zero_shot(model, tokenizer, tasks)`: accuracies by `lm-eval`.
 - `to_llm_compressor(plan, model)`, `to_torchao(plan, model)`: a plan as the tables that these packages prune by.
 - `outlier_shares(model, blocks, batches)`: what the method `"owl"` goes by.
 - `compare_with_depth(plan)`: how far the plan is from the uniform one and from a straight line in depth.
@@ -21,6 +22,7 @@ from farms_tb.sparsity.perplexity import Perplexity, PerplexityComparison, perpl
 from farms_tb.sparsity.plan import PlannedLayer, SparsityPlan
 from farms_tb.sparsity.prune import prune
 from farms_tb.sparsity.prune_report import PrunedLayer, PruneReport
+from farms_tb.sparsity.zero_shot import TaskAccuracy, zero_shot
 
 __all__ = [
     "DepthComparison",
@@ -31,6 +33,7 @@ __all__ = [
     "PrunedLayer",
     "SparsityOptions",
     "SparsityPlan",
+    "TaskAccuracy",
     "allocate",
     "compare_with_depth",
     "outlier_shares",
@@ -39,4 +42,5 @@ __all__ = [
     "prune",
     "to_llm_compressor",
     "to_torchao",
+    "zero_shot",
 ]
