@@ -56,26 +56,32 @@ def zero_shot(
         tasks: names of tasks that have the metric `acc`.
         limit: only the first so many questions of each task; the papers take 2000 for LLaMA-65B.
         batch_size: questions of one call of the model.
-        task_folder: a folder with YAML files of further tasks.
+        task_folder: a folder with YAML files of tasks, which are known in place of those of `lm-eval`.
 
     Returns:
         Accuracy and its standard error of each task, in the order of `tasks`.
 
     Raises:
         ImportError: `lm-eval` is not installed.
+        TypeError: `tasks` is a single string, or empty.
         FileNotFoundError: data of a task are not on this machine. The message says how to fetch them; nothing is
             downloaded here.
         ValueError: there is no such task, or it has no accuracy.
     """
     check_integer("batch_size", batch_size, at_least=1)
+    if isinstance(tasks, str) or not tasks:
+        raise TypeError(f"tasks must be a list of names of tasks, ['arc_easy'] for example, got {tasks!r}")
     try:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise ImportError('zero_shot needs lm-eval: pip install "farms-tb[lm-eval]"') from error
-    manager = TaskManager(include_path=None if task_folder is None else str(task_folder))
-    _check_tasks(tasks, manager.all_tasks)
+    if task_folder is None:
+        manager = TaskManager()
+    else:
+        manager = TaskManager(include_path=str(task_folder), include_defaults=False)
+    _check_known(tasks, manager.all_tasks)
     try:
         with evaluating(model), without_network():
             found = simple_evaluate(
@@ -94,22 +100,17 @@ def zero_shot(
     return [_accuracy_of(task, found) for task in tasks]
 
 
-def _check_tasks(tasks: Sequence[str], known: Sequence[str]) -> None:
-    """Refuse tasks that `lm-eval` does not have.
+def _check_known(tasks: Sequence[str], known: Sequence[str]) -> None:
+    """Refuse tasks that there are not.
 
     Raises:
-        TypeError: `tasks` is a single string.
-        ValueError: there is one, or there are none at all.
+        ValueError: there is one.
     """
-    if isinstance(tasks, str):
-        raise TypeError(f"tasks must be a list of names, got {tasks!r}: pass [{tasks!r}]")
-    if not tasks:
-        raise ValueError("tasks is empty: pass names of tasks, such as 'arc_easy'")
     unknown = [task for task in tasks if task not in known]
     if unknown:
         raise ValueError(
-            f"lm-eval has no task {unknown[0]!r}: lm_eval.tasks.TaskManager().all_tasks lists them; tasks of your "
-            "own need task_folder"
+            f"there is no task {unknown[0]!r}: `lm_eval ls tasks` lists those of lm-eval; pass task_folder for "
+            "tasks of your own"
         )
 
 

@@ -1,6 +1,7 @@
 """From texts to calibration batches, without a network."""
 
 import json
+import socket
 import sys
 
 import pytest
@@ -117,12 +118,15 @@ def test_data_sets_are_read_from_the_cache(cached, tmp_path):
     assert tokens.tolist() == [1, *ids_of(cached[0]), *ids_of(cached[2])]
 
 
-def test_data_sets_are_never_fetched(cached):
+def test_data_sets_are_never_fetched(cached, monkeypatch):
     import datasets
     import huggingface_hub.constants
 
+    sought = []
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *_, **__: sought.append(host))
     with pytest.raises(FileNotFoundError, match=r"datasets.load_dataset\('lab/absent', 'small'\)"):
         dataset_texts("lab/absent", split="test", config="small")
+    assert sought == []
     assert not datasets.config.HF_HUB_OFFLINE
     assert not huggingface_hub.constants.HF_HUB_OFFLINE
     with pytest.raises(ValueError, match="no column 'body': it has text"):
