@@ -125,7 +125,7 @@ def without_network() -> Iterator[None]:
     import datasets.config
     import huggingface_hub.constants
 
-    switches = (datasets.config, huggingface_hub.constants)
+    switches: tuple[Any, ...] = (datasets.config, huggingface_hub.constants)
     before = [module.HF_HUB_OFFLINE for module in switches]
     try:
         for module in switches:

@@ -194,8 +194,8 @@ def perplexity(
     _check_positions(model, length)
     losses: list[float] = []
     with evaluating(model):
-        for ids in segments.split(batch_size):
-            losses += _losses(model, ids)
+        for start in range(0, len(segments), batch_size):
+            losses += _losses(model, segments[start : start + batch_size])
             if progress is not None:
                 progress(len(losses), len(segments))
     values = np.array(losses, dtype=np.float64)
