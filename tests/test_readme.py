@@ -67,6 +67,10 @@ NEEDS = {
     "matplotlib": "matplotlib",
     "timm": "timm",
     "gguf": "gguf",
+    "datasets": "datasets",
+    "lm_eval": "lm-eval",
+    "torchao": "torchao",
+    "llmcompressor": "llm-compressor",
     "playwright": "Chromium",
 }
 

@@ -2,11 +2,17 @@
 
 Calibration data are, everywhere in this package, an iterable of batches, and a batch is a dict of keyword
 arguments for the model. Nothing here reads from a network.
+
+- From text files: `tokens_of_text`, then `calibration_batches`.
+- From a data set of `datasets`: `dataset_texts`, then `tokens_of_texts` and `calibration_batches`, or
+  `document_batches`, which draws one window a document.
+- Made up: `random_tokens`, then `calibration_batches`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -17,33 +23,117 @@ from torch import Tensor, nn
 from farms_tb.options import check_integer
 from farms_tb.weights.layers import unwrap
 
-__all__ = ["calibration_batches", "checked_batches", "random_tokens", "tokens_of_text", "vocabulary_size"]
+__all__ = [
+    "calibration_batches",
+    "check_vocabulary",
+    "checked_batches",
+    "dataset_texts",
+    "document_batches",
+    "random_tokens",
+    "tokens_of_text",
+    "tokens_of_texts",
+    "vocabulary_size",
+    "without_network",
+]
 
 Batch = Mapping[str, Any]
+Tokenizer = Callable[[str], Any]
 
 
-def tokens_of_text(path: str | PathLike[str], tokenizer: Callable[..., Any]) -> Tensor:
-    """Tokenise a text file as a whole, as the papers do with WikiText-2.
+def tokens_of_text(path: str | PathLike[str] | Sequence[str | PathLike[str]], tokenizer: Tokenizer) -> Tensor:
+    """Tokenise text files as a whole.
 
     Args:
-        path: a text file in UTF-8.
+        path: a text file in UTF-8, or several, which are joined by two newlines.
         tokenizer: of `transformers`, or any function from a text to an object or a dict with `input_ids`.
 
     Returns:
         The ids, int64 `(tokens,)`; special tokens at the start come once.
 
     Raises:
-        OSError: the file cannot be read.
-        ValueError: it is no text in UTF-8, or is empty.
+        OSError: a file cannot be read.
+        ValueError: it is no text in UTF-8, or there is no text.
+    """
+    paths = [path] if isinstance(path, (str, PathLike)) else list(path)
+    return tokens_of_texts([_text_of(each) for each in paths], tokenizer, name=", ".join(map(str, paths)))
+
+
+def tokens_of_texts(texts: Iterable[str], tokenizer: Tokenizer, name: str = "the text") -> Tensor:
+    """Tokenise texts as a whole, joined by two newlines: with the lines of WikiText-2 this is what the papers do.
+
+    Args:
+        texts: documents, or lines of a data set, see `dataset_texts`.
+        tokenizer: of `transformers`, or any function from a text to an object or a dict with `input_ids`.
+        name: what the text is called in messages.
+
+    Returns:
+        The ids, int64 `(tokens,)`; special tokens at the start come once.
+
+    Raises:
+        ValueError: there is no text.
+    """
+    text = "\n\n".join(texts)
+    ids = torch.as_tensor(tokenizer(text)["input_ids"], dtype=torch.int64).flatten()
+    if not text.strip() or len(ids) == 0:
+        raise ValueError(f"{name} is empty: expected text for calibration")
+    return ids
+
+
+def dataset_texts(name: str, *, split: str, config: str | None = None, column: str = "text") -> list[str]:
+    """Read the texts of a data set of Hugging Face's `datasets` that is on this machine already.
+
+    Args:
+        name: a folder of data files, or the name of a data set that `datasets` has in its cache,
+            `"Salesforce/wikitext"`.
+        split: `"train"`, `"test"`, or a part, `"train[:1%]"`.
+        config: which configuration of the data set: `"wikitext-2-raw-v1"`.
+        column: which column holds the text.
+
+    Returns:
+        The texts in the order of the data set.
+
+    Raises:
+        ImportError: `datasets` is not installed.
+        FileNotFoundError: the data set is not on this machine. The message says how to fetch it; nothing is
+            downloaded here.
+        ValueError: there is no such configuration, split or column.
     """
     try:
-        text = Path(path).read_text("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text in UTF-8: {error}") from error
-    ids = torch.as_tensor(tokenizer(text)["input_ids"], dtype=torch.int64).flatten()
-    if len(ids) == 0:
-        raise ValueError(f"{path} is empty: expected text for calibration")
-    return ids
+        from datasets import load_dataset
+    except ImportError as error:
+        raise ImportError('a data set by name needs datasets: pip install "farms-tb[datasets]"') from error
+    try:
+        with without_network():
+            rows = load_dataset(name, config, split=split)
+    except (ConnectionError, FileNotFoundError) as error:
+        arguments = ", ".join(repr(value) for value in (name, config) if value is not None)
+        raise FileNotFoundError(
+            f"the data set {name!r} is not on this machine, and nothing is downloaded without being asked for: "
+            f"run datasets.load_dataset({arguments}) once where there is a network, or pass a folder of data files"
+        ) from error
+    if column not in rows.column_names:
+        raise ValueError(f"the data set {name!r} has no column {column!r}: it has {', '.join(rows.column_names)}")
+    return list(rows[column])
+
+
+@contextmanager
+def without_network() -> Iterator[None]:
+    """Keep `datasets` and the client of Hugging Face's hub from the network meanwhile, as `HF_HUB_OFFLINE=1` does.
+
+    The variable of the environment itself is read only when they are imported.
+    """
+    import datasets.config
+    import huggingface_hub.constants
+
+    switches: tuple[Any, ...] = (datasets.config, huggingface_hub.constants)
+    before = [module.HF_HUB_OFFLINE for module in switches]
+    try:
+        for module in switches:
+            module.HF_HUB_OFFLINE = True
+        yield
+    finally:
+        for module, value in zip(switches, before, strict=True):
+            module.HF_HUB_OFFLINE = value
 
 
 def random_tokens(vocabulary: int, number: int, seed: int = 0) -> Tensor:
@@ -99,6 +189,46 @@ def calibration_batches(
     return [{"input_ids": tokens[place * length : (place + 1) * length][None]} for place in chosen]
 
 
+def document_batches(
+    documents: Iterable[str], tokenizer: Tokenizer, *, number: int = 128, length: int = 2048, seed: int = 0
+) -> list[dict[str, Tensor]]:
+    """Draw calibration batches as the papers do from C4: one window at random from each of some long documents.
+
+    Documents are drawn at random without replacement; those of at most `length` tokens are passed over.
+
+    Args:
+        documents: texts, see `dataset_texts`.
+        tokenizer: of `transformers`, or any function from a text to an object or a dict with `input_ids`.
+        number: documents to draw.
+        length: tokens of a window.
+        seed: of the draw.
+
+    Returns:
+        Batches `{"input_ids": (1, length)}`.
+
+    Raises:
+        ValueError: there are fewer than `number` documents of more than `length` tokens.
+    """
+    check_integer("number", number, at_least=1)
+    check_integer("length", length, at_least=1)
+    texts = list(documents)
+    generator = torch.Generator().manual_seed(seed)
+    batches: list[dict[str, Tensor]] = []
+    for place in torch.randperm(len(texts), generator=generator).tolist():
+        ids = torch.as_tensor(tokenizer(texts[place])["input_ids"], dtype=torch.int64).flatten()
+        if len(ids) <= length:
+            continue
+        start = int(torch.randint(len(ids) - length, (), generator=generator))
+        batches.append({"input_ids": ids[start : start + length][None]})
+        if len(batches) == number:
+            return batches
+    raise ValueError(
+        f"calibration is too short: {len(batches)} of {len(texts)} documents have more than length={length} "
+        f"tokens, and number={number} are needed. Pass more documents or a smaller length, or join them for "
+        "calibration_batches"
+    )
+
+
 def vocabulary_size(model: nn.Module) -> int | None:
     """Return how many tokens a model's embedding has; None where it has none or does not say.
 
@@ -141,24 +271,42 @@ def checked_batches(model: nn.Module, calibration: Iterable[Batch] | None, *, re
                 f"calibration must be an iterable of dicts of keyword arguments for the model, got a batch of "
                 f"type {type(batch).__name__}; for a model that takes one tensor x, wrap it: {{'x': tensor}}"
             )
-        _check_vocabulary(batch.get("input_ids"), size)
+        ids = batch.get("input_ids")
+        if isinstance(ids, Tensor):
+            check_vocabulary("calibration", ids, size)
     return batches
 
 
-def _check_vocabulary(ids: Any, size: int | None) -> None:
-    """Refuse ids that the model's embedding does not have.
+def check_vocabulary(argument: str, ids: Tensor, size: int | None) -> None:
+    """Refuse ids that a model's embedding does not have.
+
+    Args:
+        argument: what the ids are called, for the message.
+        ids: integers of any shape.
+        size: see `vocabulary_size`; None where it is not known.
 
     Raises:
         ValueError: there is one, or there is none at all.
     """
-    if not isinstance(ids, Tensor):
-        return
     if ids.numel() == 0:
-        raise ValueError("calibration is too short: a batch has no tokens")
+        raise ValueError(f"{argument} is too short: there are no tokens")
     smallest, largest = (int(value) for value in ids.aminmax())
     if size is not None and not 0 <= smallest <= largest < size:
         wrong = largest if largest >= size else smallest
         raise ValueError(
-            f"calibration has the token {wrong}, and the model's vocabulary is 0 to {size - 1}: was the text "
+            f"{argument} has the token {wrong}, and the model's vocabulary is 0 to {size - 1}: was the text "
             "tokenised for another model?"
         )
+
+
+def _text_of(path: str | PathLike[str]) -> str:
+    """Return the text of a file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no text in UTF-8.
+    """
+    try:
+        return Path(path).read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8: {error}") from error
