@@ -6,7 +6,7 @@ a mistake costs no time and leaves no half-filled folder.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -28,12 +28,13 @@ _Draw = Callable[[Path], object]
 """Draws one picture and saves it under a path."""
 
 
-def check_wanted(pictures: Sequence[str] | None, suffix: str) -> None:
+def check_wanted(pictures: Sequence[str] | None, suffix: str, known: Sequence[str] = PICTURES) -> None:
     """Check the names of pictures and their format.
 
     Args:
-        pictures: names out of `PICTURES`; None for all that can be drawn.
+        pictures: names out of `known`; None for all that can be drawn.
         suffix: the ending of the files, `".png"`.
+        known: names of the pictures that there are.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -41,8 +42,8 @@ def check_wanted(pictures: Sequence[str] | None, suffix: str) -> None:
     """
     check_format(suffix)
     for name in pictures or ():
-        if name not in PICTURES:
-            raise ValueError(f"there is no picture {name!r}: there are {', '.join(PICTURES)}")
+        if name not in known:
+            raise ValueError(f"there is no picture {name!r}: there are {', '.join(known)}")
 
 
 def save_all(
@@ -90,11 +91,20 @@ def save_all(
         _check_drawable(run, drawable, ["esd"])
     wanted = {name: drawable[name] for name in chosen}
     wanted.update(_spectra(run, layers))
-    return _save_pictures(wanted, folder, suffix)
+    return save_pictures(wanted, folder, suffix)
 
 
-def _save_pictures(wanted: dict[str, _Draw], folder: Path, suffix: str) -> list[Path]:
-    """Draw pictures into a folder, which is made where it is not there, and return their paths."""
+def save_pictures(wanted: Mapping[str, _Draw], folder: Path, suffix: str) -> list[Path]:
+    """Draw pictures into a folder.
+
+    Args:
+        wanted: what draws each picture, by its name.
+        folder: where they go; made where it is not there.
+        suffix: the ending of the files, `".png"`.
+
+    Returns:
+        Their paths.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     saved = []
     for name, draw in wanted.items():
