@@ -229,7 +229,12 @@ def test_esd_has_histogram_tail_and_law(farms: Report, tmp_path: Path) -> None:
     assert (axes.get_xscale(), axes.get_yscale(), axes.get_title(loc="left")) == ("log", "log", "1")
     labels = axes.get_legend_handles_labels()[1]
     record = farms.layers["1"]
-    assert labels == ["eigenvalues", "random weights (Marchenko-Pastur)", f"fitted tail, alpha {record.alpha:.2f}"]
+    assert labels == [
+        "eigenvalues",
+        "random weights (Marchenko-Pastur)",
+        f"fitted tail, alpha {record.alpha:.2f}",
+        "edge of random weights",
+    ]
     assert record.histogram is not None
     edges, density = esd_density(record.histogram)
     drawn = axes.patches[0].get_data()
