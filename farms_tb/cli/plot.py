@@ -16,7 +16,7 @@ from farms_tb.cli.arguments import Key, Null
 from farms_tb.cli.messages import complaints, say
 from farms_tb.viewing.names import printable
 from farms_tb.viewing.plots.comparison import COMPARISONS, left_out, save_comparison
-from farms_tb.viewing.plots.everything import FOLDER, PICTURES, check_wanted, save_all
+from farms_tb.viewing.plots.everything import FOLDER, PICTURES, check_wanted, not_drawn, save_all
 from farms_tb.viewing.plots.runs import check_number
 from farms_tb.viewing.run_folder import read_run_folder
 from farms_tb.viewing.several_runs import read_runs
@@ -100,7 +100,7 @@ def _plot_one(folder: Path, wanted: Wanted) -> None:
     run = read_run_folder(folder, null=wanted.null, key=wanted.key)
     saved = save_all(run, wanted.output, suffix=wanted.suffix, pictures=wanted.pictures, layers=wanted.layers)
     _print(saved)
-    for sentence in run.missing:
+    for sentence in run.missing if wanted.pictures is not None else not_drawn(run):
         say(sentence)
 
 

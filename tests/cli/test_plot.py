@@ -77,6 +77,34 @@ def test_missing_parts_are_said_by_run(runs: list[Path], tmp_path: Path) -> None
     assert "young: metrics.csv ends in half a line" in done.stderr
 
 
+def test_effects_and_spikes_are_drawn_where_they_are_known(runs: list[Path], tmp_path: Path) -> None:
+    """Effects by permutation nulls that are measured, or that the run has saved; spikes by measured ones alone."""
+    drawn = {"effect_plane.png", "esd_full.png"}
+    without = run("plot", runs[0], "-o", tmp_path)
+    assert not drawn & set(names(without.stdout))
+    assert "Without effect_plane and esd_full: this needs permutation nulls" in without.stderr
+    logged = run("plot", runs[1], "-o", tmp_path)
+    assert drawn & set(names(logged.stdout)) == {"effect_plane.png"}
+    assert "Without esd_full: this needs permutation nulls" in logged.stderr
+    for folder in runs:
+        measured = run("plot", folder, "--null", "-o", tmp_path)
+        assert drawn <= set(names(measured.stdout)), measured.output
+        assert "permutation nulls" not in measured.stderr
+
+
+def test_effects_that_are_asked_for_and_not_known(runs: list[Path], tmp_path: Path) -> None:
+    done = run("plot", runs[0], "--only", "effect_plane", "-o", tmp_path / "p")
+    assert done.exit_code == 2
+    assert "no data for the picture 'effect_plane'" in done.stderr
+    assert "--null" in done.stderr
+    assert not (tmp_path / "p").exists()
+
+
+def test_a_layer_with_its_whole_matrix(runs: list[Path], tmp_path: Path) -> None:
+    done = run("plot", runs[0], "--layer", "net.2", "--null", "-o", tmp_path)
+    assert names(done.stdout) == ["esd_net.2.png", "esd_full_net.2.png"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

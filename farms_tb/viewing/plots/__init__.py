@@ -14,7 +14,7 @@ from farms_tb.viewing.history import Curve, History
 from farms_tb.viewing.metrics_csv import read_history
 from farms_tb.viewing.plots.comparison import save_comparison
 from farms_tb.viewing.plots.curves import plot_alpha_curves, plot_ratio_curves, plot_ratio_map
-from farms_tb.viewing.plots.everything import save_all
+from farms_tb.viewing.plots.everything import not_drawn, save_all
 from farms_tb.viewing.plots.layers import plot_alpha_by_depth, plot_full_against_farms
 from farms_tb.viewing.plots.plane import plot_effect_plane
 from farms_tb.viewing.plots.runs import (
@@ -29,6 +29,7 @@ from farms_tb.viewing.plots.spectra import plot_esd, plot_esds
 __all__ = [
     "Curve",
     "History",
+    "not_drawn",
     "plot_alpha_by_depth",
     "plot_alpha_by_layer",
     "plot_alpha_curves",
