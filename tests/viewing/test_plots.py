@@ -211,7 +211,7 @@ def test_alpha_by_depth_has_errors_and_the_null(farms: Report, tmp_path: Path) -
 
 def test_kinds_have_markers_of_their_own() -> None:
     records = {name: LayerRecord(alpha=2.0, kind=kind) for name, kind in (("a", "real"), ("b", "spectral"))}
-    legend = plot_alpha_by_depth(Report(records)).axes[0].get_legend()
+    (legend,) = plot_alpha_by_depth(Report(records)).legends
     assert [text.get_text() for text in legend.get_texts()] == ["real weights", "complex spectral weights"]
 
 

@@ -185,11 +185,13 @@ def _draw_marks(axes: Axes, marks: Outliers, record: LayerRecord, floor: float) 
     if marks.spikes:
         height = [floor / STRIP ** (1 / 3)] * len(marks.spikes)
         label = f"spikes ({record.num_spikes})"
-        axes.plot(marks.spikes, height, "|", color=SPIKES, markersize=6, markeredgewidth=0.8, label=label)
+        axes.plot(
+            marks.spikes, height, "|", color=SPIKES, markersize=6, markeredgewidth=0.8, zorder=3, label=label
+        )
     if marks.traps:
         height = [floor / STRIP ** (2 / 3)] * len(marks.traps)
         label = f"traps ({record.num_traps:.2g} a shuffle)"
-        axes.plot(marks.traps, height, "x", color=TRAPS, markersize=4, label=label)
+        axes.plot(marks.traps, height, "x", color=TRAPS, markersize=4, zorder=3, label=label)
 
 
 def _draw_law(axes: Axes, record: LayerRecord, report: Report, lowest: float) -> None:
