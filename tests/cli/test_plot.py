@@ -44,7 +44,7 @@ def test_runs_are_compared_in_the_current_folder(
         assert ">balanced</text>" in text
         assert ">noise_aware</text>" in text
     # The noise-aware map has measured permutation nulls, the other has not.
-    assert "Without permutation nulls, and left out of pictures of these: balanced." in done.stderr
+    assert "Without permutation nulls (--null), and left out of pictures of these: balanced." in done.stderr
     assert not list(runs[0].rglob("figures")), "nothing is written into the runs"
 
 
@@ -64,6 +64,15 @@ def test_layers_that_only_some_files_have_are_said(tmp_path: Path) -> None:
     assert names(done.stdout) == ["alpha_by_depth.svg"]
     assert done.stderr == "Left out are layers that only some of the runs have: 2.\n"
     assert ">long.pt</text>" in (tmp_path / "alpha_by_depth.svg").read_text()
+
+
+def test_files_of_different_models_have_nothing_to_compare(tmp_path: Path) -> None:
+    for name, net in (("one", nn.Linear(40, 50)), ("other", nn.Sequential(nn.Linear(40, 50)))):
+        torch.save(nn.ModuleDict({name: net}).state_dict(), tmp_path / f"{name}.pt")
+    done = run("plot", tmp_path / "one.pt", tmp_path / "other.pt", "-o", tmp_path / "p")
+    assert done.exit_code == 2
+    assert "no layers in common, only some of them have one, other.0" in done.stderr
+    assert not (tmp_path / "p").exists()
 
 
 def test_missing_parts_are_said_by_run(runs: list[Path], tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ _PICTURES = {
     "effect_by_depth": _Picture(
         partial(plot_runs_by_depth, quantity="effect"),
         partial(records_with, quantity="effect"),
-        "permutation nulls",
+        "permutation nulls (--null)",
     ),
 }
 
@@ -89,13 +89,17 @@ def save_comparison(
         The pictures made.
 
     Raises:
-        ValueError: there is no such picture or no data for it, matplotlib does not know the format, or there are
-            more than 28 runs.
+        ValueError: there is no such picture or no data for it, or none can be drawn; matplotlib does not know the
+            format; or there are more than 28 runs.
         ImportError: matplotlib is not installed.
     """
     check_wanted(pictures, suffix, COMPARISONS)
     check_number(len(runs))
-    chosen = [name for name in COMPARISONS if _can_be_drawn(name, runs)] if pictures is None else pictures
+    chosen = pictures
+    if chosen is None:
+        chosen = [name for name in COMPARISONS if _can_be_drawn(name, runs)]
+    if not chosen:
+        raise ValueError(f"the runs have nothing to compare. {' '.join(left_out(runs))}")
     for name in chosen:
         if not _can_be_drawn(name, runs):
             reasons = " ".join(left_out(runs)) or f"None has {_PICTURES[name].called}."
