@@ -26,6 +26,10 @@ DERIVED = ("rank_share", "effect", "effect_error", "z_score", "z_error", "entrop
 """Metrics of a record that follow from others, and are in the rows of a report, too."""
 
 
+DRAWN = ("histogram", "outliers")
+"""Fields of a record that pictures alone need: tables, files and checkpoints leave them out."""
+
+
 @dataclass(frozen=True)
 class EsdHistogram:
     """An empirical spectral density as counts over equal bins of log10 of the eigenvalues.
@@ -39,6 +43,22 @@ class EsdHistogram:
     counts: tuple[int, ...]
     low: float
     high: float
+
+
+@dataclass(frozen=True)
+class Outliers:
+    """Eigenvalues of a layer's whole matrices beyond the edge of a random one, in units of `spectral_norm`.
+
+    Attributes:
+        edge: the eigenvalue above which one of the matrices is a spike.
+        spikes: the spikes of all K matrices, ascending: `num_spikes` of them.
+        traps: the outliers of all shuffles together, ascending: `num_traps` of them a shuffle; their edge is a
+            little lower. None without a permutation null.
+    """
+
+    edge: float
+    spikes: tuple[float, ...] = ()
+    traps: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -83,6 +103,7 @@ class LayerRecord:
         solver: what solved for the eigenvalues, `"cpu"`, `"torch"` or `"cupy"`, and in which precision: `float32`
             or `float64`, with `svd` where some window needed its singular values.
         histogram: the ESD of all samples together, where asked for.
+        outliers: the eigenvalues that `num_spikes` and `num_traps` count.
     """
 
     alpha: float | None = None
@@ -114,6 +135,7 @@ class LayerRecord:
     shape: tuple[int, ...] = ()
     solver: str = ""
     histogram: EsdHistogram | None = field(default=None, repr=False)
+    outliers: Outliers | None = field(default=None, repr=False)
 
     @property
     def rank_share(self) -> float | None:
@@ -212,7 +234,8 @@ class Report:
         rows = []
         for name, record in self.layers.items():
             row = {"layer": name, **asdict(record)}
-            del row["histogram"]
+            for drawn in DRAWN:
+                del row[drawn]
             row |= {metric: getattr(record, metric) for metric in DERIVED}
             row["verdict"] = None if record.verdict is None else str(record.verdict)
             row["shape"] = "x".join(map(str, record.shape))

@@ -129,7 +129,11 @@ class MeasuredModel:
         report = with_nulls(report, self._nulls)
         found = measure_nulls(self.assignment.layers, report, self._spectrum_options, team=self._team())
         # Traps are those of the first weights, which say nothing of the present ones.
-        new = {name: replace(null, num_traps=None) for name, null in found.items() if name not in self._nulls}
+        new = {
+            name: replace(null, num_traps=None, traps=None)
+            for name, null in found.items()
+            if name not in self._nulls
+        }
         self._nulls.update(with_shared_deviations(new, report))
         return with_nulls(report, self._nulls)
 

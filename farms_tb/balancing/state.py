@@ -22,7 +22,7 @@ from typing import Any, TypeGuard, get_type_hints
 from torch import nn
 
 from farms_tb.options import NUMERICS, RatioOptions, SpectrumOptions, as_plain
-from farms_tb.report import LayerRecord, Report
+from farms_tb.report import DRAWN, LayerRecord, Report
 from farms_tb.warnings import warn_once
 
 STATE_VERSION = 2
@@ -128,13 +128,13 @@ def _changed_options(state: BalancerState, options: Mapping[str, Any]) -> list[s
 
 
 def _plain_records(report: Report | None) -> dict[str, dict[str, Any]]:
-    """Return the records as dicts without histograms, which are large and not needed to continue."""
+    """Return the records as dicts without what is drawn, which is large and not needed to continue."""
     if report is None:
         return {}
     plain = {}
     for name, record in report.layers.items():
         # `dataclasses.asdict` takes thirty times as long, at every checkpoint.
-        plain[name] = {**vars(record), "histogram": None, "shape": list(record.shape)}
+        plain[name] = {**vars(record), **dict.fromkeys(DRAWN), "shape": list(record.shape)}
     return plain
 
 
@@ -168,7 +168,7 @@ def _read_record(plain: object, entry: str) -> LayerRecord:
     if "pooled_stable_rank" not in record:
         # Up to version 0.1 it had the name that is the matrix's now.
         record = {**record, "pooled_stable_rank": record.get("stable_rank"), "stable_rank": None}
-    return LayerRecord(**{**record, "histogram": None, "shape": tuple(record["shape"])})
+    return LayerRecord(**{**record, **dict.fromkeys(DRAWN), "shape": tuple(record["shape"])})
 
 
 def _check_fields(record: Mapping[str, Any], entry: str) -> None:

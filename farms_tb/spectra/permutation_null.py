@@ -13,16 +13,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from statistics import fmean, pvariance
 
 import torch
 
 from farms_tb.options import SpectrumOptions
-from farms_tb.report import LayerRecord, Report
+from farms_tb.report import LayerRecord, Outliers, Report
 from farms_tb.spectra.distributed import Team, layers_of_this_process, results_of_all
 from farms_tb.spectra.measure import blank, cost, for_own_layers, measure_stacks
-from farms_tb.spectra.whole_matrix import MAX_COLUMNS, TRAP_QUANTILE, count_outliers
+from farms_tb.spectra.whole_matrix import MAX_COLUMNS, TRAP_QUANTILE, find_outliers
 from farms_tb.spectra.windows import windows_of
 from farms_tb.spectra.workers import map_on_threads, single_threaded_torch
 from farms_tb.weights.layers import Layer, stack_problem
@@ -50,6 +51,8 @@ class PermutationNull:
         entropy_mean: mean entropy of the ESD; None as for `draws`, or where all are equal.
         entropy_std: standard deviation of the entropy, widened in the same way.
         num_traps: mean number of outliers of a shuffled layer; None where they were not counted.
+        traps: the outliers of all shuffled layers together, ascending, in units of `LayerRecord.spectral_norm`;
+            for pictures. None as for `num_traps`, and where the null is that of a record without `outliers`.
     """
 
     mean: float
@@ -58,6 +61,7 @@ class PermutationNull:
     entropy_mean: float | None = None
     entropy_std: float | None = None
     num_traps: float | None = None
+    traps: tuple[float, ...] | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def of(cls, record: LayerRecord) -> PermutationNull | None:
@@ -65,10 +69,14 @@ class PermutationNull:
         if record.null_mean is None or record.null_std is None:
             return None
         entropy = record.null_entropy_mean, record.null_entropy_std
-        return cls(record.null_mean, record.null_std, record.null_draws, *entropy, record.num_traps)
+        traps = None if record.outliers is None else record.outliers.traps
+        return cls(record.null_mean, record.null_std, record.null_draws, *entropy, record.num_traps, traps)
 
     def add_to(self, record: LayerRecord) -> LayerRecord:
         """Return the record, compared with this permutation null."""
+        outliers = record.outliers
+        if outliers is not None:
+            outliers = replace(outliers, traps=self.traps)
         return replace(
             record,
             null_mean=self.mean,
@@ -77,6 +85,7 @@ class PermutationNull:
             null_entropy_mean=self.entropy_mean,
             null_entropy_std=self.entropy_std,
             num_traps=self.num_traps,
+            outliers=outliers,
         )
 
 
@@ -122,18 +131,18 @@ def null_of_stack(stack: MatrixStack, options: SpectrumOptions) -> PermutationNu
     # As many at a time as there is memory for.
     together = max(1, options.memory_mb * 2**20 // stack.matrices.nbytes)
     records: list[LayerRecord] = []
-    traps: list[int | None] = []
+    traps: list[Outliers | None] = []
     for begin in range(0, draws, together):
         # torch's own threads wait for each other at every small operation, many times as long as they compute.
         with single_threaded_torch(options.threads) as threads:
             stacks = [shuffled(stack, generator) for _ in range(begin, min(begin + together, draws))]
-            traps += map_on_threads(lambda each: count_outliers(each, TRAP_QUANTILE), stacks, threads)
+            traps += map_on_threads(lambda each: find_outliers(each, TRAP_QUANTILE), stacks, threads)
         records += measure_stacks(stacks, options)
-    return _null_of(records, [number for number in traps if number is not None])
+    return _null_of(records, [found.spikes for found in traps if found is not None])
 
 
-def _null_of(records: Sequence[LayerRecord], traps: Sequence[int]) -> PermutationNull | None:
-    """Return the permutation null that the records of shuffled layers make."""
+def _null_of(records: Sequence[LayerRecord], traps: Sequence[Sequence[float]]) -> PermutationNull | None:
+    """Return the permutation null that the records of shuffled layers, and the outliers of each, make."""
     alpha = mean_and_std([record.alpha for record in records if record.alpha is not None])
     if alpha is None:
         return None
@@ -144,7 +153,8 @@ def _null_of(records: Sequence[LayerRecord], traps: Sequence[int]) -> Permutatio
         draws=len(records),
         entropy_mean=entropy_mean,
         entropy_std=entropy_std,
-        num_traps=fmean(traps) if traps else None,
+        num_traps=fmean(map(len, traps)) if traps else None,
+        traps=tuple(sorted(chain.from_iterable(traps))) if traps else None,
     )
 
 

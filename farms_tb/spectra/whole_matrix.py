@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from farms_tb.report import LayerRecord
+from farms_tb.report import LayerRecord, Outliers
 from farms_tb.spectra.precision import Array
 from farms_tb.spectra.prepare import solvable
 from farms_tb.spectra.samples import Samples
@@ -75,7 +75,8 @@ def with_matrix_metrics(
             eigenvalues = _whole_spectrum(stack)
         metrics: dict[str, Any] = entry_metrics(stack, own.layer.largest)
         metrics["stable_rank"] = None if eigenvalues is None else _stable_rank(eigenvalues)
-        metrics["num_spikes"] = count_outliers(stack, SPIKE_QUANTILE) if whole else None
+        if whole:
+            metrics |= _spikes(stack)
         found.append(replace(record, **metrics))
     return found
 
@@ -161,24 +162,40 @@ def _whole_spectrum(stack: MatrixStack) -> Array | None:
     """
     if stack.matrices.shape[-1] > MAX_COLUMNS:
         return None
-    wide = _unit_scale(stack, torch.float64)
+    wide, _ = _unit_scale(stack, torch.float64)
     try:
         return np.asarray(torch.linalg.eigvalsh(wide.mH @ wide).clamp_(min=0).cpu().numpy())
     except LinAlgError:
         return None
 
 
-def count_outliers(stack: MatrixStack, quantile: Mapping[str, float]) -> int | None:
-    """Return the number of outliers of all K matrices; None where they cannot be had in seconds.
+def _spikes(stack: MatrixStack) -> dict[str, Any]:
+    """Return `num_spikes` and `outliers` of a layer, None each where they are not known.
+
+    The number does not depend on the scale of the weights; the eigenvalues may leave the range of float64, and are
+    None then.
+    """
+    spikes = find_outliers(stack, SPIKE_QUANTILE)
+    if spikes is None:
+        return {"num_spikes": None, "outliers": None}
+    in_range = 0 < spikes.edge < math.inf
+    return {"num_spikes": len(spikes.spikes), "outliers": spikes if in_range else None}
+
+
+def find_outliers(stack: MatrixStack, quantile: Mapping[str, float]) -> Outliers | None:
+    """Return the outliers of all K matrices, as spikes; None where they cannot be had in seconds.
 
     Args:
         stack: `(K, R, C)`.
         quantile: of the Tracy-Widom law, for each kind of weights.
+
+    Returns:
+        The edge, and the eigenvalues of `(W - mean)^T (W - mean)` above it, times the stack's `eigenvalue_scale`.
     """
     rows, columns = stack.matrices.shape[1:]
     if columns > MAX_COLUMNS:
         return None
-    centred = _unit_scale(stack, torch.float32)
+    centred, largest = _unit_scale(stack, torch.float32)
     centred -= centred.mean()
     variance = float(centred.abs().square().mean())
     limit = variance * outlier_edge(rows, columns, quantile[stack.kind])
@@ -187,12 +204,13 @@ def count_outliers(stack: MatrixStack, quantile: Mapping[str, float]) -> int | N
     shifted = -gram
     shifted.diagonal(dim1=-2, dim2=-1).add_(limit)
     hard = torch.linalg.cholesky_ex(shifted).info != 0
-    if not hard.any():
-        return 0
     try:
-        return int((torch.linalg.eigvalsh(gram[hard]) > limit).sum())
+        eigenvalues = torch.linalg.eigvalsh(gram[hard])
     except LinAlgError:
         return None
+    unit = largest * largest * stack.eigenvalue_scale
+    beyond = eigenvalues[eigenvalues > limit].sort().values
+    return Outliers(limit * unit, tuple(value * unit for value in beyond.tolist()))
 
 
 def outlier_edge(rows: int, columns: int, quantile: float) -> float:
@@ -208,8 +226,16 @@ def outlier_edge(rows: int, columns: int, quantile: float) -> float:
     return roots * roots + quantile * scale
 
 
-def _unit_scale(stack: MatrixStack, dtype: torch.dtype) -> Tensor:
-    """Return the matrices divided by their largest entry, in a real type or the complex one of its precision."""
+def _unit_scale(stack: MatrixStack, dtype: torch.dtype) -> tuple[Tensor, float]:
+    """Return the matrices divided by their largest entry, and that entry's absolute value.
+
+    Args:
+        stack: `(K, R, C)`.
+        dtype: the type of the matrices returned, or for complex ones the type of their real part.
+    """
     matrices = solvable(stack).matrices
-    wide = matrices.to(dtype.to_complex() if matrices.is_complex() else dtype)
-    return wide / wide.abs().max()
+    wanted = dtype.to_complex() if matrices.is_complex() else dtype
+    # Weights in double precision may lie outside the range of single precision until they are divided.
+    wide = matrices.to(torch.promote_types(matrices.dtype, wanted))
+    largest = wide.abs().max()
+    return (wide / largest).to(wanted), float(largest)

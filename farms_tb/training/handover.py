@@ -41,12 +41,12 @@ class Results:
     def as_json(self) -> str:
         """Return the results as text, for another process.
 
-        Histograms, which are only needed for logging, are left out. Numbers come back bitwise identical.
+        Histograms and outliers, which are only drawn, are left out. Numbers come back bitwise identical.
         """
         report = Report({}, {}) if self.report is None else self.report
         layers = {}
         for name, record in report.layers.items():
-            layers[name] = asdict(replace(record, histogram=None))
+            layers[name] = asdict(replace(record, histogram=None, outliers=None))
         return json.dumps(
             {
                 "layers": layers,

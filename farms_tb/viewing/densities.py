@@ -1,6 +1,6 @@
-"""The densities that a spectrum is drawn with: its histogram, the fitted tail and the law of random weights.
+"""What a spectrum is drawn with: its histogram, the fitted tail, the law of random weights, and its outliers.
 
-All are densities of the eigenvalues lambda themselves, not of their logarithms: on log-log axes a power law is a
+Densities are those of the eigenvalues lambda themselves, not of their logarithms: on log-log axes a power law is a
 straight line of slope -alpha.
 """
 
@@ -12,9 +12,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from farms_tb.report import EsdHistogram, LayerRecord, Report
+from farms_tb.report import EsdHistogram, LayerRecord, Outliers, Report
 
-__all__ = ["Density", "aspect_of_sample", "esd_density", "marchenko_pastur", "tail_density"]
+__all__ = ["Density", "aspect_of_sample", "esd_density", "marchenko_pastur", "spectrum_marks", "tail_density"]
 
 Array = NDArray[np.float64]
 
@@ -139,3 +139,26 @@ def marchenko_pastur(mean: float, aspect: float, lowest: float = 0.0) -> Density
     x = np.clip(start * (upper / start) ** position, start, upper)
     root = np.sqrt((upper - x) * (x - lower).clip(0))
     return Density(x, root / (2 * np.pi * mean * aspect * x))
+
+
+def spectrum_marks(record: LayerRecord, report: Report) -> Outliers | None:
+    """Return what is marked on a layer's spectrum: the edge of random weights, and the spikes and traps beyond it.
+
+    Spikes and traps are eigenvalues of whole matrices, so that they belong to the spectra of `esd="full"`. Where
+    they were counted, with a permutation null, the marks are the eigenvalues that `num_spikes` and `num_traps`
+    count, and the edge is theirs. On all other spectra, those of windows among them, the edge is that of the
+    Marchenko-Pastur law, mean eigenvalue * (1 + sqrt(aspect))^2, and nothing is known beyond it.
+
+    Args:
+        record: the layer's record.
+        report: the measurement that the record is part of, for its options.
+
+    Returns:
+        The marks, in units of the eigenvalues; None for a layer without eigenvalues above 0.
+    """
+    if report.options.get("esd") == "full" and record.outliers is not None:
+        return record.outliers
+    if not record.norm_stable_rank:
+        return None
+    aspect = aspect_of_sample(record, report)
+    return Outliers(edge=record.norm_stable_rank * (1 + math.sqrt(aspect)) ** 2)

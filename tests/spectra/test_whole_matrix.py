@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from farms_tb import LayerRecord, MatrixStack, analyze, layer_matrices
 from farms_tb.options import SpectrumOptions
 from farms_tb.spectra.permutation_null import weight_record
-from farms_tb.spectra.whole_matrix import SPIKE_QUANTILE, TRAP_QUANTILE, count_outliers
+from farms_tb.spectra.whole_matrix import SPIKE_QUANTILE, TRAP_QUANTILE, find_outliers, outlier_edge
 
 
 def layer_record(module: nn.Module, **options: Any) -> LayerRecord:
@@ -84,9 +84,9 @@ class TestOutliers:
         """Of 2,000 matrices; the law is that of infinite ones, small ones have fewer."""
         generator = torch.Generator().manual_seed(0)
         matrices = torch.randn(2000, 90, 40, dtype=dtype, generator=generator)
-        found = count_outliers(MatrixStack(matrices), quantile)
+        found = find_outliers(MatrixStack(matrices), quantile)
         assert found is not None
-        assert 0.1 * share * 2000 <= found <= 2 * share * 2000
+        assert 0.1 * share * 2000 <= len(found.spikes) <= 2 * share * 2000
 
     @pytest.mark.parametrize("number", [1, 3, 10])
     def test_spikes_are_the_planted_directions(self, number: int) -> None:
@@ -122,4 +122,49 @@ class TestOutliers:
 
     def test_unknown_without_a_null_and_for_huge_matrices(self) -> None:
         assert stack_record(torch.randn(1, 30, 30)).num_spikes is None
-        assert count_outliers(MatrixStack(torch.randn(1, 2050, 2050)), SPIKE_QUANTILE) is None
+        assert find_outliers(MatrixStack(torch.randn(1, 2050, 2050)), SPIKE_QUANTILE) is None
+        assert stack_record(torch.randn(1, 30, 30)).outliers is None
+
+    @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+    def test_eigenvalues_of_spikes_are_those_of_the_whole_matrices(self, scale: float) -> None:
+        """Compared with singular values in double precision: a convolution, with spikes in two of its matrices."""
+        torch.manual_seed(0)
+        layer = nn.Conv2d(60, 40, (1, 3), bias=False)
+        layer.weight.data = scale * (1 + torch.randn_like(layer.weight))
+        layer.weight.data[..., :2] += scale * torch.randn(40, 1, 1, 1) * torch.randn(1, 60, 1, 1)
+        (stack,) = layer_matrices(layer)
+        weight = layer.weight.detach().double().numpy()[:, :, 0]
+        weight = weight - weight.mean()
+        edge = stack.eigenvalue_scale * weight.var() * outlier_edge(60, 40, SPIKE_QUANTILE["real"])
+        eigenvalues = stack.eigenvalue_scale * np.linalg.svd(weight.transpose(2, 0, 1), compute_uv=False) ** 2
+        found = layer_record(layer, null=True).outliers
+        assert found is not None
+        assert found.edge == pytest.approx(edge, rel=1e-4)
+        assert found.spikes == pytest.approx(sorted(eigenvalues[eigenvalues > edge]), rel=1e-4)
+        assert len(found.spikes) == 2
+
+    def test_a_record_has_the_eigenvalues_that_it_counts(self) -> None:
+        torch.manual_seed(0)
+        matrices = torch.randn(5, 40, 30)
+        matrices[:3] += 60 * torch.eye(40, 30) * (torch.arange(30) == 2)
+        record = stack_record(matrices, null=True)
+        assert record.outliers is not None
+        assert record.outliers.traps is not None
+        assert len(record.outliers.spikes) == record.num_spikes
+        assert len(record.outliers.traps) / record.null_draws == pytest.approx(record.num_traps)
+        # Each of the three large entries makes an eigenvalue of about its square, wherever it is put.
+        assert np.median(record.outliers.traps) == pytest.approx(60**2, rel=0.1)
+
+    @pytest.mark.parametrize("scale", [1e-170, 1e170])
+    def test_are_counted_where_the_eigenvalues_are_out_of_range(self, scale: float) -> None:
+        torch.manual_seed(0)
+        weight = torch.randn(60, 50, dtype=torch.float64)
+        weight += 60 * torch.eye(60, 50) * (torch.arange(50) == 2)
+        record = stack_record(scale * weight[None], null=True)
+        assert record.num_spikes == 1
+        assert record.num_traps == pytest.approx(1, abs=0.2)
+        assert record.outliers is None
+
+    def test_tables_leave_the_eigenvalues_out(self) -> None:
+        report = analyze(nn.Linear(40, 60), null=True)
+        assert not {"outliers", "histogram"} & set(report.rows()[0])

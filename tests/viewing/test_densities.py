@@ -8,7 +8,13 @@ import torch
 from torch import nn
 
 from farms_tb import EsdHistogram, LayerRecord, Report, analyze
-from farms_tb.viewing.densities import aspect_of_sample, esd_density, marchenko_pastur, tail_density
+from farms_tb.viewing.densities import (
+    aspect_of_sample,
+    esd_density,
+    marchenko_pastur,
+    spectrum_marks,
+    tail_density,
+)
 
 
 def histogram_of(values: np.ndarray, bins: int = 64) -> EsdHistogram:
@@ -101,3 +107,50 @@ def test_random_layers_follow_the_law_as_measured() -> None:
             middle = np.sqrt(edges[1:] * edges[:-1])[inside]
             ratio = density[inside] / np.interp(middle, *law)
             assert np.median(ratio) == pytest.approx(1, abs=0.1)
+
+
+def with_planted_spikes() -> nn.Sequential:
+    """Return a linear layer and a convolution, with two directions and one large entry of their own in each."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(90, 120), nn.Conv2d(40, 60, 3))
+    with torch.no_grad():
+        for layer in net:
+            torch.nn.init.normal_(layer.weight)
+            across = layer.weight.shape[2:]
+            for _ in range(2):
+                layer.weight += torch.randn(len(layer.weight), *[1] * (layer.weight.ndim - 1)) * torch.randn(
+                    1, layer.weight.shape[1], *[1] * len(across)
+                )
+            layer.weight.view(-1)[7] = 60.0
+    return net
+
+
+def test_marks_are_the_outliers_that_the_record_counts() -> None:
+    report = analyze(with_planted_spikes(), esd="full", null=True, histogram=True)
+    for record in report.layers.values():
+        marks = spectrum_marks(record, report)
+        assert marks is not None
+        assert marks.traps is not None
+        assert record.num_spikes is not None
+        assert len(marks.spikes) == record.num_spikes >= 3
+        assert len(marks.traps) / record.null_draws == pytest.approx(record.num_traps)
+        assert marks.edge < marks.spikes[0]
+        # On the axis of the spectrum that they are drawn on, which the mean of the entries moves a little.
+        assert record.histogram is not None
+        assert marks.spikes[-1] == pytest.approx(10**record.histogram.high, rel=0.02)
+
+
+def test_without_whole_matrices_the_edge_is_that_of_the_law() -> None:
+    net = with_planted_spikes()
+    for options in ({"esd": "full"}, {"esd": "farms", "null": True}):
+        report = analyze(net, **options)
+        for record in report.layers.values():
+            marks = spectrum_marks(record, report)
+            law = marchenko_pastur(record.norm_stable_rank or 0, aspect_of_sample(record, report))
+            assert marks is not None
+            assert marks.edge == pytest.approx(law.x[-1])
+            assert (marks.spikes, marks.traps) == ((), None)
+
+
+def test_a_layer_without_eigenvalues_has_no_marks() -> None:
+    assert spectrum_marks(LayerRecord(status="all weights are zero"), Report({})) is None

@@ -69,7 +69,8 @@ def plot_alpha_by_depth(report: Report, path: PathLike | None = None, *, title: 
     axes.set_title(heading(title))
     _, labels = axes.get_legend_handles_labels()
     if labels:
-        axes.legend()
+        # Above the axes, where it covers no layer; below them are the names.
+        figure.legend(loc="outside upper right", ncols=3 if width > 6 else 1)
     return save(figure, path)
 
 
