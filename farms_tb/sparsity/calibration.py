@@ -17,7 +17,14 @@ from torch import Tensor, nn
 from farms_tb.options import check_integer
 from farms_tb.weights.layers import unwrap
 
-__all__ = ["calibration_batches", "checked_batches", "random_tokens", "tokens_of_text", "vocabulary_size"]
+__all__ = [
+    "calibration_batches",
+    "check_vocabulary",
+    "checked_batches",
+    "random_tokens",
+    "tokens_of_text",
+    "vocabulary_size",
+]
 
 Batch = Mapping[str, Any]
 
@@ -141,11 +148,11 @@ def checked_batches(model: nn.Module, calibration: Iterable[Batch] | None, *, re
                 f"calibration must be an iterable of dicts of keyword arguments for the model, got a batch of "
                 f"type {type(batch).__name__}; for a model that takes one tensor x, wrap it: {{'x': tensor}}"
             )
-        _check_vocabulary(batch.get("input_ids"), size)
+        check_vocabulary(batch.get("input_ids"), size)
     return batches
 
 
-def _check_vocabulary(ids: Any, size: int | None) -> None:
+def check_vocabulary(ids: Any, size: int | None) -> None:
     """Refuse ids that the model's embedding does not have.
 
     Raises:

@@ -23,7 +23,7 @@ from farms_tb.sparsity.prunable import PrunableWeight
 from farms_tb.sparsity.prune_report import PrunedLayer
 from farms_tb.sparsity.sequential import Batch, Block
 
-__all__ = ["Checkpoint", "open_checkpoint"]
+__all__ = ["Checkpoint", "note_run", "open_checkpoint"]
 
 _RUN = "run.json"
 
@@ -99,19 +99,35 @@ def open_checkpoint(
         return None
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    run = {name: _digest(value.encode()) for name, value in facts.items()}
-    run["weights"] = _digest(*(_sum(weight.tensor) for weight in weights))
-    run["calibration"] = _digest(*(_bytes(value) for batch in batches for value in batch.values()))
-    _check_same_run(folder / _RUN, run)
-    write_text_atomically(folder / _RUN, json.dumps(run, indent=1) + "\n")
+    contents = {name: [value.encode()] for name, value in facts.items()}
+    contents["weights"] = [_sum(weight.tensor) for weight in weights]
+    contents["calibration"] = [_bytes(value) for batch in batches for value in batch.values()]
+    note_run(folder, contents)
     return Checkpoint(folder)
 
 
-def _check_same_run(path: Path, run: Mapping[str, str]) -> None:
-    """Refuse to go on with the blocks of another run.
+def note_run(folder: Path, facts: Mapping[str, Sequence[bytes]]) -> None:
+    """Write down what a run is, in the folder of its state, or check that it is the run whose state is there.
+
+    Args:
+        folder: an existing folder.
+        facts: what two runs must have in common for the one to go on where the other stopped, by name. Digests of
+            it are written.
 
     Raises:
-        ValueError: there are such.
+        ValueError: the folder holds the state of another run; the message names what differs.
+        OSError: the folder cannot be written to.
+    """
+    run = {name: _digest(*contents) for name, contents in facts.items()}
+    _check_same_run(folder / _RUN, run)
+    write_text_atomically(folder / _RUN, json.dumps(run, indent=1) + "\n")
+
+
+def _check_same_run(path: Path, run: Mapping[str, str]) -> None:
+    """Refuse to go on with the state of another run.
+
+    Raises:
+        ValueError: there is such.
     """
     if not path.is_file():
         return
@@ -122,7 +138,7 @@ def _check_same_run(path: Path, run: Mapping[str, str]) -> None:
     differ = [name for name in run if found.get(name) != run[name]]
     if differ:
         raise ValueError(
-            f"{path.parent} holds the blocks of another run, with other {', '.join(differ)}: pass the same "
+            f"{path.parent} holds the state of another run, with other {', '.join(differ)}: pass the same "
             "arguments as then to go on, or delete that folder"
         )
 
