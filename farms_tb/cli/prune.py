@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 
@@ -157,10 +158,10 @@ def _endings(run: PreparedRun) -> Iterator[None]:
     except KeyboardInterrupt:
         say(f"Interrupted: what is finished is in {state}. Repeat the command to go on", style="red")
         raise typer.Exit(EXIT_INTERRUPTED) from None
-    except OSError as error:
+    except (OSError, MemoryError, torch.OutOfMemoryError) as error:
         say(
-            f"Stopped: {error}. What is finished is in {state}: remove the cause (make room on a full disk), and "
-            "repeat the command to go on",
+            f"Stopped: {str(error) or type(error).__name__}. What is finished is in {state}: remove the cause "
+            "(make room on a full disk), and repeat the command to go on",
             style="red",
         )
         raise typer.Exit(EXIT_PART) from error

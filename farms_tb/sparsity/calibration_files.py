@@ -119,7 +119,8 @@ def _ids(path: Path) -> Tensor:
         )
     if held.numel() == 0:
         raise ValueError(f"calibration is too short: {path} holds no tokens")
-    return held.to(torch.int64)
+    ids: Tensor = held.to(torch.int64)
+    return ids
 
 
 def _held(path: Path) -> Any:

@@ -10,10 +10,12 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from io import BytesIO
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -54,19 +56,28 @@ class Checkpoint:
             OSError: the disk is full, or the folder cannot be written to.
         """
         content = {}
-        for name, result in chosen.items():
-            values = {"mask": result.mask.cpu(), "report": asdict(reported[name])}
+        for weight in block.weights:
+            result = chosen[weight.name]
+            values = {"mask": _packed(result.mask), "report": asdict(reported[weight.name])}
             if result.corrected is not None:
-                values["corrected"] = result.corrected.cpu()
-            content[name] = values
+                # As the weight will hold it: half of float32 for most models.
+                values["corrected"] = result.corrected.to(weight.tensor.dtype).cpu()
+            content[weight.name] = values
+        # Through memory, since torch.save turns a full disk into a RuntimeError.
+        whole = BytesIO()
+        torch.save(content, whole)
         with atomic_path(self._file(block.path)) as path:
-            torch.save(content, path)
+            path.write_bytes(whole.getbuffer())
 
     def read(self, block: Block) -> tuple[dict[str, Pruned], dict[str, PrunedLayer]]:
         """Return the masks and corrected entries of a finished block's weights, and what was reported of them."""
         device = block.weights[0].tensor.device
         content = torch.load(self._file(block.path), map_location=device, weights_only=True)
-        chosen = {name: Pruned(values["mask"], values.get("corrected")) for name, values in content.items()}
+        chosen = {}
+        for weight in block.weights:
+            values = content[weight.name]
+            mask = _unpacked(values["mask"], weight.tensor.shape).to(device)
+            chosen[weight.name] = Pruned(mask, values.get("corrected"))
         return chosen, {name: PrunedLayer(**values["report"]) for name, values in content.items()}
 
     def _file(self, block: str) -> Path:
@@ -141,6 +152,17 @@ def _check_same_run(path: Path, run: Mapping[str, str]) -> None:
             f"{path.parent} holds the state of another run, with other {', '.join(differ)}: pass the same "
             "arguments as then to go on, or delete that folder"
         )
+
+
+def _packed(mask: Tensor) -> Tensor:
+    """Return a boolean mask as bytes of 8 entries each."""
+    return torch.from_numpy(np.packbits(mask.cpu().numpy()))
+
+
+def _unpacked(bits: Tensor, shape: torch.Size) -> Tensor:
+    """Undo `_packed`."""
+    entries = np.unpackbits(bits.cpu().numpy(), count=shape.numel())
+    return torch.from_numpy(entries).bool().view(shape)
 
 
 def _digest(*contents: bytes) -> str:

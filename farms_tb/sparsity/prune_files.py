@@ -124,8 +124,19 @@ def prepare(wish: PruneWish) -> PreparedRun:
     if config is None:
         check_oriented(stored)
     facts = _facts(wish, stored, batches)
-    unfinished = open_unfinished(wish.output, facts, stored.size)
-    return PreparedRun(wish, stored, batches, config, unfinished, copied_files(wish.folder)[1])
+    unfinished = open_unfinished(wish.output, facts, _size(wish, stored))
+    written = {file.name for file in stored.files}
+    left_out = [name for name in copied_files(wish.folder)[1] if name not in written]
+    return PreparedRun(wish, stored, batches, config, unfinished, left_out)
+
+
+def _size(wish: PruneWish, stored: StoredModel) -> int:
+    """Return the bytes that a run writes: the model, and of finished blocks masks and, corrected, the entries."""
+    if wish.calibration is None:
+        return stored.size
+    entries = sum(layer.size for layer in stored.plan.layers.values())
+    corrected = entries * stored.dtype.itemsize if wish.method == "sparsegpt" else 0
+    return stored.size + entries // 8 + corrected
 
 
 def _calibration(wish: PruneWish) -> tuple[list[dict[str, Tensor]], Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,7 @@ def _transformers() -> Any:
         ImportError: it is not installed.
     """
     try:
-        import transformers
+        transformers: Any = importlib.import_module("transformers")
     except ImportError as error:
         raise ImportError(
             'pruning with calibration data needs transformers: pip install "farms-tb[transformers]", or prune by '

@@ -119,7 +119,7 @@ class UnfinishedFolder:
         if self.output.is_dir():
             self.output.rmdir()  # An empty one; any other raises.
         model.rename(self.output)
-        shutil.rmtree(self.folder)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def check_output(output: Path) -> None:
@@ -141,7 +141,7 @@ def open_unfinished(output: Path, facts: Mapping[str, Sequence[bytes]], size: in
     Args:
         output: the folder that appears at the end.
         facts: what the run is, see `farms_tb.sparsity.checkpoint.note_run`.
-        size: bytes that the files of weights will take in all.
+        size: bytes that the pruned model and the finished blocks will take in all.
 
     Raises:
         ValueError: the output exists, or the state is that of another run.
@@ -155,7 +155,7 @@ def open_unfinished(output: Path, facts: Mapping[str, Sequence[bytes]], size: in
         (unfinished.folder / part).mkdir(parents=True, exist_ok=True)
     note_run(unfinished.folder, facts)
     _remove_cut_files(unfinished.folder)
-    written = sum(file.stat().st_size for file in (unfinished.folder / "model").iterdir() if file.is_file())
+    written = sum(file.stat().st_size for file in unfinished.folder.rglob("*") if file.is_file())
     try:
         _check_room(unfinished.folder, size - written)
     except OSError:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,7 +127,7 @@ def test_files_names_types_and_order_stay(dense: Path, plan: Path, tmp_path: Pat
     before, after = files(dense), files(tmp_path / "out")
     assert after.keys() - before.keys() == {"sparsity.json"}
     assert before.keys() - after.keys() == {"original/consolidated.pth"}
-    assert "original/consolidated.pth" in done.stderr
+    assert "dense weights: original/consolidated.pth\n" in done.stderr
     shards = [name for name in before if name.endswith(".safetensors")]
     assert len(shards) > 1
     for name in after.keys() & before.keys() - set(shards):
@@ -237,6 +238,20 @@ def test_a_single_file_without_a_model(tmp_path: Path) -> None:
     assert torch.equal(after["blocks.0.steps"], state["blocks.0.steps"])
     with safe_open(tmp_path / "new" / "out" / "weights.safetensors", "pt") as file:
         assert file.metadata()["note"] == "kept"
+
+
+def test_one_tensor_is_in_memory_at_a_time(tmp_path: Path) -> None:
+    state = {f"blocks.{index}.up.weight": torch.randn(512, 512) for index in range(12)}
+    save_file(state, tmp_path / "weights.safetensors")
+    layers = {f"blocks.{index}.up": PlannedLayer(512 * 512, 0.5) for index in range(12)}
+    SparsityPlan(layers, 0.5, "uniform").save(tmp_path / "plan.json")
+    tracemalloc.start()
+    done = run(tmp_path / "weights.safetensors", "--plan", tmp_path / "plan.json", "-o", tmp_path / "out")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert done.exit_code == 0, done.stderr
+    # Of twelve tensors of a megabyte: one, and the one that is read next.
+    assert peak < 3 * 2**20
 
 
 def test_names_may_lack_the_prefix_of_the_model(ids: Path, tmp_path: Path) -> None:
@@ -550,9 +565,8 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> Deep:
     ("method", "sign"),
     [
         ("magnitude", signal.SIGKILL),
+        ("magnitude", signal.SIGINT),
         ("wanda", signal.SIGKILL),
-        ("sparsegpt", signal.SIGKILL),
-        ("wanda", signal.SIGINT),
     ],
 )
 def test_a_killed_run_goes_on_where_it_stopped(
@@ -580,20 +594,19 @@ def test_a_killed_run_goes_on_where_it_stopped(
     assert not state.exists()
 
 
-@pytest.mark.parametrize(("method", "size", "blocks"), [("magnitude", 100_000, 0), ("wanda", 100_000, 10)])
-def test_a_full_disk_leaves_a_state_to_go_on_from(
-    deep: Deep, tmp_path: Path, method: str, size: int, blocks: int
-) -> None:
+@pytest.mark.parametrize("method", ["magnitude", "sparsegpt"])
+def test_a_full_disk_leaves_a_state_to_go_on_from(deep: Deep, tmp_path: Path, method: str) -> None:
+    """For the first file of weights, or the first block, there is no room."""
     command = deep.command(method)
-    process = start(*command, "-o", tmp_path / "out", largest_file=size)
+    process = start(*command, "-o", tmp_path / "out", largest_file=100_000)
     _, said = process.communicate(timeout=120)
     assert process.returncode == 1, said
     assert "Stopped" in said
     assert "repeat the command" in said
     assert "Traceback" not in said
     assert not (tmp_path / "out").exists()
-    assert not list(tmp_path.rglob("*.part"))
-    assert len(list((tmp_path / ".out.unfinished" / "blocks").glob("*.pt"))) == blocks
+    state = files(tmp_path / ".out.unfinished")
+    assert not [name for name in state if name.endswith((".part", ".pt", ".safetensors"))]
     again = run(*command, "-o", tmp_path / "out")
     assert again.exit_code == 0, again.stderr
     assert files(tmp_path / "out") == deep.undisturbed(method)
@@ -604,12 +617,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_pruned(plan: Path, tm
     size = shutil.disk_usage(tmp_path).free + 2**30
     side = size // (2 * 64)
     entry = {"dtype": "BF16", "shape": [side, 64], "data_offsets": [0, side * 128]}
-    header = json.dumps(
-        {
-            "blocks.0.up.weight": entry,
-            "blocks.1.up.weight": {**entry, "shape": [0, 64], "data_offsets": [side * 128] * 2},
-        }
-    ).encode()
+    header = json.dumps({"blocks.0.up.weight": entry}).encode()
     with (tmp_path / "model.safetensors").open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
         file.truncate(8 + len(header) + side * 128)
