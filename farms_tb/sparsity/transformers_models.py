@@ -48,7 +48,7 @@ def load_config(folder: Path) -> Any:
     try:
         config = library.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
-        raise ValueError(f"transformers cannot read {folder}/config.json: {_first_line(error)}") from error
+        raise ValueError(f"transformers cannot read {folder}/config.json: {_shortened(error)}") from error
     _check_takes_tokens(_architecture(library, config, folder), config)
     return config
 
@@ -105,7 +105,7 @@ def load_model(folder: Path, config: Any, dtype: torch.dtype) -> nn.Module:
             folder, config=config, local_files_only=True, output_loading_info=True, **of_type
         )
     except (OSError, ValueError, RuntimeError, TypeError, KeyError, ImportError) as error:
-        raise ValueError(f"transformers cannot load {folder}: {_first_line(error)}") from error
+        raise ValueError(f"transformers cannot load {folder}: {_shortened(error)}") from error
     missing = sorted(found["missing_keys"])
     if missing:
         raise ValueError(
@@ -130,7 +130,7 @@ def load_tokenizer(folder: Path) -> Callable[..., Any]:
         )
     except Exception as error:
         raise ValueError(
-            f"{folder} has no tokenizer that transformers can load ({_first_line(error)}): pass token ids "
+            f"{folder} has no tokenizer that transformers can load ({_shortened(error)}): pass token ids "
             "instead, a .pt or .safetensors file of integers"
         ) from error
     return tokenizer
@@ -152,6 +152,6 @@ def _text_value(config: Any, name: str) -> int | None:
     return value if isinstance(value, int) and value > 0 else None
 
 
-def _first_line(error: BaseException) -> str:
-    """Return the beginning of what an error says."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+def _shortened(error: BaseException) -> str:
+    """Return the beginning of what an error says, on one line."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
