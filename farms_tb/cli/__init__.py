@@ -1,8 +1,8 @@
 """The command `farms-tb`: measure models and files of weights, and follow a run, from a terminal.
 
-Each command is a module (`analyze`, `compare`, `sparsity`, `watch`, `report`, `plot`), and `app` puts them
-together. Results go to stdout or a file (`output`), everything else to stderr (`messages`). Needs the extra `cli`;
-the rest of the package does without.
+Each command is a module (`analyze`, `compare`, `sparsity`, `prune`, `watch`, `report`, `plot`), and `app` puts
+them together. Results go to stdout or a file (`output`), everything else to stderr (`messages`). Needs the extra
+`cli`; the rest of the package does without.
 """
 
 from __future__ import annotations

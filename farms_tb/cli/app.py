@@ -15,6 +15,7 @@ from farms_tb.cli.analyze import analyze
 from farms_tb.cli.compare import compare
 from farms_tb.cli.exit_codes import EXIT_CODES_HELP
 from farms_tb.cli.plot import plot
+from farms_tb.cli.prune import EXIT_CODES_OF_PRUNING, prune
 from farms_tb.cli.report import report
 from farms_tb.cli.sparsity import EXIT_CODES_OF_A_PLAN, sparsity
 from farms_tb.cli.watch import watch
@@ -39,6 +40,7 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 app.command(epilog=EXIT_CODES_HELP)(analyze)
 app.command(epilog=EXIT_CODES_HELP)(compare)
 app.command(epilog=EXIT_CODES_OF_A_PLAN)(sparsity)
+app.command(epilog=EXIT_CODES_OF_PRUNING)(prune)
 app.command()(watch)
 app.command()(report)
 app.command()(plot)

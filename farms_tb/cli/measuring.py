@@ -187,7 +187,7 @@ def measure(source: Source, wanted: Wanted, console: Console) -> Measured:
         say(source.note)
     found = Measured(stopped="; ".join(source.damaged))
     name = "the first layer"
-    with _progress(console, len(source.items)) as show:
+    with progress_bar(console, len(source.items)) as show:
         try:
             for name, weight in source.read(_counted(source.items, show)):
                 if wanted.takes(name):
@@ -202,7 +202,7 @@ def measure(source: Source, wanted: Wanted, console: Console) -> Measured:
 
 
 @contextmanager
-def _progress(console: Console, total: int) -> Iterator[Callable[..., None]]:
+def progress_bar(console: Console, total: int) -> Iterator[Callable[..., None]]:
     """Show a progress bar where the console is a terminal.
 
     Args:

@@ -10,10 +10,12 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from io import BytesIO
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,7 +25,7 @@ from farms_tb.sparsity.prunable import PrunableWeight
 from farms_tb.sparsity.prune_report import PrunedLayer
 from farms_tb.sparsity.sequential import Batch, Block
 
-__all__ = ["Checkpoint", "open_checkpoint"]
+__all__ = ["Checkpoint", "note_run", "open_checkpoint"]
 
 _RUN = "run.json"
 
@@ -54,19 +56,28 @@ class Checkpoint:
             OSError: the disk is full, or the folder cannot be written to.
         """
         content = {}
-        for name, result in chosen.items():
-            values = {"mask": result.mask.cpu(), "report": asdict(reported[name])}
+        for weight in block.weights:
+            result = chosen[weight.name]
+            values = {"mask": _packed(result.mask), "report": asdict(reported[weight.name])}
             if result.corrected is not None:
-                values["corrected"] = result.corrected.cpu()
-            content[name] = values
+                # As the weight will hold it: half of float32 for most models.
+                values["corrected"] = result.corrected.to(weight.tensor.dtype).cpu()
+            content[weight.name] = values
+        # Through memory, since torch.save turns a full disk into a RuntimeError.
+        whole = BytesIO()
+        torch.save(content, whole)
         with atomic_path(self._file(block.path)) as path:
-            torch.save(content, path)
+            path.write_bytes(whole.getbuffer())
 
     def read(self, block: Block) -> tuple[dict[str, Pruned], dict[str, PrunedLayer]]:
         """Return the masks and corrected entries of a finished block's weights, and what was reported of them."""
         device = block.weights[0].tensor.device
         content = torch.load(self._file(block.path), map_location=device, weights_only=True)
-        chosen = {name: Pruned(values["mask"], values.get("corrected")) for name, values in content.items()}
+        chosen = {}
+        for weight in block.weights:
+            values = content[weight.name]
+            mask = _unpacked(values["mask"], weight.tensor.shape).to(device)
+            chosen[weight.name] = Pruned(mask, values.get("corrected"))
         return chosen, {name: PrunedLayer(**values["report"]) for name, values in content.items()}
 
     def _file(self, block: str) -> Path:
@@ -99,19 +110,35 @@ def open_checkpoint(
         return None
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    run = {name: _digest(value.encode()) for name, value in facts.items()}
-    run["weights"] = _digest(*(_sum(weight.tensor) for weight in weights))
-    run["calibration"] = _digest(*(_bytes(value) for batch in batches for value in batch.values()))
-    _check_same_run(folder / _RUN, run)
-    write_text_atomically(folder / _RUN, json.dumps(run, indent=1) + "\n")
+    contents = {name: [value.encode()] for name, value in facts.items()}
+    contents["weights"] = [_sum(weight.tensor) for weight in weights]
+    contents["calibration"] = [_bytes(value) for batch in batches for value in batch.values()]
+    note_run(folder, contents)
     return Checkpoint(folder)
 
 
-def _check_same_run(path: Path, run: Mapping[str, str]) -> None:
-    """Refuse to go on with the blocks of another run.
+def note_run(folder: Path, facts: Mapping[str, Sequence[bytes]]) -> None:
+    """Write down what a run is, in the folder of its state, or check that it is the run whose state is there.
+
+    Args:
+        folder: an existing folder.
+        facts: what two runs must have in common for the one to go on where the other stopped, by name. Digests of
+            it are written.
 
     Raises:
-        ValueError: there are such.
+        ValueError: the folder holds the state of another run; the message names what differs.
+        OSError: the folder cannot be written to.
+    """
+    run = {name: _digest(*contents) for name, contents in facts.items()}
+    _check_same_run(folder / _RUN, run)
+    write_text_atomically(folder / _RUN, json.dumps(run, indent=1) + "\n")
+
+
+def _check_same_run(path: Path, run: Mapping[str, str]) -> None:
+    """Refuse to go on with the state of another run.
+
+    Raises:
+        ValueError: there is such.
     """
     if not path.is_file():
         return
@@ -122,9 +149,20 @@ def _check_same_run(path: Path, run: Mapping[str, str]) -> None:
     differ = [name for name in run if found.get(name) != run[name]]
     if differ:
         raise ValueError(
-            f"{path.parent} holds the blocks of another run, with other {', '.join(differ)}: pass the same "
+            f"{path.parent} holds the state of another run, with other {', '.join(differ)}: pass the same "
             "arguments as then to go on, or delete that folder"
         )
+
+
+def _packed(mask: Tensor) -> Tensor:
+    """Return a boolean mask as bytes of 8 entries each."""
+    return torch.from_numpy(np.packbits(mask.cpu().numpy()))
+
+
+def _unpacked(bits: Tensor, shape: torch.Size) -> Tensor:
+    """Undo `_packed`."""
+    entries = np.unpackbits(bits.cpu().numpy(), count=shape.numel())
+    return torch.from_numpy(entries).bool().view(shape)
 
 
 def _digest(*contents: bytes) -> str:

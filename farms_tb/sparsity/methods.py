@@ -18,11 +18,21 @@ from farms_tb.sparsity.masks import (
     wanda_scores,
 )
 from farms_tb.sparsity.plan import SparsityPlan
-from farms_tb.sparsity.prunable import PrunableWeight, from_matrix, to_matrix
+from farms_tb.sparsity.prunable import Layout, PrunableWeight, from_matrix, to_matrix
 from farms_tb.sparsity.sparsegpt import DAMPING, block_counts, inverse_factor, sparsegpt
 from farms_tb.sparsity.statistics import InputStatistics
 
-__all__ = ["PruneMethod", "Pruned", "Structure", "Wanted", "check_structure", "prune_weight", "wanted_of"]
+__all__ = [
+    "PruneMethod",
+    "Pruned",
+    "Structure",
+    "Wanted",
+    "check_groups",
+    "check_structure",
+    "prune_weight",
+    "smallest_entries",
+    "wanted_of",
+]
 
 PruneMethod = Literal["magnitude", "wanda", "sparsegpt"]
 Structure = Literal["unstructured", "2:4", "4:8", "mixed:8"]
@@ -134,21 +144,32 @@ def check_structure(weight: PrunableWeight, wanted: Wanted) -> None:
     Raises:
         ValueError: its inputs cannot be grouped; the message names the layer.
     """
+    check_groups(weight.name, tuple(weight.tensor.shape), weight.layout, wanted)
+
+
+def check_groups(name: str, shape: tuple[int, ...], layout: Layout, wanted: Wanted) -> None:
+    """Check that a weight can have a structure, by its shape.
+
+    Args:
+        name: of the layer, for the message.
+        shape: of the weight as it is stored.
+        layout: how it becomes a matrix.
+        wanted: how it is to be pruned.
+
+    Raises:
+        ValueError: its inputs cannot be grouped.
+    """
     if wanted.structure is None:
         return
     m = wanted.structure[1]
-    if weight.layout == "rows":
-        raise ValueError(
-            f"{weight.name} cannot be pruned in groups of {m}: which of its entries share an output is not known "
-            f"for {type(weight.module).__name__}. Leave it out of the plan, or use structure='unstructured'"
-        )
+    no_groups = f"{name} cannot be pruned in groups of {m}"
+    way_out = "Leave it out of the plan, or use structure='unstructured'"
+    if layout == "rows":
+        raise ValueError(f"{no_groups}: which of its entries share an output is not known. {way_out}")
     # Next to each other in a convolution's matrix are the input channels of one kernel position.
-    inputs = weight.tensor.shape[0 if weight.layout == "transposed" else 1]
+    inputs = shape[0 if layout == "transposed" else 1]
     if inputs % m:
-        raise ValueError(
-            f"{weight.name} cannot be pruned in groups of {m}: it has {inputs} inputs, which {m} does not divide. "
-            "Leave it out of the plan, or use structure='unstructured'"
-        )
+        raise ValueError(f"{no_groups}: it has {inputs} inputs, which {m} does not divide. {way_out}")
 
 
 def prune_weight(
@@ -169,19 +190,27 @@ def prune_weight(
         ValueError: the inputs hold NaN or inf.
     """
     if method == "magnitude" or statistics is None or statistics.squared_norms is None:
-        return Pruned(_magnitude(weight, wanted))
+        return Pruned(smallest_entries(weight.tensor, weight.layout, wanted))
     if not statistics.squared_norms.isfinite().all():
         raise ValueError(f"the inputs of {weight.name} hold NaN or inf: check the calibration data and the dtype")
     return _WITH_INPUTS[method](weight, wanted, statistics)
 
 
-def _magnitude(weight: PrunableWeight, wanted: Wanted) -> Tensor:
-    """Return the mask of the smallest absolute values, ties in the order in which the weight is stored."""
-    tensor = weight.tensor
+def smallest_entries(weight: Tensor, layout: Layout, wanted: Wanted) -> Tensor:
+    """Mark the entries of smallest absolute value, ties in the order in which the weight is stored.
+
+    Args:
+        weight: as it is stored.
+        layout: how it becomes a matrix; it matters for a structure alone.
+        wanted: how many entries, and in which structure.
+
+    Returns:
+        A boolean mask of the weight's shape, True where an entry becomes zero.
+    """
     if wanted.structure is None:
-        return magnitude_mask(tensor, pruned_count(tensor.numel(), wanted.sparsity))
-    mask = n_of_m_mask(to_matrix(tensor, weight.layout).abs(), *wanted.structure)
-    return from_matrix(mask, tensor.shape, weight.layout)
+        return magnitude_mask(weight, pruned_count(weight.numel(), wanted.sparsity))
+    mask = n_of_m_mask(to_matrix(weight, layout).abs(), *wanted.structure)
+    return from_matrix(mask, weight.shape, layout)
 
 
 def _wanda(weight: PrunableWeight, wanted: Wanted, statistics: InputStatistics) -> Pruned:

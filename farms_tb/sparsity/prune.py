@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 
@@ -43,6 +43,7 @@ def prune(
     structure: Structure = "unstructured",
     in_place: bool = True,
     checkpoint: str | PathLike[str] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> PruneReport:
     """Make entries of a model's weights zero, as many of each layer as a plan says.
 
@@ -66,6 +67,7 @@ def prune(
             fine-tuning and are made permanent by `torch.nn.utils.prune.remove(module, "weight")`.
         checkpoint: a folder, made where it is missing, to which each block is written once it is pruned. A run
             that finds blocks of an interrupted run of the same kind there takes them over and goes on after them.
+        progress: called with the number of finished blocks and of all blocks, first before any is pruned.
 
     Returns:
         For each matrix what was planned and achieved, the relative error of its output, and seconds.
@@ -98,7 +100,8 @@ def prune(
         blocks = planned_blocks(model, weights)
         saved = open_checkpoint(checkpoint, _facts(plan, method, structure), weights, batches)
         layers = _taken_over(saved, blocks, run)
-        for block, statistics in _visit(model, blocks, batches, saved, method):
+        left = _visit(model, blocks, batches, saved, method)
+        for block, statistics in _told(left, _finished(saved, blocks), len(blocks), progress):
             layers.update(_prune_block(block, statistics, run, saved))
     in_order = {weight.name: layers[weight.name] for weight in weights}
     if batches:
@@ -126,13 +129,42 @@ def _facts(plan: SparsityPlan, method: PruneMethod, structure: Structure) -> dic
     return {"method": method, "structure": structure, "plan": plan.to_json()}
 
 
+_Visit = tuple[Block, Mapping[str, InputStatistics]]
+"""A block and statistics of its inputs."""
+
+
+def _finished(saved: Checkpoint | None, blocks: Sequence[Block]) -> int:
+    """Count the blocks that an interrupted run had finished."""
+    return 0 if saved is None else sum(saved.has(block.path) for block in blocks)
+
+
+def _told(
+    visits: Iterable[_Visit], finished: int, total: int, progress: Callable[[int, int], None] | None
+) -> Iterator[_Visit]:
+    """Yield blocks, and tell the progress before the first and after each.
+
+    Args:
+        visits: the blocks that are left.
+        finished: number of the others.
+        total: number of all.
+        progress: see `prune`.
+    """
+    if progress is None:
+        yield from visits
+        return
+    progress(finished, total)
+    for number, visit in enumerate(visits, finished + 1):
+        yield visit
+        progress(number, total)
+
+
 def _visit(
     model: nn.Module,
     blocks: Sequence[Block],
     batches: Sequence[Batch],
     saved: Checkpoint | None,
     method: PruneMethod,
-) -> Iterator[tuple[Block, Mapping[str, InputStatistics]]]:
+) -> Iterator[_Visit]:
     """Yield the blocks that are not pruned yet, with statistics of their inputs if there are calibration data."""
 
     def done(block: Block) -> bool:

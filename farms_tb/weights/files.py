@@ -22,7 +22,15 @@ from farms_tb.weights.safetensors_files import in_safetensors
 from farms_tb.weights.stored import ModelFacts, StoredTensor, stored_in_memory, with_siblings
 from farms_tb.weights.torch_files import holds_more, open_torch_file, read_torch_file, tensors_of
 
-__all__ = ["INDEX", "StoredTensor", "read_torch_file", "stored_layers", "stored_tensors", "tensors_of_state_dict"]
+__all__ = [
+    "INDEX",
+    "StoredTensor",
+    "files_of_weights",
+    "read_torch_file",
+    "stored_layers",
+    "stored_tensors",
+    "tensors_of_state_dict",
+]
 
 INDEX = ".index.json"
 
@@ -63,17 +71,31 @@ def stored_tensors(
     """
     if "://" in str(path):
         raise ValueError(f"{path} is a URL: download the file first, then pass its path")
-    path = Path(path)
-    if path.is_dir():
-        path = _weights_in(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no such file: {path}")
+    path = _file_at(Path(path))
     is_index = path.name.endswith(INDEX)
     found = _in_parts(path, damaged) if is_index else list(_in_file(path, key))
     if path.suffix in (".safetensors", ".json"):
         # Neither safetensors nor parts of a checkpoint have an order of their own.
         found.sort(key=lambda tensor: _natural(tensor.key))
     return _layers_among(found, facts_of(path.parent))
+
+
+def files_of_weights(path: str | PathLike[str]) -> list[Path]:
+    """List the files that `stored_tensors` reads for a path.
+
+    Args:
+        path: see `farms_tb.analyze_checkpoint`.
+
+    Returns:
+        The parts that an index names, sorted by name; else the one file.
+
+    Raises:
+        FileNotFoundError, ValueError: there is none, or several that no index belongs to.
+    """
+    path = _file_at(Path(path))
+    if not path.name.endswith(INDEX):
+        return [path]
+    return [path.parent / name for name in sorted(set(_parts(path).values()))]
 
 
 def tensors_of_state_dict(state_dict: Mapping[str, Any]) -> list[StoredTensor]:
@@ -102,6 +124,18 @@ def _layers_among(tensors: list[StoredTensor], facts: ModelFacts) -> list[Stored
     """Return the tensors that a report lists, each with what is known of its module and the model."""
     tensors = with_tied_head(with_siblings(tensors, facts), facts.tied_head)
     return [tensor for tensor in tensors if may_be_layer(tensor)]
+
+
+def _file_at(path: Path) -> Path:
+    """Return the file that a path stands for: itself, or the weights in a directory.
+
+    Raises:
+        FileNotFoundError, ValueError: there is none, or there are several.
+    """
+    file = _weights_in(path) if path.is_dir() else path
+    if not file.is_file():
+        raise FileNotFoundError(f"no such file: {file}")
+    return file
 
 
 def _weights_in(folder: Path) -> Path:

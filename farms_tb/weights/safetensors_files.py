@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from farms_tb.weights.stored import OpenedFile, StoredTensor, contiguous_strides
 MAX_HEADER = 100_000_000
 """Bytes of the longest header that the format allows."""
 
-_DTYPES = {
+DTYPES = {
     "F64": "float64",
     "F32": "float32",
     "F16": "float16",
@@ -44,6 +45,22 @@ _DTYPES = {
 }
 
 
+@dataclass(frozen=True)
+class Header:
+    """What a file says of itself.
+
+    Attributes:
+        tensors: type, shape and place of each tensor by name, `{"dtype": ..., "shape": ..., "data_offsets": ...}`,
+            in the order of the header; offsets are counted from `start`.
+        metadata: the texts that a writer has added, by name.
+        start: position of the first byte of the tensors.
+    """
+
+    tensors: Mapping[str, Mapping[str, Any]]
+    metadata: Mapping[str, str]
+    start: int
+
+
 def in_safetensors(path: Path) -> Iterator[StoredTensor]:
     """Yield the tensors of a file; nothing is read but its header.
 
@@ -53,9 +70,9 @@ def in_safetensors(path: Path) -> Iterator[StoredTensor]:
     """
     file = OpenedFile.at(path)
     try:
-        header, start = _header(file)
-        for key, entry in header.items():
-            yield _tensor(file, start, key, entry)
+        header = read_header(file)
+        for key, entry in header.tensors.items():
+            yield _tensor(file, header.start, key, entry)
     except (KeyError, TypeError, AttributeError, RecursionError, ValueError) as error:
         reason = "the header is too deep" if isinstance(error, RecursionError) else error
         raise ValueError(
@@ -63,8 +80,8 @@ def in_safetensors(path: Path) -> Iterator[StoredTensor]:
         ) from error
 
 
-def _header(file: OpenedFile) -> tuple[dict[str, Any], int]:
-    """Return the tensors' entries, and where the data begin.
+def read_header(file: OpenedFile) -> Header:
+    """Read the header of a file.
 
     Raises:
         ValueError: the header is no JSON object, or its tensors do not fill the file one after the other.
@@ -77,9 +94,9 @@ def _header(file: OpenedFile) -> tuple[dict[str, Any], int]:
     header = json.loads(bytes(file.read(8, length)))
     if not isinstance(header, dict):
         raise ValueError("the header is no object")
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", None) or {}
     _check_offsets([tuple(entry["data_offsets"]) for entry in header.values()], file.size - 8 - length)
-    return header, 8 + length
+    return Header(header, metadata, 8 + length)
 
 
 def _check_offsets(offsets: list[tuple[int, ...]], size: int) -> None:
@@ -102,7 +119,7 @@ def _check_offsets(offsets: list[tuple[int, ...]], size: int) -> None:
         raise ValueError(f"{end} bytes of tensors are named, there are {size}")
 
 
-def _tensor(file: OpenedFile, start: int, key: str, entry: dict[str, Any]) -> StoredTensor:
+def _tensor(file: OpenedFile, start: int, key: str, entry: Mapping[str, Any]) -> StoredTensor:
     """Return one tensor of a file.
 
     Args:
@@ -124,7 +141,7 @@ def _tensor(file: OpenedFile, start: int, key: str, entry: dict[str, Any]) -> St
     problem = shape_problem(shape)
     if problem:
         return StoredTensor(key, shape, partial(torch.empty, 0), key, problem=problem)
-    dtype = getattr(torch, _DTYPES.get(entry["dtype"], ""), None)
+    dtype = getattr(torch, DTYPES.get(entry["dtype"], ""), None)
     if dtype is None:
         problem = f"weights of type {entry['dtype']!s:.20}: unknown here"
         return StoredTensor(key, shape, partial(torch.empty, 0), key, problem=problem)

@@ -117,7 +117,16 @@ def test_a_stopped_run_goes_on_at_the_block_where_it_stopped(tmp_path: Path) -> 
     with pytest.raises(StopError):
         prune(stopped, plan, "sparsegpt", calibration=token_batches(), checkpoint=tmp_path / "run")
     model = llama()
-    report = prune(model, plan, "sparsegpt", calibration=token_batches(), checkpoint=tmp_path / "run")
+    told: list[tuple[int, int]] = []
+    report = prune(
+        model,
+        plan,
+        "sparsegpt",
+        calibration=token_batches(),
+        checkpoint=tmp_path / "run",
+        progress=lambda *counts: told.append(counts),
+    )
+    assert told == [(2, 3), (3, 3)]
     assert list(report.layers) == list(plan.layers)
     for one, other in zip(matrices(model, plan).values(), matrices(expected, plan).values(), strict=True):
         assert torch.equal(one, other)

@@ -1,0 +1,60 @@
+"""Write a safetensors file again with other entries in some tensors: same names, types, shapes and order.
+
+One tensor is in memory at a time. What is not changed is copied byte by byte, also types that are unknown here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from farms_tb.weights.safetensors_files import DTYPES, Header, read_header
+from farms_tb.weights.stored import OpenedFile
+
+__all__ = ["rewrite"]
+
+_ALIGNMENT = 8
+"""Bytes; the format wants tensors to begin at a multiple."""
+
+
+def rewrite(
+    source: Path, target: Path, changes: Mapping[str, Callable[[Tensor], None]], metadata: Mapping[str, str]
+) -> None:
+    """Write a file again.
+
+    Args:
+        source: the safetensors file to read.
+        target: the file to write, which is not written atomically here.
+        changes: what changes a tensor in place, by its name.
+        metadata: texts to add to those that the file has.
+
+    Raises:
+        ValueError: the source was cut or changed meanwhile.
+        OSError: the disk is full, or a file cannot be opened.
+    """
+    file = OpenedFile.at(source)
+    header = read_header(file)
+    entries = sorted(header.tensors.items(), key=lambda entry: entry[1]["data_offsets"])
+    with target.open("wb") as written:
+        written.write(_header_bytes(header, metadata))
+        for name, entry in entries:
+            begin, end = entry["data_offsets"]
+            content = file.read(header.start + begin, end - begin)
+            if name in changes:
+                dtype = getattr(torch, DTYPES[entry["dtype"]])
+                # Shares memory with the content.
+                changes[name](torch.frombuffer(content, dtype=dtype).view(entry["shape"]))
+            written.write(content)
+
+
+def _header_bytes(header: Header, metadata: Mapping[str, str]) -> bytes:
+    """Return the length of a header and the header, with texts added."""
+    # Versions of transformers refuse metadata that do not say for which library the tensors are.
+    texts = {"format": "pt", **header.metadata, **metadata}
+    content = json.dumps({"__metadata__": texts, **header.tensors}, separators=(",", ":")).encode()
+    content += b" " * (-len(content) % _ALIGNMENT)
+    return len(content).to_bytes(8, "little") + content
