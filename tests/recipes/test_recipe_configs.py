@@ -40,9 +40,11 @@ EXPERIMENTS = sorted(
 DEMOS = [
     "cifar100_resnet18",
     "cifar100_vgg16",
+    "cifar100_vit",
     "darcy_fno",
     "darcy_unet",
     "digits_resnet18",
+    "fashion_vit",
     "grokking_mlp",
     "tiny_lm",
 ]
@@ -64,6 +66,7 @@ COMPANIONS: dict[str, tuple[str, ...]] = {
     "data=cifar10": ("model=resnet18",),
     "data=cifar100": ("model=resnet18",),
     "data=svhn": ("model=resnet18",),
+    "data=fashion_mnist": ("model=resnet18",),
     "data=tinyimagenet": ("model=resnet18",),
     "data=pdebench_cfd1d": ("model=fno_cfd1d", "data.every_point=1", "data.every_frame=1"),
     "data=pdebench_cfd2d": ("model=fno_cfd2d", "data.every_point=1"),
@@ -73,6 +76,7 @@ COMPANIONS: dict[str, tuple[str, ...]] = {
     "model=resnet34": ("data=digits",),
     "model=vgg16": ("data=digits", "data.image_size=32"),
     "model=vgg19": ("data=digits", "data.image_size=32"),
+    "model=vit_small": ("data=digits", "data.image_size=32"),
     "model=mlp": ("data=digits",),
     "model=wrn16_8": ("data=digits", "model.net.width=2"),
     "model=wrn28_6": ("data=digits", "model.net.width=2"),
@@ -157,6 +161,7 @@ FNO_1D, FNO_2D = (("model.net.hidden_channels=8", f"model.net.n_modes={modes}") 
 PDE = ("data.fraction=1", "data.num_workers=0", "data.batch_size=2")
 FLOW = (*PDE, "data.every_point=1", "data.every_frame=1")
 SMALL = {
+    r"(cifar100|fashion)_vit": ("model.net.width=24", *IMAGES[1:]),
     r"(tempbalance/|farms/)?(cifar|svhn)": IMAGES,
     r"tempbalance/tinyimagenet_resnet": IMAGES,
     r"tempbalance/tinyimagenet_wrn": ("model.net.width=2", *IMAGES[1:]),
