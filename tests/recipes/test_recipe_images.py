@@ -203,6 +203,7 @@ def test_no_network(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("name", NAMES)
 def test_archives_cut_short(tmp_path: Path, name: str) -> None:
     archive = IMAGE_SETS[name].archives[0].name
+    (tmp_path / archive).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / archive).write_bytes(b"the first half")
     with pytest.raises(RecipeError, match=f"{archive} is cut short or damaged .*delete the damaged"):
         ImageData(tmp_path, name, download=False).prepare_data()
