@@ -1,4 +1,4 @@
-"""The image sets of the papers: CIFAR-10, CIFAR-100 (Krizhevsky, 2009), SVHN (Netzer et al., 2011), Tiny ImageNet.
+"""CIFAR-10, CIFAR-100 (Krizhevsky, 2009), SVHN (Netzer et al., 2011), Tiny ImageNet and FashionMNIST.
 
 Each is read whole, as one array of uint8 pixels.
 """
@@ -15,12 +15,13 @@ import torch
 from torchvision import datasets
 from torchvision.datasets.utils import check_integrity
 
-from recipes.data import tinyimagenet
+from recipes.data import fashion, tinyimagenet
 from recipes.errors import RecipeError
 
 __all__ = ["IMAGE_SETS", "Archive", "ImageSet"]
 
-Triple = tuple[float, float, float]
+Channels = tuple[float, ...]
+"""A number for each channel."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Archive:
 
 @dataclass(frozen=True)
 class ImageSet:
-    """How to get and scale one set of square colour images.
+    """How to get and scale one set of square images.
 
     Attributes:
         title: Its name, for messages.
@@ -58,16 +59,21 @@ class ImageSet:
         scaling: Mean and standard deviation of the channels, pixels in [0, 1], as published.
         archives: What is downloaded.
         fetch: `fetch(data_dir, download)` makes the set ready; raises OSError or RuntimeError where it can't.
-        open: `open(data_dir, train)` returns uint8 pixels (N, H, W, 3) and labels (N,).
+        open: `open(data_dir, train)` returns uint8 pixels (N, H, W, C) and labels (N,).
     """
 
     title: str
     classes: int
     side: int
-    scaling: tuple[Triple, Triple]
+    scaling: tuple[Channels, Channels]
     archives: tuple[Archive, ...]
     fetch: Callable[[Path, bool], None]
     open: Callable[[Path, bool], tuple[Any, Any]]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Shape of an image, (channels, height, width)."""
+        return (len(self.scaling[0]), self.side, self.side)
 
     def prepare(self, data_dir: Path, download: bool) -> None:
         """Download and unpack what is missing; archives that lie there whole are unpacked in any case.
@@ -99,7 +105,7 @@ class ImageSet:
             train: Training images, else the test images.
 
         Returns:
-            Pixels uint8 (N, 3, H, W) and labels int64 (N,).
+            Pixels uint8 (N, C, H, W) and labels int64 (N,).
 
         Raises:
             RecipeError: The images or labels are not those of this set.
@@ -107,10 +113,10 @@ class ImageSet:
         pixels, labels = self.open(data_dir, train)
         images = torch.from_numpy(np.asarray(pixels)).permute(0, 3, 1, 2).contiguous()
         targets = torch.as_tensor(labels, dtype=torch.long)
-        if images.shape[1:] != (3, self.side, self.side) or images.dtype != torch.uint8:
+        if images.shape[1:] != self.shape or images.dtype != torch.uint8:
             raise RecipeError(
                 f"{self.title} in {data_dir} has images {tuple(images.shape[1:])} of {images.dtype}, "
-                f"expected (3, {self.side}, {self.side}) of torch.uint8; fetch it again"
+                f"expected {self.shape} of torch.uint8; fetch it again"
             )
         if len(targets) == 0 or not 0 <= int(targets.min()) <= int(targets.max()) < self.classes:
             raise RecipeError(
@@ -119,7 +125,7 @@ class ImageSet:
         return images, targets
 
 
-def _cifar(title: str, kind: type[datasets.CIFAR10], classes: int, scaling: tuple[Triple, Triple]) -> ImageSet:
+def _cifar(title: str, kind: type[datasets.CIFAR10], classes: int, scaling: tuple[Channels, Channels]) -> ImageSet:
     """Return CIFAR-10 or CIFAR-100.
 
     Args:
@@ -173,5 +179,14 @@ IMAGE_SETS = {
         archives=(Archive(tinyimagenet.URL, tinyimagenet.ARCHIVE, tinyimagenet.MD5),),
         fetch=tinyimagenet.prepare,
         open=tinyimagenet.read,
+    ),
+    "fashion_mnist": ImageSet(
+        "FashionMNIST",
+        fashion.CLASSES,
+        fashion.SIDE,
+        scaling=((0.2860,), (0.3530,)),
+        archives=tuple(Archive(*archive) for archive in fashion.ARCHIVES),
+        fetch=fashion.prepare,
+        open=fashion.read,
     ),
 }

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning import LightningDataModule
+from sklearn.model_selection import train_test_split
 from torch.utils.data import DataLoader, Dataset
 
 from recipes.data.augment import crop_and_flip, draw_crops
@@ -55,7 +56,7 @@ class Images(Dataset[tuple[torch.Tensor, ...]]):
 
 
 class ImageData(LightningDataModule):
-    """One of the papers' image sets, with random crops (padding 4) and flips for training.
+    """An image set, with random crops (padding 4) and flips for training.
 
     The whole set lies in memory as bytes; batches are cropped, mirrored and scaled once they are on the device.
     What happens to an image in an epoch depends on `shuffle_seed`, the epoch and the image alone: a resumed run,
@@ -66,15 +67,18 @@ class ImageData(LightningDataModule):
 
     Args:
         data_dir: Where the archives lie, or go on first use.
-        dataset: "cifar10", "cifar100", "svhn" or "tinyimagenet".
+        dataset: "cifar10", "cifar100", "svhn", "tinyimagenet" or "fashion_mnist".
         val_size: Training images held out for validation; 0 trains on all of them and validates on none.
         batch_size: Images a batch.
-        seed: Seed of the validation split.
+        seed: Seed of the validation split and of the draw of `train_size` images.
         shuffle_seed: Seed of the order and the augmentation of the training images.
         download: Whether a missing archive may be downloaded.
+        train_size: Train on so many of the other training images, with each class in its proportion, drawn by
+            `seed`; None for all of them.
 
     Raises:
-        ValueError: There is no such image set, or `val_size` is negative.
+        ValueError: There is no such image set, `val_size` is negative, or `train_size` is below the number of
+            classes.
     """
 
     kind = "images"
@@ -88,6 +92,7 @@ class ImageData(LightningDataModule):
         seed: int = 0,
         shuffle_seed: int = 0,
         download: bool = True,
+        train_size: int | None = None,
     ) -> None:
         super().__init__()
         if dataset not in IMAGE_SETS:
@@ -95,10 +100,16 @@ class ImageData(LightningDataModule):
         if val_size < 0:
             raise ValueError(f"data.val_size must be at least 0, got {val_size}")
         self.image_set = IMAGE_SETS[dataset]
+        if train_size is not None and train_size < self.image_set.classes:
+            raise ValueError(
+                f"data.train_size must be at least the number of classes, {self.image_set.classes}, "
+                f"got {train_size}"
+            )
         self.num_classes = self.image_set.classes
-        self.sample_shape = (3, self.image_set.side, self.image_set.side)
+        self.sample_shape = self.image_set.shape
         self.data_dir = Path(data_dir)
         self.val_size = val_size
+        self.train_size = train_size
         self.batch_size = batch_size
         self.seed = seed
         self.shuffle_seed = shuffle_seed
@@ -119,17 +130,46 @@ class ImageData(LightningDataModule):
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(self.seed))
         test = self.image_set.read(self.data_dir, train=False)
         self.subsets = {
-            "train": Images(images, labels, order[self.val_size :], with_places=True),
+            "train": Images(images, labels, self._drawn(order[self.val_size :], labels), with_places=True),
             "val": Images(images, labels, order[: self.val_size]),
             "test": Images(*test, torch.arange(len(test[0]))),
         }
 
+    def _drawn(self, indices: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Draw `train_size` of the images, stratified by class.
+
+        Args:
+            indices: The images that are not held out, int64 (M,).
+            labels: Labels of all training images, int64 (N,).
+
+        Returns:
+            Those to train on, int64 (train_size,); all M without a `train_size`.
+
+        Raises:
+            RecipeError: There are fewer, or so few left over that a class lacks one.
+        """
+        if self.train_size is None or self.train_size == len(indices):
+            return indices
+        try:
+            drawn, _ = train_test_split(
+                indices.numpy(),
+                train_size=self.train_size,
+                random_state=self.seed,
+                stratify=labels[indices].numpy(),
+            )
+        except ValueError as error:
+            raise RecipeError(
+                f"data.train_size={self.train_size} of the {len(indices)} images that "
+                f"data.val_size={self.val_size} leaves can't be drawn: {error}; choose another size"
+            ) from error
+        return torch.from_numpy(drawn)
+
     def train_dataloader(self) -> DataLoader[Any]:
-        """Shuffled batches: pixels uint8 (B, 3, H, W), labels (B,) and places in the training set (B,)."""
+        """Shuffled batches: pixels uint8 (B, C, H, W), labels (B,) and places in the training set (B,)."""
         return training_loader(self.subsets["train"], self.batch_size, self.shuffle_seed, collate_fn=as_it_is)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
-        """Validation batches: pixels uint8 (B, 3, H, W) and labels (B,); none with `val_size=0`."""
+        """Validation batches: pixels uint8 (B, C, H, W) and labels (B,); none with `val_size=0`."""
         if self.val_size == 0:
             return []
         return self._evaluation_loader("val")
@@ -161,7 +201,7 @@ class ImageData(LightningDataModule):
         """Augment training images, and scale all images, on the device.
 
         Returns:
-            Images, float (B, 3, H, W), and labels (B,).
+            Images, float (B, C, H, W), and labels (B,).
         """
         pixels, labels, *crops = batch
         if crops:

@@ -13,7 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from recipes.data.download import FOLDER
-from tests.recipes.fake_images import write_cifar, write_svhn, write_tiny_imagenet
+from tests.recipes.fake_images import write_cifar, write_fashion_mnist, write_svhn, write_tiny_imagenet
 from tests.recipes.pdebench_files import write_published
 from tests.recipes.recipe_runs import compose_settings
 
@@ -48,12 +48,19 @@ def settings(tmp_path: Path) -> Callable[..., DictConfig]:
     return make
 
 
+@pytest.fixture(autouse=True)
+def _no_debian_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FashionMNIST is as good as not installed, also where Debian's package is."""
+    monkeypatch.setattr("recipes.data.fashion.DEBIAN", Path("/nowhere"))
+
+
 @pytest.fixture(scope="session")
 def image_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The papers' image sets as tiny files, not to be written to."""
     folder = tmp_path_factory.mktemp("images")
     write_cifar(folder)
     write_svhn(folder)
+    write_fashion_mnist(folder / "FashionMNIST/raw", packed=False)
     write_tiny_imagenet(folder)
     return folder
 

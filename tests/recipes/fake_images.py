@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import pickle
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,22 @@ def write_svhn(folder: Path) -> None:
     for split, count in (("train", TRAIN), ("test", TEST)):
         pixels = rng.integers(0, 256, (32, 32, 3, count), dtype=np.uint8)
         savemat(folder / f"{split}_32x32.mat", {"X": pixels, "y": np.arange(count)[:, None] % 10 + 1})
+
+
+def write_fashion_mnist(folder: Path, packed: bool = True) -> None:
+    """FashionMNIST's four IDX files, packed by gzip or not; labels take turns."""
+    rng = np.random.default_rng(2)
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, count in (("train", TRAIN), ("t10k", TEST)):
+        pixels = rng.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        labels = (np.arange(count) % 10).astype(np.uint8)
+        for name, array in ((f"{split}-images-idx3-ubyte", pixels), (f"{split}-labels-idx1-ubyte", labels)):
+            head = np.array([0x800 + array.ndim, *array.shape], dtype=">i4").tobytes()  # 8: unsigned bytes
+            content = head + array.tobytes()
+            if packed:
+                (folder / f"{name}.gz").write_bytes(gzip.compress(content))
+            else:
+                (folder / name).write_bytes(content)
 
 
 def colour(label: int) -> tuple[int, int, int]:

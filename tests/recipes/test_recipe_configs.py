@@ -40,9 +40,11 @@ EXPERIMENTS = sorted(
 DEMOS = [
     "cifar100_resnet18",
     "cifar100_vgg16",
+    "cifar100_vit",
     "darcy_fno",
     "darcy_unet",
     "digits_resnet18",
+    "fashion_vit",
     "grokking_mlp",
     "tiny_lm",
 ]
@@ -64,6 +66,7 @@ COMPANIONS: dict[str, tuple[str, ...]] = {
     "data=cifar10": ("model=resnet18",),
     "data=cifar100": ("model=resnet18",),
     "data=svhn": ("model=resnet18",),
+    "data=fashion_mnist": ("model=resnet18",),
     "data=tinyimagenet": ("model=resnet18",),
     "data=pdebench_cfd1d": ("model=fno_cfd1d", "data.every_point=1", "data.every_frame=1"),
     "data=pdebench_cfd2d": ("model=fno_cfd2d", "data.every_point=1"),
@@ -73,6 +76,7 @@ COMPANIONS: dict[str, tuple[str, ...]] = {
     "model=resnet34": ("data=digits",),
     "model=vgg16": ("data=digits", "data.image_size=32"),
     "model=vgg19": ("data=digits", "data.image_size=32"),
+    "model=vit_small": ("data=digits", "data.image_size=32"),
     "model=mlp": ("data=digits",),
     "model=wrn16_8": ("data=digits", "model.net.width=2"),
     "model=wrn28_6": ("data=digits", "model.net.width=2"),
@@ -157,6 +161,7 @@ FNO_1D, FNO_2D = (("model.net.hidden_channels=8", f"model.net.n_modes={modes}") 
 PDE = ("data.fraction=1", "data.num_workers=0", "data.batch_size=2")
 FLOW = (*PDE, "data.every_point=1", "data.every_frame=1")
 SMALL = {
+    r"(cifar100|fashion)_vit": ("model.net.width=24", *IMAGES[1:]),
     r"(tempbalance/|farms/)?(cifar|svhn)": IMAGES,
     r"tempbalance/tinyimagenet_resnet": IMAGES,
     r"tempbalance/tinyimagenet_wrn": ("model.net.width=2", *IMAGES[1:]),
@@ -246,6 +251,18 @@ TEMPBALANCE_PAPER = {
 # Sigmoid strength of the FNO on 2D flows, by data fraction.
 STRENGTHS = {"1": 0.125, "1/2": 0.5, "1/4": 1.0, "1/10": 0.25, "1/40": 0.5, "1/180": 1.0}
 
+# Model Balancing on Darcy flow: middle of the learning rates searched, and decay, by data fraction.
+DARCY = {
+    ("sciml/darcy_fno", "1"): (1e-2, 1e-6),
+    ("sciml/darcy_fno", "1/10"): (2.5e-2, 1e-4),
+    ("sciml/darcy_fno", "1/20"): (2.5e-2, 1e-3),
+    ("sciml/darcy_fno", "1/40"): (2.5e-2, 1e-3),
+    ("sciml/darcy_fno", "1/180"): (2.5e-2, 1e-2),
+    ("sciml/darcy_unet", "1"): (5e-4, 1e-7),
+    ("sciml/darcy_unet", "1/20"): (1e-2, 1e-3),
+    ("sciml/darcy_unet", "1/40"): (2.5e-2, 1e-3),
+}
+
 
 def _assert_image_training(cfg: DictConfig, lr: float) -> None:
     optimizer = cfg.optimizer
@@ -308,8 +325,9 @@ def test_settings_of_pdebench(settings: Settings, name: str) -> None:
     assert (farms.assign_func, farms.sigmoid_tau, farms.fit) == ("tb_sigmoid", 10.0, "median")
     assert (farms.filter_zeros, farms.min_eigenvalues) == (True, 12)
     assert farms.sigmoid_min == farms.sigmoid_max == (0.125 if published else 0.5)
-    assert (optimizer._target_, optimizer.weight_decay) == ("torch.optim.Adam", 1e-4)
-    assert (optimizer.lr, cfg.trainer.max_epochs) == ((2.5e-3, 700) if published else (1e-3, 500))
+    regime = DARCY.get((name, "1"), (2.5e-3 if published else 1e-3, 1e-4))
+    assert (optimizer._target_, optimizer.lr, optimizer.weight_decay) == ("torch.optim.Adam", *regime)
+    assert cfg.trainer.max_epochs == (700 if published else 500)
     assert (scheduler.step_size, scheduler.gamma) == (100, 0.5)
     assert (cfg.seed, cfg.seeds, cfg.data.fraction) == (2024, "2024,2023,2022", 1)
     if "darcy" in name:
@@ -328,6 +346,14 @@ def test_strength_of_the_2d_fno_goes_with_the_fraction(settings: Settings, fract
     for arm in ("farms", "full", "placebo"):
         options = settings("experiment=sciml/cfd2d_fno", f"data.fraction={fraction}", f"balancing={arm}").balancing
         assert options.sigmoid_min == options.sigmoid_max == strength
+
+
+@pytest.mark.parametrize(("name", "fraction"), DARCY)
+def test_training_of_darcy_goes_with_the_fraction(settings: Settings, name: str, fraction: str) -> None:
+    for arm in ("farms", "full", "off"):
+        cfg = settings(f"experiment={name}", f"data.fraction={fraction}", f"balancing={arm}")
+        assert (cfg.optimizer.lr, cfg.optimizer.weight_decay) == DARCY[name, fraction]
+        assert (cfg.data.batch_size, cfg.data.beta) == (50, 100)
 
 
 @pytest.mark.parametrize("beta", ["0.01", "0.1", "1", "10", "100"])

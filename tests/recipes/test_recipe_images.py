@@ -24,10 +24,10 @@ from recipes.data import tinyimagenet
 from recipes.data.augment import crop_and_flip, draw_crops
 from recipes.data.digits import DigitsData
 from recipes.data.image_sets import IMAGE_SETS, Archive
-from recipes.data.images import ImageData
+from recipes.data.images import ImageData, Images
 from recipes.data.tinyimagenet import sort_validation_images
 from recipes.errors import RecipeError
-from tests.recipes.fake_images import TEST, TRAIN, colour, write_svhn, write_tiny_imagenet
+from tests.recipes.fake_images import TEST, TRAIN, colour, write_fashion_mnist, write_svhn, write_tiny_imagenet
 
 NAMES = list(IMAGE_SETS)
 
@@ -203,6 +203,7 @@ def test_no_network(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("name", NAMES)
 def test_archives_cut_short(tmp_path: Path, name: str) -> None:
     archive = IMAGE_SETS[name].archives[0].name
+    (tmp_path / archive).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / archive).write_bytes(b"the first half")
     with pytest.raises(RecipeError, match=f"{archive} is cut short or damaged .*delete the damaged"):
         ImageData(tmp_path, name, download=False).prepare_data()
@@ -404,6 +405,53 @@ def test_other_layouts(tmp_path: Path, damage: Callable[[Path], object], message
     with pytest.raises(RecipeError, match=message):
         ImageData(tmp_path, "tinyimagenet", download=False).prepare_data()
     assert not (tmp_path / "tiny-imagenet-200-val.npz").exists()
+
+
+def test_fashion_mnist_of_debians_package_needs_no_download(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The packed files are unpacked once; what is there stays as it is."""
+    write_fashion_mnist(tmp_path / "debian")
+    write_fashion_mnist(tmp_path / "expected", packed=False)
+    monkeypatch.setattr("recipes.data.fashion.DEBIAN", tmp_path / "debian")
+    data = ImageData(tmp_path / "data", "fashion_mnist", val_size=10, download=False)
+    data.prepare_data()
+    raw = tmp_path / "data/FashionMNIST/raw"
+    for file in (tmp_path / "expected").iterdir():
+        assert (raw / file.name).read_bytes() == file.read_bytes()
+    written = {file: file.stat().st_mtime_ns for file in raw.iterdir()}
+    data.prepare_data()
+    assert {file: file.stat().st_mtime_ns for file in raw.iterdir()} == written
+    data.setup("fit")
+    assert data.subsets["test"][0][0].shape == data.sample_shape == (1, 28, 28)
+
+
+def test_fashion_mnist_without_package_and_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("recipes.data.fashion.DEBIAN", tmp_path / "nowhere")
+    with pytest.raises(RecipeError, match=r"FashionMNIST is not whole .*data\.download=false.*train-images"):
+        ImageData(tmp_path, "fashion_mnist", download=False).prepare_data()
+
+
+def test_a_part_of_the_training_images_is_stratified_and_drawn_by_the_seed(fake_images: Path) -> None:
+    def drawn(seed: int, val_size: int = 0) -> Images:
+        data = ImageData(fake_images, "fashion_mnist", val_size=val_size, seed=seed, train_size=20)
+        data.setup("fit")
+        assert not set(data.subsets["train"].indices.tolist()) & set(data.subsets["val"].indices.tolist())
+        return data.subsets["train"]
+
+    first, again, other = drawn(seed=1), drawn(seed=1), drawn(seed=2)
+    assert torch.bincount(first.labels[first.indices]).tolist() == [2] * 10
+    assert torch.equal(first.indices, again.indices)
+    assert set(first.indices.tolist()) != set(other.indices.tolist())
+    assert len(drawn(seed=1, val_size=8)) == 20
+
+
+@pytest.mark.parametrize(
+    ("size", "error", "message"), [(9, ValueError, "at least 10"), (41, RecipeError, "=41 of the 40")]
+)
+def test_a_part_that_can_not_be_drawn(fake_images: Path, size: int, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"data.train_size.*{message}"):
+        ImageData(fake_images, "fashion_mnist", val_size=0, train_size=size).setup("fit")
 
 
 # Digits

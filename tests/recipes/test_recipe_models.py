@@ -8,11 +8,15 @@ import pytest
 import torch
 import torchvision
 from torch import nn
+from torchvision.models import VisionTransformer
 
+from farms_tb import analyze
 from recipes.models.resnet import SmallImageResNet
 from recipes.models.unet import UNet
 from recipes.models.vgg import SmallImageVGG
+from recipes.models.vit import SmallImageViT
 from recipes.models.wrn import WideResNet
+from recipes.schedules import warmup_cosine
 from recipes.tasks import nrmse, relative_l2
 
 
@@ -120,3 +124,50 @@ def test_scores_by_hand() -> None:
     error = torch.tensor([[[[0.0, 5.0]], [[0.0, 0.5]]]])
     assert float(nrmse(target + error, target)) == pytest.approx((1.0 + 0.5) / 2)
     assert float(relative_l2(target + error, target)) == pytest.approx((25.25 / 26) ** 0.5)
+
+
+def test_vit_is_torchvisions() -> None:
+    """With three channels the two have the same parameters and the same output for the same weights."""
+    net = SmallImageViT(out_channels=100)
+    reference = VisionTransformer(32, 4, num_layers=6, num_heads=3, hidden_dim=192, mlp_dim=768, num_classes=100)
+    reference.load_state_dict(net.state_dict())
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(net.eval()(images), reference.eval()(images))
+    grey = SmallImageViT(image_size=28, in_channels=1)
+    assert grey(torch.randn(2, 1, 28, 28)).shape == (2, 10)
+    assert grey.conv_proj.weight.std().item() == pytest.approx(0.25 * 0.99, rel=0.1)  # 16 inputs; ends cut off
+
+
+def test_attention_of_the_vit_is_measured_as_query_key_and_value() -> None:
+    net = SmallImageViT(width=96, depth=1)
+    prefix = "encoder.layers.encoder_layer_0.self_attention."
+    attention = [name.removeprefix(prefix) for name in analyze(net).alphas if name.startswith(prefix)]
+    assert attention == ["q", "k", "v", "out_proj"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"image_size": 30}, "patch_size must divide the image's 30"), ({"heads": 5}, "heads must divide .*192")],
+)
+def test_sizes_of_the_vit(options: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SmallImageViT(**options)  # type: ignore[arg-type]
+
+
+def test_vit_refuses_images_of_another_size() -> None:
+    with pytest.raises(ValueError, match=r"28x28 pixels, got \(32, 32\)"):
+        SmallImageViT(image_size=28).check_input((3, 32, 32))
+
+
+def test_warmup_and_cosine_of_epochs() -> None:
+    """Fractions of the rate worked out by hand: a line from 1/3, then (1 + cos(pi t / 4)) / 2."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = warmup_cosine(optimizer, warmup=2, total=6)
+    seen = []
+    for _ in range(6):
+        seen.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert seen == pytest.approx([1 / 3, 2 / 3, 1, 0.853553, 0.5, 0.146447], abs=1e-6)
+    with pytest.raises(ValueError, match=r"scheduler\.warmup must be at least 1, got 0"):
+        warmup_cosine(optimizer, warmup=0, total=6)
