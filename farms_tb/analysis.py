@@ -65,7 +65,7 @@ def analyze(
         )
     if isinstance(model, Mapping):
         return _measure_stored(tensors_of_state_dict(model), "the state dict", chosen, null, histogram)
-    layers = checked_layers(model, embeddings=chosen.embeddings, plan=True)
+    layers = checked_layers(model, embeddings=chosen.embeddings, adapters=chosen.adapters, plan=True)
     report = measure(layers, chosen, histogram=histogram, whole=null)
     return with_nulls(report, measure_nulls(layers, report, chosen)) if null else report
 

@@ -134,7 +134,7 @@ def _model_layers(layers: Iterable[Layer]) -> Iterator[tuple[str, MatrixStack | 
         if layer.problem:
             yield layer.name, LayerRecord(status=layer.problem, kind=layer.kind, shape=layer.shape)
         else:
-            yield layer.name, read_stacks(layer.module)[layer.index]
+            yield layer.name, read_stacks(layer.module, layer.adapters)[layer.index]
 
 
 def _build(model: str, pretrained: bool) -> nn.Module:
