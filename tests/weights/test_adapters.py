@@ -299,3 +299,18 @@ def test_a_layer_without_adapters_has_the_same_record_as_in_a_model_without_any(
     plain = analyze(linear_net()).layers
     assert analyze(model).layers["base_model.model.2"] == plain["2"]
     assert analyze(linear_net(), adapters="separate").layers == plain
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantised_base_is_dequantised(bits: int) -> None:
+    modules = pytest.importorskip("bitsandbytes").nn
+    kind, options = (modules.Linear4bit, {}) if bits == 4 else (modules.Linear8bitLt, {"has_fp16_weights": False})
+    net = linear_net()
+    quantised = kind(48, 64, **options)
+    quantised.load_state_dict(net[2].state_dict())
+    expected = analyze(adapted(linear_net(), target_modules=["2"])).layers["base_model.model.2"]
+    net[2] = quantised.to("cpu")
+    found = analyze(adapted(net, target_modules=["2"])).layers["base_model.model.2"]
+    assert found.alpha == pytest.approx(expected.alpha, abs=0.05)
+    assert found.adapter_change == pytest.approx(expected.adapter_change, rel=0.05)
