@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from typer.testing import CliRunner, Result
 
@@ -15,7 +16,6 @@ from farms_tb import analyze
 from farms_tb.cli.app import app
 
 peft = pytest.importorskip("peft")
-save_file = pytest.importorskip("safetensors.torch").save_file
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*(torch.jit|forkpty)"),

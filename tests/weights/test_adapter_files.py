@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import torch as safetensors_torch
 from torch import nn
 
 from farms_tb import analyze, analyze_checkpoint
 from farms_tb.weights.adapter_files import tensors_with_adapter
 
 peft = pytest.importorskip("peft")
-safetensors_torch = pytest.importorskip("safetensors.torch")
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`"),
