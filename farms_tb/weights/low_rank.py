@@ -96,7 +96,7 @@ def change_of_merged(weight: Tensor, updates: Sequence[LowRankUpdate]) -> Tensor
         return None
     inner = torch.stack([update.scaling * (update.left.mT @ flat * update.right).sum() for update in cast]).sum()
     distance = _norm_of_sum(cast)
-    square = torch.linalg.vector_norm(flat) ** 2 - 2 * inner + distance**2
+    square: Tensor = torch.linalg.vector_norm(flat).square() - 2 * inner + distance.square()
     return distance / square.clamp(min=0).sqrt()
 
 
@@ -124,8 +124,10 @@ def _has_magnitude(updates: Sequence[LowRankUpdate]) -> bool:
 def _distance(first: Tensor, second: Tensor) -> Tensor:
     """Return ||first - second||_F, some rows at a time: their difference takes as much memory as they do."""
     rows = 2**17 // first.shape[1] + 1
-    parts = zip(first.split(rows), second.split(rows), strict=True)
-    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(one - other) for one, other in parts]))
+    parts = [slice(begin, begin + rows) for begin in range(0, first.shape[0], rows)]
+    norms = [torch.linalg.vector_norm(first[part] - second[part]) for part in parts]
+    whole: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    return whole
 
 
 def _norm_of_sum(updates: Sequence[LowRankUpdate]) -> Tensor:
