@@ -241,7 +241,6 @@ class TestOptions:
         try:
             assert analyze(model).alphas["base_model.model.2"] == analyze(linear_net()).alphas["2"]
         finally:
-            layer_matrices._clear_cache()
             layer_matrices.register(kind, layer_matrices.dispatch(object))
 
 

@@ -276,7 +276,7 @@ class Int8Params(nn.Parameter):
         return made
 
 
-def test_codes_of_8_bits_are_multiplied_with_the_scales_of_their_rows():
+def test_codes_of_8_bits_are_multiplied_with_the_scales_of_their_rows() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
     before = analyze(net).layers
@@ -292,7 +292,7 @@ def test_codes_of_8_bits_are_multiplied_with_the_scales_of_their_rows():
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("bits", [4, 8])
-def test_weights_that_bitsandbytes_quantised(bits):
+def test_weights_that_bitsandbytes_quantised(bits: int) -> None:
     modules = pytest.importorskip("bitsandbytes").nn
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 96))
