@@ -13,6 +13,7 @@ from farms_tb.options import SpectrumOptions, as_plain, check_bool
 from farms_tb.report import LayerRecord, Report
 from farms_tb.spectra.measure import measure
 from farms_tb.spectra.permutation_null import measure_nulls, weight_record, with_nulls
+from farms_tb.weights.adapter_files import tensors_with_adapter
 from farms_tb.weights.files import StoredTensor, stored_layers, stored_tensors, tensors_of_state_dict
 from farms_tb.weights.layers import checked_layers
 
@@ -65,7 +66,7 @@ def analyze(
         )
     if isinstance(model, Mapping):
         return _measure_stored(tensors_of_state_dict(model), "the state dict", chosen, null, histogram)
-    layers = checked_layers(model, embeddings=chosen.embeddings, plan=True)
+    layers = checked_layers(model, embeddings=chosen.embeddings, adapters=chosen.adapters, plan=True)
     report = measure(layers, chosen, histogram=histogram, whole=null)
     return with_nulls(report, measure_nulls(layers, report, chosen)) if null else report
 
@@ -77,6 +78,7 @@ def analyze_checkpoint(
     null: bool = False,
     histogram: bool = False,
     key: str | None = None,
+    base: str | PathLike[str] | None = None,
     spectrum: SpectrumOptions | None = None,
     **options: Unpack[SpectrumKeywords],
 ) -> Report:
@@ -112,6 +114,8 @@ def analyze_checkpoint(
         histogram: also count each layer's ESD, the `histogram` of its record.
         key: where the weights lie in a file by `torch.save` that holds several things, `"ema"` or `"a.b"` for a
             dict within a dict; None to find them.
+        base: where `path` is a folder with an adapter of PEFT (LoRA or DoRA), the weights that it was trained for,
+            `path` of these: the sums are measured, called as the weights are. Without it, A and B are measured.
         spectrum: the options below as one object; an option given by name overrides its field.
 
     Returns:
@@ -141,7 +145,11 @@ def analyze_checkpoint(
     chosen = resolved(SpectrumOptions, spectrum, options)
     check_bool("null", null)
     check_bool("histogram", histogram)
-    return _measure_stored(stored_tensors(path, key=key), path, chosen, null, histogram)
+    if base is None:
+        return _measure_stored(stored_tensors(path, key=key), path, chosen, null, histogram)
+    if chosen.adapters != "merged":
+        raise ValueError(f"base is for adapters='merged', got adapters={chosen.adapters!r}: leave one of them out")
+    return _measure_stored(tensors_with_adapter(path, base, key=key), path, chosen, null, histogram)
 
 
 def _measure_stored(

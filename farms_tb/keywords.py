@@ -23,6 +23,7 @@ from difflib import get_close_matches
 from typing import Any, TypedDict, TypeVar, get_type_hints
 
 from farms_tb.options import (
+    Adapters,
     AssignFunc,
     BlockMean,
     Collapsed,
@@ -76,6 +77,7 @@ class SpectrumKeywords(TypedDict, total=False):
     relative_cutoff: float
     min_eigenvalues: int
     embeddings: bool
+    adapters: Adapters
     precision: Precision
     solver: Solver
     memory_mb: int

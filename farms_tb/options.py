@@ -56,6 +56,7 @@ Unit = Literal["layer", "block"]
 BlockMean = Literal["plain", "weighted"]
 Target = Literal["lr", "weight_decay", "both"]
 Collapsed = Literal["leave_out", "keep"]
+Adapters = Literal["merged", "separate", "base"]
 Precision = Literal["auto", "float64"]
 Solver = Literal["auto", "torch", "cupy", "cpu"]
 XAxis = Literal["epoch", "step"]
@@ -297,6 +298,9 @@ class SpectrumOptions:
         min_eigenvalues: a sample with fewer eigenvalues has no alpha.
         embeddings: measure lookup tables as well, each as one matrix (entries, width). Balancing then treats them
             as any other layer.
+        adapters: what is measured of a layer with adapters by PEFT. `"merged"`: the sum of weight and active
+            adapters, LoRA or DoRA, that the network computes with; `"base"`: the weight without them. Both are one
+            layer, whose ratio all of its trained parts take. `"separate"`: weight, A and B are three layers.
         precision: `"auto"` solves in single precision where alpha is within 5e-5 of itself with it, `"float64"`
             never does.
         solver: what solves for eigenvalues on a GPU: `"torch"`, `"cupy"`, `"cpu"`, or `"auto"` for whichever is
@@ -316,6 +320,7 @@ class SpectrumOptions:
     relative_cutoff: float = 0.0
     min_eigenvalues: int = 5
     embeddings: bool = False
+    adapters: Adapters = "merged"
     precision: Precision = "auto"
     solver: Solver = "auto"
     memory_mb: int = 512
@@ -336,6 +341,7 @@ class SpectrumOptions:
             raise ValueError(f"relative_cutoff must be below 1, got {self.relative_cutoff!r}")
         check_integer("min_eigenvalues", self.min_eigenvalues, at_least=2)
         check_bool("embeddings", self.embeddings)
+        check_choice("adapters", self.adapters, Adapters)
         check_choice("precision", self.precision, Precision)
         check_choice("solver", self.solver, Solver)
         if self.solver == "cupy" and not find_spec("cupy"):

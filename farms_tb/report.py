@@ -98,6 +98,8 @@ class LayerRecord:
         log_norm: log10 of the squared Frobenius norm of the weight, all K matrices together.
         dead_rows: number of rows, of all K matrices together, whose norm is below 1e-3 of the largest row's.
         dead_columns: the same of columns.
+        adapter_change: ||W' - W||_F / ||W||_F, by how much adapters such as LoRA change the weight W that they are
+            added to; None for a layer without adapters.
         kind: `"real"` or `"spectral"` (complex) weights; empty where there is no stack.
         shape: (K, R, C) of the stack of matrices; empty where there is none.
         solver: what solved for the eigenvalues, `"cpu"`, `"torch"` or `"cupy"`, and in which precision: `float32`
@@ -129,6 +131,7 @@ class LayerRecord:
     log_norm: float | None = None
     dead_rows: int | None = None
     dead_columns: int | None = None
+    adapter_change: float | None = None
     num_eigenvalues: int = 0
     status: str = OK
     kind: str = ""

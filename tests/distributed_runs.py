@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -50,16 +51,29 @@ def loop(rank: int, breaks: bool = False) -> dict[str, Any]:
     return {"ratios": ratios, "weights": weights, "alphas": balancer.report.alphas}
 
 
-def sharded(rank: int) -> dict[str, Any]:
+def adapted_net() -> nn.Module:
+    """Return the net with adapters of DoRA, which alone are trained, in all of its layers."""
+    import peft
+
+    net = make_net(bias=False)
+    config = peft.LoraConfig(r=2, target_modules=r"[02468]", use_dora=True, init_lora_weights=False)
+    torch.manual_seed(1)
+    found: nn.Module = peft.get_peft_model(net, config)
+    return found
+
+
+def sharded(rank: int, make: Callable[[], nn.Module] = make_net) -> dict[str, Any]:
     """Train under FSDP2 and, beside it, the same model whole."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     meet()
-    nets = [make_net(), make_net()]
-    for part in (*(layer for layer in nets[0] if isinstance(layer, nn.Linear)), nets[0]):
+    nets = [make(), make()]
+    layers = find_layers(nets[0], adapters="merged")
+    for part in (*(layer.module for layer in layers), nets[0]):
         fully_shard(part, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
-    optimizers = [torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9) for net in nets]
+    trained = [[parameter for parameter in net.parameters() if parameter.requires_grad] for net in nets]
+    optimizers = [torch.optim.SGD(parameters, lr=0.1, momentum=0.9) for parameters in trained]
     balancers = [TempBalance(*pair) for pair in zip(nets, optimizers, strict=True)]
     ratios = []
     for _ in range(2):
@@ -72,7 +86,7 @@ def sharded(rank: int) -> dict[str, Any]:
             balancer.step()
         ratios.append([balancer.ratios for balancer in balancers])
     nulls = [
-        measure_nulls(find_layers(net), balancer.report, SpectrumOptions(), team=share)
+        measure_nulls(find_layers(net, adapters="merged"), balancer.report, SpectrumOptions(), team=share)
         for net, balancer, share in zip(nets, balancers, (current_team(), None), strict=True)
     ]
     weights = [p.full_tensor().detach() for p in nets[0].parameters()]
@@ -132,6 +146,7 @@ JOBS = {
     "loop": loop,
     "loop that breaks": lambda rank: loop(rank, breaks=True),
     "sharded": sharded,
+    "sharded adapters": lambda rank: sharded(rank, adapted_net),
     "loop and sharded": lambda rank: {"loop": loop(rank), "sharded": sharded(rank)},
     "lightning": lightning,
     "lightning with a lag": lag,

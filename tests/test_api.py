@@ -36,7 +36,7 @@ def options_of(function: Any) -> dict[str, object]:
     ("entry_point", "options"),
     [
         ("analyze", ANALYSIS),
-        ("analyze_checkpoint", ANALYSIS | {"key": None}),
+        ("analyze_checkpoint", ANALYSIS | {"key": None, "base": None}),
         ("lr_ratios", MAP),
         ("TempBalance", SPECTRUM | RATIOS | {"preset": None, "spectrum": None, "ratios": None}),
         ("FARMSTempBalance", CALLBACK),

@@ -1,4 +1,4 @@
-"""Packages that people combine with this one, where they are installed: timm's schedulers, peft's adapters."""
+"""Packages that people combine with this one, where they are installed: timm's schedulers."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from torch.optim import Optimizer
 
-from farms_tb import FARMSTempBalance, TempBalance
-from tests.helpers import LIGHTNING_NOISE, Module, fit, make_net
+from farms_tb import TempBalance
+from tests.helpers import LIGHTNING_NOISE, make_net
 
 pytestmark = LIGHTNING_NOISE
 
@@ -58,25 +57,3 @@ def test_timm_schedulers(name: str) -> None:
     for before, now in zip(plain, balanced, strict=True):
         expected = [lr * ratios[i] for i, lr in enumerate(before)]
         assert now == pytest.approx(expected, rel=1e-4, abs=1e-7)
-
-
-def test_peft_adapters_are_balanced_and_frozen_layers_are_not() -> None:
-    peft = pytest.importorskip("peft")
-    torch.manual_seed(0)
-    layers = [nn.Linear(24, 32), nn.Tanh(), nn.Linear(32, 48), nn.Tanh(), nn.Linear(48, 24), nn.Linear(24, 2)]
-    net = peft.get_peft_model(
-        nn.Sequential(nn.Linear(6, 24), nn.Tanh(), *layers),
-        peft.LoraConfig(r=6, target_modules=["2", "4", "6"], init_lora_weights="gaussian"),
-    )
-    callback = FARMSTempBalance(exclude_first=False, exclude_last=False)
-    module = Module(lambda params: torch.optim.AdamW([p for p in params if p.requires_grad], lr=1e-2), net=net)
-    # Adapters start with B = 0, which has no spectrum before the first step.
-    with pytest.warns(UserWarning, match="lora_B.default: all weights are zero"):
-        fit(module, [callback])
-    ratios = callback.parameter_ratios(module)
-    adapters = {name: ratio for name, ratio in ratios.items() if "lora_A" in name}
-    assert len(adapters) == 3
-    assert len(set(adapters.values())) > 1
-    assert all(ratio == 1 for name, ratio in ratios.items() if "lora" not in name), "frozen layers take no part"
-    assert callback.report is not None
-    assert all(record.status == "ok" for name, record in callback.report.layers.items() if "lora_A" in name)

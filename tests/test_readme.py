@@ -66,6 +66,8 @@ NEEDS = {
     "mkdocs": "mkdocs",
     "matplotlib": "matplotlib",
     "timm": "timm",
+    "peft": "peft",
+    "bitsandbytes": "bitsandbytes",
     "gguf": "gguf",
     "datasets": "datasets",
     "lm_eval": "lm-eval",

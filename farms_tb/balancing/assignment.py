@@ -15,8 +15,9 @@ from torch import nn
 
 from farms_tb.balancing.norms import norm_feeders
 from farms_tb.balancing.selection import blocks_of_layers, check_patterns, fixed_ratios, heads, layers_matching
-from farms_tb.options import Kind, RatioOptions
-from farms_tb.weights.layers import Layer, checked_layers, clean_name
+from farms_tb.options import Adapters, Kind, RatioOptions
+from farms_tb.warnings import warn_once
+from farms_tb.weights.layers import Layer, checked_layers, clean_name, has_adapters
 
 Owners = Mapping[str, tuple[str, ...]]
 """Names of the layers that a parameter belongs to, by the parameter's name."""
@@ -46,20 +47,24 @@ class Assignment:
     blocks: Mapping[str, str] | None = None
 
 
-def assign(model: nn.Module, options: RatioOptions, *, embeddings: bool = False) -> Assignment:
+def assign(
+    model: nn.Module, options: RatioOptions, *, embeddings: bool = False, adapters: Adapters = "separate"
+) -> Assignment:
     """Find the layers of a model, and which parameter takes whose ratio.
 
     Args:
         model: the model.
         options: `exclude`, `exclude_heads`, `fixed` and `norms` are used.
         embeddings: whether lookup tables count as layers.
+        adapters: what a layer with adapters is measured on.
 
     Raises:
         TypeError: not a module.
         ValueError: no layer that can be analysed, a pattern of `exclude` or `fixed` that matches nothing, or
             `exclude_heads` with a model that is none of transformers.
     """
-    layers = checked_layers(model, embeddings=embeddings)
+    layers = checked_layers(model, embeddings=embeddings, adapters=adapters)
+    _warn_of_adapters(model, layers)
     check_patterns(layers, "exclude", options.exclude)
     of_layers, of_parameters = fixed_ratios(model, layers, options.fixed_pairs)
     owners: dict[str, tuple[str, ...]] = {}
@@ -79,6 +84,18 @@ def assign(model: nn.Module, options: RatioOptions, *, embeddings: bool = False)
         leaders = _leaders(layers, blocks, excluded | of_layers.keys())
         followed = {**_parameters_inside(model, leaders), **owners}
     return Assignment(layers, owners, followed, frozenset(excluded), of_layers, of_parameters, blocks)
+
+
+def _warn_of_adapters(model: nn.Module, layers: Sequence[Layer]) -> None:
+    """Warn of layers whose adapters are trained and cannot be measured."""
+    unclear = [layer for layer in layers if layer.problem and has_adapters(layer)]
+    if unclear:
+        first = unclear[0]
+        warn_once(
+            f"{len(unclear)} layers have adapters that cannot be measured, and keep ratio 1. The first is "
+            f"{first.name}: {first.problem}",
+            model,
+        )
 
 
 def members(

@@ -116,7 +116,8 @@ class MeasuredModel:
             self.assignment, self._signature = self._assigned(), signature
 
     def _assigned(self) -> Assignment:
-        return assign(self.model, self._ratio_options, embeddings=self._spectrum_options.embeddings)
+        spectrum = self._spectrum_options
+        return assign(self.model, self._ratio_options, embeddings=spectrum.embeddings, adapters=spectrum.adapters)
 
     def _team(self) -> Team | None:
         return current_team() if self._share else None

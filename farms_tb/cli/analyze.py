@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 
 from farms_tb.cli.arguments import (
+    Base,
     Device,
     Filter,
     Key,
@@ -81,6 +82,7 @@ def analyze(
     ] = None,
     pretrained: Pretrained = False,
     key: Key = None,
+    base: Base = None,
     patterns: Filter = None,
     sort: Annotated[
         str | None, typer.Option(metavar="COLUMN", help="Sort by a column of the CSV: alpha, bias, layer, ...")
@@ -105,8 +107,8 @@ def analyze(
         form = chosen_format(output_format, output)
         device = checked_device(device)
         _check_column(sort)
-        source = open_source(model, pretrained=pretrained, key=key, embeddings=options.embeddings)
-        other = None if against is None else open_source(against, embeddings=options.embeddings)
+        source = open_source(model, pretrained=pretrained, key=key, base=base, options=options)
+        other = None if against is None else open_source(against, options=options)
     if null is None:
         null = null_is_quick(source, options)
         if not null:

@@ -33,6 +33,10 @@ Key = Annotated[
     str | None,
     typer.Option(metavar="NAME", help="Where the weights lie in a file that holds more: ema, params, ..."),
 ]
+Base = Annotated[
+    str | None,
+    typer.Option(metavar="MODEL", help="The weights that an adapter of PEFT (a folder) is merged onto, a file."),
+]
 Pretrained = Annotated[
     bool,
     typer.Option("--pretrained", help="Trained weights for models of torchvision and timm; else random ones."),

@@ -7,6 +7,7 @@ it, by FARMS windows or whole matrices as `--esd` says.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +16,7 @@ from rich.console import Console
 
 from farms_tb.cli.arguments import (
     MODEL_HELP,
+    Base,
     Device,
     Filter,
     Key,
@@ -33,6 +35,7 @@ from farms_tb.cli.pairing import changes, paired, without_wrappers
 from farms_tb.cli.sources import Source, open_source
 from farms_tb.cli.tables import Column
 from farms_tb.options import SpectrumOptions, as_plain
+from farms_tb.weights.adapter_files import adapter_folder
 
 _COLUMNS = (
     Column("layer", "layer"),
@@ -62,6 +65,7 @@ def compare(
     ] = True,
     pretrained: Pretrained = False,
     key: Key = None,
+    base: Base = None,
     patterns: Filter = None,
     output_format: OutputFormat = None,
     output: Output = None,
@@ -73,12 +77,13 @@ def compare(
     Names are the same if they differ in the prefixes module., model. and _orig_mod. alone. ± is the standard error
     of the change: the root of the sum of both alphas' squared standard errors. D is the difference of the weights
     B - A: |D|/|A| its Frobenius norm against that of A, rank D the number of directions that hold 99 % of its
-    energy, alpha D its own alpha.
+    energy, alpha D its own alpha. The folder of an adapter (LoRA or DoRA by PEFT) is merged onto the other model,
+    or onto --base.
     """
     with complaints():
         form = chosen_format(output_format, output)
         wanted = Wanted(options, patterns=tuple(patterns or ()), device=checked_device(device))
-        sources = _open_both((model_a, model_b), pretrained, key, options.embeddings)
+        sources = _open_both((model_a, model_b), _Opening(options, pretrained, key, base))
     found = _measure_all(sources, wanted)
     pairs = paired(*(part.records for part in found))
     rows = changes(pairs)
@@ -121,25 +126,51 @@ def _measure_all(sources: Sequence[Source], wanted: Wanted) -> list[Measured]:
     return found
 
 
-def _open_both(models: tuple[str, str], pretrained: bool, key: str | None, embeddings: bool) -> list[Source]:
-    """Open two models; of a file and a model by name, each takes the option that is for it.
+@dataclass(frozen=True)
+class _Opening:
+    """How models are opened.
+
+    Attributes:
+        options: which layers are measured.
+        pretrained: for those that are no files, see `open_source`.
+        key: for those that are files.
+        base: for those that are adapters; None for the other of the two models.
+    """
+
+    options: SpectrumOptions
+    pretrained: bool
+    key: str | None
+    base: str | None
+
+
+def _open_both(models: tuple[str, str], opening: _Opening) -> list[Source]:
+    """Open two models; of a file, an adapter and a model by name, each takes the option that is for it.
 
     Args:
         models: what the user named as A and B.
-        pretrained: for those that are no files, see `open_source`.
-        key: for those that are files.
-        embeddings: whether lookup tables are measured.
+        opening: the options.
 
     Raises:
-        ValueError: there is a key and no file; for the others see `open_source`.
+        ValueError: there is a key and no file, or a base and no adapter; for the others see `open_source`.
     """
     are_files = [Path(model).exists() for model in models]
-    if key is not None and not any(are_files):
+    are_adapters = [adapter_folder(model) is not None for model in models]
+    if opening.key is not None and not any(are_files):
         raise ValueError(f"--key is for files of weights, {models[0]} and {models[1]} are none")
+    if opening.base is not None and not any(are_adapters):
+        raise ValueError(f"--base is for the folder of an adapter, {models[0]} and {models[1]} are none")
     sources = []
-    for model, is_file in zip(models, are_files, strict=True):
-        if is_file:
-            sources.append(open_source(model, key=key, embeddings=embeddings))
+    for model, other in zip(models, reversed(models), strict=True):
+        if adapter_folder(model) is not None:
+            base = opening.base or (other if _is_base(other) else None)
+            sources.append(open_source(model, key=opening.key, base=base, options=opening.options))
+        elif Path(model).exists():
+            sources.append(open_source(model, key=opening.key, options=opening.options))
         else:
-            sources.append(open_source(model, pretrained=pretrained, embeddings=embeddings))
+            sources.append(open_source(model, pretrained=opening.pretrained, options=opening.options))
     return sources
+
+
+def _is_base(model: str) -> bool:
+    """Tell a file of weights that an adapter can be merged onto."""
+    return Path(model).exists() and adapter_folder(model) is None

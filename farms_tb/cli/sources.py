@@ -11,7 +11,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,11 @@ import torch
 from torch import nn
 
 from farms_tb.cli.libraries import LIBRARIES, model_by_name, model_of_library
+from farms_tb.options import SpectrumOptions
 from farms_tb.report import LayerRecord
 from farms_tb.viewing.metrics_csv import METRICS_FILE
 from farms_tb.viewing.run_files import find_run
+from farms_tb.weights.adapter_files import adapter_folder, tensors_with_adapter
 from farms_tb.weights.files import stored_layers, stored_tensors
 from farms_tb.weights.layers import Layer, checked_layers, read_stacks
 from farms_tb.weights.stacks import MatrixStack
@@ -48,7 +50,12 @@ class Source:
 
 
 def open_source(
-    model: str, *, pretrained: bool = False, key: str | None = None, embeddings: bool = False
+    model: str,
+    *,
+    pretrained: bool = False,
+    key: str | None = None,
+    base: str | None = None,
+    options: SpectrumOptions | None = None,
 ) -> Source:
     """Find a model; of a file, nothing is read but names and shapes.
 
@@ -59,7 +66,8 @@ def open_source(
         pretrained: load the weights that torchvision or timm has for a model, which may download them; without it
             they are random, the same each time.
         key: where the weights lie in a file that holds more.
-        embeddings: whether lookup tables are measured.
+        base: a file of weights, onto which `model`, the folder of an adapter, is merged.
+        options: which layers are measured; None for the defaults.
 
     Returns:
         What the layers are read from.
@@ -78,17 +86,25 @@ def open_source(
         ValueError: Flatten has no layer that can be analysed; linear, convolution, attention and \
 spectral-convolution layers can, others by farms_tb.layer_matrices.register
     """
+    options = SpectrumOptions() if options is None else options
     if Path(model).exists():
         if pretrained:
             raise ValueError(f"--pretrained is for models of torchvision and timm, {model} is a file")
-        return _open_file(Path(model), key, embeddings)
+        if adapter_folder(model) is not None:
+            return _open_adapter(Path(model), key, base, options)
+        if base is not None:
+            raise ValueError(f"--base is for the folder of an adapter, {model} is none")
+        return _open_file(Path(model), key, options.embeddings)
+    if base is not None:
+        raise ValueError(f"--base is for the folder of an adapter, {model} is none")
     if key is not None:
         raise ValueError(f"--key is for files of weights, {model} is none")
     built = _build(model, pretrained)
     note = (
         "" if pretrained or _is_function(model) else f"{model} has random weights: --pretrained loads trained ones"
     )
-    return Source(checked_layers(built, embeddings=embeddings), _model_layers, note=note)
+    layers = checked_layers(built, embeddings=options.embeddings, adapters=options.adapters)
+    return Source(layers, _model_layers, note=note)
 
 
 def _open_file(path: Path, key: str | None, embeddings: bool) -> Source:
@@ -107,6 +123,26 @@ def _open_file(path: Path, key: str | None, embeddings: bool) -> Source:
     damaged: list[str] = []
     read = partial(stored_layers, embeddings=embeddings)
     return Source(stored_tensors(path, damaged, key=key), read, damaged, note)
+
+
+def _open_adapter(path: Path, key: str | None, base: str | None, options: SpectrumOptions) -> Source:
+    """Open the folder of an adapter, merged onto the weights that it is for where these are known.
+
+    Args:
+        path: the folder, or the file of weights in it.
+        key: where the weights lie in the base file.
+        base: that file; None to list the adapter's own matrices.
+        options: which layers are measured.
+
+    Raises:
+        ValueError: see `farms_tb.weights.adapter_files.tensors_with_adapter`.
+    """
+    if base is None or options.adapters != "merged":
+        note = f"{path} is an adapter: measuring its matrices A and B. --base merges it onto the weights it is for"
+        return replace(_open_file(path, key, options.embeddings), note=note)
+    damaged: list[str] = []
+    tensors = tensors_with_adapter(path, base, damaged, key=key)
+    return Source(tensors, partial(stored_layers, embeddings=options.embeddings), damaged)
 
 
 def _is_run_folder(path: Path) -> bool:
@@ -134,7 +170,7 @@ def _model_layers(layers: Iterable[Layer]) -> Iterator[tuple[str, MatrixStack | 
         if layer.problem:
             yield layer.name, LayerRecord(status=layer.problem, kind=layer.kind, shape=layer.shape)
         else:
-            yield layer.name, read_stacks(layer.module)[layer.index]
+            yield layer.name, read_stacks(layer.module, layer.adapters)[layer.index]
 
 
 def _build(model: str, pretrained: bool) -> nn.Module:

@@ -49,11 +49,11 @@ class FARMSTempBalance(ShowsResults, Callback):
     Logged at each measurement, with every logger of the trainer: `farms/alpha/<layer>`, `farms/ratio/<layer>`,
     `farms/lr/<layer>`, `farms/rank_share/<layer>`, `farms/alpha_mean` and `farms/alpha_std` over the layers that
     are trained, `farms/ratio_mean`, and `epoch`, the number of completed epochs; with `verdicts=True` also
-    `farms/effect/<layer>`, `farms/z/<layer>` and shares of verdicts, `farms/share_random` and so on. The
-    noise-aware map adds `farms/lambda`, that of shrunk effects `farms/tau` and `farms/mean_weight`. After training
-    a last row holds the metrics of the final weights. Models of more than 1000 layers log the aggregates only.
-    In W&B and TensorBoard, which sort by name, the keys of a layer are `farms_alpha/03_<layer>` and
-    so on: each metric has a section, in order of depth.
+    `farms/effect/<layer>`, `farms/z/<layer>` and shares of verdicts, `farms/share_random` and so on. Layers
+    with adapters have `farms/adapter_change/<layer>`. The noise-aware map adds `farms/lambda`, that of shrunk
+    effects `farms/tau` and `farms/mean_weight`. After training a last row holds the metrics of the final weights.
+    Models of more than 1000 layers log the aggregates only. In W&B and TensorBoard, which sort by name, the keys
+    of a layer are `farms_alpha/03_<layer>` and so on: each metric has a section, in order of depth.
     `farms/alpha_mean` and `farms/alpha_std` can be monitored by other callbacks.
 
     A callback that has been used can be pickled, with report and ratios, without model and optimizers. Where the

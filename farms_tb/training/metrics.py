@@ -307,6 +307,7 @@ def measurement_row(
             "z": record.z_score,
             "effect": record.effect,
             "rank_share": record.rank_share,
+            "adapter_change": record.adapter_change,
         }
         known = {metric: value for metric, value in metrics.items() if value is not None}
         row.update({f"{prefix}{metric}/{shown}": value for metric, value in known.items()})

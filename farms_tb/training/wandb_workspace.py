@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["build_workspace", "main"]
 
 _KEY = re.compile(
-    r"(?P<prefix>.*?)farms(_(?P<metric>alpha|ratio|lr|z|effect|rank_share|esd))?/(\d+_)?(?P<name>.+)"
+    r"(?P<prefix>.*?)farms(_(?P<metric>alpha|ratio|lr|z|effect|rank_share|adapter_change|esd))?/(\d+_)?(?P<name>.+)"
 )
 _SECTIONS = {
     "alpha": "alpha",
@@ -32,6 +32,7 @@ _SECTIONS = {
     "z": "z-score",
     "effect": "effect",
     "rank_share": "rank share",
+    "adapter_change": "change by adapters",
     "esd": "ESD",
 }
 _PICTURES = ("farms/alpha_curves", "farms/ratio_map", "farms/alpha_by_depth")

@@ -69,6 +69,23 @@ def stored_tensors(
     Raises:
         FileNotFoundError, ValueError, ImportError: see `farms_tb.analyze_checkpoint`.
     """
+    found, folder = _all_tensors(path, damaged, key)
+    return listed_tensors(found, facts_of(folder))
+
+
+def tensors_in(path: str | PathLike[str]) -> list[StoredTensor]:
+    """List all tensors in a file or folder, also vectors and others that are no layers.
+
+    Raises:
+        FileNotFoundError, ValueError, ImportError: see `farms_tb.analyze_checkpoint`.
+    """
+    return _all_tensors(path, None, None)[0]
+
+
+def _all_tensors(
+    path: str | PathLike[str], damaged: list[str] | None, key: str | None
+) -> tuple[list[StoredTensor], Path]:
+    """Return all tensors of a file, and the folder that it is in; for the arguments see `stored_tensors`."""
     if "://" in str(path):
         raise ValueError(f"{path} is a URL: download the file first, then pass its path")
     path = _file_at(Path(path))
@@ -77,7 +94,7 @@ def stored_tensors(
     if path.suffix in (".safetensors", ".json"):
         # Neither safetensors nor parts of a checkpoint have an order of their own.
         found.sort(key=lambda tensor: _natural(tensor.key))
-    return _layers_among(found, facts_of(path.parent))
+    return found, path.parent
 
 
 def files_of_weights(path: str | PathLike[str]) -> list[Path]:
@@ -117,10 +134,10 @@ def tensors_of_state_dict(state_dict: Mapping[str, Any]) -> list[StoredTensor]:
     if not found:
         kind = type(state_dict).__name__
         raise TypeError(f"expected a torch.nn.Module, got {kind}, and no state dict: it holds no tensor by name")
-    return _layers_among(found, ModelFacts())
+    return listed_tensors(found, ModelFacts())
 
 
-def _layers_among(tensors: list[StoredTensor], facts: ModelFacts) -> list[StoredTensor]:
+def listed_tensors(tensors: list[StoredTensor], facts: ModelFacts) -> list[StoredTensor]:
     """Return the tensors that a report lists, each with what is known of its module and the model."""
     tensors = with_tied_head(with_siblings(tensors, facts), facts.tied_head)
     return [tensor for tensor in tensors if may_be_layer(tensor)]

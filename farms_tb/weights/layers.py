@@ -15,6 +15,8 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from farms_tb.options import Adapters
+from farms_tb.weights.adapters import adapted_stacks, adapter_problem, base_of, is_adapted
 from farms_tb.weights.matrices import has_rule, layer_matrices
 from farms_tb.weights.names import EMBEDDING, clean_name, is_embedding_name, layer_name, no_rule
 from farms_tb.weights.stacks import MatrixStack, NoSpectrumError, Sampling, stack_problem
@@ -26,6 +28,7 @@ __all__ = [
     "checked_layers",
     "clean_name",
     "find_layers",
+    "has_adapters",
     "read_layers",
     "read_stacks",
     "stack_problem",
@@ -49,6 +52,7 @@ class Layer:
         problem: why the layer has no spectrum; empty where it has one.
         has_rule: whether the module's type is one that holds matrices.
         sampling: that of the stack.
+        adapters: what is measured of a layer with adapters.
     """
 
     name: str
@@ -61,6 +65,7 @@ class Layer:
     problem: str = ""
     has_rule: bool = True
     sampling: Sampling = "blocks"
+    adapters: Adapters = "separate"
 
     @property
     def planned(self) -> bool:
@@ -80,13 +85,15 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
-def find_layers(model: nn.Module, *, embeddings: bool = False) -> list[Layer]:
+def find_layers(model: nn.Module, *, embeddings: bool = False, adapters: Adapters = "separate") -> list[Layer]:
     """List every layer of `model` that has a weight matrix, in order of registration.
 
     Args:
         model: any module; `torch.compile` and data-parallel wrappers are looked through.
         embeddings: give lookup tables a stack too, one matrix (entries, width); without it they are listed as not
             analysed.
+        adapters: what is measured of a layer with adapters: one layer for `"merged"` and `"base"`; the parts of it
+            for `"separate"`.
 
     Returns:
         The layers, those without a spectrum among them with a `problem`. Of modules whose type has no rule, each
@@ -99,26 +106,35 @@ def find_layers(model: nn.Module, *, embeddings: bool = False) -> list[Layer]:
     names = _parameter_names(model)
     claimed: dict[int, str] = {}  # The layers that parameters belong to.
     inside: set[int] = set()  # Modules whose parameters belong to a layer above them.
+    adapted: set[int] = set()  # Those of them that are part of a layer with adapters.
     layers: list[Layer] = []
     for path, module in model.named_modules():
         path = clean_name(path)
-        if _is_compiled_shell(module):
+        if _is_compiled_shell(module) or id(module) in adapted:
             continue
-        if has_rule(module, embeddings=embeddings):
-            inside.update(id(child) for child in _own_modules(module))
-            layers.extend(_module_layers(path, module, names, claimed))
+        is_whole = _is_whole(module, adapters)
+        if is_whole or has_rule(module, embeddings=embeddings):
+            own = {id(child) for child in _own_modules(module, adapters)}
+            inside |= own
+            if is_whole:
+                adapted |= own
+            problem = _problem_of_adapters(module, adapters, embeddings)
+            layers.extend(_module_layers(path, module, adapters, problem, names, claimed))
         elif id(module) not in inside:
             layers.extend(_layers_without_rule(path, module))
     _check_names(layers)
     return layers
 
 
-def checked_layers(model: nn.Module, *, embeddings: bool = False, plan: bool = False) -> list[Layer]:
+def checked_layers(
+    model: nn.Module, *, embeddings: bool = False, adapters: Adapters = "separate", plan: bool = False
+) -> list[Layer]:
     """Return the layers that `find_layers` finds, with an error where there is nothing to measure.
 
     Args:
         model: any module.
         embeddings: as in `find_layers`.
+        adapters: as in `find_layers`.
         plan: accept a model without values, on the meta device: its layers would be measured.
 
     Returns:
@@ -130,7 +146,7 @@ def checked_layers(model: nn.Module, *, embeddings: bool = False, plan: bool = F
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
-    layers = find_layers(model, embeddings=embeddings)
+    layers = find_layers(model, embeddings=embeddings, adapters=adapters)
     if any(not layer.problem for layer in layers):
         return layers
     planned = any(layer.planned for layer in layers)
@@ -148,6 +164,11 @@ def checked_layers(model: nn.Module, *, embeddings: bool = False, plan: bool = F
     )
 
 
+def has_adapters(layer: Layer) -> bool:
+    """Tell a layer that is one with its adapters, of whatever kind."""
+    return bool(adapter_problem(layer.module, layer.adapters)) or _is_whole(layer.module, layer.adapters)
+
+
 def _check_names(layers: list[Layer]) -> None:
     """Refuse duplicate names: they would silently overwrite each other in a report."""
     seen: set[str] = set()
@@ -160,11 +181,12 @@ def _check_names(layers: list[Layer]) -> None:
         seen.add(layer.name)
 
 
-def read_stacks(module: nn.Module) -> list[MatrixStack]:
+def read_stacks(module: nn.Module, adapters: Adapters = "separate") -> list[MatrixStack]:
     """Return the module's weights as matrices, without side effects on the module.
 
     Args:
         module: a layer.
+        adapters: what is read of a layer with adapters.
 
     Returns:
         One stack for each weight, at least one. Without a history of gradients; views of the weights where
@@ -174,7 +196,7 @@ def read_stacks(module: nn.Module) -> list[MatrixStack]:
         NoSpectrumError: the module holds no matrix; the message says why.
     """
     with torch.no_grad(), _measuring(module):
-        stacks = layer_matrices(module)
+        stacks = adapted_stacks(module, adapters) if _is_whole(module, adapters) else layer_matrices(module)
     if not stacks:
         raise NoSpectrumError(f"{type(module).__name__} holds no matrix")
     return stacks
@@ -188,7 +210,7 @@ def read_layers(layers: Sequence[Layer]) -> Iterator[tuple[Layer, MatrixStack | 
             continue
         try:
             if layer.module is not module:
-                module, stacks = layer.module, read_stacks(layer.module)
+                module, stacks = layer.module, read_stacks(layer.module, layer.adapters)
             yield layer, stacks[layer.index]
         except NoSpectrumError:
             continue
@@ -222,39 +244,73 @@ def _parameter_names(model: nn.Module) -> dict[int, str]:
     return {id(parameter): clean_name(name) for name, parameter in model.named_parameters()}
 
 
-def _own_modules(module: nn.Module) -> Iterator[nn.Module]:
+def _is_whole(module: nn.Module, adapters: Adapters) -> bool:
+    """Tell a layer with adapters that is one layer; a rule that a user registers for its type comes first."""
+    return adapters != "separate" and is_adapted(module) and not has_rule(module)
+
+
+def _problem_of_adapters(module: nn.Module, adapters: Adapters, embeddings: bool) -> str:
+    """Say why a layer with adapters cannot be measured; empty for layers without adapters.
+
+    Args:
+        module: a layer.
+        adapters: what is to be measured.
+        embeddings: whether lookup tables are measured.
+    """
+    if _is_whole(module, adapters) and not has_rule(base_of(module), embeddings=embeddings):
+        is_table = isinstance(base_of(module), (nn.Embedding, nn.EmbeddingBag))
+        return EMBEDDING if is_table else no_rule("base_layer")
+    return adapter_problem(module, adapters)
+
+
+def _own_modules(module: nn.Module, adapters: Adapters) -> Iterator[nn.Module]:
     """Yield `module` and its descendants, but for those below a descendant that is a layer itself."""
     yield module
-    for child in module.children():
-        if not has_rule(child):
-            yield from _own_modules(child)
+    is_whole = _is_whole(module, adapters)
+    for name, child in module.named_children():
+        if is_whole and name != "base_layer":
+            yield from child.modules()
+        elif is_whole or not (has_rule(child) or _is_whole(child, adapters)):
+            yield from _own_modules(child, adapters)
 
 
-def _module_layers(path: str, module: nn.Module, names: dict[int, str], claimed: dict[int, str]) -> list[Layer]:
-    """Return the layers of one module whose type has a rule.
+def _module_layers(
+    path: str,
+    module: nn.Module,
+    adapters: Adapters,
+    problem: str,
+    names: dict[int, str],
+    claimed: dict[int, str],
+) -> list[Layer]:
+    """Return the layers of one module whose type has a rule, or that has adapters.
 
     Args:
         path: path of the module.
         module: the module.
+        adapters: what is measured of layers with adapters.
+        problem: why the module's adapters rule a measurement out; empty where they do not.
         names: names of the model's parameters by their identity.
         claimed: names of the layers that parameters belong to, by the parameters' identity; those of this module
             are added.
     """
-    name = path or "weight"
-    parameters = _own_parameters(module)
-    problem = _tied(parameters, claimed) or unreadable(parameters.values())
+    # Inside of a layer with adapters there may be another one, the output projection of attention.
+    base = path if adapters == "separate" else path.replace(".base_layer.", ".")
+    name = base or "weight"
+    parameters = _own_parameters(module, adapters)
+    problem = _tied(parameters, claimed) or problem or unreadable(parameters.values())
     free = {key: names[key] for key in parameters if key not in claimed and key in names}
     claimed.update(dict.fromkeys(free, name))
     stacks: list[MatrixStack] = []
     if problem in ("", NO_VALUES):
-        stacks, refused = _read_or_refuse(module)
+        # Both have the same shapes, and the sum takes longer.
+        stacks, refused = _read_or_refuse(module, "base" if adapters == "merged" else adapters)
         problem = problem or refused
     if not stacks:
-        return [Layer(name, path, module, parameters=tuple(free.values()), problem=problem)]
+        return [Layer(name, path, module, parameters=tuple(free.values()), problem=problem, adapters=adapters)]
     owned = _parameters_of_stacks(module, stacks, free)
     return [
         Layer(
-            name=".".join(filter(None, (path, stack.part))) or "weight",
+            name=".".join(filter(None, (base, stack.part))) or "weight",
             module_name=path,
             module=module,
             index=index,
@@ -263,15 +319,16 @@ def _module_layers(path: str, module: nn.Module, names: dict[int, str], claimed:
             parameters=owned[index],
             problem=stack_problem(stack) or problem,
             sampling=stack.sampling,
+            adapters=adapters,
         )
         for index, stack in enumerate(stacks)
     ]
 
 
-def _own_parameters(module: nn.Module) -> dict[int, nn.Parameter]:
+def _own_parameters(module: nn.Module, adapters: Adapters) -> dict[int, nn.Parameter]:
     """Return the parameters of a module, and of its descendants that are no layers, by their identity."""
     found = {}
-    for part in _own_modules(module):
+    for part in _own_modules(module, adapters):
         for parameter in part._parameters.values():
             if parameter is not None:
                 found[id(parameter)] = parameter
@@ -295,10 +352,10 @@ def _parameters_of_stacks(
     return [tuple(name for key, name in free.items() if key == own or key in shared) for own in made_of]
 
 
-def _read_or_refuse(module: nn.Module) -> tuple[list[MatrixStack], str]:
+def _read_or_refuse(module: nn.Module, adapters: Adapters) -> tuple[list[MatrixStack], str]:
     """Return the module's stacks, or why there are none: of an odd layer, a rule may raise anything."""
     try:
-        return read_stacks(module), ""
+        return read_stacks(module, adapters), ""
     except NoSpectrumError as error:
         return [], str(error)
     except Exception as error:

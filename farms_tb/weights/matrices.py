@@ -6,7 +6,7 @@ may not be installed::
 
     @layer_matrices.register(nn.Bilinear)
     def _bilinear(module: nn.Bilinear) -> list[MatrixStack]:
-        return stacks.experts(_weight(module))
+        return stacks.experts(weight_of(module))
 
 A test in `tests/weights/test_matrices.py` compares it with `tests/reference/stacks.py`. What a file shows of the
 new type, names and shapes, goes to `farms_tb.weights.naming`. Users add their own types in the same way, from
@@ -25,12 +25,11 @@ from dataclasses import dataclass
 from functools import singledispatch
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from farms_tb.weights import stacks
-from farms_tb.weights.names import scale_names
 from farms_tb.weights.stacks import CONV_NORM, MatrixStack, NoSpectrumError, Sampling
-from farms_tb.weights.values import dense, scaled
+from farms_tb.weights.values import dense, weight_of
 
 __all__ = ["CONV_NORM", "MatrixStack", "NoSpectrumError", "Sampling", "dense", "has_rule", "layer_matrices"]
 
@@ -126,43 +125,20 @@ def _holds(module: nn.Module, dimensions: int) -> bool:
     return any(parameter is not None and parameter.ndim == dimensions for parameter in own)
 
 
-def _weight(module: nn.Module, name: str = "weight") -> Tensor:
-    """Return a weight of a module as a plain tensor, multiplied with the scales of its blocks where it has such.
-
-    Args:
-        module: the layer.
-        name: the weight's attribute, which need not be a parameter: a parametrized weight is none.
-
-    Returns:
-        The tensor, detached, of the weight's shape.
-
-    Raises:
-        NoSpectrumError: the module has no such weight, or one without plain values.
-    """
-    weight = dense(getattr(module, name, None))
-    if weight.element_size() > 1:
-        return weight
-    for scale_name in scale_names(name):
-        scale = getattr(module, scale_name, None)
-        if isinstance(scale, Tensor) and scale.numel() > 1:
-            return scaled(weight, dense(scale))
-    return weight
-
-
 # ---- The rules, one a layer type. A new layer type goes at the end. ----
 
 
 @layer_matrices.register(nn.Linear)
 def _linear(module: nn.Linear) -> list[MatrixStack]:
     """Return the weight (out, in) as one matrix."""
-    return stacks.linear(_weight(module))
+    return stacks.linear(weight_of(module))
 
 
 @layer_matrices.register(nn.Embedding)
 @layer_matrices.register(nn.EmbeddingBag)
 def _embedding(module: Any) -> list[MatrixStack]:
     """Return a lookup table (entries, width) as one matrix, where a user asks for embeddings."""
-    return stacks.linear(_weight(module))
+    return stacks.linear(weight_of(module))
 
 
 @layer_matrices.register(nn.Conv1d)
@@ -173,18 +149,18 @@ def _embedding(module: Any) -> list[MatrixStack]:
 @layer_matrices.register(nn.ConvTranspose3d)
 def _convolution(module: Any) -> list[MatrixStack]:
     """Return one matrix for each group and kernel position."""
-    return stacks.convolution(_weight(module), module.groups)
+    return stacks.convolution(weight_of(module), module.groups)
 
 
 @layer_matrices.register
 def _attention(module: nn.MultiheadAttention) -> list[MatrixStack]:
     """Return q, k and v, packed into one weight or apart. The output projection is a linear layer of its own."""
     if module.in_proj_weight is not None:
-        return stacks.packed_attention(_weight(module, "in_proj_weight"), "in_proj_weight")
+        return stacks.packed_attention(weight_of(module, "in_proj_weight"), "in_proj_weight")
     found = []
     for part in "qkv":
         name = f"{part}_proj_weight"
-        found += stacks.linear(_weight(module, name), part, name)
+        found += stacks.linear(weight_of(module, name), part, name)
     return found
 
 
@@ -213,9 +189,9 @@ def _gates(module: Any, number: int) -> list[MatrixStack]:
     found = []
     for name in names:
         if "_hr" in name:
-            found += stacks.gates(_weight(module, name), 1, name)
+            found += stacks.gates(weight_of(module, name), 1, name)
         elif name.startswith("weight"):
-            found += stacks.gates(_weight(module, name), number, name)
+            found += stacks.gates(weight_of(module, name), number, name)
     return found
 
 
@@ -251,13 +227,13 @@ def _modes_in_use(module: Any) -> tuple[slice, ...]:
 @_register_name(r"transformers\.pytorch_utils\.Conv1D")
 def _transformers_conv1d(module: Any) -> list[MatrixStack]:
     """The linear layer of Hugging Face's GPT-2, which stores its weight as (in, out)."""
-    return stacks.linear(_weight(module))
+    return stacks.linear(weight_of(module))
 
 
 @_register_name(r"transformers\.models\.\S*(Router|Gate)", dimensions=2)
 def _router(module: Any) -> list[MatrixStack]:
     """Hugging Face's routers of a mixture of experts: a weight (experts, in)."""
-    return stacks.linear(_weight(module))
+    return stacks.linear(weight_of(module))
 
 
 @_register_name(r"transformers\.models\.\S*Experts", dimensions=3)
@@ -266,5 +242,5 @@ def _stacked_experts(module: Any) -> list[MatrixStack]:
     found = []
     for name, parameter in module._parameters.items():
         if parameter is not None and parameter.ndim == 3:
-            found += stacks.experts(_weight(module, name), name)
+            found += stacks.experts(weight_of(module, name), name)
     return found

@@ -144,7 +144,7 @@ def _layers(
         return
     try:
         layout = _layout(stored, embeddings)
-        found = layout(_weight(stored))
+        found = layout(values_of(stored))
     except NoSpectrumError as error:
         yield name, LayerRecord(status=str(error))
         return
@@ -206,7 +206,7 @@ def _refuse_unreadable(stored: StoredTensor) -> None:
         )
 
 
-def _weight(stored: StoredTensor) -> Tensor:
+def values_of(stored: StoredTensor) -> Tensor:
     """Read the tensor, and multiply it with the scales of its blocks where it has such.
 
     Returns:

@@ -53,6 +53,8 @@ class MatrixStack:
             several weights; empty where the stack stands for the whole module. Several stacks may be made of one
             parameter, as the gates of an LSTM are.
         eigenvalue_scale: factor on the eigenvalues.
+        adapter_change: how much adapters change the weight, ||W' - W||_F / ||W||_F, a tensor without dimensions;
+            None where there are none, or where it is not known.
 
     Raises:
         ValueError: `matrices` has other than three dimensions.
@@ -64,6 +66,7 @@ class MatrixStack:
     part: str = ""
     parameter: str = ""
     eigenvalue_scale: float = 1.0
+    adapter_change: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.matrices.ndim != 3:

@@ -1,20 +1,22 @@
 """Whether a weight has values that can be measured, and how to get at them as a plain tensor.
 
-Weights come in many wrappings: shards of a `DTensor`, quantised tensor subclasses (torchao), 8-bit floats with
-scales, sparse, nested and mkldnn layouts, the meta device. Each is either unwrapped here or refused with a reason,
-so that the layouts of `farms_tb.weights.stacks` see ordinary strided tensors alone.
+Weights come in many wrappings: shards of a `DTensor`, quantised tensor subclasses (torchao), codes of 4
+and 8 bits (bitsandbytes), 8-bit floats with scales, sparse, nested and mkldnn layouts, the meta device. Each is
+either unwrapped here or refused with a reason, so that the layouts of `farms_tb.weights.stacks` see ordinary
+strided tensors alone.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from farms_tb.weights.names import quantised
+from farms_tb.weights.names import quantised, scale_names
 from farms_tb.weights.stacks import NoSpectrumError
 
 NO_VALUES = "on the meta device: no values"
@@ -51,6 +53,8 @@ def _problem(parameter: Tensor) -> str:
         return f"a weight of layout {parameter.layout}: {MAKE_DENSE}"
     if parameter.is_meta:
         return NO_VALUES
+    if _is_packed(parameter) or _is_int8(parameter):
+        return ""
     if not (parameter.is_floating_point() or parameter.is_complex()):
         return quantised(parameter.dtype)
     return ""
@@ -83,6 +87,8 @@ def dense(weight: Any) -> Tensor:
     problem = unreadable([weight])
     if problem and problem != NO_VALUES:
         raise NoSpectrumError(problem)
+    if _is_packed(weight):
+        return _unpacked(weight)
     if _is_plain(weight):
         return weight.detach()
     if weight.is_meta:
@@ -91,6 +97,68 @@ def dense(weight: Any) -> Tensor:
     if gather is not None:
         return gather().detach()
     return _dequantised(weight)
+
+
+def weight_of(module: nn.Module, name: str = "weight") -> Tensor:
+    """Return a weight of a module as a plain tensor, multiplied with the scales of its blocks where it has such.
+
+    Args:
+        module: the layer.
+        name: the weight's attribute, which need not be a parameter: a parametrized weight is none.
+
+    Returns:
+        The tensor, detached, of the weight's shape.
+
+    Raises:
+        NoSpectrumError: the module has no such weight, or one without plain values.
+    """
+    stored = getattr(module, name, None)
+    if _is_int8(stored):
+        return _from_int8(module, stored)
+    weight = dense(stored)
+    if weight.element_size() > 1:
+        return weight
+    for scale_name in scale_names(name):
+        scale = getattr(module, scale_name, None)
+        if isinstance(scale, Tensor) and scale.numel() > 1:
+            return scaled(weight, dense(scale))
+    return weight
+
+
+def _is_packed(weight: Any) -> bool:
+    """Tell a weight that bitsandbytes has quantised to 4 bits: its shape is that of the codes."""
+    return type(weight).__name__ == "Params4bit" and getattr(weight, "quant_state", None) is not None
+
+
+def _unpacked(weight: Any) -> Tensor:
+    """Return the values of a weight that bitsandbytes has quantised to 4 bits, in the type it computes with."""
+    functional = importlib.import_module("bitsandbytes.functional")
+    values: Tensor = functional.dequantize_4bit(weight.data, weight.quant_state)
+    return values
+
+
+def _is_int8(weight: Any) -> bool:
+    """Tell a weight that bitsandbytes has quantised to 8 bits."""
+    return type(weight).__name__ == "Int8Params" and weight.dtype == torch.int8
+
+
+def _from_int8(module: nn.Module, weight: Any) -> Tensor:
+    """Return the values of a weight that bitsandbytes has quantised to 8 bits: codes * largest of the row / 127.
+
+    Args:
+        module: its layer, which takes the scales over when it is first called.
+        weight: integers `(out, in)`.
+
+    Raises:
+        NoSpectrumError: there are no scales.
+    """
+    largest = getattr(weight, "SCB", None)
+    if largest is None:
+        largest = getattr(getattr(module, "state", None), "SCB", None)
+    if not isinstance(largest, Tensor):
+        raise NoSpectrumError(quantised(weight.dtype))
+    codes: Tensor = weight.data
+    return codes.float() * (largest.detach().to(codes.device).float() / 127)[:, None]
 
 
 def _is_plain(weight: Tensor) -> bool:

@@ -157,6 +157,7 @@ OTHER_OPTIONS: dict[str, Any] = {
     "relative_cutoff": 0.01,
     "min_eigenvalues": 6,
     "embeddings": True,
+    "adapters": "separate",
     "precision": "float64",
     "solver": "torch",
     "memory_mb": 64,

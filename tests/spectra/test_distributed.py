@@ -90,6 +90,15 @@ def test_fsdp2(tmp_path: Path) -> None:
 
 
 @needs_fsdp2
+def test_fsdp2_with_adapters(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    first, second = results("sharded adapters", tmp_path)
+    assert_same_state(first, second)
+    check_sharded(first)
+    assert not any("lora" in name for name in first["ratios"][0][0])
+
+
+@needs_fsdp2
 def test_four_processes(tmp_path: Path) -> None:
     first, *others = results("loop and sharded", tmp_path, 4)
     for other in others:

@@ -133,7 +133,7 @@ def test_options_arrive_and_agree_with_analyze(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="esd must be one of 'farms', 'full', got 'half'"):
         analyze_checkpoint(tmp_path / "weights.pt", esd="half")  # type: ignore[arg-type]
     own, other = (inspect.signature(function).parameters for function in (analyze_checkpoint, analyze))
-    only_in_files = ("path", "key")
+    only_in_files = ("path", "key", "base")
     assert [own[name] for name in own if name not in only_in_files] == list(other.values())[1:]
 
 

@@ -6,6 +6,7 @@ import itertools
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -262,3 +263,45 @@ def test_weights_that_torchao_quantised(config: str, tmp_path: Path) -> None:
     found = analyze_checkpoint(tmp_path / "a.pt").layers
     assert "dequantise" in found["1"].status
     assert [found[name] for name in "02"] == [before[name] for name in "02"]
+
+
+class Int8Params(nn.Parameter):
+    """As bitsandbytes keeps 8-bit weights: whole numbers, and the largest absolute value of each row."""
+
+    @classmethod
+    def of(cls, weight: torch.Tensor) -> Int8Params:
+        largest = weight.abs().amax(dim=1)
+        made = cls((weight / largest[:, None] * 127).round().to(torch.int8), requires_grad=False)
+        made.SCB = largest
+        return made
+
+
+def test_codes_of_8_bits_are_multiplied_with_the_scales_of_their_rows() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    before = analyze(net).layers
+    net[1].weight = Int8Params.of(net[1].weight.detach())
+    assert analyze(net).layers["1"].alpha == pytest.approx(before["1"].alpha, abs=0.05)
+    # At its first call, a layer takes the scales over.
+    net[1].state = SimpleNamespace(SCB=net[1].weight.SCB)
+    net[1].weight.SCB = None
+    assert analyze(net).layers["1"].alpha == pytest.approx(before["1"].alpha, abs=0.05)
+    del net[1].state
+    assert "dequantise" in analyze(net).layers["1"].status
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("bits", [4, 8])
+def test_weights_that_bitsandbytes_quantised(bits: int) -> None:
+    modules = pytest.importorskip("bitsandbytes").nn
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 96))
+    kind, options = (modules.Linear4bit, {}) if bits == 4 else (modules.Linear8bitLt, {"has_fp16_weights": False})
+    quantised = kind(64, 96, **options)
+    quantised.load_state_dict(net[1].state_dict())
+    quantised = quantised.to("cpu")
+    before, after = analyze(net).layers["1"], analyze(nn.Sequential(net[0], quantised)).layers["1"]
+    assert after.shape == before.shape
+    assert after.alpha == pytest.approx(before.alpha, abs=0.1)
+    quantised(torch.randn(2, 64))
+    assert analyze(nn.Sequential(net[0], quantised)).layers["1"].alpha == after.alpha

@@ -1,0 +1,298 @@
+"""A folder with an adapter of PEFT, merged onto the file of the weights that it was trained for.
+
+PEFT saves A and B of each layer in `adapter_model.safetensors`, and how they are scaled in `adapter_config.json`.
+Here the tensors of the base file are listed, and each that has an adapter is added to it when it is read: one
+weight, its A and its B are in memory at a time. Weights that were trained as a whole (`modules_to_save`) take the
+place of those in the base file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from farms_tb.weights.files import listed_tensors, stored_tensors, tensors_in
+from farms_tb.weights.low_rank import LowRankUpdate, merged
+from farms_tb.weights.naming import values_of
+from farms_tb.weights.stored import ModelFacts, StoredTensor
+from farms_tb.weights.values import dense
+
+CONFIG = "adapter_config.json"
+
+_MAX_SIZE = 10_000_000
+_OUTSIDE = "base_model.model."
+"""What PEFT puts before the names of the model that it adapts."""
+
+_PART = re.compile(r"(?P<layer>.+)\.lora_(?P<part>A|B|embedding_A|embedding_B|magnitude_vector)(\.weight)?")
+_VARIANTS = (
+    *("alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "target_parameters"),
+    *("use_bdlora", "use_qalora", "layer_replication"),
+)
+"""Entries of the config that are set where the adapter is a variant of LoRA that adds something else."""
+
+_WEIGHTS = ("weight", "in_proj_weight", "qweight", "weight_packed")
+"""Names of the weight of a layer that an adapter may be for; the last two are those of quantised ones."""
+
+Parts = dict[str, StoredTensor]
+"""The tensors of one layer's adapter by the last part of their names: `"A"`, `"B"`, `"magnitude_vector"`."""
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """How the products of an adapter are scaled and added.
+
+    Attributes:
+        alpha: the scaling is alpha / r.
+        alphas: other values of alpha for layers of these names, from some dot on.
+        by_root: whether it is alpha / sqrt(r).
+        transposed: whether weights are stored as (in, out).
+    """
+
+    alpha: float
+    alphas: Mapping[str, float]
+    by_root: bool
+    transposed: bool
+
+    def scaling(self, layer: str, rank: int) -> float:
+        """Return the factor of B A for a layer."""
+        alpha = next((value for name, value in self.alphas.items() if _ends_in(layer, name)), self.alpha)
+        return alpha / (math.sqrt(rank) if self.by_root else rank)
+
+
+def adapter_folder(path: str | PathLike[str]) -> Path | None:
+    """Return the folder of an adapter where `path` is one, or the file of weights in one; else None."""
+    path = Path(path)
+    folder = path.parent if path.name.startswith("adapter_model.") else path
+    return folder if (folder / CONFIG).is_file() else None
+
+
+def tensors_with_adapter(
+    path: str | PathLike[str],
+    base: str | PathLike[str],
+    damaged: list[str] | None = None,
+    *,
+    key: str | None = None,
+) -> list[StoredTensor]:
+    """List the tensors of a file of weights with the adapter in a folder merged onto them.
+
+    Args:
+        path: the adapter's folder, or the file of weights in it.
+        base: the weights that the adapter was trained for.
+        damaged: as in `farms_tb.weights.files.stored_tensors`, for the base.
+        key: where the weights lie in the base file.
+
+    Raises:
+        FileNotFoundError: a file is not there.
+        ValueError: `path` is no adapter, or one that does not fit the base; and see `farms_tb.analyze_checkpoint`.
+    """
+    folder = adapter_folder(path)
+    if folder is None:
+        raise ValueError(f"{path} is no folder of an adapter: base is for those, which hold an {CONFIG}")
+    return adapted_tensors(folder, stored_tensors(base, damaged, key=key))
+
+
+def adapted_tensors(folder: Path, base: Sequence[StoredTensor]) -> list[StoredTensor]:
+    """List the tensors of a file of weights, with an adapter merged onto them.
+
+    Args:
+        folder: the adapter's.
+        base: what `farms_tb.weights.files.stored_tensors` lists of the weights that it was trained for.
+
+    Returns:
+        The same tensors in the same order, whose values are those of the sum where the adapter has a part for
+        them; and those that it alone has.
+
+    Raises:
+        FileNotFoundError: there are no weights in the folder.
+        ValueError: the adapter is no LoRA or DoRA, is damaged, or is for other layers than those of `base`.
+    """
+    settings = _settings(folder / CONFIG)
+    adapters, wholes = _sorted(tensors_in(_weights_of(folder)))
+    if not adapters:
+        raise ValueError(f"{folder} holds no adapter: expected tensors called ...lora_A and ...lora_B")
+    of_base = {tensor.path: tensor for tensor in base if tensor.name in _WEIGHTS}
+    rename = _renaming(list(adapters), of_base)
+    found = {tensor.key: tensor for tensor in base}
+    for layer, parts in adapters.items():
+        own = of_base[rename(layer)]
+        found[own.key] = _merged(own, layer, parts, settings)
+    for tensor in listed_tensors(wholes, ModelFacts()):
+        key = f"{rename(tensor.path)}.{tensor.name}".strip(".")
+        known = found.get(key, tensor)
+        found[key] = replace(tensor, key=key, siblings=known.siblings, facts=known.facts)
+    return list(found.values())
+
+
+def _weights_of(folder: Path) -> Path:
+    """Return the file of the adapter's weights.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    for name in ("adapter_model.safetensors", "adapter_model.bin"):
+        if (folder / name).is_file():
+            return folder / name
+    raise FileNotFoundError(f"{folder} has an {CONFIG} and no adapter_model.safetensors")
+
+
+def _settings(path: Path) -> _Settings:
+    """Read an `adapter_config.json`.
+
+    Raises:
+        ValueError: it is damaged, or of another kind of adapter than LoRA.
+    """
+    config = _json(path)
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise ValueError(f"{path}: an adapter of the kind {kind!r:.40}, expected 'LORA': merge it in PEFT first")
+    variants = [name for name in _VARIANTS if config.get(name)]
+    if variants:
+        raise ValueError(
+            f"{path}: a variant of LoRA ({variants[0]}) that is not known here: merge it in PEFT first"
+        )
+    patterns = config.get("alpha_pattern") or {}
+    alphas = [config.get("lora_alpha"), *(patterns.values() if isinstance(patterns, dict) else [None])]
+    if not all(_is_number(alpha) for alpha in alphas):
+        raise ValueError(f"{path}: expected numbers as lora_alpha and in alpha_pattern, got {alphas!r:.60}")
+    for name in patterns:
+        # A regular expression that somebody else wrote may take for ever.
+        if not re.fullmatch(r"\^?[\w.\-]+", name):
+            raise ValueError(f"{path}: alpha_pattern has {name!r:.60}, expected a name: merge it in PEFT first")
+    return _Settings(
+        alpha=config["lora_alpha"],
+        alphas=patterns,
+        by_root=config.get("use_rslora") is True,
+        transposed=config.get("fan_in_fan_out") is True,
+    )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """Return the content of a JSON file.
+
+    Raises:
+        ValueError: it is no JSON object.
+    """
+    try:
+        config = json.loads(path.read_bytes()) if path.stat().st_size <= _MAX_SIZE else None
+    except (ValueError, RecursionError):
+        config = None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} is damaged: expected a JSON object")
+    return config
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _ends_in(layer: str, pattern: str) -> bool:
+    """Tell whether a name is, or from some dot on is, that of a pattern; one with `^` has to be all of it."""
+    if pattern.startswith("^"):
+        return layer == pattern[1:]
+    return layer == pattern or layer.endswith(f".{pattern}")
+
+
+def _sorted(tensors: Sequence[StoredTensor]) -> tuple[dict[str, Parts], list[StoredTensor]]:
+    """Return the parts of each layer's adapter, by the layer's name in the model, and the tensors that are none.
+
+    Raises:
+        ValueError: a part of another kind of adapter.
+    """
+    adapters: dict[str, Parts] = {}
+    wholes = []
+    for tensor in tensors:
+        key = tensor.key.removeprefix(_OUTSIDE).replace(".base_layer.", ".")
+        match = _PART.fullmatch(key)
+        if match is not None:
+            part = match["part"].removeprefix("embedding_")
+            adapters.setdefault(match["layer"], {})[part] = tensor
+        elif ".lora_" not in key:
+            wholes.append(replace(tensor, key=key))
+        elif not key.endswith(".lora_B.bias"):
+            raise ValueError(f"the adapter has a tensor {tensor.key!r}, which is no part of LoRA or DoRA")
+    return adapters, wholes
+
+
+class _Renaming:
+    """How the names of layers in an adapter become those in the base file."""
+
+    def __init__(self, removed: str = "", added: str = "") -> None:
+        self.removed, self.added = removed, added
+
+    def __call__(self, name: str) -> str:
+        """Return a layer's name in the base file."""
+        return self.added + name.removeprefix(self.removed)
+
+
+def _renaming(layers: Sequence[str], base: Mapping[str, object]) -> _Renaming:
+    """Find which prefix turns the names of an adapter's layers into those of the base file: most often none.
+
+    The two differ where the base was saved without a head: `transformer.h.0.attn.c_attn` is `h.0.attn.c_attn`.
+
+    Args:
+        layers: names in the adapter.
+        base: names in the base file.
+
+    Raises:
+        ValueError: no prefix fits all of them.
+    """
+    candidates = [_Renaming()]
+    for name in base:
+        if layers[0].endswith(f".{name}"):
+            candidates.append(_Renaming(removed=layers[0].removesuffix(name)))
+        elif name.endswith(f".{layers[0]}"):
+            candidates.append(_Renaming(added=name.removesuffix(layers[0])))
+    for candidate in candidates[:20]:
+        if all(candidate(layer) in base for layer in layers):
+            return candidate
+    missing = next(layer for layer in layers if layer not in base)
+    raise ValueError(f"the adapter is for other weights than those of the base: these have no layer {missing!r}")
+
+
+def _merged(base: StoredTensor, layer: str, parts: Parts, settings: _Settings) -> StoredTensor:
+    """Return a tensor of the base file whose values, when they are read, have the adapter added.
+
+    Quantised weights are returned as they are: they are listed with that reason.
+
+    Raises:
+        ValueError: A or B is not there, or their product has another shape.
+    """
+    problems = [part.problem for part in parts.values() if part.problem]
+    if problems or not {"A", "B"} <= parts.keys():
+        found = "; ".join(problems) or f"only {sorted(parts)}"
+        raise ValueError(f"the adapter of {layer!r} is damaged: expected lora_A and lora_B, got {found}")
+    if base.problem or not base.has_numbers:
+        return base
+    first, second = parts["A"].shape, parts["B"].shape
+    is_table = "embedding" in parts["A"].name
+    product, shape = (*second[:1], math.prod(first[1:])), (*base.shape[:1], math.prod(base.shape[1:]))
+    is_transposed = is_table or (settings.transposed and product == shape[::-1])
+    rank = math.prod(second[1:])
+    if product != (shape[::-1] if is_transposed else shape) or first[:1] != (rank,) or rank == 0:
+        raise ValueError(
+            f"the adapter of {layer!r} does not fit the weight of shape {base.shape}: B has the shape {second}, A "
+            f"{first}"
+        )
+    read = partial(_read, base, parts, settings.scaling(layer, rank), is_transposed)
+    return replace(base, read=read, identity=("adapter", base.key), dtype=torch.float32)
+
+
+def _read(base: StoredTensor, parts: Parts, scaling: float, transposed: bool) -> Tensor:
+    """Read a weight, its A and its B, and return the sum."""
+    left, right = dense(parts["B"].read()).flatten(1), dense(parts["A"].read()).flatten(1)
+    magnitude = dense(parts["magnitude_vector"].read()).flatten() if "magnitude_vector" in parts else None
+    if transposed:
+        update = LowRankUpdate(right.mT, left.mT, scaling, magnitude, outputs=1)
+    else:
+        update = LowRankUpdate(left, right, scaling, magnitude)
+    return merged(values_of(base), [update])[0]

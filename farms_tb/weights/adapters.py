@@ -1,0 +1,247 @@
+"""Layers with adapters such as LoRA, read as the weight that the network computes with.
+
+PEFT puts a layer of its own around each layer that it adapts. That layer holds the other one as `base_layer`, with
+a weight W that is mostly frozen, and the matrices A and B of each adapter. B A alone has rank r, which is too few
+eigenvalues for an alpha; the spectrum that counts is that of the sum W', see `farms_tb.weights.low_rank`.
+
+Adapters are told by their attributes, so that PEFT need not be installed. Nothing of the model is changed: W' is
+computed into memory of its own, one weight at a time.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from farms_tb.options import Adapters
+from farms_tb.weights.low_rank import LowRankUpdate, change_of_merged, merged
+from farms_tb.weights.matrices import layer_matrices
+from farms_tb.weights.stacks import MatrixStack, NoSpectrumError
+from farms_tb.weights.values import dense, weight_of
+
+_KNOWN_VARIANTS = ("Dora", "MiCA")
+"""How the names of PEFT's variants of LoRA begin whose weight `farms_tb.weights.low_rank` computes."""
+
+_MERGED = "its adapters are merged into the weight: unmerge them first, or measure with adapters='merged'"
+_DISABLED = "its adapters are merged and disabled: unmerge them first, model.unmerge_adapter()"
+
+
+def is_adapted(module: nn.Module) -> bool:
+    """Tell a layer of PEFT, of whatever kind, that has another one inside and adapts it."""
+    return isinstance(module._modules.get("base_layer"), nn.Module) and hasattr(module, "active_adapters")
+
+
+def base_of(module: nn.Module) -> nn.Module:
+    """Return the layer inside a layer of PEFT, also where several are around each other."""
+    while is_adapted(module):
+        module = module._modules["base_layer"]  # type: ignore[assignment]
+    return module
+
+
+def adapter_problem(module: nn.Module, adapters: Adapters) -> str:
+    """Say why a layer with adapters has no weight that could be measured; empty where it has one.
+
+    No values are read.
+
+    Args:
+        module: any layer, with adapters or without.
+        adapters: what is to be measured.
+    """
+    if adapters == "separate":
+        return ""
+    if not is_adapted(module):
+        # Other packages, loralib for one, derive their layer from the one that it adapts.
+        return _unknown(module) if module._parameters.get("lora_A") is not None else ""
+    if adapters == "base":
+        return _MERGED if _is_merged(module) else ""
+    if _is_merged(module) and getattr(module, "disable_adapters", False):
+        return _DISABLED
+    try:
+        _applied(module)
+    except NoSpectrumError as error:
+        return str(error)
+    return ""
+
+
+def adapted_stacks(module: nn.Module, adapters: Adapters) -> list[MatrixStack]:
+    """Return the weights of a layer with adapters as stacks of matrices.
+
+    Args:
+        module: a layer for which `is_adapted` holds.
+        adapters: `"merged"` for the sum W', `"base"` for W alone.
+
+    Returns:
+        The stacks of the layer inside, with `adapter_change` where it is known.
+
+    Raises:
+        NoSpectrumError: the adapters are of another kind, or the layer inside has no weight.
+    """
+    base = base_of(module)
+    applied = _applied(module) if adapters == "merged" else []
+    if not applied:
+        return layer_matrices(base)
+    name = _weight_name(base)
+    weight = weight_of(base, name)
+    updates = [adapter.read() for adapter in applied]
+    if _is_merged(module):
+        change = change_of_merged(weight, updates)
+    else:
+        weight, change = merged(weight, updates)
+    return [replace(stack, adapter_change=change) for stack in layer_matrices(_with_weight(base, name, weight))]
+
+
+@dataclass(frozen=True)
+class _Adapter:
+    """One adapter of a layer, whose values are not read yet.
+
+    Attributes:
+        left: B `(out, r)`, and of a convolution `(out, r, 1, ...)`.
+        right: A `(r, in)`, and of a convolution `(r, in, *kernel)`.
+        scaling: factor on their product.
+        magnitude: DoRA's, with one entry for each output; None for LoRA.
+        transposed: whether the weight is stored as (in, out).
+    """
+
+    left: Tensor
+    right: Tensor
+    scaling: float
+    magnitude: Tensor | None
+    transposed: bool
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Tell whether the product of B and A has as many rows and columns as a weight."""
+        rows, columns = self.left.shape[0], math.prod(self.right.shape[1:])
+        if self.transposed:
+            rows, columns = columns, rows
+        rank = math.prod(self.left.shape[1:])
+        return (rows, columns) == (shape[0], math.prod(shape[1:])) and rank == self.right.shape[0]
+
+    def read(self) -> LowRankUpdate:
+        """Return the values; gathering sharded ones is a collective call."""
+        left, right = dense(self.left).flatten(1), dense(self.right).flatten(1)
+        magnitude = None if self.magnitude is None else dense(self.magnitude).flatten()
+        if self.transposed:
+            return LowRankUpdate(right.mT, left.mT, self.scaling, magnitude, outputs=1)
+        return LowRankUpdate(left, right, self.scaling, magnitude)
+
+
+def _applied(module: nn.Module) -> list[_Adapter]:
+    """Return the adapters of a layer that are merged into its weight, or else those that the network applies.
+
+    Raises:
+        NoSpectrumError: one of them is no LoRA or DoRA, or does not fit the weight.
+    """
+    base = base_of(module)
+    if module._modules["base_layer"] is not base or hasattr(module, "parameter_name"):
+        raise NoSpectrumError(_unknown(module))
+    shape = _shape(getattr(base, _weight_name(base)))
+    found = list(_adapters(module))
+    for name, adapter in found:
+        if not adapter.fits(shape):
+            raise NoSpectrumError(
+                f"its adapter {name!r} does not fit the weight of shape {shape}: B has the shape "
+                f"{tuple(adapter.left.shape)}, A {tuple(adapter.right.shape)}. Measure with adapters='separate'"
+            )
+    return [adapter for _, adapter in found]
+
+
+def _adapters(module: nn.Module) -> Iterator[tuple[str, _Adapter]]:
+    """Yield name and matrices of each adapter that is merged, or else of those that are active.
+
+    Raises:
+        NoSpectrumError: one of them is no LoRA or DoRA.
+    """
+    # AdaLoRA, whose product has a third factor, is derived from LoRA's layer.
+    if not all(hasattr(module, name) for name in ("lora_A", "lora_B", "scaling")) or hasattr(module, "lora_E"):
+        raise NoSpectrumError(_unknown(module))
+    is_table = len(getattr(module, "lora_embedding_A", ())) > 0
+    prefix = "lora_embedding_" if is_table else "lora_"
+    is_transposed = is_table or bool(getattr(module, "fan_in_fan_out", False))
+    for name in _applied_names(module):
+        left, right = _entry(module, f"{prefix}B", name), _entry(module, f"{prefix}A", name)
+        if left is None or right is None:
+            continue  # An adapter of other layers.
+        _check_variant(module, name)
+        magnitude = _entry(module, "lora_magnitude_vector", name)
+        scaling = float(module.scaling[name])  # type: ignore[index,operator]
+        yield name, _Adapter(left, right, scaling, magnitude, is_transposed)
+
+
+def _entry(module: nn.Module, attribute: str, name: str) -> Tensor | None:
+    """Return the tensor of one adapter, or the weight of its layer; None where there is none."""
+    parts = getattr(module, attribute, None)
+    if parts is None or name not in parts:
+        return None
+    part = parts[name]
+    found = part if isinstance(part, Tensor) else getattr(part, "weight", None)
+    if not isinstance(found, Tensor):
+        raise NoSpectrumError(_unknown(module))
+    return found
+
+
+def _check_variant(module: nn.Module, name: str) -> None:
+    """Raise where an adapter is a variant of LoRA whose weight is another one."""
+    variants = getattr(module, "lora_variant", {})
+    variant = type(variants[name]).__name__ if name in variants else ""
+    if variant and not variant.startswith(_KNOWN_VARIANTS):
+        raise NoSpectrumError(_unknown(module, variant))
+
+
+def _applied_names(module: nn.Module) -> list[str]:
+    """Return the names of the adapters that are merged, or else of those that the network applies."""
+    if _is_merged(module):
+        return list(module.merged_adapters)  # type: ignore[arg-type]
+    if getattr(module, "disable_adapters", False):
+        return []
+    active: Any = module.active_adapters
+    return [active] if isinstance(active, str) else list(active)
+
+
+def _is_merged(module: nn.Module) -> bool:
+    """Tell whether the weight of the layer inside holds adapters already."""
+    return bool(getattr(module, "merged_adapters", ()))
+
+
+def _weight_name(base: nn.Module) -> str:
+    """Return the name of the weight that adapters change.
+
+    Raises:
+        NoSpectrumError: the layer has none.
+    """
+    for name in ("weight", "in_proj_weight"):
+        if isinstance(getattr(base, name, None), Tensor):
+            return name
+    raise NoSpectrumError(f"adapters around a {type(base).__name__}, which has no weight")
+
+
+def _shape(weight: Any) -> tuple[int, ...]:
+    """Return the shape of a weight; bitsandbytes packs those of 4 bits into a column of codes."""
+    packed = getattr(weight, "quant_state", None)
+    return tuple(weight.shape if packed is None else packed.shape)
+
+
+def _with_weight(base: nn.Module, name: str, weight: Tensor) -> nn.Module:
+    """Return a copy of a layer that shares all with it but for one weight."""
+    copied = copy.copy(base)
+    copied.__dict__.pop(name, None)
+    copied.__dict__["_parameters"] = {**base._parameters, name: nn.Parameter(weight, requires_grad=False)}
+    return copied
+
+
+def _unknown(module: nn.Module, variant: str = "") -> str:
+    """Return the problem of an adapter that is no LoRA.
+
+    Args:
+        module: the layer with the adapter.
+        variant: name of the variant of LoRA that it is.
+    """
+    kind = f"{type(module).__module__}.{type(module).__qualname__}"
+    return (
+        f"an adapter of an unknown kind ({kind}{variant and ', '}{variant}): of PEFT, LoRA and DoRA are known. "
+        "adapters='base' measures the weight below such an adapter, adapters='separate' its parts"
+    )
