@@ -8,7 +8,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import chain, cycle
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,13 @@ import pytest
 import torch
 from torch import nn
 
-from farms_tb import LayerRecord, Report, analyze
+from farms_tb import LayerRecord, Report, Verdict, analyze
+from farms_tb.report import DERIVED
 from farms_tb.viewing.diagnosis import diagnose
 from farms_tb.viewing.history import Curve, History
 from farms_tb.viewing.page import write_page
 from farms_tb.viewing.run_folder import RunFolder, read_run_folder
+from farms_tb.viewing.words import METRICS, OF_THE_NULL, VERDICTS
 from tests.helpers import LIGHTNING_NOISE
 from tests.runs import train_run
 
@@ -203,7 +205,7 @@ def browser() -> Iterator[Any]:
 @pytest.fixture
 def view(browser: Any) -> Iterator[Any]:
     """Open a page; in the end there must have been no error and no request but for the page itself."""
-    context = browser.new_context(viewport={"width": 1400, "height": 1000})
+    context = browser.new_context(viewport={"width": 1400, "height": 1000}, has_touch=True)
     tab = context.new_page()
     tab.set_default_timeout(10_000)
     said: list[str] = []
@@ -435,13 +437,43 @@ def test_alpha_is_seen_on_a_phone(view: Any, tmp_path: Path) -> None:
 
 
 def test_heads_and_values_explain_themselves(view: Any, tmp_path: Path) -> None:
+    """To a mouse, to the keyboard and to a finger."""
     tab = view(write_page(made_up_run(tmp_path, ["a", "b"])))
-    for head in tab.locator("th[data-key] button").all():
-        assert len(head.get_attribute("title")) > 30
-    assert "whole matrix" in tab.locator("th[data-key=stable_rank] button").get_attribute("title")
+    tip = tab.locator("#tip")
+    head = tab.locator("th[data-key=stable_rank] button")
+    head.hover()
+    assert "whole matrix" in tip.inner_text()
+    tab.mouse.move(0, 0)
+    assert tip.is_hidden()
+    tab.locator("th[data-key=ks] button").focus()
+    tab.keyboard.press("Tab")
+    assert "whole matrix" in tip.inner_text()
+    tab.keyboard.press("Escape")
+    assert tip.is_hidden()
     tab.locator("tbody tr").nth(1).click()
-    for value in tab.locator("#detail dl > div").all():
-        assert len(value.get_attribute("title")) > 30
+    explained = tab.locator("th[data-key] button, #detail dl > div, #quantity label").all()
+    assert len(explained) > 20
+    for element in explained:
+        assert len(element.get_attribute("aria-description")) > 20
+    value = tab.locator("#detail dl > div").nth(2)
+    tab.set_viewport_size({"width": 390, "height": 844})
+    value.scroll_into_view_if_needed()
+    value.tap()
+    assert "FARMS" in tip.inner_text()
+    box = tip.bounding_box()
+    assert box["x"] >= 0
+    assert box["x"] + box["width"] <= 390
+    tab.locator("#detail h2").tap()
+    assert tip.is_hidden()
+
+
+def test_words_of_the_page_are_those_of_the_documentation(trained: Path, tmp_path: Path) -> None:
+    found = content(write_page(trained, tmp_path / "page.html"))
+    assert found["words"]["error"] == METRICS["alpha_error"]
+    assert set(found["verdicts"]) == {str(verdict) for verdict in Verdict}
+    names = {field.name for field in fields(LayerRecord)} | set(DERIVED)
+    assert set(OF_THE_NULL) <= set(METRICS) <= names
+    assert all(words.endswith((".", "?")) for words in (*METRICS.values(), *VERDICTS.values()))
 
 
 def test_no_more_digits_than_are_known(view: Any, tmp_path: Path) -> None:

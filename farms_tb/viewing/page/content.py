@@ -16,10 +16,34 @@ from farms_tb.viewing.densities import aspect_of_sample, esd_density, marchenko_
 from farms_tb.viewing.diagnosis import diagnose
 from farms_tb.viewing.history import Curve, History
 from farms_tb.viewing.run_folder import RunFolder
+from farms_tb.viewing.words import METRICS, VERDICTS
 
 __all__ = ["content_of"]
 
 NOT_MEASURED = "not in the weights that were measured"
+
+WORDS = {
+    "index": "Position of the layer, from the input to the output.",
+    "name": "Name of the layer in the model.",
+    "verdict": "What the metrics say of the layer in a word.",
+    "status": "Why a layer has no alpha, or why it means something else; empty for the others.",
+    "shape": "The layer's weight as a stack of K matrices with R rows and C columns.",
+    "kind": "Real weights, or complex ones of a spectral convolution.",
+    "alpha": METRICS["alpha"],
+    "farms": f"{METRICS['alpha']} Fitted on windows of one aspect ratio (FARMS).",
+    "error": METRICS["alpha_error"],
+    "full": "Alpha of the whole matrix, which depends on the matrix's shape.",
+    "bias": "Alpha of the whole matrix minus that of FARMS windows: what the shape of the matrix adds.",
+    "ratio": "Learning rate of the layer over the scheduler's learning rate.",
+    "last_ratio": "Learning rate of the layer over the scheduler's learning rate, as last logged.",
+    "lr": "Learning rate of the layer.",
+    "null_mean": "Mean alpha of the same weights in random order, the permutation null, ± its standard deviation.",
+    "ks": METRICS["ks_distance"],
+    "count": METRICS["num_eigenvalues"],
+    "z": METRICS["z_score"],
+    **{name: METRICS[name] for name in ("effect", "rank_share", "stable_rank", "spectral_norm")},
+}
+"""What each heading and value of the page means, by its key in the values of a layer."""
 
 _When = tuple[float, int]
 """Completed epochs and optimizer steps at a measurement."""
@@ -46,6 +70,8 @@ def content_of(run: RunFolder) -> dict[str, Any]:
         "when": {"epoch": _numbers(epoch for epoch, _ in when), "step": [step for _, step in when]},
         "layers": [_layer(name, run, when) for name in run.layers],
         "laws": _laws(run),
+        "words": WORDS,
+        "verdicts": {str(verdict): words for verdict, words in VERDICTS.items()},
         "options": _options_in_words(run.options),
         "settings": run.settings,
     }

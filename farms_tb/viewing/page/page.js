@@ -30,32 +30,20 @@ function choice(id, options, current, onchange) {
   const place = byId(id) || el("fieldset", { class: "switch", id });
   for (const [value, label] of options) {
     const input = el("input", { type: "radio", name: id, value, checked: value === current, onchange: () => onchange(value) });
-    place.append(el("label", null, input, label));
+    place.append(explained(el("label", null, input, label), data.words[value]));
   }
   place.hidden = options.length < 2;
   return place;
 }
 
-/** What a column of the table and a value of the detail mean. */
-const MEANING = {
-  index: "Position of the layer, from the input to the output.",
-  name: "Name of the layer in the model.",
-  status: "Why a layer has no alpha; empty where it has one.",
-  shape: "The layer's weight as a stack of K matrices with R rows and C columns.",
-  kind: "Real weights, or complex ones of a spectral convolution.",
-  farms: "Power-law exponent of the tail of the eigenvalue spectrum, fitted on windows of one aspect ratio (FARMS). Smaller means a heavier tail: more structure in the weights, or a collapse, which the status names.",
-  error: "Standard error of the FARMS alpha.",
-  full: "Power-law exponent of the spectrum of the whole matrix, which depends on the matrix's shape.",
-  bias: "Full-matrix alpha minus FARMS alpha: what the shape of the matrix adds.",
-  ks: "Kolmogorov-Smirnov distance between the tail and the fitted power law, 0 the best.",
-  stable_rank: "Stable rank of the whole matrix: squared Frobenius norm / squared largest singular value. At most the rank; small where few directions dominate.",
-  spectral_norm: "The largest eigenvalue of the windows measured.",
-  count: "Number of eigenvalues that the FARMS alpha is fitted on.",
-  null_mean: "Mean alpha of the same weights in random order ± its standard deviation (permutation null).",
-  verdict: "What the metrics say in a word: random, trained, collapsed, low rank, outliers, no power law or not measured.",
-  z: "Distance of alpha from that of the same weights in random order, in standard deviations of the latter. Negative: a heavier tail than chance gives.",
-  last_ratio: "Learning rate of the layer / the scheduler's learning rate, as last logged.",
-};
+/** Let an element explain itself: when pointed at, when it has the keyboard's focus, and when touched. */
+function explained(element, words) {
+  if (!words) return element;
+  element.dataset.words = words;
+  element.setAttribute("aria-description", words);
+  if (!["BUTTON", "LABEL"].includes(element.tagName)) element.tabIndex = 0;
+  return element;
+}
 
 // ---- numbers and colours ---------------------------------------------------------------------------------------
 
@@ -146,9 +134,34 @@ function tip(event, text) {
   box.hidden = !text;
   if (!text) return;
   box.textContent = text;
+  box.style.left = "0"; // else a box at the right edge is measured narrower than it can be
   const { width, height } = box.getBoundingClientRect();
   box.style.left = `${Math.max(4, Math.min(event.clientX + 14, innerWidth - width - 8))}px`;
   box.style.top = `${event.clientY + 18 + height > innerHeight ? event.clientY - height - 12 : event.clientY + 18}px`;
+}
+/** Show the words of an element below it. */
+function tipBelow(element) {
+  const box = element.getBoundingClientRect();
+  tip({ clientX: box.left - 10, clientY: box.bottom - 12 }, element.dataset.words);
+}
+const hideTip = () => { byId("tip").hidden = true; };
+function explainElements() {
+  const explains = (event) => event.target.closest && event.target.closest("[data-words]");
+  document.addEventListener("pointerover", (event) => { if (explains(event)) tipBelow(explains(event)); });
+  // A finger that is lifted leaves the element, too: the words stay until something else is touched.
+  document.addEventListener("pointerout", (event) => { if (explains(event) && event.pointerType === "mouse") hideTip(); });
+  document.addEventListener("pointerdown", (event) => { if (!explains(event)) hideTip(); }, true);
+  document.addEventListener("focusin", (event) => { if (explains(event) && event.target.matches(":focus-visible")) tipBelow(explains(event)); });
+  document.addEventListener("focusout", (event) => { if (explains(event)) hideTip(); });
+  document.addEventListener("keydown", (event) => { if (event.key === "Escape") hideTip(); });
+  document.addEventListener("scroll", hideTip, true);
+}
+/** Call `show` with each event of a mouse or a finger on a chart, and with null for the place when it leaves. */
+function pointed(root, show) {
+  const move = (event) => show(event, local(root, event));
+  root.addEventListener("pointermove", move);
+  root.addEventListener("pointerdown", move);
+  root.addEventListener("pointerleave", (event) => { if (event.pointerType === "mouse") show(event, null); });
 }
 function local(root, event) {
   const box = root.getBoundingClientRect();
@@ -229,11 +242,10 @@ function curveChart(place, shown, quantity, height, main) {
     }
     return best && best.distance < 30 ? best : null;
   }
-  root.addEventListener("pointermove", (event) => {
-    const found = nearest(local(root, event));
+  pointed(root, (event, at) => {
+    const found = at && nearest(at);
     mark(found && found.line, found && found.point, event);
   });
-  root.addEventListener("pointerleave", (event) => mark(null, null, event));
   if (!main) return;
   root.addEventListener("click", (event) => {
     const found = nearest(local(root, event));
@@ -288,14 +300,12 @@ function mapChart(place, shown, quantity) {
     pen.fillStyle = known(layer[quantity][i]) ? shade(layer[quantity][i]) : none;
     pen.fillRect(column, row, 1, 1);
   }));
-  const cell = (event) => {
-    const [px, py] = local(canvas, event);
+  const cell = ([px, py]) => {
     const [column, row] = [Math.floor(px / width * columns.length), Math.floor(py / height * rows.length)];
     return rows[row] && column in columns ? [rows[row], columns[column]] : null;
   };
-  canvas.addEventListener("pointermove", (event) => { const at = cell(event); tip(event, at && describe(at[0], quantity, at[1])); });
-  canvas.addEventListener("pointerleave", (event) => tip(event, null));
-  canvas.addEventListener("click", (event) => { const at = cell(event); if (at) choose(at[0]); });
+  pointed(canvas, (event, place) => { const at = place && cell(place); tip(event, at && describe(at[0], quantity, at[1])); });
+  canvas.addEventListener("click", (event) => { const at = cell(local(canvas, event)); if (at) choose(at[0]); });
   const root = frame(whole, height + MARGIN.top + MARGIN.bottom, `Axes of the map: ${rows.length} layers, ${axisTitle()}`);
   for (const row of spread(rows.length, Math.floor(height / 13))) {
     root.append(svg("text", { class: "row", x: left - 6, y: MARGIN.top + (row + 0.5) * height / rows.length + 4, "text-anchor": "end" },
@@ -388,12 +398,10 @@ function spectrumChart(place, layer, esd) {
       svg("path", { class: "tail", d: line(tail) }));
   }
   root.append(inside);
-  root.addEventListener("pointermove", (event) => {
-    const [mx] = local(root, event);
-    const i = density.findIndex((_, k) => mx >= x(edges[k]) && mx < x(edges[k + 1]));
+  pointed(root, (event, at) => {
+    const i = at ? density.findIndex((_, k) => at[0] >= x(edges[k]) && at[0] < x(edges[k + 1])) : -1;
     tip(event, i < 0 ? null : `eigenvalues ${number(edges[i])} to ${number(edges[i + 1])}\ndensity ${number(density[i])}`);
   });
-  root.addEventListener("pointerleave", (event) => tip(event, null));
   place.replaceChildren(root);
 }
 
@@ -421,7 +429,7 @@ function drawDetail() {
   if (layer.verdict) facts.push(["verdict", layer.verdict, "verdict"]);
   if (known(layer.z)) facts.push(["random weights' alpha", withError(layer.null_mean, layer.null_std), "null_mean"], ["z-score", twoDigits(layer.z), "z"]);
   place.append(el("dl", null, ...facts.map(([name, value, key]) =>
-    el("div", { title: MEANING[key] }, el("dt", null, name), el("dd", null, String(value))))));
+    explained(el("div", null, el("dt", null, name), el("dd", null, String(value))), data.words[key]))));
   if (layer.note) place.append(el("p", { class: "quiet" }, `Not of one time: ${layer.note}.`));
   if (layer.status !== "ok") place.append(el("p", null, `No alpha: ${layer.status}.`));
   const found = Object.entries({ farms: "FARMS windows", full: "whole matrix" }).filter(([esd]) => layer.esd[esd]);
@@ -489,7 +497,7 @@ function buildTable() {
   } });
   const row = el("tr", null, el("th", { class: "text" }, all), ...heads.map(([label, key, look]) =>
     el("th", { scope: "col", class: `${look === "text" ? look : ""} ${ROOM[key] || ""}`, "data-key": key },
-      el("button", { type: "button", title: `${MEANING[key]} Click to sort.`, onclick: () => sortBy(key) }, label))));
+      explained(el("button", { type: "button", onclick: () => sortBy(key) }, label), `${data.words[key]} Click to sort.`))));
   for (const layer of layers) {
     layer.box = el("input", { type: "checkbox", checked: true, "aria-label": `Show ${layer.name} in the chart`, onclick: (event) => event.stopPropagation(),
       onchange: () => { layer.shown = layer.box.checked; drawHistory(); } });
@@ -569,6 +577,7 @@ if (logged.length) state.quantity = logged[0][0];
 choice("quantity", logged.map(([key, { label }]) => [key, label]), state.quantity, (key) => { state.quantity = key; drawHistory(); });
 choice("view", logged.length ? [["curves", "curves"], ["map", "map"]] : [], state.view, (key) => { state.view = key; drawHistory(); });
 choice("axis", logged.length ? [["epoch", "epochs"], ["step", "steps"]] : [], state.axis, (key) => { state.axis = key; drawHistory(); drawDetail(); });
+explainElements();
 buildTable();
 filterRows();
 drawSettings();
