@@ -22,6 +22,7 @@ from farms_tb.report import DERIVED
 from farms_tb.viewing.diagnosis import diagnose
 from farms_tb.viewing.history import Curve, History
 from farms_tb.viewing.page import write_page
+from farms_tb.viewing.plots.plane import MARKS
 from farms_tb.viewing.run_folder import RunFolder, read_run_folder
 from farms_tb.viewing.words import METRICS, OF_THE_NULL, VERDICTS
 from tests.helpers import LIGHTNING_NOISE
@@ -30,6 +31,14 @@ from tests.runs import train_run
 pytestmark = LIGHTNING_NOISE
 
 EVIL = "</script><img src=x onerror=\"document.title='owned'\"><b>'{{css}}"
+NULL: dict[str, Any] = {
+    "alpha_error": 0.02,
+    "null_mean": 2.09,
+    "null_std": 0.05,
+    "null_draws": 32,
+    "num_eigenvalues": 100,
+    "shape": (1, 100, 100),
+}
 CHROMIUM_FLAGS = [
     "--headless",
     "--no-sandbox",
@@ -457,6 +466,8 @@ def test_heads_and_values_explain_themselves(view: Any, tmp_path: Path) -> None:
         assert len(element.get_attribute("aria-description")) > 20
     value = tab.locator("#detail dl > div").nth(2)
     tab.set_viewport_size({"width": 390, "height": 844})
+    # The detail is drawn anew.
+    tab.wait_for_function("document.querySelector('#spectrum svg').viewBox.baseVal.width < 390")
     value.scroll_into_view_if_needed()
     value.tap()
     assert "FARMS" in tip.inner_text()
@@ -476,6 +487,117 @@ def test_words_of_the_page_are_those_of_the_documentation(trained: Path, tmp_pat
     assert all(words.endswith((".", "?")) for words in (*METRICS.values(), *VERDICTS.values()))
 
 
+SPREAD = {
+    "trained": LayerRecord(alpha=1.6, rank_99=70, **NULL),
+    "low": LayerRecord(status="low rank: zeros in the tail"),
+    "random": LayerRecord(alpha=2.1, rank_99=80, **NULL),
+    "collapsed": LayerRecord(alpha=1.1, rank_99=1, tail_floor=1e-8, **NULL),
+}
+"""Layers of several verdicts; that of low rank has no alpha and so no mark in a chart."""
+
+
+def run_of_verdicts(folder: Path) -> RunFolder:
+    return RunFolder(folder, farms=Report(dict(SPREAD), {"esd": "farms"}))
+
+
+def test_verdicts_are_marks_of_one_colour_everywhere(view: Any, tmp_path: Path) -> None:
+    tab = view(write_page(run_of_verdicts(tmp_path)))
+    assert tab.inner_text("#verdicts-heading") == "Layers against random weights"
+    keys = {"trained (1)", "random (1)", "collapsed (1)", "low rank (1)", "random weights"}
+    assert set(tab.locator("#verdict-key > span").all_inner_texts()) == keys
+    for chart in ("#depths", "#plane"):
+        assert tab.locator(f"{chart} .mark").count() == 3
+    assert tab.locator("#depths .band").count() == 3
+    for verdict in (Verdict.TRAINED, Verdict.RANDOM, Verdict.COLLAPSED):
+        same = [
+            tab.locator(f"{place} .v-{verdict}.mark") for place in ("#depths", "#plane", "tbody", "#verdict-key")
+        ]
+        assert {tuple(rgb(mark, "fill")) for mark in same} == {hex_rgb(MARKS[verdict][1])}
+        assert len({mark.get_attribute("d") for mark in same}) == 1
+
+
+def hex_rgb(colour: str) -> tuple[int, ...]:
+    return tuple(bytes.fromhex(colour.removeprefix("#")))
+
+
+def test_marks_lie_where_their_values_are(view: Any, tmp_path: Path) -> None:
+    tab = view(write_page(run_of_verdicts(tmp_path)))
+    plane = {box["name"]: box for box in marks(tab, "#plane")}
+    assert plane["collapsed"]["x"] < plane["trained"]["x"] < plane["random"]["x"]
+    assert plane["random"]["y"] < plane["trained"]["y"] < plane["collapsed"]["y"]
+    # The effects are -0.99, -0.49 and +0.01, the rank shares 1 %, 70 % and 80 %.
+    left, middle, right = (plane[name]["x"] for name in ("collapsed", "trained", "random"))
+    assert (middle - left) / (right - left) == pytest.approx(0.5, abs=0.01)
+    top, centre, bottom = (plane[name]["y"] for name in ("random", "trained", "collapsed"))
+    assert (centre - top) / (bottom - top) == pytest.approx(10 / 79, abs=0.01)
+    depth = {box["name"]: box for box in marks(tab, "#depths")}
+    step = depth["collapsed"]["x"] - depth["random"]["x"]
+    assert depth["random"]["x"] - depth["trained"]["x"] == pytest.approx(2 * step, abs=1)
+    band = tab.locator("#depths .band").first.bounding_box()
+    # From 1.99 to 2.19; an alpha of 1.6 lies below it, one of 2.1 inside.
+    assert depth["trained"]["y"] > band["y"] + band["height"]
+    assert band["y"] < depth["random"]["y"] < band["y"] + band["height"]
+
+
+def marks(tab: Any, chart: str) -> list[dict[str, Any]]:
+    """Middle of each mark of a chart, and the layer that it stands for."""
+    found = []
+    for mark in tab.locator(f"{chart} .mark").all():
+        box = mark.bounding_box()
+        name = [*SPREAD][int(mark.get_attribute("data-layer"))]
+        found.append({"name": name, "x": box["x"] + box["width"] / 2, "y": box["y"] + box["height"] / 2})
+    return found
+
+
+@pytest.mark.parametrize("chart", ["#depths", "#plane"])
+def test_marks_tell_their_layer(view: Any, tmp_path: Path, chart: str) -> None:
+    """To a mouse, to the keyboard and to a finger."""
+    tab, tip = view(write_page(run_of_verdicts(tmp_path))), "#tip"
+    places = {box["name"]: box for box in marks(tab, chart)}
+    tab.mouse.move(places["trained"]["x"] + 3, places["trained"]["y"] - 3)
+    lines = tab.inner_text(tip).split("\n")
+    assert lines[0] == "trained"
+    assert lines[1] == f"trained: {VERDICTS[Verdict.TRAINED]}"
+    assert lines[2:] == ["alpha 1.600 \u00b1 0.020", "effect -0.490 \u00b1 0.022", "rank share 70 %"]
+    assert tab.locator("#verdicts .near").count() == 2  # in both charts
+    tab.mouse.move(0, 0)
+    assert tab.locator(tip).is_hidden()
+    assert tab.locator("#verdicts .near").count() == 0
+    tab.locator(f"{chart} svg").focus()
+    tab.keyboard.press("ArrowLeft")
+    assert tab.inner_text(tip).startswith("trained" if chart == "#depths" else "collapsed")
+    tab.keyboard.press("ArrowLeft")
+    assert tab.inner_text(tip).startswith("collapsed" if chart == "#depths" else "random")
+    tab.keyboard.press("Enter")
+    assert tab.inner_text("#detail h2") == ("collapsed" if chart == "#depths" else "random")
+    assert tab.locator("#verdicts .chosen").count() == 2
+    tab.keyboard.press("Escape")
+    assert tab.locator("#detail").is_hidden()
+    tab.touchscreen.tap(places["random"]["x"], places["random"]["y"])
+    assert tab.inner_text(tip).startswith("random\n")
+    assert tab.inner_text("#detail h2") == "random"
+
+
+def test_without_effects_there_is_no_plane(view: Any, tmp_path: Path) -> None:
+    tab = view(write_page(made_up_run(tmp_path, ["a", "b", "c"])))
+    assert tab.inner_text("#verdicts-heading") == "Layers by depth"
+    assert tab.locator("#depths .mark").count() == 2
+    assert tab.locator("#depths .band").count() == 0
+    assert tab.locator("#plane").is_hidden()
+
+
+def test_without_alphas_there_are_no_charts(view: Any, tmp_path: Path) -> None:
+    tab = view(write_page(RunFolder(tmp_path, farms=Report({"low": SPREAD["low"]}, {"esd": "farms"}))))
+    assert tab.locator("#verdicts").is_hidden()
+    assert "low rank" in tab.inner_text("tbody")
+
+
+def test_a_model_of_one_layer_has_its_charts(view: Any, tmp_path: Path) -> None:
+    tab = view(write_page(RunFolder(tmp_path, farms=Report({"a": SPREAD["random"]}, {"esd": "farms"}))))
+    assert tab.locator("#depths .mark").count() == tab.locator("#plane .mark").count() == 1
+    assert "NaN" not in tab.inner_html("#verdicts")
+
+
 def test_no_more_digits_than_are_known(view: Any, tmp_path: Path) -> None:
     run = made_up_run(tmp_path, ["a", "b", "c"])
     known = {
@@ -485,10 +607,10 @@ def test_no_more_digits_than_are_known(view: Any, tmp_path: Path) -> None:
     }
     full = Report({name: LayerRecord(alpha=2.0344) for name in known}, {"esd": "full"})
     tab = view(write_page(replace(run, farms=Report(known, {"esd": "farms"}), full=full)))
-    rows = [row.inner_text().split()[2:7] for row in tab.locator("tbody tr").all()]
-    assert rows[0] == ["2.034", "0.031", "2.034", "0.000", "-14"]
-    assert rows[1] == ["2.03", "0.31", "2.03", "0.00", "0.0"]
-    assert rows[2][:2] == ["2.034", "\u2013"]
+    rows = [row.inner_text().split("\t") for row in tab.locator("tbody tr").all()]
+    assert rows[0][3:] == ["trained", "2.034", "0.031", "-0.566", "2.034", "0.000", "-14", "4.000"]
+    assert rows[1][4:9] == ["2.03", "0.31", "0.00", "2.03", "0.00"]
+    assert rows[2][4:6] == ["2.034", "\u2013"]
 
 
 @pytest.mark.parametrize("width", [1000, 1300, 1600])
@@ -508,6 +630,17 @@ def test_the_table_needs_no_scrolling(view: Any, tmp_path: Path, width: int) -> 
         assert scrolled <= shown
         assert {"alpha", "±", "ratio"} <= set(headings.all_inner_texts())
         assert chosen or {"bias", "KS", "st. rank", "status"} <= set(headings.all_inner_texts())
+
+
+def test_the_table_with_verdicts_needs_no_scrolling(view: Any, tmp_path: Path) -> None:
+    records = {f"encoder.layer.{depth}.attention.output.dense": one for depth, one in enumerate(SPREAD.values())}
+    full = Report({name: replace(record, stable_rank=20.0) for name, record in records.items()}, {"esd": "full"})
+    tab = view(write_page(RunFolder(tmp_path, farms=Report(records, {"esd": "farms"}), full=full)))
+    for width in (390, 500, 700, 900, 1000, 1100, 1280, 1600):
+        tab.set_viewport_size({"width": width, "height": 900})
+        scroll = tab.locator(".scroll")
+        assert scroll.evaluate("place => place.scrollWidth - place.clientWidth") == 0, width
+        assert {"verdict", "alpha"} <= set(tab.locator("th[data-key]:visible").all_inner_texts())
 
 
 def test_narrow_pages_scroll_to_the_detail(view: Any, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What the page of a run shows, as plain values for JSON; `page.js` draws them and names each by the same key.
+"""What the page of a run shows, as plain values for JSON; the scripts draw them and names each by the same key.
 
 Numbers are rounded to five digits, and None stands for what JSON has no number for. A measurement is told by its
 time, completed epochs and optimizer steps: all curves of a run share one list of times, and have a value or None
@@ -156,6 +156,9 @@ def _metrics(farms: LayerRecord, full: LayerRecord) -> dict[str, Any]:
         "null_mean": _number(farms.null_mean),
         "null_std": _number(farms.null_std),
         "z": _number(farms.z_score),
+        "effect": _number(farms.effect),
+        "effect_error": _number(farms.effect_error),
+        "rank_share": _number(farms.rank_share),
         "verdict": "" if farms.verdict is None else str(farms.verdict),
     }
 

@@ -22,8 +22,8 @@ function fill(element, attributes, children) {
   return element;
 }
 const el = (tag, attributes, ...children) => fill(document.createElement(tag), attributes, children);
-/** A name as pieces between which a line may break: after a dot, not within a word. */
-const breakable = (name) => name.split(/(?<=\.)/).flatMap((part, index) => (index ? [el("wbr"), part] : [part]));
+/** A name as pieces between which a line may break: after a dot or a low line, not within a word. */
+const breakable = (name) => name.split(/(?<=[._])/).flatMap((part, index) => (index ? [el("wbr"), part] : [part]));
 const svg = (tag, attributes, ...children) => fill(document.createElementNS("http://www.w3.org/2000/svg", tag), attributes, children);
 
 function choice(id, options, current, onchange) {
@@ -62,6 +62,7 @@ function decimal(value, decimals) {
 /** The decimals with which a number has so many significant digits, at most `most`. */
 const decimalsOf = (value, digits, most) => (known(value) && value !== 0
   ? Math.max(0, Math.min(most, digits - 1 - Math.floor(Math.log10(Math.abs(value))))) : most);
+const percent = (value) => `${decimal(100 * value, value < 0.1 ? 1 : 0)} %`;
 const fixed = (decimals) => (value) => decimal(value, decimals);
 // An alpha is known to the second significant digit of its standard error.
 const asKnown = (value, layer) => decimal(value, decimalsOf(layer.error, 2, 3));
@@ -421,17 +422,19 @@ function drawDetail() {
   const close = () => { choose(null); layer.button.focus(); };
   place.append(el("div", { class: "bar" }, el("h2", { id: "detail-heading" }, layer.name),
     el("button", { type: "button", class: "close", "aria-label": "Close", title: "Close", onclick: close }, "×")));
+  if (layer.verdict) place.append(el("p", null, el("strong", { class: "verdict" }, ...verdictLabel(layer.verdict)), ` ${data.verdicts[layer.verdict]}`));
   const facts = [
     ["stack K × R × C", layer.shape.join(" × ") || "–", "shape"], ["weights", layer.kind || "–", "kind"], ["FARMS alpha", withError(layer.farms, layer.error), "farms"],
     ["full-matrix alpha", asKnown(layer.full, layer), "full"], ["bias", asKnown(layer.bias, layer), "bias"], ["KS distance", number(layer.ks), "ks"], ["stable rank", number(layer.stable_rank), "stable_rank"],
     ["largest eigenvalue", number(layer.spectral_norm), "spectral_norm"], ["eigenvalues", layer.count || "–", "count"], ["last ratio", fixed(3)(layer.last_ratio), "last_ratio"],
   ];
-  if (layer.verdict) facts.push(["verdict", layer.verdict, "verdict"]);
+  if (known(layer.rank_share)) facts.push(["rank share", percent(layer.rank_share), "rank_share"]);
+  if (known(layer.effect)) facts.push(["effect", withError(layer.effect, layer.effect_error), "effect"]);
   if (known(layer.z)) facts.push(["random weights' alpha", withError(layer.null_mean, layer.null_std), "null_mean"], ["z-score", twoDigits(layer.z), "z"]);
   place.append(el("dl", null, ...facts.map(([name, value, key]) =>
     explained(el("div", null, el("dt", null, name), el("dd", null, String(value))), data.words[key]))));
   if (layer.note) place.append(el("p", { class: "quiet" }, `Not of one time: ${layer.note}.`));
-  if (layer.status !== "ok") place.append(el("p", null, `No alpha: ${layer.status}.`));
+  if (layer.status !== "ok") place.append(el("p", null, `${known(layer.farms) ? "Status" : "No alpha"}: ${layer.status}.`));
   const found = Object.entries({ farms: "FARMS windows", full: "whole matrix" }).filter(([esd]) => layer.esd[esd]);
   if (found.length) {
     const current = layer.esd[state.esd] ? state.esd : found[0][0];
@@ -450,10 +453,14 @@ function drawDetail() {
   }
 }
 
-/** Show which curve of the chart is a layer's, without choosing it. */
+/** Show which curve and which marks are a layer's, without choosing it. */
 function highlight(layer) {
+  for (const path of document.querySelectorAll("#curves [data-layer], #verdicts [data-layer]")) {
+    const index = Number(path.dataset.layer);
+    path.classList.toggle("near", layer !== null && index === layer.index);
+    if (path.closest("#verdicts")) path.classList.toggle("chosen", state.chosen !== null && index === state.chosen.index);
+  }
   const place = byId("curves");
-  for (const path of place.querySelectorAll("[data-layer]")) path.classList.toggle("near", layer !== null && Number(path.dataset.layer) === layer.index);
   place.classList.toggle("focus", Boolean(place.querySelector(".near, .chosen")));
 }
 
@@ -467,6 +474,7 @@ function choose(layer) {
   if (layer) layer.row.scrollIntoView({ block: "nearest" });
   drawHistory();
   drawDetail();
+  highlight(null);
   // On a narrow page the detail stands below the table.
   if (layer && byId("detail").getBoundingClientRect().top > innerHeight - 100) byId("detail").scrollIntoView();
 }
@@ -476,6 +484,7 @@ function choose(layer) {
 const COLUMNS = [
   ["alpha", "farms", asKnown],
   ["±", "error", asKnown],
+  ["effect", "effect", (value, layer) => decimal(value, decimalsOf(layer.effect_error, 2, 3))],
   ["full", "full", asKnown],
   ["bias", "bias", asKnown],
   ["KS", "ks", fixed(3)],
@@ -483,13 +492,16 @@ const COLUMNS = [
   ["z", "z", twoDigits],
   ["ratio", "last_ratio", fixed(3)],
 ].filter(([, key]) => layers.some((layer) => known(layer[key])));
-// Which columns go where there is no room for all: those marked "third" first, then "second", then "last".
-const ROOM = { index: "last", full: "second", bias: "second", z: "second", status: "second", ks: "third", stable_rank: "third" };
+// Which columns go where there is no room for all: those marked "third" first, then "second", "last" and "phone".
+const ROOM = { index: "last", error: "phone", effect: "second", full: "second", bias: "second", z: "third", status: "second", ks: "third", stable_rank: "third" };
+const HAS_VERDICT = layers.some((layer) => layer.verdict && known(layer.farms));
 const HAS_STATUS = layers.some((layer) => layer.status !== "ok");
 const body = el("tbody");
 
 function buildTable() {
-  const heads = [["#", "index"], ["layer", "name", "text"], ...COLUMNS];
+  const heads = [["#", "index"], ["layer", "name", "text"]];
+  if (HAS_VERDICT) heads.push(["verdict", "verdict", "text"]);
+  heads.push(...COLUMNS);
   if (HAS_STATUS) heads.push(["status", "status", "text"]);
   const all = el("input", { type: "checkbox", checked: true, "aria-label": "Show all listed layers in the chart", onchange: () => {
     for (const layer of layers) if (!layer.row.hidden) layer.box.checked = layer.shown = all.checked;
@@ -505,10 +517,12 @@ function buildTable() {
     layer.row = el("tr", { "aria-selected": "false", onclick: () => choose(layer), onpointerenter: () => highlight(layer), onpointerleave: () => highlight(null) },
       el("td", { class: "text" }, layer.box), el("td", { class: ROOM.index }, String(layer.index + 1)),
       el("td", { class: "text name" }, layer.button, layer.note ? el("small", { class: "quiet" }, layer.note) : null),
+      HAS_VERDICT ? el("td", { class: "text verdict" }, ...(layer.verdict ? verdictLabel(layer.verdict) : [])) : null,
       ...COLUMNS.map(([, key, format]) => el("td", { class: ROOM[key] || null }, format(layer[key], layer))),
       HAS_STATUS ? el("td", { class: "text second status", title: layer.status }, layer.status === "ok" ? "" : layer.status) : null);
     body.append(layer.row);
   }
+  byId("table").classList.toggle("with-verdicts", HAS_VERDICT);
   byId("table").append(el("thead", null, row), body);
   body.addEventListener("keydown", (event) => {
     const step = { ArrowDown: 1, ArrowUp: -1 }[event.key];
@@ -524,7 +538,7 @@ function buildTable() {
 function sortBy(key) {
   const down = state.sort && state.sort.key === key && !state.sort.down;
   state.sort = { key, down };
-  const text = ["name", "status"].includes(key);
+  const text = ["name", "status", "verdict"].includes(key);
   const compare = (a, b) => {
     const [p, q] = [a[key], b[key]];
     if (!known(p) || !known(q)) return known(q) - known(p); // without a value: last, either way round
@@ -548,7 +562,7 @@ function filterRows() {
   byId("count").textContent = listed === layers.length ? `${listed} layers` : `${listed} of ${layers.length} layers`;
 }
 
-// ---- the page --------------------------------------------------------------------------------------------------
+// ---- settings ----------------------------------------------------------------------------------------------------
 
 function drawSettings() {
   const place = byId("settings");
@@ -559,29 +573,3 @@ function drawSettings() {
   if (data.settings) place.append(el("details", null, el("summary", null, "All settings of the run"), el("pre", { tabindex: 0 }, data.settings)));
   else place.append(el("p", { class: "quiet" }, "The run folder holds no config.yaml or hparams.yaml."));
 }
-
-byId("title").textContent = data.title;
-byId("facts").textContent = data.facts.join(" · ");
-if (data.missing.length) {
-  byId("missing").hidden = false;
-  byId("missing").append(el("strong", null, "Not everything is here"), el("ul", null, ...data.missing.map((sentence) => el("li", null, sentence))));
-}
-if (data.diagnosis.length) {
-  byId("diagnosis").hidden = false;
-  byId("diagnosis").append(el("ul", null, ...data.diagnosis.map((sentence) => el("li", null, sentence))));
-}
-byId("depth").querySelector("i").style.cssText = `--light:${gradient(0, 0.9)};--dark:${gradient(0.35, 1)}`;
-byId("hint").textContent = "A smaller alpha means a heavier tail: more structure in the weights, or, where the status says so, a collapse to few directions. Point at a curve for its values, click it, or a row of the table, for the layer's spectrum; with the keyboard, use the arrow keys and Enter.";
-const logged = Object.entries(QUANTITIES).filter(([key]) => layers.some((layer) => layer[key].some(known)));
-if (logged.length) state.quantity = logged[0][0];
-choice("quantity", logged.map(([key, { label }]) => [key, label]), state.quantity, (key) => { state.quantity = key; drawHistory(); });
-choice("view", logged.length ? [["curves", "curves"], ["map", "map"]] : [], state.view, (key) => { state.view = key; drawHistory(); });
-choice("axis", logged.length ? [["epoch", "epochs"], ["step", "steps"]] : [], state.axis, (key) => { state.axis = key; drawHistory(); drawDetail(); });
-explainElements();
-buildTable();
-filterRows();
-drawSettings();
-drawHistory();
-drawDetail();
-let width = innerWidth;
-addEventListener("resize", () => { if (innerWidth !== width) { width = innerWidth; drawHistory(); drawDetail(); } });
