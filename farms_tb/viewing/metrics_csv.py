@@ -19,7 +19,7 @@ from typing import NamedTuple
 from farms_tb.viewing.history import Curve, History
 from farms_tb.viewing.names import in_order, natural_order, printable, shortened
 
-__all__ = ["METRICS_FILE", "MetricsFile", "has_measurements", "read_history", "read_metrics"]
+__all__ = ["METRICS_FILE", "MetricsFile", "has_measurements", "read_history", "read_logged", "read_metrics"]
 
 METRICS_FILE = "metrics.csv"
 
@@ -107,6 +107,35 @@ def read_metrics(path: Path, layers: Sequence[str] = ()) -> MetricsFile:
         layers=names,
     )
     return MetricsFile(history, tuple(_problems(path, left_out)))
+
+
+def read_logged(path: Path) -> dict[str, Curve]:
+    """Read what else a run has logged in its `metrics.csv`: losses, scores, whatever is no measurement of a layer.
+
+    Args:
+        path: the file. Cells that hold no finite number are left out, and columns without any.
+
+    Returns:
+        The curves by the names of their columns, in the order of the file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    points: dict[str, dict[_When, float]] = {}
+    for row in _rows(path, []):
+        when = _when(row)
+        if when is None:
+            continue
+        for column, text in row.items():
+            value = _finite(text)
+            if value is not None and _is_of_the_user(column):
+                points.setdefault(column, {})[when] = value
+    return {column: _curve(values) for column, values in points.items()}
+
+
+def _is_of_the_user(column: str) -> bool:
+    """Tell whether a column is neither the callback's nor the time of a row."""
+    return column not in ("", "epoch", "step") and not column.startswith("farms/")
 
 
 def has_measurements(path: Path) -> bool:

@@ -23,7 +23,7 @@ from farms_tb.options import Esd, SpectrumOptions, as_plain
 from farms_tb.report import Report
 from farms_tb.spectra.permutation_null import with_nulls
 from farms_tb.viewing.history import Curve, History
-from farms_tb.viewing.metrics_csv import METRICS_FILE, MetricsFile, read_history, read_metrics
+from farms_tb.viewing.metrics_csv import METRICS_FILE, MetricsFile, read_history, read_logged, read_metrics
 from farms_tb.viewing.names import in_order
 from farms_tb.viewing.run_files import RunFiles, find_run
 from farms_tb.viewing.run_settings import read_settings
@@ -42,6 +42,7 @@ class RunFolder:
     Attributes:
         path: the folder.
         history: the layers' curves; empty where nothing was logged.
+        logged: what else was logged, losses and scores, by the names of their columns.
         farms: measurement of the weights by FARMS windows, with spectra; None where there are no weights.
         full: measurement of the same weights as whole matrices.
         options: the callback's options; empty where they are not known.
@@ -66,6 +67,7 @@ class RunFolder:
     name: str = ""
     weights_epoch: int | None = None
     weights_step: int | None = None
+    logged: Mapping[str, Curve] = field(default_factory=dict)
 
     @property
     def title(self) -> str:
@@ -188,6 +190,7 @@ def read_run_folder(
         missing=(*measured.problems, *settings.problems, *metrics.problems),
         weights_epoch=measured.epoch,
         weights_step=measured.step,
+        logged={} if files.metrics is None else read_logged(files.metrics),
     )
 
 

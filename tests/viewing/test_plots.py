@@ -229,7 +229,12 @@ def test_esd_has_histogram_tail_and_law(farms: Report, tmp_path: Path) -> None:
     assert (axes.get_xscale(), axes.get_yscale(), axes.get_title(loc="left")) == ("log", "log", "1")
     labels = axes.get_legend_handles_labels()[1]
     record = farms.layers["1"]
-    assert labels == ["eigenvalues", "random weights (Marchenko-Pastur)", f"fitted tail, alpha {record.alpha:.2f}"]
+    assert labels == [
+        "eigenvalues",
+        "random weights (Marchenko-Pastur)",
+        f"fitted tail, alpha {record.alpha:.2f}",
+        "edge of random weights",
+    ]
     assert record.histogram is not None
     edges, density = esd_density(record.histogram)
     drawn = axes.patches[0].get_data()
@@ -265,7 +270,7 @@ def test_reports_without_what_is_drawn(net: nn.Module, farms: Report) -> None:
 def test_everything_that_is_there(farms: Report, full: Report, metrics: Path, tmp_path: Path) -> None:
     history = read_history(metrics)
     curves = ["alpha", "lr_ratio", "lr_ratio_map"]
-    layers = ["alpha_by_depth", "full_against_farms", "esd"]
+    layers = ["alpha_by_depth", "effect_plane", "full_against_farms", "esd"]
     for run, names in (
         (RunFolder(tmp_path, history, farms, full), curves + layers),
         (RunFolder(tmp_path, history), curves),
@@ -321,7 +326,7 @@ def test_any_name_can_be_drawn(farms: Report, full: Report, tmp_path: Path, suff
     run = RunFolder(tmp_path / "lr $\\x$", History(curves, curves, {}, HOSTILE_NAMES), *reports)
     layers = HOSTILE_NAMES if suffix == ".svg" else ()
     saved = save_all(run, tmp_path / "p", suffix=suffix, layers=layers)
-    assert len(set(saved)) == 6 + len(layers)
+    assert len(set(saved)) == 7 + len(layers)
     assert sorted(path.name for path in saved) == sorted(path.name for path in (tmp_path / "p").iterdir())
 
 
@@ -359,7 +364,7 @@ def test_letters_that_the_font_lacks(farms: Report, full: Report, tmp_path: Path
     curves = dict.fromkeys(names, Curve((0.0, 1.0), (0, 5), (2.0, 1.5)))
     reports = [Report(dict.fromkeys(names, report.layers["1"]), report.options) for report in (farms, full)]
     run = RunFolder(tmp_path / "\u8fd0\u884c", History(curves, curves, {}, names), *reports)
-    assert len(save_all(run, tmp_path / "p", suffix=suffix, layers=names)) == 6 + 2
+    assert len(save_all(run, tmp_path / "p", suffix=suffix, layers=names)) == 7 + 2
 
 
 def test_a_full_disk_leaves_no_half_picture(metrics: Path, tmp_path: Path) -> None:

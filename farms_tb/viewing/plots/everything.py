@@ -6,7 +6,7 @@ a mistake costs no time and leaves no half-filled folder.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -14,26 +14,37 @@ from farms_tb.report import Report
 from farms_tb.viewing.names import file_name
 from farms_tb.viewing.plots.curves import plot_alpha_curves, plot_ratio_curves, plot_ratio_map
 from farms_tb.viewing.plots.layers import plot_alpha_by_depth, plot_full_against_farms
-from farms_tb.viewing.plots.spectra import plot_esd, plot_esds, with_histogram
+from farms_tb.viewing.plots.plane import plot_effect_plane, with_effect
+from farms_tb.viewing.plots.spectra import plot_esd, plot_esds, with_histogram, with_outliers
 from farms_tb.viewing.plots.style import PathLike, check_format
 from farms_tb.viewing.run_folder import RunFolder, as_run_folder
 
 FOLDER = "figures"
 """Where the pictures of a run go, in its folder."""
 
-PICTURES = ("alpha", "lr_ratio", "lr_ratio_map", "alpha_by_depth", "full_against_farms", "esd")
+PICTURES = (
+    "alpha",
+    "lr_ratio",
+    "lr_ratio_map",
+    "alpha_by_depth",
+    "effect_plane",
+    "full_against_farms",
+    "esd",
+    "esd_full",
+)
 """Names of the pictures of a run."""
 
 _Draw = Callable[[Path], object]
 """Draws one picture and saves it under a path."""
 
 
-def check_wanted(pictures: Sequence[str] | None, suffix: str) -> None:
+def check_wanted(pictures: Sequence[str] | None, suffix: str, known: Sequence[str] = PICTURES) -> None:
     """Check the names of pictures and their format.
 
     Args:
-        pictures: names out of `PICTURES`; None for all that can be drawn.
+        pictures: names out of `known`; None for all that can be drawn.
         suffix: the ending of the files, `".png"`.
+        known: names of the pictures that there are.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -41,8 +52,8 @@ def check_wanted(pictures: Sequence[str] | None, suffix: str) -> None:
     """
     check_format(suffix)
     for name in pictures or ():
-        if name not in PICTURES:
-            raise ValueError(f"there is no picture {name!r}: there are {', '.join(PICTURES)}")
+        if name not in known:
+            raise ValueError(f"there is no picture {name!r}: there are {', '.join(known)}")
 
 
 def save_all(
@@ -57,7 +68,8 @@ def save_all(
     """Draw every picture that a run folder has the data for, or some of them.
 
     `alpha`, `lr_ratio`, `lr_ratio_map` from what was logged; `alpha_by_depth`, `full_against_farms`, `esd` from
-    the newest checkpoint. Those that cannot be drawn are left out: `read_run_folder(folder).missing` says why.
+    the newest checkpoint; with permutation nulls also `effect_plane`, and `esd_full`: the spectra of whole
+    matrices, with their spikes and traps. Those that cannot be drawn are left out: `not_drawn(run)` says why.
 
     Args:
         run_folder: the folder of a run, finished or not, a file of weights, or what `read_run_folder` made of it.
@@ -65,7 +77,8 @@ def save_all(
         title: a heading for all, shown as it is; None for the run's name.
         suffix: the format: `".png"` (300 dpi), `".pdf"`, `".svg"` or any that matplotlib writes.
         pictures: the names of those to draw; None for all that can be drawn.
-        layers: names of layers whose spectra are also drawn, one picture each.
+        layers: names of layers whose spectra are also drawn, one picture each; those of their whole matrices,
+            too, where spikes and traps are known.
 
     Returns:
         The pictures made.
@@ -90,11 +103,36 @@ def save_all(
         _check_drawable(run, drawable, ["esd"])
     wanted = {name: drawable[name] for name in chosen}
     wanted.update(_spectra(run, layers))
-    return _save_pictures(wanted, folder, suffix)
+    return save_pictures(wanted, folder, suffix)
 
 
-def _save_pictures(wanted: dict[str, _Draw], folder: Path, suffix: str) -> list[Path]:
-    """Draw pictures into a folder, which is made where it is not there, and return their paths."""
+def not_drawn(run: RunFolder) -> list[str]:
+    """Return a sentence for each thing that there are no pictures of.
+
+    Args:
+        run: the run, whose own `missing` comes first.
+    """
+    sentences = list(run.missing)
+    if run.farms is None or run.full is None:
+        return sentences
+    known = {"effect_plane": with_effect(run.farms), "esd_full": with_outliers(run.full)}
+    unknown = [name for name, layers in known.items() if not layers]
+    if unknown:
+        sentences.append(f"Without {' and '.join(unknown)}: this needs permutation nulls, which --null measures.")
+    return sentences
+
+
+def save_pictures(wanted: Mapping[str, _Draw], folder: Path, suffix: str) -> list[Path]:
+    """Draw pictures into a folder.
+
+    Args:
+        wanted: what draws each picture, by its name.
+        folder: where they go; made where it is not there.
+        suffix: the ending of the files, `".png"`.
+
+    Returns:
+        Their paths.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     saved = []
     for name, draw in wanted.items():
@@ -108,7 +146,7 @@ def _check_drawable(run: RunFolder, drawable: dict[str, _Draw], wanted: Sequence
     """Raise a ValueError where a run has no data for a picture; it says what is missing."""
     impossible = [name for name in wanted if name not in drawable]
     if impossible:
-        reasons = " ".join(run.missing) or "The table of the layers says why: farms-tb analyze."
+        reasons = " ".join(not_drawn(run)) or "The table of the layers says why: farms-tb analyze."
         raise ValueError(f"{run.path} has no data for the picture {impossible[0]!r}. {reasons}")
 
 
@@ -117,7 +155,12 @@ def _spectra(run: RunFolder, layers: Sequence[str]) -> dict[str, _Draw]:
     if run.farms is None or not layers:
         return {}
     with_histogram(run.farms, layers)
-    return {f"esd_{file_name(layer)}": partial(plot_esd, run.farms, layer) for layer in layers}
+    found: dict[str, _Draw] = {}
+    for layer in layers:
+        found[f"esd_{file_name(layer)}"] = partial(plot_esd, run.farms, layer)
+        if run.full is not None and layer in with_outliers(run.full):
+            found[f"esd_full_{file_name(layer)}"] = partial(plot_esd, run.full, layer)
+    return found
 
 
 def _output_folder(run: RunFolder, output_dir: PathLike | None) -> Path:
@@ -152,10 +195,14 @@ def _drawable(run: RunFolder, title: str) -> dict[str, _Draw]:
     by_farms, by_full = _with_alpha(run.farms), _with_alpha(run.full)
     if by_farms:
         found["alpha_by_depth"] = partial(plot_alpha_by_depth, run.farms, title=title)
+    if with_effect(run.farms):
+        found["effect_plane"] = partial(plot_effect_plane, run.farms, title=title)
     if by_farms & by_full:
         found["full_against_farms"] = partial(plot_full_against_farms, run.farms, run.full, title=title)
     if any(record.histogram is not None for record in run.farms.layers.values()):
         found["esd"] = partial(plot_esds, run.farms, title=title)
+    if with_outliers(run.full):
+        found["esd_full"] = partial(plot_esds, run.full, title=title)
     return found
 
 

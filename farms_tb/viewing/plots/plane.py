@@ -41,10 +41,10 @@ def plot_effect_plane(report: Report, path: PathLike | None = None, *, title: st
         ImportError: matplotlib is not installed.
         ValueError: no layer has an effect.
     """
-    found = [record for record in report.layers.values() if record.effect is not None and record.rank_share]
+    found = [report.layers[name] for name in with_effect(report)]
     if not found:
         raise ValueError("the report holds no effect: measure with analyze(..., null=True)")
-    figure = new_figure(5.4, 4.4)
+    figure = new_figure(5.4, 4.7)
     axes = figure.add_subplot()
     axes.axvline(0.0, color=FAINT, linewidth=1.0, linestyle="--", zorder=1, label="random weights")
     for verdict, (marker, colour) in MARKS.items():
@@ -53,8 +53,13 @@ def plot_effect_plane(report: Report, path: PathLike | None = None, *, title: st
     axes.set_xlabel("effect: alpha minus that of shuffled entries")
     axes.set_ylabel("share of directions with 99 % of the energy")
     axes.set_title(heading(title))
-    axes.legend()
+    figure.legend(loc="outside lower center", ncols=3)
     return save(figure, path)
+
+
+def with_effect(report: Report) -> list[str]:
+    """Return the names of the layers that have a place in the plane."""
+    return [name for name, record in report.layers.items() if record.effect is not None and record.rank_share]
 
 
 def _draw(axes: Axes, records: list[LayerRecord], marker: str, colour: str, label: str) -> None:
@@ -68,5 +73,7 @@ def _draw(axes: Axes, records: list[LayerRecord], marker: str, colour: str, labe
         color=colour,
         marker=marker,
         linestyle="",
+        elinewidth=0.8,
+        alpha=0.8,
         label=label,
     )

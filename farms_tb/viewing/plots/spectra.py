@@ -1,17 +1,28 @@
 """Pictures of the layers' spectra: the histogram of the eigenvalues, the fitted tail, the Marchenko-Pastur law.
 
 They need a report with histograms, `analyze(model, histogram=True)`. Both axes are logarithmic: a power law is a
-straight line there, and its slope is -alpha.
+straight line there, and its slope is -alpha. Spectra of whole matrices with permutation nulls, `analyze(model,
+esd="full", histogram=True, null=True)`, also show the spikes and traps beyond the edge of random weights.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from farms_tb.report import LayerRecord, Report
-from farms_tb.viewing.densities import Density, aspect_of_sample, esd_density, marchenko_pastur, tail_density
+import numpy as np
+
+from farms_tb.report import LayerRecord, Outliers, Report
+from farms_tb.viewing.densities import (
+    Density,
+    aspect_of_sample,
+    esd_density,
+    marchenko_pastur,
+    spectrum_marks,
+    tail_density,
+)
 from farms_tb.viewing.plots.style import (
     PathLike,
     depth_colours,
@@ -33,14 +44,19 @@ MAX_SPECTRA = 20
 SHOWN = 1e-4
 """Eigenvalues below this share of the largest are cut off, unless the tail begins there: they hide the rest."""
 
-TAIL, RANDOM = "#D55E00", "0.25"
+TAIL, RANDOM, SPIKES, TRAPS = "#D55E00", "0.25", "#0072B2", "#CC79A7"
+
+STRIP = 6.0
+"""The vertical axis goes this factor further down where spikes or traps are marked, below the bars."""
 
 
 @styled
 def plot_esd(report: Report, layer: str, path: PathLike | None = None, *, title: str = "") -> Figure:
     """Draw a layer's empirical spectral density, its fitted tail and the Marchenko-Pastur law on log-log axes.
 
-    The Marchenko-Pastur law is what independent random entries of the same variance would give.
+    The Marchenko-Pastur law is what independent random entries of the same variance would give, and its edge the
+    largest eigenvalue that they would have. Below the bars of a whole matrix are marked the spikes, its
+    eigenvalues beyond the edge, and the traps, those of its shuffled entries: `num_spikes` and `num_traps`.
 
     Args:
         report: a measurement with histograms, `analyze(model, histogram=True)`.
@@ -56,13 +72,13 @@ def plot_esd(report: Report, layer: str, path: PathLike | None = None, *, title:
         ValueError: no layer of that name has a histogram.
     """
     with_histogram(report, [layer])
-    figure = new_figure(5.0, 3.6)
+    figure = new_figure(5.0, 4.1)
     axes = figure.add_subplot()
     _draw_esd(axes, report, layer)
     axes.set_title(heading(title) or plain(layer))
     axes.set_xlabel("eigenvalue")
     axes.set_ylabel("density")
-    axes.legend(loc="lower left")
+    figure.legend(loc="outside lower center", ncols=2)
     return save(figure, path)
 
 
@@ -91,17 +107,18 @@ def plot_esds(
         chosen = [found[index] for index in spread(len(found), MAX_SPECTRA)]
     columns = min(4, math.ceil(math.sqrt(len(chosen))))
     rows = math.ceil(len(chosen) / columns)
-    figure = new_figure(2.3 * columns + 0.4, 1.9 * rows + 0.8)
+    figure = new_figure(2.3 * columns + 0.6, 1.9 * rows + 1.0)
     panels = figure.subplots(rows, columns, squeeze=False).flat
     for axes in panels[len(chosen) :]:
         axes.set_axis_off()
-    for axes, name in zip(panels, chosen, strict=False):
+    for place, (axes, name) in enumerate(zip(panels, chosen, strict=False)):
         _draw_small(axes, report, name)
+        if place + columns >= len(chosen):
+            axes.set_xlabel("eigenvalue", fontsize=7)
     figure.suptitle(heading(title), x=0.01, ha="left", fontsize=10)
     left_out = f" ({len(chosen)} of {len(found)} layers)" if len(chosen) < len(found) else ""
-    figure.supxlabel(f"eigenvalue{left_out}", fontsize=9)
-    figure.supylabel("density", fontsize=9)
-    _add_common_legend(figure)
+    figure.supylabel(f"density{left_out}", fontsize=9)
+    _add_common_legend(figure, columns)
     return save(figure, path)
 
 
@@ -113,13 +130,13 @@ def _draw_small(axes: Axes, report: Report, name: str) -> None:
     axes.minorticks_off()  # hundreds of them would take most of the time of drawing
 
 
-def _add_common_legend(figure: Figure) -> None:
-    """Add one legend for all panels, in which the fitted tails, of different alphas, are one entry."""
+def _add_common_legend(figure: Figure, columns: int) -> None:
+    """Add one legend below all panels; the fitted tails, of different alphas, are one entry, and so are spikes."""
     entries = {}
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            entries[label.partition(", alpha")[0]] = handle
-    figure.legend(entries.values(), entries.keys(), loc="outside upper right", ncols=3)
+            entries[re.split(r", alpha| \(\d", label)[0]] = handle
+    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=columns)
 
 
 def _draw_esd(axes: Axes, report: Report, name: str) -> None:
@@ -137,12 +154,42 @@ def _draw_esd(axes: Axes, report: Report, name: str) -> None:
     lowest = _lowest_shown(histogram, tail)
     floor, ceiling = _heights_shown(histogram, lowest)
     colour = depth_colours(list(report.layers))[name]
-    axes.stairs(histogram.y, histogram.x, baseline=floor, fill=True, color=colour, alpha=0.45, label="eigenvalues")
+    # Empty bins begin at 0, too: from the floor they would reach down into the marks below it.
+    baseline = np.where(histogram.y > 0, floor, 0.0)
+    axes.stairs(
+        histogram.y, histogram.x, baseline=baseline, fill=True, color=colour, alpha=0.45, label="eigenvalues"
+    )
     _draw_law(axes, record, report, lowest)
     if tail is not None:
         axes.plot(*tail, color=TAIL, linewidth=1.8, label=f"fitted tail, alpha {record.alpha:.2f}")
         axes.axvline(tail.x[0], color=TAIL, linewidth=0.8, linestyle=":")
-    axes.set(xscale="log", yscale="log", ylim=(floor, ceiling), xlim=(lowest, histogram.x[-1] * 1.3))
+    largest = float(histogram.x[-1])
+    marks = spectrum_marks(record, report)
+    if marks is not None:
+        _draw_marks(axes, marks, record, floor)
+        largest = max(largest, marks.edge, *marks.spikes, *(marks.traps or ()))
+    bottom = floor / STRIP if marks is not None and (marks.spikes or marks.traps) else floor
+    axes.set(xscale="log", yscale="log", ylim=(bottom, ceiling), xlim=(lowest, largest * 1.3))
+
+
+def _draw_marks(axes: Axes, marks: Outliers, record: LayerRecord, floor: float) -> None:
+    """Draw the edge of random weights as a line, and a mark below the bars for each spike and each trap.
+
+    Args:
+        axes: where to draw.
+        marks: what to mark.
+        record: the layer's record, for the numbers of spikes and traps.
+        floor: where the bars end.
+    """
+    axes.axvline(marks.edge, color=RANDOM, linewidth=0.8, linestyle="-.", label="edge of random weights")
+    if marks.spikes:
+        height = [floor / STRIP ** (1 / 3)] * len(marks.spikes)
+        label = f"spikes ({record.num_spikes})"
+        axes.plot(marks.spikes, height, "|", color=SPIKES, markersize=6, markeredgewidth=0.8, label=label)
+    if marks.traps:
+        height = [floor / STRIP ** (2 / 3)] * len(marks.traps)
+        label = f"traps ({record.num_traps:.2g} a shuffle)"
+        axes.plot(marks.traps, height, "x", color=TRAPS, markersize=4, label=label)
 
 
 def _draw_law(axes: Axes, record: LayerRecord, report: Report, lowest: float) -> None:
@@ -197,3 +244,14 @@ def with_histogram(report: Report, layers: Sequence[str]) -> list[str]:
         if name not in found:
             raise ValueError(f"no layer {name!r} with a histogram; those with one are {', '.join(found)}")
     return list(layers) or found
+
+
+def with_outliers(report: Report) -> list[str]:
+    """Return the names of the layers whose spectra have spikes and traps marked, or are known to have none.
+
+    Args:
+        report: a measurement; of windows it has none.
+    """
+    if report.options.get("esd") != "full":
+        return []
+    return [name for name, record in report.layers.items() if record.histogram and record.outliers]

@@ -1,0 +1,144 @@
+"""Draw and save the pictures that compare several runs: all that there is data for, or some.
+
+`save_comparison` is what `farms-tb plot RUN RUN ...` calls, and `left_out` says what it does not draw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from farms_tb.viewing.plots.everything import FOLDER, check_wanted, save_pictures
+from farms_tb.viewing.plots.runs import (
+    Runs,
+    alphas_of,
+    check_number,
+    logged_by,
+    plot_alpha_by_layer,
+    plot_mean_alpha,
+    plot_metrics,
+    plot_ratio_spread,
+    plot_runs_by_depth,
+    ratios_of,
+    records_with,
+)
+from farms_tb.viewing.plots.style import PathLike
+from farms_tb.viewing.several_runs import in_every_run, in_some_runs, listed
+
+COMPARISONS = ("alpha_mean", "alpha_by_layer", "lr_ratio_spread", "metrics", "alpha_by_depth", "effect_by_depth")
+"""Names of the pictures that compare runs."""
+
+
+class _Picture(NamedTuple):
+    """One picture that compares runs.
+
+    Attributes:
+        draw: takes the runs and a path.
+        data: returns what is drawn, by run and then by layer or metric, of the runs that have it.
+        called: what the data are called in a sentence.
+        of: what each value is of, in the plural.
+        common: whether there is nothing to draw unless all runs have some of these in common.
+    """
+
+    draw: Callable[..., object]
+    data: Callable[[Runs], Mapping[str, Mapping[str, Any]]]
+    called: str
+    of: str = "layers"
+    common: bool = True
+
+
+_PICTURES = {
+    "alpha_mean": _Picture(plot_mean_alpha, alphas_of, "logged alphas", common=False),
+    "alpha_by_layer": _Picture(plot_alpha_by_layer, alphas_of, "logged alphas"),
+    "lr_ratio_spread": _Picture(plot_ratio_spread, ratios_of, "logged learning-rate ratios", common=False),
+    "metrics": _Picture(plot_metrics, logged_by, "other metrics in metrics.csv", of="metrics"),
+    "alpha_by_depth": _Picture(plot_runs_by_depth, partial(records_with, quantity="alpha"), "measured weights"),
+    "effect_by_depth": _Picture(
+        partial(plot_runs_by_depth, quantity="effect"),
+        partial(records_with, quantity="effect"),
+        "permutation nulls",
+    ),
+}
+
+
+def save_comparison(
+    runs: Runs,
+    output_dir: PathLike = FOLDER,
+    *,
+    title: str = "",
+    suffix: str = ".png",
+    pictures: Sequence[str] | None = None,
+) -> list[Path]:
+    """Draw every picture that compares runs, or some of them: all runs in one frame.
+
+    `alpha_mean`, `alpha_by_layer`, `lr_ratio_spread` and `metrics` from what at least two of the runs have logged;
+    `alpha_by_depth` from their newest checkpoints or from files of weights, and with permutation nulls
+    `effect_by_depth`. They show the layers and metrics that all runs have; `left_out(runs)` says what is not.
+
+    Args:
+        runs: the runs by the names that the legend shows, as
+            `farms_tb.viewing.several_runs.read_runs` returns them.
+        output_dir: where the pictures go; made if it does not exist.
+        title: a heading for all, shown as it is.
+        suffix: the format: `".png"` (300 dpi), `".pdf"`, `".svg"` or any that matplotlib writes.
+        pictures: the names of those to draw; None for all that can be drawn.
+
+    Returns:
+        The pictures made.
+
+    Raises:
+        ValueError: there is no such picture or no data for it, matplotlib does not know the format, or there are
+            more than 28 runs.
+        ImportError: matplotlib is not installed.
+    """
+    check_wanted(pictures, suffix, COMPARISONS)
+    check_number(len(runs))
+    chosen = [name for name in COMPARISONS if _can_be_drawn(name, runs)] if pictures is None else pictures
+    for name in chosen:
+        if not _can_be_drawn(name, runs):
+            reasons = " ".join(left_out(runs)) or f"None has {_PICTURES[name].called}."
+            raise ValueError(f"the runs have no data to compare for the picture {name!r}. {reasons}")
+    wanted = {name: partial(_PICTURES[name].draw, runs, title=title) for name in chosen}
+    return save_pictures(wanted, Path(output_dir), suffix)
+
+
+def left_out(runs: Runs) -> list[str]:
+    """Return a sentence for each thing that pictures of several runs do not show, though some run has it.
+
+    Args:
+        runs: the runs by name.
+    """
+    sentences = []
+    for picture in _PICTURES.values():
+        sentences += _without_data(picture, runs)
+        sentences += _not_common(picture, runs)
+    return list(dict.fromkeys(sentences))
+
+
+def _can_be_drawn(name: str, runs: Runs) -> bool:
+    """Tell whether at least two runs have the data for a picture, and something in common where it shows that."""
+    picture = _PICTURES[name]
+    data = picture.data(runs)
+    return len(data) > 1 and (not picture.common or bool(in_every_run(data)))
+
+
+def _without_data(picture: _Picture, runs: Runs) -> list[str]:
+    """Say which runs lack the data of a picture; nothing where all have them or none."""
+    data = picture.data(runs)
+    lacking = [name for name in runs if name not in data]
+    if not data or not lacking:
+        return []
+    return [f"Without {picture.called}, and left out of pictures of these: {listed(lacking)}."]
+
+
+def _not_common(picture: _Picture, runs: Runs) -> list[str]:
+    """Say which layers or metrics only some of the runs have."""
+    data = picture.data(runs)
+    names = in_some_runs(data)
+    if len(data) < 2 or not names:
+        return []
+    if in_every_run(data):
+        return [f"Left out are {picture.of} that only some of the runs have: {listed(names)}."]
+    return [f"The runs have no {picture.of} in common, only some of them have {listed(names)}."]
