@@ -613,6 +613,54 @@ def test_no_more_digits_than_are_known(view: Any, tmp_path: Path) -> None:
     assert rows[2][4:6] == ["2.034", "\u2013"]
 
 
+@pytest.fixture(scope="module")
+def with_outliers(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """A layer with one strong direction, a spike, and one with a huge entry, which is a trap in any order."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    with torch.no_grad():
+        net[0].weight += 1.0 * torch.outer(*torch.randn(2, 64)) / 8
+        net[1].weight[3, 5] = 6.0
+    farms, full = (analyze(net, esd=esd, window=32, histogram=True, null=True) for esd in ("farms", "full"))
+    return RunFolder(tmp_path_factory.mktemp("outliers"), farms=farms, full=full)
+
+
+def test_the_marks_of_a_spectrum_are_the_outliers_counted(with_outliers: RunFolder) -> None:
+    assert with_outliers.full is not None
+    for layer in content(write_page(with_outliers))["layers"]:
+        record = with_outliers.full.layers[layer["name"]]
+        assert record.outliers is not None
+        marks = layer["esd"]["full"]
+        assert marks["edge"] == pytest.approx(record.outliers.edge, rel=1e-4)
+        assert marks["spikes"] == pytest.approx(sorted(set(record.outliers.spikes)), rel=1e-2)
+        assert len(marks["spikes"]) == layer["num_spikes"] == record.num_spikes == 1
+        assert layer["num_traps"] == pytest.approx(record.num_traps)
+        assert bool(marks["traps"]) == (layer["name"] == "1")
+        assert layer["esd"]["farms"]["spikes"] == layer["esd"]["farms"]["traps"] == []
+        assert layer["esd"]["farms"]["edge"] > 0
+
+
+def test_a_spectrum_shows_edge_spikes_and_traps(view: Any, with_outliers: RunFolder) -> None:
+    tab = view(write_page(with_outliers))
+    tab.locator("tbody tr").nth(1).click()
+    assert tab.locator("#spectrum .edge").count() == 1
+    assert "spikes" not in tab.inner_text("#spectrum .key")
+    tab.get_by_text("whole matrix", exact=True).click()
+    assert "spikes (1)" in tab.inner_text("#spectrum .key")
+    assert "traps (1 a shuffle)" in tab.inner_text("#spectrum .key")
+    edge, spike, trap, bars = (
+        tab.locator(f"#spectrum .{name}").bounding_box() for name in ("edge", "spikes", "traps", "bins")
+    )
+    assert edge["x"] < spike["x"]
+    assert edge["x"] < trap["x"]
+    # Spike and trap, of the same large entry, lie below the bars and not on one another.
+    assert bars["y"] + bars["height"] <= spike["y"] < spike["y"] + spike["height"] <= trap["y"]
+    assert bars["x"] + bars["width"] >= spike["x"]
+    tab.locator("#spectrum .k-edge").focus()
+    tab.keyboard.press("Tab")
+    assert "whole matrices" in tab.inner_text("#tip")
+
+
 @pytest.mark.parametrize("width", [1000, 1300, 1600])
 def test_the_table_needs_no_scrolling(view: Any, tmp_path: Path, width: int) -> None:
     """With and without a layer's own view next to it, which holds what the table then leaves out."""

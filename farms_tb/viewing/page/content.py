@@ -12,7 +12,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from farms_tb.report import OK, LayerRecord, Report
-from farms_tb.viewing.densities import aspect_of_sample, esd_density, marchenko_pastur, tail_density
+from farms_tb.viewing.densities import (
+    aspect_of_sample,
+    esd_density,
+    marchenko_pastur,
+    spectrum_marks,
+    tail_density,
+)
 from farms_tb.viewing.diagnosis import diagnose
 from farms_tb.viewing.history import Curve, History
 from farms_tb.viewing.run_folder import RunFolder
@@ -41,6 +47,11 @@ WORDS = {
     "ks": METRICS["ks_distance"],
     "count": METRICS["num_eigenvalues"],
     "z": METRICS["z_score"],
+    "edge": "Random weights of this size and variance have no larger eigenvalues.",
+    "tail": "The power law that was fitted, from where it begins: on these axes a line of slope -alpha.",
+    "law": "The Marchenko-Pastur law: the spectrum of random weights of this aspect ratio and mean eigenvalue.",
+    "num_spikes": METRICS["num_spikes"],
+    "num_traps": METRICS["num_traps"],
     **{name: METRICS[name] for name in ("effect", "rank_share", "stable_rank", "spectral_norm")},
 }
 """What each heading and value of the page means, by its key in the values of a layer."""
@@ -159,8 +170,15 @@ def _metrics(farms: LayerRecord, full: LayerRecord) -> dict[str, Any]:
         "effect": _number(farms.effect),
         "effect_error": _number(farms.effect_error),
         "rank_share": _number(farms.rank_share),
+        "num_spikes": _known(full.num_spikes, farms.num_spikes),
+        "num_traps": _number(_known(full.num_traps, farms.num_traps)),
         "verdict": "" if farms.verdict is None else str(farms.verdict),
     }
+
+
+def _known(*values: float | None) -> float | None:
+    """Return the first of several values that is known; None where none is."""
+    return next((value for value in values if value is not None), None)
 
 
 def _status(farms: LayerRecord, full: LayerRecord) -> str:
@@ -250,7 +268,21 @@ def _spectrum(record: LayerRecord, report: Report) -> dict[str, Any]:
         "tail": None if tail is None else [_numbers(point) for point in zip(*tail, strict=True)],
         "mean": _number(record.norm_stable_rank),
         "aspect": _aspect(record, report),
+        **_marks(record, report),
     }
+
+
+def _marks(record: LayerRecord, report: Report) -> dict[str, Any]:
+    """Return the edge of random weights, and the spikes and traps beyond it; empty where there is no edge.
+
+    Eigenvalues that no eye could tell apart are one: a layer has hundreds, and its shuffles have as many each.
+    """
+    marks = spectrum_marks(record, report)
+    if marks is None:
+        return {}
+    found = {"spikes": marks.spikes, "traps": marks.traps or ()}
+    distinct = {name: list(dict.fromkeys(float(f"{value:.3g}") for value in found[name])) for name in found}
+    return {"edge": _number(marks.edge), **distinct}
 
 
 def _aspect(record: LayerRecord, report: Report) -> str:

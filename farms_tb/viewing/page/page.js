@@ -374,23 +374,29 @@ function drawHistory() {
 
 // ---- spectrum --------------------------------------------------------------------------------------------------
 
+/** Room below the bars of a spectrum for the marks of its spikes and traps. */
+const STRIP = 26;
+
 function spectrumChart(place, layer, esd) {
-  const [width, height] = [Math.max(280, place.clientWidth), 270];
-  const { edges: [from, to], density, tail, mean, aspect } = esd;
+  const [width, height] = [Math.max(280, place.clientWidth), 290];
+  const { edges: [from, to], density, tail, mean, aspect, edge } = esd;
+  const [spikes, traps] = [esd.spikes || [], esd.traps || []];
   const edges = density.map((_, i) => 10 ** (from + (to - from) * i / density.length)).concat(10 ** to);
   const law = data.laws[aspect];
   const start = Math.max(edges[0], Math.min(edges.at(-1) * 1e-4, tail ? tail[0][0] / 3 : Infinity));
   const positive = density.filter((d, i) => d > 0 && edges[i + 1] > start);
   const [low, high] = [Math.min(...positive) / 3, Math.max(...positive) * 3];
-  const x = scale(start, edges.at(-1) * 1.4, MARGIN.left, width - MARGIN.right, true);
+  const largest = Math.max(edges.at(-1), edge || 0, ...spikes, ...traps);
+  const x = scale(start, largest * 1.4, MARGIN.left, width - MARGIN.right, true);
   const bottom = height - MARGIN.bottom;
-  const y = scale(low, high, bottom, MARGIN.top, true);
+  const floor = bottom - (spikes.length || traps.length ? STRIP : 0);
+  const y = scale(low, high, floor, MARGIN.top, true);
   const root = frame(width, height, `Spectrum of ${layer.name} with its fitted tail and the Marchenko-Pastur law`);
-  const clip = svg("clipPath", { id: "inside" }, svg("rect", { x: MARGIN.left, y: MARGIN.top, width: width - MARGIN.left - MARGIN.right, height: bottom - MARGIN.top }));
+  const clip = svg("clipPath", { id: "inside" }, svg("rect", { x: MARGIN.left, y: MARGIN.top, width: width - MARGIN.left - MARGIN.right, height: floor - MARGIN.top }));
   root.append(clip);
   drawAxes(root, width, height, x, y, "eigenvalue", "density");
   const inside = svg("g", { "clip-path": "url(#inside)" });
-  const bins = density.map((d, i) => (d > 0 ? `M${x(edges[i])},${bottom}V${y(d)}H${x(edges[i + 1])}V${bottom}Z` : "")).join("");
+  const bins = density.map((d, i) => (d > 0 ? `M${x(edges[i])},${floor}V${y(d)}H${x(edges[i + 1])}V${floor}Z` : "")).join("");
   inside.append(svg("path", { class: "bins", style: layer.tint, d: bins }));
   const line = (points) => points.map(([px, py], k) => `${k ? "L" : "M"}${x(px).toFixed(1)},${y(Math.max(py, low / 10)).toFixed(1)}`).join("");
   if (law && mean) inside.append(svg("path", { class: "law", d: line(law.x.map((v, i) => [v * mean, law.y[i] / mean])) }));
@@ -399,11 +405,19 @@ function spectrumChart(place, layer, esd) {
       svg("path", { class: "tail", d: line(tail) }));
   }
   root.append(inside);
+  if (edge) root.append(svg("line", { class: "edge", x1: x(edge), x2: x(edge), y1: MARGIN.top, y2: bottom }));
+  root.append(svg("path", { class: "spikes", d: spikes.map((v) => `M${x(v).toFixed(1)},${floor + 3}v8`).join("") }),
+    svg("path", { class: "traps", d: traps.map((v) => `M${(x(v) - 3).toFixed(1)},${floor + 15}l6,6m0,-6l-6,6`).join("") }));
   pointed(root, (event, at) => {
     const i = at ? density.findIndex((_, k) => at[0] >= x(edges[k]) && at[0] < x(edges[k + 1])) : -1;
     tip(event, i < 0 ? null : `eigenvalues ${number(edges[i])} to ${number(edges[i + 1])}\ndensity ${number(density[i])}`);
   });
-  place.replaceChildren(root);
+  const key = (name, words, ...label) => explained(el("span", { class: `k-${name}`, style: layer.tint }, ...label), data.words[words]);
+  place.replaceChildren(root, el("p", { class: "key" }, key("bins", null, "eigenvalues"),
+    tail ? key("tail", "tail", "fitted tail") : null, law && mean ? key("law", "law", "random weights (Marchenko-Pastur)") : null,
+    edge ? key("edge", "edge", "edge of random weights") : null,
+    spikes.length ? key("spikes", "num_spikes", `spikes (${layer.num_spikes})`) : null,
+    traps.length ? key("traps", "num_traps", `traps (${number(layer.num_traps, 2)} a shuffle)`) : null));
 }
 
 // ---- detail ----------------------------------------------------------------------------------------------------
@@ -431,6 +445,8 @@ function drawDetail() {
   if (known(layer.rank_share)) facts.push(["rank share", percent(layer.rank_share), "rank_share"]);
   if (known(layer.effect)) facts.push(["effect", withError(layer.effect, layer.effect_error), "effect"]);
   if (known(layer.z)) facts.push(["random weights' alpha", withError(layer.null_mean, layer.null_std), "null_mean"], ["z-score", twoDigits(layer.z), "z"]);
+  if (known(layer.num_spikes)) facts.push(["spikes", String(layer.num_spikes), "num_spikes"]);
+  if (known(layer.num_traps)) facts.push(["traps", number(layer.num_traps, 2), "num_traps"]);
   place.append(el("dl", null, ...facts.map(([name, value, key]) =>
     explained(el("div", null, el("dt", null, name), el("dd", null, String(value))), data.words[key]))));
   if (layer.note) place.append(el("p", { class: "quiet" }, `Not of one time: ${layer.note}.`));
@@ -440,9 +456,7 @@ function drawDetail() {
     const current = layer.esd[state.esd] ? state.esd : found[0][0];
     const chart = el("div", { class: "chart", id: "spectrum" });
     const picker = choice("esd", found, current, (esd) => { state.esd = esd; spectrumChart(chart, layer, layer.esd[esd]); });
-    place.append(el("div", { class: "bar" }, el("h3", { style: "margin-right:auto" }, "Spectrum"), picker), chart,
-      el("p", { class: "key" }, el("span", { class: "k-bins", style: layer.tint }, "eigenvalues"),
-        el("span", { class: "k-tail" }, "fitted tail"), el("span", { class: "k-law" }, "random weights (Marchenko-Pastur)")));
+    place.append(el("div", { class: "bar" }, el("h3", { style: "margin-right:auto" }, "Spectrum"), picker), chart);
     spectrumChart(chart, layer, layer.esd[current]);
   } else place.append(el("p", { class: "quiet" }, data.weights ? "The weights that were measured hold no spectrum of this layer." : "No spectrum: no checkpoint was found that could be measured."));
   for (const quantity of Object.keys(QUANTITIES)) {
