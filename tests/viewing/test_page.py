@@ -378,6 +378,26 @@ def test_the_page_says_what_to_look_at(view: Any, trained: Path, tmp_path: Path)
     assert tab.evaluate("document.documentElement.scrollWidth") <= 390
 
 
+def test_a_layer_that_training_warned_of_is_on_the_page(view: Any, tmp_path: Path) -> None:
+    """A log of z-scores, as `verdicts=True` writes it; without a checkpoint, too."""
+    metrics = ("alpha", "lr", "z", "effect")
+    columns = [f"farms/{metric}/{name}" for name in ("a", "b", "idle") for metric in metrics]
+    rows = [[epoch, epoch * 4, *[1.9, 0.1, -9, -0.2] * 2, *[2.1, 0.1, 0.3, 0.01]] for epoch in range(4)]
+    lines = [["epoch", "step", *columns], *rows]
+    (tmp_path / "metrics.csv").write_text("".join(",".join(map(str, line)) + "\n" for line in lines))
+    tab = view(write_page(tmp_path))
+    assert "idle stayed random over the last 4 measurements" in tab.inner_text("#diagnosis")
+    tab.set_viewport_size({"width": 390, "height": 844})
+    for switch in boxes(tab, ".switch:visible"):
+        assert switch["x"] + switch["width"] <= 390 - 12
+    tab.get_by_text("effect", exact=True).first.click()
+    assert tab.locator("#curves .curve").count() == 3
+    assert "shuffled" in tab.inner_html("#curves")
+    curve = tab.locator("#curves path[data-layer='2']").bounding_box()
+    tab.mouse.move(curve["x"] + 1, curve["y"])
+    assert tab.inner_text("#tip") == "idle\nepoch 0: effect 0.01"
+
+
 def test_partial_runs_say_what_is_missing(view: Any, trained: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(trained, tmp_path / "curves"))
     shutil.rmtree(folder / "version_0" / "checkpoints")
@@ -385,7 +405,9 @@ def test_partial_runs_say_what_is_missing(view: Any, trained: Path, tmp_path: Pa
     assert "No checkpoint (*.ckpt) yet, so no spectra" in tab.inner_text("#missing")
     tab.locator("tbody tr").first.click()
     assert "No spectrum: no checkpoint was found" in tab.inner_text("#detail")
-    assert tab.locator("#detail .curve").count() == 3
+    headings = tab.locator("#detail h3").all_inner_texts()
+    assert headings == [f"{what} over training" for what in ("Alpha", "Rank share", "Ratio", "Learning rate")]
+    assert tab.locator("#detail .curve").count() == 4
 
 
 def test_weights_alone(view: Any, trained: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from farms_tb.viewing.densities import (
     spectrum_marks,
     tail_density,
 )
-from farms_tb.viewing.diagnosis import diagnose
+from farms_tb.viewing.diagnosis import diagnose, diagnose_training
 from farms_tb.viewing.history import Curve, History
 from farms_tb.viewing.run_folder import RunFolder
 from farms_tb.viewing.words import METRICS, VERDICTS
@@ -43,6 +43,8 @@ WORDS = {
     "ratio": "Learning rate of the layer over the scheduler's learning rate.",
     "last_ratio": "Learning rate of the layer over the scheduler's learning rate, as last logged.",
     "lr": "Learning rate of the layer.",
+    "effects": METRICS["effect"],
+    "rank_shares": METRICS["rank_share"],
     "null_mean": "Mean alpha of the same weights in random order, the permutation null, ± its standard deviation.",
     "ks": METRICS["ks_distance"],
     "count": METRICS["num_eigenvalues"],
@@ -74,7 +76,7 @@ def content_of(run: RunFolder) -> dict[str, Any]:
         "title": run.title,
         "facts": _facts(run),
         "missing": list(run.missing),
-        "diagnosis": [] if run.farms is None else diagnose(run.farms),
+        "diagnosis": _what_to_look_at(run),
         "weights": run.weights,
         "esd": str(run.options.get("esd", "farms")),
         "by_step": run.history.by_step,
@@ -86,6 +88,12 @@ def content_of(run: RunFolder) -> dict[str, Any]:
         "options": _options_in_words(run.options),
         "settings": run.settings,
     }
+
+
+def _what_to_look_at(run: RunFolder) -> list[str]:
+    """Return what the curves and the weights say, in sentences."""
+    of_weights = [] if run.farms is None else diagnose(run.farms)
+    return [*diagnose_training(run.history, run.farms), *of_weights]
 
 
 def _times(history: History) -> list[_When]:
@@ -197,6 +205,8 @@ def _curves(name: str, run: RunFolder, when: Sequence[_When]) -> dict[str, Any]:
         "alpha": _on_axis(alpha, when),
         "ratio": _on_axis(ratio, when),
         "lr": _on_axis(history.lr.get(name), when),
+        "effects": _on_axis(history.effect.get(name), when),
+        "rank_shares": _on_axis(history.rank_share.get(name), when),
         "last_ratio": _number(last_ratio),
         "note": "" if alpha is None else _other_time(alpha, run),
     }

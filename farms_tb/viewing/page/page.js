@@ -4,6 +4,8 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const { layers } = data;
 const QUANTITIES = {
   alpha: { label: "alpha", title: "power-law exponent alpha" },
+  effects: { label: "effect", title: "effect: alpha minus that of shuffled entries", base: 0 },
+  rank_shares: { label: "rank share", title: "share of directions with 99 % of the energy" },
   ratio: { label: "ratio", title: "learning rate / scheduler's learning rate", base: 1 },
   lr: { label: "learning rate", title: "learning rate" },
 };
