@@ -113,6 +113,16 @@ def options_table(*names: str) -> str:
     return "\n".join(lines)
 
 
+def metrics_table() -> str:
+    """Return a table of the metrics of a layer: name, meaning, when it is known."""
+    from farms_tb.viewing.words import METRICS, OF_THE_NULL
+
+    lines = ["| metric | what it tells | known |", "|---|---|---|"]
+    for name, words in METRICS.items():
+        lines.append(f"| `{name}` | {words} | {'with a null' if name in OF_THE_NULL else 'always'} |")
+    return "\n".join(lines)
+
+
 def option_reference() -> str:
     """Return the markers by which mkdocstrings documents each dataclass of options, under its public path."""
     public = griffe.load("farms_tb", search_paths=[ROOT]).exports or ()
@@ -220,6 +230,7 @@ def _parts(section: dict[str, Any]) -> list[dict[str, Any]]:
 
 GENERATED: dict[str, Callable[..., str]] = {
     "options": options_table,
+    "metrics": metrics_table,
     "option_reference": option_reference,
     "command": command_help,
     "experiments": experiments_table,

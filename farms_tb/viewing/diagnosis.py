@@ -1,18 +1,20 @@
 """What a report says, in sentences that a person can act on, and in a few numbers for the whole model.
 
-`farms-tb analyze` ends in these sentences, and the page of a run shows them. Everything here reads the records of
-a report; nothing is measured.
+`farms-tb analyze` ends in these sentences, and the page of a run shows them, with what its curves say. Everything
+here reads the records of a report and curves that were logged; nothing is measured.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+from farms_tb.balancing.verdict_warnings import MOST, PATIENCE
 from farms_tb.report import LayerRecord, Report
-from farms_tb.verdicts import Verdict
+from farms_tb.verdicts import RANDOM_Z_OF_FEW, Verdict
+from farms_tb.viewing.history import Curve, History
 from farms_tb.viewing.names import printable, shortened
 
 MOST_SENTENCES = 5
@@ -99,7 +101,7 @@ def _name(name: str) -> str:
     return shortened(printable(name), LONGEST_NAME)
 
 
-def _named(records: Records, most: int = 3) -> str:
+def _named(records: Collection[str], most: int = 3) -> str:
     """Return the names of layers as a list in words: the first few, and how many more there are."""
     names = [_name(name) for name in records]
     if len(names) <= most:
@@ -107,7 +109,7 @@ def _named(records: Records, most: int = 3) -> str:
     return f"{', '.join(names[:most])} and {len(names) - most} more"
 
 
-def _verb(records: Records, one: str, several: str) -> str:
+def _verb(records: Collection[str], one: str, several: str) -> str:
     return one if len(records) == 1 else several
 
 
@@ -206,3 +208,51 @@ def _about_the_rest(layers: Records, trained: Records) -> list[str]:
         f"{len(effects)} layers are trained, {_name(most)} the most (alpha {effects[most]:+.2f} against its "
         f"entries shuffled), {_name(least)} the least ({effects[least]:+.2f})."
     ]
+
+
+def diagnose_training(history: History, report: Report | None = None) -> list[str]:
+    """Name the layers that stayed random while others learnt, of which training warns, too.
+
+    A log holds z-scores and no verdicts: a layer counts as random while its z-score is above `RANDOM_Z_OF_FEW`.
+
+    Args:
+        history: the curves of a run with `verdicts=True`, or with another option that compares with random layers.
+        report: a measurement of the weights at the end; a layer that is not random there is not named.
+
+    Returns:
+        One sentence, or none.
+    """
+    behind = _left_behind(history)
+    records = {} if report is None else report.layers
+    told_apart = {name for name, record in records.items() if record.verdict not in (None, Verdict.RANDOM)}
+    named = [name for name in behind if name not in told_apart]
+    if not named:
+        return []
+    length = min(behind[name] for name in named)
+    stayed = f"{_named(named)} stayed random over the last {length} measurements of training"
+    used = _verb(named, "Is it used, and is its", "Are they used, and is their")
+    return [f"{stayed}, while most others learnt. {used} learning rate large enough?"]
+
+
+def _left_behind(history: History) -> dict[str, int]:
+    """Return the layers that have been random for long, and over how many of the last measurements.
+
+    Layers without a learning rate are not trained, and stay as they are.
+    """
+    scores = {name: _by_step(curve) for name, curve in history.z.items() if name in history.lr}
+    steps = sorted(set().union(*scores.values()), reverse=True)
+    waiting = set(scores)
+    counts: Counter[str] = Counter()
+    for step in steps:
+        compared = [name for name in scores if step in scores[name]]
+        random = {name for name in compared if scores[name][step] > RANDOM_Z_OF_FEW}
+        if len(compared) - len(random) <= MOST * len(compared):
+            break
+        waiting &= random
+        counts.update(waiting)
+    return {name: counts[name] for name in scores if counts[name] >= PATIENCE}
+
+
+def _by_step(curve: Curve) -> dict[int, float]:
+    """Return the values of a curve by optimizer step."""
+    return dict(zip(curve.steps, curve.values, strict=True))

@@ -35,12 +35,18 @@ class History:
         ratio: learning-rate ratios.
         lr: active learning rates.
         layers: all names, in order of depth.
+        effect: alphas minus those of the permutation null; empty where the run did not log them.
+        z: z-scores, likewise.
+        rank_share: shares of the directions that hold 99 % of the energy, likewise.
     """
 
     alpha: Mapping[str, Curve] = field(default_factory=dict)
     ratio: Mapping[str, Curve] = field(default_factory=dict)
     lr: Mapping[str, Curve] = field(default_factory=dict)
     layers: tuple[str, ...] = ()
+    effect: Mapping[str, Curve] = field(default_factory=dict)
+    z: Mapping[str, Curve] = field(default_factory=dict)
+    rank_share: Mapping[str, Curve] = field(default_factory=dict)
 
     @property
     def by_step(self) -> bool:

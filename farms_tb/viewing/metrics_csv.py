@@ -1,8 +1,9 @@
 """Read the callback's measurements out of the `metrics.csv` of Lightning's CSVLogger, also while it is written.
 
 The callback logs each layer under three columns, `farms/alpha/<layer>`, `farms/ratio/<layer>` and
-`farms/lr/<layer>`. A run that goes on may leave half a line at the end, and a run that crashed may leave anything:
-what is no finite number is left out and named in `MetricsFile.problems`, the rest is read.
+`farms/lr/<layer>`, and under up to three more, see `FURTHER`. A run that goes on may leave half a line at the end,
+and a run that crashed may leave anything: what is no finite number is left out and named in
+`MetricsFile.problems`, the rest is read.
 """
 
 from __future__ import annotations
@@ -23,7 +24,13 @@ __all__ = ["METRICS_FILE", "MetricsFile", "has_measurements", "read_history", "r
 
 METRICS_FILE = "metrics.csv"
 
-_KEY = re.compile(r"farms/(?P<quantity>alpha|ratio|lr)/(?P<layer>.+)", re.DOTALL)
+QUANTITIES = ("alpha", "ratio", "lr")
+"""What is logged of each layer that is measured; a layer with none of them is not part of a history."""
+
+FURTHER = ("effect", "z", "rank_share")
+"""What is logged as well where it is known."""
+
+_KEY = re.compile(rf"farms/(?P<quantity>{'|'.join(QUANTITIES + FURTHER)})/(?P<layer>.+)", re.DOTALL)
 
 _LARGEST_STEP = 2**53
 """Whole numbers beyond it are no longer exact in the page's and the pictures' floating-point numbers."""
@@ -95,17 +102,13 @@ def read_metrics(path: Path, layers: Sequence[str] = ()) -> MetricsFile:
     Raises:
         FileNotFoundError: there is no such file.
     """
-    points: _Points = {"alpha": {}, "ratio": {}, "lr": {}}
+    points: _Points = {quantity: {} for quantity in QUANTITIES + FURTHER}
     left_out: list[str] = []
     for row in _rows(path, left_out):
         _add_measurements(points, row, left_out)
-    names = _by_depth(set().union(*points.values()), layers)
-    history = History(
-        alpha=_curves(points["alpha"], names),
-        ratio=_curves(points["ratio"], names),
-        lr=_curves(points["lr"], names),
-        layers=names,
-    )
+    names = _by_depth(set().union(*(points[quantity] for quantity in QUANTITIES)), layers)
+    curves = {quantity: _curves(values, names) for quantity, values in points.items()}
+    history = History(**curves, layers=names)
     return MetricsFile(history, tuple(_problems(path, left_out)))
 
 

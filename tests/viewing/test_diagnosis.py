@@ -10,7 +10,8 @@ from torch import nn
 
 from farms_tb import Verdict, analyze
 from farms_tb.report import LayerRecord, Report
-from farms_tb.viewing.diagnosis import MOST_SENTENCES, diagnose, summarise
+from farms_tb.viewing.diagnosis import MOST_SENTENCES, diagnose, diagnose_training, summarise
+from farms_tb.viewing.history import Curve, History
 
 
 def record(**changes: Any) -> LayerRecord:
@@ -120,3 +121,51 @@ def test_the_summary_counts_and_averages() -> None:
     assert summary.mean_alpha == pytest.approx(1.9)
     assert summary.weighted_alpha == pytest.approx(2.0)
     assert summary.verdicts == {"trained": 2, "not measured": 1}
+
+
+def history_of(**scores: list[float]) -> History:
+    """Curves of z-scores at steps 0, 1, 2, ... of layers that are trained, but for those named `frozen`."""
+
+    def curve(values: list[float]) -> Curve:
+        times = range(len(values))
+        return Curve(tuple(map(float, times)), tuple(times), tuple(values))
+
+    z = {name: curve(values) for name, values in scores.items()}
+    lr = {name: found for name, found in z.items() if not name.startswith("frozen")}
+    return History(z=z, lr=lr, layers=tuple(z))
+
+
+LEARNT = {name: [-1.0, -9.0, -20.0, -30.0] for name in ("a", "b", "c")}
+
+
+def test_layers_left_behind_in_training() -> None:
+    (sentence,) = diagnose_training(history_of(**LEARNT, idle=[0.0, 1.0, -1.0, 0.5]))
+    assert sentence.startswith("idle ")
+    assert "last 3 measurements" in sentence
+    (sentence,) = diagnose_training(history_of(**LEARNT, idle=[0.0] * 4, lazy=[0.0] * 4))
+    assert sentence.startswith("idle and lazy ")
+
+
+@pytest.mark.parametrize(
+    "history",
+    [
+        History(),
+        history_of(**LEARNT),
+        history_of(**LEARNT, late=[0.0, 0.0, 0.0, -8.0]),
+        history_of(**LEARNT, lapsed=[0.0, -8.0, 0.0, 0.0]),
+        history_of(**LEARNT, frozen=[0.0, 0.0, 0.0, 0.0]),
+        history_of(a=[0.0, 0.0, -9.0, -9.0], b=[0.0, 0.0, -9.0, -9.0], idle=[0.0] * 4),
+        history_of(a=[-9.0] * 4, idle=[0.0] * 4, lazy=[0.0] * 4),
+    ],
+    ids=["no curves", "all learnt", "late", "random again", "frozen", "too short", "most are random"],
+)
+def test_no_layer_is_left_behind(history: History) -> None:
+    assert diagnose_training(history) == []
+
+
+def test_the_last_measurement_has_the_last_word() -> None:
+    history = history_of(**LEARNT, idle=[0.0] * 4)
+    assert diagnose_training(history, Report({"idle": record()})) == []
+    random = record(alpha=2.1, entropy=0.9)
+    assert random.verdict is Verdict.RANDOM
+    assert len(diagnose_training(history, Report({"idle": random}))) == 1

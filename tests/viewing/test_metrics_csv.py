@@ -82,3 +82,14 @@ def test_files_without_measurements(tmp_path: Path, content: bytes) -> None:
 def test_a_mark_of_byte_order_is_no_part_of_a_name(tmp_path: Path) -> None:
     (tmp_path / "metrics.csv").write_text(HEADER + GOOD, encoding="utf-8-sig")
     assert read_metrics(tmp_path / "metrics.csv").history.alpha["a"].epochs == (1.0,)
+
+
+def test_effects_and_rank_shares_are_curves_of_the_layers_measured(tmp_path: Path) -> None:
+    measured = "farms/alpha/a,farms/effect/a,farms/z/a,farms/rank_share/a"
+    rows = ["0,0,2,-0.1,-3,0.7,0.9,1", "1,4,1.9,-0.2,-6,0.6,0.9,1"]
+    text = "\n".join([f"epoch,step,{measured},farms/rank_share/flat,farms/z/b", *rows, ""])
+    history = read_metrics(written(tmp_path, text)).history
+    assert history.effect["a"].values == (-0.1, -0.2)
+    assert history.z["a"].values == (-3, -6)
+    assert history.rank_share["a"].values == (0.7, 0.6)
+    assert history.layers == ("a",)

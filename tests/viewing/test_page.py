@@ -8,7 +8,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import chain, cycle
 from pathlib import Path
 from typing import Any
@@ -17,17 +17,28 @@ import pytest
 import torch
 from torch import nn
 
-from farms_tb import LayerRecord, Report, analyze
+from farms_tb import LayerRecord, Report, Verdict, analyze
+from farms_tb.report import DERIVED
 from farms_tb.viewing.diagnosis import diagnose
 from farms_tb.viewing.history import Curve, History
 from farms_tb.viewing.page import write_page
+from farms_tb.viewing.plots.plane import MARKS
 from farms_tb.viewing.run_folder import RunFolder, read_run_folder
+from farms_tb.viewing.words import METRICS, OF_THE_NULL, VERDICTS
 from tests.helpers import LIGHTNING_NOISE
 from tests.runs import train_run
 
 pytestmark = LIGHTNING_NOISE
 
 EVIL = "</script><img src=x onerror=\"document.title='owned'\"><b>'{{css}}"
+NULL: dict[str, Any] = {
+    "alpha_error": 0.02,
+    "null_mean": 2.09,
+    "null_std": 0.05,
+    "null_draws": 32,
+    "num_eigenvalues": 100,
+    "shape": (1, 100, 100),
+}
 CHROMIUM_FLAGS = [
     "--headless",
     "--no-sandbox",
@@ -203,7 +214,7 @@ def browser() -> Iterator[Any]:
 @pytest.fixture
 def view(browser: Any) -> Iterator[Any]:
     """Open a page; in the end there must have been no error and no request but for the page itself."""
-    context = browser.new_context(viewport={"width": 1400, "height": 1000})
+    context = browser.new_context(viewport={"width": 1400, "height": 1000}, has_touch=True)
     tab = context.new_page()
     tab.set_default_timeout(10_000)
     said: list[str] = []
@@ -367,6 +378,26 @@ def test_the_page_says_what_to_look_at(view: Any, trained: Path, tmp_path: Path)
     assert tab.evaluate("document.documentElement.scrollWidth") <= 390
 
 
+def test_a_layer_that_training_warned_of_is_on_the_page(view: Any, tmp_path: Path) -> None:
+    """A log of z-scores, as `verdicts=True` writes it; without a checkpoint, too."""
+    metrics = ("alpha", "lr", "z", "effect")
+    columns = [f"farms/{metric}/{name}" for name in ("a", "b", "idle") for metric in metrics]
+    rows = [[epoch, epoch * 4, *[1.9, 0.1, -9, -0.2] * 2, *[2.1, 0.1, 0.3, 0.01]] for epoch in range(4)]
+    lines = [["epoch", "step", *columns], *rows]
+    (tmp_path / "metrics.csv").write_text("".join(",".join(map(str, line)) + "\n" for line in lines))
+    tab = view(write_page(tmp_path))
+    assert "idle stayed random over the last 4 measurements" in tab.inner_text("#diagnosis")
+    tab.set_viewport_size({"width": 390, "height": 844})
+    for switch in boxes(tab, ".switch:visible"):
+        assert switch["x"] + switch["width"] <= 390 - 12
+    tab.get_by_text("effect", exact=True).first.click()
+    assert tab.locator("#curves .curve").count() == 3
+    assert "shuffled" in tab.inner_html("#curves")
+    curve = tab.locator("#curves path[data-layer='2']").bounding_box()
+    tab.mouse.move(curve["x"] + 1, curve["y"])
+    assert tab.inner_text("#tip") == "idle\nepoch 0: effect 0.01"
+
+
 def test_partial_runs_say_what_is_missing(view: Any, trained: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(trained, tmp_path / "curves"))
     shutil.rmtree(folder / "version_0" / "checkpoints")
@@ -374,7 +405,9 @@ def test_partial_runs_say_what_is_missing(view: Any, trained: Path, tmp_path: Pa
     assert "No checkpoint (*.ckpt) yet, so no spectra" in tab.inner_text("#missing")
     tab.locator("tbody tr").first.click()
     assert "No spectrum: no checkpoint was found" in tab.inner_text("#detail")
-    assert tab.locator("#detail .curve").count() == 3
+    headings = tab.locator("#detail h3").all_inner_texts()
+    assert headings == [f"{what} over training" for what in ("Alpha", "Rank share", "Ratio", "Learning rate")]
+    assert tab.locator("#detail .curve").count() == 4
 
 
 def test_weights_alone(view: Any, trained: Path, tmp_path: Path) -> None:
@@ -435,13 +468,156 @@ def test_alpha_is_seen_on_a_phone(view: Any, tmp_path: Path) -> None:
 
 
 def test_heads_and_values_explain_themselves(view: Any, tmp_path: Path) -> None:
+    """To a mouse, to the keyboard and to a finger."""
     tab = view(write_page(made_up_run(tmp_path, ["a", "b"])))
-    for head in tab.locator("th[data-key] button").all():
-        assert len(head.get_attribute("title")) > 30
-    assert "whole matrix" in tab.locator("th[data-key=stable_rank] button").get_attribute("title")
+    tip = tab.locator("#tip")
+    head = tab.locator("th[data-key=stable_rank] button")
+    head.hover()
+    assert "whole matrix" in tip.inner_text()
+    tab.mouse.move(0, 0)
+    assert tip.is_hidden()
+    tab.locator("th[data-key=ks] button").focus()
+    tab.keyboard.press("Tab")
+    assert "whole matrix" in tip.inner_text()
+    tab.keyboard.press("Escape")
+    assert tip.is_hidden()
     tab.locator("tbody tr").nth(1).click()
-    for value in tab.locator("#detail dl > div").all():
-        assert len(value.get_attribute("title")) > 30
+    explained = tab.locator("th[data-key] button, #detail dl > div, #quantity label").all()
+    assert len(explained) > 20
+    for element in explained:
+        assert len(element.get_attribute("aria-description")) > 20
+    value = tab.locator("#detail dl > div").nth(2)
+    tab.set_viewport_size({"width": 390, "height": 844})
+    # The detail is drawn anew.
+    tab.wait_for_function("document.querySelector('#spectrum svg').viewBox.baseVal.width < 390")
+    value.scroll_into_view_if_needed()
+    value.tap()
+    assert "FARMS" in tip.inner_text()
+    box = tip.bounding_box()
+    assert box["x"] >= 0
+    assert box["x"] + box["width"] <= 390
+    tab.locator("#detail h2").tap()
+    assert tip.is_hidden()
+
+
+def test_words_of_the_page_are_those_of_the_documentation(trained: Path, tmp_path: Path) -> None:
+    found = content(write_page(trained, tmp_path / "page.html"))
+    assert found["words"]["error"] == METRICS["alpha_error"]
+    assert set(found["verdicts"]) == {str(verdict) for verdict in Verdict}
+    names = {field.name for field in fields(LayerRecord)} | set(DERIVED)
+    assert set(OF_THE_NULL) <= set(METRICS) <= names
+    assert all(words.endswith((".", "?")) for words in (*METRICS.values(), *VERDICTS.values()))
+
+
+SPREAD = {
+    "trained": LayerRecord(alpha=1.6, rank_99=70, **NULL),
+    "low": LayerRecord(status="low rank: zeros in the tail"),
+    "random": LayerRecord(alpha=2.1, rank_99=80, **NULL),
+    "collapsed": LayerRecord(alpha=1.1, rank_99=1, tail_floor=1e-8, **NULL),
+}
+"""Layers of several verdicts; that of low rank has no alpha and so no mark in a chart."""
+
+
+def run_of_verdicts(folder: Path) -> RunFolder:
+    return RunFolder(folder, farms=Report(dict(SPREAD), {"esd": "farms"}))
+
+
+def test_verdicts_are_marks_of_one_colour_everywhere(view: Any, tmp_path: Path) -> None:
+    tab = view(write_page(run_of_verdicts(tmp_path)))
+    assert tab.inner_text("#verdicts-heading") == "Layers against random weights"
+    keys = {"trained (1)", "random (1)", "collapsed (1)", "low rank (1)", "random weights"}
+    assert set(tab.locator("#verdict-key > span").all_inner_texts()) == keys
+    for chart in ("#depths", "#plane"):
+        assert tab.locator(f"{chart} .mark").count() == 3
+    assert tab.locator("#depths .band").count() == 3
+    for verdict in (Verdict.TRAINED, Verdict.RANDOM, Verdict.COLLAPSED):
+        same = [
+            tab.locator(f"{place} .v-{verdict}.mark") for place in ("#depths", "#plane", "tbody", "#verdict-key")
+        ]
+        assert {tuple(rgb(mark, "fill")) for mark in same} == {hex_rgb(MARKS[verdict][1])}
+        assert len({mark.get_attribute("d") for mark in same}) == 1
+
+
+def hex_rgb(colour: str) -> tuple[int, ...]:
+    return tuple(bytes.fromhex(colour.removeprefix("#")))
+
+
+def test_marks_lie_where_their_values_are(view: Any, tmp_path: Path) -> None:
+    tab = view(write_page(run_of_verdicts(tmp_path)))
+    plane = {box["name"]: box for box in marks(tab, "#plane")}
+    assert plane["collapsed"]["x"] < plane["trained"]["x"] < plane["random"]["x"]
+    assert plane["random"]["y"] < plane["trained"]["y"] < plane["collapsed"]["y"]
+    # The effects are -0.99, -0.49 and +0.01, the rank shares 1 %, 70 % and 80 %.
+    left, middle, right = (plane[name]["x"] for name in ("collapsed", "trained", "random"))
+    assert (middle - left) / (right - left) == pytest.approx(0.5, abs=0.01)
+    top, centre, bottom = (plane[name]["y"] for name in ("random", "trained", "collapsed"))
+    assert (centre - top) / (bottom - top) == pytest.approx(10 / 79, abs=0.01)
+    depth = {box["name"]: box for box in marks(tab, "#depths")}
+    step = depth["collapsed"]["x"] - depth["random"]["x"]
+    assert depth["random"]["x"] - depth["trained"]["x"] == pytest.approx(2 * step, abs=1)
+    band = tab.locator("#depths .band").first.bounding_box()
+    # From 1.99 to 2.19; an alpha of 1.6 lies below it, one of 2.1 inside.
+    assert depth["trained"]["y"] > band["y"] + band["height"]
+    assert band["y"] < depth["random"]["y"] < band["y"] + band["height"]
+
+
+def marks(tab: Any, chart: str) -> list[dict[str, Any]]:
+    """Middle of each mark of a chart, and the layer that it stands for."""
+    found = []
+    for mark in tab.locator(f"{chart} .mark").all():
+        box = mark.bounding_box()
+        name = [*SPREAD][int(mark.get_attribute("data-layer"))]
+        found.append({"name": name, "x": box["x"] + box["width"] / 2, "y": box["y"] + box["height"] / 2})
+    return found
+
+
+@pytest.mark.parametrize("chart", ["#depths", "#plane"])
+def test_marks_tell_their_layer(view: Any, tmp_path: Path, chart: str) -> None:
+    """To a mouse, to the keyboard and to a finger."""
+    tab, tip = view(write_page(run_of_verdicts(tmp_path))), "#tip"
+    places = {box["name"]: box for box in marks(tab, chart)}
+    tab.mouse.move(places["trained"]["x"] + 3, places["trained"]["y"] - 3)
+    lines = tab.inner_text(tip).split("\n")
+    assert lines[0] == "trained"
+    assert lines[1] == f"trained: {VERDICTS[Verdict.TRAINED]}"
+    assert lines[2:] == ["alpha 1.600 \u00b1 0.020", "effect -0.490 \u00b1 0.022", "rank share 70 %"]
+    assert tab.locator("#verdicts .near").count() == 2  # in both charts
+    tab.mouse.move(0, 0)
+    assert tab.locator(tip).is_hidden()
+    assert tab.locator("#verdicts .near").count() == 0
+    tab.locator(f"{chart} svg").focus()
+    tab.keyboard.press("ArrowLeft")
+    assert tab.inner_text(tip).startswith("trained" if chart == "#depths" else "collapsed")
+    tab.keyboard.press("ArrowLeft")
+    assert tab.inner_text(tip).startswith("collapsed" if chart == "#depths" else "random")
+    tab.keyboard.press("Enter")
+    assert tab.inner_text("#detail h2") == ("collapsed" if chart == "#depths" else "random")
+    assert tab.locator("#verdicts .chosen").count() == 2
+    tab.keyboard.press("Escape")
+    assert tab.locator("#detail").is_hidden()
+    tab.touchscreen.tap(places["random"]["x"], places["random"]["y"])
+    assert tab.inner_text(tip).startswith("random\n")
+    assert tab.inner_text("#detail h2") == "random"
+
+
+def test_without_effects_there_is_no_plane(view: Any, tmp_path: Path) -> None:
+    tab = view(write_page(made_up_run(tmp_path, ["a", "b", "c"])))
+    assert tab.inner_text("#verdicts-heading") == "Layers by depth"
+    assert tab.locator("#depths .mark").count() == 2
+    assert tab.locator("#depths .band").count() == 0
+    assert tab.locator("#plane").is_hidden()
+
+
+def test_without_alphas_there_are_no_charts(view: Any, tmp_path: Path) -> None:
+    tab = view(write_page(RunFolder(tmp_path, farms=Report({"low": SPREAD["low"]}, {"esd": "farms"}))))
+    assert tab.locator("#verdicts").is_hidden()
+    assert "low rank" in tab.inner_text("tbody")
+
+
+def test_a_model_of_one_layer_has_its_charts(view: Any, tmp_path: Path) -> None:
+    tab = view(write_page(RunFolder(tmp_path, farms=Report({"a": SPREAD["random"]}, {"esd": "farms"}))))
+    assert tab.locator("#depths .mark").count() == tab.locator("#plane .mark").count() == 1
+    assert "NaN" not in tab.inner_html("#verdicts")
 
 
 def test_no_more_digits_than_are_known(view: Any, tmp_path: Path) -> None:
@@ -453,10 +629,58 @@ def test_no_more_digits_than_are_known(view: Any, tmp_path: Path) -> None:
     }
     full = Report({name: LayerRecord(alpha=2.0344) for name in known}, {"esd": "full"})
     tab = view(write_page(replace(run, farms=Report(known, {"esd": "farms"}), full=full)))
-    rows = [row.inner_text().split()[2:7] for row in tab.locator("tbody tr").all()]
-    assert rows[0] == ["2.034", "0.031", "2.034", "0.000", "-14"]
-    assert rows[1] == ["2.03", "0.31", "2.03", "0.00", "0.0"]
-    assert rows[2][:2] == ["2.034", "\u2013"]
+    rows = [row.inner_text().split("\t") for row in tab.locator("tbody tr").all()]
+    assert rows[0][3:] == ["trained", "2.034", "0.031", "-0.566", "2.034", "0.000", "-14", "4.000"]
+    assert rows[1][4:9] == ["2.03", "0.31", "0.00", "2.03", "0.00"]
+    assert rows[2][4:6] == ["2.034", "\u2013"]
+
+
+@pytest.fixture(scope="module")
+def with_outliers(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """A layer with one strong direction, a spike, and one with a huge entry, which is a trap in any order."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    with torch.no_grad():
+        net[0].weight += 1.0 * torch.outer(*torch.randn(2, 64)) / 8
+        net[1].weight[3, 5] = 6.0
+    farms, full = (analyze(net, esd=esd, window=32, histogram=True, null=True) for esd in ("farms", "full"))
+    return RunFolder(tmp_path_factory.mktemp("outliers"), farms=farms, full=full)
+
+
+def test_the_marks_of_a_spectrum_are_the_outliers_counted(with_outliers: RunFolder) -> None:
+    assert with_outliers.full is not None
+    for layer in content(write_page(with_outliers))["layers"]:
+        record = with_outliers.full.layers[layer["name"]]
+        assert record.outliers is not None
+        marks = layer["esd"]["full"]
+        assert marks["edge"] == pytest.approx(record.outliers.edge, rel=1e-4)
+        assert marks["spikes"] == pytest.approx(sorted(set(record.outliers.spikes)), rel=1e-2)
+        assert len(marks["spikes"]) == layer["num_spikes"] == record.num_spikes == 1
+        assert layer["num_traps"] == pytest.approx(record.num_traps)
+        assert bool(marks["traps"]) == (layer["name"] == "1")
+        assert layer["esd"]["farms"]["spikes"] == layer["esd"]["farms"]["traps"] == []
+        assert layer["esd"]["farms"]["edge"] > 0
+
+
+def test_a_spectrum_shows_edge_spikes_and_traps(view: Any, with_outliers: RunFolder) -> None:
+    tab = view(write_page(with_outliers))
+    tab.locator("tbody tr").nth(1).click()
+    assert tab.locator("#spectrum .edge").count() == 1
+    assert "spikes" not in tab.inner_text("#spectrum .key")
+    tab.get_by_text("whole matrix", exact=True).click()
+    assert "spikes (1)" in tab.inner_text("#spectrum .key")
+    assert "traps (1 a shuffle)" in tab.inner_text("#spectrum .key")
+    edge, spike, trap, bars = (
+        tab.locator(f"#spectrum .{name}").bounding_box() for name in ("edge", "spikes", "traps", "bins")
+    )
+    assert edge["x"] < spike["x"]
+    assert edge["x"] < trap["x"]
+    # Spike and trap, of the same large entry, lie below the bars and not on one another.
+    assert bars["y"] + bars["height"] <= spike["y"] < spike["y"] + spike["height"] <= trap["y"]
+    assert bars["x"] + bars["width"] >= spike["x"]
+    tab.locator("#spectrum .k-edge").focus()
+    tab.keyboard.press("Tab")
+    assert "whole matrices" in tab.inner_text("#tip")
 
 
 @pytest.mark.parametrize("width", [1000, 1300, 1600])
@@ -476,6 +700,17 @@ def test_the_table_needs_no_scrolling(view: Any, tmp_path: Path, width: int) -> 
         assert scrolled <= shown
         assert {"alpha", "±", "ratio"} <= set(headings.all_inner_texts())
         assert chosen or {"bias", "KS", "st. rank", "status"} <= set(headings.all_inner_texts())
+
+
+def test_the_table_with_verdicts_needs_no_scrolling(view: Any, tmp_path: Path) -> None:
+    records = {f"encoder.layer.{depth}.attention.output.dense": one for depth, one in enumerate(SPREAD.values())}
+    full = Report({name: replace(record, stable_rank=20.0) for name, record in records.items()}, {"esd": "full"})
+    tab = view(write_page(RunFolder(tmp_path, farms=Report(records, {"esd": "farms"}), full=full)))
+    for width in (390, 500, 700, 900, 1000, 1100, 1280, 1600):
+        tab.set_viewport_size({"width": width, "height": 900})
+        scroll = tab.locator(".scroll")
+        assert scroll.evaluate("place => place.scrollWidth - place.clientWidth") == 0, width
+        assert {"verdict", "alpha"} <= set(tab.locator("th[data-key]:visible").all_inner_texts())
 
 
 def test_narrow_pages_scroll_to_the_detail(view: Any, tmp_path: Path) -> None:

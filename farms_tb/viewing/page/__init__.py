@@ -1,6 +1,6 @@
 """One HTML page of a run, to look through and to hand on: it needs no network and no server.
 
-The page draws with its own small script (`page.js`), from the values that stand in it as JSON (`content.py`).
+The page draws with its own small scripts (`SCRIPTS`), from the values that stand in it as JSON (`content.py`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ from farms_tb.viewing.run_folder import RunFolder, as_run_folder
 __all__ = ["write_page"]
 
 PAGE_FILE = "report.html"
+
+SCRIPTS = ("page.js", "verdicts.js", "start.js")
+"""Parts of the page's one script, in this order: tools and most charts, verdicts, and what puts them together."""
 
 _HERE = Path(__file__).parent
 
@@ -53,7 +56,7 @@ def _render(run: RunFolder) -> str:
     parts = {
         "title": html.escape(content["title"]),
         "css": (_HERE / "page.css").read_text(encoding="utf-8"),
-        "js": (_HERE / "page.js").read_text(encoding="utf-8"),
+        "js": "\n".join((_HERE / name).read_text(encoding="utf-8") for name in SCRIPTS),
         # A `<` in the data could end the script element that holds it.
         "data": json.dumps(content, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c"),
     }

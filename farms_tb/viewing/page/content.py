@@ -1,4 +1,4 @@
-"""What the page of a run shows, as plain values for JSON; `page.js` draws them and names each by the same key.
+"""What the page of a run shows, as plain values for JSON; the scripts draw them and names each by the same key.
 
 Numbers are rounded to five digits, and None stands for what JSON has no number for. A measurement is told by its
 time, completed epochs and optimizer steps: all curves of a run share one list of times, and have a value or None
@@ -12,14 +12,51 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from farms_tb.report import OK, LayerRecord, Report
-from farms_tb.viewing.densities import aspect_of_sample, esd_density, marchenko_pastur, tail_density
-from farms_tb.viewing.diagnosis import diagnose
+from farms_tb.viewing.densities import (
+    aspect_of_sample,
+    esd_density,
+    marchenko_pastur,
+    spectrum_marks,
+    tail_density,
+)
+from farms_tb.viewing.diagnosis import diagnose, diagnose_training
 from farms_tb.viewing.history import Curve, History
 from farms_tb.viewing.run_folder import RunFolder
+from farms_tb.viewing.words import METRICS, VERDICTS
 
 __all__ = ["content_of"]
 
 NOT_MEASURED = "not in the weights that were measured"
+
+WORDS = {
+    "index": "Position of the layer, from the input to the output.",
+    "name": "Name of the layer in the model.",
+    "verdict": "What the metrics say of the layer in a word.",
+    "status": "Why a layer has no alpha, or why it means something else; empty for the others.",
+    "shape": "The layer's weight as a stack of K matrices with R rows and C columns.",
+    "kind": "Real weights, or complex ones of a spectral convolution.",
+    "alpha": METRICS["alpha"],
+    "farms": f"{METRICS['alpha']} Fitted on windows of one aspect ratio (FARMS).",
+    "error": METRICS["alpha_error"],
+    "full": "Alpha of the whole matrix, which depends on the matrix's shape.",
+    "bias": "Alpha of the whole matrix minus that of FARMS windows: what the shape of the matrix adds.",
+    "ratio": "Learning rate of the layer over the scheduler's learning rate.",
+    "last_ratio": "Learning rate of the layer over the scheduler's learning rate, as last logged.",
+    "lr": "Learning rate of the layer.",
+    "effects": METRICS["effect"],
+    "rank_shares": METRICS["rank_share"],
+    "null_mean": "Mean alpha of the same weights in random order, the permutation null, ± its standard deviation.",
+    "ks": METRICS["ks_distance"],
+    "count": METRICS["num_eigenvalues"],
+    "z": METRICS["z_score"],
+    "edge": "Random weights of this size and variance have no larger eigenvalues.",
+    "tail": "The power law that was fitted, from where it begins: on these axes a line of slope -alpha.",
+    "law": "The Marchenko-Pastur law: the spectrum of random weights of this aspect ratio and mean eigenvalue.",
+    "num_spikes": METRICS["num_spikes"],
+    "num_traps": METRICS["num_traps"],
+    **{name: METRICS[name] for name in ("effect", "rank_share", "stable_rank", "spectral_norm")},
+}
+"""What each heading and value of the page means, by its key in the values of a layer."""
 
 _When = tuple[float, int]
 """Completed epochs and optimizer steps at a measurement."""
@@ -39,16 +76,24 @@ def content_of(run: RunFolder) -> dict[str, Any]:
         "title": run.title,
         "facts": _facts(run),
         "missing": list(run.missing),
-        "diagnosis": [] if run.farms is None else diagnose(run.farms),
+        "diagnosis": _what_to_look_at(run),
         "weights": run.weights,
         "esd": str(run.options.get("esd", "farms")),
         "by_step": run.history.by_step,
         "when": {"epoch": _numbers(epoch for epoch, _ in when), "step": [step for _, step in when]},
         "layers": [_layer(name, run, when) for name in run.layers],
         "laws": _laws(run),
+        "words": WORDS,
+        "verdicts": {str(verdict): words for verdict, words in VERDICTS.items()},
         "options": _options_in_words(run.options),
         "settings": run.settings,
     }
+
+
+def _what_to_look_at(run: RunFolder) -> list[str]:
+    """Return what the curves and the weights say, in sentences."""
+    of_weights = [] if run.farms is None else diagnose(run.farms)
+    return [*diagnose_training(run.history, run.farms), *of_weights]
 
 
 def _times(history: History) -> list[_When]:
@@ -130,8 +175,18 @@ def _metrics(farms: LayerRecord, full: LayerRecord) -> dict[str, Any]:
         "null_mean": _number(farms.null_mean),
         "null_std": _number(farms.null_std),
         "z": _number(farms.z_score),
+        "effect": _number(farms.effect),
+        "effect_error": _number(farms.effect_error),
+        "rank_share": _number(farms.rank_share),
+        "num_spikes": _known(full.num_spikes, farms.num_spikes),
+        "num_traps": _number(_known(full.num_traps, farms.num_traps)),
         "verdict": "" if farms.verdict is None else str(farms.verdict),
     }
+
+
+def _known(*values: float | None) -> float | None:
+    """Return the first of several values that is known; None where none is."""
+    return next((value for value in values if value is not None), None)
 
 
 def _status(farms: LayerRecord, full: LayerRecord) -> str:
@@ -150,6 +205,8 @@ def _curves(name: str, run: RunFolder, when: Sequence[_When]) -> dict[str, Any]:
         "alpha": _on_axis(alpha, when),
         "ratio": _on_axis(ratio, when),
         "lr": _on_axis(history.lr.get(name), when),
+        "effects": _on_axis(history.effect.get(name), when),
+        "rank_shares": _on_axis(history.rank_share.get(name), when),
         "last_ratio": _number(last_ratio),
         "note": "" if alpha is None else _other_time(alpha, run),
     }
@@ -221,7 +278,21 @@ def _spectrum(record: LayerRecord, report: Report) -> dict[str, Any]:
         "tail": None if tail is None else [_numbers(point) for point in zip(*tail, strict=True)],
         "mean": _number(record.norm_stable_rank),
         "aspect": _aspect(record, report),
+        **_marks(record, report),
     }
+
+
+def _marks(record: LayerRecord, report: Report) -> dict[str, Any]:
+    """Return the edge of random weights, and the spikes and traps beyond it; empty where there is no edge.
+
+    Eigenvalues that no eye could tell apart are one: a layer has hundreds, and its shuffles have as many each.
+    """
+    marks = spectrum_marks(record, report)
+    if marks is None:
+        return {}
+    found = {"spikes": marks.spikes, "traps": marks.traps or ()}
+    distinct = {name: list(dict.fromkeys(float(f"{value:.3g}") for value in found[name])) for name in found}
+    return {"edge": _number(marks.edge), **distinct}
 
 
 def _aspect(record: LayerRecord, report: Report) -> str:

@@ -4,6 +4,8 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const { layers } = data;
 const QUANTITIES = {
   alpha: { label: "alpha", title: "power-law exponent alpha" },
+  effects: { label: "effect", title: "effect: alpha minus that of shuffled entries", base: 0 },
+  rank_shares: { label: "rank share", title: "share of directions with 99 % of the energy" },
   ratio: { label: "ratio", title: "learning rate / scheduler's learning rate", base: 1 },
   lr: { label: "learning rate", title: "learning rate" },
 };
@@ -22,40 +24,28 @@ function fill(element, attributes, children) {
   return element;
 }
 const el = (tag, attributes, ...children) => fill(document.createElement(tag), attributes, children);
-/** A name as pieces between which a line may break: after a dot, not within a word. */
-const breakable = (name) => name.split(/(?<=\.)/).flatMap((part, index) => (index ? [el("wbr"), part] : [part]));
+/** A name as pieces between which a line may break: after a dot or a low line, not within a word. */
+const breakable = (name) => name.split(/(?<=[._])/).flatMap((part, index) => (index ? [el("wbr"), part] : [part]));
 const svg = (tag, attributes, ...children) => fill(document.createElementNS("http://www.w3.org/2000/svg", tag), attributes, children);
 
 function choice(id, options, current, onchange) {
   const place = byId(id) || el("fieldset", { class: "switch", id });
   for (const [value, label] of options) {
     const input = el("input", { type: "radio", name: id, value, checked: value === current, onchange: () => onchange(value) });
-    place.append(el("label", null, input, label));
+    place.append(explained(el("label", null, input, label), data.words[value]));
   }
   place.hidden = options.length < 2;
   return place;
 }
 
-/** What a column of the table and a value of the detail mean. */
-const MEANING = {
-  index: "Position of the layer, from the input to the output.",
-  name: "Name of the layer in the model.",
-  status: "Why a layer has no alpha; empty where it has one.",
-  shape: "The layer's weight as a stack of K matrices with R rows and C columns.",
-  kind: "Real weights, or complex ones of a spectral convolution.",
-  farms: "Power-law exponent of the tail of the eigenvalue spectrum, fitted on windows of one aspect ratio (FARMS). Smaller means a heavier tail: more structure in the weights, or a collapse, which the status names.",
-  error: "Standard error of the FARMS alpha.",
-  full: "Power-law exponent of the spectrum of the whole matrix, which depends on the matrix's shape.",
-  bias: "Full-matrix alpha minus FARMS alpha: what the shape of the matrix adds.",
-  ks: "Kolmogorov-Smirnov distance between the tail and the fitted power law, 0 the best.",
-  stable_rank: "Stable rank of the whole matrix: squared Frobenius norm / squared largest singular value. At most the rank; small where few directions dominate.",
-  spectral_norm: "The largest eigenvalue of the windows measured.",
-  count: "Number of eigenvalues that the FARMS alpha is fitted on.",
-  null_mean: "Mean alpha of the same weights in random order ± its standard deviation (permutation null).",
-  verdict: "What the metrics say in a word: random, trained, collapsed, low rank, outliers, no power law or not measured.",
-  z: "Distance of alpha from that of the same weights in random order, in standard deviations of the latter. Negative: a heavier tail than chance gives.",
-  last_ratio: "Learning rate of the layer / the scheduler's learning rate, as last logged.",
-};
+/** Let an element explain itself: when pointed at, when it has the keyboard's focus, and when touched. */
+function explained(element, words) {
+  if (!words) return element;
+  element.dataset.words = words;
+  element.setAttribute("aria-description", words);
+  if (!["BUTTON", "LABEL"].includes(element.tagName)) element.tabIndex = 0;
+  return element;
+}
 
 // ---- numbers and colours ---------------------------------------------------------------------------------------
 
@@ -74,6 +64,7 @@ function decimal(value, decimals) {
 /** The decimals with which a number has so many significant digits, at most `most`. */
 const decimalsOf = (value, digits, most) => (known(value) && value !== 0
   ? Math.max(0, Math.min(most, digits - 1 - Math.floor(Math.log10(Math.abs(value))))) : most);
+const percent = (value) => `${decimal(100 * value, value < 0.1 ? 1 : 0)} %`;
 const fixed = (decimals) => (value) => decimal(value, decimals);
 // An alpha is known to the second significant digit of its standard error.
 const asKnown = (value, layer) => decimal(value, decimalsOf(layer.error, 2, 3));
@@ -146,9 +137,34 @@ function tip(event, text) {
   box.hidden = !text;
   if (!text) return;
   box.textContent = text;
+  box.style.left = "0"; // else a box at the right edge is measured narrower than it can be
   const { width, height } = box.getBoundingClientRect();
   box.style.left = `${Math.max(4, Math.min(event.clientX + 14, innerWidth - width - 8))}px`;
   box.style.top = `${event.clientY + 18 + height > innerHeight ? event.clientY - height - 12 : event.clientY + 18}px`;
+}
+/** Show the words of an element below it. */
+function tipBelow(element) {
+  const box = element.getBoundingClientRect();
+  tip({ clientX: box.left - 10, clientY: box.bottom - 12 }, element.dataset.words);
+}
+const hideTip = () => { byId("tip").hidden = true; };
+function explainElements() {
+  const explains = (event) => event.target.closest && event.target.closest("[data-words]");
+  document.addEventListener("pointerover", (event) => { if (explains(event)) tipBelow(explains(event)); });
+  // A finger that is lifted leaves the element, too: the words stay until something else is touched.
+  document.addEventListener("pointerout", (event) => { if (explains(event) && event.pointerType === "mouse") hideTip(); });
+  document.addEventListener("pointerdown", (event) => { if (!explains(event)) hideTip(); }, true);
+  document.addEventListener("focusin", (event) => { if (explains(event) && event.target.matches(":focus-visible")) tipBelow(explains(event)); });
+  document.addEventListener("focusout", (event) => { if (explains(event)) hideTip(); });
+  document.addEventListener("keydown", (event) => { if (event.key === "Escape") hideTip(); });
+  document.addEventListener("scroll", hideTip, true);
+}
+/** Call `show` with each event of a mouse or a finger on a chart, and with null for the place when it leaves. */
+function pointed(root, show) {
+  const move = (event) => show(event, local(root, event));
+  root.addEventListener("pointermove", move);
+  root.addEventListener("pointerdown", move);
+  root.addEventListener("pointerleave", (event) => { if (event.pointerType === "mouse") show(event, null); });
 }
 function local(root, event) {
   const box = root.getBoundingClientRect();
@@ -229,11 +245,10 @@ function curveChart(place, shown, quantity, height, main) {
     }
     return best && best.distance < 30 ? best : null;
   }
-  root.addEventListener("pointermove", (event) => {
-    const found = nearest(local(root, event));
+  pointed(root, (event, at) => {
+    const found = at && nearest(at);
     mark(found && found.line, found && found.point, event);
   });
-  root.addEventListener("pointerleave", (event) => mark(null, null, event));
   if (!main) return;
   root.addEventListener("click", (event) => {
     const found = nearest(local(root, event));
@@ -288,14 +303,12 @@ function mapChart(place, shown, quantity) {
     pen.fillStyle = known(layer[quantity][i]) ? shade(layer[quantity][i]) : none;
     pen.fillRect(column, row, 1, 1);
   }));
-  const cell = (event) => {
-    const [px, py] = local(canvas, event);
+  const cell = ([px, py]) => {
     const [column, row] = [Math.floor(px / width * columns.length), Math.floor(py / height * rows.length)];
     return rows[row] && column in columns ? [rows[row], columns[column]] : null;
   };
-  canvas.addEventListener("pointermove", (event) => { const at = cell(event); tip(event, at && describe(at[0], quantity, at[1])); });
-  canvas.addEventListener("pointerleave", (event) => tip(event, null));
-  canvas.addEventListener("click", (event) => { const at = cell(event); if (at) choose(at[0]); });
+  pointed(canvas, (event, place) => { const at = place && cell(place); tip(event, at && describe(at[0], quantity, at[1])); });
+  canvas.addEventListener("click", (event) => { const at = cell(local(canvas, event)); if (at) choose(at[0]); });
   const root = frame(whole, height + MARGIN.top + MARGIN.bottom, `Axes of the map: ${rows.length} layers, ${axisTitle()}`);
   for (const row of spread(rows.length, Math.floor(height / 13))) {
     root.append(svg("text", { class: "row", x: left - 6, y: MARGIN.top + (row + 0.5) * height / rows.length + 4, "text-anchor": "end" },
@@ -363,23 +376,29 @@ function drawHistory() {
 
 // ---- spectrum --------------------------------------------------------------------------------------------------
 
+/** Room below the bars of a spectrum for the marks of its spikes and traps. */
+const STRIP = 26;
+
 function spectrumChart(place, layer, esd) {
-  const [width, height] = [Math.max(280, place.clientWidth), 270];
-  const { edges: [from, to], density, tail, mean, aspect } = esd;
+  const [width, height] = [Math.max(280, place.clientWidth), 290];
+  const { edges: [from, to], density, tail, mean, aspect, edge } = esd;
+  const [spikes, traps] = [esd.spikes || [], esd.traps || []];
   const edges = density.map((_, i) => 10 ** (from + (to - from) * i / density.length)).concat(10 ** to);
   const law = data.laws[aspect];
   const start = Math.max(edges[0], Math.min(edges.at(-1) * 1e-4, tail ? tail[0][0] / 3 : Infinity));
   const positive = density.filter((d, i) => d > 0 && edges[i + 1] > start);
   const [low, high] = [Math.min(...positive) / 3, Math.max(...positive) * 3];
-  const x = scale(start, edges.at(-1) * 1.4, MARGIN.left, width - MARGIN.right, true);
+  const largest = Math.max(edges.at(-1), edge || 0, ...spikes, ...traps);
+  const x = scale(start, largest * 1.4, MARGIN.left, width - MARGIN.right, true);
   const bottom = height - MARGIN.bottom;
-  const y = scale(low, high, bottom, MARGIN.top, true);
+  const floor = bottom - (spikes.length || traps.length ? STRIP : 0);
+  const y = scale(low, high, floor, MARGIN.top, true);
   const root = frame(width, height, `Spectrum of ${layer.name} with its fitted tail and the Marchenko-Pastur law`);
-  const clip = svg("clipPath", { id: "inside" }, svg("rect", { x: MARGIN.left, y: MARGIN.top, width: width - MARGIN.left - MARGIN.right, height: bottom - MARGIN.top }));
+  const clip = svg("clipPath", { id: "inside" }, svg("rect", { x: MARGIN.left, y: MARGIN.top, width: width - MARGIN.left - MARGIN.right, height: floor - MARGIN.top }));
   root.append(clip);
   drawAxes(root, width, height, x, y, "eigenvalue", "density");
   const inside = svg("g", { "clip-path": "url(#inside)" });
-  const bins = density.map((d, i) => (d > 0 ? `M${x(edges[i])},${bottom}V${y(d)}H${x(edges[i + 1])}V${bottom}Z` : "")).join("");
+  const bins = density.map((d, i) => (d > 0 ? `M${x(edges[i])},${floor}V${y(d)}H${x(edges[i + 1])}V${floor}Z` : "")).join("");
   inside.append(svg("path", { class: "bins", style: layer.tint, d: bins }));
   const line = (points) => points.map(([px, py], k) => `${k ? "L" : "M"}${x(px).toFixed(1)},${y(Math.max(py, low / 10)).toFixed(1)}`).join("");
   if (law && mean) inside.append(svg("path", { class: "law", d: line(law.x.map((v, i) => [v * mean, law.y[i] / mean])) }));
@@ -388,13 +407,19 @@ function spectrumChart(place, layer, esd) {
       svg("path", { class: "tail", d: line(tail) }));
   }
   root.append(inside);
-  root.addEventListener("pointermove", (event) => {
-    const [mx] = local(root, event);
-    const i = density.findIndex((_, k) => mx >= x(edges[k]) && mx < x(edges[k + 1]));
+  if (edge) root.append(svg("line", { class: "edge", x1: x(edge), x2: x(edge), y1: MARGIN.top, y2: bottom }));
+  root.append(svg("path", { class: "spikes", d: spikes.map((v) => `M${x(v).toFixed(1)},${floor + 3}v8`).join("") }),
+    svg("path", { class: "traps", d: traps.map((v) => `M${(x(v) - 3).toFixed(1)},${floor + 15}l6,6m0,-6l-6,6`).join("") }));
+  pointed(root, (event, at) => {
+    const i = at ? density.findIndex((_, k) => at[0] >= x(edges[k]) && at[0] < x(edges[k + 1])) : -1;
     tip(event, i < 0 ? null : `eigenvalues ${number(edges[i])} to ${number(edges[i + 1])}\ndensity ${number(density[i])}`);
   });
-  root.addEventListener("pointerleave", (event) => tip(event, null));
-  place.replaceChildren(root);
+  const key = (name, words, ...label) => explained(el("span", { class: `k-${name}`, style: layer.tint }, ...label), data.words[words]);
+  place.replaceChildren(root, el("p", { class: "key" }, key("bins", null, "eigenvalues"),
+    tail ? key("tail", "tail", "fitted tail") : null, law && mean ? key("law", "law", "random weights (Marchenko-Pastur)") : null,
+    edge ? key("edge", "edge", "edge of random weights") : null,
+    spikes.length ? key("spikes", "num_spikes", `spikes (${layer.num_spikes})`) : null,
+    traps.length ? key("traps", "num_traps", `traps (${number(layer.num_traps, 2)} a shuffle)`) : null));
 }
 
 // ---- detail ----------------------------------------------------------------------------------------------------
@@ -413,25 +438,27 @@ function drawDetail() {
   const close = () => { choose(null); layer.button.focus(); };
   place.append(el("div", { class: "bar" }, el("h2", { id: "detail-heading" }, layer.name),
     el("button", { type: "button", class: "close", "aria-label": "Close", title: "Close", onclick: close }, "×")));
+  if (layer.verdict) place.append(el("p", null, el("strong", { class: "verdict" }, ...verdictLabel(layer.verdict)), ` ${data.verdicts[layer.verdict]}`));
   const facts = [
     ["stack K × R × C", layer.shape.join(" × ") || "–", "shape"], ["weights", layer.kind || "–", "kind"], ["FARMS alpha", withError(layer.farms, layer.error), "farms"],
     ["full-matrix alpha", asKnown(layer.full, layer), "full"], ["bias", asKnown(layer.bias, layer), "bias"], ["KS distance", number(layer.ks), "ks"], ["stable rank", number(layer.stable_rank), "stable_rank"],
     ["largest eigenvalue", number(layer.spectral_norm), "spectral_norm"], ["eigenvalues", layer.count || "–", "count"], ["last ratio", fixed(3)(layer.last_ratio), "last_ratio"],
   ];
-  if (layer.verdict) facts.push(["verdict", layer.verdict, "verdict"]);
+  if (known(layer.rank_share)) facts.push(["rank share", percent(layer.rank_share), "rank_share"]);
+  if (known(layer.effect)) facts.push(["effect", withError(layer.effect, layer.effect_error), "effect"]);
   if (known(layer.z)) facts.push(["random weights' alpha", withError(layer.null_mean, layer.null_std), "null_mean"], ["z-score", twoDigits(layer.z), "z"]);
+  if (known(layer.num_spikes)) facts.push(["spikes", String(layer.num_spikes), "num_spikes"]);
+  if (known(layer.num_traps)) facts.push(["traps", number(layer.num_traps, 2), "num_traps"]);
   place.append(el("dl", null, ...facts.map(([name, value, key]) =>
-    el("div", { title: MEANING[key] }, el("dt", null, name), el("dd", null, String(value))))));
+    explained(el("div", null, el("dt", null, name), el("dd", null, String(value))), data.words[key]))));
   if (layer.note) place.append(el("p", { class: "quiet" }, `Not of one time: ${layer.note}.`));
-  if (layer.status !== "ok") place.append(el("p", null, `No alpha: ${layer.status}.`));
+  if (layer.status !== "ok") place.append(el("p", null, `${known(layer.farms) ? "Status" : "No alpha"}: ${layer.status}.`));
   const found = Object.entries({ farms: "FARMS windows", full: "whole matrix" }).filter(([esd]) => layer.esd[esd]);
   if (found.length) {
     const current = layer.esd[state.esd] ? state.esd : found[0][0];
     const chart = el("div", { class: "chart", id: "spectrum" });
     const picker = choice("esd", found, current, (esd) => { state.esd = esd; spectrumChart(chart, layer, layer.esd[esd]); });
-    place.append(el("div", { class: "bar" }, el("h3", { style: "margin-right:auto" }, "Spectrum"), picker), chart,
-      el("p", { class: "key" }, el("span", { class: "k-bins", style: layer.tint }, "eigenvalues"),
-        el("span", { class: "k-tail" }, "fitted tail"), el("span", { class: "k-law" }, "random weights (Marchenko-Pastur)")));
+    place.append(el("div", { class: "bar" }, el("h3", { style: "margin-right:auto" }, "Spectrum"), picker), chart);
     spectrumChart(chart, layer, layer.esd[current]);
   } else place.append(el("p", { class: "quiet" }, data.weights ? "The weights that were measured hold no spectrum of this layer." : "No spectrum: no checkpoint was found that could be measured."));
   for (const quantity of Object.keys(QUANTITIES)) {
@@ -442,10 +469,14 @@ function drawDetail() {
   }
 }
 
-/** Show which curve of the chart is a layer's, without choosing it. */
+/** Show which curve and which marks are a layer's, without choosing it. */
 function highlight(layer) {
+  for (const path of document.querySelectorAll("#curves [data-layer], #verdicts [data-layer]")) {
+    const index = Number(path.dataset.layer);
+    path.classList.toggle("near", layer !== null && index === layer.index);
+    if (path.closest("#verdicts")) path.classList.toggle("chosen", state.chosen !== null && index === state.chosen.index);
+  }
   const place = byId("curves");
-  for (const path of place.querySelectorAll("[data-layer]")) path.classList.toggle("near", layer !== null && Number(path.dataset.layer) === layer.index);
   place.classList.toggle("focus", Boolean(place.querySelector(".near, .chosen")));
 }
 
@@ -459,6 +490,7 @@ function choose(layer) {
   if (layer) layer.row.scrollIntoView({ block: "nearest" });
   drawHistory();
   drawDetail();
+  highlight(null);
   // On a narrow page the detail stands below the table.
   if (layer && byId("detail").getBoundingClientRect().top > innerHeight - 100) byId("detail").scrollIntoView();
 }
@@ -468,6 +500,7 @@ function choose(layer) {
 const COLUMNS = [
   ["alpha", "farms", asKnown],
   ["±", "error", asKnown],
+  ["effect", "effect", (value, layer) => decimal(value, decimalsOf(layer.effect_error, 2, 3))],
   ["full", "full", asKnown],
   ["bias", "bias", asKnown],
   ["KS", "ks", fixed(3)],
@@ -475,13 +508,16 @@ const COLUMNS = [
   ["z", "z", twoDigits],
   ["ratio", "last_ratio", fixed(3)],
 ].filter(([, key]) => layers.some((layer) => known(layer[key])));
-// Which columns go where there is no room for all: those marked "third" first, then "second", then "last".
-const ROOM = { index: "last", full: "second", bias: "second", z: "second", status: "second", ks: "third", stable_rank: "third" };
+// Which columns go where there is no room for all: those marked "third" first, then "second", "last" and "phone".
+const ROOM = { index: "last", error: "phone", effect: "second", full: "second", bias: "second", z: "third", status: "second", ks: "third", stable_rank: "third" };
+const HAS_VERDICT = layers.some((layer) => layer.verdict && known(layer.farms));
 const HAS_STATUS = layers.some((layer) => layer.status !== "ok");
 const body = el("tbody");
 
 function buildTable() {
-  const heads = [["#", "index"], ["layer", "name", "text"], ...COLUMNS];
+  const heads = [["#", "index"], ["layer", "name", "text"]];
+  if (HAS_VERDICT) heads.push(["verdict", "verdict", "text"]);
+  heads.push(...COLUMNS);
   if (HAS_STATUS) heads.push(["status", "status", "text"]);
   const all = el("input", { type: "checkbox", checked: true, "aria-label": "Show all listed layers in the chart", onchange: () => {
     for (const layer of layers) if (!layer.row.hidden) layer.box.checked = layer.shown = all.checked;
@@ -489,7 +525,7 @@ function buildTable() {
   } });
   const row = el("tr", null, el("th", { class: "text" }, all), ...heads.map(([label, key, look]) =>
     el("th", { scope: "col", class: `${look === "text" ? look : ""} ${ROOM[key] || ""}`, "data-key": key },
-      el("button", { type: "button", title: `${MEANING[key]} Click to sort.`, onclick: () => sortBy(key) }, label))));
+      explained(el("button", { type: "button", onclick: () => sortBy(key) }, label), `${data.words[key]} Click to sort.`))));
   for (const layer of layers) {
     layer.box = el("input", { type: "checkbox", checked: true, "aria-label": `Show ${layer.name} in the chart`, onclick: (event) => event.stopPropagation(),
       onchange: () => { layer.shown = layer.box.checked; drawHistory(); } });
@@ -497,10 +533,12 @@ function buildTable() {
     layer.row = el("tr", { "aria-selected": "false", onclick: () => choose(layer), onpointerenter: () => highlight(layer), onpointerleave: () => highlight(null) },
       el("td", { class: "text" }, layer.box), el("td", { class: ROOM.index }, String(layer.index + 1)),
       el("td", { class: "text name" }, layer.button, layer.note ? el("small", { class: "quiet" }, layer.note) : null),
+      HAS_VERDICT ? el("td", { class: "text verdict" }, ...(layer.verdict ? verdictLabel(layer.verdict) : [])) : null,
       ...COLUMNS.map(([, key, format]) => el("td", { class: ROOM[key] || null }, format(layer[key], layer))),
       HAS_STATUS ? el("td", { class: "text second status", title: layer.status }, layer.status === "ok" ? "" : layer.status) : null);
     body.append(layer.row);
   }
+  byId("table").classList.toggle("with-verdicts", HAS_VERDICT);
   byId("table").append(el("thead", null, row), body);
   body.addEventListener("keydown", (event) => {
     const step = { ArrowDown: 1, ArrowUp: -1 }[event.key];
@@ -516,7 +554,7 @@ function buildTable() {
 function sortBy(key) {
   const down = state.sort && state.sort.key === key && !state.sort.down;
   state.sort = { key, down };
-  const text = ["name", "status"].includes(key);
+  const text = ["name", "status", "verdict"].includes(key);
   const compare = (a, b) => {
     const [p, q] = [a[key], b[key]];
     if (!known(p) || !known(q)) return known(q) - known(p); // without a value: last, either way round
@@ -540,7 +578,7 @@ function filterRows() {
   byId("count").textContent = listed === layers.length ? `${listed} layers` : `${listed} of ${layers.length} layers`;
 }
 
-// ---- the page --------------------------------------------------------------------------------------------------
+// ---- settings ----------------------------------------------------------------------------------------------------
 
 function drawSettings() {
   const place = byId("settings");
@@ -551,28 +589,3 @@ function drawSettings() {
   if (data.settings) place.append(el("details", null, el("summary", null, "All settings of the run"), el("pre", { tabindex: 0 }, data.settings)));
   else place.append(el("p", { class: "quiet" }, "The run folder holds no config.yaml or hparams.yaml."));
 }
-
-byId("title").textContent = data.title;
-byId("facts").textContent = data.facts.join(" · ");
-if (data.missing.length) {
-  byId("missing").hidden = false;
-  byId("missing").append(el("strong", null, "Not everything is here"), el("ul", null, ...data.missing.map((sentence) => el("li", null, sentence))));
-}
-if (data.diagnosis.length) {
-  byId("diagnosis").hidden = false;
-  byId("diagnosis").append(el("ul", null, ...data.diagnosis.map((sentence) => el("li", null, sentence))));
-}
-byId("depth").querySelector("i").style.cssText = `--light:${gradient(0, 0.9)};--dark:${gradient(0.35, 1)}`;
-byId("hint").textContent = "A smaller alpha means a heavier tail: more structure in the weights, or, where the status says so, a collapse to few directions. Point at a curve for its values, click it, or a row of the table, for the layer's spectrum; with the keyboard, use the arrow keys and Enter.";
-const logged = Object.entries(QUANTITIES).filter(([key]) => layers.some((layer) => layer[key].some(known)));
-if (logged.length) state.quantity = logged[0][0];
-choice("quantity", logged.map(([key, { label }]) => [key, label]), state.quantity, (key) => { state.quantity = key; drawHistory(); });
-choice("view", logged.length ? [["curves", "curves"], ["map", "map"]] : [], state.view, (key) => { state.view = key; drawHistory(); });
-choice("axis", logged.length ? [["epoch", "epochs"], ["step", "steps"]] : [], state.axis, (key) => { state.axis = key; drawHistory(); drawDetail(); });
-buildTable();
-filterRows();
-drawSettings();
-drawHistory();
-drawDetail();
-let width = innerWidth;
-addEventListener("resize", () => { if (innerWidth !== width) { width = innerWidth; drawHistory(); drawDetail(); } });
