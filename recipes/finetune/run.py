@@ -124,8 +124,9 @@ def _finetune_in(folder: Path, cfg: DictConfig, checkpoint: Path | None) -> dict
     transformers.logging.disable_progress_bar()
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
+    balancer = _balancer(cfg)
     examples: Examples = build(cfg, "data").read()
-    run = _build_run(cfg, examples, folder)
+    run = _build_run(cfg, examples, balancer)
     save_config(cfg, folder)
     sizes = (
         f"{len(examples.train)} examples to train on, {len(examples.val)} to choose, {len(examples.test)} to test"
@@ -149,13 +150,28 @@ def _finetune_in(folder: Path, cfg: DictConfig, checkpoint: Path | None) -> dict
     return facts
 
 
-def _build_run(cfg: DictConfig, examples: Examples, folder: Path) -> Run:
+def _balancer(cfg: DictConfig) -> transformers.TrainerCallback | None:
+    """Build the balancing callback; None for the arm `off`.
+
+    Raises:
+        RecipeError: It refuses its options, or is one for Lightning's Trainer.
+    """
+    balancer = build_balancer(cfg)
+    if balancer is None or isinstance(balancer, transformers.TrainerCallback):
+        return balancer
+    raise RecipeError(
+        f"balancing={cfg.arm} is for Lightning's Trainer; for a placebo here, deal the ratios out to other layers "
+        "with balancing=farms balancing.permute=1"
+    )
+
+
+def _build_run(cfg: DictConfig, examples: Examples, balancer: Any) -> Run:
     """Build network, inputs and Trainer.
 
     Args:
-        cfg: The composed settings.
+        cfg: The composed settings; `paths.run_dir` is filled in.
         examples: The examples.
-        folder: The run folder.
+        balancer: The balancing callback; None for none.
 
     Raises:
         RecipeError: The model is not there, or a part refuses its settings.
@@ -168,9 +184,8 @@ def _build_run(cfg: DictConfig, examples: Examples, folder: Path) -> Run:
     train, val, test = (
         head.encode(rows, examples.task, tokens) for rows in (examples.train, examples.val, examples.test)
     )
-    balancer = build_balancer(cfg)
     rates = RatesCallback(balancer)
-    callbacks = [rates, MetricsCallback(folder)]
+    callbacks: list[Any] = [rates, MetricsCallback(Path(cfg.paths.run_dir))]
     if balancer is not None:
         callbacks.insert(0, balancer)
     collator = transformers.default_data_collator
@@ -241,9 +256,12 @@ def _save_last_weights(run: Run, folder: Path) -> None:
 def _facts(cfg: DictConfig, run: Run, scores: Mapping[str, float]) -> dict[str, Any]:
     """Return what `summary.json` says of the run, without the time that it took."""
     state = run.trainer.state
+    steps_of_best = None
+    if state.best_model_checkpoint is not None:
+        steps_of_best = int(Path(state.best_model_checkpoint).name.rpartition("-")[2])
     best_epoch = None
     for row in state.log_history:
-        if row["step"] == state.best_global_step and "eval_loss" in row:
+        if row["step"] == steps_of_best and "eval_loss" in row:
             best_epoch = round(row["epoch"])
     return {
         "name": cfg.name,
