@@ -2,7 +2,8 @@
 
 - `tasks`: what the tasks of Model Balancing are: columns, classes, scores;
 - `published`: the numbers of that paper: learning rates, batches, strengths of the sigmoid map;
-- `data`: reading a task, and drawing its subsets by the seed;
+- `reading`: a split of a task, from files or the hub;
+- `draw`, `data`: what is trained on, what chooses the best epoch and what is tested, by the seed;
 - `heads`: from examples to the inputs of a network, and from its outputs to scores;
 - `network`: a trained model from a folder, whole or with LoRA;
 - `records`: the curves in `metrics.csv`;

@@ -8,32 +8,22 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from string import Formatter
-from typing import Any, Literal
+from typing import Literal
 
 from recipes.errors import RecipeError
 from recipes.finetune.draw import Draw, draw_apart, draw_stratified
+from recipes.finetune.reading import Row, Source, read_split
 from recipes.finetune.tasks import TASKS, Task
 from recipes.real import LabelledTexts, newsgroups20, reuters8
 
 __all__ = ["Examples", "RealTexts", "TaskData"]
 
-Row = Mapping[str, Any]
-
 _REAL: dict[str, Callable[[Literal["train", "test"]], LabelledTexts]] = {
     "newsgroups20": newsgroups20,
     "reuters8": reuters8,
 }
-_NO_LABEL = (None, "", -1)  # -1 in the splits whose labels are secret
 _HELD_OUT = 1000
 _TEST_SEED = 0  # every run is tested on the same examples
-
-_HUB = {
-    "glue": ("nyu-mll/glue", None),
-    "superglue": ("aps/super_glue", "superglue_"),
-    "squad": ("rajpurkar/squad", "squad"),
-}
-"""Data sets of the hub, and what to leave out of a task's name to get the name of their configuration."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +36,9 @@ class Examples:
         train: examples to train on.
         val: examples to choose the best epoch on.
         test: examples to report.
+
+    Raises:
+        RecipeError: there is nothing to choose the best epoch on.
     """
 
     task: Task
@@ -53,6 +46,13 @@ class Examples:
     train: Sequence[Row]
     val: Sequence[Row]
     test: Sequence[Row]
+
+    def __post_init__(self) -> None:
+        if not self.val:
+            raise RecipeError(
+                "no example is left to choose the best epoch on; set data.val_size above 0 and data.fraction "
+                "below 1"
+            )
 
 
 class RealTexts:
@@ -96,9 +96,9 @@ class RealTexts:
         """
         train, test = (_REAL[self.name](split) for split in ("train", "test"))
         chosen, held_out = draw_apart(train.labels, self.fraction, self.val_size, self.seed, self.draw)
-        tested = range(len(test.labels))
+        tested = list(range(len(test.labels)))
         if self.test_size is not None and self.test_size < len(tested):
-            tested = draw_stratified(test.labels, self.test_size, _TEST_SEED)  # type: ignore[assignment]
+            tested = draw_stratified(test.labels, self.test_size, _TEST_SEED)
         parts = [_documents(train, chosen), _documents(train, held_out), _documents(test, tested)]
         return Examples(self.task, train.classes, *parts)
 
@@ -138,8 +138,8 @@ class TaskData:
     ) -> None:
         if task not in TASKS:
             raise RecipeError(f"data.task must be one of {', '.join(TASKS)}, got {task}")
-        self.name, self.task = task, TASKS[task]
-        self.folder, self.hub = Path(folder), hub
+        self.task = TASKS[task]
+        self.source = Source(task, Path(folder), hub)
         self.fraction, self.val_size = fraction, val_size
         self.draw, self.seed = draw, seed
 
@@ -150,7 +150,7 @@ class TaskData:
             RecipeError: files or columns are missing, the hub does not answer, or too few examples are left over.
         """
         task = self.task
-        splits = {name: self._rows(name) for name in ("train", task.validation, task.test) if name}
+        splits = {name: read_split(self.source, name) for name in ("train", task.validation, task.test) if name}
         classes: tuple[str, ...] = ()
         if task.kind in ("classes", "choice"):
             classes, splits = _with_indices(splits)
@@ -168,77 +168,6 @@ class TaskData:
         if self.val_size is not None:
             return self.val_size
         return min(_HELD_OUT, number - max(1, round(self.fraction * number)))
-
-    def _rows(self, split: str) -> Sequence[Row]:
-        """Return the examples of a split, without those that have no label.
-
-        Raises:
-            RecipeError: the split, a column or every label is missing.
-        """
-        try:
-            import datasets
-        except ImportError as error:
-            raise RecipeError("the data need datasets: pip install 'farms-tb[finetune]'") from error
-        datasets.disable_progress_bars()
-        read = self._from_hub if self.hub else self._from_files
-        found = read(datasets, split)
-        columns = _columns(self.task)
-        missing = [column for column in columns if column not in found.column_names]
-        if missing:
-            raise RecipeError(
-                f"{self.name}: the split {split} lacks the columns {', '.join(missing)}; "
-                f"it has {', '.join(found.column_names)}"
-            )
-        rows = list(found.select_columns(columns))
-        if self.task.kind != "span":
-            rows = [row for row in rows if row["label"] not in _NO_LABEL]
-        if not rows:
-            raise RecipeError(f"{self.name}: the split {split} has no labelled example")
-        return rows
-
-    def _from_hub(self, datasets: Any, split: str) -> Any:
-        """Read a split from the hub, or from what an earlier download has left."""
-        if self.task.group not in _HUB:
-            raise RecipeError(f"data.hub=true: {self.name} is not on the hub; put its files under {self.folder}")
-        path, prefix = _HUB[self.task.group]
-        configuration = self.name.removeprefix(prefix or "") or None
-        try:
-            return datasets.load_dataset(path, configuration, split=split)
-        except (OSError, ValueError) as error:
-            raise RecipeError(
-                f"data.hub=true: {path} can't be read ({error}); see the network and HF_HUB_OFFLINE, or put the "
-                f"files under {self.folder} with data.hub=false"
-            ) from error
-
-    def _from_files(self, datasets: Any, split: str) -> Any:
-        """Read a split from local files."""
-        folder = self.folder / self.task.group / self.name.removeprefix("superglue_")
-        for pattern in (split, *(["dev"] if split == "validation" else [])):
-            for ending, (reader, options) in _READERS.items():
-                files = sorted(map(str, folder.glob(f"{pattern}*{ending}")))
-                if files:
-                    return getattr(datasets.Dataset, reader)(files, cache_dir=str(folder / ".cache"), **options)
-        raise RecipeError(
-            f"{folder} has no file {split}*, which ends in {', '.join(_READERS)}; put the files of {self.name} "
-            "there, or allow the download with data.hub=true"
-        )
-
-
-_READERS: dict[str, tuple[str, dict[str, Any]]] = {
-    ".jsonl": ("from_json", {}),
-    ".json": ("from_json", {}),
-    ".parquet": ("from_parquet", {}),
-    ".csv": ("from_csv", {}),
-    ".tsv": ("from_csv", {"sep": "\t", "quoting": 3}),  # GLUE's files do not quote
-}
-"""What reads each kind of file."""
-
-
-def _columns(task: Task) -> list[str]:
-    """Return the columns that a task needs."""
-    texts = "".join((task.text, task.pair, *task.choices))
-    names = [name for _, name, _, _ in Formatter().parse(texts) if name]
-    return [*names, "answers" if task.kind == "span" else "label"]
 
 
 def _with_indices(splits: Mapping[str, Sequence[Row]]) -> tuple[tuple[str, ...], dict[str, Sequence[Row]]]:

@@ -69,7 +69,7 @@ def load_network(options: ModelOptions, task: Task, classes: Sequence[str]) -> n
         RecipeError: the model is not there, or LoRA lacks PEFT or finds no layer.
     """
     head = HEADS[task.kind]
-    settings: dict[str, Any] = {}
+    settings: dict[str, Any] = {"ignore_mismatched_sizes": True}  # a head for other classes is drawn anew
     if task.kind == "classes":
         settings["num_labels"] = len(classes)
     if task.kind == "number":

@@ -27,11 +27,13 @@ from recipes.real.files import FILES, checked
 from recipes.train import main as train_main
 from tests.recipes.tiny_language import made_task, write_model, write_sst2
 
-# The heads of toy models have few eigenvalues.
-pytestmark = pytest.mark.filterwarnings("ignore:layers with no alpha keep the base learning rate")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:layers with no alpha keep the base learning rate"),  # heads of toy models
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),  # PEFT
+]
 
 SMALL = (
-    *("model.length=32", "training.learning_rate=0.005", "training.num_train_epochs=3", "training.use_cpu=true"),
+    *("model.length=32", "training.learning_rate=0.002", "training.num_train_epochs=3", "training.use_cpu=true"),
     *("training.logging_steps=1", "training.per_device_train_batch_size=8", "threads=1", "measuring_threads=1"),
 )
 SST2 = ("experiment=model_balancing/glue", "data.task=sst2", "data.fraction=0.5", "data.val_size=30", *SMALL)
@@ -199,9 +201,10 @@ def test_lora_without_peft_names_the_extra(
         (("data.task=rte",), "put the files of rte"),
         (("data.fraction=0",), "data.fraction must be above 0"),
         (("data.val_size=81",), "data.val_size=81 asks for more"),
+        (("data.fraction=1", "data.val_size=null"), "no example is left to choose"),
         (("data.draw=last",), "data.draw must be one of"),
         (("model.path=/no/model",), "model.hub=true"),
-        (("model.lora.rank=2", "model.lora.targets=[nothing]"), "model.lora: .*nothing"),
+        (("model.lora.rank=2", "model.lora.targets=[nothing]"), "model.lora: .*target_modules"),
         (("training.eval_strategy=sometimes",), "training: .*sometimes"),
         (("ckpt_path=/no/checkpoint-4",), "no whole checkpoint"),
         (("balancing=placebo",), "balancing.permute=1"),

@@ -65,7 +65,7 @@ def test_files_of_every_format_hold_the_same(ending: str, tmp_path: Path) -> Non
     write_sst2(tmp_path, train=40, ending=ending)
     found = TaskData("sst2", tmp_path, fraction=0.25, val_size=8).read()
     assert (len(found.train), len(found.val), len(found.test)) == (10, 8, 20)
-    assert Counter(row["label"] for row in found.train) == {0: 7, 1: 3} or {0: 6, 1: 4}
+    assert sum(row["label"] for row in found.train) in (3, 4), "a third of the sentences praises"
     write_sst2(tmp_path / "other", train=40)
     assert found == TaskData("sst2", tmp_path / "other", fraction=0.25, val_size=8).read()
 
@@ -80,7 +80,10 @@ def test_parquet_files_hold_the_same(tmp_path: Path) -> None:
         source = str(tmp_path / "glue" / "sst2" / f"{split}.jsonl")
         part = datasets.Dataset.from_json(source, cache_dir=str(tmp_path / "cache"))
         part.to_parquet(folder / f"{split}-00000-of-00001.parquet")  # as the hub names them
-    assert TaskData("sst2", tmp_path).read() == TaskData("sst2", tmp_path / "parquet").read()
+    assert (
+        TaskData("sst2", tmp_path, fraction=0.5).read()
+        == TaskData("sst2", tmp_path / "parquet", fraction=0.5).read()
+    )
 
 
 def test_labels_in_words_become_indices(tmp_path: Path) -> None:
@@ -116,7 +119,7 @@ def test_spans_are_scored_over_all_windows_of_a_text(tmp_path: Path) -> None:
     """Logits that point at the labels score 1; at the word after the answer, they do not."""
     made_task(tmp_path, "squad")
     tokens = load_tokens(ModelOptions(write_model(tmp_path / "bert"), hub=False, length=12, lora={}))
-    rows = TaskData("squad", tmp_path).read().test
+    rows = TaskData("squad", tmp_path, fraction=0.5).read().test
     encoded = HEADS["span"].encode(rows, TASKS["squad"], tokens)
     assert len(encoded.features) > len(rows), "no text has several windows"
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 GOOD = ["good", "fine", "great", "lovely"]
 BAD = ["bad", "poor", "awful", "dreadful"]
@@ -41,7 +41,7 @@ def write_model(folder: Path) -> str:
         max_position_embeddings=64,
         initializer_range=0.1,
     )
-    BertForSequenceClassification(config).save_pretrained(folder)
+    BertModel(config).save_pretrained(folder)
     return str(folder)
 
 
@@ -51,7 +51,8 @@ def reviews(number: int, seed: int = 0) -> Iterator[tuple[str, int]]:
     for index in range(number):
         label = int(index % 3 == 0)
         words = [draw.choice(FILLER) for _ in range(6)]
-        words[draw.randrange(6)] = draw.choice(GOOD if label else BAD)
+        for place in draw.sample(range(6), 3):
+            words[place] = draw.choice(GOOD if label else BAD)
         yield " ".join(words), label
 
 
