@@ -240,8 +240,10 @@ def _plain(text: str) -> str:
 def _overlap(text: str, answer: str) -> float:
     """Return the F1 of the words of two texts."""
     words, right = _plain(text).split(), _plain(answer).split()
+    if not words or not right:  # nothing but articles and punctuation
+        return float(words == right)
     common = sum((Counter(words) & Counter(right)).values())
-    return 2 * common / (len(words) + len(right)) if common else 0.0
+    return 2 * common / (len(words) + len(right))
 
 
 HEADS: dict[Kind, Head] = {
