@@ -150,7 +150,9 @@ class TaskData:
             RecipeError: files or columns are missing, the hub does not answer, or too few examples are left over.
         """
         task = self.task
-        splits = {name: read_split(self.source, name) for name in ("train", task.validation, task.test) if name}
+        splits: dict[str, Sequence[Row]] = {
+            name: read_split(self.source, name) for name in ("train", task.validation, task.test) if name
+        }
         classes: tuple[str, ...] = ()
         if task.kind in ("classes", "choice"):
             classes, splits = _with_indices(splits)

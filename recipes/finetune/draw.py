@@ -74,8 +74,8 @@ def draw_stratified(strata: Sequence[int], number: int, seed: int) -> list[int]:
 
 def _quotas(counts: NDArray[np.intp], number: int, generator: np.random.Generator) -> NDArray[np.intp]:
     """Return how many examples each class gets; ties between remainders are decided by the generator."""
-    shares = number * counts / max(1, counts.sum())
-    quotas = np.floor(shares).astype(np.intp)
+    shares: NDArray[np.float64] = number * counts / max(1, counts.sum())
+    quotas: NDArray[np.intp] = np.floor(shares).astype(np.intp)
     ties = generator.random(len(counts))
     largest_first = np.lexsort((ties, quotas - shares))
     quotas[largest_first[: number - quotas.sum()]] += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from recipes.errors import RecipeError
-from recipes.finetune.heads import HEADS, Tokens
+from recipes.finetune.encoding import Tokens
+from recipes.finetune.heads import HEADS
 from recipes.finetune.tasks import Task
 from recipes.real import minilm_folder
 
@@ -74,7 +76,7 @@ def load_network(options: ModelOptions, task: Task, classes: Sequence[str]) -> n
         settings["num_labels"] = len(classes)
     if task.kind == "number":
         settings |= {"num_labels": 1, "problem_type": "regression"}
-    model = _loaded(getattr(transformers, head.auto_class), options, **settings)
+    model: nn.Module = _loaded(getattr(transformers, head.auto_class), options, **settings)
     if options.lora["rank"] is None:
         return model
     return _with_adapters(model, options.lora, head.peft_type)
@@ -83,7 +85,7 @@ def load_network(options: ModelOptions, task: Task, classes: Sequence[str]) -> n
 def _loaded(auto_class: Any, options: ModelOptions, **settings: Any) -> Any:
     """Load a part of a model, quietly: transformers warns that the head is new."""
     verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
+    transformers.logging.set_verbosity(logging.ERROR)
     try:
         return auto_class.from_pretrained(options.source, local_files_only=not options.hub, **settings)
     except OSError as error:

@@ -93,7 +93,7 @@ def published(name: str, task: str, fraction: float, arm: str) -> float | int | 
     if task == "qnli" and fraction in _QNLI:
         training = _QNLI[fraction][arm != "off"]
     low, high = _STRENGTHS.get(task, {}).get(fraction, _OTHER_STRENGTH)
-    settings = {
+    settings: dict[str, float | int | str] = {
         **vars(training),
         "sigmoid_min": float(low),
         "sigmoid_max": float(high),

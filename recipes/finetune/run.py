@@ -19,12 +19,14 @@ import transformers
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.markup import escape
+from torch import nn
 
 from recipes.config import build, build_balancer, check_arm, check_count, check_resumed_config
 from recipes.console import make_console, warn
 from recipes.errors import RecipeError
 from recipes.finetune.data import Examples
-from recipes.finetune.heads import HEADS, Encoded
+from recipes.finetune.encoding import Encoded
+from recipes.finetune.heads import HEADS
 from recipes.finetune.network import ModelOptions, load_network, load_tokens, load_weights
 from recipes.finetune.records import CLOCKS, MetricsCallback, RatesCallback
 from recipes.folder import CONFIG_FILE, drop_if_empty, open_run_folder, save_config
@@ -42,13 +44,15 @@ class Run:
     """The parts of a run.
 
     Attributes:
-        trainer: Hugging Face's Trainer, with model and callbacks.
+        model: the network with its head.
+        trainer: Hugging Face's Trainer, with callbacks.
         val: the validation examples.
         test: the test examples.
         rates: learning rate and ratios of the last step.
         balancer: the balancing callback; None for the arm `off`.
     """
 
+    model: nn.Module
     trainer: transformers.Trainer
     val: Encoded
     test: Encoded
@@ -121,7 +125,7 @@ def _finetune_in(folder: Path, cfg: DictConfig, checkpoint: Path | None) -> dict
     """Run one experiment in its folder; see `finetune`."""
     started = time.monotonic()
     console = make_console()
-    transformers.logging.disable_progress_bar()
+    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
     balancer = _balancer(cfg)
@@ -140,7 +144,7 @@ def _finetune_in(folder: Path, cfg: DictConfig, checkpoint: Path | None) -> dict
     finally:
         if run.balancer is not None:
             run.balancer.detach()
-    layers = measure_layers(run.trainer.model, cfg, run.rates.last)  # of the last epoch's weights
+    layers = measure_layers(run.model, cfg, run.rates.last)  # of the last epoch's weights
     _save_last_weights(run, folder)
     facts = _facts(cfg, run, _test(cfg, run))
     facts["seconds"] = round(time.monotonic() - started, 1)
@@ -188,7 +192,7 @@ def _build_run(cfg: DictConfig, examples: Examples, balancer: Any) -> Run:
     callbacks: list[Any] = [rates, MetricsCallback(Path(cfg.paths.run_dir))]
     if balancer is not None:
         callbacks.insert(0, balancer)
-    collator = transformers.default_data_collator
+    collator: Any = transformers.default_data_collator
     if not head.is_padded:
         collator = transformers.DataCollatorWithPadding(tokens.tokenizer)
     trainer = transformers.Trainer(
@@ -201,7 +205,7 @@ def _build_run(cfg: DictConfig, examples: Examples, balancer: Any) -> Run:
         callbacks=callbacks,
     )
     trainer.remove_callback(transformers.PrinterCallback)
-    return Run(trainer, val, test, rates, balancer)
+    return Run(model, trainer, val, test, rates, balancer)
 
 
 def _arguments(cfg: DictConfig, examples: int) -> transformers.TrainingArguments:
@@ -219,7 +223,7 @@ def _test(cfg: DictConfig, run: Run) -> dict[str, float]:
     last = _scores(run, "test_last")
     best = run.trainer.state.best_model_checkpoint
     if best is not None:
-        load_weights(run.trainer.model, Path(best))
+        load_weights(run.model, Path(best))
     return {**_scores(run, "test"), **last}
 
 
@@ -244,7 +248,7 @@ def _save_last_weights(run: Run, folder: Path) -> None:
     path = folder / CHECKPOINTS / _LAST_WEIGHTS
     part = path.with_name(f".{path.name}.part")
     content = {
-        "state_dict": run.trainer.model.state_dict(),
+        "state_dict": run.model.state_dict(),
         "epoch": round(state.epoch or 0) - 1,
         "global_step": state.global_step,
         "callbacks": callbacks,
@@ -273,7 +277,7 @@ def _facts(cfg: DictConfig, run: Run, scores: Mapping[str, float]) -> dict[str, 
         "best_epoch": best_epoch,
         "epochs": round(state.epoch or 0),
         "steps": state.global_step,
-        "parameters": sum(parameter.numel() for parameter in run.trainer.model.parameters()),
+        "parameters": sum(parameter.numel() for parameter in run.model.parameters()),
         "wandb": [],
         "test": dict(scores),
     }
