@@ -37,6 +37,10 @@ __all__ = ["finetune"]
 CHECKPOINTS = "checkpoints"
 _TRAINER_STATE = "trainer_state.json"  # the last file of a checkpoint that the Trainer writes
 _LAST_WEIGHTS = "last.ckpt"
+_ADAPTERS_NOT_BALANCED = (
+    "balancing has no effect on adapters of small rank: the layers below them are frozen, and adapters have too few "
+    "eigenvalues for an alpha, so their ratios are 1. Train all weights with model.lora.rank=null"
+)
 
 
 @dataclass(frozen=True)
@@ -139,6 +143,8 @@ def _finetune_in(folder: Path, cfg: DictConfig, checkpoint: Path | None) -> dict
         f"[bold]{cfg.name}[/bold] balancing={cfg.arm} seed={cfg.seed}: {sizes}, into {escape(str(folder))}",
         soft_wrap=True,
     )
+    if balancer is not None and cfg.model.lora.rank is not None:
+        warn(console, _ADAPTERS_NOT_BALANCED)
     try:
         run.trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finally:

@@ -129,7 +129,9 @@ def test_seeds_draw_other_examples_and_repeat(finetune: Command, tmp_path: Path)
     assert first["test/loss"] != other["test/loss"]
 
 
-def test_lora_trains_adapters_and_head_alone(finetune: Command, tiny_bert: str, tmp_path: Path) -> None:
+def test_lora_trains_adapters_and_head_alone(
+    finetune: Command, tiny_bert: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_sst2(tmp_path / "data")
     facts = finetune("run", *SST2, *BALANCED, "model.lora.rank=2", "training.num_train_epochs=2")
     assert (Path(facts["best_checkpoint"]) / "adapter_model.safetensors").exists()
@@ -141,6 +143,8 @@ def test_lora_trains_adapters_and_head_alone(finetune: Command, tiny_bert: str, 
         own = name.replace("base_model.model.", "").replace(".base_layer", "")
         assert torch.equal(after[name], before[own])
     assert all(after[name].abs().max() > 0 for name in after if "lora_B" in name), "they begin at zero"
+    assert {row["ratio"] for row in facts["layers"]} == {1.0}
+    assert "no effect on adapters" in capsys.readouterr().out
 
 
 def test_the_best_epoch_is_tested_with_lora(finetune: Command, tmp_path: Path) -> None:
