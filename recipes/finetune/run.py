@@ -38,8 +38,8 @@ CHECKPOINTS = "checkpoints"
 _TRAINER_STATE = "trainer_state.json"  # the last file of a checkpoint that the Trainer writes
 _LAST_WEIGHTS = "last.ckpt"
 _ADAPTERS_NOT_BALANCED = (
-    "balancing has no effect on adapters of small rank: the layers below them are frozen, and adapters have too few "
-    "eigenvalues for an alpha, so their ratios are 1. Train all weights with model.lora.rank=null"
+    "balancing has no effect on adapters of small rank: the layers below them are frozen, and adapters have too "
+    "few eigenvalues for an alpha, so their ratios are 1. Train all weights with model.lora.rank=null"
 )
 
 
