@@ -23,6 +23,7 @@ __all__ = [
     "ARMS",
     "build",
     "build_balancer",
+    "check_arm",
     "check_combination",
     "check_config",
     "check_count",
@@ -30,7 +31,10 @@ __all__ = [
     "choice",
 ]
 
-ARMS = ("farms", "full", "off", "monitor", "noise_aware", "shrinkage", "small_alpha", "placebo")
+ARMS = (
+    *("farms", "full", "off", "monitor", "noise_aware", "shrinkage", "small_alpha", "placebo"),
+    "model_balancing",
+)
 SECTIONS = (
     *("name", "seed", "seeds", "threads", "measuring_threads", "ckpt_path"),
     *("arms", "arm", "lr", "balancing", "task"),
@@ -61,7 +65,7 @@ def check_config(cfg: DictConfig) -> None:
         OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise RecipeError(f"the settings do not resolve: {error}") from error
-    _check_arm(cfg)
+    check_arm(cfg)
     check_count("threads", cfg.threads)
     if cfg.ckpt_path is not None and not Path(cfg.ckpt_path).is_file():
         raise RecipeError(f"ckpt_path={cfg.ckpt_path} is not a file; a run keeps its own in checkpoints/last.ckpt")
@@ -89,6 +93,8 @@ def _check_sections(cfg: DictConfig) -> None:
     known = set(SECTIONS)
     found = set(map(str, cfg))
     unknown = sorted(found - known)
+    if "training" in unknown:
+        raise RecipeError(f"experiment={cfg.name} is for python -m recipes.finetune")
     if unknown:
         raise RecipeError(
             f"unknown settings at the top level: {', '.join(unknown)}; known are {', '.join(SECTIONS)}"
@@ -101,11 +107,17 @@ def _check_sections(cfg: DictConfig) -> None:
         )
 
 
-def _check_arm(cfg: DictConfig) -> None:
+def check_arm(cfg: DictConfig) -> None:
     """Refuse an arm whose name does not match its settings.
 
     The arm is named three times: as `balancing=` on the command line, in the chosen file and at the top level.
     And only the arm `off` has no callback.
+
+    Args:
+        cfg: The composed settings.
+
+    Raises:
+        RecipeError: The names differ, or the arm has a callback and should have none.
     """
     names = {cfg.arm, cfg.balancing.get("arm")}
     if HydraConfig.initialized():

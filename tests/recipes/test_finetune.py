@@ -1,0 +1,241 @@
+"""Fine-tuning through the command, with a tiny random BERT and made files."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("datasets")
+pytest.importorskip("peft")
+
+from transformers import AutoModelForSequenceClassification
+
+from farms_tb.viewing.run_folder import read_run_folder
+from recipes.finetune.__main__ import main
+from recipes.finetune.tasks import TASKS
+from recipes.real.files import FILES, checked
+from recipes.train import main as train_main
+from tests.recipes.tiny_language import made_task, write_model, write_sst2
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:layers with no alpha keep the base learning rate"),  # heads of toy models
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),  # PEFT
+]
+
+SMALL = (
+    *("model.length=32", "training.learning_rate=0.002", "training.num_train_epochs=3", "training.use_cpu=true"),
+    *("training.logging_steps=1", "training.per_device_train_batch_size=8", "threads=1", "measuring_threads=1"),
+)
+SST2 = ("experiment=model_balancing/glue", "data.task=sst2", "data.fraction=0.5", "data.val_size=30", *SMALL)
+BALANCED = ("balancing=model_balancing", "+balancing.min_eigenvalues=5")
+OFF = ("balancing=off",)
+
+
+class Command(Protocol):
+    def __call__(self, run: str, *overrides: str) -> dict[str, Any]: ...
+
+
+@pytest.fixture(scope="module")
+def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_model(tmp_path_factory.mktemp("tiny") / "bert")
+
+
+@pytest.fixture
+def finetune(tiny_bert: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
+    """Run the command, and return what its `summary.json` holds."""
+
+    def run(name: str, *overrides: str) -> dict[str, Any]:
+        folders = [f"paths.run_dir={tmp_path / name}", f"paths.data_dir={tmp_path / 'data'}"]
+        if not any(override.startswith("model.path=") for override in overrides):
+            folders.append(f"model.path={tiny_bert}")
+        monkeypatch.setattr(sys, "argv", ["finetune", *folders, *overrides])
+        main()
+        summary: dict[str, Any] = json.loads((tmp_path / name / "summary.json").read_text(encoding="utf-8"))
+        return summary
+
+    return run
+
+
+def rows_of(folder: Path) -> list[dict[str, str]]:
+    with (folder / "metrics.csv").open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("arm", [OFF, BALANCED], ids=["off", "balanced"])
+def test_a_run_leaves_scores_curves_and_weights(arm: tuple[str, ...], finetune: Command, tmp_path: Path) -> None:
+    write_sst2(tmp_path / "data")
+    facts = finetune("run", *SST2, *arm)
+    assert (facts["epochs"], facts["steps"]) == (3, 30)
+    assert facts["best_score"] > 0.8, "the words give the label away"
+    scores = ("accuracy", "macro_f1")
+    assert {f"{kind}/{name}" for kind in ("test", "test_last") for name in scores} <= facts["test"].keys()
+    rows = rows_of(tmp_path / "run")
+    curve = {float(row["epoch"]): float(row["val/accuracy"]) for row in rows if row["val/accuracy"]}
+    assert list(curve) == [1, 2, 3]
+    assert curve[facts["best_epoch"]] == facts["best_score"] == max(curve.values())
+    best = AutoModelForSequenceClassification.from_pretrained(facts["best_checkpoint"])
+    assert best.num_labels == 2
+    run = read_run_folder(tmp_path / "run")
+    assert run.farms is not None
+    assert bool(run.history.alpha) == (arm is BALANCED)
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+def test_a_block_has_one_ratio(finetune: Command, tmp_path: Path) -> None:
+    write_sst2(tmp_path / "data")
+    facts = finetune("run", *SST2, *BALANCED, "training.num_train_epochs=1")
+    ratios: dict[str, set[float]] = {"layer.0.": set(), "layer.1.": set(), "classifier": set()}
+    for layer in facts["layers"]:
+        for place, found in ratios.items():
+            if place in layer["layer"]:
+                found.add(layer["ratio"])
+    assert [len(found) for found in ratios.values()] == [1, 1, 1]
+    assert ratios["classifier"] == {1.0}
+    assert ratios["layer.0."] != ratios["layer.1."]
+
+
+def test_a_run_that_was_killed_goes_on_identically(finetune: Command, tmp_path: Path) -> None:
+    write_sst2(tmp_path / "data")
+    run, keep = tmp_path / "run", "training.save_total_limit=3"
+    whole = finetune("run", *SST2, *BALANCED, keep)
+    rows = rows_of(run)
+    weights = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    for later in ("checkpoint-20", "checkpoint-30"):
+        shutil.rmtree(run / "checkpoints" / later)
+    (run / "metrics.csv").write_text("half a line")
+    resumed = finetune("run", *SST2, *BALANCED, keep, f"ckpt_path={run}/checkpoints/checkpoint-10")
+    del whole["seconds"], resumed["seconds"]
+    assert resumed == whole
+    assert rows_of(run) == rows
+    again = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+
+
+def test_seeds_draw_other_examples_and_repeat(finetune: Command, tmp_path: Path) -> None:
+    write_sst2(tmp_path / "data")
+    brief = (*SST2, *OFF, "training.num_train_epochs=1")
+    first, same, other = (finetune(f"run{i}", *brief, f"seed={seed}")["test"] for i, seed in enumerate((1, 1, 2)))
+    assert first == same
+    assert first["test/loss"] != other["test/loss"]
+
+
+def test_lora_trains_adapters_and_head_alone(
+    finetune: Command, tiny_bert: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_sst2(tmp_path / "data")
+    facts = finetune("run", *SST2, *BALANCED, "model.lora.rank=2", "training.num_train_epochs=2")
+    assert (Path(facts["best_checkpoint"]) / "adapter_model.safetensors").exists()
+    before = AutoModelForSequenceClassification.from_pretrained(tiny_bert).state_dict()
+    after = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    bases = [name for name in after if name.endswith("base_layer.weight")]
+    assert len(bases) == 4, "query and value of two blocks"
+    for name in bases:
+        own = name.replace("base_model.model.", "").replace(".base_layer", "")
+        assert torch.equal(after[name], before[own])
+    assert all(after[name].abs().max() > 0 for name in after if "lora_B" in name), "they begin at zero"
+    assert {row["ratio"] for row in facts["layers"]} == {1.0}
+    assert "no effect on adapters" in capsys.readouterr().out
+
+
+def test_the_best_epoch_is_tested_with_lora(finetune: Command, tmp_path: Path) -> None:
+    """The scores of the best epoch do not depend on how many epochs follow it."""
+    write_sst2(tmp_path / "data")
+    # At a constant rate, the first epoch does not depend on how many there are. Later ones are worse on purpose.
+    lora = (*SST2, *OFF, "model.lora.rank=2", "training.lr_scheduler_type=constant", "training.warmup_steps=0")
+    worse = ("training.metric_for_best_model=loss", "training.greater_is_better=true")
+    one = finetune("one", *lora, *worse, "training.num_train_epochs=1")
+    three = finetune("three", *lora, *worse)
+    assert three["best_epoch"] == 1
+    assert three["test"]["test/loss"] == one["test"]["test/loss"] != three["test"]["test_last/loss"]
+
+
+@pytest.mark.parametrize("task", ["stsb", "superglue_copa", "superglue_wic", "squad", "scicite"])
+def test_every_kind_of_task_trains(task: str, finetune: Command, tmp_path: Path) -> None:
+    made_task(tmp_path / "data", task)
+    group = TASKS[task].group
+    overrides = [f"experiment=model_balancing/{group}", f"data.task={task}", "data.fraction=0.5", *SMALL, *OFF]
+    facts = finetune("run", *overrides, "training.num_train_epochs=1")
+    assert f"test/{TASKS[task].score}" in facts["test"]
+    assert facts["monitor"] == f"val/{TASKS[task].score}"
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", ["newsgroups20", "reuters8"])
+def test_real_documents(name: str, finetune: Command) -> None:
+    sizes = ("data.val_size=20", "data.test_size=40", "data.fraction=0.005", f"data.name={name}")
+    facts = finetune("run", "experiment=newsgroups_minilm", *sizes, *SMALL, *OFF, "training.num_train_epochs=1")
+    assert facts["steps"] == {"newsgroups20": 7, "reuters8": 4}[name]  # 56 and 27 documents in batches of 8
+
+
+def test_documents_before_make_real(
+    finetune: Command, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing = replace(FILES["newsgroups20 train"], path="nowhere")
+    monkeypatch.setitem(FILES, "newsgroups20 train", missing)
+    checked.cache_clear()
+    with pytest.raises(SystemExit):
+        finetune("run", "experiment=newsgroups_minilm")
+    assert "make real" in capsys.readouterr().err
+
+
+def test_lora_without_peft_names_the_extra(
+    finetune: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_sst2(tmp_path / "data")
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(SystemExit):
+        finetune("run", *SST2, *OFF, "model.lora.rank=2")
+    assert "farms-tb[finetune]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (("data.task=sst3",), "data.task must be one of sst2, mnli"),
+        (("data.task=rte",), "put the files of rte"),
+        (("data.fraction=0",), "data.fraction must be above 0"),
+        (("data.val_size=81",), "data.val_size=81 asks for more"),
+        (("data.fraction=1", "data.val_size=null"), "no example is left to choose"),
+        (("data.draw=last",), "data.draw must be one of"),
+        (("model.path=/no/model",), "model.hub=true"),
+        (("model.lora.rank=2", "model.lora.targets=[nothing]"), "model.lora: .*target_modules"),
+        (("training.eval_strategy=sometimes",), "training: .*sometimes"),
+        (("ckpt_path=/no/checkpoint-4",), "no whole checkpoint"),
+        (("balancing=placebo",), "balancing.permute=1"),
+        (("balancing.esd=fll", "balancing=farms"), "balancing: esd must be one of"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_bad_settings_end_in_a_sentence(
+    overrides: tuple[str, ...],
+    words: str,
+    finetune: Command,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write_sst2(tmp_path / "data")
+    with pytest.raises(SystemExit) as stopped:
+        finetune("run", *SST2, *overrides)
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert re.search(words, error), error
+    assert not (tmp_path / "run" / "metrics.csv").exists()
+
+
+def test_the_other_command_names_this_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["train", "experiment=newsgroups_minilm", f"paths.output_dir={tmp_path}"])
+    with pytest.raises(SystemExit):
+        train_main()
+    assert "python -m recipes.finetune" in capsys.readouterr().err
