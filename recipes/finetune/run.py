@@ -37,10 +37,6 @@ __all__ = ["finetune"]
 CHECKPOINTS = "checkpoints"
 _TRAINER_STATE = "trainer_state.json"  # the last file of a checkpoint that the Trainer writes
 _LAST_WEIGHTS = "last.ckpt"
-_ADAPTERS_NOT_BALANCED = (
-    "balancing has no effect on adapters of small rank: the layers below them are frozen, and adapters have too "
-    "few eigenvalues for an alpha, so their ratios are 1. Train all weights with model.lora.rank=null"
-)
 
 
 @dataclass(frozen=True)
@@ -132,7 +128,7 @@ def _finetune_in(folder: Path, cfg: DictConfig, checkpoint: Path | None) -> dict
     transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
-    balancer = _balancer(cfg)
+    balancer = build_balancer(cfg)
     examples: Examples = build(cfg, "data").read()
     run = _build_run(cfg, examples, balancer)
     save_config(cfg, folder)
@@ -143,8 +139,6 @@ def _finetune_in(folder: Path, cfg: DictConfig, checkpoint: Path | None) -> dict
         f"[bold]{cfg.name}[/bold] balancing={cfg.arm} seed={cfg.seed}: {sizes}, into {escape(str(folder))}",
         soft_wrap=True,
     )
-    if balancer is not None and cfg.model.lora.rank is not None:
-        warn(console, _ADAPTERS_NOT_BALANCED)
     try:
         run.trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finally:
@@ -158,21 +152,6 @@ def _finetune_in(folder: Path, cfg: DictConfig, checkpoint: Path | None) -> dict
     draw_run(folder, layers, title=f"{cfg.name}, balancing={cfg.arm}, seed {cfg.seed}")
     print_summary(console, folder, facts, layers.rows)
     return facts
-
-
-def _balancer(cfg: DictConfig) -> transformers.TrainerCallback | None:
-    """Build the balancing callback; None for the arm `off`.
-
-    Raises:
-        RecipeError: It refuses its options, or is one for Lightning's Trainer.
-    """
-    balancer = build_balancer(cfg)
-    if balancer is None or isinstance(balancer, transformers.TrainerCallback):
-        return balancer
-    raise RecipeError(
-        f"balancing={cfg.arm} is for Lightning's Trainer; for a placebo here, deal the ratios out to other layers "
-        "with balancing=farms balancing.permute=1"
-    )
 
 
 def _build_run(cfg: DictConfig, examples: Examples, balancer: Any) -> Run:

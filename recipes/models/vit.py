@@ -9,7 +9,7 @@ from torchvision.models import VisionTransformer
 __all__ = ["SmallImageViT"]
 
 
-class SmallImageViT(VisionTransformer):
+class SmallImageViT(VisionTransformer):  # type: ignore[misc]
     """torchvision's vision transformer, with any number of input channels; its MLPs are `4 * width` wide.
 
     Args:

@@ -182,7 +182,7 @@ def test_the_arm_has_the_options_of_the_preset(strength: float) -> None:
     assert callback.options == preset.options
 
 
-@pytest.mark.parametrize("arm", [arm for arm in ARMS if arm not in ("off", "placebo")])
+@pytest.mark.parametrize("arm", [arm for arm in ARMS if arm != "off"])
 def test_every_arm_builds_the_callback_of_this_trainer(arm: str) -> None:
     callback = build_balancer(settings(f"balancing={arm}"))
     assert isinstance(callback, FARMSTrainerCallback)
