@@ -10,6 +10,7 @@ from torch import nn
 
 from farms_tb.keywords import SpectrumKeywords, resolved, takes_options
 from farms_tb.options import SpectrumOptions, as_plain, check_bool
+from farms_tb.presets import Preset, with_preset
 from farms_tb.report import LayerRecord, Report
 from farms_tb.spectra.measure import measure
 from farms_tb.spectra.permutation_null import measure_nulls, weight_record, with_nulls
@@ -27,6 +28,7 @@ def analyze(
     *,
     null: bool = False,
     histogram: bool = False,
+    preset: Preset | None = None,
     spectrum: SpectrumOptions | None = None,
     **options: Unpack[SpectrumKeywords],
 ) -> Report:
@@ -40,6 +42,7 @@ def analyze(
             layer of its shape has: `effect`, `z_score` and `verdict` of a record; and whole matrices, for
             `stable_rank` and `num_spikes`. It takes about ten times as long.
         histogram: also count each layer's ESD, the `histogram` of its record.
+        preset: measure as a published method does, by its name, see `farms_tb.presets`.
         spectrum: the options below as one object; an option given by name overrides its field.
 
     Returns:
@@ -57,7 +60,7 @@ def analyze(
         >>> {name: round(record.alpha, 1) for name, record in report.layers.items()}
         {'0': 2.1, '2': 2.1}
     """
-    chosen = resolved(SpectrumOptions, spectrum, options)
+    chosen = resolved(SpectrumOptions, spectrum, with_preset(preset, {"spectrum": spectrum}, options))
     check_bool("null", null)
     check_bool("histogram", histogram)
     if isinstance(model, (str, PathLike)):
@@ -79,6 +82,7 @@ def analyze_checkpoint(
     histogram: bool = False,
     key: str | None = None,
     base: str | PathLike[str] | None = None,
+    preset: Preset | None = None,
     spectrum: SpectrumOptions | None = None,
     **options: Unpack[SpectrumKeywords],
 ) -> Report:
@@ -116,6 +120,7 @@ def analyze_checkpoint(
             dict within a dict; None to find them.
         base: where `path` is a folder with an adapter of PEFT (LoRA or DoRA), the weights that it was trained for,
             `path` of these: the sums are measured, called as the weights are. Without it, A and B are measured.
+        preset: measure as a published method does, by its name, see `farms_tb.presets`.
         spectrum: the options below as one object; an option given by name overrides its field.
 
     Returns:
@@ -142,7 +147,7 @@ def analyze_checkpoint(
         >>> {name: round(record.alpha, 1) for name, record in report.layers.items()}
         {'0': 2.1, '2': 2.1}
     """
-    chosen = resolved(SpectrumOptions, spectrum, options)
+    chosen = resolved(SpectrumOptions, spectrum, with_preset(preset, {"spectrum": spectrum}, options))
     check_bool("null", null)
     check_bool("histogram", histogram)
     if base is None:

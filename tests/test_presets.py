@@ -9,7 +9,15 @@ import pytest
 import torch
 from torch import nn
 
-from farms_tb import FARMSTempBalance, LoggingOptions, RatioOptions, ScheduleOptions, SpectrumOptions, TempBalance
+from farms_tb import (
+    FARMSTempBalance,
+    LoggingOptions,
+    RatioOptions,
+    ScheduleOptions,
+    SpectrumOptions,
+    TempBalance,
+    analyze,
+)
 from farms_tb.options import as_plain
 from farms_tb.presets import PRESETS, Preset
 from tests.helpers import LIGHTNING_NOISE, Module, fit, make_net
@@ -116,6 +124,15 @@ def test_settings_say_what_is_active_and_who_says_so() -> None:
     balancer = balance("tempbalance", make_net())
     assert "2312.00359" in balancer.settings()
     assert "preset: none" in FARMSTempBalance().settings()
+
+
+def test_measuring_takes_what_a_preset_says_of_measurements() -> None:
+    net = make_net()
+    expected = analyze(net, esd="full", fit="median", xmin_pos=1.5, min_eigenvalues=50).layers
+    assert analyze(net, preset="model_balancing").layers == expected
+    assert analyze(net, preset="model_balancing", min_eigenvalues=5).layers != expected
+    with pytest.raises(ValueError, match="preset must be one of"):
+        analyze(net, preset="lrr")  # type: ignore[arg-type]
 
 
 class TestInTraining:

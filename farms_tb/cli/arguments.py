@@ -18,7 +18,9 @@ import typer
 
 from farms_tb.cli.messages import complaints
 from farms_tb.cli.output import Format
+from farms_tb.keywords import resolved
 from farms_tb.options import SpectrumOptions
+from farms_tb.presets import PRESETS, with_preset
 
 MODEL_HELP = (
     "A file of weights (safetensors, torch state dict, Lightning checkpoint), a Hugging Face directory; the "
@@ -66,6 +68,17 @@ RunArgument = Annotated[
 ]
 
 
+_PRESET = inspect.Parameter(
+    "preset",
+    inspect.Parameter.KEYWORD_ONLY,
+    default=None,
+    annotation=Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help=f"Measure as a published method does: {', '.join(PRESETS)}."),
+    ],
+)
+
+
 def takes_spectrum_options(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command one option for each field of `SpectrumOptions`; it gets them together as `options`.
 
@@ -80,13 +93,18 @@ def takes_spectrum_options(command: Callable[..., None]) -> Callable[..., None]:
     added = list(_options_of(SpectrumOptions))
 
     @functools.wraps(command)
-    def wrapper(**values: Any) -> None:
+    def wrapper(preset: Any, **values: Any) -> None:
         with complaints():
-            options = SpectrumOptions(**{parameter.name: values.pop(parameter.name) for parameter in added})
+            given = {parameter.name: values.pop(parameter.name) for parameter in added}
+            if preset is not None:
+                # Typer passes every option: those at their defaults must not hide the preset's.
+                given = {one.name: given[one.name] for one in added if given[one.name] != one.default}
+            options = resolved(SpectrumOptions, None, with_preset(preset, {}, given))
         command(options=options, **values)
 
     signature = inspect.signature(command, eval_str=True)
     own = [parameter for parameter in signature.parameters.values() if parameter.name != "options"]
+    own.append(_PRESET)
     # Typer reads both to learn which options there are.
     wrapper.__signature__ = signature.replace(parameters=[*own, *added])  # type: ignore[attr-defined]
     wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *added)}

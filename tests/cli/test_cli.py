@@ -103,6 +103,15 @@ def test_esd_full_and_no_full() -> None:
         assert all(row["alpha_full"] is row["bias"] is None for row in rows.values())
 
 
+def test_measures_as_a_preset_does() -> None:
+    rows = rows_of("analyze", NET, "--preset", "model_balancing", "--min-eigenvalues", 6)
+    expected = analyze(net(), preset="model_balancing", min_eigenvalues=6).alphas
+    assert {name: row["alpha"] for name, row in rows.items()} == expected
+    refused = run("analyze", NET, "--preset", "lrr")
+    assert refused.exit_code == 2
+    assert "preset" in refused.output
+
+
 def save_lightning(model: nn.Module, folder: Path) -> Path:
     torch.save({"state_dict": model.state_dict(), "epoch": 3}, folder / "last.ckpt")
     return folder / "last.ckpt"
