@@ -106,7 +106,7 @@ class LayerBalancer:
         """
         if strength != self.strength:
             self.strength = strength
-            self._apply()
+            self._attached.apply(self.parameter_ratios())
 
     def compare_with_random(self) -> None:
         """From now on compare layers with their permutation nulls, also where the map does not need it."""
@@ -175,7 +175,7 @@ class LayerBalancer:
         names = [layer.name for layer in self.layers]
         fits = is_of_this_run(saved, self._plain_options, names, attached.model)
         self._mapped = {name: saved.ratios.get(name, 1.0) for name in names}
-        self._apply()
+        self._attached.apply(self.parameter_ratios())
         self.report = saved.report
         attached.measured.restore(saved if fits else None)
         return fits
@@ -193,12 +193,9 @@ class LayerBalancer:
         mapped = self.map_ratios(report)
         self._mapped, self.summary = mapped.ratios, mapped.summary.at(self.strength)
         self._attached.warn_of_unseen_steps()
-        self._apply()
+        self._attached.apply(self.parameter_ratios())
         self._attached.warn_about(report, mapped, initial=initial)
         return report
-
-    def _apply(self) -> None:
-        self._attached.apply(self.parameter_ratios())
 
 
 def _weakened(ratios: dict[str, float], strength: float) -> dict[str, float]:
