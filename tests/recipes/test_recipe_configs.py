@@ -398,11 +398,38 @@ def test_ablations_sweep_the_published_values(settings: Settings) -> None:
     expected = [(0.1, 1.9), (0.2, 1.8), (0.3, 1.7), (0.4, 1.6), (0.5, 1.5)]
     assert [(farms.lr_min_ratio, farms.lr_max_ratio) for farms in ranges] == expected
     assert all(farms.exclude_first for farms in ranges)  # the other settings of the arm stay
-    experiment = "experiment=sciml/cfd1d_fno"
-    runs = [settings(experiment, *run) for run in _sweep(experiment, "sweep=fractions")]
-    found = [PDEBenchFlow("data", fraction=cfg.data.fraction).options.step for cfg in runs]
-    assert found == [1, 2, 4, 10, 40, 180]
     assert len(_sweep(experiment, "sweep=[aspect_ratio,seeds]")) == 15
+
+
+# Experiment: k of each published fraction 1/k.
+FRACTIONS = {
+    "sciml/cfd1d_fno": [1, 2, 4, 10, 20, 40, 180],
+    "sciml/cfd2d_fno": [1, 2, 4, 10, 40, 180],
+    "sciml/darcy_fno": [1, 10, 20, 40, 180],
+    "sciml/darcy_unet": [1, 20, 40],
+}
+
+
+@pytest.mark.parametrize(("name", "steps"), FRACTIONS.items())
+def test_fractions_sweep_the_published_ones(settings: Settings, name: str, steps: list[int]) -> None:
+    runs = [settings(f"experiment={name}", *run) for run in _sweep(f"experiment={name}", "sweep=fractions")]
+    for cfg in runs:
+        check_config(cfg)
+    assert [PDEBenchFlow("data", fraction=cfg.data.fraction).options.step for cfg in runs] == steps
+    for table in ("regime_by_fraction", "strength_by_fraction"):
+        assert list(runs[0].arms.get(table, runs[0].arms.fractions.split(","))) == runs[0].arms.fractions.split(",")
+
+
+def test_a_fraction_that_is_not_published_needs_numbers(settings: Settings) -> None:
+    experiment = ("experiment=sciml/darcy_unet", "data.fraction=1/10")
+    with pytest.raises(RecipeError, match=r"data\.fraction=1/10: .* 1, 1/20, 1/40 alone") as refused:
+        check_config(settings(*experiment))
+    way_out = str(refused.value).split("'")[1]
+    cfg = settings(*experiment, way_out)
+    check_config(cfg)
+    assert (cfg.optimizer.lr, cfg.optimizer.weight_decay) == (1e-2, 1e-3)
+    with pytest.raises(RecipeError, match=r"data\.fraction=0\.05"):  # a number is not what the table has
+        check_config(settings("experiment=sciml/darcy_unet", "data.fraction=0.05"))
 
 
 @pytest.mark.parametrize("name", DEMOS)
