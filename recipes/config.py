@@ -30,7 +30,7 @@ __all__ = [
     "choice",
 ]
 
-ARMS = ("farms", "full", "off", "monitor", "noise_aware", "shrinkage", "small_alpha", "placebo")
+ARMS = ("farms", "full", "off", "monitor", "noise_aware", "shrinkage", "small_alpha", "placebo", "llr")
 SECTIONS = (
     *("name", "seed", "seeds", "threads", "measuring_threads", "ckpt_path"),
     *("arms", "arm", "lr", "balancing", "task"),
