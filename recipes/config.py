@@ -33,7 +33,7 @@ __all__ = [
 
 ARMS = (
     *("farms", "full", "off", "monitor", "noise_aware", "shrinkage", "small_alpha", "placebo"),
-    "model_balancing",
+    *("model_balancing", "llr"),
 )
 SECTIONS = (
     *("name", "seed", "seeds", "threads", "measuring_threads", "ckpt_path"),
@@ -56,11 +56,12 @@ def check_config(cfg: DictConfig) -> None:
         cfg: The composed settings.
 
     Raises:
-        RecipeError: A section is missing or unknown, a value can't be resolved, the arm's name is not one of
-            `ARMS` or not the one chosen, the checkpoint to resume from is not there, or model and data do not go
-            together.
+        RecipeError: A section is missing or unknown, a value can't be resolved, the fraction of the samples has
+            no published numbers, the arm's name is not one of `ARMS` or not the one chosen, the checkpoint to
+            resume from is not there, or model and data do not go together.
     """
     _check_sections(cfg)
+    _check_fraction(cfg)
     try:
         OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
@@ -70,6 +71,19 @@ def check_config(cfg: DictConfig) -> None:
     if cfg.ckpt_path is not None and not Path(cfg.ckpt_path).is_file():
         raise RecipeError(f"ckpt_path={cfg.ckpt_path} is not a file; a run keeps its own in checkpoints/last.ckpt")
     _check_kinds(cfg)
+
+
+def _check_fraction(cfg: DictConfig) -> None:
+    """Refuse a fraction of the training samples whose learning rate and decay the experiment does not have."""
+    regimes = cfg.arms.get("regime_by_fraction")
+    fraction = OmegaConf.select(cfg, "data.fraction")
+    if regimes is None or str(fraction) in regimes:
+        return
+    raise RecipeError(
+        f"data.fraction={fraction}: learning rate and weight decay are published for {', '.join(regimes)} alone. "
+        f"Write one of these, or give numbers of yours: "
+        f"'+arms.regime_by_fraction={{{fraction}:{{lr:1e-2,weight_decay:1e-3}}}}'"
+    )
 
 
 def check_count(name: str, value: Any) -> None:

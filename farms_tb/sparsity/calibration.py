@@ -27,6 +27,7 @@ __all__ = [
     "calibration_batches",
     "check_vocabulary",
     "checked_batches",
+    "dataset_column",
     "dataset_texts",
     "document_batches",
     "random_tokens",
@@ -98,6 +99,28 @@ def dataset_texts(name: str, *, split: str, config: str | None = None, column: s
             downloaded here.
         ValueError: there is no such configuration, split or column.
     """
+    return list(dataset_column(name, split=split, config=config, column=column))
+
+
+def dataset_column(name: str, *, split: str, config: str | None = None, column: str = "text") -> Iterable[str]:
+    """Return the texts of a data set as `dataset_texts` does, read from the disk while they are gone through.
+
+    Args:
+        name: a folder of data files, or the name of a data set that `datasets` has in its cache,
+            `"Salesforce/wikitext"`.
+        split: `"train"`, `"test"`, or a part, `"train[:1%]"`.
+        config: which configuration of the data set: `"wikitext-2-raw-v1"`.
+        column: which column holds the text.
+
+    Returns:
+        The texts in the order of the data set. Not all of them are in memory at a time.
+
+    Raises:
+        ImportError: `datasets` is not installed.
+        FileNotFoundError: the data set is not on this machine. The message says how to fetch it; nothing is
+            downloaded here.
+        ValueError: there is no such configuration, split or column.
+    """
     try:
         from datasets import load_dataset
     except ImportError as error:
@@ -113,7 +136,8 @@ def dataset_texts(name: str, *, split: str, config: str | None = None, column: s
         ) from error
     if column not in rows.column_names:
         raise ValueError(f"the data set {name!r} has no column {column!r}: it has {', '.join(rows.column_names)}")
-    return list(rows[column])
+    texts: Iterable[str] = rows[column]
+    return texts
 
 
 @contextmanager

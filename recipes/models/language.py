@@ -1,4 +1,4 @@
-"""Small language models on bytes."""
+"""Small language models, on tokens or bytes."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from torch import Tensor, nn
 
 from recipes.errors import RecipeError
 
-__all__ = ["ByteLlama"]
+__all__ = ["ByteLlama", "Llama"]
 
 
-class ByteLlama(nn.Module):
-    """transformers' LLaMA on bytes: the blocks of today's language models, at the size of a CPU.
+class Llama(nn.Module):
+    """transformers' LLaMA: the blocks of today's language models, with random weights.
 
     Args:
+        vocabulary: Tokens that the model knows.
         width: Features of a token.
         hidden: Features inside of the gated feed-forward part.
         depth: Blocks.
@@ -23,16 +24,14 @@ class ByteLlama(nn.Module):
         RecipeError: transformers is not installed.
     """
 
-    def __init__(
-        self, width: int = 128, hidden: int = 344, depth: int = 4, heads: int = 4, length: int = 512
-    ) -> None:
+    def __init__(self, vocabulary: int, width: int, hidden: int, depth: int, heads: int, length: int) -> None:
         super().__init__()
         try:
             from transformers import LlamaConfig, LlamaForCausalLM
         except ImportError as error:
             raise RecipeError("language models need transformers: pip install 'farms-tb[transformers]'") from error
         config = LlamaConfig(
-            vocab_size=256,
+            vocab_size=vocabulary,
             hidden_size=width,
             intermediate_size=hidden,
             num_hidden_layers=depth,
@@ -45,6 +44,26 @@ class ByteLlama(nn.Module):
         self.llama = LlamaForCausalLM(config)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Return the logits (B, length, 256) of the byte after each of the bytes (B, length)."""
+        """Return the logits (B, length, vocabulary) of the token after each of the tokens (B, length)."""
         logits: Tensor = self.llama(tokens).logits
         return logits
+
+
+class ByteLlama(Llama):
+    """A LLaMA on bytes, at the size of a CPU.
+
+    Args:
+        width: Features of a byte.
+        hidden: Features inside of the gated feed-forward part.
+        depth: Blocks.
+        heads: Attention heads; divides `width`.
+        length: Longest input.
+
+    Raises:
+        RecipeError: transformers is not installed.
+    """
+
+    def __init__(
+        self, width: int = 128, hidden: int = 344, depth: int = 4, heads: int = 4, length: int = 512
+    ) -> None:
+        super().__init__(256, width, hidden, depth, heads, length)

@@ -11,7 +11,7 @@ their test errors with the baseline's, seed by seed:
     python -m recipes.study --report study=small                         table and figure again, no training
     python -m recipes.study experiment=study/darcy_fno study=report      the same of one cell, written as a setting
 
-Arms are off, full, farms, shrinkage, small_alpha, noise_aware and placebo (FARMS's ratios on the wrong layers);
+Arms are off, full, farms, shrinkage, small_alpha, noise_aware, llr and placebo (FARMS's ratios, wrong layers);
 `conf/study.yaml` holds and explains the settings. Every other setting goes to each run as it would to
 `python -m recipes.train`.
 

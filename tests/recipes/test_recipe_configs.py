@@ -27,7 +27,8 @@ from recipes.errors import RecipeError
 from recipes.train import CONFIG_DIR, build_run, train
 from tests.recipes.fake_images import TRAIN
 from tests.recipes.pdebench_files import write_darcy, write_flow
-from tests.recipes.recipe_runs import TINY_DARCY
+from tests.recipes.recipe_runs import TINY_DARCY, TINY_LLAMA
+from tests.recipes.tokenizers import write_tokenizer
 
 Settings = Callable[..., DictConfig]
 
@@ -46,6 +47,7 @@ DEMOS = [
     "digits_resnet18",
     "fashion_vit",
     "grokking_mlp",
+    "nano_llama_60m",
     "tiny_lm",
 ]
 ELSEWHERE = {"experiment", "hydra", "study"}  # tested below or with their own commands
@@ -71,7 +73,9 @@ COMPANIONS: dict[str, tuple[str, ...]] = {
     "data=pdebench_cfd1d": ("model=fno_cfd1d", "data.every_point=1", "data.every_frame=1"),
     "data=pdebench_cfd2d": ("model=fno_cfd2d", "data.every_point=1"),
     "data=text": ("model=byte_llama",),
+    "data=tokens": ("model=llama_60m", "model.net.width=32"),
     "model=byte_llama": ("data=text",),
+    "model=llama_60m": ("data=tokens", "model.net.width=32"),
     "model=resnet18": ("data=digits",),
     "model=resnet34": ("data=digits",),
     "model=vgg16": ("data=digits", "data.image_size=32"),
@@ -167,6 +171,7 @@ SMALL = {
     r"tempbalance/tinyimagenet_wrn": ("model.net.width=2", *IMAGES[1:]),
     r"digits_resnet18": ("model.net.width=8",),
     r"tiny_lm": (f"data.path={__file__}", "data.val_bytes=600", "data.test_bytes=600", "model.net.width=32"),
+    r"nano_llama_60m": (*TINY_LLAMA, "trainer.max_steps=1"),
     r"grokking_mlp": ("data.passes=1",),
     r"darcy_fno": (*TINY_DARCY, *FNO_2D),
     r"darcy_unet": (*TINY_DARCY, "model.net.width=4"),
@@ -181,12 +186,20 @@ SMALL = {
 @pytest.mark.filterwarnings("ignore:layers with no alpha keep the base learning rate")  # they are narrow
 @pytest.mark.parametrize("name", [name for name in EXPERIMENTS if not name.startswith("study/")])
 def test_every_experiment_runs_one_batch(
-    settings: Settings, fake_images: Path, pde_files: Path, name: str, monkeypatch: pytest.MonkeyPatch
+    settings: Settings,
+    fake_images: Path,
+    pde_files: Path,
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("recipes.train.draw_run", lambda *args, **options: [])  # seconds, and tested elsewhere
     overrides = next(options for pattern, options in SMALL.items() if re.match(pattern, name))
-    if "darcy" in name and not name.startswith("sciml/"):
-        folder: tuple[str, ...] = ()  # made on the spot
+    folder: tuple[str, ...]
+    if name == "nano_llama_60m":
+        folder = (f"data.path={__file__}", f"data.tokenizer={write_tokenizer(tmp_path / 'tokenizer')}")
+    elif "darcy" in name and not name.startswith("sciml/"):
+        folder = ()  # made on the spot
     else:
         folder = (f"paths.data_dir={pde_files if name.startswith('sciml/') else fake_images}",)
     cfg = settings(f"experiment={name}", *folder, *overrides, "debug=one_batch", "trainer=cpu", "logger=csv")
@@ -317,6 +330,27 @@ def test_settings_of_the_tempbalance_paper(settings: Settings, task: str) -> Non
     _assert_image_training(settings(f"experiment=tempbalance/{task}", "balancing=off"), base)
 
 
+def test_llr_has_the_numbers_of_its_preset(settings: Settings) -> None:
+    options = build_balancer(settings("experiment=nano_llama_60m")).options
+    assert options == FARMSTempBalance(preset="llr").options
+    other = build_balancer(settings("experiment=nano_llama_60m", "balancing.lr_max_ratio=3")).options.ratios
+    assert dict(other.fixed_pairs) == {"embed*": 3.0, "lm_head": 3.0}
+
+
+def test_settings_of_the_llama_of_60_million(settings: Settings) -> None:
+    cfg = settings("experiment=nano_llama_60m")
+    with torch.device("meta"):
+        net = build(cfg, "model.net")
+    width, hidden, depth, vocabulary = 512, 1376, 8, 32000
+    block = 4 * width**2 + 3 * width * hidden + 2 * width
+    assert sum(parameter.numel() for parameter in net.parameters()) == (
+        2 * vocabulary * width + depth * block + width
+    )
+    tokens = cfg.trainer.max_steps * cfg.trainer.accumulate_grad_batches * cfg.data.batch_size * cfg.data.length
+    assert tokens == cfg.data.train_tokens
+    assert (cfg.arm, settings("experiment=nano_llama_60m", "balancing=off").lr) == ("llr", cfg.lr)
+
+
 @pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name.startswith("sciml/")])
 def test_settings_of_pdebench(settings: Settings, name: str) -> None:
     published = name == "sciml/cfd2d_fno"
@@ -398,11 +432,40 @@ def test_ablations_sweep_the_published_values(settings: Settings) -> None:
     expected = [(0.1, 1.9), (0.2, 1.8), (0.3, 1.7), (0.4, 1.6), (0.5, 1.5)]
     assert [(farms.lr_min_ratio, farms.lr_max_ratio) for farms in ranges] == expected
     assert all(farms.exclude_first for farms in ranges)  # the other settings of the arm stay
-    experiment = "experiment=sciml/cfd1d_fno"
-    runs = [settings(experiment, *run) for run in _sweep(experiment, "sweep=fractions")]
-    found = [PDEBenchFlow("data", fraction=cfg.data.fraction).options.step for cfg in runs]
-    assert found == [1, 2, 4, 10, 40, 180]
     assert len(_sweep(experiment, "sweep=[aspect_ratio,seeds]")) == 15
+
+
+# Experiment: k of each published fraction 1/k.
+FRACTIONS = {
+    "sciml/cfd1d_fno": [1, 2, 4, 10, 20, 40, 180],
+    "sciml/cfd2d_fno": [1, 2, 4, 10, 40, 180],
+    "sciml/darcy_fno": [1, 10, 20, 40, 180],
+    "sciml/darcy_unet": [1, 20, 40],
+}
+
+
+@pytest.mark.parametrize(("name", "steps"), FRACTIONS.items())
+def test_fractions_sweep_the_published_ones(settings: Settings, name: str, steps: list[int]) -> None:
+    runs = [settings(f"experiment={name}", *run) for run in _sweep(f"experiment={name}", "sweep=fractions")]
+    for cfg in runs:
+        check_config(cfg)
+    assert [PDEBenchFlow("data", fraction=cfg.data.fraction).options.step for cfg in runs] == steps
+    for table in ("regime_by_fraction", "strength_by_fraction"):
+        assert list(runs[0].arms.get(table, runs[0].arms.fractions.split(","))) == runs[0].arms.fractions.split(
+            ","
+        )
+
+
+def test_a_fraction_that_is_not_published_needs_numbers(settings: Settings) -> None:
+    experiment = ("experiment=sciml/darcy_unet", "data.fraction=1/10")
+    with pytest.raises(RecipeError, match=r"data\.fraction=1/10: .* 1, 1/20, 1/40 alone") as refused:
+        check_config(settings(*experiment))
+    way_out = str(refused.value).split("'")[1]
+    cfg = settings(*experiment, way_out)
+    check_config(cfg)
+    assert (cfg.optimizer.lr, cfg.optimizer.weight_decay) == (1e-2, 1e-3)
+    with pytest.raises(RecipeError, match=r"data\.fraction=0\.05"):  # a number is not what the table has
+        check_config(settings("experiment=sciml/darcy_unet", "data.fraction=0.05"))
 
 
 @pytest.mark.parametrize("name", DEMOS)

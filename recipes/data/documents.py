@@ -1,0 +1,98 @@
+"""Documents for language models: any files of text, or a data set of `datasets` that is on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from farms_tb.sparsity.calibration import dataset_column
+from recipes.errors import RecipeError
+
+__all__ = ["Documents", "file_states"]
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Where the documents of a text are, either files or a data set.
+
+    Attributes:
+        path: A file of text, or a folder, of which all files that end in `suffix` are read in the order of their
+            paths; each is a document.
+        suffix: Ending of the files of a folder.
+        dataset: A folder of data files, or the name of a data set that `datasets` has on this machine.
+        config: Which configuration of the data set.
+        split: Which part of the data set: "train", "train[:10%]".
+        column: Which column of the data set holds the text.
+    """
+
+    path: str | None
+    suffix: str
+    dataset: str | None
+    config: str | None
+    split: str
+    column: str
+
+    def check(self) -> None:
+        """Refuse what can be seen to be missing.
+
+        Raises:
+            RecipeError: Not exactly one of `path` and `dataset` is given, or there is no file.
+        """
+        if (self.path is None) == (self.dataset is None):
+            raise RecipeError(
+                "set one of data.path=FILE_OR_FOLDER, files of text, and data.dataset=NAME_OR_FOLDER, a data set "
+                f"of `datasets` on this machine; got data.path={self.path} and data.dataset={self.dataset}"
+            )
+        if self.path is not None and not self._files():
+            raise RecipeError(
+                f"data.path={self.path} is no file and no folder with files that end in {self.suffix!r}"
+            )
+
+    def read(self) -> Iterable[str]:
+        """Return the documents one after the other, without holding them all.
+
+        Raises:
+            RecipeError: There is no such data set on this machine, or a file is no text in UTF-8; nothing is
+                downloaded.
+        """
+        if self.dataset is None:
+            return map(_text_of, self._files())
+        try:
+            return dataset_column(self.dataset, split=self.split, config=self.config, column=self.column)
+        except (ImportError, FileNotFoundError, ValueError) as error:
+            raise RecipeError(f"data.dataset: {error}") from error
+
+    def state(self) -> dict[str, Any]:
+        """Return plain values that change with the documents, without reading them."""
+        folder = Path(self.dataset or "")
+        if self.path is not None:
+            files = self._files()
+        elif folder.is_dir():
+            files = sorted(file for file in folder.rglob("*") if file.is_file())
+        else:
+            files = []
+        return {**asdict(self), "files": file_states(files)}
+
+    def _files(self) -> list[Path]:
+        """Return the files of text, in order."""
+        path = Path(str(self.path))
+        return [path] if path.is_file() else sorted(path.rglob(f"*{self.suffix}"))
+
+
+def file_states(files: Iterable[Path]) -> list[tuple[str, int, int]]:
+    """Return path, size in bytes and time of change in nanoseconds of files, which tell changed content."""
+    return [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+
+
+def _text_of(file: Path) -> str:
+    """Return the text of a file.
+
+    Raises:
+        RecipeError: It is no text in UTF-8.
+    """
+    try:
+        return file.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{file} is no text in UTF-8: {error}") from error
