@@ -28,7 +28,7 @@ LANGUAGE = ("llama_7b", "llama_13b", "llama2_7b", "llama2_13b", "smollm2")
 IMAGES = ("vit_base", "deit_base", "convnext_base")
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*alpha.*", "ignore:.*epsilon.*", "ignore:.*straight line.*", "ignore:.*stay dense.*"
+    "ignore:.*alpha.*", "ignore:held at", "ignore:.*epsilon.*", "ignore:.*straight line.*", "ignore:.*stay dense.*"
 )
 
 
@@ -150,7 +150,7 @@ def test_language_models_are_pruned_and_compared(folder: Path, tmp_path: Path, m
 
 
 VIT = ("img_size=32", "patch_size=8", "embed_dim=32", "depth=3", "num_heads=2", "num_classes=2")
-CONVNEXT = ("depths=[2,2]", "dims=[16,32]", "num_classes=2")
+CONVNEXT = ("depths=[2,2,2,2]", "dims=[16,16,32,32]", "num_classes=2")
 
 
 def images(folder: Path, output: Path, model: str) -> tuple[str, ...]:
@@ -239,3 +239,10 @@ def test_the_command_prints_a_table(
     assert "difference from uniform" in printed
     assert str(tmp_path) in printed
     assert (tmp_path / "config.yaml").exists()
+
+
+def test_networks_of_torchvision_are_built_without_downloads() -> None:
+    other = ("model.net._target_=torchvision.models.vit_b_16", "~model.net.model_name")
+    make = instantiate(settings("experiment=prune/vit_base", *other).model.net, _convert_="all")
+    with torch.device("meta"):
+        assert make().num_classes == 1000
