@@ -165,7 +165,7 @@ def experiments_table(folder: str = "") -> str:
     lines = [f"| `{name}` | {text} |" for name, text in rows]
     if not lines:
         raise KeyError(folder)
-    return "\n".join(["| experiment | what it trains |", "|---|---|", *lines])
+    return "\n".join(["| experiment | what it runs |", "|---|---|", *lines])
 
 
 def _head(path: Path) -> str:

@@ -1,0 +1,1 @@
+"""Prune a model by several allocations of sparsity and compare what it still can: `python -m recipes.prune`."""

@@ -1,0 +1,123 @@
+"""Image classifiers of timm, torchvision or your own, scored by their accuracy on a folder of images."""
+
+from __future__ import annotations
+
+import inspect
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
+
+from recipes.errors import RecipeError
+from recipes.prune.scores import Score
+
+__all__ = ["ImageTask"]
+
+
+class ImageTask:
+    """A network by name with weights from a file, and folders of images. Nothing is downloaded.
+
+    Args:
+        model: `net`, a function that makes the network; `path`, the file of its weights.
+        calibration: `path` of a folder, `number` of images.
+        evaluation: the same; `number` None for all images.
+        images: `resize`, `size`, `mean` and `std` of the network's input; `batch_size` and `workers`.
+
+    Raises:
+        RecipeError: the weights or the images to evaluate are missing.
+    """
+
+    def __init__(
+        self,
+        model: Mapping[str, Any],
+        calibration: Mapping[str, Any],
+        evaluation: Mapping[str, Any],
+        images: Mapping[str, Any],
+    ) -> None:
+        if model["path"] is None:
+            raise RecipeError("model.path is missing: pass a file of the network's weights (.pth, .safetensors)")
+        self._make, self._path = model["net"], Path(model["path"])
+        self._calibration, self._images = calibration, images
+        self._evaluation = self._loader("evaluation", evaluation, seed=0)
+
+    def load(self) -> nn.Module:
+        """Return the network with the weights of the file, in evaluation mode and on the CPU.
+
+        Raises:
+            RecipeError: the file holds no weights, or those of another network.
+        """
+        model: nn.Module = self._make()
+        try:
+            model.load_state_dict(_weights(self._path))
+        except (RuntimeError, TypeError, pickle.UnpicklingError, EOFError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise RecipeError(f"model.path={self._path} does not fit the network: {reason}") from error
+        return model.eval()
+
+    def batches(self, seed: int) -> list[dict[str, Tensor]]:
+        """Return calibration images, drawn by a seed, under the name of the network's first argument.
+
+        Raises:
+            RecipeError: there are none.
+        """
+        with torch.device("meta"):
+            argument = next(iter(inspect.signature(self._make().forward).parameters))
+        return [{argument: images} for images, _ in self._loader("calibration", self._calibration, seed)]
+
+    def score(self, model: nn.Module) -> Score:
+        """Return the share of evaluation images whose class gets the largest output.
+
+        Raises:
+            RecipeError: a label is beyond the network's outputs.
+        """
+        device = next(model.parameters()).device
+        hits: list[Tensor] = []
+        with torch.inference_mode():
+            for images, labels in self._evaluation:
+                outputs = model(images.to(device)).cpu()
+                if int(labels.max()) >= outputs.shape[1]:
+                    raise RecipeError(
+                        f"evaluation.path has more classes than the network has outputs, {outputs.shape[1]}: each "
+                        "folder must be a class that it was trained for"
+                    )
+                hits.append(outputs.argmax(1) == labels)
+        samples = torch.cat(hits).double()
+        accuracy = float(samples.mean())
+        error = (accuracy * (1 - accuracy) / len(samples)) ** 0.5
+        return Score("accuracy", accuracy, error, samples.numpy())
+
+    def _loader(self, section: str, data: Mapping[str, Any], seed: int) -> DataLoader[Any]:
+        """Return batches of a folder of images, as many as asked for, drawn by a seed."""
+        if data["path"] is None:
+            raise RecipeError(f"{section}.path is missing: pass a folder with a folder of images for each class")
+        options = self._images
+        steps = [
+            transforms.Resize(options["resize"], transforms.InterpolationMode.BICUBIC),
+            transforms.CenterCrop(options["size"]),
+            transforms.ToTensor(),
+            transforms.Normalize(options["mean"], options["std"]),
+        ]
+        try:
+            found = ImageFolder(data["path"], transforms.Compose(steps))
+        except FileNotFoundError as error:
+            raise RecipeError(f"{section}.path: {error}") from error
+        order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))
+        chosen = Subset(found, order[: data["number"]].tolist())
+        return DataLoader(chosen, options["batch_size"], num_workers=options["workers"])
+
+
+def _weights(path: Path) -> dict[str, Tensor]:
+    """Read a state dict, plain or as the entry of a training checkpoint; nothing in the file is executed."""
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    held = torch.load(path, map_location="cpu", weights_only=True)
+    weights: dict[str, Tensor] = held.get("model", held.get("state_dict", held))
+    return weights
