@@ -1,0 +1,242 @@
+"""Tables and pictures of the study, with 95 % intervals over the articles, paired: the same ones for all arms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.diagnosis.intervals import Array, Interval
+from benchmarks.diagnosis.rows import Row
+from benchmarks.results import BLUE, GREEN, ORANGE, markdown_table
+from benchmarks.sparsity.arms import SHUFFLES
+from benchmarks.sparsity.study import EPSILONS, best_epsilon
+from farms_tb.sparsity.perplexity import PerplexityComparison
+from farms_tb.viewing.plots.style import FAINT, new_figure, save, styled
+
+__all__ = ["GROUPS", "SCORES", "Score", "draw", "epsilon_table", "loss_table", "paired_table", "search_table"]
+
+GROUPS: Mapping[str, tuple[str, ...]] = {
+    "uniform": ("uniform",),
+    "line in depth": ("line",),
+    "whole-matrix alpha": ("whole",),
+    "FARMS alpha": ("FARMS",),
+    "FARMS alpha, shrunk": ("shrinkage",),
+    "FARMS alpha, shuffled": SHUFFLES,
+    "search": ("search",),
+}
+"""The arms of each line of a table; the mean over three permutations is one."""
+
+METHODS = {"wanda": ("Wanda", BLUE), "magnitude": ("magnitude", ORANGE), "sparsegpt": ("SparseGPT", GREEN)}
+
+
+@dataclass(frozen=True)
+class Score:
+    """How the loss of a model is shown.
+
+    Attributes:
+        name: of the score.
+        compared: what two arms are compared by.
+        is_log: whether the loss is the logarithm of the score: then arms are compared by their ratio, else by
+            their difference.
+    """
+
+    name: str
+    compared: str
+    is_log: bool
+
+    @property
+    def equal(self) -> float:
+        """What the comparison of two equal arms gives."""
+        return 1.0 if self.is_log else 0.0
+
+    def value(self, loss: float) -> float:
+        """Return the score of a loss, or the comparison of a difference of losses."""
+        return float(np.exp(loss)) if self.is_log else loss
+
+
+SCORES: Mapping[str, Score] = {
+    "language": Score("perplexity", "ratio of perplexities", is_log=True),
+    "encoder": Score("1 - cosine", "difference of 1 - cosine", is_log=False),
+}
+
+
+def epsilon_table(rows: Sequence[Row], score: Score) -> str:
+    """Return the mean score of the uneven arms on calibration text for each target and epsilon.
+
+    Args:
+        rows: of the file of epsilons.
+        score: how losses are shown.
+    """
+    lines = []
+    for target in _targets(rows):
+        line = {"target": f"{target:g}"}
+        for epsilon in EPSILONS:
+            losses = [float(row["loss"]) for row in rows if (row["target"], row["epsilon"]) == (target, epsilon)]
+            line[f"epsilon {epsilon:g}"] = (
+                _number(score.value(float(np.mean(losses)))) if losses else "not measured"
+            )
+        complete = "not measured" not in line.values()
+        line["chosen"] = f"{best_epsilon(rows, target):g}" if complete else ""
+        lines.append(line)
+    return markdown_table(lines)
+
+
+def loss_table(rows: Sequence[Row], method: str, score: Score) -> str:
+    """Return the score of each arm at each target, the mean over calibration seeds and permutations.
+
+    Args:
+        rows: of the runs.
+        method: how the model was pruned.
+        score: how losses are shown.
+    """
+    lines = []
+    for label, arms in GROUPS.items():
+        cells = {}
+        for target in _targets(rows, method):
+            losses = _losses(rows, method, target, arms)
+            cells[f"{target:g}"] = _number(score.value(float(losses.mean()))) if losses.size else "not measured"
+        lines.append({"arm": label, **cells})
+    return markdown_table(lines)
+
+
+def paired_table(rows: Sequence[Row], method: str, score: Score, reference: str) -> str:
+    """Return each arm compared with one of them, article by article.
+
+    Args:
+        rows: of the runs.
+        method: how the model was pruned.
+        score: how losses are shown.
+        reference: a key of `GROUPS`.
+    """
+    lines = []
+    for label in GROUPS:
+        if label == reference:
+            continue
+        cells = {}
+        for target in _targets(rows, method):
+            found = compared(rows, (method, target), score, (label, reference))
+            cells[f"{target:g}"] = "not measured" if found is None else _shown(found, score)
+        lines.append({f"compared with: {reference}": label, **cells})
+    return markdown_table(lines)
+
+
+def compared(rows: Sequence[Row], cell: tuple[str, float], score: Score, pair: tuple[str, str]) -> Interval | None:
+    """Compare two arms over the articles, their losses averaged over calibration seeds and permutations.
+
+    Args:
+        rows: of the runs.
+        cell: method and target.
+        score: how losses are shown.
+        pair: keys of `GROUPS`, the second one the reference.
+
+    Returns:
+        The comparison with the interval of a paired t test; None where a run of either is missing.
+    """
+    arms, references = (GROUPS[label] for label in pair)
+    seeds = _seeds(rows, cell, arms) & _seeds(rows, cell, references)
+    if not seeds:
+        return None
+    own, others = (_losses(rows, *cell, names, seeds).mean(0) for names in (arms, references))
+    found = PerplexityComparison(own - others)
+    return score.value(found.difference), *map(score.value, found.interval)
+
+
+def search_table(rows: Sequence[Row]) -> str:
+    """Return what each search found: coefficients, candidates, and seconds."""
+    lines = []
+    for row in rows:
+        if row["arm"] != "search":
+            continue
+        found = {name: float(row.get(f"c {name}", "nan")) for name in ("line", "alpha", "shrinkage")}
+        lines.append(
+            {
+                "method": METHODS[str(row["method"])][0],
+                "target": f"{row['target']:g}",
+                "seed": f"{row['seed']:g}",
+                **{name: f"{value:+.3f}" if value else "0" for name, value in found.items()},
+                "candidates": f"{row['evaluations']:g}",
+                "seconds": f"{float(row['search seconds']):.0f}",
+            }
+        )
+    return markdown_table(lines)
+
+
+@styled
+def draw(path: Path, rows: Sequence[Row], score: Score) -> None:
+    """Draw each arm compared with the uniform one, a panel for each target and a colour for each method."""
+    targets = sorted({float(row["target"]) for row in rows if row["arm"] == "uniform"})
+    labels = [label for label in GROUPS if label != "uniform"]
+    figure = new_figure(9.6, 3.6)
+    panels = figure.subplots(1, len(targets), sharey=True, squeeze=False)[0]
+    for axes, target in zip(panels, targets, strict=True):
+        for position, (method, (name, colour)) in enumerate(METHODS.items()):
+            for place, label in enumerate(labels):
+                found = compared(rows, (method, target), score, (label, "uniform"))
+                if found is None:
+                    continue
+                value, low, high = found
+                errors = [[max(value - low, 0.0)], [max(high - value, 0.0)]]
+                height = place + 0.2 * (position - 1)
+                axes.errorbar([value], [height], xerr=errors, fmt="o", color=colour, markersize=3.5, linewidth=1)
+            axes.plot([], [], "o", color=colour, markersize=3.5, label=name)
+        axes.axvline(score.equal, color=FAINT, linestyle=":")
+        axes.locator_params(axis="x", nbins=4)
+        axes.set_title(f"target {target:g}")
+    panels[0].set_yticks(range(len(labels)), labels)
+    panels[0].invert_yaxis()
+    panels[len(panels) // 2].set_xlabel(
+        f"{score.compared}, arm against uniform: left of the dotted line is better"
+    )
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(METHODS))
+    save(figure, path)
+
+
+def _targets(rows: Sequence[Row], method: str | None = None) -> list[float]:
+    """Return the targets that there are rows of, in order; of one method where it is named."""
+    return sorted({float(row["target"]) for row in rows if method is None or row["method"] == method})
+
+
+def _seeds(rows: Sequence[Row], cell: tuple[str, float], arms: Sequence[str]) -> set[float]:
+    """Return the calibration seeds for which all these arms were run."""
+    chosen = [row for row in rows if (row["method"], row["target"]) == cell]
+    found = [{float(row["seed"]) for row in chosen if row["arm"] == arm} for arm in arms]
+    return set.intersection(*found)
+
+
+def _losses(
+    rows: Sequence[Row], method: str, target: float, arms: Sequence[str], seeds: set[float] | None = None
+) -> Array:
+    """Return the losses of the runs of some arms on each segment, `(runs, segments)`.
+
+    Args:
+        rows: of the runs.
+        method: how the model was pruned.
+        target: the sparsity.
+        arms: their names.
+        seeds: calibration seeds; None for all of which every arm has a run.
+    """
+    kept = _seeds(rows, (method, target), arms) if seeds is None else seeds
+    chosen = [
+        row
+        for row in rows
+        if (row["method"], row["target"]) == (method, target) and row["arm"] in arms and row["seed"] in kept
+    ]
+    return np.array([[float(row[name]) for name in row if str(name).startswith("segment ")] for row in chosen])
+
+
+def _number(value: float) -> str:
+    """Return a number with three digits, large ones without a power of ten."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _shown(interval: Interval, score: Score) -> str:
+    """Return a comparison and its interval as text, in bold where the interval lies on the better side."""
+    value, low, high = interval
+    if score.is_log:
+        text = f"{value:.3g} ({low:.3g} to {high:.3g})"
+    else:
+        text = f"{value:+.3f} ({low:+.3f} to {high:+.3f})"
+    return f"**{text}**" if high < score.equal else text

@@ -1,0 +1,161 @@
+"""What is run: every arm at the same achieved sparsity and the same epsilon, the most telling runs first."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from benchmarks.diagnosis.rows import Row, Rows
+from benchmarks.results import Value
+from benchmarks.sparsity.arms import ARMS, MEASUREMENTS, SHUFFLES, UNEVEN, Search, alpha_rows, plan_of
+from benchmarks.sparsity.subjects import Calibration, Subject
+from farms_tb import analyze
+from farms_tb.sparsity import SparsityPlan, compare_with_depth, prune
+from farms_tb.sparsity.search import model_loss, weights_put_back
+
+__all__ = ["EPSILONS", "EPSILON_KEYS", "KEYS", "TARGETS", "Study", "best_epsilon", "nearest_target", "runs"]
+
+KEYS = ("method", "target", "arm", "seed")
+EPSILON_KEYS = ("target", "epsilon", "arm")
+EPSILONS = (0.05, 0.1, 0.2, 0.3)
+TARGETS = (0.7, 0.6, 0.5, 0.4, 0.3)
+EPSILON_TARGETS = TARGETS[:3]
+
+_UNSEARCHED = tuple(arm for arm in ARMS if arm != "search")
+_ONCE = tuple(arm for arm in ARMS if arm not in SHUFFLES)
+
+
+def runs(name: str) -> list[Row]:
+    """Return what each run of a model is of, the most telling ones first; the first is of the dense model.
+
+    Args:
+        name: `"language"` or `"encoder"`.
+    """
+    wanted: list[Row] = [{"method": "none", "target": 0.0, "arm": "dense", "seed": 0}]
+    for method, target, seed, arms in _cells(name):
+        wanted += [{"method": method, "target": target, "arm": arm, "seed": seed} for arm in arms]
+    return wanted
+
+
+def _cells(name: str) -> Iterator[tuple[str, float, int, Sequence[str]]]:
+    """Yield method, target, calibration seed and arms, in order.
+
+    Magnitude needs no calibration data. SparseGPT is slow: it has one seed and no search, and is left out for the
+    encoder. Permutations are random enough with one calibration seed.
+    """
+    for target in EPSILON_TARGETS:
+        yield "wanda", target, 0, ARMS
+        yield "wanda", target, 1, _ONCE
+    for target in TARGETS:
+        yield "magnitude", target, 0, _UNSEARCHED
+    for target in TARGETS:
+        yield "magnitude", target, 0, ("search",)
+    if name == "language":
+        for target in EPSILON_TARGETS:
+            yield "sparsegpt", target, 0, _UNSEARCHED
+
+
+def nearest_target(target: float) -> float:
+    """Return the target whose epsilon is used: the nearest of those that one was chosen at."""
+    return min(EPSILON_TARGETS, key=lambda other: abs(other - target))
+
+
+def best_epsilon(rows: Sequence[Row], target: float) -> float:
+    """Return the epsilon with the smallest loss on calibration text, the mean over the uneven arms.
+
+    Args:
+        rows: of the file of epsilons.
+        target: one of `EPSILON_TARGETS`.
+    """
+
+    def loss(epsilon: float) -> float:
+        chosen = [row for row in rows if (row["target"], row["epsilon"]) == (target, epsilon)]
+        return float(np.mean([float(row["loss"]) for row in chosen]))
+
+    return min(EPSILONS, key=loss)
+
+
+@dataclass
+class Study:
+    """One model, pruned by every arm.
+
+    Attributes:
+        subject: the model and its texts.
+        layers: its alphas; they are measured once.
+        epsilons: the losses that epsilon is chosen by; those of a target are measured once.
+        runs: a row for each run.
+    """
+
+    subject: Subject
+    layers: Rows
+    epsilons: Rows
+    runs: Rows
+
+    def measure_alphas(self) -> None:
+        """Measure the alphas of the dense model, where there are none yet."""
+        if not self.layers:
+            reports = {key: analyze(self.subject.model, **options) for key, options in MEASUREMENTS.items()}
+            self.layers.add(alpha_rows(reports))
+
+    def measure(self, run: Mapping[str, Value]) -> None:
+        """Prune by one arm and add the row of its losses."""
+        start = time.monotonic()
+        if run["method"] == "none":
+            self.runs.add([{**run, "epsilon": 0.0, "sparsity": 0.0, **self._judged(start)}])
+            return
+        method, target, seed = str(run["method"]), float(run["target"]), int(run["seed"])
+        epsilon = self._epsilon(nearest_target(target))
+        start = time.monotonic()  # not counting the choice of epsilon
+        calibration = self.subject.calibration(seed)
+        search = Search(self.subject.model, calibration.for_search, method)
+        plan = plan_of(str(run["arm"]), self.layers, target, epsilon, search)
+        found = _facts(plan) | {"search seconds": time.monotonic() - start}
+        with weights_put_back(self.subject.model, plan):
+            sparsity = _pruned(self.subject, plan, method, calibration)
+            judged = self._judged(start)
+        self.runs.add([{**run, "epsilon": epsilon, "sparsity": sparsity, **found, **judged}])
+
+    def _judged(self, start: float) -> Row:
+        """Return the loss of the model as it is now, on all segments and on each."""
+        losses = self.subject.losses(self.subject.model)
+        of_segments = {f"segment {place}": float(loss) for place, loss in enumerate(losses)}
+        return {"loss": float(losses.mean()), "seconds": time.monotonic() - start, **of_segments}
+
+    def _epsilon(self, target: float) -> float:
+        """Return the epsilon of a target, by Wanda and the first calibration seed."""
+        calibration = self.subject.calibration(0)
+        wanted = [{"target": target, "epsilon": epsilon, "arm": arm} for epsilon in EPSILONS for arm in UNEVEN]
+        for run in self.epsilons.missing(wanted):
+            plan = plan_of(str(run["arm"]), self.layers, target, float(run["epsilon"]))
+            with weights_put_back(self.subject.model, plan):
+                _pruned(self.subject, plan, "wanda", calibration)
+                loss = _mean_loss(self.subject, calibration)
+            self.epsilons.add([{**run, "loss": loss}])
+        return best_epsilon(self.epsilons, target)
+
+
+def _pruned(subject: Subject, plan: SparsityPlan, method: str, calibration: Calibration) -> float:
+    """Prune the model; return the share of zeros that was achieved."""
+    batches = None if method == "magnitude" else calibration.prune
+    return prune(subject.model, plan, method, calibration=batches).sparsity
+
+
+def _mean_loss(subject: Subject, calibration: Calibration) -> float:
+    """Return the mean loss of the model as it is now, on calibration text that took no part in the pruning."""
+    with torch.no_grad():
+        return float(np.mean([model_loss(subject.model, batch) for batch in calibration.choose]))
+
+
+def _facts(plan: SparsityPlan) -> Row:
+    """Return how uneven a plan is, and what a search found."""
+    compared = compare_with_depth(plan)
+    row: Row = {"from uniform": compared.from_uniform, "correlation with depth": compared.correlation or 0.0}
+    found = plan.options.get("search")
+    if found:
+        row |= {f"c {name}": value for name, value in found["coefficients"].items()}
+        row |= {"evaluations": found["evaluations"]}
+    return row
