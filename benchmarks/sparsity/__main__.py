@@ -67,8 +67,8 @@ def _page(part: str, out: Path) -> str:
     sections = [
         f"## {TITLES[part]}",
         f"![{score.compared}, each arm against uniform, by target and method]({part}.png)",
-        f"The mean {score.name} of the uneven arms on calibration text (Wanda, first seed), by which epsilon is "
-        f"chosen:\n\n{report.epsilon_table(epsilons, score)}",
+        f"The {score.name} on calibration text at a target of 0.7 (Wanda, first seed), by whose mean epsilon is "
+        f"chosen for everything below:\n\n{report.epsilon_table(epsilons, score)}",
     ]
     for method, (name, _) in report.METHODS.items():
         if not any(row["method"] == method for row in rows):

@@ -64,23 +64,20 @@ SCORES: Mapping[str, Score] = {
 
 
 def epsilon_table(rows: Sequence[Row], score: Score) -> str:
-    """Return the mean score of the uneven arms on calibration text for each target and epsilon.
+    """Return the score of the uneven arms on calibration text for each epsilon, and what is chosen by their mean.
 
     Args:
         rows: of the file of epsilons.
         score: how losses are shown.
     """
+    best = best_epsilon(rows)
     lines = []
-    for target in _targets(rows):
-        line = {"target": f"{target:g}"}
-        for epsilon in EPSILONS:
-            losses = [float(row["loss"]) for row in rows if (row["target"], row["epsilon"]) == (target, epsilon)]
-            line[f"epsilon {epsilon:g}"] = (
-                _number(score.value(float(np.mean(losses)))) if losses else "not measured"
-            )
-        complete = "not measured" not in line.values()
-        line["chosen"] = f"{best_epsilon(rows, target):g}" if complete else ""
-        lines.append(line)
+    for epsilon in EPSILONS:
+        losses = {str(row["arm"]): float(row["loss"]) for row in rows if row["epsilon"] == epsilon}
+        cells = {arm: _number(score.value(loss)) for arm, loss in losses.items()}
+        mean = _number(score.value(float(np.mean(list(losses.values())))))
+        chosen = " (chosen)" if epsilon == best else ""
+        lines.append({"epsilon": f"{epsilon:g}{chosen}", **cells, "mean": mean})
     return markdown_table(lines)
 
 

@@ -17,14 +17,16 @@ from farms_tb import analyze
 from farms_tb.sparsity import SparsityPlan, compare_with_depth, prune
 from farms_tb.sparsity.search import model_loss, weights_put_back
 
-__all__ = ["EPSILONS", "EPSILON_KEYS", "KEYS", "TARGETS", "Study", "best_epsilon", "nearest_target", "runs"]
+__all__ = ["EPSILONS", "EPSILON_KEYS", "KEYS", "TARGETS", "Study", "best_epsilon", "runs"]
 
 KEYS = ("method", "target", "arm", "seed")
-EPSILON_KEYS = ("target", "epsilon", "arm")
+EPSILON_KEYS = ("epsilon", "arm")
 EPSILONS = (0.05, 0.1, 0.2, 0.3)
 TARGETS = (0.7, 0.6, 0.5, 0.4, 0.3)
-EPSILON_TARGETS = TARGETS[:3]
+EPSILON_TARGET = 0.7
+"""Where epsilon is chosen, by Wanda; all targets and methods have the same."""
 
+_CALIBRATED = TARGETS[:3]
 _UNSEARCHED = tuple(arm for arm in ARMS if arm != "search")
 _ONCE = tuple(arm for arm in ARMS if arm not in SHUFFLES)
 
@@ -47,34 +49,29 @@ def _cells(name: str) -> Iterator[tuple[str, float, int, Sequence[str]]]:
     Magnitude needs no calibration data. SparseGPT is slow: it has one seed and no search, and is left out for the
     encoder. Permutations are random enough with one calibration seed.
     """
-    for target in EPSILON_TARGETS:
-        yield "wanda", target, 0, ARMS
+    for target in _CALIBRATED:
+        yield "wanda", target, 0, _ONCE
         yield "wanda", target, 1, _ONCE
+    for target in _CALIBRATED:
+        yield "wanda", target, 0, SHUFFLES
     for target in TARGETS:
         yield "magnitude", target, 0, _UNSEARCHED
     for target in TARGETS:
         yield "magnitude", target, 0, ("search",)
     if name == "language":
-        for target in EPSILON_TARGETS:
+        for target in _CALIBRATED:
             yield "sparsegpt", target, 0, _UNSEARCHED
 
 
-def nearest_target(target: float) -> float:
-    """Return the target whose epsilon is used: the nearest of those that one was chosen at."""
-    return min(EPSILON_TARGETS, key=lambda other: abs(other - target))
-
-
-def best_epsilon(rows: Sequence[Row], target: float) -> float:
+def best_epsilon(rows: Sequence[Row]) -> float:
     """Return the epsilon with the smallest loss on calibration text, the mean over the uneven arms.
 
     Args:
         rows: of the file of epsilons.
-        target: one of `EPSILON_TARGETS`.
     """
 
     def loss(epsilon: float) -> float:
-        chosen = [row for row in rows if (row["target"], row["epsilon"]) == (target, epsilon)]
-        return float(np.mean([float(row["loss"]) for row in chosen]))
+        return float(np.mean([float(row["loss"]) for row in rows if row["epsilon"] == epsilon]))
 
     return min(EPSILONS, key=loss)
 
@@ -86,7 +83,7 @@ class Study:
     Attributes:
         subject: the model and its texts.
         layers: its alphas; they are measured once.
-        epsilons: the losses that epsilon is chosen by; those of a target are measured once.
+        epsilons: the losses that epsilon is chosen by; they are measured once.
         runs: a row for each run.
     """
 
@@ -108,7 +105,7 @@ class Study:
             self.runs.add([{**run, "epsilon": 0.0, "sparsity": 0.0, **self._judged(start)}])
             return
         method, target, seed = str(run["method"]), float(run["target"]), int(run["seed"])
-        epsilon = self._epsilon(nearest_target(target))
+        epsilon = self._epsilon()
         start = time.monotonic()  # not counting the choice of epsilon
         calibration = self.subject.calibration(seed)
         search = Search(self.subject.model, calibration.for_search, method)
@@ -125,17 +122,17 @@ class Study:
         of_segments = {f"segment {place}": float(loss) for place, loss in enumerate(losses)}
         return {"loss": float(losses.mean()), "seconds": time.monotonic() - start, **of_segments}
 
-    def _epsilon(self, target: float) -> float:
-        """Return the epsilon of a target, by Wanda and the first calibration seed."""
+    def _epsilon(self) -> float:
+        """Return the epsilon of all arms, chosen by Wanda and the first calibration seed."""
         calibration = self.subject.calibration(0)
-        wanted = [{"target": target, "epsilon": epsilon, "arm": arm} for epsilon in EPSILONS for arm in UNEVEN]
+        wanted = [{"epsilon": epsilon, "arm": arm} for epsilon in EPSILONS for arm in UNEVEN]
         for run in self.epsilons.missing(wanted):
-            plan = plan_of(str(run["arm"]), self.layers, target, float(run["epsilon"]))
+            plan = plan_of(str(run["arm"]), self.layers, EPSILON_TARGET, float(run["epsilon"]))
             with weights_put_back(self.subject.model, plan):
                 _pruned(self.subject, plan, "wanda", calibration)
                 loss = _mean_loss(self.subject, calibration)
-            self.epsilons.add([{**run, "loss": loss}])
-        return best_epsilon(self.epsilons, target)
+            self.epsilons.add([{"target": EPSILON_TARGET, **run, "loss": loss}])
+        return best_epsilon(self.epsilons)
 
 
 def _pruned(subject: Subject, plan: SparsityPlan, method: str, calibration: Calibration) -> float:
