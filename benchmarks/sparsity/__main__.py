@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import warnings
-from collections.abc import Container
 from pathlib import Path
 
 import torch
@@ -27,20 +26,22 @@ from benchmarks.diagnosis.rows import Rows
 from benchmarks.machine import describe
 from benchmarks.results import publish
 from benchmarks.sparsity import report, speed
-from benchmarks.sparsity.study import EPSILON_KEYS, KEYS, TARGETS, Study, runs
+from benchmarks.sparsity.study import EPSILON_KEYS, KEYS, METHODS, TARGETS, Study, runs
 from benchmarks.sparsity.subjects import SUBJECTS
 
 PARTS = [*SUBJECTS, "speed"]
 TITLES = {"language": "SmolLM2-135M", "encoder": "all-MiniLM-L6-v2"}
 
 
-def _measure(part: str, out: Path, targets: Container[float]) -> None:
-    """Run what has no row yet, of these targets."""
+def _measure(part: str, out: Path, options: argparse.Namespace) -> None:
+    """Run what has no row yet, of the targets and methods that were asked for."""
     study = Study(
         SUBJECTS[part](), Rows(out / f"{part}_alphas.csv", ("layer",)), _epsilons(part, out), _runs(part, out)
     )
     study.measure_alphas()
-    missing = [run for run in study.runs.missing(runs(part)) if run["target"] in targets]
+    study.measure_dense()
+    wanted = [run for run in runs(part) if run["target"] in options.targets and run["method"] in options.methods]
+    missing = list(study.runs.missing(wanted))
     for position, run in enumerate(missing, start=1):
         study.measure(run)
         row = study.runs[-1]
@@ -88,6 +89,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sparsity", description="Allocations compared")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, metavar="PART")
     parser.add_argument("--targets", nargs="+", type=float, default=TARGETS, help="sparsities", metavar="TARGET")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="METHOD")
     parser.add_argument("--report", action="store_true", help="measure nothing")
     parser.add_argument("--out", type=Path, default=Path("docs/results/sparsity"))
     options = parser.parse_args()
@@ -97,7 +99,7 @@ def main() -> None:
     sections = []
     for part in SUBJECTS:
         if part in options.parts and not options.report:
-            _measure(part, options.out, options.targets)
+            _measure(part, options.out, options)
         if _runs(part, options.out):
             sections.append(_page(part, options.out))
     costs = Rows(options.out / "speed.csv", speed.KEYS)

@@ -142,7 +142,7 @@ def compared(rows: Sequence[Row], cell: tuple[str, float], score: Score, pair: t
 
 
 def search_table(rows: Sequence[Row]) -> str:
-    """Return what each search found: coefficients, candidates, and seconds."""
+    """Return the coefficients that each search found, and the number of its candidates."""
     lines = []
     for row in rows:
         if row["arm"] != "search":
@@ -155,7 +155,6 @@ def search_table(rows: Sequence[Row]) -> str:
                 "seed": f"{row['seed']:g}",
                 **{name: f"{value:+.3f}" if value else "0" for name, value in found.items()},
                 "candidates": f"{row['evaluations']:g}",
-                "seconds": f"{float(row['search seconds']):.0f}",
             }
         )
     return markdown_table(lines)

@@ -11,10 +11,10 @@
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -53,14 +53,14 @@ _LLAMA_7B = {
 
 # Both print processor seconds and KiB. The first one runs a command of farms-tb.
 _COMMAND = """
-import json, resource, sys, torch
+import json, pathlib, sys, time, torch
 from typer.testing import CliRunner
 from farms_tb.cli.app import app
 torch.set_num_threads(1)
 done = CliRunner().invoke(app, json.loads(sys.argv[1]))
 assert done.exit_code == 0, done.output
-used = resource.getrusage(resource.RUSAGE_SELF)
-print(used.ru_utime + used.ru_stime, used.ru_maxrss)
+peak = pathlib.Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]
+print(time.process_time(), peak)
 """
 _COLLECT = """
 import json, sys
@@ -144,7 +144,7 @@ def _plan_rows(what: str, folder: Path) -> list[Row]:
     """Time a plan of a folder, and its measurement alone; the less of two runs each."""
     commands = {
         "farms-tb sparsity": ["sparsity", str(folder), "--target", str(_TARGET)],
-        "farms-tb analyze": ["analyze", str(folder)],
+        "farms-tb analyze": ["analyze", str(folder), "--no-null"],
     }
     found: dict[str, list[Row]] = {way: [] for way in commands}
     for _ in range(_ROUNDS):
@@ -217,9 +217,16 @@ def collect_statistics(*, hessian: bool) -> tuple[float, int]:
     }
     weights = planned_weights(model, SparsityPlan(layers, _TARGET, "uniform"))
     batches = [{"input": torch.randn(1, 256, 4096, dtype=torch.bfloat16)}]
-    before = resource.getrusage(resource.RUSAGE_SELF)
+    seconds, memory = time.process_time(), _peak_kibibytes()
     with evaluating(model):
         for _ in visit_blocks(model, planned_blocks(model, weights), batches, hessian=hessian):
             pass
-    after = resource.getrusage(resource.RUSAGE_SELF)
-    return after.ru_utime - before.ru_utime, after.ru_maxrss - before.ru_maxrss
+    return time.process_time() - seconds, _peak_kibibytes() - memory
+
+
+def _peak_kibibytes() -> int:
+    """Return the largest memory that this process has held (Linux).
+
+    `getrusage` would not do: it counts also what the parent held when it started the process.
+    """
+    return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])

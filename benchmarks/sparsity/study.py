@@ -17,11 +17,12 @@ from farms_tb import analyze
 from farms_tb.sparsity import SparsityPlan, compare_with_depth, prune
 from farms_tb.sparsity.search import model_loss, weights_put_back
 
-__all__ = ["EPSILONS", "EPSILON_KEYS", "KEYS", "TARGETS", "Study", "best_epsilon", "runs"]
+__all__ = ["EPSILONS", "EPSILON_KEYS", "KEYS", "METHODS", "TARGETS", "Study", "best_epsilon", "runs"]
 
 KEYS = ("method", "target", "arm", "seed")
 EPSILON_KEYS = ("epsilon", "arm")
 EPSILONS = (0.05, 0.1, 0.2, 0.3)
+METHODS = ("wanda", "magnitude", "sparsegpt")
 TARGETS = (0.7, 0.6, 0.5, 0.4, 0.3)
 EPSILON_TARGET = 0.7
 """Where epsilon is chosen, by Wanda; all targets and methods have the same."""
@@ -32,15 +33,16 @@ _ONCE = tuple(arm for arm in ARMS if arm not in SHUFFLES)
 
 
 def runs(name: str) -> list[Row]:
-    """Return what each run of a model is of, the most telling ones first; the first is of the dense model.
+    """Return what each run of a model is of, the most telling ones first.
 
     Args:
         name: `"language"` or `"encoder"`.
     """
-    wanted: list[Row] = [{"method": "none", "target": 0.0, "arm": "dense", "seed": 0}]
-    for method, target, seed, arms in _cells(name):
-        wanted += [{"method": method, "target": target, "arm": arm, "seed": seed} for arm in arms]
-    return wanted
+    return [
+        {"method": method, "target": target, "arm": arm, "seed": seed}
+        for method, target, seed, arms in _cells(name)
+        for arm in arms
+    ]
 
 
 def _cells(name: str) -> Iterator[tuple[str, float, int, Sequence[str]]]:
@@ -98,19 +100,20 @@ class Study:
             reports = {key: analyze(self.subject.model, **options) for key, options in MEASUREMENTS.items()}
             self.layers.add(alpha_rows(reports))
 
+    def measure_dense(self) -> None:
+        """Judge the dense model, where there is no row of it yet."""
+        for run in self.runs.missing([{"method": "none", "target": 0.0, "arm": "dense", "seed": 0}]):
+            self.runs.add([{**run, "epsilon": 0.0, "sparsity": 0.0, **self._judged(time.monotonic())}])
+
     def measure(self, run: Mapping[str, Value]) -> None:
         """Prune by one arm and add the row of its losses."""
-        start = time.monotonic()
-        if run["method"] == "none":
-            self.runs.add([{**run, "epsilon": 0.0, "sparsity": 0.0, **self._judged(start)}])
-            return
         method, target, seed = str(run["method"]), float(run["target"]), int(run["seed"])
         epsilon = self._epsilon()
         start = time.monotonic()  # not counting the choice of epsilon
         calibration = self.subject.calibration(seed)
         search = Search(self.subject.model, calibration.for_search, method)
         plan = plan_of(str(run["arm"]), self.layers, target, epsilon, search)
-        found = _facts(plan) | {"search seconds": time.monotonic() - start}
+        found = _facts(plan)
         with weights_put_back(self.subject.model, plan):
             sparsity = _pruned(self.subject, plan, method, calibration)
             judged = self._judged(start)
