@@ -80,6 +80,7 @@ def _page(part: str, out: Path) -> str:
             f"The {score.compared}, with 95 % intervals; bold where better than the reference:",
             *(report.paired_table(rows, method, score, label) for label in ("uniform", "line in depth")),
         ]
+    sections.append(f"### Wanda, each calibration seed by itself\n\n{report.seed_table(rows, 'wanda', score)}")
     sections.append(f"### What the searches found\n\n{report.search_table(rows)}")
     return "\n\n".join(sections)
 

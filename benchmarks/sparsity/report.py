@@ -16,7 +16,17 @@ from benchmarks.sparsity.study import EPSILONS, best_epsilon
 from farms_tb.sparsity.perplexity import PerplexityComparison
 from farms_tb.viewing.plots.style import FAINT, new_figure, save, styled
 
-__all__ = ["GROUPS", "SCORES", "Score", "draw", "epsilon_table", "loss_table", "paired_table", "search_table"]
+__all__ = [
+    "GROUPS",
+    "SCORES",
+    "Score",
+    "draw",
+    "epsilon_table",
+    "loss_table",
+    "paired_table",
+    "search_table",
+    "seed_table",
+]
 
 GROUPS: Mapping[str, tuple[str, ...]] = {
     "uniform": ("uniform",),
@@ -120,6 +130,36 @@ def paired_table(rows: Sequence[Row], method: str, score: Score, reference: str)
     return markdown_table(lines)
 
 
+def seed_table(rows: Sequence[Row], method: str, score: Score) -> str:
+    """Return each arm compared with the uniform one, for each calibration seed by itself.
+
+    Args:
+        rows: of the runs.
+        method: how the model was pruned.
+        score: how losses are shown.
+    """
+    lines = []
+    for label in GROUPS:
+        if label == "uniform":
+            continue
+        cells = {
+            f"{target:g}": _by_seed(rows, (method, target), score, label) for target in _targets(rows, method)
+        }
+        lines.append({"compared with: uniform": label, **cells})
+    return markdown_table(lines)
+
+
+def _by_seed(rows: Sequence[Row], cell: tuple[str, float], score: Score, label: str) -> str:
+    """Return how an arm compares with the uniform one for each seed, as text."""
+    found = []
+    for seed in sorted({float(row["seed"]) for row in rows}):
+        of_seed = [row for row in rows if row["seed"] == seed]
+        comparison = compared(of_seed, cell, score, (label, "uniform"))
+        if comparison is not None:
+            found.append(_number(comparison[0]))
+    return " and ".join(found) or "not measured"
+
+
 def compared(rows: Sequence[Row], cell: tuple[str, float], score: Score, pair: tuple[str, str]) -> Interval | None:
     """Compare two arms over the articles, their losses averaged over calibration seeds and permutations.
 
@@ -165,28 +205,29 @@ def draw(path: Path, rows: Sequence[Row], score: Score) -> None:
     """Draw each arm compared with the uniform one, a panel for each target and a colour for each method."""
     targets = sorted({float(row["target"]) for row in rows if row["arm"] == "uniform"})
     labels = [label for label in GROUPS if label != "uniform"]
+    measured = {method: shown for method, shown in METHODS.items() if _targets(rows, method)}
     figure = new_figure(9.6, 3.6)
     panels = figure.subplots(1, len(targets), sharey=True, squeeze=False)[0]
     for axes, target in zip(panels, targets, strict=True):
-        for position, (method, (name, colour)) in enumerate(METHODS.items()):
+        for position, (method, (name, colour)) in enumerate(measured.items()):
             for place, label in enumerate(labels):
                 found = compared(rows, (method, target), score, (label, "uniform"))
                 if found is None:
                     continue
                 value, low, high = found
                 errors = [[max(value - low, 0.0)], [max(high - value, 0.0)]]
-                height = place + 0.2 * (position - 1)
+                height = place + 0.2 * (position - (len(measured) - 1) / 2)
                 axes.errorbar([value], [height], xerr=errors, fmt="o", color=colour, markersize=3.5, linewidth=1)
             axes.plot([], [], "o", color=colour, markersize=3.5, label=name)
         axes.axvline(score.equal, color=FAINT, linestyle=":")
-        axes.locator_params(axis="x", nbins=4)
+        axes.locator_params(axis="x", nbins=3)
         axes.set_title(f"target {target:g}")
     panels[0].set_yticks(range(len(labels)), labels)
-    panels[0].invert_yaxis()
+    panels[0].set_ylim(len(labels) - 0.5, -0.5)
     panels[len(panels) // 2].set_xlabel(
         f"{score.compared}, arm against uniform: left of the dotted line is better"
     )
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(METHODS))
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(measured))
     save(figure, path)
 
 
@@ -225,7 +266,7 @@ def _losses(
 
 def _number(value: float) -> str:
     """Return a number with three digits, large ones without a power of ten."""
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def _shown(interval: Interval, score: Score) -> str:
