@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,6 +16,9 @@ from benchmarks.sparsity.arms import SHUFFLES
 from benchmarks.sparsity.study import EPSILONS, best_epsilon
 from farms_tb.sparsity.perplexity import PerplexityComparison
 from farms_tb.viewing.plots.style import FAINT, new_figure, save, styled
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 __all__ = [
     "GROUPS",
@@ -210,14 +214,9 @@ def draw(path: Path, rows: Sequence[Row], score: Score) -> None:
     panels = figure.subplots(1, len(targets), sharey=True, squeeze=False)[0]
     for axes, target in zip(panels, targets, strict=True):
         for position, (method, (name, colour)) in enumerate(measured.items()):
-            for place, label in enumerate(labels):
-                found = compared(rows, (method, target), score, (label, "uniform"))
-                if found is None:
-                    continue
-                value, low, high = found
-                errors = [[max(value - low, 0.0)], [max(high - value, 0.0)]]
-                height = place + 0.2 * (position - (len(measured) - 1) / 2)
-                axes.errorbar([value], [height], xerr=errors, fmt="o", color=colour, markersize=3.5, linewidth=1)
+            height = 0.2 * (position - (len(measured) - 1) / 2)
+            found = [compared(rows, (method, target), score, (label, "uniform")) for label in labels]
+            _draw_intervals(axes, found, height, colour)
             axes.plot([], [], "o", color=colour, markersize=3.5, label=name)
         axes.axvline(score.equal, color=FAINT, linestyle=":")
         axes.locator_params(axis="x", nbins=3)
@@ -229,6 +228,17 @@ def draw(path: Path, rows: Sequence[Row], score: Score) -> None:
     )
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(measured))
     save(figure, path)
+
+
+def _draw_intervals(axes: Axes, found: Sequence[Interval | None], height: float, colour: str) -> None:
+    """Draw comparisons with their intervals, one below the other; those that are missing leave a gap."""
+    for place, interval in enumerate(found):
+        if interval is not None:
+            value, low, high = interval
+            error = [[value - low], [high - value]]
+            axes.errorbar(
+                [value], [place + height], xerr=error, fmt="o", color=colour, markersize=3.5, linewidth=1
+            )
 
 
 def _targets(rows: Sequence[Row], method: str | None = None) -> list[float]:
