@@ -14,7 +14,7 @@ from torch import nn
 from benchmarks.diagnosis.rows import Row, Rows
 from benchmarks.sparsity import __main__ as main
 from benchmarks.sparsity import report
-from benchmarks.sparsity.arms import ARMS, MEASUREMENTS, SHUFFLES, UNEVEN, alpha_rows, plan_of
+from benchmarks.sparsity.arms import ARMS, MEASUREMENTS, SEARCHES, SHUFFLES, UNEVEN, alpha_rows, plan_of
 from benchmarks.sparsity.reference import wanda
 from benchmarks.sparsity.speed import save_blocks, speed_table
 from benchmarks.sparsity.study import EPSILON_KEYS, EPSILONS, KEYS, Study, best_epsilon, runs
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 def subject() -> Subject:
     """A small language model that was not trained, and random tokens."""
     model = llama()
-    tokens = torch.randint(VOCABULARY, (16 * 40,), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(VOCABULARY, (16 * 50,), generator=torch.Generator().manual_seed(0))
     segments = [{"input_ids": ids[None]} for ids in tokens[-5 * 16 :].view(5, 16)]
     return Subject(
         model, tokens[: -5 * 16], 16, lambda pruned: np.array([model_loss(pruned, s) for s in segments])
@@ -50,7 +50,7 @@ def layers() -> list[Row]:
 
 
 def test_every_arm_has_the_target_and_its_own_plan(layers: list[Row]) -> None:
-    plans = {arm: plan_of(arm, layers, 0.6, 0.2) for arm in ARMS if arm != "search"}
+    plans = {arm: plan_of(arm, layers, 0.6, 0.2) for arm in ARMS if arm not in SEARCHES}
     assert [plan.total for plan in plans.values()] == pytest.approx([0.6] * len(plans), abs=1e-12)
     different = [plans[arm].sparsity for arm in ("uniform", "line", "whole", "FARMS")]
     assert all(a != b for a, b in combinations(different, 2))
@@ -101,6 +101,11 @@ def test_texts_to_prune_choose_and_confirm_do_not_overlap() -> None:
     assert dealt[3::4] == list(calibration.confirm)
     pruning = torch.cat([batch["input_ids"] for batch in dealt[0::2]], dim=1)
     assert torch.equal(pruning, torch.cat([batch["input_ids"] for batch in calibration.prune], dim=1))
+    long = subject().calibration(0, sequences=2)
+    assert long.confirm[-1]["input_ids"].shape == (2, 16)
+    assert all(
+        torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(long.prune, calibration.prune, strict=True)
+    )
 
 
 def test_an_encoder_is_compared_with_itself_before() -> None:
@@ -131,7 +136,7 @@ def simulated(name: str) -> list[Row]:
         losses = articles - gain
         of_segments = {f"segment {place}": loss for place, loss in enumerate(losses)}
         row: Row = {**run, "loss": float(losses.mean()), **of_segments}
-        if run["arm"] == "search":
+        if run["arm"] in SEARCHES:
             row |= {"c line": 0.25, "c alpha": 0.0, "evaluations": 16}
         rows.append(row)
     return rows
@@ -160,7 +165,7 @@ def test_the_page_is_made_from_the_rows_again(tmp_path: Path, monkeypatch: pytes
     main.main()
     torch.set_num_threads(threads)
     page = (tmp_path / "README.md").read_text(encoding="utf-8")
-    assert "| Wanda | 0.7 | 1 | +0.250 | 0 | nan | 16 |" in page
+    assert "| search | Wanda | 0.7 | 1 | +0.250 | 0 |  | 16 |" in page
     assert "| 0.05 (chosen) |" in page
     for name in report.SCORES:
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000

@@ -12,11 +12,22 @@ from benchmarks.diagnosis.rows import Row
 from farms_tb import Report
 from farms_tb.sparsity import SparsityPlan, allocate
 
-__all__ = ["ARMS", "EVALUATIONS", "MEASUREMENTS", "SHUFFLES", "UNEVEN", "Search", "alpha_rows", "plan_of"]
+__all__ = [
+    "ARMS",
+    "EVALUATIONS",
+    "MEASUREMENTS",
+    "SEARCHES",
+    "SHUFFLES",
+    "UNEVEN",
+    "Search",
+    "alpha_rows",
+    "plan_of",
+]
 
 SHUFFLES = ("shuffled 1", "shuffled 2", "shuffled 3")
 UNEVEN = ("line", "whole", "FARMS", "shrinkage")
-ARMS = ("uniform", *UNEVEN, *SHUFFLES, "search")
+SEARCHES = ("search", "long search")
+ARMS = ("uniform", *UNEVEN, *SHUFFLES, *SEARCHES)
 
 MEASUREMENTS: Mapping[str, Mapping[str, Any]] = {
     "whole": {"esd": "full", "fit": "xmin_peak"},
@@ -72,7 +83,7 @@ def plan_of(
         layers: rows of `alpha_rows`.
         target: the sparsity over all layers in blocks.
         epsilon: half-width of the range of sparsities, relative to the target; the first step of a search.
-        search: needed for the arm `"search"`.
+        search: needed for the arms `SEARCHES`.
     """
     measurement = "whole" if arm == "whole" else "FARMS"
     names = [str(row["layer"]) for row in layers]
@@ -82,7 +93,7 @@ def plan_of(
     options: dict[str, Any] = {"epsilon": epsilon}
     if arm in SHUFFLES:
         options |= {"method": "shuffled", "seed": SHUFFLES.index(arm)}
-    elif arm == "search":
+    elif arm in SEARCHES:
         assert search is not None
         options |= {"method": "search", "model": search.model, "calibration": search.batches}
         options |= {"prune_method": search.method, "evaluations": EVALUATIONS}

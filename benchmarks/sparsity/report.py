@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 from benchmarks.diagnosis.intervals import Array, Interval
 from benchmarks.diagnosis.rows import Row
 from benchmarks.results import BLUE, GREEN, ORANGE, markdown_table
-from benchmarks.sparsity.arms import SHUFFLES
+from benchmarks.sparsity.arms import SEARCHES, SHUFFLES
 from benchmarks.sparsity.study import EPSILONS, best_epsilon
 from farms_tb.sparsity.perplexity import PerplexityComparison
 from farms_tb.viewing.plots.style import FAINT, new_figure, save, styled
@@ -40,6 +41,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     "FARMS alpha, shrunk": ("shrinkage",),
     "FARMS alpha, shuffled": SHUFFLES,
     "search": ("search",),
+    "search, three times the text": ("long search",),
 }
 """The arms of each line of a table; the mean over three permutations is one."""
 
@@ -189,19 +191,27 @@ def search_table(rows: Sequence[Row]) -> str:
     """Return the coefficients that each search found, and the number of its candidates."""
     lines = []
     for row in rows:
-        if row["arm"] != "search":
+        if row["arm"] not in SEARCHES:
             continue
         found = {name: float(row.get(f"c {name}", "nan")) for name in ("line", "alpha", "shrinkage")}
         lines.append(
             {
+                "arm": str(row["arm"]),
                 "method": METHODS[str(row["method"])][0],
                 "target": f"{row['target']:g}",
                 "seed": f"{row['seed']:g}",
-                **{name: f"{value:+.3f}" if value else "0" for name, value in found.items()},
+                **{name: _coefficient(value) for name, value in found.items()},
                 "candidates": f"{row['evaluations']:g}",
             }
         )
     return markdown_table(lines)
+
+
+def _coefficient(value: float) -> str:
+    """Return a coefficient as text; nothing for a direction that there was none of."""
+    if math.isnan(value):
+        return ""
+    return f"{value:+.3f}" if value else "0"
 
 
 @styled

@@ -75,37 +75,48 @@ def measure_speed(rows: Rows) -> None:
     Args:
         rows: of the file of costs: processor seconds, and memory in MiB where it is of interest.
     """
-    done = {str(row["what"]) for row in rows}
-    if _WANDA not in done:
+    if not any(row["what"] == _WANDA for row in rows):
         rows.add(_wanda_rows())
-    if "SmolLM2" not in done:
-        rows.add(_plan_rows("SmolLM2", smollm2_folder()))
+    wanted = [{"what": _STATISTICS, "way": way} for way in ("Wanda", "SparseGPT")]
+    for run in rows.missing(wanted):
+        rows.add([{**run, **_in_process(_COLLECT, run["way"] == "SparseGPT")}])
+    _measure_commands("SmolLM2", smollm2_folder(), rows)
     for number in _BLOCKS:
-        name = f"{number} blocks of LLaMA-7B"
-        if name not in done:
-            with tempfile.TemporaryDirectory() as folder:
-                save_blocks(Path(folder), number)
-                rows.add(_plan_rows(name, Path(folder)))
-    if _STATISTICS not in done:
-        for way, hessian in (("Wanda", False), ("SparseGPT", True)):
-            rows.add([{"what": _STATISTICS, "way": way, **_in_process(_COLLECT, hessian)}])
+        with tempfile.TemporaryDirectory() as folder:
+            save_blocks(Path(folder), number)
+            _measure_commands(f"{number} blocks of LLaMA-7B", Path(folder), rows)
+
+
+def _measure_commands(what: str, folder: Path, rows: Rows) -> None:
+    """Time a plan of a folder, and its measurement alone, where they have no row yet."""
+    commands = {
+        "farms-tb sparsity": ["sparsity", str(folder), "--target", str(_TARGET)],
+        "farms-tb analyze": ["analyze", str(folder), "--no-null"],
+    }
+    for run in rows.missing([{"what": what, "way": way} for way in commands]):
+        rows.add([{**run, **_in_process(_COMMAND, commands[str(run["way"])])}])
 
 
 def speed_table(rows: Sequence[Row]) -> str:
     """Return a line for each thing that was measured; ratios are to the last way of the same thing."""
-    last = {row["what"]: float(row["seconds"]) for row in rows}
+    last = {row["what"]: row for row in rows}
     return markdown_table(
         [
             {
                 "what": str(row["what"]),
                 "way": str(row["way"]),
                 "processor seconds": f"{float(row['seconds']):.1f}",
-                "ratio": f"{float(row['seconds']) / last[row['what']]:.2f}",
+                "ratio": _ratio(row, last[row["what"]]),
                 "memory, MiB": f"{float(row['memory']):.0f}" if row["memory"] == row["memory"] else "",
             }
             for row in rows
         ]
     )
+
+
+def _ratio(row: Row, last: Row) -> str:
+    """Return the ratio of the seconds of two rows; nothing for a row and itself."""
+    return "" if row is last else f"{float(row['seconds']) / float(last['seconds']):.2f}"
 
 
 def _wanda_rows() -> list[Row]:
@@ -138,20 +149,6 @@ def _wanda_rows() -> list[Row]:
     return [
         {"what": _WANDA, "way": way, "seconds": seconds, "memory": float("nan")} for way, seconds in ways.items()
     ]
-
-
-def _plan_rows(what: str, folder: Path) -> list[Row]:
-    """Time a plan of a folder, and its measurement alone; the less of two runs each."""
-    commands = {
-        "farms-tb sparsity": ["sparsity", str(folder), "--target", str(_TARGET)],
-        "farms-tb analyze": ["analyze", str(folder), "--no-null"],
-    }
-    found: dict[str, list[Row]] = {way: [] for way in commands}
-    for _ in range(_ROUNDS):
-        for way, command in commands.items():
-            found[way].append(_in_process(_COMMAND, command))
-    least = {way: min(runs, key=lambda run: float(run["seconds"])) for way, runs in found.items()}
-    return [{"what": what, "way": way, **run} for way, run in least.items()]
 
 
 def _in_process(code: str, argument: Any) -> Row:

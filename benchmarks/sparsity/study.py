@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.diagnosis.rows import Row, Rows
 from benchmarks.results import Value
-from benchmarks.sparsity.arms import ARMS, MEASUREMENTS, SHUFFLES, UNEVEN, Search, alpha_rows, plan_of
+from benchmarks.sparsity.arms import ARMS, MEASUREMENTS, SEARCHES, SHUFFLES, UNEVEN, Search, alpha_rows, plan_of
 from benchmarks.sparsity.subjects import Calibration, Subject
 from farms_tb import analyze
 from farms_tb.sparsity import SparsityPlan, compare_with_depth, prune
@@ -24,12 +24,14 @@ EPSILON_KEYS = ("epsilon", "arm")
 EPSILONS = (0.05, 0.1, 0.2, 0.3)
 METHODS = ("wanda", "magnitude", "sparsegpt")
 TARGETS = (0.7, 0.6, 0.5, 0.4, 0.3)
+LONG = 3
+"""How much more text the long search chooses and confirms by."""
 EPSILON_TARGET = 0.7
 """Where epsilon is chosen, by Wanda; all targets and methods have the same."""
 
 _CALIBRATED = TARGETS[:3]
-_UNSEARCHED = tuple(arm for arm in ARMS if arm != "search")
-_ONCE = tuple(arm for arm in ARMS if arm not in SHUFFLES)
+_UNSEARCHED = tuple(arm for arm in ARMS if arm not in SEARCHES)
+_ONCE = (*(arm for arm in _UNSEARCHED if arm not in SHUFFLES), "search")
 
 
 def runs(name: str) -> list[Row]:
@@ -56,6 +58,7 @@ def _cells(name: str) -> Iterator[tuple[str, float, int, Sequence[str]]]:
         yield "wanda", target, 1, _ONCE
     for target in _CALIBRATED:
         yield "wanda", target, 0, SHUFFLES
+    yield "wanda", 0.5, 0, ("long search",)
     for target in TARGETS:
         yield "magnitude", target, 0, _UNSEARCHED
     for target in TARGETS:
@@ -111,7 +114,9 @@ class Study:
         epsilon = self._epsilon()
         start = time.monotonic()  # not counting the choice of epsilon
         calibration = self.subject.calibration(seed)
-        search = Search(self.subject.model, calibration.for_search, method)
+        sequences = LONG if run["arm"] == "long search" else 1
+        batches = self.subject.calibration(seed, sequences).for_search
+        search = Search(self.subject.model, batches, method)
         plan = plan_of(str(run["arm"]), self.layers, target, epsilon, search)
         found = _facts(plan)
         with weights_put_back(self.subject.model, plan):

@@ -20,15 +20,15 @@ from recipes.real import minilm_folder, smollm2_folder, wikipedia
 __all__ = ["SUBJECTS", "Calibration", "Embedding", "Subject", "encoder", "language_model"]
 
 Batch = Mapping[str, Tensor]
-_PRUNE, _HELD_BACK = 8, 8  # sequences
+_PRUNE, _HELD_BACK = 8, 8  # batches
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Batches of one calibration seed, of one sequence each, that do not overlap.
+    """Batches of one calibration seed, that do not overlap.
 
     Attributes:
-        prune: what Wanda and SparseGPT see.
+        prune: what Wanda and SparseGPT see, one sequence each.
         choose: what a search chooses by, and what epsilon is chosen by.
         confirm: what the winner of a search is confirmed by.
     """
@@ -66,17 +66,19 @@ class Subject:
     length: int
     losses: Callable[[nn.Module], Array]
 
-    def calibration(self, seed: int) -> Calibration:
+    def calibration(self, seed: int, sequences: int = 1) -> Calibration:
         """Draw sequences of the calibration text, without overlap.
 
         Args:
             seed: of the draw.
+            sequences: in each of the batches to choose and to confirm by.
         """
         number = len(self.tokens) // self.length
-        order = torch.randperm(number, generator=torch.Generator().manual_seed(seed)).tolist()
-        sequences = self.tokens[: number * self.length].view(number, 1, self.length)
-        batches = [{"input_ids": sequences[place]} for place in order[: _PRUNE + 2 * _HELD_BACK]]
-        return Calibration(batches[:_PRUNE], batches[_PRUNE:-_HELD_BACK], batches[-_HELD_BACK:])
+        order = torch.randperm(number, generator=torch.Generator().manual_seed(seed))
+        drawn = self.tokens[: number * self.length].view(number, self.length)[order]
+        pruning = [{"input_ids": ids} for ids in drawn[:_PRUNE].split(1)]
+        held_back = [{"input_ids": ids} for ids in drawn[_PRUNE:].split(sequences)]
+        return Calibration(pruning, held_back[:_HELD_BACK], held_back[_HELD_BACK : 2 * _HELD_BACK])
 
 
 def language_model(length: int = 256) -> Subject:
