@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -106,13 +105,12 @@ class Study:
     def measure_dense(self) -> None:
         """Judge the dense model, where there is no row of it yet."""
         for run in self.runs.missing([{"method": "none", "target": 0.0, "arm": "dense", "seed": 0}]):
-            self.runs.add([{**run, "epsilon": 0.0, "sparsity": 0.0, **self._judged(time.monotonic())}])
+            self.runs.add([{**run, "epsilon": 0.0, "sparsity": 0.0, **self._judged()}])
 
     def measure(self, run: Mapping[str, Value]) -> None:
         """Prune by one arm and add the row of its losses."""
         method, target, seed = str(run["method"]), float(run["target"]), int(run["seed"])
         epsilon = self._epsilon()
-        start = time.monotonic()  # not counting the choice of epsilon
         calibration = self.subject.calibration(seed)
         sequences = LONG if run["arm"] == "long search" else 1
         batches = self.subject.calibration(seed, sequences).for_search
@@ -121,14 +119,14 @@ class Study:
         found = _facts(plan)
         with weights_put_back(self.subject.model, plan):
             sparsity = _pruned(self.subject, plan, method, calibration)
-            judged = self._judged(start)
+            judged = self._judged()
         self.runs.add([{**run, "epsilon": epsilon, "sparsity": sparsity, **found, **judged}])
 
-    def _judged(self, start: float) -> Row:
+    def _judged(self) -> Row:
         """Return the loss of the model as it is now, on all segments and on each."""
         losses = self.subject.losses(self.subject.model)
         of_segments = {f"segment {place}": float(loss) for place, loss in enumerate(losses)}
-        return {"loss": float(losses.mean()), "seconds": time.monotonic() - start, **of_segments}
+        return {"loss": float(losses.mean()), **of_segments}
 
     def _epsilon(self) -> float:
         """Return the epsilon of all arms, chosen by Wanda and the first calibration seed."""
