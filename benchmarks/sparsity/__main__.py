@@ -44,11 +44,7 @@ def _measure(part: str, out: Path, options: argparse.Namespace) -> None:
     missing = list(study.runs.missing(wanted))
     for position, run in enumerate(missing, start=1):
         study.measure(run)
-        row = study.runs[-1]
-        print(
-            f"{part}: {position} of {len(missing)} {run} loss {row['loss']:.4f}, {row['seconds']:.0f} s",
-            flush=True,
-        )
+        print(f"{part}: {position} of {len(missing)} {run} loss {study.runs[-1]['loss']:.4f}", flush=True)
 
 
 def _runs(part: str, out: Path) -> Rows:

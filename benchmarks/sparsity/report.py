@@ -106,10 +106,10 @@ def loss_table(rows: Sequence[Row], method: str, score: Score) -> str:
         score: how losses are shown.
     """
     lines = []
-    for label, arms in GROUPS.items():
+    for label in _labels(rows):
         cells = {}
         for target in _targets(rows, method):
-            losses = _losses(rows, method, target, arms)
+            losses = _losses(rows, method, target, GROUPS[label])
             cells[f"{target:g}"] = _number(score.value(float(losses.mean()))) if losses.size else "not measured"
         lines.append({"arm": label, **cells})
     return markdown_table(lines)
@@ -125,7 +125,7 @@ def paired_table(rows: Sequence[Row], method: str, score: Score, reference: str)
         reference: a key of `GROUPS`.
     """
     lines = []
-    for label in GROUPS:
+    for label in _labels(rows):
         if label == reference:
             continue
         cells = {}
@@ -145,7 +145,7 @@ def seed_table(rows: Sequence[Row], method: str, score: Score) -> str:
         score: how losses are shown.
     """
     lines = []
-    for label in GROUPS:
+    for label in _labels(rows):
         if label == "uniform":
             continue
         cells = {
@@ -218,7 +218,7 @@ def _coefficient(value: float) -> str:
 def draw(path: Path, rows: Sequence[Row], score: Score) -> None:
     """Draw each arm compared with the uniform one, a panel for each target and a colour for each method."""
     targets = sorted({float(row["target"]) for row in rows if row["arm"] == "uniform"})
-    labels = [label for label in GROUPS if label != "uniform"]
+    labels = [label for label in _labels(rows) if label != "uniform"]
     measured = {method: shown for method, shown in METHODS.items() if _targets(rows, method)}
     figure = new_figure(9.6, 3.6)
     panels = figure.subplots(1, len(targets), sharey=True, squeeze=False)[0]
@@ -249,6 +249,12 @@ def _draw_intervals(axes: Axes, found: Sequence[Interval | None], height: float,
             axes.errorbar(
                 [value], [place + height], xerr=error, fmt="o", color=colour, markersize=3.5, linewidth=1
             )
+
+
+def _labels(rows: Sequence[Row]) -> list[str]:
+    """Return the groups of arms that there are rows of."""
+    arms = {row["arm"] for row in rows}
+    return [label for label, members in GROUPS.items() if arms & set(members)]
 
 
 def _targets(rows: Sequence[Row], method: str | None = None) -> list[float]:
