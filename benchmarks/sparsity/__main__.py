@@ -63,7 +63,7 @@ def _page(part: str, out: Path) -> str:
     report.draw(out / f"{part}.png", rows, score)
     sections = [
         f"## {TITLES[part]}",
-        f"![{score.compared}, each arm against uniform, by target and method]({part}.png)",
+        f"![{score.compared}, each arm against uniform, by method and target]({part}.png)",
         f"The {score.name} on calibration text at a target of 0.7 (Wanda, first seed), by whose mean epsilon is "
         f"chosen for everything below:\n\n{report.epsilon_table(epsilons, score)}",
     ]

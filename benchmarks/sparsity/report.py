@@ -216,39 +216,36 @@ def _coefficient(value: float) -> str:
 
 @styled
 def draw(path: Path, rows: Sequence[Row], score: Score) -> None:
-    """Draw each arm compared with the uniform one, a panel for each target and a colour for each method."""
-    targets = sorted({float(row["target"]) for row in rows if row["arm"] == "uniform"})
+    """Draw each arm compared with the uniform one: a row of panels for each method, a panel for each target."""
+    measured = [method for method in METHODS if _targets(rows, method)]
+    columns = max(len(_targets(rows, method)) for method in measured)
+    figure = new_figure(9.6, 2.2 * len(measured) + 0.4)
+    panels = figure.subplots(len(measured), columns, sharey=True, squeeze=False)
     labels = [label for label in _labels(rows) if label != "uniform"]
-    measured = {method: shown for method, shown in METHODS.items() if _targets(rows, method)}
-    figure = new_figure(9.6, 3.6)
-    panels = figure.subplots(1, len(targets), sharey=True, squeeze=False)[0]
-    for axes, target in zip(panels, targets, strict=True):
-        for position, (method, (name, colour)) in enumerate(measured.items()):
-            height = 0.2 * (position - (len(measured) - 1) / 2)
+    for method, row in zip(measured, panels, strict=True):
+        for axes, target in zip(row, _targets(rows, method), strict=False):
             found = [compared(rows, (method, target), score, (label, "uniform")) for label in labels]
-            _draw_intervals(axes, found, height, colour)
-            axes.plot([], [], "o", color=colour, markersize=3.5, label=name)
-        axes.axvline(score.equal, color=FAINT, linestyle=":")
-        axes.locator_params(axis="x", nbins=3)
-        axes.set_title(f"target {target:g}")
-    panels[0].set_yticks(range(len(labels)), labels)
-    panels[0].set_ylim(len(labels) - 0.5, -0.5)
-    panels[len(panels) // 2].set_xlabel(
-        f"{score.compared}, arm against uniform: left of the dotted line is better"
+            _draw_panel(axes, found, score, METHODS[method][1])
+            axes.set_title(f"{METHODS[method][0]}, {target:g}")
+        for axes in row[len(_targets(rows, method)) :]:
+            axes.set_visible(False)
+    panels[0, 0].set_yticks(range(len(labels)), labels)
+    panels[0, 0].set_ylim(len(labels) - 0.5, -0.5)
+    figure.supxlabel(
+        f"{score.compared}, arm against uniform: left of the dotted line is better", fontsize="medium"
     )
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(measured))
     save(figure, path)
 
 
-def _draw_intervals(axes: Axes, found: Sequence[Interval | None], height: float, colour: str) -> None:
+def _draw_panel(axes: Axes, found: Sequence[Interval | None], score: Score, colour: str) -> None:
     """Draw comparisons with their intervals, one below the other; those that are missing leave a gap."""
     for place, interval in enumerate(found):
         if interval is not None:
             value, low, high = interval
             error = [[value - low], [high - value]]
-            axes.errorbar(
-                [value], [place + height], xerr=error, fmt="o", color=colour, markersize=3.5, linewidth=1
-            )
+            axes.errorbar([value], [place], xerr=error, fmt="o", color=colour, markersize=3.5, linewidth=1)
+    axes.axvline(score.equal, color=FAINT, linestyle=":")
+    axes.locator_params(axis="x", nbins=2)
 
 
 def _labels(rows: Sequence[Row]) -> list[str]:
