@@ -106,7 +106,7 @@ def loss_table(rows: Sequence[Row], method: str, score: Score) -> str:
         score: how losses are shown.
     """
     lines = []
-    for label in _labels(rows):
+    for label in _labels(rows, method):
         cells = {}
         for target in _targets(rows, method):
             losses = _losses(rows, method, target, GROUPS[label])
@@ -125,7 +125,7 @@ def paired_table(rows: Sequence[Row], method: str, score: Score, reference: str)
         reference: a key of `GROUPS`.
     """
     lines = []
-    for label in _labels(rows):
+    for label in _labels(rows, method):
         if label == reference:
             continue
         cells = {}
@@ -145,7 +145,7 @@ def seed_table(rows: Sequence[Row], method: str, score: Score) -> str:
         score: how losses are shown.
     """
     lines = []
-    for label in _labels(rows):
+    for label in _labels(rows, method):
         if label == "uniform":
             continue
         cells = {
@@ -248,9 +248,9 @@ def _draw_panel(axes: Axes, found: Sequence[Interval | None], score: Score, colo
     axes.locator_params(axis="x", nbins=2)
 
 
-def _labels(rows: Sequence[Row]) -> list[str]:
-    """Return the groups of arms that there are rows of."""
-    arms = {row["arm"] for row in rows}
+def _labels(rows: Sequence[Row], method: str | None = None) -> list[str]:
+    """Return the groups of arms that there are rows of; of one method where it is named."""
+    arms = {row["arm"] for row in rows if method is None or row["method"] == method}
     return [label for label, members in GROUPS.items() if arms & set(members)]
 
 
