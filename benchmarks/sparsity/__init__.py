@@ -1,0 +1,1 @@
+"""Allocations of sparsity compared on trained models: `python -m benchmarks.sparsity`."""

@@ -1,0 +1,102 @@
+"""The allocations that are compared, all from one table of alphas."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from benchmarks.diagnosis.rows import Row
+from farms_tb import Report
+from farms_tb.sparsity import SparsityPlan, allocate
+
+__all__ = [
+    "ARMS",
+    "EVALUATIONS",
+    "MEASUREMENTS",
+    "SEARCHES",
+    "SHUFFLES",
+    "UNEVEN",
+    "Search",
+    "alpha_rows",
+    "plan_of",
+]
+
+SHUFFLES = ("shuffled 1", "shuffled 2", "shuffled 3")
+UNEVEN = ("line", "whole", "FARMS", "shrinkage")
+SEARCHES = ("search", "long search")
+ARMS = ("uniform", *UNEVEN, *SHUFFLES, *SEARCHES)
+
+MEASUREMENTS: Mapping[str, Mapping[str, Any]] = {
+    "whole": {"esd": "full", "fit": "xmin_peak"},
+    "FARMS": {"fit": "xmin_peak", "window": 2000, "windows_per_dim": 15},
+}
+"""How alphas are measured: with the papers' settings for language models."""
+
+EVALUATIONS = 16
+"""Candidates of each search, the uniform one among them."""
+
+
+@dataclass(frozen=True)
+class Search:
+    """What a search tries its candidates on.
+
+    Attributes:
+        model: the dense model.
+        batches: calibration batches; half of them prune, a quarter chooses and a quarter confirms.
+        method: how candidates are pruned.
+    """
+
+    model: nn.Module
+    batches: Iterable[Mapping[str, Any]]
+    method: str
+
+
+def alpha_rows(reports: Mapping[str, Report]) -> list[Row]:
+    """Return a row for each layer with its shape, and its alpha and standard error by each measurement.
+
+    Args:
+        reports: the measurements of one model, by their keys in `MEASUREMENTS`.
+    """
+    rows: list[Row] = []
+    for name, record in reports["FARMS"].layers.items():
+        if record.alpha is None:
+            continue
+        row: Row = {"layer": name, "rows": record.shape[1], "columns": record.shape[2]}
+        for key, report in reports.items():
+            of_layer = report.layers[name]
+            row[key] = float(of_layer.alpha or "nan")
+            row[f"{key} error"] = float(of_layer.alpha_error or "nan")
+        rows.append(row)
+    return rows
+
+
+def plan_of(
+    arm: str, layers: Sequence[Row], target: float, epsilon: float, search: Search | None = None
+) -> SparsityPlan:
+    """Return the plan of an arm.
+
+    Args:
+        arm: one of `ARMS`.
+        layers: rows of `alpha_rows`.
+        target: the sparsity over all layers in blocks.
+        epsilon: half-width of the range of sparsities, relative to the target; the first step of a search.
+        search: needed for the arms `SEARCHES`.
+    """
+    measurement = "whole" if arm == "whole" else "FARMS"
+    names = [str(row["layer"]) for row in layers]
+    alphas = {name: float(row[measurement]) for name, row in zip(names, layers, strict=True)}
+    errors = {name: float(row[f"{measurement} error"]) for name, row in zip(names, layers, strict=True)}
+    shapes = {name: (1, int(row["rows"]), int(row["columns"])) for name, row in zip(names, layers, strict=True)}
+    options: dict[str, Any] = {"epsilon": epsilon}
+    if arm in SHUFFLES:
+        options |= {"method": "shuffled", "seed": SHUFFLES.index(arm)}
+    elif arm in SEARCHES:
+        assert search is not None
+        options |= {"method": "search", "model": search.model, "calibration": search.batches}
+        options |= {"prune_method": search.method, "evaluations": EVALUATIONS}
+    else:
+        options["method"] = {"line": "depth", "whole": "alpha", "FARMS": "alpha"}.get(arm, arm)
+    return allocate(alphas, shapes, target, errors=errors, **options)
