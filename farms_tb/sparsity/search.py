@@ -42,6 +42,7 @@ from farms_tb.sparsity.plan import SparsityPlan
 from farms_tb.sparsity.prunable import planned_weights
 from farms_tb.sparsity.prune import prune
 from farms_tb.sparsity.shrinkage import shrunk_effects
+from farms_tb.sparsity.student import t_quantile
 
 Batch = Mapping[str, Any]
 
@@ -137,7 +138,7 @@ def searched(
     values = compass_search(evaluate, uniform, budget) if directions else {uniform: evaluate(uniform)}
     best = min(values, key=values.__getitem__)
     difference, error = _paired(evaluate.confirming[best], evaluate.confirming[uniform])
-    is_better = difference < -error * student_quantile(len(batches.confirm) - 1)
+    is_better = difference < -error * t_quantile(len(batches.confirm) - 1)
     found = {
         "coefficients": dict(zip(directions, best if is_better else uniform, strict=True)),
         "evaluations": len(values),
@@ -248,25 +249,6 @@ def _paired(losses: Floats, others: Floats) -> tuple[float, float]:
     """Return the mean difference of losses on the same batches, and its standard error."""
     differences = losses - others
     return float(np.mean(differences)), float(np.std(differences, ddof=1) / math.sqrt(len(differences)))
-
-
-def student_quantile(freedom: int) -> float:
-    """Return the 97.5 % quantile of Student's t distribution, to 0.5 from two degrees of freedom on.
-
-    By the expansion t = z + (z^3 + z) / (4 f) + (5 z^5 + 16 z^3 + 3 z) / (96 f^2) of Abramowitz & Stegun, 26.7.5,
-    z = 1.96.
-
-    Args:
-        freedom: degrees of freedom f, at least 1.
-
-    Example:
-        >>> round(student_quantile(3), 2), round(student_quantile(31), 2)
-        (3.06, 2.04)
-    """
-    z = 1.959964
-    first = (z**3 + z) / 4
-    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
-    return z + first / freedom + second / freedom**2
 
 
 def _half_width(plan: SparsityPlan) -> float:
