@@ -22,7 +22,7 @@ HINTS = {name: hint for cls in CLASSES for name, hint in get_type_hints(cls).ite
 MAP = {**dict(list(RATIOS.items())[:7]), "favor": RATIOS["favor"], "errors": None}
 OBJECTS = {"preset": None, "spectrum": None, "ratios": None, "schedule": None, "logging": None}
 CALLBACK = OBJECTS | SPECTRUM | RATIOS | SCHEDULE | LOGGING
-ANALYSIS = SPECTRUM | {"spectrum": None, "null": False, "histogram": False}
+ANALYSIS = SPECTRUM | {"preset": None, "spectrum": None, "null": False, "histogram": False}
 
 
 def options_of(function: Any) -> dict[str, object]:

@@ -30,7 +30,8 @@ EPSILON_TARGET = 0.7
 
 _CALIBRATED = TARGETS[:3]
 _UNSEARCHED = tuple(arm for arm in ARMS if arm not in SEARCHES)
-_ONCE = (*(arm for arm in _UNSEARCHED if arm not in SHUFFLES), "search")
+_PLAIN = tuple(arm for arm in _UNSEARCHED if arm not in SHUFFLES)
+_ONCE = (*_PLAIN, "search")
 
 
 def runs(name: str) -> list[Row]:
@@ -49,8 +50,8 @@ def runs(name: str) -> list[Row]:
 def _cells(name: str) -> Iterator[tuple[str, float, int, Sequence[str]]]:
     """Yield method, target, calibration seed and arms, in order.
 
-    Magnitude needs no calibration data. SparseGPT is slow: it has one seed and no search, and is left out for the
-    encoder. Permutations are random enough with one calibration seed.
+    Magnitude needs no calibration data. SparseGPT is slow: it has no search, and is left out for the encoder.
+    Permutations are random enough with one calibration seed.
     """
     for target in _CALIBRATED:
         yield "wanda", target, 0, _ONCE
@@ -65,6 +66,11 @@ def _cells(name: str) -> Iterator[tuple[str, float, int, Sequence[str]]]:
     if name == "language":
         for target in _CALIBRATED:
             yield "sparsegpt", target, 0, _UNSEARCHED
+        for target in _CALIBRATED:
+            yield "sparsegpt", target, 1, _PLAIN
+    for target in TARGETS[3:]:
+        for seed in (0, 1):
+            yield "wanda", target, seed, _PLAIN
 
 
 def best_epsilon(rows: Sequence[Row]) -> float:

@@ -69,15 +69,16 @@ def shrunk_effects(effects: Sequence[float], errors: Sequence[float]) -> ShrunkE
     low, span = min(effects), max(effects) - min(effects)
     if span == 0:
         return ShrunkEffects(list(effects), [0.0] * len(effects), low, 0.0)
-    # In units of the range, so that no square overflows.
-    positions = [(effect - low) / span for effect in effects]
-    variances = [(error / span) * (error / span) for error in errors]
+    # In units of the range, or of the smallest error where that is larger, so that no square overflows.
+    unit = max(span, min(errors))
+    positions = [(effect - low) / unit for effect in effects]
+    variances = [(error / unit) * (error / unit) for error in errors]
     variance = _paule_mandel(positions, variances)
     mean = _weighted_mean(positions, variances, variance)
     weights = [_weight(variance, own) for own in variances]
     shrunk = [mean + weight * (place - mean) for weight, place in zip(weights, positions, strict=True)]
-    effects = [low + span * place for place in shrunk]
-    return ShrunkEffects(effects, weights, low + span * mean, span * math.sqrt(variance))
+    effects = [low + unit * place for place in shrunk]
+    return ShrunkEffects(effects, weights, low + unit * mean, unit * math.sqrt(variance))
 
 
 def _paule_mandel(positions: Sequence[float], variances: Sequence[float]) -> float:

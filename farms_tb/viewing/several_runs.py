@@ -54,7 +54,7 @@ def unique_names(paths: Sequence[Path]) -> list[str]:
 
     Example:
         >>> unique_names([Path("/logs/sgd/1/version_0"), Path("/logs/adam/1/version_0")])
-        ['sgd/1', 'adam/1']
+        ['sgd', 'adam']
         >>> unique_names([Path("/logs/a"), Path("/logs/b")])
         ['a', 'b']
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from farms_tb.sparsity import allocate
@@ -35,6 +35,7 @@ def by_block(alphas: dict[str, float], **options: object) -> np.ndarray:
     effects=st.lists(st.floats(-5, 5), min_size=2, max_size=12, unique=True),
     errors=st.lists(st.floats(0.05, 3), min_size=12, max_size=12),
 )
+@example(effects=[0.0, 2.25e-290], errors=[1.0] * 12)
 def test_paule_mandel_matches_the_slow_reference(effects: list[float], errors: list[float]) -> None:
     errors = errors[: len(effects)]
     found = random_effects(np.array(effects), np.array(errors))
