@@ -1,4 +1,4 @@
-"""From a model to its report: the twin, known answers, what alpha does not depend on, and bad input."""
+"""From a model to its report: slow implementation, known answers, what alpha does not depend on, bad input."""
 
 import dataclasses
 import math
@@ -80,7 +80,7 @@ class TestAgainstTheTwin:
         )
 
     @staticmethod
-    def twin_stacks(model):
+    def slow_stacks(model):
         """Each layer's matrices, how they are windowed, and the factor on their eigenvalues."""
         attention = stacks.attention(model["attention"].in_proj_weight.detach().numpy())
         spectral = model["spectral"].weight.to_tensor().detach().numpy()
@@ -117,7 +117,7 @@ class TestAgainstTheTwin:
         shape = {name: value for name, value in options.items() if name != "min_eigenvalues"}
         expected = {
             name: spectrum.layer_metrics(windows.samples(stack, sampling, **shape), scale, fit)
-            for name, (stack, sampling, scale) in self.twin_stacks(model).items()
+            for name, (stack, sampling, scale) in self.slow_stacks(model).items()
         }
         for precision, rtol in (("float64", 1e-6), ("auto", 5e-5)):
             report = analyze(model, fit=fit, precision=precision, **options)

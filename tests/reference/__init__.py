@@ -1,1 +1,1 @@
-"""Slow, obvious twins of the mathematics: float64, numpy, plain loops, written from the formulas alone."""
+"""Slow implementations of the mathematics: float64, numpy, plain loops, written from the formulas alone."""

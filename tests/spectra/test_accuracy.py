@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from farms_tb import analyze, lr_ratios
 from recipes.models.resnet import SmallImageResNet
-from tests.reference import layers as twin
-from tests.reference import ratios as ratio_twins
+from tests.reference import layers as slow
+from tests.reference import ratios as slow_ratios
 from tests.reference.compare import FIGURES, assert_same_figures, figures
 
 FITS = ("median", "goodness-of-fit", "xmin_peak")
@@ -322,18 +322,18 @@ def net(case: str) -> nn.Module:
 
 @functools.cache
 def spectra(case: str, esd: str, aspect_ratio: float) -> dict[str, list[list[float]]]:
-    """The twin's eigenvalues of every layer that has samples."""
+    """The slow implementation's eigenvalues of every layer that has samples."""
     return {
-        name: twin.spectra(layer, esd=esd, aspect_ratio=aspect_ratio)
-        for name, layer in twin.layers(net(case)).items()
+        name: slow.spectra(layer, esd=esd, aspect_ratio=aspect_ratio)
+        for name, layer in slow.layers(net(case)).items()
     }
 
 
 def assert_accurate(report, samples, fit="median", xmin_pos=2.0, dtypes=None, **cutoffs) -> None:
-    """Compare every figure with the twin's."""
+    """Compare every figure with the slow implementation's."""
     actual, expected = {}, {}
     for name, record in report.layers.items():
-        counted = [twin.kept(values, **cutoffs) for values in samples.get(name, ())]
+        counted = [slow.kept(values, **cutoffs) for values in samples.get(name, ())]
         if not counted or min(values[-1] for values in counted) == 0 or min(map(len, counted)) < 2:
             assert record.alpha is None, name
             continue
@@ -344,9 +344,9 @@ def assert_accurate(report, samples, fit="median", xmin_pos=2.0, dtypes=None, **
             assert min(starts) < 4 * eps**2 * max(record.shape), name
             continue
         numbers = [len(values) for values in samples[name]]
-        actual[name], expected[name] = figures(record), twin.figures(counted, numbers, fit, xmin_pos)
+        actual[name], expected[name] = figures(record), slow.figures(counted, numbers, fit, xmin_pos)
         if fit != "median" and _differ(record.alpha, expected[name]["alpha"]):
-            choices = twin.equal_choices(counted, fit)
+            choices = slow.equal_choices(counted, fit)
             same = [choice for choice in choices if not _differ(record.alpha, choice["alpha"])]
             expected[name] |= same[0] if same else {}
     rest = [name for name in FIGURES if name not in SUMS]
@@ -428,13 +428,13 @@ def test_tails_whose_alpha_is_in_the_hundreds(size: int, xmin_pos: float, alpha:
     base, noise = orthogonal(size, size), torch.randn(size, size, dtype=torch.float64)
     scale = 0.5 + float(torch.rand(1))
     model = net_of({"linear": (scale * (base + 0.5 / alpha / math.sqrt(size) * noise)).float()})
-    samples = {name: twin.spectra(layer, esd="full") for name, layer in twin.layers(model).items()}
+    samples = {name: slow.spectra(layer, esd="full") for name, layer in slow.layers(model).items()}
     assert_accurate(analyze(model, esd="full", xmin_pos=xmin_pos), samples, xmin_pos=xmin_pos)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_weights_in_double_have_the_same_records(case: str) -> None:
-    """What has no twin here: the standard error, where the tail begins, and the histogram."""
+    """What has no slow implementation: the standard error, where the tail begins, and the histogram."""
     wider, plain = (
         analyze(weights, histogram=True).layers for weights in (deepcopy(net(case)).double(), net(case))
     )
@@ -455,8 +455,8 @@ def test_weights_in_double_have_the_same_records(case: str) -> None:
 def test_ratios_are_those_of_singular_values(assign_func: str) -> None:
     found = {name: alpha for name, alpha in analyze(net("trained_weights")).alphas.items() if alpha}
     samples = spectra("trained_weights", "farms", 1.0)
-    alphas = [twin.figures(samples[name], map(len, samples[name]))["alpha"] for name in found]
-    wanted = getattr(ratio_twins, assign_func)(alphas)
+    alphas = [slow.figures(samples[name], map(len, samples[name]))["alpha"] for name in found]
+    wanted = getattr(slow_ratios, assign_func)(alphas)
     # The steepest is the sigmoid, of slope 2.9 a unit of alpha; the linear map's is 1 over the range of alphas.
     assert list(lr_ratios(found, assign_func).values()) == pytest.approx(wanted, abs=1e-3)
 
@@ -535,7 +535,7 @@ def test_xmin_peak_of_a_convolution() -> None:
         torch.linspace(0.01, 0.5, 20, dtype=torch.float64),
     )
     model = net_of({"conv": planted(torch.cat([law, peak, body]).sqrt())[:, :, None, None]})
-    samples = {name: twin.spectra(layer) for name, layer in twin.layers(model).items()}
+    samples = {name: slow.spectra(layer) for name, layer in slow.layers(model).items()}
     assert_accurate(analyze(model, fit="xmin_peak"), samples, "xmin_peak")
 
 
@@ -578,7 +578,7 @@ def test_any_spectrum(weights, esd, fit, aspect_ratio, xmin_pos, filter_zeros, r
     model = net_of(weights)
     shape = {"esd": esd, "aspect_ratio": aspect_ratio}
     options = {"fit": fit, "xmin_pos": xmin_pos, "filter_zeros": filter_zeros, "relative_cutoff": relative_cutoff}
-    samples = {name: twin.spectra(layer, **shape) for name, layer in twin.layers(model).items()}
+    samples = {name: slow.spectra(layer, **shape) for name, layer in slow.layers(model).items()}
     report = analyze(model, **shape, **options)
     (record,) = report.layers.values()
     event(record.status.split(":")[0])
@@ -592,7 +592,7 @@ class TestOnAGpu:
     @pytest.mark.parametrize("case", MAKERS)
     def test_every_case(self, case: str, options: dict) -> None:
         if case == "large" and options.get("fit", "median") != "median":
-            pytest.skip("the twin takes minutes")
+            pytest.skip("the slow implementation takes minutes")
         report = analyze(deepcopy(net(case)).cuda(), **options)
         assert_accurate(report, spectra(case, *_shape_of(options)), **_fit_of(options))
 

@@ -52,8 +52,8 @@ def wanted_figures(layer):
     return {renamed.get(name, name): value for name, value in layer.items()}
 
 
-def twin_figures(weight, options):
-    """The same layer by the slow twin."""
+def slow_figures(weight, options):
+    """The same layer by the slow slow."""
     options = dict(options)
     fit, xmin_pos = options.pop("fit"), options.pop("xmin_pos", 2.0)
     cutoff = ZERO_CUTOFF if options.pop("filter_zeros", False) else 0.0
@@ -84,11 +84,11 @@ def test_figures_agree_with_the_reference(result):
 @pytest.mark.parametrize("result", RESULTS[:6], ids=[names_of(result["settings"]) for result in RESULTS[:6]])
 def test_figures_are_more_exact_than_the_reference(result):
     weights, options = load_weights(), options_of(result["settings"])
-    # A search over thousands of eigenvalues takes the twin minutes.
+    # A search over thousands of eigenvalues takes the slow implementation minutes.
     names = [name for name in weights if options["fit"] == "median" or "conv" in name]
     report = farms_tb.analyze(build_model({name: weights[name] for name in names}), precision="float64", **options)
-    twins = {name: twin_figures(weights[name], options) for name in names}
-    assert_same_figures({name: figures(report.layers[name]) for name in names}, twins, rtol=1e-6)
+    expected = {name: slow_figures(weights[name], options) for name in names}
+    assert_same_figures({name: figures(report.layers[name]) for name in names}, expected, rtol=1e-6)
 
 
 def test_the_reference_is_off_where_its_ks_distance_differs_most():

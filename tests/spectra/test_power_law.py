@@ -1,4 +1,4 @@
-"""The three fits: known answers, the slow twin on all sorts of samples, and the samples that have no fit."""
+"""The three fits: known answers, the slow implementation on all sorts of samples, and samples without a fit."""
 
 import math
 from unittest import mock
@@ -28,7 +28,7 @@ def pareto(alpha, number, seed=0):
 
 
 def assert_same_fit(values, fit, xmin_pos=2.0, first=0):
-    """Compare with the twin; of two tails that fit equally well, either is right."""
+    """Compare with the slow implementation; of two tails that fit equally well, either is right."""
     counted = values[first:]
     found = fit_power_law(sample(*values), fit, xmin_pos, torch.tensor([first]))
     alpha, distance = found.alpha.item(), found.ks_distance.item()
@@ -74,7 +74,7 @@ def test_four_doublings_by_hand():
 
 @pytest.mark.parametrize("fit", FITS)
 @pytest.mark.parametrize("size", [2, 3, 5, 8, 30])
-def test_random_samples_match_the_twin(fit, size):
+def test_random_samples_match_the_slow_implementation(fit, size):
     for seed in range(10):
         generator = torch.Generator().manual_seed(100 * size + seed)
         normal = torch.randn(size, dtype=torch.float64, generator=generator)
@@ -89,7 +89,7 @@ def test_random_samples_match_the_twin(fit, size):
     xmin_pos=st.floats(1.01, 8),
 )
 @settings(max_examples=150)
-def test_any_sample_matches_the_twin(fit, values, zeros, xmin_pos):
+def test_any_sample_matches_the_slow_implementation(fit, values, zeros, xmin_pos):
     assert_same_fit([0.0] * zeros + sorted(values), fit, xmin_pos)
 
 
@@ -98,7 +98,7 @@ def test_any_sample_matches_the_twin(fit, values, zeros, xmin_pos):
     values=st.lists(st.sampled_from([0.0, 1e-9, 0.5, 1.0, 1.7, 3.1, 100.0]), min_size=2, max_size=25),
 )
 @settings(max_examples=150)
-def test_tied_values_match_the_twin(fit, values):
+def test_tied_values_match_the_slow_implementation(fit, values):
     if max(values) > 0:
         assert_same_fit(sorted(values), fit)
 

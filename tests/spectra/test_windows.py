@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from farms_tb.options import SpectrumOptions
 from farms_tb.spectra.windows import window_shape, windows_of
 from farms_tb.weights.matrices import MatrixStack
-from tests.reference import windows as twin
+from tests.reference import windows as slow
 
 
 def numbered(*shape):
@@ -20,7 +20,7 @@ def numbered(*shape):
 
 
 def assert_same_windows(matrices, sampling, expected, **options):
-    """Compare with the twin's samples: the same windows, pooled in the same samples."""
+    """Compare with the slow implementation's samples: the same windows, pooled in the same samples."""
     found = windows_of(MatrixStack(matrices, sampling=sampling), SpectrumOptions(**options))
     if not expected:
         assert found is None
@@ -43,9 +43,9 @@ ratios = st.sampled_from([0.1, 0.25, 0.29, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 1
 
 
 @given(shape=shapes, aspect_ratio=ratios)
-def test_row_blocks_match_the_twin(shape, aspect_ratio):
+def test_row_blocks_match_the_slow_implementation(shape, aspect_ratio):
     matrices = numbered(*shape)
-    expected = twin.row_blocks(list(matrices.numpy()), aspect_ratio)
+    expected = slow.row_blocks(list(matrices.numpy()), aspect_ratio)
     assert_same_windows(matrices, "blocks", expected, aspect_ratio=aspect_ratio)
 
 
@@ -56,9 +56,9 @@ def test_row_blocks_match_the_twin(shape, aspect_ratio):
     ops=st.integers(1, 12),
     step=st.none() | st.integers(1, 50),
 )
-def test_grid_matches_the_twin(shape, aspect_ratio, window, ops, step):
+def test_grid_matches_the_slow_implementation(shape, aspect_ratio, window, ops, step):
     matrices = numbered(*shape)
-    expected = twin.grid(list(matrices.numpy()), aspect_ratio, window, ops, step)
+    expected = slow.grid(list(matrices.numpy()), aspect_ratio, window, ops, step)
     options = {"aspect_ratio": aspect_ratio, "window": window, "windows_per_dim": ops, "window_step": step}
     assert_same_windows(matrices, "grid", expected, **options)
 
@@ -66,7 +66,7 @@ def test_grid_matches_the_twin(shape, aspect_ratio, window, ops, step):
 @pytest.mark.parametrize("sampling", ["blocks", "grid"])
 def test_full_takes_the_whole_of_every_matrix(sampling):
     matrices = numbered(3, 10, 4)
-    assert_same_windows(matrices, sampling, twin.full(list(matrices.numpy())), esd="full")
+    assert_same_windows(matrices, sampling, slow.full(list(matrices.numpy())), esd="full")
 
 
 @pytest.mark.parametrize(
