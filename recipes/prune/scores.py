@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from farms_tb.sparsity.perplexity import t_quantile
+from farms_tb.sparsity.student import t_quantile
 
 __all__ = ["Score"]
 
