@@ -582,7 +582,7 @@ def test_any_spectrum(weights, esd, fit, aspect_ratio, xmin_pos, filter_zeros, r
     report = analyze(model, **shape, **options)
     (record,) = report.layers.values()
     event(record.status.split(":")[0])
-    assert_accurate(report, samples, **options)
+    assert_accurate(report, samples, dtypes={name: weight.dtype for name, weight in weights.items()}, **options)
 
 
 @pytest.mark.gpu
