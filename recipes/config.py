@@ -33,7 +33,7 @@ __all__ = [
 
 ARMS = (
     *("farms", "full", "off", "monitor", "noise_aware", "shrinkage", "small_alpha", "placebo"),
-    *("model_balancing", "llr"),
+    *("model_balancing", "llr", "alphadecay"),
 )
 SECTIONS = (
     *("name", "seed", "seeds", "threads", "measuring_threads", "ckpt_path"),

@@ -105,21 +105,7 @@ def dataset_texts(name: str, *, split: str, config: str | None = None, column: s
 def dataset_column(name: str, *, split: str, config: str | None = None, column: str = "text") -> Iterable[str]:
     """Return the texts of a data set as `dataset_texts` does, read from the disk while they are gone through.
 
-    Args:
-        name: a folder of data files, or the name of a data set that `datasets` has in its cache,
-            `"Salesforce/wikitext"`.
-        split: `"train"`, `"test"`, or a part, `"train[:1%]"`.
-        config: which configuration of the data set: `"wikitext-2-raw-v1"`.
-        column: which column holds the text.
-
-    Returns:
-        The texts in the order of the data set. Not all of them are in memory at a time.
-
-    Raises:
-        ImportError: `datasets` is not installed.
-        FileNotFoundError: the data set is not on this machine. The message says how to fetch it; nothing is
-            downloaded here.
-        ValueError: there is no such configuration, split or column.
+    Arguments and errors are those of `dataset_texts`; not all of the texts are in memory at a time.
     """
     try:
         from datasets import load_dataset

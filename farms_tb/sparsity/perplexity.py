@@ -27,7 +27,7 @@ from torch.nn import functional
 from farms_tb.options import check_integer
 from farms_tb.sparsity.calibration import check_vocabulary, vocabulary_size
 from farms_tb.sparsity.sequential import evaluating
-from farms_tb.sparsity.student import t_quantile
+from farms_tb.sparsity.student import half_width, standard_error
 from farms_tb.warnings import warn_once
 from farms_tb.weights.layers import unwrap
 
@@ -66,7 +66,7 @@ class Perplexity:
         By the delta method: value * standard error of `nll`. Neighbouring segments of one document are alike,
         and are counted as independent here.
         """
-        return self.value * _standard_error(self.segments)
+        return self.value * standard_error(self.segments)
 
     @property
     def tokens(self) -> int:
@@ -124,12 +124,12 @@ class PerplexityComparison:
     @property
     def error(self) -> float:
         """Standard error of `difference` over segments."""
-        return _standard_error(self.segments)
+        return standard_error(self.segments)
 
     @property
     def interval(self) -> tuple[float, float]:
         """Interval of 95 % for `difference`, by Student's t distribution."""
-        half = self.error * t_quantile(len(self.segments) - 1)
+        half = half_width(self.segments)
         return self.difference - half, self.difference + half
 
     @property
@@ -274,10 +274,3 @@ def _losses(model: nn.Module, ids: Tensor) -> list[float]:
 def _exp(value: float) -> float:
     """Return the exponential function, infinite beyond float64."""
     return math.inf if value > 709 else math.exp(value)
-
-
-def _standard_error(values: NDArray[np.float64]) -> float:
-    """Return the standard error of a mean, NaN for a single value."""
-    if len(values) < 2:
-        return math.nan
-    return float(np.std(values, ddof=1)) / math.sqrt(len(values))

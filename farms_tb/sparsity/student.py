@@ -4,6 +4,21 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+from numpy.typing import NDArray
+
+
+def standard_error(values: NDArray[np.float64]) -> float:
+    """Return the standard error of the mean of values `(n,)`, NaN for a single one."""
+    if len(values) < 2:
+        return math.nan
+    return float(np.std(values, ddof=1)) / math.sqrt(len(values))
+
+
+def half_width(values: NDArray[np.float64]) -> float:
+    """Return half of the interval of 95 % for the mean of values `(n,)`, NaN for a single one."""
+    return standard_error(values) * t_quantile(max(1, len(values) - 1))
+
 
 def t_quantile(freedom: int) -> float:
     """Return the 97.5 % quantile of Student's t distribution.

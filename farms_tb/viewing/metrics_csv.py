@@ -2,7 +2,7 @@
 
 The callback logs each layer under three columns, `farms/alpha/<layer>`, `farms/ratio/<layer>` and
 `farms/lr/<layer>`, and under up to three more, see `FURTHER`. A run that goes on may leave half a line at the end,
-and a run that crashed may leave anything: what is no finite number is left out and named in
+and a run that crashed may leave anything: what is not a finite number is left out and named in
 `MetricsFile.problems`, the rest is read.
 """
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from farms_tb.sparsity.student import t_quantile
+from farms_tb.sparsity.student import half_width
 
 __all__ = ["Score"]
 
@@ -39,7 +39,4 @@ class Score:
             Mean difference of the samples, and half of its interval of 95 % by Student's t; NaN for one sample.
         """
         differences = self.samples - other.samples
-        if len(differences) < 2:
-            return float(differences.mean()), float("nan")
-        error = float(differences.std(ddof=1)) / len(differences) ** 0.5
-        return float(differences.mean()), error * t_quantile(len(differences) - 1)
+        return float(differences.mean()), half_width(differences)

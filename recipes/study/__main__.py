@@ -19,7 +19,7 @@ A study that was stopped, or killed, goes on where it was when the command is re
 folder has a row for every finished run, and is whole at any moment. More seeds and more arms may join later; any
 other change of settings is refused. On CPUs neither the number of processes nor the engine changes the results:
 `study.engine=ray` runs a study on a Ray cluster. A run whose process dies is tried again, twice; one that fails is
-named at the end, after all others.
+named at the end. After an error, its arm is left out of the cell.
 
 How it is done:
 

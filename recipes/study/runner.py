@@ -106,7 +106,7 @@ class _Progress:
         self._cells = {cell.name: cell for cell in study.cells}
         self._study = study
         self._begun, self._slots, self._finished = 0.0, 1, 0
-        self._failures: dict[tuple[str, Job], str] = {}
+        self._failures: dict[tuple[str, Job], Outcome] = {}
         self._deaths: Counter[tuple[str, Job]] = Counter()
         self._results = results
         self._console = console
@@ -119,27 +119,27 @@ class _Progress:
     def _missing(self) -> list[tuple[str, Job]]:
         """Return the runs that can be started now, with the names of their cells."""
         missing = []
-        # What fails in one run of an arm fails in all of them.
-        failed = {(name, job.arm) for name, job in self._failures}
+        # An error in one run of an arm comes in all of them; that a process died says nothing of the others.
+        broken = {(name, job.arm) for (name, job), outcome in self._failures.items() if not outcome.died}
         for (name, arm), plan in self._plans.items():
-            if (name, arm) not in failed:
-                missing += [(name, job) for job in plan.missing]
+            if (name, arm) not in broken:
+                missing += [(name, job) for job in plan.missing if (name, job) not in self._failures]
         return missing
 
     def run(self) -> None:
         """Work until no run is missing that can be done.
 
         Raises:
-            RecipeError: Runs failed; all others are done.
+            RecipeError: Runs failed; those that do not depend on them are done.
         """
         if self._missing():
             with make_engine(self._study) as engine, _progress_bar(self._console) as bar:
                 self._begun = time.monotonic()
-                self._slots = engine.slots
                 task = bar.add_task("runs", total=self._total(), completed=self._done(), left="")
                 while self._hand_out(engine):
                     for outcome in engine.finished(timeout=1.0):
                         self._take(outcome)
+                    self._slots = engine.slots  # nodes come and go
                     bar.update(task, total=self._total(), completed=self._done(), left=self._left())
         self._raise_failures()
 
@@ -163,16 +163,17 @@ class _Progress:
         if outcome.died and self._deaths[name, job] < TRIES:
             warn(self._console, f"{name} {job}: {outcome.failure}; it is tried again")
             return
-        self._failures[name, job] = outcome.failure
+        self._failures[name, job] = outcome
 
     def _raise_failures(self) -> None:
-        """Name the runs that failed, after all others are done."""
+        """Name the runs that failed, at the end."""
         if not self._failures:
             return
-        (name, job), why = next(iter(self._failures.items()))
+        key, outcome = next(iter(self._failures.items()))
         more = f", and {len(self._failures) - 1} more" if len(self._failures) > 1 else ""
         raise RecipeError(
-            f"the run {(name, job)} failed{more}: {why}. All other runs are done; repeat the command to try again"
+            f"the run {key} failed{more}: {outcome.failure}. Runs that do not depend on it are done; repeat the "
+            "command to try again"
         )
 
     def _keep(self, name: str, job: Job, facts: dict[str, object]) -> None:

@@ -340,6 +340,11 @@ def test_llr_has_the_numbers_of_its_preset(settings: Settings) -> None:
     assert dict(other.fixed_pairs) == {"embed*": 3.0, "lm_head": 3.0}
 
 
+def test_alphadecay_has_the_numbers_of_its_preset(settings: Settings) -> None:
+    options = build_balancer(settings("experiment=tiny_lm", "balancing=alphadecay", "balancing.every_n_steps=500"))
+    assert options.options == FARMSTempBalance(preset="alphadecay", threads=2).options
+
+
 def test_settings_of_the_llama_of_60_million(settings: Settings) -> None:
     cfg = settings("experiment=nano_llama_60m")
     with torch.device("meta"):

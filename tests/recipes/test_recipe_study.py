@@ -469,6 +469,22 @@ def test_resources_that_cannot_be(tmp_path: Path, override: str, message: str) -
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_a_run_that_dies_again_and_again_is_named_and_the_others_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    deadly = ("balancing._target_=tests.recipes.deadly.Deadly", "study.grid=[1]", "study.seeds=2")
+    with pytest.raises(SystemExit):
+        main(_tiny(tmp_path, *deadly, "study.workers=2"))
+    printed = capsys.readouterr()
+    assert printed.out.count("it is tried again") == 2 * 2
+    assert "arm='farms'" in printed.err
+    assert "and 1 more" in printed.err
+    assert "died" in printed.err
+    assert {job.arm for job in _results(tmp_path)} == {"off"}
+    assert len(_results(tmp_path)) == 2
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_a_run_that_fails_is_named_and_a_diverged_one_is_kept(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -41,7 +41,7 @@ def test_a_link_keeps_its_name(tmp_path: Path) -> None:
 
 
 def test_other_columns_are_read_too(tmp_path: Path) -> None:
-    """Without the layers' and the times, and without what is no finite number."""
+    """Without the layers' and the times, and without what is not finite."""
     runs = read_runs([a_run(tmp_path / "a"), a_run(tmp_path / "b", "step,farms/ratio/0\n0,1.0\n")])
     logged = runs["a"].logged
     assert {name: (curve.steps, curve.values) for name, curve in logged.items()} == {
