@@ -43,25 +43,31 @@ class Options:
     """What is done in a cell; `conf/study.yaml` explains each.
 
     Attributes:
-        arms: The arms.
+        arms: The arms: names of `conf/balancing`, or of `variants`.
+        variants: Arms of the study's own by name, each as the settings that it differs by from the arm `off`.
         baseline: The arm that the others are compared with.
         seeds: Final runs of each arm.
         grid: Multiples of an arm's learning rate to try, ascending.
         tune_seeds: Runs for each of them.
         extend: How often the grid may grow at each end.
         vary_data: Whether each seed has a data split of its own.
+        evaluations: Epochs, evenly spaced and the last among them, whose weights are validated and tested.
     """
 
     arms: tuple[str, ...]
+    variants: Mapping[str, Sequence[str]]
     baseline: str
     seeds: int
     grid: tuple[float, ...]
     tune_seeds: int
     extend: int
     vary_data: bool
+    evaluations: int
 
     def __post_init__(self) -> None:
+        self._check_variants()
         self._check_arms()
+        _check_whole_number("evaluations", self.evaluations, 1)
         _check_whole_number("seeds", self.seeds, 1)
         _check_whole_number("tune_seeds", self.tune_seeds, 1)
         _check_whole_number("extend", self.extend, 0)
@@ -69,12 +75,31 @@ class Options:
         if not isinstance(self.vary_data, bool):
             raise RecipeError(f"study.vary_data must be true or false, got {self.vary_data!r}")
 
+    def overrides(self, arm: str) -> list[str]:
+        """Return the settings that make an arm, `balancing=...` first."""
+        if arm not in self.variants:
+            return [f"balancing={arm}"]
+        own = list(self.variants[arm])
+        chooses_balancing = any(text.startswith("balancing=") for text in own)
+        return own if chooses_balancing else ["balancing=off", *own]
+
+    def _check_variants(self) -> None:
+        """Refuse variants that are no lists of settings, or take the name of an arm of `conf/balancing`."""
+        for name, settings in self.variants.items():
+            if name in ARMS:
+                raise RecipeError(f"study.variants.{name} is the name of an arm already; choose another one")
+            if not isinstance(settings, list) or not all("=" in str(text) for text in settings):
+                raise RecipeError(
+                    f"study.variants.{name} must be a list of settings such as [balancing=farms,"
+                    f"balancing.favor=small_alpha], got {settings}"
+                )
+
     def _check_arms(self) -> None:
         """Refuse arms that are unknown or named twice, and a baseline that is none of them."""
-        known = set(self.arms) <= set(ARMS)
+        known = [*ARMS, *self.variants]
         different = len(set(self.arms)) == len(self.arms)
-        if not self.arms or not known or not different:
-            raise RecipeError(f"study.arms must be different ones of {', '.join(ARMS)}, got {list(self.arms)}")
+        if not self.arms or not set(self.arms) <= set(known) or not different:
+            raise RecipeError(f"study.arms must be different ones of {', '.join(known)}, got {list(self.arms)}")
         if self.baseline not in self.arms:
             raise RecipeError(f"study.baseline={self.baseline} is not one of study.arms {list(self.arms)}")
 
@@ -296,21 +321,26 @@ def _load_cell(experiment: str, folder: Path, options: Options, overrides: Seque
         options: What is done in the cell.
         overrides: Settings that go to every run.
     """
-    arms = {arm: _compose_arm(experiment, arm, overrides) for arm in options.arms}
+    arms = {arm: _compose_arm(experiment, options.overrides(arm), overrides) for arm in options.arms}
     name = arms[options.baseline].name
     return Cell(name, folder / name, options, arms)
 
 
-def _compose_arm(experiment: str, arm: str, overrides: Sequence[str]) -> DictConfig:
+def _compose_arm(experiment: str, own: Sequence[str], overrides: Sequence[str]) -> DictConfig:
     """Compose and check the settings of an experiment with one arm. The runs of a study log nothing.
+
+    Args:
+        experiment: The experiment's file in `conf/experiment`, without its ending.
+        own: The settings that make the arm; where both set the same, they count and not `overrides`.
+        overrides: Settings that go to every run.
 
     Raises:
         RecipeError: They do not compose, or can't work.
     """
-    if arm == "off":  # it has no callback whose options could be set
+    if "balancing=off" in own:  # it has no callback whose options could be set
         overrides = [text for text in overrides if not text.lstrip("+~").startswith("balancing.")]
     try:
-        cfg = compose("train", [f"experiment={experiment}", f"balancing={arm}", *overrides])
+        cfg = compose("train", [f"experiment={experiment}", *overrides, *own])
     except (HydraException, OmegaConfBaseException) as error:
         raise RecipeError(f"experiment={experiment}: {sentence(error)}") from error
     check_config(cfg)

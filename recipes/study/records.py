@@ -8,8 +8,9 @@ same rows.
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_type_hints
 
@@ -17,11 +18,14 @@ from farms_tb.atomic_write import atomic_path
 from recipes.errors import RecipeError
 from recipes.study.statistics import log_error
 
-__all__ = ["RESULTS_FILE", "Job", "Phase", "Record", "read_records", "write_records", "write_rows"]
+__all__ = ["RESULTS_FILE", "Job", "Phase", "Record", "Score", "read_records", "write_records", "write_rows"]
 
 RESULTS_FILE = "results.csv"
 
 Phase = Literal["tune", "final"]
+
+Score = Literal["val", "test", "best_val", "best_test", "lowest_test"]
+"""The scores of a record."""
 
 
 class Job(NamedTuple):
@@ -65,6 +69,16 @@ class Record:
         callback_seconds: Time of the callback's measurements, all together.
         device: Where it ran.
         config: Fingerprint of the arm's settings.
+        best_epoch: The epoch, counted from 1, with the best validation score of those that were evaluated. Like
+            the next five NaN in results of version 0.1, which did not look.
+        best_val: Its validation score.
+        best_test: Its test score.
+        lowest_test: Test score of the epoch whose test error is the lowest: what the papers report. It chooses on
+            test data, and so is too good.
+        mean_ratio: Mean learning-rate ratio over the measured layers, each weighted by its entries, then over the
+            measurements; 1 without balancing.
+        ratio_sd: Standard deviation of the ratios over these layers, weighted likewise; its mean over the
+            measurements.
     """
 
     experiment: str
@@ -87,37 +101,43 @@ class Record:
     callback_seconds: float
     device: str
     config: str
+    best_epoch: float = math.nan
+    best_val: float = math.nan
+    best_test: float = math.nan
+    lowest_test: float = math.nan
+    mean_ratio: float = math.nan
+    ratio_sd: float = math.nan
 
     @property
     def job(self) -> Job:
         """The run that this is the result of."""
         return Job(self.arm, self.phase, self.seed, self.lr)
 
-    def error(self, split: Literal["val", "test"]) -> float:
+    def error(self, which: Score) -> float:
         """Return the error, smaller is better: 1 - accuracy, else the score itself.
 
         A diverged run has learnt nothing, and counts as such.
 
         Args:
-            split: The data on which the score was measured.
+            which: The score.
         """
         if self.status == "diverged":
             return self.blind_error
-        score = {"val": self.val, "test": self.test}[split]
+        score = float(getattr(self, which))
         if self.metric == "accuracy":
             return 1.0 - score
         return score
 
-    def log_error(self, split: Literal["val", "test"]) -> float:
+    def log_error(self, which: Score) -> float:
         """Return the log of the error, with half a sample added to a share of samples; see `log_error`.
 
         Args:
-            split: The data on which the score was measured.
+            which: The score.
         """
         if self.metric != "accuracy":
-            return log_error(self.error(split), None)
-        samples = {"val": self.val_samples, "test": self.test_samples}[split]
-        return log_error(self.error(split), samples)
+            return log_error(self.error(which), None)
+        samples = self.val_samples if which in ("val", "best_val") else self.test_samples
+        return log_error(self.error(which), samples)
 
 
 def read_records(folder: Path) -> dict[Job, Record]:
@@ -152,9 +172,11 @@ _CONVERT: dict[Any, Callable[[str], Any]] = {int: int, float: float}
 def _read_record(row: dict[str, str]) -> Record:
     """Turn the cells of a row into numbers where the record has numbers."""
     values: dict[str, Any] = {}
-    for name, kind in _TYPES.items():
-        convert = _CONVERT.get(kind, str)
-        values[name] = convert(row[name])
+    for field in fields(Record):
+        if field.name not in row and field.default is not MISSING:
+            continue
+        convert = _CONVERT.get(_TYPES[field.name], str)
+        values[field.name] = convert(row[field.name])
     return Record(**values)
 
 

@@ -148,7 +148,8 @@ class _Progress:
         going = engine.tasks
         waiting = [key for key in self._missing() if key not in going]
         for name, job in waiting[: max(0, engine.slots - len(going))]:
-            engine.submit((name, job), run_quietly, self._cells[name].settings(job))
+            cell = self._cells[name]
+            engine.submit((name, job), run_quietly, (cell.settings(job), cell.options.evaluations))
         return bool(engine.tasks)
 
     def _take(self, outcome: Outcome) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from lightning import Trainer
+from lightning import Callback, Trainer
 from lightning.pytorch.profilers import SimpleProfiler
 from omegaconf import DictConfig, OmegaConf
 
@@ -24,6 +24,7 @@ from recipes.config import build
 from recipes.console import quiet_lightning
 from recipes.errors import RecipeError
 from recipes.parts import Parts, build_parts
+from recipes.study.curve import Course, best_epochs
 
 __all__ = ["METRICS", "make_trainer", "metric_of", "run_once", "run_quietly"]
 
@@ -56,14 +57,15 @@ def metric_of(cfg: DictConfig) -> str:
     return metric
 
 
-def make_trainer(cfg: DictConfig, parts: Parts) -> tuple[Trainer, SimpleProfiler]:
+def make_trainer(cfg: DictConfig, parts: Parts, *more: Callback) -> tuple[Trainer, SimpleProfiler]:
     """Build the trainer of a run, and the clock that times its actions.
 
-    No logger, no checkpoints, no progress bar; validation data are looked at once, after training.
+    No logger, no checkpoints, no progress bar; validation data are looked at after training alone.
 
     Args:
         cfg: The composed settings.
         parts: What is trained.
+        more: Callbacks after the balancing one.
 
     Returns:
         The trainer, and the profiler that it records the times of its hooks with.
@@ -73,6 +75,7 @@ def make_trainer(cfg: DictConfig, parts: Parts) -> tuple[Trainer, SimpleProfiler
     """
     clock = SimpleProfiler()
     callbacks = [] if parts.balancer is None else [parts.balancer]
+    callbacks += more
     trainer = build(
         cfg,
         "trainer",
@@ -86,11 +89,12 @@ def make_trainer(cfg: DictConfig, parts: Parts) -> tuple[Trainer, SimpleProfiler
     return trainer, clock
 
 
-def run_once(settings: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Train, validate and test.
+def run_once(settings: dict[str, Any], evaluations: int = 1) -> tuple[dict[str, Any], list[str]]:
+    """Train, then validate and test.
 
     Args:
         settings: All settings of the run, resolved.
+        evaluations: Epochs whose weights are validated and tested, see `recipes.study.curve.evaluated_epochs`.
 
     Returns:
         The fields of `recipes.study.records.Record` that the run decides, and the callback's warnings.
@@ -103,15 +107,16 @@ def run_once(settings: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         parts = build_parts(cfg)
-        trainer, clock = make_trainer(cfg, parts)
+        course = Course(parts.balancer, evaluations)
+        trainer, clock = make_trainer(cfg, parts, course)
         trainer.fit(parts.model, datamodule=parts.data)
         training = {"epochs": trainer.current_epoch, "steps": trainer.global_step, **_times(clock)}
-        scores = {
-            **trainer.validate(parts.model, datamodule=parts.data, verbose=False)[0],
-            **trainer.test(parts.model, datamodule=parts.data, verbose=False)[0],
-        }
+        scores = {epoch: _evaluate(trainer, parts) for epoch in course.epochs(parts.model, trainer.current_epoch)}
     facts: dict[str, Any] = {
-        **_outcome(cfg, scores),
+        **_outcome(cfg, scores[training["epochs"]]),
+        **best_epochs(scores, metric_of(cfg)),
+        "mean_ratio": course.mean_ratio,
+        "ratio_sd": course.ratio_sd,
         **training,
         "val_samples": _size(parts.data.val_dataloader()),
         "test_samples": _size(parts.data.test_dataloader()),
@@ -122,12 +127,23 @@ def run_once(settings: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     return facts, [str(warning.message) for warning in caught if "farms_tb" in warning.filename]
 
 
-def run_quietly(settings: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Do a run in a process of an engine: on one thread, with nothing printed. See `run_once`."""
+def run_quietly(arguments: tuple[dict[str, Any], int]) -> tuple[dict[str, Any], list[str]]:
+    """Do a run in a process of an engine: on one thread, with nothing printed.
+
+    Args:
+        arguments: Those of `run_once`.
+    """
     torch.set_num_threads(1)
     quiet_lightning(logging.ERROR)
     with contextlib.redirect_stdout(io.StringIO()):
-        return run_once(settings)
+        return run_once(*arguments)
+
+
+def _evaluate(trainer: Trainer, parts: Parts) -> dict[str, float]:
+    """Return the scores of the weights that the model has now, on validation and on test data."""
+    validation = trainer.validate(parts.model, datamodule=parts.data, verbose=False)[0]
+    test = trainer.test(parts.model, datamodule=parts.data, verbose=False)[0]
+    return {**validation, **test}
 
 
 def _outcome(cfg: DictConfig, scores: Mapping[str, float]) -> dict[str, Any]:

@@ -414,7 +414,7 @@ def test_killed_study_goes_on_and_ends_as_if_each_run_had_been_alone(
     found = _results(tmp_path)
     assert len(found) == 2 * (2 + 4)
     for job, facts in found.items():
-        alone, _ = run_once(cell.settings(job))
+        alone, _ = run_once(cell.settings(job), cell.options.evaluations)
         assert {name: facts[name] for name in alone if name not in TIMES} == {
             name: value for name, value in alone.items() if name not in TIMES
         }
