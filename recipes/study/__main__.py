@@ -56,11 +56,10 @@ from recipes.command import user_errors
 from recipes.console import make_console, quiet_lightning, warn
 from recipes.old_names import current_overrides
 from recipes.study.cells import Study, load_study
-from recipes.study.figure import FIGURE_FILE, draw
+from recipes.study.findings import find, show, write
+from recipes.study.pairs import Records
 from recipes.study.records import read_records
-from recipes.study.report import EFFECTS_FILE, Records, summarise, write_effects
 from recipes.study.runner import run_study, show_plan
-from recipes.study.table import print_rows
 from recipes.train import CONFIG_DIR
 
 __all__ = ["main"]
@@ -69,20 +68,19 @@ REPORT = "study=report"
 
 
 def _report(study: Study, results: dict[str, Records], console: Console) -> None:
-    """Print the table; write it and the figure into the folder of the study, or into that of its only cell."""
+    """Print what was found, and write it into the folder of the study, or into that of its only cell."""
     arms = list(dict.fromkeys(chain.from_iterable(cell.options.arms for cell in study.cells)))
     first = study.cells[0]
     baseline = first.options.baseline
-    rows = summarise(results, arms, baseline)
+    own_lrs = {cell.name: cell.lr(baseline) for cell in study.cells}
     folder = study.folder
     if len(study.cells) == 1:
         folder = first.folder
-    print_rows(console, rows, baseline)
-    if not rows:
-        return
-    write_effects(rows, folder / EFFECTS_FILE)
-    draw(rows, baseline, folder / FIGURE_FILE)
-    console.print(f"in {escape(str(folder))}: {EFFECTS_FILE}, {FIGURE_FILE}; results.csv in each cell's folder")
+    findings = find(results, own_lrs, arms, baseline)
+    show(findings, console)
+    written = write(findings, folder) if findings.rows else []
+    if written:
+        console.print(f"in {escape(str(folder))}: {', '.join(written)}; results.csv in each cell's folder")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
