@@ -38,7 +38,7 @@ def draw_mediation(rows: Sequence[Mediation], baseline: str, styles: Mapping[str
                 _draw_arm(axes, getattr(row, field), row, styles[row.arm])
             plain_axes(axes, "both")
         left.set_title(cell, fontsize=10, loc="left")
-        left.set_ylabel(f"error against {baseline}, %", fontsize=10)
+        left.set_ylabel(f"test error against {baseline}, %", fontsize=10)
     for axes, label in zip(panels[-1], _LABELS.values(), strict=True):
         axes.set_xlabel(label, fontsize=10)
     add_legend(figure, {row.arm: styles[row.arm] for row in shown}, "", columns=6)

@@ -14,7 +14,7 @@ from recipes.study.units import heading, unit_of
 __all__ = ["SENSITIVITY_FIGURE", "draw_sensitivity"]
 
 SENSITIVITY_FIGURE = "sensitivity.png"
-_COLUMNS = 3
+_COLUMNS = 3  # at most
 _ASIDE = 1.06  # between the first and the last arm's points of one rate
 _RANGE_HEIGHT = 0.035  # at most, between the bars of the ranges; a share of the panel
 _RANGES_HEIGHT = 0.25  # at most, of all bars together
@@ -29,8 +29,8 @@ def draw_sensitivity(found: Sequence[Curve], styles: Mapping[str, Style], path: 
         path: Where the figure goes.
     """
     cells = list(dict.fromkeys(curve.cell for curve in found))
-    columns = min(_COLUMNS, len(cells))
-    lines = math.ceil(len(cells) / columns)
+    lines = math.ceil(len(cells) / _COLUMNS)
+    columns = math.ceil(len(cells) / lines)
     figure = new_figure(max(6.0, 3.6 * columns), 0.9 + (4.0 if columns == 1 else 3.2) * lines)
     panels = list(figure.subplots(lines, columns, squeeze=False).flat)
     for cell, axes in zip(cells, panels, strict=False):

@@ -231,7 +231,7 @@ def print_contrasts(console: Console, found: Sequence[Contrast]) -> None:
     """
     if not found:
         return
-    title = "Arms with the same base rate, mean ratio and spread of ratios, on other layers"
+    title = "Arms that gave other layers the same base rate and ratios"
     table = _table(title, ("against", "difference % (95% interval)", "p (Holm)"))
     _add_groups(table, found, _contrast_cells)
     console.print(table)

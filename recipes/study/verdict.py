@@ -117,7 +117,7 @@ def _finding(found: Sequence[Row], baseline: str) -> str:
 def _change(log_ratio: float) -> str:
     """Return a change in words, `"3.0% less"`."""
     size = f"{abs(percent(log_ratio)):.1f}%"
-    return f"{size} less" if log_ratio < 0 else f"{size} more"
+    return f"{size} less" if log_ratio <= 0 else f"{size} more"
 
 
 def _in_unit(row: Row) -> str:
@@ -226,21 +226,20 @@ def about_rules(rows: Sequence[RuleRow], baseline: str) -> str:
     Returns:
         One to three sentences; empty without an effect by the papers' rule.
     """
-    scored = [row for row in rows if row.cell == rows[-1].cell and row.effects["papers"] is not None]
-    others = {row.arm: row.effects["papers"].mean for row in scored if row.effects["papers"]}
-    of_baseline = others.pop(baseline, None)
-    if not others:
+    last = [row for row in rows if row.cell == rows[-1].cell]
+    found = {row.arm: row.effects["papers"] for row in last}
+    gains = {arm: effect.mean for arm, effect in found.items() if effect is not None}
+    of_baseline = gains.pop(baseline, None)
+    if not gains:
         return ""
-    arm = min(others, key=lambda name: others[name])
-    text = f"By the papers' rule {arm} has {_change(others[arm])} error than {baseline} untuned"
-    ours = next(row for row in scored if row.arm == arm).effects["last"]
+    arm = min(gains, key=lambda name: gains[name])
+    text = f"By the papers' rule {arm} has {_change(gains[arm])} error than {baseline} untuned"
+    ours = next(row for row in last if row.arm == arm).effects["last"]
     if ours is not None:
         text += f", by this study's {_change(ours.mean)}"
-    if of_baseline is None:
-        return f"{text}."
-    return (
-        f"{text}. By the papers' rule {baseline} has {_change(of_baseline)} than itself: so much the rule makes."
-    )
+    if of_baseline is not None:
+        text += f". The rule alone gives {baseline} {_change(of_baseline)} than itself untuned"
+    return f"{text}."
 
 
 def about_ranges(found: Sequence[Curve], baseline: str) -> str:
