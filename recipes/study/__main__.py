@@ -8,7 +8,7 @@ their test errors with the baseline's, seed by seed:
     python -m recipes.study study=small                                  the cells of conf/study/small.yaml
     python -m recipes.study study=small study.seeds=5 trainer.max_epochs=20
     python -m recipes.study --dry-run study=small                        what is left to do, no training
-    python -m recipes.study --report study=small                         table and figure again, no training
+    python -m recipes.study --report study=small                         tables and figures again, no training
     python -m recipes.study experiment=study/darcy_fno study=report      the same of one cell, written as a setting
 
 Arms are off, full, farms, shrinkage, small_alpha, noise_aware, llr and placebo (FARMS's ratios, wrong layers);
@@ -31,6 +31,8 @@ How it is done:
 - Final weights are tested, not those of the best epoch.
 - The effect is the mean log ratio of test errors, with a t-interval; see `recipes.study.statistics`. Its p-value
   is corrected over the arms of a cell (Holm).
+- Rules of scoring, sensitivity to the rate, ratios and the effect over tasks are reported too; docs/study.md explains
+  each table.
 - A run that diverged is out when a learning rate is chosen; as a final run it counts with the error of a network
   that has learnt nothing: 1 - 1 / classes, ln(classes) for a loss, or 1 for nRMSE and relative L2.
 
@@ -93,7 +95,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "python -m recipes.study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--report", action="store_true", help="print the table and draw the figure of what is there, train nothing"
+        "--report",
+        action="store_true",
+        help="print the tables and draw the figures of what is there, train nothing",
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="print the runs that are left and what they cost, train nothing"
