@@ -31,8 +31,8 @@ How it is done:
 - Final weights are tested, not those of the best epoch.
 - The effect is the mean log ratio of test errors, with a t-interval; see `recipes.study.statistics`. Its p-value
   is corrected over the arms of a cell (Holm).
-- Rules of scoring, sensitivity to the rate, ratios and the effect over tasks are reported too; docs/study.md explains
-  each table.
+- Rules of scoring, sensitivity to the rate, ratios and the effect over tasks are reported too; docs/study.md
+  explains each table.
 - A run that diverged is out when a learning rate is chosen; as a final run it counts with the error of a network
   that has learnt nothing: 1 - 1 / classes, ln(classes) for a loss, or 1 for nRMSE and relative L2.
 
