@@ -322,7 +322,12 @@ def _load_cell(experiment: str, folder: Path, options: Options, overrides: Seque
         overrides: Settings that go to every run.
     """
     arms = {arm: _compose_arm(experiment, options.overrides(arm), overrides) for arm in options.arms}
-    name = arms[options.baseline].name
+    baseline = arms[options.baseline]
+    if options.vary_data and "seed" not in baseline.data:
+        raise RecipeError(
+            f"experiment={experiment}: its data have no seed to vary (data.seed); set study.vary_data=false"
+        )
+    name = baseline.name
     return Cell(name, folder / name, options, arms)
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from statistics import fmean
 from typing import Any
 
 import numpy as np
-import torch
 from lightning import Callback, LightningModule, Trainer
 
 from farms_tb import FARMSTempBalance
@@ -44,7 +44,7 @@ class Course(Callback):
         self._report: Any = None
         self._means: list[float] = []
         self._deviations: list[float] = []
-        self._weights: dict[int, dict[str, torch.Tensor]] = {}
+        self._weights: dict[int, dict[str, Any]] = {}
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -65,7 +65,7 @@ class Course(Callback):
         epoch = trainer.current_epoch + 1
         epochs = trainer.max_epochs or epoch
         if epoch < epochs and epoch in evaluated_epochs(epochs, self._number):
-            self._weights[epoch] = {name: value.clone() for name, value in pl_module.state_dict().items()}
+            self._weights[epoch] = deepcopy(pl_module.state_dict())
 
     def epochs(self, pl_module: LightningModule, last: int) -> Iterator[int]:
         """Load the weights of one epoch after the other into the module; those of the last epoch come last.
@@ -77,7 +77,7 @@ class Course(Callback):
         Yields:
             The epoch, counted from 1.
         """
-        final = {name: value.clone() for name, value in pl_module.state_dict().items()}
+        final = deepcopy(pl_module.state_dict())
         for epoch, weights in {**self._weights, last: final}.items():
             pl_module.load_state_dict(weights)
             yield epoch
