@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from copy import deepcopy
 from statistics import fmean
 from typing import Any
 
 import numpy as np
+import torch
 from lightning import Callback, LightningModule, Trainer
+from torch import Tensor
 
 from farms_tb import FARMSTempBalance
 
@@ -44,7 +45,7 @@ class Course(Callback):
         self._report: Any = None
         self._means: list[float] = []
         self._deviations: list[float] = []
-        self._weights: dict[int, dict[str, Any]] = {}
+        self._weights: dict[int, dict[str, Tensor]] = {}
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -65,7 +66,7 @@ class Course(Callback):
         epoch = trainer.current_epoch + 1
         epochs = trainer.max_epochs or epoch
         if epoch < epochs and epoch in evaluated_epochs(epochs, self._number):
-            self._weights[epoch] = deepcopy(pl_module.state_dict())
+            self._weights[epoch] = _copied(pl_module)
 
     def epochs(self, pl_module: LightningModule, last: int) -> Iterator[int]:
         """Load the weights of one epoch after the other into the module; those of the last epoch come last.
@@ -77,7 +78,7 @@ class Course(Callback):
         Yields:
             The epoch, counted from 1.
         """
-        final = deepcopy(pl_module.state_dict())
+        final = _copied(pl_module)
         for epoch, weights in {**self._weights, last: final}.items():
             pl_module.load_state_dict(weights)
             yield epoch
@@ -91,6 +92,11 @@ class Course(Callback):
     def ratio_sd(self) -> float:
         """Standard deviation of the ratios over the layers, weighted likewise, its mean over the measurements."""
         return fmean(self._deviations or [0.0])
+
+
+def _copied(module: LightningModule) -> dict[str, Tensor]:
+    """Return a copy of weights and buffers. What else neuralop puts among them, `_metadata`, can't be loaded."""
+    return {name: value.clone() for name, value in module.state_dict().items() if torch.is_tensor(value)}
 
 
 def best_epochs(scores: Mapping[int, Mapping[str, float]], metric: str) -> dict[str, float]:
