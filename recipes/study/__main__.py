@@ -80,7 +80,7 @@ def _report(study: Study, results: dict[str, Records], console: Console) -> None
         folder = first.folder
     findings = find(results, own_lrs, arms, baseline)
     show(findings, console)
-    written = write(findings, folder) if findings.rows else []
+    written = write(findings, folder)
     if written:
         console.print(f"in {escape(str(folder))}: {', '.join(written)}; results.csv in each cell's folder")
 

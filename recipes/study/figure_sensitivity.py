@@ -73,26 +73,14 @@ def _draw_curve(axes: Any, curve: Curve, style: Style, aside: float) -> None:
     factor = unit_of(curve.metric).factor
     rates = [aside * point.lr for point in curve.points]
     errors = [factor * point.error for point in curve.points]
-    for rate, error, point in zip(rates, errors, curve.points, strict=True):
-        bars = None
-        if not math.isnan(point.log_deviation):
-            bars = [
-                [error * -math.expm1(-point.log_deviation)],
-                [error * math.expm1(point.log_deviation)],
-            ]
-        axes.errorbar(
-            rate,
-            error,
-            yerr=bars,
-            fmt=style.marker,
-            markersize=4.5,
-            markerfacecolor="white" if point.diverged else style.colour,
-            capsize=2,
-            linewidth=1,
-            color=style.colour,
-            zorder=3,
-        )
-    axes.plot(rates, errors, color=style.colour, linewidth=1.4, zorder=2)
+    deviations = [point.log_deviation for point in curve.points]  # NaN draws no bar
+    below = [-error * math.expm1(-deviation) for error, deviation in zip(errors, deviations, strict=True)]
+    above = [error * math.expm1(deviation) for error, deviation in zip(errors, deviations, strict=True)]
+    look = {"color": style.colour, "marker": style.marker, "markersize": 4.5}
+    axes.errorbar(rates, errors, yerr=[below, above], capsize=2, linewidth=1.2, zorder=3, **look)
+    diverged = [place for place, point in enumerate(curve.points) if point.diverged]
+    hollow = {**look, "linestyle": "", "markerfacecolor": "white"}
+    axes.plot([rates[place] for place in diverged], [errors[place] for place in diverged], zorder=4, **hollow)
 
 
 def _make_room_below(axes: Any, share: float) -> None:

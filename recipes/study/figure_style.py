@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from farms_tb.atomic_write import atomic_path
 
@@ -78,7 +78,7 @@ def plain_axes(axes: Any, grid: str) -> None:
         axes.spines[side].set_visible(False)
 
 
-def add_legend(figure: Any, styles: Mapping[str, Style], line: str, columns: int = 5) -> None:
+def add_legend(figure: Any, styles: Mapping[str, Style], line: Literal["-", ""], columns: int = 5) -> None:
     """Write the arms above the axes.
 
     Args:

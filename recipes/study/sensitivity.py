@@ -171,7 +171,7 @@ def _end(outwards: Sequence[Point], limit: float) -> float | None:
     for inner, outer in pairwise(outwards):
         if outer.log_error > limit:
             share = (limit - inner.log_error) / (outer.log_error - inner.log_error)
-            return inner.lr * (outer.lr / inner.lr) ** share
+            return inner.lr * math.pow(outer.lr / inner.lr, share)
     return None
 
 

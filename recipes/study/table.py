@@ -24,7 +24,7 @@ __all__ = ["print_contrasts", "print_mediation", "print_over_tasks", "print_rang
 
 
 def print_rows(console: Console, rows: Sequence[Row], baseline: str) -> None:
-    """Print the test error of each arm and how it compares with the baseline.
+    """Print the test error of each arm and how it compares with the baseline; nothing without rows.
 
     Above the errors of a cell is what they and their differences are measured in. The last column is the overhead:
     the callback's time in per cent of the baseline's training.
@@ -34,6 +34,8 @@ def print_rows(console: Console, rows: Sequence[Row], baseline: str) -> None:
         rows: The findings, those of one cell in a row.
         baseline: The arm that the others are compared with.
     """
+    if not rows:
+        return
     title = f"Test error by arm, compared with {baseline}"
     headings = ("lr", "runs", "test error", "difference", "change %", "95% interval", "p (Holm)", "cost %")
     table = _table(title, headings)

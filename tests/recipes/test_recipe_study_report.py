@@ -128,12 +128,12 @@ def test_effect_over_tasks_at_its_edges() -> None:
         assert random_effects(too_few) is None
 
 
-def _covered(tau: float, count: int = 400) -> tuple[float, float]:
+def _covered(tau: float, count: int = 300) -> tuple[float, float]:
     """How often the interval over tasks, and that over seeds, has the mean of the tasks in it."""
     rng = np.random.default_rng(1)
     over_tasks = over_seeds = 0
     for _ in range(count):
-        cells = []
+        cells: list[dict[int, float]] = []
         for noise in (0.05, 0.1, 0.2, 0.1, 0.05, 0.2):
             values = 0.03 + rng.normal(0, tau) + rng.normal(0, noise, 20)
             cells.append(dict(enumerate(values, start=100 * len(cells))))
@@ -145,9 +145,9 @@ def _covered(tau: float, count: int = 400) -> tuple[float, float]:
 
 
 def test_interval_over_tasks_covers_what_that_over_seeds_does_not() -> None:
-    # Three standard errors of a share of 0.95 over 400 studies are 0.033.
+    # Three standard errors of a share of 0.95 over 300 studies are 0.038.
     over_tasks, over_seeds = _covered(tau=0.05)
-    assert abs(over_tasks - 0.95) < 0.033
+    assert abs(over_tasks - 0.95) < 0.038
     assert over_seeds < 0.8
     # Where tasks don't differ it is wider than need be, never too narrow.
     assert _covered(tau=0.0)[0] > 0.92
@@ -249,7 +249,8 @@ def test_rules_are_pooled_over_cells() -> None:
     for rule in ("last", "best"):
         effect = rows[-1].effects[rule]
         assert effect is not None
-        assert (effect.mean, effect.pairs) == (pytest.approx(0), 4)
+        assert effect.mean == pytest.approx(0)
+        assert effect.pairs == 4
 
 
 # Sensitivity
@@ -278,7 +279,8 @@ def test_range_that_reaches_the_end_of_the_grid() -> None:
     span = rate_range(_curve(_valley(0.1), (0.1, 0.2, 0.4)))
     assert (span.low, span.open_below, span.open_above) == (0.1, True, False)
     flat = rate_range(_curve(lambda lr: 0.5, (0.1, 0.2, 0.4)))
-    assert (flat.low, flat.high, flat.factor) == (0.1, 0.4, pytest.approx(4))
+    assert (flat.low, flat.high) == (0.1, 0.4)
+    assert flat.factor == pytest.approx(4)
     assert flat.open_below
     assert flat.open_above
 
@@ -502,16 +504,16 @@ def test_everything_is_written_and_can_be_read_back(tmp_path: Path) -> None:
         assert read["effect_mean"] == ("" if row.effect is None else str(row.effect.mean))
         assert read["difference_low"] == ("" if row.difference is None else str(row.difference.low))
         assert read["tasks_tau"] == ("" if row.over_tasks is None else str(row.over_tasks.tau))
-    for row, read in zip(findings.rules, _table(tmp_path / "rules.csv"), strict=True):
-        papers = row.effects["papers"]
+    for rules, read in zip(findings.rules, _table(tmp_path / "rules.csv"), strict=True):
+        papers = rules.effects["papers"]
         assert read["papers_mean"] == ("" if papers is None else str(papers.mean))
     points = [point for curve in findings.curves for point in curve.points]
     for point, read in zip(points, _table(tmp_path / "sensitivity.csv"), strict=True):
         assert float(read["low"]) < float(read["val_error"]) == point.error < float(read["high"])
     for curve, read in zip(findings.curves, _table(tmp_path / "rate_ranges.csv"), strict=True):
         assert float(read["factor"]) == rate_range(curve).factor
-    for row, read in zip(findings.mediation, _table(tmp_path / "mediation.csv"), strict=True):
-        assert (read["arm"], float(read["mean_ratio"])) == (row.arm, row.mean_ratio)
+    for ratios, read in zip(findings.mediation, _table(tmp_path / "mediation.csv"), strict=True):
+        assert (read["arm"], float(read["mean_ratio"])) == (ratios.arm, ratios.mean_ratio)
     for contrast, read in zip(findings.contrasts, _table(tmp_path / "contrasts.csv"), strict=True):
         assert (read["first"], read["second"]) == (contrast.first, contrast.second)
 
@@ -523,8 +525,7 @@ def test_everything_is_written_and_can_be_read_back(tmp_path: Path) -> None:
 
 def test_pictures_show_each_arm_in_its_colour(tmp_path: Path) -> None:
     arms = ["off", *(f"arm{place}" for place in range(1, 12))]
-    findings = find(_whole_study(arms), {"a": 0.1, "b": 0.1}, arms, "off")
-    write(findings, tmp_path)
+    write(find({"a": _whole_study(arms)["a"]}, {"a": 0.1}, arms, "off"), tmp_path)
     styles = arm_styles(arms, "off")
     assert len(set(styles.values())) == len(arms)
     for name in PICTURES:
@@ -582,10 +583,18 @@ def test_old_results_have_the_tables_that_can_be_made_of_them(tmp_path: Path) ->
         assert path.read_text().splitlines()[0].endswith(",config")
     old = {name: read_records(tmp_path / name) for name in cells}
     findings = find(old, {"a": 0.1, "b": 0.1}, ["off", "x"], "off")
-    assert findings.rows == summarise(cells, ["off", "x"], "off")
+    assert str(findings.rows) == str(summarise(cells, ["off", "x"], "off"))  # NaN is not equal to itself
     written = write(findings, tmp_path)
     assert written == ["effects.csv", "effects.png", "sensitivity.csv", "rate_ranges.csv", "sensitivity.png"]
     assert "mean ratio" not in _printed(findings)
+
+
+def test_a_study_that_is_still_tuning_shows_its_curves(tmp_path: Path) -> None:
+    tuning = {job: run for job, run in _whole_study(["off", "x"])["a"].items() if job.phase == "tune"}
+    findings = find({"a": tuning}, {"a": 0.1}, ["off", "x"], "off")
+    assert "Nothing to compare with off yet" in _printed(findings)
+    assert {"sensitivity.png", "rules.csv"} <= set(write(findings, tmp_path))
+    assert find({"a": {}}, {"a": 0.1}, ["off", "x"], "off").curves == []
 
 
 def test_report_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
