@@ -77,7 +77,7 @@ def draw_rules(rows: Sequence[RuleRow], baseline: str, styles: Mapping[str, Styl
         _draw_bars(axes, bars, styles)
         axes.set_title(_RULE_TITLES[rule], fontsize=10)
     figure.supxlabel(_label(baseline), fontsize=10)
-    add_legend(figure, _shown(panels["last"], styles), "-", columns=8)
+    add_legend(figure, _shown(panels["last"], styles), "-")
     save(figure, path)
 
 

@@ -41,7 +41,7 @@ def draw_mediation(rows: Sequence[Mediation], baseline: str, styles: Mapping[str
         left.set_ylabel(f"test error against {baseline}, %", fontsize=10)
     for axes, label in zip(panels[-1], _LABELS.values(), strict=True):
         axes.set_xlabel(label, fontsize=10)
-    add_legend(figure, {row.arm: styles[row.arm] for row in shown}, "", columns=6)
+    add_legend(figure, {row.arm: styles[row.arm] for row in shown}, "")
     save(figure, path)
 
 

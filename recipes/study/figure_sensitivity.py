@@ -40,7 +40,7 @@ def draw_sensitivity(found: Sequence[Curve], styles: Mapping[str, Style], path: 
         axes.set_visible(False)
     figure.supxlabel("base learning rate; bars at the foot: rates within 5% of the arm's best error", fontsize=10)
     shown = {curve.arm: styles[curve.arm] for curve in found}
-    add_legend(figure, shown, "-", columns=2 + 2 * columns)
+    add_legend(figure, shown, "-")
     save(figure, path)
 
 

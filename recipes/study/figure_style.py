@@ -78,14 +78,13 @@ def plain_axes(axes: Any, grid: str) -> None:
         axes.spines[side].set_visible(False)
 
 
-def add_legend(figure: Any, styles: Mapping[str, Style], line: Literal["-", ""], columns: int = 5) -> None:
-    """Write the arms above the axes.
+def add_legend(figure: Any, styles: Mapping[str, Style], line: Literal["-", ""]) -> None:
+    """Write the arms above the axes, as many in a line as have room.
 
     Args:
         figure: The figure.
         styles: The arms that are shown.
         line: Style of the line through the markers, "" for none.
-        columns: Most arms in one line.
     """
     from matplotlib.lines import Line2D
 
@@ -93,7 +92,9 @@ def add_legend(figure: Any, styles: Mapping[str, Style], line: Literal["-", ""],
         Line2D([], [], color=style.colour, marker=style.marker, linestyle=line, markersize=5, label=arm)
         for arm, style in styles.items()
     ]
-    figure.legend(handles=handles, loc="outside upper center", ncols=min(columns, len(handles)), frameon=False)
+    entry = 0.7 + 0.085 * max(map(len, styles), default=0)  # inches: marker and gaps, letters
+    columns = max(1, min(len(handles), int(figure.get_figwidth() / entry)))
+    figure.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False)
 
 
 def save(figure: Any, path: Path) -> None:
