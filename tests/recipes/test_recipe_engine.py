@@ -92,9 +92,14 @@ def free_port() -> int:
 
 
 class Nodes:
-    """Ray's own processes, started as a user would on two machines."""
+    """Ray's own processes, started as a user would on two machines.
 
-    def __init__(self) -> None:
+    Args:
+        folder: Where they are started; None for the current folder.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder
         self.address = f"127.0.0.1:{free_port()}"
         self.processes: list[subprocess.Popen[bytes]] = []
 
@@ -109,7 +114,14 @@ class Nodes:
         )
         command = [str(ray), "start", *arguments, *common]
         self.processes.append(
-            subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+            subprocess.Popen(
+                command,
+                cwd=self.folder,
+                env={**os.environ, "RAY_AUTH_MODE": "disabled"},  # whether or not this user's home holds a token
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
         )
 
     def start_head(self) -> None:
@@ -127,6 +139,12 @@ class Nodes:
                 process.kill()
         self.processes[place].wait()
 
+    def stop(self) -> None:
+        """Kill all nodes that are left."""
+        for place, process in enumerate(self.processes):
+            if process.poll() is None:
+                self.kill(place)
+
 
 @pytest.fixture
 def nodes() -> Iterator[Nodes]:
@@ -134,9 +152,7 @@ def nodes() -> Iterator[Nodes]:
     try:
         yield nodes
     finally:
-        for place in range(len(nodes.processes)):
-            if nodes.processes[place].poll() is None:
-                nodes.kill(place)
+        nodes.stop()
 
 
 def wait_for_nodes(nodes: Nodes, number: int) -> None:

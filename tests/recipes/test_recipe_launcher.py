@@ -1,0 +1,93 @@
+"""Sweeps on a Ray cluster that is started on this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.recipes.test_recipe_engine import ROOT, Nodes, wait_for_nodes
+
+pytestmark = pytest.mark.cluster
+
+TINY = (
+    *("experiment=digits_resnet18", "debug=one_batch", "trainer=cpu", "model.net.width=4", "threads=1"),
+    *("data.train_size=64", "data.val_size=20", "data.test_size=20", "logger=csv", "~callbacks.pictures"),
+)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
+    """A node of one core, started in another folder than the sweeps."""
+    pytest.importorskip("ray")
+    pytest.importorskip("hydra_plugins.hydra_ray_launcher")
+    nodes = Nodes(tmp_path_factory.mktemp("node"))
+    try:
+        nodes.start_head()
+        wait_for_nodes(nodes, 1)
+        yield nodes
+    finally:
+        nodes.stop()
+
+
+def sweep(folder: Path, address: str, *overrides: str) -> subprocess.CompletedProcess[str]:
+    """Run a sweep from the command line, with its output folder given as a path relative to the current folder."""
+    command = [sys.executable, "-m", "recipes.train", *TINY, *overrides]
+    return subprocess.run(
+        [*command, f"paths.output_dir={os.path.relpath(folder, ROOT)}", f"paths.data_dir={folder}/data"],
+        cwd=ROOT,
+        env={**os.environ, "RAY_ADDRESS": address},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+def results(folder: Path) -> dict[int, tuple[dict[str, Any], dict[str, torch.Tensor]]]:
+    """Return each seed's summary, without times and paths, and the best weights."""
+    found = {}
+    for file in folder.glob("digits_resnet18/*/summary.json"):
+        summary = json.loads(file.read_text(encoding="utf-8"))
+        for name in ("seconds", "best_checkpoint"):
+            del summary[name]
+        checkpoint = torch.load(file.parent / "checkpoints/best.ckpt", weights_only=True)
+        found[summary["seed"]] = (summary, checkpoint["state_dict"])
+    return found
+
+
+def test_a_sweep_gives_what_it_gives_without_ray(cluster: Nodes, tmp_path: Path) -> None:
+    seeds = ("sweep=seeds", "seeds='1,2'")
+    done = sweep(tmp_path / "ray", cluster.address, *seeds, "hydra/launcher=ray")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "ConfigStore schema" not in done.stderr
+    plain = sweep(tmp_path / "basic", "", *seeds)
+    assert plain.returncode == 0, plain.stdout + plain.stderr
+    found, expected = results(tmp_path / "ray"), results(tmp_path / "basic")
+    assert found.keys() == expected.keys() == {1, 2}
+    for seed, (summary, weights) in expected.items():
+        assert found[seed][0] == summary
+        torch.testing.assert_close(found[seed][1], weights, rtol=0, atol=0)
+
+
+def test_a_run_that_fails_is_named(cluster: Nodes, tmp_path: Path) -> None:
+    """By its overrides; the run after it is done all the same."""
+    failed = sweep(tmp_path, cluster.address, "-m", "balancing.lr_min_ratio=3,0.5", "hydra/launcher=ray")
+    assert failed.returncode == 2, failed.stdout + failed.stderr
+    assert "job with overrides: ['balancing.lr_min_ratio=3'" in failed.stderr
+    assert "error: balancing: " in failed.stderr
+    assert "Traceback" not in failed.stderr
+    assert results(tmp_path).keys() == {43}
+
+
+def test_no_cluster(cluster: Nodes, tmp_path: Path) -> None:
+    failed = sweep(tmp_path, "127.0.0.1:1", "sweep=seeds", "hydra/launcher=ray")
+    assert failed.returncode == 2, failed.stdout + failed.stderr
+    assert "error: Failed to connect to Ray cluster" in failed.stderr
