@@ -12,7 +12,7 @@ import threading
 __all__ = ["available_cores", "end_with_parent", "enter_folder"]
 
 FOLDER = "FARMS_TB_FOLDER"
-"""Environment variable: the folder from which a sweep on a Ray cluster was started."""
+"""Environment variable: the folder from which a sweep or a study on a Ray cluster was started."""
 
 
 def available_cores() -> int:
@@ -23,10 +23,9 @@ def available_cores() -> int:
 
 
 def enter_folder() -> None:
-    """Go to the folder from which the sweep was started, so that relative paths mean the same in each of its runs.
+    """Go to the folder from which the command was started, so that relative paths mean the same everywhere.
 
-    Ray calls it at the start of each process, which begins in the folder where `ray start` was called; see
-    `conf/hydra/launcher/ray.yaml`.
+    Ray calls it at the start of each of its processes, which begin in the folder where `ray start` was called.
     """
     os.chdir(os.environ[FOLDER])
 

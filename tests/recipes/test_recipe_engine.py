@@ -91,6 +91,14 @@ def free_port() -> int:
         return int(opened.getsockname()[1])
 
 
+def kill_tree(pid: int) -> None:
+    """Kill a process and all that it has started."""
+    with suppress(psutil.NoSuchProcess):
+        for process in [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+
+
 class Nodes:
     """Ray's own processes, started as a user would on two machines.
 
@@ -133,10 +141,7 @@ class Nodes:
 
     def kill(self, place: int) -> None:
         """Kill a node as a power cut would."""
-        children = psutil.Process(self.processes[place].pid).children(recursive=True)
-        for process in [psutil.Process(self.processes[place].pid), *children]:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
+        kill_tree(self.processes[place].pid)
         self.processes[place].wait()
 
     def stop(self) -> None:

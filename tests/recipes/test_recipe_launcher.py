@@ -1,9 +1,10 @@
-"""Sweeps on a Ray cluster that is started on this machine."""
+"""Sweeps on a Ray cluster that is started on this machine, and the job script that starts one under SLURM."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.recipes.test_recipe_engine import ROOT, Nodes, wait_for_nodes
-
-pytestmark = pytest.mark.cluster
+from recipes.study.records import read_records
+from tests.recipes.recipe_runs import TINY_STUDY
+from tests.recipes.test_recipe_engine import ROOT, Nodes, free_port, kill_tree, wait_for_nodes
 
 TINY = (
     *("experiment=digits_resnet18", "debug=one_batch", "trainer=cpu", "model.net.width=4", "threads=1"),
@@ -63,6 +64,7 @@ def results(folder: Path) -> dict[int, tuple[dict[str, Any], dict[str, torch.Ten
     return found
 
 
+@pytest.mark.cluster
 def test_a_sweep_gives_what_it_gives_without_ray(cluster: Nodes, tmp_path: Path) -> None:
     seeds = ("sweep=seeds", "seeds='1,2'")
     done = sweep(tmp_path / "ray", cluster.address, *seeds, "hydra/launcher=ray")
@@ -77,6 +79,7 @@ def test_a_sweep_gives_what_it_gives_without_ray(cluster: Nodes, tmp_path: Path)
         torch.testing.assert_close(found[seed][1], weights, rtol=0, atol=0)
 
 
+@pytest.mark.cluster
 def test_a_run_that_fails_is_named(cluster: Nodes, tmp_path: Path) -> None:
     """By its overrides; the run after it is done all the same."""
     failed = sweep(tmp_path, cluster.address, "-m", "balancing.lr_min_ratio=3,0.5", "hydra/launcher=ray")
@@ -87,7 +90,61 @@ def test_a_run_that_fails_is_named(cluster: Nodes, tmp_path: Path) -> None:
     assert results(tmp_path).keys() == {43}
 
 
+@pytest.mark.cluster
 def test_no_cluster(cluster: Nodes, tmp_path: Path) -> None:
     failed = sweep(tmp_path, "127.0.0.1:1", "sweep=seeds", "hydra/launcher=ray")
     assert failed.returncode == 2, failed.stdout + failed.stderr
     assert "error: Failed to connect to Ray cluster" in failed.stderr
+
+
+SRUN = """#!/bin/bash
+# Starts a node of one core on this machine, whichever SLURM would take.
+while [[ $1 == --* ]]; do shift; done
+small=(--num-gpus=0 --object-store-memory=80000000 --node-ip-address=127.0.0.1)
+[[ $* == *--head* ]] && small+=(--include-dashboard=false)
+echo $$ >> "$(dirname "$0")/pids"
+exec "$@" "${small[@]}"
+"""
+SCONTROL = """#!/bin/bash
+[[ $* == "show hostnames node[1-2]" ]] && printf '127.0.0.1\\nnode2\\n'
+"""
+
+
+@pytest.fixture
+def slurm(tmp_path: Path) -> Iterator[Path]:
+    """A folder with stand-ins for two commands of SLURM; the nodes that they start are killed at the end."""
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "pids").touch()
+    yield tmp_path
+    for pid in (tmp_path / "pids").read_text(encoding="utf-8").split():
+        kill_tree(int(pid))
+
+
+def job_script() -> str:
+    """Return the script of the documentation that starts Ray in a SLURM job."""
+    page = (ROOT / "docs/machines.md").read_text(encoding="utf-8")
+    (script,) = re.findall(r"```bash\n(#!/bin/bash\n#SBATCH .*?)```", page, re.DOTALL)
+    return str(script)
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(600)
+def test_the_job_script_runs_a_study_on_all_nodes(slurm: Path) -> None:
+    pytest.importorskip("ray")
+    settings = [*TINY_STUDY, "study.arms=[off]", "study.seeds=2", "study.grid=[1]", f"study.folder={slurm}/study"]
+    script = job_script().replace("6379", str(free_port())).replace("study=small", " ".join(settings))
+    script += "until ray status | tee /dev/stderr | grep -q '/2.0 CPU'; do sleep 2; done\n"
+    job = {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_NUM_NODES": "2", "SLURM_CPUS_PER_TASK": "1"}
+    path = f"{slurm}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    with (slurm / "log").open("w", encoding="utf-8") as log:
+        done = subprocess.run(
+            ["bash", "-eu", "-c", script],
+            cwd=ROOT,
+            env={**os.environ, **job, "PATH": path},
+            stdout=log,
+            stderr=log,
+        )
+    assert done.returncode == 0, (slurm / "log").read_text(encoding="utf-8")
+    assert sorted(job.seed for job in read_records(slurm / "study/digits_resnet18")) == [1, 2]
