@@ -79,6 +79,18 @@ def test_mistakes_end_in_one_sentence(
     assert printed.count("error:") == 1
 
 
+def test_a_run_of_a_sweep_that_fails_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """By its overrides; the run after it is done all the same."""
+    folders = (f"paths.output_dir={tmp_path}/runs", f"paths.data_dir={tmp_path}/data", "~callbacks.progress")
+    asked = ("-m", f"ckpt_path={tmp_path}/nothing.ckpt,null", "balancing=off", "debug=one_batch", "logger=csv")
+    printed = _command_line(monkeypatch, capsys, *TINY_UNET, *folders, *asked)
+    assert f"job with overrides: ['ckpt_path={tmp_path}/nothing.ckpt'" in printed
+    assert printed.count("error:") == 1
+    assert len(list(tmp_path.glob("runs/darcy_unet/*/summary.json"))) == 1
+
+
 def test_missing_data_are_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

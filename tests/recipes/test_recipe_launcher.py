@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -133,18 +134,19 @@ def job_script() -> str:
 @pytest.mark.timeout(600)
 def test_the_job_script_runs_a_study_on_all_nodes(slurm: Path) -> None:
     pytest.importorskip("ray")
-    settings = [*TINY_STUDY, "study.arms=[off]", "study.seeds=2", "study.grid=[1]", f"study.folder={slurm}/study"]
-    script = job_script().replace("6379", str(free_port())).replace("study=small", " ".join(settings))
+    settings = [
+        *TINY_STUDY,
+        'study.arms=["off"]',
+        "study.seeds=2",
+        "study.grid=[1]",
+        f"study.folder={slurm}/study",
+    ]
+    script = job_script().replace("6379", str(free_port())).replace("study=small", shlex.join(settings))
     script += "until ray status | tee /dev/stderr | grep -q '/2.0 CPU'; do sleep 2; done\n"
     job = {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_NUM_NODES": "2", "SLURM_CPUS_PER_TASK": "1"}
-    path = f"{slurm}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    with (slurm / "log").open("w", encoding="utf-8") as log:
-        done = subprocess.run(
-            ["bash", "-eu", "-c", script],
-            cwd=ROOT,
-            env={**os.environ, **job, "PATH": path},
-            stdout=log,
-            stderr=log,
-        )
+    environment = {**os.environ, **job, "PATH": f"{slurm}:{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    with (slurm / "log").open("w", encoding="utf-8") as log:  # a pipe would stay open as long as the nodes live
+        command = ["bash", "-eu", "-c", script]
+        done = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=log, check=False)
     assert done.returncode == 0, (slurm / "log").read_text(encoding="utf-8")
     assert sorted(job.seed for job in read_records(slurm / "study/digits_resnet18")) == [1, 2]
