@@ -1,4 +1,4 @@
-"""What every command that starts processes of its own needs: how many, where, and that none outlives the command.
+"""What every command that starts processes of its own needs: how many, and that none outlives the command.
 
 Imports nothing heavy, since the processes import it too.
 """
@@ -9,10 +9,7 @@ import multiprocessing
 import os
 import threading
 
-__all__ = ["available_cores", "end_with_parent", "enter_folder"]
-
-FOLDER = "FARMS_TB_FOLDER"
-"""Environment variable: the folder from which a sweep or a study on a Ray cluster was started."""
+__all__ = ["available_cores", "end_with_parent"]
 
 
 def available_cores() -> int:
@@ -20,14 +17,6 @@ def available_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def enter_folder() -> None:
-    """Go to the folder from which the command was started, so that relative paths mean the same everywhere.
-
-    Ray calls it at the start of each of its processes, which begin in the folder where `ray start` was called.
-    """
-    os.chdir(os.environ[FOLDER])
 
 
 def end_with_parent() -> None:

@@ -22,7 +22,7 @@ from rich.markup import escape
 from recipes.console import make_console
 from recipes.errors import RecipeError
 
-__all__ = ["hand_over_hydras_errors", "run_errors", "sentence", "show_errors", "user_errors"]
+__all__ = ["hand_over_hydras_errors", "hydra_run", "sentence", "show_errors", "user_errors"]
 
 FULL_ERROR = "RECIPES_FULL_ERROR"
 _SETUP = ("setup", "on_train_start")
@@ -52,17 +52,21 @@ def user_errors() -> Iterator[None]:
 
 
 @contextmanager
-def run_errors() -> Iterator[None]:
+def hydra_run() -> Iterator[None]:
     """Do what `user_errors` does, for the function that Hydra calls once, or for each run of a sweep.
 
-    In a sweep a mistake is raised as a `RecipeError`. The launcher brings it from the process of the run to that
-    of the sweep, where Hydra names the run and `user_errors` prints the sentence. The original error would arrive
-    without its traceback, by which `sentence` knows a mistake in the balancing options.
+    In a sweep relative paths are those of the folder in which it was started; Ray's processes begin in another.
+    A mistake is raised as a `RecipeError`, which the launcher brings from the process of the run to that of the
+    sweep, where Hydra names the run and `user_errors` prints the sentence. The original error would arrive without
+    its traceback, by which `sentence` knows a mistake in the balancing options.
     """
-    if HydraConfig.get().mode != RunMode.MULTIRUN:
+    settings = HydraConfig.get()
+    if settings.mode != RunMode.MULTIRUN:
         with user_errors():
             yield
         return
+    if not settings.job.chdir:
+        os.chdir(settings.runtime.cwd)
     try:
         yield
     except Exception as error:

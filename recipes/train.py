@@ -36,7 +36,7 @@ from lightning import Trainer
 from omegaconf import DictConfig, OmegaConf
 from rich.markup import escape
 
-from recipes.command import hand_over_hydras_errors, run_errors, user_errors
+from recipes.command import hand_over_hydras_errors, hydra_run, user_errors
 from recipes.config import check_config, check_resumed_config
 from recipes.console import make_console, quiet_lightning, warn
 from recipes.folder import CONFIG_FILE, drop_if_empty, open_run_folder, save_config
@@ -205,7 +205,7 @@ def _log_settings(cfg: DictConfig, run: Run) -> None:
 def _task(cfg: DictConfig) -> None:
     """Train with the composed settings; a launcher may call this in a process of its own."""
     quiet_lightning(logging.WARNING)
-    with run_errors():
+    with hydra_run():
         train(cfg)
 
 

@@ -13,7 +13,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from recipes.children import FOLDER
 from recipes.engine.task import Outcome, call, look_around
 from recipes.errors import RecipeError
 
@@ -67,10 +66,7 @@ class RayEngine:
                 address=self._address,
                 log_to_driver=False,
                 logging_level="ERROR",
-                runtime_env={
-                    "env_vars": {"PYTHONPATH": str(ROOT), FOLDER: str(Path.cwd())},
-                    "worker_process_setup_hook": "recipes.children.enter_folder",
-                },
+                runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}},
             )
         except ConnectionError as error:
             raise RecipeError(
