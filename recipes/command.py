@@ -65,9 +65,9 @@ def hydra_run() -> Iterator[None]:
         with user_errors():
             yield
         return
-    if not settings.job.chdir:
-        os.chdir(settings.runtime.cwd)
     try:
+        if not settings.job.chdir:
+            os.chdir(settings.runtime.cwd)
         yield
     except Exception as error:
         message = _wanted_sentence(error)
@@ -142,6 +142,13 @@ def _balancing_error(error: BaseException) -> str | None:
     return f"balancing: {error}"
 
 
+def _plugin_error(error: BaseException) -> str | None:
+    """Return what to install for a launcher that Hydra does not find; None for another error."""
+    if not str(error).startswith("Unknown plugin class"):
+        return None
+    return f"hydra/launcher: {_one_line(str(error))}: pip install 'farms-tb[launchers,cluster]'"
+
+
 def _connection_error(error: BaseException) -> str:
     """Return the reason of the operating system, or of Ray where no cluster answers."""
     return _one_line(str(error))
@@ -176,6 +183,7 @@ _MISTAKES: tuple[tuple[_Kinds, Callable[[BaseException], str | None]], ...] = (
     ((HydraException, OmegaConfBaseException), _settings_error),
     (MisconfigurationException, _trainer_error),
     ((ValueError, TypeError), _balancing_error),
+    (RuntimeError, _plugin_error),
     (ConnectionError, _connection_error),
     (OSError, _file_error),
 )
