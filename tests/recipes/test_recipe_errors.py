@@ -93,7 +93,13 @@ def test_a_run_of_a_sweep_that_fails_is_named(
 ) -> None:
     """By its overrides; the run after it is done all the same."""
     folders = (f"paths.output_dir={tmp_path}/runs", f"paths.data_dir={tmp_path}/data", "~callbacks.progress")
-    asked = ("-m", f"ckpt_path={tmp_path}/nothing.ckpt,null", "balancing=off", "debug=one_batch", "logger=csv")
+    asked = (
+        "hydra.mode=MULTIRUN",
+        f"ckpt_path={tmp_path}/nothing.ckpt,null",
+        "balancing=off",
+        "debug=one_batch",
+        "logger=csv",
+    )
     printed = _command_line(monkeypatch, capsys, *TINY_UNET, *folders, *asked)
     assert f"job with overrides: ['ckpt_path={tmp_path}/nothing.ckpt'" in printed
     assert printed.count("error:") == 1

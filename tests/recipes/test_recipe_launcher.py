@@ -83,7 +83,9 @@ def test_a_sweep_gives_what_it_gives_without_ray(cluster: Nodes, tmp_path: Path)
 @pytest.mark.cluster
 def test_a_run_that_fails_is_named(cluster: Nodes, tmp_path: Path) -> None:
     """By its overrides; the run after it is done all the same."""
-    failed = sweep(tmp_path, cluster.address, "-m", "balancing.lr_min_ratio=3,0.5", "hydra/launcher=ray")
+    failed = sweep(
+        tmp_path, cluster.address, "hydra.mode=MULTIRUN", "balancing.lr_min_ratio=3,0.5", "hydra/launcher=ray"
+    )
     assert failed.returncode == 2, failed.stdout + failed.stderr
     assert "job with overrides: ['balancing.lr_min_ratio=3'" in failed.stderr
     assert "error: balancing: " in failed.stderr
