@@ -8,6 +8,7 @@ from lightning import Callback, LightningDataModule, LightningModule, seed_every
 from omegaconf import DictConfig
 
 from recipes.config import build, build_balancer, check_combination
+from recipes.optimizers import make_optimizer, takes_network
 
 __all__ = ["Parts", "build_parts"]
 
@@ -37,11 +38,14 @@ def build_parts(cfg: DictConfig) -> Parts:
         The parts. Weights are drawn from `cfg.seed`.
 
     Raises:
-        RecipeError: A part refuses its settings, or model and data do not fit.
+        RecipeError: A part refuses its settings, model and data do not fit, or the optimizer can't train the
+            network.
     """
     data = build(cfg, "data")
     factories = {"optimizer": build(cfg, "optimizer"), "scheduler": build(cfg, "scheduler")}
     seed_everything(cfg.seed, workers=True, verbose=False)
     model = build(cfg, "model", **factories)
     check_combination(cfg, model, data)
+    if takes_network(factories["optimizer"]):
+        make_optimizer(factories["optimizer"], getattr(model, "net", model))  # a trial, which may refuse
     return Parts(data, model, build_balancer(cfg))
