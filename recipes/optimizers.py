@@ -171,12 +171,18 @@ def muon(
             "optimizer=muon finds no matrix between the first and the last layer of the network; choose "
             "optimizer=adamw, or a deeper network"
         )
-    both = {"lr": lr, "weight_decay": weight_decay}
-    groups = [
-        {"params": hidden, "use_muon": True, "momentum": momentum, "use_adjusted_lr": True, **both},
-        {"params": others, "use_muon": False, "betas": tuple(betas), "eps": 1e-8, **both},
-    ]
-    made: Optimizer = optimizers.Muon([group for group in groups if group["params"]])
+    groups = [{"params": hidden, "use_muon": True}, {"params": others, "use_muon": False}]
+    made: Optimizer = optimizers.Muon(
+        [group for group in groups if group["params"]],
+        lr=lr,
+        momentum=momentum,
+        weight_decay=weight_decay,
+        use_adjusted_lr=True,
+        adamw_lr=lr,
+        adamw_betas=tuple(betas),
+        adamw_wd=weight_decay,
+        adamw_eps=1e-8,
+    )
     return made
 
 

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from lightning import Callback, LightningDataModule, LightningModule, seed_everything
 from omegaconf import DictConfig
 
-from recipes.config import build, build_balancer, check_combination
-from recipes.optimizers import make_optimizer, takes_network
+from recipes.config import build, build_balancer, check_combination, check_optimizer
 
 __all__ = ["Parts", "build_parts"]
 
@@ -46,6 +45,5 @@ def build_parts(cfg: DictConfig) -> Parts:
     seed_everything(cfg.seed, workers=True, verbose=False)
     model = build(cfg, "model", **factories)
     check_combination(cfg, model, data)
-    if takes_network(factories["optimizer"]):
-        make_optimizer(factories["optimizer"], getattr(model, "net", model))  # a trial, which may refuse
+    check_optimizer(cfg, model, factories["optimizer"])
     return Parts(data, model, build_balancer(cfg))
