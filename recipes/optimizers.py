@@ -112,10 +112,11 @@ def lamb(
         RecipeError: pytorch-optimizer is not installed, or `net` is no network.
     """
     optimizers = _pytorch_optimizer("lamb")
-    matrices, vectors = [], []
+    matrices: list[nn.Parameter] = []
+    vectors: list[nn.Parameter] = []
     for parameter in _checked(net, "lamb").parameters():
         (vectors if _is_vector(parameter) else matrices).append(parameter)
-    groups = [{"params": matrices}, {"params": vectors, "adam": True, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "adam": True, "weight_decay": 0.0}]
     made: Optimizer = optimizers.Lamb(
         [group for group in groups if group["params"]],
         lr=lr,
@@ -157,7 +158,8 @@ def muon(
             hidden matrix.
     """
     optimizers = _pytorch_optimizer("muon")
-    hidden, others = [], []
+    hidden: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     names = _hidden_matrices(_checked(net, "muon"))
     for name, parameter in net.named_parameters():
         if parameter.is_complex():
