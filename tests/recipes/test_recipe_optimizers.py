@@ -24,7 +24,10 @@ from recipes.errors import RecipeError
 from recipes.optimizers import adamw_layer_decay, lamb, lars, make_optimizer, muon
 from recipes.parts import build_parts
 from recipes.train import train
+from tests.helpers import LIGHTNING_NOISE
 from tests.recipes.recipe_runs import TINY_DARCY, TINY_UNET
+
+pytestmark = LIGHTNING_NOISE
 
 pytest.importorskip("pytorch_optimizer")
 pytest.importorskip("timm")
