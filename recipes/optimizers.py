@@ -7,7 +7,7 @@ That takes the network, where an optimizer of torch takes its parameters: `make_
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
@@ -217,10 +217,10 @@ def adamw_layer_decay(
         RecipeError: timm is not installed, `net` is no network, or it has no blocks to tell the depth by.
     """
     try:
-        from timm.optim import param_groups_layer_decay
+        from timm.optim import param_groups_layer_decay  # type: ignore[attr-defined]
     except ImportError as error:
         raise _missing("adamw_layer_decay", "timm") from error
-    without_decay = getattr(_checked(net, "adamw_layer_decay"), "no_weight_decay", set)()
+    without_decay: Collection[str] = getattr(_checked(net, "adamw_layer_decay"), "no_weight_decay", set)()
     groups = param_groups_layer_decay(
         net if hasattr(net, "group_matcher") else _with_depths(net),  # type: ignore[arg-type]
         weight_decay=weight_decay,
