@@ -8,7 +8,7 @@ their test errors with the baseline's, seed by seed:
     python -m recipes.study study=small                                  the cells of conf/study/small.yaml
     python -m recipes.study study=small study.seeds=5 trainer.max_epochs=20
     python -m recipes.study --dry-run study=small                        what is left to do, no training
-    python -m recipes.study --report study=small                         table and figure again, no training
+    python -m recipes.study --report study=small                         tables and figures again, no training
     python -m recipes.study experiment=study/darcy_fno study=report      the same of one cell, written as a setting
 
 Arms are off, full, farms, shrinkage, small_alpha, noise_aware, llr and placebo (FARMS's ratios, wrong layers);
@@ -31,6 +31,8 @@ How it is done:
 - Final weights are tested, not those of the best epoch.
 - The effect is the mean log ratio of test errors, with a t-interval; see `recipes.study.statistics`. Its p-value
   is corrected over the arms of a cell (Holm).
+- Rules of scoring, sensitivity to the rate, ratios and the effect over tasks are reported too; docs/study.md
+  explains each table.
 - A run that diverged is out when a learning rate is chosen; as a final run it counts with the error of a network
   that has learnt nothing: 1 - 1 / classes, ln(classes) for a loss, or 1 for nRMSE and relative L2.
 
@@ -56,11 +58,10 @@ from recipes.command import user_errors
 from recipes.console import make_console, quiet_lightning, warn
 from recipes.old_names import current_overrides
 from recipes.study.cells import Study, load_study
-from recipes.study.figure import FIGURE_FILE, draw
+from recipes.study.findings import find, show, write
+from recipes.study.pairs import Records
 from recipes.study.records import read_records
-from recipes.study.report import EFFECTS_FILE, Records, summarise, write_effects
 from recipes.study.runner import run_study, show_plan
-from recipes.study.table import print_rows
 from recipes.train import CONFIG_DIR
 
 __all__ = ["main"]
@@ -69,20 +70,19 @@ REPORT = "study=report"
 
 
 def _report(study: Study, results: dict[str, Records], console: Console) -> None:
-    """Print the table; write it and the figure into the folder of the study, or into that of its only cell."""
+    """Print what was found, and write it into the folder of the study, or into that of its only cell."""
     arms = list(dict.fromkeys(chain.from_iterable(cell.options.arms for cell in study.cells)))
     first = study.cells[0]
     baseline = first.options.baseline
-    rows = summarise(results, arms, baseline)
+    own_lrs = {cell.name: cell.lr(baseline) for cell in study.cells}
     folder = study.folder
     if len(study.cells) == 1:
         folder = first.folder
-    print_rows(console, rows, baseline)
-    if not rows:
-        return
-    write_effects(rows, folder / EFFECTS_FILE)
-    draw(rows, baseline, folder / FIGURE_FILE)
-    console.print(f"in {escape(str(folder))}: {EFFECTS_FILE}, {FIGURE_FILE}; results.csv in each cell's folder")
+    findings = find(results, own_lrs, arms, baseline)
+    show(findings, console)
+    written = write(findings, folder)
+    if written:
+        console.print(f"in {escape(str(folder))}: {', '.join(written)}; results.csv in each cell's folder")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -95,7 +95,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "python -m recipes.study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--report", action="store_true", help="print the table and draw the figure of what is there, train nothing"
+        "--report",
+        action="store_true",
+        help="print the tables and draw the figures of what is there, train nothing",
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="print the runs that are left and what they cost, train nothing"

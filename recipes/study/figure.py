@@ -1,101 +1,145 @@
-"""A study's findings as a figure: every arm's change of the error with its interval.
-
-matplotlib is imported where it is used, since the processes that train import this package too.
-"""
+"""A study's effects as figures: every arm's change of the error with its interval, and the same by each rule."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from farms_tb.atomic_write import atomic_path
+from recipes.study.figure_style import Style, add_legend, new_figure, plain_axes, save
 from recipes.study.report import POOLED, Row, percent
+from recipes.study.rules import RULES, RuleRow
+from recipes.study.statistics import Effect, RandomEffects
 
-__all__ = ["FIGURE_FILE", "draw"]
+__all__ = ["FIGURE_FILE", "RULES_FIGURE", "draw", "draw_rules"]
 
 FIGURE_FILE = "effects.png"
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#8C8C8C", "#CC79A7")
-_GAP = 0.8  # between the cells, in heights of a row
+RULES_FIGURE = "rules.png"
+TASKS = "tasks like these"
+_GAP = 0.8  # between the groups, in heights of a row
+
+_RULE_TITLES = {
+    "last": "last epoch",
+    "best": "best epoch by validation",
+    "papers": "the papers' rule",
+}
 
 
-def draw(rows: Sequence[Row], baseline: str, path: Path) -> None:
-    """Draw every arm's change with its interval, cell by cell, the pooled one lowest.
+@dataclass(frozen=True)
+class _Bar:
+    """One row of a panel.
+
+    Attributes:
+        group: The cell, or what else its rows have in common.
+        arm: The arm.
+        interval: Mean log ratio and the ends of its interval; None leaves the row empty.
+    """
+
+    group: str
+    arm: str
+    interval: Effect | RandomEffects | None
+
+
+def draw(rows: Sequence[Row], baseline: str, styles: Mapping[str, Style], path: Path) -> None:
+    """Draw every arm's change with its interval, cell by cell, those over all cells lowest.
 
     Args:
         rows: The findings; rows without an effect are left out.
         baseline: The arm that the others are compared with.
+        styles: How arms are drawn.
         path: Where the figure goes.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    shown = [row for row in rows if row.effect is not None]
-    names = list(dict.fromkeys(row.cell for row in shown))
-    arms = list(dict.fromkeys(row.arm for row in shown))
-    colours = dict(zip(arms, _COLOURS * len(arms), strict=False))
-    figure = Figure(figsize=(7.5, 1.3 + 0.17 * len(shown) + 0.25 * len(names)), layout="constrained")
-    FigureCanvasAgg(figure)
+    bars = [_Bar(row.cell, row.arm, row.effect) for row in rows if row.effect is not None]
+    bars += [_Bar(TASKS, row.arm, row.over_tasks) for row in rows if row.over_tasks is not None]
+    figure = new_figure(7.5, _height(bars))
     axes = figure.add_subplot()
-    top = 0.0  # of the next cell; rows have height 1 and go downwards
+    _draw_bars(axes, bars, styles)
+    axes.set_xlabel(_label(baseline))
+    add_legend(figure, _shown(bars, styles), "-")
+    save(figure, path)
+
+
+def draw_rules(rows: Sequence[RuleRow], baseline: str, styles: Mapping[str, Style], path: Path) -> None:
+    """Draw every arm's change by each rule, one panel a rule.
+
+    Args:
+        rows: The effects by rule.
+        baseline: The arm that the others are compared with.
+        styles: How arms are drawn.
+        path: Where the figure goes.
+    """
+    panels = {rule: [_Bar(row.cell, row.arm, row.effects[rule]) for row in rows] for rule in RULES}
+    figure = new_figure(10, _height(panels["last"]))
+    every_axes = figure.subplots(1, len(RULES), sharex=True, sharey=True)
+    for (rule, bars), axes in zip(panels.items(), every_axes, strict=True):
+        _draw_bars(axes, bars, styles)
+        axes.set_title(_RULE_TITLES[rule], fontsize=10)
+    figure.supxlabel(_label(baseline), fontsize=10)
+    add_legend(figure, _shown(panels["last"], styles), "-", columns=8)
+    save(figure, path)
+
+
+def _label(baseline: str) -> str:
+    """Return what the horizontal axis shows."""
+    return f"change of the test error against {baseline}, % (95% interval, paired by seed); left is better"
+
+
+def _height(bars: Sequence[_Bar]) -> float:
+    """Return the height of a figure with some rows, in inches."""
+    groups = {bar.group for bar in bars}
+    return 1.3 + 0.17 * len(bars) + 0.25 * len(groups)
+
+
+def _shown(bars: Sequence[_Bar], styles: Mapping[str, Style]) -> dict[str, Style]:
+    """Return the styles of the arms that have rows, in the order of the rows."""
+    return {bar.arm: styles[bar.arm] for bar in bars}
+
+
+def _draw_bars(axes: Any, bars: Sequence[_Bar], styles: Mapping[str, Style]) -> None:
+    """Draw the rows of a panel downwards, with a gap between the groups and grey behind those over all cells."""
+    top = 0.0  # of the next group; rows have height 1
     middles = []
+    names = list(dict.fromkeys(bar.group for bar in bars))
     for name in names:
-        members = [row for row in shown if row.cell == name]
-        for place, row in enumerate(members):
-            _draw_row(axes, top + place, row, colours[row.arm])
+        members = [bar for bar in bars if bar.group == name]
+        for place, bar in enumerate(members):
+            _draw_bar(axes, top + place, bar, styles[bar.arm])
         middles.append(top + (len(members) - 1) / 2)
-        if name == POOLED:
+        if name in (POOLED, TASKS):
             axes.axhspan(top - 0.9, top + len(members) - 0.1, color="0.95", zorder=0)
         top += len(members) + _GAP
     axes.set_yticks(middles, names)
     axes.set_ylim(top - _GAP - 0.2, -0.8)
-    _style(axes, baseline)
-    handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))  # one an arm
-    figure.legend(
-        handles.values(), handles.keys(), loc="outside upper center", ncols=max(1, len(arms)), frameon=False
-    )
-    with atomic_path(path) as part:
-        figure.savefig(part, dpi=150, format=path.suffix[1:])
+    axes.axvline(0.0, color="0.3", linewidth=0.8, zorder=0.5)
+    plain_axes(axes, "x")
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
 
 
-def _draw_row(axes: Any, y: float, row: Row, colour: str) -> None:
-    """Draw the mean and, where there is one, the interval of a row, in per cent; pooled rows get diamonds.
+def _draw_bar(axes: Any, y: float, bar: _Bar, style: Style) -> None:
+    """Draw the mean and, where there is one, the interval of a row, in per cent.
 
     Args:
         axes: Where to draw.
         y: Height of the row.
-        row: A row with an effect.
-        colour: Colour of its arm.
+        bar: The row.
+        style: Style of its arm; means over tasks have hollow markers.
     """
-    assert row.effect is not None
-    centre = percent(row.effect.mean)
+    if bar.interval is None:
+        return
+    centre = percent(bar.interval.mean)
     to_ends = None
-    if not math.isnan(row.effect.low):
-        to_ends = [[centre - percent(row.effect.low)], [percent(row.effect.high) - centre]]
-    marker = "o"
-    if row.cell == POOLED:
-        marker = "D"
+    if not math.isnan(bar.interval.low):
+        to_ends = [[centre - percent(bar.interval.low)], [percent(bar.interval.high) - centre]]
     axes.errorbar(
         centre,
         y,
         xerr=to_ends,
-        fmt=marker,
+        fmt=style.marker,
         markersize=5,
+        markerfacecolor="white" if bar.group == TASKS else style.colour,
         capsize=2.5,
-        color=colour,
-        label=row.arm,
-    )
-
-
-def _style(axes: Any, baseline: str) -> None:
-    """Draw the line of no effect and a grid for reading values; leave out what carries no information."""
-    axes.axvline(0.0, color="0.3", linewidth=0.8, zorder=0.5)
-    axes.tick_params(axis="y", length=0)
-    axes.grid(axis="x", color="0.9", linewidth=0.6, zorder=0)
-    axes.set_axisbelow(True)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.set_xlabel(
-        f"change of the test error against {baseline}, % (95% interval, paired by seed); left is better"
+        color=style.colour,
     )

@@ -13,15 +13,25 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from recipes.study.records import Job, Record, write_rows
-from recipes.study.statistics import Effect, holm, pooled_effect
+from recipes.study.pairs import FinalRuns, Records, final_runs, log_ratios, pairs
+from recipes.study.records import Record, write_rows
+from recipes.study.statistics import Effect, RandomEffects, holm, pooled_effect, random_effects
 
-__all__ = ["EFFECTS_FILE", "POOLED", "Row", "percent", "summarise", "write_effects"]
+__all__ = [
+    "EFFECTS_FILE",
+    "POOLED",
+    "Records",
+    "Row",
+    "effect_columns",
+    "mean_effect",
+    "percent",
+    "summarise",
+    "write_effects",
+    "write_table",
+]
 
 EFFECTS_FILE = "effects.csv"
 POOLED = "all cells"
-
-Records = Mapping[Job, Record]
 
 
 @dataclass(frozen=True)
@@ -40,6 +50,10 @@ class Row:
         effect: Log ratio to the baseline; None for the baseline itself, or without a pair.
         p_holm: Its p-value, corrected over the arms of this cell; NaN where there is none.
         overhead: Time of the callback divided by the time of the baseline's training on the same seeds.
+        difference: Difference of the errors, arm less baseline, in the error's own unit; None where `effect` is,
+            and for the pooled rows.
+        over_tasks: The effect with the cells as a sample of tasks; None but for the pooled rows, and where fewer
+            than two cells have two pairs.
     """
 
     cell: str
@@ -53,6 +67,8 @@ class Row:
     effect: Effect | None
     p_holm: float
     overhead: float
+    difference: Effect | None = None
+    over_tasks: RandomEffects | None = None
 
     @property
     def p(self) -> float:
@@ -76,7 +92,7 @@ def summarise(cells: Mapping[str, Records], arms: Sequence[str], baseline: str) 
     Returns:
         The rows of arms that have final runs, by cell; the pooled ones last.
     """
-    finals = {name: _final_runs(records) for name, records in cells.items()}
+    finals = {name: final_runs(records) for name, records in cells.items()}
     rows: list[Row] = []
     for name, runs in finals.items():
         done = [arm for arm in arms if arm in runs]
@@ -89,50 +105,36 @@ def summarise(cells: Mapping[str, Records], arms: Sequence[str], baseline: str) 
     return rows
 
 
-FinalRuns = Mapping[str, Mapping[int, Record]]
-"""The final runs of one cell, by arm and seed."""
-
-
-def _final_runs(records: Records) -> FinalRuns:
-    """Leave out the runs that chose learning rates, and sort the others by arm and seed."""
-    found: dict[str, dict[int, Record]] = {}
-    for job, record in records.items():
-        if job.phase == "final":
-            found.setdefault(job.arm, {})[job.seed] = record
-    return found
-
-
 def _pairs(runs: FinalRuns, arm: str, baseline: str) -> list[tuple[Record, Record]]:
     """Return the runs of the arm, each with the baseline's of the same seed, by ascending seed."""
-    own = runs.get(arm, {})
-    others = runs.get(baseline, {})
-    common = sorted(own.keys() & others.keys())
-    return [(own[seed], others[seed]) for seed in common]
+    return pairs(runs.get(arm, {}), runs.get(baseline, {}))
 
 
-def _effect(cells: Iterable[FinalRuns], arm: str, baseline: str) -> Effect | None:
-    """Return the effect of an arm.
+def _ratios(cells: Iterable[FinalRuns], arm: str, baseline: str) -> list[dict[int, float]]:
+    """Return the log ratios of the test error of an arm, cell by cell; those of the baseline itself are none."""
+    if arm == baseline:
+        return []
+    return [log_ratios(_pairs(runs, arm, baseline), "test") for runs in cells]
+
+
+def mean_effect(cells: Iterable[Mapping[int, float]]) -> Effect | None:
+    """Return the mean of paired comparisons, first over the seeds of each cell; None without any.
 
     Args:
-        cells: The cells that it is averaged over; those without a pair are left out.
-        arm: The arm.
-        baseline: The arm that it is compared with.
-
-    Returns:
-        The effect; None for the baseline itself, or without any pair.
+        cells: For each cell the comparison of each seed; cells without one are left out.
     """
-    if arm == baseline:
-        return None
-    ratios = [_log_ratios(_pairs(runs, arm, baseline)) for runs in cells]
-    with_pairs = list(filter(None, ratios))
+    with_pairs = list(filter(None, cells))
     if not with_pairs:
         return None
     return pooled_effect(with_pairs)
 
 
-def _log_ratios(pairs: Iterable[tuple[Record, Record]]) -> dict[int, float]:
-    """Return the log of the arm's test error over the baseline's, by seed."""
-    return {own.seed: own.log_error("test") - other.log_error("test") for own, other in pairs}
+def _difference(runs: FinalRuns, arm: str, baseline: str) -> Effect | None:
+    """Return the mean difference of the test errors in one cell; None for the baseline, or without any pair."""
+    if arm == baseline:
+        return None
+    found = _pairs(runs, arm, baseline)
+    return mean_effect([{own.seed: own.error("test") - other.error("test") for own, other in found}])
 
 
 def _overhead(cells: Iterable[FinalRuns], arm: str, baseline: str) -> float:
@@ -179,15 +181,17 @@ def _cell_row(name: str, cell: FinalRuns, arm: str, baseline: str) -> Row:
         diverged=_diverged(runs),
         error_mean=mean(errors),
         error_sd=_deviation(errors),
-        effect=_effect([cell], arm, baseline),
+        effect=mean_effect(_ratios([cell], arm, baseline)),
         p_holm=math.nan,
         overhead=_overhead([cell], arm, baseline),
+        difference=_difference(cell, arm, baseline),
     )
 
 
 def _pooled_row(cells: Sequence[FinalRuns], arm: str, baseline: str) -> Row:
     """Return the row of one arm over all cells: errors of different tasks have no common mean."""
     runs = [run for cell in cells for run in cell.get(arm, {}).values()]
+    ratios = _ratios(cells, arm, baseline)
     return Row(
         cell=POOLED,
         arm=arm,
@@ -197,9 +201,10 @@ def _pooled_row(cells: Sequence[FinalRuns], arm: str, baseline: str) -> Row:
         diverged=_diverged(runs),
         error_mean=math.nan,
         error_sd=math.nan,
-        effect=_effect(cells, arm, baseline),
+        effect=mean_effect(ratios),
         p_holm=math.nan,
         overhead=_overhead(cells, arm, baseline),
+        over_tasks=random_effects(ratios),
     )
 
 
@@ -216,20 +221,50 @@ def write_effects(rows: Sequence[Row], path: Path) -> None:
         rows: At least one row.
         path: The file; its folder must exist.
     """
-    table = [_flat_row(row) for row in rows]
-    write_rows(path, table, list(table[0]))
+    write_table([_flat_row(row) for row in rows], path)
 
 
 def _flat_row(row: Row) -> dict[str, Any]:
-    """Return the columns of `effects.csv`, with None for a number that is missing."""
+    """Return the columns of `effects.csv`."""
     flat = asdict(row)
-    effect = flat.pop("effect") or {}
-    for name in ("mean", "low", "high", "p", "pairs"):
-        flat[f"effect_{name}"] = effect.get(name)
-    for name, value in flat.items():
-        if isinstance(value, float) and math.isnan(value):
-            flat[name] = None
-    return flat
+    for name in ("effect", "difference", "over_tasks"):
+        flat.pop(name)
+    over_tasks = {} if row.over_tasks is None else asdict(row.over_tasks)
+    return {
+        **flat,
+        **effect_columns("effect", row.effect, ("mean", "low", "high", "p", "pairs")),
+        **effect_columns("difference", row.difference),
+        **{f"tasks_{name}": over_tasks.get(name) for name in ("mean", "low", "high", "tau", "cells")},
+    }
+
+
+def effect_columns(
+    prefix: str, effect: Effect | None, names: Sequence[str] = ("mean", "low", "high")
+) -> dict[str, float | None]:
+    """Return the columns of an effect in a CSV.
+
+    Args:
+        prefix: What the names of the columns begin with.
+        effect: The effect; None makes empty cells.
+        names: Fields of `Effect`.
+    """
+    return {f"{prefix}_{name}": None if effect is None else getattr(effect, name) for name in names}
+
+
+def write_table(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Write a CSV with an empty cell for each number that is missing.
+
+    Args:
+        rows: At least one row; all have the columns of the first. NaN and None are numbers that are missing.
+        path: The file; its folder must exist.
+    """
+    table = [{name: None if _is_nan(value) else value for name, value in row.items()} for row in rows]
+    write_rows(path, table, list(table[0]))
+
+
+def _is_nan(value: Any) -> bool:
+    """Return whether a value is a number that is missing."""
+    return isinstance(value, float) and math.isnan(value)
 
 
 def percent(log_ratio: float) -> float:

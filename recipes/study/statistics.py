@@ -14,7 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-__all__ = ["LEVEL", "Effect", "holm", "log_error", "pooled_effect"]
+from farms_tb.spectra.random_effects import shrunk_effects
+
+__all__ = ["LEVEL", "Effect", "RandomEffects", "holm", "log_error", "pooled_effect", "random_effects"]
 
 LEVEL = 0.95
 """Coverage of the intervals."""
@@ -22,7 +24,7 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Effect:
-    """A mean log ratio with its uncertainty.
+    """A mean of paired comparisons, of log ratios unless something else is said, with its uncertainty.
 
     Attributes:
         mean: Mean log ratio.
@@ -105,6 +107,61 @@ def _residuals(cells: Sequence[Mapping[int, float]], means: Sequence[float]) -> 
             share = math.sqrt(n / (n - 1)) * (value - centre) / (len(cells) * n)
             residuals[seed] = residuals.get(seed, 0.0) + share
     return residuals
+
+
+@dataclass(frozen=True)
+class RandomEffects:
+    """The mean effect on tasks of which the cells are a sample.
+
+    Attributes:
+        mean: Mean log ratio over tasks; cells that are known better count more.
+        low: Lower end of its interval.
+        high: Upper end of its interval.
+        tau: Standard deviation of the true effects of tasks; 0 where the noise of the seeds explains all.
+        cells: Number of cells that went in.
+    """
+
+    mean: float
+    low: float
+    high: float
+    tau: float
+    cells: int
+
+
+def random_effects(cells: Sequence[Mapping[int, float]]) -> RandomEffects | None:
+    """Return the mean effect over tasks, and how much the effect varies between them.
+
+    `pooled_effect` says what more seeds of the same cells would give; this says what other cells might. The
+    model: the mean log ratio d_c of cell c is that of a task, drawn with mean m and standard deviation tau, plus
+    noise with the standard error se_c of the cell's seeds. tau^2 is Paule and Mandel's estimate, and
+
+        m = sum w_c d_c / sum w_c,    w_c = 1 / (tau^2 + se_c^2),    m +- t(C - 1) sqrt(q / sum w_c)
+
+    for C cells, with the factor q = max(1, sum w_c (d_c - m)^2 / (C - 1)) of Hartung and Knapp, which by Paule and
+    Mandel's equation is 1. Cells count as independent of each other, also where they share seeds.
+
+    Sources: Paule and Mandel, J. Res. Natl. Bur. Stand. 87, 377 (1982); Hartung and Knapp, Stat. Med. 20, 3875
+    (2001); the factor of at least 1: Roever, Knapp and Friede, BMC Med. Res. Methodol. 15, 99 (2015).
+
+    Args:
+        cells: For each cell the log ratio of each seed. Cells with fewer than two are left out, because their
+            standard error is unknown.
+
+    Returns:
+        The mean and its interval; None with fewer than two cells.
+    """
+    known = [list(cell.values()) for cell in cells if len(cell) > 1]
+    if len(known) < 2:
+        return None
+    means = [float(np.mean(cell)) for cell in known]
+    errors = [float(np.std(cell, ddof=1)) / math.sqrt(len(cell)) for cell in known]
+    fit = shrunk_effects(means, errors)
+    variances = [fit.tau**2 + error**2 for error in errors]
+    half = 0.0
+    if min(variances) > 0:
+        total = math.fsum(1 / variance for variance in variances)
+        half = float(stats.t.ppf((1 + LEVEL) / 2, len(known) - 1)) / math.sqrt(total)
+    return RandomEffects(fit.mean, fit.mean - half, fit.mean + half, fit.tau, len(known))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -1,0 +1,126 @@
+"""The validation error over the base learning rate of every arm, as a figure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from recipes.study.figure_style import Style, add_legend, new_figure, plain_axes, save
+from recipes.study.sensitivity import Curve, rate_range
+from recipes.study.units import heading, unit_of
+
+__all__ = ["SENSITIVITY_FIGURE", "draw_sensitivity"]
+
+SENSITIVITY_FIGURE = "sensitivity.png"
+_COLUMNS = 3  # at most
+_ASIDE = 1.06  # between the first and the last arm's points of one rate
+_RANGE_HEIGHT = 0.035  # at most, between the bars of the ranges; a share of the panel
+_RANGES_HEIGHT = 0.25  # at most, of all bars together
+
+
+def draw_sensitivity(found: Sequence[Curve], styles: Mapping[str, Style], path: Path) -> None:
+    """Draw a panel for each cell, with a line for each arm and, at its foot, the range within 5 % of its best.
+
+    Args:
+        found: At least one curve.
+        styles: How arms are drawn.
+        path: Where the figure goes.
+    """
+    cells = list(dict.fromkeys(curve.cell for curve in found))
+    lines = math.ceil(len(cells) / _COLUMNS)
+    columns = math.ceil(len(cells) / lines)
+    figure = new_figure(max(6.0, 3.6 * columns), 0.9 + (4.0 if columns == 1 else 3.2) * lines)
+    panels = list(figure.subplots(lines, columns, squeeze=False).flat)
+    for cell, axes in zip(cells, panels, strict=False):
+        _draw_cell(axes, [curve for curve in found if curve.cell == cell], styles)
+        axes.set_title(cell, fontsize=10)
+    for axes in panels[len(cells) :]:
+        axes.set_visible(False)
+    figure.supxlabel("base learning rate; bars at the foot: rates within 5% of the arm's best error", fontsize=10)
+    shown = {curve.arm: styles[curve.arm] for curve in found}
+    add_legend(figure, shown, "-", columns=2 + 2 * columns)
+    save(figure, path)
+
+
+def _draw_cell(axes: Any, found: Sequence[Curve], styles: Mapping[str, Style]) -> None:
+    """Draw the curves of one cell, and their ranges below them."""
+    for place, curve in enumerate(found):
+        aside = _ASIDE ** ((place + 0.5) / len(found) - 0.5)
+        _draw_curve(axes, curve, styles[curve.arm], aside)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    height = min(_RANGE_HEIGHT, _RANGES_HEIGHT / (len(found) + 1))
+    _make_room_below(axes, height * (len(found) + 1))
+    for place, curve in enumerate(reversed(found), start=1):
+        _draw_range(axes, curve, height * place, styles[curve.arm])
+    _label_rates(axes, found)
+    _label_errors(axes)
+    plain_axes(axes, "both")
+    axes.set_ylabel(f"validation error ({heading(found[0].metric)})", fontsize=9)
+
+
+def _draw_curve(axes: Any, curve: Curve, style: Style, aside: float) -> None:
+    """Draw the geometric mean over seeds with one standard error; rates with diverged runs have hollow markers.
+
+    Args:
+        axes: Where to draw.
+        curve: The curve.
+        style: Style of its arm.
+        aside: What the rates are multiplied by, so that the error bars of several arms are not on each other.
+    """
+    factor = unit_of(curve.metric).factor
+    rates = [aside * point.lr for point in curve.points]
+    errors = [factor * point.error for point in curve.points]
+    deviations = [point.log_deviation for point in curve.points]  # NaN draws no bar
+    below = [-error * math.expm1(-deviation) for error, deviation in zip(errors, deviations, strict=True)]
+    above = [error * math.expm1(deviation) for error, deviation in zip(errors, deviations, strict=True)]
+    look = {"color": style.colour, "marker": style.marker, "markersize": 4.5}
+    axes.errorbar(rates, errors, yerr=[below, above], capsize=2, linewidth=1.2, zorder=3, **look)
+    diverged = [place for place, point in enumerate(curve.points) if point.diverged]
+    hollow = {**look, "linestyle": "", "markerfacecolor": "white"}
+    axes.plot([rates[place] for place in diverged], [errors[place] for place in diverged], zorder=4, **hollow)
+
+
+def _make_room_below(axes: Any, share: float) -> None:
+    """Lower the foot of a panel with a log axis, so that a share of the panel is below the curves."""
+    low, high = map(math.log, axes.get_ylim())
+    axes.set_ylim(math.exp(low - (high - low) * share / (1 - share)), math.exp(high))
+
+
+def _draw_range(axes: Any, curve: Curve, height: float, style: Style) -> None:
+    """Draw the range of rates within 5 %, with an arrow where it may go on.
+
+    Args:
+        axes: Where to draw.
+        curve: The curve.
+        height: Height of the bar, as a share of the panel.
+        style: Style of its arm.
+    """
+    span = rate_range(curve)
+    where = axes.get_xaxis_transform()
+    axes.plot([span.low, span.high], [height, height], color=style.colour, linewidth=3, transform=where, zorder=2)
+    for end, is_open, marker in ((span.low, span.open_below, "<"), (span.high, span.open_above, ">")):
+        if is_open:
+            axes.plot(end, height, marker, color=style.colour, markersize=6, transform=where, zorder=3)
+
+
+def _label_rates(axes: Any, found: Sequence[Curve]) -> None:
+    """Label the rates that were tried; every second one where there are many."""
+    from matplotlib.ticker import NullLocator
+
+    rates = sorted({point.lr for curve in found for point in curve.points})
+    shown = rates[:: math.ceil(len(rates) / 6)]
+    axes.set_xticks(shown, [f"{rate:.3g}" for rate in shown], fontsize=8)
+    axes.xaxis.set_minor_locator(NullLocator())
+
+
+def _label_errors(axes: Any) -> None:
+    """Label the log axis of errors with plain numbers, also where it spans less than a factor of ten."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.tick_params(axis="y", labelsize=8)

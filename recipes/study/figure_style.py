@@ -1,0 +1,102 @@
+"""What the figures of a study share: the colour and the marker of each arm, the look of axes, the file.
+
+matplotlib is imported where it is used, since the processes that train import this package too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from farms_tb.atomic_write import atomic_path
+
+__all__ = ["Style", "add_legend", "arm_styles", "new_figure", "plain_axes", "save"]
+
+_COLOURS = (
+    *("#0072B2", "#D55E00", "#009E73", "#8C8C8C", "#CC79A7"),
+    *("#E69F00", "#56B4E9", "#7A4B2A", "#332288", "#882255"),
+)
+"""Okabe and Ito's colours, which colour-blind readers can tell apart, then two of Tol's. A grey and a brown stand
+for black, which is the baseline's, and for yellow, which is too pale for lines."""
+_MARKERS = ("o", "s", "^", "v", "P", "X", "<", ">", "p", "h")
+
+
+@dataclass(frozen=True)
+class Style:
+    """How an arm is drawn, in every figure.
+
+    Attributes:
+        colour: Its colour.
+        marker: Its marker, for readers who don't see the colour.
+    """
+
+    colour: str
+    marker: str
+
+
+def arm_styles(arms: Sequence[str], baseline: str) -> dict[str, Style]:
+    """Return the style of each arm; the baseline is black.
+
+    Args:
+        arms: The arms of the study. From the eleventh on colours come again, with other markers.
+        baseline: The arm that the others are compared with.
+    """
+    styles = {baseline: Style("#000000", "D")}
+    for place, arm in enumerate(arm for arm in arms if arm != baseline):
+        turn, colour = divmod(place, len(_COLOURS))
+        styles[arm] = Style(_COLOURS[colour], _MARKERS[(colour + 3 * turn) % len(_MARKERS)])
+    return styles
+
+
+def new_figure(width: float, height: float) -> Any:
+    """Return an empty figure that draws without a display.
+
+    Args:
+        width: In inches.
+        height: In inches.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def plain_axes(axes: Any, grid: str) -> None:
+    """Draw a grid for reading values, and leave out what carries no information.
+
+    Args:
+        axes: What is drawn in.
+        grid: "x", "y" or "both".
+    """
+    axes.grid(axis=grid, color="0.9", linewidth=0.6, zorder=0)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
+def add_legend(figure: Any, styles: Mapping[str, Style], line: Literal["-", ""], columns: int = 5) -> None:
+    """Write the arms above the axes.
+
+    Args:
+        figure: The figure.
+        styles: The arms that are shown.
+        line: Style of the line through the markers, "" for none.
+        columns: Most arms in one line.
+    """
+    from matplotlib.lines import Line2D
+
+    handles = [
+        Line2D([], [], color=style.colour, marker=style.marker, linestyle=line, markersize=5, label=arm)
+        for arm, style in styles.items()
+    ]
+    figure.legend(handles=handles, loc="outside upper center", ncols=min(columns, len(handles)), frameon=False)
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write a figure in one step; the name's ending says in which format."""
+    with atomic_path(path) as part:
+        figure.savefig(part, dpi=150, format=path.suffix[1:])

@@ -1,0 +1,194 @@
+"""What an effect goes with: the mean learning-rate ratio of an arm, and the spread of the ratios over the layers.
+
+An arm changes three things at once: the learning rate of the whole net (lr times the mean ratio), how unequal
+the layers' rates are (the spread), and which layer has which. Arms that agree in the first two and differ in the
+third, as FARMS and its placebo do, tell the third from the others.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from recipes.study.pairs import FinalRuns, Records, final_runs, log_ratios, pairs
+from recipes.study.records import Record
+from recipes.study.report import effect_columns, mean_effect, write_table
+from recipes.study.statistics import Effect, holm
+
+__all__ = [
+    "CONTRASTS_FILE",
+    "MEDIATION_FILE",
+    "Contrast",
+    "Mediation",
+    "contrasts",
+    "mediation",
+    "write_contrasts",
+    "write_mediation",
+]
+
+CONTRASTS_FILE = "contrasts.csv"
+MEDIATION_FILE = "mediation.csv"
+ALIKE = 0.05
+"""Mean ratios, spreads and the logs of base learning rates that differ by less count as the same."""
+
+
+@dataclass(frozen=True)
+class Mediation:
+    """What one arm did to the learning rates in one cell, and its effect.
+
+    Attributes:
+        cell: Name of the cell.
+        arm: The arm.
+        lr: Tuned base learning rate.
+        mean_ratio: Mean ratio over layers, measurements and seeds.
+        ratio_sd: Standard deviation of the ratios over layers; its mean over measurements and seeds.
+        effect: Mean log ratio of test errors to the baseline; None for the baseline itself, or without a pair.
+    """
+
+    cell: str
+    arm: str
+    lr: float
+    mean_ratio: float
+    ratio_sd: float
+    effect: Effect | None
+
+    @property
+    def mean_lr(self) -> float:
+        """Base learning rate times mean ratio: the learning rate of the net as a whole."""
+        return self.lr * self.mean_ratio
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """Two arms with the same base learning rate, mean ratio and spread, on other layers.
+
+    Attributes:
+        cell: Name of the cell.
+        first: One arm.
+        second: The other.
+        effect: Mean log ratio of the test error of the first to that of the second.
+        p_holm: Its p-value, corrected over the contrasts of the cell; NaN where there is none.
+    """
+
+    cell: str
+    first: str
+    second: str
+    effect: Effect
+    p_holm: float
+
+
+def mediation(cells: Mapping[str, Records], arms: Sequence[str], baseline: str) -> list[Mediation]:
+    """Return what each arm did, cell by cell.
+
+    Args:
+        cells: The finished runs by cell.
+        arms: The arms to show, in this order.
+        baseline: The arm that the others are compared with.
+
+    Returns:
+        The arms with final runs whose ratios are known; results of version 0.1 have none.
+    """
+    found = []
+    for name, records in cells.items():
+        runs = final_runs(records)
+        found += [_mediation(name, runs, arm, baseline) for arm in arms if arm in runs]
+    return [row for row in found if not math.isnan(row.mean_ratio)]
+
+
+def _mediation(name: str, runs: FinalRuns, arm: str, baseline: str) -> Mediation:
+    """Return what an arm did in one cell."""
+    own = list(runs[arm].values())
+    effect = None
+    if arm != baseline:
+        effect = _effect(runs[arm], runs.get(baseline, {}))
+    ratio = mean(run.mean_ratio for run in own)
+    spread = mean(run.ratio_sd for run in own)
+    return Mediation(name, arm, own[0].lr, ratio, spread, effect)
+
+
+def _effect(own: Mapping[int, Record], others: Mapping[int, Record]) -> Effect | None:
+    """Return the mean log ratio of test errors of the runs of two arms; None without a pair."""
+    return mean_effect([log_ratios(pairs(own, others), "test")])
+
+
+def contrasts(rows: Sequence[Mediation], cells: Mapping[str, Records]) -> list[Contrast]:
+    """Compare the arms with each other that gave the same ratios to other layers.
+
+    If their errors are the same, their effects are not those of the alphas, because the alphas say only which
+    layer has which ratio.
+
+    Args:
+        rows: What each arm did. Arms without any spread gave every layer the same, and are compared with none.
+        cells: The finished runs by cell.
+    """
+    found: list[Contrast] = []
+    for name, records in cells.items():
+        runs = final_runs(records)
+        uneven = [row for row in rows if row.cell == name and row.ratio_sd > ALIKE]
+        compared = []
+        for first, second in combinations(uneven, 2):
+            effect = _effect(runs[first.arm], runs[second.arm])
+            if _alike(first, second) and effect is not None:
+                compared.append(Contrast(name, first.arm, second.arm, effect, math.nan))
+        p_values = holm([contrast.effect.p for contrast in compared])
+        found += [replace(contrast, p_holm=p) for contrast, p in zip(compared, p_values, strict=True)]
+    return found
+
+
+def _alike(first: Mediation, second: Mediation) -> bool:
+    """Return whether two arms have the same base learning rate, mean ratio and spread."""
+    differences = (
+        math.log(first.lr / second.lr),
+        first.mean_ratio - second.mean_ratio,
+        first.ratio_sd - second.ratio_sd,
+    )
+    return max(map(abs, differences)) < ALIKE
+
+
+def write_mediation(rows: Sequence[Mediation], path: Path) -> None:
+    """Write the rows as a CSV; effects are log ratios, missing numbers empty cells.
+
+    Args:
+        rows: At least one row.
+        path: The file; its folder must exist.
+    """
+    write_table([_flat_row(row) for row in rows], path)
+
+
+def _flat_row(row: Mediation) -> dict[str, Any]:
+    """Return the columns of `mediation.csv`."""
+    return {
+        "cell": row.cell,
+        "arm": row.arm,
+        "lr": row.lr,
+        "mean_ratio": row.mean_ratio,
+        "ratio_sd": row.ratio_sd,
+        "mean_lr": row.mean_lr,
+        **effect_columns("effect", row.effect, ("mean", "low", "high", "pairs")),
+    }
+
+
+def write_contrasts(found: Sequence[Contrast], path: Path) -> None:
+    """Write the contrasts as a CSV; effects are log ratios, missing numbers empty cells.
+
+    Args:
+        found: At least one contrast.
+        path: The file; its folder must exist.
+    """
+    write_table([_flat_contrast(contrast) for contrast in found], path)
+
+
+def _flat_contrast(contrast: Contrast) -> dict[str, Any]:
+    """Return the columns of `contrasts.csv`."""
+    return {
+        "cell": contrast.cell,
+        "first": contrast.first,
+        "second": contrast.second,
+        "p_holm": contrast.p_holm,
+        **effect_columns("effect", contrast.effect, ("mean", "low", "high", "p", "pairs")),
+    }

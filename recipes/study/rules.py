@@ -1,0 +1,156 @@
+"""The effect of each arm by three rules of scoring, so that one sees how much of a gain the rule makes.
+
+- `last`: final weights, each arm at its rate tuned on validation data, on seeds that chose nothing. The rule of
+  `effects.csv`.
+- `best`: the same runs, each scored at its epoch with the best validation score.
+- `papers`: each arm at the best of the rates tried and scored by the lowest test error of any epoch, against the
+  baseline at its own rate, untuned. The test data choose the rate and the epoch, and only one side chooses a
+  rate, so an arm that does nothing has a gain by it.
+
+The third is computed from the tuning runs, which have the same seeds for all arms and rates; its intervals leave
+out that the rate was chosen on these seeds. The baseline has a gain by it too, over itself untuned: that much is
+the rule's alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from recipes.study.pairs import FinalRuns, Records, TuningRuns, final_runs, log_ratios, pairs, tuning_runs
+from recipes.study.records import Record, Score
+from recipes.study.report import POOLED, effect_columns, mean_effect, write_table
+from recipes.study.statistics import Effect
+
+__all__ = ["RULES", "RULES_FILE", "RuleRow", "effects_by_rule", "write_rules"]
+
+RULES_FILE = "rules.csv"
+RULES = ("last", "best", "papers")
+
+Ratios = Mapping[int, float]
+"""Log ratios of test errors, by seed."""
+
+
+@dataclass(frozen=True)
+class RuleRow:
+    """The effect of one arm in one cell, or over all cells, by each rule.
+
+    Attributes:
+        cell: Name of the cell, or `POOLED`.
+        arm: The arm.
+        effects: The effect by each of `RULES`; None where there is none, as for the baseline by the first two, and
+            by the third with fewer than two tuning seeds.
+        papers_lr: Base learning rate of the arm that the third rule takes; NaN where there is none, and pooled.
+        untuned_lr: That of the baseline it is compared with.
+    """
+
+    cell: str
+    arm: str
+    effects: Mapping[str, Effect | None]
+    papers_lr: float
+    untuned_lr: float
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """What an arm has in one cell: log ratios by rule, and the rates of the third."""
+
+    ratios: Mapping[str, Ratios]
+    papers_lr: float
+    untuned_lr: float
+
+
+def effects_by_rule(
+    cells: Mapping[str, Records], own_lrs: Mapping[str, float], arms: Sequence[str], baseline: str
+) -> list[RuleRow]:
+    """Compare the arms with the baseline by each rule, in every cell and, of several, over all.
+
+    Args:
+        cells: The finished runs by cell.
+        own_lrs: The baseline's own learning rate in each cell, before tuning. The rate nearest to it of those
+            tried counts as untuned.
+        arms: The arms to show, in this order.
+        baseline: The arm that the others are compared with.
+
+    Returns:
+        The rows of arms that have an effect by the second or the third rule, by cell; the pooled ones last.
+        Results of version 0.1 have none.
+    """
+    scored = {name: _score_cell(records, own_lrs[name], arms, baseline) for name, records in cells.items()}
+    rows = []
+    for name, by_arm in scored.items():
+        for arm, own in by_arm.items():
+            rows.append(RuleRow(name, arm, _effects([own]), own.papers_lr, own.untuned_lr))
+    if len(cells) > 1:
+        for arm in arms:
+            everywhere = [by_arm[arm] for by_arm in scored.values()]
+            rows.append(RuleRow(POOLED, arm, _effects(everywhere), math.nan, math.nan))
+    return [row for row in rows if row.effects["best"] or row.effects["papers"]]
+
+
+def _effects(scored: Sequence[_Scored]) -> dict[str, Effect | None]:
+    """Return the effect by each rule, over the cells given."""
+    return {rule: mean_effect([own.ratios[rule] for own in scored]) for rule in RULES}
+
+
+def _score_cell(records: Records, own_lr: float, arms: Sequence[str], baseline: str) -> dict[str, _Scored]:
+    """Return what each arm has in one cell."""
+    finals, tried = final_runs(records), tuning_runs(records)
+    found = {}
+    for arm in arms:
+        lr, untuned, papers = _papers_rule(tried, own_lr, arm, baseline)
+        last = _final_ratios(finals, arm, baseline, "test")
+        best = _final_ratios(finals, arm, baseline, "best_test")
+        found[arm] = _Scored({"last": last, "best": best, "papers": papers}, lr, untuned)
+    return found
+
+
+def _final_ratios(finals: FinalRuns, arm: str, baseline: str, score: Score) -> Ratios:
+    """Return the log ratios of the final runs; those of the baseline itself are none."""
+    if arm == baseline:
+        return {}
+    return log_ratios(pairs(finals.get(arm, {}), finals.get(baseline, {})), score)
+
+
+def _papers_rule(tried: TuningRuns, own_lr: float, arm: str, baseline: str) -> tuple[float, float, Ratios]:
+    """Score an arm by the papers' rule.
+
+    Returns:
+        The arm's rate, the baseline's and the log ratios; NaN and none where an arm has fewer than two seeds, or
+        the lowest test errors are unknown.
+    """
+    nothing: tuple[float, float, Ratios] = (math.nan, math.nan, {})
+    if arm not in tried or baseline not in tried:
+        return nothing
+    untuned = min(tried[baseline], key=lambda lr: abs(math.log(lr / own_lr)))
+    lr = min(tried[arm], key=lambda lr: _mean_lowest(tried[arm][lr]))
+    ratios = log_ratios(pairs(tried[arm][lr], tried[baseline][untuned]), "lowest_test")
+    if len(ratios) < 2:
+        return nothing
+    return lr, untuned, ratios
+
+
+def _mean_lowest(runs: Mapping[int, Record]) -> float:
+    """Return the mean log of the lowest test error of runs."""
+    return math.fsum(run.log_error("lowest_test") for run in runs.values()) / len(runs)
+
+
+def write_rules(rows: Sequence[RuleRow], path: Path) -> None:
+    """Write the rows as a CSV; effects are log ratios, missing numbers empty cells.
+
+    Args:
+        rows: At least one row.
+        path: The file; its folder must exist.
+    """
+    write_table([_flat_row(row) for row in rows], path)
+
+
+def _flat_row(row: RuleRow) -> dict[str, Any]:
+    """Return the columns of `rules.csv`."""
+    flat: dict[str, Any] = {"cell": row.cell, "arm": row.arm}
+    for rule in RULES:
+        flat.update(effect_columns(rule, row.effects[rule], ("mean", "low", "high", "pairs")))
+    return {**flat, "papers_lr": row.papers_lr, "untuned_lr": row.untuned_lr}

@@ -1,0 +1,59 @@
+"""How errors are written: in the unit of their metric."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from recipes.study.single import METRICS
+
+__all__ = ["Unit", "heading", "number", "unit_of"]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """The unit of an error.
+
+    Attributes:
+        factor: What the error is multiplied by.
+        digits: Decimals that are shown.
+        name: The unit's name behind a number; empty where the error has none.
+    """
+
+    factor: float
+    digits: int
+    name: str
+
+    def show(self, error: float, sign: str = "") -> str:
+        """Write an error without its unit; empty where it is missing.
+
+        Args:
+            error: The error, or a difference of errors.
+            sign: "+" for a sign in any case.
+        """
+        return number(self.factor * error, f"{sign}.{self.digits}f")
+
+
+_SHARE = Unit(100, 2, "points")
+_NATS = Unit(1, 4, "nats")
+_PLAIN = Unit(1, 4, "")
+
+
+def unit_of(metric: str) -> Unit:
+    """Return the unit of a metric's error: hundredths for accuracy, nats for a loss, none for the others."""
+    return {"accuracy": _SHARE, "loss": _NATS}.get(metric, _PLAIN)
+
+
+def heading(metric: str) -> str:
+    """Return what the error of a metric is, and the unit that its numbers are shown in."""
+    error = METRICS.get(metric, metric)
+    if unit_of(metric) is _SHARE:
+        return f"{error}, %"
+    return error
+
+
+def number(value: float, form: str) -> str:
+    """Format a number; NaN, which stands for one that is missing, becomes an empty cell."""
+    if math.isnan(value):
+        return ""
+    return format(value, form)
