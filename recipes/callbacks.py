@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -79,32 +81,63 @@ class Progress(RichProgressBar):
 
 
 class LastStepRates(Callback):
-    """Remember the learning rate and the layers' ratios of the last step.
+    """Remember the learning rates and the layers' ratios of the last step.
 
     After training the rate can't be asked for any more: the scheduler has moved on, often to zero. The rates are
     part of checkpoints, since a run that is resumed after its end takes no step of its own.
 
     Args:
         balancer: The balancing callback, None where there is none.
+
+    Attributes:
+        lr: Learning rate of the first param group; None before the first step.
+        lrs: Learning rate of each parameter's group, by the parameter's name.
+        ratios: Learning-rate ratio of each layer.
     """
 
     def __init__(self, balancer: Any = None) -> None:
         self.balancer = balancer
         self.lr: float | None = None
+        self.lrs: dict[str, float] = {}
         self.ratios: dict[str, float] = {}
+        self._names: list[list[str]] = []
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the names of the parameters in each param group."""
+        names = {id(parameter): name for name, parameter in pl_module.named_parameters()}
+        self._names = []
+        for group in _groups(trainer):
+            self._names.append([names[id(parameter)] for parameter in group["params"] if id(parameter) in names])
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Note what the coming step will use."""
         self.lr = float(trainer.optimizers[0].param_groups[0]["lr"])
+        for group, names in zip(_groups(trainer), self._names, strict=True):
+            self.lrs.update(dict.fromkeys(names, float(group["lr"])))
         if self.balancer is not None:
             self.ratios = dict(self.balancer.ratios)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the rates for the checkpoint: resuming a run that is over takes no step."""
-        return {"lr": self.lr, "ratios": dict(self.ratios)}
+        return {"lr": self.lr, "lrs": dict(self.lrs), "ratios": dict(self.ratios)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the rates from a checkpoint."""
         self.lr, self.ratios = state_dict["lr"], dict(state_dict["ratios"])
+        self.lrs = dict(state_dict.get("lrs", {}))  # 0.1 kept no more than the first group's
+
+    def lr_of(self, parameters: Sequence[str]) -> float | None:
+        """Return the learning rate of the group that the parameters of a layer are in.
+
+        Args:
+            parameters: Their names. Where none of them was trained, the first group's rate is returned.
+        """
+        known = [self.lrs[name] for name in parameters if name in self.lrs]
+        return known[0] if known else self.lr
+
+
+def _groups(trainer: Trainer) -> list[dict[str, Any]]:
+    """Return the param groups of all optimizers."""
+    return list(chain.from_iterable(optimizer.param_groups for optimizer in trainer.optimizers))

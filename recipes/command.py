@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import os
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
 from rich.markup import escape
@@ -19,7 +22,7 @@ from rich.markup import escape
 from recipes.console import make_console
 from recipes.errors import RecipeError
 
-__all__ = ["sentence", "show_errors", "user_errors"]
+__all__ = ["hand_over_hydras_errors", "hydra_run", "sentence", "show_errors", "user_errors"]
 
 FULL_ERROR = "RECIPES_FULL_ERROR"
 _SETUP = ("setup", "on_train_start")
@@ -41,11 +44,43 @@ def user_errors() -> Iterator[None]:
             raise SystemExit(130) from None
         raise
     except Exception as error:
-        message = sentence(error)
-        if message is None or os.environ.get(FULL_ERROR, "0") != "0":
+        message = _wanted_sentence(error)
+        if message is None:
             raise
         show_errors(message)
         raise SystemExit(2) from None
+
+
+@contextmanager
+def hydra_run() -> Iterator[None]:
+    """Do what `user_errors` does, for the function that Hydra calls once, or for each run of a sweep.
+
+    In a sweep relative paths are those of the folder in which it was started; Ray's processes begin in another.
+    A mistake is raised as a `RecipeError`, which the launcher brings from the process of the run to that of the
+    sweep, where Hydra names the run and `user_errors` prints the sentence. The original error would arrive without
+    its traceback, by which `sentence` knows a mistake in the balancing options.
+    """
+    settings = HydraConfig.get()
+    if settings.mode != RunMode.MULTIRUN:
+        with user_errors():
+            yield
+        return
+    try:
+        if not settings.job.chdir:
+            os.chdir(settings.runtime.cwd)
+        yield
+    except Exception as error:
+        message = _wanted_sentence(error)
+        if message is None:
+            raise
+        raise RecipeError(message) from None
+
+
+def _wanted_sentence(error: Exception) -> str | None:
+    """Return what to print in place of the traceback; None where the traceback is wanted."""
+    if os.environ.get(FULL_ERROR, "0") != "0":
+        return None
+    return sentence(error)
 
 
 def show_errors(message: str) -> None:
@@ -57,6 +92,8 @@ def hand_over_hydras_errors() -> None:
     """Let Hydra raise its errors instead of printing them itself with exit status 1."""
     os.environ.setdefault(FULL_ERROR, os.environ.get("HYDRA_FULL_ERROR", "0"))
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    # The file and the plugin have the same name, and Hydra 1.3 checks the one by the other, as it should.
+    warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/ray' is validated against ConfigStore schema")
 
 
 def sentence(error: BaseException) -> str | None:
@@ -105,6 +142,18 @@ def _balancing_error(error: BaseException) -> str | None:
     return f"balancing: {error}"
 
 
+def _plugin_error(error: BaseException) -> str | None:
+    """Return what to install for a launcher that Hydra does not find; None for another error."""
+    if not str(error).startswith("Unknown plugin class"):
+        return None
+    return f"hydra/launcher: {_one_line(str(error))}: pip install 'farms-tb[launchers,cluster]'"
+
+
+def _connection_error(error: BaseException) -> str:
+    """Return the reason of the operating system, or of Ray where no cluster answers."""
+    return _one_line(str(error))
+
+
 def _file_error(error: BaseException) -> str | None:
     """Return the operating system's reason; None for an error that Python code raised without asking it."""
     if getattr(error, "strerror", None) is None:
@@ -134,6 +183,8 @@ _MISTAKES: tuple[tuple[_Kinds, Callable[[BaseException], str | None]], ...] = (
     ((HydraException, OmegaConfBaseException), _settings_error),
     (MisconfigurationException, _trainer_error),
     ((ValueError, TypeError), _balancing_error),
+    (RuntimeError, _plugin_error),
+    (ConnectionError, _connection_error),
     (OSError, _file_error),
 )
 """What describes each kind of mistake. The first kind that fits counts: OmegaConf has ValueErrors of its own."""

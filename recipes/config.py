@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from recipes.errors import RecipeError
 from recipes.old_names import current_settings
+from recipes.optimizers import OptimizerFactory, make_optimizer, takes_network
 
 __all__ = [
     "ARMS",
@@ -27,6 +28,7 @@ __all__ = [
     "check_combination",
     "check_config",
     "check_count",
+    "check_optimizer",
     "check_resumed_config",
     "choice",
 ]
@@ -194,6 +196,27 @@ def check_combination(cfg: DictConfig, model: Any, data: Any) -> None:
     _check_network(cfg, getattr(model, "net", None), data)
 
 
+def check_optimizer(cfg: DictConfig, model: Any, factory: OptimizerFactory) -> None:
+    """Try to make an optimizer that chooses by layer: it may be unable to train the network.
+
+    Args:
+        cfg: The composed settings.
+        model: The model.
+        factory: Makes the optimizer. Those that take the parameters alone are not tried.
+
+    Raises:
+        RecipeError: The optimizer can't train this network, refuses its settings, or its package is missing.
+    """
+    if not takes_network(factory):
+        return
+    try:
+        make_optimizer(factory, getattr(model, "net", model))
+    except RecipeError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"{choice(cfg, 'optimizer')}: {error}") from error
+
+
 def _check_scores(cfg: DictConfig, data: Any) -> None:
     """Check that there are as many outputs as classes, and validation data to choose the best epoch on."""
     channels = cfg.task.get("out_channels")
@@ -266,11 +289,14 @@ def check_resumed_config(cfg: DictConfig, saved_file: Path) -> list[str]:
         Other sections that differ and that the result depends on, for a note to the user.
 
     Raises:
-        RecipeError: The model or the data differ.
+        RecipeError: The model, the data or the class of the optimizer differ.
     """
     saved = OmegaConf.create(current_settings(_plain(OmegaConf.load(saved_file), "")))
     changed = [section for section in SECTIONS if _plain(saved, section) != _plain(cfg, section)]
     fatal = [section for section in changed if section in ("model", "data")]
+    targets = [OmegaConf.select(settings, "optimizer._target_") for settings in (saved, cfg)]
+    if targets[0] != targets[1]:
+        fatal.append("optimizer")
     if fatal:
         raise RecipeError(
             f"ckpt_path={cfg.ckpt_path} comes from a run with another {' and another '.join(fatal)}; "

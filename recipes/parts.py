@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from lightning import Callback, LightningDataModule, LightningModule, seed_everything
 from omegaconf import DictConfig
 
-from recipes.config import build, build_balancer, check_combination
+from recipes.config import build, build_balancer, check_combination, check_optimizer
 
 __all__ = ["Parts", "build_parts"]
 
@@ -37,11 +37,13 @@ def build_parts(cfg: DictConfig) -> Parts:
         The parts. Weights are drawn from `cfg.seed`.
 
     Raises:
-        RecipeError: A part refuses its settings, or model and data do not fit.
+        RecipeError: A part refuses its settings, model and data do not fit, or the optimizer can't train the
+            network.
     """
     data = build(cfg, "data")
     factories = {"optimizer": build(cfg, "optimizer"), "scheduler": build(cfg, "scheduler")}
     seed_everything(cfg.seed, workers=True, verbose=False)
     model = build(cfg, "model", **factories)
     check_combination(cfg, model, data)
+    check_optimizer(cfg, model, factories["optimizer"])
     return Parts(data, model, build_balancer(cfg))

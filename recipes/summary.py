@@ -26,6 +26,7 @@ from farms_tb.report import LayerRecord
 from farms_tb.viewing.page import write_page
 from farms_tb.viewing.plots import plot_alpha_curves, plot_ratio_curves, plot_ratio_map
 from farms_tb.viewing.run_folder import read_run_folder
+from farms_tb.weights.layers import find_layers
 from recipes.callbacks import LastStepRates
 
 __all__ = [
@@ -88,7 +89,7 @@ def measure_layers(model: torch.nn.Module, cfg: DictConfig, last: LastStepRates)
     Args:
         model: The trained model.
         cfg: The composed settings.
-        last: Learning rate and ratios of the last step.
+        last: Learning rates and ratios of the last step.
 
     Returns:
         The layers, and the two measurements that they are taken from.
@@ -100,29 +101,31 @@ def measure_layers(model: torch.nn.Module, cfg: DictConfig, last: LastStepRates)
     least_full = OmegaConf.select(cfg, "arms.full.min_eigenvalues", default=least)
     full = farms_tb.analyze(model, esd="full", min_eigenvalues=least_full, histogram=True, **shared)
     farms = farms_tb.analyze(model, esd="farms", min_eigenvalues=least, histogram=True, **shared)
-    rows = [_layer_row(name, full.layers[name], farms.layers[name], last) for name in farms.layers]
+    parameters = {layer.name: layer.parameters for layer in find_layers(model)}
+    rows = []
+    for name in farms.layers:
+        lr = last.lr_of(parameters.get(name, ()))
+        rows.append(_layer_row(name, full.layers[name], farms.layers[name], lr, last.ratios.get(name, 1.0)))
     return FinalLayers(rows, farms, full)
 
 
-def _layer_row(name: str, full: LayerRecord, farms: LayerRecord, last: LastStepRates) -> LayerRow:
+def _layer_row(name: str, full: LayerRecord, farms: LayerRecord, lr: float | None, ratio: float) -> LayerRow:
     """Join what is known of one layer.
 
     Args:
         name: Its name.
         full: Its record by whole matrices.
         farms: Its record by FARMS.
-        last: Learning rate and ratios of the last step.
+        lr: Learning rate of its param group in the last step; None where there was no step.
+        ratio: Its learning-rate ratio in the last step.
 
     Returns:
         The row; a reason for a missing alpha that both measurements give stands once in its note.
     """
     reasons = [record.status for record in (full, farms) if record.status != "ok"]
     note = "; ".join(dict.fromkeys(reasons))
-    ratio = last.ratios.get(name, 1.0)
-    lr = None
-    if last.lr is not None:
-        lr = last.lr * ratio
-    return LayerRow(name, full.alpha, farms.alpha, ratio, lr, note)
+    own_lr = None if lr is None else lr * ratio
+    return LayerRow(name, full.alpha, farms.alpha, ratio, own_lr, note)
 
 
 def layer_table(rows: Sequence[LayerRow]) -> Table:

@@ -7,7 +7,7 @@ under `test/` stands in `summary.json`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from recipes.errors import RecipeError
 from recipes.metrics import FieldErrors, nrmse, relative_l2
+from recipes.optimizers import OptimizerFactory, make_optimizer
 from recipes.sharding import ShardedNet
 
 __all__ = [
@@ -33,7 +34,6 @@ __all__ = [
 Batch = tuple[Tensor, Tensor]
 """Inputs and targets."""
 
-OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 SchedulerFactory = Callable[[torch.optim.Optimizer], Any]
 
 
@@ -42,7 +42,7 @@ class _Task(ShardedNet):
 
     Args:
         net: The network.
-        optimizer: Makes the optimizer from the parameters.
+        optimizer: Makes the optimizer; see `recipes.optimizers.make_optimizer`.
         scheduler: Makes the scheduler from the optimizer; stepped once an epoch. None keeps the rate constant.
 
     Attributes:
@@ -74,7 +74,7 @@ class _Task(ShardedNet):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Make the optimizer of all parameters and, where there is one, its scheduler."""
-        optimizer = self._make_optimizer(self.parameters())
+        optimizer = make_optimizer(self._make_optimizer, self.net)
         if self._make_scheduler is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": self._make_scheduler(optimizer)}
@@ -104,7 +104,7 @@ class _FieldTask(_Task):
 
     Args:
         net: The network.
-        optimizer: Makes the optimizer from the parameters.
+        optimizer: Makes the optimizer; see `recipes.optimizers.make_optimizer`.
         scheduler: Makes the scheduler from the optimizer; stepped once an epoch. None keeps the rate constant.
     """
 
@@ -169,7 +169,7 @@ class FieldRegression(_FieldTask):
 
     Args:
         net: Maps inputs to targets.
-        optimizer: Makes the optimizer from the parameters.
+        optimizer: Makes the optimizer; see `recipes.optimizers.make_optimizer`.
         scheduler: Makes the scheduler from the optimizer; stepped once an epoch. None keeps the rate constant.
     """
 
@@ -239,7 +239,7 @@ class Forecast(_FieldTask):
 
     Args:
         net: Maps (B, T_in * C, *space) to (B, C, *space); coordinates are its own affair.
-        optimizer: Makes the optimizer from the parameters.
+        optimizer: Makes the optimizer; see `recipes.optimizers.make_optimizer`.
         scheduler: Makes the scheduler from the optimizer; stepped once an epoch. None keeps the rate constant.
         unroll_steps: In training, the loss counts the last so many frames and gradients flow through them alone
             (PDEBench's pushforward, with which it trains its UNet). None for all frames (its FNO).
@@ -315,7 +315,7 @@ class ImageClassification(_Task):
     Args:
         net: Maps images to logits (B, num_classes).
         num_classes: Number of classes.
-        optimizer: Makes the optimizer from the parameters.
+        optimizer: Makes the optimizer; see `recipes.optimizers.make_optimizer`.
         scheduler: Makes the scheduler from the optimizer; stepped once an epoch. None keeps the rate constant.
     """
 
@@ -365,7 +365,7 @@ class LanguageModel(_Task):
 
     Args:
         net: Maps tokens to logits (B, length, num_tokens).
-        optimizer: Makes the optimizer from the parameters.
+        optimizer: Makes the optimizer; see `recipes.optimizers.make_optimizer`.
         scheduler: Makes the scheduler from the optimizer; stepped after each step, unlike those of other tasks.
             None keeps the rate constant.
     """
@@ -374,7 +374,7 @@ class LanguageModel(_Task):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Make the optimizer of all parameters and, where there is one, its scheduler."""
-        optimizer = self._make_optimizer(self.parameters())
+        optimizer = make_optimizer(self._make_optimizer, self.net)
         if self._make_scheduler is None:
             return optimizer
         scheduler = self._make_scheduler(optimizer)

@@ -13,7 +13,7 @@ The run folder `<paths.output_dir>/<name>/<date_time>` holds
 - `alpha.png`, `lr_ratio.png` and `lr_ratio_map.png`, each layer's curves, and `report.html`, a page about the run;
 - `summary.json`, the test scores and the layers.
 
-`sweep=seeds` runs an experiment with each of its published seeds; `hydra/launcher=joblib|slurm` side by side.
+`sweep=seeds` runs an experiment with each of its published seeds; `hydra/launcher=joblib|slurm|ray` side by side.
 `trainer=ddp|fsdp` trains on several devices; the first process alone writes and prints.
 
 `ckpt_path=<run folder>/checkpoints/last.ckpt` with the same overrides resumes a run in its folder.
@@ -36,7 +36,7 @@ from lightning import Trainer
 from omegaconf import DictConfig, OmegaConf
 from rich.markup import escape
 
-from recipes.command import hand_over_hydras_errors, user_errors
+from recipes.command import hand_over_hydras_errors, hydra_run, user_errors
 from recipes.config import check_config, check_resumed_config
 from recipes.console import make_console, quiet_lightning, warn
 from recipes.folder import CONFIG_FILE, drop_if_empty, open_run_folder, save_config
@@ -205,7 +205,7 @@ def _log_settings(cfg: DictConfig, run: Run) -> None:
 def _task(cfg: DictConfig) -> None:
     """Train with the composed settings; a launcher may call this in a process of its own."""
     quiet_lightning(logging.WARNING)
-    with user_errors():
+    with hydra_run():
         train(cfg)
 
 

@@ -66,6 +66,7 @@ NEEDS = {
     "mkdocs": "mkdocs",
     "matplotlib": "matplotlib",
     "timm": "timm",
+    "pytorch_optimizer": "pytorch-optimizer",
     "peft": "peft",
     "bitsandbytes": "bitsandbytes",
     "gguf": "gguf",

@@ -8,7 +8,7 @@ import farms_tb
 ROOT = Path(__file__).resolve().parents[1]
 NOT_PINNED = {"pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "mypy", "pre-commit", "playwright"}
 NOT_PINNED |= {"timm", "peft", "bitsandbytes", "mkdocs-material", "latex2mathml", "wandb-workspaces", "gguf"}
-NOT_PINNED |= {"datasets", "lm-eval", "ray"}
+NOT_PINNED |= {"datasets", "lm-eval", "ray", "hydra-ray-launcher", "pytorch-optimizer"}
 NOT_PINNED |= {"mlflow-skinny", "sqlalchemy", "alembic"}
 
 

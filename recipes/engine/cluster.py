@@ -69,7 +69,10 @@ class RayEngine:
                 runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}},
             )
         except ConnectionError as error:
-            raise RecipeError(f"no Ray cluster answers: {error}. Start one with ray start --head") from error
+            raise RecipeError(
+                f"no Ray cluster answers: {error}. Start one with ray start --head; for one that asks for a "
+                "token, set RAY_AUTH_MODE=token"
+            ) from error
         try:
             self._check_nodes()
         except BaseException:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import hydra
 from omegaconf import DictConfig
 
-from recipes.command import hand_over_hydras_errors, user_errors
+from recipes.command import hand_over_hydras_errors, hydra_run, user_errors
 from recipes.errors import RecipeError
 from recipes.finetune.published import register_resolver
 from recipes.train import CONFIG_DIR
@@ -27,7 +27,7 @@ from recipes.train import CONFIG_DIR
 def _task(cfg: DictConfig) -> None:
     """Fine-tune with the composed settings; a launcher may call this in a process of its own."""
     register_resolver()  # the launcher may have started this process
-    with user_errors():
+    with hydra_run():
         try:
             from recipes.finetune.run import finetune
         except ImportError as error:

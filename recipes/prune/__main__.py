@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from recipes.command import hand_over_hydras_errors, user_errors
+from recipes.command import hand_over_hydras_errors, hydra_run, user_errors
 from recipes.console import make_console, warn
 from recipes.prune.comparison import Row, compare_arms
 from recipes.train import CONFIG_DIR
@@ -32,7 +32,7 @@ __all__ = ["main"]
 @hydra.main(config_path=CONFIG_DIR, config_name="prune", version_base="1.3")
 def _task(cfg: DictConfig) -> None:
     """Compare with the composed settings."""
-    with user_errors():
+    with hydra_run():
         _compare(cfg, make_console())
 
 

@@ -91,10 +91,23 @@ def free_port() -> int:
         return int(opened.getsockname()[1])
 
 
-class Nodes:
-    """Ray's own processes, started as a user would on two machines."""
+def kill_tree(pid: int) -> None:
+    """Kill a process and all that it has started."""
+    with suppress(psutil.NoSuchProcess):
+        for process in [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
 
-    def __init__(self) -> None:
+
+class Nodes:
+    """Ray's own processes, started as a user would on two machines.
+
+    Args:
+        folder: Where they are started; None for the current folder.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder
         self.address = f"127.0.0.1:{free_port()}"
         self.processes: list[subprocess.Popen[bytes]] = []
 
@@ -109,7 +122,14 @@ class Nodes:
         )
         command = [str(ray), "start", *arguments, *common]
         self.processes.append(
-            subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+            subprocess.Popen(
+                command,
+                cwd=self.folder,
+                env={**os.environ, "RAY_AUTH_MODE": "disabled"},  # whether or not this user's home holds a token
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
         )
 
     def start_head(self) -> None:
@@ -121,11 +141,14 @@ class Nodes:
 
     def kill(self, place: int) -> None:
         """Kill a node as a power cut would."""
-        children = psutil.Process(self.processes[place].pid).children(recursive=True)
-        for process in [psutil.Process(self.processes[place].pid), *children]:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
+        kill_tree(self.processes[place].pid)
         self.processes[place].wait()
+
+    def stop(self) -> None:
+        """Kill all nodes that are left."""
+        for place, process in enumerate(self.processes):
+            if process.poll() is None:
+                self.kill(place)
 
 
 @pytest.fixture
@@ -134,9 +157,7 @@ def nodes() -> Iterator[Nodes]:
     try:
         yield nodes
     finally:
-        for place in range(len(nodes.processes)):
-            if nodes.processes[place].poll() is None:
-                nodes.kill(place)
+        nodes.stop()
 
 
 def wait_for_nodes(nodes: Nodes, number: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,33 @@ def test_mistakes_end_in_one_sentence(
     printed = _command_line(monkeypatch, capsys, *TINY_UNET, "logger=csv", *folders, *asked)
     assert all(word in printed for word in words), printed
     assert printed.count("error:") == 1
+
+
+@pytest.mark.skipif(bool(find_spec("hydra_plugins.hydra_ray_launcher")), reason="the launcher is installed")
+def test_a_launcher_that_is_not_installed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    printed = _command_line(monkeypatch, capsys, "sweep=seeds", "hydra/launcher=ray")
+    assert "pip install 'farms-tb[launchers,cluster]'" in printed
+
+
+def test_a_run_of_a_sweep_that_fails_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """By its overrides; the run after it is done all the same."""
+    folders = (f"paths.output_dir={tmp_path}/runs", f"paths.data_dir={tmp_path}/data", "~callbacks.progress")
+    asked = (
+        "hydra.mode=MULTIRUN",
+        f"ckpt_path={tmp_path}/nothing.ckpt,null",
+        "balancing=off",
+        "debug=one_batch",
+        "logger=csv",
+    )
+    printed = _command_line(monkeypatch, capsys, *TINY_UNET, *folders, *asked)
+    assert "job with overrides: [" in printed
+    assert f"'ckpt_path={tmp_path}/nothing.ckpt'" in printed
+    assert printed.count("error:") == 1
+    assert len(list(tmp_path.glob("runs/darcy_unet/*/summary.json"))) == 1
 
 
 def test_missing_data_are_named(
