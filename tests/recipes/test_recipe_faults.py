@@ -25,7 +25,7 @@ from recipes.study.cells import load_study
 from recipes.study.report import Row
 from recipes.study.settings import SETTINGS_FILE, keep_settings
 from recipes.study.statistics import Effect
-from recipes.study.table import verdict
+from recipes.study.verdict import verdict
 from recipes.train import CONFIG_DIR, train
 from tests.recipes.recipe_runs import TINY_UNET
 from tests.recipes.stoppers import FullDisk
