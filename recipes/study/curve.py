@@ -12,8 +12,6 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from farms_tb import FARMSTempBalance
-
 __all__ = ["Course", "best_epochs", "evaluated_epochs"]
 
 
@@ -39,7 +37,7 @@ class Course(Callback):
         number: Epochs to keep; see `evaluated_epochs`.
     """
 
-    def __init__(self, balancer: FARMSTempBalance | None, number: int) -> None:
+    def __init__(self, balancer: Any, number: int) -> None:
         self._balancer = balancer
         self._number = number
         self._report: Any = None

@@ -110,10 +110,11 @@ def run_once(settings: dict[str, Any], evaluations: int = 1) -> tuple[dict[str, 
         course = Course(parts.balancer, evaluations)
         trainer, clock = make_trainer(cfg, parts, course)
         trainer.fit(parts.model, datamodule=parts.data)
-        training = {"epochs": trainer.current_epoch, "steps": trainer.global_step, **_times(clock)}
-        scores = {epoch: _evaluate(trainer, parts) for epoch in course.epochs(parts.model, trainer.current_epoch)}
+        last = trainer.current_epoch
+        training = {"epochs": last, "steps": trainer.global_step, **_times(clock)}
+        scores = {epoch: _evaluate(trainer, parts) for epoch in course.epochs(parts.model, last)}
     facts: dict[str, Any] = {
-        **_outcome(cfg, scores[training["epochs"]]),
+        **_outcome(cfg, scores[last]),
         **best_epochs(scores, metric_of(cfg)),
         "mean_ratio": course.mean_ratio,
         "ratio_sd": course.ratio_sd,
