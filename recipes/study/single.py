@@ -24,7 +24,7 @@ from recipes.config import build
 from recipes.console import quiet_lightning
 from recipes.errors import RecipeError
 from recipes.parts import Parts, build_parts
-from recipes.study.curve import Course, best_epochs
+from recipes.study.course import Course, best_epochs
 
 __all__ = ["METRICS", "make_trainer", "metric_of", "run_once", "run_quietly"]
 
@@ -94,7 +94,7 @@ def run_once(settings: dict[str, Any], evaluations: int = 1) -> tuple[dict[str, 
 
     Args:
         settings: All settings of the run, resolved.
-        evaluations: Epochs whose weights are validated and tested, see `recipes.study.curve.evaluated_epochs`.
+        evaluations: Epochs whose weights are validated and tested, see `recipes.study.course.evaluated_epochs`.
 
     Returns:
         The fields of `recipes.study.records.Record` that the run decides, and the callback's warnings.

@@ -13,7 +13,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 from recipes.errors import RecipeError
 from recipes.study.cells import Cell, load_study
-from recipes.study.curve import best_epochs, evaluated_epochs
+from recipes.study.course import best_epochs, evaluated_epochs
 from recipes.study.records import Job, Record, read_records, write_records
 from recipes.study.single import run_once
 from recipes.train import CONFIG_DIR
