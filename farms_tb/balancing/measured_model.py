@@ -34,7 +34,8 @@ class MeasuredModel:
     Attributes:
         model: the model.
         assignment: its layers, and which parameter follows which of them, at the latest measurement.
-        compares: whether layers are compared with their permutation nulls also where the map does not need it.
+        compares: whether layers are compared with their permutation nulls. Some maps need it, and it may be set
+            for others.
 
     Raises:
         TypeError: not a module.
@@ -47,7 +48,7 @@ class MeasuredModel:
         self.model = model
         self._spectrum_options, self._ratio_options = spectrum_options, ratio_options
         self._share = share
-        self.compares = False
+        self.compares = ratio_options.assign_func in COMPARES_WITH_RANDOM
         self._begun: BackgroundMeasurement | Report | None = None
         self._nulls: dict[str, PermutationNull] = {}
         self.assignment, self._signature = self._assigned(), _signature(model)
@@ -60,7 +61,10 @@ class MeasuredModel:
         """
         self._follow_model()
         layers, team = self.assignment.layers, self._team()
-        return self._with_nulls(measure(layers, self._spectrum_options, histogram=histogram, team=team))
+        report = measure(layers, self._spectrum_options, histogram=histogram, team=team)
+        if self.compares:
+            report = self._with_nulls(report)
+        return report
 
     def begin(self, histogram: bool = False) -> None:
         """Begin to measure the weights as they are now, in the background.
@@ -81,7 +85,9 @@ class MeasuredModel:
         report, self._begun = self.begun_report(), None
         if report is None:
             raise RuntimeError("no measurement was begun: call begin_update() before finish_update()")
-        return self._with_nulls(report)
+        if self.compares:
+            report = self._with_nulls(report)
+        return report
 
     def begun_report(self) -> Report | None:
         """Wait for the measurement that was begun, if any. It stays begun."""
@@ -123,9 +129,7 @@ class MeasuredModel:
         return current_team() if self._share else None
 
     def _with_nulls(self, report: Report) -> Report:
-        """Add the permutation null of each layer where the map needs it, and measure those that are missing."""
-        if self._ratio_options.assign_func not in COMPARES_WITH_RANDOM and not self.compares:
-            return report
+        """Add the permutation null of each layer, and measure those that are missing."""
         # Once for each layer, from the first weights that have an alpha: its permutation null stays.
         report = with_nulls(report, self._nulls)
         found = measure_nulls(self.assignment.layers, report, self._spectrum_options, team=self._team())
@@ -139,6 +143,11 @@ class MeasuredModel:
         return with_nulls(report, self._nulls)
 
 
-def _signature(model: nn.Module) -> tuple[tuple[int, bool], ...]:
-    """Return what changes when parameters are replaced. A lazy one stays the same object when it gets values."""
-    return tuple((id(parameter), is_lazy(parameter)) for parameter in model.parameters())
+def _signature(model: nn.Module) -> tuple[tuple[str, int, bool], ...]:
+    """Return what changes when parameters are replaced or renamed.
+
+    A lazy parameter stays the same object when it gets values, and a parameter that is parametrized when it gets
+    another name.
+    """
+    named = model.named_parameters()
+    return tuple((name, id(parameter), is_lazy(parameter)) for name, parameter in named)
