@@ -131,8 +131,9 @@ def members(
         left_out |= {layer.name for layer in assignment.layers} - assignment.blocks.keys()
     taking_part: dict[Kind, list[str]] = {kind: [] for kind in options.balance}
     for layer in trained_layers(assignment.layers, trained):
-        has_metrics = not layer.problem and layer.kind in taking_part
-        if has_metrics and layer.name not in left_out:
+        if layer.problem or layer.name in left_out:
+            continue
+        if layer.kind in taking_part:
             taking_part[layer.kind].append(layer.name)
     return taking_part
 

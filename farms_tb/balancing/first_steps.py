@@ -110,7 +110,7 @@ class FirstSteps:
             moved: whether the step wrote one of its parameters.
 
         Raises:
-            RuntimeError: it did.
+            RuntimeError: it was.
         """
         if moved:
             lr_was_read = not isinstance(group, WatchedGroup) or group.lr_was_read

@@ -50,6 +50,7 @@ class MappedRatios:
         ratios: ratio of each layer of the report; 1 for those that take no part.
         members: the layers that take part, by kind: each kind is balanced within itself.
         missing: those of them without the metric that is mapped, which keep ratio 1.
+        balanced: those of them that have it, by kind; it follows from `members` and `missing`.
         summary: what the mapping did, over all layers.
         trained: the layers that an optimizer trains, whether they take part or not; only about these training is
             warned of.
@@ -60,15 +61,14 @@ class MappedRatios:
     missing: list[str] = field(default_factory=list)
     summary: RatioSummary = field(default_factory=RatioSummary)
     trained: list[str] = field(default_factory=list)
+    balanced: dict[Kind, list[str]] = field(init=False)
 
-    @property
-    def balanced(self) -> dict[Kind, list[str]]:
-        """The layers that take part and have the metric that is mapped, by kind."""
+    def __post_init__(self) -> None:
         missing = set(self.missing)
         balanced = {}
         for kind, names in self.members.items():
             balanced[kind] = [name for name in names if name not in missing]
-        return balanced
+        object.__setattr__(self, "balanced", balanced)
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,8 @@ class VerdictWarnings:
             if name not in known:
                 status = records[name].status
                 self._warn(name, f"{name} has {status}. A smaller weight decay may help, or fewer units")
+        if not compared:
+            return
         for name in self._lagging(compared):
             self._warn(
                 name,
