@@ -7,6 +7,7 @@ finish and save together.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from torch import nn
@@ -20,6 +21,8 @@ from farms_tb.spectra.background import BackgroundMeasurement
 from farms_tb.spectra.distributed import Team, current_team
 from farms_tb.spectra.measure import measure
 from farms_tb.spectra.permutation_null import PermutationNull, measure_nulls, with_nulls, with_shared_deviations
+from farms_tb.weights.adapters import adapter_problem
+from farms_tb.weights.layers import Layer
 
 
 class MeasuredModel:
@@ -51,7 +54,8 @@ class MeasuredModel:
         self.compares = ratio_options.assign_func in COMPARES_WITH_RANDOM
         self._begun: BackgroundMeasurement | Report | None = None
         self._nulls: dict[str, PermutationNull] = {}
-        self.assignment, self._signature = self._assigned(), _signature(model)
+        self.assignment = self._assigned()
+        self._signature = _signature(model, self.assignment.layers)
 
     def measure(self, histogram: bool = False) -> Report:
         """Measure every layer now, on all processes together where shared.
@@ -116,10 +120,10 @@ class MeasuredModel:
                 self._nulls[name] = null
 
     def _follow_model(self) -> None:
-        """Find the layers again if parameters were replaced."""
-        signature = _signature(self.model)
-        if self._signature != signature:
-            self.assignment, self._signature = self._assigned(), signature
+        """Find the layers again if parameters were replaced, or adapters merged."""
+        if self._signature != _signature(self.model, self.assignment.layers):
+            self.assignment = self._assigned()
+            self._signature = _signature(self.model, self.assignment.layers)
 
     def _assigned(self) -> Assignment:
         spectrum = self._spectrum_options
@@ -143,11 +147,19 @@ class MeasuredModel:
         return with_nulls(report, self._nulls)
 
 
-def _signature(model: nn.Module) -> tuple[tuple[str, int, bool], ...]:
-    """Return what changes when parameters are replaced or renamed.
+def _signature(model: nn.Module, layers: Sequence[Layer]) -> list[tuple[str, int, bool] | str]:
+    """Return what changes when parameters are replaced or renamed, and when adapters can no longer be measured.
 
-    A lazy parameter stays the same object when it gets values, and a parameter that is parametrized when it gets
-    another name.
+    A lazy parameter stays the same object when it gets values, a parameter that is parametrized when it gets
+    another name, and a weight when adapters are merged into it.
+
+    Args:
+        model: the model.
+        layers: its layers, as they were found last.
     """
-    named = model.named_parameters()
-    return tuple((name, id(parameter), is_lazy(parameter)) for name, parameter in named)
+    signature: list[tuple[str, int, bool] | str] = []
+    for name, parameter in model.named_parameters():
+        signature.append((name, id(parameter), is_lazy(parameter)))
+    adapted = [layer for layer in layers if layer.is_adapted]
+    signature += [adapter_problem(layer.module, layer.adapters) for layer in adapted]
+    return signature
