@@ -17,7 +17,7 @@ from farms_tb.balancing.norms import norm_feeders
 from farms_tb.balancing.selection import blocks_of_layers, check_patterns, fixed_ratios, heads, layers_matching
 from farms_tb.options import Adapters, Kind, RatioOptions
 from farms_tb.warnings import warn_once
-from farms_tb.weights.layers import Layer, checked_layers, clean_name, has_adapters
+from farms_tb.weights.layers import Layer, checked_layers, clean_name, has_adapters, named_parameters
 
 Owners = Mapping[str, tuple[str, ...]]
 """Names of the layers that a parameter belongs to, by the parameter's name."""
@@ -98,29 +98,42 @@ def _warn_of_adapters(model: nn.Module, layers: Sequence[Layer]) -> None:
         )
 
 
+def trained_layers(layers: Sequence[Layer], trained: Mapping[str, nn.Parameter]) -> list[Layer]:
+    """Return the layers that have a parameter which is trained, in their order.
+
+    Args:
+        layers: the layers of the model.
+        trained: the parameters that an optimizer trains, by name.
+    """
+    return [layer for layer in layers if not trained.keys().isdisjoint(layer.parameters)]
+
+
 def members(
     assignment: Assignment, options: RatioOptions, trained: Mapping[str, nn.Parameter]
 ) -> dict[Kind, list[str]]:
     """Return the names of the layers that are balanced, for each kind that is balanced within itself.
 
-    A layer takes part where it is trained, can be measured, is not excluded and has no fixed ratio.
+    A layer takes part where it is trained, can be measured, is not excluded and has no fixed ratio; with
+    `unit="block"` only where it is in a block.
 
     Args:
         assignment: the layers of the model, and which are excluded or fixed.
         options: `exclude_first`, `exclude_last` and the kinds are used.
         trained: the parameters that an optimizer trains, by name.
+
+    Returns:
+        A list for each kind of `options.balance`, in the order of the layers; empty where no layer takes part.
     """
-    ends: set[str] = set()
+    left_out = assignment.excluded | assignment.fixed_layers.keys()
     if assignment.blocks is None:
-        ends = _first_and_last(assignment.layers, options, {id(parameter) for parameter in trained.values()})
-    excluded = ends | assignment.excluded | assignment.fixed_layers.keys()
+        left_out |= _first_and_last(assignment.layers, options, trained)
+    else:
+        left_out |= {layer.name for layer in assignment.layers} - assignment.blocks.keys()
     taking_part: dict[Kind, list[str]] = {kind: [] for kind in options.balance}
-    for layer in assignment.layers:
-        if layer.problem or layer.name in excluded or layer.kind not in taking_part:
+    for layer in trained_layers(assignment.layers, trained):
+        if layer.problem or layer.name in left_out:
             continue
-        if assignment.blocks is not None and layer.name not in assignment.blocks:
-            continue
-        if not trained.keys().isdisjoint(layer.parameters):
+        if layer.kind in taking_part:
             taking_part[layer.kind].append(layer.name)
     return taking_part
 
@@ -137,8 +150,7 @@ def _leaders(layers: Sequence[Layer], blocks: Mapping[str, str], left_out: Colle
 def _parameters_inside(model: nn.Module, leaders: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
     """Return the layer that each parameter inside a block follows: the leader of its block."""
     followed: dict[str, tuple[str, ...]] = {}
-    for raw, _ in model.named_parameters():
-        name = clean_name(raw)
+    for name in named_parameters(model):
         for block, leader in leaders.items():
             if name.startswith(f"{block}."):
                 followed[name] = (leader,)
@@ -168,23 +180,24 @@ def ratio_of_parameter(followed: Iterable[str], ratios: Mapping[str, float], opt
 
 
 def ratios_of_parameters(
-    model: nn.Module, assignment: Assignment, ratios: Mapping[str, float], options: RatioOptions
+    names: Iterable[str], assignment: Assignment, ratios: Mapping[str, float], options: RatioOptions
 ) -> dict[str, float]:
     """Return the ratio of each parameter of a model by name: the fixed one, else see `ratio_of_parameter`.
 
     Args:
-        model: the model.
+        names: names of the model's parameters.
         assignment: the layers that each parameter follows, and the fixed ratios.
         ratios: ratio of each layer by name.
         options: `ratio_levels` is used.
     """
-    names = [clean_name(raw) for raw, _ in model.named_parameters()]
     followed = assignment.followed
     found = {name: ratio_of_parameter(followed.get(name, ()), ratios, options) for name in names}
     return found | dict(assignment.fixed_parameters)
 
 
-def _first_and_last(layers: Sequence[Layer], options: RatioOptions, trained: Collection[int]) -> set[str]:
+def _first_and_last(
+    layers: Sequence[Layer], options: RatioOptions, trained: Mapping[str, nn.Parameter]
+) -> set[str]:
     """Return the names of the layers that `exclude_first` and `exclude_last` mean.
 
     They are those of the layers that are trained: excluding a layer that is frozen would change nothing. A weight
@@ -193,11 +206,16 @@ def _first_and_last(layers: Sequence[Layer], options: RatioOptions, trained: Col
     Args:
         layers: all layers.
         options: `exclude_first` and `exclude_last` are used.
-        trained: the `id` of each parameter that is trained.
+        trained: the parameters that are trained, by name.
     """
+    if not (options.exclude_first or options.exclude_last):
+        return set()
+    ids = set(map(id, trained.values()))
     with_matrices = [layer for layer in layers if layer.has_rule]
-    own = [layer.module_name for layer in with_matrices if _is_trained(layer, trained)]
-    ends = {*own[:1]} if options.exclude_first else set()
+    own = [layer.module_name for layer in with_matrices if _is_trained(layer, ids)]
+    ends: set[str] = set()
+    if options.exclude_first:
+        ends.update(own[:1])
     if options.exclude_last:
         ends.update(own[-1:])
     # By module, because the parts of one module (q, k and v) are excluded together.

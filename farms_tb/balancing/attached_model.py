@@ -1,21 +1,28 @@
-"""A model with the optimizers that train it: ratios of layers become learning rates of parameters."""
+"""A model with the optimizers that train it: ratios of layers become learning rates of parameters.
+
+After a measurement `map_ratios` asks which parameters are trained and maps the report to the ratios of the layers;
+`follow` applies them and says what a user should know. What the model and its optimizers hold is looked up anew
+each time: parameters may be frozen, replaced or handed to an optimizer between two measurements.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
-from torch import nn
 from torch.optim import Optimizer
 
-from farms_tb.balancing.assignment import Assignment, members, ratios_of_parameters
+from farms_tb.balancing.assignment import Assignment, members, ratios_of_parameters, trained_layers
 from farms_tb.balancing.measured_model import MeasuredModel
 from farms_tb.balancing.optimizers import BalancedOptimizers
 from farms_tb.balancing.ratio_warnings import RatioWarnings
 from farms_tb.balancing.report_ratios import MappedRatios, ratios_of_report
 from farms_tb.balancing.step_groups import StepGroup, lrs_of_layers, step_groups
+from farms_tb.balancing.targets import Ratio, scale_of, weakened
 from farms_tb.balancing.verdict_warnings import VerdictWarnings
 from farms_tb.options import RatioOptions
 from farms_tb.report import Report
+from farms_tb.weights.layers import named_parameters
 
 
 class AttachedModel:
@@ -28,6 +35,7 @@ class AttachedModel:
 
     Attributes:
         measured: the model, whose layers are measured.
+        model: the model itself.
 
     Raises:
         TypeError: not a torch optimizer.
@@ -36,7 +44,7 @@ class AttachedModel:
     """
 
     def __init__(self, measured: MeasuredModel, optimizers: Sequence[Optimizer], options: RatioOptions) -> None:
-        self.measured = measured
+        self.measured, self.model = measured, measured.model
         self._options = options
         self._warnings = RatioWarnings(measured.model, options)
         self._verdict_warnings = VerdictWarnings(measured.model)
@@ -44,52 +52,69 @@ class AttachedModel:
         self._optimizers.attach(measured.assignment.layers)
 
     @property
-    def model(self) -> nn.Module:
-        """The model."""
-        return self.measured.model
-
-    @property
     def assignment(self) -> Assignment:
         """The layers of the model, and which parameter follows which of them."""
         return self.measured.assignment
 
     def map_ratios(self, report: Report) -> MappedRatios:
-        """Return the ratios that follow from a report."""
-        trained = self._optimizers.trained(self.model)
-        by_kind = members(self.assignment, self._options, trained)
-        return ratios_of_report(report, by_kind, self._options, self.assignment)
+        """Return the ratios that follow from a report.
 
-    def warn_of_unseen_steps(self) -> None:
-        """Warn where the model was trained since the last call by steps without layer-wise learning rates."""
-        self._optimizers.warn_of_unseen_steps(self.model)
+        Args:
+            report: the measurement of the present layers.
 
-    def warn_about(self, report: Report, mapped: MappedRatios, *, initial: bool) -> None:
-        """Warn of what a user should know of ratios that were just applied.
+        Raises:
+            ValueError: a metric that the map cannot map.
+        """
+        assignment = self.assignment
+        trained = self._optimizers.trained(named_parameters(self.model))
+        layers = trained_layers(assignment.layers, trained)
+        by_kind = members(assignment, self._options, trained)
+        mapped = ratios_of_report(report, by_kind, self._options, assignment)
+        return replace(mapped, trained=[layer.name for layer in layers])
+
+    def follow(self, report: Report, mapped: MappedRatios, strength: float, *, initial: bool) -> None:
+        """Let the next steps use the ratios that follow from a measurement, and warn of what a user should know.
 
         Args:
             report: the measurement.
             mapped: the ratios that follow from it.
+            strength: share of the ratios that applies, as in `LayerBalancer`.
             initial: whether these may be initial weights, whose alphas are all noise: that is not worth a warning.
         """
-        self._warnings.about(report, mapped)
-        self._verdict_warnings.about(report, self._trained_layers(), mapped.missing)
-        if not initial:
-            self._warnings.about_noise(report, mapped)
+        self._optimizers.follow(self._scales(mapped.ratios, strength), self.model)
+        self._warnings.about(report, mapped, initial=initial)
+        self._verdict_warnings.about(report, mapped.trained, mapped.missing)
 
-    def _trained_layers(self) -> list[str]:
-        trained = self._optimizers.trained(self.model).keys()
-        return [layer.name for layer in self.assignment.layers if not trained.isdisjoint(layer.parameters)]
+    def apply(self, ratios: Mapping[str, float], strength: float) -> None:
+        """Let the next steps use other ratios of the layers, or the same at another strength.
 
-    def apply(self, ratios: Mapping[str, float]) -> None:
-        """Let the next steps use these ratios of the parameters by name."""
-        self._optimizers.apply(self.model, ratios)
+        Args:
+            ratios: ratio of each layer by name.
+            strength: share of the ratios that applies.
+        """
+        self._optimizers.apply(self._scales(ratios, strength))
+
+    def _scales(self, ratios: Mapping[str, float], strength: float) -> dict[int, Ratio]:
+        """Return what the ratios of the layers scale of each parameter, by the parameter's `id`.
+
+        Args:
+            ratios: ratio of each layer by name.
+            strength: share of the ratios that applies.
+        """
+        assignment, parameters = self.assignment, named_parameters(self.model)
+        own = ratios_of_parameters(parameters, assignment, ratios, self._options)
+        applied = weakened(own, strength)
+        return {id(parameter): scale_of(applied[name], self._options) for name, parameter in parameters.items()}
 
     def parameter_ratios(self, ratios: Mapping[str, float]) -> dict[str, float]:
         """Return the ratio of each parameter by name, given those of the layers."""
-        return ratios_of_parameters(self.model, self.assignment, ratios, self._options)
+        return ratios_of_parameters(named_parameters(self.model), self.assignment, ratios, self._options)
 
     def param_groups(self, optimizer: Optimizer | None = None) -> list[StepGroup]:
-        """Return the groups that an optimizer really steps with, or all optimizers.
+        """Return the groups that an optimizer really steps with.
+
+        Args:
+            optimizer: one of those that train the model; None for all of them.
 
         Raises:
             ValueError: the optimizer is not one of those that train the model.
@@ -98,7 +123,8 @@ class AttachedModel:
 
     def layer_lrs(self) -> dict[str, float]:
         """Return the current learning rate of each layer that is trained."""
-        return lrs_of_layers(self.assignment, self.param_groups(), self._optimizers.trained(self.model))
+        trained = self._optimizers.trained(named_parameters(self.model))
+        return lrs_of_layers(self.assignment, self.param_groups(), trained)
 
     def detach(self) -> None:
         """Give the optimizers back as they were, and wait until no thread measures."""

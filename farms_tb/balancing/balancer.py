@@ -20,6 +20,7 @@ from farms_tb.balancing.measured_model import MeasuredModel
 from farms_tb.balancing.report_ratios import MappedRatios, RatioSummary
 from farms_tb.balancing.state import BalancerState, is_of_this_run, read_state, write_state
 from farms_tb.balancing.step_groups import StepGroup as StepGroup
+from farms_tb.balancing.targets import weakened
 from farms_tb.options import RatioOptions, SpectrumOptions, as_plain
 from farms_tb.report import Report
 from farms_tb.weights.layers import Layer, unwrap
@@ -96,7 +97,7 @@ class LayerBalancer:
     @property
     def ratios(self) -> dict[str, float]:
         """Current learning-rate ratio of each layer by name."""
-        return _weakened(self._mapped, self.strength)
+        return weakened(self._mapped, self.strength)
 
     def set_strength(self, strength: float) -> None:
         """Let the next steps use 1 + s (r - 1) in place of each ratio r.
@@ -106,7 +107,7 @@ class LayerBalancer:
         """
         if strength != self.strength:
             self.strength = strength
-            self._attached.apply(self.parameter_ratios())
+            self._attached.apply(self._mapped, strength)
 
     def compare_with_random(self) -> None:
         """From now on compare layers with their permutation nulls, also where the map does not need it."""
@@ -135,7 +136,7 @@ class LayerBalancer:
 
     def parameter_ratios(self) -> dict[str, float]:
         """Return the current ratio of each parameter of the model by name."""
-        return _weakened(self._attached.parameter_ratios(self._mapped), self.strength)
+        return weakened(self._attached.parameter_ratios(self._mapped), self.strength)
 
     def param_groups(self, optimizer: Optimizer) -> list[StepGroup]:
         """Return the groups that `optimizer` really steps with.
@@ -175,7 +176,7 @@ class LayerBalancer:
         names = [layer.name for layer in self.layers]
         fits = is_of_this_run(saved, self._plain_options, names, attached.model)
         self._mapped = {name: saved.ratios.get(name, 1.0) for name in names}
-        self._attached.apply(self.parameter_ratios())
+        attached.apply(self._mapped, self.strength)
         self.report = saved.report
         attached.measured.restore(saved if fits else None)
         return fits
@@ -192,14 +193,5 @@ class LayerBalancer:
         initial, self.report = self.report is None, report
         mapped = self.map_ratios(report)
         self._mapped, self.summary = mapped.ratios, mapped.summary.at(self.strength)
-        self._attached.warn_of_unseen_steps()
-        self._attached.apply(self.parameter_ratios())
-        self._attached.warn_about(report, mapped, initial=initial)
+        self._attached.follow(report, mapped, self.strength, initial=initial)
         return report
-
-
-def _weakened(ratios: dict[str, float], strength: float) -> dict[str, float]:
-    """Return 1 + s (r - 1) of each ratio r; the ratios themselves, to the last digit, where s is 1."""
-    if strength == 1:
-        return ratios
-    return {name: 1 + strength * (ratio - 1) for name, ratio in ratios.items()}

@@ -9,7 +9,7 @@ checked.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MethodType
 from typing import Any
 
@@ -47,7 +47,11 @@ class FirstSteps:
         self.pending = False
 
     def expect(self, ratios: Mapping[int, Ratio]) -> None:
-        """Check the next steps if there are more different ratios than in any step before."""
+        """Check the next steps if there are more different ratios than in any step before.
+
+        Args:
+            ratios: ratio of each parameter by its `id`.
+        """
         number = len(set(ratios.values()))
         if self._applies and number > self._most_groups:
             self._most_groups = number
@@ -99,7 +103,15 @@ class FirstSteps:
         self.pending = not all(touched) and self._steps_left > 0
 
     def _check_group(self, group: Group, moved: bool) -> None:
-        """Raise where a group was moved without its learning rate, or left out while others moved."""
+        """Raise where a group was moved without its learning rate, or left out while others moved.
+
+        Args:
+            group: a group that the step saw.
+            moved: whether the step wrote one of its parameters.
+
+        Raises:
+            RuntimeError: it was.
+        """
         if moved:
             lr_was_read = not isinstance(group, WatchedGroup) or group.lr_was_read
             if not lr_was_read:
@@ -126,20 +138,30 @@ class Traces:
     def __init__(self, optimizer: Optimizer) -> None:
         self._state: Any = optimizer.__dict__.get("state", {})
         self._groups = optimizer.__dict__["param_groups"]
-        params = [p for group in self._groups for p in group["params"]]
-        self._marks = {id(p): self._mark(p) for p in params}
-        self._norms = {id(p): _norm(p) for p in params}
+        self._marks: dict[int, tuple[Any, ...]] = {}
+        self._norms: dict[int, Tensor | None] = {}
+        for parameter in _all_params(self._groups):
+            self._marks[id(parameter)] = self._mark(parameter)
+            self._norms[id(parameter)] = _norm(parameter)
 
     def any_touched(self) -> bool:
         """Tell whether a step has written any parameter that has a gradient."""
         return any(self.group_touched(group) for group in self._groups)
 
     def group_touched(self, group: Group) -> bool:
-        """Tell whether a step has written any parameter of a group that has a gradient."""
+        """Tell whether a step has written any parameter of a group that has a gradient.
+
+        Args:
+            group: one of the user's groups, or one that the step saw.
+        """
         return any(self.touched(parameter) for parameter in candidates(group))
 
     def touched(self, parameter: Tensor) -> bool:
-        """Tell whether a step has written a parameter or its state since."""
+        """Tell whether a step has written a parameter or its state since.
+
+        Args:
+            parameter: the parameter, as it is now. One that was not there before counts as not written.
+        """
         key = id(parameter)
         if key not in self._marks:
             return False  # a closure has added it
@@ -160,6 +182,14 @@ class Traces:
         if not isinstance(state, Mapping):
             return (own,)
         return (own, *((key, _version(value)) for key, value in state.items()))
+
+
+def _all_params(groups: Iterable[Group]) -> list[Tensor]:
+    """Return the parameters of all param groups, in order."""
+    params: list[Tensor] = []
+    for group in groups:
+        params += group["params"]
+    return params
 
 
 def _version(value: object) -> tuple[int, Any]:
@@ -187,7 +217,11 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def candidates(group: Group) -> list[Tensor]:
-    """Return the parameters of a group that a step should move."""
+    """Return the parameters of a group that a step should move: those that have a gradient.
+
+    Args:
+        group: the group; a watched one does not notice.
+    """
     params: list[Tensor] = dict.__getitem__(group, "params")
     return [p for p in params if p.requires_grad and p.grad is not None]
 
@@ -221,11 +255,23 @@ def _check_paired_lists(optimizer: Optimizer) -> None:
     groups = optimizer.__dict__["param_groups"]
     default = optimizer.defaults.get("lr")
     for name, value in vars(optimizer).items():
-        if not isinstance(value, (list, tuple)) or len(value) != len(groups):
-            continue
-        are_lrs = [_is_lr(number, group, default) for number, group in zip(value, groups, strict=True)]
-        if are_lrs and all(are_lrs):
+        if _are_lrs(value, groups, default):
             raise incompatible(optimizer, f"pairs its param groups with a list of its own, {name!r},")
+
+
+def _are_lrs(value: object, groups: Sequence[Group], default: object) -> bool:
+    """Tell a list that holds a learning rate of each group.
+
+    Args:
+        value: an attribute of the optimizer.
+        groups: its param groups.
+        default: its default learning rate.
+    """
+    if not isinstance(value, (list, tuple)) or not value:
+        return False
+    if len(value) != len(groups):
+        return False
+    return all(_is_lr(number, group, default) for number, group in zip(value, groups, strict=True))
 
 
 def _check_tensor_lists(optimizer: Optimizer) -> None:
@@ -235,17 +281,21 @@ def _check_tensor_lists(optimizer: Optimizer) -> None:
     of one shape would get the momentum of others. An optimizer that keeps a list of its parameters, too, may go
     through that.
     """
-    params = [p for group in optimizer.__dict__["param_groups"] for p in group["params"]]
+    params = _all_params(optimizer.__dict__["param_groups"])
     if len(params) < 2:
         return
     lists = {name: _tensors_in(value) for name, value in vars(optimizer).items()}
-    ids = [id(p) for p in params]
-    if any([id(tensor) for tensor in tensors] == ids for tensors in lists.values()):
+    ids = list(map(id, params))
+    if any(list(map(id, tensors)) == ids for tensors in lists.values()):
         return
-    shapes = [p.shape for p in params]
+    shapes = _shapes(params)
     for name, tensors in lists.items():
-        if [tensor.shape for tensor in tensors] == shapes:
+        if _shapes(tensors) == shapes:
             raise incompatible(optimizer, f"pairs its parameters with a list of its own, {name!r},")
+
+
+def _shapes(tensors: Sequence[Tensor]) -> list[torch.Size]:
+    return [tensor.shape for tensor in tensors]
 
 
 def _tensors_in(value: object) -> list[Tensor]:
@@ -254,18 +304,28 @@ def _tensors_in(value: object) -> list[Tensor]:
         return []
     flat: list[Any] = []
     for entry in value:
-        flat.extend(entry if isinstance(entry, (list, tuple)) else [entry])
-    return flat if all(isinstance(entry, Tensor) for entry in flat) else []
+        if isinstance(entry, (list, tuple)):
+            flat.extend(entry)
+        else:
+            flat.append(entry)
+    if not all(isinstance(entry, Tensor) for entry in flat):
+        return []
+    return flat
 
 
 def _is_lr(number: object, group: Group, default: object) -> bool:
-    """Tell whether a number is a learning rate that a group has, had at the start, or has by default."""
+    """Tell whether a number is a learning rate that a group has, had at the start, or has by default.
+
+    Args:
+        number: an entry of a list.
+        group: the param group with the same index.
+        default: the default learning rate of the optimizer.
+    """
     if isinstance(number, bool) or not isinstance(number, (int, float)):
         return False
-    rates = [
-        rate for rate in (group.get("lr"), group.get("initial_lr"), default) if isinstance(rate, (int, float))
-    ]
-    return number in rates
+    rates = (group.get("lr"), group.get("initial_lr"), default)
+    # Numbers alone: tensors compare by value, too, and may be on a GPU.
+    return number in [rate for rate in rates if isinstance(rate, (int, float))]
 
 
 class UnseenSteps:
@@ -290,15 +350,14 @@ class UnseenSteps:
             steps: number of the steps that were seen so far.
         """
         before, self._versions = self._versions, {}
-        written = []
-        for group in self._optimizer.param_groups:
-            for parameter in group["params"]:
-                if is_lazy(parameter):
-                    continue
-                key, version = id(parameter), parameter._version
-                self._versions[key] = version
-                if parameter.grad is not None and key in before:
-                    written.append(before[key] != version)
+        with_gradient = []
+        for parameter in _all_params(self._optimizer.param_groups):
+            if is_lazy(parameter):
+                continue
+            self._versions[id(parameter)] = parameter._version
+            if parameter.grad is not None:
+                with_gradient.append(id(parameter))
+        written = [before[key] != self._versions[key] for key in with_gradient if key in before]
         no_step, self._steps = steps == self._steps, steps
         return no_step and bool(written) and all(written)
 
@@ -331,7 +390,11 @@ class ReplacedStep:
         self._watching = None
 
     def _watch(self, *args: Any, **kwargs: Any) -> Any:
-        """Make the user's step; raise where torch's hooks, and so the ratios, took no part in it."""
+        """Make the user's step, with its arguments and its result.
+
+        Raises:
+            RuntimeError: torch's hooks, and so the ratios, took no part in it.
+        """
         seen = self._steps()
         assert self._step is not None
         result = self._step(*args, **kwargs)

@@ -82,7 +82,7 @@ class LayerwiseStep:
         """Ratio of a parameter by its `id`: of its learning rate, or a `Scale`; 1 where there is none.
 
         It may be replaced at any time between steps. While every ratio is 1 the optimizer steps as if nothing were
-        attached.
+        attached. Setting it raises RuntimeError once a step was captured in a CUDA graph.
         """
         return self._ratios
 
@@ -93,9 +93,11 @@ class LayerwiseStep:
         self._ratios = ratios
         self._first_steps.expect(ratios)
 
-    def trained_unseen(self) -> bool:
-        """Tell whether the parameters were trained since the last call, but not by steps with these ratios."""
-        return self._unseen.since_last(self.steps) and self.is_active
+    def follow(self, ratios: Mapping[int, Ratio]) -> bool:
+        """Take new ratios; tell whether parameters were trained since the last call by steps without the old."""
+        was_active = self.is_active
+        self.ratios = ratios
+        return self._unseen.since_last(self.steps) and was_active
 
     @property
     def is_active(self) -> bool:
@@ -149,7 +151,11 @@ class LayerwiseStep:
         raise incompatible(self.optimizer, "replaced its param_groups")
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-        """Return the arguments of a step with the view in place of the optimizer; None where no ratio is set."""
+        """Return the arguments of a step with the view in place of the optimizer; None where no ratio is set.
+
+        Raises:
+            RuntimeError: the step is being captured in a CUDA graph, or `FirstSteps` refuses the optimizer.
+        """
         # `super().step()` in a subclass calls the hooks again, for the view: scaled already.
         if optimizer is self._view:
             return None
@@ -204,7 +210,12 @@ def _with_view(
 
 
 def _followed_by(closure: Callable[[], Any], after: Callable[[], None]) -> Callable[[], Any]:
-    """Return a closure that calls another function after each call."""
+    """Return a closure that calls another function after each call.
+
+    Args:
+        closure: the user's closure, whose result is returned.
+        after: the other function.
+    """
 
     def both() -> Any:
         result = closure()
@@ -249,7 +260,11 @@ class _OtherSteps:
         self._right: WeakKeyDictionary[Optimizer, set[int]] = WeakKeyDictionary()
 
     def follow_if(self, any_attached: bool) -> None:
-        """Begin or cease to look."""
+        """Begin to look, or cease.
+
+        Args:
+            any_attached: whether any optimizer has layer-wise learning rates now.
+        """
         if any_attached and not self._handles:
             self._handles = [
                 register_optimizer_step_pre_hook(self._before_step),
@@ -312,7 +327,12 @@ def _active_steps() -> list[LayerwiseStep]:
 
 
 def _shares_parameters(optimizer: Optimizer, step: LayerwiseStep) -> bool:
-    """Tell whether an optimizer holds a parameter that an attached one balances."""
+    """Tell whether an optimizer holds a parameter that an attached one balances.
+
+    Args:
+        optimizer: any optimizer.
+        step: what is attached to the other one.
+    """
     return not parameter_ids(optimizer).isdisjoint(parameter_ids(step.optimizer))
 
 

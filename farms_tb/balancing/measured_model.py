@@ -7,6 +7,7 @@ finish and save together.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from torch import nn
@@ -20,6 +21,8 @@ from farms_tb.spectra.background import BackgroundMeasurement
 from farms_tb.spectra.distributed import Team, current_team
 from farms_tb.spectra.measure import measure
 from farms_tb.spectra.permutation_null import PermutationNull, measure_nulls, with_nulls, with_shared_deviations
+from farms_tb.weights.adapters import adapter_problem
+from farms_tb.weights.layers import Layer
 
 
 class MeasuredModel:
@@ -34,7 +37,8 @@ class MeasuredModel:
     Attributes:
         model: the model.
         assignment: its layers, and which parameter follows which of them, at the latest measurement.
-        compares: whether layers are compared with their permutation nulls also where the map does not need it.
+        compares: whether layers are compared with their permutation nulls. Some maps need it, and it may be set
+            for others.
 
     Raises:
         TypeError: not a module.
@@ -47,10 +51,11 @@ class MeasuredModel:
         self.model = model
         self._spectrum_options, self._ratio_options = spectrum_options, ratio_options
         self._share = share
-        self.compares = False
+        self.compares = ratio_options.assign_func in COMPARES_WITH_RANDOM
         self._begun: BackgroundMeasurement | Report | None = None
         self._nulls: dict[str, PermutationNull] = {}
-        self.assignment, self._signature = self._assigned(), _signature(model)
+        self.assignment = self._assigned()
+        self._signature = _signature(model, self.assignment.layers)
 
     def measure(self, histogram: bool = False) -> Report:
         """Measure every layer now, on all processes together where shared.
@@ -60,7 +65,10 @@ class MeasuredModel:
         """
         self._follow_model()
         layers, team = self.assignment.layers, self._team()
-        return self._with_nulls(measure(layers, self._spectrum_options, histogram=histogram, team=team))
+        report = measure(layers, self._spectrum_options, histogram=histogram, team=team)
+        if self.compares:
+            report = self._with_nulls(report)
+        return report
 
     def begin(self, histogram: bool = False) -> None:
         """Begin to measure the weights as they are now, in the background.
@@ -81,7 +89,9 @@ class MeasuredModel:
         report, self._begun = self.begun_report(), None
         if report is None:
             raise RuntimeError("no measurement was begun: call begin_update() before finish_update()")
-        return self._with_nulls(report)
+        if self.compares:
+            report = self._with_nulls(report)
+        return report
 
     def begun_report(self) -> Report | None:
         """Wait for the measurement that was begun, if any. It stays begun."""
@@ -110,10 +120,10 @@ class MeasuredModel:
                 self._nulls[name] = null
 
     def _follow_model(self) -> None:
-        """Find the layers again if parameters were replaced."""
-        signature = _signature(self.model)
-        if self._signature != signature:
-            self.assignment, self._signature = self._assigned(), signature
+        """Find the layers again if parameters were replaced, or adapters merged."""
+        if self._signature != _signature(self.model, self.assignment.layers):
+            self.assignment = self._assigned()
+            self._signature = _signature(self.model, self.assignment.layers)
 
     def _assigned(self) -> Assignment:
         spectrum = self._spectrum_options
@@ -123,9 +133,7 @@ class MeasuredModel:
         return current_team() if self._share else None
 
     def _with_nulls(self, report: Report) -> Report:
-        """Add the permutation null of each layer where the map needs it, and measure those that are missing."""
-        if self._ratio_options.assign_func not in COMPARES_WITH_RANDOM and not self.compares:
-            return report
+        """Add the permutation null of each layer, and measure those that are missing."""
         # Once for each layer, from the first weights that have an alpha: its permutation null stays.
         report = with_nulls(report, self._nulls)
         found = measure_nulls(self.assignment.layers, report, self._spectrum_options, team=self._team())
@@ -139,6 +147,19 @@ class MeasuredModel:
         return with_nulls(report, self._nulls)
 
 
-def _signature(model: nn.Module) -> tuple[tuple[int, bool], ...]:
-    """Return what changes when parameters are replaced. A lazy one stays the same object when it gets values."""
-    return tuple((id(parameter), is_lazy(parameter)) for parameter in model.parameters())
+def _signature(model: nn.Module, layers: Sequence[Layer]) -> list[tuple[str, int, bool] | str]:
+    """Return what changes when parameters are replaced or renamed, and when adapters can no longer be measured.
+
+    A lazy parameter stays the same object when it gets values, a parameter that is parametrized when it gets
+    another name, and a weight when adapters are merged into it.
+
+    Args:
+        model: the model.
+        layers: its layers, as they were found last.
+    """
+    signature: list[tuple[str, int, bool] | str] = []
+    for name, parameter in model.named_parameters():
+        signature.append((name, id(parameter), is_lazy(parameter)))
+    adapted = [layer for layer in layers if layer.is_adapted]
+    signature += [adapter_problem(layer.module, layer.adapters) for layer in adapted]
+    return signature

@@ -72,6 +72,9 @@ def is_norm(module: nn.Module) -> bool:
     where it, or a class it derives from, has "norm" in its name, and where the module has one or two parameters,
     all vectors of one length: the scale and the shift of each channel. A shape such as `(1, C, 1, 1)` is a vector
     as well. Modules with submodules are no norms.
+
+    Args:
+        module: any module.
     """
     if isinstance(module, _TORCH_NORMS):
         return True
@@ -115,10 +118,10 @@ def _channels(module: nn.Module) -> int | None:
     parameters = [parameter for parameter in module._parameters.values() if parameter is not None]
     if module._modules or len(parameters) not in (1, 2):
         return None
-    if not all(_is_vector(parameter) for parameter in parameters):
+    first, last = parameters[0], parameters[-1]
+    if not (_is_vector(first) and _is_vector(last)):
         return None
-    widths = {parameter.numel() for parameter in parameters}
-    return widths.pop() if len(widths) == 1 else None
+    return first.numel() if first.numel() == last.numel() else None
 
 
 def _is_vector(parameter: Tensor) -> bool:

@@ -26,7 +26,11 @@ _WAY_OUT = "Use another optimizer, or lr_min_ratio=lr_max_ratio=1 to measure onl
 
 
 def unwrapped_optimizer(optimizer: Any) -> Any:
-    """Return the torch optimizer inside Lightning's `LightningOptimizer`; any other object as it is."""
+    """Return the torch optimizer inside Lightning's `LightningOptimizer`; any other object as it is.
+
+    Args:
+        optimizer: what a user gave as an optimizer.
+    """
     if isinstance(optimizer, Optimizer):
         return optimizer
     inner = getattr(optimizer, "_optimizer", None)
@@ -46,7 +50,12 @@ def stepping_optimizers(optimizer: Optimizer) -> Iterator[Optimizer]:
 
 
 def _stepping(optimizer: Optimizer, seen: set[int]) -> Iterator[Optimizer]:
-    """Yield as `stepping_optimizers` does, but for those whose `id` was seen: wrappers may refer to each other."""
+    """Yield as `stepping_optimizers` does, but for those that were seen: wrappers may refer to each other.
+
+    Args:
+        optimizer: the optimizer.
+        seen: the `id` of each optimizer that was looked at; those that are looked at now are added.
+    """
     seen.add(id(optimizer))
     inner = [wrapped for wrapped in _optimizers_among(vars(optimizer).values()) if id(wrapped) not in seen]
     for wrapped in inner:
@@ -60,7 +69,11 @@ def _stepping(optimizer: Optimizer, seen: set[int]) -> Iterator[Optimizer]:
 
 
 def parameter_ids(optimizer: Optimizer) -> set[int]:
-    """Return the `id` of each parameter in the param groups of an optimizer."""
+    """Return the `id` of each parameter in the param groups of an optimizer.
+
+    Args:
+        optimizer: the optimizer, whose groups may grow during training.
+    """
     ids: set[int] = set()
     for group in optimizer.param_groups:
         ids.update(map(id, group["params"]))
@@ -68,7 +81,12 @@ def parameter_ids(optimizer: Optimizer) -> set[int]:
 
 
 def _optimizers_among(values: Iterable[Any], depth: int = 3) -> Iterator[Optimizer]:
-    """Yield the optimizers among values, and in the lists, tuples and dicts among them."""
+    """Yield the optimizers among values, and in the lists, tuples and dicts among them.
+
+    Args:
+        values: any objects.
+        depth: so many lists and dicts inside each other are opened.
+    """
     for value in values:
         if isinstance(value, Optimizer):
             yield value
@@ -139,6 +157,9 @@ def _check_lr(name: str, index: int, group: Group) -> None:
         name: name of the optimizer's class.
         index: which of its groups it is.
         group: the group.
+
+    Raises:
+        ValueError: its lr is missing, None, or neither a number nor a tensor.
     """
     if "lr" not in group:
         raise ValueError(f"param group {index} of {name} has no 'lr' to scale. {_WAY_OUT}")
@@ -167,7 +188,11 @@ def incompatible(optimizer: Optimizer, deed: str) -> RuntimeError:
 
 
 def captured(optimizer: Optimizer) -> RuntimeError:
-    """Return the error for a step that is part of a CUDA graph."""
+    """Return the error for a step that is part of a CUDA graph.
+
+    Args:
+        optimizer: the optimizer.
+    """
     return RuntimeError(
         f"{type(optimizer).__name__}.step() was captured in a CUDA graph, which would go on with the learning "
         "rates of that moment: leave the step out of the graph (capture forward and backward alone, as "

@@ -16,10 +16,10 @@ from farms_tb.balancing.layerwise_step import LayerwiseStep
 from farms_tb.balancing.optimizer_checks import parameter_ids, stepping_optimizers, unwrapped_optimizer
 from farms_tb.balancing.ratio_maps import only_measures
 from farms_tb.balancing.split_groups import SplitGroup, split_groups
-from farms_tb.balancing.targets import Ratio, check_decay, scale_of
+from farms_tb.balancing.targets import Ratio, check_decay
 from farms_tb.options import RatioOptions
 from farms_tb.warnings import warn_once
-from farms_tb.weights.layers import Layer, clean_name
+from farms_tb.weights.layers import Layer
 
 
 class BalancedOptimizers:
@@ -78,28 +78,33 @@ class BalancedOptimizers:
             self.detach()
             raise
 
-    def apply(self, model: nn.Module, ratios: Mapping[str, float]) -> None:
+    def apply(self, ratios: Mapping[int, Ratio]) -> None:
         """Let the next steps use these ratios.
 
         Args:
-            model: the model.
-            ratios: ratio of each of its parameters by name.
+            ratios: what is scaled of a parameter, by its `id`; a parameter without an entry keeps its group's lr.
         """
-        named = {clean_name(name): parameter for name, parameter in model.named_parameters()}
-        by_id = {id(parameter): scale_of(ratios[name], self._options) for name, parameter in named.items()}
         for step in self._steps:
-            step.ratios = by_id
-        self._ratios = by_id
+            step.ratios = ratios
+        self._ratios = ratios
 
-    def warn_of_unseen_steps(self, model: nn.Module) -> None:
-        """Warn, once, where a model was trained since the last call by steps without layer-wise learning rates."""
-        for step in self._steps:
-            if not step.trained_unseen():
-                continue
+    def follow(self, ratios: Mapping[int, Ratio], model: nn.Module) -> None:
+        """Let the next steps use the ratios of a new measurement.
+
+        Warns, once for the model, where its weights were trained since the measurement before by steps that did
+        not have layer-wise learning rates.
+
+        Args:
+            ratios: as in `apply`.
+            model: what the warning is about.
+        """
+        missed = [step.optimizer for step in self._steps if step.follow(ratios)]
+        self._ratios = ratios
+        for optimizer in missed:
+            name = type(optimizer).__name__
             warn_once(
-                f"the weights were trained since the last measurement, but not by "
-                f"{type(step.optimizer).__name__}.step(): their learning rates were not the layer-wise ones. Was "
-                "the optimizer exchanged, or its step replaced?",
+                f"the weights were trained since the last measurement, but not by {name}.step(): their learning "
+                "rates were not the layer-wise ones. Was the optimizer exchanged, or its step replaced?",
                 model,
             )
 
@@ -109,17 +114,24 @@ class BalancedOptimizers:
             step.detach()
         self._steps = []
 
-    def trained(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        """Return the parameters of a model that some optimizer trains, by name."""
+    def trained(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+        """Return those of a model's parameters that some optimizer trains now.
+
+        Args:
+            parameters: the parameters by name.
+
+        Returns:
+            Those that an optimizer holds and that are not frozen, by name.
+        """
         held = self._held()
-        trained = {}
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad and id(parameter) in held:
-                trained[clean_name(name)] = parameter
-        return trained
+        learning = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
+        return {name: parameter for name, parameter in learning.items() if id(parameter) in held}
 
     def groups(self, optimizer: Any = None) -> list[SplitGroup]:
-        """Return the groups that a step sees now, of one optimizer or of all.
+        """Return the groups that a step sees now.
+
+        Args:
+            optimizer: one of these, or one that wraps some of them; None for all.
 
         Raises:
             ValueError: the optimizer is not one of these.

@@ -19,12 +19,20 @@ from farms_tb.options import STATIC, AssignFunc, Favor, RatioOptions
 
 
 def maps_nothing(options: RatioOptions) -> bool:
-    """Tell whether every ratio of the map is 1 by the options alone."""
+    """Tell whether every ratio of the map is 1 by the options alone.
+
+    Args:
+        options: the bounds of the ratios and the kinds of layers that are balanced are used.
+    """
     return options.lr_min_ratio == options.lr_max_ratio == 1 or not options.balance
 
 
 def only_measures(options: RatioOptions) -> bool:
-    """Tell whether every learning rate is the base one by the options alone: no optimizer has to be changed."""
+    """Tell whether every learning rate is the base one by the options alone: no optimizer has to be changed.
+
+    Args:
+        options: as in `maps_nothing`, and `fixed`.
+    """
     return maps_nothing(options) and all(ratio == 1 for _, ratio in options.fixed_pairs)
 
 
@@ -135,7 +143,11 @@ def ratios_from(
 
 
 def _known(alphas: Mapping[str, float | None]) -> dict[str, float]:
-    """Return the alphas of the layers that have one; raise where one is infinite."""
+    """Return the alphas of the layers that have one.
+
+    Raises:
+        ValueError: one is infinite.
+    """
     known = {}
     for name, alpha in alphas.items():
         if alpha is None or math.isnan(alpha):
@@ -147,7 +159,15 @@ def _known(alphas: Mapping[str, float | None]) -> dict[str, float]:
 
 
 def _errors_of(names: Iterable[str], errors: Mapping[str, float]) -> list[float]:
-    """Return the standard errors of layers; raise where one is missing or none."""
+    """Return the standard errors of layers.
+
+    Args:
+        names: names of the layers.
+        errors: standard error of each.
+
+    Raises:
+        ValueError: one is missing, negative, infinite or NaN.
+    """
     found = []
     for name in names:
         error = errors.get(name, math.nan)
@@ -212,7 +232,15 @@ def _to_levels(ratios: Sequence[float], levels: int) -> list[float]:
 
 
 def _check_domain(alphas: Mapping[str, float], assign_func: AssignFunc) -> None:
-    """Raise where a root or a logarithm would be negative or undefined."""
+    """Check that a root or a logarithm of every alpha is positive.
+
+    Args:
+        alphas: alpha of each layer by name.
+        assign_func: the map.
+
+    Raises:
+        ValueError: an alpha is not above 0 for `"tb_sqrt"`, or not above 1 for `"tb_log2"`.
+    """
     bound = {"tb_sqrt": 0.0, "tb_log2": 1.0}.get(assign_func, -math.inf)
     for name, alpha in alphas.items():
         if not alpha > bound:

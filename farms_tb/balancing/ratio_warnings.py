@@ -32,29 +32,32 @@ class RatioWarnings:
 
     def __init__(self, model: nn.Module, options: RatioOptions) -> None:
         self._model, self._options = model, options
+        self._maps_nothing = maps_nothing(options)
+        self._follows_single_alphas = _follows_single_alphas(options)
         self._said: set[str] = set()
 
-    def about(self, report: Report, mapped: MappedRatios) -> None:
-        """Warn where nothing is balanced, a layer has no metric, or a ratio is large.
+    def about(self, report: Report, mapped: MappedRatios, *, initial: bool) -> None:
+        """Warn where nothing is balanced, a layer has no metric, a ratio is large, or ratios rest on noise.
 
         Args:
             report: the measurement.
             mapped: the ratios that follow from it.
+            initial: whether these may be initial weights, whose alphas are all noise: then that is no warning.
         """
         self._about_missing(report, mapped.missing)
-        if not maps_nothing(self._options):
+        if not self._maps_nothing:
             self._about_few_layers(mapped)
         self._about_large_ratio(mapped.ratios)
+        if self._follows_single_alphas and not initial:
+            self._about_noise(report, mapped)
 
-    def about_noise(self, report: Report, mapped: MappedRatios) -> None:
-        """Warn where the ratios rest on noise. Not meant for initial weights, whose alphas are all noise.
+    def _about_noise(self, report: Report, mapped: MappedRatios) -> None:
+        """Warn where differences of alpha that ratios follow are sampling noise, or the bias of a small layer.
 
         Args:
             report: the measurement.
-            mapped: the ratios that follow from it.
+            mapped: the ratios that follow from it; each kind of layer is looked at by itself.
         """
-        if not self._follows_single_alphas():
-            return
         for names in mapped.balanced.values():
             ratios = {mapped.ratios[name] for name in names}
             if len(ratios) < 2:
@@ -63,15 +66,13 @@ class RatioWarnings:
             self._about_sampling_noise(list(records.values()))
             self._about_single_matrix(records, mapped)
 
-    def _follows_single_alphas(self) -> bool:
-        """Tell whether ratios follow the alpha of each layer, noise included."""
-        options = self._options
-        if options.assign_func in (*COMPARES_WITH_RANDOM, *STATIC):
-            return False
-        # Only alpha has a standard error; means over blocks have less noise, and a placebo follows nothing.
-        return options.metric == "alpha" and options.unit == "layer" and options.permute is None
-
     def _about_missing(self, report: Report, missing: Sequence[str]) -> None:
+        """Name the layers that take part and have no value to map, with the reason of each.
+
+        Args:
+            report: the measurement.
+            missing: names of these layers.
+        """
         new = self._new(missing)
         if not new:
             return
@@ -79,6 +80,7 @@ class RatioWarnings:
         self._warn(f"layers with no {self._options.metric} keep the base learning rate: {reasons}")
 
     def _about_large_ratio(self, ratios: Mapping[str, float]) -> None:
+        """Warn, once, of the largest ratio where it is above `LARGE_RATIO`."""
         if not ratios:
             return
         largest = max(ratios, key=ratios.__getitem__)
@@ -90,6 +92,7 @@ class RatioWarnings:
         )
 
     def _about_few_layers(self, mapped: MappedRatios) -> None:
+        """Warn, once, where no kind has two layers that could differ."""
         numbers = [len(names) for names in mapped.members.values()]
         if max(numbers, default=0) > 1 or not self._new(["few layers"]):
             return
@@ -100,6 +103,7 @@ class RatioWarnings:
         )
 
     def _about_sampling_noise(self, records: Sequence[LayerRecord]) -> None:
+        """Warn, once, where most of the variance of alpha between layers is sampling noise."""
         share = _noise_share(records)
         if share > 0.5 and self._new(["noise"]):
             self._warn(
@@ -108,6 +112,12 @@ class RatioWarnings:
             )
 
     def _about_single_matrix(self, records: dict[str, LayerRecord], mapped: MappedRatios) -> None:
+        """Warn where the largest alpha is that of a single matrix among stacks of several, and so biased upwards.
+
+        Args:
+            records: the balanced layers of one kind by name.
+            mapped: the ratios, whose mean the warning tells.
+        """
         top = max(records, key=lambda name: records[name].alpha or 0.0)
         some_are_stacks = not all(map(_is_single, records.values()))
         is_biased = _is_single(records[top]) and some_are_stacks
@@ -127,6 +137,14 @@ class RatioWarnings:
 
     def _warn(self, message: str) -> None:
         warn_once(message, self._model)
+
+
+def _follows_single_alphas(options: RatioOptions) -> bool:
+    """Tell whether ratios follow the alpha of each layer, noise included."""
+    if options.assign_func in (*COMPARES_WITH_RANDOM, *STATIC):
+        return False
+    # Only alpha has a standard error; means over blocks have less noise, and a placebo follows nothing.
+    return options.metric == "alpha" and options.unit == "layer" and options.permute is None
 
 
 def _reason(record: LayerRecord) -> str:

@@ -50,22 +50,25 @@ class MappedRatios:
         ratios: ratio of each layer of the report; 1 for those that take no part.
         members: the layers that take part, by kind: each kind is balanced within itself.
         missing: those of them without the metric that is mapped, which keep ratio 1.
+        balanced: those of them that have it, by kind; it follows from `members` and `missing`.
         summary: what the mapping did, over all layers.
+        trained: the layers that an optimizer trains, whether they take part or not; only about these training is
+            warned of.
     """
 
     ratios: dict[str, float]
     members: dict[Kind, list[str]]
     missing: list[str] = field(default_factory=list)
     summary: RatioSummary = field(default_factory=RatioSummary)
+    trained: list[str] = field(default_factory=list)
+    balanced: dict[Kind, list[str]] = field(init=False)
 
-    @property
-    def balanced(self) -> dict[Kind, list[str]]:
-        """The layers that take part and have the metric that is mapped, by kind."""
+    def __post_init__(self) -> None:
         missing = set(self.missing)
         balanced = {}
         for kind, names in self.members.items():
             balanced[kind] = [name for name in names if name not in missing]
-        return balanced
+        object.__setattr__(self, "balanced", balanced)
 
 
 @dataclass(frozen=True)
@@ -81,8 +84,23 @@ class Estimate:
     error: float | None
 
 
+@dataclass(frozen=True)
+class _MappedKind:
+    """The layers of one kind, real or complex weights, after the map.
+
+    Attributes:
+        estimates: what was mapped, by unit: a layer or a block.
+        ratios: ratio of each layer that gets one.
+        missing: layers of the units without an estimate.
+    """
+
+    estimates: dict[str, Estimate]
+    ratios: dict[str, float]
+    missing: list[str]
+
+
 def ratios_of_report(
-    report: Report, members: dict[Kind, list[str]], options: RatioOptions, assignment: Assignment | None = None
+    report: Report, members: dict[Kind, list[str]], options: RatioOptions, assignment: Assignment
 ) -> MappedRatios:
     """Map the metric of the layers that take part, or of their blocks, each kind within itself.
 
@@ -99,37 +117,49 @@ def ratios_of_report(
     Raises:
         ValueError: a metric that the map cannot map.
     """
-    ratios = dict.fromkeys(report.layers, 1.0)
-    missing: list[str] = []
-    by_kind: dict[Kind, dict[str, Estimate]] = {}
+    kinds: dict[Kind, _MappedKind] = {}
     mapped: dict[str, float] = {}
+    missing: list[str] = []
     for kind, names in members.items():
-        units = _units(names, None if assignment is None else assignment.blocks)
+        units = _units(names, assignment.blocks)
         estimates = _estimates({name: report.layers[name] for name in names}, options)
-        known = {}
-        for unit, layers in units.items():
-            of_unit = [estimates[name] for name in layers if name in estimates]
-            if of_unit:
-                known[unit] = _mean(of_unit, options)
-        values = {unit: estimate.value for unit, estimate in known.items()}
-        errors = {unit: estimate.error for unit, estimate in known.items() if estimate.error is not None}
-        of_units = dict.fromkeys(units, 1.0) | ratios_from(values, options, errors)
-        if options.permute is not None:
-            of_units = _permuted(of_units, options.permute)
-        for unit, layers in units.items():
-            if unit in known or options.permute is not None:
-                mapped.update(dict.fromkeys(layers, of_units[unit]))
-            if unit not in known:
-                missing += layers
-        by_kind[kind] = known
+        kinds[kind] = _mapped_kind(units, estimates, options)
+        mapped |= kinds[kind].ratios
+        missing += kinds[kind].missing
     if options.normalize == "mean":
         mapped = _with_mean_one(report, mapped)
-    # The mean over all kinds together: of the layers, not of the kinds.
-    mean = math.fsum(mapped.values()) / len(mapped) if mapped else None
-    ratios |= mapped
-    if assignment is not None:
-        ratios |= assignment.fixed_layers
-    return MappedRatios(ratios, members, missing, _summary(by_kind, mean, options))
+    ratios = {**dict.fromkeys(report.layers, 1.0), **mapped, **assignment.fixed_layers}
+    return MappedRatios(ratios, members, missing, _summary(kinds, mapped, options))
+
+
+def _mapped_kind(
+    units: Mapping[str, list[str]], estimates: Mapping[str, Estimate], options: RatioOptions
+) -> _MappedKind:
+    """Map the units of one kind.
+
+    Args:
+        units: the layers of each unit.
+        estimates: what is mapped of each layer that has it.
+        options: the map.
+    """
+    known: dict[str, Estimate] = {}
+    missing: list[str] = []
+    for unit, layers in units.items():
+        own = [estimates[name] for name in layers if name in estimates]
+        if own:
+            known[unit] = _mean(own, options)
+        else:
+            missing += layers
+    values = {unit: one.value for unit, one in known.items()}
+    errors = {unit: one.error for unit, one in known.items() if one.error is not None}
+    of_units = ratios_from(values, options, errors)
+    if options.permute is not None:
+        # A placebo deals the ratios out among all units, those without an estimate too.
+        of_units = _permuted({**dict.fromkeys(units, 1.0), **of_units}, options.permute)
+    ratios = {}
+    for unit, ratio in of_units.items():
+        ratios.update(dict.fromkeys(units[unit], ratio))
+    return _MappedKind(known, ratios, missing)
 
 
 def _permuted(ratios: Mapping[str, float], seed: int) -> dict[str, float]:
@@ -158,44 +188,69 @@ def _estimates(records: Mapping[str, LayerRecord], options: RatioOptions) -> dic
 
     Layers that have no alpha are left out, and those whose small alpha comes of a collapsed spectrum.
 
-    The standard error of an effect is taken as at least the deviation of random layers of the same shape. The
-    layer's own error comes of its windows; of few windows it is noisy itself, and one that is far too small would
-    make the layer count for sure: over random layers of four to nine windows the squared effects are twice their
-    squared errors without this bound.
+    Args:
+        records: record of each layer by name.
+        options: the map, the metric, and what becomes of collapsed layers.
     """
     if options.collapsed == "leave_out":
         records = {name: record for name, record in records.items() if not record.collapsed}
-    errors = {name: record.alpha_error for name, record in records.items()}
     if options.assign_func == "shrinkage":
-        records = {name: record for name, record in records.items() if record.effect_error is not None}
-        values = {name: record.effect for name, record in records.items()}
-        errors = {
-            name: max(record.effect_error or 0.0, record.null_std or 0.0) for name, record in records.items()
-        }
-    elif options.assign_func == "noise_aware":
+        return _effects(records)
+    if options.assign_func == "noise_aware":
         values = {name: record.z_score for name, record in records.items()}
     else:
         values = {name: record.metric(options.metric) for name, record in records.items()}
-    return {name: Estimate(value, errors[name]) for name, value in values.items() if value is not None}
+    found = {}
+    for name, value in values.items():
+        if value is not None:
+            found[name] = Estimate(value, records[name].alpha_error)
+    return found
+
+
+def _effects(records: Mapping[str, LayerRecord]) -> dict[str, Estimate]:
+    """Return the effects of the layers that have one, and their standard errors.
+
+    The standard error is taken as at least the deviation of random layers of the same shape. The layer's own error
+    comes of its windows; of few windows it is noisy itself, and one that is far too small would make the layer
+    count for sure: over random layers of four to nine windows the squared effects are twice their squared errors
+    without this bound.
+    """
+    found = {}
+    for name, record in records.items():
+        effect, error = record.effect, record.effect_error
+        if effect is not None and error is not None:
+            found[name] = Estimate(effect, max(error, record.null_std or 0.0))
+    return found
 
 
 def _mean(estimates: Sequence[Estimate], options: RatioOptions) -> Estimate:
     """Return the mean of the estimates of a unit's layers, one or more.
 
-    Plain: the mean of the values, whose error is sqrt(sum of e_i^2) / n. Weighted: with the weights 1 / e_i^2,
-    whose error is 1 / sqrt(sum of 1 / e_i^2).
+    Args:
+        estimates: e_i is the standard error of the value of layer i.
+        options: `block_mean` is used.
+
+    Returns:
+        The plain mean of the values, whose error is sqrt(sum of e_i^2) / n. With `block_mean="weighted"`, where
+        every layer has an error above 0, see `_weighted_mean`. One estimate alone is returned as it is.
     """
     if len(estimates) == 1:
         return estimates[0]
-    errors = [one.error for one in estimates if one.error]
-    if options.block_mean == "weighted" and len(errors) == len(estimates):
-        weights = [1 / error**2 for error in errors]
-        weighted = math.fsum(weight * one.value for weight, one in zip(weights, estimates, strict=True))
-        return Estimate(weighted / math.fsum(weights), 1 / math.sqrt(math.fsum(weights)))
-    mean = math.fsum(one.value for one in estimates) / len(estimates)
-    known = [one.error for one in estimates if one.error is not None]
-    error = math.hypot(*known) / len(estimates) if len(known) == len(estimates) else None
-    return Estimate(mean, error)
+    values = [one.value for one in estimates]
+    errors = [one.error for one in estimates if one.error is not None]
+    mean = math.fsum(values) / len(values)
+    if len(errors) < len(values):
+        return Estimate(mean, None)
+    if options.block_mean == "weighted" and all(errors):
+        return _weighted_mean(values, errors)
+    return Estimate(mean, math.hypot(*errors) / len(values))
+
+
+def _weighted_mean(values: Sequence[float], errors: Sequence[float]) -> Estimate:
+    """Return the mean with the weights 1 / e_i^2, whose error is 1 / sqrt(sum of 1 / e_i^2)."""
+    weights = [1 / error**2 for error in errors]
+    weighted = math.fsum(weight * value for weight, value in zip(weights, values, strict=True))
+    return Estimate(weighted / math.fsum(weights), 1 / math.sqrt(math.fsum(weights)))
 
 
 def _with_mean_one(report: Report, ratios: Mapping[str, float]) -> dict[str, float]:
@@ -214,26 +269,27 @@ def _with_mean_one(report: Report, ratios: Mapping[str, float]) -> dict[str, flo
 
 
 def _summary(
-    by_kind: Mapping[Kind, Mapping[str, Estimate]], mean_ratio: float | None, options: RatioOptions
+    kinds: Mapping[Kind, _MappedKind], mapped: Mapping[str, float], options: RatioOptions
 ) -> RatioSummary:
     """Say what the map made of the estimates, each kind of layer apart.
 
     Args:
-        by_kind: what was mapped, by kind and unit.
-        mean_ratio: the mean ratio that came of it.
+        kinds: what was mapped, by kind. A kind without estimates has no entry in the summary.
+        mapped: the ratios that came of it.
         options: the map.
     """
-    values = {kind: [one.value for one in known.values()] for kind, known in by_kind.items() if known}
+    # The mean over all kinds together: of the layers, not of the kinds.
+    mean_ratio = math.fsum(mapped.values()) / len(mapped) if mapped else None
+    known = {kind: list(one.estimates.values()) for kind, one in kinds.items() if one.estimates}
+    values = {kind: [one.value for one in own] for kind, own in known.items()}
     if options.assign_func == "noise_aware":
         return RatioSummary(mean_ratio, {kind: noise_lambda(own) for kind, own in values.items()})
     if options.assign_func != "shrinkage":
         return RatioSummary(mean_ratio)
-    shrunk = {}
-    for kind, own in values.items():
-        errors = [one.error for one in by_kind[kind].values() if one.error is not None]
-        shrunk[kind] = shrunk_effects(own, errors)
-    return RatioSummary(
-        mean_ratio,
-        tau={kind: one.tau for kind, one in shrunk.items()},
-        mean_weight={kind: one.mean_weight for kind, one in shrunk.items()},
-    )
+    tau: dict[Kind, float] = {}
+    mean_weight: dict[Kind, float] = {}
+    for kind, own in known.items():
+        errors = [one.error for one in own if one.error is not None]
+        shrunk = shrunk_effects(values[kind], errors)
+        tau[kind], mean_weight[kind] = shrunk.tau, shrunk.mean_weight
+    return RatioSummary(mean_ratio, tau=tau, mean_weight=mean_weight)

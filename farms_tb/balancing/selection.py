@@ -8,13 +8,17 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from farms_tb.weights.blocks import blocks_of
-from farms_tb.weights.layers import Layer, clean_name
+from farms_tb.weights.layers import Layer, clean_name, named_parameters
 
 
 def matches(name: str, pattern: str) -> bool:
     """Tell whether a pattern matches a whole name, or its end from some dot on.
 
     `lifting.*` matches `net.lifting.fcs.0`, and `embed*` matches `model.embed_tokens`.
+
+    Args:
+        name: name of a layer, module or parameter.
+        pattern: a pattern of `fnmatch`, in which case counts.
     """
     return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
 
@@ -23,16 +27,25 @@ def layers_matching(layers: Sequence[Layer], pattern: str) -> list[str]:
     """Return the names of the layers that a pattern matches.
 
     The name of a module that holds several weights, such as `attention` or `lstm`, stands for all of them.
+
+    Args:
+        layers: the layers of a model.
+        pattern: as in `matches`.
     """
     return [layer.name for layer in layers if matches(layer.name, pattern) or matches(layer.module_name, pattern)]
 
 
 def parameters_matching(model: nn.Module, pattern: str) -> list[str]:
-    """Return the names of the parameters that a pattern matches, or whose module it matches."""
+    """Return the names of the parameters that a pattern matches, or whose module it matches.
+
+    Args:
+        model: the model.
+        pattern: as in `matches`.
+    """
     found = []
-    for raw, _ in model.named_parameters():
-        name = clean_name(raw)
-        if matches(name, pattern) or matches(name.rpartition(".")[0], pattern):
+    for name in named_parameters(model):
+        module = name.rpartition(".")[0]
+        if matches(name, pattern) or matches(module, pattern):
             found.append(name)
     return found
 

@@ -195,7 +195,12 @@ class ShownGroups:
         self.groups[:] = [group for part in self._parts for group in part.shown]
 
     def _part(self, group: Group, old: _Split | None) -> _Split | _Merged:
-        """Return what stands for one of the user's groups, where possible the split of the last step."""
+        """Return what stands for one of the user's groups, where possible the split of the last step.
+
+        Args:
+            group: the user's group.
+            old: how the group in its place was split in the last step; None where it was not.
+        """
         update = None if self._compiled else merged_update(self._optimizer, group, self._ratios)
         if update is not None:
             return _Merged(group, update)
@@ -205,7 +210,15 @@ class ShownGroups:
         return old
 
     def _write_back(self, split: _Split) -> None:
-        """Carry what the step wrote into its groups over to the user's group."""
+        """Carry what the step wrote into its groups over to the user's group.
+
+        Args:
+            split: the user's group and those that the step saw in its place.
+
+        Raises:
+            RuntimeError: the step wrote the learning rate or the scaled weight decay, or wrote values that differ
+                between groups of different ratios.
+        """
         written = split.written_by_step()
         if "lr" in written:
             raise incompatible(self._optimizer, "wrote group['lr']")
@@ -255,6 +268,9 @@ class _Split:
         """Tell whether this is how `group` is split now too, provided that the ratios are the same.
 
         Never where the group holds tensors, whose copies are made anew.
+
+        Args:
+            group: one of the user's groups, as it is now.
         """
         if group is not self.group or group.keys() != self.shown[0].keys():
             return False
@@ -286,18 +302,34 @@ class _Split:
         return written
 
     def _scaled(self, ratio: Ratio, params: list[Tensor]) -> Group:
-        """Return the group that a step sees in place of the user's, for the parameters of one ratio."""
+        """Return the group that a step sees in place of the user's, for the parameters of one ratio.
+
+        Args:
+            ratio: the ratio.
+            params: the parameters of the user's group that have it.
+        """
         own = {key: self._own(key, value, ratio) for key, value in self.group.items()}
         return own | {"params": params}
 
     @staticmethod
     def _own(key: str, value: Any, ratio: Ratio) -> Any:
-        """Return the value of one key in a group of the step."""
+        """Return the value of one key in a group of the step.
+
+        Args:
+            key: the key.
+            value: its value in the user's group.
+            ratio: the ratio of the parameters in the group of the step.
+
+        Returns:
+            The scaled value where the ratio scales it; else the value itself, or a copy of a tensor.
+        """
         if key == "lr":
             return value * as_scale(ratio).lr
         if key == "weight_decay" and isinstance(ratio, Scale):
             return value * ratio.decay
-        return value.clone() if isinstance(value, Tensor) else value
+        if isinstance(value, Tensor):
+            return value.clone()
+        return value
 
 
 class _Merged:
@@ -326,14 +358,26 @@ class _Snapshot:
                 self._versions[key] = value._version
 
     def update(self, key: str, value: Any) -> None:
-        """Note a new value."""
+        """Note a new value.
+
+        Args:
+            key: the key that was written.
+            value: its value now.
+        """
         self._values[key] = value
         self._versions.pop(key, None)
         if isinstance(value, Tensor):
             self._versions[key] = value._version
 
     def changes(self, group: Group) -> set[str]:
-        """Return the keys that were written, added or removed since."""
+        """Return the keys that were written, added or removed since.
+
+        Args:
+            group: the group as it is now.
+
+        Returns:
+            The keys; never that of the parameters.
+        """
         values = self._values
         same = group.keys() == values.keys() and all(map(is_, group.values(), values.values()))
         if same and not self._versions:
@@ -350,7 +394,12 @@ class _Snapshot:
 
 
 def _by_ratio(group: Group, ratios: Mapping[int, Ratio]) -> dict[Ratio, list[Tensor]]:
-    """Return the parameters of a group by their ratio, in the order of the user's."""
+    """Return the parameters of a group by their ratio, in the order of the user's.
+
+    Args:
+        group: the user's group.
+        ratios: ratio of a parameter by its `id`; 1 where there is none.
+    """
     by_ratio: dict[Ratio, list[Tensor]] = {}
     for parameter in group["params"]:
         by_ratio.setdefault(ratios.get(id(parameter), 1.0), []).append(parameter)
@@ -358,7 +407,13 @@ def _by_ratio(group: Group, ratios: Mapping[int, Ratio]) -> dict[Ratio, list[Ten
 
 
 def _store(group: Group, key: str, value: Any) -> None:
-    """Set the user's value; a tensor of the user's stays the same tensor."""
+    """Set the user's value; a tensor of the user's stays the same tensor.
+
+    Args:
+        group: the user's group.
+        key: the key that a step wrote into its own groups.
+        value: what it wrote; `_MISSING` where it removed the key.
+    """
     mine = group.get(key)
     if value is _MISSING:
         group.pop(key, None)

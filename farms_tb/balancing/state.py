@@ -55,6 +55,9 @@ class BalancerState:
 def write_state(state: BalancerState) -> dict[str, Any]:
     """Return a state as plain values, which `torch.load` reads with `weights_only=True`.
 
+    Args:
+        state: what the run continues from.
+
     Returns:
         The dict of version 2, see this module. Histograms are left out.
     """
@@ -101,6 +104,9 @@ def is_of_this_run(
         options: the present options by name.
         layers: names of the present layers.
         model: what the warning is about.
+
+    Returns:
+        False where an option that changes results has another value, or a layer is new or gone.
     """
     changes = _changed_options(state, options)
     saved, present = set(state.ratios), set(layers)
@@ -116,7 +122,12 @@ def is_of_this_run(
 
 
 def _changed_options(state: BalancerState, options: Mapping[str, Any]) -> list[str]:
-    """Say of each option whether it has another value now. Those that change no result do not count."""
+    """Say which options have another value now. Those that change no result do not count.
+
+    Args:
+        state: the saved state, whose options may be those of an earlier version.
+        options: the present options by name.
+    """
     # An option that the checkpoint does not know yet had no effect: it was at its default.
     saved = as_plain(SpectrumOptions(), RatioOptions()) | state.options
     changes = []
@@ -156,7 +167,15 @@ def _read_report(plain: object, entry: str, options: dict[str, Any]) -> Report |
 
 
 def _read_record(plain: object, entry: str) -> LayerRecord:
-    """Check and read the record of one layer; `entry` is where it is in the state, for messages."""
+    """Check and read the record of one layer.
+
+    Args:
+        plain: what the state holds.
+        entry: where it is in the state, for messages.
+
+    Raises:
+        ValueError: it is no record, or a damaged one.
+    """
     record = _named(plain, entry)
     unknown = sorted(set(record) - {field.name for field in fields(LayerRecord)})
     if unknown:
@@ -172,7 +191,15 @@ def _read_record(plain: object, entry: str) -> LayerRecord:
 
 
 def _check_fields(record: Mapping[str, Any], entry: str) -> None:
-    """Raise where a field of a record has another type than in `LayerRecord`, or a value out of range."""
+    """Check the fields of a record against the types of `LayerRecord`.
+
+    Args:
+        record: the record.
+        entry: where it is in the state, for messages.
+
+    Raises:
+        ValueError: a field has another type, or a value out of range.
+    """
     hints = get_type_hints(LayerRecord)
     for name, value in record.items():
         expected, fits = _FIELD_TYPES.get(str(hints[name]), ("", _is_anything))
@@ -185,6 +212,11 @@ def _check_fields(record: Mapping[str, Any], entry: str) -> None:
 
 
 def _check_version(version: object) -> None:
+    """Check the version of a state.
+
+    Raises:
+        ValueError: it is no version, or one of a newer farms_tb.
+    """
     if isinstance(version, bool) or not isinstance(version, int) or version < 1:
         raise _damaged(f"its version must be an integer of at least 1, got {version!r}")
     if version > STATE_VERSION:
@@ -192,21 +224,37 @@ def _check_version(version: object) -> None:
 
 
 def _named(value: object, entry: str) -> dict[str, Any]:
-    """Return a dict with strings as keys; raise where `value` is none."""
+    """Return a dict with strings as keys; `entry` names it in messages.
+
+    Raises:
+        ValueError: `value` is none.
+    """
     if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
         raise _damaged(f"{entry} must be a dict with names as keys, got {_short(value)}")
     return value
 
 
 def _ratio(value: object, entry: str) -> float:
-    """Return a learning-rate ratio; raise where `value` is none."""
+    """Return a learning-rate ratio; `entry` names it in messages.
+
+    Raises:
+        ValueError: `value` is no finite number of at least 0.
+    """
     if not _is_number(value) or value < 0:
         raise _damaged(f"{entry} must be a finite number of at least 0, got {_short(value)}")
     return float(value)
 
 
 def _check_bound(ratios: dict[str, float], options: dict[str, Any]) -> None:
-    """Raise where a ratio is larger than the options that it was saved with allow."""
+    """Check ratios against the bound that the saved options set, if they set one.
+
+    Args:
+        ratios: ratio of each layer by name.
+        options: the options that they were saved with.
+
+    Raises:
+        ValueError: a ratio is larger.
+    """
     is_free = options.get("normalize") is not None or options.get("fixed")
     if is_free or options.get("assign_func") not in BOUNDED_MAPS:
         return
@@ -242,10 +290,12 @@ def _is_number(value: object) -> TypeGuard[float]:
 
 
 def _is_number_or_none(value: object) -> bool:
+    """Tell a finite number, or None."""
     return value is None or _is_number(value)
 
 
 def _is_count(value: object) -> bool:
+    """Tell an integer of at least 0."""
     if isinstance(value, bool) or not isinstance(value, int):
         return False
     return value >= 0

@@ -12,7 +12,7 @@ from torch import nn
 
 from farms_tb.balancing.assignment import Assignment, Owners
 from farms_tb.balancing.split_groups import SplitGroup
-from farms_tb.weights.layers import clean_name
+from farms_tb.weights.layers import named_parameters
 
 _NOT_IN_MODEL = "(not in the model)"
 
@@ -50,7 +50,7 @@ def step_groups(model: nn.Module, assignment: Assignment, groups: Sequence[Split
     Returns:
         One for each group, in order. A parameter that is not the model's is called `(not in the model)`.
     """
-    names = {id(parameter): clean_name(name) for name, parameter in model.named_parameters()}
+    names = {id(parameter): name for name, parameter in named_parameters(model).items()}
     found = []
     for group in groups:
         parameters = tuple(names.get(id(parameter), _NOT_IN_MODEL) for parameter in group.params)

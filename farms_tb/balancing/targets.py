@@ -1,4 +1,4 @@
-"""What a ratio scales while the optimizer steps: the learning rate, the weight decay, or both.
+"""What a ratio scales while the optimizer steps, and how much: the learning rate, the weight decay, or both.
 
 In a step the decay of a parameter theta is lr * weight_decay * theta, whether it is decoupled (AdamW) or part of
 the gradient (SGD, and Adam before its normalisation). So a ratio of the learning rate scales decay as well, unless
@@ -9,7 +9,7 @@ Source of balanced weight decay: AlphaDecay, NeurIPS 2025, arXiv 2506.14562.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import NamedTuple
 
@@ -35,6 +35,18 @@ Ratio = float | Scale
 """A number scales the learning rate alone."""
 
 
+def weakened(ratios: Mapping[str, float], strength: float) -> dict[str, float]:
+    """Return 1 + s (r - 1) of each ratio r; where s is 1 the ratios themselves, bitwise.
+
+    Args:
+        ratios: ratios r of layers or parameters by name.
+        strength: s, from 0 (every ratio is 1) to 1.
+    """
+    if strength == 1:
+        return dict(ratios)
+    return {name: 1 + strength * (ratio - 1) for name, ratio in ratios.items()}
+
+
 def scale_of(ratio: float, options: RatioOptions) -> Ratio:
     """Return what a parameter's ratio scales.
 
@@ -47,15 +59,24 @@ def scale_of(ratio: float, options: RatioOptions) -> Ratio:
         `decay_follows_lr=False` the factor of the decay is divided by that of the learning rate, unless this is 0,
         where nothing decays. A plain number where the factor of the decay is 1.
     """
-    lr = 1.0 if options.target == "weight_decay" else ratio
-    decay = 1.0 if options.target == "lr" else ratio
+    lr = decay = ratio
+    if options.target == "weight_decay":
+        lr = 1.0
+    if options.target == "lr":
+        decay = 1.0
     if not options.decay_follows_lr and lr != 0:
         decay /= lr
-    return lr if decay == 1 else Scale(lr, decay)
+    if decay == 1:
+        return lr
+    return Scale(lr, decay)
 
 
 def as_scale(ratio: Ratio) -> Scale:
-    """Return both factors."""
+    """Return the factors of learning rate and weight decay.
+
+    Args:
+        ratio: both, or a number for the learning rate alone.
+    """
     return ratio if isinstance(ratio, Scale) else Scale(ratio, 1.0)
 
 

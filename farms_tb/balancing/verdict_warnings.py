@@ -43,23 +43,33 @@ class VerdictWarnings:
             known: names of layers whose status another warning gives.
         """
         records = {name: report.layers[name] for name in trained}
-        for name, record in records.items():
-            if record.collapsed and name not in known:
-                self._warn(name, f"{name} has {record.status}. A smaller weight decay may help, or fewer units")
-        for name in self._lagging(records):
+        collapsed = [name for name, record in records.items() if record.collapsed]
+        compared = {name: record for name, record in records.items() if record.null is not None}
+        for name in collapsed:
+            if name not in known:
+                status = records[name].status
+                self._warn(name, f"{name} has {status}. A smaller weight decay may help, or fewer units")
+        if not compared:
+            return
+        for name in self._lagging(compared):
             self._warn(
                 name,
                 f"{name} is still like a random layer after {PATIENCE} measurements in which most others had "
                 "learnt. Is it used, does it get gradients, and is its learning rate large enough?",
             )
 
-    def _lagging(self, records: dict[str, LayerRecord]) -> list[str]:
-        """Return the layers that have been random for some measurements while most others were not."""
-        compared = {name: record for name, record in records.items() if record.null is not None}
+    def _lagging(self, compared: dict[str, LayerRecord]) -> list[str]:
+        """Return the layers that have been random for some measurements while most others were not.
+
+        Args:
+            compared: the records of the trained layers that have a permutation null, by name.
+        """
         random = [name for name, record in compared.items() if record.verdict is Verdict.RANDOM]
         others_have_learnt = len(compared) - len(random) > MOST * len(compared)
-        counts = {name: self._left_behind[name] + 1 for name in random if others_have_learnt}
-        self._left_behind = Counter(counts)
+        counts: Counter[str] = Counter()
+        if others_have_learnt:
+            counts.update({name: self._left_behind[name] + 1 for name in random})
+        self._left_behind = counts
         return [name for name, count in counts.items() if count >= PATIENCE]
 
     def _warn(self, name: str, message: str) -> None:

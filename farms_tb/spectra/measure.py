@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
@@ -57,17 +56,9 @@ def measure_stacks(
     measured = iter(records)
     found = [next(measured) if isinstance(one, PreparedLayer) else one for one in prepared]
     return [
-        replace(record, kind=stack.kind, shape=tuple(stack.matrices.shape), adapter_change=_adapter_change(stack))
+        replace(record, kind=stack.kind, shape=tuple(stack.matrices.shape), adapter_change=stack.change)
         for record, stack in zip(found, stacks, strict=True)
     ]
-
-
-def _adapter_change(stack: MatrixStack) -> float | None:
-    """Return by how much adapters change the weight; None where that is no number, for one of zeros say."""
-    if stack.adapter_change is None or stack.adapter_change.is_meta:
-        return None
-    change = float(stack.adapter_change)
-    return change if math.isfinite(change) else None
 
 
 def measure(

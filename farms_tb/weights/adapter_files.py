@@ -267,18 +267,17 @@ def _merged(base: StoredTensor, layer: str, parts: Parts, settings: _Settings) -
     Raises:
         ValueError: A or B is not there, or their product has another shape.
     """
-    problems = [part.problem for part in parts.values() if part.problem]
-    if problems or not {"A", "B"} <= parts.keys():
-        found = "; ".join(problems) or f"only {sorted(parts)}"
-        raise ValueError(f"the adapter of {layer!r} is damaged: expected lora_A and lora_B, got {found}")
+    _check_parts(layer, parts)
     if base.problem or not base.has_numbers:
         return base
     first, second = parts["A"].shape, parts["B"].shape
-    is_table = "embedding" in parts["A"].name
-    product, shape = (*second[:1], math.prod(first[1:])), (*base.shape[:1], math.prod(base.shape[1:]))
-    is_transposed = is_table or (settings.transposed and product == shape[::-1])
     rank = math.prod(second[1:])
-    if product != (shape[::-1] if is_transposed else shape) or first[:1] != (rank,) or rank == 0:
+    product, shape = (*second[:1], math.prod(first[1:])), (*base.shape[:1], math.prod(base.shape[1:]))
+    is_table = "embedding" in parts["A"].name
+    is_transposed = is_table or (settings.transposed and product == shape[::-1])
+    if is_transposed:
+        shape = shape[::-1]
+    if product != shape or first[:1] != (rank,) or rank == 0:
         raise ValueError(
             f"the adapter of {layer!r} does not fit the weight of shape {base.shape}: B has the shape {second}, A "
             f"{first}"
@@ -287,8 +286,34 @@ def _merged(base: StoredTensor, layer: str, parts: Parts, settings: _Settings) -
     return replace(base, read=read, identity=("adapter", base.key), dtype=torch.float32)
 
 
+def _check_parts(layer: str, parts: Parts) -> None:
+    """Check that both matrices of an adapter are there.
+
+    Args:
+        layer: the layer's name, for the message.
+        parts: the stored tensors of the adapter.
+
+    Raises:
+        ValueError: A or B is missing, or some tensor cannot be read.
+    """
+    problems = [part.problem for part in parts.values() if part.problem]
+    if problems or not {"A", "B"} <= parts.keys():
+        found = "; ".join(problems) or f"only {sorted(parts)}"
+        raise ValueError(f"the adapter of {layer!r} is damaged: expected lora_A and lora_B, got {found}")
+
+
 def _read(base: StoredTensor, parts: Parts, scaling: float, transposed: bool) -> Tensor:
-    """Read a weight, its A and its B, and return the sum."""
+    """Read a weight, its A and its B, and return the sum.
+
+    Args:
+        base: the weight.
+        parts: the stored tensors of the adapter, DoRA's magnitude among them where there is one.
+        scaling: factor on the product of B and A.
+        transposed: whether the weight is stored as (in, out).
+
+    Returns:
+        A tensor of the weight's shape, in single precision or a higher one.
+    """
     left, right = dense(parts["B"].read()).flatten(1), dense(parts["A"].read()).flatten(1)
     magnitude = dense(parts["magnitude_vector"].read()).flatten() if "magnitude_vector" in parts else None
     if transposed:

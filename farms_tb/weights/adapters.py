@@ -32,12 +32,20 @@ _DISABLED = "its adapters are merged and disabled: unmerge them first, model.unm
 
 
 def is_adapted(module: nn.Module) -> bool:
-    """Tell a layer of PEFT, of whatever kind, that has another one inside and adapts it."""
+    """Tell a layer of PEFT, of whatever kind, that has another one inside and adapts it.
+
+    Args:
+        module: any module. Whether its adapters are switched on does not matter.
+    """
     return isinstance(module._modules.get("base_layer"), nn.Module) and hasattr(module, "active_adapters")
 
 
 def base_of(module: nn.Module) -> nn.Module:
-    """Return the layer inside a layer of PEFT, also where several are around each other."""
+    """Return the layer inside a layer of PEFT, also where several are around each other.
+
+    Args:
+        module: any module; one without adapters is returned as it is.
+    """
     while is_adapted(module):
         module = module._modules["base_layer"]  # type: ignore[assignment]
     return module
@@ -56,10 +64,12 @@ def adapter_problem(module: nn.Module, adapters: Adapters) -> str:
         return ""
     if not is_adapted(module):
         # Other packages, loralib for one, derive their layer from the one that it adapts.
-        return _unknown(module) if module._parameters.get("lora_A") is not None else ""
+        is_adapter = module._parameters.get("lora_A") is not None
+        return _unknown(module) if is_adapter else ""
+    is_merged = _is_merged(module)
     if adapters == "base":
-        return _MERGED if _is_merged(module) else ""
-    if _is_merged(module) and getattr(module, "disable_adapters", False):
+        return _MERGED if is_merged else ""
+    if is_merged and getattr(module, "disable_adapters", False):
         return _DISABLED
     try:
         _applied(module)
@@ -114,7 +124,11 @@ class _Adapter:
     transposed: bool
 
     def fits(self, shape: tuple[int, ...]) -> bool:
-        """Tell whether the product of B and A has as many rows and columns as a weight."""
+        """Tell whether the product of B and A has as many rows and columns as a weight.
+
+        Args:
+            shape: that of the weight, as it is stored; of a convolution with its kernel.
+        """
         rows, columns = self.left.shape[0], math.prod(self.right.shape[1:])
         if self.transposed:
             rows, columns = columns, rows
@@ -173,7 +187,16 @@ def _adapters(module: nn.Module) -> Iterator[tuple[str, _Adapter]]:
 
 
 def _entry(module: nn.Module, attribute: str, name: str) -> Tensor | None:
-    """Return the tensor of one adapter, or the weight of its layer; None where there is none."""
+    """Return the tensor of one adapter, or the weight of its layer; None where there is none.
+
+    Args:
+        module: the layer with adapters.
+        attribute: where it keeps such tensors, by adapter: `"lora_A"`.
+        name: name of the adapter.
+
+    Raises:
+        NoSpectrumError: what the layer keeps there is neither a tensor nor a layer.
+    """
     parts = getattr(module, attribute, None)
     if parts is None or name not in parts:
         return None
@@ -185,7 +208,15 @@ def _entry(module: nn.Module, attribute: str, name: str) -> Tensor | None:
 
 
 def _check_variant(module: nn.Module, name: str) -> None:
-    """Raise where an adapter is a variant of LoRA whose weight is another one."""
+    """Refuse an adapter that is a variant of LoRA whose weight is another one.
+
+    Args:
+        module: the layer with adapters.
+        name: name of the adapter.
+
+    Raises:
+        NoSpectrumError: it is one.
+    """
     variants = getattr(module, "lora_variant", {})
     variant = type(variants[name]).__name__ if name in variants else ""
     if variant and not variant.startswith(_KNOWN_VARIANTS):
@@ -226,7 +257,13 @@ def _shape(weight: Any) -> tuple[int, ...]:
 
 
 def _with_weight(base: nn.Module, name: str, weight: Tensor) -> nn.Module:
-    """Return a copy of a layer that shares all with it but for one weight."""
+    """Return a copy of a layer that shares all with it but for one weight.
+
+    Args:
+        base: the layer, which stays as it is.
+        name: name of its weight.
+        weight: the other weight, of the same shape.
+    """
     copied = copy.copy(base)
     copied.__dict__.pop(name, None)
     copied.__dict__["_parameters"] = {**base._parameters, name: nn.Parameter(weight, requires_grad=False)}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 from farms_tb.options import Adapters
 from farms_tb.weights.adapters import adapted_stacks, adapter_problem, base_of, is_adapted
 from farms_tb.weights.matrices import has_rule, layer_matrices
-from farms_tb.weights.names import EMBEDDING, clean_name, is_embedding_name, layer_name, no_rule
+from farms_tb.weights.names import EMBEDDING, clean_name, is_embedding_name, layer_name, named_parameters, no_rule
 from farms_tb.weights.stacks import MatrixStack, NoSpectrumError, Sampling, stack_problem
 from farms_tb.weights.values import NO_VALUES, matrix_dims, unreadable
 
@@ -29,6 +29,7 @@ __all__ = [
     "clean_name",
     "find_layers",
     "has_adapters",
+    "named_parameters",
     "read_layers",
     "read_stacks",
     "stack_problem",
@@ -53,6 +54,7 @@ class Layer:
         has_rule: whether the module's type is one that holds matrices.
         sampling: that of the stack.
         adapters: what is measured of a layer with adapters.
+        is_adapted: whether the module has adapters and is one layer with them.
     """
 
     name: str
@@ -66,6 +68,7 @@ class Layer:
     has_rule: bool = True
     sampling: Sampling = "blocks"
     adapters: Adapters = "separate"
+    is_adapted: bool = False
 
     @property
     def planned(self) -> bool:
@@ -74,7 +77,11 @@ class Layer:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Return the user's module inside `torch.compile`, `DataParallel` and `DistributedDataParallel`."""
+    """Return the user's module inside `torch.compile`, `DataParallel` and `DistributedDataParallel`.
+
+    Args:
+        model: any module, in any number of wrappers.
+    """
     wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     while True:
         if isinstance(model, wrappers):
@@ -147,30 +154,48 @@ def checked_layers(
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
     layers = find_layers(model, embeddings=embeddings, adapters=adapters)
-    if any(not layer.problem for layer in layers):
+    is_planned = any(layer.planned for layer in layers)
+    if not all(layer.problem for layer in layers) or (plan and is_planned):
         return layers
-    planned = any(layer.planned for layer in layers)
-    if planned and plan:
-        return layers
-    if planned:
-        raise ValueError(
-            f"{type(model).__name__} is on the meta device: its layers have no values to balance. Give it "
-            "memory first, model.to_empty(device=...), and load or initialise its weights"
+    raise _nothing_to_measure(model, layers, is_planned)
+
+
+def _nothing_to_measure(model: nn.Module, layers: Sequence[Layer], is_planned: bool) -> ValueError:
+    """Return the error for a model of which no layer can be measured.
+
+    Args:
+        model: the model.
+        layers: its layers, each with a problem.
+        is_planned: whether some of them would be measured if they had values.
+    """
+    name = type(model).__name__
+    if is_planned:
+        return ValueError(
+            f"{name} is on the meta device: its layers have no values to balance. Give it memory first, "
+            "model.to_empty(device=...), and load or initialise its weights"
         )
     reasons = "".join(f"\n  {layer.name}: {layer.problem}" for layer in layers[:10])
-    raise ValueError(
-        f"{type(model).__name__} has no layer that can be analysed; linear, convolution, attention and "
-        "spectral-convolution layers can, others by farms_tb.layer_matrices.register" + reasons
+    return ValueError(
+        f"{name} has no layer that can be analysed; linear, convolution, attention and spectral-convolution "
+        "layers can, others by farms_tb.layer_matrices.register" + reasons
     )
 
 
 def has_adapters(layer: Layer) -> bool:
-    """Tell a layer that is one with its adapters, of whatever kind."""
-    return bool(adapter_problem(layer.module, layer.adapters)) or _is_whole(layer.module, layer.adapters)
+    """Tell a layer that is one with its adapters, of whatever kind.
+
+    Args:
+        layer: what `find_layers` returned; adapters that cannot be measured count as well.
+    """
+    return layer.is_adapted or bool(adapter_problem(layer.module, layer.adapters))
 
 
 def _check_names(layers: list[Layer]) -> None:
-    """Refuse duplicate names: they would silently overwrite each other in a report."""
+    """Refuse duplicate names: they would silently overwrite each other in a report.
+
+    Raises:
+        ValueError: two layers have one name.
+    """
     seen: set[str] = set()
     for layer in layers:
         if layer.name in seen:
@@ -195,22 +220,48 @@ def read_stacks(module: nn.Module, adapters: Adapters = "separate") -> list[Matr
     Raises:
         NoSpectrumError: the module holds no matrix; the message says why.
     """
+    return _read(module, adapters, is_adapted=_is_whole(module, adapters))
+
+
+def _read(module: nn.Module, adapters: Adapters, *, is_adapted: bool) -> list[MatrixStack]:
+    """Read a module as `read_stacks` does.
+
+    Args:
+        module: a layer.
+        adapters: what is read of a layer with adapters.
+        is_adapted: whether the module is one layer with its adapters.
+
+    Raises:
+        NoSpectrumError: the module holds no matrix.
+    """
     with torch.no_grad(), _measuring(module):
-        stacks = adapted_stacks(module, adapters) if _is_whole(module, adapters) else layer_matrices(module)
+        stacks = adapted_stacks(module, adapters) if is_adapted else layer_matrices(module)
     if not stacks:
         raise NoSpectrumError(f"{type(module).__name__} holds no matrix")
     return stacks
 
 
 def read_layers(layers: Sequence[Layer]) -> Iterator[tuple[Layer, MatrixStack | Exception]]:
-    """Yield each layer that has matrices with them, or with the error that reading it raised."""
+    """Read the weights of layers, one module after the other.
+
+    The weights of a module are read when its first layer is asked for, and let go with its last one: those that
+    have to be gathered or computed take memory.
+
+    Args:
+        layers: what `find_layers` returned.
+
+    Yields:
+        Each layer that has matrices, with its stack `(K, R, C)`, or with the error that reading it raised. Layers
+        with a problem are left out, but for those that are planned: their stacks are on the meta device.
+    """
     module, stacks = None, []
     for layer in layers:
         if layer.problem and not layer.planned:
             continue
         try:
             if layer.module is not module:
-                module, stacks = layer.module, read_stacks(layer.module, layer.adapters)
+                stacks = _read(layer.module, layer.adapters, is_adapted=layer.is_adapted)
+                module = layer.module
             yield layer, stacks[layer.index]
         except NoSpectrumError:
             continue
@@ -241,11 +292,16 @@ def _is_compiled_shell(module: nn.Module) -> bool:
 
 def _parameter_names(model: nn.Module) -> dict[int, str]:
     """Return the names of a model's parameters by their identity."""
-    return {id(parameter): clean_name(name) for name, parameter in model.named_parameters()}
+    return {id(parameter): name for name, parameter in named_parameters(model).items()}
 
 
 def _is_whole(module: nn.Module, adapters: Adapters) -> bool:
-    """Tell a layer with adapters that is one layer; a rule that a user registers for its type comes first."""
+    """Tell a layer with adapters that is one layer; a rule that a user registers for its type comes first.
+
+    Args:
+        module: any layer.
+        adapters: what is measured of layers with adapters; with `"separate"` their parts are layers.
+    """
     return adapters != "separate" and is_adapted(module) and not has_rule(module)
 
 
@@ -257,20 +313,31 @@ def _problem_of_adapters(module: nn.Module, adapters: Adapters, embeddings: bool
         adapters: what is to be measured.
         embeddings: whether lookup tables are measured.
     """
-    if _is_whole(module, adapters) and not has_rule(base_of(module), embeddings=embeddings):
-        is_table = isinstance(base_of(module), (nn.Embedding, nn.EmbeddingBag))
-        return EMBEDDING if is_table else no_rule("base_layer")
-    return adapter_problem(module, adapters)
+    if not _is_whole(module, adapters):
+        return adapter_problem(module, adapters)
+    base = base_of(module)
+    if has_rule(base, embeddings=embeddings):
+        return adapter_problem(module, adapters)
+    if isinstance(base, (nn.Embedding, nn.EmbeddingBag)):
+        return EMBEDDING
+    return no_rule("base_layer")
 
 
 def _own_modules(module: nn.Module, adapters: Adapters) -> Iterator[nn.Module]:
-    """Yield `module` and its descendants, but for those below a descendant that is a layer itself."""
+    """Yield `module` and its descendants, but for those below a descendant that is a layer itself.
+
+    Args:
+        module: a layer. To one with adapters belong all modules of the adapters, and those of the layer inside.
+        adapters: what is measured of layers with adapters.
+    """
     yield module
     is_whole = _is_whole(module, adapters)
     for name, child in module.named_children():
         if is_whole and name != "base_layer":
             yield from child.modules()
-        elif is_whole or not (has_rule(child) or _is_whole(child, adapters)):
+            continue
+        is_layer_itself = has_rule(child) or _is_whole(child, adapters)
+        if is_whole or not is_layer_itself:
             yield from _own_modules(child, adapters)
 
 
@@ -305,28 +372,41 @@ def _module_layers(
         # Both have the same shapes, and the sum takes longer.
         stacks, refused = _read_or_refuse(module, "base" if adapters == "merged" else adapters)
         problem = problem or refused
+    whole = Layer(
+        name,
+        path,
+        module,
+        parameters=tuple(free.values()),
+        problem=problem,
+        adapters=adapters,
+        is_adapted=_is_whole(module, adapters),
+    )
     if not stacks:
-        return [Layer(name, path, module, parameters=tuple(free.values()), problem=problem, adapters=adapters)]
+        return [whole]
     owned = _parameters_of_stacks(module, stacks, free)
-    return [
-        Layer(
+    layers = []
+    for index, stack in enumerate(stacks):
+        layer = replace(
+            whole,
             name=".".join(filter(None, (base, stack.part))) or "weight",
-            module_name=path,
-            module=module,
             index=index,
             kind=stack.kind,
             shape=tuple(stack.matrices.shape),
             parameters=owned[index],
             problem=stack_problem(stack) or problem,
             sampling=stack.sampling,
-            adapters=adapters,
         )
-        for index, stack in enumerate(stacks)
-    ]
+        layers.append(layer)
+    return layers
 
 
 def _own_parameters(module: nn.Module, adapters: Adapters) -> dict[int, nn.Parameter]:
-    """Return the parameters of a module, and of its descendants that are no layers, by their identity."""
+    """Return the parameters of a module, and of its descendants that are no layers, by their identity.
+
+    Args:
+        module: a layer.
+        adapters: what is measured of layers with adapters.
+    """
     found = {}
     for part in _own_modules(module, adapters):
         for parameter in part._parameters.values():
@@ -348,12 +428,20 @@ def _parameters_of_stacks(
         free: names of the parameters that belong to no other layer, by their identity.
     """
     made_of = [id(module._parameters.get(stack.parameter)) for stack in stacks]
-    shared = {key for key in free if key not in made_of}
-    return [tuple(name for key, name in free.items() if key == own or key in shared) for own in made_of]
+    owned = []
+    for own in made_of:
+        of_others = set(made_of) - {own}
+        owned.append(tuple(name for key, name in free.items() if key not in of_others))
+    return owned
 
 
 def _read_or_refuse(module: nn.Module, adapters: Adapters) -> tuple[list[MatrixStack], str]:
-    """Return the module's stacks, or why there are none: of an odd layer, a rule may raise anything."""
+    """Return the module's stacks, or why there are none: of an odd layer, a rule may raise anything.
+
+    Args:
+        module: a layer.
+        adapters: what is read of a layer with adapters.
+    """
     try:
         return read_stacks(module, adapters), ""
     except NoSpectrumError as error:
@@ -364,7 +452,12 @@ def _read_or_refuse(module: nn.Module, adapters: Adapters) -> tuple[list[MatrixS
 
 
 def _layers_without_rule(path: str, module: nn.Module) -> list[Layer]:
-    """List the matrices of a module whose type is unknown, or that is a lookup table."""
+    """List the matrices of a module whose type is unknown, or that is a lookup table.
+
+    Args:
+        path: path of the module.
+        module: the module, whose descendants are not looked at.
+    """
     is_lookup = isinstance(module, (nn.Embedding, nn.EmbeddingBag)) or is_embedding_name(path)
     layers = []
     for own, parameter in module._parameters.items():
@@ -372,8 +465,9 @@ def _layers_without_rule(path: str, module: nn.Module) -> list[Layer]:
             continue
         problem = unreadable([parameter])
         if problem in ("", NO_VALUES):
-            is_table = is_lookup and own == "weight" and parameter.ndim == 2
-            problem = EMBEDDING if is_table else no_rule(own)
+            problem = no_rule(own)
+            if is_lookup and own == "weight" and parameter.ndim == 2:
+                problem = EMBEDDING
         layers.append(Layer(layer_name(path, own), path, module, problem=problem, has_rule=False))
     return layers
 
@@ -386,7 +480,12 @@ def _may_hold_matrices(parameter: nn.Parameter) -> bool:
 
 
 def _tied(parameters: dict[int, nn.Parameter], claimed: dict[int, str]) -> str:
-    """Say which layer shares a weight with these parameters; empty for none. A shared bias is no tie."""
+    """Say which layer shares a weight with these parameters; empty for none. A shared bias is no tie.
+
+    Args:
+        parameters: those of a layer, by their identity.
+        claimed: names of the layers that parameters belong to, by the parameters' identity.
+    """
     for key, parameter in parameters.items():
         if key in claimed and _may_hold_matrices(parameter):
             return f"tied to {claimed[key]!r}"

@@ -6,6 +6,8 @@ ways in ask this module.
 
 from __future__ import annotations
 
+from torch import nn
+
 EMBEDDING = "embedding: not analysed without embeddings=True"
 """Problem of a lookup table."""
 
@@ -14,7 +16,11 @@ SCALES = ("weight_scale", "weight_scale_inv", "scale", "scales", "SCB")
 
 
 def scale_names(parameter: str) -> tuple[str, ...]:
-    """Return the names that the scales of a quantised parameter may have."""
+    """Return the names that the scales of a quantised parameter may have.
+
+    Args:
+        parameter: its name in its module.
+    """
     return (*SCALES, f"{parameter}_scale", f"{parameter}_scale_inv")
 
 
@@ -24,12 +30,30 @@ _NOT_EMBEDDING_WORDS = ("proj", "patch", "out", "head", "dense", "linear", "clas
 
 
 def clean_name(name: str) -> str:
-    """Drop what `torch.compile` adds to the paths of modules and parameters."""
+    """Drop what `torch.compile` adds to the paths of modules and parameters.
+
+    Args:
+        name: a path, as `named_modules` or `named_parameters` gives it.
+    """
     return name.replace("_orig_mod.", "").removesuffix("._orig_mod")
 
 
+def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters of a model by their clean names, in order of registration.
+
+    Args:
+        model: any module. A parameter that several of its modules share comes once, by its first name.
+    """
+    return {clean_name(name): parameter for name, parameter in model.named_parameters()}
+
+
 def layer_name(path: str, parameter: str) -> str:
-    """Return the name of the layer that a parameter is: `fc` for `fc.weight`, `head.cls_token` for another one."""
+    """Return the name of the layer that a parameter is: `fc` for `fc.weight`, `head.cls_token` for another one.
+
+    Args:
+        path: path of the module; empty for the model itself.
+        parameter: name of the parameter in its module.
+    """
     if not path:
         return parameter
     if parameter == "weight":
@@ -38,7 +62,11 @@ def layer_name(path: str, parameter: str) -> str:
 
 
 def no_rule(parameter: str) -> str:
-    """Return the problem of a parameter whose layer type is unknown."""
+    """Return the problem of a parameter whose layer type is unknown.
+
+    Args:
+        parameter: its name in its module.
+    """
     return (
         f"no rule for the type of {parameter!r}: add one with farms_tb.layer_matrices.register, use analyze(model)"
     )
@@ -61,6 +89,9 @@ def is_embedding_name(path: str) -> bool:
 
     `tok_emb` and `embeds.0` are embeddings, `patch_embed.proj` is none. GPT-NeoX's head is called `embed_out`, and
     several vision models project patches by a linear `patch_embed`.
+
+    Args:
+        path: path of the module, such as `encoder.tok_emb`.
     """
     words = [part.lower() for part in path.split(".") if not part.isdecimal()]
     own = words[-1] if words else ""

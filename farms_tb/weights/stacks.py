@@ -20,6 +20,7 @@ Sources: FARMS (Hu et al., arXiv 2506.06280), TempBalance (Zhou et al., arXiv 23
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -83,14 +84,35 @@ class MatrixStack:
         """`"spectral"` for complex weights: their alphas do not compare with those of real ones."""
         return "spectral" if self.matrices.is_complex() else "real"
 
+    @property
+    def change(self) -> float | None:
+        """`adapter_change` as a number; None where it is none, as for a weight of zeros or without values."""
+        if self.adapter_change is None or self.adapter_change.is_meta:
+            return None
+        change = float(self.adapter_change)
+        return change if math.isfinite(change) else None
+
 
 def stack_problem(stack: MatrixStack) -> str:
-    """Say why a stack has no spectrum; empty where it has one."""
+    """Say why a stack has no spectrum; empty where it has one.
+
+    Args:
+        stack: `(K, R, C)`; its values are not read.
+    """
     return "" if min(stack.matrices.shape[1:]) > 1 else "one row or one column: no spectrum"
 
 
 def linear(weight: Tensor, part: str = "", parameter: str = "") -> list[MatrixStack]:
-    """Return the weight `(out, in)`, or `(in, out)`, of a linear layer as one matrix."""
+    """Return the weight of a linear layer as one matrix, `(1, R, C)`.
+
+    Args:
+        weight: `(out, in)` or `(in, out)`, real or complex.
+        part: suffix of the layer's name where its module holds several weights.
+        parameter: name of the parameter inside the module, likewise.
+
+    Raises:
+        NoSpectrumError: the weight has other than two dimensions.
+    """
     return [MatrixStack(_checked(weight, 2)[None], sampling="grid", part=part, parameter=parameter)]
 
 
@@ -101,6 +123,12 @@ def convolution(weight: Tensor, groups: int = 1) -> list[MatrixStack]:
         weight: `(out, in / groups, *kernel)`, or `(in, out / groups, *kernel)` of a transposed convolution: the
             groups split the first dimension in both.
         groups: groups of channels.
+
+    Returns:
+        One stack `(groups * prod(kernel), R, C)`.
+
+    Raises:
+        NoSpectrumError: the weight has other than three to five dimensions.
     """
     if weight.ndim not in (3, 4, 5):
         raise NoSpectrumError(f"a weight of shape {tuple(weight.shape)}: expected 3 to 5 dimensions")
@@ -114,12 +142,19 @@ def convolution(weight: Tensor, groups: int = 1) -> list[MatrixStack]:
 
 
 def packed_attention(weight: Tensor, parameter: str) -> list[MatrixStack]:
-    """Return q, k and v from the weight `(3E, E)` that holds them one below the other."""
-    return [
-        stack
-        for part, matrix in zip("qkv", _checked(weight, 2).chunk(3), strict=True)
-        for stack in linear(matrix, part, parameter)
-    ]
+    """Return q, k and v of attention, three stacks `(1, E, E)`.
+
+    Args:
+        weight: `(3E, E)`, the three one below the other.
+        parameter: name of the parameter inside the module.
+
+    Raises:
+        NoSpectrumError: the weight has other than two dimensions.
+    """
+    found = []
+    for part, matrix in zip("qkv", _checked(weight, 2).chunk(3), strict=True):
+        found += linear(matrix, part, parameter)
+    return found
 
 
 def gates(weight: Tensor, number: int, parameter: str) -> list[MatrixStack]:
@@ -129,28 +164,54 @@ def gates(weight: Tensor, number: int, parameter: str) -> list[MatrixStack]:
         weight: `(number * hidden, in)`, the gates one below the other.
         number: 1 (RNN), 3 (GRU) or 4 (LSTM).
         parameter: the parameter's name, `weight_ih_l0`; the stacks are called `weight_ih_l0.i` and so on.
+
+    Returns:
+        A stack `(1, R, C)` for each gate.
+
+    Raises:
+        NoSpectrumError: the weight has other than two dimensions.
     """
-    return [
-        stack
-        for gate, matrix in zip(GATES[number], _checked(weight, 2).chunk(number), strict=True)
-        for stack in linear(matrix, ".".join(filter(None, (parameter, gate))), parameter)
-    ]
+    found = []
+    for gate, matrix in zip(GATES[number], _checked(weight, 2).chunk(number), strict=True):
+        part = f"{parameter}.{gate}".strip(".")
+        found += linear(matrix, part, parameter)
+    return found
 
 
 def experts(weight: Tensor, parameter: str = "") -> list[MatrixStack]:
-    """Return one matrix for each expert of `(experts, out, in)` or `(experts, in, out)`."""
+    """Return one matrix for each expert, one stack `(experts, R, C)`.
+
+    Args:
+        weight: `(experts, out, in)` or `(experts, in, out)`.
+        parameter: name of the parameter inside the module, which the layer is called by unless it is `weight`.
+
+    Raises:
+        NoSpectrumError: the weight has other than three dimensions.
+    """
     part = "" if parameter == "weight" else parameter
     return [MatrixStack(_checked(weight, 3), part=part, parameter=parameter)]
 
 
 def fourier_modes(weight: Tensor) -> list[MatrixStack]:
-    """Return one complex matrix for each Fourier mode of `(in, out, *modes)`."""
+    """Return one complex matrix for each Fourier mode, one stack `(prod(modes), R, C)`.
+
+    Args:
+        weight: `(in, out, *modes)`, complex.
+
+    Raises:
+        NoSpectrumError: the weight has fewer than three dimensions.
+    """
     if weight.ndim < 3:
         raise NoSpectrumError(f"a weight of shape {tuple(weight.shape)}: expected (in, out, *modes)")
     return [MatrixStack(weight.flatten(2).permute(2, 0, 1))]
 
 
 def _checked(weight: Tensor, ndim: int) -> Tensor:
+    """Return the weight.
+
+    Raises:
+        NoSpectrumError: it has other than `ndim` dimensions.
+    """
     if weight.ndim != ndim:
         raise NoSpectrumError(f"a weight of shape {tuple(weight.shape)}: expected {ndim} dimensions")
     return weight

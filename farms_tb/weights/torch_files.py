@@ -11,7 +11,7 @@ import math
 import pickle
 import struct
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -155,16 +155,11 @@ def _open_zip(file: OpenedFile, opened: BinaryIO) -> TorchFile:
     """
     with zipfile.ZipFile(opened) as archive:
         records = {info.filename: info for info in archive.infolist()}
-        pickles = [name for name in records if name.count("/") == 1 and name.endswith("/data.pkl")]
-        if len(pickles) != 1:
-            raise ValueError("a zip file without one data.pkl")
-        root = pickles[0].removesuffix("data.pkl")
-        if any(name.startswith(f"{root}code/") for name in records):
-            raise RefusedError
+        root = _root(records)
         order = records.get(f"{root}byteorder")
         if order is not None and _small(archive, order) != b"little":
             raise ValueError("numbers in big-endian order")
-        content = Interpreter(io.BytesIO(_small(archive, records[pickles[0]]))).load()
+        content = Interpreter(io.BytesIO(_small(archive, records[f"{root}data.pkl"]))).load()
     data = f"{root}data/"
     storages = {}
     for name, info in records.items():
@@ -173,8 +168,35 @@ def _open_zip(file: OpenedFile, opened: BinaryIO) -> TorchFile:
     return TorchFile(content, file, storages)
 
 
+def _root(records: Iterable[str]) -> str:
+    """Return the folder inside a zip file that holds `data.pkl`, with a slash at its end.
+
+    Args:
+        records: names of all records.
+
+    Raises:
+        RefusedError: the folder holds code as well (TorchScript).
+        ValueError: there is no such folder, or more than one.
+    """
+    pickles = [name for name in records if name.count("/") == 1 and name.endswith("/data.pkl")]
+    if len(pickles) != 1:
+        raise ValueError("a zip file without one data.pkl")
+    root = pickles[0].removesuffix("data.pkl")
+    if any(name.startswith(f"{root}code/") for name in records):
+        raise RefusedError
+    return root
+
+
 def _small(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
-    """Read a record that is not compressed: a small file must not become a large one."""
+    """Read a record that is not compressed: a small file must not become a large one.
+
+    Args:
+        archive: the zip file.
+        info: which of its records.
+
+    Raises:
+        ValueError: it is compressed.
+    """
     if info.compress_type != zipfile.ZIP_STORED:
         raise ValueError(f"{info.filename} is compressed")
     return archive.read(info)

@@ -61,7 +61,11 @@ def _problem(parameter: Tensor) -> str:
 
 
 def matrix_dims(shape: Iterable[int]) -> int:
-    """Count the dimensions of more than one entry: a vector in any disguise has at most one."""
+    """Count the dimensions of more than one entry: a vector in any disguise has at most one.
+
+    Args:
+        shape: sizes of all dimensions.
+    """
     return sum(size > 1 for size in shape)
 
 

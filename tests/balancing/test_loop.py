@@ -279,6 +279,19 @@ def test_replaced_parameters_are_found() -> None:
     assert groups["5.weight"] == balancer.ratios["5"] != 1
 
 
+@pytest.mark.filterwarnings("ignore:.*sampling noise")
+def test_a_weight_that_is_parametrized_during_training_stays_balanced() -> None:
+    """Its parameter stays the same object and gets another name."""
+    torch.manual_seed(0)
+    net = nn.Sequential(*(nn.Linear(*sizes, bias=False) for sizes in ((32, 48), (48, 32), (32, 48), (48, 32))))
+    balancer = TempBalance(net, torch.optim.SGD(net.parameters(), lr=0.1))
+    nn.utils.parametrizations.spectral_norm(net[1])
+    balancer.step()
+    alphas = analyze(net).alphas
+    assert balancer.ratios == lr_ratios({**alphas, "0": None, "3": None})  # the first and the last are excluded
+    assert balancer.parameter_ratios()["1.parametrizations.weight.original"] == balancer.ratios["1"] != 1
+
+
 def test_options_reach_the_measurement() -> None:
     net = make_net()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)

@@ -200,6 +200,19 @@ class TestOptions:
         status = analyze(model, adapters="base").layers["base_model.model.2"].status
         assert "unmerge" in status
 
+    @pytest.mark.filterwarnings("ignore:.*(cannot be measured|left to balance|sampling noise)")
+    def test_base_is_measured_again_once_adapters_are_unmerged(self) -> None:
+        model, name = adapted(linear_net()), "base_model.model.2"
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        balancer = TempBalance(model, optimizer, adapters="base")
+        alpha = balancer.report.alphas[name]
+        model.merge_adapter()
+        merged = balancer.step().layers[name]
+        assert merged.alpha is None
+        assert "unmerge" in merged.status
+        model.unmerge_adapter()
+        assert balancer.step().alphas[name] == pytest.approx(alpha, rel=1e-4)
+
     def test_separate_parts(self) -> None:
         names = list(analyze(adapted(linear_net()), adapters="separate").layers)
         assert "base_model.model.0.base_layer" in names
