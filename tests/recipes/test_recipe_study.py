@@ -353,7 +353,7 @@ def test_experiments_say_how_to_run_them() -> None:
     files = sorted((Path(CONFIG_DIR) / "experiment" / "study").glob("*.yaml"))
     assert [path.stem for path in files] == sorted(
         cell.rpartition("/")[2]
-        for cell in ("darcy_fno", "darcy_unet", "darcy_low_data", "tiny_lm", "tiny_lm_fast", *_digits_cells())
+        for cell in ("darcy_fno", "darcy_unet", "tiny_lm", "tiny_lm_fast", *_digits_cells())
     )
     for path in files:
         assert path.read_text().splitlines()[1] == f"# python -m recipes.study experiment=study/{path.stem}"
