@@ -11,7 +11,7 @@ that solving takes is bounded by `memory_mb`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -21,7 +21,7 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from farms_tb.options import Solver
 from farms_tb.spectra.precision import ROUNDOFF, ZERO, Array, WindowPrecision
-from farms_tb.spectra.solvers import symmetric_eigenvalues
+from farms_tb.spectra.solvers import SOLVERS, fastest_solver
 from farms_tb.spectra.windows import Windows
 from farms_tb.spectra.workers import map_on_threads
 from farms_tb.warnings import warn_once
@@ -38,25 +38,24 @@ class Chunk:
     """Windows of one layer that are solved at once.
 
     Attributes:
-        layer: position of the layer in the list of all layers.
-        windows: all W windows of the layer.
+        table: `(W, w)` float64, for the eigenvalues of all W windows of the layer; `write` fills in rows of it.
+        windows: all windows of the layer.
         index: `(n,)` int64 on the CPU, which of them, from 0 to W - 1; ascending.
         precision: how they are solved.
         scale: what the eigenvalues are multiplied by.
     """
 
-    layer: int
+    table: Array
     windows: Windows
     index: Tensor
     precision: WindowPrecision
-    scale: float = 1.0
+    scale: float
 
     @cached_property
     def dtype(self) -> torch.dtype:
         """Type that the windows are solved in."""
-        if self.windows.view.is_complex():
-            return torch.complex64 if self.precision == "float32" else torch.complex128
-        return torch.float32 if self.precision == "float32" else torch.float64
+        real = torch.float32 if self.precision == "float32" else torch.float64
+        return real.to_complex() if self.windows.view.is_complex() else real
 
     @cached_property
     def work(self) -> int:
@@ -70,13 +69,9 @@ class Chunk:
         entries = self.windows.view.shape[-2:].numel() + 2 * self.windows.size**2
         return len(self.index) * entries * self.dtype.itemsize
 
-    def split(self, number: int) -> Iterator[Chunk]:
-        """Yield chunks of at most so many windows, at least one each."""
-        if number >= len(self.index):
-            yield self
-            return
-        for index in torch.split(self.index, max(1, number)):
-            yield replace(self, index=index)
+    def split(self, number: int) -> list[Chunk]:
+        """Return chunks of at most so many windows, at least one each."""
+        return [replace(self, index=index) for index in torch.split(self.index, max(1, number))]
 
     def take(self) -> Tensor:
         """Copy the windows out of the weight, in the type that they are solved in.
@@ -98,43 +93,41 @@ class Chunk:
         taken = taken.to(self.dtype, memory_format=torch.contiguous_format)
         return taken if 1 in taken.stride()[-2:] else taken.contiguous()
 
+    def write(self, values: Tensor) -> None:
+        """Write the eigenvalues `(n, w)` of the windows into the table; this waits for their device."""
+        self.table[self.index.numpy()] = self.scale * values.double().cpu().numpy()
 
-Solved = tuple[Chunk, Array, str]
-"""A chunk, the eigenvalues `(n, w)` of its windows, and what solved for them."""
+    def solver(self, wanted: Solver) -> str:
+        """Return what solves for the eigenvalues: `"cpu"`, `"torch"` or `"cupy"`.
+
+        Args:
+            wanted: what solves for those of Gram matrices on a GPU; `"auto"` for the fastest.
+        """
+        view = self.windows.view
+        if view.is_cpu:
+            return "cpu"
+        if self.precision == "svd":
+            return "torch"
+        return fastest_solver(view.device, self.dtype, self.windows.size) if wanted == "auto" else wanted
 
 
-def solve_chunks(
-    chunks: Sequence[Chunk],
-    tables: Sequence[Array] | Mapping[int, Array],
-    memory: int,
-    threads: int,
-    solver: Solver = "auto",
-) -> dict[int, str]:
-    """Solve for the eigenvalues of windows of several layers, and write them into tables.
+def solve_chunks(chunks: Sequence[Chunk], memory: int, threads: int, solver: Solver = "auto") -> None:
+    """Solve for the eigenvalues of windows of several layers, and write them into the chunks' tables.
+
+    The row of each window holds its eigenvalues: ascending, 0 or more; NaN where no solver converged.
 
     Args:
         chunks: the windows, of any number for each chunk: they are split to fit the memory and the threads.
-        tables: `(W, w)` float64 for each layer, by its position. The row of each window is written: ascending, 0
-            or more; NaN where no solver converged.
         memory: bytes that all windows which are solved at the same time may take; a single window that needs more
             is solved alone.
         threads: number of threads on the CPU.
         solver: what solves on a GPU, see `farms_tb.spectra.solvers`.
-
-    Returns:
-        What solved for each layer, by its position: `"cpu"`, `"torch"` or `"cupy"`.
     """
-    on_cpu = [chunk for chunk in chunks if chunk.windows.view.is_cpu]
-    on_gpus = [chunk for chunk in chunks if not chunk.windows.view.is_cpu]
-    names = {}
-    solved = _solve_on_cpu(on_cpu, memory, threads) + _solve_on_gpus(on_gpus, memory, threads, solver)
-    for chunk, values, name in solved:
-        tables[chunk.layer][chunk.index.numpy()] = chunk.scale * values
-        names[chunk.layer] = name
-    return names
+    _solve_on_cpu([chunk for chunk in chunks if chunk.windows.view.is_cpu], memory, threads)
+    _solve_on_gpus([chunk for chunk in chunks if not chunk.windows.view.is_cpu], memory, threads, solver)
 
 
-def _solve_on_cpu(chunks: Sequence[Chunk], memory: int, threads: int) -> list[Solved]:
+def _solve_on_cpu(chunks: Sequence[Chunk], memory: int, threads: int) -> None:
     share = memory // threads
     parts: list[Chunk] = []
     for chunk in chunks:
@@ -143,30 +136,30 @@ def _solve_on_cpu(chunks: Sequence[Chunk], memory: int, threads: int) -> list[So
         parts += chunk.split(min(by_memory, by_work))
     # The longest first: a long one that is begun last would keep the other threads waiting.
     parts.sort(key=lambda part: -part.work)
-    fitting = [part for part in parts if part.bytes <= share]
-    large = [part for part in parts if part.bytes > share]
 
-    def solve(part: Chunk) -> Solved:
-        values, name = _eigenvalues(part.take(), part.precision)
-        return part, values.double().numpy(), name
+    def solve(part: Chunk) -> None:
+        part.write(_eigenvalues(part.take(), part.precision))
 
+    map_on_threads(solve, [part for part in parts if part.bytes <= share], threads)
     # A window that takes more than a thread's share of the memory is solved while no other one is.
-    return map_on_threads(solve, fitting, threads) + [solve(part) for part in large]
+    map_on_threads(solve, [part for part in parts if part.bytes > share], 1)
 
 
-def _solve_on_gpus(chunks: Sequence[Chunk], memory: int, threads: int, solver: Solver) -> list[Solved]:
-    parts: list[Chunk] = []
+def _solve_on_gpus(chunks: Sequence[Chunk], memory: int, threads: int, wanted: Solver) -> None:
+    found: list[tuple[Chunk, Tensor]] = []
     for chunk in chunks:
-        parts += chunk.split(memory * len(chunk.index) // chunk.bytes)
-    found = [(part, *_solve_or_split(part, threads, solver)) for part in parts]
-    # Copied only now: a copy waits for the device, which can be given the work of all parts before.
-    return [(part, values.double().cpu().numpy(), name) for part, values, name in found]
+        name = chunk.solver(wanted)
+        parts = chunk.split(memory * len(chunk.index) // chunk.bytes)
+        found += [(part, _solve_or_split(part, name, threads)) for part in parts]
+    # Read only now: reading waits for the device, which can be given the work of all parts before.
+    for part, values in found:
+        part.write(values)
 
 
-def _solve_or_split(chunk: Chunk, threads: int, solver: Solver) -> tuple[Tensor, str]:
+def _solve_or_split(chunk: Chunk, solver: str, threads: int) -> Tensor:
     """Solve a chunk on its GPU; where memory is short, fewer windows at a time, and a single one on the CPU."""
     try:
-        return _eigenvalues(chunk.take(), chunk.precision, threads, solver)
+        return _eigenvalues(chunk.take(), chunk.precision, solver, threads)
     except torch.OutOfMemoryError:
         # Tried again below, as the error holds on to all that was computed for as long as it is handled.
         warn_once(
@@ -177,33 +170,24 @@ def _solve_or_split(chunk: Chunk, threads: int, solver: Solver) -> tuple[Tensor,
         )
     view, number = chunk.windows.view, len(chunk.index)
     if number > 1:
-        solved = [_solve_or_split(half, threads, solver) for half in chunk.split((number + 1) // 2)]
-        return torch.cat([values for values, _ in solved]), solved[0][1]
+        return torch.cat([_solve_or_split(half, solver, threads) for half in chunk.split((number + 1) // 2)])
     place = torch.unravel_index(chunk.index[0], view.shape[:-2])
     window = view[tuple(map(int, place))][None].cpu().to(chunk.dtype)
-    values, _ = _eigenvalues(window, chunk.precision)
-    return values.to(view.device), "cpu"
+    return _eigenvalues(window, chunk.precision).to(view.device)
 
 
-def _eigenvalues(
-    windows: Tensor, precision: WindowPrecision, threads: int = 1, solver: Solver = "auto"
-) -> tuple[Tensor, str]:
-    """Return the eigenvalues `(n, w)` of windows `(n, h, w)`, on their device, and what solved for them."""
-    name = "cpu" if windows.is_cpu else "torch"
+def _eigenvalues(windows: Tensor, precision: WindowPrecision, solver: str = "torch", threads: int = 1) -> Tensor:
+    """Return the eigenvalues `(n, w)` of windows `(n, h, w)`, on their device; on the CPU torch calls LAPACK."""
     if precision == "svd":
-        return squared_singular_values(windows), name
+        return squared_singular_values(windows)
     grams = _gram(windows)
     try:
-        if grams.is_cpu:
-            # LAPACK solves one matrix after the other: there is no choice of solvers.
-            values = torch.linalg.eigvalsh(grams)
-        else:
-            values, name = symmetric_eigenvalues(grams, threads, solver)
+        values = SOLVERS[solver](grams, threads)
     except LinAlgError:
         # NaN is imprecise in any case: the singular values will be asked for.
-        return grams.real.new_full(grams.shape[:2], torch.nan), name
+        return grams.real.new_full(grams.shape[:2], torch.nan)
     zero_below = ZERO * ROUNDOFF[precision] * values[:, -1:]
-    return torch.where(values < zero_below, 0, values), name
+    return torch.where(values < zero_below, 0, values)
 
 
 def _gram(windows: Tensor) -> Tensor:
@@ -211,8 +195,8 @@ def _gram(windows: Tensor) -> Tensor:
     if windows.shape[-2] < windows.shape[-1]:
         windows = windows.mH
     dtype = windows.dtype
-    if dtype in (torch.float32, torch.complex64) and not multiplies_in_full(windows.device):
-        windows = windows.to(torch.complex128 if dtype.is_complex else torch.float64)
+    if not multiplies_in_full(windows.device):
+        windows = windows.to(torch.promote_types(dtype, torch.float64))
     # Autocast would multiply in half precision.
     with torch.autocast(windows.device.type, enabled=False):
         return torch.bmm(windows.mH, windows).to(dtype)
@@ -233,9 +217,6 @@ def squared_singular_values(windows: Tensor) -> Tensor:
     try:
         singular = torch.linalg.svdvals(windows)
     except LinAlgError:
-        if not windows.is_cpu:
-            # LAPACK uses other algorithms than a GPU's solvers.
-            return squared_singular_values(windows.cpu()).to(windows.device)
         if len(windows) > 1:
             return torch.cat([squared_singular_values(window) for window in torch.split(windows, 1)])
         return windows.real.new_full((1, min(windows.shape[-2:])), torch.nan)

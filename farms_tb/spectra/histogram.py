@@ -33,12 +33,12 @@ def esd_histograms(found: Sequence[Samples], options: SpectrumOptions, threads: 
     """
     tables = [samples.by_window.copy() for samples in found]
     chunks = []
-    for place, samples in enumerate(found):
+    for samples, table in zip(found, tables, strict=True):
         single = np.flatnonzero(samples.levels == FLOAT32)
         if len(single):
             layer = samples.layer
-            chunks.append(Chunk(place, layer.windows, torch.from_numpy(single), "float64", layer.scale))
-    solve_chunks(chunks, tables, options.memory_mb * 2**20, threads, options.solver)
+            chunks.append(Chunk(table, layer.windows, torch.from_numpy(single), "float64", layer.scale))
+    solve_chunks(chunks, options.memory_mb * 2**20, threads, options.solver)
     histograms = []
     for samples, table in zip(found, tables, strict=True):
         pooled = np.sort(table.reshape(samples.layer.windows.samples, -1), axis=-1)

@@ -16,7 +16,7 @@ from farms_tb.options import SpectrumOptions, as_plain
 from farms_tb.report import LayerRecord, Report
 from farms_tb.spectra.distributed import Team, layers_of_this_process, results_of_all
 from farms_tb.spectra.histogram import esd_histograms
-from farms_tb.spectra.metrics import layer_records
+from farms_tb.spectra.metrics import layer_record
 from farms_tb.spectra.prepare import PreparedLayer, prepare_stacks
 from farms_tb.spectra.samples import solve_layers
 from farms_tb.spectra.standard_error import alpha_errors
@@ -50,7 +50,8 @@ def measure_stacks(
         samples = solve_layers(layers, options, threads)
         errors = alpha_errors(samples, options, threads)
         solved = [stack for stack, one in zip(stacks, prepared, strict=True) if isinstance(one, PreparedLayer)]
-        records = with_matrix_metrics(layer_records(samples, errors, options), solved, samples, whole=whole)
+        records = [layer_record(one, error, options) for one, error in zip(samples, errors, strict=True)]
+        records = with_matrix_metrics(records, solved, samples, whole=whole)
         if histogram:
             esds = esd_histograms(samples, options, threads)
             records = [replace(record, histogram=esd) for record, esd in zip(records, esds, strict=True)]

@@ -18,7 +18,6 @@ Communications 2021.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -36,29 +35,24 @@ ENERGY = 0.99
 """Share of the sum of the eigenvalues that `rank_99` is about."""
 
 
-def layer_records(
-    found: Sequence[Samples], alpha_errors: Sequence[float], options: SpectrumOptions
-) -> list[LayerRecord]:
-    """Return the record of each layer, but for its kind, shape and histogram.
+def layer_record(samples: Samples, alpha_error: float, options: SpectrumOptions) -> LayerRecord:
+    """Return the record of a layer, but for its kind, shape, histogram and the metrics of whole matrices.
 
     Args:
-        found: the fitted samples of the layers.
-        alpha_errors: the standard error of each layer's alpha.
+        samples: the fitted samples of the layer.
+        alpha_error: the standard error of its alpha.
         options: how alpha was measured.
     """
-    roundings = [tail_is_rounding(samples, options.xmin_pos) for samples in found]
-    problems = [_problem(samples, rounding, options) for samples, rounding in zip(found, roundings, strict=True)]
-    return [_layer_record(*of_layer) for of_layer in zip(found, problems, alpha_errors, strict=True)]
-
-
-def _layer_record(samples: Samples, problem: str, alpha_error: float) -> LayerRecord:
     solver = f"{samples.solver} {_precision(samples)}"
     if np.isnan(samples.pooled[:, -1]).any():
         return LayerRecord(status="the eigenvalue solver did not converge", solver=solver)
-    metrics = _metrics(samples)
-    status = problem
-    if not problem:
-        metrics |= {**_fit_metrics(samples), "alpha_error": alpha_error}
+    # What the eigenvalues of the scaled weights are multiplied by; it may become infinite.
+    with np.errstate(over="ignore"):
+        factor = float(np.ldexp(1.0, 2 * samples.layer.exponent))
+    metrics = _metrics(samples, factor)
+    status = _problem(samples, options)
+    if not status:
+        metrics |= {**_fit_metrics(samples, factor), "alpha_error": alpha_error}
         status = _collapse(metrics["tail_floor"], metrics["rank_99"], samples)
     # Squares of very large weights may leave the range of float64, which leaves no number to show.
     known: dict[str, Any] = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
@@ -72,7 +66,7 @@ def _precision(samples: Samples) -> str:
     return f"{fastest} svd" if (samples.levels == SVD).any() else fastest
 
 
-def _problem(samples: Samples, rounding: bool, options: SpectrumOptions) -> str:
+def _problem(samples: Samples, options: SpectrumOptions) -> str:
     """Say why the layer has no alpha, or one of rounding errors; empty if every sample has one."""
     kept = samples.pooled.shape[-1] - int(samples.first.max())
     if kept < options.min_eigenvalues:
@@ -84,6 +78,7 @@ def _problem(samples: Samples, rounding: bool, options: SpectrumOptions) -> str:
     if zero.any():
         return f"low rank: zero eigenvalues in the tail of {zero.sum()} sample(s)"
     if not missing.any():
+        rounding = tail_is_rounding(samples, options.xmin_pos)
         return "low rank: the tail is made of the rounding errors of the stored weights" if rounding else ""
     flat = missing & (samples.pooled[:, -1] <= samples.pooled[:, -2] * (1 + EQUAL))
     if options.fit == "xmin_peak" and not flat.any():
@@ -101,13 +96,12 @@ def _collapse(tail_floor: float, rank_99: float, samples: Samples) -> str:
     )
 
 
-def _metrics(samples: Samples) -> dict[str, float]:
-    """Return the metrics that need no fit."""
+def _metrics(samples: Samples, factor: float) -> dict[str, float]:
+    """Return the metrics that need no fit, of eigenvalues that are multiplied by `factor`."""
     kept = samples.pooled.shape[-1] - samples.first
     dropped = np.arange(samples.pooled.shape[-1]) < samples.first[:, None]
     eigenvalues = np.where(dropped, 0.0, samples.pooled)
     largest, total = eigenvalues[:, -1], eigenvalues.sum(axis=-1)
-    factor = _factor(samples)
     with np.errstate(divide="ignore", invalid="ignore"):
         shares = eigenvalues / total[:, None]
         # The smallest normal number in place of 0, whose logarithm is finite: p ln p is 0 in either case.
@@ -127,16 +121,8 @@ def _metrics(samples: Samples) -> dict[str, float]:
         }
 
 
-def _factor(samples: Samples) -> float:
-    """Return what the eigenvalues of the scaled weights are multiplied by, 4^exponent."""
-    try:
-        return math.ldexp(1.0, 2 * samples.layer.exponent)
-    except OverflowError:
-        return math.inf
-
-
-def _fit_metrics(samples: Samples) -> dict[str, float]:
-    """Return alpha and what follows from the fits, all samples having one."""
+def _fit_metrics(samples: Samples, factor: float) -> dict[str, float]:
+    """Return alpha and what follows from the fits, all samples having one, in the same unit."""
     alpha = samples.fit.alpha.numpy()
     largest = samples.pooled[:, -1]
     # As logarithms, which stay within range where 4^exponent does not.
@@ -146,6 +132,6 @@ def _fit_metrics(samples: Samples) -> dict[str, float]:
         "alpha": float(alpha.mean()),
         "ks_distance": float(samples.fit.ks_distance.numpy().mean()),
         "alpha_hat": float((alpha * log_largest).mean()),
-        "xmin": math.exp(log_xmin.mean()) * _factor(samples),
+        "xmin": math.exp(log_xmin.mean()) * factor,
         "tail_floor": math.exp((log_xmin - np.log(largest)).mean()),
     }

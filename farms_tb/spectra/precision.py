@@ -129,7 +129,7 @@ def single_precision_suffices(pilot: Array, options: SpectrumOptions) -> bool:
         pilot: `(1, w)`, its eigenvalues in double precision, ascending.
         options: how alpha is measured.
     """
-    fit = fit_power_law(torch.from_numpy(pilot), options.fit, options.xmin_pos)
+    fit = fit_power_law(torch.from_numpy(pilot), options.fit, options.xmin_pos, distance=False)
     xmin = pilot[:, int(fit.tail_start)]
     level = np.array([FLOAT32], dtype=np.int8)
     return not imprecise_windows(pilot, level, xmin, fit.alpha.numpy(), options).any()

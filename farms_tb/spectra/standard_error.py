@@ -96,9 +96,9 @@ def _solve_quarters(found: Sequence[Samples], options: SpectrumOptions, threads:
             continue
         quarters = quarters_of(windows)
         every = torch.arange(quarters.number, device="cpu")
-        chunks.append(Chunk(place, quarters, every, "float64", samples.layer.scale))
         tables[place] = np.full((quarters.number, quarters.size), np.nan)
-    solve_chunks(chunks, tables, options.memory_mb * 2**20, threads, options.solver)
+        chunks.append(Chunk(tables[place], quarters, every, "float64", samples.layer.scale))
+    solve_chunks(chunks, options.memory_mb * 2**20, threads, options.solver)
     return tables
 
 
