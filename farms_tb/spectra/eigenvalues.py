@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
@@ -27,10 +28,30 @@ from farms_tb.spectra.workers import map_on_threads
 from farms_tb.warnings import warn_once
 
 CHUNK_WORK = 16 * 10**7
-"""Work (`Chunk.work`) of a chunk on the CPU: some milliseconds, so that threads finish at about the same time."""
+"""Work of a chunk (see `Chunk.window_work`) on the CPU: milliseconds, so that threads finish at about one time."""
 
 SVD_WORK = 4
 """A singular value decomposition takes about this many times as long as the eigenvalues of the Gram matrix."""
+
+
+@dataclass
+class EigenvalueTable:
+    """The eigenvalues of the W windows of one layer, filled in as they are solved.
+
+    Attributes:
+        windows: the windows.
+        scale: what their eigenvalues are multiplied by.
+        values: `(W, w)` float64, ascending for each window, 0 or more; NaN where no solver converged.
+        solver: what solved for those that were filled in last: `"cpu"`, `"torch"` or `"cupy"`.
+    """
+
+    windows: Windows
+    scale: float
+    values: Array = field(init=False)
+    solver: str = ""
+
+    def __post_init__(self) -> None:
+        self.values = np.full((self.windows.number, self.windows.size), np.nan)
 
 
 @dataclass(frozen=True)
@@ -38,36 +59,37 @@ class Chunk:
     """Windows of one layer that are solved at once.
 
     Attributes:
-        table: `(W, w)` float64, for the eigenvalues of all W windows of the layer; `write` fills in rows of it.
-        windows: all windows of the layer.
-        index: `(n,)` int64 on the CPU, which of them, from 0 to W - 1; ascending.
+        table: where their eigenvalues are written.
+        index: `(n,)` int64 on the CPU, which windows of the table, from 0 to W - 1; ascending.
         precision: how they are solved.
-        scale: what the eigenvalues are multiplied by.
     """
 
-    table: Array
-    windows: Windows
+    table: EigenvalueTable
     index: Tensor
     precision: WindowPrecision
-    scale: float
+
+    @property
+    def view(self) -> Tensor:
+        """All windows of the layer, `(*lead, h, w)`, a view of the weight."""
+        return self.table.windows.view
 
     @cached_property
     def dtype(self) -> torch.dtype:
         """Type that the windows are solved in."""
         real = torch.float32 if self.precision == "float32" else torch.float64
-        return real.to_complex() if self.windows.view.is_complex() else real
+        return real.to_complex() if self.view.is_complex() else real
 
     @cached_property
-    def work(self) -> int:
-        """Time that solving takes, up to a factor: O(w^3), and relatively more for small matrices."""
-        size = self.windows.size
-        return len(self.index) * size**2 * (size + 512) * (SVD_WORK if self.precision == "svd" else 1)
+    def window_work(self) -> int:
+        """Time that a window takes, up to a factor: O(w^3), and relatively more for small ones."""
+        size = self.table.windows.size
+        return size**2 * (size + 512) * (SVD_WORK if self.precision == "svd" else 1)
 
     @cached_property
-    def bytes(self) -> int:
-        """Memory that solving takes: the windows, their Gram matrices and the solver's copy of these."""
-        entries = self.windows.view.shape[-2:].numel() + 2 * self.windows.size**2
-        return len(self.index) * entries * self.dtype.itemsize
+    def window_bytes(self) -> int:
+        """Memory that a window takes: a copy of it, its Gram matrix and the solver's copy of this."""
+        entries = self.view.shape[-2:].numel() + 2 * self.table.windows.size**2
+        return entries * self.dtype.itemsize
 
     def split(self, number: int) -> list[Chunk]:
         """Return chunks of at most so many windows, at least one each."""
@@ -79,42 +101,28 @@ class Chunk:
         Returns:
             `(n, h, w)` on the device of the weight. It may share memory with the weight: read it only.
         """
-        view, lead = self.windows.view, self.windows.view.shape[:-2]
+        lead = self.view.shape[:-2]
         start, number = int(self.index[0]), len(self.index)
         consecutive = int(self.index[-1]) - start + 1 == number
         if consecutive and math.prod(lead[:-1]) == 1:
             # A slice instead of a gather: the windows lie behind each other in the last dimension of `lead`.
-            taken = view.flatten(0, -3)[start : start + number]
+            taken = self.view.flatten(0, -3)[start : start + number]
         else:
             places = torch.unravel_index(self.index, lead)
-            taken = view[tuple(place.to(view.device) for place in places)]
+            taken = self.view[tuple(place.to(self.view.device) for place in places)]
         # Matrix products are slow on windows of which neither rows nor columns lie together in memory, as in the
         # weight of a convolution.
         taken = taken.to(self.dtype, memory_format=torch.contiguous_format)
         return taken if 1 in taken.stride()[-2:] else taken.contiguous()
 
-    def write(self, values: Tensor) -> None:
-        """Write the eigenvalues `(n, w)` of the windows into the table; this waits for their device."""
-        self.table[self.index.numpy()] = self.scale * values.double().cpu().numpy()
-
-    def solver(self, wanted: Solver) -> str:
-        """Return what solves for the eigenvalues: `"cpu"`, `"torch"` or `"cupy"`.
-
-        Args:
-            wanted: what solves for those of Gram matrices on a GPU; `"auto"` for the fastest.
-        """
-        view = self.windows.view
-        if view.is_cpu:
-            return "cpu"
-        if self.precision == "svd":
-            return "torch"
-        return fastest_solver(view.device, self.dtype, self.windows.size) if wanted == "auto" else wanted
+    def write(self, values: Tensor, solver: str) -> None:
+        """Write the eigenvalues `(n, w)` into the table, and what solved for them. This waits for their device."""
+        self.table.values[self.index.numpy()] = self.table.scale * values.double().cpu().numpy()
+        self.table.solver = solver
 
 
 def solve_chunks(chunks: Sequence[Chunk], memory: int, threads: int, solver: Solver = "auto") -> None:
-    """Solve for the eigenvalues of windows of several layers, and write them into the chunks' tables.
-
-    The row of each window holds its eigenvalues: ascending, 0 or more; NaN where no solver converged.
+    """Solve for the eigenvalues of windows of several layers, and write them into the layers' tables.
 
     Args:
         chunks: the windows, of any number for each chunk: they are split to fit the memory and the threads.
@@ -123,61 +131,67 @@ def solve_chunks(chunks: Sequence[Chunk], memory: int, threads: int, solver: Sol
         threads: number of threads on the CPU.
         solver: what solves on a GPU, see `farms_tb.spectra.solvers`.
     """
-    _solve_on_cpu([chunk for chunk in chunks if chunk.windows.view.is_cpu], memory, threads)
-    _solve_on_gpus([chunk for chunk in chunks if not chunk.windows.view.is_cpu], memory, threads, solver)
+    _solve_on_cpu([chunk for chunk in chunks if chunk.view.is_cpu], memory, threads)
+    _solve_on_gpus([chunk for chunk in chunks if not chunk.view.is_cpu], memory, threads, solver)
 
 
 def _solve_on_cpu(chunks: Sequence[Chunk], memory: int, threads: int) -> None:
     share = memory // threads
     parts: list[Chunk] = []
     for chunk in chunks:
-        by_memory = share * len(chunk.index) // chunk.bytes
-        by_work = CHUNK_WORK * len(chunk.index) // chunk.work
-        parts += chunk.split(min(by_memory, by_work))
+        parts += chunk.split(min(share // chunk.window_bytes, CHUNK_WORK // chunk.window_work))
     # The longest first: a long one that is begun last would keep the other threads waiting.
-    parts.sort(key=lambda part: -part.work)
+    parts.sort(key=lambda part: -part.window_work * len(part.index))
 
     def solve(part: Chunk) -> None:
-        part.write(_eigenvalues(part.take(), part.precision))
+        # Here torch calls LAPACK, which solves one matrix after the other: there is no choice of solvers.
+        part.write(_eigenvalues(part.take(), part.precision, "torch"), "cpu")
 
-    map_on_threads(solve, [part for part in parts if part.bytes <= share], threads)
+    map_on_threads(solve, [part for part in parts if part.window_bytes <= share], threads)
     # A window that takes more than a thread's share of the memory is solved while no other one is.
-    map_on_threads(solve, [part for part in parts if part.bytes > share], 1)
+    map_on_threads(solve, [part for part in parts if part.window_bytes > share], 1)
 
 
-def _solve_on_gpus(chunks: Sequence[Chunk], memory: int, threads: int, wanted: Solver) -> None:
-    found: list[tuple[Chunk, Tensor]] = []
+def _solve_on_gpus(chunks: Sequence[Chunk], memory: int, threads: int, solver: Solver) -> None:
+    found: list[tuple[Chunk, Tensor, str]] = []
     for chunk in chunks:
-        name = chunk.solver(wanted)
-        parts = chunk.split(memory * len(chunk.index) // chunk.bytes)
-        found += [(part, _solve_or_split(part, name, threads)) for part in parts]
-    # Read only now: reading waits for the device, which can be given the work of all parts before.
-    for part, values in found:
-        part.write(values)
+        name: str = "torch" if chunk.precision == "svd" else solver
+        if name == "auto":
+            name = fastest_solver(chunk.view.device, chunk.dtype, chunk.table.windows.size)
+        for part in chunk.split(memory // chunk.window_bytes):
+            found += _solve_or_split(part, name, threads)
+    # Written only now: that waits for the device, which can be given the work of all parts before.
+    for part, values, name in found:
+        part.write(values, name)
 
 
-def _solve_or_split(chunk: Chunk, solver: str, threads: int) -> Tensor:
-    """Solve a chunk on its GPU; where memory is short, fewer windows at a time, and a single one on the CPU."""
+def _solve_or_split(chunk: Chunk, solver: str, threads: int) -> list[tuple[Chunk, Tensor, str]]:
+    """Solve a chunk on its GPU; where memory is short, fewer windows at a time, and a single one on the CPU.
+
+    Returns:
+        Parts of the chunk, the eigenvalues `(n, w)` of each, on any device, and what solved for them.
+    """
     try:
-        return _eigenvalues(chunk.take(), chunk.precision, solver, threads)
+        return [(chunk, _eigenvalues(chunk.take(), chunk.precision, solver, threads), solver)]
     except torch.OutOfMemoryError:
         # Tried again below, as the error holds on to all that was computed for as long as it is handled.
         warn_once(
-            f"too little free memory on {chunk.windows.view.device} for the windows that are solved at once: they "
-            "are solved fewer at a time, and on the CPU where there is none for a single one; it takes longer. A "
+            f"too little free memory on {chunk.view.device} for the windows that are solved at once: they are "
+            "solved fewer at a time, and on the CPU where there is none for a single one; it takes longer. A "
             "smaller memory_mb avoids it",
             solve_chunks,
         )
-    view, number = chunk.windows.view, len(chunk.index)
+    number = len(chunk.index)
     if number > 1:
-        return torch.cat([_solve_or_split(half, solver, threads) for half in chunk.split((number + 1) // 2)])
-    place = torch.unravel_index(chunk.index[0], view.shape[:-2])
-    window = view[tuple(map(int, place))][None].cpu().to(chunk.dtype)
-    return _eigenvalues(window, chunk.precision).to(view.device)
+        halves = chunk.split((number + 1) // 2)
+        return [solved for half in halves for solved in _solve_or_split(half, solver, threads)]
+    place = torch.unravel_index(chunk.index[0], chunk.view.shape[:-2])
+    window = chunk.view[tuple(map(int, place))][None].cpu().to(chunk.dtype)
+    return [(chunk, _eigenvalues(window, chunk.precision, "torch"), "cpu")]
 
 
-def _eigenvalues(windows: Tensor, precision: WindowPrecision, solver: str = "torch", threads: int = 1) -> Tensor:
-    """Return the eigenvalues `(n, w)` of windows `(n, h, w)`, on their device; on the CPU torch calls LAPACK."""
+def _eigenvalues(windows: Tensor, precision: WindowPrecision, solver: str, threads: int = 1) -> Tensor:
+    """Return the eigenvalues `(n, w)` of windows `(n, h, w)`, on their device."""
     if precision == "svd":
         return squared_singular_values(windows)
     grams = _gram(windows)

@@ -10,7 +10,7 @@ import torch
 
 from farms_tb.options import SpectrumOptions
 from farms_tb.report import EsdHistogram
-from farms_tb.spectra.eigenvalues import Chunk, solve_chunks
+from farms_tb.spectra.eigenvalues import Chunk, EigenvalueTable, solve_chunks
 from farms_tb.spectra.precision import FLOAT32, Array
 from farms_tb.spectra.samples import Samples, first_kept
 
@@ -31,17 +31,18 @@ def esd_histograms(found: Sequence[Samples], options: SpectrumOptions, threads: 
     Returns:
         One histogram a layer; None where no eigenvalue is positive.
     """
-    tables = [samples.by_window.copy() for samples in found]
-    chunks = []
-    for samples, table in zip(found, tables, strict=True):
+    tables, chunks = [], []
+    for samples in found:
+        table = EigenvalueTable(samples.layer.windows, samples.layer.scale)
+        table.values[:] = samples.table.values
+        tables.append(table)
         single = np.flatnonzero(samples.levels == FLOAT32)
         if len(single):
-            layer = samples.layer
-            chunks.append(Chunk(table, layer.windows, torch.from_numpy(single), "float64", layer.scale))
+            chunks.append(Chunk(table, torch.from_numpy(single), "float64"))
     solve_chunks(chunks, options.memory_mb * 2**20, threads, options.solver)
     histograms = []
     for samples, table in zip(found, tables, strict=True):
-        pooled = np.sort(table.reshape(samples.layer.windows.samples, -1), axis=-1)
+        pooled = np.sort(table.values.reshape(samples.layer.windows.samples, -1), axis=-1)
         histograms.append(_histogram(pooled, samples.layer.exponent, options))
     return histograms
 

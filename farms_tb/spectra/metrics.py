@@ -43,7 +43,7 @@ def layer_record(samples: Samples, alpha_error: float, options: SpectrumOptions)
         alpha_error: the standard error of its alpha.
         options: how alpha was measured.
     """
-    solver = f"{samples.solver} {_precision(samples)}"
+    solver = f"{samples.table.solver} {_precision(samples)}"
     if np.isnan(samples.pooled[:, -1]).any():
         return LayerRecord(status="the eigenvalue solver did not converge", solver=solver)
     # What the eigenvalues of the scaled weights are multiplied by; it may become infinite.

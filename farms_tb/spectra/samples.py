@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 
 from farms_tb.options import SpectrumOptions
-from farms_tb.spectra.eigenvalues import Chunk, solve_chunks
+from farms_tb.spectra.eigenvalues import Chunk, EigenvalueTable, solve_chunks
 from farms_tb.spectra.power_law import PowerLawFit, fit_power_law
 from farms_tb.spectra.precision import (
     FLOAT32,
@@ -42,10 +42,9 @@ class Samples:
 
     Attributes:
         layer: where they are from.
+        table: the eigenvalues of each window, ascending.
         levels: `(W,)`, how each window was solved, as a position in `PRECISIONS`.
-        by_window: `(W, w)`, eigenvalues of each window, ascending.
         todo: the windows that are yet to solve, or to solve again, ascending.
-        solver: what solved for them: `"cpu"`, `"torch"` or `"cupy"`.
         pooled: `(S, N)`, eigenvalues of each sample, ascending.
         first: `(S,)`, the index of the first eigenvalue that no cutoff drops.
         fit: the fits of the samples.
@@ -53,10 +52,9 @@ class Samples:
     """
 
     layer: PreparedLayer
+    table: EigenvalueTable
     levels: npt.NDArray[np.int8]
-    by_window: Array
     todo: Index
-    solver: str = ""
     pooled: Array = field(init=False)
     first: Index = field(init=False)
     fit: PowerLawFit = field(init=False)
@@ -84,9 +82,9 @@ def solve_layers(layers: Sequence[PreparedLayer], options: SpectrumOptions, thre
 
 
 def _unsolved(layer: PreparedLayer, options: SpectrumOptions) -> Samples:
-    number, size = layer.windows.number, layer.windows.size
+    number = layer.windows.number
     levels = np.full(number, first_level(layer.windows, layer.largest, options), dtype=np.int8)
-    return Samples(layer, levels, np.full((number, size), np.nan), np.arange(number))
+    return Samples(layer, EigenvalueTable(layer.windows, layer.scale), levels, np.arange(number))
 
 
 def _solve_pilots(found: Sequence[Samples], options: SpectrumOptions, threads: int) -> None:
@@ -98,7 +96,7 @@ def _solve_pilots(found: Sequence[Samples], options: SpectrumOptions, threads: i
     _solve(pilots, options, threads)
     for samples in pilots:
         samples.todo = np.arange(1, len(samples.levels))
-        if not single_precision_suffices(samples.by_window[:1], options):
+        if not single_precision_suffices(samples.table.values[:1], options):
             samples.levels[:] = FLOAT64
 
 
@@ -106,19 +104,17 @@ def _solve(found: Sequence[Samples], options: SpectrumOptions, threads: int) -> 
     """Solve the windows that are to do, each at its level."""
     chunks = []
     for samples in found:
-        levels, layer = samples.levels[samples.todo], samples.layer
+        levels = samples.levels[samples.todo]
         for level in np.unique(levels):
             index = torch.from_numpy(samples.todo[levels == level])
-            chunk = Chunk(samples.by_window, layer.windows, index, PRECISIONS[level], layer.scale)
-            samples.solver = chunk.solver(options.solver)
-            chunks.append(chunk)
+            chunks.append(Chunk(samples.table, index, PRECISIONS[level]))
     solve_chunks(chunks, options.memory_mb * 2**20, threads, options.solver)
 
 
 def _fit(samples: Samples, options: SpectrumOptions) -> None:
     """Pool, sort and fit the samples of a layer of which all windows are solved."""
     # NumPy's sort is more than ten times as fast as torch's, which computes the permutation as well.
-    samples.pooled = np.sort(samples.by_window.reshape(samples.layer.windows.samples, -1), axis=-1)
+    samples.pooled = np.sort(samples.table.values.reshape(samples.layer.windows.samples, -1), axis=-1)
     samples.first = first_kept(samples.pooled, samples.layer.exponent, options)
     pooled, first = torch.from_numpy(samples.pooled), torch.from_numpy(samples.first)
     samples.fit = fit_power_law(pooled, options.fit, options.xmin_pos, first)
@@ -130,7 +126,7 @@ def _look_for_imprecise(samples: Samples, options: SpectrumOptions) -> None:
     """Let the windows that are not precise enough be solved again, at the next level."""
     lowest = _lowest_that_counts(samples, options)
     alpha = samples.fit.alpha.numpy()
-    imprecise = imprecise_windows(samples.by_window, samples.levels, lowest, alpha, options)
+    imprecise = imprecise_windows(samples.table.values, samples.levels, lowest, alpha, options)
     samples.levels[imprecise] += 1
     samples.todo = np.flatnonzero(imprecise)
 

@@ -10,10 +10,12 @@ of the same software on the same device makes the same choice and computes the s
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -72,16 +74,13 @@ def _fastest(device: torch.device, dtype: torch.dtype, size: int) -> str:
     number = max(1, min(_TRIAL_MATRICES, _TRIAL_BYTES // (size * size * dtype.itemsize)))
     half = torch.randn(number, size, size, dtype=dtype, generator=generator, device="cpu").to(device)
     matrices = half @ half.mH
-    times = {}
+    times = {"torch": math.inf}
     for name, solve in SOLVERS.items():
-        try:
-            seconds = _seconds(solve, matrices)
-            if seconds < _LONG_TRIAL:
-                seconds = statistics.median(_seconds(solve, matrices) for _ in range(_TRIALS))
-        except Exception:
-            continue
-        times[name] = seconds
-    return min(times, key=lambda name: times[name]) if times else "torch"
+        with suppress(Exception):
+            first = _seconds(solve, matrices)
+            repeats = 0 if first > _LONG_TRIAL else _TRIALS
+            times[name] = statistics.median([_seconds(solve, matrices) for _ in range(repeats)] or [first])
+    return min(times, key=lambda name: times[name])
 
 
 def _seconds(solve: Callable[[Tensor, int], Tensor], matrices: Tensor) -> float:
@@ -100,12 +99,9 @@ def _read() -> dict[str, Any]:
 
 def _write(choices: dict[str, Any]) -> None:
     """Keep the choices; where no file can be written they are kept for this process alone."""
-    file = cache_file()
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_text_atomically(file, json.dumps(choices, indent=1))
-    except OSError:
-        return
+    with suppress(OSError):
+        cache_file().parent.mkdir(parents=True, exist_ok=True)
+        write_text_atomically(cache_file(), json.dumps(choices, indent=1))
 
 
 def _torch(matrices: Tensor, threads: int = 1) -> Tensor:

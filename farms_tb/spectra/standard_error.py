@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from farms_tb.options import SpectrumOptions
-from farms_tb.spectra.eigenvalues import Chunk, solve_chunks
+from farms_tb.spectra.eigenvalues import Chunk, EigenvalueTable, solve_chunks
 from farms_tb.spectra.power_law import fit_power_law
 from farms_tb.spectra.precision import Array
 from farms_tb.spectra.samples import Samples
@@ -37,7 +37,7 @@ def alpha_errors(found: Sequence[Samples], options: SpectrumOptions, threads: in
         One standard error a layer; NaN where a sample has no alpha.
     """
     quarters = _solve_quarters(found, options, threads)
-    pieces = [quarters.get(place, samples.by_window) for place, samples in enumerate(found)]
+    pieces = [quarters.get(place, samples.table.values) for place, samples in enumerate(found)]
     first = [_first_kept(own, samples) for own, samples in zip(pieces, found, strict=True)]
     fits = [
         fit_power_law(torch.from_numpy(own), options.fit, options.xmin_pos, start, distance=False)
@@ -88,18 +88,14 @@ def _solve_quarters(found: Sequence[Samples], options: SpectrumOptions, threads:
         Eigenvalues `(4 S, v)` by the position of the layer, in double precision, as quarters are small; no entry
         for layers with enough windows, or with quarters that would be too small.
     """
-    chunks = []
     tables = {}
     for place, samples in enumerate(found):
         windows = samples.layer.windows
-        if samples.layer.independent >= FEW_WINDOWS or windows.size // 2 < options.min_eigenvalues:
-            continue
-        quarters = quarters_of(windows)
-        every = torch.arange(quarters.number, device="cpu")
-        tables[place] = np.full((quarters.number, quarters.size), np.nan)
-        chunks.append(Chunk(tables[place], quarters, every, "float64", samples.layer.scale))
+        if samples.layer.independent < FEW_WINDOWS and windows.size // 2 >= options.min_eigenvalues:
+            tables[place] = EigenvalueTable(quarters_of(windows), samples.layer.scale)
+    chunks = [Chunk(table, torch.arange(len(table.values), device="cpu"), "float64") for table in tables.values()]
     solve_chunks(chunks, options.memory_mb * 2**20, threads, options.solver)
-    return tables
+    return {place: table.values for place, table in tables.items()}
 
 
 def _tail_lengths(samples: Samples) -> Array:

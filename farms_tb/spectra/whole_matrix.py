@@ -70,7 +70,7 @@ def with_matrix_metrics(
         if record.num_eigenvalues == 0:  # The solver did not converge.
             found.append(record)
             continue
-        eigenvalues = own.by_window if _windows_are_whole(stack, own) else None
+        eigenvalues = own.table.values if _windows_are_whole(stack, own) else None
         if eigenvalues is None and whole:
             eigenvalues = _whole_spectrum(stack)
         metrics: dict[str, Any] = entry_metrics(stack, own.layer.largest)

@@ -2,12 +2,11 @@
 
 from itertools import product
 
-import numpy as np
 import pytest
 import torch
 
 from farms_tb.spectra import eigenvalues
-from farms_tb.spectra.eigenvalues import Chunk, solve_chunks
+from farms_tb.spectra.eigenvalues import Chunk, EigenvalueTable, solve_chunks
 from farms_tb.spectra.precision import PRECISIONS, ROUNDOFF
 from farms_tb.spectra.windows import Windows
 from tests.reference import spectrum
@@ -17,15 +16,14 @@ SINGLE = ROUNDOFF["float32"]
 
 def whole(view, precision="svd", index=None):
     """Windows of a view as one chunk; all of them, unless an index says which."""
-    windows = Windows(view, 1)
-    table = np.full((windows.number, windows.size), np.nan)
-    return Chunk(table, windows, torch.arange(windows.number) if index is None else index, precision, 1.0)
+    table = EigenvalueTable(Windows(view, 1), 1.0)
+    return Chunk(table, torch.arange(len(table.values)) if index is None else index, precision)
 
 
 def solve(chunks, memory=2**29, threads=1, solver="auto"):
     """The eigenvalues `(W, w)` of the layer of each chunk; NaN for windows that are in no chunk."""
     solve_chunks(chunks, memory, threads, solver)
-    return [torch.from_numpy(chunk.table) for chunk in chunks]
+    return [torch.from_numpy(chunk.table.values) for chunk in chunks]
 
 
 def solved(view, precision="svd", memory=2**29, threads=1):
@@ -138,7 +136,7 @@ def test_memory_is_bounded_by_the_size_of_chunks(monkeypatch):
         taken.clear()
         assert not solved(view, memory=memory, threads=2).isnan().any()
         assert sum(len(chunk.index) for chunk in taken) == 1000
-        assert max(chunk.bytes for chunk in taken) <= memory / 2
+        assert max(len(chunk.index) * chunk.window_bytes for chunk in taken) <= memory / 2
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

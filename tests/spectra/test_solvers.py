@@ -4,13 +4,10 @@ import json
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from farms_tb.spectra import solvers
-from farms_tb.spectra.eigenvalues import Chunk
-from farms_tb.spectra.windows import Windows
 
 GPU = torch.device("xpu")  # of which nobody asks the name
 
@@ -86,16 +83,6 @@ def test_no_file_can_be_written(trials, monkeypatch, tmp_path):
 def test_the_default_place(monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert solvers.cache_file() == Path.home() / ".cache" / "farms_tb" / "solvers.json"
-
-
-@pytest.mark.parametrize(("precision", "expected"), [("float64", "cupy"), ("svd", "torch")])
-def test_the_users_choice_needs_no_trial(precision, expected, trials):
-    windows = Windows(torch.empty(1, 100, 100, device="meta"), 1)  # on any device but the CPU
-    chunk = Chunk(np.empty((1, 100)), windows, torch.arange(1), precision, 1.0)
-    assert chunk.solver("cupy") == expected
-    assert not trials
-    chunk.solver("auto")
-    assert trials == ([] if precision == "svd" else [128])
 
 
 class TestTrial:
