@@ -48,7 +48,16 @@ def esd_histograms(found: Sequence[Samples], options: SpectrumOptions, threads: 
 
 
 def _histogram(pooled: Array, exponent: int, options: SpectrumOptions) -> EsdHistogram | None:
-    """Count log10 of the positive eigenvalues `(S, N)` of all samples that no cutoff drops, ascending in each."""
+    """Count log10 of the positive eigenvalues of all samples that no cutoff drops.
+
+    Args:
+        pooled: `(S, N)`, ascending in each sample.
+        exponent: the weights were divided by 2^exponent; the histogram shows the eigenvalues as they were before.
+        options: the cutoffs are used.
+
+    Returns:
+        64 bins of equal width from the smallest logarithm to the largest one.
+    """
     kept = np.arange(pooled.shape[-1]) >= first_kept(pooled, exponent, options)[:, None]
     logs = np.log10(pooled[kept & (pooled > 0)]) + 2 * exponent * math.log10(2)
     if not len(logs) or not np.isfinite(logs).all():

@@ -77,9 +77,10 @@ def _fastest(device: torch.device, dtype: torch.dtype, size: int) -> str:
     times = {"torch": math.inf}
     for name, solve in SOLVERS.items():
         with suppress(Exception):
-            first = _seconds(solve, matrices)
-            repeats = 0 if first > _LONG_TRIAL else _TRIALS
-            times[name] = statistics.median([_seconds(solve, matrices) for _ in range(repeats)] or [first])
+            seconds = [_seconds(solve, matrices)]
+            if seconds[0] < _LONG_TRIAL:
+                seconds = [_seconds(solve, matrices) for _ in range(_TRIALS)]
+            times[name] = statistics.median(seconds)
     return min(times, key=lambda name: times[name])
 
 

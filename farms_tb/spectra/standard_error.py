@@ -37,21 +37,26 @@ def alpha_errors(found: Sequence[Samples], options: SpectrumOptions, threads: in
         One standard error a layer; NaN where a sample has no alpha.
     """
     quarters = _solve_quarters(found, options, threads)
-    pieces = [quarters.get(place, samples.table.values) for place, samples in enumerate(found)]
-    first = [_first_kept(own, samples) for own, samples in zip(pieces, found, strict=True)]
-    fits = [
-        fit_power_law(torch.from_numpy(own), options.fit, options.xmin_pos, start, distance=False)
-        for own, start in zip(pieces, first, strict=True)
-    ]
-    errors = []
-    for place, samples in enumerate(found):
-        of_pieces = fits[place].alpha.numpy().reshape(len(samples.pooled), -1)
-        independent = samples.layer.independent
-        if place in quarters:
-            independent *= of_pieces.shape[1]
-        variances = alpha_variances(samples.fit.alpha.numpy(), _tail_lengths(samples), of_pieces, independent)
-        errors.append(math.sqrt(variances.sum()) / len(variances))
-    return errors
+    return [_alpha_error(samples, quarters.get(place), options) for place, samples in enumerate(found)]
+
+
+def _alpha_error(samples: Samples, quarters: Array | None, options: SpectrumOptions) -> float:
+    """Return the standard error of the alpha of one layer.
+
+    Args:
+        samples: the fitted samples of the layer.
+        quarters: `(4 S, v)`, eigenvalues of the quarters of windows; None where the windows themselves are enough.
+        options: how alpha was measured.
+    """
+    pieces = samples.table.values if quarters is None else quarters
+    first = _first_kept(pieces, samples)
+    fit = fit_power_law(torch.from_numpy(pieces), options.fit, options.xmin_pos, first, distance=False)
+    of_pieces = fit.alpha.numpy().reshape(len(samples.pooled), -1)
+    independent = samples.layer.independent
+    if quarters is not None:
+        independent *= of_pieces.shape[1]
+    variances = alpha_variances(samples.fit.alpha.numpy(), _tail_lengths(samples), of_pieces, independent)
+    return math.sqrt(variances.sum()) / len(variances)
 
 
 def alpha_variances(alpha: Array, tail: Array, of_pieces: Array, independent: float) -> Array:
