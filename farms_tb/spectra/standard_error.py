@@ -45,7 +45,7 @@ def _alpha_error(samples: Samples, quarters: Array | None, options: SpectrumOpti
 
     Args:
         samples: the fitted samples of the layer.
-        quarters: `(4 S, v)`, eigenvalues of the quarters of windows; None where the windows themselves are enough.
+        quarters: `(4 S, v)`, eigenvalues of the quarters of windows; None to take the windows themselves.
         options: how alpha was measured.
     """
     pieces = samples.table.values if quarters is None else quarters
