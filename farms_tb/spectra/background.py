@@ -27,6 +27,9 @@ class BackgroundMeasurement:
     The report is that of `farms_tb.spectra.measure.measure` at the time of construction, whatever becomes of the
     weights meanwhile. Weights on the CPU are measured at once.
 
+    The thread makes no collective call, which might meet one of training on another process: the layers are read
+    by the constructor, and the records are gathered by `finish`, both on the thread of training.
+
     Args:
         layers: the layers, the same on every process.
         options: how alpha is measured.
@@ -73,11 +76,16 @@ class BackgroundMeasurement:
             self._thread.join()
 
     def _own_records(self) -> dict[str, LayerRecord]:
+        """Return the records of this process's layers, or raise what went wrong with them."""
         if self._error is not None:
             raise self._error
         return self._records
 
     def _copy(self) -> dict[str, MatrixStack]:
+        """Read every layer, and return copies of the stacks of those that fall to this process.
+
+        An error is kept for `finish`: training goes on until the report is asked for.
+        """
         own = layers_of_this_process(self._layers, lambda layer: cost(layer, self._options), self._team)
         copies = {}
         # To the end, also after an error: reading a sharded weight is a collective call.
@@ -89,6 +97,7 @@ class BackgroundMeasurement:
         return copies
 
     def _measure(self) -> None:
+        """Measure the copies and let go of them. Runs in the thread, if there is one, on streams of its own."""
         try:
             with ExitStack() as streams:
                 for stream in self._streams:

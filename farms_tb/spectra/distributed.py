@@ -29,7 +29,10 @@ class Team:
 
 
 def current_team() -> Team | None:
-    """Return the processes of `torch.distributed`; None where it is not in use."""
+    """Return the processes of `torch.distributed`; None where it is not in use.
+
+    They gather objects by `all_gather_object` of the default process group, which pickles them.
+    """
     if not (dist.is_available() and dist.is_initialized()):
         return None
 

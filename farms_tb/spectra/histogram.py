@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -31,23 +32,32 @@ def esd_histograms(found: Sequence[Samples], options: SpectrumOptions, threads: 
     Returns:
         One histogram a layer; None where no eigenvalue is positive.
     """
-    tables = [samples.by_window.copy() for samples in found]
-    chunks = []
-    for place, samples in enumerate(found):
+    tables, chunks = [], []
+    for samples in found:
+        table = replace(samples.table, values=samples.table.values.copy())
+        tables.append(table)
         single = np.flatnonzero(samples.levels == FLOAT32)
         if len(single):
-            layer = samples.layer
-            chunks.append(Chunk(place, layer.windows, torch.from_numpy(single), "float64", layer.scale))
-    solve_chunks(chunks, tables, options.memory_mb * 2**20, threads, options.solver)
+            chunks.append(Chunk(table, torch.from_numpy(single), "float64"))
+    solve_chunks(chunks, options.memory_mb * 2**20, threads, options.solver)
     histograms = []
     for samples, table in zip(found, tables, strict=True):
-        pooled = np.sort(table.reshape(samples.layer.windows.samples, -1), axis=-1)
+        pooled = np.sort(table.values.reshape(samples.layer.windows.samples, -1), axis=-1)
         histograms.append(_histogram(pooled, samples.layer.exponent, options))
     return histograms
 
 
 def _histogram(pooled: Array, exponent: int, options: SpectrumOptions) -> EsdHistogram | None:
-    """Count log10 of the positive eigenvalues `(S, N)` of all samples that no cutoff drops, ascending in each."""
+    """Count log10 of the positive eigenvalues of all samples that no cutoff drops.
+
+    Args:
+        pooled: `(S, N)`, ascending in each sample.
+        exponent: the weights were divided by 2^exponent; the histogram shows the eigenvalues as they were before.
+        options: the cutoffs are used.
+
+    Returns:
+        64 bins of equal width from the smallest logarithm to the largest one.
+    """
     kept = np.arange(pooled.shape[-1]) >= first_kept(pooled, exponent, options)[:, None]
     logs = np.log10(pooled[kept & (pooled > 0)]) + 2 * exponent * math.log10(2)
     if not len(logs) or not np.isfinite(logs).all():

@@ -16,7 +16,7 @@ from farms_tb.report import LayerRecord, Report
 from farms_tb.spectra.distributed import Team, layers_of_this_process, results_of_all
 from farms_tb.spectra.histogram import esd_histograms
 from farms_tb.spectra.metrics import layer_records
-from farms_tb.spectra.prepare import PreparedLayer, prepare_stacks
+from farms_tb.spectra.prepare import prepare_stacks
 from farms_tb.spectra.samples import solve_layers
 from farms_tb.spectra.standard_error import alpha_errors
 from farms_tb.spectra.whole_matrix import with_matrix_metrics
@@ -44,20 +44,17 @@ def measure_stacks(
         The record of each stack; it does not depend on which others are measured with it.
     """
     with single_threaded_torch(options.threads) as threads:
-        prepared = prepare_stacks(stacks, options, threads)
-        layers = [found for found in prepared if isinstance(found, PreparedLayer)]
-        samples = solve_layers(layers, options, threads)
+        layers, records = prepare_stacks(stacks, options, threads)
+        samples = solve_layers(list(layers.values()), options, threads)
         errors = alpha_errors(samples, options, threads)
-        solved = [stack for stack, one in zip(stacks, prepared, strict=True) if isinstance(one, PreparedLayer)]
-        records = with_matrix_metrics(layer_records(samples, errors, options), solved, samples, whole=whole)
+        solved = with_matrix_metrics(layer_records(samples, errors, options), samples, whole=whole)
         if histogram:
             esds = esd_histograms(samples, options, threads)
-            records = [replace(record, histogram=esd) for record, esd in zip(records, esds, strict=True)]
-    measured = iter(records)
-    found = [next(measured) if isinstance(one, PreparedLayer) else one for one in prepared]
+            solved = [replace(record, histogram=esd) for record, esd in zip(solved, esds, strict=True)]
+    records |= dict(zip(layers, solved, strict=True))
     return [
-        replace(record, kind=stack.kind, shape=tuple(stack.matrices.shape), adapter_change=stack.change)
-        for record, stack in zip(found, stacks, strict=True)
+        replace(records[place], kind=stack.kind, shape=tuple(stack.matrices.shape), adapter_change=stack.change)
+        for place, stack in enumerate(stacks)
     ]
 
 
@@ -94,7 +91,13 @@ def measure(
 
 
 def report_of(records: Mapping[str, LayerRecord], layers: Sequence[Layer], options: SpectrumOptions) -> Report:
-    """Put the records of the layers that were measured in order, between those that have a problem."""
+    """Put the records of the layers that were measured in order, between those that have a problem.
+
+    Args:
+        records: the records by layer, in any order.
+        layers: all layers, in the order of the report.
+        options: how alpha was measured, which the report says.
+    """
     every = {
         layer.name: records.get(layer.name)
         or LayerRecord(status=layer.problem or "not measured", kind=layer.kind, shape=layer.shape)
@@ -104,7 +107,11 @@ def report_of(records: Mapping[str, LayerRecord], layers: Sequence[Layer], optio
 
 
 def cost(layer: Layer, options: SpectrumOptions) -> int:
-    """Return what measuring a layer costs, n h w min(h, w) for n windows of h x w: its shape alone decides."""
+    """Return what measuring a layer costs: its shape alone decides.
+
+    Solving for the eigenvalues of a window of h rows and w columns takes O(h w min(h, w)) operations, the sum of
+    which is returned, constants left out. It is 0 for a layer that is no matrix, or has no window.
+    """
     windows = windows_of(blank(layer), options) if layer.kind else None
     return 0 if windows is None else windows.view.numel() * windows.size
 
@@ -124,6 +131,18 @@ def for_own_layers(
 
     Every process reads every layer, to the end and in the same order: gathering a sharded weight is a collective
     call. So an error is raised only once all have been read.
+
+    Args:
+        layers: all layers, the same on every process.
+        own: the names of the layers that fall to this process.
+        work: takes the stacks of some layers by name, and returns a result for each.
+        options: `memory_mb` is used.
+
+    Returns:
+        The results of this process's layers, by name.
+
+    Raises:
+        Exception: the first one that reading a layer or the work raised.
     """
     found: dict[str, Result] = {}
     error: Exception | None = None
@@ -131,6 +150,7 @@ def for_own_layers(
     held = 0  # bytes
 
     def finish() -> None:
+        """Work on the group, unless something has failed before, and let go of it."""
         nonlocal error, held
         try:
             if error is None:

@@ -39,7 +39,7 @@ ENERGY = 0.99
 def layer_records(
     found: Sequence[Samples], alpha_errors: Sequence[float], options: SpectrumOptions
 ) -> list[LayerRecord]:
-    """Return the record of each layer, but for its kind, shape and histogram.
+    """Return the record of each layer, but for its kind, shape, histogram and the metrics of whole matrices.
 
     Args:
         found: the fitted samples of the layers.
@@ -51,14 +51,16 @@ def layer_records(
     return [_layer_record(*of_layer) for of_layer in zip(found, problems, alpha_errors, strict=True)]
 
 
-def _layer_record(samples: Samples, problem: str, alpha_error: float) -> LayerRecord:
-    solver = f"{samples.solver} {_precision(samples)}"
+def _layer_record(samples: Samples, status: str, alpha_error: float) -> LayerRecord:
+    solver = f"{samples.table.solver} {_precision(samples)}"
     if np.isnan(samples.pooled[:, -1]).any():
         return LayerRecord(status="the eigenvalue solver did not converge", solver=solver)
-    metrics = _metrics(samples)
-    status = problem
-    if not problem:
-        metrics |= {**_fit_metrics(samples), "alpha_error": alpha_error}
+    # What the eigenvalues of the scaled weights are multiplied by; it may become infinite.
+    with np.errstate(over="ignore"):
+        factor = float(np.ldexp(1.0, 2 * samples.layer.exponent))
+    metrics = _metrics(samples, factor)
+    if not status:
+        metrics |= {**_fit_metrics(samples, factor), "alpha_error": alpha_error}
         status = _collapse(metrics["tail_floor"], metrics["rank_99"], samples)
     # Squares of very large weights may leave the range of float64, which leaves no number to show.
     known: dict[str, Any] = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
@@ -101,13 +103,12 @@ def _collapse(tail_floor: float, rank_99: float, samples: Samples) -> str:
     )
 
 
-def _metrics(samples: Samples) -> dict[str, float]:
-    """Return the metrics that need no fit."""
+def _metrics(samples: Samples, factor: float) -> dict[str, float]:
+    """Return the metrics that need no fit, of eigenvalues that are multiplied by `factor`."""
     kept = samples.pooled.shape[-1] - samples.first
     dropped = np.arange(samples.pooled.shape[-1]) < samples.first[:, None]
     eigenvalues = np.where(dropped, 0.0, samples.pooled)
     largest, total = eigenvalues[:, -1], eigenvalues.sum(axis=-1)
-    factor = _factor(samples)
     with np.errstate(divide="ignore", invalid="ignore"):
         shares = eigenvalues / total[:, None]
         # The smallest normal number in place of 0, whose logarithm is finite: p ln p is 0 in either case.
@@ -127,16 +128,8 @@ def _metrics(samples: Samples) -> dict[str, float]:
         }
 
 
-def _factor(samples: Samples) -> float:
-    """Return what the eigenvalues of the scaled weights are multiplied by, 4^exponent."""
-    try:
-        return math.ldexp(1.0, 2 * samples.layer.exponent)
-    except OverflowError:
-        return math.inf
-
-
-def _fit_metrics(samples: Samples) -> dict[str, float]:
-    """Return alpha and what follows from the fits, all samples having one."""
+def _fit_metrics(samples: Samples, factor: float) -> dict[str, float]:
+    """Return alpha and what follows from the fits, all samples having one, in the same unit."""
     alpha = samples.fit.alpha.numpy()
     largest = samples.pooled[:, -1]
     # As logarithms, which stay within range where 4^exponent does not.
@@ -146,6 +139,6 @@ def _fit_metrics(samples: Samples) -> dict[str, float]:
         "alpha": float(alpha.mean()),
         "ks_distance": float(samples.fit.ks_distance.numpy().mean()),
         "alpha_hat": float((alpha * log_largest).mean()),
-        "xmin": math.exp(log_xmin.mean()) * _factor(samples),
+        "xmin": math.exp(log_xmin.mean()) * factor,
         "tail_floor": math.exp((log_xmin - np.log(largest)).mean()),
     }

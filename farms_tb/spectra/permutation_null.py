@@ -142,7 +142,12 @@ def null_of_stack(stack: MatrixStack, options: SpectrumOptions) -> PermutationNu
 
 
 def _null_of(records: Sequence[LayerRecord], traps: Sequence[Sequence[float]]) -> PermutationNull | None:
-    """Return the permutation null that the records of shuffled layers, and the outliers of each, make."""
+    """Return the permutation null that shuffled layers make; None where too few have an alpha.
+
+    Args:
+        records: that of each shuffled layer.
+        traps: the outliers of each, in units of `LayerRecord.spectral_norm`; empty where they are not known.
+    """
     alpha = mean_and_std([record.alpha for record in records if record.alpha is not None])
     if alpha is None:
         return None
@@ -163,6 +168,10 @@ def mean_and_std(values: Sequence[float]) -> tuple[float, float] | None:
 
     s is widened so that z = (x - m) / s has variance 1 for a random layer although m and s are estimates: its
     square by (1 + 1/n) (n - 1) / (n - 3) for n draws, the variance of Student's t.
+
+    Args:
+        values: the metric of each shuffled layer that has one. With four or fewer, or where all are equal, there
+            is no standard deviation to compare with.
     """
     number = len(values)
     if number <= MIN_DRAWS // 2:
@@ -196,7 +205,12 @@ def _shape(record: LayerRecord) -> Hashable:
 
 
 def with_nulls(report: Report, nulls: Mapping[str, PermutationNull]) -> Report:
-    """Return the report with the permutation null of these layers."""
+    """Return the report with the permutation null of these layers.
+
+    Args:
+        report: the measurement.
+        nulls: the permutation nulls by layer; those of layers that the report does not hold are left out.
+    """
     records = dict(report.layers)
     for name, null in nulls.items():
         if name in records:
@@ -226,7 +240,13 @@ def weight_record(
 
 
 def draws_for(stack: MatrixStack) -> int:
-    """Return the number of shuffles for the permutation null of stacks of this shape."""
+    """Return the number of shuffles for the permutation null of stacks of this shape.
+
+    It is the number that comes to `DRAWS_WORK` entries times columns, from `MIN_DRAWS` to `MAX_DRAWS`.
+
+    Args:
+        stack: `(K, R, C)`, also on the meta device.
+    """
     return max(MIN_DRAWS, min(MAX_DRAWS, DRAWS_WORK // (stack.matrices.numel() * stack.matrices.shape[-1])))
 
 

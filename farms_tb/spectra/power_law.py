@@ -107,7 +107,16 @@ def ordered_sum(values: Tensor) -> Tensor:
 
 
 def _fit_tails(eigenvalues: Tensor, start: Tensor, with_distance: bool) -> tuple[Tensor, Tensor]:
-    """Return alpha and D `(S, 1)` of tails that start at `start` `(S, 1)`; no numbers where there is no fit."""
+    """Return alpha and D of one tail of each sample; no numbers where there is no fit.
+
+    Args:
+        eigenvalues: `(S, N)`, ascending.
+        start: `(S, 1)` int64, the index of the first eigenvalue of the tail.
+        with_distance: whether D is wanted; it is NaN otherwise.
+
+    Returns:
+        alpha and D, `(S, 1)` each.
+    """
     left_out = int(start.min())
     logs, start = eigenvalues[:, left_out:].log(), start - left_out
     index = torch.arange(logs.shape[-1], device=logs.device)
@@ -122,14 +131,28 @@ def _fit_tails(eigenvalues: Tensor, start: Tensor, with_distance: bool) -> tuple
 
 
 def _hill_alphas(logs: Tensor) -> Tensor:
-    """Return the Hill estimate `(S, N)` for a tail that starts at each index; not finite where there is none."""
+    """Return the Hill estimate for a tail that starts at each index; not finite where there is none.
+
+    Args:
+        logs: `(S, N)`, ln of the eigenvalues, ascending.
+
+    Returns:
+        `(S, N)`. All sums over tails come from one cumulative sum, from the largest eigenvalue down.
+    """
     length = torch.arange(logs.shape[-1], 0, -1, dtype=logs.dtype, device=logs.device)
     tail_sums = logs.flip(-1).cumsum(-1).flip(-1)
     return 1 + length / (tail_sums - length * logs)
 
 
 def _candidates(eigenvalues: Tensor, alphas: Tensor, first: Tensor, fit: Fit) -> Tensor:
-    """Tell at which of the `(S, N)` indices a searched tail may start."""
+    """Tell at which of the `(S, N)` indices a searched tail may start.
+
+    Args:
+        eigenvalues: `(S, N)`, ascending.
+        alphas: `(S, N)`, the Hill estimate for a start at each.
+        first: `(S,)`, the index of the first eigenvalue that counts.
+        fit: `"xmin_peak"` leaves a range about the peak of the histogram.
+    """
     index = torch.arange(eigenvalues.shape[-1], device=eigenvalues.device)
     allowed = (index >= first[:, None]) & (index < len(index) - 1) & alphas.isfinite() & (alphas > 1)
     if fit == "xmin_peak":
@@ -155,6 +178,11 @@ def _search(logs: Tensor, alphas: Tensor, candidates: Tensor) -> Tensor:
 
     D is a maximum over the points of a tail, so the maximum over some of them is a lower bound. A candidate is out
     as soon as its bound exceeds the smallest D found in its sample; those left are looked at in ever more points.
+
+    Args:
+        logs: `(S, N)`, ln of the eigenvalues, ascending.
+        alphas: `(S, N)`, the Hill estimate for a start at each.
+        candidates: `(S, N)` bool, where a tail may start.
     """
     size = logs.shape[-1]
     length = torch.arange(size, 0, -1, device=logs.device)
@@ -178,6 +206,15 @@ def _ks_distances(logs: Tensor, alphas: Tensor, tails: Tensor, points: int) -> T
     """Return D of each tail whose start is marked in `tails` `(S, N)`, in order; a lower bound of D in long tails.
 
     Tails of more than `points` eigenvalues are looked at in about as many, evenly spaced by rank.
+
+    Args:
+        logs: `(S, N)`, ln of the eigenvalues, ascending.
+        alphas: `(S, N)`, the Hill estimate for a start at each.
+        tails: `(S, N)` bool, T of which are true.
+        points: number of points of a tail.
+
+    Returns:
+        `(T,)`, sample by sample.
     """
     points = min(points, logs.shape[-1])
     step = max(1, _SEARCH_BYTES // (logs.element_size() * points))

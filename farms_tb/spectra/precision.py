@@ -77,16 +77,18 @@ def first_level(windows: Windows, largest: float, options: SpectrumOptions) -> i
         largest: largest absolute value of its weights.
         options: how alpha is measured.
     """
-    # The searches compare KS distances and the cutoffs compare eigenvalues: a rounding error may decide either.
-    compares = options.fit != "median" or options.filter_zeros or options.relative_cutoff > 0
-    double = windows.view.dtype in (torch.float64, torch.complex128)
-    if options.precision == "float64" or compares or double:
-        return FLOAT64
-    # Eigenvalues are squares, and must stay within the range of single precision.
-    if not 2.0**-40 < largest < 2.0**40:
-        return FLOAT64
-    on_gpu_or_complex = windows.view.device.type != "cpu" or windows.view.is_complex()
-    return FLOAT32 if on_gpu_or_complex or windows.size >= SMALLEST_SINGLE else FLOAT64
+    reasons_for_double = (
+        options.precision == "float64",
+        windows.view.dtype in (torch.float64, torch.complex128),
+        # The searches compare KS distances, the cutoffs eigenvalues: a rounding error may decide either.
+        options.fit != "median",
+        options.filter_zeros,
+        options.relative_cutoff > 0,
+        # Eigenvalues are squares, and must stay within the range of single precision.
+        not 2.0**-40 < largest < 2.0**40,
+        windows.size < SMALLEST_SINGLE and windows.view.is_cpu and not windows.view.is_complex(),
+    )
+    return FLOAT64 if any(reasons_for_double) else FLOAT32
 
 
 def imprecise_windows(
@@ -129,7 +131,7 @@ def single_precision_suffices(pilot: Array, options: SpectrumOptions) -> bool:
         pilot: `(1, w)`, its eigenvalues in double precision, ascending.
         options: how alpha is measured.
     """
-    fit = fit_power_law(torch.from_numpy(pilot), options.fit, options.xmin_pos)
+    fit = fit_power_law(torch.from_numpy(pilot), options.fit, options.xmin_pos, distance=False)
     xmin = pilot[:, int(fit.tail_start)]
     level = np.array([FLOAT32], dtype=np.int8)
     return not imprecise_windows(pilot, level, xmin, fit.alpha.numpy(), options).any()

@@ -22,7 +22,8 @@ class PreparedLayer:
     """A layer that has windows of finite numbers, not all of them zero.
 
     Attributes:
-        windows: the layer's windows.
+        stack: the layer's matrices `(K, R, C)`, of a type that can be solved.
+        windows: their windows.
         independent: how many windows of one sample would fit into the weight without overlap.
         largest: largest absolute value of the weight.
         scale: what the eigenvalues of the windows are multiplied by, `MatrixStack.eigenvalue_scale`.
@@ -30,6 +31,7 @@ class PreparedLayer:
         stored_as: type in which the weight is stored.
     """
 
+    stack: MatrixStack
     windows: Windows
     independent: float
     largest: float
@@ -40,30 +42,30 @@ class PreparedLayer:
 
 def prepare_stacks(
     stacks: Sequence[MatrixStack], options: SpectrumOptions, threads: int
-) -> list[PreparedLayer | LayerRecord]:
-    """Cut the windows of each stack; or return its record where there is nothing to solve.
+) -> tuple[dict[int, PreparedLayer], dict[int, LayerRecord]]:
+    """Cut the windows of each stack; or make its record where there is nothing to solve.
 
     Args:
         stacks: `(K, R, C)` each, on any device, also the meta device.
         options: how alpha is measured.
         threads: number of threads on the CPU.
+
+    Returns:
+        The layers that have windows to solve, and the records of all others; each by the position of the stack.
     """
     in_solvable_types = [solvable(stack) for stack in stacks]
     windows = [windows_of(stack, options) for stack in in_solvable_types]
     largest = _largest_entries([stack.matrices for stack in in_solvable_types], threads)
-    found: list[PreparedLayer | LayerRecord] = []
-    for stack, cut, entry, original in zip(in_solvable_types, windows, largest, stacks, strict=True):
-        if stack.matrices.is_meta and cut is not None:
-            found.append(_planned(cut, options))
-        elif not stack.matrices.is_meta and not math.isfinite(entry):
-            found.append(LayerRecord(status="weights contain NaN or infinity"))
-        elif entry == 0:
-            found.append(LayerRecord(status="all weights are zero"))
-        elif cut is None:
-            found.append(LayerRecord(status="no window of this aspect ratio fits"))
+    layers: dict[int, PreparedLayer] = {}
+    records: dict[int, LayerRecord] = {}
+    for place, stack in enumerate(in_solvable_types):
+        stored_as = stacks[place].matrices.dtype
+        found = _prepared(stack, windows[place], largest[place], stored_as, options)
+        if isinstance(found, PreparedLayer):
+            layers[place] = found
         else:
-            found.append(_prepared(stack, cut, entry, original.matrices.dtype, options))
-    return found
+            records[place] = found
+    return layers, records
 
 
 def solvable(stack: MatrixStack) -> MatrixStack:
@@ -82,15 +84,21 @@ def solvable(stack: MatrixStack) -> MatrixStack:
 
 
 def _largest_entries(weights: Sequence[Tensor], threads: int) -> list[float]:
-    """Return the largest absolute value of each weight, NaN where it holds NaN or has no values."""
-    if all(weight.is_cpu for weight in weights):
-        return [float(largest) for largest in map_on_threads(_largest_entry, weights, threads)]
-    largest = [_largest_entry(weight) for weight in weights]
+    """Return the largest absolute value of each weight, NaN where it holds NaN or has no values.
+
+    Args:
+        weights: tensors of any shape, on any device.
+        threads: number of threads on the CPU.
+    """
+    if not all(weight.is_cpu for weight in weights):
+        threads = 1
+    largest = map_on_threads(_largest_entry, weights, threads)
     # Read only now: reading waits for the GPU, which can be given the work of all weights before.
     return [math.nan if one.is_meta else float(one) for one in largest]
 
 
 def _largest_entry(matrices: Tensor) -> Tensor:
+    """Return the largest absolute value of an entry, `()` on its device; of complex ones, that of either part."""
     if matrices.is_complex():
         matrices = torch.view_as_real(matrices.resolve_conj())
     # Without a copy of the weight, unlike `abs`.
@@ -101,29 +109,54 @@ def _largest_entry(matrices: Tensor) -> Tensor:
     return torch.maximum(matrices.amax(), -matrices.amin())
 
 
+def _prepared(
+    stack: MatrixStack, windows: Windows | None, largest: float, stored_as: torch.dtype, options: SpectrumOptions
+) -> PreparedLayer | LayerRecord:
+    """Return what is solved of one stack, of a type that can be solved; or its record where nothing is.
+
+    Args:
+        stack: `(K, R, C)`.
+        windows: its windows; None where none fits.
+        largest: largest absolute value of an entry; NaN where some entry is NaN, or where there are no values.
+        stored_as: type of the weight before it was made solvable.
+        options: how alpha is measured.
+    """
+    if stack.matrices.is_meta and windows is not None:
+        return _planned(windows, options)
+    if not stack.matrices.is_meta and not math.isfinite(largest):
+        return LayerRecord(status="weights contain NaN or infinity")
+    if largest == 0:
+        return LayerRecord(status="all weights are zero")
+    exponent = _safe_exponent(stack.matrices.dtype, largest)
+    if exponent:
+        windows = windows_of(replace(stack, matrices=stack.matrices * 2.0**-exponent), options)
+    if windows is None:
+        return LayerRecord(status="no window of this aspect ratio fits")
+    # Overlapping windows hold entries of the weight several times.
+    overlap = min(1.0, stack.matrices.numel() / windows.view.numel())
+    independent = windows.number / windows.samples * overlap
+    return PreparedLayer(stack, windows, independent, largest, stack.eigenvalue_scale, exponent, stored_as)
+
+
 def _planned(windows: Windows, options: SpectrumOptions) -> LayerRecord:
     """Return the record of a weight without values: the number of its eigenvalues, or what its shape rules out."""
     number = windows.number * windows.size
     sample = number // windows.samples
-    few = f"too few eigenvalues: {sample} in a sample, min_eigenvalues is {options.min_eigenvalues}"
-    return LayerRecord(num_eigenvalues=number, status=NO_VALUES if sample >= options.min_eigenvalues else few)
-
-
-def _prepared(
-    stack: MatrixStack, windows: Windows, largest: float, stored_as: torch.dtype, options: SpectrumOptions
-) -> PreparedLayer:
-    exponent = _safe_exponent(stack.matrices.dtype, largest)
-    if exponent:
-        scaled = replace(stack, matrices=stack.matrices * 2.0**-exponent)
-        windows = windows_of(scaled, options) or windows
-    # Overlapping windows hold entries of the weight several times.
-    overlap = min(1.0, stack.matrices.numel() / windows.view.numel())
-    independent = windows.number / windows.samples * overlap
-    return PreparedLayer(windows, independent, largest, stack.eigenvalue_scale, exponent, stored_as)
+    status = NO_VALUES
+    if sample < options.min_eigenvalues:
+        status = f"too few eigenvalues: {sample} in a sample, min_eigenvalues is {options.min_eigenvalues}"
+    return LayerRecord(num_eigenvalues=number, status=status)
 
 
 def _safe_exponent(dtype: torch.dtype, largest: float) -> int:
-    """Return the power of two to divide weights by, so that squares neither overflow nor vanish in float64."""
+    """Return the exponent e of the 2^e to divide weights by, so that squares stay within the range of float64.
+
+    It is 0 for types of a smaller range.
+
+    Args:
+        dtype: type of the weights.
+        largest: largest absolute value of an entry, finite and above 0.
+    """
     if dtype not in (torch.float64, torch.complex128):
         return 0
     exponent = math.frexp(largest)[1]

@@ -8,7 +8,7 @@ precision, those for which the error bound turns out too large.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 
 from farms_tb.options import SpectrumOptions
-from farms_tb.spectra.eigenvalues import Chunk, solve_chunks
+from farms_tb.spectra.eigenvalues import Chunk, EigenvalueTable, solve_chunks
 from farms_tb.spectra.power_law import PowerLawFit, fit_power_law
 from farms_tb.spectra.precision import (
     FLOAT32,
@@ -42,9 +42,9 @@ class Samples:
 
     Attributes:
         layer: where they are from.
+        table: the eigenvalues of each window, ascending.
         levels: `(W,)`, how each window was solved, as a position in `PRECISIONS`.
-        by_window: `(W, w)`, eigenvalues of each window, ascending.
-        solver: what solved for them: `"cpu"`, `"torch"` or `"cupy"`.
+        todo: the windows that are yet to solve, or to solve again, ascending.
         pooled: `(S, N)`, eigenvalues of each sample, ascending.
         first: `(S,)`, the index of the first eigenvalue that no cutoff drops.
         fit: the fits of the samples.
@@ -52,9 +52,9 @@ class Samples:
     """
 
     layer: PreparedLayer
+    table: EigenvalueTable
     levels: npt.NDArray[np.int8]
-    by_window: Array
-    solver: str = ""
+    todo: Index
     pooled: Array = field(init=False)
     first: Index = field(init=False)
     fit: PowerLawFit = field(init=False)
@@ -70,62 +70,51 @@ def solve_layers(layers: Sequence[PreparedLayer], options: SpectrumOptions, thre
         threads: number of threads on the CPU.
     """
     levels = [first_level(layer.windows, layer.largest, options) for layer in layers]
-    found = [_unsolved(layer, level) for layer, level in zip(layers, levels, strict=True)]
-    todo = _choose_by_pilots(found, options, threads)
+    found = []
+    for layer, level in zip(layers, levels, strict=True):
+        values = np.full((layer.windows.number, layer.windows.size), np.nan)
+        table = EigenvalueTable(layer.windows, layer.scale, values)
+        found.append(Samples(layer, table, np.full(len(values), level, dtype=np.int8), np.arange(len(values))))
+    _solve_pilots(found, options, threads)
+    todo = found
     while todo:
-        _solve(found, todo, options, threads)
-        _fit([found[place] for place in todo], options)
-        todo = _imprecise(found, todo, options)
+        _solve(todo, options, threads)
+        _fit(todo, options)
+        _look_for_imprecise(todo, options)
+        todo = [samples for samples in todo if len(samples.todo)]
     return found
 
 
-def _unsolved(layer: PreparedLayer, level: int) -> Samples:
-    shape = layer.windows.number, layer.windows.size
-    return Samples(layer, np.full(shape[0], level, dtype=np.int8), np.full(shape, np.nan))
+def _solve_pilots(found: Sequence[Samples], options: SpectrumOptions, threads: int) -> None:
+    """Solve the first window of larger layers, and set the levels of the others by it."""
+    pilots = [samples for samples in found if samples.levels[0] == FLOAT32 and len(samples.todo) >= PILOT_WINDOWS]
+    for samples in pilots:
+        samples.levels[0] = FLOAT64
+        samples.todo = samples.todo[:1]
+    if pilots:
+        _solve(pilots, options, threads)
+    for samples in pilots:
+        samples.todo = np.arange(1, len(samples.levels))
+        if not single_precision_suffices(samples.table.values[:1], options):
+            samples.levels[:] = FLOAT64
 
 
-def _choose_by_pilots(found: Sequence[Samples], options: SpectrumOptions, threads: int) -> dict[int, Index]:
-    """Solve the first window of larger layers, and set the levels of the others by it.
-
-    Returns:
-        The windows that are left to solve, by the position of their layer.
-    """
-    todo = {place: np.arange(samples.layer.windows.number) for place, samples in enumerate(found)}
-    pilots = []
-    for place, samples in enumerate(found):
-        if samples.levels[0] == FLOAT32 and samples.layer.windows.number >= PILOT_WINDOWS:
-            samples.levels[0] = FLOAT64
-            pilots.append(place)
-    if not pilots:
-        return todo
-    _solve(found, {place: todo[place][:1] for place in pilots}, options, threads)
-    for place in pilots:
-        todo[place] = todo[place][1:]
-        if not single_precision_suffices(found[place].by_window[:1], options):
-            found[place].levels[:] = FLOAT64
-    return todo
-
-
-def _solve(found: Sequence[Samples], todo: Mapping[int, Index], options: SpectrumOptions, threads: int) -> None:
-    """Solve some windows of some layers, each window at its level."""
+def _solve(found: Sequence[Samples], options: SpectrumOptions, threads: int) -> None:
+    """Solve the windows that are to do, each at its level."""
     chunks = []
-    for place, index in todo.items():
-        levels = found[place].levels[index]
+    for samples in found:
+        levels = samples.levels[samples.todo]
         for level in np.unique(levels):
-            windows = torch.from_numpy(index[levels == level])
-            layer = found[place].layer
-            chunks.append(Chunk(place, layer.windows, windows, PRECISIONS[level], layer.scale))
-    tables = [samples.by_window for samples in found]
-    names = solve_chunks(chunks, tables, options.memory_mb * 2**20, threads, options.solver)
-    for place, name in names.items():
-        found[place].solver = name
+            index = torch.from_numpy(samples.todo[levels == level])
+            chunks.append(Chunk(samples.table, index, PRECISIONS[level]))
+    solve_chunks(chunks, options.memory_mb * 2**20, threads, options.solver)
 
 
 def _fit(found: Sequence[Samples], options: SpectrumOptions) -> None:
     """Pool, sort and fit the samples of layers of which all windows are solved."""
     for samples in found:
         # NumPy's sort is more than ten times as fast as torch's, which computes the permutation as well.
-        samples.pooled = np.sort(samples.by_window.reshape(samples.layer.windows.samples, -1), axis=-1)
+        samples.pooled = np.sort(samples.table.values.reshape(samples.layer.windows.samples, -1), axis=-1)
         samples.first = first_kept(samples.pooled, samples.layer.exponent, options)
     for samples in found:
         pooled, first = torch.from_numpy(samples.pooled), torch.from_numpy(samples.first)
@@ -134,18 +123,14 @@ def _fit(found: Sequence[Samples], options: SpectrumOptions) -> None:
         samples.xmin = np.take_along_axis(samples.pooled, tail_start, axis=-1)[:, 0]
 
 
-def _imprecise(found: Sequence[Samples], places: Iterable[int], options: SpectrumOptions) -> dict[int, Index]:
-    """Return the windows that must be solved again, by the position of their layer, and raise their levels."""
-    lowest = {place: _lowest_that_counts(found[place], options) for place in places}
-    again = {}
-    for place, smallest in lowest.items():
-        samples = found[place]
+def _look_for_imprecise(found: Sequence[Samples], options: SpectrumOptions) -> None:
+    """Let the windows that are not precise enough be solved again, at the next level."""
+    lowest = [_lowest_that_counts(samples, options) for samples in found]
+    for samples, smallest in zip(found, lowest, strict=True):
         alpha = samples.fit.alpha.numpy()
-        imprecise = imprecise_windows(samples.by_window, samples.levels, smallest, alpha, options)
+        imprecise = imprecise_windows(samples.table.values, samples.levels, smallest, alpha, options)
         samples.levels[imprecise] += 1
-        if imprecise.any():
-            again[place] = np.flatnonzero(imprecise)
-    return again
+        samples.todo = np.flatnonzero(imprecise)
 
 
 def _lowest_that_counts(samples: Samples, options: SpectrumOptions) -> Array:

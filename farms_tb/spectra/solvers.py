@@ -10,10 +10,13 @@ of the same software on the same device makes the same choice and computes the s
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,7 +27,6 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from farms_tb.atomic_write import write_text_atomically
-from farms_tb.options import Solver
 from farms_tb.spectra.workers import map_on_threads
 
 # Matrices of a trial, bytes that they take at most, and how often it is made, after a first time that counts for
@@ -34,38 +36,24 @@ _LONG_TRIAL = 1.0
 # Matrices that a thread of the CPU takes at a time: a few milliseconds of work.
 _CPU_WORK = 3 * 10**7
 
-_chosen: dict[str, str] = {}
-
-
-def symmetric_eigenvalues(matrices: Tensor, threads: int = 1, solver: Solver = "auto") -> tuple[Tensor, str]:
-    """Return the eigenvalues of each matrix, and the name of what solved for them.
-
-    Args:
-        matrices: `(n, w, w)` symmetric or Hermitian; the lower triangle is read.
-        threads: number of threads on which the CPU solves for a GPU.
-        solver: `"torch"`, `"cupy"`, `"cpu"`, or `"auto"` for the fastest.
-
-    Returns:
-        `(n, w)` of the real type of the same precision, ascending, on the device of the matrices; and the name.
-
-    Raises:
-        torch.linalg.LinAlgError: the solver did not converge.
-    """
-    name = fastest_solver(matrices.device, matrices.dtype, matrices.shape[-1]) if solver == "auto" else solver
-    return _SOLVERS[name](matrices, threads), name
-
 
 def fastest_solver(device: torch.device, dtype: torch.dtype, size: int) -> str:
-    """Return the name of the solver that is the fastest for matrices of this device, type and size."""
-    # Sizes up to the next power of two share a choice: a model may have a hundred sizes.
-    bucket = 1 << max(4, (size - 1).bit_length())
-    key = _key(device, dtype, bucket)
-    if key not in _chosen:
-        _chosen.update({k: name for k, name in _read().items() if name in _SOLVERS and k not in _chosen})
-    if key not in _chosen:
-        _chosen[key] = _fastest(device, dtype, bucket)
-        _write({**_read(), key: _chosen[key]})
-    return _chosen[key]
+    """Return the name of the solver that is the fastest for matrices of this device, type and size.
+
+    Sizes up to the next power of two share a choice: a model may have a hundred sizes.
+    """
+    return _choice(device, dtype, 1 << max(4, (size - 1).bit_length()))
+
+
+@cache
+def _choice(device: torch.device, dtype: torch.dtype, size: int) -> str:
+    """Return the solver that the file names, or else the fastest one in a trial, and keep it in the file."""
+    key = _key(device, dtype, size)
+    name: str | None = _read().get(key)
+    if name not in SOLVERS:
+        name = _fastest(device, dtype, size)
+        _write({**_read(), key: name})
+    return name
 
 
 def cache_file() -> Path:
@@ -86,16 +74,14 @@ def _fastest(device: torch.device, dtype: torch.dtype, size: int) -> str:
     number = max(1, min(_TRIAL_MATRICES, _TRIAL_BYTES // (size * size * dtype.itemsize)))
     half = torch.randn(number, size, size, dtype=dtype, generator=generator, device="cpu").to(device)
     matrices = half @ half.mH
-    times = {}
-    for name, solve in _SOLVERS.items():
-        try:
-            seconds = _seconds(solve, matrices)
-            if seconds < _LONG_TRIAL:
-                seconds = statistics.median(_seconds(solve, matrices) for _ in range(_TRIALS))
-        except Exception:
-            continue
-        times[name] = seconds
-    return min(times, key=lambda name: times[name]) if times else "torch"
+    times = {"torch": math.inf}
+    for name, solve in SOLVERS.items():
+        with suppress(Exception):
+            seconds = [_seconds(solve, matrices)]
+            if seconds[0] < _LONG_TRIAL:
+                seconds = [_seconds(solve, matrices) for _ in range(_TRIALS)]
+            times[name] = statistics.median(seconds)
+    return min(times, key=lambda name: times[name])
 
 
 def _seconds(solve: Callable[[Tensor, int], Tensor], matrices: Tensor) -> float:
@@ -114,12 +100,9 @@ def _read() -> dict[str, Any]:
 
 def _write(choices: dict[str, Any]) -> None:
     """Keep the choices; where no file can be written they are kept for this process alone."""
-    file = cache_file()
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_text_atomically(file, json.dumps(choices, indent=1))
-    except OSError:
-        return
+    with suppress(OSError):
+        cache_file().parent.mkdir(parents=True, exist_ok=True)
+        write_text_atomically(cache_file(), json.dumps(choices, indent=1))
 
 
 def _torch(matrices: Tensor, threads: int = 1) -> Tensor:
@@ -146,4 +129,7 @@ def _cpu(matrices: Tensor, threads: int = 1) -> Tensor:
     return torch.cat(map_on_threads(_torch, parts, threads)).to(matrices.device)
 
 
-_SOLVERS: dict[str, Callable[[Tensor, int], Tensor]] = {"torch": _torch, "cupy": _cupy, "cpu": _cpu}
+SOLVERS: dict[str, Callable[[Tensor, int], Tensor]] = {"torch": _torch, "cupy": _cupy, "cpu": _cpu}
+"""Each takes `(n, w, w)` symmetric or Hermitian matrices, of which it reads the lower triangle, and the number of
+threads on which the CPU solves for a GPU. It returns the eigenvalues: `(n, w)` of the real type of the same
+precision, ascending, on the device of the matrices; or raises `torch.linalg.LinAlgError`."""

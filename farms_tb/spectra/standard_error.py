@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from farms_tb.options import SpectrumOptions
-from farms_tb.spectra.eigenvalues import Chunk, solve_chunks
+from farms_tb.spectra.eigenvalues import Chunk, EigenvalueTable, solve_chunks
 from farms_tb.spectra.power_law import fit_power_law
 from farms_tb.spectra.precision import Array
 from farms_tb.spectra.samples import Samples
@@ -37,21 +37,31 @@ def alpha_errors(found: Sequence[Samples], options: SpectrumOptions, threads: in
         One standard error a layer; NaN where a sample has no alpha.
     """
     quarters = _solve_quarters(found, options, threads)
-    pieces = [quarters.get(place, samples.by_window) for place, samples in enumerate(found)]
+    pieces = [quarters.get(place, samples.table.values) for place, samples in enumerate(found)]
     first = [_first_kept(own, samples) for own, samples in zip(pieces, found, strict=True)]
     fits = [
         fit_power_law(torch.from_numpy(own), options.fit, options.xmin_pos, start, distance=False)
         for own, start in zip(pieces, first, strict=True)
     ]
-    errors = []
-    for place, samples in enumerate(found):
-        of_pieces = fits[place].alpha.numpy().reshape(len(samples.pooled), -1)
-        independent = samples.layer.independent
-        if place in quarters:
-            independent *= of_pieces.shape[1]
-        variances = alpha_variances(samples.fit.alpha.numpy(), _tail_lengths(samples), of_pieces, independent)
-        errors.append(math.sqrt(variances.sum()) / len(variances))
-    return errors
+    return [
+        _alpha_error(samples, fits[place].alpha.numpy(), place in quarters) for place, samples in enumerate(found)
+    ]
+
+
+def _alpha_error(samples: Samples, alphas: Array, of_quarters: bool) -> float:
+    """Return the standard error of the alpha of one layer.
+
+    Args:
+        samples: the fitted samples of the layer.
+        alphas: `(S * P,)`, alpha of each window, or of each quarter of the first window of a sample.
+        of_quarters: whether they are of quarters.
+    """
+    of_pieces = alphas.reshape(len(samples.pooled), -1)
+    independent = samples.layer.independent
+    if of_quarters:
+        independent *= of_pieces.shape[1]
+    variances = alpha_variances(samples.fit.alpha.numpy(), _tail_lengths(samples), of_pieces, independent)
+    return math.sqrt(variances.sum()) / len(variances)
 
 
 def alpha_variances(alpha: Array, tail: Array, of_pieces: Array, independent: float) -> Array:
@@ -88,18 +98,16 @@ def _solve_quarters(found: Sequence[Samples], options: SpectrumOptions, threads:
         Eigenvalues `(4 S, v)` by the position of the layer, in double precision, as quarters are small; no entry
         for layers with enough windows, or with quarters that would be too small.
     """
-    chunks = []
     tables = {}
     for place, samples in enumerate(found):
         windows = samples.layer.windows
-        if samples.layer.independent >= FEW_WINDOWS or windows.size // 2 < options.min_eigenvalues:
-            continue
-        quarters = quarters_of(windows)
-        every = torch.arange(quarters.number, device="cpu")
-        chunks.append(Chunk(place, quarters, every, "float64", samples.layer.scale))
-        tables[place] = np.full((quarters.number, quarters.size), np.nan)
-    solve_chunks(chunks, tables, options.memory_mb * 2**20, threads, options.solver)
-    return tables
+        if samples.layer.independent < FEW_WINDOWS and windows.size // 2 >= options.min_eigenvalues:
+            quarters = quarters_of(windows)
+            values = np.full((quarters.number, quarters.size), np.nan)
+            tables[place] = EigenvalueTable(quarters, samples.layer.scale, values)
+    chunks = [Chunk(table, torch.arange(len(table.values), device="cpu"), "float64") for table in tables.values()]
+    solve_chunks(chunks, options.memory_mb * 2**20, threads, options.solver)
+    return {place: table.values for place, table in tables.items()}
 
 
 def _tail_lengths(samples: Samples) -> Array:

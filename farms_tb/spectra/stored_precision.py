@@ -28,6 +28,13 @@ def stored_roundoff(dtype: torch.dtype) -> float:
 
     Half-precision weights are computed in single precision and rounded once when they are stored, by half an eps.
     Others are the results of some operations in their own type, a few roundoffs each.
+
+    Args:
+        dtype: a type of real or complex floats, of eight bits or more.
+
+    Example:
+        >>> stored_roundoff(torch.bfloat16)
+        0.00390625
     """
     info = torch.finfo(dtype)
     return info.eps / 2 if info.bits <= 16 else 2 * info.eps

@@ -54,34 +54,39 @@ BLOCK = 2**17
 
 
 def with_matrix_metrics(
-    records: Sequence[LayerRecord], stacks: Sequence[MatrixStack], samples: Sequence[Samples], *, whole: bool
+    records: Sequence[LayerRecord], found: Sequence[Samples], *, whole: bool
 ) -> list[LayerRecord]:
     """Add what is known of whole matrices to the records of layers.
 
     Args:
         records: the records.
-        stacks: the layers' matrices, `(K, R, C)` each.
-        samples: the eigenvalues of their windows.
+        found: the eigenvalues of the layers' windows.
         whole: also solve for the eigenvalues of whole matrices, where windows are parts of them.
     """
-    found = []
-    in_solvable_types = [solvable(stack) for stack in stacks]
-    for record, stack, own in zip(records, in_solvable_types, samples, strict=True):
-        if record.num_eigenvalues == 0:  # The solver did not converge.
-            found.append(record)
-            continue
-        eigenvalues = own.by_window if _windows_are_whole(stack, own) else None
-        if eigenvalues is None and whole:
-            eigenvalues = _whole_spectrum(stack)
-        metrics: dict[str, Any] = entry_metrics(stack, own.layer.largest)
-        metrics["stable_rank"] = None if eigenvalues is None else _stable_rank(eigenvalues)
-        if whole:
-            metrics |= _spikes(stack)
-        found.append(replace(record, **metrics))
-    return found
+    completed = []
+    for record, samples in zip(records, found, strict=True):
+        # There are none where the solver did not converge.
+        if record.num_eigenvalues > 0:
+            record = replace(record, **_matrix_metrics(samples, whole=whole))
+        completed.append(record)
+    return completed
+
+
+def _matrix_metrics(samples: Samples, *, whole: bool) -> dict[str, Any]:
+    """Return the metrics of the whole matrices of one layer; see `with_matrix_metrics`."""
+    stack = samples.layer.stack
+    eigenvalues = samples.table.values if _windows_are_whole(stack, samples) else None
+    if eigenvalues is None and whole:
+        eigenvalues = _whole_spectrum(stack)
+    metrics = entry_metrics(stack, samples.layer.largest)
+    metrics["stable_rank"] = None if eigenvalues is None else _stable_rank(eigenvalues)
+    if whole:
+        metrics |= _spikes(stack)
+    return metrics
 
 
 def _windows_are_whole(stack: MatrixStack, samples: Samples) -> bool:
+    """Tell whether each window is one of the K matrices, whole, so that its eigenvalues are known already."""
     number, rows, columns = stack.matrices.shape
     windows = samples.layer.windows
     return windows.number == number and windows.view.shape[-2:] == (rows, columns)
@@ -121,7 +126,15 @@ def _squares(matrices: Tensor, unit: float) -> tuple[Tensor, Tensor]:
 
 
 def _all_squares(matrices: Tensor, unit: float) -> tuple[Tensor, Tensor]:
-    """Return the squared norms of the rows `(R,)` and of the columns `(C,)`, of entries divided by `unit`."""
+    """Return the squared norms of all rows `(R,)` and of all columns `(C,)`.
+
+    Args:
+        matrices: `(K, R, C)`; a norm is over the entries of all K matrices.
+        unit: what the entries are divided by.
+
+    Returns:
+        float64 on the CPU, summed in single precision unless the entries are of a wider type.
+    """
     rows, columns = [], []
     height = BLOCK // matrices.shape[2] + 1 if matrices.is_cpu else matrices.shape[1]
     for begin in range(0, matrices.shape[1], height):
@@ -133,7 +146,15 @@ def _all_squares(matrices: Tensor, unit: float) -> tuple[Tensor, Tensor]:
 
 
 def _summed_squares(block: Tensor, unit: float) -> Tensor:
-    """Return the squares of entries divided by `unit`, summed over the K matrices: `(R, C)`."""
+    """Return the squared absolute values of entries, summed over the K matrices.
+
+    Args:
+        block: `(K, r, C)`, some rows of the matrices.
+        unit: what the entries are divided by.
+
+    Returns:
+        `(r, C)` real, in single precision or the wider type of the entries.
+    """
     parts = torch.view_as_real(block.resolve_conj()) if block.is_complex() else block.unsqueeze(-1)
     parts = parts.to(torch.promote_types(parts.dtype, torch.float32))
     if unit != 1:

@@ -68,7 +68,14 @@ def windows_of(stack: MatrixStack, options: SpectrumOptions) -> Windows | None:
 
 
 def quarters_of(windows: Windows) -> Windows:
-    """Cut the first window of each sample in four: `(S, 2, 2, h // 2, w // 2)`."""
+    """Cut the first window of each sample in four, which do not overlap.
+
+    Args:
+        windows: those of a layer, `(*lead, h, w)` in S samples.
+
+    Returns:
+        `(S, 2, 2, h // 2, w // 2)`, also in S samples: a view. An odd row or column at the end is left out.
+    """
     quarters = windows.view[: windows.samples]
     while quarters.ndim > 3:
         quarters = quarters[:, 0]
@@ -128,7 +135,14 @@ def _grid(matrices: Tensor, options: SpectrumOptions) -> Windows | None:
 
 
 def _positions(length: int, size: int, options: SpectrumOptions) -> tuple[int, int]:
-    """Return the distance between start positions along one dimension, and their number."""
+    """Return the distance between start positions along one dimension, and their number.
+
+    Args:
+        length: extent of the matrix.
+        size: extent of a window, at most `length`.
+        options: a fixed distance `window_step` gives as many positions as fit. Otherwise there are
+            `windows_per_dim` evenly spaced positions, or one for each start there is if these are fewer.
+    """
     room = length - size
     if options.window_step is not None:
         return options.window_step, room // options.window_step + 1

@@ -72,17 +72,12 @@ def map_on_threads(function: Callable[[Item], Result], items: Sequence[Item], th
 @lru_cache(maxsize=1)
 def _pool(threads: int) -> ThreadPoolExecutor:
     """Return worker threads, the same ones at each call: new threads would have to set up libraries anew."""
-    pool = ThreadPoolExecutor(threads, "farms_tb")
+    pool = ThreadPoolExecutor(threads, "farms_tb", initializer=torch.set_num_threads, initargs=(1,))
     # All threads start now: `set_num_threads` also sets the default of threads that are started later, by anybody,
     # which `single_threaded_torch` then puts back.
     started = Barrier(threads + 1)
-
-    def start() -> None:
-        torch.set_num_threads(1)
-        started.wait()
-
     for _ in range(threads):
-        pool.submit(start)
+        pool.submit(started.wait)
     started.wait()
     return pool
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from farms_tb.spectra import eigenvalues
-from farms_tb.spectra.eigenvalues import Chunk, solve_chunks
+from farms_tb.spectra.eigenvalues import Chunk, EigenvalueTable, solve_chunks
 from farms_tb.spectra.precision import PRECISIONS, ROUNDOFF
 from farms_tb.spectra.windows import Windows
 from tests.reference import spectrum
@@ -15,17 +15,17 @@ from tests.reference import spectrum
 SINGLE = ROUNDOFF["float32"]
 
 
-def whole(view, precision="svd", layer=0):
-    """All windows of a view as one chunk."""
+def whole(view, precision="svd", index=None):
+    """Windows of a view as one chunk; all of them, unless an index says which."""
     windows = Windows(view, 1)
-    return Chunk(layer, windows, torch.arange(windows.number), precision)
+    table = EigenvalueTable(windows, 1.0, np.full((windows.number, windows.size), np.nan))
+    return Chunk(table, torch.arange(len(table.values)) if index is None else index, precision)
 
 
 def solve(chunks, memory=2**29, threads=1, solver="auto"):
     """The eigenvalues `(W, w)` of the layer of each chunk; NaN for windows that are in no chunk."""
-    tables = [np.full((chunk.windows.number, chunk.windows.size), np.nan) for chunk in chunks]
-    solve_chunks(chunks, tables, memory, threads, solver)
-    return [torch.from_numpy(table) for table in tables]
+    solve_chunks(chunks, memory, threads, solver)
+    return [torch.from_numpy(chunk.table.values) for chunk in chunks]
 
 
 def solved(view, precision="svd", memory=2**29, threads=1):
@@ -101,8 +101,7 @@ def test_never_negative_and_ascending(precision):
 def test_some_of_the_windows():
     view = torch.randn(12, 9).unfold(0, 4, 2).unfold(1, 3, 3)
     index = torch.tensor([0, 7, 8, 14])
-    chunk = Chunk(0, Windows(view, 1), index, "svd")
-    (found,) = solve([chunk])
+    (found,) = solve([whole(view, index=index)])
     assert torch.equal(found[index], solved(view)[index])
     assert found.isnan().any(-1).sum() == 15 - len(index)
 
@@ -116,7 +115,7 @@ def test_layers_of_all_sizes_and_types_together(precision, threads):
     for number, size, dtype in product((1, 30), (2, 9, 40), dtypes):
         weight = torch.randn(number, 5 + number, size, dtype=torch.complex64)
         layers.append(weight if dtype.is_complex else weight.real.to(dtype))
-    chunks = [whole(layer, precision, place) for place, layer in enumerate(layers)]
+    chunks = [whole(layer, precision) for layer in layers]
     for layer, found in zip(layers, solve(chunks, threads=threads), strict=True):
         assert torch.equal(found, solved(layer, precision))
 
@@ -139,7 +138,7 @@ def test_memory_is_bounded_by_the_size_of_chunks(monkeypatch):
         taken.clear()
         assert not solved(view, memory=memory, threads=2).isnan().any()
         assert sum(len(chunk.index) for chunk in taken) == 1000
-        assert max(chunk.bytes for chunk in taken) <= memory / 2
+        assert max(len(chunk.index) * chunk.window_bytes for chunk in taken) <= memory / 2
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -208,7 +207,7 @@ class TestSolverThatDoesNotConverge:
     def test_a_hard_window_is_nan_alone(self, monkeypatch):
         matrices = torch.randn(6, 5, 5, dtype=torch.float64)
         break_solver(monkeypatch, "svdvals", matrices[2])
-        chunks = [whole(matrices, layer=0), whole(torch.randn(3, 5, 5), layer=1)]
+        chunks = [whole(matrices), whole(torch.randn(3, 5, 5))]
         hard, easy = solve(chunks)
         assert hard.isnan().all(-1).tolist() == [place == 2 for place in range(6)]
         assert not easy.isnan().any()
@@ -224,7 +223,7 @@ class TestOnAGpu:
             pytest.importorskip("cupy")
         shapes = [(30, 64, 64), (3, 90, 64), (9, 512, 256), (50, 20, 20)]
         layers = [torch.randn(shape) for shape in shapes] + [torch.randn(4, 30, 20, dtype=torch.complex64)]
-        chunks = [whole(layer.cuda(), precision, place) for place, layer in enumerate(layers)]
+        chunks = [whole(layer.cuda(), precision) for layer in layers]
         for layer, found in zip(layers, solve(chunks, threads=2, solver=solver), strict=True):
             expected = solved(layer)
             error = (found - expected).abs() / expected[:, -1:]

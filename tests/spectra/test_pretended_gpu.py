@@ -7,6 +7,7 @@ import torch
 
 from farms_tb.options import SpectrumOptions
 from farms_tb.spectra.measure import measure_stacks
+from farms_tb.spectra.solvers import cache_file
 from farms_tb.weights.matrices import MatrixStack
 from tests.pretended_gpu import OnGpu, pretended_gpu
 
@@ -60,7 +61,8 @@ def assert_same(found, expected):
     ids=str,
 )
 @pytest.mark.parametrize("histogram", [False, True])
-def test_all_is_where_it_belongs(options, histogram):
+def test_all_is_where_it_belongs(options, histogram, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     options = SpectrumOptions(**{"solver": "torch", **options})
     expected = records(lambda matrices: matrices, options, histogram)
     with pretended_gpu():
@@ -68,6 +70,7 @@ def test_all_is_where_it_belongs(options, histogram):
     assert_same(found, expected)
     solvers = {record.solver.split()[0] for record in found if record.solver}
     assert solvers <= {options.solver, "torch"}
+    assert not cache_file().exists(), "the user's choice needs no trial"
 
 
 def test_a_round_is_solved_before_its_results_are_read(monkeypatch):
@@ -102,6 +105,8 @@ def test_where_memory_is_short(limit, monkeypatch):
         found = records(OnGpu, options)
     assert len(warned) == 1
     assert_same(found, expected)
+    solvers = {record.solver.split()[0] for record in found if record.solver and "svd" not in record.solver}
+    assert solvers == {"torch" if limit else "cpu"}
 
 
 def test_tensors_of_two_devices_do_not_mix():
