@@ -47,7 +47,8 @@ def print_rows(console: Console, rows: Sequence[Row], baseline: str) -> None:
 def _table(title: str, headings: Iterable[str]) -> Table:
     """Return an empty table; below `headings` are numbers, in front of them the arms of each cell."""
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
-    table.add_column("arm", no_wrap=True)
+    # On a narrow terminal names break, and numbers stay whole.
+    table.add_column("arm", overflow="fold")
     for text in headings:
         table.add_column(text, justify="right", no_wrap=True)
     return table
