@@ -116,7 +116,7 @@ def best_epochs(scores: Mapping[int, Mapping[str, float]], metric: str) -> dict[
     best = min(finite, key=lambda epoch: sign * finite[epoch][f"val/{metric}"])
     lowest = min(finite, key=lambda epoch: sign * finite[epoch][f"test/{metric}"])
     return {
-        "best_epoch": best,
+        "best_epoch": float(best),  # as it is read back
         "best_val": finite[best][f"val/{metric}"],
         "best_test": finite[best][f"test/{metric}"],
         "lowest_test": finite[lowest][f"test/{metric}"],

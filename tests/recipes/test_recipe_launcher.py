@@ -95,7 +95,8 @@ def test_a_run_that_fails_is_named(cluster: Nodes, tmp_path: Path) -> None:
 
 
 @pytest.mark.cluster
-def test_no_cluster(cluster: Nodes, tmp_path: Path) -> None:
+def test_no_cluster(cluster: Nodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_NUM_REDIS_GET_RETRIES", "1")  # Ray would try for minutes
     failed = sweep(tmp_path, "127.0.0.1:1", "sweep=seeds", "hydra/launcher=ray")
     assert failed.returncode == 2, failed.stdout + failed.stderr
     assert "error: Failed to connect to Ray cluster" in failed.stderr
