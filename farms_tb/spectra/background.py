@@ -97,7 +97,7 @@ class BackgroundMeasurement:
         return copies
 
     def _measure(self) -> None:
-        """Measure the copies and let go of them. Runs in the thread, if there is one, on streams of its own."""
+        """Measure the copies and release them. Runs in the thread, if there is one, on streams of its own."""
         try:
             with ExitStack() as streams:
                 for stream in self._streams:

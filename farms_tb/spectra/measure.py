@@ -150,7 +150,7 @@ def for_own_layers(
     held = 0  # bytes
 
     def finish() -> None:
-        """Work on the group, unless something has failed before, and let go of it."""
+        """Work on the group, unless something has failed before, and release it."""
         nonlocal error, held
         try:
             if error is None:
