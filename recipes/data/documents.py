@@ -1,13 +1,15 @@
-"""Documents for language models: any files of text, or a data set of `datasets` that is on this machine."""
+"""Documents for language models: a known text, any files of text, or a data set of `datasets` on this machine."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from farms_tb.sparsity.calibration import dataset_column
+from recipes.data.known_texts import KNOWN_TEXTS
 from recipes.errors import RecipeError
 
 __all__ = ["Documents", "file_states"]
@@ -19,7 +21,7 @@ class Documents:
 
     Attributes:
         path: A file of text, or a folder, of which all files that end in `suffix` are read in the order of their
-            paths; each is a document.
+            paths; each is a document. Or the name of one of `KNOWN_TEXTS`.
         suffix: Ending of the files of a folder.
         dataset: A folder of data files, or the name of a data set that `datasets` has on this machine.
         config: Which configuration of the data set.
@@ -38,14 +40,17 @@ class Documents:
         """Refuse what can be seen to be missing.
 
         Raises:
-            RecipeError: Not exactly one of `path` and `dataset` is given, or there is no file.
+            RecipeError: Not exactly one of `path` and `dataset` is given, there is no file, or the known text is
+                not on this machine.
         """
         if (self.path is None) == (self.dataset is None):
             raise RecipeError(
                 "set one of data.path=FILE_OR_FOLDER, files of text, and data.dataset=NAME_OR_FOLDER, a data set "
                 f"of `datasets` on this machine; got data.path={self.path} and data.dataset={self.dataset}"
             )
-        if self.path is not None and not self._files():
+        if self.path in KNOWN_TEXTS:
+            self.read()
+        elif self.path is not None and not self._files():
             raise RecipeError(
                 f"data.path={self.path} is no file and no folder with files that end in {self.suffix!r}"
             )
@@ -57,6 +62,8 @@ class Documents:
             RecipeError: There is no such data set on this machine, or a file is no text in UTF-8; nothing is
                 downloaded.
         """
+        if self.path in KNOWN_TEXTS:
+            return KNOWN_TEXTS[self.path]()
         if self.dataset is None:
             return map(_text_of, self._files())
         try:
@@ -65,7 +72,10 @@ class Documents:
             raise RecipeError(f"data.dataset: {error}") from error
 
     def state(self) -> dict[str, Any]:
-        """Return plain values that change with the documents, without reading them."""
+        """Return plain values that change with the documents, without reading them if they are large."""
+        if self.path in KNOWN_TEXTS:
+            text = "\0".join(KNOWN_TEXTS[self.path]())
+            return {**asdict(self), "sha256": hashlib.sha256(text.encode()).hexdigest()}
         folder = Path(self.dataset or "")
         if self.path is not None:
             files = self._files()

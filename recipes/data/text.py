@@ -1,4 +1,4 @@
-"""Text as bytes, for small language models: Wikipedia's articles of `make real`, or any files of the user's."""
+"""Text as bytes, for small language models: a known text, or any files of the user's."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
+from recipes.data.known_texts import KNOWN_TEXTS
 from recipes.data.loaders import evaluation_loader, training_loader
 from recipes.errors import RecipeError
-from recipes.real import wikipedia
 
 __all__ = ["ByteTextData"]
 
@@ -27,7 +27,8 @@ class ByteTextData(LightningDataModule):
 
     Args:
         path: A file of text, or a folder, of which all files that end in `suffix` are read in the order of their
-            paths. None for the articles of the English Wikipedia that `make real` brings, 2.3 MB.
+            paths. Or a text that is at hand under a name: `"wikipedia"`, the articles that `make real` brings,
+            2.3 MB; `"python"`, modules of the standard library, about 5 MB. None stands for `"wikipedia"`.
         suffix: Ending of the files of a folder.
         length: Bytes of a window.
         train_bytes: Train on so many bytes, from the start of the text; None for all that is left.
@@ -90,9 +91,10 @@ class ByteTextData(LightningDataModule):
 
     def _text(self) -> bytes:
         """Return the whole text in UTF-8."""
-        if self.path is None:
-            return "\n\n".join(wikipedia("calibration") + wikipedia("evaluation")).encode()
-        path = Path(self.path)
+        name = self.path or "wikipedia"
+        if name in KNOWN_TEXTS:
+            return "\n\n".join(KNOWN_TEXTS[name]()).encode()
+        path = Path(name)
         if path.is_file():
             return path.read_bytes()
         files = sorted(path.rglob(f"*{self.suffix}"))

@@ -24,9 +24,11 @@ from recipes.console import make_console
 from recipes.data.documents import Documents, file_states
 from recipes.data.loaders import EpochShuffle, evaluation_loader
 from recipes.errors import RecipeError
+from recipes.real import smollm2_folder
 
 __all__ = ["PartShuffle", "TokenData", "TokenWindows"]
 
+SMOLLM2 = "smollm2"
 _DOCUMENTS_AT_ONCE = 1000
 _TOKENIZER_FILES = (".json", ".model", ".txt")
 
@@ -92,11 +94,13 @@ class TokenData(LightningDataModule):
     is the test text, what comes before that the validation text, and the rest is trained on.
 
     Args:
-        tokenizer: Folder of a tokenizer of transformers, as `tokenizer.save_pretrained` writes it.
+        tokenizer: Folder of a tokenizer of transformers, as `tokenizer.save_pretrained` writes it; `"smollm2"` for
+            that of SmolLM2-135M, which `make real` brings.
         vocabulary: Tokens that the model knows; at least as many as the tokenizer has.
         cache_dir: Folder of the files of tokens.
         path: A file of text, or a folder, of which all files that end in `suffix` are read in the order of their
-            paths; each is a document.
+            paths; each is a document. Or `"wikipedia"`, the articles that `make real` brings, or `"python"`,
+            modules of the standard library.
         suffix: Ending of the files of a folder.
         dataset: In place of `path`, a folder of data files or the name of a data set that `datasets` has on this
             machine. Nothing is downloaded.
@@ -146,7 +150,7 @@ class TokenData(LightningDataModule):
         for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"data.{name} must be at least 1, got {size}")
-        self.tokenizer = tokenizer
+        self._tokenizer = tokenizer
         self.num_classes = vocabulary
         self.cache_dir = Path(cache_dir)
         self.documents = Documents(path, suffix, dataset, config, split, column)
@@ -158,6 +162,15 @@ class TokenData(LightningDataModule):
         self.shuffle_seed = shuffle_seed
         self.dtype = np.dtype(np.uint16 if vocabulary <= 1 << 16 else np.uint32)
         self.datasets: dict[str, TokenWindows] = {}
+
+    @property
+    def tokenizer(self) -> str | None:
+        """Folder of the tokenizer.
+
+        Raises:
+            RecipeError: It is SmolLM2's, and that is not on this machine.
+        """
+        return str(smollm2_folder()) if self._tokenizer == SMOLLM2 else self._tokenizer
 
     def prepare_data(self) -> None:
         """Tokenise the text where that has not been done (once, on one process)."""

@@ -1,12 +1,15 @@
-"""Small language models, on tokens or bytes."""
+"""Language models: small ones with random weights, on tokens or bytes, and trained ones to train on."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 from torch import Tensor, nn
 
 from recipes.errors import RecipeError
+from recipes.real import smollm2_folder
 
-__all__ = ["ByteLlama", "Llama"]
+__all__ = ["ByteLlama", "Llama", "Pretrained"]
 
 
 class Llama(nn.Module):
@@ -67,3 +70,38 @@ class ByteLlama(Llama):
         self, width: int = 128, hidden: int = 344, depth: int = 4, heads: int = 4, length: int = 512
     ) -> None:
         super().__init__(256, width, hidden, depth, heads, length)
+
+
+class Pretrained(nn.Module):
+    """A trained causal language model of transformers, whose training goes on.
+
+    Args:
+        path: Folder of the model, as `model.save_pretrained` writes it; `"smollm2"` for SmolLM2-135M, which
+            `make real` brings. Nothing is downloaded.
+
+    Raises:
+        RecipeError: There is no such model, or transformers is not installed.
+    """
+
+    def __init__(self, path: str = "smollm2") -> None:
+        super().__init__()
+        try:
+            from transformers import AutoModelForCausalLM
+        except ImportError as error:
+            raise RecipeError("language models need transformers: pip install 'farms-tb[transformers]'") from error
+        folder = smollm2_folder() if path == "smollm2" else Path(path)
+        if not folder.is_dir():
+            raise RecipeError(
+                f"model.net.path={path} is no folder: pass one with a model of transformers, as "
+                "model.save_pretrained(FOLDER) writes it; nothing is downloaded"
+            )
+        try:
+            self.network = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise RecipeError(f"model.net.path={path} holds no causal language model: {error}") from error
+        self.network.train()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return the logits (B, length, vocabulary) of the token after each of the tokens (B, length)."""
+        logits: Tensor = self.network(tokens, use_cache=False).logits
+        return logits

@@ -13,9 +13,13 @@ TINY_DARCY = (
     *("data.workers=1", "trainer=cpu", "trainer.log_every_n_steps=1"),
 )
 TINY_UNET = (*TINY_DARCY, "trainer.max_epochs=2", "model.net.width=4")
+TINY_TOKENS = (
+    *("data.length=16", "data.vocabulary=64", "data.val_tokens=50", "data.test_tokens=50", "data.batch_size=4"),
+    "data.parts=2",
+)
 TINY_LLAMA = (
-    *("model.net.width=32", "model.net.hidden=64", "model.net.depth=2", "model.net.heads=2", "data.length=16"),
-    *("data.vocabulary=64", "data.val_tokens=50", "data.test_tokens=50", "data.batch_size=4", "data.parts=2"),
+    *("model.net.width=32", "model.net.hidden=64", "model.net.depth=2", "model.net.heads=2"),
+    *TINY_TOKENS,
 )
 TINY_STUDY = (
     *("experiment=digits_resnet18", "model.net.width=2", "trainer.max_epochs=2", "trainer=cpu"),

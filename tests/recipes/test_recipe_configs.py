@@ -27,8 +27,8 @@ from recipes.errors import RecipeError
 from recipes.train import CONFIG_DIR, build_run, train
 from tests.recipes.fake_images import TRAIN
 from tests.recipes.pdebench_files import write_darcy, write_flow
-from tests.recipes.recipe_runs import TINY_DARCY, TINY_LLAMA
-from tests.recipes.tokenizers import write_tokenizer
+from tests.recipes.recipe_runs import TINY_DARCY, TINY_LLAMA, TINY_TOKENS
+from tests.recipes.tokenizers import write_llama, write_tokenizer
 
 Settings = Callable[..., DictConfig]
 
@@ -51,6 +51,7 @@ DEMOS = [
     "fashion_vit",
     "grokking_mlp",
     "nano_llama_60m",
+    "smollm2_wikipedia",
     "tiny_lm",
 ]
 ELSEWHERE = {"experiment", "hydra", "study"}  # tested below or with their own commands
@@ -79,6 +80,7 @@ COMPANIONS: dict[str, tuple[str, ...]] = {
     "data=tokens": ("model=llama_60m", "model.net.width=32"),
     "model=byte_llama": ("data=text",),
     "model=llama_60m": ("data=tokens", "model.net.width=32"),
+    "model=pretrained_lm": ("data=tokens",),
     "model=resnet18": ("data=digits",),
     "model=resnet34": ("data=digits",),
     "model=vgg16": ("data=digits", "data.image_size=32"),
@@ -140,7 +142,9 @@ def test_every_config_composes_and_builds(
     settings: Settings, tmp_path: Path, pde_files: Path, files: tuple[str, ...]
 ) -> None:
     folders = (f"paths.run_dir={tmp_path}/run", f"paths.data_dir={pde_files}")
-    companions = chain.from_iterable(COMPANIONS.get(file, ()) for file in files)
+    companions = list(chain.from_iterable(COMPANIONS.get(file, ()) for file in files))
+    if "model=pretrained_lm" in files:
+        companions.append(f"model.net.path={write_llama(tmp_path / 'llama')}")
     cfg = settings(*files, *folders, *companions)
     check_config(cfg)
     run = build_run(cfg)
@@ -175,6 +179,7 @@ SMALL = {
     r"digits_resnet18": ("model.net.width=8",),
     r"tiny_lm": (f"data.path={__file__}", "data.val_bytes=600", "data.test_bytes=600", "model.net.width=32"),
     r"nano_llama_60m": (*TINY_LLAMA, "trainer.max_steps=1"),
+    r"smollm2_wikipedia": (*TINY_TOKENS, "trainer.max_steps=1"),
     r"grokking_mlp": ("data.passes=1",),
     r"darcy_fno": (*TINY_DARCY, *FNO_2D),
     r"darcy_unet": (*TINY_DARCY, "model.net.width=4"),
@@ -199,8 +204,10 @@ def test_every_experiment_runs_one_batch(
     monkeypatch.setattr("recipes.train.draw_run", lambda *args, **options: [])  # seconds, and tested elsewhere
     overrides = next(options for pattern, options in SMALL.items() if re.match(pattern, name))
     folder: tuple[str, ...]
-    if name == "nano_llama_60m":
+    if name in ("nano_llama_60m", "smollm2_wikipedia"):
         folder = (f"data.path={__file__}", f"data.tokenizer={write_tokenizer(tmp_path / 'tokenizer')}")
+        if name == "smollm2_wikipedia":
+            folder = (*folder, f"model.net.path={write_llama(tmp_path / 'llama')}")
     elif "darcy" in name and not name.startswith("sciml/"):
         folder = ()  # made on the spot
     else:

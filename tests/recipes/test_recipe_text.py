@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import abc
+import bdb
+import csv
+import dataclasses
+import inspect
 from pathlib import Path
 
 import pytest
@@ -42,6 +47,17 @@ def test_files_of_a_folder_are_read_in_order(tmp_path: Path) -> None:
     data.setup("fit")
     trained_on, _ = text_of(data.train_dataloader())
     assert set(trained_on.flatten().tolist()) == {ord("a"), ord("b"), ord("\n")}
+
+
+def test_pythons_own_modules_are_a_text() -> None:
+    """Whole and in the order of their names, as the interpreter's `inspect` has them."""
+    data = ByteTextData("python", length=64, batch_size=512, val_bytes=1000, test_bytes=1000)
+    data.setup("fit")
+    windows = data.datasets["train"].tensors[0].flatten().tolist()
+    text = bytes(windows)
+    places = [text.find(inspect.getsource(module).encode()[:200]) for module in (abc, bdb, csv, dataclasses)]
+    assert -1 not in places
+    assert places == sorted(places)
 
 
 @pytest.mark.parametrize(

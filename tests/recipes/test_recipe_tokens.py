@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sysconfig
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
@@ -18,10 +19,11 @@ from torch import Tensor
 
 from recipes.data.tokens import PartShuffle, TokenData
 from recipes.errors import RecipeError
+from recipes.models.language import Pretrained
 from recipes.train import train
 from tests.helpers import LIGHTNING_NOISE
 from tests.recipes.recipe_runs import TINY_LLAMA
-from tests.recipes.tokenizers import END, WORDS, write_tokenizer
+from tests.recipes.tokenizers import END, WORDS, write_llama, write_tokenizer
 
 pytestmark = LIGHTNING_NOISE
 
@@ -128,6 +130,14 @@ def test_parts_of_a_pass_go_through_everything_once() -> None:
     assert first != second
 
 
+def test_a_known_text_has_a_name(sources: dict[str, Any]) -> None:
+    """Python's modules, each a document; the toy tokenizer knows few of their words, but every end."""
+    prepared(**{**sources, "path": "python"})
+    (file,) = sources["cache_dir"].iterdir()
+    modules = list(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    assert (np.fromfile(file, np.uint16) == END).sum() >= len(modules) > 100
+
+
 @pytest.mark.parametrize(
     ("options", "error", "words_of_it"),
     [
@@ -185,3 +195,35 @@ def test_a_llama_learns(
         ratios = {row["layer"]: row["ratio"] for row in json.loads(summary.read_text())["layers"]}
         assert ratios["net.llama.model.embed_tokens"] == ratios["net.llama.lm_head"] == 5
         assert (min(ratios.values()), max(ratios.values())) == (1, 5)
+
+
+def test_the_training_of_a_trained_model_goes_on(
+    settings: Callable[..., DictConfig], sources: dict[str, Any], tmp_path: Path
+) -> None:
+    """The network is the saved one, and a few steps of the experiment lower its loss."""
+    from transformers import AutoModelForCausalLM
+
+    folder = write_llama(tmp_path / "llama")
+    saved = AutoModelForCausalLM.from_pretrained(folder)
+    tokens = torch.arange(20).view(2, 10)
+    with torch.no_grad():
+        assert torch.equal(Pretrained(str(folder))(tokens), saved(tokens).logits)
+    (tmp_path / "long.txt").write_text(" ".join(words(document) for document in DOCUMENTS * 20))
+    cfg = settings(
+        "experiment=smollm2_wikipedia",
+        *(f"data.path={tmp_path}/long.txt", f"data.tokenizer={sources['tokenizer']}", "data.vocabulary=64"),
+        *(f"model.net.path={folder}", "data.length=16", "data.val_tokens=200", "data.test_tokens=200"),
+        *("trainer=cpu", "logger=csv", "trainer.max_steps=20", "trainer.limit_train_batches=10", "lr=1e-2"),
+        *("scheduler.num_warmup_steps=2", "balancing.min_eigenvalues=10"),
+    )
+    facts = train(cfg)
+    assert facts["steps"] == 20
+    assert facts["test"]["test/loss"] < 0.9 * math.log(WORDS)
+
+
+def test_no_model_to_go_on_with(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    with pytest.raises(RecipeError, match=r"model\.net\.path=gpt2 is no folder.*nothing is downloaded"):
+        Pretrained("gpt2")
+    with pytest.raises(RecipeError, match="holds no causal language model"):
+        Pretrained(str(tmp_path))

@@ -1,10 +1,11 @@
-"""A folder with a small tokenizer of transformers, as users have one."""
+"""Folders with a small tokenizer and a small language model of transformers, as users have them."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+import torch
 
 WORDS = 60
 """Words that the tokenizer knows: `w00`, `w01`, ...; the number is the id."""
@@ -21,4 +22,14 @@ def write_tokenizer(folder: Path, *, eos: bool = True) -> Path:
     made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     special = {"unk_token": f"w{UNKNOWN:02d}", **({"eos_token": f"w{END:02d}"} if eos else {})}
     transformers.PreTrainedTokenizerFast(tokenizer_object=made, **special).save_pretrained(folder)
+    return folder
+
+
+def write_llama(folder: Path) -> Path:
+    """Save a LLaMA of one block and width 32 that knows the tokenizer's words, with random weights."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.LlamaConfig(vocab_size=64, max_position_embeddings=64, **sizes)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
     return folder
