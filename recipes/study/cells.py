@@ -178,20 +178,23 @@ class Resources:
         workers: Most runs at the same time; None for as many as there is room for.
         address: That of the Ray cluster; None for `RAY_ADDRESS`, or one that is started on this machine.
         gpus_per_run: GPUs, or the share of one, that a run has; None for no share in particular.
+        minutes: After so many no run is begun any more; None for no limit.
     """
 
     engine: str = "local"
     workers: int | None = None
     address: str | None = None
     gpus_per_run: float | None = None
+    minutes: float | None = None
 
     def __post_init__(self) -> None:
         check_count("study.workers", self.workers)
         if self.engine not in ENGINES:
             raise RecipeError(f"study.engine must be one of {', '.join(ENGINES)}, got {self.engine!r}")
-        share = self.gpus_per_run
-        if share is not None and not (isinstance(share, int | float) and 0 < share < math.inf):
-            raise RecipeError(f"study.gpus_per_run must be a number above 0, got {share!r}")
+        for name in ("gpus_per_run", "minutes"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
+                raise RecipeError(f"study.{name} must be a number above 0, got {value!r}")
         if self.engine == "local" and self.address is not None:
             raise RecipeError("study.address is that of a Ray cluster: it needs study.engine=ray")
 

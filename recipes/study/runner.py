@@ -117,14 +117,18 @@ class _Progress:
                 self._plans[cell.name, arm] = arm_plan(cell, arm, results[cell.name])
 
     def _missing(self) -> list[tuple[str, Job]]:
-        """Return the runs that can be started now, with the names of their cells."""
-        missing = []
+        """Return the runs that can be started now, with the names of their cells.
+
+        Searches come first, then one seed after the other of all arms and cells, so that a study that ends early
+        has pairs.
+        """
+        missing: list[tuple[str, Job]] = []
         # An error in one run of an arm comes in all of them; that a process died says nothing of the others.
         broken = {(name, job.arm) for (name, job), outcome in self._failures.items() if not outcome.died}
         for (name, arm), plan in self._plans.items():
             if (name, arm) not in broken:
                 missing += [(name, job) for job in plan.missing if (name, job) not in self._failures]
-        return missing
+        return sorted(missing, key=lambda key: (key[1].phase == "final", key[1].seed))
 
     def run(self) -> None:
         """Work until no run is missing that can be done.
@@ -142,15 +146,26 @@ class _Progress:
                     self._slots = engine.slots  # nodes come and go
                     bar.update(task, total=self._total(), completed=self._done(), left=self._left())
         self._raise_failures()
+        left = self._total() - self._done()
+        if left:
+            minutes = self._study.resources.minutes
+            warn(self._console, f"stopped by study.minutes={minutes}: {left} runs are left; repeat to go on")
 
     def _hand_out(self, engine: Engine) -> bool:
         """Begin as many runs as there is room for, and return whether any is going on."""
         going = engine.tasks
-        waiting = [key for key in self._missing() if key not in going]
+        waiting = []
+        if not self._time_is_up():
+            waiting = [key for key in self._missing() if key not in going]
         for name, job in waiting[: max(0, engine.slots - len(going))]:
             cell = self._cells[name]
             engine.submit((name, job), run_quietly, (cell.settings(job), cell.options.evaluations))
         return bool(engine.tasks)
+
+    def _time_is_up(self) -> bool:
+        """Return whether no run is to be begun any more."""
+        minutes = self._study.resources.minutes
+        return minutes is not None and time.monotonic() - self._begun > 60 * minutes
 
     def _take(self, outcome: Outcome) -> None:
         """Keep what a run has found, or note that it failed."""

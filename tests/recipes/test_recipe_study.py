@@ -6,7 +6,7 @@ import math
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 from scipy import stats
 
+from recipes.engine import Outcome
 from recipes.errors import RecipeError
 from recipes.study.__main__ import main
 from recipes.study.cells import load_study
@@ -356,6 +357,18 @@ def test_experiments_say_how_to_run_them() -> None:
         assert path.read_text().splitlines()[1] == f"# python -m recipes.study experiment=study/{path.stem}"
 
 
+STUDIES = sorted((Path(CONFIG_DIR) / "study").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", STUDIES, ids=[file.stem for file in STUDIES])
+def test_every_study_composes_with_all_its_arms(file: Path) -> None:
+    assert file.read_text().splitlines()[0] == f"# python -m recipes.study study={file.stem}"
+    study = load_study(CONFIG_DIR, [f"study={file.stem}"])
+    assert study.cells
+    for cell in study.cells:
+        assert len({cell.fingerprint(arm) for arm in cell.options.arms}) == len(cell.options.arms)
+
+
 # Whole studies, in real processes
 
 
@@ -454,12 +467,85 @@ def test_a_dry_run_of_a_new_study_makes_nothing(tmp_path: Path, capsys: pytest.C
     [
         ("study.engine=slurm", "local, ray"),
         ("study.gpus_per_run=0", "gpus_per_run"),
+        ("study.minutes=0", "study.minutes must be a number above 0"),
         ("study.address=auto", "engine=ray"),
     ],
 )
 def test_resources_that_cannot_be(tmp_path: Path, override: str, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         load_study(CONFIG_DIR, _tiny(tmp_path, override))
+
+
+class _Recorder:
+    """An engine with one slot that does no run: it notes the order of the jobs, and returns made-up results."""
+
+    slots = 1
+
+    def __init__(self) -> None:
+        self.begun: list[Any] = []
+        self.tasks: set[Any] = set()
+
+    def __enter__(self) -> _Recorder:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def submit(self, task: Any, function: object, argument: object) -> None:
+        self.begun.append(task)
+        self.tasks.add(task)
+
+    def finished(self, timeout: float) -> Iterator[Outcome]:
+        for task in tuple(self.tasks):
+            self.tasks.remove(task)
+            yield Outcome(task, result=(MADE_UP, []))
+
+
+MADE_UP = {
+    "status": "ok",
+    "metric": "accuracy",
+    "val": 0.5,
+    "test": 0.5,
+    "val_samples": 40,
+    "test_samples": 40,
+    "blind_error": 0.9,
+    "parameters": 1,
+    "epochs": 2,
+    "steps": 4,
+    "device": "cpu",
+    "seconds": 1.0,
+    "train_seconds": 1.0,
+    "callback_seconds": 0.0,
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_searches_come_first_and_then_seed_after_seed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A study that ends early has the same seeds of all arms."""
+    engine = _Recorder()
+    monkeypatch.setattr("recipes.study.runner.make_engine", lambda study: engine)
+    main(_tiny(tmp_path))
+    order = [(job.phase, job.seed, job.arm) for _, job in engine.begun]
+    assert [phase for phase, _, _ in order] == ["tune"] * 4 + ["final"] * 8
+    assert order[4:] == [("final", seed, arm) for seed in (1, 2, 3, 4) for arm in ("off", "farms")]
+    assert "are left" not in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_no_run_is_begun_when_the_time_is_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine = _Recorder()
+    monkeypatch.setattr("recipes.study.runner.make_engine", lambda study: engine)
+    main(_tiny(tmp_path, "study.minutes=1e-9"))
+    assert not engine.begun
+    printed = capsys.readouterr()
+    assert "study.minutes=1e-09: 12 runs are left" in printed.out + printed.err
+    GlobalHydra.instance().clear()
+    main(_tiny(tmp_path, "study.minutes=60"))
+    assert len(_results(tmp_path)) == 12
 
 
 @pytest.mark.filterwarnings("ignore")
