@@ -153,20 +153,22 @@ class Cell:
         Returns:
             Under "study" what decides the choice of learning rates, under "arms" the settings of each arm.
         """
+        return {"study": self._tuning(), "arms": {arm: _lasting(cfg) for arm, cfg in self.arms.items()}}
+
+    def fingerprint(self, arm: str) -> str:
+        """Return twelve hex digits that stand for the arm's settings; every row of the results has them."""
+        text = json.dumps([self._tuning(), _lasting(self.arms[arm])], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def _tuning(self) -> dict[str, Any]:
+        """Return what decides the choice of learning rates."""
         options = self.options
-        tuning = {
+        return {
             "grid": list(options.grid),
             "tune_seeds": options.tune_seeds,
             "extend": options.extend,
             "vary_data": options.vary_data,
         }
-        return {"study": tuning, "arms": {arm: _lasting(cfg) for arm, cfg in self.arms.items()}}
-
-    def fingerprint(self, arm: str) -> str:
-        """Return twelve hex digits that stand for the arm's settings; every row of the results has them."""
-        identity = self.identity()
-        text = json.dumps([identity["study"], identity["arms"][arm]], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True)
