@@ -76,14 +76,15 @@ class Pretrained(nn.Module):
     """A trained causal language model of transformers, whose training goes on.
 
     Args:
+        vocabulary: Tokens of the data; at most as many as the model knows.
         path: Folder of the model, as `model.save_pretrained` writes it; `"smollm2"` for SmolLM2-135M, which
             `make real` brings. Nothing is downloaded.
 
     Raises:
-        RecipeError: There is no such model, or transformers is not installed.
+        RecipeError: There is no such model, it knows fewer tokens, or transformers is not installed.
     """
 
-    def __init__(self, path: str = "smollm2") -> None:
+    def __init__(self, vocabulary: int, path: str = "smollm2") -> None:
         super().__init__()
         try:
             from transformers import AutoModelForCausalLM
@@ -99,6 +100,12 @@ class Pretrained(nn.Module):
             self.network = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError) as error:
             raise RecipeError(f"model.net.path={path} holds no causal language model: {error}") from error
+        known = self.network.config.vocab_size
+        if known < vocabulary:
+            raise RecipeError(
+                f"model.net.path={path} knows {known} tokens, fewer than data.vocabulary={vocabulary}; set "
+                f"data.vocabulary={known}, and data.tokenizer to the tokenizer of that model"
+            )
         self.network.train()
 
     def forward(self, tokens: Tensor) -> Tensor:

@@ -80,7 +80,7 @@ COMPANIONS: dict[str, tuple[str, ...]] = {
     "data=tokens": ("model=llama_60m", "model.net.width=32"),
     "model=byte_llama": ("data=text",),
     "model=llama_60m": ("data=tokens", "model.net.width=32"),
-    "model=pretrained_lm": ("data=tokens",),
+    "model=pretrained_lm": ("data=tokens", "data.vocabulary=64"),
     "model=resnet18": ("data=digits",),
     "model=resnet34": ("data=digits",),
     "model=vgg16": ("data=digits", "data.image_size=32"),

@@ -207,7 +207,7 @@ def test_the_training_of_a_trained_model_goes_on(
     saved = AutoModelForCausalLM.from_pretrained(folder)
     tokens = torch.arange(20).view(2, 10)
     with torch.no_grad():
-        assert torch.equal(Pretrained(str(folder))(tokens), saved(tokens).logits)
+        assert torch.equal(Pretrained(64, str(folder))(tokens), saved(tokens).logits)
     (tmp_path / "long.txt").write_text(" ".join(words(document) for document in DOCUMENTS * 20))
     cfg = settings(
         "experiment=smollm2_wikipedia",
@@ -224,6 +224,8 @@ def test_the_training_of_a_trained_model_goes_on(
 def test_no_model_to_go_on_with(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     with pytest.raises(RecipeError, match=r"model\.net\.path=gpt2 is no folder.*nothing is downloaded"):
-        Pretrained("gpt2")
+        Pretrained(64, "gpt2")
     with pytest.raises(RecipeError, match="holds no causal language model"):
-        Pretrained(str(tmp_path))
+        Pretrained(64, str(tmp_path))
+    with pytest.raises(RecipeError, match=r"knows 64 tokens.*set data\.vocabulary=64"):
+        Pretrained(65, str(write_llama(tmp_path / "llama")))
