@@ -48,6 +48,7 @@ class Options:
         baseline: The arm that the others are compared with.
         seeds: Final runs of each arm.
         grid: Multiples of an arm's learning rate to try, ascending.
+        baseline_grid: Those of the baseline; None for the same as the arms.
         tune_seeds: Runs for each of them.
         extend: How often the grid may grow at each end.
         vary_data: Whether each seed has a data split of its own.
@@ -59,6 +60,7 @@ class Options:
     baseline: str
     seeds: int
     grid: tuple[float, ...]
+    baseline_grid: tuple[float, ...] | None
     tune_seeds: int
     extend: int
     vary_data: bool
@@ -71,9 +73,17 @@ class Options:
         _check_whole_number("seeds", self.seeds, 1)
         _check_whole_number("tune_seeds", self.tune_seeds, 1)
         _check_whole_number("extend", self.extend, 0)
-        _check_grid(self.grid)
+        _check_grid("grid", self.grid)
+        if self.baseline_grid is not None:
+            _check_grid("baseline_grid", self.baseline_grid)
         if not isinstance(self.vary_data, bool):
             raise RecipeError(f"study.vary_data must be true or false, got {self.vary_data!r}")
+
+    def grid_of(self, arm: str) -> tuple[float, ...]:
+        """Return the multiples of an arm's learning rate to try."""
+        if arm == self.baseline and self.baseline_grid is not None:
+            return self.baseline_grid
+        return self.grid
 
     def overrides(self, arm: str) -> list[str]:
         """Return the settings that make an arm, `balancing=...` first."""
@@ -110,12 +120,12 @@ def _check_whole_number(name: str, value: Any, least: int) -> None:
         raise RecipeError(f"study.{name} must be a whole number of at least {least}, got {value!r}")
 
 
-def _check_grid(grid: Sequence[Any]) -> None:
+def _check_grid(name: str, grid: Sequence[Any]) -> None:
     """Refuse a grid that is empty, has something else than positive numbers in it, or does not ascend."""
     positive = all(isinstance(multiple, int | float) and 0 < multiple < math.inf for multiple in grid)
     ascending = positive and list(grid) == sorted(set(grid))
     if not grid or not ascending:
-        raise RecipeError(f"study.grid must be positive multiples in ascending order, got {list(grid)}")
+        raise RecipeError(f"study.{name} must be positive multiples in ascending order, got {list(grid)}")
 
 
 @dataclass(frozen=True)
@@ -163,12 +173,15 @@ class Cell:
     def _tuning(self) -> dict[str, Any]:
         """Return what decides the choice of learning rates."""
         options = self.options
-        return {
+        tuning = {
             "grid": list(options.grid),
             "tune_seeds": options.tune_seeds,
             "extend": options.extend,
             "vary_data": options.vary_data,
         }
+        if options.baseline_grid is not None:  # absent otherwise, as in studies that were begun without it
+            tuning["baseline_grid"] = list(options.baseline_grid)
+        return tuning
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ def run_study(study: Study, console: Console) -> Results:
 def arm_plan(cell: Cell, arm: str, finished: Mapping[Job, Record]) -> ArmPlan:
     """Return what an arm of a cell needs, by the runs that are finished."""
     options = cell.options
-    search = Search(arm, cell.lr(arm), options.grid, options.tune_seeds, options.extend)
+    search = Search(arm, cell.lr(arm), options.grid_of(arm), options.tune_seeds, options.extend)
     return plan_arm(search, options.seeds, finished)
 
 

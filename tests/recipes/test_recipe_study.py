@@ -303,6 +303,7 @@ def _tiny(tmp_path: Path, *more: str) -> list[str]:
         (("experiment=darcy_fno", "study.seeds=0"), "study.seeds must be a whole number of at least 1, got 0"),
         (("experiment=darcy_fno", "study.grid=[2,1]"), "study.grid must be positive multiples in ascending order"),
         (("experiment=darcy_fno", "study.grid=[0]"), "study.grid must be positive multiples"),
+        (("experiment=darcy_fno", "study.baseline_grid=[]"), "study.baseline_grid must be positive multiples"),
         (("experiment=darcy_fno", "study.vary_data=3"), "study.vary_data must be true or false"),
         (("experiment=darcy_fno", "study.workers=0"), "study.workers must be null or a positive number"),
         (("experiment=darcy_fno", "+study.colour=1"), "unknown settings under study: colour"),
@@ -531,6 +532,18 @@ def test_searches_come_first_and_then_seed_after_seed(
     assert [phase for phase, _, _ in order] == ["tune"] * 4 + ["final"] * 8
     assert order[4:] == [("final", seed, arm) for seed in (1, 2, 3, 4) for arm in ("off", "farms")]
     assert "are left" not in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_baseline_may_have_more_tries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = _Recorder()
+    monkeypatch.setattr("recipes.study.runner.make_engine", lambda study: engine)
+    main(_tiny(tmp_path, "study.baseline_grid=[0.5,1,1.5,2]"))
+    tried = [(job.arm, job.lr) for _, job in engine.begun if job.phase == "tune"]
+    assert sorted(tried) == [("farms", 0.1), ("farms", 0.2), *(("off", lr) for lr in (0.05, 0.1, 0.15, 0.2))]
+    assert load_study(CONFIG_DIR, _tiny(tmp_path)).cells[0].identity()["study"].keys() == {
+        *("grid", "tune_seeds", "extend", "vary_data")  # studies that were begun without it go on
+    }
 
 
 @pytest.mark.filterwarnings("ignore")
