@@ -353,10 +353,16 @@ def test_experiments_say_how_to_run_them() -> None:
     files = sorted((Path(CONFIG_DIR) / "experiment" / "study").glob("*.yaml"))
     assert [path.stem for path in files] == sorted(
         cell.rpartition("/")[2]
-        for cell in ("darcy_fno", "darcy_unet", "tiny_lm", "tiny_lm_fast", *_digits_cells())
+        for cell in (
+            *("darcy_fno", "darcy_unet", "tiny_lm", "tiny_lm_fast", *_digits_cells()),
+            *("newsgroups_minilm_1", "newsgroups_minilm_1_lora", "newsgroups_minilm_5", "newsgroups_minilm_10"),
+        )
     )
     for path in files:
-        assert path.read_text().splitlines()[1] == f"# python -m recipes.study experiment=study/{path.stem}"
+        program = " study.program=finetune" if path.stem.startswith("newsgroups") else ""
+        assert (
+            path.read_text().splitlines()[1] == f"# python -m recipes.study experiment=study/{path.stem}{program}"
+        )
 
 
 def _digits_cells() -> list[str]:
