@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -238,7 +240,7 @@ def _evaluate(run: Run) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def _temporary_folder(cfg: DictConfig) -> Any:
+def _temporary_folder(cfg: DictConfig) -> Iterator[DictConfig]:
     """Yield the settings with a folder for the Trainer, which wants one; it is removed afterwards."""
     with tempfile.TemporaryDirectory() as folder:
         own = cfg.copy()
@@ -247,10 +249,10 @@ def _temporary_folder(cfg: DictConfig) -> Any:
 
 
 @contextlib.contextmanager
-def _quiet() -> Any:
+def _quiet() -> Iterator[None]:
     """Let transformers print no progress and no warnings."""
     verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
+    transformers.logging.set_verbosity(logging.ERROR)
     transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
