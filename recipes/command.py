@@ -25,8 +25,8 @@ from recipes.errors import RecipeError
 __all__ = ["hand_over_hydras_errors", "hydra_run", "sentence", "show_errors", "user_errors"]
 
 FULL_ERROR = "RECIPES_FULL_ERROR"
-_SETUP = ("setup", "on_train_start")
-"""Hooks in which the callback refuses what can't work."""
+_SETUP = ("setup", "on_train_start", "on_train_begin")
+"""Hooks of both trainers in which the callback refuses what can't work."""
 
 _NOISE = ("full_key:", "object_type=", "reference_type=", "Config search path:", "provider=", "_")
 """Starts of lines in messages of Hydra and OmegaConf that say nothing to users: classes, paths, shared files."""

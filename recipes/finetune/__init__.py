@@ -7,5 +7,6 @@
 - `encoding`, `heads`, `spans`: from examples to the inputs of a network, and from its outputs to scores;
 - `network`: a trained model from a folder, whole or with LoRA;
 - `records`: the curves in `metrics.csv`;
+- `building`: the parts of a run, from settings;
 - `run`: one run from settings to summary.
 """

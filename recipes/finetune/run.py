@@ -6,29 +6,24 @@ training.
 
 from __future__ import annotations
 
-import math
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig
 from rich.markup import escape
-from torch import nn
 
-from recipes.config import build, build_balancer, check_arm, check_count, check_resumed_config
+from recipes.config import build, build_balancer, check_resumed_config
 from recipes.console import make_console, warn
 from recipes.errors import RecipeError
+from recipes.finetune.building import Run, build_run, check_settings, score
 from recipes.finetune.data import Examples
-from recipes.finetune.encoding import Encoded
-from recipes.finetune.heads import HEADS
-from recipes.finetune.network import ModelOptions, load_network, load_tokens, load_weights
-from recipes.finetune.records import CLOCKS, MetricsCallback, RatesCallback
+from recipes.finetune.network import load_weights
+from recipes.finetune.records import MetricsCallback, RatesCallback
 from recipes.folder import CONFIG_FILE, drop_if_empty, open_run_folder, save_config
 from recipes.summary import draw_run, measure_layers, print_summary, write_summary
 
@@ -37,27 +32,6 @@ __all__ = ["finetune"]
 CHECKPOINTS = "checkpoints"
 _TRAINER_STATE = "trainer_state.json"  # the last file of a checkpoint that the Trainer writes
 _LAST_WEIGHTS = "last.ckpt"
-
-
-@dataclass(frozen=True)
-class Run:
-    """The parts of a run.
-
-    Attributes:
-        model: the network with its head.
-        trainer: Hugging Face's Trainer, with callbacks.
-        val: the validation examples.
-        test: the test examples.
-        rates: learning rate and ratios of the last step.
-        balancer: the balancing callback; None for the arm `off`.
-    """
-
-    model: nn.Module
-    trainer: transformers.Trainer
-    val: Encoded
-    test: Encoded
-    rates: RatesCallback
-    balancer: Any
 
 
 def finetune(cfg: DictConfig) -> dict[str, Any]:
@@ -95,12 +69,7 @@ def _check(cfg: DictConfig) -> Path | None:
     Raises:
         RecipeError: The settings do not resolve or contradict each other, or the checkpoint is not whole.
     """
-    try:
-        OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    except OmegaConfBaseException as error:
-        raise RecipeError(f"the settings do not resolve: {error}") from error
-    check_arm(cfg)
-    check_count("threads", cfg.threads)
+    check_settings(cfg)
     if cfg.ckpt_path is None:
         return None
     checkpoint = Path(cfg.ckpt_path)
@@ -130,7 +99,9 @@ def _finetune_in(folder: Path, cfg: DictConfig, checkpoint: Path | None) -> dict
         torch.set_num_threads(cfg.threads)
     balancer = build_balancer(cfg)
     examples: Examples = build(cfg, "data").read()
-    run = _build_run(cfg, examples, balancer)
+    rates = RatesCallback(balancer)
+    balancing = [] if balancer is None else [balancer]
+    run = build_run(cfg, examples, [*balancing, rates, MetricsCallback(folder)])
     save_config(cfg, folder)
     sizes = (
         f"{len(examples.train)} examples to train on, {len(examples.val)} to choose, {len(examples.test)} to test"
@@ -142,11 +113,11 @@ def _finetune_in(folder: Path, cfg: DictConfig, checkpoint: Path | None) -> dict
     try:
         run.trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finally:
-        if run.balancer is not None:
-            run.balancer.detach()
-    layers = measure_layers(run.model, cfg, run.rates.last)  # of the last epoch's weights
-    _save_last_weights(run, folder)
-    facts = _facts(cfg, run, _test(cfg, run))
+        if balancer is not None:
+            balancer.detach()
+    layers = measure_layers(run.model, cfg, rates.last)  # of the last epoch's weights
+    _save_last_weights(run, balancer, folder)
+    facts = _facts(cfg, run, _test(run))
     facts["seconds"] = round(time.monotonic() - started, 1)
     write_summary(folder, facts, layers.rows)
     draw_run(folder, layers, title=f"{cfg.name}, balancing={cfg.arm}, seed {cfg.seed}")
@@ -154,80 +125,20 @@ def _finetune_in(folder: Path, cfg: DictConfig, checkpoint: Path | None) -> dict
     return facts
 
 
-def _build_run(cfg: DictConfig, examples: Examples, balancer: Any) -> Run:
-    """Build network, inputs and Trainer.
-
-    Args:
-        cfg: The composed settings; `paths.run_dir` is filled in.
-        examples: The examples.
-        balancer: The balancing callback; None for none.
-
-    Raises:
-        RecipeError: The model is not there, or a part refuses its settings.
-    """
-    options = ModelOptions(**OmegaConf.to_container(cfg.model, resolve=True))  # type: ignore[arg-type]
-    tokens = load_tokens(options)
-    transformers.set_seed(cfg.seed)
-    model = load_network(options, examples.task, examples.classes)
-    head = HEADS[examples.task.kind]
-    train, val, test = (
-        head.encode(rows, examples.task, tokens) for rows in (examples.train, examples.val, examples.test)
-    )
-    rates = RatesCallback(balancer)
-    callbacks: list[Any] = [rates, MetricsCallback(Path(cfg.paths.run_dir))]
-    if balancer is not None:
-        callbacks.insert(0, balancer)
-    collator: Any = transformers.default_data_collator
-    if not head.is_padded:
-        collator = transformers.DataCollatorWithPadding(tokens.tokenizer)
-    trainer = transformers.Trainer(
-        model=model,  # type: ignore[arg-type]
-        args=_arguments(cfg, len(train.features)),
-        data_collator=collator,
-        train_dataset=train.features,  # type: ignore[arg-type]
-        eval_dataset=val.features,  # type: ignore[arg-type]
-        compute_metrics=val.score,
-        callbacks=callbacks,
-    )
-    trainer.remove_callback(transformers.PrinterCallback)
-    return Run(model, trainer, val, test, rates, balancer)
-
-
-def _arguments(cfg: DictConfig, examples: int) -> transformers.TrainingArguments:
-    """Build the Trainer's arguments; a `warmup_steps` below 1 is the fraction of the run that warms up."""
-    options: Mapping[str, Any] = OmegaConf.to_container(cfg.training, resolve=True)  # type: ignore[assignment]
-    batch = options["per_device_train_batch_size"] * options.get("gradient_accumulation_steps", 1)
-    warmup = options["warmup_steps"]
-    if 0 < warmup < 1:  # only the latest transformers takes a fraction
-        warmup = math.ceil(warmup * options["num_train_epochs"] * math.ceil(examples / batch))
-    return build(cfg, "training", warmup_steps=warmup)  # type: ignore[no-any-return]
-
-
-def _test(cfg: DictConfig, run: Run) -> dict[str, float]:
+def _test(run: Run) -> dict[str, float]:
     """Return the test scores of the last epoch's weights and of the best one's, which are in the model then."""
-    last = _scores(run, "test_last")
+    last = score(run.trainer, run.test, "test_last")
     best = run.trainer.state.best_model_checkpoint
     if best is not None:
         load_weights(run.model, Path(best))
-    return {**_scores(run, "test"), **last}
+    return {**score(run.trainer, run.test, "test"), **last}
 
 
-def _scores(run: Run, prefix: str) -> dict[str, float]:
-    """Score the model on the test examples."""
-    run.trainer.compute_metrics = run.test.score
-    found = run.trainer.predict(run.test.features, metric_key_prefix=prefix).metrics or {}  # type: ignore[arg-type]
-    return {
-        name.replace(f"{prefix}_", f"{prefix}/", 1): float(value)
-        for name, value in found.items()
-        if not name.endswith(CLOCKS)
-    }
-
-
-def _save_last_weights(run: Run, folder: Path) -> None:
+def _save_last_weights(run: Run, balancer: Any, folder: Path) -> None:
     """Save the last epoch's weights where `farms-tb report` looks for them."""
     state = run.trainer.state
     callbacks: dict[str, Any] = {}
-    saved = None if run.balancer is None else run.balancer.state()["attributes"]["_restored"]
+    saved = None if balancer is None else balancer.state()["attributes"]["_restored"]
     if saved is not None:
         callbacks["FARMSTempBalance"] = saved
     path = folder / CHECKPOINTS / _LAST_WEIGHTS

@@ -22,10 +22,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from recipes.command import sentence
-from recipes.config import ARMS, check_config, check_count
+from recipes.config import ARMS, check_count
 from recipes.errors import RecipeError
+from recipes.study.programs import PROGRAMS, load_program, program_of
 from recipes.study.records import Job
-from recipes.study.single import metric_of
 
 __all__ = ["Cell", "Options", "Resources", "Study", "load_study"]
 
@@ -37,12 +37,15 @@ _OURS = ("seed", "lr", "balancing", "ckpt_path")
 _NOT_IN_IDENTITY = ("paths", "logger", "callbacks", "threads", "ckpt_path", "arms", "seed", "seeds")
 """Sections that results do not depend on: where files are, who logs what, and what each run has of its own."""
 
+_FOLDERS = ("data.data_dir", "data.folder", "trainer.default_root_dir", "training.output_dir")
+
 
 @dataclass(frozen=True)
 class Options:
     """What is done in a cell; `conf/study.yaml` explains each.
 
     Attributes:
+        program: What does the runs: `"train"` or `"finetune"`.
         arms: The arms: names of `conf/balancing`, or of `variants`.
         variants: Arms of the study's own by name, each as the settings that it differs by from the arm `off`.
         baseline: The arm that the others are compared with.
@@ -55,6 +58,7 @@ class Options:
         evaluations: Epochs, evenly spaced and the last among them, whose weights are validated and tested.
     """
 
+    program: str
     arms: tuple[str, ...]
     variants: Mapping[str, Sequence[str]]
     baseline: str
@@ -67,6 +71,8 @@ class Options:
     evaluations: int
 
     def __post_init__(self) -> None:
+        if self.program not in PROGRAMS:
+            raise RecipeError(f"study.program must be one of {', '.join(PROGRAMS)}, got {self.program!r}")
         self._check_variants()
         self._check_arms()
         _check_whole_number("evaluations", self.evaluations, 1)
@@ -151,10 +157,10 @@ class Cell:
     def settings(self, job: Job) -> dict[str, Any]:
         """Return all settings of a run, resolved: plain values that can be sent to another process."""
         cfg = self.arms[job.arm].copy()
+        if "seed" in cfg.data:  # before the seed, from which an experiment may draw its data
+            cfg.data.seed = job.seed if self.options.vary_data else cfg.data.seed
         cfg.seed = job.seed
         cfg.lr = job.lr
-        if self.options.vary_data:
-            cfg.data.seed = job.seed
         return _plain(cfg)
 
     def identity(self) -> dict[str, Any]:
@@ -231,8 +237,9 @@ class Study:
     @property
     def uses_gpus(self) -> bool:
         """Whether some run may train on a GPU."""
-        settings = [cfg for cell in self.cells for cfg in cell.arms.values()]
-        return any(cfg.trainer.accelerator in ("auto", "gpu", "cuda") for cfg in settings)
+        return any(
+            load_program(cell.options.program).uses_gpu(cfg) for cell in self.cells for cfg in cell.arms.values()
+        )
 
 
 def load_study(config_dir: str, overrides: Sequence[str]) -> Study:
@@ -339,7 +346,7 @@ def _load_cell(experiment: str, folder: Path, options: Options, overrides: Seque
         options: What is done in the cell.
         overrides: Settings that go to every run.
     """
-    arms = {arm: _compose_arm(experiment, options.overrides(arm), overrides) for arm in options.arms}
+    arms = {arm: _compose_arm(experiment, options, arm, overrides) for arm in options.arms}
     baseline = arms[options.baseline]
     if options.vary_data and "seed" not in baseline.data:
         raise RecipeError(
@@ -349,27 +356,35 @@ def _load_cell(experiment: str, folder: Path, options: Options, overrides: Seque
     return Cell(name, folder / name, options, arms)
 
 
-def _compose_arm(experiment: str, own: Sequence[str], overrides: Sequence[str]) -> DictConfig:
+def _compose_arm(experiment: str, options: Options, arm: str, overrides: Sequence[str]) -> DictConfig:
     """Compose and check the settings of an experiment with one arm. The runs of a study log nothing.
 
     Args:
         experiment: The experiment's file in `conf/experiment`, without its ending.
-        own: The settings that make the arm; where both set the same, they count and not `overrides`.
+        options: What is done in the cell.
+        arm: The arm; where its settings and the overrides set the same, they count and not the overrides.
         overrides: Settings that go to every run.
 
     Raises:
-        RecipeError: They do not compose, or can't work.
+        RecipeError: They do not compose, can't work, or are for another program.
     """
+    own = options.overrides(arm)
     if "balancing=off" in own:  # it has no callback whose options could be set
         overrides = [text for text in overrides if not text.lstrip("+~").startswith("balancing.")]
+    program = load_program(options.program)
     try:
-        cfg = compose("train", [f"experiment={experiment}", *overrides, *own])
-    except (HydraException, OmegaConfBaseException) as error:
+        cfg = compose(options.program, [f"experiment={experiment}", *overrides, *own])
+        program.prepare(cfg)
+    except (HydraException, OmegaConfBaseException, RecipeError) as error:
+        right = program_of(experiment)
+        if right not in (None, options.program):
+            raise RecipeError(
+                f"experiment={experiment} is for python -m recipes.{right}: set study.program={right}, or where a "
+                f"study has cells of both programs study.cells.<experiment>.program={right}"
+            ) from error
+        if isinstance(error, RecipeError):
+            raise
         raise RecipeError(f"experiment={experiment}: {sentence(error)}") from error
-    check_config(cfg)
-    metric_of(cfg)
-    if "log" in cfg.balancing:
-        cfg.balancing.log = False
     return cfg
 
 
@@ -395,6 +410,7 @@ def _lasting(cfg: DictConfig) -> dict[str, Any]:
     plain = _plain(cfg)
     for section in _NOT_IN_IDENTITY:
         plain.pop(section, None)
-    plain["data"].pop("data_dir", None)
-    plain["trainer"].pop("default_root_dir", None)
+    for path in _FOLDERS:
+        section, _, name = path.partition(".")
+        plain.get(section, {}).pop(name, None)
     return plain

@@ -18,9 +18,33 @@ from farms_tb.atomic_write import atomic_path
 from recipes.errors import RecipeError
 from recipes.study.statistics import log_error
 
-__all__ = ["RESULTS_FILE", "Job", "Phase", "Record", "Score", "read_records", "write_records", "write_rows"]
+__all__ = [
+    "METRICS",
+    "RESULTS_FILE",
+    "SHARES",
+    "Job",
+    "Phase",
+    "Record",
+    "Score",
+    "read_records",
+    "write_records",
+    "write_rows",
+]
 
 RESULTS_FILE = "results.csv"
+
+METRICS = {
+    "accuracy": "1 - accuracy",
+    "macro_f1": "1 - macro F1",
+    "nrmse": "nRMSE",
+    "relative_l2": "relative L2 error",
+    "loss": "cross-entropy in nats",
+}
+"""The scores a study can compare, and their errors. A network that has learnt nothing has the error of blind
+guessing, 1 - 1 / classes or ln(classes), or that of predicting zero, 1."""
+
+SHARES = ("accuracy", "macro_f1")
+"""Scores between 0 and 1, the larger the better: the error is what is missing to 1."""
 
 Phase = Literal["tune", "final"]
 
@@ -60,7 +84,7 @@ class Record:
         test: Score of the final weights on test data; NaN where diverged.
         val_samples: Number of validation samples.
         test_samples: Number of test samples.
-        blind_error: Error of a network that has learnt nothing; see `recipes.study.single.METRICS`.
+        blind_error: Error of a network that has learnt nothing; see `METRICS`.
         parameters: Number of trainable parameters.
         epochs: Epochs trained.
         steps: Optimizer steps taken.
@@ -114,7 +138,7 @@ class Record:
         return Job(self.arm, self.phase, self.seed, self.lr)
 
     def error(self, which: Score) -> float:
-        """Return the error, smaller is better: 1 - accuracy, else the score itself.
+        """Return the error, smaller is better: 1 - score for one of `SHARES`, else the score itself.
 
         A diverged run has learnt nothing, and counts as such.
 
@@ -124,7 +148,7 @@ class Record:
         if self.status == "diverged":
             return self.blind_error
         score = float(getattr(self, which))
-        if self.metric == "accuracy":
+        if self.metric in SHARES:
             return 1.0 - score
         return score
 
@@ -134,7 +158,7 @@ class Record:
         Args:
             which: The score.
         """
-        if self.metric != "accuracy":
+        if self.metric not in SHARES:
             return log_error(self.error(which), None)
         samples = self.val_samples if which in ("val", "best_val") else self.test_samples
         return log_error(self.error(which), samples)

@@ -27,9 +27,9 @@ from recipes.errors import RecipeError
 from recipes.study.cells import Cell, Study
 from recipes.study.engines import make_engine
 from recipes.study.plan import ArmPlan, Search, Tuning, plan_arm
+from recipes.study.programs import load_program
 from recipes.study.records import Job, Record, read_records, write_records
 from recipes.study.settings import check_cell, keep_settings, locked
-from recipes.study.single import run_quietly
 
 __all__ = ["arm_plan", "run_study", "show_plan"]
 
@@ -159,7 +159,8 @@ class _Progress:
             waiting = [key for key in self._missing() if key not in going]
         for name, job in waiting[: max(0, engine.slots - len(going))]:
             cell = self._cells[name]
-            engine.submit((name, job), run_quietly, (cell.settings(job), cell.options.evaluations))
+            run = load_program(cell.options.program).run_quietly
+            engine.submit((name, job), run, (cell.settings(job), cell.options.evaluations))
         return bool(engine.tasks)
 
     def _time_is_up(self) -> bool:

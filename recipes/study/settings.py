@@ -17,9 +17,8 @@ from omegaconf import OmegaConf
 from farms_tb.atomic_write import atomic_path
 from recipes.errors import RecipeError
 from recipes.old_names import current_settings
-from recipes.parts import build_parts
 from recipes.study.cells import Cell
-from recipes.study.single import make_trainer
+from recipes.study.programs import load_program
 
 __all__ = ["SETTINGS_FILE", "check_cell", "keep_settings", "locked"]
 
@@ -37,8 +36,9 @@ def check_cell(cell: Cell) -> None:
     Raises:
         RecipeError: A part refuses its settings, or two parts do not fit.
     """
+    program = load_program(cell.options.program)
     for cfg in cell.arms.values():
-        make_trainer(cfg, build_parts(cfg))
+        program.build_once(cfg)
 
 
 @contextmanager

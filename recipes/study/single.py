@@ -1,4 +1,4 @@
-"""One run of a study: build, train, validate and test the final weights, and nothing else.
+"""One run of `python -m recipes.train` in a study: build, train, validate and test, and nothing else.
 
 A study makes hundreds of runs, so this leaves out all that `recipes.train` does around a training: no run folder,
 no checkpoints, no loggers, no pictures. Model, data, callback and optimizer are built the same way.
@@ -11,7 +11,6 @@ import io
 import logging
 import math
 import time
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,24 +19,35 @@ from lightning import Callback, Trainer
 from lightning.pytorch.profilers import SimpleProfiler
 from omegaconf import DictConfig, OmegaConf
 
-from recipes.config import build
+from recipes.config import build, check_config
 from recipes.console import quiet_lightning
 from recipes.errors import RecipeError
 from recipes.parts import Parts, build_parts
-from recipes.study.course import Course, best_epochs
+from recipes.study.course import Course, Ratios, Weights, best_epochs, outcome
+from recipes.study.messages import callback_warnings
 
-__all__ = ["METRICS", "make_trainer", "metric_of", "run_once", "run_quietly"]
+__all__ = ["build_once", "make_trainer", "metric_of", "prepare", "run_once", "run_quietly", "uses_gpu"]
 
-METRICS = {
-    "accuracy": "1 - accuracy",
-    "nrmse": "nRMSE",
-    "relative_l2": "relative L2 error",
-    "loss": "cross-entropy in nats",
-}
-"""The scores a study can compare, and their errors. A network that has learnt nothing has the error of blind
-guessing, 1 - 1 / classes or ln(classes), or that of predicting zero, 1."""
-
+_METRICS = ("accuracy", "nrmse", "relative_l2", "loss")
 _NEVER = 10**9
+
+
+def prepare(cfg: DictConfig) -> None:
+    """Check the settings of an arm, and let its runs log nothing; see `recipes.study.programs.Program`."""
+    check_config(cfg)
+    metric_of(cfg)
+    if "log" in cfg.balancing:
+        cfg.balancing.log = False
+
+
+def build_once(cfg: DictConfig) -> None:
+    """Build the parts of a run and throw them away; see `recipes.study.programs.Program`."""
+    make_trainer(cfg, build_parts(cfg))
+
+
+def uses_gpu(cfg: DictConfig) -> bool:
+    """Return whether a run may train on a GPU."""
+    return cfg.trainer.accelerator in ("auto", "gpu", "cuda")
 
 
 def metric_of(cfg: DictConfig) -> str:
@@ -47,12 +57,12 @@ def metric_of(cfg: DictConfig) -> str:
         cfg: The composed settings.
 
     Raises:
-        RecipeError: It is not one of `METRICS`.
+        RecipeError: It is none that this program has.
     """
     metric = str(cfg.task.monitor).removeprefix("val/")
     # Of other tasks a loss has no error of blind guessing.
-    if metric not in METRICS or (metric == "loss" and cfg.model._target_ != "recipes.tasks.LanguageModel"):
-        known = ", ".join(f"val/{name}" for name in METRICS)
+    if metric not in _METRICS or (metric == "loss" and cfg.model._target_ != "recipes.tasks.LanguageModel"):
+        known = ", ".join(f"val/{name}" for name in _METRICS)
         raise RecipeError(f"a study compares errors: task.monitor must be one of {known}, got {cfg.task.monitor}")
     return metric
 
@@ -104,20 +114,18 @@ def run_once(settings: dict[str, Any], evaluations: int = 1) -> tuple[dict[str, 
     """
     started = time.perf_counter()
     cfg = OmegaConf.create(settings)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with callback_warnings() as messages:
         parts = build_parts(cfg)
-        course = Course(parts.balancer, evaluations)
-        trainer, clock = make_trainer(cfg, parts, course)
+        ratios, weights = Ratios(parts.balancer), Weights(evaluations)
+        trainer, clock = make_trainer(cfg, parts, Course(ratios, weights))
         trainer.fit(parts.model, datamodule=parts.data)
         last = trainer.current_epoch
         training = {"epochs": last, "steps": trainer.global_step, **_times(clock)}
-        scores = {epoch: _evaluate(trainer, parts) for epoch in course.epochs(parts.model, last)}
+        scores = {epoch: _evaluate(trainer, parts) for epoch in weights.epochs(parts.model, last)}
     facts: dict[str, Any] = {
         **_outcome(cfg, scores[last]),
         **best_epochs(scores, metric_of(cfg)),
-        "mean_ratio": course.mean_ratio,
-        "ratio_sd": course.ratio_sd,
+        **ratios.facts(),
         **training,
         "val_samples": _size(parts.data.val_dataloader()),
         "test_samples": _size(parts.data.test_dataloader()),
@@ -125,7 +133,7 @@ def run_once(settings: dict[str, Any], evaluations: int = 1) -> tuple[dict[str, 
         "device": str(trainer.strategy.root_device),
         "seconds": round(time.perf_counter() - started, 3),
     }
-    return facts, [str(warning.message) for warning in caught if "farms_tb" in warning.filename]
+    return facts, messages
 
 
 def run_quietly(arguments: tuple[dict[str, Any], int]) -> tuple[dict[str, Any], list[str]]:
@@ -148,17 +156,14 @@ def _evaluate(trainer: Trainer, parts: Parts) -> dict[str, float]:
 
 
 def _outcome(cfg: DictConfig, scores: Mapping[str, float]) -> dict[str, Any]:
-    """Return what the scores say, in the fields of `Record`; a score that is not finite means that it diverged."""
+    """Return what the scores of the last epoch say, in the fields of `Record`."""
     metric = metric_of(cfg)
     blind_error = 1.0
     if metric == "accuracy":
         blind_error = 1.0 - 1.0 / cfg.task.out_channels
     elif metric == "loss":
         blind_error = math.log(cfg.task.out_channels)
-    status, val, test = "ok", scores[f"val/{metric}"], scores[f"test/{metric}"]
-    if not all(math.isfinite(score) for score in scores.values()):
-        status, val, test = "diverged", math.nan, math.nan
-    return {"status": status, "metric": metric, "val": val, "test": test, "blind_error": blind_error}
+    return {**outcome(scores, metric), "blind_error": blind_error}
 
 
 def _size(loader: Any) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from recipes.study.single import METRICS
+from recipes.study.records import METRICS, SHARES
 
 __all__ = ["Unit", "heading", "number", "unit_of"]
 
@@ -40,8 +40,10 @@ _PLAIN = Unit(1, 4, "")
 
 
 def unit_of(metric: str) -> Unit:
-    """Return the unit of a metric's error: hundredths for accuracy, nats for a loss, none for the others."""
-    return {"accuracy": _SHARE, "loss": _NATS}.get(metric, _PLAIN)
+    """Return the unit of a metric's error: hundredths for a share, nats for a loss, none for the others."""
+    if metric in SHARES:
+        return _SHARE
+    return _NATS if metric == "loss" else _PLAIN
 
 
 def heading(metric: str) -> str:

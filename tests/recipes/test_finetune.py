@@ -215,6 +215,7 @@ def test_lora_without_peft_names_the_extra(
         (("training.eval_strategy=sometimes",), "training: .*sometimes"),
         (("ckpt_path=/no/checkpoint-4",), "no whole checkpoint"),
         (("balancing.esd=fll", "balancing=farms"), "balancing: esd must be one of"),
+        (("balancing.exclude=[nowhere]", "balancing=farms"), "balancing: .*nowhere"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )

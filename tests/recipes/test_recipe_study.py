@@ -355,7 +355,10 @@ def test_experiments_say_how_to_run_them() -> None:
     files = sorted((Path(CONFIG_DIR) / "experiment" / "study").glob("*.yaml"))
     assert len(files) > 20
     for path in files:
-        assert path.read_text().splitlines()[1] == f"# python -m recipes.study experiment=study/{path.stem}"
+        program = " study.program=finetune" if path.stem.startswith("newsgroups") else ""
+        assert (
+            path.read_text().splitlines()[1] == f"# python -m recipes.study experiment=study/{path.stem}{program}"
+        )
 
 
 STUDIES = sorted((Path(CONFIG_DIR) / "study").glob("*.yaml"))

@@ -1,0 +1,139 @@
+"""The parts of a run: network, inputs and Hugging Face's Trainer, built from the settings."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torch import nn
+from transformers.trainer_utils import EvalLoopOutput
+
+from recipes.config import build, check_arm, check_count
+from recipes.errors import RecipeError
+from recipes.finetune.data import Examples
+from recipes.finetune.encoding import Encoded
+from recipes.finetune.heads import HEADS
+from recipes.finetune.network import ModelOptions, load_network, load_tokens
+from recipes.finetune.records import CLOCKS
+
+__all__ = ["Run", "build_run", "check_settings", "score"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """The parts of a run.
+
+    Attributes:
+        model: the network with its head.
+        trainer: Hugging Face's Trainer, with callbacks.
+        val: the validation examples.
+        test: the test examples.
+    """
+
+    model: nn.Module
+    trainer: transformers.Trainer
+    val: Encoded
+    test: Encoded
+
+
+class _Trainer(transformers.Trainer):
+    """A Trainer whose evaluations leave the random numbers of the training alone.
+
+    To begin with a data loader draws a number, so dropout would depend on how often the network was evaluated.
+    """
+
+    def evaluation_loop(self, *args: Any, **options: Any) -> EvalLoopOutput:
+        """Evaluate, and put the random number generators back."""
+        with torch.random.fork_rng():
+            return super().evaluation_loop(*args, **options)
+
+
+def check_settings(cfg: DictConfig) -> None:
+    """Check what can be checked without building or reading anything.
+
+    Args:
+        cfg: the composed settings.
+
+    Raises:
+        RecipeError: a value is missing or does not resolve, or the arm is not the one that was chosen.
+    """
+    try:
+        OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise RecipeError(f"the settings do not resolve: {error}") from error
+    check_arm(cfg)
+    check_count("threads", cfg.threads)
+
+
+def build_run(cfg: DictConfig, examples: Examples, callbacks: Sequence[Any]) -> Run:
+    """Build network, inputs and Trainer.
+
+    Args:
+        cfg: the composed settings.
+        examples: the examples.
+        callbacks: callbacks of the Trainer, in order; the balancing one among them.
+
+    Returns:
+        The parts. Head and adapters are drawn from `cfg.seed`.
+
+    Raises:
+        RecipeError: the model is not there, or a part refuses its settings.
+    """
+    options = ModelOptions(**OmegaConf.to_container(cfg.model, resolve=True))  # type: ignore[arg-type]
+    tokens = load_tokens(options)
+    transformers.set_seed(cfg.seed)
+    model = load_network(options, examples.task, examples.classes)
+    head = HEADS[examples.task.kind]
+    train, val, test = (
+        head.encode(rows, examples.task, tokens) for rows in (examples.train, examples.val, examples.test)
+    )
+    collator: Any = transformers.default_data_collator
+    if not head.is_padded:
+        collator = transformers.DataCollatorWithPadding(tokens.tokenizer)
+    trainer = _Trainer(
+        model=model,  # type: ignore[arg-type]
+        args=_arguments(cfg, len(train.features)),
+        data_collator=collator,
+        train_dataset=train.features,  # type: ignore[arg-type]
+        eval_dataset=val.features,  # type: ignore[arg-type]
+        compute_metrics=val.score,
+        callbacks=list(callbacks),
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    return Run(model, trainer, val, test)
+
+
+def _arguments(cfg: DictConfig, examples: int) -> transformers.TrainingArguments:
+    """Build the Trainer's arguments; a `warmup_steps` below 1 is the fraction of the run that warms up."""
+    options: Mapping[str, Any] = OmegaConf.to_container(cfg.training, resolve=True)  # type: ignore[assignment]
+    batch = options["per_device_train_batch_size"] * options.get("gradient_accumulation_steps", 1)
+    warmup = options["warmup_steps"]
+    if 0 < warmup < 1:  # only the latest transformers takes a fraction
+        warmup = math.ceil(warmup * options["num_train_epochs"] * math.ceil(examples / batch))
+    return build(cfg, "training", warmup_steps=warmup)  # type: ignore[no-any-return]
+
+
+def score(trainer: transformers.Trainer, encoded: Encoded, prefix: str) -> dict[str, float]:
+    """Score the model with the weights that it has now.
+
+    Args:
+        trainer: the Trainer of the model.
+        encoded: the examples.
+        prefix: begins the names of the scores.
+
+    Returns:
+        `<prefix>/loss` and what the task is scored by, `<prefix>/accuracy` for example.
+    """
+    trainer.compute_metrics = encoded.score
+    found = trainer.predict(encoded.features, metric_key_prefix=prefix).metrics or {}  # type: ignore[arg-type]
+    return {
+        name.replace(f"{prefix}_", f"{prefix}/", 1): float(value)
+        for name, value in found.items()
+        if not name.endswith(CLOCKS)
+    }
