@@ -65,7 +65,8 @@ def load_program(name: str) -> Program:
     try:
         return cast(Program, import_module(PROGRAMS[name]))
     except ImportError as error:
-        raise RecipeError(f"study.program={name} needs {error.name}: pip install 'farms-tb[{name}]'") from error
+        extra = "recipes" if name == "train" else name
+        raise RecipeError(f"study.program={name} needs {error.name}: pip install 'farms-tb[{extra}]'") from error
 
 
 def program_of(experiment: str) -> str | None:
