@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ class _Bar:
     """One row of a panel.
 
     Attributes:
-        group: The cell, or what else its rows have in common.
+        group: The cell, or what else its rows have in common; it is written next to them.
         arm: The arm.
         interval: Mean log ratio and the ends of its interval; None leaves the row empty.
     """
@@ -55,9 +55,9 @@ def draw(rows: Sequence[Row], baseline: str, styles: Mapping[str, Style], path: 
     bars += [_Bar(TASKS, row.arm, row.over_tasks) for row in rows if row.over_tasks is not None]
     figure = new_figure(7.5, _height(bars))
     axes = figure.add_subplot()
-    _draw_bars(axes, bars, styles)
+    _draw_bars(axes, _grouped(bars), styles)
     axes.set_xlabel(_label(baseline))
-    add_legend(figure, _shown(bars, styles), "-")
+    _name_arms(figure, bars, styles)
     save(figure, path)
 
 
@@ -74,10 +74,10 @@ def draw_rules(rows: Sequence[RuleRow], baseline: str, styles: Mapping[str, Styl
     figure = new_figure(10, _height(panels["last"]))
     every_axes = figure.subplots(1, len(RULES), sharex=True, sharey=True)
     for (rule, bars), axes in zip(panels.items(), every_axes, strict=True):
-        _draw_bars(axes, bars, styles)
+        _draw_bars(axes, _grouped(bars), styles)
         axes.set_title(_RULE_TITLES[rule], fontsize=10)
     figure.supxlabel(_label(baseline), fontsize=10)
-    add_legend(figure, _shown(panels["last"], styles), "-")
+    _name_arms(figure, panels["last"], styles)
     save(figure, path)
 
 
@@ -88,13 +88,26 @@ def _label(baseline: str) -> str:
 
 def _height(bars: Sequence[_Bar]) -> float:
     """Return the height of a figure with some rows, in inches."""
-    groups = {bar.group for bar in bars}
+    groups = {bar.group for bar in _grouped(bars)}
     return 1.3 + 0.17 * len(bars) + 0.25 * len(groups)
 
 
-def _shown(bars: Sequence[_Bar], styles: Mapping[str, Style]) -> dict[str, Style]:
-    """Return the styles of the arms that have rows, in the order of the rows."""
-    return {bar.arm: styles[bar.arm] for bar in bars}
+def _single(bars: Sequence[_Bar]) -> bool:
+    """Return whether all rows are of one cell, whose arms can be named next to their rows."""
+    return len({bar.group for bar in bars}) == 1
+
+
+def _grouped(bars: Sequence[_Bar]) -> list[_Bar]:
+    """Return the rows in the groups that they are drawn in: cells, or arms where there is one cell."""
+    return [replace(bar, group=bar.arm) for bar in bars] if _single(bars) else list(bars)
+
+
+def _name_arms(figure: Any, bars: Sequence[_Bar], styles: Mapping[str, Style]) -> None:
+    """Name the cell where there is one, as the rows name the arms then; else the arms in a legend."""
+    if _single(bars):
+        figure.suptitle(bars[0].group, fontsize=10)
+    else:
+        add_legend(figure, {bar.arm: styles[bar.arm] for bar in bars}, "-")
 
 
 def _draw_bars(axes: Any, bars: Sequence[_Bar], styles: Mapping[str, Style]) -> None:

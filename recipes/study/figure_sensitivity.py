@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ __all__ = ["SENSITIVITY_FIGURE", "draw_sensitivity"]
 
 SENSITIVITY_FIGURE = "sensitivity.png"
 _COLUMNS = 3  # at most
+_CROWDED = 10  # arms of a panel, at most: more have no colours of their own
 _ASIDE = 1.06  # between the first and the last arm's points of one rate
 _RANGE_HEIGHT = 0.035  # at most, between the bars of the ranges; a share of the panel
 _RANGES_HEIGHT = 0.25  # at most, of all bars together
@@ -23,29 +25,59 @@ _RANGES_HEIGHT = 0.25  # at most, of all bars together
 def draw_sensitivity(found: Sequence[Curve], styles: Mapping[str, Style], path: Path) -> None:
     """Draw a panel for each cell, with a line for each arm and, at its foot, the range within 5 % of its best.
 
+    A cell with many arms has a panel for each of them, with the cell's first arm for comparison.
+
     Args:
         found: At least one curve.
         styles: How arms are drawn.
         path: Where the figure goes.
     """
-    cells = list(dict.fromkeys(curve.cell for curve in found))
-    lines = math.ceil(len(cells) / _COLUMNS)
-    columns = math.ceil(len(cells) / lines)
-    figure = new_figure(max(6.0, 3.6 * columns), 0.9 + (4.0 if columns == 1 else 3.2) * lines)
-    panels = list(figure.subplots(lines, columns, squeeze=False).flat)
-    for cell, axes in zip(cells, panels, strict=False):
-        _draw_cell(axes, [curve for curve in found if curve.cell == cell], styles)
-        axes.set_title(cell, fontsize=10)
-    for axes in panels[len(cells) :]:
+    panels = _panels(found)
+    lines = math.ceil(len(panels) / _COLUMNS)
+    columns = math.ceil(len(panels) / lines)
+    height = 4.0 if columns == 1 else max(2.4, 3.6 - 0.4 * lines)
+    figure = new_figure(max(6.0, 3.6 * columns), 0.9 + height * lines)
+    every_axes = list(figure.subplots(lines, columns, squeeze=False).flat)
+    for panel, axes in zip(panels, every_axes, strict=False):
+        _draw_panel(axes, panel.curves, styles)
+        axes.set_title(panel.title, fontsize=10)
+    for axes in every_axes[len(panels) :]:
         axes.set_visible(False)
     figure.supxlabel("base learning rate; bars at the foot: rates within 5% of the arm's best error", fontsize=10)
-    shown = {curve.arm: styles[curve.arm] for curve in found}
-    add_legend(figure, shown, "-")
+    add_legend(figure, {curve.arm: styles[curve.arm] for panel in panels for curve in panel.in_legend}, "-")
     save(figure, path)
 
 
-def _draw_cell(axes: Any, found: Sequence[Curve], styles: Mapping[str, Style]) -> None:
-    """Draw the curves of one cell, and their ranges below them."""
+@dataclass(frozen=True)
+class _Panel:
+    """A panel of the figure.
+
+    Attributes:
+        title: The cell and, where the panel is for one arm, that arm.
+        curves: What is drawn.
+        in_legend: Those whose arms the title does not name.
+    """
+
+    title: str
+    curves: Sequence[Curve]
+    in_legend: Sequence[Curve]
+
+
+def _panels(found: Sequence[Curve]) -> list[_Panel]:
+    """Return the panels of the cells, or of the arms of a cell with many."""
+    panels = []
+    for cell in dict.fromkeys(curve.cell for curve in found):
+        curves = [curve for curve in found if curve.cell == cell]
+        if len(curves) <= _CROWDED:
+            panels.append(_Panel(cell, curves, curves))
+            continue
+        first, *others = curves
+        panels += [_Panel(f"{cell}\n{curve.arm}", [first, curve], [first]) for curve in others]
+    return panels
+
+
+def _draw_panel(axes: Any, found: Sequence[Curve], styles: Mapping[str, Style]) -> None:
+    """Draw some curves of one cell, and their ranges below them."""
     for place, curve in enumerate(found):
         aside = _ASIDE ** ((place + 0.5) / len(found) - 0.5)
         _draw_curve(axes, curve, styles[curve.arm], aside)
@@ -58,7 +90,7 @@ def _draw_cell(axes: Any, found: Sequence[Curve], styles: Mapping[str, Style]) -
     _label_rates(axes, found)
     _label_errors(axes)
     plain_axes(axes, "both")
-    axes.set_ylabel(f"validation error ({heading(found[0].metric)})", fontsize=9)
+    axes.set_ylabel(f"validation error\n({heading(found[0].metric)})", fontsize=9)
 
 
 def _draw_curve(axes: Any, curve: Curve, style: Style, aside: float) -> None:

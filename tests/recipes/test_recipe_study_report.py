@@ -536,6 +536,18 @@ def test_pictures_show_each_arm_in_its_colour(tmp_path: Path) -> None:
             assert (np.abs(pixels - colour).max(axis=-1) <= 1).sum() > 30, (name, arm)
 
 
+@pytest.mark.parametrize("count", [9, 19])
+def test_the_figures_name_every_arm_of_one_cell(tmp_path: Path, count: int) -> None:
+    """The effects next to their rows; the curves of many arms in panels of their own, each with the baseline."""
+    arms = ["off", *(f"arm{place}" for place in range(1, count + 1))]
+    findings = find({"a": _whole_study(arms)["a"]}, {"a": 0.1}, arms, "off")
+    write(findings, tmp_path)
+    heights = {name: imread(tmp_path / name).shape[0] for name in ("effects.png", "sensitivity.png")}
+    assert heights["effects.png"] > 50 * count
+    panel_rows = -(-count // 3) if count >= 10 else 1
+    assert heights["sensitivity.png"] > 300 * panel_rows
+
+
 # Results of version 0.1, which have no best epochs and no ratios
 
 
