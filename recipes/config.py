@@ -22,6 +22,7 @@ from recipes.optimizers import OptimizerFactory, make_optimizer, takes_network
 
 __all__ = [
     "ARMS",
+    "SECTIONS",
     "build",
     "build_balancer",
     "check_arm",

@@ -28,7 +28,7 @@ class ByteTextData(LightningDataModule):
     Args:
         path: A file of text, or a folder, of which all files that end in `suffix` are read in the order of their
             paths. Or a text that is at hand under a name: `"wikipedia"`, the articles that `make real` brings,
-            2.3 MB; `"python"`, modules of the standard library, about 5 MB. None stands for `"wikipedia"`.
+            2.3 MB; `"python"`, modules of the standard library, about 4 MB. None stands for `"wikipedia"`.
         suffix: Ending of the files of a folder.
         length: Bytes of a window.
         train_bytes: Train on so many bytes, from the start of the text; None for all that is left.

@@ -77,6 +77,7 @@ def load_network(options: ModelOptions, task: Task, classes: Sequence[str]) -> n
     if task.kind == "number":
         settings |= {"num_labels": 1, "problem_type": "regression"}
     model: nn.Module = _loaded(getattr(transformers, head.auto_class), options, **settings)
+    model.float()  # whatever the files have: small steps would be rounded away in bfloat16
     if options.lora["rank"] is None:
         return model
     return _with_adapters(model, options.lora, head.peft_type)

@@ -97,7 +97,8 @@ class Pretrained(nn.Module):
                 "model.save_pretrained(FOLDER) writes it; nothing is downloaded"
             )
         try:
-            self.network = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+            # In float32, whatever the files have: small steps would be rounded away in bfloat16.
+            self.network = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).float()
         except (OSError, ValueError) as error:
             raise RecipeError(f"model.net.path={path} holds no causal language model: {error}") from error
         known = self.network.config.vocab_size

@@ -12,7 +12,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,10 @@ _OURS = ("seed", "lr", "balancing", "ckpt_path")
 _NOT_IN_IDENTITY = ("paths", "logger", "callbacks", "threads", "ckpt_path", "arms", "seed", "seeds")
 """Sections that results do not depend on: where files are, who logs what, and what each run has of its own."""
 
-_FOLDERS = ("data.data_dir", "data.folder", "trainer.default_root_dir", "training.output_dir")
+_FOLDERS = (
+    *("data.data_dir", "data.folder", "data.cache_dir"),
+    *("trainer.default_root_dir", "training.output_dir"),
+)
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Options:
     """What is done in a cell; `conf/study.yaml` explains each.
 
     Attributes:
-        program: What does the runs: `"train"` or `"finetune"`.
+        program: The command that trains each run, `"train"` or `"finetune"`.
         arms: The arms: names of `conf/balancing`, or of `variants`.
         variants: Arms of the study's own by name, each as the settings that it differs by from the arm `off`.
         baseline: The arm that the others are compared with.
@@ -54,7 +57,7 @@ class Options:
         baseline_grid: Those of the baseline; None for the same as the arms.
         tune_seeds: Runs for each of them.
         extend: How often the grid may grow at each end.
-        vary_data: Whether each seed has a data split of its own.
+        vary_data: Whether each seed has a data split of its own; None where the data have a seed to draw it by.
         evaluations: Epochs, evenly spaced and the last among them, whose weights are validated and tested.
     """
 
@@ -67,7 +70,7 @@ class Options:
     baseline_grid: tuple[float, ...] | None
     tune_seeds: int
     extend: int
-    vary_data: bool
+    vary_data: bool | None
     evaluations: int
 
     def __post_init__(self) -> None:
@@ -82,8 +85,8 @@ class Options:
         _check_grid("grid", self.grid)
         if self.baseline_grid is not None:
             _check_grid("baseline_grid", self.baseline_grid)
-        if not isinstance(self.vary_data, bool):
-            raise RecipeError(f"study.vary_data must be true or false, got {self.vary_data!r}")
+        if not (self.vary_data is None or isinstance(self.vary_data, bool)):
+            raise RecipeError(f"study.vary_data must be true, false or null, got {self.vary_data!r}")
 
     def grid_of(self, arm: str) -> tuple[float, ...]:
         """Return the multiples of an arm's learning rate to try."""
@@ -187,6 +190,7 @@ class Cell:
         }
         if options.baseline_grid is not None:  # absent otherwise, as in studies that were begun without it
             tuning["baseline_grid"] = list(options.baseline_grid)
+            tuning["baseline"] = options.baseline
         return tuning
 
 
@@ -348,9 +352,12 @@ def _load_cell(experiment: str, folder: Path, options: Options, overrides: Seque
     """
     arms = {arm: _compose_arm(experiment, options, arm, overrides) for arm in options.arms}
     baseline = arms[options.baseline]
-    if options.vary_data and "seed" not in baseline.data:
+    has_seed = "seed" in baseline.data
+    if options.vary_data is None:
+        options = replace(options, vary_data=has_seed)
+    if options.vary_data and not has_seed:
         raise RecipeError(
-            f"experiment={experiment}: its data have no seed to vary (data.seed); set study.vary_data=false"
+            f"experiment={experiment}: its data have no seed to vary (data.seed); leave study.vary_data out"
         )
     name = baseline.name
     return Cell(name, folder / name, options, arms)
@@ -408,6 +415,9 @@ def _plain(cfg: Any) -> dict[str, Any]:
 def _lasting(cfg: DictConfig) -> dict[str, Any]:
     """Return the settings that results depend on: not where files are, nor who logs what."""
     plain = _plain(cfg)
+    data = plain["data"]
+    if data.get("path"):  # of a file in the folder of all data: that is another one on another machine
+        data["path"] = data["path"].removeprefix(f"{plain['paths']['data_dir']}/")
     for section in _NOT_IN_IDENTITY:
         plain.pop(section, None)
     for path in _FOLDERS:

@@ -46,17 +46,20 @@ def prepare(cfg: DictConfig) -> None:
     register_resolver()  # settings of Model Balancing name the paper's numbers
     check_settings(cfg)
     metric_of(cfg)
-    _check_rate(cfg)
+    _check_rate_and_seed(cfg)
     with open_dict(cfg):
         cfg.training.update(_KEEP_NOTHING)
         if cfg.balancing.get("_target_") is not None:
             cfg.balancing.log = False
 
 
-def _check_rate(cfg: DictConfig) -> None:
-    """Refuse a learning rate that stays as it is when a study changes `lr`."""
+def _check_rate_and_seed(cfg: DictConfig) -> None:
+    """Refuse a learning rate or a seed that stays as it is when a study changes `lr` and `seed`."""
     changed = cfg.copy()
     changed.lr = _PROBE
+    changed.seed = cfg.seed + 1
+    if changed.training.seed != changed.seed or changed.training.get("data_seed") is not None:
+        raise RecipeError("training.seed and training.data_seed can't be set: a study sets the seed of every run")
     if changed.training.learning_rate != _PROBE:
         raise RecipeError(
             f"training.learning_rate={cfg.training.learning_rate} can't be set: a study tunes the learning rate; "
@@ -88,6 +91,7 @@ def build_once(cfg: DictConfig) -> None:
     few = replace(examples, train=examples.train[:1], val=examples.val[:1], test=examples.test[:1])
     balancer = build_balancer(cfg)
     with _quiet(), _temporary_folder(cfg) as own:
+        own.training.use_cpu = not own.training.get("fp16", False)  # leaves the GPUs to the processes that train
         build_run(own, few, [] if balancer is None else [balancer])
 
 

@@ -1,4 +1,4 @@
-"""The programs whose runs a study can compare: `study.program`.
+"""The programs whose runs a study can compare: `study.program` names the command, `python -m recipes.<program>`.
 
 Each is a module with the functions of `Program`, so that the one that does a run can be sent to another process.
 """
@@ -13,6 +13,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from recipes.config import SECTIONS
 from recipes.errors import RecipeError
 
 __all__ = ["PROGRAMS", "Program", "load_program", "program_of"]
@@ -70,7 +71,7 @@ def load_program(name: str) -> Program:
 
 
 def program_of(experiment: str) -> str | None:
-    """Return the program that an experiment is for; None where there is no such experiment.
+    """Return the program that an experiment is for; None where there is no such experiment, or it is for another.
 
     Hydra has to be initialised.
 
@@ -81,4 +82,6 @@ def program_of(experiment: str) -> str | None:
         cfg = compose("train", [f"experiment={experiment}"])
     except (HydraException, OmegaConfBaseException):
         return None
-    return "finetune" if "training" in cfg else "train"
+    if "training" in cfg:
+        return "finetune"
+    return "train" if set(map(str, cfg)) <= set(SECTIONS) else None

@@ -177,7 +177,7 @@ class _Progress:
             self._tell(name, job.arm, messages)
             return
         self._deaths[name, job] += 1
-        if outcome.died and self._deaths[name, job] < TRIES:
+        if outcome.died and self._deaths[name, job] < TRIES and not self._time_is_up():
             warn(self._console, f"{name} {job}: {outcome.failure}; it is tried again")
             return
         self._failures[name, job] = outcome
@@ -188,9 +188,10 @@ class _Progress:
             return
         key, outcome = next(iter(self._failures.items()))
         more = f", and {len(self._failures) - 1} more" if len(self._failures) > 1 else ""
+        others = "Other runs are left, as study.minutes has passed" if self._time_is_up() else ""
+        others = others or "Runs that do not depend on it are done"
         raise RecipeError(
-            f"the run {key} failed{more}: {outcome.failure}. Runs that do not depend on it are done; repeat the "
-            "command to try again"
+            f"the run {key} failed{more}: {outcome.failure}. {others}; repeat the command to try again"
         )
 
     def _keep(self, name: str, job: Job, facts: dict[str, object]) -> None:

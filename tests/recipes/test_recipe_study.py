@@ -17,6 +17,7 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 from scipy import stats
 
+from recipes.config import build_balancer
 from recipes.engine import Outcome
 from recipes.errors import RecipeError
 from recipes.study.__main__ import main
@@ -304,7 +305,7 @@ def _tiny(tmp_path: Path, *more: str) -> list[str]:
         (("experiment=darcy_fno", "study.grid=[2,1]"), "study.grid must be positive multiples in ascending order"),
         (("experiment=darcy_fno", "study.grid=[0]"), "study.grid must be positive multiples"),
         (("experiment=darcy_fno", "study.baseline_grid=[]"), "study.baseline_grid must be positive multiples"),
-        (("experiment=darcy_fno", "study.vary_data=3"), "study.vary_data must be true or false"),
+        (("experiment=darcy_fno", "study.vary_data=3"), "study.vary_data must be true, false or null"),
         (("experiment=darcy_fno", "study.workers=0"), "study.workers must be null or a positive number"),
         (("experiment=darcy_fno", "+study.colour=1"), "unknown settings under study: colour"),
         (("experiment=darcy_fno", "study.sheeds=1"), "the study's settings: .*sheeds"),
@@ -351,14 +352,25 @@ def test_arms_of_a_seed_share_all_but_the_callback() -> None:
         assert settings[2]["balancing"]["permute"] == 7
 
 
-def test_experiments_say_how_to_run_them() -> None:
-    files = sorted((Path(CONFIG_DIR) / "experiment" / "study").glob("*.yaml"))
-    assert len(files) > 20
-    for path in files:
-        program = " study.program=finetune" if path.stem.startswith("newsgroups") else ""
-        assert (
-            path.read_text().splitlines()[1] == f"# python -m recipes.study experiment=study/{path.stem}{program}"
-        )
+CELLS = sorted((Path(CONFIG_DIR) / "experiment" / "study").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", CELLS, ids=[file.stem for file in CELLS])
+def test_experiments_say_how_to_run_them(file: Path) -> None:
+    """The second line of the file is a command that works."""
+    command = file.read_text().splitlines()[1].removeprefix("# python -m recipes.study ")
+    assert command.split()[0] == f"experiment=study/{file.stem}"
+    (cell,) = load_study(CONFIG_DIR, [*command.split(), 'study.arms=["off"]']).cells
+    assert cell.name == file.stem or file.stem in ("darcy_fno", "tiny_lm", "tiny_lm_fast", "darcy_unet")
+
+
+def test_results_do_not_depend_on_the_folder_of_the_data() -> None:
+    study = ["experiment=study/darcy_beta100_fno_180", 'study.arms=["off"]']
+    here, there = (
+        load_study(CONFIG_DIR, [*study, f"paths.data_dir={folder}"]).cells[0] for folder in ("data", "/elsewhere")
+    )
+    assert here.fingerprint("off") == there.fingerprint("off")
+    assert here.settings(Job("off", "final", 1, 0.1))["data"]["path"] == "data/pdebench/darcy_beta100_32.hdf5"
 
 
 STUDIES = sorted((Path(CONFIG_DIR) / "study").glob("*.yaml"))
@@ -371,6 +383,8 @@ def test_every_study_composes_with_all_its_arms(file: Path) -> None:
     assert study.cells
     for cell in study.cells:
         assert len({cell.fingerprint(arm) for arm in cell.options.arms}) == len(cell.options.arms)
+        for cfg in cell.arms.values():
+            assert (build_balancer(cfg) is None) == (cfg.arm == "off")  # each option has a value that it can have
 
 
 # Whole studies, in real processes

@@ -25,11 +25,11 @@ def write_tokenizer(folder: Path, *, eos: bool = True) -> Path:
     return folder
 
 
-def write_llama(folder: Path) -> Path:
+def write_llama(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     """Save a LLaMA of one block and width 32 that knows the tokenizer's words, with random weights."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = transformers.LlamaConfig(vocab_size=64, max_position_embeddings=64, **sizes)
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    transformers.LlamaForCausalLM(config).to(dtype).save_pretrained(folder)
     return folder
