@@ -11,7 +11,8 @@ their test errors with the baseline's, seed by seed:
     python -m recipes.study --report study=small                         tables and figures again, no training
     python -m recipes.study experiment=study/darcy_fno study=report      the same of one cell, written as a setting
 
-Arms are off, full, farms, shrinkage, small_alpha, noise_aware, llr and placebo (FARMS's ratios, wrong layers);
+Arms are off, monitor, full, farms, shrinkage, small_alpha, noise_aware, llr, alphadecay, model_balancing, placebo
+(FARMS's ratios, wrong layers), and any of your own (`study.variants`);
 `conf/study.yaml` holds and explains the settings. Every other setting goes to each run as it would to
 `python -m recipes.train`, or with `study.program=finetune` to `python -m recipes.finetune`.
 
