@@ -56,7 +56,7 @@ def draw(rows: Sequence[Row], baseline: str, styles: Mapping[str, Style], path: 
     figure = new_figure(7.5, _height(bars))
     axes = figure.add_subplot()
     _draw_bars(axes, _grouped(bars), styles)
-    axes.set_xlabel(_label(baseline))
+    figure.supxlabel(_label(baseline), fontsize=10)
     _name_arms(figure, bars, styles)
     save(figure, path)
 
@@ -88,7 +88,9 @@ def _label(baseline: str) -> str:
 
 def _height(bars: Sequence[_Bar]) -> float:
     """Return the height of a figure with some rows, in inches."""
-    groups = {bar.group for bar in _grouped(bars)}
+    if _single(bars):
+        return 1.3 + 0.25 * len(bars)
+    groups = {bar.group for bar in bars}
     return 1.3 + 0.17 * len(bars) + 0.25 * len(groups)
 
 
@@ -112,6 +114,7 @@ def _name_arms(figure: Any, bars: Sequence[_Bar], styles: Mapping[str, Style]) -
 
 def _draw_bars(axes: Any, bars: Sequence[_Bar], styles: Mapping[str, Style]) -> None:
     """Draw the rows of a panel downwards, with a gap between the groups and grey behind those over all cells."""
+    gap = _GAP if len({bar.group for bar in bars}) < len(bars) else 0.0  # groups of one row need none
     top = 0.0  # of the next group; rows have height 1
     middles = []
     names = list(dict.fromkeys(bar.group for bar in bars))
@@ -122,9 +125,9 @@ def _draw_bars(axes: Any, bars: Sequence[_Bar], styles: Mapping[str, Style]) -> 
         middles.append(top + (len(members) - 1) / 2)
         if name in (POOLED, TASKS):
             axes.axhspan(top - 0.9, top + len(members) - 0.1, color="0.95", zorder=0)
-        top += len(members) + _GAP
+        top += len(members) + gap
     axes.set_yticks(middles, names)
-    axes.set_ylim(top - _GAP - 0.2, -0.8)
+    axes.set_ylim(top - gap - 0.2, -0.8)
     axes.axvline(0.0, color="0.3", linewidth=0.8, zorder=0.5)
     plain_axes(axes, "x")
     axes.tick_params(axis="y", length=0)

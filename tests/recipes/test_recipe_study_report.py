@@ -543,7 +543,7 @@ def test_the_figures_name_every_arm_of_one_cell(tmp_path: Path, count: int) -> N
     findings = find({"a": _whole_study(arms)["a"]}, {"a": 0.1}, arms, "off")
     write(findings, tmp_path)
     heights = {name: imread(tmp_path / name).shape[0] for name in ("effects.png", "sensitivity.png")}
-    assert heights["effects.png"] > 50 * count
+    assert heights["effects.png"] > 35 * count
     panel_rows = -(-count // 3) if count >= 10 else 1
     assert heights["sensitivity.png"] > 300 * panel_rows
 
