@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -97,17 +98,17 @@ class Pretrained(nn.Module):
                 "model.save_pretrained(FOLDER) writes it; nothing is downloaded"
             )
         try:
-            # In float32, whatever the files have: small steps would be rounded away in bfloat16.
-            self.network = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).float()
+            network: Any = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError) as error:
             raise RecipeError(f"model.net.path={path} holds no causal language model: {error}") from error
-        known = self.network.config.vocab_size
+        known = network.config.vocab_size
         if known < vocabulary:
             raise RecipeError(
                 f"model.net.path={path} knows {known} tokens, fewer than data.vocabulary={vocabulary}; set "
                 f"data.vocabulary={known}, and data.tokenizer to the tokenizer of that model"
             )
-        self.network.train()
+        # In float32, whatever the files have: small steps would be rounded away in bfloat16.
+        self.network: nn.Module = network.float().train()
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Return the logits (B, length, vocabulary) of the token after each of the tokens (B, length)."""
