@@ -31,6 +31,7 @@ __all__ = [
     "check_count",
     "check_optimizer",
     "check_resumed_config",
+    "check_values",
     "choice",
 ]
 
@@ -65,15 +66,28 @@ def check_config(cfg: DictConfig) -> None:
     """
     _check_sections(cfg)
     _check_fraction(cfg)
+    check_values(cfg)
+    if cfg.ckpt_path is not None and not Path(cfg.ckpt_path).is_file():
+        raise RecipeError(f"ckpt_path={cfg.ckpt_path} is not a file; a run keeps its own in checkpoints/last.ckpt")
+    _check_kinds(cfg)
+
+
+def check_values(cfg: DictConfig) -> None:
+    """Check the values that the settings of all programs have.
+
+    Args:
+        cfg: The composed settings.
+
+    Raises:
+        RecipeError: A value is missing or does not resolve, the arm's name is not the one chosen, or the number of
+            threads is none.
+    """
     try:
         OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise RecipeError(f"the settings do not resolve: {error}") from error
     check_arm(cfg)
     check_count("threads", cfg.threads)
-    if cfg.ckpt_path is not None and not Path(cfg.ckpt_path).is_file():
-        raise RecipeError(f"ckpt_path={cfg.ckpt_path} is not a file; a run keeps its own in checkpoints/last.ckpt")
-    _check_kinds(cfg)
 
 
 def _check_fraction(cfg: DictConfig) -> None:

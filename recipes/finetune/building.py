@@ -10,19 +10,17 @@ from typing import Any
 import torch
 import transformers
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 from transformers.trainer_utils import EvalLoopOutput
 
-from recipes.config import build, check_arm, check_count
-from recipes.errors import RecipeError
+from recipes.config import build
 from recipes.finetune.data import Examples
 from recipes.finetune.encoding import Encoded
 from recipes.finetune.heads import HEADS
 from recipes.finetune.network import ModelOptions, load_network, load_tokens
 from recipes.finetune.records import CLOCKS
 
-__all__ = ["Run", "build_run", "check_settings", "score"]
+__all__ = ["Run", "build_run", "score"]
 
 
 @dataclass(frozen=True)
@@ -52,23 +50,6 @@ class _Trainer(transformers.Trainer):
         """Evaluate, and put the random number generators back."""
         with torch.random.fork_rng():
             return super().evaluation_loop(*args, **options)
-
-
-def check_settings(cfg: DictConfig) -> None:
-    """Check what can be checked without building or reading anything.
-
-    Args:
-        cfg: the composed settings.
-
-    Raises:
-        RecipeError: a value is missing or does not resolve, or the arm is not the one that was chosen.
-    """
-    try:
-        OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    except OmegaConfBaseException as error:
-        raise RecipeError(f"the settings do not resolve: {error}") from error
-    check_arm(cfg)
-    check_count("threads", cfg.threads)
 
 
 def build_run(cfg: DictConfig, examples: Examples, callbacks: Sequence[Any]) -> Run:

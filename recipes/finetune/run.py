@@ -17,10 +17,10 @@ import transformers
 from omegaconf import DictConfig
 from rich.markup import escape
 
-from recipes.config import build, build_balancer, check_resumed_config
+from recipes.config import build, build_balancer, check_resumed_config, check_values
 from recipes.console import make_console, warn
 from recipes.errors import RecipeError
-from recipes.finetune.building import Run, build_run, check_settings, score
+from recipes.finetune.building import Run, build_run, score
 from recipes.finetune.data import Examples
 from recipes.finetune.network import load_weights
 from recipes.finetune.records import MetricsCallback, RatesCallback
@@ -69,7 +69,7 @@ def _check(cfg: DictConfig) -> Path | None:
     Raises:
         RecipeError: The settings do not resolve or contradict each other, or the checkpoint is not whole.
     """
-    check_settings(cfg)
+    check_values(cfg)
     if cfg.ckpt_path is None:
         return None
     checkpoint = Path(cfg.ckpt_path)

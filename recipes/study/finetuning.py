@@ -20,9 +20,9 @@ import transformers
 from omegaconf import DictConfig, OmegaConf, open_dict
 from transformers import TrainerCallback
 
-from recipes.config import build, build_balancer
+from recipes.config import build, build_balancer, check_values
 from recipes.errors import RecipeError
-from recipes.finetune.building import Run, build_run, check_settings, score
+from recipes.finetune.building import Run, build_run, score
 from recipes.finetune.data import Examples
 from recipes.finetune.published import register_resolver
 from recipes.study.course import Ratios, Weights, best_epochs, outcome
@@ -44,7 +44,7 @@ _PROBE = 0.123  # a learning rate that nobody sets
 def prepare(cfg: DictConfig) -> None:
     """Check the settings of an arm, let its runs log and keep nothing; see `recipes.study.programs.Program`."""
     register_resolver()  # settings of Model Balancing name the paper's numbers
-    check_settings(cfg)
+    check_values(cfg)
     metric_of(cfg)
     _check_rate_and_seed(cfg)
     with open_dict(cfg):

@@ -537,13 +537,19 @@ MADE_UP = {
 }
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_searches_come_first_and_then_seed_after_seed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A study that ends early has the same seeds of all arms."""
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> _Recorder:
+    """The engine of every study of the test."""
     engine = _Recorder()
     monkeypatch.setattr("recipes.study.runner.make_engine", lambda study: engine)
+    return engine
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_searches_come_first_and_then_seed_after_seed(
+    tmp_path: Path, engine: _Recorder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A study that ends early has the same seeds of all arms."""
     main(_tiny(tmp_path))
     order = [(job.phase, job.seed, job.arm) for _, job in engine.begun]
     assert [phase for phase, _, _ in order] == ["tune"] * 4 + ["final"] * 8
@@ -552,9 +558,7 @@ def test_searches_come_first_and_then_seed_after_seed(
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_the_baseline_may_have_more_tries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = _Recorder()
-    monkeypatch.setattr("recipes.study.runner.make_engine", lambda study: engine)
+def test_the_baseline_may_have_more_tries(tmp_path: Path, engine: _Recorder) -> None:
     main(_tiny(tmp_path, "study.baseline_grid=[0.5,1,1.5,2]"))
     tried = [(job.arm, job.lr) for _, job in engine.begun if job.phase == "tune"]
     assert sorted(tried) == [("farms", 0.1), ("farms", 0.2), *(("off", lr) for lr in (0.05, 0.1, 0.15, 0.2))]
@@ -565,10 +569,8 @@ def test_the_baseline_may_have_more_tries(tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.filterwarnings("ignore")
 def test_no_run_is_begun_when_the_time_is_up(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, engine: _Recorder, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    engine = _Recorder()
-    monkeypatch.setattr("recipes.study.runner.make_engine", lambda study: engine)
     main(_tiny(tmp_path, "study.minutes=1e-9"))
     assert not engine.begun
     printed = capsys.readouterr()
