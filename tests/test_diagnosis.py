@@ -13,11 +13,11 @@ from scipy import stats
 
 from benchmarks.diagnosis import __main__ as diagnosis
 from benchmarks.diagnosis import generalisation, held_back, report
-from benchmarks.diagnosis.intervals import bootstrap
 from benchmarks.diagnosis.measures import MEASURES
 from benchmarks.diagnosis.networks import NETWORKS
-from benchmarks.diagnosis.rows import Rows
 from benchmarks.diagnosis.training import Settings, digits, train
+from benchmarks.intervals import bootstrap
+from benchmarks.rows import Rows
 
 FEW_STEPS = {"CNN": Settings(3), "MLP": Settings(3), "transformer": Settings(3, "AdamW", lr=1e-3)}
 

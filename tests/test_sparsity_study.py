@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.diagnosis.rows import Row, Rows
+from benchmarks.rows import Row, Rows
 from benchmarks.sparsity import __main__ as main
 from benchmarks.sparsity import report
 from benchmarks.sparsity.arms import ARMS, MEASUREMENTS, SEARCHES, SHUFFLES, UNEVEN, alpha_rows, plan_of

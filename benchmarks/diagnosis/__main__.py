@@ -29,9 +29,9 @@ import torch
 
 from benchmarks.diagnosis import generalisation, held_back, real, report
 from benchmarks.diagnosis.measures import weightwatcher_version
-from benchmarks.diagnosis.rows import Row, Rows
 from benchmarks.machine import describe
 from benchmarks.results import Value, publish
+from benchmarks.rows import Row, Rows
 
 PARTS = ("held_back", "generalisation", "real")
 

@@ -18,9 +18,9 @@ from torch import nn
 from torch.nn import functional
 
 from benchmarks.diagnosis.measures import layer_measures
-from benchmarks.diagnosis.rows import Row, Rows
 from benchmarks.diagnosis.training import Digits, Settings, digits, error, train
 from benchmarks.results import Value
+from benchmarks.rows import Row, Rows
 from farms_tb import analyze
 
 __all__ = ["DEPTHS", "KEYS", "SUMMARIES", "measure", "runs"]

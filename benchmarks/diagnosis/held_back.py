@@ -18,9 +18,9 @@ from torch import nn
 
 from benchmarks.diagnosis.measures import MEASURES, layer_measures
 from benchmarks.diagnosis.networks import NETWORKS
-from benchmarks.diagnosis.rows import Row, Rows
 from benchmarks.diagnosis.training import Settings, digits, error, train
 from benchmarks.results import Value
+from benchmarks.rows import Row, Rows
 
 __all__ = ["FACTORS", "KEYS", "SETTINGS", "measure", "runs"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from benchmarks.diagnosis.rows import Row
+from benchmarks.rows import Row
 from farms_tb import analyze_checkpoint
 from recipes.real import minilm_folder, smollm2_folder
 

@@ -10,11 +10,11 @@ import numpy as np
 
 from benchmarks.diagnosis.generalisation import DEPTHS, SUMMARIES
 from benchmarks.diagnosis.held_back import FACTORS
-from benchmarks.diagnosis.intervals import Array, Interval, bootstrap
 from benchmarks.diagnosis.measures import MEASURES
 from benchmarks.diagnosis.networks import NETWORKS
-from benchmarks.diagnosis.rows import Row
+from benchmarks.intervals import Array, Interval, bootstrap
 from benchmarks.results import BLUE, GREEN, ORANGE, PURPLE, markdown_table
+from benchmarks.rows import Row
 from farms_tb.viewing.plots.style import FAINT, new_figure, save, styled
 
 if TYPE_CHECKING:

@@ -22,9 +22,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.diagnosis.rows import Rows
 from benchmarks.machine import describe
 from benchmarks.results import publish
+from benchmarks.rows import Rows
 from benchmarks.sparsity import report, speed
 from benchmarks.sparsity.study import EPSILON_KEYS, KEYS, METHODS, TARGETS, Study, runs
 from benchmarks.sparsity.subjects import SUBJECTS

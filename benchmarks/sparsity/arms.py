@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from benchmarks.diagnosis.rows import Row
+from benchmarks.rows import Row
 from farms_tb import Report
 from farms_tb.sparsity import SparsityPlan, allocate
 

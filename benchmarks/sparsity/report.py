@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from benchmarks.diagnosis.intervals import Array, Interval
-from benchmarks.diagnosis.rows import Row
+from benchmarks.intervals import Array, Interval
 from benchmarks.results import BLUE, GREEN, ORANGE, markdown_table
+from benchmarks.rows import Row
 from benchmarks.sparsity.arms import SEARCHES, SHUFFLES
 from benchmarks.sparsity.study import EPSILONS, best_epsilon
 from farms_tb.sparsity.perplexity import PerplexityComparison

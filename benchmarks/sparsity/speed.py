@@ -23,8 +23,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from benchmarks.diagnosis.rows import Row, Rows
 from benchmarks.results import markdown_table
+from benchmarks.rows import Row, Rows
 from benchmarks.sparsity.reference import wanda
 from benchmarks.timing import rounds
 from farms_tb.sparsity import PlannedLayer, SparsityPlan, prune

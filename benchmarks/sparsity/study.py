@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from benchmarks.diagnosis.rows import Row, Rows
 from benchmarks.results import Value
+from benchmarks.rows import Row, Rows
 from benchmarks.sparsity.arms import ARMS, MEASUREMENTS, SEARCHES, SHUFFLES, UNEVEN, Search, alpha_rows, plan_of
 from benchmarks.sparsity.subjects import Calibration, Subject
 from farms_tb import analyze

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.diagnosis.intervals import Array
+from benchmarks.intervals import Array
 from farms_tb.sparsity.perplexity import perplexity
 from farms_tb.sparsity.search import model_loss
 from recipes.real import minilm_folder, smollm2_folder, wikipedia

@@ -5,12 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from recipes.errors import RecipeError
 from recipes.real import smollm2_folder
 
 __all__ = ["ByteLlama", "Llama", "Pretrained"]
+
+INITIAL_STD = 0.02
+"""Standard deviation of all initial matrices."""
 
 
 class Llama(nn.Module):
@@ -44,6 +48,7 @@ class Llama(nn.Module):
             bos_token_id=None,
             eos_token_id=None,
             use_cache=False,
+            initializer_range=INITIAL_STD,
         )
         self.llama = LlamaForCausalLM(config)
 
@@ -62,15 +67,25 @@ class ByteLlama(Llama):
         depth: Blocks.
         heads: Attention heads; divides `width`.
         length: Longest input.
+        embedding_std: Standard deviation of the embedding's initial entries; transformers' is 0.02. The random
+            numbers are the same for any.
 
     Raises:
         RecipeError: transformers is not installed.
     """
 
     def __init__(
-        self, width: int = 128, hidden: int = 344, depth: int = 4, heads: int = 4, length: int = 512
+        self,
+        width: int = 128,
+        hidden: int = 344,
+        depth: int = 4,
+        heads: int = 4,
+        length: int = 512,
+        embedding_std: float = INITIAL_STD,
     ) -> None:
         super().__init__(256, width, hidden, depth, heads, length)
+        with torch.no_grad():
+            self.llama.get_input_embeddings().weight.mul_(embedding_std / INITIAL_STD)
 
 
 class Pretrained(nn.Module):

@@ -1,0 +1,179 @@
+"""Tables and pictures of the causes: means over seeds, with 95 % intervals where runs are compared."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+
+from benchmarks.cause.bytes import GROUPS
+from benchmarks.cause.runs import SETTINGS, TYPES
+from benchmarks.intervals import Array
+from benchmarks.results import BLUE, GREEN, ORANGE, PURPLE, markdown_table
+from benchmarks.rows import Row
+from farms_tb.viewing.plots.style import FAINT, new_figure, save, styled
+
+__all__ = ["change", "page"]
+
+COLOURS = dict(zip(TYPES, (ORANGE, PURPLE, BLUE, GREEN, FAINT), strict=True))
+BASELINE = "AdamW"
+SHOWN = {
+    "signal": "signal of the gradient",
+    "relative_step": "relative size of a step",
+    "best_factor": "best multiple of the step",
+    "effect": "effect (alpha - null)",
+}
+"""Columns that are drawn and in the table, and what they are called."""
+
+
+def page(out: Path, steps: Sequence[Row], ends: Sequence[Row]) -> str:
+    """Draw the pictures and return the sections of the page.
+
+    Args:
+        out: where the pictures go.
+        steps: a row for each setting, seed, moment and type of matrix.
+        ends: a row for each setting, seed, role and group of bytes.
+    """
+    settings = [name for name in SETTINGS if any(row["setting"] == name for row in steps)]
+    draw_steps(out / "steps.png", steps, settings)
+    draw_bytes(out / "bytes.png", ends, settings)
+    seeds = len({row["seed"] for row in steps})
+    return (
+        f"## Steps\n\nMeans over {seeds} seeds and all moments; geometric ones of step and multiple.\n\n"
+        f"{steps_table(steps, settings)}\n\n"
+        "![Signal, size of the step, best multiple and effect of each type over the steps](steps.png)\n\n"
+        f"## Bytes\n\nTest loss in nats, and its change against plain {BASELINE}, paired (95 %).\n\n"
+        f"{bytes_table(ends, settings, 'read')}\n\n{bytes_table(ends, settings, 'told')}\n\n"
+        "![Change of the loss by how often a byte occurs in a batch](bytes.png)"
+    )
+
+
+def steps_table(rows: Sequence[Row], settings: Sequence[str]) -> str:
+    """Return what was seen of each type in each setting.
+
+    Args:
+        rows: those of the steps.
+        settings: their names, in the order of the table.
+    """
+    lines = []
+    for setting in settings:
+        for kind in TYPES:
+            chosen = [row for row in rows if (row["setting"], row["type"]) == (setting, kind)]
+            line = {"setting": setting, "matrices": kind}
+            line |= {label: f"{_mean(chosen, name):.2g}" for name, label in SHOWN.items() if name != "effect"}
+            line["gain of a step, nats"] = f"{_mean(chosen, 'gain'):.1e}"
+            line |= {name: f"{_mean(chosen, name):+.2f}" for name in ("alpha", "effect")}
+            lines.append({**line, "alpha": line["alpha"].lstrip("+")})
+    return markdown_table(lines)
+
+
+def bytes_table(rows: Sequence[Row], settings: Sequence[str], role: str) -> str:
+    """Return the change of the loss against the baseline, for each group of bytes.
+
+    Args:
+        rows: those of the bytes.
+        settings: their names.
+        role: "read" or "told".
+    """
+    lines = []
+    for group in GROUPS:
+        base = [row for row in rows if (row["setting"], row["role"], row["group"]) == (BASELINE, role, group)]
+        if not base:
+            continue
+        line = {
+            f"times in a batch, byte {role}": group,
+            "share": f"{100 * float(base[0]['share']):.0f} %",
+            BASELINE: f"{np.mean([float(row['loss']) for row in base]):.3f}",
+        }
+        for setting in settings:
+            if setting != BASELINE and (found := change(rows, setting, role, group)):
+                line[setting] = "{:+.3f} ({:+.3f} to {:+.3f})".format(*found)
+        lines.append(line)
+    return markdown_table(lines)
+
+
+def change(rows: Sequence[Row], setting: str, role: str, group: str) -> tuple[float, float, float] | None:
+    """Return the mean change of the loss against the baseline, and its t-interval over the seeds that both have.
+
+    Args:
+        rows: those of the bytes.
+        setting: what is compared with the baseline.
+        role: "read" or "told".
+        group: of the bytes.
+
+    Returns:
+        Change, lower and upper end, nats; None where there are fewer than two seeds.
+    """
+    losses = [
+        {row["seed"]: float(row["loss"]) for row in rows if (row["setting"], row["role"], row["group"]) == key}
+        for key in ((setting, role, group), (BASELINE, role, group))
+    ]
+    both = losses[0].keys() & losses[1].keys()
+    if len(both) < 2:
+        return None
+    differences = np.array([losses[0][seed] - losses[1][seed] for seed in both])
+    mean = float(differences.mean())
+    reach = float(stats.t.ppf(0.975, len(both) - 1) * differences.std(ddof=1) / np.sqrt(len(both)))
+    return mean, mean - reach, mean + reach
+
+
+def _mean(rows: Sequence[Row], name: str) -> float:
+    """Return the mean of a column; of sizes and multiples the geometric one, 0 counting as half the smallest."""
+    values: Array = np.array([float(row[name]) for row in rows])
+    if name in ("relative_step", "best_factor"):
+        return float(np.exp(np.log(np.maximum(values, 0.25 if name == "best_factor" else 1e-12)).mean()))
+    return float(np.nanmean(values))
+
+
+@styled
+def draw_steps(path: Path, rows: Sequence[Row], settings: Sequence[str]) -> None:
+    """Draw each type's means over the seeds: quantities below each other, settings side by side."""
+    drawn = [name for name in settings if " faster" not in name or "both" in name]
+    figure = new_figure(2.1 * len(drawn) + 1.2, 7.6)
+    panels = figure.subplots(len(SHOWN), len(drawn), sharex=True, sharey="row", squeeze=False)
+    for line, (name, label) in zip(panels, SHOWN.items(), strict=True):
+        line[0].set_ylabel(label)
+        for axes, setting in zip(line, drawn, strict=True):
+            for kind, colour in COLOURS.items():
+                chosen = [row for row in rows if (row["setting"], row["type"]) == (setting, kind)]
+                moments = sorted({float(row["step"]) for row in chosen})
+                means = [_mean([row for row in chosen if row["step"] == moment], name) for moment in moments]
+                axes.plot(moments, means, "o-", color=colour, label=kind)
+            if name in ("relative_step", "best_factor"):
+                axes.set_yscale("log")
+            if name == "best_factor":
+                axes.axhline(1, color=FAINT, linestyle=":")
+    for axes, setting in zip(panels[0], drawn, strict=True):
+        axes.set_title(setting)
+    for axes in panels[-1]:
+        axes.set_xlabel("step")
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    save(figure, path)
+
+
+@styled
+def draw_bytes(path: Path, rows: Sequence[Row], settings: Sequence[str]) -> None:
+    """Draw the change of the loss of each group of bytes: those read on the left, those told on the right."""
+    figure = new_figure(9.0, 3.4)
+    panels = figure.subplots(1, 2, sharey=True)
+    compared = [name for name in settings if name.startswith("AdamW,") or name == "LLR"]
+    places = np.arange(len(GROUPS))
+    for axes, role in zip(panels, ("read", "told"), strict=True):
+        for position, (setting, colour) in enumerate(zip(compared, (ORANGE, PURPLE, BLUE, GREEN), strict=False)):
+            found = [change(rows, setting, role, group) for group in GROUPS]
+            kept = [(place, *one) for place, one in zip(places, found, strict=True) if one]
+            if not kept:
+                continue
+            x, mean, low, high = np.array(kept).T
+            shift = 0.14 * (position - (len(compared) - 1) / 2)
+            errors = [mean - low, high - mean]
+            axes.errorbar(x + shift, mean, yerr=errors, fmt="o", color=colour, markersize=3.5, label=setting)
+        axes.axhline(0, color=FAINT, linestyle=":")
+        axes.set_xticks(places, GROUPS)
+        axes.set(title=f"byte {role}", xlabel="times in a batch")
+    panels[0].set_ylabel(f"change of the test loss against {BASELINE}, nats")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(compared))
+    save(figure, path)
