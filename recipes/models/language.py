@@ -72,6 +72,7 @@ class ByteLlama(Llama):
 
     Raises:
         RecipeError: transformers is not installed.
+        ValueError: `embedding_std` is not positive.
     """
 
     def __init__(
@@ -83,6 +84,8 @@ class ByteLlama(Llama):
         length: int = 512,
         embedding_std: float = INITIAL_STD,
     ) -> None:
+        if embedding_std <= 0:
+            raise ValueError(f"model.net.embedding_std must be positive, got {embedding_std}")
         super().__init__(256, width, hidden, depth, heads, length)
         with torch.no_grad():
             self.llama.get_input_embeddings().weight.mul_(embedding_std / INITIAL_STD)

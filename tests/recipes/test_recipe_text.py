@@ -15,6 +15,7 @@ from torch import Tensor
 
 from recipes.data.text import ByteTextData
 from recipes.errors import RecipeError
+from recipes.models.language import ByteLlama
 from recipes.train import train
 from tests.helpers import LIGHTNING_NOISE
 from tests.recipes.recipe_runs import compose_settings
@@ -95,3 +96,17 @@ def test_a_language_model_learns(arm: str, tmp_path: Path) -> None:
         overrides.append("balancing.every_n_steps=10")
     scores = train(compose_settings(*overrides))["test"]
     assert scores["test/loss"] < 2.7, "bytes of equal probability have ln 256 = 5.5"
+
+
+def test_the_initial_embedding_alone_has_another_size() -> None:
+    pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    usual = dict(ByteLlama(width=32, hidden=64, depth=1).named_parameters())
+    torch.manual_seed(0)
+    larger = dict(ByteLlama(width=32, hidden=64, depth=1, embedding_std=0.1).named_parameters())
+    embedding = "llama.model.embed_tokens.weight"
+    torch.testing.assert_close(larger[embedding], 5 * usual[embedding])
+    assert float(larger[embedding].detach().std()) == pytest.approx(0.1, rel=0.05)
+    assert all(torch.equal(value, larger[name]) for name, value in usual.items() if name != embedding)
+    with pytest.raises(ValueError, match="embedding_std"):
+        ByteLlama(embedding_std=0.0)
