@@ -136,3 +136,6 @@ def test_the_benchmark_goes_on_where_it_stopped(
     assert len(rows) == 2 * 2 * len(TYPES)
     assert {row["setting"] for row in rows} <= set(SETTINGS)
     assert "LLR | feed-forward" in page
+    # LLR's ratios grow to their values in 50 steps, of which this is the second: 1 + (5 - 1) * 2 / 50.
+    assert {row["ratio"] for row in rows if row["setting"] == "LLR" and row["type"] == "embedding"} == {"1.16"}
+    assert {row["ratio"] for row in rows if row["setting"] == "AdamW"} == {"1"}

@@ -6,7 +6,8 @@
     python -m benchmarks.cause --report            # tables and pictures again, from the CSV files
 
 A byte-level LLaMA of 0.23 million parameters is trained with AdamW and with SGD, plainly, with embedding and head
-at five times the learning rate of the rest, and by LLR. Two things are looked at:
+at five times the learning rate of the rest, and by LLR; one of 0.86 million at too high a rate, plainly and
+balanced by shrunk effects. Two things are looked at:
 
 - `steps`: at some steps, for each type of matrix: alpha, the noise of the gradient, the size of the step, and by
   how much the loss would fall if this type alone made a multiple of its step.

@@ -23,6 +23,7 @@ FACTOR = 5
 
 _ADAMW = "experiment=study/tiny_lm_small"
 _SGD = "experiment=study/tiny_lm_small_sgd"
+_HIGH = "experiment=study/tiny_lm_fast"
 
 
 def _faster(*patterns: str) -> list[str]:
@@ -39,8 +40,11 @@ SETTINGS: Mapping[str, Sequence[str]] = {
     "LLR": [_ADAMW, "balancing=llr", "lr=1.5e-3"],
     "SGD": [_SGD, "balancing=off", "lr=0.4"],
     "SGD, both faster": [_SGD, *_faster("*embed*", "*lm_head*"), "lr=0.4"],
+    "high rate": [_HIGH, "balancing=off"],
+    "high rate, shrinkage": [_HIGH, "balancing=shrinkage"],
 }
-"""By name: the settings of `python -m recipes.train`. The rates are those of docs/results/controls."""
+"""By name: the settings of `python -m recipes.train`. The rates are those of docs/results/controls; the last two
+are the model of 0.86 million parameters at four times its best rate, of docs/results/direction."""
 
 TYPES: Mapping[str, Sequence[str]] = {
     "embedding": ("embed_tokens",),

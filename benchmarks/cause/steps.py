@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 
 from benchmarks.cause.runs import matrices_of
 from benchmarks.results import Value
-from farms_tb import analyze
+from farms_tb import FARMSTempBalance, analyze
 
 __all__ = ["FACTORS", "MOMENTS", "Steps", "signal_share"]
 
@@ -89,6 +89,7 @@ class Steps(Callback):
         if not self._before:
             return
         net = _net(pl_module)
+        ratios = _ratios(trainer, pl_module)
         change = {name: p.detach() - self._before[name] for name, p in net.named_parameters()}
         batches = list(self._batches(trainer))
         measured = (
@@ -98,7 +99,7 @@ class Steps(Callback):
             _gains(net, self._before, change, batches),
         )
         for kind in matrices_of(net):
-            row: dict[str, Value] = {"step": trainer.global_step, "type": kind}
+            row: dict[str, Value] = {"step": trainer.global_step, "type": kind, "ratio": ratios[kind]}
             for found in measured:
                 row |= found[kind]
             self.rows.append(row)
@@ -117,6 +118,16 @@ def _net(module: LightningModule) -> nn.Module:
     net = module.net
     assert isinstance(net, nn.Module)
     return net
+
+
+def _ratios(trainer: Trainer, module: LightningModule) -> dict[str, float]:
+    """Return the learning-rate ratio of each type, the mean over its matrices; 1 without a callback."""
+    found: dict[str, float] = {}
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, FARMSTempBalance):
+            found = callback.parameter_ratios(module)
+    kinds = matrices_of(_net(module))
+    return {kind: fmean(found.get(f"net.{name}", 1.0) for name in names) for kind, names in kinds.items()}
 
 
 def _loss(net: nn.Module, weights: Mapping[str, Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:
