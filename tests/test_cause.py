@@ -114,6 +114,15 @@ def test_a_change_is_paired_over_the_seeds_that_both_have() -> None:
     assert report.change(rows, "SGD", "read", "0 to 3") is None
 
 
+def test_agreement_is_that_of_alpha_and_the_best_multiple() -> None:
+    alphas = {"embedding": 1.6, "head": 1.7, "feed-forward": 1.9}
+    rows = [{"step": 20.0, "alpha": alpha, "best_factor": 1 / alpha} for alpha in alphas.values()]
+    assert report.agreement(rows) == pytest.approx(-1)
+    rows += [{"step": 80.0, "alpha": alpha, "best_factor": alpha**2} for alpha in alphas.values()]
+    rows += [{"step": 160.0, "alpha": alpha, "best_factor": 4.0} for alpha in alphas.values()]
+    assert report.agreement(rows) == pytest.approx(0)  # -1, 1, and none
+
+
 def test_the_benchmark_goes_on_where_it_stopped(
     short: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,7 +15,7 @@ from benchmarks.results import BLUE, GREEN, ORANGE, PURPLE, markdown_table
 from benchmarks.rows import Row
 from farms_tb.viewing.plots.style import FAINT, new_figure, save, styled
 
-__all__ = ["change", "page"]
+__all__ = ["agreement", "change", "page"]
 
 COLOURS = dict(zip(TYPES, (ORANGE, PURPLE, BLUE, GREEN, FAINT), strict=True))
 BASELINE = "AdamW"
@@ -44,6 +44,8 @@ def page(out: Path, steps: Sequence[Row], ends: Sequence[Row]) -> str:
     return (
         "## Steps\n\nMeans over seeds and moments; geometric ones of step and multiple.\n\n"
         f"{steps_table(steps, settings)}\n\n"
+        "Rank correlation (Kendall's tau over the five types) of the best multiple with alpha, mean over moments "
+        f"and seeds, and its smallest and largest value over seeds:\n\n{agreement_table(steps, settings)}\n\n"
         "![Signal, size of the step, best multiple and effect of each type over the steps](steps.png)\n\n"
         f"## Bytes\n\nTest loss in nats, and its change against plain {BASELINE}, paired (95 %).\n\n"
         f"{bytes_table(ends, compared, 'read')}\n\n{bytes_table(ends, compared, 'told')}\n\n"
@@ -69,6 +71,37 @@ def steps_table(rows: Sequence[Row], settings: Sequence[str]) -> str:
             line |= {name: f"{_mean(chosen, name):+.2f}" for name in ("alpha", "effect")}
             lines.append({**line, "alpha": line["alpha"].lstrip("+")})
     return markdown_table(lines)
+
+
+def agreement_table(rows: Sequence[Row], settings: Sequence[str]) -> str:
+    """Return how far the types that could go further are those with large alphas, as the papers' direction has it.
+
+    Args:
+        rows: those of the steps.
+        settings: their names, in the order of the table.
+    """
+    lines = []
+    for setting in settings:
+        chosen = [row for row in rows if row["setting"] == setting]
+        seeds = sorted({float(row["seed"]) for row in chosen})
+        taus = [agreement([row for row in chosen if row["seed"] == seed]) for seed in seeds]
+        value = f"{np.mean(taus):+.2f} ({min(taus):+.2f} to {max(taus):+.2f})"
+        lines.append({"setting": setting, "seeds": str(len(seeds)), "tau": value})
+    return markdown_table(lines)
+
+
+def agreement(rows: Sequence[Row]) -> float:
+    """Return Kendall's tau-b of alpha and best multiple over the types, the mean over the moments.
+
+    Args:
+        rows: those of the steps of one training. A moment at which all best multiples are equal counts as 0.
+    """
+    taus = []
+    for moment in {row["step"] for row in rows}:
+        here = [row for row in rows if row["step"] == moment]
+        alphas, multiples = ([float(row[name]) for row in here] for name in ("alpha", "best_factor"))
+        taus.append(0.0 if len(set(multiples)) == 1 else float(stats.kendalltau(alphas, multiples).statistic))
+    return float(np.mean(taus))
 
 
 def bytes_table(rows: Sequence[Row], compared: Sequence[str], role: str) -> str:
