@@ -206,7 +206,8 @@ def step_seconds(task: Task, device: str) -> tuple[float, float]:
         for parameter in module.parameters():
             parameter.grad = torch.randn_like(parameter) * 1e-3
         optimizer: Optimizer = module.configure_optimizers()["optimizer"]  # type: ignore[assignment,call-overload,index]
-        optimizers.append((optimizer, TempBalance(module, optimizer) if balanced else None))
+        balancer = TempBalance(module, optimizer, assign_func="tb_linear_map") if balanced else None
+        optimizers.append((optimizer, balancer))
     plain, ours = rounds([pair[0].step for pair in optimizers], STEPS, lambda step: wall_seconds(step, device))
     longer = statistics.median(b - a for a, b in zip(plain, ours, strict=True))
     return statistics.median(plain), longer

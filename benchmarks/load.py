@@ -60,7 +60,7 @@ def medians(functions: Sequence[Work], times: int) -> list[float]:
 def scaling_row(layers: int, times: int) -> dict[str, float]:
     """Measure everything that depends on the number of layers."""
     net = make_net(layers)
-    balancer = TempBalance(net, OPTIMIZERS["SGD"](net.parameters()))
+    balancer = TempBalance(net, OPTIMIZERS["SGD"](net.parameters()), assign_func="tb_linear_map")
     inner = balancer._balancer
 
     def log_row() -> dict[str, float]:
@@ -99,7 +99,7 @@ def begin_run() -> Callable[[], None]:
     # So slow that an update has the same work to do at the end: no gradient becomes denormal, no weight singular.
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-6)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9999)
-    balancer = TempBalance(net, optimizer)
+    balancer = TempBalance(net, optimizer, assign_func="tb_linear_map")
     inputs = torch.randn(16, WIDTH)
 
     def update() -> None:

@@ -192,7 +192,7 @@ def measure_options(name: str, device: str, times: int, limit: float) -> list[di
     for options in OPTIONS.values():
         own = make(name, device)
         optimizer = OPTIMIZERS["AdamW"](own.parameters())
-        TempBalance(own, optimizer, **options).step()
+        TempBalance(own, optimizer, assign_func="tb_linear_map", **options).step()
         steps.append(optimizer.step)
     plain, *found = timed(steps, device, times, limit)
     rows: list[dict[str, Value]] = []

@@ -355,7 +355,9 @@ class RatioOptions:
     """How alphas become learning-rate ratios, and which layers take part.
 
     Attributes:
-        assign_func: the map from alphas to ratios, see `farms_tb.lr_ratios`.
+        assign_func: the map from alphas to ratios, see `farms_tb.lr_ratios`. The default, `"shrinkage"`, compares
+            each layer with random layers of its shape, so that differences that are noise move no learning rate;
+            it measures shuffled layers once, at the start. `"tb_linear_map"` is that of the papers.
         lr_min_ratio: ratio of the layer with the smallest alpha.
         lr_max_ratio: ratio of the layer with the largest alpha. With both at 1 nothing is balanced, only measured.
         sigmoid_min: strength of the sigmoid map at or below the mean alpha.
@@ -392,7 +394,7 @@ class RatioOptions:
             learning rate, as it is in torch. False keeps it, or leaves it to `target`.
     """
 
-    assign_func: AssignFunc = "tb_linear_map"
+    assign_func: AssignFunc = "shrinkage"
     lr_min_ratio: float = 0.5
     lr_max_ratio: float = 1.5
     sigmoid_min: float = 0.5
@@ -461,7 +463,7 @@ class RatioOptions:
         if self.metric != "alpha" and self.assign_func in COMPARES_WITH_RANDOM:
             raise ValueError(
                 f"assign_func={self.assign_func!r} compares alpha with that of random layers, it knows no other "
-                f"metric: got metric={self.metric!r}"
+                f"metric: got metric={self.metric!r}; pass assign_func='tb_linear_map' to map it"
             )
 
     @property

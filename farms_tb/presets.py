@@ -83,7 +83,8 @@ PRESETS: Mapping[Preset, Published] = {
     ),
     "shrinkage": Published("this package's own", {"esd": "farms", "assign_func": "shrinkage"}),
     "monitor": Published(
-        "measures and logs, and changes no learning rate", {"lr_min_ratio": 1.0, "lr_max_ratio": 1.0}
+        "measures and logs, and changes no learning rate",
+        {"assign_func": "tb_linear_map", "lr_min_ratio": 1.0, "lr_max_ratio": 1.0},
     ),
 }
 

@@ -33,8 +33,10 @@ def loop(rank: int, breaks: bool = False) -> dict[str, Any]:
     meet()
     model = nn.parallel.DistributedDataParallel(make_net())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    balancer = TempBalance(model, optimizer)
-    alone = TempBalance(model.module, torch.optim.SGD(model.module.parameters(), lr=0.1))
+    balancer = TempBalance(model, optimizer, assign_func="tb_linear_map")
+    alone = TempBalance(
+        model.module, torch.optim.SGD(model.module.parameters(), lr=0.1), assign_func="tb_linear_map"
+    )
     ratios = [(balancer.ratios, alone.ratios)]
     for epoch in range(2):
         for step, (inputs, targets) in enumerate(make_data(4)):
@@ -74,7 +76,7 @@ def sharded(rank: int, make: Callable[[], nn.Module] = make_net) -> dict[str, An
         fully_shard(part, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
     trained = [[parameter for parameter in net.parameters() if parameter.requires_grad] for net in nets]
     optimizers = [torch.optim.SGD(parameters, lr=0.1, momentum=0.9) for parameters in trained]
-    balancers = [TempBalance(*pair) for pair in zip(nets, optimizers, strict=True)]
+    balancers = [TempBalance(*pair, assign_func="tb_linear_map") for pair in zip(nets, optimizers, strict=True)]
     ratios = []
     for _ in range(2):
         for inputs, targets in make_data(3):

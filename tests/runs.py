@@ -17,6 +17,6 @@ def train_run(folder: Path, **options: Any) -> Module:
     module = Module()
     logger = CSVLogger(folder, name="", flush_logs_every_n_steps=1)
     checkpoint = ModelCheckpoint(Path(logger.log_dir) / "checkpoints", save_last=True)
-    callbacks = [FARMSTempBalance(**options), checkpoint]
+    callbacks = [FARMSTempBalance(**{"assign_func": "tb_linear_map", **options}), checkpoint]
     fit(module, callbacks, logger=logger, enable_checkpointing=True)
     return module

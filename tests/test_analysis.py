@@ -810,6 +810,8 @@ def test_a_measured_embedding_is_balanced_as_any_layer():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(60, 30), *(nn.Linear(30, 30) for _ in range(4)))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    balancer = TempBalance(model, optimizer, embeddings=True, exclude_first=False, exclude_last=False)
+    balancer = TempBalance(
+        model, optimizer, embeddings=True, exclude_first=False, exclude_last=False, assign_func="tb_linear_map"
+    )
     balancer.step()
     assert balancer.ratios["0"] != 1

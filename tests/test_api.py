@@ -19,7 +19,8 @@ from tests.helpers import LIGHTNING_NOISE, make_data
 CLASSES = (SpectrumOptions, RatioOptions, ScheduleOptions, LoggingOptions)
 SPECTRUM, RATIOS, SCHEDULE, LOGGING = ({field.name: field.default for field in fields(cls)} for cls in CLASSES)
 HINTS = {name: hint for cls in CLASSES for name, hint in get_type_hints(cls).items()}
-MAP = {**dict(list(RATIOS.items())[:7]), "favor": RATIOS["favor"], "errors": None}
+# `lr_ratios` has alphas alone, so its default is the map that needs no more.
+MAP = {**dict(list(RATIOS.items())[:7]), "assign_func": "tb_linear_map", "favor": RATIOS["favor"], "errors": None}
 OBJECTS = {"preset": None, "spectrum": None, "ratios": None, "schedule": None, "logging": None}
 CALLBACK = OBJECTS | SPECTRUM | RATIOS | SCHEDULE | LOGGING
 ANALYSIS = SPECTRUM | {"preset": None, "spectrum": None, "null": False, "histogram": False}
@@ -115,13 +116,14 @@ trainer:
   callbacks:
     - class_path: farms_tb.FARMSTempBalance
       init_args:
+        assign_func: {assign_func}
         {option}
         exclude: [net.5]
         spectrum: {{esd: full, window: 40}}
 """
 
 
-def run_cli(folder: Path, option: str) -> Any:
+def run_cli(folder: Path, option: str, assign_func: str = "tb_linear_map") -> Any:
     from lightning.pytorch.cli import LightningCLI
 
     from tests.helpers import Module
@@ -133,7 +135,7 @@ def run_cli(folder: Path, option: str) -> Any:
         def train_dataloader(self) -> Any:
             return make_data()
 
-    (folder / "config.yaml").write_text(CONFIG.format(option=option))
+    (folder / "config.yaml").write_text(CONFIG.format(option=option, assign_func=assign_func))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["train.py", "fit", "--config", str(folder / "config.yaml")])
         return LightningCLI(Net, save_config_callback=None, seed_everything_default=0)
@@ -146,13 +148,16 @@ def test_lightning_cli(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     pytest.importorskip("jsonargparse")
     cli = run_cli(tmp_path, "lr_min_ratio: 0.7")
     (callback,) = [c for c in cli.trainer.callbacks if isinstance(c, farms_tb.FARMSTempBalance)]
-    assert callback.options.ratios == RatioOptions(lr_min_ratio=0.7, exclude=("net.5",))
+    assert callback.options.ratios == RatioOptions("tb_linear_map", lr_min_ratio=0.7, exclude=("net.5",))
     assert callback.options.spectrum == SpectrumOptions(esd="full", window=40)
     assert min(callback.ratios.values()) == 0.7
-    for option in ("lr_min: 0.7", "lr_min_ratio: small", "assign_func: linear"):
+    for option in ("lr_min: 0.7", "lr_min_ratio: small"):
         with pytest.raises(SystemExit):
             run_cli(tmp_path, option)
         assert option.split(":")[0] in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run_cli(tmp_path, "lr_min_ratio: 0.7", assign_func="linear")
+    assert "assign_func" in capsys.readouterr().err
 
 
 def test_hydra(tmp_path: Path) -> None:

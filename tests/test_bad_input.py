@@ -135,7 +135,7 @@ def test_broken_weights_keep_ratio_one(kind: str, esd: Any) -> None:
     breaks(net[5].weight.data)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     with pytest.warns(UserWarning, match=f"layers with no alpha keep the base learning rate: 5: .*({status})"):
-        balancer = TempBalance(net, optimizer, esd=esd)
+        balancer = TempBalance(net, optimizer, assign_func="tb_linear_map", esd=esd)
     assert balancer.report.layers["5"].alpha is None
     assert balancer.ratios["5"] == 1
     assert {balancer.ratios["2"], balancer.ratios["7"]} == {0.5, 1.5}
@@ -161,7 +161,9 @@ def test_tiny_and_thin_layers() -> None:
         nn.Linear(1, 12), nn.Linear(12, 12), nn.Linear(12, 16), nn.Linear(16, 3), nn.Linear(3, 1), nn.Linear(1, 1)
     )
     with pytest.warns(UserWarning, match="1: too few eigenvalues: 12 in a sample, min_eigenvalues is 20$"):
-        balancer = TempBalance(net, torch.optim.SGD(net.parameters(), lr=0.1), min_eigenvalues=20)
+        balancer = TempBalance(
+            net, torch.optim.SGD(net.parameters(), lr=0.1), assign_func="tb_linear_map", min_eigenvalues=20
+        )
     layers = balancer.report.layers
     assert [layers[name].alpha is None for name in "012345"] == [True, True, False, False, True, True]
     assert layers["0"].status == layers["4"].status == "one row or one column: no spectrum"

@@ -52,7 +52,7 @@ def train_step(net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 def balanced() -> tuple[nn.Sequential, torch.optim.Optimizer, TempBalance]:
     net = deep_net(1000)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
-    return net, optimizer, TempBalance(net, optimizer)
+    return net, optimizer, TempBalance(net, optimizer, assign_func="tb_linear_map")
 
 
 class TestThousandLayers:
@@ -112,7 +112,7 @@ def unfed_norms(layers: int) -> nn.Sequential:
     [
         lambda net: find_layers(net),
         lambda net: norm_feeders(net, find_layers(net)),
-        lambda net: TempBalance(net, torch.optim.SGD(net.parameters(), lr=0.1)),
+        lambda net: TempBalance(net, torch.optim.SGD(net.parameters(), lr=0.1), assign_func="tb_linear_map"),
     ],
     ids=["layers", "norms", "balance"],
 )
@@ -170,7 +170,7 @@ class TestManyUpdates:
         net = make_net()
         optimizer = getattr(torch.optim, name)(net.parameters(), lr=1e-3)
         scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.999)
-        balancer = TempBalance(net, optimizer)
+        balancer = TempBalance(net, optimizer, assign_func="tb_linear_map")
 
         def update() -> None:
             train_step(net, optimizer)
@@ -192,7 +192,7 @@ class TestManyUpdates:
         net[5].weight.requires_grad_(True)
         optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
         with pytest.warns(UserWarning, match="keep the base learning rate: 5: all weights are zero"):
-            balancer = TempBalance(net, optimizer)
+            balancer = TempBalance(net, optimizer, assign_func="tb_linear_map")
         objects, things = grown(balancer.step, balancer, optimizer, warning._said, times=100)
         assert abs(objects) < 50
         assert abs(things) < 50
@@ -203,7 +203,7 @@ class TestManyUpdates:
         for _ in range(3):
             net = make_net()
             optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-            balancer = TempBalance(net, optimizer)
+            balancer = TempBalance(net, optimizer, assign_func="tb_linear_map")
             train_step(net, optimizer)
             freed += [weakref.ref(thing) for thing in (net, net[0].weight, optimizer, balancer)]
         del net, optimizer, balancer
@@ -215,7 +215,7 @@ class TestManyUpdates:
         optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
 
         def once() -> None:
-            TempBalance(net, optimizer).detach()
+            TempBalance(net, optimizer, assign_func="tb_linear_map").detach()
 
         objects, things = grown(once, optimizer, warning._said, layerwise_step._attached, times=100)
         assert abs(objects) < 50
@@ -312,13 +312,13 @@ class TestMetaDevice:
         model = make_net().to("meta")
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         with pytest.raises(ValueError, match=r"Sequential is on the meta device: .* model.to_empty\(device=...\)"):
-            TempBalance(model, optimizer)
+            TempBalance(model, optimizer, assign_func="tb_linear_map")
         assert not optimizer._optimizer_step_pre_hooks
 
     def test_balancing_skips_what_has_no_values(self) -> None:
         model = nn.Sequential(*[nn.Linear(12, 12) for _ in range(5)])
         model[2].to("meta")
-        balancer = TempBalance(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        balancer = TempBalance(model, torch.optim.SGD(model.parameters(), lr=0.1), assign_func="tb_linear_map")
         assert sorted(balancer.ratios.values()) == [0.5, 1.0, 1.0, 1.0, 1.5]
         assert balancer.ratios["2"] == 1
 
@@ -338,12 +338,12 @@ class TestManyKeys:
 
     def test_up_to_the_bound_every_layer_is_logged(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(logs, "MAX_LOGGED_LAYERS", 5)
-        assert len(self.rows(FARMSTempBalance())[0]) == 4 + 4 * 5
+        assert len(self.rows(FARMSTempBalance(assign_func="tb_linear_map"))[0]) == 4 + 4 * 5
 
     @pytest.mark.filterwarnings("ignore:histogram_every_n is set, and no logger takes histograms")
     def test_beyond_it_the_aggregates_alone(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(logs, "MAX_LOGGED_LAYERS", 4)
-        callback = FARMSTempBalance(histogram_every_n=1)
+        callback = FARMSTempBalance(histogram_every_n=1, assign_func="tb_linear_map")
         with pytest.warns(UserWarning, match=self.WARNING) as caught:
             rows = self.rows(callback)
         assert sum("farms/alpha_mean" in str(one.message) for one in caught) == 1
@@ -356,7 +356,7 @@ class TestManyKeys:
 
     def test_nothing_is_said_where_nothing_is_logged(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(logs, "MAX_LOGGED_LAYERS", 4)
-        assert self.rows(FARMSTempBalance(log=False)) == []
+        assert self.rows(FARMSTempBalance(log=False, assign_func="tb_linear_map")) == []
 
     def test_bound_is_below_what_wandb_advises(self) -> None:
         assert 9 * logs.MAX_LOGGED_LAYERS < 10_000 - 100

@@ -116,6 +116,7 @@ def test_temperature_options(options, error, message):
             ValueError,
             "assign_func='shrinkage' compares alpha .* no other metric: got metric='entropy'",
         ),
+        ({"metric": "entropy"}, ValueError, "metric='entropy'; pass assign_func='tb_linear_map'"),
         ({"norms": "feed"}, ValueError, "norms must be one of 'follow', 'base', got 'feed'"),
         ({"exclude": "conv1"}, TypeError, "exclude must be a sequence of strings, got 'conv1'"),
         ({"exclude": (1,)}, TypeError, r"exclude must be a sequence of strings, got \(1,\)"),

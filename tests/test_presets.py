@@ -18,7 +18,7 @@ from farms_tb import (
     TempBalance,
     analyze,
 )
-from farms_tb.options import as_plain
+from farms_tb.options import AssignFunc, as_plain
 from farms_tb.presets import PRESETS, Preset
 from tests.helpers import LIGHTNING_NOISE, Module, fit, make_net
 
@@ -41,6 +41,12 @@ def test_every_name_has_its_options_and_they_are_valid() -> None:
     assert set(PRESETS) == set(get_args(Preset))
     for name in get_args(Preset):
         FARMSTempBalance(preset=name)
+
+
+@pytest.mark.parametrize("name", get_args(Preset))
+def test_every_preset_names_its_map(name: Preset) -> None:
+    """A published method stays what it is when a default of this package changes."""
+    assert PRESETS[name].options["assign_func"] in get_args(AssignFunc)
 
 
 def test_lr_ratios_of_llr_by_hand() -> None:
@@ -145,3 +151,4 @@ class TestInTraining:
         fit(plain, [])
         assert all(torch.equal(a, b) for a, b in zip(watched.parameters(), plain.parameters(), strict=True))
         assert callback.report is not None
+        assert all(record.null is None for record in callback.report.layers.values())

@@ -14,8 +14,9 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from farms_tb.balancing.assignment import Assignment, assign
+from farms_tb.balancing.ratio_maps import compares_with_random
 from farms_tb.balancing.state import BalancerState
-from farms_tb.options import COMPARES_WITH_RANDOM, RatioOptions, SpectrumOptions
+from farms_tb.options import RatioOptions, SpectrumOptions
 from farms_tb.report import Report
 from farms_tb.spectra.background import BackgroundMeasurement
 from farms_tb.spectra.distributed import Team, current_team
@@ -51,7 +52,7 @@ class MeasuredModel:
         self.model = model
         self._spectrum_options, self._ratio_options = spectrum_options, ratio_options
         self._share = share
-        self.compares = ratio_options.assign_func in COMPARES_WITH_RANDOM
+        self.compares = compares_with_random(ratio_options)
         self._begun: BackgroundMeasurement | Report | None = None
         self._nulls: dict[str, PermutationNull] = {}
         self.assignment = self._assigned()

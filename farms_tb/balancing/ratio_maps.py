@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from farms_tb.balancing.shrinkage import shrinkage_ratios
-from farms_tb.options import STATIC, AssignFunc, Favor, RatioOptions
+from farms_tb.options import COMPARES_WITH_RANDOM, STATIC, AssignFunc, Favor, RatioOptions
 
 
 def maps_nothing(options: RatioOptions) -> bool:
@@ -34,6 +34,15 @@ def only_measures(options: RatioOptions) -> bool:
         options: as in `maps_nothing`, and `fixed`.
     """
     return maps_nothing(options) and all(ratio == 1 for _, ratio in options.fixed_pairs)
+
+
+def compares_with_random(options: RatioOptions) -> bool:
+    """Tell whether the map needs the permutation null of each layer, which takes many measurements.
+
+    Args:
+        options: the map, and what `maps_nothing` uses: where nothing is mapped, nothing is compared.
+    """
+    return options.assign_func in COMPARES_WITH_RANDOM and not maps_nothing(options)
 
 
 def lr_ratios(  # noqa: PLR0913 - each is an option
@@ -76,7 +85,8 @@ def lr_ratios(  # noqa: PLR0913 - each is an option
 
     Args:
         alphas: alpha of each layer; None or NaN where a layer has none.
-        assign_func: the map.
+        assign_func: the map. The default is that of the papers, which needs alphas alone; models are balanced by
+            `"shrinkage"` unless told otherwise.
         lr_min_ratio: ratio of the smallest alpha (linear map, step); of the noise-aware map before it is shrunk.
         lr_max_ratio: ratio of the largest alpha (linear map); the bound of the step map.
         sigmoid_min: strength s of the sigmoid at or below the mean.

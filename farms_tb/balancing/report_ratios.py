@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from farms_tb.balancing.assignment import Assignment
-from farms_tb.balancing.ratio_maps import noise_lambda, ratios_from
+from farms_tb.balancing.ratio_maps import compares_with_random, noise_lambda, ratios_from
 from farms_tb.options import Kind, RatioOptions
 from farms_tb.report import LayerRecord, Report
 from farms_tb.spectra.random_effects import shrunk_effects
@@ -105,8 +105,7 @@ def ratios_of_report(
     """Map the metric of the layers that take part, or of their blocks, each kind within itself.
 
     Args:
-        report: the measurement; with the noise-aware map and with that of shrunk effects, one that holds
-            permutation nulls.
+        report: the measurement; where the map compares with random layers, one that holds permutation nulls.
         members: names of the layers that take part, by kind.
         options: the map, its options and the metric.
         assignment: the blocks of the layers, and ratios of layers that take no part, and keep these.
@@ -194,9 +193,10 @@ def _estimates(records: Mapping[str, LayerRecord], options: RatioOptions) -> dic
     """
     if options.collapsed == "leave_out":
         records = {name: record for name, record in records.items() if not record.collapsed}
-    if options.assign_func == "shrinkage":
+    compares = compares_with_random(options)
+    if compares and options.assign_func == "shrinkage":
         return _effects(records)
-    if options.assign_func == "noise_aware":
+    if compares:
         values = {name: record.z_score for name, record in records.items()}
     else:
         values = {name: record.metric(options.metric) for name, record in records.items()}
@@ -282,10 +282,10 @@ def _summary(
     mean_ratio = math.fsum(mapped.values()) / len(mapped) if mapped else None
     known = {kind: list(one.estimates.values()) for kind, one in kinds.items() if one.estimates}
     values = {kind: [one.value for one in own] for kind, own in known.items()}
+    if not compares_with_random(options):
+        return RatioSummary(mean_ratio)
     if options.assign_func == "noise_aware":
         return RatioSummary(mean_ratio, {kind: noise_lambda(own) for kind, own in values.items()})
-    if options.assign_func != "shrinkage":
-        return RatioSummary(mean_ratio)
     tau: dict[Kind, float] = {}
     mean_weight: dict[Kind, float] = {}
     for kind, own in known.items():

@@ -134,8 +134,15 @@ def _changed_options(state: BalancerState, options: Mapping[str, Any]) -> list[s
     for name in {**options, **saved}:
         before, now = saved.get(name), options.get(name)
         if before != now and name not in NUMERICS:
-            changes.append(f"{name} was {before!r} and is {now!r}")
+            changes.append(f"{name} was {before!r} and is {now!r}{_hint(name, before, now)}")
     return changes
+
+
+def _hint(name: str, before: object, now: object) -> str:
+    """Return what to say of an option whose default has changed since the checkpoint was written; else nothing."""
+    if (name, before, now) != ("assign_func", "tb_linear_map", RatioOptions.assign_func):
+        return ""
+    return " (the default since version 0.2: to continue as before, pass assign_func='tb_linear_map')"
 
 
 def _plain_records(report: Report | None) -> dict[str, dict[str, Any]]:

@@ -24,6 +24,9 @@ MIN_SECONDS = 30.0
 class MeasuringCost:
     """Adds up how long training waits for measurements, and warns once a run where that is too long.
 
+    The first measurement does not count. It is made however seldom layers are measured, and may take far longer
+    than the later ones, since a map that compares layers with random ones measures these then.
+
     The clock decides about this warning and nothing else: runs stay reproducible. A `MeasuringCost` belongs to one
     run; the time of training counts from when it is made.
     """
@@ -46,7 +49,8 @@ class MeasuringCost:
         before = time.perf_counter()
         yield
         now = time.perf_counter()
-        self._measuring += now - before
+        if self._measurements > 0:
+            self._measuring += now - before
         self._measurements += 1
         self._warn_if_slow(now - self._start)
 

@@ -60,8 +60,8 @@ _REFUSED_OPTIMIZERS = ("LayerWiseDummyOptimizer", "Lomo", "AdaLomo")
 class FARMSTrainerCallback(ShowsResults, TrainerCallback, ExportableState):
     """See how well each layer is trained, and balance the layers' learning rates, under Hugging Face's Trainer.
 
-    `farms_tb.FARMSTempBalance` for `transformers.Trainer`: the same options, the same guarantees. Pass it in
-    `callbacks`; model, optimizer, scheduler and `TrainingArguments` stay as they are.
+    `farms_tb.FARMSTempBalance` for `transformers.Trainer`: the same options with the same defaults, the same
+    guarantees. Pass it in `callbacks`; model, optimizer, scheduler and `TrainingArguments` stay as they are.
 
     Logged at each measurement, with every reporter of the trainer (`report_to`) and in `state.log_history`:
     `farms/alpha/<layer>`, `farms/ratio/<layer>`, `farms/lr/<layer>`, `farms/rank_share/<layer>`,

@@ -40,11 +40,12 @@ class FARMSTempBalance(ShowsResults, Callback):
     """See how well each layer is trained, and balance the layers' learning rates.
 
     At the start of training and of every epoch the callback measures the power-law exponent alpha of each
-    layer's weights, maps the alphas to learning-rate ratios, and logs both. At any step a parameter's learning
-    rate is the scheduler's, times its layer's ratio. The module, the optimizers and the schedulers stay as they
-    are: `optimizer.param_groups` never changes, and with ratios of 1 training is bitwise identical to
-    training without the callback. Its state is saved in checkpoints, and a resumed run continues as if it had
-    not stopped.
+    layer's weights, maps the alphas to learning-rate ratios, and logs both. The default map compares each layer
+    with random ones of its shape, and measures these once, at the start; `preset="farms"` is the papers' method.
+    At any step a parameter's learning rate is the scheduler's, times its layer's ratio. The module, the optimizers
+    and the schedulers stay as they are: `optimizer.param_groups` never changes, and with ratios of 1 training is
+    bitwise identical to training without the callback. Its state is saved in checkpoints, and a resumed run
+    continues as if it had not stopped.
 
     Logged at each measurement, with every logger of the trainer: `farms/alpha/<layer>`, `farms/ratio/<layer>`,
     `farms/lr/<layer>`, `farms/rank_share/<layer>`, `farms/alpha_mean` and `farms/alpha_std` over the layers that

@@ -15,7 +15,7 @@ from tests.helpers import make_net
 
 def balanced(net: nn.Module, **options: Any) -> TempBalance:
     params = [p for p in net.parameters() if p.requires_grad]
-    return TempBalance(net, torch.optim.SGD(params, lr=0.1), **options)
+    return TempBalance(net, torch.optim.SGD(params, lr=0.1), assign_func="tb_linear_map", **options)
 
 
 # Norms of any class
@@ -182,7 +182,7 @@ class Student(nn.Module):
 def test_first_and_last_are_those_that_are_trained(in_optimizer: bool) -> None:
     model = Student()
     params = model.parameters() if in_optimizer else model.net.parameters()
-    balancer = TempBalance(model, torch.optim.SGD(params, lr=0.1))
+    balancer = TempBalance(model, torch.optim.SGD(params, lr=0.1), assign_func="tb_linear_map")
     alone = balanced(make_net())
     assert {name: ratio for name, ratio in balancer.ratios.items() if name.startswith("net")} == {
         f"net.{name}": ratio for name, ratio in alone.ratios.items()

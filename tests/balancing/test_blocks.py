@@ -30,7 +30,7 @@ class Encoder(nn.Module):
 
 def balance(model: nn.Module, **options: Any) -> TempBalance:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    return TempBalance(model, optimizer, **{"unit": "block", **options})
+    return TempBalance(model, optimizer, **{"unit": "block", "assign_func": "tb_linear_map", **options})
 
 
 def block_means(balancer: TempBalance) -> list[float]:

@@ -217,7 +217,7 @@ BAD = [
 def balanced(cls: Any, **options: Any) -> tuple[nn.Module, Any, TempBalance]:
     net = make_net()
     optimizer = cls(net.parameters())
-    return net, optimizer, TempBalance(net, optimizer, **options)
+    return net, optimizer, TempBalance(net, optimizer, **{"assign_func": "tb_linear_map", **options})
 
 
 @pytest.mark.parametrize("cls", GOOD)
@@ -316,7 +316,7 @@ def test_a_layer_that_joins_later_is_checked() -> None:
     """More ratios than at the first steps: the list is too short from then on."""
     net = make_net()
     optimizer = PairsWithObjects([{"params": [p]} for p in net.parameters()])
-    TempBalance(net, optimizer)
+    TempBalance(net, optimizer, assign_func="tb_linear_map")
     set_grads(net.parameters())
     for _ in range(3):
         optimizer.step()
@@ -393,7 +393,7 @@ def test_optimizers_in_lists_and_dicts_are_found(holder: str) -> None:
     net = make_net()
     params = list(net.parameters())
     optimizer = Several(HOLDERS[holder], SGD(params[:4], lr=0.1), SGD(params[4:], lr=0.1))
-    balancer = TempBalance(net, optimizer)
+    balancer = TempBalance(net, optimizer, assign_func="tb_linear_map")
     before = [p.detach().clone() for p in params]
     set_grads(params)
     optimizer.step()
@@ -407,7 +407,7 @@ def test_an_optimizer_that_refers_to_its_wrapper_ends() -> None:
     inner = SGD(net.parameters(), lr=0.1)
     outer = Lookahead(inner)
     inner.outer = outer  # type: ignore[attr-defined]
-    balancer = TempBalance(net, outer)
+    balancer = TempBalance(net, outer, assign_func="tb_linear_map")
     assert len(balancer.param_groups(outer)) > 1
 
 
@@ -417,7 +417,7 @@ def test_wrappers_that_are_not_given_are_right(wrap: Callable[[Optimizer], Optim
     net = make_net()
     inner = SGD(net.parameters(), lr=0.1)
     outer = wrap(inner)
-    TempBalance(net, inner)
+    TempBalance(net, inner, assign_func="tb_linear_map")
     for _ in range(3):
         set_grads(net.parameters())
         outer.step()
@@ -426,7 +426,7 @@ def test_wrappers_that_are_not_given_are_right(wrap: Callable[[Optimizer], Optim
 def test_sam_without_lists() -> None:
     net = make_net()
     optimizer = SAM(net.parameters(), SGD, lr=0.1)
-    TempBalance(net, optimizer)
+    TempBalance(net, optimizer, assign_func="tb_linear_map")
     for _ in range(2):
         optimizer.step(lambda: set_grads(net.parameters()))
 
@@ -451,7 +451,7 @@ def test_a_replaced_step_is_refused(method: bool) -> None:
     step = replaced(optimizer)
     optimizer.step = MethodType(lambda self: step(), optimizer) if method else step  # type: ignore[method-assign]
     own = optimizer.step
-    balancer = TempBalance(net, optimizer)
+    balancer = TempBalance(net, optimizer, assign_func="tb_linear_map")
     set_grads(net.parameters())
     for _ in range(2):
         with pytest.raises(RuntimeError, match="replaced on the instance"):
@@ -467,7 +467,7 @@ def test_a_step_that_is_wrapped_works() -> None:
     optimizer = SGD(net.parameters(), lr=0.1)
     original, calls = optimizer.step, []
     optimizer.step = MethodType(lambda self: (calls.append(1), original())[1], optimizer)  # type: ignore[method-assign]
-    balancer = TempBalance(net, optimizer)
+    balancer = TempBalance(net, optimizer, assign_func="tb_linear_map")
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
     lr = 0.1
     for _ in range(3):
@@ -492,7 +492,7 @@ def test_a_step_that_was_assigned_to_the_class_works() -> None:
     optimizer = Patched(net.parameters(), lr=0.1)
     Patched.step = Plain.__dict__["step"]  # type: ignore[method-assign]
     Patched.move = Plain.move  # type: ignore[attr-defined]
-    balancer = TempBalance(net, optimizer)
+    balancer = TempBalance(net, optimizer, assign_func="tb_linear_map")
     params = list(net.parameters())
     before = [p.detach().clone() for p in params]
     set_grads(params)
@@ -507,13 +507,13 @@ def test_a_step_that_was_assigned_to_the_class_works() -> None:
 @pytest.mark.parametrize("cls", [SGD, Adam, Plain, ByData])
 def test_an_exchanged_optimizer_is_refused(cls: Any) -> None:
     net = make_net()
-    balancer = TempBalance(net, SGD(net.parameters(), lr=0.1))
+    balancer = TempBalance(net, SGD(net.parameters(), lr=0.1), assign_func="tb_linear_map")
     new = cls(net.parameters(), 0.1)
     set_grads(net.parameters())
     with pytest.raises(RuntimeError, match=r"exchange of the optimizer, detach\(\)"):
         new.step()
     balancer.detach()
-    TempBalance(net, new)
+    TempBalance(net, new, assign_func="tb_linear_map")
     new.step()
 
 
@@ -521,7 +521,7 @@ def test_optimizers_of_other_models_are_left_alone() -> None:
     net, other = make_net(), make_net(seed=1)
     one = SGD(net.parameters(), lr=0.1)
     two = SGD(other.parameters(), lr=0.1)
-    TempBalance(net, one)
+    TempBalance(net, one, assign_func="tb_linear_map")
     for _ in range(2):
         for params, optimizer in ((net.parameters(), one), (other.parameters(), two)):
             set_grads(params)
@@ -531,7 +531,7 @@ def test_optimizers_of_other_models_are_left_alone() -> None:
 def test_a_copied_optimizer_is_not_balanced_and_steps() -> None:
     net = make_net()
     optimizer = SGD(net.parameters(), lr=0.1)
-    TempBalance(net, optimizer)
+    TempBalance(net, optimizer, assign_func="tb_linear_map")
     both = copy.deepcopy({"net": net, "optimizer": optimizer})
     set_grads(both["net"].parameters())
     both["optimizer"].step()  # type: ignore[attr-defined]
@@ -541,7 +541,7 @@ def test_a_copied_optimizer_is_not_balanced_and_steps() -> None:
 def test_training_that_no_hook_sees_is_said_at_the_next_measurement(how: str) -> None:
     net = make_net()
     optimizer = SGD(net.parameters(), lr=0.1)
-    balancer = TempBalance(net, optimizer)
+    balancer = TempBalance(net, optimizer, assign_func="tb_linear_map")
     step = replaced(optimizer)
     if how == "replaced":
         optimizer.step = step  # type: ignore[method-assign]
@@ -553,7 +553,7 @@ def test_training_that_no_hook_sees_is_said_at_the_next_measurement(how: str) ->
 
 def test_weights_that_are_loaded_are_no_training() -> None:
     net = make_net()
-    balancer = TempBalance(net, SGD(net.parameters(), lr=0.1))
+    balancer = TempBalance(net, SGD(net.parameters(), lr=0.1), assign_func="tb_linear_map")
     net.load_state_dict(make_net(seed=1).state_dict())
     balancer.step()
 
@@ -578,7 +578,7 @@ def test_sgd_leaves_gradients_as_they_were(
         maximize=maximize,
         foreach=foreach,
     )
-    TempBalance(net, optimizer)
+    TempBalance(net, optimizer, assign_func="tb_linear_map")
     check_gradients(net, optimizer)
 
 
@@ -592,7 +592,7 @@ def test_no_step_changes_gradients_that_torchs_leaves(key: str) -> None:
         net = nn.Sequential(*[nn.Linear(12, 12, bias=False) for _ in range(5)])
         optimizer = build(key, list(net.parameters()))
         if attached:
-            TempBalance(net, optimizer)
+            TempBalance(net, optimizer, assign_func="tb_linear_map")
         found = set()
         for _ in range(3):
             set_grads(net.parameters())
@@ -651,7 +651,7 @@ def test_refused_to_balance_but_measured(key: str) -> None:
     net = make_net()
     optimizer = make(net.parameters())
     with pytest.raises(ValueError, match=message):
-        TempBalance(net, optimizer)
+        TempBalance(net, optimizer, assign_func="tb_linear_map")
     balancer = TempBalance(net, optimizer, lr_min_ratio=1, lr_max_ratio=1)
     balancer.step()
     (group,) = balancer.param_groups(optimizer)
@@ -664,8 +664,12 @@ def test_transformers_adafactor_chooses_its_own_rate() -> None:
     net = make_net()
     optimizer = optimization.Adafactor(net.parameters())
     with pytest.raises(ValueError, match="relative_step=False"):
-        TempBalance(net, optimizer)
-    TempBalance(net, optimization.Adafactor(net.parameters(), lr=1e-3, relative_step=False, scale_parameter=False))
+        TempBalance(net, optimizer, assign_func="tb_linear_map")
+    TempBalance(
+        net,
+        optimization.Adafactor(net.parameters(), lr=1e-3, relative_step=False, scale_parameter=False),
+        assign_func="tb_linear_map",
+    )
 
 
 @pytest.mark.parametrize("assign_func", ["tb_sqrt", "tb_log2", "tb_sigmoid", "tb_step"])

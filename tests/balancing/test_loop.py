@@ -48,7 +48,7 @@ def test_lr_is_the_schedulers_times_the_ratio_of_the_last_measurement() -> None:
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
     scheduler = MultiplicativeLR(optimizer, lambda _: 0.7)
     groups = optimizer.param_groups
-    balancer = TempBalance(net, optimizer)
+    balancer = TempBalance(net, optimizer, assign_func="tb_linear_map")
     said: list[dict[str, float]] = []
 
     def measure() -> None:
@@ -94,7 +94,7 @@ def test_measuring_changes_nothing() -> None:
     net = make_net()
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     random_state = torch.get_rng_state()
-    balancer = TempBalance(net, torch.optim.SGD(net.parameters(), lr=0.1))
+    balancer = TempBalance(net, torch.optim.SGD(net.parameters(), lr=0.1), assign_func="tb_linear_map")
     balancer.step()
     assert_same_state(dict(net.state_dict()), before)
     assert torch.equal(torch.get_rng_state(), random_state)
@@ -105,7 +105,12 @@ def test_resume_through_a_file(tmp_path: Path) -> None:
     def start() -> tuple[Any, Any, Any, Any]:
         net = make_net()
         optimizer = torch.optim.Adam(net.parameters(), lr=0.02)
-        return net, optimizer, CosineAnnealingLR(optimizer, 10), TempBalance(net, optimizer, exclude=["7"])
+        return (
+            net,
+            optimizer,
+            CosineAnnealingLR(optimizer, 10),
+            TempBalance(net, optimizer, exclude=["7"], assign_func="tb_linear_map"),
+        )
 
     def end_of_epoch(*parts: Any) -> Any:
         return lambda: [part.step() for part in parts]
@@ -133,10 +138,10 @@ def test_resume_through_a_file(tmp_path: Path) -> None:
 def test_state_of_other_options_is_measured_anew() -> None:
     net = make_net()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-    first = TempBalance(net, optimizer)
+    first = TempBalance(net, optimizer, assign_func="tb_linear_map")
     state = first.state_dict()
     first.detach()
-    second = TempBalance(net, optimizer, lr_max_ratio=1.1, esd="full")
+    second = TempBalance(net, optimizer, lr_max_ratio=1.1, esd="full", assign_func="tb_linear_map")
     message = "measuring anew: esd was 'farms' and is 'full'; lr_max_ratio was 1.5 and is 1.1$"
     with pytest.warns(UserWarning, match=message):
         second.load_state_dict(state)
@@ -148,8 +153,8 @@ def test_state_of_other_options_is_measured_anew() -> None:
 
 def test_state_of_another_model_names_the_layers() -> None:
     net, other = make_net(), nn.Sequential(*[nn.Linear(12, 12) for _ in range(4)])
-    state = TempBalance(net, torch.optim.SGD(net.parameters(), lr=0.1)).state_dict()
-    balancer = TempBalance(other, torch.optim.SGD(other.parameters(), lr=0.1))
+    state = TempBalance(net, torch.optim.SGD(net.parameters(), lr=0.1), assign_func="tb_linear_map").state_dict()
+    balancer = TempBalance(other, torch.optim.SGD(other.parameters(), lr=0.1), assign_func="tb_linear_map")
     message = "layers 5, 7, 9 are not in the model; layers 1, 3 are not in the checkpoint"
     with pytest.warns(UserWarning, match=message):
         balancer.load_state_dict(state)
@@ -159,7 +164,7 @@ def test_state_of_another_model_names_the_layers() -> None:
 @pytest.mark.parametrize("state", [{}, None, {"ratios": {}}, [1]])
 def test_what_is_no_state_is_refused(state: Any) -> None:
     net = make_net()
-    balancer = TempBalance(net, torch.optim.SGD(net.parameters(), lr=0.1))
+    balancer = TempBalance(net, torch.optim.SGD(net.parameters(), lr=0.1), assign_func="tb_linear_map")
     before = balancer.ratios
     with pytest.raises(ValueError, match="not a state of farms_tb: expected a dict with version, options"):
         balancer.load_state_dict(state)
@@ -168,7 +173,7 @@ def test_what_is_no_state_is_refused(state: Any) -> None:
 
 def test_state_of_a_newer_version_is_refused() -> None:
     net = make_net()
-    balancer = TempBalance(net, torch.optim.SGD(net.parameters(), lr=0.1))
+    balancer = TempBalance(net, torch.optim.SGD(net.parameters(), lr=0.1), assign_func="tb_linear_map")
     state = {**balancer.state_dict(), "version": 99}
     with pytest.raises(ValueError, match="the state has version 99, this farms_tb reads up to 2: upgrade it"):
         balancer.load_state_dict(state)
@@ -178,7 +183,7 @@ def test_state_of_the_first_version_loads() -> None:
     """A file that stays as it was written: every later version reads it, and warns of nothing."""
     state = json.loads((Path(__file__).parents[1] / "data" / "tempbalance_state_v1.json").read_text())
     net = make_net(seed=3)
-    balancer = TempBalance(net, torch.optim.SGD(net.parameters(), lr=0.1))
+    balancer = TempBalance(net, torch.optim.SGD(net.parameters(), lr=0.1), assign_func="tb_linear_map")
     assert balancer.ratios != state["ratios"]
     balancer.load_state_dict(state)
     assert balancer.ratios == state["ratios"]
@@ -188,14 +193,14 @@ def test_state_of_the_first_version_loads() -> None:
 def test_detach_gives_the_optimizer_back() -> None:
     net, plain = make_net(), make_net()
     optimizer, other = (torch.optim.SGD(n.parameters(), lr=0.1) for n in (net, plain))
-    balancer = TempBalance(net, optimizer)
+    balancer = TempBalance(net, optimizer, assign_func="tb_linear_map")
     balancer.detach()
     balancer.detach()
     train(net, [optimizer])
     train(plain, [other])
     assert_same_weights(net, plain)
     assert balancer.ratios != dict.fromkeys(LAYERS, 1.0)
-    assert TempBalance(net, optimizer).report is not balancer.report
+    assert TempBalance(net, optimizer, assign_func="tb_linear_map").report is not balancer.report
 
 
 def test_several_optimizers() -> None:
@@ -205,7 +210,7 @@ def test_several_optimizers() -> None:
     other = torch.optim.Adam(
         [{"params": net[4:7].parameters()}, {"params": net[7:].parameters(), "lr": 0.01}], lr=0.02
     )
-    balancer = TempBalance(net, [one, other])
+    balancer = TempBalance(net, [one, other], assign_func="tb_linear_map")
     assert balancer.ratios == expected_ratios(net)
     ratios, named = balancer.parameter_ratios(), dict(net.named_parameters())
     with spy_on_updates("SGD") as sgd, spy_on_updates("Adam") as adam:
@@ -223,14 +228,14 @@ def test_wrapped_optimizers(wrap: Any) -> None:
     net = make_net()
     inner = torch.optim.SGD(net.parameters(), lr=0.1)
     wrapped = wrap(inner)
-    balancer = TempBalance(net, wrapped)
+    balancer = TempBalance(net, wrapped, assign_func="tb_linear_map")
     assert balancer.param_groups(wrapped) == balancer.param_groups(inner)
 
 
 def test_param_groups_are_readable() -> None:
     net = make_net()
     optimizer = torch.optim.SGD(net.parameters(), lr=torch.tensor(0.1))
-    balancer = TempBalance(net, optimizer, norms="base")
+    balancer = TempBalance(net, optimizer, norms="base", assign_func="tb_linear_map")
     first, *rest = balancer.param_groups(optimizer)
     assert first == StepGroup(
         group=0,
@@ -256,7 +261,7 @@ def test_packed_attention_takes_the_mean_of_its_parts() -> None:
 
     net = Net()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-    balancer = TempBalance(net, optimizer)
+    balancer = TempBalance(net, optimizer, assign_func="tb_linear_map")
     parts = [balancer.ratios[f"attn.{part}"] for part in "qkv"]
     assert len(set(parts)) == 3
     assert balancer.parameter_ratios()["attn.in_proj_weight"] == pytest.approx(sum(parts) / 3, rel=1e-12)
@@ -270,7 +275,7 @@ def test_replaced_parameters_are_found() -> None:
     """A layer swapped during training is measured and stepped by its new weights."""
     net = make_net()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-    balancer = TempBalance(net, optimizer)
+    balancer = TempBalance(net, optimizer, assign_func="tb_linear_map")
     net[5] = nn.Linear(16, 12)
     optimizer.add_param_group({"params": list(net[5].parameters())})
     balancer.step()
@@ -284,7 +289,7 @@ def test_a_weight_that_is_parametrized_during_training_stays_balanced() -> None:
     """Its parameter stays the same object and gets another name."""
     torch.manual_seed(0)
     net = nn.Sequential(*(nn.Linear(*sizes, bias=False) for sizes in ((32, 48), (48, 32), (32, 48), (48, 32))))
-    balancer = TempBalance(net, torch.optim.SGD(net.parameters(), lr=0.1))
+    balancer = TempBalance(net, torch.optim.SGD(net.parameters(), lr=0.1), assign_func="tb_linear_map")
     nn.utils.parametrizations.spectral_norm(net[1])
     balancer.step()
     alphas = analyze(net).alphas
@@ -320,7 +325,9 @@ def test_options_reach_the_measurement() -> None:
 @pytest.mark.parametrize("kinds", [(), ("spectral",)])
 def test_no_layer_of_that_kind(kinds: Any) -> None:
     net = make_net()
-    balancer = TempBalance(net, torch.optim.SGD(net.parameters(), lr=0.1), balance=kinds)
+    balancer = TempBalance(
+        net, torch.optim.SGD(net.parameters(), lr=0.1), balance=kinds, assign_func="tb_linear_map"
+    )
     assert balancer.ratios == dict.fromkeys(LAYERS, 1.0)
 
 

@@ -88,7 +88,7 @@ class TestProbe:
         model = net()
         before = [parameter.clone() for parameter in model.parameters()]
         with pytest.raises(ValueError, match=f"{cls.__name__} does not step with the learning rates"):
-            TempBalance(model, cls(model.parameters()))
+            TempBalance(model, cls(model.parameters()), assign_func="tb_linear_map")
         assert all(torch.equal(one, other) for one, other in zip(model.parameters(), before, strict=True))
 
     @pytest.mark.parametrize("cls", [OneForAll, FirstRates])
@@ -99,17 +99,17 @@ class TestProbe:
     @pytest.mark.parametrize("cls", [PerGroup, Momentum, MovesNothingAtFirst])
     def test_others_are_taken(self, cls):
         model = net()
-        TempBalance(model, cls(model.parameters())).step()
+        TempBalance(model, cls(model.parameters()), assign_func="tb_linear_map").step()
 
     def test_no_verdict_on_a_class_that_cannot_be_built_from_its_defaults(self):
         model = net()
-        TempBalance(model, NeedsMore(model.parameters(), something=1)).step()
+        TempBalance(model, NeedsMore(model.parameters(), something=1), assign_func="tb_linear_map").step()
 
     def test_random_state_and_gradient_mode_are_left_alone(self):
         model = net()
         optimizer = Random(model.parameters())
         state = torch.get_rng_state()
         with torch.no_grad():
-            TempBalance(model, optimizer)
+            TempBalance(model, optimizer, assign_func="tb_linear_map")
             assert not torch.is_grad_enabled()
         assert torch.equal(torch.get_rng_state(), state)

@@ -289,7 +289,7 @@ class TestInTraining:
         """Not of the initial weights, which are random by definition."""
         torch.manual_seed(1)
         net = nn.Sequential(*(nn.Conv2d(16, 16, 3) for _ in range(6)))
-        balancer = TempBalance(net, torch.optim.SGD(net.parameters(), lr=0.1))
+        balancer = TempBalance(net, torch.optim.SGD(net.parameters(), lr=0.1), assign_func="tb_linear_map")
         with pytest.warns(
             UserWarning, match=r"\d+% of the variance of alpha between the layers is sampling noise"
         ):
@@ -300,12 +300,12 @@ class TestInTraining:
         net = nn.Sequential(*(nn.Conv2d(16, 16, size) for size in (3, 3, 1, 3, 3)))
         with torch.no_grad():
             nn.init.orthogonal_(net[2].weight).mul_(torch.linspace(1, 1.2, 16)[:, None, None, None])
-        balancer = TempBalance(net, torch.optim.SGD(net.parameters(), lr=0.1))
+        balancer = TempBalance(net, torch.optim.SGD(net.parameters(), lr=0.1), assign_func="tb_linear_map")
         with pytest.warns(UserWarning, match="2 has the largest alpha and is a single matrix"):
             balancer.step()
 
     def test_no_warning_of_layers_far_apart(self, recwarn: pytest.WarningsRecorder) -> None:
         torch.manual_seed(0)
         net = nn.Sequential(*(planted(alpha) for alpha in (2.0, 2.0, 4.0, 3.0, 2.0)))
-        TempBalance(net, torch.optim.SGD(net.parameters(), lr=0.1)).step()
+        TempBalance(net, torch.optim.SGD(net.parameters(), lr=0.1), assign_func="tb_linear_map").step()
         assert not recwarn.list

@@ -108,7 +108,7 @@ class TestThroughATrainer:
             def on_before_zero_grad(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
                 groups.append({group.ratio for group in self.param_groups(optimizer)})
 
-        balancer = Watch(ratio_levels=3)
+        balancer = Watch(assign_func="tb_linear_map", ratio_levels=3)
         fit(module, [balancer], logger=CSVLogger(tmp_path, name="", version=""))
         assert len(groups) > 3
         assert all(ratios == {0.5, 1.0, 1.5} for ratios in groups)
@@ -129,7 +129,9 @@ class Attention(nn.Module):
 def test_packed_parameters_add_no_ratio() -> None:
     model = Attention()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    balancer = TempBalance(model, optimizer, ratio_levels=4, exclude_first=False, exclude_last=False)
+    balancer = TempBalance(
+        model, optimizer, ratio_levels=4, exclude_first=False, exclude_last=False, assign_func="tb_linear_map"
+    )
     packed = [balancer.parameter_ratios()[f"parts.{i}.in_proj_weight"] for i in range(4)]
     means = [sum(balancer.ratios[f"parts.{i}.{part}"] for part in "qkv") / 3 for i in range(4)]
     ratios = set(balancer.ratios.values())
@@ -142,7 +144,7 @@ def test_packed_parameters_add_no_ratio() -> None:
 
 def test_a_state_from_before_the_option_loads(recwarn: pytest.WarningsRecorder) -> None:
     net = make_net()
-    balancer = TempBalance(net, torch.optim.SGD(net.parameters(), lr=0.1))
+    balancer = TempBalance(net, torch.optim.SGD(net.parameters(), lr=0.1), assign_func="tb_linear_map")
     state = balancer.state_dict()
     del state["options"]["ratio_levels"]
     balancer.load_state_dict(state)

@@ -31,7 +31,9 @@ class LanguageModel(nn.Module):
 def balance(model: nn.Module, **options: Any) -> TempBalance:
     torch.manual_seed(0)
     options = {"exclude_first": False, "exclude_last": False, **options}
-    return TempBalance(model, torch.optim.SGD(model.parameters(), lr=0.1), **options)
+    return TempBalance(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), **{"assign_func": "tb_linear_map", **options}
+    )
 
 
 class TestFixed:
@@ -136,7 +138,7 @@ class TestInTraining:
     pytestmark = LIGHTNING_NOISE
 
     def test_a_resumed_run_continues_bitwise(self, tmp_path: Path) -> None:
-        options: dict[str, Any] = {"fixed": {"net.5": 3.0}, "normalize": "mean"}
+        options: dict[str, Any] = {"assign_func": "tb_linear_map", "fixed": {"net.5": 3.0}, "normalize": "mean"}
         whole, module = FARMSTempBalance(**options), Module()
         fit(module, [whole], max_epochs=4)
         first, resumed = FARMSTempBalance(**options), FARMSTempBalance(**options)

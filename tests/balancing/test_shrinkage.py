@@ -190,3 +190,40 @@ class TestInTraining:
         fit(other := Module(slow, net=heavy_net()), [resumed], max_epochs=4, ckpt_path=tmp_path / "half.ckpt")
         assert resumed.ratios == whole.ratios
         assert all(torch.equal(a, b) for a, b in zip(module.parameters(), other.parameters(), strict=True))
+
+
+class TestDefault:
+    pytestmark = LIGHTNING_NOISE
+
+    def test_it_is_the_map_of_a_callback_without_options(self) -> None:
+        found = {}
+        for name, options in {
+            "default": {},
+            "shrinkage": {"assign_func": "shrinkage"},
+            "farms": {"preset": "farms"},
+        }.items():
+            callback = FARMSTempBalance(**options)  # type: ignore[arg-type]
+            fit(Module(slow, net=heavy_net()), [callback])
+            found[name] = callback.ratios
+        assert found["default"] == found["shrinkage"]
+        assert max(found["default"].values()) < max(found["farms"].values())
+        assert set(found["farms"].values()) >= {0.5, 1.5}
+
+    def test_random_layers_keep_their_rates(self) -> None:
+        """The map of the papers would give them 0.5 to 1.5."""
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(6, 48), *(nn.Linear(48, 48) for _ in range(10)), nn.Linear(48, 2))
+        callback = FARMSTempBalance()
+        fit(Module(lambda params: torch.optim.SGD(params, lr=1e-6), net=net), [callback])
+        assert all(abs(ratio - 1) < 0.05 for ratio in callback.ratios.values())
+
+    @pytest.mark.parametrize("assign_func", ["shrinkage", "noise_aware"])
+    def test_where_nothing_is_mapped_nothing_is_compared(self, assign_func: Any) -> None:
+        """Bounds of 1, or no kind of layer: shuffled layers would be measured for nothing."""
+        net = make_net()
+        for options in ({"lr_min_ratio": 1.0, "lr_max_ratio": 1.0}, {"balance": ()}):
+            optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+            balancer = TempBalance(net, optimizer, assign_func=assign_func, **options)  # type: ignore[arg-type]
+            assert all(record.null is None for record in balancer.report.layers.values())
+            assert set(balancer.ratios.values()) == {1.0}
+            balancer.detach()

@@ -18,7 +18,7 @@ from tests.helpers import assert_same_state, make_net
 def make_balancer(**options: Any) -> tuple[Any, torch.optim.Optimizer, TempBalance]:
     net = make_net()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-    return net, optimizer, TempBalance(net, optimizer, **options)
+    return net, optimizer, TempBalance(net, optimizer, **{"assign_func": "tb_linear_map", **options})
 
 
 def with_ratio(value: Any) -> Callable[[dict[str, Any]], Any]:

@@ -17,7 +17,9 @@ ALPHAS = {"a": 2.5, "b": 2.0, "c": 3.0, "none": None, "d": 2.0}
 def balance(seed: int = 0, **options: Any) -> dict[str, float]:
     net = make_net(seed=seed)
     options = {"exclude_first": False, "exclude_last": False, **options}
-    return TempBalance(net, torch.optim.SGD(net.parameters(), lr=0.1), **options).ratios
+    return TempBalance(
+        net, torch.optim.SGD(net.parameters(), lr=0.1), **{"assign_func": "tb_linear_map", **options}
+    ).ratios
 
 
 def test_by_depth() -> None:
@@ -53,12 +55,15 @@ class TestInTraining:
     pytestmark = LIGHTNING_NOISE
 
     def test_a_resumed_placebo_continues_bitwise(self, tmp_path: Path) -> None:
-        whole, module = FARMSTempBalance(permute=1), Module()
+        whole, module = FARMSTempBalance(permute=1, assign_func="tb_linear_map"), Module()
         fit(module, [whole], max_epochs=4)
-        first, resumed = FARMSTempBalance(permute=1), FARMSTempBalance(permute=1)
+        first, resumed = (
+            FARMSTempBalance(permute=1, assign_func="tb_linear_map"),
+            FARMSTempBalance(permute=1, assign_func="tb_linear_map"),
+        )
         fit(Module(), [first], max_epochs=2).save_checkpoint(tmp_path / "half.ckpt")
         fit(other := Module(), [resumed], max_epochs=4, ckpt_path=tmp_path / "half.ckpt")
         assert resumed.ratios == whole.ratios
         assert all(torch.equal(a, b) for a, b in zip(module.parameters(), other.parameters(), strict=True))
-        fit(wrong := Module(), [FARMSTempBalance(permute=2)], max_epochs=4)
+        fit(wrong := Module(), [FARMSTempBalance(permute=2, assign_func="tb_linear_map")], max_epochs=4)
         assert not all(torch.equal(a, b) for a, b in zip(module.parameters(), wrong.parameters(), strict=True))

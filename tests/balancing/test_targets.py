@@ -33,13 +33,13 @@ WITH_DECAY = [
 
 @pytest.mark.parametrize(("target", "follows", "expected"), EXPECTED)
 def test_by_hand(target: Any, follows: bool, expected: Any) -> None:
-    options = RatioOptions(target=target, decay_follows_lr=follows)
+    options = RatioOptions(target=target, decay_follows_lr=follows, assign_func="tb_linear_map")
     assert as_scale(scale_of(0.5, options)) == expected(0.5)
     assert as_scale(scale_of(1.0, options)) == (1, 1)
 
 
 def test_a_rate_of_zero_leaves_no_decay() -> None:
-    assert scale_of(0.0, RatioOptions(decay_follows_lr=False)) == 0
+    assert scale_of(0.0, RatioOptions(decay_follows_lr=False, assign_func="tb_linear_map")) == 0
 
 
 @pytest.mark.parametrize(("target", "follows", "expected"), [EXPECTED[1], EXPECTED[2], EXPECTED[4]])
@@ -48,7 +48,7 @@ def test_a_step_is_that_of_an_optimizer_with_those_groups(
     key: str, target: Any, follows: bool, expected: Any
 ) -> None:
     """Every optimizer of torch that has weight decay: lr and decay written by hand before each step."""
-    options = RatioOptions(target=target, decay_follows_lr=follows)
+    options = RatioOptions(target=target, decay_follows_lr=follows, assign_func="tb_linear_map")
     ours, theirs = make_params(), make_params()
     optimizer, by_hand = build(key, ours), build(key, [{"params": [p]} for p in theirs])
     optimizer.param_groups[0]["weight_decay"] = 0.1
@@ -75,7 +75,7 @@ def test_effective_decay_of_a_model(cls: Any, target: Any, follows: bool, expect
     """Without a gradient a step takes lr * weight_decay of every weight, times both factors."""
     net = make_net()
     optimizer = cls(net.parameters(), lr=0.1, weight_decay=0.2)
-    balancer = TempBalance(net, optimizer, target=target, decay_follows_lr=follows)
+    balancer = TempBalance(net, optimizer, target=target, decay_follows_lr=follows, assign_func="tb_linear_map")
     before = {name: parameter.detach().clone() for name, parameter in net.named_parameters()}
     for parameter in net.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -92,7 +92,7 @@ def test_effective_decay_of_a_model(cls: Any, target: Any, follows: bool, expect
 def test_rates_stay_as_they_are_when_decay_alone_is_balanced() -> None:
     net = make_net()
     optimizer = torch.optim.AdamW(net.parameters(), lr=0.1)
-    balancer = TempBalance(net, optimizer, target="weight_decay")
+    balancer = TempBalance(net, optimizer, target="weight_decay", assign_func="tb_linear_map")
     assert {group.lr for group in balancer.param_groups(optimizer)} == {0.1}
 
 
@@ -101,9 +101,9 @@ def test_an_optimizer_without_decay(options: dict[str, float]) -> None:
     net = make_net()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, **options)
     with pytest.raises(ValueError, match=r"target='both' needs .* no group of SGD"):
-        TempBalance(net, optimizer, target="both")
+        TempBalance(net, optimizer, target="both", assign_func="tb_linear_map")
     with pytest.raises(ValueError, match="has a weight_decay other than 0"):
-        TempBalance(net, torch.optim.Rprop(net.parameters()), target="weight_decay")
+        TempBalance(net, torch.optim.Rprop(net.parameters()), target="weight_decay", assign_func="tb_linear_map")
 
 
 @pytest.mark.parametrize("cls", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])

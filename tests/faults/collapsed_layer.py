@@ -25,7 +25,7 @@ def with_spectrum(singular_values: torch.Tensor, slices: int) -> torch.Tensor:
 def check(net: nn.ModuleDict) -> None:
     report = analyze(net)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-    balancer = TempBalance(net, optimizer, exclude_first=False, exclude_last=False)
+    balancer = TempBalance(net, optimizer, exclude_first=False, exclude_last=False, assign_func="tb_linear_map")
     print({name: (record.alpha, record.status) for name, record in report.layers.items()}, balancer.ratios)
     assert report.layers["trained"].status == "ok", report.layers["trained"]
     assert report.layers["collapsed"].status != "ok", report.layers["collapsed"]

@@ -32,7 +32,7 @@ def must_refuse(load, state: object, case: str) -> None:
 torch.manual_seed(0)
 net = nn.Sequential(*[nn.Linear(20, 20) for _ in range(4)])
 optimizer = torch.optim.SGD(net.parameters(), 0.1)
-balancer = TempBalance(net, optimizer)
+balancer = TempBalance(net, optimizer, assign_func="tb_linear_map")
 state = balancer.state_dict()
 record = state["report"]["1"]
 DAMAGES = {
@@ -85,12 +85,14 @@ def must_refuse_to_resume(damage, case: str) -> None:
     checkpoint = torch.load(sound, weights_only=True)
     damage(checkpoint["callbacks"]["FARMSTempBalance"])
     torch.save(checkpoint, damaged)
-    must_refuse(lambda path: fit(FARMSTempBalance(), 2, path), damaged, f"resumed with {case}")
+    must_refuse(
+        lambda path: fit(FARMSTempBalance(assign_func="tb_linear_map"), 2, path), damaged, f"resumed with {case}"
+    )
 
 
 with tempfile.TemporaryDirectory() as folder:
     sound, damaged = Path(folder) / "sound.ckpt", Path(folder) / "damaged.ckpt"
-    fit(FARMSTempBalance(), 1).save_checkpoint(sound)
+    fit(FARMSTempBalance(assign_func="tb_linear_map"), 1).save_checkpoint(sound)
     for key in ("ratios", "report", "options"):
         must_refuse_to_resume(lambda state, key=key: state["balancer"].update({key: [1]}), key)
     must_refuse_to_resume(lambda state: state.pop("balancer"), "no balancer")

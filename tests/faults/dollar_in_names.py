@@ -45,7 +45,7 @@ with tempfile.TemporaryDirectory() as parent:
         max_epochs=1,
         accelerator="cpu",
         logger=TensorBoardLogger(parent),
-        callbacks=[FARMSTempBalance(table_every_n=1)],
+        callbacks=[FARMSTempBalance(table_every_n=1, assign_func="tb_linear_map")],
         enable_progress_bar=False,
         enable_model_summary=False,
         enable_checkpointing=False,

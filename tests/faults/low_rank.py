@@ -36,6 +36,6 @@ for size, rank in ((64, 2), (192, 4)):
 
 net = nn.Sequential(*[nn.Linear(64, 64) for _ in range(5)])
 net[2].weight.data = low_rank(64, 64, 2).float()
-ratios = TempBalance(net, torch.optim.SGD(net.parameters(), lr=0.1)).ratios
+ratios = TempBalance(net, torch.optim.SGD(net.parameters(), lr=0.1), assign_func="tb_linear_map").ratios
 assert not failures, failures
 assert ratios["2"] == 1.0, ratios

@@ -27,7 +27,7 @@ class Named(torch.optim.SGD):
 
 
 def train(optimizer: torch.optim.Optimizer, net: nn.Module, **options: float) -> None:
-    balancer = TempBalance(net, optimizer, **options)
+    balancer = TempBalance(net, optimizer, assign_func="tb_linear_map", **options)
 
     def closure():
         optimizer.zero_grad()

@@ -40,7 +40,7 @@ class Net(lightning.LightningModule):
 with tempfile.TemporaryDirectory() as folder:
     trainer = lightning.Trainer(
         max_epochs=1,
-        callbacks=[FARMSTempBalance()],
+        callbacks=[FARMSTempBalance(assign_func="tb_linear_map")],
         logger=WandbLogger(save_dir=folder, project="x", offline=True),
         enable_checkpointing=False,
         enable_progress_bar=False,

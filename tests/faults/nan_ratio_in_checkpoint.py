@@ -31,7 +31,7 @@ for value in (*DAMAGED, 1e300):
     torch.manual_seed(0)
     net = nn.Sequential(*[nn.Linear(20, 20) for _ in range(4)])
     optimizer = torch.optim.SGD(net.parameters(), 0.1)
-    balancer = TempBalance(net, optimizer)
+    balancer = TempBalance(net, optimizer, assign_func="tb_linear_map")
     state = copy.deepcopy(balancer.state_dict())
     state["ratios"]["1"] = value
     try:

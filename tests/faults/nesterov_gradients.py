@@ -22,7 +22,7 @@ def largest_change(cls, options: dict, balanced: bool) -> float:
     net = nn.Sequential(nn.Linear(16, 64), nn.Linear(64, 96), nn.Linear(96, 48), nn.Linear(48, 8))
     optimizer = cls(net.parameters(), lr=0.1, **options)
     if balanced:
-        TempBalance(net, optimizer)
+        TempBalance(net, optimizer, assign_func="tb_linear_map")
     worst = 0.0
     for _ in range(3):
         optimizer.zero_grad()

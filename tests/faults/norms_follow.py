@@ -38,7 +38,7 @@ MODELS = (
 )
 
 for model in MODELS:
-    balancer = TempBalance(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    balancer = TempBalance(model, torch.optim.SGD(model.parameters(), lr=0.1), assign_func="tb_linear_map")
     norms = {name for name, module in model.named_modules() if "norm" in type(module).__name__.lower()}
     ratios = balancer.parameter_ratios()
     followed = {n for n in norms for p, ratio in ratios.items() if p.startswith(f"{n}.") and ratio != 1}

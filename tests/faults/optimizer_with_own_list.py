@@ -98,7 +98,7 @@ class MomentumOfGroups(Momentum):
 for cls in (Momentum, MomentumOfGroups):
     net = nn.Sequential(*[nn.Linear(32, 32) for _ in range(5)])
     optimizer = cls(net.parameters(), lr=0.1)
-    TempBalance(net, optimizer)
+    TempBalance(net, optimizer, assign_func="tb_linear_map")
     net(torch.randn(8, 32)).square().mean().backward()
     try:
         optimizer.step()
@@ -112,7 +112,7 @@ for cls in (Zipped, Counted, ByIndex, ByName, Coefficients):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(16, 64), nn.Linear(64, 96), nn.Linear(96, 48), nn.Linear(48, 8))
     optimizer = cls(net.parameters(), lr=0.1)
-    TempBalance(net, optimizer)
+    TempBalance(net, optimizer, assign_func="tb_linear_map")
     before = [p.detach().clone() for p in net.parameters()]
     net(torch.randn(8, 16)).square().mean().backward()
     try:

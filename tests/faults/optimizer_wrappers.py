@@ -109,7 +109,7 @@ for name, make in {
     net = nn.Sequential(nn.Linear(16, 64), nn.Linear(64, 96), nn.Linear(96, 48), nn.Linear(48, 8))
     params = list(net.parameters())
     optimizer = make(params)
-    balancer = TempBalance(net, optimizer)
+    balancer = TempBalance(net, optimizer, assign_func="tb_linear_map")
     before = [p.detach().clone() for p in params]
     net(torch.randn(8, 16)).square().mean().backward()
     try:

@@ -47,12 +47,12 @@ def fit(callback: FARMSTempBalance, **options) -> None:
 
 
 def main() -> None:
-    callback = FARMSTempBalance()
+    callback = FARMSTempBalance(assign_func="tb_linear_map")
     fit(callback, strategy="ddp_spawn", devices=2)
     assert callback.report is not None
     assert len(callback.ratios) == 4
 
-    callback = FARMSTempBalance()
+    callback = FARMSTempBalance(assign_func="tb_linear_map")
     pickle.loads(pickle.dumps(callback))
     fit(callback)
     for again in (pickle.loads(pickle.dumps(callback)), copy.deepcopy(callback)):
@@ -61,7 +61,7 @@ def main() -> None:
         assert set(again.ratios) == set(callback.ratios)
 
     net = Net()
-    balancer = TempBalance(net, net.configure_optimizers())
+    balancer = TempBalance(net, net.configure_optimizers(), assign_func="tb_linear_map")
     again = pickle.loads(pickle.dumps(balancer))
     assert again.ratios == balancer.ratios
     assert again.parameter_ratios() == balancer.parameter_ratios()

@@ -61,7 +61,7 @@ def run(folder: str, resume: str | None = None, killed_after: int = -1) -> None:
         accelerator="cpu",
         logger=RunFolderCSVLogger(folder),
         log_every_n_steps=1,
-        callbacks=[FARMSTempBalance(), LastCheckpoint(folder), Kill(killed_after)],
+        callbacks=[FARMSTempBalance(assign_func="tb_linear_map"), LastCheckpoint(folder), Kill(killed_after)],
         enable_progress_bar=False,
         enable_model_summary=False,
     )

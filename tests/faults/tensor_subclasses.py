@@ -52,5 +52,5 @@ for cls in (Quantised, Opaque):
     assert all(records[name].alpha is not None for name in "0134"), records
     assert records["2"].alpha is not None or records["2"].status != "ok"
     trained = [p for p in net.parameters() if p.requires_grad]
-    ratios = TempBalance(net, torch.optim.SGD(trained, lr=0.1)).ratios
+    ratios = TempBalance(net, torch.optim.SGD(trained, lr=0.1), assign_func="tb_linear_map").ratios
     assert ratios.get("2", 1.0) == 1.0 or cls is Quantised, ratios

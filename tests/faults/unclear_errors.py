@@ -47,13 +47,13 @@ def must_say(word: str, call, *allowed: type[Exception]) -> None:
 net = nn.Sequential(*[nn.Linear(32, 32) for _ in range(5)])
 optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
 wrong = (TypeError, ValueError)
-must_say("exclude", lambda: TempBalance(net, optimizer, exclude=None), *wrong)
-must_say("exclude", lambda: TempBalance(net, optimizer, exclude=3), *wrong)
-must_say("str", lambda: TempBalance(net, "sgd"), *wrong)
+must_say("exclude", lambda: TempBalance(net, optimizer, exclude=None, assign_func="tb_linear_map"), *wrong)
+must_say("exclude", lambda: TempBalance(net, optimizer, exclude=3, assign_func="tb_linear_map"), *wrong)
+must_say("str", lambda: TempBalance(net, "sgd", assign_func="tb_linear_map"), *wrong)
 
 # A wrapper needs no error: the optimizers inside it are found, and step with the ratios that are claimed.
 wrapper = Wrapper(optimizer)
-balancer = TempBalance(net, wrapper)
+balancer = TempBalance(net, wrapper, assign_func="tb_linear_map")
 before = [parameter.detach().clone() for parameter in net.parameters()]
 net(torch.randn(8, 32)).square().mean().backward()
 wrapper.step()

@@ -75,7 +75,7 @@ class TestCollapse:
         net = self.net()
         optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
         ends = {"exclude_first": False, "exclude_last": False}
-        return list(TempBalance(net, optimizer, **ends, **options).ratios.values())
+        return list(TempBalance(net, optimizer, **ends, assign_func="tb_linear_map", **options).ratios.values())
 
     @pytest.mark.filterwarnings("ignore:.*sampling noise", "ignore:.*largest alpha")
     def test_stays_out_of_the_map(self):

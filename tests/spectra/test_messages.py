@@ -26,7 +26,7 @@ def test_cupy_that_is_not_installed() -> None:
 
 
 def test_an_object_of_other_options() -> None:
-    wrong: Any = RatioOptions()
+    wrong: Any = RatioOptions(assign_func="tb_linear_map")
     with pytest.raises(TypeError, match=r"spectrum must be SpectrumOptions.*by name"):
         analyze(nn.Linear(9, 9), spectrum=wrong)
 

@@ -20,7 +20,7 @@ peft = pytest.importorskip("peft")
 pytestmark = [*LIGHTNING_NOISE, pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")]
 
 LR = 0.1
-ALL: dict[str, Any] = {"exclude_first": False, "exclude_last": False}
+ALL: dict[str, Any] = {"assign_func": "tb_linear_map", "exclude_first": False, "exclude_last": False}
 PARTS = ("lora_A", "lora_B", "lora_magnitude_vector")
 
 
@@ -140,7 +140,7 @@ def test_with_blocks_all_parts_of_a_block_have_its_ratio() -> None:
     config = transformers.GPT2Config(n_layer=3, n_embd=32, n_head=2, n_positions=8, vocab_size=30)
     lora = peft.LoraConfig(r=4, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True, use_dora=True)
     model = peft.get_peft_model(transformers.GPT2LMHeadModel(config), lora)
-    balancer = TempBalance(model, sgd(model.parameters()), unit="block")
+    balancer = TempBalance(model, sgd(model.parameters()), unit="block", assign_func="tb_linear_map")
     ratios = {name: ratio for name, ratio in balancer.parameter_ratios().items() if "lora_" in name}
     for index in range(3):
         own = {ratio for name, ratio in ratios.items() if f".h.{index}." in name}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 import warnings
 from collections.abc import Callable
@@ -29,7 +30,7 @@ def train(**options: int) -> tuple[Module, list[str]]:
     module = Module()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        fit(module, [FARMSTempBalance(**options)])
+        fit(module, [FARMSTempBalance(assign_func="tb_linear_map", **options)])
     return module, [str(w.message) for w in caught if "time of training" in str(w.message)]
 
 
@@ -46,6 +47,14 @@ def test_slow_measurements_are_named_once_and_change_nothing(slow: Callable[[flo
 def test_every_run_may_say_it(slow: Callable[[float], None]) -> None:
     slow(10.0)
     assert [len(train()[1]) for _ in range(2)] == [1, 1]
+
+
+def test_the_first_measurement_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A map that compares layers with random ones takes long once: measuring less often would not help."""
+    seconds = itertools.chain(itertools.repeat(1000.0, 8), itertools.repeat(0.01))
+    now = itertools.accumulate(seconds)
+    monkeypatch.setattr(time, "perf_counter", lambda: next(now))
+    assert train(every_n_steps=1)[1] == []
 
 
 def test_few_measurements_say_nothing(slow: Callable[[float], None]) -> None:

@@ -29,7 +29,7 @@ on_each_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", 
 
 
 def trained(device: str, net: nn.Module | None = None, **options: Any) -> tuple[Module, FARMSTempBalance]:
-    module, callback = Module(net=net), FARMSTempBalance()
+    module, callback = Module(net=net), FARMSTempBalance(assign_func="tb_linear_map")
     fit(module, [callback], accelerator={"cpu": "cpu", "cuda": "gpu"}[device], **options)
     return module, callback
 
@@ -51,7 +51,7 @@ def test_compiled_model_and_step(device: str) -> None:
     backend = {"cpu": "aot_eager", "cuda": "inductor"}[device]
     net = make_net().to(device)
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
-    balancer = TempBalance(net, optimizer)
+    balancer = TempBalance(net, optimizer, assign_func="tb_linear_map")
     model, step = torch.compile(net, backend=backend), torch.compile(optimizer.step, backend=backend)
     inputs = torch.randn(32, 6, device=device)
     before = [parameter.detach().clone() for parameter in net.parameters()]
@@ -92,7 +92,7 @@ def test_hugging_face_trainer(device: str, tmp_path: Path) -> None:
     arguments = transformers.TrainingArguments(
         str(tmp_path), max_steps=3, per_device_train_batch_size=4, report_to=[], use_cpu=device == "cpu"
     )
-    callback = FARMSTrainerCallback()
+    callback = FARMSTrainerCallback(assign_func="tb_linear_map")
     transformers.Trainer(model, arguments, train_dataset=data, callbacks=[callback]).train()
     assert next(model.parameters()).device.type == device
     assert len(set(callback.ratios.values())) > 1

@@ -121,7 +121,7 @@ def test_lr_of_every_parameter_is_the_schedulers_times_the_ratio(
     plain = Probe()
     train(tmp_path, plain, **options)
 
-    callback = FARMSTrainerCallback()
+    callback = FARMSTrainerCallback(assign_func="tb_linear_map")
     probe = Probe(callback)
     with spy_on_updates(name) as updates:
         model, _ = train(tmp_path, callback, probe, **options)
@@ -147,7 +147,7 @@ def test_what_the_optimizer_really_does(tmp_path: Path) -> None:
             shown["wrapper"] = callback.param_groups(kwargs["optimizer"])
             shown["inner"] = callback.param_groups(kwargs["optimizer"].optimizer)
 
-    callback = FARMSTrainerCallback()
+    callback = FARMSTrainerCallback(assign_func="tb_linear_map")
     model, _ = train(tmp_path, callback, Look(), num_train_epochs=1)
 
     assert shown["wrapper"] == shown["inner"]
@@ -165,7 +165,7 @@ def test_ratio_1_is_bitwise_identical_to_no_callback(tmp_path: Path, optim: str)
     callback = FARMSTrainerCallback(lr_min_ratio=1.0, lr_max_ratio=1.0)
     same, _ = train(tmp_path, callback, optim=optim)
     assert_same_weights(same, plain)
-    other, _ = train(tmp_path, FARMSTrainerCallback(), optim=optim)
+    other, _ = train(tmp_path, FARMSTrainerCallback(assign_func="tb_linear_map"), optim=optim)
     with pytest.raises(AssertionError, match="not bit-identical"):
         assert_same_weights(other, plain)
 
@@ -183,7 +183,7 @@ def test_ratio_1_is_bitwise_identical_to_no_callback(tmp_path: Path, optim: str)
 )
 def test_clock(tmp_path: Path, options: dict[str, Any], steps: list[int]) -> None:
     probe = Probe()
-    _, trainer = train(tmp_path, FARMSTrainerCallback(**options), probe)
+    _, trainer = train(tmp_path, FARMSTrainerCallback(assign_func="tb_linear_map", **options), probe)
     assert probe.measured == [(step, step / STEPS) for step in steps]
     rows = [row for row in trainer.state.log_history if "farms/alpha_mean" in row]
     assert [row["step"] for row in rows] == steps
@@ -191,7 +191,12 @@ def test_clock(tmp_path: Path, options: dict[str, Any], steps: list[int]) -> Non
 
 def test_clock_counts_optimizer_steps_under_accumulation(tmp_path: Path) -> None:
     probe = Probe()
-    train(tmp_path, FARMSTrainerCallback(every_n_steps=2), probe, gradient_accumulation_steps=2)
+    train(
+        tmp_path,
+        FARMSTrainerCallback(every_n_steps=2, assign_func="tb_linear_map"),
+        probe,
+        gradient_accumulation_steps=2,
+    )
     assert [step for step, _ in probe.measured] == [0, 2, 4, 6]
 
 
@@ -201,7 +206,7 @@ def test_passes_over_a_stream_are_epochs(tmp_path: Path) -> None:
             return iter(make_data())
 
     probe = Probe()
-    train(tmp_path, FARMSTrainerCallback(), probe, train_dataset=Stream(), max_steps=10)
+    train(tmp_path, FARMSTrainerCallback(assign_func="tb_linear_map"), probe, train_dataset=Stream(), max_steps=10)
     assert [step for step, _ in probe.measured] == [0, 4, 8, 10]
 
 
@@ -211,14 +216,22 @@ def test_an_endless_stream_is_told_to_measure_by_steps(tmp_path: Path) -> None:
             return itertools.cycle(make_data())
 
     with pytest.warns(UserWarning, match="every_n_steps"):
-        train(tmp_path, FARMSTrainerCallback(), train_dataset=Endless(), max_steps=10)
-    train(tmp_path, FARMSTrainerCallback(every_n_steps=4), train_dataset=Endless(), max_steps=10)
+        train(tmp_path, FARMSTrainerCallback(assign_func="tb_linear_map"), train_dataset=Endless(), max_steps=10)
+    train(
+        tmp_path,
+        FARMSTrainerCallback(every_n_steps=4, assign_func="tb_linear_map"),
+        train_dataset=Endless(),
+        max_steps=10,
+    )
 
 
 @pytest.mark.parametrize("lag", [1, 3, 100])
 def test_lag(tmp_path: Path, lag: int) -> None:
     """Ratios become active so many steps after the weights were read; the first at once."""
-    at_once, late = FARMSTrainerCallback(every_n_steps=4), FARMSTrainerCallback(every_n_steps=4, lag_steps=lag)
+    at_once, late = (
+        FARMSTrainerCallback(every_n_steps=4, assign_func="tb_linear_map"),
+        FARMSTrainerCallback(every_n_steps=4, lag_steps=lag, assign_func="tb_linear_map"),
+    )
     probe = Probe(late)
     train(tmp_path, late, probe)
     # What is still in the background at the next measurement, or at the end, is applied and logged then.
@@ -237,7 +250,7 @@ def test_final_report_is_of_the_final_weights_even_where_the_best_are_loaded(tmp
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.report = analyze(kwargs["model"])
 
-    final, callback, probe = Final(), FARMSTrainerCallback(), Probe()
+    final, callback, probe = Final(), FARMSTrainerCallback(assign_func="tb_linear_map"), Probe()
     options = {"load_best_model_at_end": True, "eval_strategy": "epoch", "save_strategy": "epoch"}
     # Of a loss that falls, the largest is the first.
     options |= {"metric_for_best_model": "eval_loss", "greater_is_better": True}
@@ -273,7 +286,7 @@ class StopEarly(TrainerCallback):
     ids=["plain", "without summary", "best model"],
 )
 def test_final_report_after_an_early_stop(tmp_path: Path, options: dict[str, Any]) -> None:
-    stop, callback, probe = StopEarly(), FARMSTrainerCallback(), Probe()
+    stop, callback, probe = StopEarly(), FARMSTrainerCallback(assign_func="tb_linear_map"), Probe()
     options |= {"metric_for_best_model": "eval_loss", "greater_is_better": True, "eval_strategy": "epoch"}
     _, trainer = train(tmp_path, callback, stop, probe, **options)
     assert callback.report == stop.report
@@ -285,7 +298,7 @@ def test_final_report_after_an_early_stop(tmp_path: Path, options: dict[str, Any
 
 
 def test_log_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    callback = FARMSTrainerCallback()
+    callback = FARMSTrainerCallback(assign_func="tb_linear_map")
     before, after = Probe(), Probe()
     _, trainer = train(tmp_path, before, callback, after)
 
@@ -315,7 +328,10 @@ def test_nothing_is_logged_where_it_is_turned_off_or_not_on_rank_zero(tmp_path: 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             state.is_world_process_zero = False
 
-    for callbacks in ([FARMSTrainerCallback(log=False)], [Elsewhere(), FARMSTrainerCallback()]):
+    for callbacks in (
+        [FARMSTrainerCallback(log=False, assign_func="tb_linear_map")],
+        [Elsewhere(), FARMSTrainerCallback(assign_func="tb_linear_map")],
+    ):
         probe = Probe()
         _, trainer = train(tmp_path, *callbacks, probe, num_train_epochs=1)
         assert not probe.measured
@@ -355,7 +371,9 @@ class FakeTensorBoard(TensorBoardCallback):
 def test_histograms_go_to_the_reporters_that_have_them(tmp_path: Path) -> None:
     wandb = pytest.importorskip("wandb")
     online, board, probe = FakeWandb(), FakeTensorBoard(), Probe()
-    _, trainer = train(tmp_path, online, board, FARMSTrainerCallback(histogram_every_n=2), probe)
+    _, trainer = train(
+        tmp_path, online, board, FARMSTrainerCallback(histogram_every_n=2, assign_func="tb_linear_map"), probe
+    )
     name = f"farms_esd/02_{FIRST}"
     rows = [row for row in online.rows if "farms/alpha_mean" in row]
     assert [isinstance(row.get(name), wandb.Histogram) for row in rows] == [True, False, True, False]
@@ -379,13 +397,13 @@ def test_histograms_go_to_the_reporters_that_have_them(tmp_path: Path) -> None:
 )
 def test_resume_is_bitwise_identical(tmp_path: Path, optim: str, clock: dict[str, Any]) -> None:
     options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "optim": optim}
-    whole = FARMSTrainerCallback(**clock)
+    whole = FARMSTrainerCallback(assign_func="tb_linear_map", **clock)
     expected, uninterrupted = train(tmp_path, whole, **options)
     history = [row for row in uninterrupted.state.log_history if "farms/alpha_mean" in row]
     options["save_strategy"] = "no"
     # An epoch's end, an epoch's middle, and its middle with the callback made anew by the trainer.
     for checkpoint, flag in (("checkpoint-4", False), ("checkpoint-6", False), ("checkpoint-6", True)):
-        given = FARMSTrainerCallback(**({} if flag else clock))
+        given = FARMSTrainerCallback(assign_func="tb_linear_map", **({} if flag else clock))
         model, trainer = train(
             tmp_path, given, resume=checkpoint, restore_callback_states_from_checkpoint=flag, **options
         )
@@ -398,7 +416,9 @@ def test_resume_is_bitwise_identical(tmp_path: Path, optim: str, clock: dict[str
 
 
 def test_state_is_plain_and_comes_back(tmp_path: Path) -> None:
-    callback = FARMSTrainerCallback(exclude=["h.1.mlp.*"], lr_min_ratio=0.7, every_n_steps=3)
+    callback = FARMSTrainerCallback(
+        exclude=["h.1.mlp.*"], lr_min_ratio=0.7, every_n_steps=3, assign_func="tb_linear_map"
+    )
     train(tmp_path, callback, save_strategy="steps", save_steps=6)
     state = TrainerState.load_from_json(str(tmp_path / "checkpoint-6" / "trainer_state.json"))
     saved = state.stateful_callbacks["FARMSTrainerCallback"]
@@ -411,7 +431,7 @@ def test_state_is_plain_and_comes_back(tmp_path: Path) -> None:
     assert restored.state() == saved == json.loads(json.dumps(restored.state()))
     assert saved["args"]["exclude"] == ["h.1.mlp.*"]
     assert saved["args"]["lr_min_ratio"] == 0.7
-    assert FARMSTrainerCallback().state()["attributes"] == {"_restored": None}
+    assert FARMSTrainerCallback(assign_func="tb_linear_map").state()["attributes"] == {"_restored": None}
     # Every option is in it: a callback made anew has none of its own.
     objects = {"preset", "spectrum", "ratios", "schedule", "logging"}
     assert set(saved["args"]) == set(inspect.signature(FARMSTrainerCallback).parameters) - objects
@@ -420,20 +440,20 @@ def test_state_is_plain_and_comes_back(tmp_path: Path) -> None:
 def test_resume_with_the_callback_added_or_removed(tmp_path: Path) -> None:
     options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 6}
     train(tmp_path / "without", **options)
-    callback, probe = FARMSTrainerCallback(), Probe()
+    callback, probe = FARMSTrainerCallback(assign_func="tb_linear_map"), Probe()
     train(tmp_path / "without", callback, probe, resume="checkpoint-6", **options)
     assert [step for step, _ in probe.measured] == [6, 8, 12]
     assert balanced_layers(callback)
 
-    train(tmp_path / "with", FARMSTrainerCallback(), **options)
+    train(tmp_path / "with", FARMSTrainerCallback(assign_func="tb_linear_map"), **options)
     _, trainer = train(tmp_path / "with", resume="checkpoint-6", **options)
     assert trainer.state.global_step == EPOCHS * STEPS
 
 
 def test_resume_with_other_options_says_so_and_measures_anew(tmp_path: Path) -> None:
     options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 6}
-    train(tmp_path, FARMSTrainerCallback(), **options)
-    callback, probe = FARMSTrainerCallback(lr_max_ratio=1.2), Probe()
+    train(tmp_path, FARMSTrainerCallback(assign_func="tb_linear_map"), **options)
+    callback, probe = FARMSTrainerCallback(lr_max_ratio=1.2, assign_func="tb_linear_map"), Probe()
     with pytest.warns(UserWarning, match="measuring anew: lr_max_ratio was 1.5 and is 1.2"):
         train(tmp_path, callback, probe, resume="checkpoint-6", **options)
     assert [step for step, _ in probe.measured][-3:] == [6, 8, 12]
@@ -441,19 +461,19 @@ def test_resume_with_other_options_says_so_and_measures_anew(tmp_path: Path) -> 
 
 
 def test_state_of_a_newer_version_is_refused(tmp_path: Path) -> None:
-    train(tmp_path, FARMSTrainerCallback(), save_strategy="steps", save_steps=6)
+    train(tmp_path, FARMSTrainerCallback(assign_func="tb_linear_map"), save_strategy="steps", save_steps=6)
     path = tmp_path / "checkpoint-6" / "trainer_state.json"
     state = json.loads(path.read_text())
     state["stateful_callbacks"]["FARMSTrainerCallback"]["attributes"]["_restored"]["balancer"]["version"] = 99
     path.write_text(json.dumps(state))
-    trainer = make_trainer(tmp_path, FARMSTrainerCallback())
+    trainer = make_trainer(tmp_path, FARMSTrainerCallback(assign_func="tb_linear_map"))
     with pytest.raises(ValueError, match="the state has version 99"):
         trainer.train(resume_from_checkpoint=str(path.parent))
     assert not trainer.optimizer.optimizer._optimizer_step_pre_hooks
 
 
 def test_second_train_starts_anew(tmp_path: Path) -> None:
-    callback, probe = FARMSTrainerCallback(), Probe()
+    callback, probe = FARMSTrainerCallback(assign_func="tb_linear_map"), Probe()
     trainer = make_trainer(tmp_path, callback, probe)
     trainer.train()
     trainer.train()
@@ -461,14 +481,14 @@ def test_second_train_starts_anew(tmp_path: Path) -> None:
 
 
 def test_options_that_were_removed_are_named_and_the_checkpoint_loads(tmp_path: Path) -> None:
-    train(tmp_path, FARMSTrainerCallback(), save_strategy="steps", save_steps=6)
+    train(tmp_path, FARMSTrainerCallback(assign_func="tb_linear_map"), save_strategy="steps", save_steps=6)
     path = tmp_path / "checkpoint-6" / "trainer_state.json"
     state = json.loads(path.read_text())
     saved = state["stateful_callbacks"]["FARMSTrainerCallback"]
     saved["args"] |= {"max_overhead": 0.02, "timings_file": None}
     saved["attributes"]["_restored"] |= {"passed": [1, 4], "overhead": {"timings": []}}
     path.write_text(json.dumps(state))
-    callback = FARMSTrainerCallback()
+    callback = FARMSTrainerCallback(assign_func="tb_linear_map")
     with pytest.warns(UserWarning, match="max_overhead.*every_n_epochs"):
         train(tmp_path, callback, resume="checkpoint-6", restore_callback_states_from_checkpoint=True)
 
@@ -476,14 +496,14 @@ def test_options_that_were_removed_are_named_and_the_checkpoint_loads(tmp_path: 
 def test_killed_after_the_last_step_and_resumed(tmp_path: Path) -> None:
     """The run was killed between its last checkpoint and the row of the final weights."""
     options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 4}
-    whole = FARMSTrainerCallback()
+    whole = FARMSTrainerCallback(assign_func="tb_linear_map")
     _, uninterrupted = train(tmp_path, whole, **options)
     path = tmp_path / "checkpoint-12" / "trainer_state.json"
     state = json.loads(path.read_text())
     state["log_history"] = [row for row in state["log_history"] if row["step"] < 12]
     state["stateful_callbacks"]["FARMSTrainerCallback"]["attributes"]["_restored"]["final_step"] = -1
     path.write_text(json.dumps(state))
-    resumed = FARMSTrainerCallback()
+    resumed = FARMSTrainerCallback(assign_func="tb_linear_map")
     _, trainer = train(tmp_path, resumed, resume="checkpoint-12", **options)
     assert resumed.report == whole.report
     rows = [row for row in trainer.state.log_history if "farms/alpha_mean" in row]
@@ -492,8 +512,10 @@ def test_killed_after_the_last_step_and_resumed(tmp_path: Path) -> None:
 
 def test_resumed_after_the_end_nothing_is_logged_twice(tmp_path: Path) -> None:
     options: dict[str, Any] = {"save_strategy": "epoch"}
-    train(tmp_path, FARMSTrainerCallback(), **options)
-    _, trainer = train(tmp_path, FARMSTrainerCallback(), resume="checkpoint-12", **options)
+    train(tmp_path, FARMSTrainerCallback(assign_func="tb_linear_map"), **options)
+    _, trainer = train(
+        tmp_path, FARMSTrainerCallback(assign_func="tb_linear_map"), resume="checkpoint-12", **options
+    )
     steps = [row["step"] for row in trainer.state.log_history if "farms/alpha_mean" in row]
     assert steps == [0, 4, 8, 12]
 
@@ -506,7 +528,7 @@ def test_an_optimizer_exchanged_during_training_is_balanced(tmp_path: Path) -> N
                     torch.optim.SGD(trainer.model.parameters(), lr=0.5)
                 )
 
-    callback = FARMSTrainerCallback()
+    callback = FARMSTrainerCallback(assign_func="tb_linear_map")
     trainer = make_trainer(tmp_path, callback, Exchange())
     with spy_on_updates("SGD") as updates:
         trainer.train()
@@ -519,14 +541,17 @@ def test_an_optimizer_exchanged_during_training_is_balanced(tmp_path: Path) -> N
 
 
 def test_a_used_callback_can_be_pickled(tmp_path: Path) -> None:
-    callback = FARMSTrainerCallback(lr_min_ratio=0.7)
+    callback = FARMSTrainerCallback(lr_min_ratio=0.7, assign_func="tb_linear_map")
     model, _ = train(tmp_path, callback)
     copied = pickle.loads(pickle.dumps(callback))
     assert copied.report == callback.report
     assert copied.ratios == callback.ratios
     assert copied.parameter_ratios(model) == callback.parameter_ratios(model)
     assert copied.options == callback.options
-    again, fresh = train(tmp_path, copied)[0], train(tmp_path, FARMSTrainerCallback(lr_min_ratio=0.7))[0]
+    again, fresh = (
+        train(tmp_path, copied)[0],
+        train(tmp_path, FARMSTrainerCallback(lr_min_ratio=0.7, assign_func="tb_linear_map"))[0],
+    )
     assert_same_weights(again, fresh)
 
 
@@ -534,7 +559,7 @@ def test_a_used_callback_can_be_pickled(tmp_path: Path) -> None:
 
 
 def test_optimizer_is_left_as_it_was_found(tmp_path: Path) -> None:
-    _, trainer = train(tmp_path, FARMSTrainerCallback())
+    _, trainer = train(tmp_path, FARMSTrainerCallback(assign_func="tb_linear_map"))
     inner = trainer.optimizer.optimizer
     assert not inner._optimizer_step_pre_hooks
     assert not inner._optimizer_step_post_hooks
@@ -551,7 +576,7 @@ class Failing(TrainerCallback):
 
 
 def test_training_again_after_an_error(tmp_path: Path) -> None:
-    callback = FARMSTrainerCallback()
+    callback = FARMSTrainerCallback(assign_func="tb_linear_map")
     probe = Probe(callback)
     trainer = make_trainer(tmp_path, callback, probe, Failing())
     with spy_on_updates("AdamW") as updates:
@@ -566,7 +591,7 @@ def test_training_again_after_an_error(tmp_path: Path) -> None:
 
 
 def test_detach_after_an_error(tmp_path: Path) -> None:
-    callback = FARMSTrainerCallback()
+    callback = FARMSTrainerCallback(assign_func="tb_linear_map")
     trainer = make_trainer(tmp_path, callback, Failing())
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
@@ -581,7 +606,7 @@ def test_a_measurement_that_fails_lets_go(tmp_path: Path, monkeypatch: pytest.Mo
         raise RuntimeError("no memory")
 
     monkeypatch.setattr("farms_tb.balancing.measured_model.measure", fail)
-    trainer = make_trainer(tmp_path, FARMSTrainerCallback())
+    trainer = make_trainer(tmp_path, FARMSTrainerCallback(assign_func="tb_linear_map"))
     with pytest.raises(RuntimeError, match="no memory"):
         trainer.train()
     assert not trainer.optimizer.optimizer._optimizer_step_pre_hooks
@@ -592,7 +617,11 @@ def test_a_measurement_that_fails_lets_go(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_two_callbacks(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="already has layer-wise learning rates: use one"):
-        train(tmp_path, FARMSTrainerCallback(), FARMSTrainerCallback())
+        train(
+            tmp_path,
+            FARMSTrainerCallback(assign_func="tb_linear_map"),
+            FARMSTrainerCallback(assign_func="tb_linear_map"),
+        )
 
 
 @pytest.mark.parametrize(
@@ -605,7 +634,7 @@ def test_two_callbacks(tmp_path: Path) -> None:
     ],
 )
 def test_backends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str, message: str) -> None:
-    callback = FARMSTrainerCallback()
+    callback = FARMSTrainerCallback(assign_func="tb_linear_map")
     trainer = make_trainer(tmp_path)
     monkeypatch.setitem(PartialState._shared_state, "distributed_type", DistributedType(backend))
     with pytest.raises(ValueError, match=message):
@@ -618,21 +647,21 @@ def test_fsdp2_is_not_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     trainer = make_trainer(tmp_path)
     monkeypatch.setitem(PartialState._shared_state, "distributed_type", DistributedType.FSDP)
     monkeypatch.setitem(AcceleratorState._shared_state, "fsdp_plugin", SimpleNamespace(fsdp_version=2))
-    FARMSTrainerCallback().on_init_end(trainer.args, trainer.state, trainer.control)
+    FARMSTrainerCallback(assign_func="tb_linear_map").on_init_end(trainer.args, trainer.state, trainer.control)
 
 
 def test_optimizers_that_step_in_the_backward_pass(tmp_path: Path) -> None:
     class AdaLomo(torch.optim.SGD):
         pass
 
-    trainer = make_trainer(tmp_path, FARMSTrainerCallback())
+    trainer = make_trainer(tmp_path, FARMSTrainerCallback(assign_func="tb_linear_map"))
     trainer.optimizer = AdaLomo(trainer.model.parameters(), lr=0.1)
     with pytest.raises(ValueError, match="AdaLomo: it moves the layers during the backward pass, not in step"):
         trainer.train()
 
 
 def test_nothing_to_show_before_training() -> None:
-    callback, model = FARMSTrainerCallback(), make_model()
+    callback, model = FARMSTrainerCallback(assign_func="tb_linear_map"), make_model()
     assert callback.report is None
     assert callback.ratios == {}
     with pytest.raises(RuntimeError, match=r"FARMSTrainerCallback has nothing to show .* trainer\.train"):
@@ -653,7 +682,7 @@ def test_nothing_to_show_before_training() -> None:
 )
 def test_options(options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        FARMSTrainerCallback(**options)
+        FARMSTrainerCallback(assign_func="tb_linear_map", **options)
 
 
 def test_says_how_to_install_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -664,7 +693,7 @@ def test_says_how_to_install_transformers(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_called_outside_of_a_trainer_it_still_keeps_the_history(tmp_path: Path) -> None:
-    callback = FARMSTrainerCallback()
+    callback = FARMSTrainerCallback(assign_func="tb_linear_map")
     model = make_model()
     trainer = make_trainer(tmp_path)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -50,7 +50,7 @@ class Nets(Callback):
 
 def train(lag_steps: int, **options: Any) -> tuple[Module, FARMSTempBalance, Nets, Probe, Recorder]:
     module, nets, logger = Module(), Nets(), Recorder()
-    balance = FARMSTempBalance(lag_steps=lag_steps, **options)
+    balance = FARMSTempBalance(lag_steps=lag_steps, assign_func="tb_linear_map", **options)
     probe = Probe(balance)
     fit(module, [nets, balance, probe], logger=logger)
     return module, balance, nets, probe, logger
@@ -64,7 +64,7 @@ def test_ratios_are_those_of_the_weights_so_many_steps_ago(lag: int, way: str) -
     assert len(probe.ratios) == EPOCHS * BATCHES
     by_epoch = []
     for net in nets.nets:
-        other = TempBalance(net, torch.optim.SGD(net.parameters(), lr=0.1))
+        other = TempBalance(net, torch.optim.SGD(net.parameters(), lr=0.1), assign_func="tb_linear_map")
         by_epoch.append([other.parameter_ratios()[name] for name in names])
     for step, ratios in enumerate(probe.ratios):
         epoch, into = divmod(step, BATCHES)
@@ -115,10 +115,10 @@ def test_steps_meanwhile_do_not_touch_what_is_measured(monkeypatch: pytest.Monke
             stepped.set()
 
     at_once = Module()
-    fit(at_once, [FARMSTempBalance(lag_steps=2)])
+    fit(at_once, [FARMSTempBalance(lag_steps=2, assign_func="tb_linear_map")])
     module = Module()
     monkeypatch.setattr(background, "measure_stacks", after_a_step)
-    fit(module, [FARMSTempBalance(lag_steps=2), Stepped()])
+    fit(module, [FARMSTempBalance(lag_steps=2, assign_func="tb_linear_map"), Stepped()])
     assert_same_weights(module, at_once)
 
 
@@ -140,7 +140,7 @@ def test_an_interrupted_run_leaves_no_thread(monkeypatch: pytest.MonkeyPatch) ->
                 raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        fit(Module(), [FARMSTempBalance(lag_steps=3), Fails()])
+        fit(Module(), [FARMSTempBalance(lag_steps=3, assign_func="tb_linear_map"), Fails()])
     assert not [thread for thread in threading.enumerate() if thread.name == "farms_tb"]
 
 
@@ -150,7 +150,7 @@ def test_on_a_gpu_runs_are_the_same() -> None:
     runs = []
     for _ in range(2):
         module = Module()
-        fit(module, [FARMSTempBalance(lag_steps=2)], accelerator="gpu")
+        fit(module, [FARMSTempBalance(lag_steps=2, assign_func="tb_linear_map")], accelerator="gpu")
         runs.append(module)
     assert_same_weights(*runs)
 

@@ -147,7 +147,7 @@ def test_effective_lr_is_that_of_the_plain_run_times_ratio(optimizer: str, sched
     name = OPTIMIZERS[optimizer][0]
     interval = "epoch" if scheduler == "ReduceLROnPlateau" else "step"
     plain = run(module_for(optimizer, scheduler, interval), [], name)
-    balance = FARMSTempBalance()
+    balance = FARMSTempBalance(assign_func="tb_linear_map")
     module = module_for(optimizer, scheduler, interval)
     probe = Probe(balance)
     balanced = run(module, [balance, probe], name)
@@ -201,7 +201,7 @@ def test_sgd_moves_the_weights_by_lr_times_ratio() -> None:
                 moved.setdefault(name, []).append(float(lr))
                 expected.setdefault(name, []).append(0.1 * self.layers[layer])
 
-    fit(module, [Watch(), FARMSTempBalance()])
+    fit(module, [Watch(), FARMSTempBalance(assign_func="tb_linear_map")])
     assert moved.keys() == expected.keys()
     for name in moved:
         assert moved[name] == pytest.approx(expected[name], rel=2e-3), name
@@ -212,7 +212,7 @@ def test_sgd_moves_the_weights_by_lr_times_ratio() -> None:
 
 
 def test_what_is_shown_is_what_is_used() -> None:
-    balance, module = FARMSTempBalance(), module_for("SGD", "ExponentialLR")
+    balance, module = FARMSTempBalance(assign_func="tb_linear_map"), module_for("SGD", "ExponentialLR")
     shown: list[dict[str, float]] = []
 
     class Look(Probe):
@@ -234,7 +234,7 @@ def test_what_is_shown_is_what_is_used() -> None:
 
 
 def test_nothing_to_show_before_training() -> None:
-    balance, module = FARMSTempBalance(), Module()
+    balance, module = FARMSTempBalance(assign_func="tb_linear_map"), Module()
     assert balance.report is None
     assert balance.ratios == {}
     with pytest.raises(RuntimeError, match=r"nothing to show before training: call trainer.fit first"):
@@ -244,21 +244,21 @@ def test_nothing_to_show_before_training() -> None:
 
 
 def test_param_groups_of_a_strange_optimizer() -> None:
-    balance, module = FARMSTempBalance(), Module()
+    balance, module = FARMSTempBalance(assign_func="tb_linear_map"), Module()
     fit(module, [balance])
     with pytest.raises(ValueError, match="this SGD is not one that is being balanced"):
         balance.param_groups(torch.optim.SGD(module.parameters()))
 
 
 def test_report_is_of_the_final_weights() -> None:
-    balance, module = FARMSTempBalance(), Module()
+    balance, module = FARMSTempBalance(assign_func="tb_linear_map"), Module()
     fit(module, [balance])
     assert balance.report is not None
     assert balance.report.layers == analyze(module).layers
 
 
 def test_optimizer_is_given_back() -> None:
-    trainer = fit(Module(), [FARMSTempBalance()])
+    trainer = fit(Module(), [FARMSTempBalance(assign_func="tb_linear_map")])
     (optimizer,) = trainer.optimizers
     assert not optimizer._optimizer_step_pre_hooks
     assert not optimizer._optimizer_step_post_hooks
@@ -271,7 +271,7 @@ def test_optimizer_is_given_back_after_an_error() -> None:
                 raise ZeroDivisionError("in training_step")
             return super().training_step(batch, batch_idx)
 
-    balance, module = FARMSTempBalance(), Fails()
+    balance, module = FARMSTempBalance(assign_func="tb_linear_map"), Fails()
     trainer = make_trainer([balance])
     with pytest.raises(ZeroDivisionError, match="in training_step"):
         trainer.fit(module, make_data())
@@ -280,12 +280,12 @@ def test_optimizer_is_given_back_after_an_error() -> None:
 
 
 def test_same_callback_in_two_runs() -> None:
-    balance = FARMSTempBalance()
+    balance = FARMSTempBalance(assign_func="tb_linear_map")
     modules = [Module(net=make_net(seed=s)) for s in (0, 1)]
     for module in modules:
         fit(module, [balance])
     fresh = Module(net=make_net(seed=1))
-    fit(fresh, [FARMSTempBalance()])
+    fit(fresh, [FARMSTempBalance(assign_func="tb_linear_map")])
     assert_same_weights(modules[1], fresh)
 
 
@@ -319,7 +319,7 @@ class Calls(Probe):
     ],
 )
 def test_when_it_measures(options: Any, trainer_options: Any, expected: Any) -> None:
-    balance = FARMSTempBalance(**options)
+    balance = FARMSTempBalance(assign_func="tb_linear_map", **options)
     calls = Calls(balance)
     fit(Module(), [balance, calls], **trainer_options)
     assert calls.at == expected
@@ -366,7 +366,7 @@ def test_trainer_options(options: dict[str, Any]) -> None:
     if options.get("barebones"):
         options = {**options, "logger": None, "enable_checkpointing": None, "log_every_n_steps": None}
         options |= {"enable_progress_bar": None, "enable_model_summary": None}
-    seen, said = effective(Module(), [FARMSTempBalance()], **options)
+    seen, said = effective(Module(), [FARMSTempBalance(assign_func="tb_linear_map")], **options)
     assert seen == said
 
 
@@ -378,7 +378,7 @@ def test_grad_scaler_skips_steps() -> None:
             loss = super().training_step(batch, batch_idx)
             return loss * float("inf") if batch_idx == 1 else loss
 
-    balance = FARMSTempBalance()
+    balance = FARMSTempBalance(assign_func="tb_linear_map")
     plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=4.0))
     module, probe = Overflows(), Probe(balance)
     with spy_on_updates("SGD") as seen:
@@ -398,7 +398,7 @@ def test_lr_edited_in_training_step() -> None:
             self.optimizers().param_groups[0]["lr"] = 0.01 * (self.global_step + 1)
             return super().training_step(batch, batch_idx)
 
-    balance, module = FARMSTempBalance(), WarmsUp()
+    balance, module = FARMSTempBalance(assign_func="tb_linear_map"), WarmsUp()
     probe = Probe(balance)
     with spy_on_updates("SGD") as seen:
         fit(module, [balance, probe])
@@ -413,7 +413,7 @@ def test_lr_edited_in_optimizer_step() -> None:
                 group["lr"] = 0.01 * (self.global_step + 1)
             optimizer.step(closure=closure)
 
-    seen, said = effective(WarmsUp(), [FARMSTempBalance()])
+    seen, said = effective(WarmsUp(), [FARMSTempBalance(assign_func="tb_linear_map")])
     assert seen == said
 
 
@@ -444,7 +444,7 @@ class TwoOptimizers(Module):
 
 
 def test_manual_optimization_with_two_optimizers() -> None:
-    module, balance = TwoOptimizers(), FARMSTempBalance()
+    module, balance = TwoOptimizers(), FARMSTempBalance(assign_func="tb_linear_map")
     probe = Probe(balance)
     with spy_on_updates("SGD") as first, spy_on_updates("Adam") as second:
         fit(module, [balance, probe])
@@ -469,7 +469,7 @@ def test_unfreezing_adds_groups() -> None:
                 self.unfreeze_and_add_param_group(pl_module.net[5:9], optimizer, lr=0.02)
 
     for order in (0, 1):
-        balance = FARMSTempBalance()
+        balance = FARMSTempBalance(assign_func="tb_linear_map")
         module = Module(lambda params: torch.optim.SGD([p for p in params if p.requires_grad], lr=0.1))
         callbacks = [balance, Unfreeze()] if order == 0 else [Unfreeze(), balance]
         probe = Probe(balance)
@@ -498,7 +498,7 @@ class Exchanges(LambdaCallback):
 
 @pytest.mark.parametrize("options", [{}, {"lag_steps": 2}, {"every_n_epochs": 9}], ids=str)
 def test_an_optimizer_exchanged_during_training_is_balanced(options: dict[str, Any]) -> None:
-    balance = FARMSTempBalance(**options)
+    balance = FARMSTempBalance(assign_func="tb_linear_map", **options)
     module = Module(lambda params: torch.optim.SGD(params, lr=0.1))
     first: list[Optimizer] = []
     note = LambdaCallback(on_train_start=lambda trainer, _: first.extend(trainer.optimizers))
@@ -514,13 +514,13 @@ def test_an_optimizer_exchanged_during_training_is_balanced(options: dict[str, A
 
 
 def test_an_optimizer_that_cannot_be_balanced_is_refused_when_it_comes() -> None:
-    balance = FARMSTempBalance()
+    balance = FARMSTempBalance(assign_func="tb_linear_map")
     with pytest.raises(ValueError, match="LBFGS"):
         fit(Module(lambda params: torch.optim.SGD(params, lr=0.1)), [balance, Exchanges(torch.optim.LBFGS)])
 
 
 def test_frozen_layer_takes_no_part() -> None:
-    module, balance = Module(), FARMSTempBalance()
+    module, balance = Module(), FARMSTempBalance(assign_func="tb_linear_map")
     module.net[5].requires_grad_(False)
     fit(module, [balance])
     assert balance.ratios["net.5"] == 1
@@ -530,7 +530,10 @@ def test_frozen_layer_takes_no_part() -> None:
 
 
 def test_tied_weight_belongs_to_its_first_owner() -> None:
-    module, balance = Module(), FARMSTempBalance(exclude_first=False, exclude_last=False)
+    module, balance = (
+        Module(),
+        FARMSTempBalance(exclude_first=False, exclude_last=False, assign_func="tb_linear_map"),
+    )
     extra = nn.Linear(12, 12)
     extra.weight = module.net[-3].weight
     module.extra = extra
@@ -544,7 +547,7 @@ def test_tied_weight_belongs_to_its_first_owner() -> None:
 def test_lazy_layer_takes_part_once_it_has_values() -> None:
     net = make_net()
     net[2] = nn.LazyLinear(16)
-    module, balance = Module(net=net), FARMSTempBalance()
+    module, balance = Module(net=net), FARMSTempBalance(assign_func="tb_linear_map")
     probe = Probe(balance)
     fit(module, [balance, probe])
     ratios = [row[id(net[2].weight)] for row in probe.ratios]
@@ -562,7 +565,7 @@ def test_weights_under_parametrizations() -> None:
         modules.append(Module(net=net))
         fit(modules[-1], callbacks)
     assert_same_state(dict(modules[0].state_dict()), dict(modules[1].state_dict()))
-    balance = FARMSTempBalance()
+    balance = FARMSTempBalance(assign_func="tb_linear_map")
     seen, said = effective(modules[0], [balance])
     assert seen == said
     by_name = balance.parameter_ratios(modules[0])
@@ -581,7 +584,7 @@ def test_names_inside_torch_compile(part: str) -> None:
     elif part == "inner":
         module.net[2] = torch.compile(module.net[2], backend="eager")
     trained = torch.compile(module, backend="eager") if part == "whole" else module
-    balance = FARMSTempBalance()
+    balance = FARMSTempBalance(assign_func="tb_linear_map")
     make_trainer([balance]).fit(trained, make_data())
     assert not any("_orig_mod" in name for name in balance.ratios)
     ratios = balance.parameter_ratios(module)
@@ -592,7 +595,10 @@ def test_names_inside_torch_compile(part: str) -> None:
 
 
 def test_lr_finder_before_fit() -> None:
-    module, balance = Module(lambda params: torch.optim.SGD(params, lr=0.1)), FARMSTempBalance()
+    module, balance = (
+        Module(lambda params: torch.optim.SGD(params, lr=0.1)),
+        FARMSTempBalance(assign_func="tb_linear_map"),
+    )
     module.lr = 0.1
     trainer = make_trainer([balance])
     before = {name: p.detach().clone() for name, p in module.named_parameters()}
@@ -602,7 +608,7 @@ def test_lr_finder_before_fit() -> None:
     assert all(torch.equal(p, before[name]) for name, p in module.named_parameters())
     trainer.fit(module, make_data())
     plain = Module(lambda params: torch.optim.SGD(params, lr=0.1))
-    fit(plain, [FARMSTempBalance()])
+    fit(plain, [FARMSTempBalance(assign_func="tb_linear_map")])
     assert_same_weights(module, plain)
 
 
@@ -622,7 +628,7 @@ class LearnsItsRate(Module):
 
 @pytest.mark.parametrize("first", [True, False])
 def test_finders_as_callbacks(first: bool) -> None:
-    balance, module = FARMSTempBalance(), LearnsItsRate()
+    balance, module = FARMSTempBalance(assign_func="tb_linear_map"), LearnsItsRate()
     finders = [BatchSizeFinder(max_trials=2, steps_per_trial=1), LearningRateFinder(num_training_steps=6)]
     probe = Probe(balance)
     trainer = make_trainer([*finders, balance, probe] if first else [balance, *finders, probe])
@@ -651,18 +657,18 @@ class FindAgain(LearningRateFinder):
 
 
 def test_second_fit_does_not_go_back_to_a_state_restored_on_the_way() -> None:
-    balance, module = FARMSTempBalance(), LearnsItsRate()
+    balance, module = FARMSTempBalance(assign_func="tb_linear_map"), LearnsItsRate()
     trainer = make_trainer([balance, FindAgain(num_training_steps=4)])
     trainer.fit(module)
     again, fresh = (Module(net=make_net(seed=5)) for _ in range(2))
     fit(again, [balance])
-    fit(fresh, [FARMSTempBalance()])
+    fit(fresh, [FARMSTempBalance(assign_func="tb_linear_map")])
     assert_same_weights(again, fresh)
 
 
 @pytest.mark.filterwarnings("ignore:.*SWA", "ignore:Swapping scheduler")
 def test_stochastic_weight_averaging() -> None:
-    balance = FARMSTempBalance()
+    balance = FARMSTempBalance(assign_func="tb_linear_map")
     swa = StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=2, annealing_epochs=2)
     seen, said = effective(Module(), [balance, swa], max_epochs=5)
     assert seen == said
@@ -670,13 +676,15 @@ def test_stochastic_weight_averaging() -> None:
 
 def test_weight_averaging() -> None:
     callbacks = pytest.importorskip("lightning.pytorch.callbacks.weight_averaging")
-    seen, said = effective(Module(), [FARMSTempBalance(), callbacks.EMAWeightAveraging(decay=0.5)])
+    seen, said = effective(
+        Module(), [FARMSTempBalance(assign_func="tb_linear_map"), callbacks.EMAWeightAveraging(decay=0.5)]
+    )
     assert seen == said
 
 
 @pytest.mark.parametrize("validate", [True, False])
 def test_others_may_monitor_the_mean_alpha(validate: bool, tmp_path: Any) -> None:
-    balance = FARMSTempBalance()
+    balance = FARMSTempBalance(assign_func="tb_linear_map")
     stop = EarlyStopping("farms/alpha_mean", mode="max", patience=0, min_delta=1e6)
     keep = ModelCheckpoint(
         tmp_path, monitor="farms/alpha_mean", save_top_k=-1, save_on_train_epoch_end=not validate
@@ -690,7 +698,7 @@ def test_others_may_monitor_the_mean_alpha(validate: bool, tmp_path: Any) -> Non
 
 
 def test_monitored_mean_is_of_this_epoch() -> None:
-    balance, module = FARMSTempBalance(), Module()
+    balance, module = FARMSTempBalance(assign_func="tb_linear_map"), Module()
     pairs = []
 
     def note(trainer: Any, pl_module: Any) -> None:
@@ -705,7 +713,7 @@ def test_monitored_mean_is_of_this_epoch() -> None:
 
 def test_learning_rate_monitor_sees_the_schedulers_lr() -> None:
     rows = []
-    for callbacks in ([], [FARMSTempBalance(log=False)]):
+    for callbacks in ([], [FARMSTempBalance(log=False, assign_func="tb_linear_map")]):
         logger = Recorder()
         fit(module_for("SGD", "OneCycleLR"), [*callbacks, LearningRateMonitor(log_momentum=True)], logger=logger)
         rows.append([(step, row) for step, row in logger.rows if any("lr-" in key for key in row)])
@@ -735,7 +743,7 @@ def test_sam_in_manual_optimization() -> None:
 
             return SAM(self.parameters(), torch.optim.SGD, lr=0.1)
 
-    balance, module = FARMSTempBalance(), Sharp()
+    balance, module = FARMSTempBalance(assign_func="tb_linear_map"), Sharp()
     with spy_on_updates("SGD") as seen:
         fit(module, [balance])
     assert len(seen) == STEPS
@@ -745,7 +753,10 @@ def test_sam_in_manual_optimization() -> None:
 
 def test_layer_that_loses_its_alpha() -> None:
     """Warned about once, then at ratio 1; the others go on, and no learning rate is NaN."""
-    module, balance = Module(lambda params: torch.optim.SGD(params, lr=0.1)), FARMSTempBalance()
+    module, balance = (
+        Module(lambda params: torch.optim.SGD(params, lr=0.1)),
+        FARMSTempBalance(assign_func="tb_linear_map"),
+    )
 
     class Breaks(Probe):
         def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
@@ -768,7 +779,7 @@ def test_layer_that_loses_its_alpha() -> None:
 
 
 def test_only_fit_is_balanced() -> None:
-    balance, module = FARMSTempBalance(), Module()
+    balance, module = FARMSTempBalance(assign_func="tb_linear_map"), Module()
     trainer = make_trainer([balance])
     trainer.validate(module, make_data(), verbose=False)
     assert balance.report is None
@@ -792,9 +803,14 @@ def refused(module: LightningModule, callbacks: list[Any], error: Any, match: st
 
 def test_two_callbacks_are_refused() -> None:
     with pytest.raises(RuntimeError, match="more than one stateful callback of type `FARMSTempBalance`"):
-        make_trainer([FARMSTempBalance(), FARMSTempBalance(log=False)])
-    trainer = make_trainer([FARMSTempBalance()])
-    trainer.callbacks.append(FARMSTempBalance())
+        make_trainer(
+            [
+                FARMSTempBalance(assign_func="tb_linear_map"),
+                FARMSTempBalance(log=False, assign_func="tb_linear_map"),
+            ]
+        )
+    trainer = make_trainer([FARMSTempBalance(assign_func="tb_linear_map")])
+    trainer.callbacks.append(FARMSTempBalance(assign_func="tb_linear_map"))
     with pytest.raises(ValueError, match="two FARMSTempBalance callbacks: keep one"):
         trainer.fit(Module(), make_data())
 
@@ -803,10 +819,10 @@ def test_callback_together_with_tempbalance_is_refused() -> None:
     class Mixed(Module):
         def configure_optimizers(self) -> Any:
             optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
-            self.balancer = farms_tb.TempBalance(self.net, optimizer)
+            self.balancer = farms_tb.TempBalance(self.net, optimizer, assign_func="tb_linear_map")
             return optimizer
 
-    trainer = make_trainer([FARMSTempBalance()])
+    trainer = make_trainer([FARMSTempBalance(assign_func="tb_linear_map")])
     with pytest.raises(
         ValueError, match="already has layer-wise learning rates: use one FARMSTempBalance or Temp"
     ):
@@ -814,7 +830,12 @@ def test_callback_together_with_tempbalance_is_refused() -> None:
 
 
 def test_lbfgs_is_refused() -> None:
-    refused(Module(torch.optim.LBFGS), [FARMSTempBalance()], ValueError, "LBFGS takes one step")
+    refused(
+        Module(torch.optim.LBFGS),
+        [FARMSTempBalance(assign_func="tb_linear_map")],
+        ValueError,
+        "LBFGS takes one step",
+    )
 
 
 def test_no_optimizer_is_refused() -> None:
@@ -823,14 +844,22 @@ def test_no_optimizer_is_refused() -> None:
             return None
 
     with pytest.warns(UserWarning, match="with no optimizer"):
-        refused(Without(), [FARMSTempBalance()], ValueError, "none of the model's layers has a parameter in")
+        refused(
+            Without(),
+            [FARMSTempBalance(assign_func="tb_linear_map")],
+            ValueError,
+            "none of the model's layers has a parameter in",
+        )
 
 
 def test_foreign_parameters_are_refused() -> None:
     other = [nn.Parameter(torch.zeros(3))]
     module = Module(lambda params: torch.optim.SGD(other, lr=0.1))
     refused(
-        module, [FARMSTempBalance()], ValueError, "none of the model's layers has a parameter in the optimizer"
+        module,
+        [FARMSTempBalance(assign_func="tb_linear_map")],
+        ValueError,
+        "none of the model's layers has a parameter in the optimizer",
     )
 
 
@@ -843,12 +872,19 @@ def test_model_without_layers_is_refused() -> None:
         def loss(self, batch: Any) -> Tensor:
             return self.scale * batch[0].mean()
 
-    refused(Flat(), [FARMSTempBalance()], ValueError, "Flat has no layer that can be analysed")
+    refused(
+        Flat(),
+        [FARMSTempBalance(assign_func="tb_linear_map")],
+        ValueError,
+        "Flat has no layer that can be analysed",
+    )
 
 
 def test_pattern_that_matches_nothing_is_refused() -> None:
     match = r"exclude='lifting\*' matches no layer; the layers are net.0, net.2"
-    refused(Module(), [FARMSTempBalance(exclude=["net.2", "lifting*"])], ValueError, match)
+    refused(
+        Module(), [FARMSTempBalance(exclude=["net.2", "lifting*"], assign_func="tb_linear_map")], ValueError, match
+    )
 
 
 @pytest.mark.parametrize("name", ["DeepSpeedStrategy", "FSDPStrategy", "XLAStrategy", "XLAFSDPStrategy"])
@@ -857,11 +893,13 @@ def test_strategies_are_refused_by_name(name: str) -> None:
 
     base = type(name, (SingleDeviceStrategy,), {})
     for cls in (base, type("MyStrategy", (base,), {})):
-        trainer = make_trainer([FARMSTempBalance()], strategy=cls(accelerator=None), accelerator="auto")
+        trainer = make_trainer(
+            [FARMSTempBalance(assign_func="tb_linear_map")], strategy=cls(accelerator=None), accelerator="auto"
+        )
         trainer.strategy.accelerator = make_trainer().accelerator
         with pytest.raises(ValueError, match=f"does not work with {name}: .*Use one device, DDP or FSDP2"):
-            FARMSTempBalance().setup(trainer, Module(), "fit")
-        FARMSTempBalance().setup(trainer, Module(), "validate")
+            FARMSTempBalance(assign_func="tb_linear_map").setup(trainer, Module(), "fit")
+        FARMSTempBalance(assign_func="tb_linear_map").setup(trainer, Module(), "validate")
 
 
 # Norms
@@ -887,7 +925,7 @@ class Block(nn.Module):
 
 @pytest.mark.parametrize("norms", ["follow", "base"])
 def test_norms(norms: Any) -> None:
-    balance = FARMSTempBalance(norms=norms, exclude_first=False, exclude_last=False)
+    balance = FARMSTempBalance(norms=norms, exclude_first=False, exclude_last=False, assign_func="tb_linear_map")
     module = Module(net=Block())
     seen, said = effective(module, [balance])
     assert seen == said
@@ -903,7 +941,7 @@ def test_norms(norms: Any) -> None:
 
 
 def test_exclusions() -> None:
-    balance, module = FARMSTempBalance(exclude=["net.5"]), Module()
+    balance, module = FARMSTempBalance(exclude=["net.5"], assign_func="tb_linear_map"), Module()
     fit(module, [balance])
     for layer in ("net.0", "net.5", "net.9"):
         assert balance.ratios[layer] == 1

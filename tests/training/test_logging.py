@@ -40,7 +40,7 @@ def farms_rows(logger: Recorder) -> list[tuple[int, dict[str, float]]]:
 
 
 def test_rows() -> None:
-    logger, balance, module = Recorder(), FARMSTempBalance(), Module()
+    logger, balance, module = Recorder(), FARMSTempBalance(assign_func="tb_linear_map"), Module()
     before = analyze(module).alphas
     fit(module, [balance], logger=logger)
     rows = farms_rows(logger)
@@ -60,7 +60,12 @@ def test_rows() -> None:
 
 def test_rows_line_up_with_the_users_own() -> None:
     logger = Recorder()
-    fit(Module(), [FARMSTempBalance(every_n_steps=2)], logger=logger, accumulate_grad_batches=2)
+    fit(
+        Module(),
+        [FARMSTempBalance(every_n_steps=2, assign_func="tb_linear_map")],
+        logger=logger,
+        accumulate_grad_batches=2,
+    )
     own = [step for step, row in logger.rows if "loss" in row]
     # A user's row is logged after its batch, ours before the next one.
     assert {step for step, _ in farms_rows(logger)} <= {0} | {step + 1 for step in own if step is not None}
@@ -69,7 +74,7 @@ def test_rows_line_up_with_the_users_own() -> None:
 @pytest.mark.parametrize("options", [{"every_n_steps": 6}, {"every_n_epochs": 2}])
 def test_final_row_is_not_doubled(options: dict[str, Any]) -> None:
     logger = Recorder()
-    fit(Module(), [FARMSTempBalance(**options)], logger=logger)
+    fit(Module(), [FARMSTempBalance(assign_func="tb_linear_map", **options)], logger=logger)
     steps = [step for step, _ in farms_rows(logger)]
     assert len(set(steps)) == len(steps)
     assert steps[-1] == EPOCHS * BATCHES
@@ -79,7 +84,7 @@ def test_layer_without_alpha_leaves_its_key_out() -> None:
     logger, net = Recorder(), make_net()
     net[5].weight.data.zero_()
     net[5].requires_grad_(False)
-    fit(Module(net=net), [FARMSTempBalance()], logger=logger)
+    fit(Module(net=net), [FARMSTempBalance(assign_func="tb_linear_map")], logger=logger)
     row = farms_rows(logger)[0][1]
     missing = {f"farms/{metric}/net.5" for metric in ("alpha", "rank_share", "lr")}
     assert PER_LAYER - row.keys() == missing, "frozen: it has no learning rate"
@@ -87,13 +92,13 @@ def test_layer_without_alpha_leaves_its_key_out() -> None:
 
 def test_log_off() -> None:
     logger = Recorder()
-    fit(Module(), [FARMSTempBalance(log=False)], logger=logger)
+    fit(Module(), [FARMSTempBalance(log=False, assign_func="tb_linear_map")], logger=logger)
     assert logger.rows
     assert not farms_rows(logger)
 
 
 def test_no_logger() -> None:
-    balance = FARMSTempBalance()
+    balance = FARMSTempBalance(assign_func="tb_linear_map")
     fit(Module(), [balance], logger=False)
     assert balance.report is not None
 
@@ -103,7 +108,11 @@ def test_each_of_several_loggers_gets_its_own_form(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     unknown, board = Recorder(), TensorBoardLogger(tmp_path, name="", version="board")
     files = CSVLogger(tmp_path, name="", version="csv")
-    fit(Module(), [FARMSTempBalance(histogram_every_n=1)], logger=[unknown, board, files])
+    fit(
+        Module(),
+        [FARMSTempBalance(histogram_every_n=1, assign_func="tb_linear_map")],
+        logger=[unknown, board, files],
+    )
     assert farms_rows(unknown)[0][1].keys() == WHILE_TRAINING | PER_LAYER
     with (tmp_path / "csv" / "metrics.csv").open() as file:
         assert not NUMBERED & set(next(csv.reader(file)))
@@ -138,11 +147,11 @@ def test_x_axis(x_axis: Any, every_n_steps: int | None, chosen: str) -> None:
 def test_mistakes(options: dict[str, Any]) -> None:
     message = "x_axis must be one of 'epoch', 'step', got 'steps'|table_every_n must be at least 1, got 0"
     with pytest.raises(ValueError, match=message):
-        FARMSTempBalance(**options)
+        FARMSTempBalance(assign_func="tb_linear_map", **options)
 
 
 def test_csv(tmp_path: Path) -> None:
-    fit(Module(), [FARMSTempBalance()], logger=CSVLogger(tmp_path, name="", version=""))
+    fit(Module(), [FARMSTempBalance(assign_func="tb_linear_map")], logger=CSVLogger(tmp_path, name="", version=""))
     with (tmp_path / "metrics.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["farms/alpha_mean"]]
     assert len(rows) == EPOCHS + 1
@@ -153,7 +162,7 @@ def test_csv(tmp_path: Path) -> None:
 
 
 def test_csv_is_read_back_as_before(tmp_path: Path) -> None:
-    balance = FARMSTempBalance()
+    balance = FARMSTempBalance(assign_func="tb_linear_map")
     fit(Module(), [balance], logger=CSVLogger(tmp_path, name="", version=""))
     history = read_history(tmp_path / "metrics.csv", LAYERS)
     assert history.layers == tuple(LAYERS)
@@ -172,7 +181,7 @@ def read_events(folder: Path) -> Any:
 def events(tmp_path_factory: Any) -> Any:
     pytest.importorskip("tensorboard")
     folder = tmp_path_factory.mktemp("board")
-    balance = FARMSTempBalance(histogram_every_n=2, table_every_n=2)
+    balance = FARMSTempBalance(histogram_every_n=2, table_every_n=2, assign_func="tb_linear_map")
     fit(Module(), [balance], logger=TensorBoardLogger(folder, name="", version=""))
     return read_events(folder)
 
@@ -210,7 +219,11 @@ def test_tensorboard_table_and_pictures(events: Any) -> None:
 def test_tensorboard_prefix(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     logger = TensorBoardLogger(tmp_path, name="", version="", prefix="mine")
-    fit(Module(), [FARMSTempBalance(histogram_every_n=1, table_every_n=9)], logger=logger)
+    fit(
+        Module(),
+        [FARMSTempBalance(histogram_every_n=1, table_every_n=9, assign_func="tb_linear_map")],
+        logger=logger,
+    )
     tags = read_events(tmp_path).Tags()
     found = [tag for kind in ("scalars", "histograms", "images", "tensors") for tag in tags[kind]]
     assert all(tag.startswith("mine-farms") for tag in found if "farms" in tag)
@@ -238,7 +251,7 @@ def test_table_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     pytest.importorskip("tensorboard")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     logger = TensorBoardLogger(tmp_path, name="", version="")
-    fit(Module(), [FARMSTempBalance(table_every_n=1)], logger=logger)
+    fit(Module(), [FARMSTempBalance(table_every_n=1, assign_func="tb_linear_map")], logger=logger)
     tags = read_events(tmp_path).Tags()
     assert "farms/report/text_summary" in tags["tensors"]
     assert tags["images"] == []
@@ -261,7 +274,7 @@ def mlflow_logger(tmp_path_factory: Any) -> Callable[[], Any]:
 @pytest.mark.filterwarnings("ignore")
 def test_mlflow(mlflow_logger: Callable[[], Any], tmp_path: Path) -> None:
     logger = mlflow_logger()
-    balance = FARMSTempBalance(histogram_every_n=1, table_every_n=2)
+    balance = FARMSTempBalance(histogram_every_n=1, table_every_n=2, assign_func="tb_linear_map")
     fit(Module(), [balance], logger=logger)
     client, run_id = logger.experiment, logger.run_id
     assert client.get_run(run_id).data.metrics.keys() >= WHILE_TRAINING | PER_LAYER
@@ -296,4 +309,8 @@ def test_mlflow_takes_names_it_does_not_allow(mlflow_logger: Callable[[], Any]) 
 def test_wandb_is_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.warns(UserWarning, match="every_n is set"):
-        fit(Module(), [FARMSTempBalance(histogram_every_n=1, table_every_n=1)], logger=Recorder())
+        fit(
+            Module(),
+            [FARMSTempBalance(histogram_every_n=1, table_every_n=1, assign_func="tb_linear_map")],
+            logger=Recorder(),
+        )

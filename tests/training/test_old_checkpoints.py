@@ -67,13 +67,28 @@ class FirstBatch(Callback):
 def test_lightning(name: str) -> None:
     saved = load(f"{name}.ckpt")["callbacks"]["FARMSTempBalance"]
     assert ("overhead" in saved) is (name == "lightning_max_overhead")
-    balance, module = FARMSTempBalance(), Module()
+    balance, module = FARMSTempBalance(assign_func="tb_linear_map"), Module()
     first = FirstBatch(balance)
     fit(module, [balance, first], WRITTEN / f"{name}.ckpt", max_epochs=2)
     ratios = saved["balancer"]["ratios"]
     assert min(ratios.values()) == 0.5
     assert first.seen == (6, ratios)
     assert_reached(weights(module), load("lightning_after.pt")["weights"])
+
+
+def test_another_map_than_that_of_the_checkpoint_is_named() -> None:
+    """The default map of version 0.1 was that of the papers."""
+    balance, module = FARMSTempBalance(), Module()
+    first = FirstBatch(balance)
+    with pytest.warns(UserWarning, match="'tb_linear_map' and is 'shrinkage' .*pass assign_func='tb_linear_map'"):
+        fit(module, [balance, first], WRITTEN / "lightning.ckpt", max_epochs=2)
+    assert balance.report is not None
+    assert all(record.null is not None for record in balance.report.layers.values())
+    assert first.seen is not None
+    step, ratios = first.seen
+    assert step == 6
+    assert ratios.keys() == balance.ratios.keys()
+    assert min(ratios.values()) > 0.5, "measured anew"
 
 
 def test_lightning_without_the_callback_gets_elsewhere() -> None:
@@ -104,7 +119,7 @@ def test_hugging_face(restores_options: bool, tmp_path: Path) -> None:
     # Since version 0.2 the norms of GPT-2 follow a layer too; with "base" they have ratio 1 in both versions.
     trainer = hugging_face.make_trainer(
         tmp_path,
-        FARMSTrainerCallback(norms="base"),
+        FARMSTrainerCallback(norms="base", assign_func="tb_linear_map"),
         after,
         optim="sgd",
         restore_callback_states_from_checkpoint=restores_options,
@@ -121,7 +136,7 @@ def test_plain_loop() -> None:
     net.load_state_dict(saved["model"])
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
     optimizer.load_state_dict(saved["optimizer"])
-    balancer = TempBalance(net, optimizer)
+    balancer = TempBalance(net, optimizer, assign_func="tb_linear_map")
     balancer.load_state_dict(saved["balancer"])
     assert balancer.ratios == saved["balancer"]["ratios"]
     for inputs, targets in list(make_data())[2:]:

@@ -33,7 +33,7 @@ class Watch(Callback):
 
 def watched(**options: Any) -> tuple[list[dict[str, float]], list[float], list[int]]:
     """Train for three epochs of four steps; return what `Watch` noted, and the steps of the measurements."""
-    balance, logger = FARMSTempBalance(**options), Recorder()
+    balance, logger = FARMSTempBalance(assign_func="tb_linear_map", **options), Recorder()
     watch = Watch(balance)
     fit(Module(), [balance, watch], logger=logger)
     steps = [step for step, row in logger.rows if "farms/alpha_mean" in row]
@@ -55,7 +55,7 @@ def test_every_ratio_is_one_before_start_and_it_is_measured_then(start: Any) -> 
 
 def test_weights_are_bitwise_those_of_a_plain_run_until_start() -> None:
     balanced, plain = Module(), Module()
-    fit(balanced, [FARMSTempBalance(start="2 epochs")], max_epochs=2)
+    fit(balanced, [FARMSTempBalance(start="2 epochs", assign_func="tb_linear_map")], max_epochs=2)
     fit(plain, [], max_epochs=2)
     assert all(torch.equal(a, b) for a, b in zip(balanced.parameters(), plain.parameters(), strict=True))
 
@@ -99,11 +99,11 @@ class Stream(IterableDataset):
     ],
 )
 def test_a_length_that_nobody_knows(options: Any, message: str) -> None:
-    trainer = make_trainer([FARMSTempBalance(**options)], max_epochs=-1)
+    trainer = make_trainer([FARMSTempBalance(assign_func="tb_linear_map", **options)], max_epochs=-1)
     with pytest.raises(ValueError, match=message):
         trainer.fit(Module(), DataLoader(Stream(), batch_size=None))
 
 
 def test_until_before_start_in_other_units() -> None:
     with pytest.raises(ValueError, match=r"until must be later than start, .* is step 6, .* is step 5"):
-        fit(Module(), [FARMSTempBalance(start=0.5, until="5 steps")])
+        fit(Module(), [FARMSTempBalance(start=0.5, until="5 steps", assign_func="tb_linear_map")])

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda callback: pickle.loads(pickle.dumps(callback))])
 @pytest.mark.parametrize("options", [{}, {"lag_steps": 3}], ids=str)
 def test_a_used_callback(duplicate: type, options: dict[str, int]) -> None:
-    callback, module = FARMSTempBalance(lr_min_ratio=0.7, **options), Module()
+    callback, module = FARMSTempBalance(lr_min_ratio=0.7, assign_func="tb_linear_map", **options), Module()
     fit(module, [callback])
     copied = duplicate(callback)
     assert copied.report == callback.report
@@ -33,12 +33,12 @@ def test_a_used_callback(duplicate: type, options: dict[str, int]) -> None:
     assert duplicate(copied).report == callback.report
     again, fresh = Module(), Module()
     fit(again, [copied])
-    fit(fresh, [FARMSTempBalance(lr_min_ratio=0.7, **options)])
+    fit(fresh, [FARMSTempBalance(lr_min_ratio=0.7, assign_func="tb_linear_map", **options)])
     assert_same_weights(again, fresh)
 
 
 def test_a_callback_that_was_never_used() -> None:
-    copied = pickle.loads(pickle.dumps(FARMSTempBalance()))
+    copied = pickle.loads(pickle.dumps(FARMSTempBalance(assign_func="tb_linear_map")))
     assert copied.report is None
     assert copied.ratios == {}
 

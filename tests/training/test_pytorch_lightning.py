@@ -60,7 +60,7 @@ def test_the_packages_are_two() -> None:
 def test_same_run_in_both_packages() -> None:
     runs = []
     for package in PACKAGES:
-        balance = FARMSTempBalance()
+        balance = FARMSTempBalance(assign_func="tb_linear_map")
         module, trainer = fit(package, balance)
         groups = balance.param_groups(module.optimizers())
         runs.append((module, balance, groups, trainer.callback_metrics["farms/alpha_mean"]))
@@ -83,10 +83,10 @@ def test_ratio_one_is_bit_identical_to_no_callback() -> None:
 @pytest.mark.filterwarnings("ignore:The loaded checkpoint was produced with Lightning .* newer")
 @pytest.mark.parametrize("goes_on_in", PACKAGES, ids=lambda package: package.__name__)
 def test_resume_is_bit_identical(goes_on_in: Any, tmp_path: Path) -> None:
-    whole = FARMSTempBalance(every_n_steps=3)
+    whole = FARMSTempBalance(every_n_steps=3, assign_func="tb_linear_map")
     keep = pytorch_lightning.callbacks.ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}")
     expected, _ = fit(pytorch_lightning, whole, keep, enable_checkpointing=True)
-    balance = FARMSTempBalance(every_n_steps=3)
+    balance = FARMSTempBalance(every_n_steps=3, assign_func="tb_linear_map")
     module, _ = fit(goes_on_in, balance, ckpt_path=tmp_path / "epoch=0.ckpt")
     assert_same_weights(module, expected)
     assert balance.ratios == whole.ratios
@@ -94,7 +94,13 @@ def test_resume_is_bit_identical(goes_on_in: Any, tmp_path: Path) -> None:
 
 def test_two_callbacks_are_refused() -> None:
     with pytest.raises(RuntimeError, match="more than one stateful callback of type `FARMSTempBalance`"):
-        pytorch_lightning.Trainer(callbacks=[FARMSTempBalance(), FARMSTempBalance()], logger=False)
+        pytorch_lightning.Trainer(
+            callbacks=[
+                FARMSTempBalance(assign_func="tb_linear_map"),
+                FARMSTempBalance(assign_func="tb_linear_map"),
+            ],
+            logger=False,
+        )
 
 
 def test_strategy_is_refused_by_name() -> None:
@@ -103,7 +109,7 @@ def test_strategy_is_refused_by_name() -> None:
     trainer = pytorch_lightning.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     trainer.strategy.__class__ = type("Mine", (FSDPStrategy,), {})
     with pytest.raises(ValueError, match=r"does not work with FSDPStrategy: .*Use one device, DDP or FSDP2"):
-        FARMSTempBalance().setup(trainer, make_module(pytorch_lightning), "fit")
+        FARMSTempBalance(assign_func="tb_linear_map").setup(trainer, make_module(pytorch_lightning), "fit")
 
 
 def test_tensorboard_gets_histograms(tmp_path: Path) -> None:
@@ -111,7 +117,7 @@ def test_tensorboard_gets_histograms(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     logger = pytorch_lightning.loggers.TensorBoardLogger(tmp_path, name="", version="")
-    fit(pytorch_lightning, FARMSTempBalance(histogram_every_n=2), logger=logger)
+    fit(pytorch_lightning, FARMSTempBalance(histogram_every_n=2, assign_func="tb_linear_map"), logger=logger)
     events = EventAccumulator(str(tmp_path), size_guidance={"histograms": 0}).Reload()
     assert [event.step for event in events.Histograms("farms_esd/02_net.5")] == [0, 2 * BATCHES]
     assert len(events.Scalars("farms/alpha_mean")) == EPOCHS + 1
@@ -120,7 +126,7 @@ def test_tensorboard_gets_histograms(tmp_path: Path) -> None:
 def test_wandb_gets_histograms_and_axes(tmp_path: Path) -> None:
     wandb = pytest.importorskip("wandb")
     logger = pytorch_lightning.loggers.WandbLogger(project="tests", save_dir=tmp_path, offline=True)
-    fit(pytorch_lightning, FARMSTempBalance(histogram_every_n=2), logger=logger)
+    fit(pytorch_lightning, FARMSTempBalance(histogram_every_n=2, assign_func="tb_linear_map"), logger=logger)
     wandb.finish()
     wandb.teardown()
     (path,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")

@@ -106,7 +106,7 @@ def finish_and_compare(
     **options: Any,
 ) -> None:
     """Resume from `path`: weights, ratios, report and what is logged from there on are those of the whole run."""
-    resumed_balance, resumed_logger = FARMSTempBalance(**clock), Recorder()
+    resumed_balance, resumed_logger = FARMSTempBalance(assign_func="tb_linear_map", **clock), Recorder()
     resumed, _ = train([resumed_balance], path, logger=resumed_logger, enable_checkpointing=False, **options)
     assert_same_weights(resumed, module)
     assert resumed_balance.ratios == balance.ratios
@@ -127,7 +127,7 @@ def finish_and_compare(
 def test_from_a_checkpoint(stop: str, clock: dict[str, Any], tmp_path: Path) -> None:
     saving, options, name = STOPS[stop]
     keep = ModelCheckpoint(tmp_path, save_top_k=-1, **saving)
-    balance, logger = FARMSTempBalance(**clock), Recorder()
+    balance, logger = FARMSTempBalance(assign_func="tb_linear_map", **clock), Recorder()
     module, _ = train([balance, keep], logger=logger, **options)
     assert any(ratio != 1 for ratio in balance.ratios.values())
     finish_and_compare(clock, tmp_path / f"{name}.ckpt", module, balance, logger, **options)
@@ -136,9 +136,9 @@ def test_from_a_checkpoint(stop: str, clock: dict[str, Any], tmp_path: Path) -> 
 @pytest.mark.parametrize("clock", [*CLOCKS[:2], CLOCKS[-1]], ids=str)
 @pytest.mark.parametrize("first", [True, False])
 def test_after_an_exception(first: bool, clock: dict[str, Any], tmp_path: Path) -> None:
-    balance, logger = FARMSTempBalance(**clock), Recorder()
+    balance, logger = FARMSTempBalance(assign_func="tb_linear_map", **clock), Recorder()
     module, _ = train([balance], logger=logger, enable_checkpointing=False)
-    broken = [FARMSTempBalance(**clock), Fails()]
+    broken = [FARMSTempBalance(assign_func="tb_linear_map", **clock), Fails()]
     with pytest.raises(ZeroDivisionError, match="planned"):
         train([*(broken if first else broken[::-1]), OnExceptionCheckpoint(tmp_path, "broken")])
     finish_and_compare(clock, tmp_path / "broken.ckpt", module, balance, logger, failed=1)
@@ -151,11 +151,11 @@ def test_after_sigterm(tmp_path: Path) -> None:
         if trainer.global_step == 6:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    balance, logger = FARMSTempBalance(), Recorder()
+    balance, logger = FARMSTempBalance(assign_func="tb_linear_map"), Recorder()
     module, _ = train([balance], logger=logger, enable_checkpointing=False)
     stop = LambdaCallback(on_train_batch_start=terminate)
     with pytest.raises(SIGTERMException):
-        train([FARMSTempBalance(), stop, OnExceptionCheckpoint(tmp_path, "terminated")])
+        train([FARMSTempBalance(assign_func="tb_linear_map"), stop, OnExceptionCheckpoint(tmp_path, "terminated")])
     finish_and_compare({}, tmp_path / "terminated.ckpt", module, balance, logger)
 
 
@@ -179,16 +179,16 @@ def test_after_sigkill(tmp_path: Path) -> None:
         capture_output=True,
     )
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
-    balance, logger = FARMSTempBalance(), Recorder()
+    balance, logger = FARMSTempBalance(assign_func="tb_linear_map"), Recorder()
     module, _ = train([balance], logger=logger, enable_checkpointing=False)
     finish_and_compare({}, tmp_path / "epoch=2-step=10.ckpt", module, balance, logger)
 
 
 def test_after_the_last_epoch(tmp_path: Path) -> None:
     """A finished run that is saved and given more epochs is the longer run."""
-    balance, logger = FARMSTempBalance(), Recorder()
+    balance, logger = FARMSTempBalance(assign_func="tb_linear_map"), Recorder()
     module, _ = train([balance], logger=logger, enable_checkpointing=False)
-    _, trainer = train([FARMSTempBalance()], enable_checkpointing=False, max_epochs=2)
+    _, trainer = train([FARMSTempBalance(assign_func="tb_linear_map")], enable_checkpointing=False, max_epochs=2)
     trainer.save_checkpoint(tmp_path / "end.ckpt")
     finish_and_compare({}, tmp_path / "end.ckpt", module, balance, logger)
 
@@ -196,16 +196,16 @@ def test_after_the_last_epoch(tmp_path: Path) -> None:
 @pytest.mark.parametrize("clock", [{}, {"every_n_steps": 3}, {"lag_steps": 3}], ids=str)
 def test_killed_after_the_last_step(clock: dict[str, Any], tmp_path: Path) -> None:
     """Between the last checkpoint and the row of the final weights: Lightning then finds nothing left to train."""
-    balance, logger = FARMSTempBalance(**clock), Recorder()
+    balance, logger = FARMSTempBalance(assign_func="tb_linear_map", **clock), Recorder()
     keep = ModelCheckpoint(tmp_path, save_top_k=-1, save_on_train_epoch_end=True)
     module, _ = train([balance, keep], logger=logger)
     finish_and_compare(clock, tmp_path / "epoch=3-step=16.ckpt", module, balance, logger)
 
 
 def test_resumed_after_the_end_logs_nothing_more(tmp_path: Path) -> None:
-    _, trainer = train([FARMSTempBalance()], enable_checkpointing=False)
+    _, trainer = train([FARMSTempBalance(assign_func="tb_linear_map")], enable_checkpointing=False)
     trainer.save_checkpoint(tmp_path / "end.ckpt")
-    logger, balance = Recorder(), FARMSTempBalance()
+    logger, balance = Recorder(), FARMSTempBalance(assign_func="tb_linear_map")
     train([balance], tmp_path / "end.ckpt", enable_checkpointing=False, logger=logger)
     assert not logger.rows
 
@@ -217,8 +217,12 @@ def test_state_of_a_version_with_a_budget(checkpoints: dict[str, Path], tmp_path
     state |= {"passed": [1, 4], "overhead": {"timings": [["training", 0, 0, 1.0]]}}
     del state["final_step"]
     torch.save(saved, tmp_path / "old.ckpt")
-    one, _ = train([FARMSTempBalance()], tmp_path / "old.ckpt", enable_checkpointing=False)
-    other, _ = train([FARMSTempBalance()], checkpoints["balanced"], enable_checkpointing=False)
+    one, _ = train(
+        [FARMSTempBalance(assign_func="tb_linear_map")], tmp_path / "old.ckpt", enable_checkpointing=False
+    )
+    other, _ = train(
+        [FARMSTempBalance(assign_func="tb_linear_map")], checkpoints["balanced"], enable_checkpointing=False
+    )
     assert_same_weights(one, other)
 
 
@@ -227,7 +231,7 @@ def checkpoints(tmp_path_factory: Any) -> dict[str, Path]:
     """Mid-epoch checkpoints of a balanced run, one with ratios of 1, and a plain one."""
     paths = {}
     for name, callbacks in {
-        "balanced": [FARMSTempBalance()],
+        "balanced": [FARMSTempBalance(assign_func="tb_linear_map")],
         "ones": [FARMSTempBalance(lr_min_ratio=1.0, lr_max_ratio=1.0)],
         "plain": [],
     }.items():
@@ -279,7 +283,7 @@ def test_callback_removed_is_said_by_lightning(checkpoints: dict[str, Path]) -> 
 
 def test_callback_added(checkpoints: dict[str, Path]) -> None:
     """A plain checkpoint resumes with a measurement at the first chance, not at the next epoch."""
-    balance = FARMSTempBalance()
+    balance = FARMSTempBalance(assign_func="tb_linear_map")
     first: list[Any] = []
 
     class Look(Callback):
@@ -292,14 +296,20 @@ def test_callback_added(checkpoints: dict[str, Path]) -> None:
 
 
 def test_order_of_callbacks_does_not_matter(checkpoints: dict[str, Path]) -> None:
-    one, _ = train([FARMSTempBalance()], checkpoints["balanced"], enable_checkpointing=False)
-    other, _ = train([Callback(), FARMSTempBalance()], checkpoints["balanced"], enable_checkpointing=False)
+    one, _ = train(
+        [FARMSTempBalance(assign_func="tb_linear_map")], checkpoints["balanced"], enable_checkpointing=False
+    )
+    other, _ = train(
+        [Callback(), FARMSTempBalance(assign_func="tb_linear_map")],
+        checkpoints["balanced"],
+        enable_checkpointing=False,
+    )
     assert_same_weights(one, other)
 
 
 def test_options_changed(checkpoints: dict[str, Path]) -> None:
     """Said, and measured anew with the new options before the first step."""
-    balance = FARMSTempBalance(lr_min_ratio=0.9, exclude=["net.5"])
+    balance = FARMSTempBalance(lr_min_ratio=0.9, exclude=["net.5"], assign_func="tb_linear_map")
     first: list[Any] = []
 
     class Look(Callback):
@@ -316,19 +326,19 @@ def test_options_changed(checkpoints: dict[str, Path]) -> None:
 
 
 def test_clock_and_logging_may_change_silently(checkpoints: dict[str, Path]) -> None:
-    balance = FARMSTempBalance(every_n_steps=2, log=False)
+    balance = FARMSTempBalance(every_n_steps=2, log=False, assign_func="tb_linear_map")
     train([balance], checkpoints["balanced"], enable_checkpointing=False)
 
 
 def test_monitored_mean_is_there_for_the_rest_of_the_epoch(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     keep = ModelCheckpoint(tmp_path, monitor="farms/alpha_mean", save_top_k=-1, every_n_train_steps=1)
-    train([FARMSTempBalance(), keep], checkpoints["balanced"])
+    train([FARMSTempBalance(assign_func="tb_linear_map"), keep], checkpoints["balanced"])
     assert len(keep.best_k_models) == EPOCHS * BATCHES - 6
 
 
 def test_checkpoint_of_a_run_that_never_trained(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     """Validating from a checkpoint and saving again keeps the state."""
-    trainer = make_trainer([FARMSTempBalance()])
+    trainer = make_trainer([FARMSTempBalance(assign_func="tb_linear_map")])
     trainer.validate(Resumable(), make_data(1), ckpt_path=checkpoints["balanced"], verbose=False)
     trainer.save_checkpoint(tmp_path / "again.ckpt")
     states = [

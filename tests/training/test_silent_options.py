@@ -36,7 +36,7 @@ def train_on_stream(callback: FARMSTempBalance, *, endless: bool, **options: Any
 
 @pytest.mark.parametrize(("option", "loggers"), [("histogram_every_n", "csv"), ("table_every_n", "none")])
 def test_media_that_no_logger_shows(option: str, loggers: str, tmp_path: Path) -> None:
-    callback = FARMSTempBalance(**{option: 1})
+    callback = FARMSTempBalance(assign_func="tb_linear_map", **{option: 1})
     logger = CSVLogger(tmp_path) if loggers == "csv" else False
     with pytest.warns(UserWarning, match=f"{option} is set") as caught:
         fit(Module(), [callback], logger=logger)
@@ -47,17 +47,17 @@ def test_media_that_no_logger_shows(option: str, loggers: str, tmp_path: Path) -
 
 def test_media_that_one_of_several_loggers_shows(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
-    callback = FARMSTempBalance(histogram_every_n=1, table_every_n=9)
+    callback = FARMSTempBalance(histogram_every_n=1, table_every_n=9, assign_func="tb_linear_map")
     fit(Module(), [callback], logger=[Recorder(), TensorBoardLogger(tmp_path)])
 
 
 def test_media_without_logging_are_not_missed() -> None:
-    fit(Module(), [FARMSTempBalance(log=False, histogram_every_n=1)])
+    fit(Module(), [FARMSTempBalance(log=False, histogram_every_n=1, assign_func="tb_linear_map")])
 
 
 def test_one_endless_epoch() -> None:
     with pytest.warns(UserWarning, match="every_n_steps"):
-        train_on_stream(FARMSTempBalance(), endless=True, max_steps=10)
+        train_on_stream(FARMSTempBalance(assign_func="tb_linear_map"), endless=True, max_steps=10)
 
 
 def test_a_long_first_epoch_is_named_while_it_lasts() -> None:
@@ -71,8 +71,8 @@ def test_a_long_first_epoch_is_named_while_it_lasts() -> None:
 
 
 def test_streams_that_end_and_measuring_by_steps_say_nothing() -> None:
-    train_on_stream(FARMSTempBalance(), endless=False, max_steps=10)
-    train_on_stream(FARMSTempBalance(every_n_steps=4), endless=True, max_steps=10)
+    train_on_stream(FARMSTempBalance(assign_func="tb_linear_map"), endless=False, max_steps=10)
+    train_on_stream(FARMSTempBalance(every_n_steps=4, assign_func="tb_linear_map"), endless=True, max_steps=10)
 
 
 def test_mean_alpha_is_of_the_layers_that_are_trained() -> None:
@@ -84,7 +84,7 @@ def test_mean_alpha_is_of_the_layers_that_are_trained() -> None:
         def configure_optimizers(self) -> Any:
             return torch.optim.SGD(self.net.parameters(), lr=0.1)
 
-    logger, balance, module = Recorder(), FARMSTempBalance(), WithTeacher()
+    logger, balance, module = Recorder(), FARMSTempBalance(assign_func="tb_linear_map"), WithTeacher()
     trainer = fit(module, [balance], logger=logger)
     assert balance.report is not None
     alphas = {name: alpha for name, alpha in balance.report.alphas.items() if alpha is not None}
@@ -104,7 +104,10 @@ def test_mean_alpha_of_frozen_and_unheld_layers() -> None:
     net[2].requires_grad_(False)
     held = [p for index in (0, 2, 5, 7) for p in net[index].parameters()]
     # All three trained layers are balanced: a single one has nothing to be balanced with, which is warned about.
-    logger, balance = Recorder(), FARMSTempBalance(exclude_first=False, exclude_last=False)
+    logger, balance = (
+        Recorder(),
+        FARMSTempBalance(exclude_first=False, exclude_last=False, assign_func="tb_linear_map"),
+    )
     fit(Module(lambda _: torch.optim.SGD(held, lr=0.1), net=net), [balance], logger=logger)
     row = next(row for _, row in logger.rows if "farms/alpha_mean" in row)
     alphas = [row[f"farms/alpha/net.{index}"] for index in (0, 5, 7)]

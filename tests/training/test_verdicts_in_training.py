@@ -45,7 +45,7 @@ def balancer(net: nn.Module, **options: Any) -> TempBalance:
 class TestLogs:
     def rows(self, **options: Any) -> list[dict[str, float]]:
         logger = Recorder()
-        fit(Module(), [FARMSTempBalance(**options)], logger=logger)
+        fit(Module(), [FARMSTempBalance(assign_func="tb_linear_map", **options)], logger=logger)
         return [row for _, row in logger.rows if "farms/alpha_mean" in row]
 
     def test_effects_and_shares(self) -> None:
@@ -64,7 +64,7 @@ class TestLogs:
     def test_the_table_has_them(self) -> None:
         from farms_tb.training.metrics import COLUMNS, Measurement, table
 
-        callback = FARMSTempBalance(verdicts=True)
+        callback = FARMSTempBalance(verdicts=True, assign_func="tb_linear_map")
         fit(Module(), [callback])
         assert callback.report is not None
         (row, *_) = table(Measurement(callback.report, {}, {}, {}, 0, 0))
@@ -76,7 +76,7 @@ class TestLogs:
     def test_training_and_ratios_are_the_same(self) -> None:
         runs = []
         for verdicts in (False, True):
-            module, callback = Module(), FARMSTempBalance(verdicts=verdicts)
+            module, callback = Module(), FARMSTempBalance(verdicts=verdicts, assign_func="tb_linear_map")
             fit(module, [callback])
             runs.append((callback.ratios, [parameter.detach().clone() for parameter in module.parameters()]))
         (ratios, weights), (others, other_weights) = runs
@@ -84,7 +84,7 @@ class TestLogs:
         assert all(torch.equal(a, b) for a, b in zip(weights, other_weights, strict=True))
 
     def test_a_resumed_run_keeps_its_permutation_nulls(self, tmp_path: Path) -> None:
-        whole, first, resumed = (FARMSTempBalance(verdicts=True) for _ in range(3))
+        whole, first, resumed = (FARMSTempBalance(verdicts=True, assign_func="tb_linear_map") for _ in range(3))
         fit(Module(), [whole], max_epochs=4)
         fit(Module(), [first], max_epochs=2).save_checkpoint(tmp_path / "half.ckpt")
         fit(Module(), [resumed], max_epochs=4, ckpt_path=tmp_path / "half.ckpt")
@@ -138,7 +138,7 @@ class TestWarnings:
     def test_a_layer_that_collapses_is_named_once(self, place: int, recwarn: pytest.WarningsRecorder) -> None:
         """Also one that takes no part in the map, as the first layer."""
         net = wide_net()
-        own = TempBalance(net, torch.optim.SGD(net.parameters(), lr=0.1))
+        own = TempBalance(net, torch.optim.SGD(net.parameters(), lr=0.1), assign_func="tb_linear_map")
         collapse(net[place])
         for _ in range(3):
             own.step()
@@ -148,7 +148,9 @@ class TestWarnings:
 
     def test_a_copy_of_the_model_gets_its_own(self) -> None:
         for net in (wide_net(), copy.deepcopy(wide_net())):
-            own = TempBalance(net, torch.optim.SGD(net.parameters(), lr=0.1), collapsed="keep")
+            own = TempBalance(
+                net, torch.optim.SGD(net.parameters(), lr=0.1), collapsed="keep", assign_func="tb_linear_map"
+            )
             collapse(net[0])
             with pytest.warns(UserWarning, match="collapsed"):
                 own.step()

@@ -80,7 +80,11 @@ def run(tmp_path_factory: Any) -> Iterator[OfflineRun]:
     """A run with everything that can be logged."""
     folder = tmp_path_factory.mktemp("wandb")
     logger = WandbLogger(project="tests", save_dir=folder, offline=True)
-    fit(Module(), [FARMSTempBalance(histogram_every_n=2, table_every_n=2)], logger=logger)
+    fit(
+        Module(),
+        [FARMSTempBalance(histogram_every_n=2, table_every_n=2, assign_func="tb_linear_map")],
+        logger=logger,
+    )
     return OfflineRun(folder)
 
 
@@ -159,7 +163,7 @@ def test_summary_has_the_last_of_every_layer(run: OfflineRun) -> None:
 )
 def test_x_axis_and_prefix(tmp_path: Path, options: dict[str, Any], axis: str) -> None:
     logger = WandbLogger(project="tests", save_dir=tmp_path, offline=True, prefix="mine")
-    fit(Module(), [FARMSTempBalance(**options)], logger=logger)
+    fit(Module(), [FARMSTempBalance(assign_func="tb_linear_map", **options)], logger=logger)
     run = OfflineRun(tmp_path)
     farms = {key: row for row in run.farms_rows for key in row if "farms" in key}
     assert {key.partition("/")[0] for key in farms} == {
@@ -188,7 +192,12 @@ def test_odd_names_of_layers(tmp_path: Path) -> None:
             return net[2](hidden).square().mean()
 
     logger = WandbLogger(project="tests", save_dir=tmp_path, offline=True)
-    fit(Odd(net=net), [FARMSTempBalance(histogram_every_n=2, table_every_n=2)], logger=logger, max_epochs=2)
+    fit(
+        Odd(net=net),
+        [FARMSTempBalance(histogram_every_n=2, table_every_n=2, assign_func="tb_linear_map")],
+        logger=logger,
+        max_epochs=2,
+    )
     run = OfflineRun(tmp_path)
     for depth, name in enumerate(ODD_NAMES, start=1):
         key = f"farms_alpha/{depth:02d}_net.1.{printable(name)}"
@@ -251,7 +260,7 @@ def test_hugging_face(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    callback = FARMSTrainerCallback(table_every_n=9, histogram_every_n=2)
+    callback = FARMSTrainerCallback(table_every_n=9, histogram_every_n=2, assign_func="tb_linear_map")
     train(tmp_path / "run", callback, report_to=["wandb"])
     run = OfflineRun(tmp_path)
     rows = [row for row in run.farms_rows if f"train/farms_alpha/02_{FIRST}" in row]

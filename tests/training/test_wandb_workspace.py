@@ -30,7 +30,11 @@ def keys(tmp_path_factory: Any) -> Iterator[set[str]]:
     """The keys in the summary of a run."""
     folder = tmp_path_factory.mktemp("wandb")
     logger = WandbLogger(project="tests", save_dir=folder, offline=True)
-    fit(Module(), [FARMSTempBalance(histogram_every_n=2, table_every_n=5)], logger=logger)
+    fit(
+        Module(),
+        [FARMSTempBalance(histogram_every_n=2, table_every_n=5, assign_func="tb_linear_map")],
+        logger=logger,
+    )
     return {key for key, *_ in OfflineRun(folder).summary}
 
 

@@ -204,7 +204,7 @@ class TestOptions:
     def test_base_is_measured_again_once_adapters_are_unmerged(self) -> None:
         model, name = adapted(linear_net()), "base_model.model.2"
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-        balancer = TempBalance(model, optimizer, adapters="base")
+        balancer = TempBalance(model, optimizer, adapters="base", assign_func="tb_linear_map")
         alpha = balancer.report.alphas[name]
         model.merge_adapter()
         merged = balancer.step().layers[name]
@@ -278,7 +278,13 @@ def test_adapters_of_another_kind_are_named_and_not_measured(kind: str) -> None:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     named = pytest.warns(UserWarning, match=r"cannot be measured.*unknown kind \(peft\.")
     with named, pytest.warns(UserWarning, match="no layer is left to balance"):
-        balancer = TempBalance(model, torch.optim.SGD(trained, lr=0.1), exclude_first=False, exclude_last=False)
+        balancer = TempBalance(
+            model,
+            torch.optim.SGD(trained, lr=0.1),
+            exclude_first=False,
+            exclude_last=False,
+            assign_func="tb_linear_map",
+        )
     assert set(balancer.parameter_ratios().values()) == {1.0}
 
 

@@ -117,7 +117,7 @@ def test_training_goes_on(kind: str) -> None:
     trained = [*net[0].parameters(), *net[2].parameters()]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # The odd layer keeps its rate, which a warning may say.
-        balancer = TempBalance(net, torch.optim.SGD(trained, lr=0.1))
+        balancer = TempBalance(net, torch.optim.SGD(trained, lr=0.1), assign_func="tb_linear_map")
         balancer.step()
     ratios = [balancer.ratios[name] for name in "02"]
     assert all(0.5 <= ratio <= 1.5 for ratio in ratios)
