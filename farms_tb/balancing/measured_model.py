@@ -7,6 +7,7 @@ finish and save together.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -20,10 +21,20 @@ from farms_tb.options import RatioOptions, SpectrumOptions
 from farms_tb.report import Report
 from farms_tb.spectra.background import BackgroundMeasurement
 from farms_tb.spectra.distributed import Team, current_team
-from farms_tb.spectra.measure import measure
-from farms_tb.spectra.permutation_null import PermutationNull, measure_nulls, with_nulls, with_shared_deviations
+from farms_tb.spectra.measure import blank, measure
+from farms_tb.spectra.permutation_null import (
+    PermutationNull,
+    measure_nulls,
+    null_seconds,
+    with_nulls,
+    with_shared_deviations,
+)
+from farms_tb.warnings import warn_once
 from farms_tb.weights.adapters import adapter_problem
 from farms_tb.weights.layers import Layer
+
+LONG_NULLS = 60.0
+"""Seconds of one core beyond which the measurement of shuffled layers is announced."""
 
 
 class MeasuredModel:
@@ -137,6 +148,7 @@ class MeasuredModel:
         """Add the permutation null of each layer, and measure those that are missing."""
         # Once for each layer, from the first weights that have an alpha: its permutation null stays.
         report = with_nulls(report, self._nulls)
+        self._announce_long_nulls(report)
         found = measure_nulls(self.assignment.layers, report, self._spectrum_options, team=self._team())
         # Traps are those of the first weights, which say nothing of the present ones.
         new = {
@@ -146,6 +158,24 @@ class MeasuredModel:
         }
         self._nulls.update(with_shared_deviations(new, report))
         return with_nulls(report, self._nulls)
+
+    def _announce_long_nulls(self, report: Report) -> None:
+        """Warn, before the time is spent, where shuffled layers of a large model take long on a processor."""
+        missing = [
+            layer
+            for layer in self.assignment.layers
+            if layer.name not in self._nulls and report.layers[layer.name].alpha is not None
+        ]
+        seconds = sum(null_seconds(blank(layer), self._spectrum_options) for layer in missing)
+        on_processor = all(parameter.device.type == "cpu" for parameter in self.model.parameters())
+        if not on_processor or seconds < LONG_NULLS:
+            return
+        warn_once(
+            f"to compare {len(missing)} layers with random ones, ones with shuffled entries are measured now, once: "
+            f"about {math.ceil(seconds / 60)} min of one CPU core. preset='farms' maps alphas without that, and "
+            "preset='monitor' maps nothing",
+            self.model,
+        )
 
 
 def _signature(model: nn.Module, layers: Sequence[Layer]) -> list[tuple[str, int, bool] | str]:

@@ -17,6 +17,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
 from farms_tb import FARMSTempBalance, TempBalance, lr_ratios
+from farms_tb.balancing import measured_model
 from farms_tb.spectra.random_effects import shrunk_effects
 from recipes.models.resnet import SmallImageResNet
 from recipes.models.vgg import SmallImageVGG
@@ -216,6 +217,18 @@ class TestDefault:
         callback = FARMSTempBalance()
         fit(Module(lambda params: torch.optim.SGD(params, lr=1e-6), net=net), [callback])
         assert all(abs(ratio - 1) < 0.05 for ratio in callback.ratios.values())
+
+    def test_a_long_start_is_announced(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What a large model would take is taken from the shapes; here any time counts as long."""
+        monkeypatch.setattr(measured_model, "LONG_NULLS", 1e-9)
+        net = make_net()
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        with pytest.warns(UserWarning, match=r"shuffled entries .* 1 min .*preset='farms'"):
+            balancer = TempBalance(net, optimizer)
+        balancer.step()  # the shuffled layers are known: warnings are errors here
+        balancer.detach()
+        other = make_net()
+        TempBalance(other, torch.optim.SGD(other.parameters(), lr=0.1), preset="farms").detach()
 
     @pytest.mark.parametrize("assign_func", ["shrinkage", "noise_aware"])
     def test_where_nothing_is_mapped_nothing_is_compared(self, assign_func: Any) -> None:
