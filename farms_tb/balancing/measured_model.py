@@ -171,7 +171,7 @@ class MeasuredModel:
         if not on_processor or seconds < LONG_NULLS:
             return
         warn_once(
-            f"to compare {len(missing)} layers with random ones, ones with shuffled entries are measured now, once: "
+            f"to compare {len(missing)} layers with random ones, their shuffled entries are measured once, now: "
             f"about {math.ceil(seconds / 60)} min of one CPU core. preset='farms' maps alphas without that, and "
             "preset='monitor' maps nothing",
             self.model,
