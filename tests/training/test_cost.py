@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pytest
+from lightning.pytorch.callbacks import Callback
 
 from farms_tb import FARMSTempBalance
 from tests.helpers import LIGHTNING_NOISE, Module, assert_same_weights, fit
@@ -26,11 +27,12 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     return slow_down
 
 
-def train(**options: int) -> tuple[Module, list[str]]:
+def train(*callbacks: Callback, **options: int) -> tuple[Module, list[str]]:
     module = Module()
+    balance = FARMSTempBalance(assign_func="tb_linear_map", **options)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        fit(module, [FARMSTempBalance(assign_func="tb_linear_map", **options)])
+        fit(module, [balance, *callbacks])
     return module, [str(w.message) for w in caught if "time of training" in str(w.message)]
 
 
@@ -51,10 +53,21 @@ def test_every_run_may_say_it(slow: Callable[[float], None]) -> None:
 
 def test_the_first_measurement_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """A map that compares layers with random ones takes long once: measuring less often would not help."""
-    seconds = itertools.chain(itertools.repeat(1000.0, 8), itertools.repeat(0.01))
-    now = itertools.accumulate(seconds)
-    monkeypatch.setattr(time, "perf_counter", lambda: next(now))
-    assert train(every_n_steps=1)[1] == []
+    seconds, now = [1000.0], [0.0]
+
+    def clock() -> float:
+        now[0] += seconds[0]
+        return now[0]
+
+    class Quick(Callback):
+        """Let the clock run slowly from the first batch on."""
+
+        def on_train_batch_start(self, *_: Any) -> None:
+            seconds[0] = 0.01
+
+    monkeypatch.setattr(time, "perf_counter", clock)
+    assert train(Quick(), every_n_steps=1)[1] == []
+    assert now[0] > 1000
 
 
 def test_few_measurements_say_nothing(slow: Callable[[float], None]) -> None:

@@ -50,7 +50,7 @@ class Nets(Callback):
 
 def train(lag_steps: int, **options: Any) -> tuple[Module, FARMSTempBalance, Nets, Probe, Recorder]:
     module, nets, logger = Module(), Nets(), Recorder()
-    balance = FARMSTempBalance(lag_steps=lag_steps, assign_func="tb_linear_map", **options)
+    balance = FARMSTempBalance(lag_steps=lag_steps, **{"assign_func": "tb_linear_map", **options})
     probe = Probe(balance)
     fit(module, [nets, balance, probe], logger=logger)
     return module, balance, nets, probe, logger

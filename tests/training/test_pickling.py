@@ -70,7 +70,7 @@ class Net(Module):
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    balance = FARMSTempBalance()
+    balance = FARMSTempBalance(assign_func="tb_linear_map")
     for max_epochs in (1, 2):
         trainer = make_trainer([balance], strategy=sys.argv[1], devices=2, max_epochs=max_epochs)
         module = Net()

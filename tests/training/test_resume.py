@@ -106,7 +106,7 @@ def finish_and_compare(
     **options: Any,
 ) -> None:
     """Resume from `path`: weights, ratios, report and what is logged from there on are those of the whole run."""
-    resumed_balance, resumed_logger = FARMSTempBalance(assign_func="tb_linear_map", **clock), Recorder()
+    resumed_balance, resumed_logger = FARMSTempBalance(**{"assign_func": "tb_linear_map", **clock}), Recorder()
     resumed, _ = train([resumed_balance], path, logger=resumed_logger, enable_checkpointing=False, **options)
     assert_same_weights(resumed, module)
     assert resumed_balance.ratios == balance.ratios
@@ -127,7 +127,7 @@ def finish_and_compare(
 def test_from_a_checkpoint(stop: str, clock: dict[str, Any], tmp_path: Path) -> None:
     saving, options, name = STOPS[stop]
     keep = ModelCheckpoint(tmp_path, save_top_k=-1, **saving)
-    balance, logger = FARMSTempBalance(assign_func="tb_linear_map", **clock), Recorder()
+    balance, logger = FARMSTempBalance(**{"assign_func": "tb_linear_map", **clock}), Recorder()
     module, _ = train([balance, keep], logger=logger, **options)
     assert any(ratio != 1 for ratio in balance.ratios.values())
     finish_and_compare(clock, tmp_path / f"{name}.ckpt", module, balance, logger, **options)
@@ -136,9 +136,9 @@ def test_from_a_checkpoint(stop: str, clock: dict[str, Any], tmp_path: Path) -> 
 @pytest.mark.parametrize("clock", [*CLOCKS[:2], CLOCKS[-1]], ids=str)
 @pytest.mark.parametrize("first", [True, False])
 def test_after_an_exception(first: bool, clock: dict[str, Any], tmp_path: Path) -> None:
-    balance, logger = FARMSTempBalance(assign_func="tb_linear_map", **clock), Recorder()
+    balance, logger = FARMSTempBalance(**{"assign_func": "tb_linear_map", **clock}), Recorder()
     module, _ = train([balance], logger=logger, enable_checkpointing=False)
-    broken = [FARMSTempBalance(assign_func="tb_linear_map", **clock), Fails()]
+    broken = [FARMSTempBalance(**{"assign_func": "tb_linear_map", **clock}), Fails()]
     with pytest.raises(ZeroDivisionError, match="planned"):
         train([*(broken if first else broken[::-1]), OnExceptionCheckpoint(tmp_path, "broken")])
     finish_and_compare(clock, tmp_path / "broken.ckpt", module, balance, logger, failed=1)
@@ -168,7 +168,7 @@ def test_after_sigkill(tmp_path: Path) -> None:
         "def die(trainer, *_):\n"
         "    if trainer.global_step == 10: os.kill(os.getpid(), signal.SIGKILL)\n"
         "keep = ModelCheckpoint(sys.argv[1], every_n_train_steps=1, save_top_k=-1)\n"
-        "train([FARMSTempBalance(), keep, LambdaCallback(on_train_batch_start=die)])\n"
+        "train([FARMSTempBalance(assign_func='tb_linear_map'), keep, LambdaCallback(on_train_batch_start=die)])\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -196,7 +196,7 @@ def test_after_the_last_epoch(tmp_path: Path) -> None:
 @pytest.mark.parametrize("clock", [{}, {"every_n_steps": 3}, {"lag_steps": 3}], ids=str)
 def test_killed_after_the_last_step(clock: dict[str, Any], tmp_path: Path) -> None:
     """Between the last checkpoint and the row of the final weights: Lightning then finds nothing left to train."""
-    balance, logger = FARMSTempBalance(assign_func="tb_linear_map", **clock), Recorder()
+    balance, logger = FARMSTempBalance(**{"assign_func": "tb_linear_map", **clock}), Recorder()
     keep = ModelCheckpoint(tmp_path, save_top_k=-1, save_on_train_epoch_end=True)
     module, _ = train([balance, keep], logger=logger)
     finish_and_compare(clock, tmp_path / "epoch=3-step=16.ckpt", module, balance, logger)
