@@ -19,6 +19,9 @@ __all__ = ["agreement", "change", "page"]
 
 COLOURS = dict(zip(TYPES, (ORANGE, PURPLE, BLUE, GREEN, FAINT), strict=True))
 BASELINE = "AdamW"
+DRAWN = ("AdamW", "AdamW, both faster", "LLR", "SGD", "high rate")
+"""Settings whose steps are drawn; the table has all."""
+
 SHOWN = {
     "signal": "signal of the gradient",
     "relative_step": "relative size of a step",
@@ -165,7 +168,7 @@ def _mean(rows: Sequence[Row], name: str) -> float:
 @styled
 def draw_steps(path: Path, rows: Sequence[Row], settings: Sequence[str]) -> None:
     """Draw each type's means over the seeds: quantities below each other, settings side by side."""
-    drawn = [name for name in settings if " faster" not in name or "both" in name]
+    drawn = [name for name in settings if name in DRAWN]
     figure = new_figure(1.7 * len(drawn) + 1.2, 9.0)
     panels = figure.subplots(len(SHOWN), len(drawn), sharex=True, sharey="row", squeeze=False)
     for line, (name, label) in zip(panels, SHOWN.items(), strict=True):
