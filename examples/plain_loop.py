@@ -14,7 +14,7 @@ if __name__ == "__main__":
         *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)),
     )
     images, labels = torch.randn(64, 3, 16, 16), torch.randint(10, (64,))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=3)
 
     balancer = TempBalance(model, optimizer, exclude_first=False)  # measures, and balances from here on
