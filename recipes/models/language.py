@@ -87,8 +87,9 @@ class ByteLlama(Llama):
         if embedding_std <= 0:
             raise ValueError(f"model.net.embedding_std must be positive, got {embedding_std}")
         super().__init__(256, width, hidden, depth, heads, length)
+        embedding: Any = self.llama.get_input_embeddings()
         with torch.no_grad():
-            self.llama.get_input_embeddings().weight.mul_(embedding_std / INITIAL_STD)
+            embedding.weight.mul_(embedding_std / INITIAL_STD)
 
 
 class Pretrained(nn.Module):
