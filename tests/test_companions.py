@@ -33,7 +33,7 @@ def train(make_scheduler: Callable[[Optimizer], Any], balance: bool) -> tuple[li
     groups = [{"params": parameters[:4]}, {"params": parameters[4:], "lr_scale": 0.5}]
     optimizer = torch.optim.SGD(groups, lr=0.1)
     scheduler = make_scheduler(optimizer)
-    balancer = TempBalance(net, optimizer) if balance else None
+    balancer = TempBalance(net, optimizer, assign_func="tb_linear_map") if balance else None
     moved = []
     for step in range(STEPS):
         before = [parameter.detach().clone() for parameter in parameters]
