@@ -7,6 +7,7 @@ names the setting to change.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from farms_tb.presets import PRESETS
 from recipes.errors import RecipeError
 from recipes.old_names import current_settings
 from recipes.optimizers import OptimizerFactory, make_optimizer, takes_network
@@ -357,4 +359,23 @@ def build_balancer(cfg: DictConfig) -> Any:
     options.pop("arm", None)
     if options.get("_target_") is None:
         return None
+    _check_map_of_preset(options)
     return build(OmegaConf.create({"balancing": options}), "balancing")
+
+
+def _check_map_of_preset(options: Mapping[str, Any]) -> None:
+    """Refuse a preset whose map the settings of the arm would replace without a word.
+
+    Args:
+        options: Those of the callback. An unknown preset is refused by the callback itself.
+
+    Raises:
+        RecipeError: They name another map than the preset.
+    """
+    preset, named = options.get("preset"), options.get("assign_func")
+    own = PRESETS[preset].options["assign_func"] if preset in PRESETS else named
+    if named not in (None, own):
+        raise RecipeError(
+            f"balancing.preset={preset} maps by {own}, and balancing.assign_func={named} would take its place: "
+            f"add balancing.assign_func={own}, or leave the preset out"
+        )

@@ -348,6 +348,19 @@ def test_llr_has_the_numbers_of_its_preset(settings: Settings) -> None:
     assert dict(other.fixed_pairs) == {"embed*": 3.0, "lm_head": 3.0}
 
 
+def test_a_preset_and_another_map_are_refused(settings: Settings) -> None:
+    with pytest.raises(RecipeError, match=r"preset=shrinkage maps by shrinkage.*assign_func=tb_linear_map"):
+        build_balancer(settings("experiment=tiny_lm", "balancing.preset=shrinkage"))
+    chosen = settings("experiment=tiny_lm", "balancing.preset=shrinkage", "balancing.assign_func=shrinkage")
+    assert build_balancer(chosen).options.ratios.assign_func == "shrinkage"
+    assert (
+        build_balancer(settings("experiment=tiny_lm", "balancing.preset=tempbalance")).options.spectrum.esd
+        == "full"
+    )
+    with pytest.raises(RecipeError, match="unknown"):
+        build_balancer(settings("experiment=tiny_lm", "balancing.preset=unknown"))
+
+
 def test_alphadecay_has_the_numbers_of_its_preset(settings: Settings) -> None:
     options = build_balancer(settings("experiment=tiny_lm", "balancing=alphadecay", "balancing.every_n_steps=500"))
     assert options.options == FARMSTempBalance(preset="alphadecay", threads=2).options
