@@ -356,10 +356,11 @@ class RatioOptions:
 
     Attributes:
         assign_func: the map from alphas to ratios, see `farms_tb.lr_ratios`. The default, `"shrinkage"`, compares
-            each layer with random layers of its shape, so that differences that are noise move no learning rate;
-            it measures shuffled layers once, at the start. `"tb_linear_map"` is that of the papers.
-        lr_min_ratio: ratio of the layer with the smallest alpha.
-        lr_max_ratio: ratio of the layer with the largest alpha. With both at 1 nothing is balanced, only measured.
+            each layer with random layers of its shape, so that differences that are noise hardly move learning
+            rates; it measures shuffled layers once, at the start. `"tb_linear_map"` is that of the papers.
+        lr_min_ratio: the smallest ratio that the map gives; with `"tb_linear_map"` that of the smallest alpha.
+        lr_max_ratio: the largest ratio that the map gives; with `"tb_linear_map"` that of the largest alpha. With
+            both at 1 nothing is balanced, only measured.
         sigmoid_min: strength of the sigmoid map at or below the mean alpha.
         sigmoid_max: strength of the sigmoid map above it.
         sigmoid_tau: steepness of the sigmoid map.

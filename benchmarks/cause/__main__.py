@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.cause import report
-from benchmarks.cause.bytes import loss_by_commonness
+from benchmarks.cause.bytes import loss_by_frequency
 from benchmarks.cause.runs import SETTINGS, train
 from benchmarks.cause.steps import MOMENTS, Steps
 from benchmarks.machine import describe
@@ -48,7 +48,7 @@ def measure(setting: str, seed: int, more: Sequence[str], moments: Sequence[int]
     parts = train(setting, seed, *more, callback=watch)
     run = {"setting": setting, "seed": float(seed)}
     steps.add([run | row for row in watch.rows])
-    ends.add([run | row for row in loss_by_commonness(parts)])
+    ends.add([run | row for row in loss_by_frequency(parts)])
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from torch.nn import functional
 from recipes.data.text import BYTES, ByteTextData
 from recipes.parts import Parts
 
-__all__ = ["GROUPS", "loss_by_commonness"]
+__all__ = ["GROUPS", "loss_by_frequency"]
 
 EDGES = (0.0, 3.0, 10.0, 30.0, 100.0, float("inf"))
 """Mean number of times that a byte occurs in a batch."""
@@ -23,28 +23,28 @@ GROUPS = tuple(
 
 
 @torch.no_grad()
-def loss_by_commonness(parts: Parts) -> list[dict[str, float | str]]:
-    """Return a row for each group of bytes: those read last, and those to be told.
+def loss_by_frequency(parts: Parts) -> list[dict[str, float | str]]:
+    """Return a row for each group of bytes: by the input byte, and by the target byte that follows it.
 
     Args:
         parts: the trained model and its text.
 
     Returns:
-        `role`, "read" or "told"; `group`; `share`, that of the test text's bytes; `loss`, the mean in nats.
+        `role`, "input" or "target"; `group`; `share`, that of the test text's bytes; `loss`, the mean in nats.
     """
     assert isinstance(parts.data, ByteTextData)
     groups = _groups(parts.data)
-    read: list[Tensor] = []
-    told: list[Tensor] = []
+    inputs: list[Tensor] = []
+    targets: list[Tensor] = []
     losses: list[Tensor] = []
     parts.model.eval()
     for tokens, following in parts.data.test_dataloader():
         logits = parts.model(tokens)
         losses.append(functional.cross_entropy(logits.flatten(0, 1), following.flatten(), reduction="none"))
-        read.append(groups[tokens.flatten()])
-        told.append(groups[following.flatten()])
+        inputs.append(groups[tokens.flatten()])
+        targets.append(groups[following.flatten()])
     loss = torch.cat(losses).double()
-    return [row for role, of in (("read", read), ("told", told)) for row in _rows(role, torch.cat(of), loss)]
+    return _rows("input", torch.cat(inputs), loss) + _rows("target", torch.cat(targets), loss)
 
 
 def _groups(data: ByteTextData) -> Tensor:

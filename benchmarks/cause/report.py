@@ -10,6 +10,7 @@ from scipy import stats
 
 from benchmarks.cause.bytes import GROUPS
 from benchmarks.cause.runs import SETTINGS, TYPES
+from benchmarks.cause.steps import FACTORS, MOMENTS
 from benchmarks.intervals import Array
 from benchmarks.results import BLUE, GREEN, ORANGE, PURPLE, markdown_table
 from benchmarks.rows import Row
@@ -19,6 +20,9 @@ __all__ = ["agreement", "change", "page"]
 
 COLOURS = dict(zip(TYPES, (ORANGE, PURPLE, BLUE, GREEN, FAINT), strict=True))
 BASELINE = "AdamW"
+LEAST = min(FACTORS) / 2
+"""What a best multiple of 0 counts as where multiples are averaged in their logarithms."""
+
 DRAWN = ("AdamW", "AdamW, both faster", "LLR", "SGD", "high rate")
 """Settings whose steps are drawn; the table has all."""
 
@@ -44,15 +48,28 @@ def page(out: Path, steps: Sequence[Row], ends: Sequence[Row]) -> str:
     compared = [name for name in settings if name.startswith(f"{BASELINE},") or name == "LLR"]
     draw_steps(out / "steps.png", steps, settings)
     draw_bytes(out / "bytes.png", ends, compared)
+    seeds = len({row["seed"] for row in ends if row["setting"] == BASELINE})
     return (
-        "## Steps\n\nMeans over seeds and moments; geometric ones of step and multiple.\n\n"
-        f"{steps_table(steps, settings)}\n\n"
-        "Rank correlation (Kendall's tau over the five types) of the best multiple with alpha, mean over moments "
-        f"and seeds, and its smallest and largest value over seeds:\n\n{agreement_table(steps, settings)}\n\n"
+        f"## Steps\n\n{_explanation()}\n\n{steps_table(steps, settings)}\n\n"
+        "Rank correlation (Kendall's tau over the five types) of the best multiple with alpha, mean over moments\n"
+        "and seeds, and its smallest and largest value over seeds:\n\n"
+        f"{agreement_table(steps, settings)}\n\n"
         "![Signal, size of the step, best multiple and effect of each type over the steps](steps.png)\n\n"
-        f"## Bytes\n\nTest loss in nats, and its change against plain {BASELINE}, paired (95 %).\n\n"
-        f"{bytes_table(ends, compared, 'read')}\n\n{bytes_table(ends, compared, 'told')}\n\n"
+        f"## Bytes\n\nTest loss in nats, and its change against plain {BASELINE}: {seeds} seeds, paired (95 %).\n\n"
+        f"{bytes_table(ends, compared, 'input')}\n\n{bytes_table(ends, compared, 'target')}\n\n"
         "![Change of the loss by how often a byte occurs in a batch](bytes.png)"
+    )
+
+
+def _explanation() -> str:
+    """Return what the columns of the table of steps are."""
+    moments = ", ".join(str(moment) for moment in MOMENTS)
+    multiples = ", ".join(f"{factor:g}" for factor in FACTORS)
+    return (
+        f"Means over seeds and over the moments after {moments} steps. *Signal*: share of a batch's squared\n"
+        f"gradient that is the mean gradient's, 1 without noise. *Best multiple*: of 0, {multiples} times the\n"
+        "step, the one after which the loss is lowest if this type alone moves (geometric mean, 0 counted as\n"
+        f"{LEAST:g}). *Effect*: alpha minus that of the same entries shuffled."
     )
 
 
@@ -113,7 +130,7 @@ def bytes_table(rows: Sequence[Row], compared: Sequence[str], role: str) -> str:
     Args:
         rows: those of the bytes.
         compared: settings that are compared with it.
-        role: "read" or "told".
+        role: "input" or "target".
     """
     lines = []
     for group in GROUPS:
@@ -121,7 +138,7 @@ def bytes_table(rows: Sequence[Row], compared: Sequence[str], role: str) -> str:
         if not base:
             continue
         line = {
-            f"times in a batch, byte {role}": group,
+            f"times in a batch, {role} byte": group,
             "share": f"{100 * float(base[0]['share']):.0f} %",
             BASELINE: f"{np.mean([float(row['loss']) for row in base]):.3f}",
         }
@@ -138,7 +155,7 @@ def change(rows: Sequence[Row], setting: str, role: str, group: str) -> tuple[fl
     Args:
         rows: those of the bytes.
         setting: what is compared with the baseline.
-        role: "read" or "told".
+        role: "input" or "target".
         group: of the bytes.
 
     Returns:
@@ -158,10 +175,12 @@ def change(rows: Sequence[Row], setting: str, role: str, group: str) -> tuple[fl
 
 
 def _mean(rows: Sequence[Row], name: str) -> float:
-    """Return the mean of a column; of sizes and multiples the geometric one, 0 counting as half the smallest."""
+    """Return the mean of a column; geometric for sizes and multiples, a multiple of 0 counting as `LEAST`."""
     values: Array = np.array([float(row[name]) for row in rows])
+    if name == "best_factor":
+        values = np.maximum(values, LEAST)
     if name in ("relative_step", "best_factor"):
-        return float(np.exp(np.log(np.maximum(values, 0.25 if name == "best_factor" else 1e-12)).mean()))
+        return float(np.exp(np.log(values).mean()))
     return float(np.nanmean(values))
 
 
@@ -194,11 +213,11 @@ def draw_steps(path: Path, rows: Sequence[Row], settings: Sequence[str]) -> None
 
 @styled
 def draw_bytes(path: Path, rows: Sequence[Row], compared: Sequence[str]) -> None:
-    """Draw the change of the loss of each group of bytes: those read on the left, those told on the right."""
+    """Draw the change of the loss of each group of bytes: input bytes on the left, target bytes on the right."""
     figure = new_figure(9.0, 3.4)
     panels = figure.subplots(1, 2, sharey=True)
     places = np.arange(len(GROUPS))
-    for axes, role in zip(panels, ("read", "told"), strict=True):
+    for axes, role in zip(panels, ("input", "target"), strict=True):
         for position, (setting, colour) in enumerate(zip(compared, (ORANGE, PURPLE, BLUE, GREEN), strict=False)):
             found = [change(rows, setting, role, group) for group in GROUPS]
             kept = [(place, *one) for place, one in zip(places, found, strict=True) if one]
@@ -210,7 +229,7 @@ def draw_bytes(path: Path, rows: Sequence[Row], compared: Sequence[str]) -> None
             axes.errorbar(x + shift, mean, yerr=errors, fmt="o", color=colour, markersize=3.5, label=setting)
         axes.axhline(0, color=FAINT, linestyle=":")
         axes.set_xticks(places, GROUPS)
-        axes.set(title=f"byte {role}", xlabel="times in a batch")
+        axes.set(title=f"{role} byte", xlabel="times in a batch")
     panels[0].set_ylabel(f"change of the test loss against {BASELINE}, nats")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(compared))
     save(figure, path)

@@ -49,7 +49,9 @@ class MeasuringCost:
         before = time.perf_counter()
         yield
         now = time.perf_counter()
-        if self._measurements > 0:
+        if self._measurements == 0:
+            self._start += now - before  # nor does its time count as training
+        else:
             self._measuring += now - before
         self._measurements += 1
         self._warn_if_slow(now - self._start)

@@ -152,8 +152,8 @@ def read_run_folder(
             measured.
         full: the same of whole matrices.
         null: also measure each layer's entries in random order, for the band of the permutation null and the
-            z-scores. A run with the noise-aware map has measured them itself, and they are taken from its
-            checkpoint.
+            z-scores. A run whose map compares layers with random ones, as the default does, has measured them
+            itself, and they are taken from its checkpoint.
         key: where the weights lie in a file or a checkpoint that holds several things, as `analyze_checkpoint`
             takes it (`"ema"`); None to find them.
 
