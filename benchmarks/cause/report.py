@@ -55,7 +55,7 @@ def page(out: Path, steps: Sequence[Row], ends: Sequence[Row]) -> str:
         "and seeds, and its smallest and largest value over seeds:\n\n"
         f"{agreement_table(steps, settings)}\n\n"
         "![Signal, size of the step, best multiple and effect of each type over the steps](steps.png)\n\n"
-        f"## Bytes\n\nTest loss in nats, and its change against plain {BASELINE}: {seeds} seeds, paired (95 %).\n\n"
+        f"## Bytes\n\nTest loss in nats, and its change against {BASELINE}: {seeds} seeds, paired (95 %).\n\n"
         f"{bytes_table(ends, compared, 'input')}\n\n{bytes_table(ends, compared, 'target')}\n\n"
         "![Change of the loss by how often a byte occurs in a batch](bytes.png)"
     )
