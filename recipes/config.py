@@ -373,7 +373,8 @@ def _check_map_of_preset(options: Mapping[str, Any]) -> None:
         RecipeError: They name another map than the preset.
     """
     preset, named = options.get("preset"), options.get("assign_func")
-    own = PRESETS[preset].options["assign_func"] if preset in PRESETS else named
+    maps: dict[Any, str] = {name: published.options["assign_func"] for name, published in PRESETS.items()}
+    own = maps.get(preset, named)
     if named not in (None, own):
         raise RecipeError(
             f"balancing.preset={preset} maps by {own}, and balancing.assign_func={named} would take its place: "
