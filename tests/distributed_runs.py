@@ -121,6 +121,7 @@ class Breaks(FARMSTempBalance):
 
 def lightning(rank: int, breaks: bool = False, strategy: str = "ddp", **options: Any) -> dict[str, Any]:
     """Train with Lightning's own strategy; this process is launched as a cluster would."""
+    options = {"assign_func": "tb_linear_map", **options}
     balance, logger = (Breaks if breaks else FARMSTempBalance)(**options), Recorder()
     trainer = make_trainer([balance], logger=logger, devices=2, strategy=strategy)
     module = Module()

@@ -253,7 +253,7 @@ def test_balanced_training_learns_advection(options: dict[str, Any]) -> None:
             super().on_train_epoch_end(trainer, pl_module)
             losses.append(float(trainer.callback_metrics["train/loss"]))
 
-    balancer = Watch()
+    balancer = Watch(assign_func="tb_linear_map")
     task = forecast(UNet(HISTORY * CHANNELS, CHANNELS, width=8, dimension=1), lr=0.01, **options)
     runner = trainer([balancer], max_epochs=15, num_sanity_val_steps=0)
     runner.fit(task, loader(advection(64, 32), 16), loader(advection(8, 32, seed=1)))
