@@ -364,7 +364,7 @@ def build_balancer(cfg: DictConfig) -> Any:
 
 
 def _check_map_of_preset(options: Mapping[str, Any]) -> None:
-    """Refuse a preset whose map the settings of the arm would replace without a word.
+    """Refuse a preset whose map the settings of the arm would silently replace.
 
     Args:
         options: Those of the callback. An unknown preset is refused by the callback itself.

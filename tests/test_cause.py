@@ -6,6 +6,7 @@ import csv
 import math
 import random
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
 
@@ -25,6 +26,14 @@ from recipes.parts import Parts
 from tests.helpers import LIGHTNING_NOISE
 
 pytestmark = LIGHTNING_NOISE
+
+
+@pytest.fixture(autouse=True)
+def same_threads() -> Iterator[None]:
+    """Put torch's threads back, of which the trainings take one."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -151,8 +160,8 @@ def test_the_benchmark_goes_on_where_it_stopped(
         cause.main()
         return capsys.readouterr().out
 
-    assert "1 of 2" in run("--seeds", "2", "--settings", "AdamW")
-    assert "1 of 2" in run("--seeds", "2", "--settings", "AdamW", "LLR")
+    assert "2 of 2: AdamW, seed 2" in run("--seeds", "2", "--settings", "AdamW")
+    assert "1 of 2: LLR, seed 1" in run("--seeds", "2", "--settings", "AdamW", "LLR")
     page = (out / "README.md").read_text(encoding="utf-8")
     for picture in ("steps.png", "bytes.png"):
         assert f"]({picture})" in page

@@ -24,6 +24,8 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from benchmarks.cause import report
 from benchmarks.cause.bytes import loss_by_frequency
 from benchmarks.cause.runs import SETTINGS, train
@@ -45,30 +47,31 @@ def measure(setting: str, seed: int, more: Sequence[str], moments: Sequence[int]
         ends: gets a row for each group of bytes.
     """
     watch = Steps(seed, moments)
-    parts = train(setting, seed, *more, callback=watch)
+    losses = loss_by_frequency(train(setting, seed, *more, callback=watch))
     run = {"setting": setting, "seed": float(seed)}
     steps.add([run | row for row in watch.rows])
-    ends.add([run | row for row in loss_by_frequency(parts)])
+    ends.add([run | row for row in losses])
 
 
 def main() -> None:
     """Measure, draw, write."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cause", description="Why some layers gain")
     parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS), metavar="NAME")
-    parser.add_argument("--seeds", type=int, default=5, help="trainings of each setting")
+    parser.add_argument("--seeds", type=int, default=3, help="trainings of each setting")
     parser.add_argument("--moments", nargs="+", type=int, default=MOMENTS, metavar="STEP")
     parser.add_argument("--override", nargs="*", default=[], help="further settings of the trainings")
     parser.add_argument("--report", action="store_true", help="measure nothing")
     parser.add_argument("--out", type=Path, default=Path("docs/results/cause"))
     options = parser.parse_args()
+    torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     options.out.mkdir(parents=True, exist_ok=True)
     steps, ends = (Rows(options.out / f"{name}.csv", ("setting", "seed")) for name in ("steps", "bytes"))
     wanted = [{"setting": s, "seed": float(n + 1)} for n in range(options.seeds) for s in options.settings]
     missing = [] if options.report else list(ends.missing(wanted))
     for position, run in enumerate(missing, start=1):
+        print(f"{position} of {len(missing)}: {run['setting']}, seed {run['seed']:.0f}", flush=True)
         measure(str(run["setting"]), int(run["seed"]), options.override, options.moments, steps, ends)
-        print(f"{position} of {len(missing)}", flush=True)
     page = report.page(options.out, steps, ends)
     page += f"\n\n```\n{describe('cpu', 'lightning', 'transformers')}\n```"
     publish(options.out, page)

@@ -87,7 +87,7 @@ def steps_table(rows: Sequence[Row], settings: Sequence[str]) -> str:
             line = {"setting": setting, "matrices": kind}
             line["seeds"] = str(len({row["seed"] for row in chosen}))
             line |= {label: f"{_mean(chosen, name):.2g}" for name, label in SHOWN.items() if name != "effect"}
-            line["gain of a step, nats"] = f"{_mean(chosen, 'gain'):.1e}"
+            line["gain of a step, nats"] = f"{_mean(chosen, 'gain_1'):.1e}"
             line |= {name: f"{_mean(chosen, name):+.2f}" for name in ("alpha", "effect")}
             lines.append({**line, "alpha": line["alpha"].lstrip("+")})
     return markdown_table(lines)

@@ -7,7 +7,6 @@ import io
 import logging
 from collections.abc import Mapping, Sequence
 
-import torch
 from lightning import Callback, seed_everything
 from torch import nn
 
@@ -78,7 +77,6 @@ def train(setting: str, seed: int, *more: str, callback: Callback | None = None)
     Returns:
         The trained model and its data.
     """
-    torch.set_num_threads(1)
     quiet_lightning(logging.ERROR)
     cfg = settings(*SETTINGS[setting], f"seed={seed}", "trainer.accelerator=cpu", *more)
     if "log" in cfg.balancing:

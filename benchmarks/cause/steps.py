@@ -199,6 +199,6 @@ def _gains(net: nn.Module, weights: Weights, change: Weights, batches: Batches) 
     for kind, names in matrices_of(net).items():
         gains = {factor: before - loss(dict.fromkeys(names, factor)) for factor in FACTORS}
         best = max({0.0: 0.0, **gains}.items(), key=lambda pair: pair[1])
-        found[kind] = {"gain": gains[1], "best_factor": best[0], "best_gain": best[1]}
+        found[kind] = {"best_factor": best[0], "best_gain": best[1]}
         found[kind] |= {f"gain_{factor:g}": gain for factor, gain in gains.items()}
     return found

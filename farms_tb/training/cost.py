@@ -50,7 +50,7 @@ class MeasuringCost:
         yield
         now = time.perf_counter()
         if self._measurements == 0:
-            self._start += now - before  # nor does its time count as training
+            self._start += now - before  # counts neither as measuring nor as training
         else:
             self._measuring += now - before
         self._measurements += 1
