@@ -26,6 +26,7 @@ __all__ = [
     "Phase",
     "Record",
     "Score",
+    "read_file",
     "read_records",
     "write_records",
     "write_rows",
@@ -179,14 +180,25 @@ def read_records(folder: Path) -> dict[Job, Record]:
     path = folder / RESULTS_FILE
     if not path.exists():
         return {}
+    return {record.job: record for record in read_file(path)}
+
+
+def read_file(path: Path) -> list[Record]:
+    """Read a file of finished runs, which may be those of several cells.
+
+    Args:
+        path: The file.
+
+    Raises:
+        RecipeError: The file is not one of `write_records`.
+    """
     try:
         with path.open(newline="", encoding="utf-8") as file:
-            records = [_read_record(row) for row in csv.DictReader(file, strict=True)]
+            return [_read_record(row) for row in csv.DictReader(file, strict=True)]
     except (KeyError, TypeError, ValueError, csv.Error) as error:
         raise RecipeError(
             f"{path} is not a study's results file ({error}); move it away, or choose another study.folder"
         ) from error
-    return {record.job: record for record in records}
 
 
 _TYPES = get_type_hints(Record)

@@ -1,0 +1,238 @@
+"""Does balancing help? The studies of all tasks together, from their published runs.
+
+    python -m benchmarks.tasks
+
+Nothing is trained. Reads the `results.csv` of the studies in `docs/results`, sorts their arms into methods, and
+takes the tasks as a sample of tasks: what would a method do on another one like these? Writes `tasks.csv`, a row
+for each method and task, `tasks.png` and the table of `README.md`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.results import Value, markdown_table, publish, write_csv
+from recipes.study.figure_style import new_figure, plain_axes, save
+from recipes.study.records import RESULTS_FILE, Job, Record, read_file
+from recipes.study.report import POOLED, Row, percent, summarise
+
+BASELINE = "off"
+RESULTS = Path("docs/results")
+METHODS = {
+    "whole": "papers' maps,\nwhole matrices",
+    "farms": "papers' maps,\nFARMS",
+    "reversed": "papers' maps,\nreversed",
+    "shuffled": "ratios on the\nwrong layers",
+    "shrinkage": "shrunk effects\n(the default)",
+    "small_alpha": "shrunk effects,\nreversed",
+    "ends": "no alpha: first and\nlast layer x 5",
+}
+"""What arms of different studies have in common, and its title in the figure."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """The published runs of one cell.
+
+    Attributes:
+        name: what it is called on the page.
+        folder: of its `results.csv`, below `docs/results`.
+        cell: its name there.
+        arms: the arm that stands for each method.
+        lr: the base learning rate of the runs that are compared; None for that of each arm's own search.
+    """
+
+    name: str
+    folder: str
+    cell: str
+    arms: Mapping[str, str] = field(default_factory=dict)
+    lr: float | None = None
+
+
+_WHOLE = {"whole": "full", "reversed": "full_reversed", "shuffled": "full_permuted"}
+_SHRUNK = {"shrinkage": "shrinkage", "small_alpha": "small_alpha"}
+_SMALL = {"whole": "full", "farms": "farms", "shuffled": "placebo"}
+_BLOCKS = {"whole": "model_balancing", "reversed": "reversed", "shuffled": "permuted", "shrinkage": "shrinkage"}
+_LANGUAGE = {"farms": "farms", "reversed": "farms_reversed", "ends": "embedding_head_faster", **_SHRUNK}
+_LANGUAGE["shuffled"] = "small_alpha_permuted"
+
+TASKS = (
+    Task("VGG-16, 50 digits", "study", "digits_vgg16_50", _SMALL),
+    Task("VGG-16, 100 digits", "study", "digits_vgg16_100", _SMALL),
+    Task("VGG-16, 300 digits", "study", "digits_vgg16_300", _SMALL),
+    Task("ResNet-18, 50 digits", "study", "digits_resnet18_50", _SMALL),
+    Task("ResNet-18, 100 digits", "direction/images_and_fields", "digits_resnet18_100", {**_WHOLE, **_SHRUNK}),
+    Task("ResNet-18, 300 digits", "study", "digits_resnet18_300", _SMALL),
+    Task(
+        "ResNet-18, 1,000 FashionMNIST",
+        "controls/fashion",
+        "fashion_resnet18_1000",
+        {**_WHOLE, **_SHRUNK, "ends": "ends_faster"},
+    ),
+    Task(
+        "transformer, 300 digits",
+        "controls/digits_vit",
+        "digits_vit_300",
+        {"whole": "full", "shuffled": "full_permuted", **_SHRUNK, "ends": "embedding_head_faster"},
+        lr=8e-3,
+    ),
+    Task(
+        "transformer, 1,000 FashionMNIST",
+        "controls/fashion",
+        "fashion_vit_1000",
+        {**_WHOLE, **_SHRUNK, "ends": "embedding_head_faster"},
+    ),
+    Task("UNet, 50 Darcy flow", "study", "darcy_unet_50", _SMALL),
+    Task("FNO, 50 Darcy flow", "direction/images_and_fields", "darcy_fno_50", {**_WHOLE, **_SHRUNK}),
+    Task(
+        "FNO, 50 Darcy flow, published regime",
+        "controls/darcy_beta100",
+        "darcy_beta100_fno_180",
+        {
+            "whole": "full_s1",
+            "reversed": "full_s1_reversed",
+            "shuffled": "full_s1_permuted",
+            "shrinkage": "shrinkage",
+        },
+    ),
+    Task("MiniLM, 113 messages", "controls/newsgroups", "newsgroups_minilm_1", _BLOCKS),
+    Task("MiniLM with LoRA, 113 messages", "controls/newsgroups", "newsgroups_minilm_1_lora", _BLOCKS),
+    Task(
+        "language model, 0.07 million",
+        "controls/variations",
+        "tiny_lm_mini",
+        {"small_alpha": "small_alpha", "ends": "embedding_head_faster"},
+    ),
+    Task("language model, 0.23 million", "controls/tiny_lm_small", "tiny_lm_small", _LANGUAGE),
+    Task("language model, 0.86 million", "direction/tiny_lm", "tiny_lm_400", _LANGUAGE),
+)
+"""Tasks with other networks or data; settings of one task that differ in steps, decay and the like are not here."""
+
+
+def runs_of(task: Task, results: Path = RESULTS) -> dict[Job, Record]:
+    """Return the runs of a task that are compared, with methods in place of arms.
+
+    Args:
+        task: the task.
+        results: folder of all results.
+
+    Raises:
+        ValueError: an arm has no runs there.
+    """
+    method_of = {arm: method for method, arm in task.arms.items()} | {BASELINE: BASELINE}
+    runs = {}
+    for record in read_file(results / task.folder / RESULTS_FILE):
+        ours = record.experiment == task.cell and record.phase == "final" and task.lr in (None, record.lr)
+        if ours and record.arm in method_of:
+            run = replace(record, arm=method_of[record.arm])
+            runs[run.job] = run
+    missing = set(method_of.values()) - {job.arm for job in runs}
+    if missing:
+        raise ValueError(f"{task.folder} has no final runs of {task.cell} for {', '.join(sorted(missing))}")
+    return runs
+
+
+def compare(tasks: Sequence[Task], results: Path = RESULTS) -> list[Row]:
+    """Return the effect of each method on each task, and over the tasks, where the rows have `over_tasks`.
+
+    Args:
+        tasks: the tasks.
+        results: folder of all results.
+    """
+    cells = {task.name: runs_of(task, results) for task in tasks}
+    return [row for row in summarise(cells, [BASELINE, *METHODS], BASELINE) if row.arm != BASELINE]
+
+
+def flat(row: Row) -> dict[str, Value]:
+    """Return the row of the CSV file; effects are log ratios of the errors."""
+    assert row.effect is not None
+    low, high = row.effect.low, row.effect.high
+    return {
+        "method": row.arm,
+        "task": row.cell,
+        "lr": row.lr,
+        "seeds": row.effect.pairs,
+        "effect": row.effect.mean,
+        "low": low,
+        "high": high,
+    }
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Return what is known of each method: its mean over tasks, and how often it helps and does harm."""
+    lines = []
+    for method, title in METHODS.items():
+        own = [row for row in rows if row.arm == method]
+        pooled = next((row.over_tasks for row in own if row.over_tasks), None)
+        effects = [row.effect for row in own if row.cell != POOLED and row.effect]
+        if pooled:
+            interval = f"{percent(pooled.low):+.1f} to {percent(pooled.high):+.1f} %"
+            lines.append(
+                {
+                    "method": title.replace("\n", " "),
+                    "tasks": str(pooled.cells),
+                    "change of the error": f"{percent(pooled.mean):+.1f} % ({interval})",
+                    "deviation between tasks": f"{100 * pooled.tau:.1f} %",
+                    "better": str(sum(effect.high < 0 for effect in effects)),
+                    "worse": str(sum(effect.low > 0 for effect in effects)),
+                }
+            )
+    return markdown_table(lines)
+
+
+def draw(rows: Sequence[Row], names: Sequence[str], path: Path) -> None:
+    """Draw the change of each task's error by each method, a panel a method.
+
+    Args:
+        rows: as from `compare`.
+        names: of the tasks, downwards.
+        path: of the picture.
+    """
+    figure = new_figure(14, 5.4)
+    panels = figure.subplots(1, len(METHODS), sharex=True, sharey=True)
+    for (method, title), axes in zip(METHODS.items(), panels, strict=True):
+        own = {row.cell: row for row in rows if row.arm == method}
+        _draw_method(axes, own, names)
+        axes.set_title(title, fontsize=9)
+    panels[0].set_yticks(range(len(names) + 1), [*names, "tasks like these"])
+    panels[0].set_ylim(len(names) + 0.6, -0.6)
+    panels[0].set_xlim(-45, 45)
+    figure.supxlabel("change of the test error against tuned training, % (95 % interval); left is better", fontsize=9)
+    save(figure, path)
+
+
+def _draw_method(axes: Any, own: Mapping[str, Row], names: Sequence[str]) -> None:
+    """Draw the tasks of one method, and its mean over tasks in the row below them."""
+    shown = [(place, own[name].effect) for place, name in enumerate(names) if name in own]
+    shown.append((len(names), own[POOLED].over_tasks if POOLED in own else None))
+    for place, interval in shown:
+        if interval is not None:
+            mean, low, high = (percent(value) for value in (interval.mean, interval.low, interval.high))
+            colour = "#2A9D6F" if high < 0 else "#D55E00" if low > 0 else "0.45"
+            marker = "D" if place == len(names) else "o"
+            axes.errorbar(mean, place, xerr=[[mean - low], [high - mean]], fmt=marker, markersize=4, color=colour)
+    axes.axvline(0.0, color="0.3", linewidth=0.8, zorder=0.5)
+    axes.axhspan(len(names) - 0.5, len(names) + 0.6, color="0.95", zorder=0)
+    plain_axes(axes, "x")
+    axes.tick_params(axis="y", length=0)
+
+
+def main() -> None:
+    """Compare, draw, write."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tasks", description="Does balancing help?")
+    parser.add_argument("--out", type=Path, default=RESULTS / "tasks")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    rows = compare(TASKS)
+    write_csv(options.out / "tasks.csv", [flat(row) for row in rows if row.cell != POOLED])
+    draw(rows, [task.name for task in TASKS], options.out / "tasks.png")
+    publish(options.out, table(rows))
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""The summary of all studies: it compares the runs that it names, and its page says what they say."""
+
+from __future__ import annotations
+
+import csv
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from benchmarks import tasks
+from benchmarks.tasks import METHODS, TASKS, Task, compare, runs_of
+from recipes.study.records import Record, write_records
+
+ROOT = Path(__file__).parents[1]
+RUN = Record(
+    experiment="cell",
+    arm="off",
+    phase="final",
+    seed=1,
+    lr=0.1,
+    status="ok",
+    metric="nrmse",
+    val=0.5,
+    test=0.5,
+    val_samples=10,
+    test_samples=10,
+    blind_error=1.0,
+    parameters=1,
+    epochs=1,
+    steps=1,
+    seconds=1.0,
+    train_seconds=1.0,
+    callback_seconds=0.0,
+    device="cpu",
+    config="0",
+)
+
+
+def publish_runs(results: Path, folder: str, cell: str, errors: dict[str, list[float]]) -> None:
+    """Write final runs of a cell, with errors by arm and seed, next to others that are not to count."""
+    (results / folder).mkdir(parents=True, exist_ok=True)
+    runs = [
+        replace(RUN, experiment=cell, arm=arm, seed=seed, test=error)
+        for arm, own in errors.items()
+        for seed, error in enumerate(own)
+    ]
+    tried = [replace(run, phase="tune", test=9.0) for run in runs]
+    elsewhere = [replace(run, experiment="another", test=9.0) for run in runs]
+    write_records(results / folder, [*runs, *tried, *elsewhere])
+
+
+class TestCompare:
+    def test_is_the_mean_log_ratio_of_the_final_runs(self, tmp_path: Path) -> None:
+        publish_runs(tmp_path, "one", "cell", {"off": [0.5, 0.4], "full": [0.25, 0.3]})
+        rows = compare([Task("a task", "one", "cell", {"whole": "full"})], tmp_path)
+        (row,) = rows
+        assert (row.cell, row.arm) == ("a task", "whole")
+        assert row.effect is not None
+        assert row.effect.mean == pytest.approx((math.log(0.5) + math.log(0.75)) / 2)
+
+    def test_takes_arms_of_other_names_as_one_method(self, tmp_path: Path) -> None:
+        publish_runs(tmp_path, "one", "cell", {"off": [0.5, 0.4], "full": [0.25, 0.3]})
+        publish_runs(tmp_path, "two", "cell", {"off": [0.5, 0.4], "full_s1": [0.5, 0.5]})
+        found = compare(
+            [Task("a", "one", "cell", {"whole": "full"}), Task("b", "two", "cell", {"whole": "full_s1"})], tmp_path
+        )
+        assert [row.arm for row in found] == ["whole"] * 3
+        assert found[-1].over_tasks is not None
+        assert found[-1].over_tasks.cells == 2
+
+    def test_leaves_out_other_rates(self, tmp_path: Path) -> None:
+        (tmp_path / "one").mkdir()
+        runs = [
+            replace(RUN, arm=arm, seed=seed, lr=lr, test=error)
+            for arm, lr, error in (("off", 0.1, 0.5), ("off", 0.2, 0.9), ("full", 0.1, 0.25))
+            for seed in (1, 2)
+        ]
+        write_records(tmp_path / "one", runs)
+        (row,) = compare([Task("a task", "one", "cell", {"whole": "full"}, lr=0.1)], tmp_path)
+        assert row.effect is not None
+        assert row.effect.mean == pytest.approx(math.log(0.5))
+
+    def test_names_an_arm_without_runs(self, tmp_path: Path) -> None:
+        publish_runs(tmp_path, "one", "cell", {"off": [0.5]})
+        with pytest.raises(ValueError, match=r"one .* cell .* whole"):
+            runs_of(Task("a task", "one", "cell", {"whole": "full"}), tmp_path)
+
+
+class TestPublished:
+    @pytest.fixture(autouse=True)
+    def at_root(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(ROOT)
+
+    def test_tasks_use_known_methods_and_their_own_cell(self) -> None:
+        assert {method for task in TASKS for method in task.arms} == set(METHODS)
+        cells = [(task.folder, task.cell) for task in TASKS]
+        assert len(set(cells)) == len({task.name for task in TASKS}) == len(TASKS)
+
+    def test_at_least_ten_seeds_of_every_arm(self) -> None:
+        assert min(row.effect.pairs for row in compare(TASKS) if row.effect) >= 10
+
+    def test_page_and_file_are_those_of_the_runs(self) -> None:
+        rows = compare(TASKS)
+        page = (ROOT / "docs/results/tasks/README.md").read_text(encoding="utf-8")
+        assert tasks.table(rows) in page
+        with (ROOT / "docs/results/tasks/tasks.csv").open(newline="") as file:
+            published = {(row["method"], row["task"]): float(row["effect"]) for row in csv.DictReader(file)}
+        found = {(row.arm, row.cell): row.effect.mean for row in rows if row.effect and row.over_tasks is None}
+        assert published == pytest.approx(found, rel=1e-4)
+
+    def test_command_writes_table_file_and_picture(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr("sys.argv", ["tasks", "--out", str(tmp_path / "out")])
+        tasks.main()
+        printed = capsys.readouterr().out
+        assert re.search(r"shrunk effects \(the default\)", printed)
+        assert printed.strip() in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+        assert (tmp_path / "out" / "tasks.png").stat().st_size > 10_000
