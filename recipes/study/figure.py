@@ -45,6 +45,8 @@ class _Bar:
 def draw(rows: Sequence[Row], baseline: str, styles: Mapping[str, Style], path: Path) -> None:
     """Draw every arm's change with its interval, cell by cell, those over all cells lowest.
 
+    Two cells are too few for a sample of tasks: their intervals would set the scale of the figure.
+
     Args:
         rows: The findings; rows without an effect are left out.
         baseline: The arm that the others are compared with.
@@ -52,7 +54,7 @@ def draw(rows: Sequence[Row], baseline: str, styles: Mapping[str, Style], path: 
         path: Where the figure goes.
     """
     bars = [_Bar(row.cell, row.arm, row.effect) for row in rows if row.effect is not None]
-    bars += [_Bar(TASKS, row.arm, row.over_tasks) for row in rows if row.over_tasks is not None]
+    bars += [_Bar(TASKS, row.arm, row.over_tasks) for row in rows if row.over_tasks and row.over_tasks.cells > 2]
     figure = new_figure(7.5, _height(bars))
     axes = figure.add_subplot()
     _draw_bars(axes, _grouped(bars), styles)
