@@ -272,10 +272,26 @@ def load_study(config_dir: str, overrides: Sequence[str]) -> Study:
         cells = []
         for name in names:
             own = options_by_cell.get(name) or {}
-            options = _read_options({**plain, **own})
+            options = _read_options({**plain, **_without_typed(own, name, sorted_overrides.study)})
             cells.append(_load_cell(name, folder, options, sorted_overrides.runs))
     _check_names(cells)
     return Study(tuple(cells), folder, resources)
+
+
+def _without_typed(own: Mapping[str, Any], cell: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """Leave out a cell's own settings that the command line gives for all cells: what is typed counts.
+
+    Args:
+        own: The settings that differ for the cell, from the study's file or the command line.
+        cell: Its experiment.
+        overrides: The study's part of the command line.
+    """
+    typed = {text.lstrip("+~").partition("=")[0] for text in overrides}
+    return {
+        name: value
+        for name, value in own.items()
+        if f"study.{name}" not in typed or f"study.cells.{cell}.{name}" in typed
+    }
 
 
 @dataclass

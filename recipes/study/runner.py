@@ -29,7 +29,7 @@ from recipes.study.engines import make_engine
 from recipes.study.plan import ArmPlan, Search, Tuning, plan_arm
 from recipes.study.programs import load_program
 from recipes.study.records import Job, Record, read_records, write_records
-from recipes.study.settings import check_cell, keep_settings, locked
+from recipes.study.settings import check_cell, check_settings, keep_settings, locked
 
 __all__ = ["arm_plan", "run_study", "show_plan"]
 
@@ -75,10 +75,19 @@ def arm_plan(cell: Cell, arm: str, finished: Mapping[Job, Record]) -> ArmPlan:
 
 
 def show_plan(study: Study, console: Console) -> None:
-    """Print what is left to do and, by the runs that are finished, what it will cost; begin nothing."""
+    """Print what is left to do and, by the runs that are finished, what it will cost; begin nothing.
+
+    Args:
+        study: The study.
+        console: Where to print.
+
+    Raises:
+        RecipeError: The study would be refused, as a folder holds results of other settings.
+    """
     table = Table("cell", "arm", "runs", "done", "core-hours left")
     left = 0.0
     for cell in study.cells:
+        check_settings(cell)
         records = read_records(cell.folder)
         for arm in cell.options.arms:
             plan = arm_plan(cell, arm, records)

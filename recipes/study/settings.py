@@ -20,7 +20,7 @@ from recipes.old_names import current_settings
 from recipes.study.cells import Cell
 from recipes.study.programs import load_program
 
-__all__ = ["SETTINGS_FILE", "check_cell", "keep_settings", "locked"]
+__all__ = ["SETTINGS_FILE", "check_cell", "check_settings", "keep_settings", "locked"]
 
 SETTINGS_FILE = "settings.yaml"
 _SHOWN = 8
@@ -87,6 +87,20 @@ def keep_settings(cell: Cell) -> None:
             OmegaConf.save(OmegaConf.create(now), part)
     except OSError as error:
         raise _unwritable(error) from error
+
+
+def check_settings(cell: Cell) -> None:
+    """Compare the cell's settings with those that are noted in its folder, if any.
+
+    Args:
+        cell: The cell.
+
+    Raises:
+        RecipeError: The folder holds results of other settings.
+    """
+    path = cell.folder / SETTINGS_FILE
+    if path.exists():
+        _check_same(cell, _read_settings(path), cell.identity())
 
 
 def _read_settings(path: Path) -> dict[str, Any]:

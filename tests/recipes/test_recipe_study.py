@@ -352,6 +352,22 @@ def test_arms_of_a_seed_share_all_but_the_callback() -> None:
         assert settings[2]["balancing"]["permute"] == 7
 
 
+def test_what_is_typed_for_all_cells_beats_the_studys_own_setting_of_a_cell() -> None:
+    vit, resnet = "study/fashion_vit_1000", "study/fashion_resnet18_1000"
+
+    def arms(*overrides: str) -> dict[str, tuple[str, ...]]:
+        cells = load_study(CONFIG_DIR, ["study=fashion", *overrides]).cells
+        return {cell.name: cell.options.arms for cell in cells}
+
+    plain = arms()
+    assert "embedding_head_faster" in plain["fashion_vit_1000"]
+    assert set(arms('study.arms=["off"]').values()) == {("off",)}
+    assert arms('study.arms=["off"]', f"experiment={vit}") == {"fashion_vit_1000": ("off",)}
+    typed_for_one = arms('study.arms=["off"]', '+study.cells.tiny_lm.arms=["off",full]', f"experiment=tiny_lm,{vit}")
+    assert list(typed_for_one.values()) == [("off", "full"), ("off",)]
+    assert arms("study.seeds=3", f"experiment={resnet},{vit}") == plain
+
+
 CELLS = sorted((Path(CONFIG_DIR) / "experiment" / "study").glob("*.yaml"))
 
 
@@ -468,9 +484,10 @@ def test_killed_study_goes_on_and_ends_as_if_each_run_had_been_alone(
         ("study.tune_seeds=2", "study.tune_seeds was 1 and is 2"),
         ("arms.farms.lr_max_ratio=1.9", "farms.balancing.lr_max_ratio was 1.5 and is 1.9"),
     ):
-        with pytest.raises(SystemExit):
-            main([*arguments, override])
-        assert change in capsys.readouterr().err
+        for dry_run in ((), ("--dry-run",)):
+            with pytest.raises(SystemExit):
+                main([*dry_run, *arguments, override])
+            assert change in capsys.readouterr().err
     assert (folder / "results.csv").read_text().splitlines() == after
 
 
