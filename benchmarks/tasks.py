@@ -110,7 +110,7 @@ TASKS = (
     Task("language model, 0.23 million", "controls/tiny_lm_small", "tiny_lm_small", _LANGUAGE),
     Task("language model, 0.86 million", "direction/tiny_lm", "tiny_lm_400", _LANGUAGE),
 )
-"""Tasks with other networks or data; settings of one task that differ in steps, decay and the like are not here."""
+"""Tasks that differ in network or data; those that differ in steps, decay and the like are left out."""
 
 
 def runs_of(task: Task, results: Path = RESULTS) -> dict[Job, Record]:
@@ -201,7 +201,9 @@ def draw(rows: Sequence[Row], names: Sequence[str], path: Path) -> None:
     panels[0].set_yticks(range(len(names) + 1), [*names, "tasks like these"])
     panels[0].set_ylim(len(names) + 0.6, -0.6)
     panels[0].set_xlim(-45, 45)
-    figure.supxlabel("change of the test error against tuned training, % (95 % interval); left is better", fontsize=9)
+    figure.supxlabel(
+        "change of the test error against tuned training, % (95 % interval); left is better", fontsize=9
+    )
     save(figure, path)
 
 

@@ -363,7 +363,9 @@ def test_what_is_typed_for_all_cells_beats_the_studys_own_setting_of_a_cell() ->
     assert "embedding_head_faster" in plain["fashion_vit_1000"]
     assert set(arms('study.arms=["off"]').values()) == {("off",)}
     assert arms('study.arms=["off"]', f"experiment={vit}") == {"fashion_vit_1000": ("off",)}
-    typed_for_one = arms('study.arms=["off"]', '+study.cells.tiny_lm.arms=["off",full]', f"experiment=tiny_lm,{vit}")
+    typed_for_one = arms(
+        'study.arms=["off"]', '+study.cells.tiny_lm.arms=["off",full]', f"experiment=tiny_lm,{vit}"
+    )
     assert list(typed_for_one.values()) == [("off", "full"), ("off",)]
     assert arms("study.seeds=3", f"experiment={resnet},{vit}") == plain
 
