@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.results import Value, markdown_table, publish, write_csv
 from recipes.study.figure_style import new_figure, plain_axes, save
+from recipes.study.pairs import final_runs, log_ratios, pairs
 from recipes.study.records import RESULTS_FILE, Job, Record, read_file
 from recipes.study.report import POOLED, Row, percent, summarise
+from recipes.study.statistics import RandomEffects, random_effects
 
 BASELINE = "off"
 RESULTS = Path("docs/results")
@@ -43,13 +45,15 @@ class Task:
         folder: of its `results.csv`, below `docs/results`.
         cell: its name there.
         arms: the arm that stands for each method.
+        shuffles: the method whose ratios are dealt to the wrong layers in "shuffled".
         lr: the base learning rate of the runs that are compared; None for that of each arm's own search.
     """
 
     name: str
     folder: str
     cell: str
-    arms: Mapping[str, str] = field(default_factory=dict)
+    arms: Mapping[str, str]
+    shuffles: str = "whole"
     lr: float | None = None
 
 
@@ -61,12 +65,12 @@ _LANGUAGE = {"farms": "farms", "reversed": "farms_reversed", "ends": "embedding_
 _LANGUAGE["shuffled"] = "small_alpha_permuted"
 
 TASKS = (
-    Task("VGG-16, 50 digits", "study", "digits_vgg16_50", _SMALL),
-    Task("VGG-16, 100 digits", "study", "digits_vgg16_100", _SMALL),
-    Task("VGG-16, 300 digits", "study", "digits_vgg16_300", _SMALL),
-    Task("ResNet-18, 50 digits", "study", "digits_resnet18_50", _SMALL),
+    Task("VGG-16, 50 digits", "study", "digits_vgg16_50", _SMALL, "farms"),
+    Task("VGG-16, 100 digits", "study", "digits_vgg16_100", _SMALL, "farms"),
+    Task("VGG-16, 300 digits", "study", "digits_vgg16_300", _SMALL, "farms"),
+    Task("ResNet-18, 50 digits", "study", "digits_resnet18_50", _SMALL, "farms"),
     Task("ResNet-18, 100 digits", "direction/images_and_fields", "digits_resnet18_100", {**_WHOLE, **_SHRUNK}),
-    Task("ResNet-18, 300 digits", "study", "digits_resnet18_300", _SMALL),
+    Task("ResNet-18, 300 digits", "study", "digits_resnet18_300", _SMALL, "farms"),
     Task(
         "ResNet-18, 1,000 FashionMNIST",
         "controls/fashion",
@@ -86,7 +90,7 @@ TASKS = (
         "fashion_vit_1000",
         {**_WHOLE, **_SHRUNK, "ends": "embedding_head_faster"},
     ),
-    Task("UNet, 50 Darcy flow", "study", "darcy_unet_50", _SMALL),
+    Task("UNet, 50 Darcy flow", "study", "darcy_unet_50", _SMALL, "farms"),
     Task("FNO, 50 Darcy flow", "direction/images_and_fields", "darcy_fno_50", {**_WHOLE, **_SHRUNK}),
     Task(
         "FNO, 50 Darcy flow, published regime",
@@ -100,15 +104,20 @@ TASKS = (
         },
     ),
     Task("MiniLM, 113 messages", "controls/newsgroups", "newsgroups_minilm_1", _BLOCKS),
-    Task("MiniLM with LoRA, 113 messages", "controls/newsgroups", "newsgroups_minilm_1_lora", _BLOCKS),
+    Task(
+        "MiniLM with LoRA, 113 messages",
+        "controls/newsgroups_lora",
+        "newsgroups_minilm_1_lora",
+        {"whole": "model_balancing", "reversed": "reversed"},
+    ),
     Task(
         "language model, 0.07 million",
         "controls/variations",
         "tiny_lm_mini",
         {"small_alpha": "small_alpha", "ends": "embedding_head_faster"},
     ),
-    Task("language model, 0.23 million", "controls/tiny_lm_small", "tiny_lm_small", _LANGUAGE),
-    Task("language model, 0.86 million", "direction/tiny_lm", "tiny_lm_400", _LANGUAGE),
+    Task("language model, 0.23 million", "controls/tiny_lm_small", "tiny_lm_small", _LANGUAGE, "small_alpha"),
+    Task("language model, 0.86 million", "direction/tiny_lm", "tiny_lm_400", _LANGUAGE, "small_alpha"),
 )
 """Tasks that differ in network or data; those that differ in steps, decay and the like are left out."""
 
@@ -147,6 +156,20 @@ def compare(tasks: Sequence[Task], results: Path = RESULTS) -> list[Row]:
     return [row for row in summarise(cells, [BASELINE, *METHODS], BASELINE) if row.arm != BASELINE]
 
 
+def placement(tasks: Sequence[Task], results: Path = RESULTS) -> RandomEffects | None:
+    """Return what it changes that ratios go to the layers that alpha says, and not to others.
+
+    Args:
+        tasks: the tasks; those without shuffled ratios are left out.
+        results: folder of all results.
+
+    Returns:
+        The log ratio of the errors, right layers against wrong ones, over the tasks; None with fewer than two.
+    """
+    runs = [(task, final_runs(runs_of(task, results))) for task in tasks if "shuffled" in task.arms]
+    return random_effects([log_ratios(pairs(own[task.shuffles], own["shuffled"]), "test") for task, own in runs])
+
+
 def flat(row: Row) -> dict[str, Value]:
     """Return the row of the CSV file; effects are log ratios of the errors."""
     assert row.effect is not None
@@ -162,26 +185,41 @@ def flat(row: Row) -> dict[str, Value]:
     }
 
 
-def table(rows: Sequence[Row]) -> str:
-    """Return what is known of each method: its mean over tasks, and how often it helps and does harm."""
+def summary(rows: Sequence[Row], placed: RandomEffects | None) -> str:
+    """Return what is known of each method: its mean over tasks, and how often it helps and does harm.
+
+    Args:
+        rows: as from `compare`.
+        placed: as from `placement`.
+    """
     lines = []
     for method, title in METHODS.items():
         own = [row for row in rows if row.arm == method]
         pooled = next((row.over_tasks for row in own if row.over_tasks), None)
         effects = [row.effect for row in own if row.cell != POOLED and row.effect]
         if pooled:
-            interval = f"{percent(pooled.low):+.1f} to {percent(pooled.high):+.1f} %"
             lines.append(
                 {
                     "method": title.replace("\n", " "),
                     "tasks": str(pooled.cells),
-                    "change of the error": f"{percent(pooled.mean):+.1f} % ({interval})",
+                    "change of the error": in_words(pooled),
                     "deviation between tasks": f"{100 * pooled.tau:.1f} %",
                     "better": str(sum(effect.high < 0 for effect in effects)),
                     "worse": str(sum(effect.low > 0 for effect in effects)),
                 }
             )
-    return markdown_table(lines)
+    text = markdown_table(lines)
+    if placed:
+        text += (
+            f"\n\nRatios on the layers that alpha says, against the same on the wrong layers: {in_words(placed)}, "
+        )
+        text += f"{placed.cells} tasks."
+    return text
+
+
+def in_words(found: RandomEffects) -> str:
+    """Return a mean over tasks, in per cent, with its interval."""
+    return f"{percent(found.mean):+.1f} % ({percent(found.low):+.1f} to {percent(found.high):+.1f} %)"
 
 
 def draw(rows: Sequence[Row], names: Sequence[str], path: Path) -> None:
@@ -232,8 +270,9 @@ def main() -> None:
     rows = compare(TASKS)
     write_csv(options.out / "tasks.csv", [flat(row) for row in rows if row.cell != POOLED])
     draw(rows, [task.name for task in TASKS], options.out / "tasks.png")
-    publish(options.out, table(rows))
-    print(table(rows))
+    text = summary(rows, placement(TASKS))
+    publish(options.out, text)
+    print(text)
 
 
 if __name__ == "__main__":

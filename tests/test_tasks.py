@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import tasks
-from benchmarks.tasks import METHODS, TASKS, Task, compare, runs_of
+from benchmarks.tasks import METHODS, TASKS, Task, compare, placement, runs_of, summary
 from recipes.study.records import Record, write_records
 
 ROOT = Path(__file__).parents[1]
@@ -89,6 +89,22 @@ class TestCompare:
             runs_of(Task("a task", "one", "cell", {"whole": "full"}), tmp_path)
 
 
+class TestPlacement:
+    def test_compares_right_and_wrong_layers_seed_by_seed(self, tmp_path: Path) -> None:
+        errors = {"off": [0.9, 0.9], "farms": [0.2, 0.3], "placebo": [0.4, 0.4]}
+        publish_runs(tmp_path, "one", "cell", errors)
+        publish_runs(tmp_path, "two", "cell", errors)
+        arms = {"farms": "farms", "shuffled": "placebo"}
+        found = placement([Task(name, name, "cell", arms, "farms") for name in ("one", "two")], tmp_path)
+        assert found is not None
+        assert found.mean == pytest.approx((math.log(0.5) + math.log(0.75)) / 2)
+        assert found.cells == 2
+
+    def test_leaves_out_tasks_without_shuffled_ratios(self, tmp_path: Path) -> None:
+        publish_runs(tmp_path, "one", "cell", {"off": [0.5, 0.4], "full": [0.25, 0.3]})
+        assert placement([Task("a task", "one", "cell", {"whole": "full"})], tmp_path) is None
+
+
 class TestPublished:
     @pytest.fixture(autouse=True)
     def at_root(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,10 +118,13 @@ class TestPublished:
     def test_at_least_ten_seeds_of_every_arm(self) -> None:
         assert min(row.effect.pairs for row in compare(TASKS) if row.effect) >= 10
 
+    def test_shuffled_ratios_are_of_a_method_that_the_task_has(self) -> None:
+        assert all(task.shuffles in task.arms for task in TASKS if "shuffled" in task.arms)
+
     def test_page_and_file_are_those_of_the_runs(self) -> None:
         rows = compare(TASKS)
         page = (ROOT / "docs/results/tasks/README.md").read_text(encoding="utf-8")
-        assert tasks.table(rows) in page
+        assert summary(rows, placement(TASKS)) in page
         with (ROOT / "docs/results/tasks/tasks.csv").open(newline="") as file:
             published = {(row["method"], row["task"]): float(row["effect"]) for row in csv.DictReader(file)}
         found = {(row.arm, row.cell): row.effect.mean for row in rows if row.effect and row.over_tasks is None}
