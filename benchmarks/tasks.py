@@ -99,7 +99,6 @@ TASKS = (
         {
             "whole": "full_s1",
             "reversed": "full_s1_reversed",
-            "shuffled": "full_s1_permuted",
             "shrinkage": "shrinkage",
         },
     ),
