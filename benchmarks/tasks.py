@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.results import Value, markdown_table, publish, write_csv
+from benchmarks.results import GREEN, ORANGE, Value, markdown_table, publish, write_csv
 from recipes.study.figure_style import new_figure, plain_axes, save
 from recipes.study.pairs import final_runs, log_ratios, pairs
 from recipes.study.records import RESULTS_FILE, Job, Record, read_file
@@ -209,10 +209,8 @@ def summary(rows: Sequence[Row], placed: RandomEffects | None) -> str:
             )
     text = markdown_table(lines)
     if placed:
-        text += (
-            f"\n\nRatios on the layers that alpha says, against the same on the wrong layers: {in_words(placed)}, "
-        )
-        text += f"{placed.cells} tasks."
+        text += "\n\nRatios on the layers that alpha says, against the same on the wrong layers: "
+        text += f"{in_words(placed)}, {placed.cells} tasks."
     return text
 
 
@@ -237,7 +235,6 @@ def draw(rows: Sequence[Row], names: Sequence[str], path: Path) -> None:
         axes.set_title(title, fontsize=9)
     panels[0].set_yticks(range(len(names) + 1), [*names, "tasks like these"])
     panels[0].set_ylim(len(names) + 0.6, -0.6)
-    panels[0].set_xlim(-45, 45)
     figure.supxlabel(
         "change of the test error against tuned training, % (95 % interval); left is better", fontsize=9
     )
@@ -251,7 +248,11 @@ def _draw_method(axes: Any, own: Mapping[str, Row], names: Sequence[str]) -> Non
     for place, interval in shown:
         if interval is not None:
             mean, low, high = (percent(value) for value in (interval.mean, interval.low, interval.high))
-            colour = "#2A9D6F" if high < 0 else "#D55E00" if low > 0 else "0.45"
+            colour = "0.45"
+            if high < 0:
+                colour = GREEN
+            elif low > 0:
+                colour = ORANGE
             marker = "D" if place == len(names) else "o"
             axes.errorbar(mean, place, xerr=[[mean - low], [high - mean]], fmt=marker, markersize=4, color=colour)
     axes.axvline(0.0, color="0.3", linewidth=0.8, zorder=0.5)

@@ -12,38 +12,17 @@ import pytest
 
 from benchmarks import tasks
 from benchmarks.tasks import METHODS, TASKS, Task, compare, placement, runs_of, summary
-from recipes.study.records import Record, write_records
+from recipes.study.records import write_records
+from tests.recipes.study_records import final_run
 
 ROOT = Path(__file__).parents[1]
-RUN = Record(
-    experiment="cell",
-    arm="off",
-    phase="final",
-    seed=1,
-    lr=0.1,
-    status="ok",
-    metric="nrmse",
-    val=0.5,
-    test=0.5,
-    val_samples=10,
-    test_samples=10,
-    blind_error=1.0,
-    parameters=1,
-    epochs=1,
-    steps=1,
-    seconds=1.0,
-    train_seconds=1.0,
-    callback_seconds=0.0,
-    device="cpu",
-    config="0",
-)
 
 
 def publish_runs(results: Path, folder: str, cell: str, errors: dict[str, list[float]]) -> None:
     """Write final runs of a cell, with errors by arm and seed, next to others that are not to count."""
     (results / folder).mkdir(parents=True, exist_ok=True)
     runs = [
-        replace(RUN, experiment=cell, arm=arm, seed=seed, test=error)
+        final_run(arm, seed, error, experiment=cell)
         for arm, own in errors.items()
         for seed, error in enumerate(own)
     ]
@@ -74,7 +53,7 @@ class TestCompare:
     def test_leaves_out_other_rates(self, tmp_path: Path) -> None:
         (tmp_path / "one").mkdir()
         runs = [
-            replace(RUN, arm=arm, seed=seed, lr=lr, test=error)
+            final_run(arm, seed, error, lr=lr)
             for arm, lr, error in (("off", 0.1, 0.5), ("off", 0.2, 0.9), ("full", 0.1, 0.25))
             for seed in (1, 2)
         ]

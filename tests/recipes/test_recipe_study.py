@@ -29,6 +29,7 @@ from recipes.study.single import run_once
 from recipes.study.statistics import Effect, holm, log_error, pooled_effect
 from recipes.train import CONFIG_DIR
 from tests.recipes.recipe_runs import TINY_STUDY
+from tests.recipes.study_records import final_run
 
 ROOT = Path(CONFIG_DIR).parent
 
@@ -151,29 +152,7 @@ def test_an_effect_of_ten_per_cent_is_found() -> None:
 
 
 def _record(arm: str, phase: Any, seed: int, lr: float, **facts: Any) -> Record:
-    record = Record(
-        experiment="cell",
-        arm=arm,
-        phase=phase,
-        seed=seed,
-        lr=lr,
-        status="ok",
-        metric="nrmse",
-        val=0.5,
-        test=0.5,
-        val_samples=10,
-        test_samples=20,
-        blind_error=1.0,
-        parameters=7,
-        epochs=1,
-        steps=2,
-        seconds=3.0,
-        train_seconds=2.0,
-        callback_seconds=0.1,
-        device="cpu",
-        config="0" * 12,
-    )
-    return replace(record, **facts)
+    return final_run(arm, seed, 0.5, **{"phase": phase, "lr": lr, **facts})
 
 
 def _tuned(error: Callable[[float], float], grid: tuple[float, ...] = (0.5, 1, 2), extend: int = 2) -> Tuning:

@@ -30,41 +30,15 @@ from recipes.study.statistics import RandomEffects, pooled_effect, random_effect
 from recipes.study.units import heading
 from recipes.study.verdict import about_contrasts, about_ranges, about_rules, about_tasks, ruled_out, verdict
 from recipes.train import CONFIG_DIR
+from tests.recipes.study_records import final_run
 
 RESULTS = Path(CONFIG_DIR).parent / "docs" / "results" / "study"
 
 Records = dict[Job, Record]
 
 
-def _record(arm: str, seed: int, error: float, **facts: Any) -> Record:
-    """A final run whose every score is `error`, unless facts say something else."""
-    scores = dict.fromkeys(("val", "test", "best_val", "best_test", "lowest_test"), error)
-    plain: dict[str, Any] = {
-        "experiment": "cell",
-        "phase": "final",
-        "lr": 0.1,
-        "status": "ok",
-        "metric": "nrmse",
-        "val_samples": 10,
-        "test_samples": 20,
-        "blind_error": 1.0,
-        "parameters": 7,
-        "epochs": 5,
-        "steps": 9,
-        "seconds": 3.0,
-        "train_seconds": 2.0,
-        "callback_seconds": 0.1,
-        "device": "cpu",
-        "config": "0" * 12,
-        "best_epoch": 3.0,
-        "mean_ratio": 1.0,
-        "ratio_sd": 0.0,
-    }
-    return Record(**{**plain, **scores, "arm": arm, "seed": seed, **facts})
-
-
 def _tried(arm: str, seed: int, lr: float, error: float, **facts: Any) -> Record:
-    return _record(arm, seed, error, phase="tune", lr=lr, **facts)
+    return final_run(arm, seed, error, phase="tune", lr=lr, **facts)
 
 
 def _cell(records: Iterable[Record]) -> Records:
@@ -74,7 +48,7 @@ def _cell(records: Iterable[Record]) -> Records:
 def _finals(errors: Mapping[str, Sequence[float]], **facts: Any) -> Records:
     """Final runs with the errors of each arm, by seed."""
     return _cell(
-        _record(arm, seed, error, **facts)
+        final_run(arm, seed, error, **facts)
         for arm, own in errors.items()
         for seed, error in enumerate(own, start=1)
     )
@@ -205,8 +179,8 @@ def test_papers_rule_needs_two_tuning_seeds_of_both() -> None:
 
 
 def test_best_epoch_is_scored_at_the_epoch_that_validation_chose() -> None:
-    records = [_record("off", seed, 0.4, best_test=0.2) for seed in (1, 2)]
-    records += [_record("x", seed, 0.4, best_test=0.1) for seed in (1, 2)]
+    records = [final_run("off", seed, 0.4, best_test=0.2) for seed in (1, 2)]
+    records += [final_run("x", seed, 0.4, best_test=0.1) for seed in (1, 2)]
     effects = _by_rule(_cell(records))["x"].effects
     assert effects["last"] is not None
     assert effects["best"] is not None
@@ -219,7 +193,7 @@ def _cell_without_effects(rng: np.random.Generator) -> Records:
     """Two arms that do the same at every rate, with noise; the lowest errors of a run lie below its last."""
     records = []
     for arm in ("off", "x"):
-        records += [_record(arm, seed, math.exp(rng.normal(-2, 0.1))) for seed in range(1, 21)]
+        records += [final_run(arm, seed, math.exp(rng.normal(-2, 0.1))) for seed in range(1, 21)]
         for lr in (0.025, 0.05, 0.1, 0.2, 0.4):
             for seed in range(1_000_001, 1_000_005):
                 lowest = rng.normal(-2, 0.1) - abs(rng.normal(0, 0.1))
@@ -309,7 +283,7 @@ def test_diverged_runs_count_as_having_learnt_nothing() -> None:
 
 
 def test_a_single_rate_has_no_curve() -> None:
-    assert curves({"cell": _cell([_tried("x", 1, 0.1, 0.5), _record("x", 1, 0.5)])}, ["x"]) == []
+    assert curves({"cell": _cell([_tried("x", 1, 0.1, 0.5), final_run("x", 1, 0.5)])}, ["x"]) == []
 
 
 RATES = (0.0125, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8)
@@ -350,7 +324,7 @@ def _mediated(arms: Mapping[str, tuple[float, float, float]], seeds: int = 6) ->
         shared = rng.normal(0, 0.3)
         for arm, (effect, ratio, spread) in arms.items():
             error = math.exp(-2 + shared + effect + rng.normal(0, 0.01))
-            records.append(_record(arm, seed, error, mean_ratio=ratio, ratio_sd=spread))
+            records.append(final_run(arm, seed, error, mean_ratio=ratio, ratio_sd=spread))
     return _cell(records)
 
 
@@ -383,8 +357,8 @@ def test_few_seeds_and_other_rates_tell_nothing_of_the_alphas() -> None:
     found = contrasts(mediation(few, list(ARMS), "off"), few)
     assert len(found) == 1
     assert "can't be told" in about_contrasts(found)
-    other_rate = {"c": _cell(_record("farms", 1, 0.1, lr=0.2, ratio_sd=0.3) for _ in range(1))}
-    other_rate["c"].update(_cell([_record("placebo", 1, 0.1, ratio_sd=0.3)]))
+    other_rate = {"c": _cell(final_run("farms", 1, 0.1, lr=0.2, ratio_sd=0.3) for _ in range(1))}
+    other_rate["c"].update(_cell([final_run("placebo", 1, 0.1, ratio_sd=0.3)]))
     assert contrasts(mediation(other_rate, ["farms", "placebo"], "off"), other_rate) == []
 
 
@@ -483,7 +457,7 @@ def _whole_study(arms: Sequence[str]) -> dict[str, Records]:
                     error = _valley(0.03)(lr) * math.exp(rng.normal(0, 0.01))
                     records.append(_tried(arm, seed, lr, error, **facts, **ratios))
             errors = 0.5 * np.exp(rng.normal(0, 0.02, 6))
-            records += [_record(arm, seed, float(error), **facts, **ratios) for seed, error in enumerate(errors)]
+            records += [final_run(arm, seed, float(error), **facts, **ratios) for seed, error in enumerate(errors)]
         cells[cell] = _cell(records)
     return cells
 
