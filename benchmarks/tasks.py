@@ -235,6 +235,7 @@ def draw(rows: Sequence[Row], names: Sequence[str], path: Path) -> None:
         axes.set_title(title, fontsize=9)
     panels[0].set_yticks(range(len(names) + 1), [*names, "tasks like these"])
     panels[0].set_ylim(len(names) + 0.6, -0.6)
+    panels[0].set_xticks(range(-25, 51, 25))
     figure.supxlabel(
         "change of the test error against tuned training, % (95 % interval); left is better", fontsize=9
     )
