@@ -25,7 +25,7 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Value]]) -> None:
 def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:
     """Return a table; the columns are those of the first row, numbers to the right."""
     columns = list(rows[0])
-    numeric = [all(re.match(r"[-+]?[\d.]*(\d|$)", row[name]) for row in rows) for name in columns]
+    numeric = [all(re.match(r"(< )?[-+]?[\d.]*(\d|$)", row[name]) for row in rows) for name in columns]
     lines = [columns, ["--:" if right else "---" for right in numeric], *([*row.values()] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -38,11 +38,28 @@ def publish(folder: Path, measured: str) -> None:
         measured: Markdown.
     """
     page = folder / "README.md"
-    before, begin, rest = (page.read_text(encoding="utf-8") if page.exists() else BEGIN + END).partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise ValueError(f"{page} has no place for the tables: a line {BEGIN} and, below it, a line {END}")
-    text = f"{before}{BEGIN}\n\n{measured.strip()}\n\n{END}{after}"
+    if not page.exists():
+        page.write_text(BEGIN + END, encoding="utf-8")
+    replace_between(page, BEGIN, END, measured)
+
+
+def replace_between(page: Path, begin: str, end: str, text: str) -> None:
+    """Put text onto a page, in the place of what stands there between two marks.
+
+    Args:
+        page: a file of Markdown.
+        begin: the first mark.
+        end: the first one of these below `begin` is the second mark.
+        text: Markdown.
+
+    Raises:
+        ValueError: the page does not have the marks.
+    """
+    before, begin_there, rest = page.read_text(encoding="utf-8").partition(begin)
+    _, end_there, after = rest.partition(end)
+    if not (begin_there and end_there):
+        raise ValueError(f"{page} has no place for the tables: a line {begin} and, below it, a line {end}")
+    whole = f"{before}{begin}\n\n{text.strip()}\n\n{end}{after}"
     written = page.with_suffix(".part")
-    written.write_text(text if text.endswith("\n") else text + "\n", encoding="utf-8")
+    written.write_text(whole if whole.endswith("\n") else whole + "\n", encoding="utf-8")
     written.replace(page)

@@ -15,15 +15,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.published import BASELINE, RESULTS, published_runs
 from benchmarks.results import GREEN, ORANGE, Value, markdown_table, publish, write_csv
 from recipes.study.figure_style import new_figure, plain_axes, save
 from recipes.study.pairs import final_runs, log_ratios, pairs
-from recipes.study.records import RESULTS_FILE, Job, Record, read_file
+from recipes.study.records import Job, Record
 from recipes.study.report import POOLED, Row, percent, summarise
 from recipes.study.statistics import RandomEffects, random_effects
 
-BASELINE = "off"
-RESULTS = Path("docs/results")
 METHODS = {
     "whole": "papers' maps,\nwhole matrices",
     "farms": "papers' maps,\nFARMS",
@@ -46,7 +45,6 @@ class Task:
         cell: its name there.
         arms: the arm that stands for each method.
         shuffles: the method whose ratios are dealt to the wrong layers in "shuffled".
-        lr: the base learning rate of the runs that are compared; None for that of each arm's own search.
     """
 
     name: str
@@ -54,7 +52,6 @@ class Task:
     cell: str
     arms: Mapping[str, str]
     shuffles: str = "whole"
-    lr: float | None = None
 
 
 _WHOLE = {"whole": "full", "reversed": "full_reversed", "shuffled": "full_permuted"}
@@ -79,10 +76,9 @@ TASKS = (
     ),
     Task(
         "transformer, 300 digits",
-        "controls/digits_vit",
+        "controls/digits_vit_one_rate",
         "digits_vit_300",
         {"whole": "full", "shuffled": "full_permuted", **_SHRUNK, "ends": "embedding_head_faster"},
-        lr=8e-3,
     ),
     Task(
         "transformer, 1,000 FashionMNIST",
@@ -133,9 +129,8 @@ def runs_of(task: Task, results: Path = RESULTS) -> dict[Job, Record]:
     """
     method_of = {arm: method for method, arm in task.arms.items()} | {BASELINE: BASELINE}
     runs = {}
-    for record in read_file(results / task.folder / RESULTS_FILE):
-        ours = record.experiment == task.cell and record.phase == "final" and task.lr in (None, record.lr)
-        if ours and record.arm in method_of:
+    for record in published_runs(task.folder, task.cell, results).values():
+        if record.arm in method_of:
             run = replace(record, arm=method_of[record.arm])
             runs[run.job] = run
     missing = set(method_of.values()) - {job.arm for job in runs}

@@ -50,18 +50,6 @@ class TestCompare:
         assert found[-1].over_tasks is not None
         assert found[-1].over_tasks.cells == 2
 
-    def test_leaves_out_other_rates(self, tmp_path: Path) -> None:
-        (tmp_path / "one").mkdir()
-        runs = [
-            final_run(arm, seed, error, lr=lr)
-            for arm, lr, error in (("off", 0.1, 0.5), ("off", 0.2, 0.9), ("full", 0.1, 0.25))
-            for seed in (1, 2)
-        ]
-        write_records(tmp_path / "one", runs)
-        (row,) = compare([Task("a task", "one", "cell", {"whole": "full"}, lr=0.1)], tmp_path)
-        assert row.effect is not None
-        assert row.effect.mean == pytest.approx(math.log(0.5))
-
     def test_names_an_arm_without_runs(self, tmp_path: Path) -> None:
         publish_runs(tmp_path, "one", "cell", {"off": [0.5]})
         with pytest.raises(ValueError, match=r"one .* cell .* whole"):

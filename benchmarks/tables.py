@@ -1,0 +1,379 @@
+"""The tables of the study pages, from their published runs.
+
+    python -m benchmarks.tables
+
+Nothing is trained. Each table stands on its page between the lines `<!-- table NAME -->` and
+`<!-- end of table -->`; this command writes it anew from the `results.csv` of its study.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.published import BASELINE, RESULTS, published_runs
+from benchmarks.results import markdown_table, replace_between
+from recipes.study.report import Row, percent, summarise
+from recipes.study.units import unit_of
+
+END_OF_TABLE = "<!-- end of table -->"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Where runs are published.
+
+    Attributes:
+        folder: of the `results.csv`, below `docs/results`.
+        name: of the cell there.
+    """
+
+    folder: str
+    name: str
+
+    def rows(self, arms: Sequence[str], baseline: str, results: Path) -> dict[str, Row]:
+        """Return what is known of arms, compared with a baseline.
+
+        Args:
+            arms: names of arms, the baseline's among them or not.
+            baseline: the arm that they are compared with.
+            results: folder of all results.
+
+        Raises:
+            ValueError: an arm has no runs there.
+        """
+        runs = published_runs(self.folder, self.name, results)
+        found = {row.arm: row for row in summarise({self.name: runs}, [baseline, *arms], baseline)}
+        if missing := {baseline, *arms} - found.keys():
+            raise ValueError(f"{self.folder} has no final runs of {self.name} for {', '.join(sorted(missing))}")
+        return found
+
+
+@dataclass(frozen=True)
+class ArmTable:
+    """The arms of one cell against its baseline, a line an arm.
+
+    Attributes:
+        page: folder of the page, below `docs/results`.
+        cell: its runs.
+        arms: what each arm is, in words; the baseline comes first.
+    """
+
+    page: str
+    cell: Cell
+    arms: Mapping[str, str]
+
+    def markdown(self, results: Path) -> str:
+        """Return the table.
+
+        Args:
+            results: folder of all results.
+        """
+        rows = self.cell.rows(list(self.arms), BASELINE, results)
+        return markdown_table([self._line(rows[arm], words) for arm, words in self.arms.items()])
+
+    def _line(self, row: Row, words: str) -> dict[str, str]:
+        """Return the line of one arm."""
+        return {
+            "arm": row.arm,
+            "what it is": words,
+            "rate": f"{row.lr:g}",
+            "seeds": str(row.runs),
+            "loss" if row.error == "loss" else "error": level(row),
+            f"against {BASELINE}, {unit_of(row.error).name or '%'} (95 %)": change(row),
+            "p (Holm)": p_value(row),
+        }
+
+
+@dataclass(frozen=True)
+class SettingTable:
+    """The same arms in several cells, a line a cell.
+
+    Attributes:
+        page: folder of the page, below `docs/results`.
+        baseline: what the baseline is, in words.
+        arms: what each other arm is, in words.
+        cells: the cells by what they are, in words.
+    """
+
+    page: str
+    baseline: str
+    arms: Mapping[str, str]
+    cells: Mapping[str, Cell]
+
+    def markdown(self, results: Path) -> str:
+        """Return the table.
+
+        Args:
+            results: folder of all results.
+        """
+        lines = []
+        for words, cell in self.cells.items():
+            rows = cell.rows(list(self.arms), BASELINE, results)
+            lines.append(
+                {
+                    "setting": words,
+                    "seeds": str(rows[BASELINE].runs),
+                    f"{self.baseline}: rate, loss": f"{rows[BASELINE].lr:g}, {level(rows[BASELINE])}",
+                    **{title: change(rows[arm]) for arm, title in self.arms.items()},
+                }
+            )
+        return markdown_table(lines)
+
+
+@dataclass(frozen=True)
+class PairTable:
+    """One arm against another, in several cells, a line a cell.
+
+    Attributes:
+        page: folder of the page, below `docs/results`.
+        arm: the arm.
+        title: of the column of comparisons.
+        cells: by what they are in words, each cell and the other arm there.
+    """
+
+    page: str
+    arm: str
+    title: str
+    cells: Mapping[str, tuple[Cell, str]]
+
+    def markdown(self, results: Path) -> str:
+        """Return the table.
+
+        Args:
+            results: folder of all results.
+        """
+        lines = []
+        for words, (cell, other) in self.cells.items():
+            row = cell.rows([self.arm], other, results)[self.arm]
+            unit = unit_of(row.error).name or "%"
+            lines.append({"task": words, "seeds": str(row.runs), self.title: change(row, f" {unit}")})
+        return markdown_table(lines)
+
+
+def level(row: Row) -> str:
+    """Return the mean error: a share in per cent, others as they are."""
+    if unit_of(row.error).name == "points":
+        return f"{100 * row.error_mean:.1f} %"
+    return f"{row.error_mean:.3f}"
+
+
+def change(row: Row, unit: str = "") -> str:
+    """Return the change of the error with its interval; empty for the baseline.
+
+    Shares and losses are compared by their differences, in points and nats, other errors by their ratios, in per
+    cent.
+
+    Args:
+        row: of an arm.
+        unit: written behind the change.
+    """
+    if row.effect is None or row.difference is None:
+        return ""
+    metric = unit_of(row.error)
+    if metric.name:
+        digits = {"points": 1, "nats": 3}[metric.name]
+        found = [metric.factor * value for value in (row.difference.mean, row.difference.low, row.difference.high)]
+    else:
+        digits = 1
+        found = [percent(value) for value in (row.effect.mean, row.effect.low, row.effect.high)]
+    mean, low, high = (f"{value:+.{digits}f}" for value in found)
+    return f"{mean}{unit} ({low} to {high})"
+
+
+def p_value(row: Row) -> str:
+    """Return the corrected p-value with three digits behind the point; empty for the baseline."""
+    if row.effect is None:
+        return ""
+    return "< 0.001" if row.p_holm < 0.001 else f"{row.p_holm:.3f}"
+
+
+_LM = Cell("controls/tiny_lm_small", "tiny_lm_small")
+_LM_BIG = Cell("direction/tiny_lm", "tiny_lm_400")
+_VIT = Cell("controls/digits_vit_one_rate", "digits_vit_300")
+_FASHION_RESNET = Cell("controls/fashion", "fashion_resnet18_1000")
+_FASHION_VIT = Cell("controls/fashion", "fashion_vit_1000")
+_IMAGES = {
+    "full": "TempBalance, whole matrices",
+    "full_permuted": "its ratios on the wrong layers",
+    "shrinkage": "map of shrunk effects",
+    "small_alpha": "the same, small alphas faster",
+    "embedding_head_faster": "no alpha: patch and position embedding and head 5",
+}
+_FASHION = {
+    "full": "TempBalance, whole matrices",
+    "full_reversed": "the same, reversed",
+    "full_permuted": "its ratios on the wrong layers",
+    "shrinkage": "map of shrunk effects",
+    "small_alpha": "the same, small alphas faster",
+}
+_ENDS_5 = "no alpha: embedding and head 5"
+
+TABLES: Mapping[str, ArmTable | SettingTable | PairTable] = {
+    "language model": ArmTable(
+        "controls",
+        _LM,
+        {
+            "off": "plain AdamW",
+            "small_alpha": "map of shrunk effects, small alphas faster",
+            "shrinkage": "map of shrunk effects, the papers' direction",
+            "small_alpha_permuted": "ratios of `small_alpha` on the wrong layers",
+            "farms": "the papers' map of FARMS alphas",
+            "farms_reversed": "the same, reversed",
+            "farms_normalized": "the same as `farms`, ratios divided by their mean",
+            "blocks": "the same as `farms`, one ratio a block",
+            "llr": "LLR: whole matrices 1 to 5, embedding and head 5",
+            "alphadecay": "AlphaDecay: weight decay by alpha",
+            "feed_forward_faster": "no alpha: feed-forward 1.25, attention 0.8",
+            "deep_faster": "no alpha: 0.7, 0.9, 1.1, 1.3 by depth",
+            "embedding_head_faster": _ENDS_5,
+            "embedding_faster": "no alpha: embedding 5",
+            "head_faster": "no alpha: head 5",
+            "shrinkage_embedding_head": "`shrinkage`, and embedding and head 5",
+            "layer_decay": "timm's layer-wise decay of the rate, 0.75",
+            "lamb": "LAMB",
+            "lars": "LARS",
+            "muon": "Muon, with AdamW for embedding, head and norms",
+        },
+    ),
+    "variations": SettingTable(
+        "controls",
+        "AdamW or SGD",
+        {
+            "embedding_head_faster": "embedding and head 5",
+            "small_alpha": "map of shrunk effects, small alphas faster",
+        },
+        {
+            "as above, 0.23 million parameters": _LM,
+            "0.07 million parameters": Cell("controls/variations", "tiny_lm_mini"),
+            "0.86 million parameters": _LM_BIG,
+            "half of the steps": Cell("controls/variations", "tiny_lm_small_200_steps"),
+            "twice the steps": Cell("controls/variations", "tiny_lm_small_800_steps"),
+            "Python's standard library as text": Cell("controls/variations", "tiny_lm_small_python"),
+            "no weight decay": Cell("controls/variations", "tiny_lm_small_no_decay"),
+            "no warm-up": Cell("controls/variations", "tiny_lm_small_no_warmup"),
+            "SGD with momentum, no decay": Cell("controls/variations", "tiny_lm_small_sgd"),
+        },
+    ),
+    "finer rates": SettingTable(
+        "controls",
+        "AdamW",
+        {
+            "small_alpha": "small alphas faster",
+            "small_alpha_permuted": "the same ratios on the wrong layers",
+        },
+        {
+            "as above, 400 steps": Cell("controls/finer", "tiny_lm_small"),
+            "twice the steps, 800": Cell("controls/finer", "tiny_lm_small_800_steps"),
+        },
+    ),
+    "digits at the rates of the search": ArmTable(
+        "controls", Cell("controls/digits_vit", "digits_vit_300"), {"off": "plain AdamW", **_IMAGES}
+    ),
+    "digits at one rate": ArmTable("controls", _VIT, {"off": "plain AdamW", **_IMAGES}),
+    "FashionMNIST, ResNet-18": ArmTable(
+        "controls",
+        _FASHION_RESNET,
+        {"off": "plain SGD", **_FASHION, "ends_faster": "no alpha: first convolution and last layer 5"},
+    ),
+    "FashionMNIST, transformer": ArmTable(
+        "controls",
+        _FASHION_VIT,
+        {
+            "off": "plain AdamW",
+            **_FASHION,
+            "embedding_head_faster": "no alpha: patch and position embedding and head 5",
+        },
+    ),
+    "Darcy flow": ArmTable(
+        "controls",
+        Cell("controls/darcy_beta100", "darcy_beta100_fno_180"),
+        {
+            "off": "plain Adam",
+            "full_s1": "TempBalance, s = 1",
+            "full_s1_reversed": "the same, reversed",
+            "shrinkage": "map of shrunk effects",
+        },
+    ),
+    "messages": ArmTable(
+        "controls",
+        Cell("controls/newsgroups", "newsgroups_minilm_1"),
+        {
+            "off": "plain AdamW",
+            "model_balancing": "Model Balancing, one rate a block",
+            "reversed": "the same, reversed",
+            "permuted": "its ratios on the wrong blocks",
+            "shrinkage": "map of shrunk effects, by layer",
+            "head_faster": "no alpha: head twice as fast",
+        },
+    ),
+    "messages, LoRA": ArmTable(
+        "controls",
+        Cell("controls/newsgroups_lora", "newsgroups_minilm_1_lora"),
+        {
+            "off": "plain AdamW",
+            "model_balancing": "Model Balancing, one rate a block",
+            "reversed": "the same, reversed",
+        },
+    ),
+    "cause": ArmTable(
+        "cause",
+        Cell("cause", "tiny_lm_small"),
+        {
+            "off": "plain AdamW",
+            "factor_2": "**how much faster:** embedding and head 2",
+            "embedding_head_faster": "both 5",
+            "factor_10": "both 10",
+            "factor_25": "both 25",
+            "embedding_faster": "**which:** embedding alone 5",
+            "head_faster": "head alone 5",
+            "after_a_fifth": "**when:** both 5, from a fifth of the steps on",
+            "after_half": "both 5, from half of the steps on",
+            "initial_embedding_fifth": "**initial embedding:** a fifth of its size",
+            "initial_embedding_5": "5 times as large",
+            "initial_embedding_25": "25 times as large",
+            "initial_embedding_5_faster": "5 times as large, and both 5",
+        },
+    ),
+    "tuned rates": ArmTable(
+        "direction",
+        _LM_BIG,
+        {
+            "off": "plain AdamW",
+            "small_alpha": "shrunk effects, small alphas faster",
+            "small_alpha_permuted": "its ratios on the wrong layers",
+            "shrinkage": "shrunk effects, the papers' direction",
+            "farms": "the papers' map of FARMS alphas",
+            "farms_reversed": "the same, reversed",
+            "llr": "LLR, whole matrices",
+            "embedding_head_faster": _ENDS_5,
+        },
+    ),
+    "default": PairTable(
+        "direction",
+        "shrinkage",
+        "shrunk effects against the papers' map (95 %)",
+        {
+            "language model, 0.86 million parameters": (_LM_BIG, "farms"),
+            "[language model, 0.23 million](../controls/README.md)": (_LM, "farms"),
+            "ResNet-18, 100 digits": (Cell("direction/images_and_fields", "digits_resnet18_100"), "full"),
+            "FNO, 50 Darcy samples": (Cell("direction/images_and_fields", "darcy_fno_50"), "full"),
+            "[vision transformer, 300 digits](../controls/README.md), both at 8e-3": (_VIT, "full"),
+            "[ResNet-18, 1,000 FashionMNIST](../controls/README.md)": (_FASHION_RESNET, "full"),
+            "[vision transformer, 1,000 FashionMNIST](../controls/README.md)": (_FASHION_VIT, "full"),
+        },
+    ),
+}
+"""The tables by their names."""
+
+
+def main() -> None:
+    """Write all tables."""
+    for name, table in TABLES.items():
+        page = RESULTS / table.page / "README.md"
+        replace_between(page, f"<!-- table {name} -->", END_OF_TABLE, table.markdown(RESULTS))
+
+
+if __name__ == "__main__":
+    main()
