@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from statistics import mean
 
 from recipes.study.records import Job, Record, Score
 
@@ -19,12 +20,41 @@ TuningRuns = Mapping[str, Mapping[float, Mapping[int, Record]]]
 
 
 def final_runs(records: Records) -> FinalRuns:
-    """Leave out the runs that tried learning rates, and sort the others by arm and seed."""
-    found: dict[str, dict[int, Record]] = {}
+    """Leave out the runs that tried learning rates, and sort the others by arm and seed.
+
+    Args:
+        records: The finished runs of a cell.
+
+    Returns:
+        The runs. An arm whose search went on after its first final runs, on a finer grid say, can have some at
+        several rates. Those at one are returned: the rate with the smallest validation error in the search, or,
+        where nothing was searched, the one with the most runs; the smaller one of equals.
+    """
+    found: dict[str, dict[float, dict[int, Record]]] = {}
     for job, record in records.items():
         if job.phase == "final":
-            found.setdefault(job.arm, {})[job.seed] = record
-    return found
+            found.setdefault(job.arm, {}).setdefault(job.lr, {})[job.seed] = record
+    tried = tuning_runs(records)
+    return {arm: by_rate[_compared_rate(by_rate, tried.get(arm, {}))] for arm, by_rate in found.items()}
+
+
+def _compared_rate(
+    finals: Mapping[float, Mapping[int, Record]], tried: Mapping[float, Mapping[int, Record]]
+) -> float:
+    """Return the learning rate of those final runs of an arm that are compared; see `final_runs`.
+
+    Args:
+        finals: The arm's final runs, by rate and seed.
+        tried: The arm's runs that tried rates, by rate and seed.
+    """
+
+    def rank(lr: float) -> tuple[float, int, float]:
+        runs = tried.get(lr, {}).values()
+        diverged = any(run.status == "diverged" for run in runs)
+        error = mean(run.log_error("val") for run in runs) if runs and not diverged else math.inf
+        return error, -len(finals[lr]), lr
+
+    return min(finals, key=rank)
 
 
 def tuning_runs(records: Records) -> TuningRuns:

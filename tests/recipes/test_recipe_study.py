@@ -244,6 +244,25 @@ def test_diverged_final_runs_count_as_having_learnt_nothing() -> None:
     assert right.log_error("test") == pytest.approx(math.log(0.025))
 
 
+def test_final_runs_at_several_rates_are_those_of_the_rate_that_the_search_chose() -> None:
+    tried = [_record("off", "tune", seed, lr, val=val) for lr, val in ((0.1, 0.3), (0.2, 0.2)) for seed in (1, 2)]
+    finals = [_record("off", "final", seed, lr, test=lr) for lr in (0.2, 0.1) for seed in (1, 2, 3)]
+    finals += [_record("x", "final", seed, 0.1, test=0.1) for seed in (1, 2)]
+
+    def lrs(records: list[Record]) -> dict[str, float]:
+        return {
+            row.arm: row.lr for row in summarise({"c": {run.job: run for run in records}}, ["off", "x"], "off")
+        }
+
+    assert lrs([*tried, *finals]) == lrs([*tried, *reversed(finals)]) == {"off": 0.2, "x": 0.1}
+    diverged = _record("off", "tune", 3, 0.2, status="diverged", val=math.nan)
+    third = _record("off", "tune", 3, 0.1, val=0.3)
+    assert lrs([*tried, diverged, third, *finals])["off"] == 0.1
+    more = _record("off", "final", 4, 0.2, test=0.2)
+    assert lrs(finals)["off"] == 0.1
+    assert lrs([*finals, more])["off"] == 0.2
+
+
 def test_only_pairs_count_and_overhead_is_of_the_baselines_training() -> None:
     records = [_record("off", "final", seed, 0.1, test=0.1 * seed, train_seconds=4.0) for seed in (1, 2, 3)]
     records += [_record("x", "final", seed, 0.1, test=0.2 * seed, callback_seconds=1.0) for seed in (2, 3, 4)]
