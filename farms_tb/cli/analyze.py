@@ -104,7 +104,7 @@ def analyze(
     stand up to five sentences on what to look at.
     """
     with complaints():
-        form = chosen_format(output_format, output)
+        form = chosen_format(output_format, output, inputs=(model, against))
         device = checked_device(device)
         _check_column(sort)
         source = open_source(model, pretrained=pretrained, key=key, base=base, options=options)
@@ -117,13 +117,16 @@ def analyze(
     wanted = Wanted(options, also_full, null, tuple(patterns or ()), device)
     console = Console(stderr=True)
     found = measure(source, wanted, console)
-    compared = None if other is None else measure(other, replace(wanted, full=False), console)
+    parts, compared = [found], None
+    if other is not None and not found.interrupted:
+        compared = measure(other, replace(wanted, full=False), console)
+        parts.append(compared)
     result = _result(model, found, against, compared, options)
     if sort is not None:
         result = replace(result, rows=sort_rows(result.rows, sort, reverse))
     with complaints():
         emit(result, form, output)
-    finish([found], result.rows, "alpha", strict)
+    finish(parts, result.rows, "alpha", strict)
 
 
 def _result(
@@ -139,19 +142,20 @@ def _result(
         options: how alpha was measured.
     """
     rows = found.rows()
+    complete = not (found.stopped or (compared is not None and compared.stopped))
     summaries = {model: summarise(found.report)}
     if against is not None and compared is not None:
         summaries[against] = summarise(compared.report)
     sentences = diagnose(found.report) if rows else []
     facts = {
         "model": model,
-        "complete": not found.stopped,
+        "complete": complete,
         "options": as_plain(options),
         "summaries": {name: asdict(summary) for name, summary in summaries.items()},
         "diagnosis": sentences,
     }
     below = [*_whole_models(summaries), *sentences]
-    return Result(f"{model}: {_summary(rows)}", _COLUMNS, rows, facts, not found.stopped, below)
+    return Result(f"{model}: {_summary(rows)}", _COLUMNS, rows, facts, complete, below)
 
 
 def _whole_models(summaries: Mapping[str, ModelSummary]) -> list[str]:

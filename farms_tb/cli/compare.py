@@ -31,11 +31,12 @@ from farms_tb.cli.exit_codes import finish
 from farms_tb.cli.measuring import Measured, Wanted, checked_device, measure
 from farms_tb.cli.messages import EXIT_INTERRUPTED, complaints, say
 from farms_tb.cli.output import Result, chosen_format, emit
-from farms_tb.cli.pairing import changes, paired, without_wrappers
+from farms_tb.cli.pairing import changes, paired
 from farms_tb.cli.sources import Source, open_source
 from farms_tb.cli.tables import Column
 from farms_tb.options import SpectrumOptions, as_plain
 from farms_tb.weights.adapter_files import adapter_folder
+from farms_tb.weights.files import takes_key
 
 _COLUMNS = (
     Column("layer", "layer"),
@@ -81,15 +82,14 @@ def compare(
     or onto --base.
     """
     with complaints():
-        form = chosen_format(output_format, output)
+        form = chosen_format(output_format, output, inputs=(model_a, model_b))
         wanted = Wanted(options, patterns=tuple(patterns or ()), device=checked_device(device))
         sources = _open_both((model_a, model_b), _Opening(options, pretrained, key, base))
     found = _measure_all(sources, wanted)
     pairs = paired(*(part.records for part in found))
     rows = changes(pairs)
     if difference:
-        shared = {without_wrappers(pair.name) for pair in pairs if pair.in_both}
-        rows = with_differences(rows, weight_differences(sources, shared, wanted))
+        rows = with_differences(rows, weight_differences(sources, pairs, wanted))
     complete = not any(part.stopped for part in found)
     facts = {"a": model_a, "b": model_b, "complete": complete, "options": as_plain(options)}
     result = Result(f"A: {model_a}\nB: {model_b}", _COLUMNS, rows, facts, complete)
@@ -159,16 +159,29 @@ def _open_both(models: tuple[str, str], opening: _Opening) -> list[Source]:
         raise ValueError(f"--key is for files of weights, {models[0]} and {models[1]} are none")
     if opening.base is not None and not any(are_adapters):
         raise ValueError(f"--base is for the folder of an adapter, {models[0]} and {models[1]} are none")
+    keys = [opening.key if _takes_key(model) else None for model in models]
+    if keys == [None, None]:
+        keys = [opening.key, opening.key]  # neither takes one, which opening them says
     sources = []
-    for model, other in zip(models, reversed(models), strict=True):
+    for model, other, key in zip(models, reversed(models), keys, strict=True):
         if adapter_folder(model) is not None:
             base = opening.base or (other if _is_base(other) else None)
-            sources.append(open_source(model, key=opening.key, base=base, options=opening.options))
+            sources.append(open_source(model, key=key, base=base, options=opening.options))
         elif Path(model).exists():
-            sources.append(open_source(model, key=opening.key, options=opening.options))
+            sources.append(open_source(model, key=key, options=opening.options))
         else:
             sources.append(open_source(model, pretrained=opening.pretrained, options=opening.options))
     return sources
+
+
+def _takes_key(model: str) -> bool:
+    """Tell whether a key may be for a model: a file by torch.save, or an adapter, whose base may be one."""
+    if adapter_folder(model) is not None:
+        return True
+    try:
+        return takes_key(model)
+    except (FileNotFoundError, ValueError):
+        return True  # the folder of a run, or what opening it refuses
 
 
 def _is_base(model: str) -> bool:

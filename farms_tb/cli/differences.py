@@ -7,7 +7,7 @@ says how many directions were changed: few for a merged low-rank update, many fo
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 
@@ -15,7 +15,7 @@ import torch
 
 from farms_tb.cli.measuring import Wanted
 from farms_tb.cli.messages import say
-from farms_tb.cli.pairing import without_wrappers
+from farms_tb.cli.pairing import Pair
 from farms_tb.cli.sources import Source
 from farms_tb.cli.tables import Row
 from farms_tb.spectra.permutation_null import weight_record
@@ -28,7 +28,7 @@ class Difference:
     """The difference D = B - A of a weight in two models.
 
     Attributes:
-        relative_norm: ||D||_F / ||A||_F; None where A is zero.
+        relative_norm: ||D||_F / ||A||_F; None where A is zero, or a weight has an entry that is not finite.
         rank: directions of the whole matrices that hold 99 % of the energy of D; 0 where it is zero.
         alpha: that of D; None where it has none, as one of low rank, whose tail is made of the rounding errors
             that A and B were stored with.
@@ -44,11 +44,11 @@ def with_differences(rows: Sequence[Row], differences: Mapping[str, Difference])
 
     Args:
         rows: one for each layer.
-        differences: by name without prefixes of wrappers.
+        differences: by the name that a row has.
     """
     added: list[Row] = []
     for row in rows:
-        found = differences.get(without_wrappers(row["layer"]), Difference(None, None, None))
+        found = differences.get(row["layer"], Difference(None, None, None))
         metrics = {
             "difference_norm": found.relative_norm,
             "difference_rank": found.rank,
@@ -58,9 +58,7 @@ def with_differences(rows: Sequence[Row], differences: Mapping[str, Difference])
     return added
 
 
-def weight_differences(
-    sources: Sequence[Source], shared: Collection[str], wanted: Wanted
-) -> dict[str, Difference]:
+def weight_differences(sources: Sequence[Source], pairs: Iterable[Pair], wanted: Wanted) -> dict[str, Difference]:
     """Measure the difference of each weight that two models share.
 
     Both models are read once more, side by side: where their layers come in the same order, one weight of each is
@@ -68,13 +66,15 @@ def weight_differences(
 
     Args:
         sources: the two models.
-        shared: names, without prefixes of wrappers, of the layers that both have.
+        pairs: the layers of both; those of one alone are left out.
         wanted: what is measured, and on which device.
 
     Returns:
-        By name without prefixes of wrappers. What was measured, with a sentence on stderr, where reading fails;
-        weights of different shapes are left out.
+        By the name of the pair. What was measured, with a sentence on stderr, where reading fails; weights of
+        different shapes are left out.
     """
+    shared = [pair for pair in pairs if pair.in_both]
+    names = ({pair.name_in_a: pair.name for pair in shared}, {pair.name_in_b: pair.name for pair in shared})
     found: dict[str, Difference] = {}
     waiting: tuple[dict[str, MatrixStack], dict[str, MatrixStack]] = ({}, {})
     try:
@@ -82,8 +82,8 @@ def weight_differences(
             for side, layer in enumerate(layers):
                 if layer is None or not isinstance(layer[1], MatrixStack):
                     continue
-                name, weight = without_wrappers(layer[0]), layer[1]
-                if name not in shared or not wanted.takes(layer[0]):
+                name, weight = names[side].get(layer[0]), layer[1]
+                if name is None:
                     continue
                 other = waiting[1 - side].pop(name, None)
                 if other is None:
@@ -103,6 +103,8 @@ def _difference(first: MatrixStack, second: MatrixStack, wanted: Wanted) -> Diff
     before, after = (stack.matrices.to(wanted.device, dtype) for stack in (first, second))
     change = after - before
     size, distance = float(before.norm()), float(change.norm())
+    if not math.isfinite(size + distance):
+        return Difference(None, None, None)
     if distance == 0:
         return Difference(0.0, 0, None)
     stack = replace(second, matrices=change)

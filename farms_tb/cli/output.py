@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from io import StringIO
@@ -23,18 +23,23 @@ from farms_tb.atomic_write import atomic_path, write_text_atomically
 from farms_tb.cli.messages import say
 from farms_tb.cli.tables import Column, Row, print_table
 from farms_tb.viewing.names import printable
+from farms_tb.weights.files import INDEX
 
 Format = Literal["table", "csv", "json", "parquet"]
 
 FORMATS: tuple[Format, ...] = get_args(Format)
 
+_WEIGHTS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".gguf", INDEX)
+"""Endings of files that hold weights, or name the files that do."""
 
-def chosen_format(form: Format | None, output: Path | None) -> Format:
+
+def chosen_format(form: Format | None, output: Path | None, inputs: Iterable[str | None] = ()) -> Format:
     """Return the format to write, after a check that it can be written.
 
     Args:
         form: what the user asked for; None for the format of the file's ending, and for a table without one.
         output: the file; None for stdout.
+        inputs: what is read, None for nothing: a file among them is not to be written.
 
     Raises:
         ValueError: it cannot be written there.
@@ -47,7 +52,7 @@ def chosen_format(form: Format | None, output: Path | None) -> Format:
         if not find_spec("pyarrow"):
             raise ImportError('--format parquet needs pyarrow: pip install "farms-tb[cli]"')
     if output is not None:
-        _check_writable(output)
+        check_output(output, inputs)
     return chosen
 
 
@@ -61,10 +66,19 @@ def _format_of(output: Path | None) -> Format:
     return "table"
 
 
-def _check_writable(output: Path) -> None:
-    """Raise a ValueError where a file cannot be made; one that is there is not touched."""
+def check_output(output: Path, inputs: Iterable[str | None] = ()) -> None:
+    """Raise a ValueError where a file cannot be made, or would replace weights; one that is there is not touched.
+
+    Args:
+        output: the file.
+        inputs: what is read, None for nothing.
+    """
     if output.is_dir():
         raise ValueError(f"cannot write {output}: it is a folder")
+    if output.name.endswith(_WEIGHTS):
+        raise ValueError(f"--output {output}: this is the name of a file of weights, which it would replace")
+    if output.exists() and any(Path(path).exists() and output.samefile(path) for path in inputs if path):
+        raise ValueError(f"--output {output}: this is the file that is read, which it would replace")
     try:
         with TemporaryFile(dir=output.parent):
             pass

@@ -28,14 +28,19 @@ class Pair(NamedTuple):
     """A layer in two models.
 
     Attributes:
-        name: its name, without the prefixes of wrappers where the two models' names differ in them.
+        name: its name, without the prefixes of wrappers where the two models' names differ in them. No other pair
+            has it.
         a: its record in the first model; None where it is not there.
         b: its record in the second model; None where it is not there.
+        name_in_a: its name in the first model, with all prefixes; empty where it is not there.
+        name_in_b: the same in the second model.
     """
 
     name: str
     a: LayerRecord | None
     b: LayerRecord | None
+    name_in_a: str = ""
+    name_in_b: str = ""
 
     @property
     def in_both(self) -> bool:
@@ -55,15 +60,19 @@ def paired(a: Mapping[str, LayerRecord], b: Mapping[str, LayerRecord]) -> list[P
     """
     bare_a = _bare_names(name for name in a if name not in b)
     bare_b = _bare_names(name for name in b if name not in a)
-    partner = {bare_a[bare]: (bare, bare_b[bare]) for bare in bare_a if bare in bare_b}
+    partner = {}
+    for bare in bare_a.keys() & bare_b.keys():
+        in_a, in_b = bare_a[bare], bare_b[bare]
+        is_another_layer = bare not in (in_a, in_b) and (bare in a or bare in b)
+        partner[in_a] = (in_a if is_another_layer else bare, in_b)
     pairs = []
     taken = set()
     for name, record in a.items():
         shown, name_in_b = partner.get(name, (name, name))
-        pairs.append(Pair(shown, record, b.get(name_in_b)))
+        pairs.append(Pair(shown, record, b.get(name_in_b), name, name_in_b if name_in_b in b else ""))
         taken.add(name_in_b)
     in_b_alone = [name for name in b if name not in taken]
-    return pairs + [Pair(name, None, b[name]) for name in in_b_alone]
+    return pairs + [Pair(name, None, b[name], name_in_b=name) for name in in_b_alone]
 
 
 def _bare_names(names: Iterable[str]) -> dict[str, str]:

@@ -12,6 +12,7 @@ import typer
 
 from farms_tb.cli.arguments import Key, Null, RunArgument
 from farms_tb.cli.messages import complaints, say
+from farms_tb.cli.output import check_output
 from farms_tb.viewing.names import printable
 from farms_tb.viewing.page import write_page
 from farms_tb.viewing.run_folder import read_run_folder
@@ -27,6 +28,8 @@ def report(
 ) -> None:
     """Write a page about a run, or about a file of weights: one HTML file with everything in it."""
     with complaints():
+        if output is not None:
+            check_output(output, [str(run_folder)])
         run = read_run_folder(run_folder, null=null, key=key)
         print(printable(str(write_page(run, output))))
         for sentence in run.missing:

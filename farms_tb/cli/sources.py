@@ -8,7 +8,6 @@ read by `Source.read`, one layer after the other.
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -29,7 +28,7 @@ from farms_tb.weights.files import stored_layers, stored_tensors
 from farms_tb.weights.layers import Layer, checked_layers, read_stacks
 from farms_tb.weights.stacks import MatrixStack
 
-_FILE_ENDINGS = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".json")
+_FILE_ENDINGS = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".gguf", ".json")
 
 
 @dataclass(frozen=True)
@@ -188,15 +187,20 @@ def _build(model: str, pretrained: bool) -> nn.Module:
         return _from_function(prefix, name)
     if prefix in LIBRARIES:
         return model_of_library(prefix, name, pretrained)
-    if os.sep in model or model.endswith(_FILE_ENDINGS):
+    if _is_path(model):
         raise FileNotFoundError(f"no such file: {model}{_hint_of_hub(model)}")
     return model_by_name(model, pretrained)
 
 
 def _is_function(model: str) -> bool:
-    """Tell `module:function` from a model's name, before which a library may be named, `timm:resnet18`."""
+    """Tell `module:function` from a path, and from a model's name that may follow a library's, `timm:resnet18`."""
     prefix, colon, _ = model.partition(":")
-    return bool(colon) and prefix not in LIBRARIES
+    return bool(colon) and not _is_path(model) and prefix not in LIBRARIES
+
+
+def _is_path(model: str) -> bool:
+    """Tell a path, which may be one of another system, from a name."""
+    return "/" in model or "\\" in model or model.endswith(_FILE_ENDINGS)
 
 
 def _hint_of_hub(model: str) -> str:

@@ -29,6 +29,7 @@ __all__ = [
     "read_torch_file",
     "stored_layers",
     "stored_tensors",
+    "takes_key",
     "tensors_of_state_dict",
 ]
 
@@ -67,7 +68,8 @@ def stored_tensors(
         The tensors, those that no report lists left out, in the order of a torch file, else sorted by name.
 
     Raises:
-        FileNotFoundError, ValueError, ImportError: see `farms_tb.analyze_checkpoint`.
+        FileNotFoundError, ValueError, ImportError: see `farms_tb.analyze_checkpoint`. A ValueError, too, where
+            there is a key and no file by `torch.save`.
     """
     found, folder = _all_tensors(path, damaged, key)
     return listed_tensors(found, facts_of(folder))
@@ -89,12 +91,26 @@ def _all_tensors(
     if "://" in str(path):
         raise ValueError(f"{path} is a URL: download the file first, then pass its path")
     path = _file_at(Path(path))
+    if key is not None and not takes_key(path):
+        raise ValueError(f"{path} takes no key: its tensors lie side by side, not in dicts by name")
     is_index = path.name.endswith(INDEX)
     found = _in_parts(path, damaged) if is_index else list(_in_file(path, key))
     if path.suffix in (".safetensors", ".json"):
         # Neither safetensors nor parts of a checkpoint have an order of their own.
         found.sort(key=lambda tensor: _natural(tensor.key))
     return found, path.parent
+
+
+def takes_key(path: str | PathLike[str]) -> bool:
+    """Tell whether a file can hold several state dicts, by torch.save, of which a key chooses one.
+
+    Args:
+        path: see `farms_tb.analyze_checkpoint`.
+
+    Raises:
+        FileNotFoundError, ValueError: there is none, or several that no index belongs to.
+    """
+    return not _file_at(Path(path)).name.endswith((INDEX, ".safetensors", ".gguf"))
 
 
 def files_of_weights(path: str | PathLike[str]) -> list[Path]:

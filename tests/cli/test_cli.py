@@ -657,3 +657,87 @@ def test_compare_looks_at_the_difference_of_the_weights(tmp_path: Path) -> None:
     assert rows["other"]["difference_norm"] is None
     plain = rows_of("compare", tmp_path / "a.pt", tmp_path / "b.pt", "--no-difference")
     assert "difference_norm" not in plain["low"]
+
+
+def test_compare_takes_no_other_layer_for_one_of_the_same_bare_name(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    a = {"fc.weight": torch.randn(60, 40), "model.fc.weight": torch.randn(60, 40)}
+    torch.save(a, tmp_path / "a.pt")
+    torch.save({**a, "model.fc.weight": torch.randn(60, 40)}, tmp_path / "b.pt")
+    rows = rows_of("compare", tmp_path / "a.pt", tmp_path / "b.pt")
+    assert rows["fc"]["difference_norm"] == 0
+    assert rows["model.fc"]["difference_norm"] == pytest.approx(math.sqrt(2), rel=0.1)
+    torch.save({"fc.weight": a["fc.weight"]}, tmp_path / "b.pt")
+    rows = rows_of("compare", tmp_path / "a.pt", tmp_path / "b.pt")
+    assert (rows["fc"]["difference_norm"], rows["model.fc"]["difference_norm"]) == (0, None)
+
+
+def test_compare_names_each_pair_by_a_name_of_its_own() -> None:
+    record = LayerRecord(alpha=2.0)
+    pairs = paired({"a": record, "model.a": record}, {"a": record, "module.a": record})
+    assert [(pair.name, pair.name_in_a, pair.name_in_b) for pair in pairs] == [
+        ("a", "a", "a"),
+        ("model.a", "model.a", "module.a"),
+    ]
+
+
+def test_compare_writes_json_of_weights_that_are_not_finite(tmp_path: Path) -> None:
+    for name, entry in (("a", 1.0), ("b", math.nan), ("c", math.inf)):
+        weight = torch.randn(60, 40)
+        weight[0, 0] = entry
+        torch.save({"fc.weight": weight, "other.weight": torch.ones(60, 40)}, tmp_path / f"{name}.pt")
+    for name in ("b", "c"):
+        printed = run("compare", tmp_path / "a.pt", tmp_path / f"{name}.pt", "--format", "json").stdout
+        layers = json.loads(printed, parse_constant=pytest.fail)["layers"]
+        assert {row["layer"]: row["difference_norm"] for row in layers}["fc"] is None
+
+
+def test_analyze_against_a_damaged_model_is_not_complete(weights: Path, tmp_path: Path) -> None:
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for name in ("one", "two"):
+        save_file({f"{name}.weight": torch.randn(60, 40)}, shards / f"{name}.safetensors")
+    index = {"weight_map": {f"{name}.weight": f"{name}.safetensors" for name in ("one", "two")}}
+    (shards / "model.safetensors.index.json").write_text(json.dumps(index))
+    whole = run("analyze", weights, "--against", shards, "--format", "json")
+    assert (whole.exit_code, json.loads(whole.stdout)["complete"]) == (0, True)
+    (shards / "two.safetensors").write_bytes((shards / "two.safetensors").read_bytes()[:200])
+    damaged = run("analyze", weights, "--against", shards, "--format", "json")
+    assert (damaged.exit_code, json.loads(damaged.stdout)["complete"]) == (1, False)
+    assert "two.safetensors" in damaged.stderr
+
+
+@pytest.mark.parametrize("command", ["analyze", "compare", "report"])
+def test_output_never_replaces_weights(command: str, weights: Path, tmp_path: Path) -> None:
+    odd = tmp_path / "weights"
+    odd.write_bytes(weights.read_bytes())
+    (tmp_path / "link.csv").symlink_to(odd)
+    before = odd.read_bytes()
+    inputs = [odd, weights] if command == "compare" else [odd]
+    for output in (weights, tmp_path / "new.safetensors", odd, tmp_path / "link.csv"):
+        refused = run(command, *inputs, "-o", output)
+        assert refused.exit_code == 2
+        assert "replace" in refused.stderr
+    assert odd.read_bytes() == weights.read_bytes() == before
+    assert not (tmp_path / "new.safetensors").exists()
+
+
+def test_key_is_for_files_that_hold_several_state_dicts(weights: Path, tmp_path: Path) -> None:
+    save_file(net().state_dict(), tmp_path / "plain.safetensors")
+    torch.save({"ema": net().state_dict(), "raw": net(1).state_dict()}, tmp_path / "two.ckpt")
+    for arguments in (
+        ("analyze", tmp_path / "plain.safetensors"),
+        ("compare", tmp_path / "plain.safetensors", tmp_path / "plain.safetensors"),
+    ):
+        refused = run(*arguments, "--key", "ema")
+        assert refused.exit_code == 2
+        assert "key" in refused.stderr
+    rows = rows_of("compare", tmp_path / "two.ckpt", tmp_path / "plain.safetensors", "--key", "ema")
+    assert rows["1"]["change"] == 0
+
+
+@pytest.mark.parametrize("path", ["C:\\models\\x.safetensors", "runs/12:00:00/last.ckpt", "12:00.pt"])
+def test_missing_path_with_a_colon_is_no_function(path: str) -> None:
+    missing = run("analyze", path)
+    assert missing.exit_code == 2
+    assert "no such file" in missing.stderr
