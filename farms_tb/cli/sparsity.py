@@ -24,6 +24,7 @@ from farms_tb.options import SpectrumOptions, as_plain
 from farms_tb.report import OK, LayerRecord, Report
 from farms_tb.sparsity import SparsityOptions, SparsityPlan, compare_with_depth, plan_from_report
 from farms_tb.sparsity.options import Compat, Granularity, Method
+from farms_tb.weights.adapter_files import adapter_folder
 
 _DEFAULT = SparsityOptions()
 _COLUMNS = (
@@ -109,6 +110,8 @@ def sparsity(
         SparsityOptions(**chosen)  # type: ignore[arg-type]
         _check_before_measuring(method, target, output)
         wanted = Wanted(options, device=checked_device(device))
+        if adapter_folder(model) is not None:
+            raise ValueError(f"{model} is an adapter and no model: merge it (merge_and_unload) and save that")
         source = open_source(model, pretrained=pretrained, key=key)
     report = _report(source, wanted, method)
     with complaints():

@@ -112,3 +112,9 @@ def test_a_base_that_does_not_fit(arguments: tuple[str, ...], message: str, base
     result = run(*(paths.get(argument, argument) for argument in arguments))
     assert result.exit_code == 2
     assert message in " ".join(result.stderr.split())
+
+
+def test_an_adapter_gets_no_plan_to_prune(adapter: Path) -> None:
+    refused = run("sparsity", adapter, "--target", 0.5)
+    assert refused.exit_code == 2
+    assert "merge" in refused.stderr
