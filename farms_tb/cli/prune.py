@@ -110,8 +110,7 @@ def prune(
             device=checked_device(device),
         )
         run = prepare(wish)
-    if run.left_out:
-        say(f"not copied, since they hold dense weights: {', '.join(run.left_out)}")
+    _say_what_is_copied(run)
     report = _carried_out(run)
     _print(report, output)
     say(f"wrote {output}")
@@ -120,6 +119,17 @@ def prune(
 def _calibration(path: Path | None, sequences: int, length: int | None, seed: int) -> CalibrationFile | None:
     """Return the calibration data that the user asks for; None without a file."""
     return None if path is None else CalibrationFile(path, sequences, length, seed)
+
+
+def _say_what_is_copied(run: PreparedRun) -> None:
+    """Say which files of the model's folder are not in the output, and which weights in it are not pruned."""
+    others = run.others
+    if others.left_out:
+        say(f"not copied, since they hold dense weights: {', '.join(others.left_out)}")
+    if others.other_models:
+        say(f"not copied, since other models are in them: {', '.join(others.other_models)}")
+    if others.unpruned:
+        say(f"copied and not pruned, since modules.json names their folders: {', '.join(others.unpruned)}")
 
 
 def _carried_out(run: PreparedRun) -> PruneReport:

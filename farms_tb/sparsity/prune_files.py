@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,13 @@ from farms_tb.sparsity.transformers_models import (
     load_tokenizer,
     vocabulary_of,
 )
-from farms_tb.sparsity.unfinished import UnfinishedFolder, check_output, copied_files, open_unfinished
+from farms_tb.sparsity.unfinished import (
+    FolderFiles,
+    UnfinishedFolder,
+    check_output,
+    files_of_folder,
+    open_unfinished,
+)
 from farms_tb.weights.files import INDEX
 
 __all__ = ["PreparedRun", "PruneWish", "prepare", "prune_files"]
@@ -90,7 +96,7 @@ class PreparedRun:
         batches: the calibration data; none where the weights are streamed.
         config: of the model of transformers; None where the weights are streamed.
         unfinished: where the pruned model is written until it is whole.
-        left_out: names of files with dense weights that are not copied.
+        others: the other files of the model's folder.
     """
 
     wish: PruneWish
@@ -98,7 +104,7 @@ class PreparedRun:
     batches: Sequence[Batch]
     config: Any
     unfinished: UnfinishedFolder
-    left_out: Sequence[str]
+    others: FolderFiles
 
 
 def prepare(wish: PruneWish) -> PreparedRun:
@@ -126,8 +132,9 @@ def prepare(wish: PruneWish) -> PreparedRun:
     facts = _facts(wish, stored, batches)
     unfinished = open_unfinished(wish.output, facts, _size(wish, stored))
     written = {file.name for file in stored.files}
-    left_out = [name for name in copied_files(wish.folder)[1] if name not in written]
-    return PreparedRun(wish, stored, batches, config, unfinished, left_out)
+    others = files_of_folder(wish.folder)
+    others = replace(others, left_out=[name for name in others.left_out if name not in written])
+    return PreparedRun(wish, stored, batches, config, unfinished, others)
 
 
 def _size(wish: PruneWish, stored: StoredModel) -> int:
@@ -198,7 +205,7 @@ def prune_files(run: PreparedRun, progress: Progress) -> PruneReport:
         raise
     in_order = {name: layers[name] for name in run.stored.layers}
     report = PruneReport(in_order, run.wish.method, run.wish.structure, time.perf_counter() - start)
-    run.unfinished.finish(copied_files(run.wish.folder)[0], _as_json(run, report))
+    run.unfinished.finish(run.others.copied, _as_json(run, report))
     return report
 
 

@@ -28,22 +28,18 @@ from farms_tb.sparsity.checkpoint import note_run
 from farms_tb.sparsity.prune_report import PrunedLayer
 from farms_tb.weights.files import INDEX
 
-__all__ = ["UnfinishedFolder", "check_output", "copied_files", "open_unfinished"]
+__all__ = ["FolderFiles", "UnfinishedFolder", "check_output", "files_of_folder", "open_unfinished"]
 
 _WEIGHTS = (
-    ".safetensors",
-    ".bin",
-    ".pt",
-    ".pth",
-    ".ckpt",
-    ".gguf",
-    ".h5",
-    ".msgpack",
-    ".onnx",
-    ".onnx_data",
-    ".npz",
+    *(".safetensors", ".gguf", ".ggml", ".msgpack"),
+    *(".bin", ".pt", ".pth", ".ptl", ".pte", ".ckpt", ".distcp", ".pkl", ".pickle", ".joblib", ".npy", ".npz"),
+    *(".onnx", ".onnx_data", ".onnx.data", ".ort", ".ot", ".mlmodel", ".engine", ".pdparams"),
+    *(".h5", ".hdf5", ".keras", ".pb", ".tflite"),
 )
 """Ends of names of files that hold weights, dense ones, which do not belong to the pruned model."""
+
+_REPORT = "sparsity.json"
+"""What was done to each layer; a folder with it is the output of a pruning."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +111,7 @@ class UnfinishedFolder:
             (model / name).parent.mkdir(parents=True, exist_ok=True)
             with atomic_path(model / name) as path:
                 shutil.copyfile(source, path)
-        write_text_atomically(model / "sparsity.json", report)
+        write_text_atomically(model / _REPORT, report)
         if self.output.is_dir():
             self.output.rmdir()  # An empty one; any other raises.
         model.rename(self.output)
@@ -190,29 +186,74 @@ def _check_room(folder: Path, size: int) -> None:
         )
 
 
-def copied_files(model: Path) -> tuple[dict[str, Path], list[str]]:
-    """List the files of a folder that belong to the pruned model as they are: configuration, tokenizer, index.
+@dataclass(frozen=True)
+class FolderFiles:
+    """What of a model's folder belongs to the pruned model, and what does not.
+
+    Attributes:
+        copied: files that are copied as they are, by their names relative to the folder: configuration, tokenizer,
+            index, and the modules of sentence-transformers after the model, weights included.
+        unpruned: names of those copied files that hold weights.
+        left_out: names of files that are not copied because they hold dense weights.
+        other_models: names of folders that are not copied because another model is in them.
+    """
+
+    copied: Mapping[str, Path]
+    unpruned: Sequence[str] = ()
+    left_out: Sequence[str] = ()
+    other_models: Sequence[str] = ()
+
+
+def files_of_folder(model: Path) -> FolderFiles:
+    """Sort the files of a folder by whether they belong to the pruned model.
 
     Args:
         model: the folder of the dense model; of a file of weights, nothing is copied.
-
-    Returns:
-        The files by their names relative to the folder, and the names of those that are left out because they hold
-        dense weights.
     """
-    copied: dict[str, Path] = {}
-    left_out: list[str] = []
     if not model.is_dir():
-        return copied, left_out
+        return FolderFiles({})
+    modules = _modules(model)
+    copied: dict[str, Path] = {}
+    unpruned: list[str] = []
+    left_out: list[str] = []
+    other_models: dict[str, None] = {}
     for file in sorted(_visible_files(model)):
-        name = file.relative_to(model).as_posix()
-        if name == "sparsity.json":  # of the pruning that made this model
+        name = file.relative_to(model)
+        of_module = any(name.is_relative_to(module) for module in modules)
+        other = None if of_module else _other_model(model, name)
+        if other is not None:
+            other_models[other] = None
+        elif name.as_posix() == _REPORT:  # of the pruning that made this model
             continue
-        if _holds_weights(file):
-            left_out.append(name)
+        elif _holds_weights(file) and not of_module:
+            left_out.append(name.as_posix())
         else:
-            copied[name] = file
-    return copied, left_out
+            copied[name.as_posix()] = file
+            if _holds_weights(file):
+                unpruned.append(name.as_posix())
+    return FolderFiles(copied, unpruned, left_out, tuple(other_models))
+
+
+def _modules(model: Path) -> list[str]:
+    """Return the folders of the modules of sentence-transformers that come after the model, such as `2_Dense`."""
+    try:
+        modules = json.loads((model / "modules.json").read_bytes())
+        paths = [module["path"] for module in modules]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return []
+    # The empty path is the model's own.
+    return [path for path in paths if isinstance(path, str) and Path(path).parts]
+
+
+def _other_model(model: Path, name: Path) -> str | None:
+    """Return the folder in a model's folder in which a file is part of another model; None where it is not.
+
+    Checkpoints of a trainer are such, and outputs of earlier prunings.
+    """
+    for folder in list(name.parents)[-2::-1]:  # From the outermost; the last parent is the model's folder itself.
+        if folder.name.startswith("checkpoint-") or (model / folder / _REPORT).is_file():
+            return f"{folder.as_posix()}/"
+    return None
 
 
 def _visible_files(folder: Path) -> Iterator[Path]:
@@ -225,6 +266,8 @@ def _visible_files(folder: Path) -> Iterator[Path]:
 
 def _holds_weights(file: Path) -> bool:
     """Tell a file of weights, or an index of such files in another format, by its name."""
-    if file.name.endswith(INDEX):
-        return not file.name.endswith(f".safetensors{INDEX}")
-    return file.suffix in _WEIGHTS
+    name = file.name.lower()
+    if name.endswith(INDEX):
+        return not name.endswith(f".safetensors{INDEX}")
+    # TensorFlow's checkpoints are `model.ckpt.index` and `model.ckpt.data-00000-of-00001`.
+    return name.endswith(_WEIGHTS) or ".ckpt." in name

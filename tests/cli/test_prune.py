@@ -147,6 +147,34 @@ def test_files_names_types_and_order_stay(dense: Path, plan: Path, tmp_path: Pat
     load(tmp_path / "out")
 
 
+def test_of_other_files_the_output_has_what_belongs_to_the_model(dense: Path, plan: Path, tmp_path: Path) -> None:
+    """Weights of the modules after the model are copied; dense weights in other formats and other models not."""
+    folder = shutil.copytree(dense, tmp_path / "sentences")
+    names = ["rust_model.ot", "w.npy", "onnx/model.onnx.data", "m.tflite", "tf.pb", "w.pkl", "W.ONNX"]
+    names += ["keras.hdf5", "tf.ckpt.data-00000-of-00001", "tf.ckpt.index"]
+    kept = ["2_Dense/model.safetensors", "2_Dense/config.json", "1_Pooling/config.json", "tokenizer.model"]
+    others = ["checkpoint-500/trainer_state.json", "old50/sparsity.json", "old50/tokenizer.json"]
+    for name in [*names, *kept, *others]:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"content")
+    paths = [{"path": path} for path in ("", "1_Pooling", "2_Dense")]
+    (folder / "modules.json").write_text(json.dumps(paths))
+    done = run(folder, "--plan", plan, "-o", tmp_path / "out")
+    assert done.exit_code == 0, done.stderr
+    before, after = files(folder), files(tmp_path / "out")
+    assert before.keys() - after.keys() == {*names, *others, "original/consolidated.pth"}
+    assert all(after[name] == before[name] for name in kept)
+    said = done.stderr.replace("\n", " ")
+    assert "not pruned" in said
+    assert "modules.json" in said
+    for name in [*names, "2_Dense/model.safetensors", "checkpoint-500/", "old50/"]:
+        assert name in said
+    # The output of a pruning may be pruned itself.
+    again = run(tmp_path / "out", "--plan", plan, "-o", tmp_path / "again")
+    assert again.exit_code == 0, again.stderr
+    assert files(tmp_path / "again").keys() == after.keys()
+
+
 def test_the_table_and_the_report_say_what_was_done(dense: Path, plan: Path, ids: Path, tmp_path: Path) -> None:
     options = ("--plan", plan, "--calibration", ids, "--length", 32, "--sequences", 4)
     done = run(dense, *options, "-o", tmp_path / "out")
