@@ -76,7 +76,8 @@ def prune(
     length: Annotated[
         int | None,
         typer.Option(
-            help="Tokens of a calibration sequence. Default: 2048, or the context of the model if smaller."
+            help="Tokens of a calibration sequence. Default: 2048, or the context of the model if smaller. Ids "
+            "(sequences, tokens) have their own length."
         ),
     ] = None,
     structure: Annotated[

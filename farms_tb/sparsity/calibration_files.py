@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from farms_tb.options import check_integer
 from farms_tb.sparsity.calibration import calibration_batches, tokens_of_text
 
-__all__ = ["CalibrationFile", "batches_of_file", "holds_ids", "with_context"]
+__all__ = ["CalibrationFile", "batches_of_file", "check_length", "holds_ids"]
 
 _IDS = "input_ids"
 _LENGTH = 2048
@@ -49,49 +49,72 @@ def holds_ids(path: Path) -> bool:
     return path.suffix in (".pt", ".pth", ".safetensors")
 
 
-def batches_of_file(file: CalibrationFile, tokenizer: Callable[..., Any] | None) -> list[dict[str, Tensor]]:
+def batches_of_file(
+    file: CalibrationFile, tokenizer: Callable[..., Any] | None, longest: int | None = None
+) -> list[dict[str, Tensor]]:
     """Read calibration data.
 
     Args:
         file: the file.
         tokenizer: for text, see `farms_tb.sparsity.calibration.tokens_of_text`.
+        longest: tokens that the model was made for at most; None where that is not known.
 
     Returns:
         Batches of one sequence each, `{"input_ids": (1, tokens)}`, int64.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is neither text nor ids, or is too short.
+        ValueError: it is neither text nor ids, is too short, or holds sequences that are longer than `longest` or
+            of another length than `file` asks for.
     """
+    check_length(file.length, longest)
     if not holds_ids(file.path):
         assert tokenizer is not None
         ids = tokens_of_text(file.path, tokenizer)
     else:
         ids = _ids(file.path)
     if ids.ndim == 2:
+        _check_rows(ids.shape[1], file, longest)
         chosen = _chosen_rows(len(ids), file)
         return [{_IDS: ids[row][None]} for row in chosen]
-    return calibration_batches(ids, number=file.sequences, length=file.length or _LENGTH, seed=file.seed)
+    length = file.length or min(_LENGTH, longest or _LENGTH)
+    return calibration_batches(ids, number=file.sequences, length=length, seed=file.seed)
 
 
-def with_context(file: CalibrationFile, longest: int | None) -> CalibrationFile:
-    """Return calibration data with the length of their sequences.
+def check_length(length: int | None, longest: int | None) -> None:
+    """Refuse sequences that are longer than the context of the model.
 
     Args:
-        file: the file.
+        length: tokens of a sequence that the user asks for; None where the model decides.
         longest: tokens that the model was made for at most; None where that is not known.
 
     Raises:
-        ValueError: the sequences are longer.
+        ValueError: they are longer.
     """
-    if file.length is None:
-        return replace(file, length=min(_LENGTH, longest or _LENGTH))
-    if longest is not None and file.length > longest:
+    if length is not None and longest is not None and length > longest:
         raise ValueError(
-            f"calibration sequences of {file.length} tokens are longer than the context of the model: pass "
+            f"calibration sequences of {length} tokens are longer than the context of the model: pass "
             f"--length {longest} or less"
         )
-    return file
+
+
+def _check_rows(tokens: int, file: CalibrationFile, longest: int | None) -> None:
+    """Refuse sequences in a file that have another length than the user asks for, or are longer than the context.
+
+    Raises:
+        ValueError: they are such.
+    """
+    cut = "pass ids (tokens,), which are cut by --length"
+    if file.length not in (None, tokens):
+        raise ValueError(
+            f"{file.path} holds sequences of {tokens} tokens, which are used as they are, not of --length "
+            f"{file.length}: leave --length out, or {cut}"
+        )
+    if longest is not None and tokens > longest:
+        raise ValueError(
+            f"{file.path} holds calibration sequences of {tokens} tokens, longer than the context of the model, "
+            f"{longest}: pass ids (sequences, {longest}) or shorter, or {cut}"
+        )
 
 
 def _chosen_rows(rows: int, file: CalibrationFile) -> list[int]:

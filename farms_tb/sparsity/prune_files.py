@@ -20,7 +20,7 @@ from torch import Tensor
 import farms_tb
 from farms_tb.options import check_choice, check_integer
 from farms_tb.sparsity.calibration import Batch, check_vocabulary
-from farms_tb.sparsity.calibration_files import CalibrationFile, batches_of_file, holds_ids, with_context
+from farms_tb.sparsity.calibration_files import CalibrationFile, batches_of_file, check_length, holds_ids
 from farms_tb.sparsity.methods import PruneMethod, Structure, smallest_entries
 from farms_tb.sparsity.plan import SparsityPlan
 from farms_tb.sparsity.planned_tensors import (
@@ -160,9 +160,10 @@ def _calibration(wish: PruneWish) -> tuple[list[dict[str, Tensor]], Any]:
             "FILE, a text or token ids, or use --method magnitude"
         )
     config = load_config(wish.folder)
-    calibration = with_context(wish.calibration, context_length(config))
-    tokenizer = None if holds_ids(calibration.path) else load_tokenizer(wish.folder)
-    batches = batches_of_file(calibration, tokenizer)
+    longest = context_length(config)
+    check_length(wish.calibration.length, longest)  # Before a tokenizer is loaded.
+    tokenizer = None if holds_ids(wish.calibration.path) else load_tokenizer(wish.folder)
+    batches = batches_of_file(wish.calibration, tokenizer, longest)
     for batch in batches:
         check_vocabulary("calibration", batch["input_ids"], vocabulary_of(config))
     return batches, config

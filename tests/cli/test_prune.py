@@ -410,6 +410,9 @@ WANDA = ("--method", "wanda", "--calibration", "ids.pt", "--length", "32")
         (as_it_is, (*WANDA[:4], "--length", "600"), ["context", "--length 64"]),
         (as_it_is, ("--method", "wanda", "--calibration", "short.pt", "--length", "32"), ["too short"]),
         (as_it_is, ("--method", "wanda", "--calibration", "foreign.pt", "--length", "32"), ["vocabulary"]),
+        (as_it_is, ("--method", "wanda", "--calibration", "long_rows.pt"), ["long_rows.pt", "100", "model, 64"]),
+        (as_it_is, ("--calibration", "long_rows.pt"), ["long_rows.pt", "100", "model, 64"]),
+        (as_it_is, ("--calibration", "rows.pt", "--length", "16"), ["rows.pt", "24", "--length 16"]),
         (as_it_is, ("--method", "wanda", "--calibration", "numbers.pt"), ["ids of tokens"]),
         (as_it_is, ("--method", "wanda", "--calibration", "absent.pt"), ["absent.pt"]),
         (as_it_is, ("--method", "wanda", "--calibration", "text.txt"), ["tokenizer", "token ids"]),
@@ -433,6 +436,8 @@ def test_bad_input_is_refused_and_leaves_nothing(
     torch.save(torch.arange(31), "short.pt")
     torch.save(torch.arange(64) + VOCABULARY - 5, "foreign.pt")
     torch.save(torch.randn(64), "numbers.pt")
+    torch.save(torch.arange(400).view(4, 100) % VOCABULARY, "long_rows.pt")
+    torch.save(torch.arange(96).view(4, 24) % VOCABULARY, "rows.pt")
     Path("text.txt").write_text("some words")
     folder = shutil.copytree(dense, tmp_path / "changed")
     change(folder)
