@@ -1,7 +1,8 @@
 """The blocks that an interrupted run of pruning had finished.
 
 A folder holds `run.json`, which says what was being done, and for each finished block a file with the masks of its
-weights and, after SparseGPT, the corrected entries. Each file is written whole or not at all.
+weights and, after SparseGPT, the corrected entries. Each file is written whole or not at all, and begins with the
+SHA-256 of the rest: one that a disk or a copy has damaged since is removed, and its block pruned again.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from farms_tb.sparsity.sequential import Batch, Block
 __all__ = ["Checkpoint", "note_run", "open_checkpoint"]
 
 _RUN = "run.json"
+_DIGEST = 32
+"""Bytes of the digest at the start of a block's file."""
 
 
 @dataclass(frozen=True)
@@ -66,19 +69,34 @@ class Checkpoint:
         # Through memory, since torch.save turns a full disk into a RuntimeError.
         whole = BytesIO()
         torch.save(content, whole)
-        with atomic_path(self._file(block.path)) as path:
-            path.write_bytes(whole.getbuffer())
+        digest = hashlib.sha256(whole.getbuffer()).digest()
+        with atomic_path(self._file(block.path)) as path, path.open("wb") as file:
+            file.write(digest)
+            file.write(whole.getbuffer())
 
     def read(self, block: Block) -> tuple[dict[str, Pruned], dict[str, PrunedLayer]]:
         """Return the masks and corrected entries of a finished block's weights, and what was reported of them."""
         device = block.weights[0].tensor.device
-        content = torch.load(self._file(block.path), map_location=device, weights_only=True)
+        with self._file(block.path).open("rb") as file:
+            file.seek(_DIGEST)
+            content = torch.load(BytesIO(file.read()), map_location=device, weights_only=True)
         chosen = {}
         for weight in block.weights:
             values = content[weight.name]
             mask = _unpacked(values["mask"], weight.tensor.shape).to(device)
             chosen[weight.name] = Pruned(mask, values.get("corrected"))
         return chosen, {name: PrunedLayer(**values["report"]) for name, values in content.items()}
+
+    def remove_damaged(self) -> None:
+        """Remove files of blocks that no longer hold what was written, so that those blocks are pruned again."""
+        for path in self.folder.glob("block-*.pt"):
+            digest = hashlib.sha256()
+            with path.open("rb") as file:
+                expected = file.read(_DIGEST)
+                while content := file.read(2**20):
+                    digest.update(content)
+            if digest.digest() != expected:
+                path.unlink()
 
     def _file(self, block: str) -> Path:
         """Return the file of a block; any path is made a name that no file system objects to."""
@@ -114,7 +132,9 @@ def open_checkpoint(
     contents["weights"] = [_sum(weight.tensor) for weight in weights]
     contents["calibration"] = [_bytes(value) for batch in batches for value in batch.values()]
     note_run(folder, contents)
-    return Checkpoint(folder)
+    checkpoint = Checkpoint(folder)
+    checkpoint.remove_damaged()
+    return checkpoint
 
 
 def note_run(folder: Path, facts: Mapping[str, Sequence[bytes]]) -> None:
@@ -126,7 +146,8 @@ def note_run(folder: Path, facts: Mapping[str, Sequence[bytes]]) -> None:
             it are written.
 
     Raises:
-        ValueError: the folder holds the state of another run; the message names what differs.
+        ValueError: the folder holds the state of another run, the message names what differs; or what says so is
+            damaged.
         OSError: the folder cannot be written to.
     """
     run = {name: _digest(*contents) for name, contents in facts.items()}
@@ -138,14 +159,19 @@ def _check_same_run(path: Path, run: Mapping[str, str]) -> None:
     """Refuse to go on with the state of another run.
 
     Raises:
-        ValueError: there is such.
+        ValueError: there is such, or the file does not say which run it is.
     """
     if not path.is_file():
         return
     try:
         found = json.loads(path.read_text("utf-8"))
-    except ValueError:
-        found = {}
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(
+            f"{path} is damaged, so it is not known whose state is next to it: expected JSON, an object with "
+            f"{', '.join(run)}. Delete {path.parent} to start anew"
+        )
     differ = [name for name in run if found.get(name) != run[name]]
     if differ:
         raise ValueError(

@@ -7,7 +7,7 @@ name            content
 ==============  ======================================================================
 `run.json`      what the run is, so that no other run goes on with its state
 `blocks/`       finished blocks, see `farms_tb.sparsity.checkpoint`
-`layers/`       for each finished file of weights, what was done to the layers in it
+`layers/`       for each finished file of weights, its size and what was done to the layers in it
 `model/`        the files of the pruned model, each written whole or not at all
 ==============  ======================================================================
 
@@ -77,18 +77,33 @@ class UnfinishedFolder:
             OSError: the disk is full, or the folder cannot be written to.
         """
         with atomic_path(self.folder / "model" / name) as path:
-            layers = content(path)
-            text = json.dumps({layer: asdict(done) for layer, done in layers.items()})
+            rows = {layer: asdict(done) for layer, done in content(path).items()}
+            text = json.dumps({"size": path.stat().st_size, "layers": rows})
             # Before the file itself takes its name: a finished file has its layers.
-            write_text_atomically(self.folder / "layers" / f"{name}.json", text)
+            write_text_atomically(self._note(name), text)
 
     def layers(self, names: Sequence[str]) -> dict[str, PrunedLayer]:
         """Return what was done to the layers in finished files, given by their names."""
         found: dict[str, PrunedLayer] = {}
         for name in names:
-            rows = json.loads((self.folder / "layers" / f"{name}.json").read_text("utf-8"))
+            rows = json.loads(self._note(name).read_text("utf-8"))["layers"]
             found.update({layer: PrunedLayer(**row) for layer, row in rows.items()})
         return found
+
+    def remove_damaged(self) -> None:
+        """Remove files of weights that no longer are as they were written, so that they are written again."""
+        for file in (self.folder / "model").iterdir():
+            try:
+                size = json.loads(self._note(file.name).read_bytes())["size"]
+            except (OSError, ValueError, KeyError, TypeError):
+                size = None
+            # What is copied at the end is copied again in any case.
+            if file.is_file() and file.stat().st_size != size:
+                file.unlink()
+
+    def _note(self, name: str) -> Path:
+        """Return the file that says what was done to the layers in a file of weights."""
+        return self.folder / "layers" / f"{name}.json"
 
     def remove_if_empty(self) -> None:
         """Remove the state of a run that has finished nothing."""
@@ -151,6 +166,7 @@ def open_unfinished(output: Path, facts: Mapping[str, Sequence[bytes]], size: in
         (unfinished.folder / part).mkdir(parents=True, exist_ok=True)
     note_run(unfinished.folder, facts)
     _remove_cut_files(unfinished.folder)
+    unfinished.remove_damaged()
     written = sum(file.stat().st_size for file in unfinished.folder.rglob("*") if file.is_file())
     try:
         _check_room(unfinished.folder, size - written)

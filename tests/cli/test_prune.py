@@ -646,6 +646,78 @@ def test_a_killed_run_goes_on_where_it_stopped(
         )
 
 
+def cut_file(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("method", "pattern", "damage"),
+    [
+        ("magnitude", "model/*.safetensors", cut_file),
+        ("magnitude", "layers/*.json", lambda path: path.write_text("{")),
+        ("magnitude", "layers/*.json", lambda path: path.write_text("[]")),
+        ("sparsegpt", "blocks/*.pt", cut_file),
+        ("sparsegpt", "blocks/*.pt", flip_a_bit),
+        ("sparsegpt", "blocks/*.pt", lambda path: path.write_bytes(b"")),
+    ],
+)
+def test_what_was_damaged_since_it_was_finished_is_done_again(
+    deep: Deep,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    pattern: str,
+    damage: Callable[[Path], None],
+) -> None:
+    command = [*deep.command(method), "-o", tmp_path / "out"]
+    stop_after(monkeypatch, *(("pruning blocks", 4) if method == "sparsegpt" else ("writing layers", 40)))
+    assert run(*command).exit_code == 130
+    monkeypatch.undo()
+    state = tmp_path / ".out.unfinished"
+    finished = sorted(state.glob(pattern))
+    assert len(finished) > 1
+    damage(finished[0])
+    again = run(*command)
+    assert again.exit_code == 0, again.stderr
+    assert files(tmp_path / "out") == deep.undisturbed(method)
+
+
+@pytest.mark.parametrize("content", ["[1]", "3", "{"])
+def test_a_state_that_does_not_say_whose_it_is_is_refused(
+    plan: Path, dense: Path, tmp_path: Path, content: str
+) -> None:
+    state = tmp_path / ".out.unfinished"
+    state.mkdir()
+    (state / "run.json").write_text(content)
+    done = run(dense, "--plan", plan, "-o", tmp_path / "out")
+    assert done.exit_code == 2, done.stderr
+    for word in ("run.json", "damaged", "method", f"Delete {state}"):
+        assert word in done.stderr.replace("\n", " ")
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, what: str, number: int) -> None:
+    """Interrupt runs of this process as soon as so many blocks or layers are done."""
+    import farms_tb.cli.prune
+
+    prune_files = farms_tb.cli.prune.prune_files
+
+    def stopped(prepared: Any, progress: Any) -> Any:
+        def told(doing: str, done: int, total: int) -> None:
+            progress(doing, done, total)
+            if doing == what and done > number:
+                raise KeyboardInterrupt
+
+        return prune_files(prepared, told)
+
+    monkeypatch.setattr(farms_tb.cli.prune, "prune_files", stopped)
+
+
 @pytest.mark.parametrize("method", ["magnitude", "sparsegpt"])
 def test_a_full_disk_leaves_a_state_to_go_on_from(deep: Deep, tmp_path: Path, method: str) -> None:
     """For the first file of weights, or the first block, there is no room."""
