@@ -48,7 +48,7 @@ from farms_tb.sparsity.unfinished import (
     files_of_folder,
     open_unfinished,
 )
-from farms_tb.weights.files import INDEX
+from farms_tb.weights.files import INDEX, part_of_each
 
 __all__ = ["PreparedRun", "PruneWish", "prepare", "prune_files"]
 
@@ -294,6 +294,7 @@ def _write(run: PreparedRun, change: Callable[[StoredLayer, Tensor], PrunedLayer
     """
     planned = run.stored.by_tensor
     metadata = _metadata(run)
+    part_of = part_of_each(run.stored.path)
     total, number = len(run.stored.layers), 0
 
     def write_file(source: Path, target: Path) -> dict[str, PrunedLayer]:
@@ -304,7 +305,9 @@ def _write(run: PreparedRun, change: Callable[[StoredLayer, Tensor], PrunedLayer
                 done[layer.name] = change(layer, layer.view(whole))
             progress("writing layers", number + len(done), total)
 
-        rewrite(source, target, {key: partial(change_tensor, key) for key in planned}, metadata)
+        # A copy of a tensor in a file that the index does not name for it stays dense, so it is not written.
+        strays = {key for key, part in part_of.items() if part != source.name}
+        rewrite(source, target, {key: partial(change_tensor, key) for key in planned}, metadata, strays)
         return done
 
     for source in run.stored.files:

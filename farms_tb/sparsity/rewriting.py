@@ -1,4 +1,4 @@
-"""Write a safetensors file again with other entries in some tensors: same names, types, shapes and order.
+"""Write a safetensors file again with other entries in some tensors, or without some: same names, types and order.
 
 One tensor is in memory at a time. What is not changed is copied byte by byte, also types that are unknown here.
 """
@@ -6,8 +6,10 @@ One tensor is in memory at a time. What is not changed is copied byte by byte, a
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +24,11 @@ _ALIGNMENT = 8
 
 
 def rewrite(
-    source: Path, target: Path, changes: Mapping[str, Callable[[Tensor], None]], metadata: Mapping[str, str]
+    source: Path,
+    target: Path,
+    changes: Mapping[str, Callable[[Tensor], None]],
+    metadata: Mapping[str, str],
+    left_out: Container[str] = (),
 ) -> None:
     """Write a file again.
 
@@ -31,6 +37,7 @@ def rewrite(
         target: the file to write, which is not written atomically here.
         changes: what changes a tensor in place, by its name.
         metadata: texts to add to those that the file has.
+        left_out: names of tensors that are not written.
 
     Raises:
         ValueError: the source was cut or changed meanwhile.
@@ -38,9 +45,10 @@ def rewrite(
     """
     file = OpenedFile.at(source)
     header = read_header(file)
-    entries = sorted(header.tensors.items(), key=lambda entry: entry[1]["data_offsets"])
+    kept = {name: entry for name, entry in header.tensors.items() if name not in left_out}
+    entries = sorted(kept.items(), key=lambda entry: entry[1]["data_offsets"])
     with target.open("wb") as written:
-        written.write(_header_bytes(header, metadata))
+        written.write(_header_bytes(replace(header, tensors=_moved_up(kept, entries)), metadata))
         for name, entry in entries:
             begin, end = entry["data_offsets"]
             content = file.read(header.start + begin, end - begin)
@@ -49,6 +57,23 @@ def rewrite(
                 # Shares memory with the content.
                 changes[name](torch.frombuffer(content, dtype=dtype).view(entry["shape"]))
             written.write(content)
+
+
+def _moved_up(
+    kept: Mapping[str, Mapping[str, Any]], in_order: Sequence[tuple[str, Mapping[str, Any]]]
+) -> dict[str, Mapping[str, Any]]:
+    """Return the entries of a header with tensors one after the other, as the format wants them.
+
+    Args:
+        kept: the entries by name, in the order of the header.
+        in_order: the same in the order of the tensors.
+    """
+    moved, at = dict(kept), 0
+    for name, entry in in_order:
+        begin, end = entry["data_offsets"]
+        moved[name] = {**entry, "data_offsets": [at, at + end - begin]}
+        at += end - begin
+    return moved
 
 
 def _header_bytes(header: Header, metadata: Mapping[str, str]) -> bytes:

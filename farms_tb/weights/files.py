@@ -7,7 +7,7 @@ The readers of single formats are `safetensors_files`, `torch_files` and `gguf_f
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ __all__ = [
     "INDEX",
     "StoredTensor",
     "files_of_weights",
+    "part_of_each",
     "read_torch_file",
     "stored_layers",
     "stored_tensors",
@@ -131,6 +132,16 @@ def files_of_weights(path: str | PathLike[str]) -> list[Path]:
     return [path.parent / name for name in sorted(set(_parts(path).values()))]
 
 
+def part_of_each(path: str | PathLike[str]) -> dict[str, str]:
+    """Return the name of the file that holds each tensor; empty for weights in one file.
+
+    Raises:
+        FileNotFoundError, ValueError: see `files_of_weights`.
+    """
+    path = _file_at(Path(path))
+    return _parts(path) if path.name.endswith(INDEX) else {}
+
+
 def tensors_of_state_dict(state_dict: Mapping[str, Any]) -> list[StoredTensor]:
     """List the tensors of a state dict in memory that may be layers.
 
@@ -204,7 +215,7 @@ def _without_weights(folder: Path) -> str:
 
 
 def _in_parts(index: Path, damaged: list[str] | None) -> list[StoredTensor]:
-    """List the tensors of a checkpoint in several files.
+    """List the tensors of a checkpoint in several files; of those in two, the one that the index names.
 
     Args:
         index: the index, which names the file of each tensor.
@@ -214,11 +225,11 @@ def _in_parts(index: Path, damaged: list[str] | None) -> list[StoredTensor]:
         FileNotFoundError: a file is not there.
         ValueError: the index or a file is damaged, or a tensor is not in its file.
     """
-    parts = _parts(index)
+    parts = part_of = _parts(index)
     found = []
     for name in sorted(set(parts.values())):
         try:
-            found += list(_in_file(index.parent / name))
+            found += [one for one in _in_file(index.parent / name) if part_of.get(one.key, name) == name]
         except (ValueError, OSError) as error:
             if damaged is None:
                 raise
@@ -302,13 +313,11 @@ def _state_dict(loaded: Any, path: Path, key: str | None) -> Mapping[str, Any]:
         if key not in candidates:
             raise ValueError(f"{path} holds no state dict under key={key!r}, but under: {_names(candidates)}")
         return candidates[key]
-    for name in (*_STATE_DICT_KEYS, ""):
-        if name in candidates:
-            return candidates[name]
-    if len(candidates) == 1:
-        return next(iter(candidates.values()))
-    if candidates:
-        raise ValueError(f"{path} holds several state dicts, choose one by key=: {_names(candidates)}")
+    possible = _possible(candidates)
+    if len(possible) == 1:
+        return candidates[possible[0]]
+    if possible:
+        raise ValueError(f"{path} holds several state dicts, choose one by key= (--key): {_names(possible)}")
     raise ValueError(
         f"{path} holds no state dict: expected tensors by name, alone or as {_STATE_DICT_KEYS[0]!r}, got "
         f"{_held(loaded)}"
@@ -318,7 +327,9 @@ def _state_dict(loaded: Any, path: Path, key: str | None) -> Mapping[str, Any]:
 def _candidates(
     held: Any, seen: set[int], where: str = "", depth: int = 0
 ) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield the dicts of tensors within a dict, by their keys joined with dots; an optimizer's are none.
+    """Yield the dicts of tensors within a dict, by their keys joined with dots.
+
+    An optimizer's are none, and neither is the further state of a module, which is part of a state dict.
 
     Args:
         held: what is searched.
@@ -332,11 +343,30 @@ def _candidates(
     if any(isinstance(value, TorchTensor) for value in held.values()):
         yield where, held
     for key, value in held.items():
-        if isinstance(key, str) and "optim" not in key:
+        if isinstance(key, str) and "optim" not in key and not key.endswith("_extra_state"):
             yield from _candidates(value, seen, f"{where}.{key}".strip("."), depth + 1)
 
 
-def _names(candidates: Mapping[str, Any]) -> str:
+def _possible(candidates: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return the names of the dicts that may be the weights, one where it can be told which.
+
+    Args:
+        candidates: all dicts of tensors by name.
+    """
+    for usual in (*_STATE_DICT_KEYS, ""):
+        if usual in candidates:
+            # A loss next to the weights, or scores within them, make no second state dict: those have no matrices.
+            within = [name for name in candidates if name == usual or not usual or name.startswith(f"{usual}.")]
+            return [name for name in within if _has_matrix(candidates[name])] or [usual]
+    return list(candidates)
+
+
+def _has_matrix(held: Mapping[str, Any]) -> bool:
+    """Tell whether a dict holds a tensor of two dimensions or more."""
+    return any(isinstance(value, TorchTensor) and len(value.shape) > 1 for value in held.values())
+
+
+def _names(candidates: Iterable[str]) -> str:
     """Return the first ten names, quoted."""
     return ", ".join(repr(name) for name in list(candidates)[:10]) or "none"
 

@@ -99,6 +99,8 @@ def stack_problem(stack: MatrixStack) -> str:
     Args:
         stack: `(K, R, C)`; its values are not read.
     """
+    if stack.matrices.numel() == 0:
+        return "empty, a weight without entries: no spectrum"
     return "" if min(stack.matrices.shape[1:]) > 1 else "one row or one column: no spectrum"
 
 

@@ -282,6 +282,31 @@ def test_links_and_an_index_stand_for_the_folder(dense: Path, plan: Path, tmp_pa
     assert one == {name: content for name, content in other.items() if not name.startswith("original/")}
 
 
+def test_a_tensor_in_two_files_is_that_of_the_index(plan: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    folder = tmp_path / "model"
+    folder.mkdir()
+    weights = {f"layers.{index}.fc.weight": torch.randn(64, 48) for index in range(3)}
+    first, second, third = weights
+    save_file(
+        {first: weights[first], "0": torch.randn(64, 48), second: torch.randn(64, 48)}, folder / "a.safetensors"
+    )
+    save_file({second: weights[second], third: weights[third]}, folder / "b.safetensors")
+    parts = {"0": "a.safetensors", first: "a.safetensors", second: "b.safetensors", third: "b.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": parts}))
+    layers = {f"layers.{index}.fc": PlannedLayer(64 * 48, 0.5) for index in range(3)}
+    SparsityPlan(layers, 0.5, "uniform").save(plan)
+    done = run(folder, "--plan", plan, "-o", tmp_path / "out")
+    assert done.exit_code == 0, done.stderr
+    for file in ("a.safetensors", "b.safetensors"):
+        held = load_file(tmp_path / "out" / file)
+        assert held.keys() == {name for name, part in parts.items() if part == file}
+        for name in held.keys() & weights.keys():
+            kept = held[name] != 0
+            assert int(kept.sum()) == 64 * 24
+            assert torch.equal(held[name][kept], weights[name][kept])
+
+
 def test_one_tensor_is_in_memory_at_a_time(tmp_path: Path) -> None:
     state = {f"blocks.{index}.up.weight": torch.randn(512, 512) for index in range(12)}
     save_file(state, tmp_path / "weights.safetensors")

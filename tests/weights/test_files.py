@@ -228,7 +228,7 @@ def test_what_is_listed_with_a_reason(tmp_path: Path) -> None:
         "six": "a weight of shape (2, 2, 2, 2, 2, 2): expected 3 to 5 dimensions",
         "wide": "one row or one column: no spectrum",
         "nan": "weights contain NaN or infinity",
-        "empty": "one row or one column: no spectrum",
+        "empty": "empty, a weight without entries: no spectrum",
         "odd": no_rule("in_proj_weight"),
         "good": no_rule("good"),
         "good.weight": "ok",
@@ -353,6 +353,49 @@ def test_files_without_a_state_dict(held: Any, words: str, tmp_path: Path) -> No
     torch.save(held, tmp_path / "weights.pt")
     with pytest.raises(ValueError, match=f"weights.pt holds no state dict: .*{words}"):
         analyze_checkpoint(tmp_path / "weights.pt")
+
+
+LAYERS = {"a.weight": torch.randn(20, 30), "b.weight": torch.randn(20, 30)}
+OTHERS = {"c.weight": torch.randn(20, 30)}
+
+
+@pytest.mark.parametrize(
+    "held",
+    [
+        {"net": LAYERS, "best_loss": torch.tensor(0.3)},
+        {"best_loss": torch.tensor(0.3), "classes": torch.ones(9), "net": LAYERS, "rng": {"cpu": torch.ones(9)}},
+        {"state_dict": {"net": LAYERS, "best_loss": torch.tensor(0.3)}, "ema": OTHERS},
+        {**LAYERS, "scores": {"loss": torch.tensor(0.3)}},
+        {**LAYERS, "a._extra_state": {"amax": torch.ones(9, 9)}},
+    ],
+)
+def test_a_stray_tensor_does_not_hide_the_state_dict(held: Any, tmp_path: Path) -> None:
+    torch.save(held, tmp_path / "weights.pt")
+    assert list(analyze_checkpoint(tmp_path / "weights.pt").layers) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("held", "words"),
+    [
+        ({"net": LAYERS, "proj.weight": torch.randn(20, 30)}, "'', 'net'"),
+        ({"net": LAYERS, "ema": OTHERS, "best_loss": torch.tensor(0.3)}, "'net', 'ema'"),
+        ({"model": {"net": LAYERS, "proj.weight": torch.randn(20, 30)}}, "'model', 'model.net'"),
+    ],
+)
+def test_of_several_state_dicts_one_must_be_named(held: Any, words: str, tmp_path: Path) -> None:
+    torch.save(held, tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match=rf"weights.pt holds several .*--key.*: {words}$"):
+        analyze_checkpoint(tmp_path / "weights.pt")
+    assert list(analyze_checkpoint(tmp_path / "weights.pt", key=words.split("'")[-2]).layers)
+
+
+def test_of_a_tensor_in_two_parts_the_one_of_the_index_is_measured(tmp_path: Path) -> None:
+    save_file({"a.weight": LAYERS["a.weight"], "b.weight": OTHERS["c.weight"]}, tmp_path / "1.safetensors")
+    save_file({"b.weight": LAYERS["b.weight"]}, tmp_path / "2.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a.weight": "1.safetensors", "b.weight": "2.safetensors"}}))
+    torch.save(LAYERS, tmp_path / "weights.pt")
+    assert_same_layers(analyze_checkpoint(index), analyze_checkpoint(tmp_path / "weights.pt"))
 
 
 @pytest.mark.parametrize("save", SAVERS)

@@ -140,7 +140,7 @@ def test_quantised_weights_that_can_be_dequantised_are_measured() -> None:
         (lambda: torch.randn(2000).as_strided((500, 500, 60, 60), (1, 1, 1, 1)), "damaged: it claims"),
         (lambda: torch.empty(20, 30, device="meta"), "on the meta device"),
         (lambda: torch.zeros(20, 30, dtype=torch.int8), "torch.int8"),
-        (lambda: torch.zeros(0, 30), "one row or one column"),
+        (lambda: torch.zeros(0, 30), "empty"),
     ],
     ids=["sparse", "CSR", "nested", "expanded", "overlapping", "meta", "integers", "empty"],
 )
