@@ -2,13 +2,14 @@
 
 The callback logs each layer under three columns, `farms/alpha/<layer>`, `farms/ratio/<layer>` and
 `farms/lr/<layer>`, and under up to three more, see `FURTHER`. A run that goes on may leave half a line at the end,
-and a run that crashed may leave anything: what is not a finite number is left out and named in
-`MetricsFile.problems`, the rest is read.
+and a run that crashed may leave anything: lines that are no rows, and what is not a finite number, are left out
+and named in `MetricsFile.problems`, the rest is read.
 """
 
 from __future__ import annotations
 
 import csv
+import itertools
 import math
 import os
 import re
@@ -45,6 +46,10 @@ class _When(NamedTuple):
     """Optimizer steps."""
 
 
+_MOST_LINES = 20
+"""Lines of one row, where a text in it has several."""
+
+
 _Points = dict[str, dict[str, dict[_When, float]]]
 """Values by quantity, layer and time."""
 
@@ -55,6 +60,15 @@ class _Cell(NamedTuple):
     quantity: str
     layer: str
     text: str
+
+
+class _Row(NamedTuple):
+    """A row of the file."""
+
+    line: int
+    """The number of its first line."""
+    cells: dict[str, str]
+    """Its cells as text, by column."""
 
 
 @dataclass(frozen=True)
@@ -126,10 +140,10 @@ def read_logged(path: Path) -> dict[str, Curve]:
     """
     points: dict[str, dict[_When, float]] = {}
     for row in _rows(path, []):
-        when = _when(row)
+        when = _when(row.cells)
         if when is None:
             continue
-        for column, text in row.items():
+        for column, text in row.cells.items():
             value = _finite(text)
             if value is not None and _is_of_the_user(column):
                 points.setdefault(column, {})[when] = value
@@ -156,58 +170,108 @@ def _whole_lines(lines: Iterable[str]) -> Iterator[str]:
     return (line for line in lines if line.endswith("\n"))
 
 
-def _rows(path: Path, left_out: list[str]) -> Iterator[dict[str, str]]:
-    """Yield the rows of a file.
+def _rows(path: Path, left_out: list[str]) -> Iterator[_Row]:
+    """Yield the rows of a file that have a cell for each column.
 
     Args:
         path: the file.
-        left_out: gets a few words on each line that is no CSV.
-
-    Yields:
-        The cells of a row as text, by column; a row that is shorter than the header lacks the last columns.
+        left_out: gets a few words on each line that is no row.
     """
     with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
-        lines = _parsed_lines(file, left_out)
-        header = next(lines, [])
-        for cells in lines:
-            yield dict(zip(header, cells, strict=False))
-
-
-def _parsed_lines(file: Iterable[str], left_out: list[str]) -> Iterator[list[str]]:
-    """Yield the cells of each line of a CSV file that can be parsed.
-
-    The loop calls `next` itself: a `for` would end at the first line that the reader refuses, and the lines after
-    it would be lost.
-    """
-    reader = csv.reader(_whole_lines(file))
-    while True:
+        lines = _whole_lines(file)
+        head = csv.reader(lines)
         try:
-            yield next(reader)
-        except StopIteration:
-            return
+            header = next(head, [])
         except csv.Error as error:
-            left_out.append(f"line {reader.line_num} ({error})")
+            left_out.append(f"line {head.line_num} ({error})")
+            return
+        for number, cells in _records(lines, head.line_num + 1, len(header), left_out):
+            yield _Row(number, dict(zip(header, cells, strict=True)))
 
 
-def _add_measurements(points: _Points, row: Mapping[str, str], left_out: list[str]) -> None:
+def _records(
+    lines: Iterator[str], number: int, columns: int, left_out: list[str]
+) -> Iterator[tuple[int, list[str]]]:
+    """Yield the cells of each row, with the number of its first line.
+
+    Each line is parsed on its own: for one reader of all, a stray quote would make one cell of all lines after it.
+
+    Args:
+        lines: the lines below the header.
+        number: of the first of them in the file.
+        columns: how many there are.
+        left_out: gets a few words on each line that is no row.
+    """
+    ahead: list[str] = []
+    while line := ahead.pop(0) if ahead else next(lines, ""):
+        cells, problem = _parsed(line, columns)
+        used = 1
+        if problem and line.count('"') % 2:
+            ahead += itertools.islice(lines, _MOST_LINES - len(ahead))
+            cells, used = _of_several_lines(line, ahead, columns)
+            del ahead[: used - 1]
+        if cells:
+            yield number, cells
+        elif line.strip():
+            left_out.append(f"line {number} ({problem})")
+        number += used
+
+
+def _of_several_lines(line: str, ahead: Sequence[str], columns: int) -> tuple[list[str], int]:
+    """Read a row that holds a text of several lines.
+
+    Args:
+        line: its first line, which ends within quotes.
+        ahead: the lines after it.
+        columns: how many there are.
+
+    Returns:
+        Its cells, and how many lines it has; no cells where no such row begins here.
+    """
+    for used, following in enumerate(ahead, 2):
+        if _parsed(following, columns)[0]:
+            break  # A row of its own, so the quote before it is stray.
+        line += following
+        cells, _ = _parsed(line, columns)
+        if cells:
+            return cells, used
+    return [], 1
+
+
+def _parsed(text: str, columns: int) -> tuple[list[str], str]:
+    """Return the cells of a row; where it is none, no cells and a few words on why."""
+    try:
+        rows = list(csv.reader([text], strict=True))
+    except csv.Error as error:
+        return [], str(error)
+    if not rows or len(rows[0]) != columns:
+        found = len(rows[0]) if rows else 0
+        return [], f"{found} cells in place of {columns}"
+    return rows[0], ""
+
+
+def _add_measurements(points: _Points, row: _Row, left_out: list[str]) -> None:
     """Add the measurements in a row.
 
     Args:
         points: the values so far, by quantity, layer and time; a later row of equal time replaces an earlier one.
-        row: the cells by column; a row without the callback's columns adds nothing.
+        row: the row; one without values in the callback's columns adds nothing.
         left_out: gets a few words on everything that is no finite number.
     """
-    cells = _filled_cells(row)
+    cells = _filled_cells(row.cells)
     if not cells:
         return
-    when = _when(row)
+    when = _when(row.cells)
     if when is None:
-        left_out.append(f"a row of step {_quoted(row['step'])}")
+        left_out.append(f"line {row.line} (a row of step {_quoted(row.cells['step'])})")
+        return
+    if row.cells.get("epoch") and math.isnan(when.epoch):
+        left_out.append(f"line {row.line} (a row of epoch {_quoted(row.cells['epoch'])})")
         return
     for quantity, layer, text in cells:
         value = _finite(text)
         if value is None:
-            left_out.append(f"{_quoted(text)} as {quantity} of {_quoted(layer)}")
+            left_out.append(f"line {row.line} ({_quoted(text)} as {quantity} of {_quoted(layer)})")
         else:
             points[quantity].setdefault(layer, {})[when] = value
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from farms_tb.viewing.metrics_csv import has_measurements, read_metrics
+from farms_tb.viewing.metrics_csv import has_measurements, read_logged, read_metrics
 from farms_tb.viewing.page import write_page
 
 HEADER = "epoch,step,farms/alpha/a,farms/ratio/a\n"
@@ -52,6 +52,47 @@ def test_other_columns_may_hold_anything(tmp_path: Path) -> None:
 def test_several_odd_cells_are_counted(tmp_path: Path) -> None:
     (problem,) = read_metrics(written(tmp_path, HEADER + "0,0,nan,nan\n" * 3)).problems
     assert "and 5 more" in problem
+
+
+@pytest.mark.parametrize(
+    ("damaged", "line"),
+    [
+        ('2,8,2.5,"1\n', 4),
+        ('2,8,"2.5,1\n', 4),
+        ('2,8,2.5,"1"x\n', 4),
+        ("garbage\n", 4),
+        ("2,83,12,2.5,1\n", 4),
+        ("2,8,2.5\n", 4),
+        ("garbage,8,2.5,1\n", 4),
+        ('2,8,2.5,"1\n\n"\n' + "5,5\n" * 30, 7),
+    ],
+)
+def test_a_damaged_line_costs_itself_alone(tmp_path: Path, damaged: str, line: int) -> None:
+    rows = [f"{epoch},{4 * epoch},2.{epoch},1\n" for epoch in range(9)]
+    path = written(tmp_path, HEADER + "".join([*rows[:2], damaged, *rows[3:]]))
+    found = read_metrics(path)
+    kept = found.history.alpha["a"].epochs
+    assert [epoch for epoch in kept if epoch != 2] == [0, 1, 3, 4, 5, 6, 7, 8]
+    assert set(found.history.alpha["a"].values) <= {2.5, *(float(f"2.{epoch}") for epoch in range(9))}
+    (problem,) = found.problems
+    assert f"line {line} (" in problem
+    assert read_logged(path) == {}
+
+
+def test_two_stray_quotes_hide_no_row_between_them(tmp_path: Path) -> None:
+    rows = ['0,0,2,"1\n', "1,4,2,1\n", '2,8,2,1"\n', GOOD.replace("1,4", "3,12")]
+    found = read_metrics(written(tmp_path, HEADER + "".join(rows)))
+    assert found.history.alpha["a"].epochs == (1, 2, 3)
+    (problem,) = found.problems
+    assert "line 2 (" in problem
+
+
+def test_a_text_of_several_lines_is_one_cell(tmp_path: Path) -> None:
+    path = written(tmp_path, 'epoch,step,note,farms/alpha/a\n0,0,"two\nlines, ""quoted""",2\n1,4,"\n\n",x\n')
+    found = read_metrics(path)
+    assert found.history.alpha["a"].values == (2,)
+    (problem,) = found.problems
+    assert "line 4 (" in problem
 
 
 @pytest.mark.parametrize(
