@@ -9,14 +9,16 @@ from __future__ import annotations
 import csv
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from io import StringIO
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_args
 
 from farms_tb.atomic_write import write_text_atomically
+from farms_tb.sparsity.options import Granularity
 
 FORMAT = "farms_tb sparsity plan"
 VERSION = 1
@@ -189,12 +191,17 @@ class SparsityPlan:
             )
         try:
             return _plan_of(values)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(_no_plan(path, f"it is damaged ({type(error).__name__}: {error})")) from error
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+            raise ValueError(_no_plan(path, f"it is damaged: {reason}")) from error
 
 
 _LAYER_FIELDS = tuple(f.name for f in fields(PlannedLayer))
 _PLAN_FIELDS = tuple(f.name for f in fields(SparsityPlan) if f.name != "layers")
+_MOST = sys.float_info.max
+_LARGEST = 2**63 - 1
+"""The largest integer of a plan, as of torch."""
+_Kind = TypeVar("_Kind")
 
 
 def _no_plan(path: object, reason: str) -> str:
@@ -226,45 +233,124 @@ def _plan_of(values: dict[str, Any]) -> SparsityPlan:
         values: fields by name; those of newer minor versions are ignored.
 
     Raises:
-        KeyError, TypeError, ValueError, AttributeError: something is missing or of the wrong type.
+        KeyError, TypeError, ValueError: something is missing or of the wrong type; the message names the field.
     """
     layers: dict[str, PlannedLayer] = {}
-    for row in values["layers"]:
-        if row["name"] in layers:
-            raise ValueError(f"two layers are called {row['name']!r}")
-        layers[row["name"]] = _layer_of(row)
+    for row in _checked("layers", values["layers"], list, "a list of layers"):
+        name = _checked("the name of a layer", _checked("a layer", row, dict, "an object")["name"], str, "text")
+        if name in layers:
+            raise ValueError(f"two layers are called {name!r}")
+        layers[name] = _layer_of(row, f"of layer {name!r}")
     if not layers:
         raise ValueError("it has no layers")
-    chosen = {name: values[name] for name in _PLAN_FIELDS}
-    chosen["bounds"] = tuple(map(float, chosen["bounds"]))
-    chosen["notes"] = tuple(map(str, chosen["notes"]))
-    chosen["options"] = dict(chosen["options"])
-    plan = SparsityPlan(layers=layers, **chosen)
-    written, found = float(values["total"]), plan.total
+    plan = SparsityPlan(
+        layers=layers,
+        target=_number("target", values["target"], 0, 1),
+        method=_checked("method", values["method"], str, "text, such as 'alpha'"),
+        epsilon=_number("epsilon", values["epsilon"], 0),
+        granularity=_granularity(values["granularity"]),
+        bounds=_bounds(values["bounds"]),
+        seed=_integer("seed", values["seed"], 0),
+        options=_options(values["options"]),
+        notes=_notes(values["notes"]),
+    )
+    written, found = _number("total", values["total"], 0), plan.total
     if not math.isclose(written, found, rel_tol=1e-9, abs_tol=1e-9):
         raise ValueError(f"its layers add up to a sparsity of {found:.6g}, not to its total {written:.6g}")
     return plan
 
 
-def _layer_of(row: Mapping[str, Any]) -> PlannedLayer:
-    """Return the layer in one row of decoded JSON."""
+def _layer_of(row: Mapping[str, Any], where: str) -> PlannedLayer:
+    """Return the layer in one row of decoded JSON.
+
+    Args:
+        row: the row.
+        where: which layer it is, for messages.
+    """
+    shape = _checked(f"shape {where}", row["shape"], list, "a list of sizes, empty where they are not known")
+    alpha, error = (
+        None if row[name] is None else _number(f"{name} {where}", row[name]) for name in ("alpha", "alpha_error")
+    )
     return PlannedLayer(
-        size=_integer(row["size"]),
-        sparsity=float(row["sparsity"]),
-        block=str(row["block"]),
-        alpha=_number_or_none(row["alpha"]),
-        alpha_error=_number_or_none(row["alpha_error"]),
-        shape=tuple(map(_integer, row["shape"])),
+        size=_integer(f"size {where}", row["size"], 1),
+        sparsity=_number(f"sparsity {where}", row["sparsity"], 0),
+        block=_checked(f"block {where}", row["block"], str, "text, empty where there is none"),
+        alpha=alpha,
+        alpha_error=error,
+        shape=tuple(_integer(f"shape {where}", size, 1) for size in shape),
     )
 
 
-def _integer(value: Any) -> int:
-    """Return an integer, or raise a TypeError for anything else."""
-    if type(value) is not int:
-        raise TypeError(f"expected an integer, got {value!r}")
+def _checked(name: str, value: Any, kind: type[_Kind], allowed: str) -> _Kind:
+    """Return a value of a type, or raise a TypeError that says what is allowed for it."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be {allowed}, got {_shown(value)}")
     return value
 
 
-def _number_or_none(value: Any) -> float | None:
-    """Return None or a number as a float."""
-    return None if value is None else float(value)
+def _number(name: str, value: Any, at_least: float = -_MOST, at_most: float = _MOST) -> float:
+    """Return a finite number within bounds as a float.
+
+    Raises:
+        TypeError: it is no number.
+        ValueError: it is none within the bounds.
+    """
+    is_number = type(value) in (int, float)
+    if is_number and at_least <= value <= at_most:  # NaN is not.
+        return float(value)
+    low = f" of at least {at_least:g}" if at_least > -_MOST else ""
+    allowed = f"{low} and at most {at_most:g}" if at_most < _MOST else low
+    raise (ValueError if is_number else TypeError)(f"{name} must be a finite number{allowed}, got {_shown(value)}")
+
+
+def _integer(name: str, value: Any, at_least: int) -> int:
+    """Return an integer that counts something.
+
+    Raises:
+        TypeError: it is none.
+        ValueError: it is too small or too large.
+    """
+    if type(value) is int and at_least <= value <= _LARGEST:
+        return value
+    allowed = f"an integer of at least {at_least} and below 2**63"
+    raise (ValueError if type(value) is int else TypeError)(f"{name} must be {allowed}, got {_shown(value)}")
+
+
+def _granularity(value: Any) -> str:
+    """Return what has a sparsity of its own, or raise a ValueError."""
+    if value not in get_args(Granularity):
+        allowed = ", ".join(map(repr, get_args(Granularity)))
+        raise ValueError(f"granularity must be one of {allowed}, got {_shown(value)}")
+    return str(value)
+
+
+def _bounds(value: Any) -> tuple[float, float]:
+    """Return the smallest and the largest sparsity, or raise a ValueError or TypeError."""
+    bounds = _checked("bounds", value, list, "a list of two numbers")
+    if len(bounds) != 2:
+        raise ValueError(f"bounds must be a list of two numbers, got {_shown(value)}")
+    low, high = (_number("bounds", bound, 0) for bound in bounds)
+    return low, high
+
+
+def _options(value: Any) -> dict[str, Any]:
+    """Return the further options, or raise a ValueError or TypeError."""
+    options: dict[str, Any] = _checked("options", value, dict, "an object")
+    try:
+        json.dumps(options, allow_nan=False)
+    except ValueError as error:
+        raise ValueError("options must hold finite numbers, got NaN or Infinity") from error
+    return options
+
+
+def _notes(value: Any) -> tuple[str, ...]:
+    """Return the notes, or raise a TypeError."""
+    notes = _checked("notes", value, list, "a list of texts")
+    return tuple(_checked("a note", note, str, "text") for note in notes)
+
+
+def _shown(value: Any) -> str:
+    """Return the beginning of a value for a message; a long integer cannot be printed."""
+    if isinstance(value, int) and abs(value) > _LARGEST:
+        return f"an integer of {value.bit_length()} bits"
+    return f"{value!r:.80}"
