@@ -317,7 +317,8 @@ def _state_dict(loaded: Any, path: Path, key: str | None) -> Mapping[str, Any]:
     if len(possible) == 1:
         return candidates[possible[0]]
     if possible:
-        raise ValueError(f"{path} holds several state dicts, choose one by key= (--key): {_names(possible)}")
+        found = _names(possible)
+        raise ValueError(f"{path} holds several state dicts, choose one by --key, in Python by key=: {found}")
     raise ValueError(
         f"{path} holds no state dict: expected tensors by name, alone or as {_STATE_DICT_KEYS[0]!r}, got "
         f"{_held(loaded)}"
