@@ -57,11 +57,12 @@ from rich.markup import escape
 
 from recipes.command import user_errors
 from recipes.console import make_console, quiet_lightning, warn
+from recipes.errors import RecipeError
 from recipes.old_names import current_overrides
 from recipes.study.cells import Study, load_study
 from recipes.study.findings import find, show, write
 from recipes.study.pairs import Records
-from recipes.study.records import read_records
+from recipes.study.records import RESULTS_FILE, read_records
 from recipes.study.runner import run_study, show_plan
 from recipes.train import CONFIG_DIR
 
@@ -129,6 +130,9 @@ def _run(overrides: Sequence[str], report_only: bool, console: Console) -> None:
     study = load_study(CONFIG_DIR, overrides)
     if report_only:
         results: dict[str, Records] = {cell.name: read_records(cell.folder) for cell in study.cells}
+        if not any(results.values()):
+            looked_at = ", ".join(str(cell.folder / RESULTS_FILE) for cell in study.cells)
+            raise RecipeError(f"there is nothing to report: no finished run in {looked_at}. Check study.folder")
     else:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

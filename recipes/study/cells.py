@@ -275,7 +275,20 @@ def load_study(config_dir: str, overrides: Sequence[str]) -> Study:
             options = _read_options({**plain, **_without_typed(own, name, sorted_overrides.study)})
             cells.append(_load_cell(name, folder, options, sorted_overrides.runs))
     _check_names(cells)
+    _check_baselines(cells)
     return Study(tuple(cells), folder, resources)
+
+
+def _check_baselines(cells: Sequence[Cell]) -> None:
+    """Refuse cells with different baselines: their effects have no common meaning.
+
+    Raises:
+        RecipeError: There are such.
+    """
+    baselines = {cell.options.baseline: cell.name for cell in cells}
+    if len(baselines) > 1:
+        found = ", ".join(f"{baseline} in {cell}" for baseline, cell in baselines.items())
+        raise RecipeError(f"all cells of a study have one baseline, got {found}")
 
 
 def _without_typed(own: Mapping[str, Any], cell: str, overrides: Sequence[str]) -> dict[str, Any]:

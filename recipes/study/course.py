@@ -45,6 +45,8 @@ class Ratios:
         """Note them if they are new; call it before each step."""
         if self._balancer is None or self._balancer.report is self._report:
             return
+        if self._balancer.options.ratios.target == "weight_decay":
+            return  # every learning rate stays as it is
         self._report = self._balancer.report
         measured = [name for name, record in self._report.layers.items() if record.shape]
         entries = [math.prod(self._report.layers[name].shape) for name in measured]

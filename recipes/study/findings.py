@@ -139,8 +139,10 @@ def write(findings: Findings, folder: Path) -> list[str]:
         written += [SENSITIVITY_FILE, RANGES_FILE, SENSITIVITY_FIGURE]
     if findings.mediation:
         write_mediation(findings.mediation, folder / MEDIATION_FILE)
-        draw_mediation(findings.mediation, baseline, styles, folder / MEDIATION_FIGURE)
-        written += [MEDIATION_FILE, MEDIATION_FIGURE]
+        written.append(MEDIATION_FILE)
+        if any(row.effect is not None or row.arm == baseline for row in findings.mediation):
+            draw_mediation(findings.mediation, baseline, styles, folder / MEDIATION_FIGURE)
+            written.append(MEDIATION_FIGURE)
     if findings.contrasts:
         write_contrasts(findings.contrasts, folder / CONTRASTS_FILE)
         written.append(CONTRASTS_FILE)

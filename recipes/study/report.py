@@ -90,7 +90,7 @@ def summarise(cells: Mapping[str, Records], arms: Sequence[str], baseline: str) 
         baseline: The arm that the others are compared with.
 
     Returns:
-        The rows of arms that have final runs, by cell; the pooled ones last.
+        The rows of arms that have final runs, by cell; last the pooled ones, of arms that several cells have.
     """
     finals = {name: final_runs(records) for name, records in cells.items()}
     rows: list[Row] = []
@@ -99,8 +99,7 @@ def summarise(cells: Mapping[str, Records], arms: Sequence[str], baseline: str) 
         rows += _corrected([_cell_row(name, runs, arm, baseline) for arm in done])
     if len(finals) > 1:
         every_cell = list(finals.values())
-        done_somewhere = set().union(*every_cell)
-        shown = [arm for arm in arms if arm in done_somewhere]
+        shown = [arm for arm in arms if sum(arm in cell for cell in every_cell) > 1]
         rows += _corrected([_pooled_row(every_cell, arm, baseline) for arm in shown])
     return rows
 

@@ -132,10 +132,11 @@ def test_a_kept_epoch_scores_as_a_training_that_ends_there(tmp_path: Path) -> No
 def test_mean_and_spread_of_the_ratios(tmp_path: Path) -> None:
     fixed = "[[layer1*, 2.0], [layer2*, 2.0], [layer3*, 2.0], [layer4*, 2.0], [conv1, 2.0], [fc, 2.0]]"
     variants = f"+study.variants={{twice: ['balancing=monitor', 'balancing.fixed={fixed}']}}"
-    cell = _cell(tmp_path, variants, "study.arms=[off,farms,twice]")
-    off, farms, twice = (_facts(cell, arm, 1) for arm in ("off", "farms", "twice"))
+    cell = _cell(tmp_path, variants, "study.arms=[off,farms,twice,alphadecay]")
+    off, farms, twice, decay = (_facts(cell, arm, 1) for arm in ("off", "farms", "twice", "alphadecay"))
     assert (off["mean_ratio"], off["ratio_sd"]) == (1.0, 0.0)
     assert (twice["mean_ratio"], twice["ratio_sd"]) == (2.0, 0.0)
+    assert (decay["mean_ratio"], decay["ratio_sd"]) == (1.0, 0.0)  # its ratios are of the weight decay
     assert 0.5 <= farms["mean_ratio"] <= 1.5
     assert 0 < farms["ratio_sd"] <= 0.5
 

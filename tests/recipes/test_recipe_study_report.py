@@ -599,6 +599,40 @@ def test_report_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixt
     assert by_cell == {"digits_vgg16_300": "0.05", "darcy_fno_50": "0.0125"}
 
 
+def test_report_of_nothing_names_where_it_looked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    GlobalHydra.instance().clear()
+    with pytest.raises(SystemExit) as ended:
+        main(["--report", "experiment=study/darcy_fno", f"study.folder={tmp_path / 'misspelt'}"])
+    assert ended.value.code == 2
+    printed = "".join("".join(capsys.readouterr()).split())
+    assert "misspelt" in printed
+    assert "study.folder" in printed
+
+
+def test_cells_of_one_study_have_one_baseline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    GlobalHydra.instance().clear()
+    cells = "+study.cells={study/darcy_fno:{},study/darcy_unet:{baseline:full}}"
+    with pytest.raises(SystemExit) as ended:
+        main(["--dry-run", cells, f"study.folder={tmp_path}"])
+    assert ended.value.code == 2
+    assert "baseline" in "".join(capsys.readouterr())
+
+
+def test_an_arm_of_one_cell_has_no_row_over_all_cells() -> None:
+    cells = _whole_study(["off", "x", "y"])
+    cells["b"] = {job: run for job, run in cells["b"].items() if job.arm != "y"}
+    rows = summarise(cells, ["off", "x", "y"], "off")
+    assert [row.arm for row in rows if row.cell == POOLED] == ["off", "x"]
+    assert [row.cell for row in rows if row.arm == "y"] == ["a"]
+
+
+def test_arms_that_are_ahead_of_the_baseline_are_reported_without_a_figure_of_effects(tmp_path: Path) -> None:
+    ahead = {job: run for job, run in _whole_study(["off", "x"])["a"].items() if job.arm == "x"}
+    findings = find({"a": ahead}, {"a": 0.1}, ["off", "x"], "off")
+    assert "mediation.csv" in write(findings, tmp_path)
+    assert not (tmp_path / "mediation.png").exists()
+
+
 def test_results_with_ratios_and_best_epochs_are_read_back(tmp_path: Path) -> None:
     cells = _whole_study(["off", "x"])
     write_records(tmp_path, cells["a"].values())
