@@ -117,8 +117,8 @@ def check_count(name: str, value: Any) -> None:
     """
     if value is None:
         return
-    if not isinstance(value, int) or value < 1:
-        raise RecipeError(f"{name} must be null or a positive number, got {value!r}")
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise RecipeError(f"{name} must be null or a positive whole number, got {value!r}")
 
 
 def _check_sections(cfg: DictConfig) -> None:

@@ -64,6 +64,7 @@ from recipes.study.findings import find, show, write
 from recipes.study.pairs import Records
 from recipes.study.records import RESULTS_FILE, read_records
 from recipes.study.runner import run_study, show_plan
+from recipes.study.settings import check_settings
 from recipes.train import CONFIG_DIR
 
 __all__ = ["main"]
@@ -133,11 +134,21 @@ def _run(overrides: Sequence[str], report_only: bool, console: Console) -> None:
         if not any(results.values()):
             looked_at = ", ".join(str(cell.folder / RESULTS_FILE) for cell in study.cells)
             raise RecipeError(f"there is nothing to report: no finished run in {looked_at}. Check study.folder")
+        _warn_of_other_settings(study, console)
     else:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             results = dict(run_study(study, console))
     _report(study, results, console)
+
+
+def _warn_of_other_settings(study: Study, console: Console) -> None:
+    """Say where a report is of runs with other settings than the command's; it needs their names alone."""
+    for cell in study.cells:
+        try:
+            check_settings(cell)
+        except RecipeError as error:
+            warn(console, f"warning: {error}")
 
 
 if __name__ == "__main__":

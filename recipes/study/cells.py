@@ -13,6 +13,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -116,9 +117,13 @@ class Options:
     def _check_arms(self) -> None:
         """Refuse arms that are unknown or named twice, and a baseline that is none of them."""
         known = [*ARMS, *self.variants]
-        different = len(set(self.arms)) == len(self.arms)
-        if not self.arms or not set(self.arms) <= set(known) or not different:
-            raise RecipeError(f"study.arms must be different ones of {', '.join(known)}, got {list(self.arms)}")
+        if not isinstance(self.arms, tuple) or not self.arms:
+            raise RecipeError(f'study.arms must be a list such as ["off",farms], got {self.arms!r}')
+        for arm in self.arms:
+            if arm not in known:
+                raise RecipeError(f"study.arms: there is no arm {arm!r}{_nearest(arm, known)}")
+        if len(set(self.arms)) < len(self.arms):
+            raise RecipeError(f"study.arms must be different ones, got {list(self.arms)}")
         if self.baseline not in self.arms:
             raise RecipeError(f"study.baseline={self.baseline} is not one of study.arms {list(self.arms)}")
 
@@ -129,12 +134,25 @@ def _check_whole_number(name: str, value: Any, least: int) -> None:
         raise RecipeError(f"study.{name} must be a whole number of at least {least}, got {value!r}")
 
 
-def _check_grid(name: str, grid: Sequence[Any]) -> None:
-    """Refuse a grid that is empty, has something else than positive numbers in it, or does not ascend."""
-    positive = all(isinstance(multiple, int | float) and 0 < multiple < math.inf for multiple in grid)
-    ascending = positive and list(grid) == sorted(set(grid))
-    if not grid or not ascending:
-        raise RecipeError(f"study.{name} must be positive multiples in ascending order, got {list(grid)}")
+def _nearest(name: Any, known: Sequence[str]) -> str:
+    """Return what may have been meant by an unknown name, as the end of a sentence; else all known names."""
+    nearest = get_close_matches(str(name), known, n=1)
+    return f"; did you mean {nearest[0]}?" if nearest else f"; there are {', '.join(known)}"
+
+
+def _check_grid(name: str, grid: Any) -> None:
+    """Refuse a grid that is no list of positive numbers, is empty, or does not ascend."""
+    if isinstance(grid, tuple) and grid and all(map(_is_positive, grid)) and list(grid) == sorted(set(grid)):
+        return
+    got = list(grid) if isinstance(grid, tuple) else grid
+    raise RecipeError(
+        f"study.{name} must be a list of positive multiples in ascending order, such as [0.5,1,2], got {got}"
+    )
+
+
+def _is_positive(value: Any) -> bool:
+    """Return whether a value is a finite number above 0."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 @dataclass(frozen=True)
@@ -187,6 +205,7 @@ class Cell:
             "tune_seeds": options.tune_seeds,
             "extend": options.extend,
             "vary_data": options.vary_data,
+            "evaluations": options.evaluations,
         }
         if options.baseline_grid is not None:  # absent otherwise, as in studies that were begun without it
             tuning["baseline_grid"] = list(options.baseline_grid)
@@ -218,7 +237,7 @@ class Resources:
             raise RecipeError(f"study.engine must be one of {', '.join(ENGINES)}, got {self.engine!r}")
         for name in ("gpus_per_run", "minutes"):
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
+            if value is not None and not _is_positive(value):
                 raise RecipeError(f"study.{name} must be a number above 0, got {value!r}")
         if self.engine == "local" and self.address is not None:
             raise RecipeError("study.address is that of a Ray cluster: it needs study.engine=ray")
@@ -263,9 +282,9 @@ def load_study(config_dir: str, overrides: Sequence[str]) -> Study:
     sorted_overrides = _sort_overrides(overrides)
     with initialize_config_dir(config_dir, version_base="1.3"):
         plain = _compose_study(sorted_overrides.study)
-        folder = Path(str(plain.pop("folder")))
+        folder = _folder(plain.pop("folder"))
         resources = Resources(**{field.name: plain.pop(field.name) for field in fields(Resources)})
-        options_by_cell: dict[str, Any] = plain.pop("cells")
+        options_by_cell = _cells_of(plain.pop("cells"))
         names = sorted_overrides.experiments or list(options_by_cell)
         if not names:
             raise RecipeError("say what to study: experiment=<name>[,<name>...], or study=small")
@@ -277,6 +296,30 @@ def load_study(config_dir: str, overrides: Sequence[str]) -> Study:
     _check_names(cells)
     _check_baselines(cells)
     return Study(tuple(cells), folder, resources)
+
+
+def _folder(value: Any) -> Path:
+    """Return the folder of the study.
+
+    Raises:
+        RecipeError: The value is no path.
+    """
+    if value is None or not str(value).strip():
+        raise RecipeError(f"study.folder must be a path such as runs/study, got {value!r}")
+    return Path(str(value))
+
+
+def _cells_of(value: Any) -> dict[str, Any]:
+    """Return the cells of the study's file, each with the settings that differ for it.
+
+    Raises:
+        RecipeError: Those of a cell are not settings by name.
+    """
+    cells: dict[str, Any] = value or {}  # the line "cells:" with nothing below it
+    for name, own in cells.items():
+        if not (own is None or isinstance(own, dict)):
+            raise RecipeError(f"study.cells.{name} must be settings by name such as {{seeds: 20}}, got {own!r}")
+    return cells
 
 
 def _check_baselines(cells: Sequence[Cell]) -> None:
@@ -363,10 +406,9 @@ def _read_options(plain: Mapping[str, Any]) -> Options:
     unknown = sorted(set(plain) - set(known))
     if unknown:
         raise RecipeError(f"unknown settings under study: {', '.join(unknown)}; known are {', '.join(known)}")
-    values: dict[str, Any] = dict(plain)
-    for name, value in plain.items():
-        if isinstance(value, list):
-            values[name] = tuple(value)
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in plain.items()}
+    if values.get("variants") is None:  # the line "variants:" with nothing below it
+        values["variants"] = {}
     return Options(**values)
 
 
@@ -389,6 +431,8 @@ def _load_cell(experiment: str, folder: Path, options: Options, overrides: Seque
             f"experiment={experiment}: its data have no seed to vary (data.seed); leave study.vary_data out"
         )
     name = baseline.name
+    if not isinstance(name, str) or name in ("", "..") or name != Path(name).name:
+        raise RecipeError(f"experiment={experiment}: name={name!r} must be that of one folder, below {folder}")
     return Cell(name, folder / name, options, arms)
 
 
@@ -416,7 +460,7 @@ def _compose_arm(experiment: str, options: Options, arm: str, overrides: Sequenc
         if right not in (None, options.program):
             raise RecipeError(
                 f"experiment={experiment} is for python -m recipes.{right}: set study.program={right}, or where a "
-                f"study has cells of both programs study.cells.<experiment>.program={right}"
+                f"study has cells of both programs '+study.cells={{{experiment}:{{program:{right}}}}}'"
             ) from error
         if isinstance(error, RecipeError):
             raise

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_type_hints
+from typing import Any, Literal, NamedTuple, get_args, get_type_hints
 
 from farms_tb.atomic_write import atomic_path
 from recipes.errors import RecipeError
@@ -158,8 +158,16 @@ class Record:
 
         Args:
             which: The score.
+
+        Raises:
+            RecipeError: The error is 0 where it has no smallest value, so that no ratio to it exists.
         """
         if self.metric not in SHARES:
+            if self.error(which) == 0.0:
+                raise RecipeError(
+                    f"{self.experiment} {self.job}: {which} is an error of 0, to which no other has a ratio; "
+                    "choose a task that can't be solved exactly"
+                )
             return log_error(self.error(which), None)
         samples = self.val_samples if which in ("val", "best_val") else self.test_samples
         return log_error(self.error(which), samples)
@@ -175,12 +183,18 @@ def read_records(folder: Path) -> dict[Job, Record]:
         The finished runs; none where there is no file yet.
 
     Raises:
-        RecipeError: The file is not one of `write_records`.
+        RecipeError: The file is not one of `write_records`, or holds runs of another cell.
     """
     path = folder / RESULTS_FILE
     if not path.exists():
         return {}
-    return {record.job: record for record in read_file(path)}
+    records = read_file(path)
+    cells = sorted({record.experiment for record in records})
+    if len(cells) > 1:
+        raise RecipeError(
+            f"{path} has runs of {len(cells)} cells, {', '.join(cells)}; each belongs into a folder of its name"
+        )
+    return {record.job: record for record in records}
 
 
 def read_file(path: Path) -> list[Record]:
@@ -213,7 +227,12 @@ def _read_record(row: dict[str, str]) -> Record:
             continue
         convert = _CONVERT.get(_TYPES[field.name], str)
         values[field.name] = convert(row[field.name])
-    return Record(**values)
+    record = Record(**values)
+    if record.status not in get_args(_TYPES["status"]) or record.metric not in METRICS:
+        raise ValueError(f"{record.job} has status {record.status!r} and metric {record.metric!r}")
+    if record.status == "ok" and not all(map(math.isfinite, (record.val, record.test))):
+        raise ValueError(f"{record.job} has the status ok and scores that are not finite")
+    return record
 
 
 def write_records(folder: Path, records: Iterable[Record]) -> None:

@@ -81,8 +81,11 @@ class Curve:
 
     @property
     def best(self) -> Point:
-        """The point with the smallest error; the smaller rate of equals."""
-        return min(self.points, key=lambda point: point.log_error)
+        """The point with the smallest error; the smaller rate of equals.
+
+        As in the search, a rate at which a run diverged is out, unless one did at every rate.
+        """
+        return min(self.points, key=lambda point: (point.diverged > 0, point.log_error))
 
     @property
     def step(self) -> float:

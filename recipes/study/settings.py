@@ -1,7 +1,8 @@
 """A cell's `settings.yaml`: what its results depend on, noted in its folder and kept from changing.
 
 A study may go on over days and several commands, and its runs are compared with each other. So a command whose
-settings differ from those of the runs that are there is refused, with the settings that differ by name.
+settings differ from those of the runs that are there is refused, with the settings that differ by name. Settings
+of an arm without a finished run may change: they may be the reason why there is none.
 """
 
 from __future__ import annotations
@@ -13,18 +14,23 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from farms_tb.atomic_write import atomic_path
 from recipes.errors import RecipeError
 from recipes.old_names import current_settings
 from recipes.study.cells import Cell
+from recipes.study.pairs import Records
 from recipes.study.programs import load_program
+from recipes.study.records import Record, read_records
 
 __all__ = ["SETTINGS_FILE", "check_cell", "check_settings", "keep_settings", "locked"]
 
 SETTINGS_FILE = "settings.yaml"
 _SHOWN = 8
 _UNSET = "not set"
+_EVALUATIONS = "study.evaluations"  # releases before 0.2 did not note it
 
 
 def check_cell(cell: Cell) -> None:
@@ -78,11 +84,10 @@ def keep_settings(cell: Cell) -> None:
     """
     path = cell.folder / SETTINGS_FILE
     now = cell.identity()
+    check_settings(cell)
     try:
         if path.exists():
-            saved = _read_settings(path)
-            _check_same(cell, saved, now)
-            now["arms"] = {**saved["arms"], **now["arms"]}
+            now["arms"] = {**_read_settings(path)["arms"], **now["arms"]}
         with atomic_path(path) as part:
             OmegaConf.save(OmegaConf.create(now), part)
     except OSError as error:
@@ -90,25 +95,48 @@ def keep_settings(cell: Cell) -> None:
 
 
 def check_settings(cell: Cell) -> None:
-    """Compare the cell's settings with those that are noted in its folder, if any.
+    """Compare the cell's settings with those of the finished runs in its folder, if any.
 
     Args:
         cell: The cell.
 
     Raises:
-        RecipeError: The folder holds results of other settings.
+        RecipeError: The folder holds results of other settings, or of settings that can't be told.
     """
     path = cell.folder / SETTINGS_FILE
+    records = read_records(cell.folder)
+    if not records:
+        return
     if path.exists():
-        _check_same(cell, _read_settings(path), cell.identity())
+        _check_same(cell, _read_settings(path), {record.arm for record in records.values()})
+    elif any(record.config != cell.fingerprint(arm) for arm in cell.arms for record in _of_arm(records, arm)):
+        raise RecipeError(
+            f"whether the results in {cell.folder} come from these settings can't be told: its {SETTINGS_FILE} is "
+            "missing, and the column config is that of other settings or of another version. Bring the file back, "
+            "or choose another study.folder"
+        )
+
+
+def _of_arm(records: Records, arm: str) -> list[Record]:
+    """Return the finished runs of an arm."""
+    return [record for record in records.values() if record.arm == arm]
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
-    """Read what was noted, maybe by an earlier release under old names, as `Cell.identity` gives it."""
-    saved = OmegaConf.to_container(OmegaConf.load(path))
-    assert isinstance(saved, dict)
-    arms = {str(arm): current_settings(settings) for arm, settings in saved["arms"].items()}
-    return {"study": saved["study"], "arms": arms}
+    """Read what was noted, maybe by an earlier release under old names, as `Cell.identity` gives it.
+
+    Raises:
+        RecipeError: The file is damaged.
+    """
+    try:
+        saved: Any = OmegaConf.to_container(OmegaConf.load(path))
+        arms = {str(arm): current_settings(settings) for arm, settings in saved["arms"].items()}
+        return {"study": dict(saved["study"]), "arms": arms}
+    except (YAMLError, OmegaConfBaseException, LookupError, TypeError, ValueError, AttributeError) as error:
+        raise RecipeError(
+            f"{path} is not a file of a study ({type(error).__name__}); bring the right one back, or choose "
+            "another study.folder"
+        ) from error
 
 
 def _unwritable(error: OSError) -> RecipeError:
@@ -116,20 +144,21 @@ def _unwritable(error: OSError) -> RecipeError:
     return RecipeError(f"the study's folder can't be written ({error}); choose another with study.folder=...")
 
 
-def _check_same(cell: Cell, saved: dict[str, Any], now: dict[str, Any]) -> None:
-    """Compare the study's settings, and those of the arms that both have.
+def _check_same(cell: Cell, saved: dict[str, Any], done: set[str]) -> None:
+    """Compare the study's settings, and those of the arms that have finished runs.
 
     Args:
-        cell: The cell, for its folder.
-        saved: What is noted in the folder, as `Cell.identity` gives it.
-        now: The same of this command.
+        cell: The cell, with the settings of this command.
+        saved: What is noted in its folder, as `Cell.identity` gives it.
+        done: The arms with finished runs.
 
     Raises:
         RecipeError: They differ; the message names at most `_SHOWN` settings.
     """
-    old = _flat(saved["study"], "study")
+    now = cell.identity()
     new = _flat(now["study"], "study")
-    for arm in now["arms"].keys() & saved["arms"].keys():
+    old = {_EVALUATIONS: new[_EVALUATIONS], **_flat(saved["study"], "study")}
+    for arm in done & now["arms"].keys() & saved["arms"].keys():
         old.update(_flat(saved["arms"][arm], arm))
         new.update(_flat(now["arms"][arm], arm))
     changes = []

@@ -21,6 +21,9 @@ __all__ = ["LEVEL", "Effect", "RandomEffects", "holm", "log_error", "pooled_effe
 LEVEL = 0.95
 """Coverage of the intervals."""
 
+_ROUNDING = 1e-12
+"""A standard error below this share of the largest log ratio is 0, but for rounding."""
+
 
 @dataclass(frozen=True)
 class Effect:
@@ -28,9 +31,10 @@ class Effect:
 
     Attributes:
         mean: Mean log ratio.
-        low: Lower end of its interval; NaN where a cell has fewer than two pairs.
-        high: Upper end of its interval; NaN where a cell has fewer than two pairs.
-        p: Two-sided p-value of no effect; NaN where a cell has fewer than two pairs.
+        low: Lower end of its interval; NaN where it is unknown: a cell has fewer than two pairs, or the pairs do
+            not differ.
+        high: Upper end of its interval; NaN where that is unknown.
+        p: Two-sided p-value of no effect; NaN where the interval is unknown.
         pairs: Number of log ratios that went in.
     """
 
@@ -65,7 +69,8 @@ def pooled_effect(cells: Sequence[Mapping[int, float]]) -> Effect:
         var = sum over s of ( sum over c that have s of  sqrt(n_c / (n_c - 1)) (d_cs - mean_c) / (C n_c) )^2
 
     for log ratios d_cs of C cells with n_c seeds each. The degrees of freedom are those of the smallest cell,
-    n_c - 1. For one cell all this is the textbook's paired t-interval and t-test.
+    n_c - 1. For one cell all this is the textbook's paired t-interval and t-test. Log ratios that are the same for
+    all seeds, other than 0, leave interval and p-value unknown: on few test samples a handful of seeds may agree.
 
     Args:
         cells: For each cell the log ratio of each seed; no cell is empty.
@@ -86,8 +91,11 @@ def pooled_effect(cells: Sequence[Mapping[int, float]]) -> Effect:
         return Effect(mean, math.nan, math.nan, math.nan, pairs)
     residuals = _residuals(cells, means)
     error = math.sqrt(math.fsum(residual**2 for residual in residuals.values()))
-    if error == 0.0:
-        return Effect(mean, mean, mean, float(mean == 0.0), pairs)
+    largest = max(abs(value) for cell in cells for value in cell.values())
+    if largest == 0.0:  # an arm that does nothing
+        return Effect(0.0, 0.0, 0.0, 1.0, pairs)
+    if error <= _ROUNDING * largest:
+        return Effect(mean, math.nan, math.nan, math.nan, pairs)
     half = error * float(stats.t.ppf((1 + LEVEL) / 2, smallest - 1))
     p = 2 * float(stats.t.sf(abs(mean) / error, smallest - 1))
     return Effect(mean, mean - half, mean + half, p, pairs)
@@ -145,12 +153,12 @@ def random_effects(cells: Sequence[Mapping[int, float]]) -> RandomEffects | None
 
     Args:
         cells: For each cell the log ratio of each seed. Cells with fewer than two are left out, because their
-            standard error is unknown.
+            standard error is unknown; so are those with the same one for all seeds, other than 0.
 
     Returns:
         The mean and its interval; None with fewer than two cells.
     """
-    known = [list(cell.values()) for cell in cells if len(cell) > 1]
+    known = [list(cell.values()) for cell in cells if len(cell) > 1 and _differ(cell)]
     if len(known) < 2:
         return None
     means = [float(np.mean(cell)) for cell in known]
@@ -162,6 +170,11 @@ def random_effects(cells: Sequence[Mapping[int, float]]) -> RandomEffects | None
         total = math.fsum(1 / variance for variance in variances)
         half = float(stats.t.ppf((1 + LEVEL) / 2, len(known) - 1)) / math.sqrt(total)
     return RandomEffects(fit.mean, fit.mean - half, fit.mean + half, fit.tau, len(known))
+
+
+def _differ(cell: Mapping[int, float]) -> bool:
+    """Return whether a cell's log ratios differ between its seeds, or are all 0."""
+    return len(set(cell.values())) > 1 or not any(cell.values())
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -15,16 +15,19 @@ import numpy as np
 import psutil
 import pytest
 from hydra.core.global_hydra import GlobalHydra
+from rich.console import Console
 from scipy import stats
 
 from recipes.config import build_balancer
 from recipes.engine import Outcome
 from recipes.errors import RecipeError
 from recipes.study.__main__ import main
-from recipes.study.cells import load_study
+from recipes.study.cells import Cell, load_study
 from recipes.study.plan import Search, Tuning, plan_arm, tune
 from recipes.study.records import Job, Record, read_records, write_records
 from recipes.study.report import POOLED, Row, summarise
+from recipes.study.runner import show_plan
+from recipes.study.settings import SETTINGS_FILE, keep_settings, locked
 from recipes.study.single import run_once
 from recipes.study.statistics import Effect, holm, log_error, pooled_effect
 from recipes.train import CONFIG_DIR
@@ -71,10 +74,11 @@ def test_cells_without_a_common_seed_add_their_variances() -> None:
 
 def test_pooled_effect_at_its_edges() -> None:
     assert _effect([[0.0, 0.0]]) == Effect(0.0, 0.0, 0.0, 1.0, 2)
-    assert _effect([[0.5, 0.5]]) == Effect(0.5, 0.5, 0.5, 0.0, 2)
-    single = _effect([[0.5]])
-    assert single.mean == 0.5
-    assert math.isnan(single.low + single.high + single.p)
+    # One pair has no spread, and pairs that agree, as few test samples let them, do not say that there is none.
+    for values in ([0.5], [0.5, 0.5], [0.1, 0.1, 0.1]):
+        alike = _effect([values])
+        assert alike.mean == pytest.approx(values[0])
+        assert all(map(math.isnan, (alike.low, alike.high, alike.p)))
     for cells in ([], [[0.1], []]):
         with pytest.raises(ValueError, match="at least one log ratio in every cell"):
             _effect(cells)
@@ -298,13 +302,32 @@ def _tiny(tmp_path: Path, *more: str) -> list[str]:
             ("experiment=darcy_fno", "study.arms=[farms]"),
             r"study.baseline=off is not one of study.arms \['farms'\]",
         ),
-        (("experiment=darcy_fno", "study.arms=[fams]"), "study.arms must be different ones of farms, full, off"),
+        (("experiment=darcy_fno", "study.arms=[fams]"), "no arm 'fams'; did you mean farms"),
+        (("experiment=darcy_fno", "study.arms=['off',zzz]"), "no arm 'zzz'; there are farms, full, off"),
+        (("experiment=darcy_fno", "study.arms=['off',full,full]"), "study.arms must be different ones"),
+        (("experiment=darcy_fno", "study.arms=full"), "study.arms must be a list"),
+        (("experiment=darcy_fno", "study.arms=null"), "study.arms must be a list"),
         (("experiment=darcy_fno", "study.seeds=0"), "study.seeds must be a whole number of at least 1, got 0"),
-        (("experiment=darcy_fno", "study.grid=[2,1]"), "study.grid must be positive multiples in ascending order"),
-        (("experiment=darcy_fno", "study.grid=[0]"), "study.grid must be positive multiples"),
-        (("experiment=darcy_fno", "study.baseline_grid=[]"), "study.baseline_grid must be positive multiples"),
+        (
+            ("experiment=darcy_fno", "study.grid=[2,1]"),
+            "study.grid must be .*positive multiples in ascending order",
+        ),
+        (("experiment=darcy_fno", "study.grid=[0]"), "study.grid must be .*positive multiples"),
+        (("experiment=darcy_fno", "study.grid=[true]"), "study.grid must be .*positive multiples"),
+        (("experiment=darcy_fno", "study.grid=2"), "study.grid must be a list"),
+        (("experiment=darcy_fno", "study.grid=null"), "study.grid must be a list"),
+        (("experiment=darcy_fno", "study.baseline_grid=[]"), "study.baseline_grid must be .*positive multiples"),
+        (("experiment=darcy_fno", "study.baseline_grid=1"), "study.baseline_grid must be a list"),
         (("experiment=darcy_fno", "study.vary_data=3"), "study.vary_data must be true, false or null"),
-        (("experiment=darcy_fno", "study.workers=0"), "study.workers must be null or a positive number"),
+        (("experiment=darcy_fno", "study.workers=0"), "study.workers must be null or a positive whole number"),
+        (("experiment=darcy_fno", "study.workers=true"), "study.workers must be null or a positive whole number"),
+        (("experiment=darcy_fno", "study.minutes=true"), "study.minutes must be a number above 0"),
+        (("experiment=darcy_fno", "study.folder=null"), "study.folder must be a path"),
+        (("experiment=darcy_fno", "study.folder=''"), "study.folder must be a path"),
+        (("+study.cells={darcy_fno:3}",), "study.cells.darcy_fno must be settings by name"),
+        (("experiment=darcy_fno", "name=../evil"), "name='../evil' must be that of one folder"),
+        (("experiment=darcy_fno", "name=''"), "name='' must be that of one folder"),
+        (("experiment=darcy_fno", "name='..'"), r"name='\.\.' must be that of one folder"),
         (("experiment=darcy_fno", "+study.colour=1"), "unknown settings under study: colour"),
         (("experiment=darcy_fno", "study.sheeds=1"), "the study's settings: .*sheeds"),
         (("experiment=darcy_fno,darcy_fno",), "two experiments have the same name: darcy_fno"),
@@ -318,6 +341,74 @@ def _tiny(tmp_path: Path, *more: str) -> list[str]:
 def test_mistakes_in_the_settings(overrides: tuple[str, ...], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         load_study(CONFIG_DIR, overrides)
+
+
+def test_a_section_with_nothing_below_it_is_empty() -> None:
+    study = load_study(CONFIG_DIR, ["experiment=darcy_fno", "study.variants=null", "study.cells=null"])
+    assert study.cells[0].options.variants == {}
+
+
+def test_a_cell_of_another_program_as_the_error_says_it() -> None:
+    with pytest.raises(RecipeError, match="program:finetune") as refused:
+        load_study(CONFIG_DIR, ["experiment=study/newsgroups_minilm_1"])
+    typed = str(refused.value).split("'")[1]
+    (cell,) = load_study(CONFIG_DIR, [typed]).cells
+    assert cell.options.program == "finetune"
+
+
+# The folder of a cell
+
+
+def _begun(tmp_path: Path, *more: str) -> Cell:
+    """A cell whose arm `off` has a finished run, as a study leaves it."""
+    (cell,) = load_study(CONFIG_DIR, _tiny(tmp_path, *more)).cells
+    with locked(cell):
+        keep_settings(cell)
+    record = final_run("off", 1, 0.5, experiment=cell.name, config=cell.fingerprint("off"))
+    write_records(cell.folder, [record])
+    return cell
+
+
+def _plan(tmp_path: Path, *more: str) -> None:
+    show_plan(load_study(CONFIG_DIR, _tiny(tmp_path, *more)), Console(quiet=True))
+
+
+def test_an_arm_may_change_until_it_has_a_finished_run(tmp_path: Path) -> None:
+    cell = _begun(tmp_path, "balancing.lr_max_ratio=1.25")
+    corrected = "balancing.lr_max_ratio=1.375"
+    _plan(tmp_path, corrected)
+    with locked(cell):
+        keep_settings(load_study(CONFIG_DIR, _tiny(tmp_path, corrected)).cells[0])
+    assert "1.375" in (cell.folder / SETTINGS_FILE).read_text()
+    write_records(cell.folder, [final_run(arm, 1, 0.5, experiment=cell.name) for arm in cell.arms])
+    with pytest.raises(RecipeError, match=r"farms.*lr_max_ratio was 1\.375 and is 1\.25"):
+        _plan(tmp_path, "balancing.lr_max_ratio=1.25")
+
+
+def test_the_epochs_that_are_looked_at_stay(tmp_path: Path) -> None:
+    cell = _begun(tmp_path)
+    with pytest.raises(RecipeError, match=r"study\.evaluations was 10 and is 1"):
+        _plan(tmp_path, "study.evaluations=1")
+    noted = cell.folder / SETTINGS_FILE
+    noted.write_text(noted.read_text().replace("  evaluations: 10\n", ""))  # as version 0.1 wrote it
+    _plan(tmp_path, "study.evaluations=1")
+
+
+def test_results_without_their_settings_are_taken_by_the_same_settings_alone(tmp_path: Path) -> None:
+    cell = _begun(tmp_path)
+    (cell.folder / SETTINGS_FILE).unlink()
+    _plan(tmp_path)
+    with pytest.raises(RecipeError, match=r"settings\.yaml is missing"):
+        _plan(tmp_path, "trainer.max_epochs=3")
+    assert not (cell.folder / SETTINGS_FILE).exists()
+
+
+@pytest.mark.parametrize("text", ["", "study: [", "[1, 2]", "arms: {off: 3}\nstudy: {}"])
+def test_damaged_settings(tmp_path: Path, text: str) -> None:
+    cell = _begun(tmp_path)
+    (cell.folder / SETTINGS_FILE).write_text(text)
+    with pytest.raises(RecipeError, match=r"settings\.yaml is not a file of a study"):
+        _plan(tmp_path)
 
 
 def test_mistakes_stop_before_time_is_spent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

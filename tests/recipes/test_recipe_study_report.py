@@ -7,6 +7,7 @@ import io
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,17 @@ from matplotlib.image import imread
 from rich.console import Console
 from scipy import optimize, stats
 
+from recipes.errors import RecipeError
 from recipes.study.__main__ import main
+from recipes.study.cells import load_study
 from recipes.study.figure_style import arm_styles
 from recipes.study.findings import Findings, find, show, write
 from recipes.study.mediation import contrasts, mediation
-from recipes.study.records import METRICS, SHARES, Job, Record, read_records, write_records
+from recipes.study.records import METRICS, RESULTS_FILE, SHARES, Job, Record, read_records, write_records
 from recipes.study.report import POOLED, Row, summarise, write_effects
 from recipes.study.rules import RuleRow, effects_by_rule
 from recipes.study.sensitivity import Curve, compare_ranges, curves, rate_range
+from recipes.study.settings import keep_settings, locked
 from recipes.study.statistics import RandomEffects, pooled_effect, random_effects
 from recipes.study.units import heading
 from recipes.study.verdict import about_contrasts, about_ranges, about_rules, about_tasks, ruled_out, verdict
@@ -96,8 +100,9 @@ def test_effect_over_tasks_at_its_edges() -> None:
     assert same is not None
     assert same.tau == 0
     assert same.high - same.mean == pytest.approx(stats.t.ppf(0.975, 1) * 0.1 / math.sqrt(2))
-    assert random_effects([{1: 0.1, 2: 0.1}, {1: 0.1, 2: 0.1}]) == RandomEffects(0.1, 0.1, 0.1, 0.0, 2)
-    for too_few in ([], [_samples(0.2, 0.1)], [_samples(0.2, 0.1), {1: 0.3}]):
+    assert random_effects([{1: 0.0, 2: 0.0}, {1: 0.0, 2: 0.0}]) == RandomEffects(0.0, 0.0, 0.0, 0.0, 2)
+    alike = {1: 0.1, 2: 0.1, 3: 0.1}  # which does not say that nothing varies
+    for too_few in ([], [_samples(0.2, 0.1)], [_samples(0.2, 0.1), {1: 0.3}], [_samples(0.2, 0.1), alike]):
         assert random_effects(too_few) is None
 
 
@@ -280,6 +285,14 @@ def test_diverged_runs_count_as_having_learnt_nothing() -> None:
     assert curve.points[-1].error == pytest.approx(0.5)
     assert [point.diverged for point in curve.points] == [0, 0, 1]
     assert rate_range(curve).high < 0.4
+
+
+def test_the_best_rate_is_none_at_which_a_run_diverged() -> None:
+    records = [_tried("x", seed, lr, 0.25) for lr in (0.1, 0.2) for seed in (1, 2)]
+    diverged = _tried("x", 1, 0.4, math.nan, status="diverged", blind_error=0.3)
+    (curve,) = curves({"cell": _cell([*records, diverged, _tried("x", 2, 0.4, 0.01)])}, ["x"])
+    assert curve.points[-1].error < 0.25
+    assert curve.best.lr == 0.1
 
 
 def test_a_single_rate_has_no_curve() -> None:
@@ -597,6 +610,46 @@ def test_report_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixt
     # The baseline's own rate, which counts as untuned, comes from the settings of each experiment.
     by_cell = {row["cell"]: row["untuned_lr"] for row in _table(tmp_path / "rules.csv") if row["untuned_lr"]}
     assert by_cell == {"digits_vgg16_300": "0.05", "darcy_fno_50": "0.0125"}
+
+
+def test_a_report_says_where_the_settings_are_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    GlobalHydra.instance().clear()
+    settings = ["experiment=study/darcy_fno", f"study.folder={tmp_path}", 'study.arms=["off",full]']
+    (cell,) = load_study(CONFIG_DIR, settings).cells
+    with locked(cell):
+        keep_settings(cell)
+    records = _whole_study(["off", "full"])["b"].values()
+    write_records(cell.folder, [replace(record, experiment=cell.name) for record in records])
+    for more, differs in (([], False), (["trainer.max_epochs=7"], True)):
+        GlobalHydra.instance().clear()
+        main(["--report", *settings, *more])
+        printed = " ".join("".join(capsys.readouterr()).split())
+        assert "nRMSE" in printed
+        assert ("max_epochs was" in printed) == differs
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (",ok,", ",fine,", "status"),
+        (",0.25,0.25,", ",nan,0.25,", "not finite"),
+        (",nrmse,", ",speed,", "metric"),
+        ("\nb,", "\nc,", "2 cells, b, c"),
+    ],
+)
+def test_results_that_no_study_wrote_are_refused(tmp_path: Path, old: str, new: str, message: str) -> None:
+    write_records(tmp_path, [final_run("x", seed, 0.25, experiment="b") for seed in (1, 2)])
+    file = tmp_path / RESULTS_FILE
+    assert old in file.read_text()
+    file.write_text(file.read_text().replace(old, new, 1))
+    with pytest.raises(RecipeError, match=message):
+        read_records(tmp_path)
+
+
+def test_an_error_of_zero_is_named() -> None:
+    runs = [final_run(arm, seed, error) for arm, error in (("off", 0.5), ("x", 0.0)) for seed in (1, 2)]
+    with pytest.raises(RecipeError, match=r"cell.*arm='x'.*error of 0"):
+        summarise({"cell": _cell(runs)}, ["off", "x"], "off")
 
 
 def test_report_of_nothing_names_where_it_looked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
