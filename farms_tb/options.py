@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib.util import find_spec
@@ -112,8 +113,8 @@ def check_number(
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{argument} must be a number, got {value!r} of type {type(value).__name__}")
-    if not math.isfinite(value):
-        raise ValueError(f"{argument} must be finite, got {value!r}")
+    if not abs(value) <= sys.float_info.max:  # nor is an integer that is no float
+        raise ValueError(f"{argument} must be finite, got {value!r:.60}")
     if not value > above:
         raise ValueError(f"{argument} must be above {above}, got {value!r}")
     if not value >= at_least:
@@ -487,6 +488,8 @@ class RatioOptions:
 @dataclass(frozen=True)
 class ScheduleOptions:
     """When a callback measures.
+
+    With Lightning's manual optimization, where a batch may have any number of optimizer steps, a step is a batch.
 
     Attributes:
         every_n_epochs: measure at the start of every n-th epoch.

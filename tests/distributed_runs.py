@@ -29,11 +29,12 @@ def meet() -> None:
 
 
 def loop(rank: int, breaks: bool = False) -> dict[str, Any]:
-    """Train under DistributedDataParallel; with `breaks`, one process fails to measure."""
+    """Train under DistributedDataParallel; with `breaks`, compiled around it, one process fails to measure."""
     meet()
     model = nn.parallel.DistributedDataParallel(make_net())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    balancer = TempBalance(model, optimizer, assign_func="tb_linear_map")
+    whole = torch.compile(model) if breaks else model
+    balancer = TempBalance(whole, optimizer, assign_func="tb_linear_map")
     alone = TempBalance(
         model.module, torch.optim.SGD(model.module.parameters(), lr=0.1), assign_func="tb_linear_map"
     )

@@ -37,6 +37,7 @@ CLASSES = (SpectrumOptions, RatioOptions, ScheduleOptions, LoggingOptions)
         ({"aspect_ratio": -1.0}, ValueError, r"aspect_ratio must be above 0, got -1\.0"),
         ({"aspect_ratio": math.nan}, ValueError, "aspect_ratio must be finite, got nan"),
         ({"aspect_ratio": math.inf}, ValueError, "aspect_ratio must be finite, got inf"),
+        ({"aspect_ratio": 10**400}, ValueError, "aspect_ratio must be finite, got 1000"),
         ({"aspect_ratio": "1"}, TypeError, "aspect_ratio must be a number, got '1' of type str"),
         ({"aspect_ratio": True}, TypeError, "aspect_ratio must be a number, got True of type bool"),
         ({"window": 1}, ValueError, "window must be at least 2, got 1"),

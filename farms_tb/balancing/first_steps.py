@@ -93,30 +93,32 @@ class FirstSteps:
                 raise incompatible(self._optimizer, "moved parameters without reading its param_groups")
             self._skipped()
             return
-        touched = [before.group_touched(group) for group in shown]
-        if not any(touched):
+        written = [before.group_written(group) for group in shown]
+        if not any(written):  # a first step may fill the state alone, as SOAP's does
             self._skipped()
             return
-        for group, moved in zip(shown, touched, strict=True):
-            self._check_group(group, moved)
+        touched = [before.group_touched(group) for group in shown]
+        for group, was_written, was_touched in zip(shown, written, touched, strict=True):
+            self._check_group(group, was_written, was_touched)
         self._steps_left -= 1
         self.pending = not all(touched) and self._steps_left > 0
 
-    def _check_group(self, group: Group, moved: bool) -> None:
+    def _check_group(self, group: Group, written: bool, touched: bool) -> None:
         """Raise where a group was moved without its learning rate, or left out while others moved.
 
         Args:
             group: a group that the step saw.
-            moved: whether the step wrote one of its parameters.
+            written: whether the step wrote one of its parameters.
+            touched: whether the step wrote one of its parameters, or the state of one.
 
         Raises:
             RuntimeError: it was.
         """
-        if moved:
+        if written:
             lr_was_read = not isinstance(group, WatchedGroup) or group.lr_was_read
             if not lr_was_read:
                 raise incompatible(self._optimizer, "moved parameters without reading the lr of their param group")
-        elif any(_must_move(parameter, group) for parameter in candidates(group)):
+        elif not touched and any(_must_move(parameter, group) for parameter in candidates(group)):
             raise incompatible(self._optimizer, "left out param groups")
 
     def _skipped(self) -> None:
@@ -149,23 +151,37 @@ class Traces:
         return any(self.group_touched(group) for group in self._groups)
 
     def group_touched(self, group: Group) -> bool:
+        """Tell whether a step has written any parameter of a group that has a gradient, or its state.
+
+        Args:
+            group: one of the user's groups, or one that the step saw.
+        """
+        return any(self._touched(parameter) for parameter in candidates(group))
+
+    def group_written(self, group: Group) -> bool:
         """Tell whether a step has written any parameter of a group that has a gradient.
 
         Args:
             group: one of the user's groups, or one that the step saw.
         """
-        return any(self.touched(parameter) for parameter in candidates(group))
+        return any(self._written(parameter) for parameter in candidates(group))
 
-    def touched(self, parameter: Tensor) -> bool:
+    def _touched(self, parameter: Tensor) -> bool:
         """Tell whether a step has written a parameter or its state since.
 
         Args:
             parameter: the parameter, as it is now. One that was not there before counts as not written.
         """
+        if id(parameter) not in self._marks:
+            return False  # a closure has added it
+        return self._marks[id(parameter)] != self._mark(parameter) or self._written(parameter)
+
+    def _written(self, parameter: Tensor) -> bool:
+        """Tell whether a step has written a parameter since; its state does not count."""
         key = id(parameter)
         if key not in self._marks:
-            return False  # a closure has added it
-        if self._marks[key] != self._mark(parameter):
+            return False
+        if self._marks[key][0] != _version(parameter):
             return True
         before, now = self._norms[key], _norm(parameter)
         if before is None or now is None:

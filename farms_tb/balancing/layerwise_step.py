@@ -299,7 +299,8 @@ class _OtherSteps:
             raise RuntimeError(
                 f"this {type(optimizer).__name__} moves parameters that have layer-wise learning rates in another "
                 "optimizer, and does not know of them. After an exchange of the optimizer, detach() the old "
-                "TempBalance and make one with the new optimizer; of several optimizers, pass all"
+                "TempBalance and make one with the new optimizer; of several optimizers, pass all. Under a "
+                "trainer, exchange it when a batch or an epoch ends, as in on_train_batch_end"
             )
 
     def _note_as_right(self, optimizer: Optimizer, active: list[LayerwiseStep]) -> None:

@@ -134,6 +134,7 @@ class TempBalance:
 
 def _is_sharded(model: nn.Module) -> bool:
     """Tell whether the processes train one model together: DDP, or FSDP2's DTensor weights."""
+    model = getattr(model, "_orig_mod", model)  # compiled after it was wrapped
     if isinstance(model, nn.parallel.DistributedDataParallel):
         return True
     return isinstance(model, nn.Module) and any(hasattr(p, "full_tensor") for p in model.parameters())

@@ -72,15 +72,14 @@ def lrs_of_layers(assignment: Assignment, groups: Sequence[StepGroup], trained: 
     Returns:
         Learning rate by the layer's name, in the order of the layers. Layers that are not trained are left out.
     """
+    lrs = {name: group.lr for group in groups if group.lr is not None for name in group.parameters}
     is_trained = set(trained)
     found: dict[str, float] = {}
-    for group in groups:
-        if group.lr is None:
-            continue
-        own = [name for name in group.parameters if name in is_trained]
-        for layer in _layers_of(own, assignment.owners):
-            found.setdefault(layer, group.lr)
-    return {layer.name: found[layer.name] for layer in assignment.layers if layer.name in found}
+    for layer in assignment.layers:
+        own = [name for name in layer.parameters if name in lrs and name in is_trained]
+        if own:
+            found[layer.name] = lrs[own[0]]
+    return found
 
 
 def _layers_of(parameters: Iterable[str], owners: Owners) -> tuple[str, ...]:

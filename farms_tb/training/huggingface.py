@@ -241,11 +241,12 @@ class FARMSTrainerCallback(ShowsResults, TrainerCallback, ExportableState):
         The Trainer hands callbacks their saved state only on `restore_callback_states_from_checkpoint`, but the
         checkpoint's whole `TrainerState` is available in any case.
         """
-        # Where the checkpoint was written without this callback, the Trainer's next save would miss its key.
         states: Any = state.stateful_callbacks
-        saved = states.setdefault(type(self).__name__, self.state())
-        if state.global_step > 0 and isinstance(saved, dict):
-            self._session.restored = saved.get("attributes", {}).get("_restored")
+        saved = states.get(type(self).__name__)
+        resumed = state.global_step > 0 and isinstance(saved, dict)
+        self._session.restored = saved.get("attributes", {}).get("_restored") if resumed else None
+        # Where the checkpoint was written without this callback, the Trainer's next save would miss its key.
+        states.setdefault(type(self).__name__, self.state())
 
     def _measure_if_due(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

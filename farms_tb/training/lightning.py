@@ -33,6 +33,7 @@ _REFUSED_STRATEGIES = {
     "XLAFSDPStrategy": "XLA devices are not supported",
     "DataParallelStrategy": "data parallelism in one process is not supported",
 }
+_AVERAGING_CALLBACKS = ("StochasticWeightAveraging", "WeightAveraging")
 
 
 @takes_options(SpectrumOptions, RatioOptions, ScheduleOptions, LoggingOptions)
@@ -149,28 +150,40 @@ class FARMSTempBalance(ShowsResults, Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the final weights, for the report and the loggers, and detach from the optimizers."""
-        if self._session.running:
-            self._log(trainer, self._session.finish(_moment(trainer)))
-        self._session.stop()
+        if self._session.running and not _weights_change_later(trainer, self):
+            self._finish(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the final weights of a run that was killed, and resumed, after its last step.
+        """Measure final weights that could not be measured before.
 
-        Lightning then finds nothing left to train, and calls no event of training.
+        Those that a later callback has averaged in its `on_train_end`, and those of a run that was killed, and
+        resumed, after its last step: Lightning then finds nothing left to train, and calls no event of training.
         """
         if not trainer.limit_train_batches:
             return
-        if self._session.missed_final_weights(trainer.global_step):
+        if self._session.missed_final_weights(_moment(trainer).step):
             self.on_train_start(trainer, pl_module)
-            self.on_train_end(trainer, pl_module)
+        if self._session.running:
+            self._finish(trainer, anew=True)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Detach from the optimizers."""
-        self._session.stop()
+        self._end_of_fit(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Detach from the optimizers."""
+        self._end_of_fit(trainer)
+
+    def _finish(self, trainer: Trainer, *, anew: bool = False) -> None:
+        """Measure the final weights, log them, and detach from the optimizers."""
+        self._log(trainer, self._session.finish(_moment(trainer), anew=anew))
         self._session.stop()
+
+    def _end_of_fit(self, trainer: Trainer) -> None:
+        """Detach, and drop a saved state that no training took; not where another trainer only validates."""
+        if trainer.state.fn == "fit":
+            self._session.stop()
+            self._session.set_aside_restored()
 
     def make_balancer(self, trainer: Trainer, pl_module: LightningModule) -> LayerBalancer:
         """Attach to the trainer's optimizers, when training starts.
@@ -248,4 +261,14 @@ def _moment(trainer: Trainer) -> Moment:
     """Return where training stands, by the trainer's counts."""
     # LearningRateMonitor and the user's own metrics are logged under this step, which counts batches that stepped.
     logged_step = trainer.fit_loop.epoch_loop._batches_that_stepped
-    return Moment(trainer.current_epoch, trainer.global_step, trainer.current_epoch, logged_step)
+    # With manual optimization any number of optimizers step in a batch, any number of times: nobody knows how many
+    # steps an epoch has, but how many batches.
+    step = trainer.global_step if trainer.lightning_module.automatic_optimization else logged_step
+    return Moment(trainer.current_epoch, step, trainer.current_epoch, logged_step)
+
+
+def _weights_change_later(trainer: Trainer, callback: Callback) -> bool:
+    """Tell whether a callback that comes later in the list puts averages into the module when training ends."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    later = callbacks[callbacks.index(callback) :] if callback in callbacks else []
+    return any(cls.__name__ in _AVERAGING_CALLBACKS for other in later for cls in type(other).__mro__)

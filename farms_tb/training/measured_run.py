@@ -89,17 +89,18 @@ class MeasuredRun:
         self._schedule.tick(now.epoch, now.step)
         return found
 
-    def finish(self, now: Moment) -> list[Measurement]:
+    def finish(self, now: Moment, *, anew: bool = False) -> list[Measurement]:
         """Measure the final weights, after the last step.
 
         Args:
             now: when training ended.
+            anew: also where weights were measured after the last step: they may be others since.
 
         Returns:
             What there is to log; empty where the final weights were measured before.
         """
         found = self._apply_background(now)
-        if now.step not in (self._schedule.step, self._final_step):
+        if anew or now.step not in (self._schedule.step, self._final_step):
             found.append(self._measure_final_weights(now))
         self._final_step = now.step
         self._warn_of_endless_epoch()

@@ -44,6 +44,7 @@ class BalancingSession:
         self.run: MeasuredRun | None = None
         self.running = False
         self.restored: dict[str, Any] | None = None
+        self._set_aside: dict[str, Any] | None = None
         self._results: Results | None = None
         self._handover = Handover()
 
@@ -92,16 +93,17 @@ class BalancingSession:
             return []
         return self.current.measure_if_due(now)
 
-    def finish(self, now: Moment) -> list[Measurement]:
+    def finish(self, now: Moment, *, anew: bool = False) -> list[Measurement]:
         """Measure the final weights, after the last step, and hand the results to a parent process that waits.
 
         Args:
             now: when training ended.
+            anew: also where weights were measured after the last step: they may be others since.
 
         Returns:
             What there is to log; empty where the final weights were measured before.
         """
-        found = self.current.finish(now)
+        found = self.current.finish(now, anew=anew)
         if self.current.attachment.run.is_rank_zero:
             self._handover.send(self.current.attachment.results())
         return found
@@ -112,22 +114,30 @@ class BalancingSession:
         if self.run is not None:
             self.run.attachment.detach()
 
+    def set_aside_restored(self) -> None:
+        """Keep a saved state that no training took out of the next one; it can still be saved.
+
+        So it is after a resumed run that failed before its first step, or had none left to make.
+        """
+        self._set_aside, self.restored = self.restored or self._set_aside, None
+
     def restore(self) -> None:
         """Apply the saved ratios that wait for training, and set the clock to where it was.
 
         Raises:
             ValueError: the saved state is damaged. Nothing of it was applied.
         """
-        state, self.restored = self.restored, None
+        state, self.restored, self._set_aside = self.restored, None, None
         if state is not None:
             check_saved_clock(state)
         self.current.load_state_dict(state)
 
     def state_dict(self) -> dict[str, Any] | None:
         """Return ratios, report and clock as plain values; the state that waits, before the first measurement."""
-        if self.run is not None and self.run.is_measured:
+        waiting = self.restored or self._set_aside
+        if waiting is None and self.run is not None and self.run.is_measured:
             return self.run.state_dict()
-        return self.restored
+        return waiting
 
     def settle(self) -> None:
         """Wait for a measurement in the background, on every process, so that one alone can save its state."""

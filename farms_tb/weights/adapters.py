@@ -37,7 +37,7 @@ def is_adapted(module: nn.Module) -> bool:
     Args:
         module: any module. Whether its adapters are switched on does not matter.
     """
-    return isinstance(module._modules.get("base_layer"), nn.Module) and hasattr(module, "active_adapters")
+    return isinstance(getattr(module, "base_layer", None), nn.Module) and hasattr(module, "active_adapters")
 
 
 def base_of(module: nn.Module) -> nn.Module:

@@ -287,7 +287,7 @@ def _measuring(module: nn.Module) -> Iterator[None]:
 
 def _is_compiled_shell(module: nn.Module) -> bool:
     """Tell the wrapper that `torch.compile` puts around a submodule: the module in it is the layer."""
-    return isinstance(module._modules.get("_orig_mod"), nn.Module)
+    return isinstance(getattr(module, "_orig_mod", None), nn.Module)
 
 
 def _parameter_names(model: nn.Module) -> dict[int, str]:

@@ -41,6 +41,14 @@ class FirstRates(PerGroup):
         return [kept.setdefault(id(group["params"][0]), group["lr"]) for group in self.param_groups]
 
 
+class FindsItsRate(PerGroup):
+    """Takes the largest rate times a tiny estimate, as D-Adaptation begins: single precision loses the moves."""
+
+    def rates(self):
+        rates = super().rates()
+        return [1e-9 * max(rates)] * len(rates)
+
+
 class Momentum(PerGroup):
     """Moves by an average of all moves so far: half the rate does not halve the step."""
 
@@ -83,7 +91,7 @@ def net():
 
 @pytest.mark.filterwarnings("ignore:layer-wise learning rates are untested")
 class TestProbe:
-    @pytest.mark.parametrize("cls", [OneForAll, FirstRates])
+    @pytest.mark.parametrize("cls", [OneForAll, FirstRates, FindsItsRate])
     def test_rates_that_do_not_count_are_refused_before_training(self, cls):
         model = net()
         before = [parameter.clone() for parameter in model.parameters()]

@@ -624,7 +624,7 @@ def test_a_report_says_where_the_settings_are_others(tmp_path: Path, capsys: pyt
         GlobalHydra.instance().clear()
         main(["--report", *settings, *more])
         printed = " ".join("".join(capsys.readouterr()).split())
-        assert "nRMSE" in printed
+        assert "Test error by arm" in printed
         assert ("max_epochs was" in printed) == differs
 
 

@@ -450,6 +450,20 @@ def test_resume_with_the_callback_added_or_removed(tmp_path: Path) -> None:
     assert trainer.state.global_step == EPOCHS * STEPS
 
 
+def test_a_used_callback_resumes_from_a_checkpoint_without_it_as_a_new_one_does(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 6}
+    train(tmp_path / "without", **options)
+    balance = {"assign_func": "tb_linear_map", "every_n_steps": 5}
+    used = FARMSTrainerCallback(**balance)
+    train(tmp_path / "other", used, learning_rate=0.1)
+    probes = []
+    for callback in (used, FARMSTrainerCallback(**balance)):
+        probes.append(Probe(callback))
+        train(tmp_path / "without", callback, probes[-1], resume="checkpoint-6", **options)
+    assert probes[0].measured == probes[1].measured
+    assert probes[0].ratios == probes[1].ratios
+
+
 def test_resume_with_other_options_says_so_and_measures_anew(tmp_path: Path) -> None:
     options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 6}
     train(tmp_path, FARMSTrainerCallback(assign_func="tb_linear_map"), **options)

@@ -289,6 +289,44 @@ def test_same_callback_in_two_runs() -> None:
     assert_same_weights(modules[1], fresh)
 
 
+@pytest.mark.parametrize("ends", ["fails", "has nothing left to train"])
+def test_a_state_that_no_training_took_is_not_that_of_the_next(tmp_path: Path, ends: str) -> None:
+    class Fails(Module):
+        def on_train_start(self) -> None:
+            raise ZeroDivisionError("before the first step")
+
+        def on_fit_start(self) -> None:
+            raise ZeroDivisionError("before the first step")
+
+    checkpoint = tmp_path / "last.ckpt"
+    balance = FARMSTempBalance(assign_func="tb_linear_map", every_n_steps=2)
+    trainer = fit(Module(), [balance])
+    trainer.save_checkpoint(checkpoint)
+    saved = balance.state_dict()
+    if ends == "fails":
+        with pytest.raises(ZeroDivisionError):
+            make_trainer([balance]).fit(Fails(), make_data(), ckpt_path=checkpoint)
+    else:
+        again = make_trainer([balance])
+        again.fit(Module(), make_data(), ckpt_path=checkpoint)
+        assert balance.state_dict()["step"] == saved["step"], "it can still be saved"
+    reused, fresh = (Module(net=make_net(seed=5)) for _ in range(2))
+    fit(reused, [balance])
+    fit(fresh, [FARMSTempBalance(assign_func="tb_linear_map", every_n_steps=2)])
+    assert_same_weights(reused, fresh)
+
+
+def test_another_trainer_may_validate_with_the_same_callbacks() -> None:
+    balance = FARMSTempBalance(assign_func="tb_linear_map")
+
+    def validate(trainer: Any, pl_module: Any) -> None:
+        make_trainer([balance]).validate(Module(), make_data(), verbose=False)
+
+    seen, said = effective(Module(), [balance, LambdaCallback(on_train_epoch_end=validate)])
+    assert seen == said
+    assert len(seen) == STEPS
+
+
 # When
 
 
@@ -456,6 +494,46 @@ def test_manual_optimization_with_two_optimizers() -> None:
     assert second == said[1::2]
     assert {layer.split(".")[0] for layer, ratio in balance.ratios.items() if ratio != 1} == {"net", "other"}
     assert sorted(balance.ratios.values())[0] == 0.5
+
+
+class AccumulatesByHand(Module):
+    """One step in two batches, with manual optimization."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        self.manual_backward(super().training_step(batch, batch_idx))
+        if batch_idx % 2:
+            self.optimizers().step()
+            self.optimizers().zero_grad()
+
+
+@pytest.mark.parametrize("make", [TwoOptimizers, AccumulatesByHand])
+@pytest.mark.parametrize(
+    ("options", "batches"),
+    [
+        ({"every_n_steps": 1, "until": 0.5}, range(STEPS // 2)),
+        ({"every_n_steps": 1, "start": 0.5, "until": "9 steps"}, range(9)),
+        ({"measurements_per_epoch": 2}, range(0, STEPS, 2)),
+        ({"every_n_steps": 5}, [0, 5, 10]),
+    ],
+    ids=str,
+)
+def test_in_manual_optimization_the_clock_counts_batches(make: Any, options: Any, batches: Any) -> None:
+    balance, strengths, at = FARMSTempBalance(assign_func="tb_linear_map", **options), [], []
+    module = make()
+
+    def note(trainer: Any, pl_module: Any, *_: Any) -> None:
+        if not at or at[-1][1] is not balance.report:
+            at.append((trainer.fit_loop.epoch_loop._batches_that_stepped, balance.report))
+        groups = balance.param_groups(trainer.optimizers[0])
+        strengths.append(len({group.ratio for group in groups}) > 1)
+
+    fit(module, [balance, LambdaCallback(on_train_batch_start=note)])
+    assert [batch for batch, _ in at] == list(batches)
+    assert strengths == [batch >= options.get("start", 0) * STEPS for batch in range(STEPS)]
 
 
 @pytest.mark.filterwarnings("ignore:only one layer of a kind is left to balance")
@@ -682,6 +760,22 @@ def test_weight_averaging() -> None:
     assert seen == said
 
 
+@pytest.mark.filterwarnings("ignore:.*SWA", "ignore:Swapping scheduler")
+@pytest.mark.parametrize("last", [True, False])
+@pytest.mark.parametrize("name", ["EMAWeightAveraging", "StochasticWeightAveraging"])
+def test_the_last_report_is_of_averaged_weights(name: str, last: bool) -> None:
+    if name == "EMAWeightAveraging":
+        callbacks = pytest.importorskip("lightning.pytorch.callbacks.weight_averaging")
+        average = callbacks.EMAWeightAveraging(decay=0.9)
+    else:
+        average = StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=2, annealing_epochs=2)
+    balance, module = FARMSTempBalance(assign_func="tb_linear_map"), Module()
+    trainer = fit(module, [average, balance] if last else [balance, average], max_epochs=5)
+    assert balance.report is not None
+    assert balance.report.layers == analyze(module).layers
+    assert not trainer.optimizers[0]._optimizer_step_pre_hooks
+
+
 @pytest.mark.parametrize("validate", [True, False])
 def test_others_may_monitor_the_mean_alpha(validate: bool, tmp_path: Any) -> None:
     balance = FARMSTempBalance(assign_func="tb_linear_map")
@@ -719,6 +813,27 @@ def test_learning_rate_monitor_sees_the_schedulers_lr() -> None:
         rows.append([(step, row) for step, row in logger.rows if any("lr-" in key for key in row)])
     assert rows[0] == rows[1]
     assert len(rows[0]) == STEPS
+
+
+def test_the_lr_that_is_logged_is_that_of_the_weight() -> None:
+    def biases_first(params: Any) -> Optimizer:
+        params = list(params)
+        biases = [param for param in params if param.ndim == 1]
+        weights = [param for param in params if param.ndim > 1]
+        return torch.optim.SGD([{"params": biases, "lr": 0.01}, {"params": weights, "lr": 0.05}], lr=0.1)
+
+    balance, recorder = FARMSTempBalance(assign_func="tb_linear_map"), Recorder()
+    fit(Module(biases_first), [balance], logger=recorder)
+    row = next(row for _, row in recorder.rows if "farms/lr/net.2" in row)
+    assert row["farms/ratio/net.2"] != 1
+    assert row["farms/lr/net.2"] == pytest.approx(0.05 * row["farms/ratio/net.2"])
+
+
+@pytest.mark.filterwarnings("ignore:.*fast_dev_run")
+def test_a_trial_of_one_step_takes_any_two_fractions() -> None:
+    balance = FARMSTempBalance(assign_func="tb_linear_map", start=0.2, until=0.5)
+    fit(Module(), [balance], fast_dev_run=True)
+    assert balance.report is not None
 
 
 def test_sam_in_manual_optimization() -> None:
