@@ -28,6 +28,10 @@ class _WholeCheckpoint(ModelCheckpoint):
             for part in Path(self.dirpath).glob(f".{self.filename}.ckpt.*.part"):
                 part.unlink(missing_ok=True)
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the best score also in a run folder that was moved or copied, which Lightning takes for another."""
+        super().load_state_dict(_moved(state_dict, Path(str(self.dirpath))))
+
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         """Save under a temporary name; the first process renames the file once it is on the disk.
 
@@ -55,6 +59,25 @@ class BestCheckpoint(_WholeCheckpoint):
     def state_key(self) -> str:
         """The key of Lightning's class, so that checkpoints of earlier releases keep their best score."""
         return super().state_key.replace(type(self).__qualname__, ModelCheckpoint.__qualname__, 1)
+
+
+def _moved(state: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Return the state of a ModelCheckpoint whose files lie in another folder now.
+
+    Where its best file is neither here nor there any more, there is no best one.
+    """
+    best = state["best_model_path"]
+    moved = {**state, "dirpath": str(folder)}
+    if not best or (folder / Path(best).name).is_file():
+        for name in ("best_model_path", "kth_best_model_path", "last_model_path"):
+            moved[name] = state.get(name) and str(folder / Path(state[name]).name)
+        scores = state.get("best_k_models", {})
+        moved["best_k_models"] = {str(folder / Path(path).name): score for path, score in scores.items()}
+        return moved
+    if Path(best).is_file():
+        return state
+    moved.update(best_model_path="", best_model_score=None, kth_best_model_path="", kth_value=None)
+    return {**moved, "best_k_models": {}}
 
 
 class LastCheckpoint(_WholeCheckpoint):

@@ -135,11 +135,21 @@ def _trainer_error(error: BaseException) -> str:
     return f"trainer: {_one_line(str(error))}"
 
 
-def _balancing_error(error: BaseException) -> str | None:
-    """Return the balancing callback's reason; None where it was not the callback that refused something."""
-    if not _raised_at_setup(error):
+def _value_error(error: BaseException) -> str | None:
+    """Return the reason of the balancing callback, or of Hydra; None where neither of them refused something."""
+    if _raised_at_setup(error):
+        return f"balancing: {error}"
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    if str(frame.f_globals.get("__name__")).startswith("hydra."):  # balancing=null, say
+        return f"the settings: {_one_line(str(error))}"
+    return None
+
+
+def _wandb_error(error: BaseException) -> str | None:
+    """Return what to do where W&B refuses or can't be reached; None for another error."""
+    if not type(error).__module__.startswith("wandb.errors"):
         return None
-    return f"balancing: {error}"
+    return f"W&B: {_one_line(str(error))}. logger.wandb.offline=true needs no network; `wandb sync` uploads later"
 
 
 def _plugin_error(error: BaseException) -> str | None:
@@ -182,9 +192,10 @@ _MISTAKES: tuple[tuple[_Kinds, Callable[[BaseException], str | None]], ...] = (
     (RecipeError, str),
     ((HydraException, OmegaConfBaseException), _settings_error),
     (MisconfigurationException, _trainer_error),
-    ((ValueError, TypeError), _balancing_error),
+    ((ValueError, TypeError), _value_error),
     (RuntimeError, _plugin_error),
     (ConnectionError, _connection_error),
     (OSError, _file_error),
+    (Exception, _wandb_error),
 )
 """What describes each kind of mistake. The first kind that fits counts: OmegaConf has ValueErrors of its own."""

@@ -21,6 +21,7 @@ from farms_tb.presets import PRESETS
 from recipes.errors import RecipeError
 from recipes.old_names import current_settings
 from recipes.optimizers import OptimizerFactory, make_optimizer, takes_network
+from recipes.values import check_name, check_numbers
 
 __all__ = [
     "ARMS",
@@ -41,6 +42,7 @@ ARMS = (
     *("farms", "full", "off", "monitor", "noise_aware", "shrinkage", "small_alpha", "placebo"),
     *("model_balancing", "llr", "alphadecay"),
 )
+_RESUMED_AS_THEY_WERE = ("model", "data", "optimizer", "scheduler")
 SECTIONS = (
     *("name", "seed", "seeds", "threads", "measuring_threads", "ckpt_path"),
     *("arms", "arm", "lr", "balancing", "task"),
@@ -81,8 +83,8 @@ def check_values(cfg: DictConfig) -> None:
         cfg: The composed settings.
 
     Raises:
-        RecipeError: A value is missing or does not resolve, the arm's name is not the one chosen, or the number of
-            threads is none.
+        RecipeError: A value is missing or does not resolve, the arm's name is not the one chosen, a number is none
+            that can work, or the name is none of a folder.
     """
     try:
         OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
@@ -90,6 +92,8 @@ def check_values(cfg: DictConfig) -> None:
         raise RecipeError(f"the settings do not resolve: {error}") from error
     check_arm(cfg)
     check_count("threads", cfg.threads)
+    check_name(cfg.name)
+    check_numbers(cfg)
 
 
 def _check_fraction(cfg: DictConfig) -> None:
@@ -306,20 +310,28 @@ def check_resumed_config(cfg: DictConfig, saved_file: Path) -> list[str]:
         Other sections that differ and that the result depends on, for a note to the user.
 
     Raises:
-        RecipeError: The model, the data or the class of the optimizer differ.
+        RecipeError: The model, the data, the optimizer or the scheduler differ. The last two continue with what
+            the checkpoint holds, so that other settings would be noted and have no effect.
     """
     saved = OmegaConf.create(current_settings(_plain(OmegaConf.load(saved_file), "")))
     changed = [section for section in SECTIONS if _plain(saved, section) != _plain(cfg, section)]
-    fatal = [section for section in changed if section in ("model", "data")]
-    targets = [OmegaConf.select(settings, "optimizer._target_") for settings in (saved, cfg)]
-    if targets[0] != targets[1]:
-        fatal.append("optimizer")
+    fatal = [section for section in changed if section in _RESUMED_AS_THEY_WERE]
     if fatal:
         raise RecipeError(
             f"ckpt_path={cfg.ckpt_path} comes from a run with another {' and another '.join(fatal)}; "
-            f"repeat that run's overrides (its settings are in {saved_file})"
+            f"repeat that run's overrides (its settings are in {saved_file}){_for_more_epochs(saved, cfg)}"
         )
-    return [section for section in changed if section not in ("seeds", "ckpt_path", "paths", "trainer")]
+    return [section for section in changed if section not in ("seeds", "ckpt_path", "paths", "trainer", "lr")]
+
+
+def _for_more_epochs(saved: DictConfig, cfg: DictConfig) -> str:
+    """Return how to train longer with the scheduler as it was, where the length of the run has changed it."""
+    before, now = (_plain(settings, "scheduler") or {} for settings in (saved, cfg))
+    changed = [name for name in before if name in now and before[name] != now[name]]
+    if not changed or _plain(saved, "trainer") == _plain(cfg, "trainer"):
+        return ""
+    as_before = " ".join(f"scheduler.{name}={before[name]}" for name in changed)
+    return f". To train longer with the learning rates of the scheduler as it was, add {as_before}"
 
 
 def build(cfg: DictConfig, path: str, **extra: Any) -> Any:

@@ -38,12 +38,15 @@ def open_run_folder(cfg: DictConfig) -> Path:
         The folder.
 
     Raises:
-        RecipeError: It can't be made or written, or this process can't know which one the first has made.
+        RecipeError: It can't be made or written, holds another run, or this process can't know which one the first
+            has made.
     """
     folder = _chosen_folder(cfg)
     try:
         if folder is None:
-            folder = _shared_folder() or _new_folder(Path(cfg.paths.output_dir) / cfg.name)
+            folder = _shared_folder() or _new_folder(Path(_path(cfg, "output_dir")) / cfg.name)
+        if process_rank() == 0:
+            _check_free(folder, cfg)
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
@@ -56,6 +59,18 @@ def open_run_folder(cfg: DictConfig) -> Path:
     if process_rank() == 0:
         os.environ[SHARED_FOLDER] = str(folder.resolve())
     return folder
+
+
+def _path(cfg: DictConfig, name: str) -> str:
+    """Return a path of the section `paths`.
+
+    Raises:
+        RecipeError: It is empty, or none.
+    """
+    value = cfg.paths[name]
+    if not isinstance(value, str) or not value.strip():
+        raise RecipeError(f"paths.{name} must be the path of a folder, got {value!r}")
+    return value
 
 
 def _shared_folder() -> Path | None:
@@ -83,13 +98,30 @@ def _chosen_folder(cfg: DictConfig) -> Path | None:
         The folder; None where one is to be chosen.
     """
     if cfg.paths.run_dir is not None:
-        return Path(cfg.paths.run_dir)
+        return Path(_path(cfg, "run_dir"))
     if cfg.ckpt_path is None:
         return None
+    if not isinstance(cfg.ckpt_path, str):
+        raise RecipeError(f"ckpt_path must be null or the path of a checkpoint, got {cfg.ckpt_path!r}")
     folder = Path(cfg.ckpt_path).resolve().parent.parent
     if not (folder / CONFIG_FILE).is_file():
         return None
     return folder
+
+
+def _check_free(folder: Path, cfg: DictConfig) -> None:
+    """Refuse a folder in which another run has left rows or checkpoints, which would be mixed or overwritten.
+
+    Raises:
+        RecipeError: There are some, and it is not the run that is resumed.
+    """
+    is_resumed = cfg.ckpt_path is not None and Path(cfg.ckpt_path).resolve().parent.parent == folder.resolve()
+    left = [*folder.glob("metrics.csv"), *folder.glob("checkpoints/*.ckpt")]
+    if left and not is_resumed:
+        raise RecipeError(
+            f"{folder} holds another run ({left[0].relative_to(folder)}): choose another paths.run_dir, or resume "
+            f"that run with ckpt_path={folder}/checkpoints/last.ckpt"
+        )
 
 
 def _new_folder(parent: Path) -> Path:

@@ -160,12 +160,13 @@ def _fit_and_test(cfg: DictConfig, run: Run, folder: Path) -> tuple[dict[str, An
         run.trainer.fit(run.model, datamodule=run.data, ckpt_path=cfg.ckpt_path)
         layers = measure_layers(run.model, cfg, run.last)
         best = run.checkpoint.best_model_path or None
-        scores = run.trainer.test(run.model, datamodule=run.data, ckpt_path=best, verbose=False)[0]
+        tested = run.trainer.test(run.model, datamodule=run.data, ckpt_path=best, verbose=False)
     finally:
         for logger in run.loggers:
             if isinstance(logger, RunFolderWandbLogger):
                 logger.close()
     facts = _facts(cfg, run, folder)
+    scores = tested[0] if tested else {}  # none with trainer.limit_test_batches=0
     facts["test"] = {name: float(value) for name, value in scores.items()}
     return facts, layers
 

@@ -51,7 +51,7 @@ def plan_from_report(
 
     Raises:
         ValueError: no layer can be pruned; for the others see `allocate`.
-        TypeError: see `allocate`.
+        TypeError: `report` is none; for the others see `allocate`.
 
     Example:
         >>> import torch, farms_tb
@@ -62,6 +62,8 @@ def plan_from_report(
         {'layers.0.linear1': 0.54, 'layers.1.linear1': 0.66}
     """
     chosen = SparsityOptions(**options)
+    if not isinstance(report, Report):
+        raise TypeError(f"report must be what farms_tb.analyze returned, got {type(report).__name__}")
     found = _blocks(report, blocks)
     planned, dense = _divided(report, found)
     if not planned:

@@ -73,7 +73,7 @@ def prune(
         For each matrix what was planned and achieved, the relative error of its output, and seconds.
 
     Raises:
-        TypeError: `model` is no module, or `calibration` holds something else than dicts.
+        TypeError: `model` is no module, `plan` no `SparsityPlan`, or `calibration` holds other things than dicts.
         ValueError: the plan was made for another model or cannot be carried out with this structure; a weight is
             tied, quantised or not finite; calibration data are missing, too short or of the wrong vocabulary; or
             the checkpoint belongs to another run. All of this is checked before the first weight is changed.
@@ -89,6 +89,10 @@ def prune(
     """
     check_choice("method", method, PruneMethod)
     check_choice("structure", structure, Structure)
+    if not isinstance(plan, SparsityPlan):
+        raise TypeError(
+            f"plan must be a SparsityPlan, of farms_tb.sparsity.allocate say, got {type(plan).__name__}"
+        )
     weights = planned_weights(model, plan)
     wanted = wanted_of(plan_for_names(plan, {weight.name: weight for weight in weights}), structure)
     for weight in weights:

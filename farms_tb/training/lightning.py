@@ -121,6 +121,7 @@ class FARMSTempBalance(ShowsResults, Callback):
         """
         if stage != "fit":
             return
+        self._session.expect_run()
         others = [callback for callback in trainer.callbacks if isinstance(callback, FARMSTempBalance)]  # type: ignore[attr-defined]
         if len(others) > 1:
             raise ValueError("the trainer has two FARMSTempBalance callbacks: keep one")
@@ -251,7 +252,9 @@ class FARMSTempBalance(ShowsResults, Callback):
 
 
 def _length(trainer: Trainer) -> RunLength:
-    """Return how many optimizer steps an epoch and the run have, as far as the trainer knows."""
+    """Return how many steps of the clock an epoch and the run have, as far as the trainer knows."""
+    if _any_is(trainer.callbacks, "GradientAccumulationScheduler"):  # type: ignore[attr-defined]
+        return RunLength()  # epochs of different lengths
     batches, steps = trainer.num_training_batches, trainer.estimated_stepping_batches
     per_epoch = None if math.isinf(batches) else math.ceil(batches / trainer.accumulate_grad_batches)
     return RunLength(per_epoch, None if math.isinf(steps) or steps <= 0 else int(steps))
@@ -271,4 +274,9 @@ def _weights_change_later(trainer: Trainer, callback: Callback) -> bool:
     """Tell whether a callback that comes later in the list puts averages into the module when training ends."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     later = callbacks[callbacks.index(callback) :] if callback in callbacks else []
-    return any(cls.__name__ in _AVERAGING_CALLBACKS for other in later for cls in type(other).__mro__)
+    return _any_is(later, *_AVERAGING_CALLBACKS)
+
+
+def _any_is(callbacks: list[Callback], *names: str) -> bool:
+    """Tell whether a callback is of a class of such a name, in `lightning` or in `pytorch_lightning`."""
+    return any(cls.__name__ in names for callback in callbacks for cls in type(callback).__mro__)

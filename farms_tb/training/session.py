@@ -45,6 +45,7 @@ class BalancingSession:
         self.running = False
         self.restored: dict[str, Any] | None = None
         self._set_aside: dict[str, Any] | None = None
+        self._run_is_saved = False
         self._results: Results | None = None
         self._handover = Handover()
 
@@ -59,6 +60,13 @@ class BalancingSession:
         """Whether this process logs; False before training."""
         return self.run is not None and self.run.logs
 
+    def expect_run(self) -> None:
+        """Keep the last run out of the checkpoints of the next one, which may be written before it starts.
+
+        Its report and ratios can still be shown.
+        """
+        self._set_aside, self._run_is_saved = None, False
+
     def start(self, run: Run) -> None:
         """Attach to the optimizers, which are set up and restored by now, and apply the restored ratios.
 
@@ -70,6 +78,7 @@ class BalancingSession:
         """
         self.stop()
         self.run = MeasuredRun(run, self.options)
+        self._run_is_saved = True
         if self.logs:
             warn_of_many_layers(len(self.run.attachment.balancer.layers), run.model)
             warn_of_unseen_media(self.options.logging, run.loggers, self)
@@ -135,7 +144,7 @@ class BalancingSession:
     def state_dict(self) -> dict[str, Any] | None:
         """Return ratios, report and clock as plain values; the state that waits, before the first measurement."""
         waiting = self.restored or self._set_aside
-        if waiting is None and self.run is not None and self.run.is_measured:
+        if waiting is None and self._run_is_saved and self.run is not None and self.run.is_measured:
             return self.run.state_dict()
         return waiting
 

@@ -29,7 +29,8 @@ from torch import Tensor
 Sampling = Literal["blocks", "grid"]
 
 CONV_NORM = 0.5
-"""Factor on a convolution's eigenvalues. It changes no alpha; with it spectral norms match the papers'."""
+"""Factor on a convolution's eigenvalues, with which spectral norms match the papers'. Alpha changes with it only
+where the scale of the eigenvalues counts: with `filter_zeros`, and with the fit `"xmin_peak"`."""
 
 GATES: dict[int, tuple[str, ...]] = {1: ("",), 3: ("r", "z", "n"), 4: ("i", "f", "g", "o")}
 """Names of the gates of an RNN, a GRU and an LSTM by their number, in the order of the rows of their weights."""

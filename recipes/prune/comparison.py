@@ -13,6 +13,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 import farms_tb
+from farms_tb.keywords import resolved
+from farms_tb.options import SpectrumOptions, check_number
 from farms_tb.sparsity import SparsityOptions, plan_from_report, prune
 from recipes.config import build
 from recipes.errors import RecipeError
@@ -43,6 +45,11 @@ def compare_arms(cfg: DictConfig) -> Iterator[Row]:
     if cfg.task is None:
         raise RecipeError("say what to prune: experiment=prune/<name>, a file of conf/experiment/prune")
     options = _checked_options(cfg)
+    measure: Any = OmegaConf.to_container(cfg.measure, resolve=True)
+    with refused("target"):
+        check_number("target", cfg.target, at_least=0, at_most=1)
+    with refused("measure"):
+        resolved(SpectrumOptions, None, measure)
     device = _checked_device(cfg.device)
     task = build(cfg, "task")
     with refused("calibration"):
@@ -56,7 +63,6 @@ def compare_arms(cfg: DictConfig) -> Iterator[Row]:
         model = task.load().to(device)
     with refused("evaluation"):
         dense = task.score(model)
-    measure: Any = OmegaConf.to_container(cfg.measure, resolve=True)
     with refused("measure"):
         report = farms_tb.analyze(model, **measure)
     rows = [_row(cfg, "dense", 0.0, dense)]

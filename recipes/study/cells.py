@@ -406,7 +406,10 @@ def _read_options(plain: Mapping[str, Any]) -> Options:
     unknown = sorted(set(plain) - set(known))
     if unknown:
         raise RecipeError(f"unknown settings under study: {', '.join(unknown)}; known are {', '.join(known)}")
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in plain.items()}
+    values: dict[str, Any] = dict(plain)
+    for name, value in plain.items():
+        if isinstance(value, list):
+            values[name] = tuple(value)
     if values.get("variants") is None:  # the line "variants:" with nothing below it
         values["variants"] = {}
     return Options(**values)
@@ -431,8 +434,6 @@ def _load_cell(experiment: str, folder: Path, options: Options, overrides: Seque
             f"experiment={experiment}: its data have no seed to vary (data.seed); leave study.vary_data out"
         )
     name = baseline.name
-    if not isinstance(name, str) or name in ("", "..") or name != Path(name).name:
-        raise RecipeError(f"experiment={experiment}: name={name!r} must be that of one folder, below {folder}")
     return Cell(name, folder / name, options, arms)
 
 

@@ -203,6 +203,9 @@ def test_image_classifiers_are_pruned_and_compared(folder: Path, tmp_path: Path,
         (("experiment=prune/llama_7b", "{language}", "arms=[alpha,beta]"), "beta"),
         (("experiment=prune/llama_7b", "{language}", "target=0.66"), "epsilon"),
         (("experiment=prune/llama_7b", "{language}", "device=cuda:77"), "cuda:77"),
+        # Told before the weights, which are not there, are asked for.
+        (("experiment=prune/llama_7b", "model.path=/nowhere", "target=2", "epsilon=0.2"), "target"),
+        (("experiment=prune/llama_7b", "model.path=/nowhere", "measure.fit=best"), "measure: fit"),
         (("experiment=prune/vit_base", "{images}"), "weights.pth"),
     ],
 )

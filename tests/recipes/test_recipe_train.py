@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -246,8 +247,55 @@ def test_resuming_with_other_settings(settings: Settings, capsys: pytest.Capture
     resume = f"ckpt_path={cfg.paths.run_dir}/checkpoints/last.ckpt"
     with pytest.raises(RecipeError, match=r"another model; repeat that run's overrides .*config\.yaml"):
         train(settings(*TINY_UNET, "model.net.width=8", "logger=csv", resume))
-    train(settings(*TINY_UNET, "optimizer.weight_decay=0", "logger=csv", resume))
-    assert "other settings under 'optimizer'" in capsys.readouterr().out
+    # Optimizer and scheduler go on as the checkpoint has them, whatever the settings say.
+    for override in ("optimizer.weight_decay=0", "arms.farms.lr=0.5", "optimizer=sgd"):
+        with pytest.raises(RecipeError, match="another optimizer; repeat"):
+            train(settings(*TINY_UNET, override, "logger=csv", resume))
+    with pytest.warns(UserWarning, match="measuring anew: lr_max_ratio was 1.5 and is 1.25"):
+        train(settings(*TINY_UNET, "balancing.lr_max_ratio=1.25", "logger=csv", resume))
+    assert "other settings under 'balancing'" in capsys.readouterr().out
+
+
+def test_training_longer_keeps_the_scheduler_or_says_how(settings: Settings) -> None:
+    cfg = settings(*TINY_UNET, "logger=csv")
+    train(cfg)
+    longer = ("trainer.max_epochs=4", "logger=csv", f"ckpt_path={cfg.paths.run_dir}/checkpoints/last.ckpt")
+    with pytest.raises(RecipeError, match=r"another scheduler.*add scheduler\.T_max=2"):
+        train(settings(*TINY_UNET, *longer))
+    assert train(settings(*TINY_UNET, *longer, "scheduler.T_max=2"))["epochs"] == 4
+
+
+def test_a_folder_with_another_run_is_left_alone(settings: Settings) -> None:
+    cfg = settings(*TINY_UNET, "logger=csv")
+    train(cfg)
+    folder = Path(cfg.paths.run_dir)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(RecipeError, match=r"holds another run .*ckpt_path="):
+        train(settings(*TINY_UNET, "logger=csv", "seed=7", f"paths.run_dir={folder}"))
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("keeps_best", [True, False])
+def test_a_moved_run_goes_on_with_its_best_weights(settings: Settings, tmp_path: Path, keeps_best: bool) -> None:
+    cfg = settings(*TINY_UNET, "logger=csv")
+    facts = train(cfg)
+    moved = tmp_path / "moved"
+    shutil.move(cfg.paths.run_dir, moved)
+    if not keeps_best:
+        (moved / "checkpoints" / "best.ckpt").unlink()
+    again = train(settings(*TINY_UNET, "logger=csv", f"ckpt_path={moved}/checkpoints/last.ckpt"))
+    if keeps_best:
+        assert again["best_checkpoint"] == str(moved / "checkpoints" / "best.ckpt")
+        assert (again["best_score"], again["test"]) == (facts["best_score"], facts["test"])
+    else:
+        assert not again["best_checkpoint"]
+        assert again["test"]
+
+
+def test_a_run_without_a_test_keeps_its_results(settings: Settings) -> None:
+    cfg = settings(*TINY_UNET, "logger=csv", "trainer.limit_test_batches=0")
+    assert train(cfg)["test"] == {}
+    assert (Path(cfg.paths.run_dir) / "summary.json").is_file()
 
 
 def test_two_runs_in_one_second_have_two_folders(settings: Settings) -> None:

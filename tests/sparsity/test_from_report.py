@@ -71,6 +71,8 @@ def test_without_blocks_every_matrix_is_planned() -> None:
     net = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32))
     report = farms_tb.analyze(net, window=16)
     assert list(plan_from_report(report, 0.5, granularity="matrix").layers) == ["0", "2"]
+    with pytest.raises(TypeError, match="report must be"):
+        plan_from_report(nn.Linear(3, 3), 0.5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="granularity='matrix'"):
         plan_from_report(report, 0.5)
     by_pattern = plan_from_report(farms_tb.analyze(Net(), window=16), 0.5, blocks=["layers.*"])

@@ -188,5 +188,7 @@ def test_bad_input_changes_nothing(change: Any, calibration: Any, options: dict[
 
 def test_a_plan_of_another_model_is_refused() -> None:
     plan = SparsityPlan({"layers.9.up": PlannedLayer(100, 0.5)}, 0.5, "alpha")
+    with pytest.raises(TypeError, match="plan must be"):
+        prune(llama(), None, "magnitude")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"layers\.9\.up"):
         prune(llama(), plan, "magnitude")

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import (
     BaseFinetuning,
     BatchSizeFinder,
     EarlyStopping,
+    GradientAccumulationScheduler,
     LambdaCallback,
     LearningRateFinder,
     LearningRateMonitor,
@@ -732,6 +733,31 @@ class FindAgain(LearningRateFinder):
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         if trainer.current_epoch == 1:
             self.lr_find(trainer, pl_module)
+
+
+@pytest.mark.parametrize("how", ["tuner", "callback"])
+def test_a_finder_brings_no_state_of_an_earlier_run(how: str) -> None:
+    options: dict[str, Any] = {"assign_func": "tb_linear_map", "every_n_steps": 100, "start": "3 steps"}
+    used = FARMSTempBalance(**options)
+    fit(Module(net=make_net(seed=5)), [used])
+    weights = []
+    for balance in (used, FARMSTempBalance(**options)):
+        module = LearnsItsRate()
+        finder = [LearningRateFinder(num_training_steps=4)] if how == "callback" else []
+        trainer = make_trainer([balance, *finder])
+        if how == "tuner":
+            Tuner(trainer).lr_find(module, num_training=4)
+        trainer.fit(module)
+        weights.append(module)
+    assert_same_weights(*weights)
+
+
+def test_epochs_of_different_lengths_take_no_fraction() -> None:
+    for options in ({"start": 0.5}, {"measurements_per_epoch": 2}):
+        balance = FARMSTempBalance(assign_func="tb_linear_map", **options)
+        with pytest.raises(ValueError, match=r"epochs|every_n_steps"):
+            fit(Module(), [balance, GradientAccumulationScheduler({0: 1, 1: 2})])
+    fit(Module(), [FARMSTempBalance(assign_func="tb_linear_map"), GradientAccumulationScheduler({0: 1, 1: 2})])
 
 
 def test_second_fit_does_not_go_back_to_a_state_restored_on_the_way() -> None:
