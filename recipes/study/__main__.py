@@ -64,7 +64,7 @@ from recipes.study.findings import find, show, write
 from recipes.study.pairs import Records
 from recipes.study.records import RESULTS_FILE, read_records
 from recipes.study.runner import run_study, show_plan
-from recipes.study.settings import check_settings
+from recipes.study.settings import SETTINGS_FILE, check_settings
 from recipes.train import CONFIG_DIR
 
 __all__ = ["main"]
@@ -143,10 +143,11 @@ def _run(overrides: Sequence[str], report_only: bool, console: Console) -> None:
 
 
 def _warn_of_other_settings(study: Study, console: Console) -> None:
-    """Say where a report is of runs with other settings than the command's; it needs their names alone."""
+    """Say where a report is of runs with other settings than the command's, as far as those are noted."""
     for cell in study.cells:
         try:
-            check_settings(cell)
+            if (cell.folder / SETTINGS_FILE).exists():
+                check_settings(cell)
         except RecipeError as error:
             warn(console, f"warning: {error}")
 
