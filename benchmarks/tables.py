@@ -350,6 +350,18 @@ TABLES: Mapping[str, ArmTable | SettingTable | PairTable] = {
             "embedding_head_faster": _ENDS_5,
         },
     ),
+    "four times the rate": ArmTable(
+        "direction",
+        Cell("direction/tiny_lm_fast", "tiny_lm_400_fast"),
+        {
+            "off": "plain AdamW",
+            "shrinkage": "shrunk effects, the papers' direction",
+            "small_alpha": "the same, small alphas faster",
+            "small_alpha_permuted": "its ratios on the wrong layers",
+            "queries_slower": "no alpha: queries and keys 0.65",
+            "queries_faster": "no alpha: queries and keys 1.35",
+        },
+    ),
     "default": PairTable(
         "direction",
         "shrinkage",
