@@ -305,6 +305,7 @@ TABLES: Mapping[str, ArmTable | SettingTable | PairTable] = {
             "reversed": "the same, reversed",
             "permuted": "its ratios on the wrong blocks",
             "shrinkage": "map of shrunk effects, by layer",
+            "last_faster": "no alpha: last block 2.3, the others 0.83",
             "head_faster": "no alpha: head twice as fast",
         },
     ),

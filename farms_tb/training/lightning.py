@@ -169,22 +169,21 @@ class FARMSTempBalance(ShowsResults, Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Detach from the optimizers."""
-        self._end_of_fit(trainer)
+        self._stop(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Detach from the optimizers."""
-        self._end_of_fit(trainer)
+        self._stop(trainer)
 
     def _finish(self, trainer: Trainer, *, anew: bool = False) -> None:
         """Measure the final weights, log them, and detach from the optimizers."""
         self._log(trainer, self._session.finish(_moment(trainer), anew=anew))
         self._session.stop()
 
-    def _end_of_fit(self, trainer: Trainer) -> None:
-        """Detach, and drop a saved state that no training took; not where another trainer only validates."""
+    def _stop(self, trainer: Trainer) -> None:
+        """Detach where training ends; another trainer may validate with the same callbacks meanwhile."""
         if trainer.state.fn == "fit":
             self._session.stop()
-            self._session.set_aside_restored()
 
     def make_balancer(self, trainer: Trainer, pl_module: LightningModule) -> LayerBalancer:
         """Attach to the trainer's optimizers, when training starts.

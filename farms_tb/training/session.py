@@ -44,7 +44,6 @@ class BalancingSession:
         self.run: MeasuredRun | None = None
         self.running = False
         self.restored: dict[str, Any] | None = None
-        self._set_aside: dict[str, Any] | None = None
         self._run_is_saved = False
         self._results: Results | None = None
         self._handover = Handover()
@@ -61,11 +60,12 @@ class BalancingSession:
         return self.run is not None and self.run.logs
 
     def expect_run(self) -> None:
-        """Keep the last run out of the checkpoints of the next one, which may be written before it starts.
+        """Forget the state of an earlier run, also one that was restored and never used; call it before restoring.
 
-        Its report and ratios can still be shown.
+        The next run writes and reads checkpoints before it starts, where it looks for a learning rate, say. Report
+        and ratios of the earlier one can still be shown.
         """
-        self._set_aside, self._run_is_saved = None, False
+        self.restored, self._run_is_saved = None, False
 
     def start(self, run: Run) -> None:
         """Attach to the optimizers, which are set up and restored by now, and apply the restored ratios.
@@ -123,30 +123,22 @@ class BalancingSession:
         if self.run is not None:
             self.run.attachment.detach()
 
-    def set_aside_restored(self) -> None:
-        """Keep a saved state that no training took out of the next one; it can still be saved.
-
-        So it is after a resumed run that failed before its first step, or had none left to make.
-        """
-        self._set_aside, self.restored = self.restored or self._set_aside, None
-
     def restore(self) -> None:
         """Apply the saved ratios that wait for training, and set the clock to where it was.
 
         Raises:
             ValueError: the saved state is damaged. Nothing of it was applied.
         """
-        state, self.restored, self._set_aside = self.restored, None, None
+        state, self.restored = self.restored, None
         if state is not None:
             check_saved_clock(state)
         self.current.load_state_dict(state)
 
     def state_dict(self) -> dict[str, Any] | None:
         """Return ratios, report and clock as plain values; the state that waits, before the first measurement."""
-        waiting = self.restored or self._set_aside
-        if waiting is None and self._run_is_saved and self.run is not None and self.run.is_measured:
+        if self.restored is None and self._run_is_saved and self.run is not None and self.run.is_measured:
             return self.run.state_dict()
-        return waiting
+        return self.restored
 
     def settle(self) -> None:
         """Wait for a measurement in the background, on every process, so that one alone can save its state."""

@@ -102,7 +102,7 @@ class FillsItsStateFirst(Plain):
     """Moves nothing in its first step and does not look at the rate, as SOAP does."""
 
     def step(self, closure: Any = None) -> Any:
-        params = [p for group in self.param_groups for p in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         if all("sum" in self.state[p] for p in params):
             return super().step(closure)
         for p in params:
