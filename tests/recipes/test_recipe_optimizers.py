@@ -372,7 +372,10 @@ def test_fourier_weights_are_trained(settings: Settings, choice: str) -> None:
         (("experiment=darcy_fno", "optimizer=adamw_layer_decay"), "no repeated blocks in FNO.*group_matcher"),
         (("experiment=grokking_mlp", "optimizer=adamw_layer_decay"), "no repeated blocks in ScaledMLP"),
         (("experiment=grokking_mlp", "model.net.depth=2", "optimizer=muon"), "muon.*no matrix between"),
-        (("optimizer=lars", "optimizer.weight_decay=-1"), "optimizer=lars: weight_decay must be non-negative"),
+        (
+            ("optimizer=lars", "optimizer.weight_decay=-1"),
+            "optimizer.weight_decay must be a finite number of at least 0",
+        ),
         (("optimizer=muon", "optimizer.momentum=2"), "optimizer=muon: momentum must be"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",

@@ -671,7 +671,7 @@ def test_the_baseline_may_have_more_tries(tmp_path: Path, engine: _Recorder) -> 
     tried = [(job.arm, job.lr) for _, job in engine.begun if job.phase == "tune"]
     assert sorted(tried) == [("farms", 0.1), ("farms", 0.2), *(("off", lr) for lr in (0.05, 0.1, 0.15, 0.2))]
     assert load_study(CONFIG_DIR, _tiny(tmp_path)).cells[0].identity()["study"].keys() == {
-        *("grid", "tune_seeds", "extend", "vary_data")  # studies that were begun without it go on
+        *("grid", "tune_seeds", "extend", "vary_data", "evaluations")  # studies that were begun without it go on
     }
 
 
