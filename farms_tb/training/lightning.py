@@ -165,7 +165,7 @@ class FARMSTempBalance(ShowsResults, Callback):
         if self._session.missed_final_weights(_moment(trainer).step):
             self.on_train_start(trainer, pl_module)
         if self._session.running:
-            self._finish(trainer, anew=True)
+            self._finish(trainer, anew=_weights_change_later(trainer, self))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Detach from the optimizers."""
