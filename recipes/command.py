@@ -139,8 +139,8 @@ def _value_error(error: BaseException) -> str | None:
     """Return the reason of the balancing callback, or of Hydra; None where neither of them refused something."""
     if _raised_at_setup(error):
         return f"balancing: {error}"
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    if str(frame.f_globals.get("__name__")).startswith("hydra."):  # balancing=null, say
+    raised_in = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)][-1:]
+    if raised_in and raised_in[0].startswith("hydra."):  # balancing=null, say
         return f"the settings: {_one_line(str(error))}"
     return None
 

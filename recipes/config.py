@@ -31,7 +31,6 @@ __all__ = [
     "check_arm",
     "check_combination",
     "check_config",
-    "check_count",
     "check_optimizer",
     "check_resumed_config",
     "check_values",
@@ -42,7 +41,7 @@ ARMS = (
     *("farms", "full", "off", "monitor", "noise_aware", "shrinkage", "small_alpha", "placebo"),
     *("model_balancing", "llr", "alphadecay"),
 )
-_RESUMED_AS_THEY_WERE = ("model", "data", "optimizer", "scheduler")
+_RESUMED_AS_THEY_WERE = ("lr", "training.learning_rate", "model", "data", "optimizer", "scheduler")
 SECTIONS = (
     *("name", "seed", "seeds", "threads", "measuring_threads", "ckpt_path"),
     *("arms", "arm", "lr", "balancing", "task"),
@@ -91,7 +90,6 @@ def check_values(cfg: DictConfig) -> None:
     except OmegaConfBaseException as error:
         raise RecipeError(f"the settings do not resolve: {error}") from error
     check_arm(cfg)
-    check_count("threads", cfg.threads)
     check_name(cfg.name)
     check_numbers(cfg)
 
@@ -107,22 +105,6 @@ def _check_fraction(cfg: DictConfig) -> None:
         f"Write one of these, or give numbers of yours: "
         f"'+arms.regime_by_fraction={{{fraction}:{{lr:1e-2,weight_decay:1e-3}}}}'"
     )
-
-
-def check_count(name: str, value: Any) -> None:
-    """Refuse a number of threads or processes that is none; None stands for as many as there are cores.
-
-    Args:
-        name: The setting, for the message.
-        value: Its value.
-
-    Raises:
-        RecipeError: The value is neither None nor a whole number above 0.
-    """
-    if value is None:
-        return
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise RecipeError(f"{name} must be null or a positive whole number, got {value!r}")
 
 
 def _check_sections(cfg: DictConfig) -> None:
@@ -310,18 +292,18 @@ def check_resumed_config(cfg: DictConfig, saved_file: Path) -> list[str]:
         Other sections that differ and that the result depends on, for a note to the user.
 
     Raises:
-        RecipeError: The model, the data, the optimizer or the scheduler differ. The last two continue with what
-            the checkpoint holds, so that other settings would be noted and have no effect.
+        RecipeError: The model, the data, the learning rate, the optimizer or the scheduler differ. The last three
+            continue with what the checkpoint holds, so that other settings would be noted and have no effect.
     """
     saved = OmegaConf.create(current_settings(_plain(OmegaConf.load(saved_file), "")))
     changed = [section for section in SECTIONS if _plain(saved, section) != _plain(cfg, section)]
-    fatal = [section for section in changed if section in _RESUMED_AS_THEY_WERE]
+    fatal = [path for path in _RESUMED_AS_THEY_WERE if _plain(saved, path) != _plain(cfg, path)]
     if fatal:
         raise RecipeError(
             f"ckpt_path={cfg.ckpt_path} comes from a run with another {' and another '.join(fatal)}; "
             f"repeat that run's overrides (its settings are in {saved_file}){_for_more_epochs(saved, cfg)}"
         )
-    return [section for section in changed if section not in ("seeds", "ckpt_path", "paths", "trainer", "lr")]
+    return [section for section in changed if section not in ("seeds", "ckpt_path", "paths", "trainer")]
 
 
 def _for_more_epochs(saved: DictConfig, cfg: DictConfig) -> str:

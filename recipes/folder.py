@@ -116,11 +116,11 @@ def _check_free(folder: Path, cfg: DictConfig) -> None:
         RecipeError: There are some, and it is not the run that is resumed.
     """
     is_resumed = cfg.ckpt_path is not None and Path(cfg.ckpt_path).resolve().parent.parent == folder.resolve()
-    left = [*folder.glob("metrics.csv"), *folder.glob("checkpoints/*.ckpt")]
+    left = [*folder.glob("metrics.csv"), *folder.glob("checkpoints/*")]
     if left and not is_resumed:
         raise RecipeError(
             f"{folder} holds another run ({left[0].relative_to(folder)}): choose another paths.run_dir, or resume "
-            f"that run with ckpt_path={folder}/checkpoints/last.ckpt"
+            f"that run with ckpt_path=..., its last one in {folder / 'checkpoints'}"
         )
 
 

@@ -11,11 +11,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from recipes.errors import RecipeError
 
-__all__ = ["check_name", "check_numbers"]
+__all__ = ["Range", "check_name", "check_numbers"]
 
 
 @dataclass(frozen=True)
-class _Range:
+class Range:
     """The numbers that a setting can have.
 
     Attributes:
@@ -35,7 +35,20 @@ class _Range:
         upper = "" if math.isinf(self.most) else f" and at most {self.most}"
         return f"{'null or ' if self.null else ''}{number} of at least {self.least}{upper}"
 
-    def holds(self, value: Any) -> bool:
+    def check(self, name: str, value: Any) -> None:
+        """Refuse a value that is none of these.
+
+        Args:
+            name: The setting, for the message.
+            value: Its value.
+
+        Raises:
+            RecipeError: It is not.
+        """
+        if not self._holds(value):
+            raise RecipeError(f"{name} must be {self}, got {value!r}")
+
+    def _holds(self, value: Any) -> bool:
         """Return whether a value is one of these; true and false are no numbers."""
         if value is None:
             return self.null
@@ -44,27 +57,28 @@ class _Range:
         return is_number and self.least <= value <= self.most and math.isfinite(value)
 
 
-_SEED = _Range(0, 2**32 - 1)
-_COUNT = _Range(1)
+_SEED = Range(0, 2**32 - 1)
+_COUNT = Range(1)
 _RANGES = {
     "seed": _SEED,
-    "lr": _Range(0, whole=False),
+    "threads": Range(1, null=True),
+    "lr": Range(0, whole=False),
     "data.seed": _SEED,
     "data.shuffle_seed": _SEED,
     "data.batch_size": _COUNT,
-    "data.num_workers": _Range(0),
+    "data.num_workers": Range(0),
     "data.image_size": _COUNT,
-    "data.train_size": _Range(0, null=True),
-    "data.val_size": _Range(0, null=True),
-    "data.test_size": _Range(0, null=True),
-    "optimizer.lr": _Range(0, whole=False),
-    "optimizer.momentum": _Range(0, whole=False),
-    "optimizer.weight_decay": _Range(0, whole=False),
-    "trainer.max_epochs": _Range(-1),
-    "trainer.max_steps": _Range(-1),
+    "data.train_size": Range(0, null=True),
+    "data.val_size": Range(0, null=True),
+    "data.test_size": Range(0, null=True),
+    "optimizer.lr": Range(0, whole=False),
+    "optimizer.momentum": Range(0, whole=False),
+    "optimizer.weight_decay": Range(0, whole=False),
+    "trainer.max_epochs": Range(-1),
+    "trainer.max_steps": Range(-1),
     "trainer.accumulate_grad_batches": _COUNT,
-    "trainer.check_val_every_n_epoch": _Range(1, null=True),
-    "trainer.log_every_n_steps": _Range(0, null=True),
+    "trainer.check_val_every_n_epoch": Range(1, null=True),
+    "trainer.log_every_n_steps": Range(0, null=True),
     "scheduler.T_max": _COUNT,  # most experiments take it from trainer.max_epochs
 }
 
@@ -81,8 +95,8 @@ def check_numbers(cfg: DictConfig) -> None:
     for name, numbers in _RANGES.items():
         section, _, key = name.rpartition(".")
         holder: Any = OmegaConf.select(cfg, section) if section else cfg
-        if OmegaConf.is_dict(holder) and key in holder and not numbers.holds(holder[key]):
-            raise RecipeError(f"{name} must be {numbers}, got {holder[key]!r}")
+        if OmegaConf.is_dict(holder) and key in holder:
+            numbers.check(name, holder[key])
 
 
 def check_name(name: Any) -> None:

@@ -23,10 +23,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from recipes.command import sentence
-from recipes.config import ARMS, check_count
+from recipes.config import ARMS
 from recipes.errors import RecipeError
 from recipes.study.programs import PROGRAMS, load_program, program_of
 from recipes.study.records import Job
+from recipes.values import Range
 
 __all__ = ["Cell", "Options", "Resources", "Study", "load_study"]
 
@@ -79,10 +80,10 @@ class Options:
             raise RecipeError(f"study.program must be one of {', '.join(PROGRAMS)}, got {self.program!r}")
         self._check_variants()
         self._check_arms()
-        _check_whole_number("evaluations", self.evaluations, 1)
-        _check_whole_number("seeds", self.seeds, 1)
-        _check_whole_number("tune_seeds", self.tune_seeds, 1)
-        _check_whole_number("extend", self.extend, 0)
+        Range(1).check("study.evaluations", self.evaluations)
+        Range(1).check("study.seeds", self.seeds)
+        Range(1).check("study.tune_seeds", self.tune_seeds)
+        Range(0).check("study.extend", self.extend)
         _check_grid("grid", self.grid)
         if self.baseline_grid is not None:
             _check_grid("baseline_grid", self.baseline_grid)
@@ -126,12 +127,6 @@ class Options:
             raise RecipeError(f"study.arms must be different ones, got {list(self.arms)}")
         if self.baseline not in self.arms:
             raise RecipeError(f"study.baseline={self.baseline} is not one of study.arms {list(self.arms)}")
-
-
-def _check_whole_number(name: str, value: Any, least: int) -> None:
-    """Refuse anything but a whole number of at least `least`; true and false are none."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise RecipeError(f"study.{name} must be a whole number of at least {least}, got {value!r}")
 
 
 def _nearest(name: Any, known: Sequence[str]) -> str:
@@ -232,7 +227,7 @@ class Resources:
     minutes: float | None = None
 
     def __post_init__(self) -> None:
-        check_count("study.workers", self.workers)
+        Range(1, null=True).check("study.workers", self.workers)
         if self.engine not in ENGINES:
             raise RecipeError(f"study.engine must be one of {', '.join(ENGINES)}, got {self.engine!r}")
         for name in ("gpus_per_run", "minutes"):

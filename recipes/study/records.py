@@ -183,7 +183,7 @@ def read_records(folder: Path) -> dict[Job, Record]:
         The finished runs; none where there is no file yet.
 
     Raises:
-        RecipeError: The file is not one of `write_records`, or holds runs of another cell.
+        RecipeError: The file is not one of `write_records`, or holds runs of several cells.
     """
     path = folder / RESULTS_FILE
     if not path.exists():

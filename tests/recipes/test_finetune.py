@@ -121,6 +121,17 @@ def test_a_run_that_was_killed_goes_on_identically(finetune: Command, tmp_path: 
     assert all(torch.equal(weights[name], again[name]) for name in weights)
 
 
+def test_a_resumed_run_keeps_its_learning_rate_or_is_refused(
+    finetune: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_sst2(tmp_path / "data")
+    finetune("run", *SST2, *OFF)
+    resume = f"ckpt_path={tmp_path}/run/checkpoints/checkpoint-30"
+    with pytest.raises(SystemExit, match="2"):
+        finetune("run", *SST2, *OFF, "training.learning_rate=0.5", resume)
+    assert "another training.learning_rate; repeat" in capsys.readouterr().err
+
+
 def test_seeds_draw_other_examples_and_repeat(finetune: Command, tmp_path: Path) -> None:
     write_sst2(tmp_path / "data")
     brief = (*SST2, *OFF, "training.num_train_epochs=1")

@@ -528,7 +528,7 @@ def test_fno_leaves_out_lifting_and_projection_by_name(settings: Settings) -> No
         (("data.family=fog",), "data: data.family must be one of grf, bumps"),
         (("arm=full",), r"arm=full does not match balancing=farms; .*balancing=farms\|full\|off\|monitor"),
         (("ckpt_path=/no/such.ckpt",), "ckpt_path=/no/such.ckpt is not a file"),
-        (("threads=0",), "threads must be null or a positive whole number, got 0"),
+        (("threads=0",), "threads must be null or a whole number of at least 1, got 0"),
         (("+colour=red",), "unknown settings at the top level: colour"),
         (("~task",), "missing settings at the top level: task"),
         (("lr=${nowhere}",), "the settings do not resolve: Interpolation key 'nowhere' not found"),

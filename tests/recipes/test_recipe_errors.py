@@ -11,7 +11,7 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-from recipes.command import user_errors
+from recipes.command import sentence, user_errors
 from recipes.errors import RecipeError
 from recipes.old_names import current_overrides, current_settings
 from recipes.train import main, train
@@ -43,6 +43,16 @@ def _command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
     assert stopped.value.code == 2, printed
     assert "Traceback" not in printed
     return printed
+
+
+def test_wandb_that_cannot_be_reached_says_how_to_go_on() -> None:
+    from wandb.errors import CommError
+
+    told = sentence(CommError("Failed to get resume status"))
+    assert told is not None
+    assert "resume status" in told
+    assert "logger.wandb.offline=true" in told
+    assert sentence(ZeroDivisionError("a fault of the program")) is None
 
 
 @pytest.mark.parametrize(

@@ -319,8 +319,14 @@ def _tiny(tmp_path: Path, *more: str) -> list[str]:
         (("experiment=darcy_fno", "study.baseline_grid=[]"), "study.baseline_grid must be .*positive multiples"),
         (("experiment=darcy_fno", "study.baseline_grid=1"), "study.baseline_grid must be a list"),
         (("experiment=darcy_fno", "study.vary_data=3"), "study.vary_data must be true, false or null"),
-        (("experiment=darcy_fno", "study.workers=0"), "study.workers must be null or a positive whole number"),
-        (("experiment=darcy_fno", "study.workers=true"), "study.workers must be null or a positive whole number"),
+        (
+            ("experiment=darcy_fno", "study.workers=0"),
+            "study.workers must be null or a whole number of at least 1",
+        ),
+        (
+            ("experiment=darcy_fno", "study.workers=true"),
+            "study.workers must be null or a whole number of at least 1",
+        ),
         (("experiment=darcy_fno", "study.minutes=true"), "study.minutes must be a number above 0"),
         (("experiment=darcy_fno", "study.folder=null"), "study.folder must be a path"),
         (("experiment=darcy_fno", "study.folder=''"), "study.folder must be a path"),
