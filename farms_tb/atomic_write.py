@@ -19,12 +19,13 @@ __all__ = ["atomic_path", "write_text_atomically"]
 
 
 @contextmanager
-def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_path(target: str | os.PathLike[str], mode: int = 0o666) -> Iterator[Path]:
     """Yield a path to write to; when the block ends without an error, the file there takes the target's name.
 
     Args:
         target: the file to make or to replace. Its folder must exist. A device or a pipe (`/dev/null`) is written
             to directly, since it cannot be replaced.
+        mode: permissions of the file, of which the user's umask is taken away as usual.
 
     Yields:
         An empty file in the target's folder, called `.<start of the target's name>-<random>.part`. Writers that
@@ -46,8 +47,8 @@ def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
         yield target
         return
     temporary = target.with_name(f".{target.name[:40]}-{secrets.token_hex(8)}.part")
-    # Mode "x" refuses names that exist, links included; the permissions are those of any new file of the user.
-    temporary.open("xb").close()
+    # O_EXCL refuses names that exist, links included.
+    os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode))
     try:
         yield temporary
         with temporary.open("rb+") as written:
@@ -58,18 +59,21 @@ def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
         raise
 
 
-def write_text_atomically(target: str | os.PathLike[str], text: str, *, errors: str = "strict") -> None:
+def write_text_atomically(
+    target: str | os.PathLike[str], text: str, *, errors: str = "strict", mode: int = 0o666
+) -> None:
     """Write text as UTF-8, whole or not at all; line ends stay as they are.
 
     Args:
         target: the file to make or to replace.
         text: its new content.
         errors: what becomes of characters that UTF-8 lacks (lone surrogates), as for `str.encode`.
+        mode: permissions of the file.
 
     Raises:
         OSError: see `atomic_path`.
         UnicodeEncodeError: a character that UTF-8 lacks, with `errors="strict"`.
     """
     content = text.encode("utf-8", errors)
-    with atomic_path(target) as path:
+    with atomic_path(target, mode) as path:
         path.write_bytes(content)

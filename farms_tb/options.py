@@ -5,8 +5,9 @@
 - `ScheduleOptions`: when a callback measures.
 - `LoggingOptions`: what a callback logs.
 
-Names, types, defaults and documentation of all options are written here and nowhere else. Every public entry point
-takes these objects, and each option as a keyword argument too, see `farms_tb.keywords`. Each object is checked
+Names, types, defaults and documentation of all options are written here; `farms_tb.keywords` and the recipes
+repeat names and types, and tests compare them. Every public entry point takes these objects, and each option as a
+keyword argument too. Each object is checked
 when it is made: a wrong type raises a `TypeError` and a value out of range a `ValueError`, both name the option.
 Values are stored as plain Python values (tuples for sequences), so that options can be compared, hashed and saved.
 """
@@ -19,7 +20,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib.util import find_spec
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -62,11 +63,39 @@ Precision = Literal["auto", "float64"]
 Solver = Literal["auto", "torch", "cupy", "cpu"]
 XAxis = Literal["epoch", "step"]
 
-COMPARES_WITH_RANDOM: tuple[AssignFunc, ...] = ("noise_aware", "shrinkage")
-"""Maps that compare each layer with random layers of its shape, and so need its permutation null."""
 
-STATIC: tuple[AssignFunc, ...] = ("depth", "constant")
-"""Maps that look at no alpha: the arms that a comparison needs."""
+class MapTraits(NamedTuple):
+    """What a map from alphas to ratios takes, and what it keeps to.
+
+    Attributes:
+        takes: what is mapped of each layer: any `"metric"`, `"alpha"` alone, its `"z-score"` or its `"effect"`,
+            which need the layer's permutation null, or `"nothing"`, for the static arms of a comparison.
+        bounded: whether the ratios stay between `lr_min_ratio` and `lr_max_ratio`. Those of the noise-aware map
+            may lie between these and 1, where the bounds do not have 1 between them.
+        above: what the mapped values must exceed.
+    """
+
+    takes: Literal["metric", "alpha", "z-score", "effect", "nothing"]
+    bounded: bool
+    above: float = -math.inf
+
+    @property
+    def compares_with_random(self) -> bool:
+        """Whether each layer is compared with random layers of its shape."""
+        return self.takes in ("z-score", "effect")
+
+
+MAPS: Mapping[AssignFunc, MapTraits] = {
+    "tb_linear_map": MapTraits("metric", bounded=True),
+    "tb_sqrt": MapTraits("alpha", bounded=False, above=0),
+    "tb_log2": MapTraits("alpha", bounded=False, above=1),
+    "tb_step": MapTraits("metric", bounded=True),
+    "tb_sigmoid": MapTraits("metric", bounded=False),
+    "noise_aware": MapTraits("z-score", bounded=True),
+    "shrinkage": MapTraits("effect", bounded=True),
+    "depth": MapTraits("nothing", bounded=True),
+    "constant": MapTraits("nothing", bounded=True),
+}
 
 NUMERICS = ("precision", "solver", "memory_mb", "threads")
 """Options that change how eigenvalues are computed, and an alpha by rounding only."""
@@ -302,8 +331,8 @@ class SpectrumOptions:
         adapters: what is measured of a layer with adapters by PEFT. `"merged"`: the sum of weight and active
             adapters, LoRA or DoRA, that the network computes with; `"base"`: the weight without them. Both are one
             layer, whose ratio all of its trained parts take. `"separate"`: weight, A and B are three layers.
-        precision: `"auto"` solves in single precision where alpha is within 5e-5 of itself with it, `"float64"`
-            never does.
+        precision: `"auto"` solves in single precision where the relative error that this makes in alpha is at most
+            5e-5, `"float64"` never does.
         solver: what solves for eigenvalues on a GPU: `"torch"`, `"cupy"`, `"cpu"`, or `"auto"` for whichever is
             the fastest in a trial of each size of windows, see `farms_tb.spectra.solvers`.
         memory_mb: megabytes (MiB) that solving may take at a time, on top of the model.
@@ -359,9 +388,10 @@ class RatioOptions:
         assign_func: the map from alphas to ratios, see `farms_tb.lr_ratios`. The default, `"shrinkage"`, compares
             each layer with random layers of its shape, so that differences that are noise hardly move learning
             rates; it measures shuffled layers once, at the start. `"tb_linear_map"` is that of the papers.
-        lr_min_ratio: the smallest ratio that the map gives; with `"tb_linear_map"` that of the smallest alpha.
-        lr_max_ratio: the largest ratio that the map gives; with `"tb_linear_map"` that of the largest alpha. With
-            both at 1 nothing is balanced, only measured.
+        lr_min_ratio: lower bound of the ratios; with `"tb_linear_map"` that of the smallest alpha. `"tb_sqrt"`,
+            `"tb_log2"` and `"tb_sigmoid"` have no such bounds.
+        lr_max_ratio: upper bound of the ratios; with `"tb_linear_map"` that of the largest alpha. With both bounds
+            at 1 nothing is balanced, only measured, whatever the map.
         sigmoid_min: strength of the sigmoid map at or below the mean alpha.
         sigmoid_max: strength of the sigmoid map above it.
         sigmoid_tau: steepness of the sigmoid map.
@@ -377,7 +407,7 @@ class RatioOptions:
             is small, but not because they are well trained. `"keep"` maps them like any other, as in the papers.
         norms: `"follow"` gives a normalisation layer the ratio of the layer that feeds it, `"base"` ratio 1.
         favor: which layers get the larger ratios: `"large_alpha"`, as in the papers, those that have learnt less;
-            `"small_alpha"` those that have learnt more.
+            `"small_alpha"` those that have learnt more. `"depth"` and `"constant"` look at neither.
         normalize: `"mean"` divides the mapped ratios by their mean, in which a layer weighs as much as it has
             entries, so that balancing does not change the overall learning rate. None leaves them as mapped.
         exclude_heads: leave the layers of a transformers model that are not in its base model at ratio 1.
@@ -388,7 +418,8 @@ class RatioOptions:
             of blocks keep ratio 1, and `exclude_first` and `exclude_last` have no effect.
         blocks: shell-style patterns of the paths of blocks, `"encoder.layer.*"`, where they are not found by
             themselves, see `farms_tb.weights.blocks.blocks_of`.
-        block_mean: `"plain"`, or `"weighted"` by 1 / squared standard error.
+        block_mean: how the layers of a block are averaged: all alike, `"plain"`, or `"weighted"` by 1 / squared
+            standard error.
         permute: seed of a permutation by which the mapped ratios are dealt out among the layers: a placebo, whose
             layers train at unequal rates that have nothing to do with their alphas. None leaves them in place.
         target: what the ratios scale: the learning rate, `"weight_decay"`, or `"both"`.
@@ -457,12 +488,13 @@ class RatioOptions:
         for kind in self.balance:
             check_choice("balance", kind, Kind)
         self._check_unit()
-        if self.metric != "alpha" and self.assign_func in ("tb_sqrt", "tb_log2"):
+        traits = MAPS[self.assign_func]
+        if self.metric != "alpha" and traits.takes == "alpha":
             raise ValueError(
                 f"assign_func={self.assign_func!r} is defined for metric='alpha', whose values are "
                 f"above 1, got metric={self.metric!r}; use 'tb_linear_map', 'tb_step' or 'tb_sigmoid'"
             )
-        if self.metric != "alpha" and self.assign_func in COMPARES_WITH_RANDOM:
+        if self.metric != "alpha" and traits.compares_with_random:
             raise ValueError(
                 f"assign_func={self.assign_func!r} compares alpha with that of random layers, it knows no other "
                 f"metric: got metric={self.metric!r}; pass assign_func='tb_linear_map' to map it"
@@ -477,7 +509,7 @@ class RatioOptions:
         """Raise where options of blocks contradict each other."""
         if self.unit == "layer" and (self.blocks or self.block_mean != "plain"):
             raise ValueError("blocks and block_mean are for unit='block', got unit='layer'")
-        if self.unit == "block" and self.assign_func == "noise_aware":
+        if self.unit == "block" and MAPS[self.assign_func].takes == "z-score":
             raise ValueError("unit='block' has no z-scores: use assign_func='shrinkage' in place of 'noise_aware'")
         if self.block_mean == "weighted" and self.metric != "alpha":
             raise ValueError(
@@ -495,7 +527,7 @@ class ScheduleOptions:
         every_n_epochs: measure at the start of every n-th epoch.
         every_n_steps: measure every n optimizer steps instead of by epochs.
         lag_steps: let a GPU measure in the background, on CUDA streams of its own, and apply the ratios this many
-            optimizer steps after the weights were read, always, so that runs stay reproducible. Training waits
+            optimizer steps after the weights were read, exactly, so that runs stay reproducible. Training waits
             for the first measurement and for that of the final weights. Needs memory for a copy of the layers'
             weights; models on the CPU are measured at once, with the same results. 0 waits at each measurement.
         measurements_per_epoch: measure this many times an epoch, at equal numbers of optimizer steps, instead of
@@ -564,7 +596,7 @@ class LoggingOptions:
         verdicts: compare each layer with its own entries shuffled, and log effects and the shares of verdicts. The
             first weights are shuffled, once, which takes as long as 8 to 32 measurements.
         x_axis: what W&B plots the curves against, `"epoch"` or `"step"`. None: epochs, and steps with
-            `every_n_steps`.
+            `every_n_steps` or `measurements_per_epoch`.
     """
 
     log: bool = True

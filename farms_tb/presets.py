@@ -20,7 +20,7 @@ class Published:
     """A method and its source.
 
     Attributes:
-        source: paper, or what else says so.
+        source: its paper; of a preset of this package, what it does.
         options: options by name; all others are at their defaults.
     """
 
@@ -81,9 +81,11 @@ PRESETS: Mapping[Preset, Published] = {
             "every_n_steps": 500,
         },
     ),
-    "shrinkage": Published("this package's own", {"esd": "farms", "assign_func": "shrinkage"}),
+    "shrinkage": Published(
+        "this package's default: the map of shrunk effects", {"esd": "farms", "assign_func": "shrinkage"}
+    ),
     "monitor": Published(
-        "measures and logs, and changes no learning rate",
+        "measures and logs; all ratios are 1, but for those in `fixed`",
         {"assign_func": "tb_linear_map", "lr_min_ratio": 1.0, "lr_max_ratio": 1.0},
     ),
 }

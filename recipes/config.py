@@ -7,7 +7,7 @@ names the setting to change.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,13 @@ ARMS = (
     *("farms", "full", "off", "monitor", "noise_aware", "shrinkage", "small_alpha", "placebo"),
     *("model_balancing", "llr", "alphadecay"),
 )
-_RESUMED_AS_THEY_WERE = ("lr", "training.learning_rate", "model", "data", "optimizer", "scheduler")
+_RESUMED_AS_THEY_WERE = (
+    *("lr", "model", "data", "optimizer", "scheduler"),
+    *(f"training.{name}" for name in ("learning_rate", "weight_decay", "optim")),
+    *(f"training.adam_{name}" for name in ("beta1", "beta2", "epsilon")),
+)
+"""Settings whose values a checkpoint brings back, by training itself or by what they are applied to."""
+_FREE_AT_RESUME = ("seeds", "ckpt_path", "paths", "trainer", "training.output_dir")
 SECTIONS = (
     *("name", "seed", "seeds", "threads", "measuring_threads", "ckpt_path"),
     *("arms", "arm", "lr", "balancing", "task"),
@@ -292,18 +298,32 @@ def check_resumed_config(cfg: DictConfig, saved_file: Path) -> list[str]:
         Other sections that differ and that the result depends on, for a note to the user.
 
     Raises:
-        RecipeError: The model, the data, the learning rate, the optimizer or the scheduler differ. The last three
-            continue with what the checkpoint holds, so that other settings would be noted and have no effect.
+        RecipeError: The model, the data, the learning rate, the optimizer or the scheduler differ, in fine-tuning
+            what `training` says of them. The last three continue with what the checkpoint holds, so that other
+            settings would be noted and have no effect.
     """
     saved = OmegaConf.create(current_settings(_plain(OmegaConf.load(saved_file), "")))
-    changed = [section for section in SECTIONS if _plain(saved, section) != _plain(cfg, section)]
+    before, now = (_without(_plain(settings, ""), _FREE_AT_RESUME) for settings in (saved, cfg))
+    changed = [section for section in {**before, **now} if before.get(section) != now.get(section)]
     fatal = [path for path in _RESUMED_AS_THEY_WERE if _plain(saved, path) != _plain(cfg, path)]
     if fatal:
         raise RecipeError(
             f"ckpt_path={cfg.ckpt_path} comes from a run with another {' and another '.join(fatal)}; "
             f"repeat that run's overrides (its settings are in {saved_file}){_for_more_epochs(saved, cfg)}"
         )
-    return [section for section in changed if section not in ("seeds", "ckpt_path", "paths", "trainer")]
+    return changed
+
+
+def _without(settings: dict[str, Any], paths: Sequence[str]) -> dict[str, Any]:
+    """Return settings without those at some dotted paths, of one or two names."""
+    left = dict(settings)
+    for path in paths:
+        section, _, name = path.partition(".")
+        if not name:
+            left.pop(section, None)
+        elif isinstance(left.get(section), dict):
+            left[section] = {key: value for key, value in left[section].items() if key != name}
+    return left
 
 
 def _for_more_epochs(saved: DictConfig, cfg: DictConfig) -> str:

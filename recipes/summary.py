@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from rich.text import Text
 
 import farms_tb
 from farms_tb.atomic_write import write_text_atomically
+from farms_tb.options import SpectrumOptions
 from farms_tb.report import LayerRecord
 from farms_tb.viewing.page import write_page
 from farms_tb.viewing.plots import plot_alpha_curves, plot_ratio_curves, plot_ratio_map
@@ -38,11 +39,6 @@ __all__ = [
     "print_summary",
     "write_summary",
 ]
-
-SPECTRAL_OPTIONS = (
-    *("fit", "aspect_ratio", "window", "windows_per_dim", "window_step"),
-    *("xmin_pos", "filter_zeros", "relative_cutoff"),
-)
 
 SCORES_IN_A_LINE = 5
 
@@ -96,12 +92,16 @@ def measure_layers(model: torch.nn.Module, cfg: DictConfig, last: LastStepRates)
     """
     options = OmegaConf.to_container(cfg.balancing, resolve=True)
     assert isinstance(options, dict)  # the callback's keyword arguments
-    shared: dict[str, Any] = {name: options[name] for name in SPECTRAL_OPTIONS if name in options}
+    # The two measurements differ in these; the threads are those of the training.
+    own = ("esd", "min_eigenvalues", "threads")
+    spectral = [field.name for field in fields(SpectrumOptions) if field.name not in own]
+    shared: dict[str, Any] = {name: options[name] for name in spectral if name in options}
     least = cfg.arms.farms.min_eigenvalues
     least_full = OmegaConf.select(cfg, "arms.full.min_eigenvalues", default=least)
     full = farms_tb.analyze(model, esd="full", min_eigenvalues=least_full, histogram=True, **shared)
     farms = farms_tb.analyze(model, esd="farms", min_eigenvalues=least, histogram=True, **shared)
-    parameters = {layer.name: layer.parameters for layer in find_layers(model)}
+    layers = find_layers(model, adapters=shared.get("adapters", SpectrumOptions.adapters))
+    parameters = {layer.name: layer.parameters for layer in layers}
     rows = []
     for name in farms.layers:
         lr = last.lr_of(parameters.get(name, ()))

@@ -108,7 +108,7 @@ def _train_in(folder: Path, cfg: DictConfig) -> dict[str, Any]:
     checkpoint = None if cfg.ckpt_path is None else read_checkpoint(cfg.ckpt_path)
     if checkpoint is not None and (folder / CONFIG_FILE).exists():
         for section in check_resumed_config(cfg, folder / CONFIG_FILE):
-            console.print(f"[yellow]resuming with other settings under {section!r} than before[/yellow]")
+            warn(console, f"resuming with other settings under {section!r} than before")
     with warnings.catch_warnings():
         run = build_run(cfg)
         for message in _NOT_FOR_USERS:  # only now: packages imported for a part set filters of their own

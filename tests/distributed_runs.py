@@ -143,7 +143,7 @@ def lag(rank: int) -> dict[str, Any]:
 
     at_once = lightning(rank, lag_steps=2)
     farms_tb.spectra.background._DEVICES = ("cpu",)
-    return {"at once": at_once, "beside": lightning(rank, lag_steps=2)}
+    return {"at once": at_once, "in the background": lightning(rank, lag_steps=2)}
 
 
 JOBS = {

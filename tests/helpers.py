@@ -131,7 +131,7 @@ def weights(module: nn.Module) -> dict[str, Tensor]:
 
 
 def assert_same_weights(actual: nn.Module, expected: nn.Module) -> None:
-    """Compare to the bit, and name the parameters that differ."""
+    """Compare bitwise, and name the parameters that differ."""
     one, other = weights(actual), weights(expected)
     assert one.keys() == other.keys()
     differ = [name for name in one if not torch.equal(one[name], other[name])]
@@ -139,7 +139,7 @@ def assert_same_weights(actual: nn.Module, expected: nn.Module) -> None:
 
 
 def assert_same_state(actual: Any, expected: Any, path: str = "") -> None:
-    """Compare two nested states to the bit, types and tensors included."""
+    """Compare two nested states bitwise, types and tensors included."""
     assert type(actual) is type(expected), path
     if isinstance(actual, Tensor):
         assert actual.dtype == expected.dtype, path

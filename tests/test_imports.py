@@ -20,8 +20,8 @@ OPTIONAL = (
 )
 ROOMS = ("weights", "spectra", "balancing", "sparsity", "viewing", "training", "cli")
 """In the order of the method: a room imports from those before it."""
-ABOVE_ALL = ("options", "presets", "report", "warnings", "_moved")
-"""What every room may import."""
+ABOVE_ALL = ("options", "keywords", "presets", "report", "verdicts", "warnings", "atomic_write")
+"""What every room may import, and what imports none."""
 
 PUBLIC_IN_0_1 = {
     "": "EsdHistogram FARMSTempBalance FARMSTrainerCallback LayerRecord MatrixStack NoSpectrumError Report "
@@ -161,6 +161,22 @@ def test_imports_point_down_the_page(room):
     for path in (PACKAGE / room).rglob("*.py"):
         upwards = {name for name in imports_of(path) if name.split(".")[1:2] and name.split(".")[1] in later}
         assert not upwards, f"{path.relative_to(PACKAGE)} imports {upwards}"
+
+
+@pytest.mark.parametrize("module", ABOVE_ALL)
+def test_what_all_rooms_may_import_imports_none(module):
+    imported = {name.split(".")[1] for name in imports_of(PACKAGE / f"{module}.py") if "." in name}
+    assert imported <= set(ABOVE_ALL)
+
+
+@pytest.mark.parametrize(
+    ("package", "home"),
+    [("wandb", "training"), ("matplotlib", "viewing/plots"), ("lightning", "training"), ("typer", "cli")],
+)
+def test_packages_are_imported_in_their_room_alone(package, home):
+    for path in PACKAGE.rglob("*.py"):
+        if package in imported_packages(path):
+            assert path.is_relative_to(PACKAGE / home), path
 
 
 def test_all_names_exist():

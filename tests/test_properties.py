@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from farms_tb import MatrixStack, TempBalance, layer_matrices
-from farms_tb.options import SpectrumOptions
+from farms_tb.options import MAPS, AssignFunc, SpectrumOptions
 from farms_tb.report import LayerRecord
 from farms_tb.spectra.permutation_null import weight_record
 
@@ -215,8 +215,8 @@ METRICS = (
 @st.composite
 def balance_options(draw: Any, names: list[str]) -> dict[str, Any]:
     low = draw(st.sampled_from([0.0, 0.5, 1.0]) | between(0, 10))
-    assign = draw(st.sampled_from(["tb_linear_map", "tb_sqrt", "tb_log2", "tb_step", "tb_sigmoid"]))
-    metrics = ("alpha",) if assign in ("tb_sqrt", "tb_log2") else ("alpha",) * 5 + METRICS
+    assign = draw(st.sampled_from(get_args(AssignFunc)))
+    metrics = ("alpha",) * 5 + METRICS if MAPS[assign].takes in ("metric", "nothing") else ("alpha",)
     return {
         "assign_func": assign,
         "lr_min_ratio": low,
@@ -231,6 +231,8 @@ def balance_options(draw: Any, names: list[str]) -> dict[str, Any]:
         "exclude": draw(mostly([], st.lists(st.sampled_from(names), max_size=2))) if names else [],
         "balance": draw(mostly(["real", "spectral"], st.sampled_from([["real"], ["spectral"], []]))),
         "norms": draw(st.sampled_from(["follow", "base"])),
+        "favor": draw(st.sampled_from(["large_alpha", "small_alpha"])),
+        "collapsed": draw(st.sampled_from(["leave_out", "keep"])),
     }
 
 
@@ -298,8 +300,10 @@ def check_ratios(balancer: TempBalance, options: dict[str, Any]) -> None:
 
 
 def bounds(options: dict[str, Any], number: int) -> tuple[float, float]:
-    if options["assign_func"] in ("tb_linear_map", "tb_step"):
-        return options["lr_min_ratio"], options["lr_max_ratio"]
+    if MAPS[options["assign_func"]].bounded:
+        low, high = options["lr_min_ratio"], options["lr_max_ratio"]
+        # The noise-aware map shrinks ratios towards 1, wherever the bounds are.
+        return (min(low, 1), max(high, 1)) if options["assign_func"] == "noise_aware" else (low, high)
     if options["assign_func"] == "tb_sigmoid":
         return 10 ** (-options["sigmoid_min"] / 2), 10 ** (options["sigmoid_max"] / 2)
     return 0, number

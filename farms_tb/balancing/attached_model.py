@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from torch import nn
 from torch.optim import Optimizer
 
 from farms_tb.balancing.assignment import Assignment, members, ratios_of_parameters, trained_layers
@@ -65,12 +66,9 @@ class AttachedModel:
         Raises:
             ValueError: a metric that the map cannot map.
         """
-        assignment = self.assignment
-        trained = self._optimizers.trained(named_parameters(self.model))
-        layers = trained_layers(assignment.layers, trained)
-        by_kind = members(assignment, self._options, trained)
-        mapped = ratios_of_report(report, by_kind, self._options, assignment)
-        return replace(mapped, trained=[layer.name for layer in layers])
+        by_kind = members(self.assignment, self._options, self._trained())
+        mapped = ratios_of_report(report, by_kind, self._options, self.assignment)
+        return replace(mapped, trained=self.trained_layers())
 
     def follow(self, report: Report, mapped: MappedRatios, strength: float, *, initial: bool) -> None:
         """Let the next steps use the ratios that follow from a measurement, and warn of what a user should know.
@@ -123,8 +121,15 @@ class AttachedModel:
 
     def layer_lrs(self) -> dict[str, float]:
         """Return the current learning rate of each layer that is trained."""
-        trained = self._optimizers.trained(named_parameters(self.model))
-        return lrs_of_layers(self.assignment, self.param_groups(), trained)
+        return lrs_of_layers(self.assignment, self.param_groups(), self._trained())
+
+    def trained_layers(self) -> list[str]:
+        """Return the names of the layers with a parameter that an optimizer trains: frozen ones do not count."""
+        return [layer.name for layer in trained_layers(self.assignment.layers, self._trained())]
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        """Return the parameters that an optimizer trains now, by name."""
+        return self._optimizers.trained(named_parameters(self.model))
 
     def detach(self) -> None:
         """Give the optimizers back as they were, and wait until no thread measures."""

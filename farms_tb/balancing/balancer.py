@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from farms_tb.balancing.attached_model import AttachedModel
 from farms_tb.balancing.measured_model import MeasuredModel
-from farms_tb.balancing.report_ratios import MappedRatios, RatioSummary
+from farms_tb.balancing.report_ratios import RatioSummary
 from farms_tb.balancing.state import BalancerState, is_of_this_run, read_state, write_state
 from farms_tb.balancing.step_groups import StepGroup as StepGroup
 from farms_tb.balancing.targets import weakened
@@ -130,10 +130,6 @@ class LayerBalancer:
         """Wait for the measurement that was begun, and apply the ratios that follow."""
         return self._follow(self._attached.measured.finish())
 
-    def map_ratios(self, report: Report) -> MappedRatios:
-        """Return the ratios that follow from a report; the place for a subclass with other ratios."""
-        return self._attached.map_ratios(report)
-
     def parameter_ratios(self) -> dict[str, float]:
         """Return the current ratio of each parameter of the model by name."""
         return weakened(self._attached.parameter_ratios(self._mapped), self.strength)
@@ -149,6 +145,10 @@ class LayerBalancer:
     def layer_lrs(self) -> dict[str, float]:
         """Return the current learning rate of each layer that is trained."""
         return self._attached.layer_lrs()
+
+    def trained_layers(self) -> list[str]:
+        """Return the names of the layers with a parameter that an optimizer trains: frozen ones do not count."""
+        return self._attached.trained_layers()
 
     def detach(self) -> None:
         """Give the optimizers back as they were. Reports and ratios stay readable."""
@@ -191,7 +191,7 @@ class LayerBalancer:
 
     def _follow(self, report: Report) -> Report:
         initial, self.report = self.report is None, report
-        mapped = self.map_ratios(report)
+        mapped = self._attached.map_ratios(report)
         self._mapped, self.summary = mapped.ratios, mapped.summary.at(self.strength)
         self._attached.follow(report, mapped, self.strength, initial=initial)
         return report

@@ -1,7 +1,7 @@
 """From alphas to learning-rate ratios: the temperature maps of TempBalance.
 
 A large alpha marks an undertrained layer, which gets a larger learning rate; a small alpha gives a smaller one.
-`favor="small_alpha"` turns that round, for every map.
+`favor="small_alpha"` turns that round, for every map that looks at alphas.
 
 The maps are functions of the list of alphas a_1, ..., a_n of the n layers that are balanced together. They return
 the ratios r_1, ..., r_n; a layer's learning rate is its ratio times that of the scheduler.
@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from farms_tb.balancing.shrinkage import shrinkage_ratios
-from farms_tb.options import COMPARES_WITH_RANDOM, STATIC, AssignFunc, Favor, RatioOptions
+from farms_tb.options import MAPS, AssignFunc, Favor, RatioOptions
 
 
 def maps_nothing(options: RatioOptions) -> bool:
@@ -42,7 +42,7 @@ def compares_with_random(options: RatioOptions) -> bool:
     Args:
         options: the map, and what `maps_nothing` uses: where nothing is mapped, nothing is compared.
     """
-    return options.assign_func in COMPARES_WITH_RANDOM and not maps_nothing(options)
+    return MAPS[options.assign_func].compares_with_random and not maps_nothing(options)
 
 
 def lr_ratios(  # noqa: PLR0913 - each is an option
@@ -88,6 +88,7 @@ def lr_ratios(  # noqa: PLR0913 - each is an option
         assign_func: the map. The default is that of the papers, which needs alphas alone; models are balanced by
             `"shrinkage"` unless told otherwise.
         lr_min_ratio: ratio of the smallest alpha (linear map, step); of the noise-aware map before it is shrunk.
+            `"tb_sqrt"`, `"tb_log2"` and `"tb_sigmoid"` have no such bounds.
         lr_max_ratio: ratio of the largest alpha (linear map); the bound of the step map.
         sigmoid_min: strength s of the sigmoid at or below the mean.
         sigmoid_max: strength s of the sigmoid above the mean.
@@ -101,7 +102,8 @@ def lr_ratios(  # noqa: PLR0913 - each is an option
 
     Returns:
         The ratio of every layer of `alphas`, in its order. A layer without an alpha has ratio 1 and takes no
-        part in min, max, mean or n. One layer, or alphas that are all equal: every ratio is 1.
+        part in min, max, mean or n. One layer, or alphas that are all equal: every ratio is 1, except with
+        `"depth"` and `"constant"`, which look at no alpha.
 
     Raises:
         ValueError: an unknown `assign_func`, `lr_min_ratio` above `lr_max_ratio`, an option out of range, an
@@ -134,15 +136,14 @@ def ratios_from(
     known = _known(alphas)
     ratios = dict.fromkeys(alphas, 1.0)
     values = list(known.values())
-    are_alike = len(set(values)) < 2
-    if are_alike and options.assign_func in STATIC:
-        are_alike = not known
-    if maps_nothing(options) or are_alike:
+    takes = MAPS[options.assign_func].takes
+    differ = len(set(values)) > 1 or (takes == "nothing" and bool(known))
+    if maps_nothing(options) or not differ:
         return ratios
     _check_domain(known, options.assign_func)
     if options.favor == "small_alpha":
         values = _reflected(values)
-    if options.assign_func == "shrinkage":
+    if takes == "effect":
         low, high = options.lr_min_ratio, options.lr_max_ratio
         mapped = shrinkage_ratios(values, _errors_of(known, errors), low, high)
     else:
@@ -242,16 +243,16 @@ def _to_levels(ratios: Sequence[float], levels: int) -> list[float]:
 
 
 def _check_domain(alphas: Mapping[str, float], assign_func: AssignFunc) -> None:
-    """Check that a root or a logarithm of every alpha is positive.
+    """Check that the map is defined for every alpha: that a root or a logarithm of it is positive.
 
     Args:
         alphas: alpha of each layer by name.
         assign_func: the map.
 
     Raises:
-        ValueError: an alpha is not above 0 for `"tb_sqrt"`, or not above 1 for `"tb_log2"`.
+        ValueError: it is not; the message names the layer.
     """
-    bound = {"tb_sqrt": 0.0, "tb_log2": 1.0}.get(assign_func, -math.inf)
+    bound = MAPS[assign_func].above
     for name, alpha in alphas.items():
         if not alpha > bound:
             raise ValueError(f"{assign_func} needs alphas above {bound:g}, got {alpha!r} for {name!r}")

@@ -14,7 +14,7 @@ from torch import nn
 
 from farms_tb.balancing.ratio_maps import maps_nothing
 from farms_tb.balancing.report_ratios import MappedRatios
-from farms_tb.options import COMPARES_WITH_RANDOM, STATIC, RatioOptions
+from farms_tb.options import MAPS, RatioOptions
 from farms_tb.report import OK, LayerRecord, Report
 from farms_tb.warnings import warn_once
 
@@ -141,7 +141,7 @@ class RatioWarnings:
 
 def _follows_single_alphas(options: RatioOptions) -> bool:
     """Tell whether ratios follow the alpha of each layer, noise included."""
-    if options.assign_func in (*COMPARES_WITH_RANDOM, *STATIC):
+    if MAPS[options.assign_func].takes not in ("metric", "alpha"):
         return False
     # Only alpha has a standard error; means over blocks have less noise, and a placebo follows nothing.
     return options.metric == "alpha" and options.unit == "layer" and options.permute is None

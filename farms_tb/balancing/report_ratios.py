@@ -13,7 +13,7 @@ import torch
 
 from farms_tb.balancing.assignment import Assignment
 from farms_tb.balancing.ratio_maps import compares_with_random, noise_lambda, ratios_from
-from farms_tb.options import Kind, RatioOptions
+from farms_tb.options import MAPS, Kind, RatioOptions
 from farms_tb.report import LayerRecord, Report
 from farms_tb.spectra.random_effects import shrunk_effects
 
@@ -193,8 +193,9 @@ def _estimates(records: Mapping[str, LayerRecord], options: RatioOptions) -> dic
     """
     if options.collapsed == "leave_out":
         records = {name: record for name, record in records.items() if not record.collapsed}
+    takes = MAPS[options.assign_func].takes
     compares = compares_with_random(options)
-    if compares and options.assign_func == "shrinkage":
+    if compares and takes == "effect":
         return _effects(records)
     if compares:
         values = {name: record.z_score for name, record in records.items()}
@@ -284,7 +285,7 @@ def _summary(
     values = {kind: [one.value for one in own] for kind, own in known.items()}
     if not compares_with_random(options):
         return RatioSummary(mean_ratio)
-    if options.assign_func == "noise_aware":
+    if MAPS[options.assign_func].takes == "z-score":
         return RatioSummary(mean_ratio, {kind: noise_lambda(own) for kind, own in values.items()})
     tau: dict[Kind, float] = {}
     mean_weight: dict[Kind, float] = {}

@@ -6,6 +6,7 @@ by its standard error.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from farms_tb.spectra.random_effects import shrunk_effects
@@ -23,6 +24,9 @@ def shrinkage_ratios(effects: Sequence[float], errors: Sequence[float], low: flo
         low: the smallest ratio.
         high: the largest ratio.
     """
+    if not math.isfinite(4 * max(map(abs, effects))):
+        # The ratios do not depend on the unit of the effects; differences of such huge ones would overflow.
+        effects, errors = [effect / 4 for effect in effects], [error / 4 for error in errors]
     shrunk = shrunk_effects(effects, errors)
     middle, reach = (low + high) / 2, (high - low) / 2
     furthest = max(abs(effect - shrunk.mean) for effect in effects)

@@ -21,16 +21,13 @@ from typing import Any, TypeGuard, get_type_hints
 
 from torch import nn
 
-from farms_tb.options import NUMERICS, RatioOptions, SpectrumOptions, as_plain
+from farms_tb.options import MAPS, NUMERICS, RatioOptions, SpectrumOptions, as_plain
 from farms_tb.report import DRAWN, LayerRecord, Report
 from farms_tb.warnings import warn_once
 
 STATE_VERSION = 2
 
 _KEYS = ("version", "options", "ratios", "report")
-BOUNDED_MAPS = ("tb_linear_map", "tb_step", "noise_aware", "shrinkage", "depth", "constant")
-"""Maps whose ratios do not exceed `lr_max_ratio`."""
-
 _RECORD_KEYS = ("alpha", "status", "shape")
 """Fields of a record in every version."""
 
@@ -263,7 +260,8 @@ def _check_bound(ratios: dict[str, float], options: dict[str, Any]) -> None:
         ValueError: a ratio is larger.
     """
     is_free = options.get("normalize") is not None or options.get("fixed")
-    if is_free or options.get("assign_func") not in BOUNDED_MAPS:
+    bounded = [name for name, traits in MAPS.items() if traits.bounded]
+    if is_free or options.get("assign_func") not in bounded:
         return
     largest = options.get("lr_max_ratio")
     if not _is_number(largest):

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from farms_tb.atomic_write import write_text_atomically
 from farms_tb.report import LayerRecord, Report
 
 
@@ -92,12 +93,7 @@ class Handover:
         is_child = os.getpid() != self._owner and os.getppid() == self._owner
         if not is_child:
             return
-        temporary = self._path.with_suffix(".part")
-        # For the user alone, and never through a link or into a file that somebody else has put there.
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            file.write(results.as_json())
-        temporary.replace(self._path)
+        write_text_atomically(self._path, results.as_json(), mode=0o600)  # for the user alone
 
     def receive(self) -> Results | None:
         """Return what a child has sent, and remove the file.

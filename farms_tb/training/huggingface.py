@@ -70,7 +70,7 @@ class FARMSTrainerCallback(ShowsResults, TrainerCallback, ExportableState):
     all metrics of the trainer they appear under `train/` in W&B and TensorBoard, there with the layers numbered by
     depth: `train/farms_alpha/03_<layer>`. When training is over a last row holds the alphas of the final weights,
     before `load_best_model_at_end` puts others in their place. The console gets the mean and the standard
-    deviation of alpha only, and with more than 1000 layers the other reporters get the aggregates only.
+    deviation of alpha only, and with more than 900 layers the other reporters get the aggregates only.
 
     A run resumed by `train(resume_from_checkpoint=...)` continues bitwise identically, with or without
     `restore_callback_states_from_checkpoint`. That flag also brings back the options of the checkpoint, in a new

@@ -54,7 +54,7 @@ class FARMSTempBalance(ShowsResults, Callback):
     `farms/effect/<layer>`, `farms/z/<layer>` and shares of verdicts, `farms/share_random` and so on. Layers
     with adapters have `farms/adapter_change/<layer>`. The noise-aware map adds `farms/lambda`, that of shrunk
     effects `farms/tau` and `farms/mean_weight`. After training a last row holds the metrics of the final weights.
-    Models of more than 1000 layers log the aggregates only. In W&B and TensorBoard, which sort by name, the keys
+    Models of more than 900 layers log the aggregates only. In W&B and TensorBoard, which sort by name, the keys
     of a layer are `farms_alpha/03_<layer>` and so on: each metric has a section, in order of depth.
     `farms/alpha_mean` and `farms/alpha_std` can be monitored by other callbacks.
 
@@ -185,21 +185,6 @@ class FARMSTempBalance(ShowsResults, Callback):
         if trainer.state.fn == "fit":
             self._session.stop()
 
-    def make_balancer(self, trainer: Trainer, pl_module: LightningModule) -> LayerBalancer:
-        """Attach to the trainer's optimizers, when training starts.
-
-        A subclass that maps alphas to ratios by a rule of its own overrides this, and returns a `LayerBalancer`
-        whose `map_ratios` is another one.
-
-        Args:
-            trainer: the trainer; its optimizers are set up and restored by now.
-            pl_module: the module that is trained.
-        """
-        options = self.options
-        return LayerBalancer(
-            pl_module, trainer.optimizers, options.spectrum, options.ratios, share=trainer.world_size > 1
-        )
-
     def state_dict(self) -> dict[str, Any]:
         """Return ratios, report and clock as plain values, for the checkpoint.
 
@@ -218,10 +203,11 @@ class FARMSTempBalance(ShowsResults, Callback):
         return {name: value for name, value in self.__dict__.items() if name not in ("log", "log_dict")}
 
     def _run(self, trainer: Trainer, pl_module: LightningModule) -> Run:
+        spectrum, ratios, share = self.options.spectrum, self.options.ratios, trainer.world_size > 1
         return Run(
             model=pl_module,
             optimizers=lambda: trainer.optimizers,
-            attach=lambda: self.make_balancer(trainer, pl_module),
+            attach=lambda: LayerBalancer(pl_module, trainer.optimizers, spectrum, ratios, share=share),
             loggers=trainer.loggers,
             is_rank_zero=trainer.is_global_zero,
             known_length=not math.isinf(trainer.num_training_batches),

@@ -32,9 +32,10 @@ from farms_tb.warnings import warn_once
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-MAX_LOGGED_LAYERS = 1000
-"""W&B's pages become slow beyond 10 000 metrics in a project. A layer has at most nine: alpha, ratio, lr, z-score,
-effect, rank share and the three parts of a histogram. The remaining 1000 are left to the user's own metrics."""
+LAYER_METRICS = ("alpha", "ratio", "lr", "z", "effect", "rank_share", "adapter_change")
+"""What is logged of each layer, as far as it is known, besides a histogram, which W&B counts as three metrics."""
+MAX_LOGGED_LAYERS = 9_000 // (len(LAYER_METRICS) + 3)
+"""W&B's pages become slow beyond 10 000 metrics in a project; 1000 are left to the user's own."""
 
 TABLE = "farms/report"
 """Key under which the table is logged."""
@@ -166,13 +167,11 @@ def choose_x_axis(x_axis: XAxis | None, every_n_steps: int | None) -> XAxis:
 
     Args:
         x_axis: the user's choice; None for the unit in which measurements are spaced.
-        every_n_steps: the option of that name; None where layers are measured by epochs.
+        every_n_steps: optimizer steps between two measurements; None where layers are measured by epochs.
     """
     if x_axis is not None:
         return x_axis
-    if every_n_steps is not None:
-        return "step"
-    return "epoch"
+    return "epoch" if every_n_steps is None else "step"
 
 
 def warn_of_many_layers(number: int, model: object) -> None:
@@ -184,8 +183,8 @@ def warn_of_many_layers(number: int, model: object) -> None:
     """
     if number > MAX_LOGGED_LAYERS:
         warn_once(
-            f"the model has {number} layers: with more than {MAX_LOGGED_LAYERS}, only farms/alpha_mean and "
-            "farms/alpha_std are logged; the callback's report and ratios hold every layer",
+            f"the model has {number} layers: with more than {MAX_LOGGED_LAYERS}, only what sums them up is logged "
+            "(farms/alpha_mean, ...); the callback's report and ratios hold every layer",
             model,
         )
 
@@ -300,17 +299,13 @@ def measurement_row(
         if not record.kind:
             continue
         shown = depth_name if by_depth else name
-        metrics = {
-            "alpha": record.alpha,
-            "ratio": ratios.get(name),
-            "lr": lrs.get(name),
-            "z": record.z_score,
-            "effect": record.effect,
-            "rank_share": record.rank_share,
-            "adapter_change": record.adapter_change,
-        }
-        known = {metric: value for metric, value in metrics.items() if value is not None}
-        row.update({f"{prefix}{metric}/{shown}": value for metric, value in known.items()})
+        values = (
+            *(record.alpha, ratios.get(name), lrs.get(name)),
+            *(record.z_score, record.effect, record.rank_share, record.adapter_change),
+        )
+        for metric, value in zip(LAYER_METRICS, values, strict=True):
+            if value is not None:
+                row[f"{prefix}{metric}/{shown}"] = value
     return row
 
 

@@ -19,7 +19,6 @@ from farms_tb.options import LoggingOptions, RatioOptions, ScheduleOptions, Spec
 from farms_tb.training.handover import Results
 from farms_tb.training.metrics import Measurement, alpha_summary, summary_row
 from farms_tb.training.schedule import Moment, RunLength
-from farms_tb.weights.layers import clean_name, unwrap
 
 
 @dataclass(frozen=True)
@@ -147,28 +146,12 @@ class Attachment:
         balancer = self.balancer
         return Results(balancer.report, dict(balancer.ratios), balancer.parameter_ratios())
 
-    def trained_layers(self) -> frozenset[str]:
-        """Return the names of the layers with a parameter that an optimizer trains.
-
-        Frozen layers (`requires_grad=False`) inside an optimizer do not count.
-        """
-        held: set[int] = set()
-        for optimizer in self._optimizers:
-            for group in optimizer.param_groups:
-                held.update(id(parameter) for parameter in group["params"])
-        trained = set()
-        for name, parameter in unwrap(self.run.model).named_parameters():
-            if parameter.requires_grad and id(parameter) in held:
-                trained.add(clean_name(name))
-        layers = self.balancer.layers
-        return frozenset(layer.name for layer in layers if not trained.isdisjoint(layer.parameters))
-
     def aggregates(self) -> dict[str, float]:
         """Return mean and standard deviation of alpha over the trained layers; empty before a measurement."""
         report = self.balancer.report
         if report is None:
             return {}
-        return alpha_summary(report, self.trained_layers())
+        return alpha_summary(report, frozenset(self.balancer.trained_layers()))
 
     def measurement(self, now: Moment, *, table: bool, lrs: bool) -> Measurement:
         """Describe the latest update, for the logs.
@@ -188,6 +171,6 @@ class Attachment:
             summary=summary_row(balancer.summary),
             epoch=now.logged_epoch,
             step=now.logged_step,
-            trained=self.trained_layers(),
+            trained=frozenset(balancer.trained_layers()),
             table=table,
         )

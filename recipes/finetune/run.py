@@ -6,7 +6,6 @@ training.
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ import transformers
 from omegaconf import DictConfig
 from rich.markup import escape
 
+from farms_tb.atomic_write import atomic_path
 from recipes.config import build, build_balancer, check_resumed_config, check_values
 from recipes.console import make_console, warn
 from recipes.errors import RecipeError
@@ -79,7 +79,8 @@ def _check(cfg: DictConfig) -> Path | None:
         raise RecipeError(f"ckpt_path={checkpoint} is no whole checkpoint of the Trainer; {way_out}")
     saved = checkpoint.resolve().parent.parent / CONFIG_FILE
     if saved.is_file():
-        check_resumed_config(cfg, saved)
+        for section in check_resumed_config(cfg, saved):
+            warn(make_console(), f"resuming with other settings under {section!r} than before")
     return checkpoint
 
 
@@ -141,16 +142,14 @@ def _save_last_weights(run: Run, balancer: Any, folder: Path) -> None:
     saved = None if balancer is None else balancer.state()["attributes"]["_restored"]
     if saved is not None:
         callbacks["FARMSTempBalance"] = saved
-    path = folder / CHECKPOINTS / _LAST_WEIGHTS
-    part = path.with_name(f".{path.name}.part")
     content = {
         "state_dict": run.model.state_dict(),
         "epoch": round(state.epoch or 0) - 1,
         "global_step": state.global_step,
         "callbacks": callbacks,
     }
-    torch.save(content, part)
-    shutil.move(part, path)
+    with atomic_path(folder / CHECKPOINTS / _LAST_WEIGHTS) as path:
+        torch.save(content, path)
 
 
 def _facts(cfg: DictConfig, run: Run, scores: Mapping[str, float]) -> dict[str, Any]:

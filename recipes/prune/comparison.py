@@ -13,6 +13,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 import farms_tb
+from farms_tb.atomic_write import atomic_path
 from farms_tb.keywords import resolved
 from farms_tb.options import SpectrumOptions, check_number
 from farms_tb.sparsity import SparsityOptions, plan_from_report, prune
@@ -168,7 +169,7 @@ def _row(cfg: DictConfig, arm: str, sparsity: float, score: Score) -> Row:
 
 def _written(rows: list[Row], folder: Path) -> Row:
     """Write all rows and return the last one."""
-    with (folder / "results.csv").open("w", newline="", encoding="utf-8") as file:
+    with atomic_path(folder / "results.csv") as path, path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)

@@ -106,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--dry-run", action="store_true", help="print the runs that are left and what they cost, train nothing"
     )
     parser.add_argument("overrides", nargs="*", help="settings, as name=value")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     report_only = options.report or REPORT in options.overrides
     settings = [override for override in options.overrides if override != REPORT]
     overrides, notes = current_overrides(settings)

@@ -2,28 +2,42 @@
 
 import math
 import sys
+from typing import get_args
 
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from farms_tb import lr_ratios
+from farms_tb.options import MAPS, AssignFunc
 from tests.reference import ratios as reference
 from tests.reference.compare import assert_same_figures
 
-MAPS = ["tb_linear_map", "tb_sqrt", "tb_log2", "tb_step", "tb_sigmoid"]
-BOUNDED = ["tb_linear_map", "tb_step", "tb_sigmoid"]
+PAPERS = ["tb_linear_map", "tb_sqrt", "tb_log2", "tb_step", "tb_sigmoid"]
+"""The maps of the papers, which the reference implementation has."""
+ORDERED = [name for name, traits in MAPS.items() if traits.takes != "nothing"]
+BOUNDED = [name for name, traits in MAPS.items() if traits.bounded] + ["tb_sigmoid"]
 
 
 def named(values):
     return {f"layer{i}": value for i, value in enumerate(values)}
 
 
+def mapped(values, name, **options):
+    """The ratios of a map, with a standard error for each value where the map takes them."""
+    errors = dict.fromkeys(named(values), 0.1) if MAPS[name].takes == "effect" else None
+    return lr_ratios(named(values), name, errors=errors, **options)
+
+
+def test_each_map_has_its_traits():
+    assert tuple(MAPS) == get_args(AssignFunc)
+
+
 def assert_ratios(found, expected, rtol=1e-9):
     assert_same_figures(*({k: {"ratio": v} for k, v in ratios.items()} for ratios in (found, expected)), rtol=rtol)
 
 
-@pytest.mark.parametrize("name", MAPS)
+@pytest.mark.parametrize("name", PAPERS)
 @given(alphas=st.lists(st.floats(1.001, 20), min_size=2, max_size=12))
 def test_match_the_reference(name, alphas):
     assume(min(alphas) < max(alphas))
@@ -31,7 +45,7 @@ def test_match_the_reference(name, alphas):
 
 
 @given(alphas=st.lists(st.sampled_from([1.5, 2.0, 3.0]), min_size=2, max_size=12))
-@pytest.mark.parametrize("name", MAPS)
+@pytest.mark.parametrize("name", PAPERS)
 def test_ties_match_the_reference(name, alphas):
     assume(min(alphas) < max(alphas))
     assert_ratios(lr_ratios(named(alphas), name), named(getattr(reference, name)(alphas)))
@@ -61,13 +75,19 @@ def test_by_hand():
     assert lr_ratios({"a": 2.0, "b": 8.0}, "tb_log2") == pytest.approx({"a": 0.5, "b": 1.5})
 
 
-@pytest.mark.parametrize("name", MAPS)
+@pytest.mark.parametrize("name", ORDERED)
 def test_a_small_alpha_may_be_favoured_instead(name):
-    alphas = [2.0, 2.1, 2.7, 3.5]
-    turned = list(lr_ratios(named(alphas), name, favor="small_alpha").values())
-    assert turned == sorted(turned, reverse=True)
-    mirrored = [5.5 - alpha for alpha in alphas]
-    assert turned == pytest.approx(list(lr_ratios(named(mirrored), name).values()))
+    alphas = [2.0, 2.1, 2.7, 4.5]
+    turned = list(mapped(alphas, name, favor="small_alpha").values())
+    assert turned == sorted(set(turned), reverse=True)
+    mirrored = [6.5 - alpha for alpha in alphas]
+    assert turned == pytest.approx(list(mapped(mirrored, name).values()))
+
+
+@pytest.mark.parametrize("name", ["depth", "constant"])
+def test_static_maps_favour_no_alpha(name):
+    for values in ([2.0, 3.0, 4.0], [3.0, 3.0, 3.0]):
+        assert mapped(values, name, favor="small_alpha") == mapped(values, name) != named([1.0] * 3)
 
 
 def test_favor_by_hand():
@@ -75,7 +95,7 @@ def test_favor_by_hand():
     assert lr_ratios(alphas, favor="small_alpha") == pytest.approx({"a": 1.5, "b": 5 / 6, "c": 0.5, "d": 1.0})
 
 
-@pytest.mark.parametrize("name", MAPS)
+@pytest.mark.parametrize("name", PAPERS)
 def test_layers_without_an_alpha_keep_ratio_one_and_take_no_part(name):
     alphas = {"none": None, "a": 2.0, "nan": math.nan, "b": 3.0, "c": 2.5}
     found = lr_ratios(alphas, name)
@@ -85,7 +105,7 @@ def test_layers_without_an_alpha_keep_ratio_one_and_take_no_part(name):
     assert {key: found[key] for key in "abc"} == without
 
 
-@pytest.mark.parametrize("name", MAPS)
+@pytest.mark.parametrize("name", PAPERS)
 @pytest.mark.parametrize(
     "alphas",
     [
@@ -106,7 +126,7 @@ def test_nothing_to_balance_is_ratio_one(name, alphas):
 @given(alphas=st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=1, max_size=6))
 def test_any_finite_value_stays_inside_the_bounds(name, favor, alphas):
     low, high = (10**-0.25, 10**0.25) if name == "tb_sigmoid" else (0.5, 1.5)
-    for ratio in lr_ratios(named(alphas), name, favor=favor).values():
+    for ratio in mapped(alphas, name, favor=favor).values():
         assert low - 1e-12 <= ratio <= high + 1e-12
 
 
@@ -121,12 +141,12 @@ def test_any_finite_value_stays_inside_the_bounds(name, favor, alphas):
     ],
 )
 def test_extreme_values(name, values):
-    smallest, largest = lr_ratios(named(values), name).values()
+    smallest, largest = mapped(values, name).values()
     assert smallest <= largest
     assert all(map(math.isfinite, (smallest, largest)))
 
 
-@pytest.mark.parametrize("name", MAPS)
+@pytest.mark.parametrize("name", PAPERS)
 @given(alphas=st.lists(st.floats(1.001, 1e4), min_size=2, max_size=8))
 def test_a_larger_alpha_never_gets_a_smaller_ratio(name, alphas):
     found = lr_ratios(named(sorted(alphas)), name)

@@ -121,15 +121,22 @@ def test_a_run_that_was_killed_goes_on_identically(finetune: Command, tmp_path: 
     assert all(torch.equal(weights[name], again[name]) for name in weights)
 
 
-def test_a_resumed_run_keeps_its_learning_rate_or_is_refused(
+def test_a_resumed_run_keeps_its_optimizer_or_is_refused(
     finetune: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_sst2(tmp_path / "data")
     finetune("run", *SST2, *OFF)
     resume = f"ckpt_path={tmp_path}/run/checkpoints/checkpoint-30"
-    with pytest.raises(SystemExit, match="2"):
-        finetune("run", *SST2, *OFF, "training.learning_rate=0.5", resume)
-    assert "another training.learning_rate; repeat" in capsys.readouterr().err
+    for name, value in (("learning_rate", 0.5), ("weight_decay", 0.7), ("adam_beta2", 0.9)):
+        setting = f"+training.{name}={value}" if name == "adam_beta2" else f"training.{name}={value}"
+        with pytest.raises(SystemExit, match="2"):
+            finetune("run", *SST2, *OFF, setting, resume)
+        assert f"another training.{name}; repeat" in capsys.readouterr().err
+    (tmp_path / "run").rename(tmp_path / "moved")
+    finetune("moved", *SST2, *OFF, resume.replace("/run/", "/moved/"))
+    assert "other settings" not in capsys.readouterr().out
+    finetune("moved", *SST2, *OFF, "training.num_train_epochs=4", resume.replace("/run/", "/moved/"))
+    assert "other settings under 'training'" in capsys.readouterr().out
 
 
 def test_seeds_draw_other_examples_and_repeat(finetune: Command, tmp_path: Path) -> None:

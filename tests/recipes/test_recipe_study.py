@@ -566,9 +566,9 @@ def test_killed_study_goes_on_and_ends_as_if_each_run_had_been_alone(
         assert (folder / "effects.csv").read_text() == effects
     assert (folder / "results.csv").read_text().splitlines() == after
 
-    # A dry run trains nothing, and knows what runs cost.
+    # A dry run trains nothing, and knows what runs cost; its flag may stand anywhere.
     GlobalHydra.instance().clear()
-    main(["--dry-run", *arguments, "study.seeds=6"])
+    main([arguments[0], "--dry-run", *arguments[1:], "study.seeds=6"])
     printed = capsys.readouterr().out
     assert "core-hours left" in printed
     assert "unknown" not in printed

@@ -30,10 +30,10 @@ from tests.spectra.test_distributed import results
 pytestmark = [*LIGHTNING_NOISE, pytest.mark.filterwarnings("ignore:histogram_every_n")]
 
 
-@pytest.fixture(params=["beside", "at once"])
+@pytest.fixture(params=["in the background", "at once"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Where measuring runs in the background, as on a GPU, and where it is done at once, as on the CPU."""
-    if request.param == "beside":
+    if request.param == "in the background":
         monkeypatch.setattr(background, "BACKGROUND_DEVICES", ("cpu",))
     return request.param
 
@@ -157,8 +157,8 @@ def test_on_a_gpu_runs_are_the_same() -> None:
 
 def test_processes_apply_the_same(tmp_path: Path) -> None:
     first, second = results("lightning with a lag", tmp_path)
-    for way in ("at once", "beside"):
+    for way in ("at once", "in the background"):
         assert first[way].pop("rows")
         assert not second[way].pop("rows")
     assert_same_state(first, second)
-    assert_same_state(first["beside"], first["at once"])
+    assert_same_state(first["in the background"], first["at once"])

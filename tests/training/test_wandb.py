@@ -17,7 +17,7 @@ from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor, nn
 
 from farms_tb import EsdHistogram, FARMSTempBalance, LayerRecord, Report
-from farms_tb.training.metrics import COLUMNS, MAX_LOGGED_LAYERS, Measurement, RunLog
+from farms_tb.training.metrics import COLUMNS, LAYER_METRICS, MAX_LOGGED_LAYERS, Measurement, RunLog
 from farms_tb.training.sinks import log_measurement
 from farms_tb.viewing.names import printable
 from tests.helpers import BATCHES, EPOCHS, LIGHTNING_NOISE, Module, fit, read_wandb_file
@@ -219,6 +219,7 @@ def large_report(layers: int) -> Report:
                 num_eigenvalues=64,
                 kind="real",
                 shape=(1, 64, 64),
+                adapter_change=0.1,
                 histogram=histogram,
             )
             for index in range(layers)
@@ -245,7 +246,7 @@ def test_never_more_than_ten_thousand_keys(
     large = OfflineRun(tmp_path)
     keys = set().union(*large.rows) | set(large.summary) | pictures
     per_layer = {key for key in keys if key[0].startswith("farms_")}
-    assert len(per_layer) == (0 if beyond else 9 * MAX_LOGGED_LAYERS)
+    assert len(per_layer) == (0 if beyond else (len(LAYER_METRICS) + 3) * MAX_LOGGED_LAYERS)
     others = {".".join(key) for key in keys - per_layer}
     assert {"farms/alpha_mean", "farms/lambda"} <= others
     assert beyond or "farms/report.path" in others
