@@ -2,7 +2,8 @@
 
 After a measurement `map_ratios` asks which parameters are trained and maps the report to the ratios of the layers;
 `follow` applies them and says what a user should know. What the model and its optimizers hold is looked up anew
-each time: parameters may be frozen, replaced or handed to an optimizer between two measurements.
+each time: parameters may be frozen, replaced or handed to an optimizer between two measurements. A parameter that
+takes the place of another between two steps has the ratio of its name from its first step on.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from farms_tb.balancing.assignment import Assignment, members, ratios_of_parameters, trained_layers
@@ -49,7 +50,10 @@ class AttachedModel:
         self._options = options
         self._warnings = RatioWarnings(measured.model, options)
         self._verdict_warnings = VerdictWarnings(measured.model)
-        self._optimizers = BalancedOptimizers(optimizers, options)
+        self._applied: tuple[Mapping[str, float], float] = ({}, 1.0)
+        # Ratios go by the `id` of a parameter, which another object may get once the parameter is freed.
+        self._kept_alive: list[Tensor] = []
+        self._optimizers = BalancedOptimizers(optimizers, options, self._apply_again)
         self._optimizers.attach(measured.assignment.layers)
 
     @property
@@ -92,17 +96,30 @@ class AttachedModel:
         """
         self._optimizers.apply(self._scales(ratios, strength))
 
+    def _apply_again(self) -> None:
+        """Apply the same ratios, where the optimizers hold parameters that they did not hold before."""
+        self.apply(*self._applied)
+
     def _scales(self, ratios: Mapping[str, float], strength: float) -> dict[int, Ratio]:
         """Return what the ratios of the layers scale of each parameter, by the parameter's `id`.
 
         Args:
             ratios: ratio of each layer by name.
             strength: share of the ratios that applies.
+
+        Returns:
+            An entry for every parameter of the model and of the optimizers.
         """
+        self._applied = (ratios, strength)
         assignment, parameters = self.assignment, named_parameters(self.model)
         own = ratios_of_parameters(parameters, assignment, ratios, self._options)
         applied = weakened(own, strength)
-        return {id(parameter): scale_of(applied[name], self._options) for name, parameter in parameters.items()}
+        held = self._optimizers.parameters()
+        self._kept_alive = [*held, *parameters.values()]
+        scales: dict[int, Ratio] = dict.fromkeys(map(id, held), 1.0)
+        for name, parameter in parameters.items():
+            scales[id(parameter)] = scale_of(applied[name], self._options)
+        return scales
 
     def parameter_ratios(self, ratios: Mapping[str, float]) -> dict[str, float]:
         """Return the ratio of each parameter by name, given those of the layers."""

@@ -44,6 +44,8 @@ class LayerwiseStep:
 
     Args:
         optimizer: any `torch.optim.Optimizer` whose groups have an `lr`.
+        renew: called before a step with ratios, where the optimizer holds a parameter that has none: it sets
+            `ratios` anew. Without it such a parameter has ratio 1.
 
     Attributes:
         optimizer: the optimizer.
@@ -55,7 +57,7 @@ class LayerwiseStep:
         ValueError: an optimizer that cannot have layer-wise learning rates, or that already has them.
     """
 
-    def __init__(self, optimizer: Optimizer) -> None:
+    def __init__(self, optimizer: Optimizer, renew: Callable[[], None] | None = None) -> None:
         check_optimizer(optimizer)
         if optimizer in _attached:
             raise ValueError(
@@ -65,6 +67,7 @@ class LayerwiseStep:
         self.optimizer = optimizer
         self.steps, self.number = 0, next(_numbers)
         self._ratios: Mapping[int, Ratio] = {}
+        self._renew = renew
         self._captured = self._compiled = False
         self._view = _make_view(optimizer, property(lambda _: self._groups_to_show(), self._refuse_new_groups))
         self._first_steps, self._unseen = FirstSteps(optimizer), UnseenSteps(optimizer)
@@ -165,6 +168,8 @@ class LayerwiseStep:
         # Asked here, where it is known: later, parts of a compiled step run without the compiler.
         self._compiled = torch.compiler.is_compiling()
         capturing, active = _is_capturing(), self.is_active
+        if active and not self._compiled and self._renew is not None and self._has_new_parameters():
+            self._renew()
         self._captured |= capturing
         if capturing and active:
             raise captured(self.optimizer)
@@ -173,6 +178,13 @@ class LayerwiseStep:
         if not active:
             return None
         return _with_view(self._view, args, kwargs, self._refresh)
+
+    def _has_new_parameters(self) -> bool:
+        """Tell whether the optimizer holds a parameter that has no ratio: one that was replaced, or added."""
+        ratios = self._ratios
+        return any(
+            id(parameter) not in ratios for group in self.optimizer.param_groups for parameter in group["params"]
+        )
 
     def _refresh(self) -> None:
         """Follow what a closure set in the user's groups, the lr above all: it holds for this step."""

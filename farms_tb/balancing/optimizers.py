@@ -6,14 +6,14 @@ Lookahead). Those that really move parameters get a `LayerwiseStep` each, and al
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from farms_tb.balancing.layerwise_step import LayerwiseStep
-from farms_tb.balancing.optimizer_checks import parameter_ids, stepping_optimizers, unwrapped_optimizer
+from farms_tb.balancing.optimizer_checks import stepping_optimizers, unwrapped_optimizer
 from farms_tb.balancing.ratio_maps import only_measures
 from farms_tb.balancing.split_groups import SplitGroup, split_groups
 from farms_tb.balancing.targets import Ratio, check_decay
@@ -29,13 +29,16 @@ class BalancedOptimizers:
         optimizers: the optimizers; those that they wrap are found.
         options: what the ratios scale. Where they are all 1 by the options alone, the optimizers are left alone,
             whatever they are.
+        renew: called before a step of an optimizer that holds a parameter without a ratio, to `apply` them anew.
 
     Raises:
         TypeError: not a torch optimizer.
         ValueError: no optimizer.
     """
 
-    def __init__(self, optimizers: Sequence[Any], options: RatioOptions) -> None:
+    def __init__(
+        self, optimizers: Sequence[Any], options: RatioOptions, renew: Callable[[], None] | None = None
+    ) -> None:
         if not optimizers:
             raise ValueError("there is no optimizer to balance")
         self._optimizers: list[Optimizer] = []
@@ -47,7 +50,7 @@ class BalancedOptimizers:
                 if not _is_among(stepping, self._optimizers):
                     self._optimizers.append(stepping)
         self._ratios: Mapping[int, Ratio] = {}
-        self._options = options
+        self._options, self._renew = options, renew
         self._steps: list[LayerwiseStep] = []
 
     def attach(self, layers: Sequence[Layer]) -> None:
@@ -73,7 +76,7 @@ class BalancedOptimizers:
         check_decay(self._optimizers, self._options)
         try:
             for optimizer in self._optimizers:
-                self._steps.append(LayerwiseStep(optimizer))
+                self._steps.append(LayerwiseStep(optimizer, self._renew))
         except Exception:
             self.detach()
             raise
@@ -114,6 +117,14 @@ class BalancedOptimizers:
             step.detach()
         self._steps = []
 
+    def parameters(self) -> list[Tensor]:
+        """Return every parameter that some optimizer holds."""
+        found: list[Tensor] = []
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                found += group["params"]
+        return found
+
     def trained(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
         """Return those of a model's parameters that some optimizer trains now.
 
@@ -151,7 +162,7 @@ class BalancedOptimizers:
 
     def _held(self) -> set[int]:
         """Return the `id` of each parameter that some optimizer holds."""
-        return set().union(*map(parameter_ids, self._optimizers))
+        return set(map(id, self.parameters()))
 
 
 def _is_among(optimizer: Optimizer, others: Sequence[Optimizer]) -> bool:

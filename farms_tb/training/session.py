@@ -21,7 +21,7 @@ from farms_tb.training.metrics import Measurement, warn_of_many_layers
 from farms_tb.training.run import CallbackOptions, Run
 from farms_tb.training.schedule import Moment, check_saved_clock
 from farms_tb.training.sinks import warn_of_unseen_media
-from farms_tb.weights.layers import clean_name
+from farms_tb.weights.layers import clean_name, unwrap
 
 
 class BalancingSession:
@@ -238,7 +238,8 @@ class ShowsResults:
         if shown is None:
             raise self._nothing_to_show()
         ratios = shown.parameter_ratios()
-        return {name: ratios.get(clean_name(name), 1.0) for name, _ in model.named_parameters()}
+        inner = {id(parameter): clean_name(name) for name, parameter in unwrap(model).named_parameters()}
+        return {name: ratios.get(inner[id(parameter)], 1.0) for name, parameter in model.named_parameters()}
 
     def param_groups(self, optimizer: Optimizer) -> list[StepGroup]:
         """Return the groups that `optimizer` really steps with: their layers, parameters, ratio and lr.

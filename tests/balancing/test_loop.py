@@ -284,6 +284,31 @@ def test_replaced_parameters_are_found() -> None:
     assert groups["5.weight"] == balancer.ratios["5"] != 1
 
 
+def test_replaced_parameters_step_with_the_ratios_of_their_names() -> None:
+    """From their first step on, though a new parameter may get the address, and so the `id`, of one just freed."""
+    net = make_net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    balancer = TempBalance(net, optimizer, assign_func="tb_linear_map")
+    ratios = of_parameters(balancer.ratios)
+    assert len({ratios[f"{layer}.weight"] for layer in BALANCED}) == 3
+    held = optimizer.param_groups[0]["params"]
+    for layer in LAYERS:
+        module = net.get_submodule(layer)
+        place = next(place for place, parameter in enumerate(held) if parameter is module.weight)
+        module.weight = held[place] = nn.Parameter(module.weight.detach().clone())
+    net.extend([nn.Linear(16, 16)])
+    optimizer.add_param_group({"params": list(net[-1].parameters()), "lr": 0.2})
+    for parameter in net.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    with spy_on_updates("SGD") as seen:
+        optimizer.step()
+    found = {name: seen[0][id(parameter)] for name, parameter in net.named_parameters()}
+    added = {name: 0.2 for name in found if name not in ratios}
+    assert len(added) == 2
+    assert found == pytest.approx({name: 0.1 * ratio for name, ratio in ratios.items()} | added)
+    assert balancer.parameter_ratios() == ratios | dict.fromkeys(added, 1.0)
+
+
 @pytest.mark.filterwarnings("ignore:.*sampling noise")
 def test_a_weight_that_is_parametrized_during_training_stays_balanced() -> None:
     """Its parameter stays the same object and gets another name."""

@@ -225,6 +225,8 @@ def test_what_is_shown_is_what_is_used() -> None:
             assert sorted(names) == sorted(name for name, _ in pl_module.named_parameters())
             ratios = balance.parameter_ratios(pl_module)
             assert all(ratios[name] == group.ratio for group in groups for name in group.parameters)
+            wrapped = balance.parameter_ratios(nn.DataParallel(pl_module))
+            assert wrapped == {f"module.{name}": ratio for name, ratio in ratios.items()}
             assert all(balance.ratios[layer] == g.ratio for g in groups for layer in g.layers)
             assert {layer for group in groups for layer in group.layers} == set(balance.ratios)
 
