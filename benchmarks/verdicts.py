@@ -164,7 +164,7 @@ def verdict(layer: Generated) -> Verdict | None:
 
 
 def is_wrong(layer: Generated, found: Verdict | None) -> bool:
-    """Tell whether a random layer is called anything else, or a trained one random."""
+    """Return whether a random layer is called anything else, or a trained one random."""
     return (found is Verdict.RANDOM) != layer.random
 
 

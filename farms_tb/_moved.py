@@ -94,7 +94,7 @@ class MovedModules(MetaPathFinder, InspectLoader):
         return None
 
     def is_package(self, fullname: str) -> bool:
-        """Tell whether the old path was a package."""
+        """Return whether the old path was a package."""
         return fullname.removeprefix("farms_tb.") in PACKAGES
 
 

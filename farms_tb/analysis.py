@@ -185,5 +185,5 @@ def _measure_stored(
 
 
 def _is_matrix(record: LayerRecord) -> bool:
-    """Tell a layer of at least two rows and columns, measured or not."""
+    """Return whether a layer has at least two rows and columns, measured or not."""
     return bool(record.shape) and min(record.shape[1:]) > 1

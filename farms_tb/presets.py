@@ -153,7 +153,7 @@ def _typed(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_default(name: str, value: object, defaults: Mapping[str, object]) -> bool:
-    """Tell whether an option is at its default, be it a list or a tuple."""
+    """Return whether an option is at its default, be it a list or a tuple."""
     if name not in defaults:
         return False
     default = defaults[name]

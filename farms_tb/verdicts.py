@@ -125,7 +125,7 @@ def _matrices(record: LayerRecord) -> int:
 
 
 def _is_no_power_law(record: LayerRecord) -> bool:
-    """Tell whether the tail is further from the law than a sample of the law of its size would be."""
+    """Return whether the tail is further from the law than a sample of the law of its size would be."""
     if record.ks_distance is None or not record.shape:
         return False
     matrices, _, columns = record.shape

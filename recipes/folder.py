@@ -116,12 +116,16 @@ def _check_free(folder: Path, cfg: DictConfig) -> None:
         RecipeError: There are some, and it is not the run that is resumed.
     """
     is_resumed = cfg.ckpt_path is not None and Path(cfg.ckpt_path).resolve().parent.parent == folder.resolve()
-    left = [*folder.glob("metrics.csv"), *folder.glob("checkpoints/*")]
-    if left and not is_resumed:
-        raise RecipeError(
-            f"{folder} holds another run ({left[0].relative_to(folder)}): choose another paths.run_dir, or resume "
-            f"that run with ckpt_path=..., its last one in {folder / 'checkpoints'}"
-        )
+    checkpoints = [*folder.glob("checkpoints/*")]
+    left = [*folder.glob("metrics.csv"), *checkpoints]
+    if not left or is_resumed:
+        return
+    way_out = "delete it, as it has no checkpoint to resume from"
+    if checkpoints:
+        way_out = f"resume that run with ckpt_path=..., its last one in {folder / 'checkpoints'}"
+    raise RecipeError(
+        f"{folder} holds another run ({left[0].relative_to(folder)}): choose another paths.run_dir, or {way_out}"
+    )
 
 
 def _new_folder(parent: Path) -> Path:

@@ -28,7 +28,7 @@ OptimizerFactory = Callable[[Any], Optimizer]
 
 
 def takes_network(factory: OptimizerFactory) -> bool:
-    """Tell whether a factory is one of this module, with or without arguments bound to it."""
+    """Return whether a factory is one of this module, with or without arguments bound to it."""
     function = factory.func if isinstance(factory, partial) else factory
     return function in (lars, lamb, muon, adamw_layer_decay)
 
@@ -257,7 +257,7 @@ def _missing(choice: str, package: str) -> RecipeError:
 
 
 def _is_vector(parameter: torch.Tensor) -> bool:
-    """Tell whether at most one dimension is larger than 1, as in the bias (C, 1, 1) of a layer on fields."""
+    """Return whether at most one dimension is larger than 1, as in the bias (C, 1, 1) of a layer on fields."""
     return sum(size > 1 for size in parameter.shape) <= 1
 
 

@@ -21,7 +21,7 @@ from recipes.errors import RecipeError
 from recipes.parts import build_parts
 from recipes.processes import check_processes
 
-__all__ = ["Run", "build_run", "check_weights", "read_checkpoint"]
+__all__ = ["Run", "build_run", "check_archive", "check_weights", "read_checkpoint"]
 
 _NEEDED = ("state_dict", "global_step", "epoch", "optimizer_states", "loops")
 
@@ -82,6 +82,24 @@ def _best_checkpoint(callbacks: list[Callback]) -> ModelCheckpoint:
     return best[0]
 
 
+def check_archive(path: str | Path) -> None:
+    """Check that a file of `torch.save` is whole and matches its checksums, which torch does not look at.
+
+    Args:
+        path: The file.
+
+    Raises:
+        OSError: It can't be read.
+        zipfile.BadZipFile: It is damaged.
+    """
+    if not zipfile.is_zipfile(path):
+        raise zipfile.BadZipFile(f"{Path(path).name} is cut short, or was never one")
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise zipfile.BadZipFile(f"in {Path(path).name}, {damaged} does not match its checksum")
+
+
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a Lightning checkpoint; its tensors stay on the disk until they are used.
 
@@ -95,8 +113,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         RecipeError: The file can't be read, or is no checkpoint of a training run.
     """
     try:
-        if not zipfile.is_zipfile(path):
-            raise zipfile.BadZipFile("it is cut short, or was never one")
+        check_archive(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (OSError, EOFError, ValueError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         reason, *_ = str(error).splitlines() or [type(error).__name__]

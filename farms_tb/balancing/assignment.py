@@ -223,7 +223,7 @@ def _first_and_last(
 
 
 def _is_trained(layer: Layer, trained: Collection[int]) -> bool:
-    """Tell whether the module of a layer has a parameter that is trained."""
+    """Return whether the module of a layer has a parameter that is trained."""
     return any(id(parameter) in trained for parameter in layer.module.parameters())
 
 

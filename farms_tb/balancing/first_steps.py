@@ -147,11 +147,11 @@ class Traces:
             self._norms[id(parameter)] = _norm(parameter)
 
     def any_touched(self) -> bool:
-        """Tell whether a step has written any parameter that has a gradient."""
+        """Return whether a step has written any parameter that has a gradient."""
         return any(self.group_touched(group) for group in self._groups)
 
     def group_touched(self, group: Group) -> bool:
-        """Tell whether a step has written any parameter of a group that has a gradient, or its state.
+        """Return whether a step has written any parameter of a group that has a gradient, or its state.
 
         Args:
             group: one of the user's groups, or one that the step saw.
@@ -159,7 +159,7 @@ class Traces:
         return any(self._touched(parameter) for parameter in candidates(group))
 
     def group_written(self, group: Group) -> bool:
-        """Tell whether a step has written any parameter of a group that has a gradient.
+        """Return whether a step has written any parameter of a group that has a gradient.
 
         Args:
             group: one of the user's groups, or one that the step saw.
@@ -167,7 +167,7 @@ class Traces:
         return any(self._written(parameter) for parameter in candidates(group))
 
     def _touched(self, parameter: Tensor) -> bool:
-        """Tell whether a step has written a parameter or its state since.
+        """Return whether a step has written a parameter or its state since.
 
         Args:
             parameter: the parameter, as it is now. One that was not there before counts as not written.
@@ -177,7 +177,7 @@ class Traces:
         return self._marks[id(parameter)] != self._mark(parameter) or self._written(parameter)
 
     def _written(self, parameter: Tensor) -> bool:
-        """Tell whether a step has written a parameter since; its state does not count."""
+        """Return whether a step has written a parameter since; its state does not count."""
         key = id(parameter)
         if key not in self._marks:
             return False
@@ -243,7 +243,7 @@ def candidates(group: Group) -> list[Tensor]:
 
 
 def _must_move(parameter: Tensor, group: Group) -> bool:
-    """Tell whether a step that uses this group cannot leave a parameter as it is.
+    """Return whether a step that uses this group cannot leave a parameter as it is.
 
     Not where the gradient or the learning rate is 0, nor where a thousandth of their product is lost in the
     rounding of the parameter: 0.001 * |lr * gradient| > eps * |parameter| for some entry.
@@ -276,7 +276,7 @@ def _check_paired_lists(optimizer: Optimizer) -> None:
 
 
 def _are_lrs(value: object, groups: Sequence[Group], default: object) -> bool:
-    """Tell a list that holds a learning rate of each group.
+    """Return whether a list holds a learning rate of each group.
 
     Args:
         value: an attribute of the optimizer.
@@ -330,7 +330,7 @@ def _tensors_in(value: object) -> list[Tensor]:
 
 
 def _is_lr(number: object, group: Group, default: object) -> bool:
-    """Tell whether a number is a learning rate that a group has, had at the start, or has by default.
+    """Return whether a number is a learning rate that a group has, had at the start, or has by default.
 
     Args:
         number: an entry of a list.
@@ -360,7 +360,7 @@ class UnseenSteps:
         self._versions: dict[int, int] = {}
 
     def since_last(self, steps: int) -> bool:
-        """Tell whether all parameters with a gradient were written since the last call, without any step.
+        """Return whether all parameters with a gradient were written since the last call, without any step.
 
         Args:
             steps: number of the steps that were seen so far.

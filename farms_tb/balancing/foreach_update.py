@@ -67,7 +67,7 @@ def merged_update(optimizer: Optimizer, group: Group, ratios: Mapping[int, Ratio
 
 
 def _takes_foreach(group: Group) -> bool:
-    """Tell whether the options of a group ask for, or allow, `foreach` operations on plain numbers."""
+    """Return whether the options of a group ask for, or allow, `foreach` operations on plain numbers."""
     if group["differentiable"] or group.get("capturable"):
         return False
     options = (*group.values(), *group.get("betas", ()))
@@ -84,7 +84,7 @@ def _on_gpu(params: Tensors) -> bool:
 
 
 def _are_alike(params: Tensors, grads: Tensors) -> bool:
-    """Tell whether one operation takes all: dense real tensors of one dtype and device, no subclass (DTensor)."""
+    """Return whether one operation takes all: dense real tensors of one dtype and device, no DTensor."""
     if not all(type(p) in (Tensor, nn.Parameter) for p in params):
         return False
     kinds = {(tensor.device, tensor.dtype, tensor.layout) for tensor in (*params, *grads)}

@@ -180,7 +180,7 @@ class LayerwiseStep:
         return _with_view(self._view, args, kwargs, self._refresh)
 
     def _has_new_parameters(self) -> bool:
-        """Tell whether the optimizer holds a parameter that has no ratio: one that was replaced, or added."""
+        """Return whether the optimizer holds a parameter that has no ratio: one that was replaced, or added."""
         ratios = self._ratios
         return any(
             id(parameter) not in ratios for group in self.optimizer.param_groups for parameter in group["params"]
@@ -319,7 +319,7 @@ class _OtherSteps:
         self._right.setdefault(optimizer, set()).update(step.number for step in active)
 
     def _is_known(self, optimizer: Optimizer) -> bool:
-        """Tell whether an optimizer need not be looked at: it has ratios itself, or was found right."""
+        """Return whether an optimizer need not be looked at: it has ratios itself, or was found right."""
         if optimizer in _attached or getattr(type(optimizer), "is_view_of_layerwise_step", False):
             return True
         right = self._right.get(optimizer, set())
@@ -340,7 +340,7 @@ def _active_steps() -> list[LayerwiseStep]:
 
 
 def _shares_parameters(optimizer: Optimizer, step: LayerwiseStep) -> bool:
-    """Tell whether an optimizer holds a parameter that an attached one balances.
+    """Return whether an optimizer holds a parameter that an attached one balances.
 
     Args:
         optimizer: any optimizer.
@@ -354,7 +354,7 @@ def _all_one(ratios: Mapping[int, Ratio]) -> bool:
 
 
 def _is_capturing() -> bool:
-    """Tell whether the user captures a CUDA graph; to the graphs of `torch.compile` learning rates are inputs."""
+    """Return whether the user captures a CUDA graph; graphs of `torch.compile` take learning rates as inputs."""
     if torch.compiler.is_compiling() or not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return False
     return torch.cuda.is_current_stream_capturing()

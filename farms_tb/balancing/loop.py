@@ -17,6 +17,7 @@ from farms_tb.keywords import BalancingKeywords, resolved, takes_options
 from farms_tb.options import RatioOptions, SpectrumOptions
 from farms_tb.presets import Preset, described, with_preset
 from farms_tb.report import Report
+from farms_tb.weights.layers import wrappers
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -83,7 +84,7 @@ class TempBalance:
         self._balancer = LayerBalancer(model, optimizers, *chosen, share=_is_sharded(model))
         try:
             self._balancer.update()
-        except Exception:
+        except BaseException:  # Ctrl-C too, while the first measurement runs
             self._balancer.detach()
             raise
 
@@ -133,8 +134,7 @@ class TempBalance:
 
 
 def _is_sharded(model: nn.Module) -> bool:
-    """Tell whether the processes train one model together: DDP, or FSDP2's DTensor weights."""
-    model = getattr(model, "_orig_mod", model)  # compiled after it was wrapped
-    if isinstance(model, nn.parallel.DistributedDataParallel):
+    """Return whether the processes train one model together: DDP, or FSDP2's DTensor weights."""
+    if any(isinstance(wrapper, nn.parallel.DistributedDataParallel) for wrapper in wrappers(model)):
         return True
     return isinstance(model, nn.Module) and any(hasattr(p, "full_tensor") for p in model.parameters())

@@ -20,7 +20,7 @@ ALIKE = 1e-3
 
 
 def ignores_lr_of_groups(optimizer: Optimizer) -> bool:
-    """Tell whether optimizers of this class ignore the learning rates of their param groups, or a change of them.
+    """Return whether optimizers of this class ignore the learning rates of their groups, or a change of them.
 
     Args:
         optimizer: only its class and its defaults are used; it is not changed, and neither is the random state.

@@ -66,7 +66,7 @@ def norm_feeders(model: nn.Module, layers: Sequence[Layer]) -> dict[str, str]:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Tell whether a module normalises its input, without calling it.
+    """Return whether a module normalises its input, without calling it.
 
     Torch's own classes and classes derived from them do. A class of somebody else (LlamaRMSNorm, T5LayerNorm) does
     where it, or a class it derives from, has "norm" in its name, and where the module has one or two parameters,
@@ -125,7 +125,7 @@ def _channels(module: nn.Module) -> int | None:
 
 
 def _is_vector(parameter: Tensor) -> bool:
-    """Tell whether all but one dimension of a parameter have length 1. A lazy parameter has no shape yet."""
+    """Return whether all but one dimension of a parameter have length 1. A lazy parameter has no shape yet."""
     if is_lazy(parameter):
         return False
     long_dimensions = [length for length in parameter.shape if length > 1]

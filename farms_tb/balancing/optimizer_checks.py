@@ -99,7 +99,7 @@ def _optimizers_among(values: Iterable[Any], depth: int = 3) -> Iterator[Optimiz
 
 
 def _is_state(mapping: Mapping[Any, Any]) -> bool:
-    """Tell whether it is the state of an optimizer: it has parameters as keys, and may hold millions of values."""
+    """Return whether it is an optimizer's state: it has parameters as keys, and maybe millions of values."""
     return isinstance(next(iter(mapping), None), Tensor)
 
 

@@ -77,7 +77,7 @@ class BalancedOptimizers:
         try:
             for optimizer in self._optimizers:
                 self._steps.append(LayerwiseStep(optimizer, self._renew))
-        except Exception:
+        except BaseException:
             self.detach()
             raise
 
@@ -166,5 +166,5 @@ class BalancedOptimizers:
 
 
 def _is_among(optimizer: Optimizer, others: Sequence[Optimizer]) -> bool:
-    """Tell whether an optimizer is one of others; by identity, because a class may define equality."""
+    """Return whether an optimizer is one of others; by identity, because a class may define equality."""
     return any(optimizer is other for other in others)

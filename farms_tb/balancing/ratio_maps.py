@@ -19,7 +19,7 @@ from farms_tb.options import MAPS, AssignFunc, Favor, RatioOptions
 
 
 def maps_nothing(options: RatioOptions) -> bool:
-    """Tell whether every ratio of the map is 1 by the options alone.
+    """Return whether every ratio of the map is 1 by the options alone.
 
     Args:
         options: the bounds of the ratios and the kinds of layers that are balanced are used.
@@ -28,7 +28,7 @@ def maps_nothing(options: RatioOptions) -> bool:
 
 
 def only_measures(options: RatioOptions) -> bool:
-    """Tell whether every learning rate is the base one by the options alone: no optimizer has to be changed.
+    """Return whether every learning rate is the base one by the options alone: no optimizer has to be changed.
 
     Args:
         options: as in `maps_nothing`, and `fixed`.
@@ -37,7 +37,7 @@ def only_measures(options: RatioOptions) -> bool:
 
 
 def compares_with_random(options: RatioOptions) -> bool:
-    """Tell whether the map needs the permutation null of each layer, which takes many measurements.
+    """Return whether the map needs the permutation null of each layer, which takes many measurements.
 
     Args:
         options: the map, and what `maps_nothing` uses: where nothing is mapped, nothing is compared.

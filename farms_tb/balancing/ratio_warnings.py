@@ -140,7 +140,7 @@ class RatioWarnings:
 
 
 def _follows_single_alphas(options: RatioOptions) -> bool:
-    """Tell whether ratios follow the alpha of each layer, noise included."""
+    """Return whether ratios follow the alpha of each layer, noise included."""
     if MAPS[options.assign_func].takes not in ("metric", "alpha"):
         return False
     # Only alpha has a standard error; means over blocks have less noise, and a placebo follows nothing.
@@ -173,7 +173,7 @@ def _noise_share(records: Sequence[LayerRecord]) -> float:
 
 
 def _is_single(record: LayerRecord) -> bool:
-    """Tell whether a layer has one window alone: a 1x1 convolution, or a linear layer of a window's size."""
+    """Return whether a layer has one window alone: a 1x1 convolution, or a linear layer of a window's size."""
     if not record.shape:
         return False
     matrices, rows = record.shape[:2]

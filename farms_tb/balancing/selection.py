@@ -12,7 +12,7 @@ from farms_tb.weights.layers import Layer, clean_name, named_parameters
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Tell whether a pattern matches a whole name, or its end from some dot on.
+    """Return whether a pattern matches a whole name, or its end from some dot on.
 
     `lifting.*` matches `net.lifting.fcs.0`, and `embed*` matches `model.embed_tokens`.
 
@@ -150,7 +150,7 @@ def heads(model: nn.Module, layers: Sequence[Layer]) -> list[str]:
 
 
 def _is_head(name: str, wholes: Mapping[str, str]) -> bool:
-    """Tell whether a module is inside a model, and outside of its base model.
+    """Return whether a module is inside a model, and outside of its base model.
 
     Args:
         name: path of the module.

@@ -265,7 +265,7 @@ class _Split:
             self.shown = [WatchedGroup(shown) for shown in self.shown]
 
     def still_of(self, group: Group) -> bool:
-        """Tell whether this is how `group` is split now too, provided that the ratios are the same.
+        """Return whether this is how `group` is split now too, provided that the ratios are the same.
 
         Never where the group holds tensors, whose copies are made anew.
 
@@ -425,7 +425,7 @@ def _store(group: Group, key: str, value: Any) -> None:
 
 
 def _same(first: object, second: object) -> bool:
-    """Tell whether two values of a group are equal; tensors are if all their entries are."""
+    """Return whether two values of a group are equal; tensors are if all their entries are."""
     if first is second:
         return True
     if isinstance(first, Tensor) and isinstance(second, Tensor):

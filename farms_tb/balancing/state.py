@@ -94,7 +94,7 @@ def read_state(plain: object) -> BalancerState:
 def is_of_this_run(
     state: BalancerState, options: Mapping[str, Any], layers: Collection[str], model: nn.Module
 ) -> bool:
-    """Tell whether a saved state has the options and layers of the present run; warn of what is different.
+    """Return whether a saved state has the options and layers of the present run; warn of what is different.
 
     Args:
         state: the saved state.
@@ -285,7 +285,7 @@ def _short(value: object) -> str:
 
 
 def _is_number(value: object) -> TypeGuard[float]:
-    """Tell whether a value is a finite number. In Python, True and False are numbers; here they are not."""
+    """Return whether a value is a finite number. In Python, True and False are numbers; here they are not."""
     if isinstance(value, bool) or not isinstance(value, Real):
         return False
     try:
@@ -295,12 +295,12 @@ def _is_number(value: object) -> TypeGuard[float]:
 
 
 def _is_number_or_none(value: object) -> bool:
-    """Tell a finite number, or None."""
+    """Return whether a value is a finite number or None."""
     return value is None or _is_number(value)
 
 
 def _is_count(value: object) -> bool:
-    """Tell an integer of at least 0."""
+    """Return whether a value is an integer of at least 0."""
     if isinstance(value, bool) or not isinstance(value, int):
         return False
     return value >= 0

@@ -175,7 +175,7 @@ def _open_both(models: tuple[str, str], opening: _Opening) -> list[Source]:
 
 
 def _takes_key(model: str) -> bool:
-    """Tell whether a key may be for a model: a file by torch.save, or an adapter, whose base may be one."""
+    """Return whether a key may be for a model: a file by torch.save, or an adapter, whose base may be one."""
     if adapter_folder(model) is not None:
         return True
     try:
@@ -185,5 +185,5 @@ def _takes_key(model: str) -> bool:
 
 
 def _is_base(model: str) -> bool:
-    """Tell a file of weights that an adapter can be merged onto."""
+    """Return whether it is a file of weights that an adapter can be merged onto."""
     return Path(model).exists() and adapter_folder(model) is None

@@ -48,7 +48,7 @@ class Wanted:
     device: str = "cpu"
 
     def takes(self, name: str) -> bool:
-        """Tell whether a layer is to be measured.
+        """Return whether a layer is to be measured.
 
         Args:
             name: its name, with the prefixes of wrappers.
@@ -150,7 +150,7 @@ def checked_device(name: str) -> str:
 
 
 def null_is_quick(source: Source, options: SpectrumOptions) -> bool:
-    """Tell by the shapes of all layers whether their permutation nulls take less than a minute on one core.
+    """Return whether the permutation nulls of layers of these shapes take less than a minute on one core.
 
     Args:
         source: the model; nothing is read.

@@ -145,7 +145,7 @@ def _open_adapter(path: Path, key: str | None, base: str | None, options: Spectr
 
 
 def _is_run_folder(path: Path) -> bool:
-    """Tell a run's folder from one of weights, as Hugging Face saves them."""
+    """Return whether a folder is that of a run, and not one of weights, as Hugging Face saves them."""
     if not path.is_dir() or any(path.glob("*.safetensors*")) or any(path.glob("*.bin*")):
         return False
     return any(path.rglob("*.ckpt")) or any(path.rglob(METRICS_FILE))
@@ -193,13 +193,13 @@ def _build(model: str, pretrained: bool) -> nn.Module:
 
 
 def _is_function(model: str) -> bool:
-    """Tell `module:function` from a path, and from a model's name that may follow a library's, `timm:resnet18`."""
+    """Return whether it is `module:function`, no path and no name like `timm:resnet18`."""
     prefix, colon, _ = model.partition(":")
     return bool(colon) and not _is_path(model) and prefix not in LIBRARIES
 
 
 def _is_path(model: str) -> bool:
-    """Tell a path, which may be one of another system, from a name."""
+    """Return whether it is a path, maybe one of another system, and not a name."""
     return "/" in model or "\\" in model or model.endswith(_FILE_ENDINGS)
 
 

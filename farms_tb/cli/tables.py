@@ -157,7 +157,7 @@ def _widest_that_fits(console: Console, columns: Sequence[Column], rows: Sequenc
 
 
 def _has_values(column: Column, rows: Sequence[Row]) -> bool:
-    """Tell whether a column has something to show; that of the names always has."""
+    """Return whether a column has something to show; that of the names always has."""
     return column.key == "layer" or any(row.get(column.key) is not None for row in rows)
 
 

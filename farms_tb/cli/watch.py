@@ -83,7 +83,7 @@ class Shown:
         return printable(str(self.run_folder))
 
     def takes(self, layer: str) -> bool:
-        """Tell whether a layer is shown."""
+        """Return whether a layer is shown."""
         return any(fnmatchcase(layer, pattern) for pattern in self.patterns)
 
 

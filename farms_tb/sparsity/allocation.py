@@ -126,7 +126,7 @@ def _check_target(target: float, options: SparsityOptions) -> None:
 
 
 def _left_out(layers: Layers, options: SparsityOptions) -> np.ndarray:
-    """Tell the alphas that take no part: of outliers, where the method maps alphas."""
+    """Return the alphas that take no part: of outliers, where the method maps alphas."""
     maps_alphas = options.method in ("alpha", "shuffled", "shrinkage", "search")
     if not maps_alphas or options.compat is not None:
         return np.zeros(len(layers.names), dtype=bool)

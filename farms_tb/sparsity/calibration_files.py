@@ -45,7 +45,7 @@ class CalibrationFile:
 
 
 def holds_ids(path: Path) -> bool:
-    """Tell a file of ids from one of text by the end of its name."""
+    """Return whether a file holds ids, and not text, by the end of its name."""
     return path.suffix in (".pt", ".pth", ".safetensors")
 
 

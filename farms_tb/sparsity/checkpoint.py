@@ -44,7 +44,7 @@ class Checkpoint:
     folder: Path
 
     def has(self, block: str) -> bool:
-        """Tell whether a block, given by its path, is finished."""
+        """Return whether a block, given by its path, is finished."""
         return self._file(block).is_file()
 
     def write(self, block: Block, chosen: Mapping[str, Pruned], reported: Mapping[str, PrunedLayer]) -> None:

@@ -121,7 +121,7 @@ def _blocks_among(names: Iterable[str], blocks: Mapping[str, str]) -> dict[str, 
 
 
 def _can_be_pruned(record: LayerRecord) -> bool:
-    """Tell a layer of real matrices with several rows and columns, whether it has an alpha or not."""
+    """Return whether a layer has real matrices of several rows and columns, be it with an alpha or without."""
     return record.kind == "real" and min(record.shape[1:]) > 1
 
 

@@ -213,7 +213,7 @@ def _no_plan(path: object, reason: str) -> str:
 
 
 def _same_shape(layer: PlannedLayer, shape: Sequence[int]) -> bool:
-    """Tell whether a layer has this shape, given as that of its weight or of its stack of matrices.
+    """Return whether a layer has this shape, given as that of its weight or of its stack of matrices.
 
     A weight (out, in) is a stack (1, out, in) or, stood upright, (1, in, out); a convolution's stack and weight
     have the number of their entries in common.

@@ -127,7 +127,7 @@ def pruned_files(path: str | PathLike[str]) -> list[Path]:
 
 
 def _is_gguf(file: Path) -> bool:
-    """Tell a GGUF file by its ending or first bytes."""
+    """Return whether a file is of GGUF, by its ending or first bytes."""
     with file.open("rb") as opened:
         return file.suffix == ".gguf" or opened.read(4) == b"GGUF"
 
@@ -179,7 +179,7 @@ def check_oriented(model: StoredModel) -> None:
 
 
 def _is_transposed(tensor: StoredTensor) -> bool:
-    """Tell a matrix (in, out) by its bias (out,)."""
+    """Return whether a matrix is (in, out), by its bias (out,)."""
     return len(tensor.shape) == 2 and tensor.shape_of("bias") == tensor.shape[1:] != tensor.shape[:1]
 
 
@@ -225,7 +225,7 @@ def _layers(tensor: StoredTensor) -> Iterator[StoredLayer]:
 
 
 def _layout(tensor: StoredTensor, stack: MatrixStack) -> Layout:
-    """Tell a plain matrix (out, in) from the others: parts of a parameter, convolutions, experts."""
+    """Return whether a layer is a plain matrix (out, in): no part of a parameter, convolution or expert."""
     return "linear" if len(tensor.shape) == 2 and not stack.part else "rows"
 
 

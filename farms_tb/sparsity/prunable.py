@@ -291,7 +291,7 @@ def _weight(layer: Layer, block: str) -> PrunableWeight:
 
 
 def _layout(module: nn.Module) -> Layout:
-    """Tell how the weight of a module is stored."""
+    """Return how the weight of a module is stored."""
     if isinstance(module, nn.Linear):
         return "linear"
     if isinstance(module, _CONVOLUTIONS):

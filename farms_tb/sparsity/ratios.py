@@ -109,7 +109,7 @@ def shuffled(ratios: Floats, layers: Layers, seed: int) -> Floats:
 
 
 def wild(alphas: Floats) -> NDArray[np.bool_]:
-    """Tell alphas that are far from all others.
+    """Return the alphas that are far from all others.
 
     The robust z-score of an alpha is its distance from the median, over 1.4826 times the median of all distances.
 

@@ -283,7 +283,7 @@ class _Store:
         self._known = [{} for _ in range(self.batches)]
 
     def has(self, place: int, tokens: set[_Token]) -> bool:
-        """Tell whether all these tensors of a batch are known."""
+        """Return whether all these tensors of a batch are known."""
         return bool(tokens) and tokens <= self._known[place].keys()
 
     def keep(self, place: int, tokens: Sequence[_Token], tensors: Sequence[Tensor]) -> None:
@@ -375,12 +375,12 @@ def _signature(batch: Batch) -> Any:
 
 
 def _all_match(traced: Sequence[_Call], calls: Sequence[Arguments]) -> bool:
-    """Tell whether a block was called as it was traced."""
+    """Return whether a block was called as it was traced."""
     return len(traced) == len(calls) and all(map(_matches, traced, calls))
 
 
 def _matches(call: _Call, arguments: Arguments) -> bool:
-    """Tell whether a call has the structure, the tensors and the plain values of a traced one."""
+    """Return whether a call has the structure, the tensors and the plain values of a traced one."""
     leaves, structure = pytree.tree_flatten(arguments)
     if structure != call.structure:
         return False

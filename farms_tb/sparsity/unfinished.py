@@ -63,7 +63,7 @@ class UnfinishedFolder:
         return self.folder / "blocks"
 
     def has(self, name: str) -> bool:
-        """Tell whether a file of weights is finished."""
+        """Return whether a file of weights is finished."""
         return (self.folder / "model" / name).is_file()
 
     def write(self, name: str, content: Callable[[Path], Mapping[str, PrunedLayer]]) -> None:
@@ -281,7 +281,7 @@ def _visible_files(folder: Path) -> Iterator[Path]:
 
 
 def _holds_weights(file: Path) -> bool:
-    """Tell a file of weights, or an index of such files in another format, by its name."""
+    """Return whether a file is one of weights, or an index of such files in another format, by its name."""
     name = file.name.lower()
     if name.endswith(INDEX):
         return not name.endswith(f".safetensors{INDEX}")

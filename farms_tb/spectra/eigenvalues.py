@@ -213,7 +213,7 @@ def _gram(windows: Tensor) -> Tensor:
 
 
 def multiplies_in_full(device: torch.device) -> bool:
-    """Tell whether products of float32 matrices are computed in float32: users may allow TF32 or bfloat16."""
+    """Return whether products of float32 matrices are computed in float32: users may allow TF32 or bfloat16."""
     backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
     # Since torch 2.9 each backend has a setting, and reading the older common one may raise.
     setting = getattr(getattr(backend, "matmul", None), "fp32_precision", None)

@@ -145,7 +145,7 @@ def _hill_alphas(logs: Tensor) -> Tensor:
 
 
 def _candidates(eigenvalues: Tensor, alphas: Tensor, first: Tensor, fit: Fit) -> Tensor:
-    """Tell at which of the `(S, N)` indices a searched tail may start.
+    """Return at which of the `(S, N)` indices a searched tail may start.
 
     Args:
         eigenvalues: `(S, N)`, ascending.

@@ -94,7 +94,7 @@ def first_level(windows: Windows, largest: float, options: SpectrumOptions) -> i
 def imprecise_windows(
     values: Array, levels: npt.NDArray[np.int8], lowest: Array, alpha: Array, options: SpectrumOptions
 ) -> npt.NDArray[np.bool_]:
-    """Tell which windows of a layer must be solved again, in the next more accurate precision.
+    """Return which windows of a layer must be solved again, in the next more accurate precision.
 
     Args:
         values: `(W, w)`, eigenvalues of the layer's windows, ascending.
@@ -125,7 +125,7 @@ def imprecise_windows(
 
 
 def single_precision_suffices(pilot: Array, options: SpectrumOptions) -> bool:
-    """Tell by one window of a layer whether single precision will do for the others.
+    """Return whether, by one window of a layer, single precision will do for the others.
 
     Args:
         pilot: `(1, w)`, its eigenvalues in double precision, ascending.

@@ -41,7 +41,7 @@ def stored_roundoff(dtype: torch.dtype) -> float:
 
 
 def tail_is_rounding(samples: Samples, xmin_pos: float) -> bool:
-    """Tell whether the tail of a layer is made of rounding errors.
+    """Return whether the tail of a layer is made of rounding errors.
 
     A cheap test comes first: whether the tail begins below the largest eigenvalue of a random matrix of rounding
     errors. Only then is the first window of each sample solved again, with its entries off by their rounding

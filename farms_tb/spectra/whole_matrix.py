@@ -86,7 +86,7 @@ def _matrix_metrics(samples: Samples, *, whole: bool) -> dict[str, Any]:
 
 
 def _windows_are_whole(stack: MatrixStack, samples: Samples) -> bool:
-    """Tell whether each window is one of the K matrices, whole, so that its eigenvalues are known already."""
+    """Return whether each window is one of the K matrices, whole, so that its eigenvalues are known already."""
     number, rows, columns = stack.matrices.shape
     windows = samples.layer.windows
     return windows.number == number and windows.view.shape[-2:] == (rows, columns)

@@ -251,10 +251,10 @@ class FARMSTrainerCallback(ShowsResults, TrainerCallback, ExportableState):
     def _measure_if_due(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        """Measure if it is time, and log; after an error, of which no event tells, detach from the optimizer."""
+        """Measure if it is time, and log; after an error or Ctrl-C, of which no event tells, detach."""
         try:
             found = self._session.measure_if_due(self._moment(state))
-        except Exception:
+        except BaseException:
             self.detach()
             raise
         for measurement in found:

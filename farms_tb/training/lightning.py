@@ -256,12 +256,12 @@ def _moment(trainer: Trainer) -> Moment:
 
 
 def _weights_change_later(trainer: Trainer, callback: Callback) -> bool:
-    """Tell whether a callback that comes later in the list puts averages into the module when training ends."""
+    """Return whether a callback that comes later in the list puts averages into the module when training ends."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     later = callbacks[callbacks.index(callback) :] if callback in callbacks else []
     return _any_is(later, *_AVERAGING_CALLBACKS)
 
 
 def _any_is(callbacks: list[Callback], *names: str) -> bool:
-    """Tell whether a callback is of a class of such a name, in `lightning` or in `pytorch_lightning`."""
+    """Return whether a callback is of a class of such a name, in `lightning` or in `pytorch_lightning`."""
     return any(cls.__name__ in names for callback in callbacks for cls in type(callback).__mro__)

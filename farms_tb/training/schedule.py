@@ -84,11 +84,11 @@ class Period:
             )
 
     def has_begun(self, epoch: int, step: int) -> bool:
-        """Tell whether `start` has come, after so many epochs and optimizer steps."""
+        """Return whether `start` has come, after so many epochs and optimizer steps."""
         return self._is_reached(self.start, epoch, step)
 
     def is_over(self, epoch: int, step: int) -> bool:
-        """Tell whether `until` has come, after so many epochs and optimizer steps."""
+        """Return whether `until` has come, after so many epochs and optimizer steps."""
         return self._is_reached(self.until, epoch, step)
 
     def _is_reached(self, time: Time, epoch: int, step: int) -> bool:
@@ -171,7 +171,7 @@ class Schedule:
         return min(1.0, (step - self.started + 1) / self.options.ramp_steps)
 
     def is_due(self, epoch: int, step: int) -> bool:
-        """Tell whether to measure now.
+        """Return whether to measure now.
 
         The first measurement is made in any case, and one when ratios begin to apply; none after `until`.
 
@@ -195,15 +195,15 @@ class Schedule:
         return is_new_epoch and epoch % self.options.every_n_epochs == 0
 
     def wants_histogram(self) -> bool:
-        """Tell whether the next measurement counts the ESDs."""
+        """Return whether the next measurement counts the ESDs."""
         return self._is_nth(self.logging.histogram_every_n)
 
     def wants_table(self) -> bool:
-        """Tell whether the next measurement is logged with table and pictures."""
+        """Return whether the next measurement is logged with table and pictures."""
         return self._is_nth(self.logging.table_every_n)
 
     def _is_nth(self, every: int | None) -> bool:
-        """Tell whether the next measurement is one of every n, beginning with the first; None means never."""
+        """Return whether the next measurement is one of every n, beginning with the first; None means never."""
         if every is None:
             return False
         return self.measurements % every == 0

@@ -85,7 +85,7 @@ class BalancingSession:
         self.running = True
         try:
             self.restore()
-        except Exception:
+        except BaseException:
             self.stop()
             raise
 
@@ -146,7 +146,7 @@ class BalancingSession:
             self.run.settle()
 
     def missed_final_weights(self, step: int) -> bool:
-        """Tell whether a run was interrupted after its last step and before its final weights were measured.
+        """Return whether a run was interrupted after its last step and before its final weights were measured.
 
         Args:
             step: optimizer steps done, by the trainer's count.

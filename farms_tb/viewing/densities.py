@@ -57,7 +57,7 @@ def esd_density(histogram: EsdHistogram) -> Density:
 
 
 def _can_be_halved(counts: Array) -> bool:
-    """Tell whether bins are to be merged in twos: there are enough, and they hold too few eigenvalues each."""
+    """Return whether bins are to be merged in twos: there are enough, and they hold too few eigenvalues each."""
     too_empty = counts.sum() < EIGENVALUES_PER_BIN * len(counts)
     return bool(too_empty) and len(counts) > 8 and len(counts) % 2 == 0
 

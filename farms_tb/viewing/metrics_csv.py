@@ -151,12 +151,12 @@ def read_logged(path: Path) -> dict[str, Curve]:
 
 
 def _is_of_the_user(column: str) -> bool:
-    """Tell whether a column is neither the callback's nor the time of a row."""
+    """Return whether a column is neither the callback's nor the time of a row."""
     return column not in ("", "epoch", "step") and not column.startswith("farms/")
 
 
 def has_measurements(path: Path) -> bool:
-    """Tell whether a `metrics.csv` has columns of the callback; no for one that vanishes or cannot be read."""
+    """Return whether a `metrics.csv` has columns of the callback; no for one that vanishes or cannot be read."""
     try:
         with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
             header = next(csv.reader(_whole_lines(file)), [])

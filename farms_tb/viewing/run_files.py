@@ -146,7 +146,7 @@ def _run_of(checkpoint: Path) -> Path:
 
 
 def _may_belong(checkpoint: Path, root: Path) -> bool:
-    """Tell whether a checkpoint is not another run's, which has metrics of its own."""
+    """Return whether a checkpoint is not another run's, which has metrics of its own."""
     run = _run_of(checkpoint)
     has_own_metrics = (run / METRICS_FILE).exists()
     return run == root or not has_own_metrics

@@ -196,7 +196,7 @@ def _is_number(value: object) -> bool:
 
 
 def _ends_in(layer: str, pattern: str) -> bool:
-    """Tell whether a name is, or from some dot on is, that of a pattern; one with `^` has to be all of it."""
+    """Return whether a name is, or from some dot on is, that of a pattern; one with `^` has to be all of it."""
     if pattern.startswith("^"):
         return layer == pattern[1:]
     return layer == pattern or layer.endswith(f".{pattern}")

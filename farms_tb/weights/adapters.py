@@ -32,7 +32,7 @@ _DISABLED = "its adapters are merged and disabled: unmerge them first, model.unm
 
 
 def is_adapted(module: nn.Module) -> bool:
-    """Tell a layer of PEFT, of whatever kind, that has another one inside and adapts it.
+    """Return whether it is a layer of PEFT, of whatever kind, that adapts another one inside it.
 
     Args:
         module: any module. Whether its adapters are switched on does not matter.
@@ -124,7 +124,7 @@ class _Adapter:
     transposed: bool
 
     def fits(self, shape: tuple[int, ...]) -> bool:
-        """Tell whether the product of B and A has as many rows and columns as a weight.
+        """Return whether the product of B and A has as many rows and columns as a weight.
 
         Args:
             shape: that of the weight, as it is stored; of a convolution with its kernel.
@@ -234,7 +234,7 @@ def _applied_names(module: nn.Module) -> list[str]:
 
 
 def _is_merged(module: nn.Module) -> bool:
-    """Tell whether the weight of the layer inside holds adapters already."""
+    """Return whether the weight of the layer inside holds adapters already."""
     return bool(getattr(module, "merged_adapters", ()))
 
 

@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 BlockRule = Sequence[str] | Callable[[str], str | None]
-"""Tells blocks: shell-style patterns of their paths, or a function from a layer's name to its block's."""
+"""How blocks are found: shell-style patterns of their paths, or a function from a layer's name to its block's."""
 
 
 def blocks_of(shapes: Mapping[str, Sequence[int]], rule: BlockRule | None = None) -> dict[str, str]:
-    """Tell which block each layer is in.
+    """Return which block each layer is in.
 
     Without a rule, blocks are found as follows:
 
@@ -108,7 +108,7 @@ def _by_patterns(names: Mapping[str, object], patterns: Sequence[str]) -> dict[s
 
 
 def _matches(path: str, pattern: str) -> bool:
-    """Tell whether a path matches a pattern part by part: a `*` does not reach over a dot."""
+    """Return whether a path matches a pattern part by part: a `*` does not reach over a dot."""
     parts, wanted = path.split("."), pattern.split(".")
     return len(parts) == len(wanted) and all(map(fnmatchcase, parts, wanted))
 
@@ -153,23 +153,23 @@ class _List:
         return len(self.members), entries, self.path
 
     def is_repeated(self) -> bool:
-        """Tell whether more than half of its members, at least two, are of the typical kind."""
+        """Return whether more than half of its members, at least two, are of the typical kind."""
         kind = self.kind
         alike = sum(_are_alike(_kind(member), kind) for member in self.members.values())
         return alike > 1 and 2 * alike > len(self.members)
 
     def holds_several_layers(self) -> bool:
-        """Tell whether more than half of its members hold more than one layer."""
+        """Return whether more than half of its members hold more than one layer."""
         several = sum(len(member) > 1 for member in self.members.values())
         return 2 * several > len(self.members)
 
     def has_equal_members(self) -> bool:
-        """Tell whether more than half of its members have layers of the same names and shapes."""
+        """Return whether more than half of its members have layers of the same names and shapes."""
         equal = Counter(frozenset(member.items()) for member in self.members.values())
         return 2 * max(equal.values()) > len(self.members)
 
     def is_inside(self, other: _List) -> bool:
-        """Tell whether it is inside a member of another list."""
+        """Return whether it is inside a member of another list."""
         rest = self.path.removeprefix(other.path)
         return self.path.startswith(other.path) and rest[:1].isdecimal()
 
@@ -189,7 +189,7 @@ def _kind(member: Mapping[str, object]) -> frozenset[str]:
 
 
 def _are_alike(first: frozenset[str], second: frozenset[str]) -> bool:
-    """Tell whether two kinds have at least half of their names in common."""
+    """Return whether two kinds have at least half of their names in common."""
     return 2 * len(first & second) >= len(first | second)
 
 

@@ -109,6 +109,6 @@ def with_tied_head(tensors: Sequence[StoredTensor], head: str) -> list[StoredTen
 
 
 def _is_word_embedding(tensor: StoredTensor) -> bool:
-    """Tell the table of tokens from those of positions and token types."""
+    """Return whether it is the table of tokens, and not that of positions or token types."""
     module = tensor.path.rpartition(".")[2]
     return tensor.name == "weight" and module in _WORD_EMBEDDINGS

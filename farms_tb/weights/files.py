@@ -103,7 +103,7 @@ def _all_tensors(
 
 
 def takes_key(path: str | PathLike[str]) -> bool:
-    """Tell whether a file can hold several state dicts, by torch.save, of which a key chooses one.
+    """Return whether a file can hold several state dicts, by torch.save, of which a key chooses one.
 
     Args:
         path: see `farms_tb.analyze_checkpoint`.
@@ -273,7 +273,7 @@ def _natural(key: str) -> list[tuple[int, str]]:
 
 
 def _in_file(path: Path, key: str | None = None) -> Iterator[StoredTensor]:
-    """Tell a file's format by its ending or first bytes, and list its tensors."""
+    """Return the tensors of a file, whose format is known by its ending or first bytes."""
     with path.open("rb") as file:
         start = file.read(4)
     if start == b"GGUF" or path.suffix == ".gguf":
@@ -363,7 +363,7 @@ def _possible(candidates: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def _has_matrix(held: Mapping[str, Any]) -> bool:
-    """Tell whether a dict holds a tensor of two dimensions or more."""
+    """Return whether a dict holds a tensor of two dimensions or more."""
     return any(isinstance(value, TorchTensor) and len(value.shape) > 1 for value in held.values())
 
 

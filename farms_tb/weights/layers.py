@@ -77,19 +77,29 @@ class Layer:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Return the user's module inside `torch.compile`, `DataParallel` and `DistributedDataParallel`.
+    """Return the user's module inside `torch.compile`, data-parallel wrappers and those of Lightning Fabric.
 
     Args:
         model: any module, in any number of wrappers.
     """
-    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    while True:
-        if isinstance(model, wrappers):
-            model = model.module
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod  # type: ignore[assignment]
-        else:
-            return model
+    return list(wrappers(model))[-1]
+
+
+def wrappers(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield a module and what it wraps, from the outermost wrapper to the user's module.
+
+    Args:
+        model: any module, in any number of wrappers.
+    """
+    yield model
+    names = ["_orig_mod", "_forward_module"]  # what torch.compile and Lightning Fabric call what they wrap
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        names = ["module"]
+    for name in names:
+        inner = getattr(model, name, None)
+        if isinstance(inner, nn.Module):
+            yield from wrappers(inner)
+            return
 
 
 def find_layers(model: nn.Module, *, embeddings: bool = False, adapters: Adapters = "separate") -> list[Layer]:
@@ -182,7 +192,7 @@ def _nothing_to_measure(model: nn.Module, layers: Sequence[Layer], is_planned: b
 
 
 def has_adapters(layer: Layer) -> bool:
-    """Tell a layer that is one with its adapters, of whatever kind.
+    """Return whether a layer is one with its adapters, of whatever kind.
 
     Args:
         layer: what `find_layers` returned; adapters that cannot be measured count as well.
@@ -286,7 +296,7 @@ def _measuring(module: nn.Module) -> Iterator[None]:
 
 
 def _is_compiled_shell(module: nn.Module) -> bool:
-    """Tell the wrapper that `torch.compile` puts around a submodule: the module in it is the layer."""
+    """Return whether it is the wrapper of `torch.compile` around a submodule: the module in it is the layer."""
     return isinstance(getattr(module, "_orig_mod", None), nn.Module)
 
 
@@ -296,7 +306,7 @@ def _parameter_names(model: nn.Module) -> dict[int, str]:
 
 
 def _is_whole(module: nn.Module, adapters: Adapters) -> bool:
-    """Tell a layer with adapters that is one layer; a rule that a user registers for its type comes first.
+    """Return whether a layer and its adapters are one layer; a rule that a user registers comes first.
 
     Args:
         module: any layer.
@@ -473,7 +483,7 @@ def _layers_without_rule(path: str, module: nn.Module) -> list[Layer]:
 
 
 def _may_hold_matrices(parameter: nn.Parameter) -> bool:
-    """Tell a parameter that is no vector; one that waits for its first batch has no shape yet."""
+    """Return whether a parameter is no vector; one that waits for its first batch has no shape yet."""
     if is_lazy(parameter):
         return False
     return parameter.is_nested or matrix_dims(parameter.shape) > 1

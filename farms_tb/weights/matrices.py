@@ -62,7 +62,7 @@ def layer_matrices(module: nn.Module) -> list[MatrixStack]:
 
 
 def has_rule(module: nn.Module, *, embeddings: bool = False) -> bool:
-    """Tell whether `layer_matrices` knows the type of `module`.
+    """Return whether `layer_matrices` knows the type of `module`.
 
     Args:
         module: a layer.
@@ -116,7 +116,7 @@ def _rule_by_name(module: nn.Module) -> Rule | None:
 
 
 def _holds(module: nn.Module, dimensions: int) -> bool:
-    """Tell whether a module itself has a `weight`, or a stack of any name, of so many dimensions."""
+    """Return whether a module itself has a `weight`, or a stack of any name, of so many dimensions."""
     if dimensions == 0:
         return True
     own: list[nn.Parameter | None] = [module._parameters.get("weight")]

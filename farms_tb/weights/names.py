@@ -85,7 +85,7 @@ def quantised(dtype: object, *, block_scales: bool = False) -> str:
 
 
 def is_embedding_name(path: str) -> bool:
-    """Tell a lookup table by its module's own name, the last part of `path` that is no number.
+    """Return whether it is a lookup table, by its module's own name, the last part of `path` that is no number.
 
     `tok_emb` and `embeds.0` are embeddings, `patch_embed.proj` is none. GPT-NeoX's head is called `embed_out`, and
     several vision models project patches by a linear `patch_embed`.
@@ -103,7 +103,7 @@ def is_embedding_name(path: str) -> bool:
 
 
 def is_experts_name(path: str) -> bool:
-    """Tell whether a weight of three dimensions at this path holds one matrix an expert."""
+    """Return whether a weight of three dimensions at this path holds one matrix an expert."""
     return any(word in path.lower() for word in ("expert", "_exps", "moe"))
 
 

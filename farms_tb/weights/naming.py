@@ -59,7 +59,7 @@ _RECURRENT = re.compile(r"weight_(ih|hh|hr)(_l\d+(_reverse)?)?")
 
 
 def may_be_layer(stored: StoredTensor) -> bool:
-    """Tell whether a report lists the tensor, measured or with a reason.
+    """Return whether a report lists the tensor, measured or with a reason.
 
     It does not list vectors, scales of quantised weights, biases of experts, and tables of integers.
     """
@@ -75,7 +75,7 @@ def may_be_layer(stored: StoredTensor) -> bool:
 
 
 def _belongs_to_another(stored: StoredTensor) -> bool:
-    """Tell scales and biases by the weight that is stored alongside: `gate_up_proj_bias` by `gate_up_proj`."""
+    """Return whether a tensor is a scale or bias of a weight next to it: `gate_up_proj_bias` of `gate_up_proj`."""
     name, siblings = stored.name, stored.siblings
     if name in _ALONGSIDE_QUANTISED:
         return any(weight in siblings for weight in _QUANTISED)
@@ -86,7 +86,7 @@ def _belongs_to_another(stored: StoredTensor) -> bool:
 
 
 def _holds_codes(stored: StoredTensor) -> bool:
-    """Tell the integers of a quantised weight from a table of indices or a mask."""
+    """Return whether integers are a quantised weight, and not a table of indices or a mask."""
     if stored.has_numbers:
         return False
     if stored.name in _QUANTISED or stored.name.endswith("_blocks"):
@@ -95,7 +95,7 @@ def _holds_codes(stored: StoredTensor) -> bool:
 
 
 def _has_one_row(stored: StoredTensor) -> bool:
-    """Tell a linear layer or convolution of one channel from vectors and from gates (1, channels, 1, 1)."""
+    """Return whether it is a linear layer or convolution of one channel, no vector or gate (1, channels, 1, 1)."""
     if len(stored.shape) < 2:
         return False
     if len(stored.shape) == 2 or stored.shape[0] != 1:
@@ -226,7 +226,7 @@ def values_of(stored: StoredTensor) -> Tensor:
 
 
 def _attention(stored: StoredTensor) -> Layout | None:
-    """Tell q, k and v of attention: packed into one weight `(3E, E)`, or each `(E, in)` on its own."""
+    """Return whether it is q, k, v of attention: packed as one weight `(3E, E)`, or each `(E, in)` on its own."""
     if len(stored.shape) != 2:
         return None
     if stored.name == "in_proj_weight" and stored.shape[0] % 3 == 0:
@@ -238,7 +238,7 @@ def _attention(stored: StoredTensor) -> Layout | None:
 
 
 def _recurrent(stored: StoredTensor) -> Layout | None:
-    """Tell LSTM, GRU and RNN by the number of their gates."""
+    """Return which of LSTM, GRU and RNN it is, by the number of gates."""
     match = _RECURRENT.fullmatch(stored.name)
     if match is None or len(stored.shape) != 2:
         return None
@@ -266,7 +266,7 @@ def _number_of_gates(stored: StoredTensor, kind: str) -> int:
 
 
 def _fourier(stored: StoredTensor) -> Layout | None:
-    """Tell a spectral convolution; its bias (out, 1, ..., 1) has one dimension more than there are modes."""
+    """Return whether it is a spectral convolution: its bias (out, 1, ..., 1) has a dimension more than modes."""
     if not stored.dtype.is_complex or len(stored.shape) < 2:
         return None
     bias = stored.shape_of("bias")
@@ -278,7 +278,7 @@ def _fourier(stored: StoredTensor) -> Layout | None:
 
 
 def _stacked_experts(stored: StoredTensor) -> Layout | None:
-    """Tell experts by a word of their path, or by their number in `config.json`."""
+    """Return whether it is a stack of experts, by a word of the path or their number in `config.json`."""
     if len(stored.shape) != 3 or "conv" in last_name(stored.path):
         return None
     known_number = stored.shape[0] == stored.facts.experts
@@ -288,12 +288,12 @@ def _stacked_experts(stored: StoredTensor) -> Layout | None:
 
 
 def _is_embedding(stored: StoredTensor) -> bool:
-    """Tell a lookup table from a head of the same name by the bias that only a head has."""
+    """Return whether it is a lookup table: a head of the same name has a bias."""
     return is_embedding_name(stored.path) and "bias" not in stored.siblings
 
 
 def _is_norm(stored: StoredTensor) -> bool:
-    """Tell a norm over several dimensions: its weight and bias have one shape, or its module is called so."""
+    """Return whether it is a norm over several dimensions: by one shape of weight and bias, or by name."""
     if len(stored.shape) > 1 and stored.shape_of("bias") == stored.shape:
         return True
     called_norm = re.fullmatch(r"(\w*norm|ln)(_?\d+)?", last_name(stored.path))
@@ -301,7 +301,7 @@ def _is_norm(stored: StoredTensor) -> bool:
 
 
 def _is_conv1d(stored: StoredTensor) -> bool:
-    """Tell a convolution (out, in, kernel) from a bilinear form (out, in, in) and from stacked matrices."""
+    """Return whether it is a convolution (out, in, kernel), no bilinear form (out, in, in) or stack."""
     own = last_name(stored.path)
     if "conv" in own:
         return True

@@ -90,7 +90,7 @@ class StoredTensor:
 
 
 def with_siblings(tensors: Iterable[StoredTensor], facts: ModelFacts) -> list[StoredTensor]:
-    """Tell each tensor which others belong to the same module, and what is known of the model."""
+    """Note for each tensor which others belong to the same module, and what is known of the model."""
     tensors = list(tensors)
     modules: dict[str, dict[str, StoredTensor]] = {}
     for tensor in tensors:

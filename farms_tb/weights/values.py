@@ -44,7 +44,7 @@ def unreadable(parameters: Iterable[Tensor]) -> str:
 
 
 def _problem(parameter: Tensor) -> str:
-    """Say why one weight cannot be measured, what excludes the most first."""
+    """Return why one weight cannot be measured, the most general reason first; empty where it can."""
     if is_lazy(parameter):
         return "not initialised yet: run one batch through the model first"
     if parameter.is_nested:
@@ -130,7 +130,7 @@ def weight_of(module: nn.Module, name: str = "weight") -> Tensor:
 
 
 def _is_packed(weight: Any) -> bool:
-    """Tell a weight that bitsandbytes has quantised to 4 bits: its shape is that of the codes."""
+    """Return whether bitsandbytes has quantised a weight to 4 bits: its shape is that of the codes."""
     return type(weight).__name__ == "Params4bit" and getattr(weight, "quant_state", None) is not None
 
 
@@ -142,7 +142,7 @@ def _unpacked(weight: Any) -> Tensor:
 
 
 def _is_int8(weight: Any) -> bool:
-    """Tell a weight that bitsandbytes has quantised to 8 bits."""
+    """Return whether bitsandbytes has quantised a weight to 8 bits."""
     return type(weight).__name__ == "Int8Params" and weight.dtype == torch.int8
 
 
@@ -166,7 +166,7 @@ def _from_int8(module: nn.Module, weight: Any) -> Tensor:
 
 
 def _is_plain(weight: Tensor) -> bool:
-    """Tell whether every operation works as on a `torch.Tensor`: its class overrides none."""
+    """Return whether every operation works as on a `torch.Tensor`: its class overrides none."""
     return type(weight).__torch_dispatch__ is Tensor.__torch_dispatch__
 
 

@@ -6,7 +6,9 @@ training.
 
 from __future__ import annotations
 
+import json
 import time
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import torch
 import transformers
 from omegaconf import DictConfig
 from rich.markup import escape
+from safetensors import SafetensorError, safe_open
 
 from farms_tb.atomic_write import atomic_path
 from recipes.config import build, build_balancer, check_resumed_config, check_values
@@ -25,6 +28,7 @@ from recipes.finetune.data import Examples
 from recipes.finetune.network import load_weights
 from recipes.finetune.records import MetricsCallback, RatesCallback
 from recipes.folder import CONFIG_FILE, drop_if_empty, open_run_folder, save_config
+from recipes.run import check_archive
 from recipes.summary import draw_run, measure_layers, print_summary, write_summary
 
 __all__ = ["finetune"]
@@ -73,15 +77,42 @@ def _check(cfg: DictConfig) -> Path | None:
     if cfg.ckpt_path is None:
         return None
     checkpoint = Path(cfg.ckpt_path)
-    if not (checkpoint / _TRAINER_STATE).is_file():
+    try:
+        _check_checkpoint(checkpoint)
+    except (OSError, ValueError, zipfile.BadZipFile, SafetensorError) as error:
         whole = _newest_checkpoint(checkpoint.resolve().parent.parent)
-        way_out = f"take {whole}" if whole else "start anew without ckpt_path"
-        raise RecipeError(f"ckpt_path={checkpoint} is no whole checkpoint of the Trainer; {way_out}")
+        other = whole is not None and whole.resolve() != checkpoint.resolve()
+        way_out = f"take {whole}" if other else "start anew without ckpt_path"
+        raise RecipeError(
+            f"ckpt_path={checkpoint} is no whole checkpoint of the Trainer ({error}); {way_out}"
+        ) from error
     saved = checkpoint.resolve().parent.parent / CONFIG_FILE
     if saved.is_file():
         for section in check_resumed_config(cfg, saved):
             warn(make_console(), f"resuming with other settings under {section!r} than before")
     return checkpoint
+
+
+def _check_checkpoint(checkpoint: Path) -> None:
+    """Check that all of a checkpoint is there and whole: the Trainer goes on without a part that is missing.
+
+    Raises:
+        OSError: A file is missing or can't be read.
+        ValueError: The Trainer's state is cut.
+        zipfile.BadZipFile: The state of optimizer, scheduler or random numbers is damaged.
+        SafetensorError: The weights are cut.
+    """
+    json.loads((checkpoint / _TRAINER_STATE).read_text(encoding="utf-8"))
+    for pattern in ("optimizer.pt", "scheduler.pt", "rng_state*.pth", "*.safetensors"):
+        files = list(checkpoint.glob(pattern))
+        if not files:
+            raise FileNotFoundError(f"it has no {pattern}")
+        for file in files:
+            if file.suffix == ".safetensors":
+                with safe_open(file, "pt"):
+                    pass
+            else:
+                check_archive(file)
 
 
 def _newest_checkpoint(folder: Path) -> Path | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import fcntl
 import math
 import os
+import secrets
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -147,8 +148,11 @@ class PartFile:
         self.path.replace(self.target)
 
     def _create(self, problem: Problem, settings: Settings) -> None:
-        """Lay the file out, with an empty record, under a third name: a file that has its own name is whole."""
-        draft = self.path.with_name(self.path.name + ".new")
+        """Lay the file out, with an empty record, under a third name: a file that has its own name is whole.
+
+        Of two runs that begin at once the second goes on with the file of the first, and is refused by its lock.
+        """
+        draft = self.path.with_name(f"{self.path.name}.{secrets.token_hex(4)}.new")
         with h5py.File(draft, "w") as file:
             file.attrs.update(settings)
             for name, values in problem.coordinates.items():
@@ -157,7 +161,14 @@ class PartFile:
                 _lay_out(file, name, (self.samples, *shape))
         with draft.open("ab") as record:
             record.write(bytes(self.samples) + _MAGIC)
-        draft.replace(self.path)
+            record.flush()
+            os.fsync(record.fileno())
+        try:
+            os.link(draft, self.path)  # unlike a renaming it replaces nothing
+        except FileExistsError:
+            pass
+        finally:
+            draft.unlink()
 
     def _lock(self) -> None:
         """Keep other runs out; the system frees the lock when the file is closed, by a kill too."""
@@ -192,16 +203,24 @@ class PartFile:
     def _read_record(self) -> tuple[int, np.ndarray]:
         """Return where the HDF5 part ends and the record begins, and the record, one byte a sample.
 
-        A file without a record lost it in `finish`, and was stopped before it got its name: it is complete.
+        A file that ends where its HDF5 part does lost the record in `finish`, and was stopped before it got its
+        name: it is complete.
+
+        Raises:
+            RecipeError: The file ends in something else.
         """
-        size = os.fstat(self._file.fileno()).st_size
-        length = self.samples + len(_MAGIC)
-        record = b""
-        if size > length:
-            record = os.pread(self._file.fileno(), length, size - length)
-        if not record.endswith(_MAGIC):
-            return size, np.ones(self.samples, dtype=np.uint8)
-        return size - length, np.frombuffer(record[: self.samples], dtype=np.uint8).copy()
+        file = self._file.fileno()
+        # Bytes 40 to 47 of the superblock, version 0: where HDF5's own part of the file ends.
+        end = int.from_bytes(os.pread(file, 8, 40), "little")
+        record = os.pread(file, self.samples + len(_MAGIC) + 1, end)
+        if not record:
+            return end, np.ones(self.samples, dtype=np.uint8)
+        done, magic = record[: self.samples], record[self.samples :]
+        if magic != _MAGIC:
+            raise RecipeError(
+                f"{self.path} is damaged: its record of finished samples is not whole; delete it to start anew"
+            )
+        return end, np.frombuffer(done, dtype=np.uint8).copy()
 
     def _check_space(self, problem: Problem, present: int) -> None:
         """Compare what the disk has left with what the samples take, in float32.

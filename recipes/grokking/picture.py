@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -73,17 +74,34 @@ def read_run(folder: str | Path, title: str) -> Curves:
         RecipeError: there are no metrics, or they are of a run that measured no layers or another experiment.
     """
     path = Path(folder) / METRICS_FILE
-    if not path.exists():
-        raise RecipeError(f"{path} is not there; give a folder of a run of experiment=grokking_mlp")
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    columns = rows[0] if rows else {}
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        # A last line without an end is half a line of a run that was stopped.
+        rows = list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1], newline="")))
+        columns = rows[0] if rows else {}
+        return _curves(rows, columns, title)
+    except OSError as error:
+        raise RecipeError(
+            f"{path} can't be read ({error}); give a folder of a run of experiment=grokking_mlp"
+        ) from error
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
+        raise RecipeError(
+            f"{path} is damaged, or of another experiment ({error}); give a run of experiment=grokking_mlp"
+        ) from error
+
+
+def _curves(rows: Sequence[Mapping[str, str]], columns: Mapping[str, str], title: str) -> Curves:
+    """Return the curves of a run.
+
+    Raises:
+        ValueError: A column is missing, or a cell holds no number.
+    """
     alphas, traps = (
         {name.removeprefix(start): _points(rows, name) for name in columns if name.startswith(start)}
         for start in (ALPHA, TRAPS)
     )
     if not alphas or "train/accuracy" not in columns:
-        raise RecipeError(f"{path} lacks alphas or train/accuracy; give a run of experiment=grokking_mlp")
+        raise ValueError("it lacks alphas or train/accuracy")
     train, held_out, norm = (_points(rows, name) for name in ("train/accuracy", "val/accuracy", "weight_norm"))
     return Curves(title, train, held_out, norm, alphas, traps)
 

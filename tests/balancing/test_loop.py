@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.fabric import Fabric
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, MultiplicativeLR
 
 from farms_tb import Report, StepGroup, TempBalance, analyze, lr_ratios
+from farms_tb.balancing import measured_model
 from tests.balancing.test_layerwise_step import Lookahead
 from tests.helpers import assert_same_state, assert_same_weights, make_data, make_net, spy_on_updates
 
@@ -320,6 +322,39 @@ def test_a_weight_that_is_parametrized_during_training_stays_balanced() -> None:
     alphas = analyze(net).alphas
     assert balancer.ratios == lr_ratios({**alphas, "0": None, "3": None})  # the first and the last are excluded
     assert balancer.parameter_ratios()["1.parametrizations.weight.original"] == balancer.ratios["1"] != 1
+
+
+def test_a_model_set_up_by_fabric_counts_as_itself() -> None:
+    net = make_net()
+    fabric = Fabric(accelerator="cpu", devices=1)
+    model, optimizer = fabric.setup(net, torch.optim.SGD(net.parameters(), lr=0.1))
+    balancer = TempBalance(model, optimizer, assign_func="tb_linear_map")
+    assert balancer.ratios == expected_ratios(net)
+    with spy_on_updates("SGD") as seen:
+        for inputs, targets in make_data(2):
+            optimizer.zero_grad()
+            fabric.backward(nn.functional.mse_loss(model(inputs), targets))
+            optimizer.step()
+    for lrs in seen:
+        found = {name: lrs[id(parameter)] for name, parameter in net.named_parameters()}
+        assert found == pytest.approx(
+            {name: 0.1 * ratio for name, ratio in of_parameters(balancer.ratios).items()}
+        )
+
+
+def test_an_interrupted_start_leaves_the_optimizer_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = make_net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(measured_model, "measure", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        TempBalance(net, optimizer)
+    monkeypatch.undo()
+    assert not optimizer._optimizer_step_pre_hooks
+    assert TempBalance(net, optimizer).ratios
 
 
 def test_options_reach_the_measurement() -> None:

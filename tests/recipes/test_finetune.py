@@ -139,6 +139,33 @@ def test_a_resumed_run_keeps_its_optimizer_or_is_refused(
     assert "other settings under 'training'" in capsys.readouterr().out
 
 
+def test_a_damaged_checkpoint_is_refused(
+    finetune: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The Trainer would go on without a part that is missing."""
+    write_sst2(tmp_path / "data")
+    finetune("run", *SST2, *OFF)
+    newest, before = (tmp_path / "run" / "checkpoints" / f"checkpoint-{step}" for step in (30, 20))
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "model.safetensors", "trainer_state.json"):
+        file = newest / name
+        whole = file.read_bytes()
+        flipped = bytearray(whole)
+        flipped[len(whole) // 2] ^= 0x40
+        for damaged in (None, whole[: len(whole) // 2], flipped):
+            if damaged is flipped and name != "optimizer.pt":
+                continue  # without a checksum, or so small that the byte is one that fills a gap
+            file.unlink(missing_ok=True)
+            if damaged is not None:
+                file.write_bytes(damaged)
+            with pytest.raises(SystemExit, match="2"):
+                finetune("run", *SST2, *OFF, f"ckpt_path={newest}")
+            message = capsys.readouterr().err
+            assert "no whole checkpoint" in message
+            if name == "trainer_state.json" and damaged is None:
+                assert f"take {before}" in message
+        file.write_bytes(whole)
+
+
 def test_seeds_draw_other_examples_and_repeat(finetune: Command, tmp_path: Path) -> None:
     write_sst2(tmp_path / "data")
     brief = (*SST2, *OFF, "training.num_train_epochs=1")

@@ -273,6 +273,39 @@ def test_two_runs_do_not_write_one_file(tmp_path: Path) -> None:
         PartFile(tmp_path / "x.hdf5", SMALL, 3, SETTINGS)
 
 
+def test_two_runs_that_begin_at_once_do_not_write_one_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second looks for the unfinished file just before the first has made it."""
+    with PartFile(tmp_path / "x.hdf5", SMALL, 3, SETTINGS) as first:
+        before = first.path.stat().st_ino
+        monkeypatch.setattr(Path, "exists", lambda path: False)
+        with pytest.raises(RecipeError, match="another run is writing"):
+            PartFile(tmp_path / "x.hdf5", SMALL, 3, SETTINGS)
+        monkeypatch.undo()
+        assert first.path.stat().st_ino == before
+        assert list(tmp_path.iterdir()) == [first.path]
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        pytest.param(lambda data: data[:-1], id="cut in the magic word"),
+        pytest.param(lambda data: data[:-9], id="cut in the record"),
+        pytest.param(lambda data: data[:-11] + bytes(11), id="zeros, as after a power cut"),
+        pytest.param(lambda data: data + b"more", id="bytes appended"),
+    ],
+)
+def test_a_damaged_record_is_not_that_of_a_finished_file(
+    tmp_path: Path, damaged: Callable[[bytes], bytes]
+) -> None:
+    with PartFile(tmp_path / "x.hdf5", SMALL, 3, SETTINGS) as part:
+        part.write(1, SMALL.make(range(1, 2)))
+    part.path.write_bytes(damaged(part.path.read_bytes()))
+    with pytest.raises(RecipeError, match=r"is damaged: its record .* delete it"):
+        PartFile(tmp_path / "x.hdf5", SMALL, 3, SETTINGS)
+
+
 def test_foreign_part_file_is_left_alone(tmp_path: Path) -> None:
     part = tmp_path / "x.hdf5.part"
     part.write_bytes(b"the beginning of a download")

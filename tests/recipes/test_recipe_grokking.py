@@ -112,6 +112,71 @@ def test_runs_are_drawn_in_one_picture(
         assert all(1 < float(row[f"alpha {layer}"]) < 4 and float(row[f"traps {layer}"]) >= 0 for layer in layers)
 
 
+COLUMNS = b"step,farms/alpha/net.a,train/accuracy,val/accuracy,weight_norm\n"
+ROWS = b"0,2.1,,,\n9,,0.5,0.4,40\n10,2.05,,,\n19,,0.9,0.4,41\n"
+
+
+@pytest.mark.parametrize(
+    ("metrics", "settings", "word"),
+    [
+        (COLUMNS + b"0,abc,,,\n9,,0.5,0.4,40\n", None, "abc"),
+        (COLUMNS.replace(b"step", b"epoch") + ROWS, None, "step"),
+        (b"\xff\xfe" + COLUMNS + ROWS, None, "utf-8"),
+        (b"", None, "lacks alphas"),
+        (COLUMNS + ROWS, "optimizer: {weight_de", "config.yaml"),
+        (COLUMNS + ROWS, "optimizer: {weight_decay: 0.1}", "config.yaml"),
+        (COLUMNS + ROWS, "", "config.yaml"),
+    ],
+)
+def test_damaged_folders_end_in_a_sentence(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    metrics: bytes,
+    settings: str | None,
+    word: str,
+) -> None:
+    (tmp_path / "metrics.csv").write_bytes(metrics)
+    if settings is not None:
+        (tmp_path / "config.yaml").write_text(settings)
+    monkeypatch.setattr(sys, "argv", ["grokking", str(tmp_path), "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert word in capsys.readouterr().err
+
+
+def test_runs_of_one_setting_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.csv").write_bytes(COLUMNS + ROWS)
+        settings = "optimizer: {weight_decay: 0.1}\nmodel: {net: {init_scale: 8}}"
+        (tmp_path / name / "config.yaml").write_text(settings)
+    folders = [str(tmp_path / name) for name in ("first", "second")]
+    monkeypatch.setattr(sys, "argv", ["grokking", *folders, "--out", str(tmp_path)])
+    main()
+    with (tmp_path / "grokking.csv").open(newline="") as file:
+        titles = {row["run"] for row in csv.DictReader(file)}
+    assert titles == {f"initial weights x 8, decay 0.1, {name}" for name in ("first", "second")}
+
+
+def test_half_a_line_is_not_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "metrics.csv").write_bytes(b"\xef\xbb\xbf" + COLUMNS + ROWS + b"20,1.9")
+    monkeypatch.setattr(sys, "argv", ["grokking", str(tmp_path), "--out", str(tmp_path)])
+    main()
+    with (tmp_path / "grokking.csv").open(newline="") as file:
+        assert [row["step"] for row in csv.DictReader(file)] == ["0", "10"]
+
+
+def test_a_place_that_cannot_be_written_ends_in_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "metrics.csv").write_bytes(COLUMNS + ROWS)
+    monkeypatch.setattr(sys, "argv", ["grokking", str(tmp_path), "--out", str(tmp_path / "metrics.csv")])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert "--out" in capsys.readouterr().err
+
+
 def test_a_folder_of_another_run_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

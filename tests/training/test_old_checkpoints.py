@@ -35,7 +35,7 @@ def load(name: str) -> Any:
 
 
 def is_the_arithmetic_of_the_writer() -> bool:
-    """Tell whether gradients come out here, bit for bit, as on the machine that wrote the checkpoints.
+    """Return whether gradients come out here, bit for bit, as on the machine that wrote the checkpoints.
 
     Matrix products are rounded differently by other processors and other versions of torch.
     """

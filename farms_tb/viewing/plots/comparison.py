@@ -122,7 +122,7 @@ def left_out(runs: Runs) -> list[str]:
 
 
 def _can_be_drawn(name: str, runs: Runs) -> bool:
-    """Tell whether at least two runs have the data for a picture, and something in common where it shows that."""
+    """Return whether two runs or more have the data of a picture, and in common what it compares."""
     picture = _PICTURES[name]
     data = picture.data(runs)
     return len(data) > 1 and (not picture.common or bool(in_every_run(data)))

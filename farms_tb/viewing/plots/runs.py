@@ -405,7 +405,7 @@ def _checked_common(values: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def _by_step(runs: Runs) -> bool:
-    """Tell whether some run measured more than once an epoch: only steps tell its measurements apart."""
+    """Return whether some run measured more than once an epoch: only steps tell its measurements apart."""
     return any(run.history.by_step for run in runs.values())
 
 
