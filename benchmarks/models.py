@@ -9,12 +9,11 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from torch import nn
 
-from recipes.config import build
+from recipes.config import CONFIG_DIR, build
 from recipes.models.resnet import SmallImageResNet
 from recipes.models.unet import UNet
 from recipes.models.vgg import SmallImageVGG
 from recipes.models.wrn import WideResNet
-from recipes.train import CONFIG_DIR
 
 CLASSES = 100
 

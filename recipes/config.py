@@ -25,6 +25,7 @@ from recipes.values import check_name, check_numbers
 
 __all__ = [
     "ARMS",
+    "CONFIG_DIR",
     "SECTIONS",
     "build",
     "build_balancer",
@@ -37,10 +38,9 @@ __all__ = [
     "choice",
 ]
 
-ARMS = (
-    *("farms", "full", "off", "monitor", "noise_aware", "shrinkage", "small_alpha", "placebo"),
-    *("model_balancing", "llr", "alphadecay"),
-)
+CONFIG_DIR = str(Path(__file__).resolve().parents[1] / "conf")
+ARMS = tuple(sorted(file.stem for file in Path(CONFIG_DIR, "balancing").glob("[!_]*.yaml")))
+"""What `balancing=` can choose."""
 _RESUMED_AS_THEY_WERE = (
     *("lr", "model", "data", "optimizer", "scheduler"),
     *(f"training.{name}" for name in ("learning_rate", "weight_decay", "optim")),
@@ -70,8 +70,8 @@ def check_config(cfg: DictConfig) -> None:
 
     Raises:
         RecipeError: A section is missing or unknown, a value can't be resolved, the fraction of the samples has
-            no published numbers, the arm's name is not one of `ARMS` or not the one chosen, the checkpoint to
-            resume from is not there, or model and data do not go together.
+            no published numbers, the arm's name is not the one chosen, the checkpoint to resume from is not
+            there, or model and data do not go together.
     """
     _check_sections(cfg)
     _check_fraction(cfg)

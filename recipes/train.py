@@ -37,7 +37,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.markup import escape
 
 from recipes.command import hand_over_hydras_errors, hydra_run, user_errors
-from recipes.config import check_config, check_resumed_config
+from recipes.config import CONFIG_DIR, check_config, check_resumed_config
 from recipes.console import make_console, quiet_lightning, warn
 from recipes.folder import CONFIG_FILE, drop_if_empty, open_run_folder, save_config
 from recipes.loggers import METRICS_FILE, RunFolderWandbLogger, forget_rows_after
@@ -45,9 +45,8 @@ from recipes.old_names import current_overrides, current_settings
 from recipes.run import Run, build_run, check_weights, read_checkpoint
 from recipes.summary import FinalLayers, draw_run, measure_layers, print_summary, write_summary
 
-__all__ = ["CONFIG_DIR", "build_run", "main", "train"]
+__all__ = ["build_run", "main", "train"]
 
-CONFIG_DIR = str(Path(__file__).resolve().parents[1] / "conf")
 
 # Data in memory need no loader processes, short epochs no denser logging, a resumed run has a folder, `val_size=0`
 # means it; the one about specs is Lightning's own affair.

@@ -18,9 +18,9 @@ import hydra
 from omegaconf import DictConfig
 
 from recipes.command import hand_over_hydras_errors, hydra_run, user_errors
+from recipes.config import CONFIG_DIR
 from recipes.errors import RecipeError
 from recipes.finetune.published import register_resolver
-from recipes.train import CONFIG_DIR
 
 
 @hydra.main(config_path=CONFIG_DIR, config_name="finetune", version_base="1.3")

@@ -26,13 +26,12 @@ from rich.console import Console
 from rich.markup import escape
 
 from recipes.command import hand_over_hydras_errors, user_errors
+from recipes.config import CONFIG_DIR
 from recipes.data.download import FOLDER
 from recipes.errors import RecipeError
 from recipes.generate.run import KINDS, Job, Spec, generate
 
 __all__ = ["main", "read_settings"]
-
-CONFIG_DIR = Path(__file__).resolve().parents[2] / "conf"
 
 
 def read_settings(kind: str, cfg: DictConfig) -> tuple[Spec, Job]:
@@ -102,7 +101,7 @@ def main() -> None:
             wanted = f"say what to make: python -m recipes.generate {'|'.join(KINDS)} [setting=value ...]"
             raise RecipeError(f"{wanted}, got {kind!r}" if kind else wanted)
 
-        @hydra.main(config_path=str(CONFIG_DIR), config_name=f"generate_{kind}", version_base="1.3")
+        @hydra.main(config_path=CONFIG_DIR, config_name=f"generate_{kind}", version_base="1.3")
         def task(cfg: DictConfig) -> None:
             """Make one data file with the composed settings."""
             run(kind, cfg)

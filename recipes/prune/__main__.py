@@ -22,9 +22,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from recipes.command import hand_over_hydras_errors, hydra_run, user_errors
+from recipes.config import CONFIG_DIR
 from recipes.console import make_console, warn
 from recipes.prune.comparison import Row, compare_arms
-from recipes.train import CONFIG_DIR
 
 __all__ = ["main"]
 

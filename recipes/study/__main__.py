@@ -11,10 +11,10 @@ their test errors with the baseline's, seed by seed:
     python -m recipes.study --report study=small                         tables and figures again, no training
     python -m recipes.study experiment=study/darcy_fno study=report      the same of one cell, written as a setting
 
-Arms are off, monitor, full, farms, shrinkage, small_alpha, noise_aware, llr, alphadecay, model_balancing, placebo
-(FARMS's ratios, wrong layers), and any of your own (`study.variants`);
-`conf/study.yaml` holds and explains the settings. Every other setting goes to each run as it would to
-`python -m recipes.train`, or with `study.program=finetune` to `python -m recipes.finetune`.
+Arms are the files of `conf/balancing`: off, monitor, full, farms, shrinkage, placebo (FARMS's ratios, wrong
+layers), and so on, yours among them; and any of your own by name and settings (`study.variants`).
+`conf/study.yaml` holds and explains the settings. Every other setting goes to each run as it would to `python -m recipes.train`, or
+with `study.program=finetune` to `python -m recipes.finetune`.
 
 A study that was stopped, or killed, goes on where it was when the command is repeated: `results.csv` in the cell's
 folder has a row for every finished run, and is whole at any moment. More seeds and more arms may join later; any
@@ -56,6 +56,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from recipes.command import user_errors
+from recipes.config import CONFIG_DIR
 from recipes.console import make_console, quiet_lightning, warn
 from recipes.errors import RecipeError
 from recipes.old_names import current_overrides
@@ -65,7 +66,6 @@ from recipes.study.pairs import Records
 from recipes.study.records import RESULTS_FILE, read_records
 from recipes.study.runner import run_study, show_plan
 from recipes.study.settings import SETTINGS_FILE, check_settings
-from recipes.train import CONFIG_DIR
 
 __all__ = ["main"]
 

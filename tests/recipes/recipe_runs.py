@@ -6,7 +6,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
 
-from recipes.train import CONFIG_DIR
+from recipes.config import CONFIG_DIR
 
 TINY_DARCY = (
     *("data.resolution=16", "data.train_size=12", "data.val_size=4", "data.test_size=4", "data.batch_size=4"),

@@ -15,7 +15,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("datasets")
 
 from farms_tb import FARMSTrainerCallback
-from recipes.config import ARMS, build_balancer
+from recipes.config import ARMS, CONFIG_DIR, build_balancer
 from recipes.errors import RecipeError
 from recipes.finetune.data import TaskData
 from recipes.finetune.draw import draw_apart, draw_stratified
@@ -23,7 +23,6 @@ from recipes.finetune.heads import HEADS
 from recipes.finetune.network import ModelOptions, load_tokens
 from recipes.finetune.published import register_resolver
 from recipes.finetune.tasks import TASKS
-from recipes.train import CONFIG_DIR
 from tests.recipes.tiny_language import made_task, write_model, write_rows, write_sst2
 
 LABELS = [0] * 70 + [1] * 20 + [2] * 7 + [3] * 3

@@ -19,12 +19,12 @@ from lightning import LightningDataModule, LightningModule
 from omegaconf import DictConfig, OmegaConf
 
 from farms_tb import FARMSTempBalance
-from recipes.config import ARMS, build, build_balancer, check_config
+from recipes.config import ARMS, CONFIG_DIR, build, build_balancer, check_config
 from recipes.data.download import FILES as DATA_FILES
 from recipes.data.download import FOLDER
 from recipes.data.pdebench import PDEBenchFlow
 from recipes.errors import RecipeError
-from recipes.train import CONFIG_DIR, build_run, train
+from recipes.train import build_run, train
 from tests.recipes.fake_images import TRAIN
 from tests.recipes.pdebench_files import write_darcy, write_flow
 from tests.recipes.recipe_runs import TINY_DARCY, TINY_LLAMA, TINY_TOKENS

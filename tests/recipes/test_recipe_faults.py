@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import DataLoader
 
 from recipes.callbacks import BestCheckpoint, LastCheckpoint
+from recipes.config import CONFIG_DIR
 from recipes.data.cache import load_or_make, write_arrays
 from recipes.loggers import RunFolderCSVLogger, forget_rows_after, read_rows
 from recipes.study.__main__ import main as study
@@ -26,7 +27,7 @@ from recipes.study.report import Row
 from recipes.study.settings import SETTINGS_FILE, keep_settings
 from recipes.study.statistics import Effect
 from recipes.study.verdict import verdict
-from recipes.train import CONFIG_DIR, train
+from recipes.train import train
 from tests.recipes.recipe_runs import TINY_UNET
 from tests.recipes.stoppers import FullDisk
 

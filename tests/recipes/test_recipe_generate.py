@@ -18,10 +18,11 @@ from hydra import compose, initialize_config_dir
 from matplotlib.image import imread
 from rich.console import Console
 
+from recipes.config import CONFIG_DIR
 from recipes.data.cache import Arrays
 from recipes.data.pdebench import PDEBenchDarcy, PDEBenchFlow
 from recipes.errors import RecipeError
-from recipes.generate.__main__ import CONFIG_DIR, main, read_settings
+from recipes.generate.__main__ import main, read_settings
 from recipes.generate.cfd1d import CFD1DSpec
 from recipes.generate.darcy import DarcySpec, sample
 from recipes.generate.files import PartFile
@@ -359,7 +360,7 @@ def test_preview_shows_every_field(request: pytest.FixtureRequest, tmp_path: Pat
 
 
 def settings(kind: str, *overrides: str) -> tuple[Spec, Job]:
-    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+    with initialize_config_dir(CONFIG_DIR, version_base="1.3"):
         return read_settings(kind, compose(f"generate_{kind}", overrides=list(overrides)))
 
 

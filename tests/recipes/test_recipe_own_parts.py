@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from recipes.train import CONFIG_DIR
+from recipes.config import CONFIG_DIR
 
 ROOT = Path(CONFIG_DIR).parent
 SECTION = "## Your own model and data in a recipe"

@@ -22,10 +22,11 @@ from hydra_plugins.hydra_submitit_launcher.config import SlurmQueueConf
 from omegaconf import DictConfig
 
 from farms_tb.viewing.plots import read_history
+from recipes.config import CONFIG_DIR
 from recipes.data.download import FILES, FOLDER
 from recipes.errors import RecipeError
 from recipes.folder import SHARED_FOLDER, _new_folder, open_run_folder
-from recipes.train import CONFIG_DIR, build_run, train
+from recipes.train import build_run, train
 from tests.recipes.pdebench_files import write_flow
 from tests.recipes.process_runs import train_in_pair
 from tests.recipes.recipe_runs import TINY_UNET

@@ -16,10 +16,10 @@ from PIL import Image
 
 from farms_tb import SpectrumOptions
 from farms_tb.sparsity import SparsityPlan
+from recipes.config import CONFIG_DIR
 from recipes.errors import RecipeError
 from recipes.prune.__main__ import main
 from recipes.prune.comparison import compare_arms, epsilon_of
-from recipes.train import CONFIG_DIR
 from tests.sparsity.models import llama
 from tests.sparsity.texts import tokenizer, words
 

@@ -18,7 +18,7 @@ from hydra.core.global_hydra import GlobalHydra
 from rich.console import Console
 from scipy import stats
 
-from recipes.config import build_balancer
+from recipes.config import CONFIG_DIR, build_balancer
 from recipes.engine import Outcome
 from recipes.errors import RecipeError
 from recipes.study.__main__ import main
@@ -30,7 +30,6 @@ from recipes.study.runner import show_plan
 from recipes.study.settings import SETTINGS_FILE, keep_settings, locked
 from recipes.study.single import run_once
 from recipes.study.statistics import Effect, holm, log_error, pooled_effect
-from recipes.train import CONFIG_DIR
 from tests.recipes.recipe_runs import TINY_STUDY
 from tests.recipes.study_records import final_run
 

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
+from recipes.config import CONFIG_DIR
 from recipes.errors import RecipeError
 from recipes.study.cells import Cell, load_study
 from recipes.study.course import best_epochs, evaluated_epochs
 from recipes.study.records import Job, Record, read_records, write_records
 from recipes.study.single import run_once
-from recipes.train import CONFIG_DIR
 from tests.recipes.recipe_runs import TINY_DARCY, TINY_STUDY
 
 REVERSED = "+study.variants={reversed: ['balancing=farms', 'balancing.favor=small_alpha']}"

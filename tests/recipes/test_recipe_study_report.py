@@ -19,6 +19,7 @@ from matplotlib.image import imread
 from rich.console import Console
 from scipy import optimize, stats
 
+from recipes.config import CONFIG_DIR
 from recipes.errors import RecipeError
 from recipes.study.__main__ import main
 from recipes.study.cells import load_study
@@ -33,7 +34,6 @@ from recipes.study.settings import keep_settings, locked
 from recipes.study.statistics import RandomEffects, pooled_effect, random_effects
 from recipes.study.units import heading
 from recipes.study.verdict import about_contrasts, about_ranges, about_rules, about_tasks, ruled_out, verdict
-from recipes.train import CONFIG_DIR
 from tests.recipes.study_records import final_run
 
 RESULTS = Path(CONFIG_DIR).parent / "docs" / "results" / "study"

@@ -19,10 +19,10 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from farms_tb.viewing.plots import read_history
-from recipes.config import build
+from recipes.config import CONFIG_DIR, build
 from recipes.errors import RecipeError
 from recipes.tasks import nrmse
-from recipes.train import CONFIG_DIR, train
+from recipes.train import train
 from tests.helpers import read_wandb_file
 from tests.recipes.recipe_runs import TINY_UNET, compose_settings
 
