@@ -13,8 +13,8 @@ their test errors with the baseline's, seed by seed:
 
 Arms are the files of `conf/balancing`: off, monitor, full, farms, shrinkage, placebo (FARMS's ratios, wrong
 layers), and so on, yours among them; and any of your own by name and settings (`study.variants`).
-`conf/study.yaml` holds and explains the settings. Every other setting goes to each run as it would to `python -m recipes.train`, or
-with `study.program=finetune` to `python -m recipes.finetune`.
+`conf/study.yaml` holds and explains the settings. Every other setting goes to each run as it would to
+`python -m recipes.train`, or with `study.program=finetune` to `python -m recipes.finetune`.
 
 A study that was stopped, or killed, goes on where it was when the command is repeated: `results.csv` in the cell's
 folder has a row for every finished run, and is whole at any moment. More seeds and more arms may join later; any
