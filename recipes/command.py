@@ -11,11 +11,13 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from rich.markup import escape
 
@@ -127,7 +129,19 @@ def _settings_error(error: BaseException) -> str:
         text = f"{text} ({cause})"
     if "'farms'" in text or "farms/" in text:
         text += ". The config group farms is called balancing now: balancing=..., override /balancing: ..."
-    return text
+    return text + _nearest_key(error.__cause__)
+
+
+def _nearest_key(error: BaseException | None) -> str:
+    """Return which setting may have been meant by one that is not there, as the end of a sentence."""
+    parent = getattr(error, "parent_node", None)
+    if not isinstance(error, OmegaConfBaseException) or not isinstance(parent, DictConfig):
+        return ""
+    nearest = get_close_matches(str(error.key), map(str, parent), n=1)
+    if not nearest or str(error.key) in parent:
+        return ""
+    path = str(error.full_key).removesuffix(str(error.key))
+    return f". Did you mean {path}{nearest[0]}?"
 
 
 def _trainer_error(error: BaseException) -> str:

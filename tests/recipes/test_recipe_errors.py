@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import zipfile
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,6 +30,11 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     whole = (folder / "run/checkpoints/last.ckpt").read_bytes()
     (folder / "whole.ckpt").write_bytes(whole)
     (folder / "cut.ckpt").write_bytes(whole[: len(whole) // 2])
+    with zipfile.ZipFile(folder / "whole.ckpt") as archive:
+        largest = archive.read(max(archive.infolist(), key=lambda member: member.file_size))
+    flipped = bytearray(whole)
+    flipped[whole.index(largest) + len(largest) // 2] ^= 1
+    (folder / "flipped.ckpt").write_bytes(flipped)
     (folder / "text.ckpt").write_text("not a checkpoint\n", encoding="utf-8")
     return folder
 
@@ -63,7 +69,8 @@ def test_wandb_that_cannot_be_reached_says_how_to_go_on() -> None:
         (("+balancing.colour=red",), ("balancing", "colour")),
         (("balancing=fulll",), ("balancing/fulll", "placebo")),
         (("balancing.lr_min_ratio=3",), ("lr_min_ratio", "lr_max_ratio")),
-        (("trainer.max_epocs=3",), ("max_epocs",)),
+        (("trainer.max_epocs=3",), ("max_epocs", "mean trainer.max_epochs?")),
+        (("modle.net.width=8",), ("modle", "mean model?")),
         (("trainer.max_epochs=-3",), ("max_epochs", "-3")),
         (("trainer.max_epochs=abc",), ("trainer.max_epochs", "whole number", "abc")),
         (("trainer.check_val_every_n_epoch=0",), ("trainer.check_val_every_n_epoch", "at least 1")),
@@ -93,6 +100,7 @@ def test_wandb_that_cannot_be_reached_says_how_to_go_on() -> None:
         (("ckpt_path={folder}/nothing.ckpt",), ("nothing.ckpt", "not a file")),
         (("ckpt_path={folder}/text.ckpt",), ("text.ckpt", "checkpoint")),
         (("ckpt_path={folder}/cut.ckpt",), ("cut.ckpt", "cut short")),
+        (("ckpt_path={folder}/flipped.ckpt",), ("flipped.ckpt", "checksum")),
         (("ckpt_path={folder}/whole.ckpt", "model.net.width=8"), ("another network", "net.encoders")),
     ],
     ids=lambda value: " ".join(value),
