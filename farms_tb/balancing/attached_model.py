@@ -151,4 +151,5 @@ class AttachedModel:
     def detach(self) -> None:
         """Give the optimizers back as they were, and wait until no thread measures."""
         self._optimizers.detach()
+        self._kept_alive = []
         self.measured.wait()
