@@ -8,8 +8,8 @@
 Names, types, defaults and documentation of all options are written here; `farms_tb.keywords` and the recipes
 repeat names and types, and tests compare them. Every public entry point takes these objects, and each option as a
 keyword argument too. Each object is checked when it is made: a wrong type raises a `TypeError` and a value out of
-range a `ValueError`, both name the option. Values are stored as plain Python values (tuples for sequences), so that
-options can be compared, hashed and saved.
+range a `ValueError`, both name the option. Values are stored as plain Python values (tuples for sequences), so
+that options can be compared, hashed and saved.
 """
 
 from __future__ import annotations
