@@ -325,9 +325,7 @@ def _is_anything(value: object) -> bool:
 # By the type of the field in `LayerRecord`; fields of other types are not checked.
 _FIELD_TYPES: dict[str, tuple[str, Callable[[object], bool]]] = {
     "float | None": ("a finite number or None", _is_number_or_none),
-    "typing.Optional[float]": ("a finite number or None", _is_number_or_none),
     "int | None": ("an integer of at least 0, or None", _is_count_or_none),
-    "typing.Optional[int]": ("an integer of at least 0, or None", _is_count_or_none),
     "<class 'int'>": ("an integer of at least 0", _is_count),
     "<class 'str'>": ("a string", _is_text),
     "tuple[int, ...]": ("a list of integers", _is_shape),

@@ -116,7 +116,6 @@ def _fit(found: Sequence[Samples], options: SpectrumOptions) -> None:
         # NumPy's sort is more than ten times as fast as torch's, which computes the permutation as well.
         samples.pooled = np.sort(samples.table.values.reshape(samples.layer.windows.samples, -1), axis=-1)
         samples.first = first_kept(samples.pooled, samples.layer.exponent, options)
-    for samples in found:
         pooled, first = torch.from_numpy(samples.pooled), torch.from_numpy(samples.first)
         samples.fit = fit_power_law(pooled, options.fit, options.xmin_pos, first)
         tail_start = samples.fit.tail_start.numpy()[:, None]
@@ -125,8 +124,8 @@ def _fit(found: Sequence[Samples], options: SpectrumOptions) -> None:
 
 def _look_for_imprecise(found: Sequence[Samples], options: SpectrumOptions) -> None:
     """Let the windows that are not precise enough be solved again, at the next level."""
-    lowest = [_lowest_that_counts(samples, options) for samples in found]
-    for samples, smallest in zip(found, lowest, strict=True):
+    for samples in found:
+        smallest = _lowest_that_counts(samples, options)
         alpha = samples.fit.alpha.numpy()
         imprecise = imprecise_windows(samples.table.values, samples.levels, smallest, alpha, options)
         samples.levels[imprecise] += 1

@@ -14,6 +14,7 @@ import torch
 from farms_tb.spectra.eigenvalues import squared_singular_values
 from farms_tb.spectra.precision import Array
 from farms_tb.spectra.samples import Samples
+from farms_tb.spectra.windows import first_windows
 
 NOISE_FACTOR = 2.0
 """An eigenvalue is noise if it grows by more than this factor when every entry is moved by its rounding error.
@@ -53,11 +54,8 @@ def tail_is_rounding(samples: Samples, xmin_pos: float) -> bool:
     """
     if not (samples.xmin < _noise_edge(samples)).any():
         return False
-    view = samples.layer.windows.view
-    windows = view[: samples.layer.windows.samples]
-    while windows.ndim > 3:
-        windows = windows[:, 0]
-    windows = windows.to(torch.complex128 if view.is_complex() else torch.float64)
+    windows = first_windows(samples.layer.windows)
+    windows = windows.to(torch.complex128 if windows.is_complex() else torch.float64)
     generator = torch.Generator("cpu").manual_seed(0)
     signs = torch.randint(0, 2, windows.shape, generator=generator, device="cpu").double() * 2 - 1
     errors = stored_roundoff(samples.layer.stored_as) * signs.to(windows.device)

@@ -67,6 +67,18 @@ def windows_of(stack: MatrixStack, options: SpectrumOptions) -> Windows | None:
     return _grid(stack.matrices, options)
 
 
+def first_windows(windows: Windows) -> Tensor:
+    """Return the first window of each sample, `(S, h, w)`: a view.
+
+    Args:
+        windows: those of a layer, `(*lead, h, w)` in S samples.
+    """
+    first = windows.view[: windows.samples]
+    while first.ndim > 3:
+        first = first[:, 0]
+    return first
+
+
 def quarters_of(windows: Windows) -> Windows:
     """Cut the first window of each sample in four, which do not overlap.
 
@@ -76,9 +88,7 @@ def quarters_of(windows: Windows) -> Windows:
     Returns:
         `(S, 2, 2, h // 2, w // 2)`, also in S samples: a view. An odd row or column at the end is left out.
     """
-    quarters = windows.view[: windows.samples]
-    while quarters.ndim > 3:
-        quarters = quarters[:, 0]
+    quarters = first_windows(windows)
     height, width = windows.view.shape[-2:]
     for dim, length in ((1, height // 2), (2, width // 2)):
         quarters = quarters.unfold(dim, length, length).narrow(dim, 0, 2)
