@@ -197,9 +197,10 @@ def check_combination(cfg: DictConfig, model: Any, data: Any) -> None:
 
     Raises:
         RecipeError: The network can't take inputs of this shape, the data have another number of classes or of
-            channels, or there is nothing to choose the best epoch on.
+            channels, or there is nothing to choose the best epoch by.
     """
     _check_scores(cfg, data)
+    _check_monitor(cfg, getattr(model, "scores", None))
     if getattr(data, "kind", None) == "trajectories":
         _check_channels(cfg, data)
     _check_network(cfg, getattr(model, "net", None), data)
@@ -240,6 +241,20 @@ def _check_scores(cfg: DictConfig, data: Any) -> None:
             f"data.val_size=0 leaves no {cfg.task.monitor} to choose the best epoch by; set task.monitor=null too "
             "(the weights of the last epoch are tested), or hold images out"
         )
+
+
+def _check_monitor(cfg: DictConfig, scores: Sequence[str] | None) -> None:
+    """Refuse a score of validation data that the task does not log; other metrics are known only in training.
+
+    Args:
+        cfg: The composed settings.
+        scores: What the task logs under `val/`; None for a module that does not say.
+    """
+    monitor = str(cfg.task.monitor)
+    if scores is None or not monitor.startswith("val/") or monitor.removeprefix("val/") in scores:
+        return
+    known = ", ".join(f"val/{score}" for score in scores)
+    raise RecipeError(f"task.monitor={monitor} is no score of {choice(cfg, 'data')}: there are {known}")
 
 
 def _check_channels(cfg: DictConfig, data: Any) -> None:

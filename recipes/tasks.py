@@ -48,10 +48,12 @@ class _Task(ShardedNet):
     Attributes:
         kind: What the network learns: "fields", "trajectories", "images" or "text". The data must be of the same
             kind.
+        scores: What is logged of validation data, under `val/`.
         net: The network.
     """
 
     kind = ""
+    scores: tuple[str, ...] = ("loss",)
 
     def __init__(
         self, net: nn.Module, optimizer: OptimizerFactory, scheduler: SchedulerFactory | None = None
@@ -107,6 +109,8 @@ class _FieldTask(_Task):
         optimizer: Makes the optimizer; see `recipes.optimizers.make_optimizer`.
         scheduler: Makes the scheduler from the optimizer; stepped once an epoch. None keeps the rate constant.
     """
+
+    scores = ("nrmse", "relative_l2", "loss")
 
     def __init__(
         self, net: nn.Module, optimizer: OptimizerFactory, scheduler: SchedulerFactory | None = None
@@ -320,6 +324,7 @@ class ImageClassification(_Task):
     """
 
     kind = "images"
+    scores = ("accuracy", "loss")
 
     def __init__(
         self,

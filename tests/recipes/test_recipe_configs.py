@@ -15,6 +15,7 @@ from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
+from hydra.utils import get_class
 from lightning import LightningDataModule, LightningModule
 from omegaconf import DictConfig, OmegaConf
 
@@ -218,6 +219,9 @@ def test_every_experiment_runs_one_batch(
     facts = train(cfg)
     assert facts["epochs"] == facts["steps"] == 1
     assert all(torch.isfinite(torch.tensor(value)) for value in facts["test"].values())
+    columns = (Path(cfg.paths.run_dir) / "metrics.csv").read_text().splitlines()[0].split(",")
+    logged = {column.removeprefix("val/") for column in columns if column.startswith("val/")}
+    assert logged == set(get_class(cfg.model._target_).scores)  # type: ignore[attr-defined]
 
 
 def test_all_training_images_are_used_on_demand(settings: Settings, fake_images: Path) -> None:

@@ -70,6 +70,7 @@ def test_wandb_that_cannot_be_reached_says_how_to_go_on() -> None:
         (("balancing=fulll",), ("balancing/fulll", "placebo")),
         (("balancing.lr_min_ratio=3",), ("lr_min_ratio", "lr_max_ratio")),
         (("trainer.max_epocs=3",), ("max_epocs", "mean trainer.max_epochs?")),
+        (("task.monitor=val/los",), ("task.monitor=val/los", "val/loss")),
         (("modle.net.width=8",), ("modle", "mean model?")),
         (("trainer.max_epochs=-3",), ("max_epochs", "-3")),
         (("trainer.max_epochs=abc",), ("trainer.max_epochs", "whole number", "abc")),
