@@ -32,7 +32,13 @@ class MetricsCallback(TrainerCallback):
         self._rows = RunFolderCSVLogger(folder)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Write the rows up to the checkpoint again; a new run begins with none."""
+        """Write the rows up to the checkpoint again; a new run begins with none.
+
+        The best checkpoint of a run folder that was moved since is where the folder is now: under its old path it
+        would be deleted as one that is not the best.
+        """
+        if state.best_model_checkpoint is not None:
+            state.best_model_checkpoint = str(Path(args.output_dir, Path(state.best_model_checkpoint).name))
         (self._folder / METRICS_FILE).unlink(missing_ok=True)
         self._rows = RunFolderCSVLogger(self._folder)
         for row in state.log_history:

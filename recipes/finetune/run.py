@@ -160,19 +160,10 @@ def _finetune_in(folder: Path, cfg: DictConfig, checkpoint: Path | None) -> dict
 def _test(run: Run) -> dict[str, float]:
     """Return the test scores of the last epoch's weights and of the best one's, which are in the model then."""
     last = score(run.trainer, run.test, "test_last")
-    best = _best_checkpoint(run)
-    if best is not None:
-        load_weights(run.model, best)
-    return {**score(run.trainer, run.test, "test"), **last}
-
-
-def _best_checkpoint(run: Run) -> Path | None:
-    """Return the checkpoint of the best epoch, None where there is none.
-
-    The Trainer keeps the path that it had; a run folder may have been moved since.
-    """
     best = run.trainer.state.best_model_checkpoint
-    return None if best is None else Path(run.trainer.args.output_dir) / Path(best).name
+    if best is not None:
+        load_weights(run.model, Path(best))
+    return {**score(run.trainer, run.test, "test"), **last}
 
 
 def _save_last_weights(run: Run, balancer: Any, folder: Path) -> None:
@@ -194,8 +185,9 @@ def _save_last_weights(run: Run, balancer: Any, folder: Path) -> None:
 
 def _facts(cfg: DictConfig, run: Run, scores: Mapping[str, float]) -> dict[str, Any]:
     """Return what `summary.json` says of the run, without the time that it took."""
-    state, best = run.trainer.state, _best_checkpoint(run)
-    steps_of_best = None if best is None else int(best.name.rpartition("-")[2])
+    state = run.trainer.state
+    best = state.best_model_checkpoint
+    steps_of_best = None if best is None else int(Path(best).name.rpartition("-")[2])
     best_epoch = None
     for row in state.log_history:
         if row["step"] == steps_of_best and "eval_loss" in row:
@@ -205,7 +197,7 @@ def _facts(cfg: DictConfig, run: Run, scores: Mapping[str, float]) -> dict[str, 
         "arm": cfg.arm,
         "seed": cfg.seed,
         "monitor": f"val/{run.trainer.args.metric_for_best_model}",
-        "best_checkpoint": None if best is None else str(best),
+        "best_checkpoint": best,
         "best_score": state.best_metric,
         "best_epoch": best_epoch,
         "epochs": round(state.epoch or 0),

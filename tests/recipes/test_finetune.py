@@ -133,7 +133,9 @@ def test_a_resumed_run_keeps_its_optimizer_or_is_refused(
             finetune("run", *SST2, *OFF, setting, resume)
         assert f"another training.{name}; repeat" in capsys.readouterr().err
     (tmp_path / "run").rename(tmp_path / "moved")
-    finetune("moved", *SST2, *OFF, resume.replace("/run/", "/moved/"))
+    facts = finetune("moved", *SST2, *OFF, resume.replace("/run/", "/moved/"))
+    assert (tmp_path / "moved" / "checkpoints") == Path(facts["best_checkpoint"]).parent
+    assert Path(facts["best_checkpoint"]).is_dir()
     assert "other settings" not in capsys.readouterr().out
     finetune("moved", *SST2, *OFF, "training.num_train_epochs=4", resume.replace("/run/", "/moved/"))
     assert "other settings under 'training'" in capsys.readouterr().out
