@@ -34,11 +34,15 @@ class MetricsCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the rows up to the checkpoint again; a new run begins with none.
 
-        The best checkpoint of a run folder that was moved since is where the folder is now: under its old path it
-        would be deleted as one that is not the best.
+        The Trainer looks for the best checkpoint where it was written. Of a run folder that was moved since, newer
+        versions forget it, older ones delete it as one that is not the best: it is in the folder of this run.
         """
+        name = f"checkpoint-{getattr(state, 'best_global_step', None)}"
         if state.best_model_checkpoint is not None:
-            state.best_model_checkpoint = str(Path(args.output_dir, Path(state.best_model_checkpoint).name))
+            name = Path(state.best_model_checkpoint).name
+        best = Path(args.output_dir, name)
+        if best.is_dir():
+            state.best_model_checkpoint = str(best)
         (self._folder / METRICS_FILE).unlink(missing_ok=True)
         self._rows = RunFolderCSVLogger(self._folder)
         for row in state.log_history:
