@@ -530,7 +530,7 @@ def test_fno_leaves_out_lifting_and_projection_by_name(settings: Settings) -> No
         (("balancing.lr_min_ratio=2",), "balancing: lr_min_ratio must not exceed lr_max_ratio"),
         (("balancing.esd=fll",), "balancing: esd must be one of 'farms', 'full', got 'fll'"),
         (("data.family=fog",), "data: data.family must be one of grf, bumps"),
-        (("arm=full",), r"arm=full does not match balancing=farms; .*balancing=farms\|full\|off\|monitor"),
+        (("arm=full",), r"arm=full does not match balancing=farms; .*\|farms\|full\|"),
         (("ckpt_path=/no/such.ckpt",), "ckpt_path=/no/such.ckpt is not a file"),
         (("threads=0",), "threads must be null or a whole number of at least 1, got 0"),
         (("+colour=red",), "unknown settings at the top level: colour"),

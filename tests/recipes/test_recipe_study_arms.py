@@ -59,7 +59,7 @@ def test_settings_of_a_variant_win_over_those_of_the_command(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["study.arms=[off,reversed]"], "study.arms: there is no arm 'reversed'; there are farms"),
+        (["study.arms=[off,reversed]"], "study.arms: there is no arm 'reversed'; there are .*farms"),
         (["+study.variants={farms: ['balancing=full']}"], "study.variants.farms is the name of an arm"),
         (["+study.variants={mine: farms}"], "study.variants.mine must be a list of settings"),
         (["+study.variants={mine: [balancing]}"], "study.variants.mine must be a list of settings"),
