@@ -68,7 +68,7 @@ def _title(folder: Path) -> str:
         decay, scale = (OmegaConf.select(cfg, key) for key in ("optimizer.weight_decay", "model.net.init_scale"))
         return f"initial weights x {scale:g}, decay {decay:g}"
     except (OSError, TypeError, ValueError, YAMLError, OmegaConfBaseException) as error:
-        reason, *_ = str(error).splitlines()
+        reason = str(error).partition("\n")[0]
         raise RecipeError(f"{path} is not that of a run of experiment=grokking_mlp ({reason})") from error
 
 
