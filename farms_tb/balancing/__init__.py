@@ -9,7 +9,8 @@ To read in this order:
 - `targets`: what a ratio scales, learning rate or weight decay;
 - `layerwise_step`: the step with one learning rate for each ratio; `split_groups`: the param groups that it sees;
   `foreach_update`: the same update for a group as a whole; `optimizer_checks` and `first_steps`: what is refused;
-- `attached_model`: a model and its optimizers, over `measured_model`, `optimizers` and `step_groups`;
+- `optimizers`: the steps of all optimizers of a model; `step_groups`: what they step with;
+- `measured_model`: the layers of a model and their measurements;
 - `balancer`: `LayerBalancer`, all of these together;
 - `state`: what a checkpoint holds of it; `ratio_warnings`: what a user should know of the ratios;
 - `loop`: `TempBalance`, for a plain PyTorch loop.

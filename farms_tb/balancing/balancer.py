@@ -1,52 +1,51 @@
 """From a model and its optimizers to the learning rate of every parameter.
 
 `LayerBalancer` calls the steps of the method in order: a measurement gives a record for each layer
-(`farms_tb.spectra`), `report_ratios` turns records into ratios, `assignment` says which parameter takes which
-ratio, and `layerwise_step` lets the optimizers step with them. `TempBalance` and the trainers' callbacks drive it.
+(`measured_model`), `report_ratios` turns records into ratios, `assignment` says which parameter takes which ratio,
+and `optimizers` lets the optimizers step with them. `TempBalance` and the trainers' callbacks drive it.
+
+What the model and its optimizers hold is looked up anew at each measurement: parameters may be frozen, replaced or
+handed to an optimizer between two of them. A parameter that takes the place of another between two steps has the
+ratio of its name from its first step on.
 
 Source of the method: TempBalance, Zhou et al., NeurIPS 2023, arXiv 2312.00359.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from farms_tb.balancing.attached_model import AttachedModel
+from farms_tb.balancing.assignment import members, ratios_of_parameters, trained_layers
 from farms_tb.balancing.measured_model import MeasuredModel
-from farms_tb.balancing.report_ratios import RatioSummary
+from farms_tb.balancing.optimizers import BalancedOptimizers
+from farms_tb.balancing.ratio_warnings import RatioWarnings
+from farms_tb.balancing.report_ratios import MappedRatios, RatioSummary, ratios_of_report
 from farms_tb.balancing.state import BalancerState, is_of_this_run, read_state, write_state
 from farms_tb.balancing.step_groups import StepGroup as StepGroup
-from farms_tb.balancing.targets import weakened
+from farms_tb.balancing.step_groups import lrs_of_layers, step_groups
+from farms_tb.balancing.targets import Ratio, scale_of, weakened
+from farms_tb.balancing.verdict_warnings import VerdictWarnings
 from farms_tb.options import RatioOptions, SpectrumOptions, as_plain
 from farms_tb.report import Report
 from farms_tb.weights.layers import Layer, unwrap
+from farms_tb.weights.names import named_parameters
 
-_DETACHED = (
-    "this balancer is a copy, or was pickled, and is detached from its model and optimizers: report, ratios and "
-    "parameter_ratios() can be read. Make a new one to balance"
-)
 _KEPT_IN_COPIES = ("spectrum_options", "ratio_options", "report", "strength", "summary", "_mapped")
 
 
-class _Detached:
-    """Takes the place of the attached model in a copy: it knows the ratios, and nothing else."""
-
-    def __init__(self, ratios: dict[str, float]) -> None:
-        self._ratios = ratios
-
-    def parameter_ratios(self, ratios: Mapping[str, float]) -> dict[str, float]:
-        """Return the ratio of each parameter by name, as it was when the copy was made."""
-        return dict(self._ratios)
-
-    def detach(self) -> None:
-        """Do nothing."""
+class _LeftBehind:
+    """Takes the place of what a copy of a balancer leaves behind; to use it is an error."""
 
     def __getattr__(self, name: str) -> Any:
-        raise RuntimeError(_DETACHED)
+        raise RuntimeError(
+            "this balancer is a copy, or was pickled, and is detached from its model and optimizers: report, "
+            "ratios and parameter_ratios() can be read. Make a new one to balance"
+        )
 
 
 class LayerBalancer:
@@ -83,16 +82,22 @@ class LayerBalancer:
         self.spectrum_options, self.ratio_options = spectrum_options, ratio_options
         self.report: Report | None = None
         self.summary = RatioSummary()
-        measured = MeasuredModel(unwrap(model), spectrum_options, ratio_options, share)
-        self._plain_options = as_plain(spectrum_options, ratio_options)
         self.strength = 1.0
-        self._mapped = {layer.name: 1.0 for layer in measured.assignment.layers}
-        self._attached: AttachedModel | _Detached = AttachedModel(measured, optimizers, ratio_options)
+        self._measured = MeasuredModel(unwrap(model), spectrum_options, ratio_options, share)
+        self._mapped = {layer.name: 1.0 for layer in self.layers}
+        self._ratio_warnings = RatioWarnings(self._measured.model, ratio_options)
+        self._verdict_warnings = VerdictWarnings(self._measured.model)
+        # The ratio of each parameter by name, in a copy, which has no parameters.
+        self._of_original: dict[str, float] | None = None
+        # Ratios go by the `id` of a parameter, which another object may get once the parameter is freed.
+        self._kept_alive: list[Tensor] = []
+        self._optimizers = BalancedOptimizers(optimizers, ratio_options, self._apply)
+        self._optimizers.attach(self.layers)
 
     @property
     def layers(self) -> Sequence[Layer]:
         """The layers of the model."""
-        return self._attached.assignment.layers
+        return self._measured.assignment.layers
 
     @property
     def ratios(self) -> dict[str, float]:
@@ -107,60 +112,68 @@ class LayerBalancer:
         """
         if strength != self.strength:
             self.strength = strength
-            self._attached.apply(self._mapped, strength)
+            self._apply()
 
     def compare_with_random(self) -> None:
         """From now on compare layers with their permutation nulls, also where the map does not need it."""
-        self._attached.measured.compares = True
+        self._measured.compares = True
 
     def measure(self, histogram: bool = False) -> Report:
         """Measure every layer, on all processes together where shared; ratios stay as they are."""
-        self.report = self._attached.measured.measure(histogram)
+        self.report = self._measured.measure(histogram)
         return self.report
 
     def update(self, histogram: bool = False) -> Report:
         """Measure, and apply the ratios that follow."""
-        return self._follow(self._attached.measured.measure(histogram))
+        return self._balance(self._measured.measure(histogram))
 
     def begin_update(self, histogram: bool = False) -> None:
         """Begin to measure the weights as they are now, in the background."""
-        self._attached.measured.begin(histogram)
+        self._measured.begin(histogram)
 
     def finish_update(self) -> Report:
         """Wait for the measurement that was begun, and apply the ratios that follow."""
-        return self._follow(self._attached.measured.finish())
+        return self._balance(self._measured.finish())
 
     def parameter_ratios(self) -> dict[str, float]:
         """Return the current ratio of each parameter of the model by name."""
-        return weakened(self._attached.parameter_ratios(self._mapped), self.strength)
+        if self._of_original is not None:
+            return dict(self._of_original)
+        return self._ratios_of(named_parameters(self._measured.model))
 
-    def param_groups(self, optimizer: Optimizer) -> list[StepGroup]:
-        """Return the groups that `optimizer` really steps with.
+    def param_groups(self, optimizer: Optimizer | None = None) -> list[StepGroup]:
+        """Return the groups that an optimizer really steps with.
+
+        Args:
+            optimizer: one of those that are balanced here; None for all of them.
 
         Raises:
-            ValueError: the optimizer is not one that is balanced here.
+            ValueError: the optimizer is not one of these.
         """
-        return self._attached.param_groups(optimizer)
+        return step_groups(self._measured.model, self._measured.assignment, self._optimizers.groups(optimizer))
 
     def layer_lrs(self) -> dict[str, float]:
         """Return the current learning rate of each layer that is trained."""
-        return self._attached.layer_lrs()
+        return lrs_of_layers(self._measured.assignment, self.param_groups(), self._trained())
 
     def trained_layers(self) -> list[str]:
         """Return the names of the layers with a parameter that an optimizer trains: frozen ones do not count."""
-        return self._attached.trained_layers()
+        return [layer.name for layer in trained_layers(self.layers, self._trained())]
 
     def detach(self) -> None:
-        """Give the optimizers back as they were. Reports and ratios stay readable."""
-        self._attached.detach()
+        """Give the optimizers back as they were, and wait until no thread measures. Reports and ratios stay."""
+        if self._of_original is None:
+            self._optimizers.detach()
+            self._kept_alive = []
+            self._measured.wait()
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that a resumed run needs, as plain values.
 
         A measurement that was begun is waited for, on every process that takes part in it.
         """
-        begun = self._attached.measured.begun_report()
-        return write_state(BalancerState(self._plain_options, self._mapped, self.report, begun))
+        begun = self._measured.begun_report()
+        return write_state(BalancerState(self._plain_options(), self._mapped, self.report, begun))
 
     def load_state_dict(self, state: dict[str, Any]) -> bool:
         """Apply the saved ratios.
@@ -172,26 +185,61 @@ class LayerBalancer:
         Raises:
             ValueError: not a state of this class, one of a newer version, or a damaged one. Nothing was changed.
         """
-        saved, attached = read_state(state), self._attached
+        saved = read_state(state)
         names = [layer.name for layer in self.layers]
-        fits = is_of_this_run(saved, self._plain_options, names, attached.model)
+        fits = is_of_this_run(saved, self._plain_options(), names, self._measured.model)
         self._mapped = {name: saved.ratios.get(name, 1.0) for name in names}
-        attached.apply(self._mapped, self.strength)
+        self._apply()
         self.report = saved.report
-        attached.measured.restore(saved if fits else None)
+        self._measured.restore(saved if fits else None)
         return fits
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what is of use in a copy or in another process: no hooks, views and threads."""
         kept = {name: getattr(self, name) for name in _KEPT_IN_COPIES}
-        return {**kept, "_attached": self._attached.parameter_ratios(self._mapped)}
+        return {**kept, "_of_original": self.parameter_ratios()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _attached=_Detached(state["_attached"]))
+        self.__dict__.update(state, _measured=_LeftBehind(), _optimizers=_LeftBehind())
 
-    def _follow(self, report: Report) -> Report:
+    def _balance(self, report: Report) -> Report:
+        """Map a report of the present layers to ratios, let the next steps use them, and warn of what is odd."""
+        # The first weights may be initial ones, whose alphas are all noise: that is not worth a warning.
         initial, self.report = self.report is None, report
-        mapped = self._attached.map_ratios(report)
+        mapped = self._map(report)
         self._mapped, self.summary = mapped.ratios, mapped.summary.at(self.strength)
-        self._attached.follow(report, mapped, self.strength, initial=initial)
+        self._optimizers.apply_measured(self._scales(), self._measured.model)
+        self._ratio_warnings.warn(report, mapped, initial=initial)
+        self._verdict_warnings.warn(report, mapped.trained, mapped.missing)
         return report
+
+    def _map(self, report: Report) -> MappedRatios:
+        assignment = self._measured.assignment
+        by_kind = members(assignment, self.ratio_options, self._trained())
+        mapped = ratios_of_report(report, by_kind, self.ratio_options, assignment)
+        return replace(mapped, trained=self.trained_layers())
+
+    def _apply(self) -> None:
+        """Let the next steps use the current ratios, for all parameters that the optimizers hold now."""
+        self._optimizers.apply(self._scales())
+
+    def _scales(self) -> dict[int, Ratio]:
+        """Return what the current ratios scale of each parameter of model and optimizers, by its `id`."""
+        parameters, held = named_parameters(self._measured.model), self._optimizers.parameters()
+        self._kept_alive = [*held, *parameters.values()]
+        scales: dict[int, Ratio] = dict.fromkeys(map(id, held), 1.0)
+        for name, ratio in self._ratios_of(parameters).items():
+            scales[id(parameters[name])] = scale_of(ratio, self.ratio_options)
+        return scales
+
+    def _ratios_of(self, parameters: dict[str, nn.Parameter]) -> dict[str, float]:
+        """Return the current ratio of each of the model's parameters by name."""
+        mapped = ratios_of_parameters(parameters, self._measured.assignment, self._mapped, self.ratio_options)
+        return weakened(mapped, self.strength)
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        """Return the parameters that an optimizer trains now, by name."""
+        return self._optimizers.trained(named_parameters(self._measured.model))
+
+    def _plain_options(self) -> dict[str, Any]:
+        return as_plain(self.spectrum_options, self.ratio_options)

@@ -96,8 +96,12 @@ class LayerwiseStep:
         self._ratios = ratios
         self._first_steps.expect(ratios)
 
-    def follow(self, ratios: Mapping[int, Ratio]) -> bool:
-        """Take new ratios; tell whether parameters were trained since the last call by steps without the old."""
+    def replace_ratios(self, ratios: Mapping[int, Ratio]) -> bool:
+        """Set the ratios of a new measurement.
+
+        Returns:
+            Whether parameters were trained since the last call by steps that did not have the ratios of then.
+        """
         was_active = self.is_active
         self.ratios = ratios
         return self._unseen.since_last(self.steps) and was_active
@@ -120,7 +124,7 @@ class LayerwiseStep:
         attached = _attached.get(self.optimizer)
         if attached is not None and attached() is self:
             del _attached[self.optimizer]
-        _other_steps.follow_if(bool(_attached))
+        _other_steps.watch_if(bool(_attached))
 
     def _attach(self) -> None:
         """Register the hooks."""
@@ -135,7 +139,7 @@ class LayerwiseStep:
         # Before the user's own hooks, which find the parameters updated and the groups written.
         optimizer._optimizer_step_post_hooks.move_to_end(self._handles[1].id, last=False)  # type: ignore[attr-defined]
         _attached[optimizer] = ref(self)
-        _other_steps.follow_if(True)
+        _other_steps.watch_if(True)
 
     def _groups_to_show(self) -> list[Group]:
         """Return the groups of the present step: the value of the view's `param_groups`."""
@@ -271,7 +275,7 @@ class _OtherSteps:
         # Optimizers that were found not to move what is balanced, and by which attached ones.
         self._right: WeakKeyDictionary[Optimizer, set[int]] = WeakKeyDictionary()
 
-    def follow_if(self, any_attached: bool) -> None:
+    def watch_if(self, any_attached: bool) -> None:
         """Begin to look, or cease.
 
         Args:

@@ -91,7 +91,7 @@ class BalancedOptimizers:
             step.ratios = ratios
         self._ratios = ratios
 
-    def follow(self, ratios: Mapping[int, Ratio], model: nn.Module) -> None:
+    def apply_measured(self, ratios: Mapping[int, Ratio], model: nn.Module) -> None:
         """Let the next steps use the ratios of a new measurement.
 
         Warns, once for the model, where its weights were trained since the measurement before by steps that did
@@ -101,7 +101,7 @@ class BalancedOptimizers:
             ratios: as in `apply`.
             model: what the warning is about.
         """
-        missed = [step.optimizer for step in self._steps if step.follow(ratios)]
+        missed = [step.optimizer for step in self._steps if step.replace_ratios(ratios)]
         self._ratios = ratios
         for optimizer in missed:
             name = type(optimizer).__name__

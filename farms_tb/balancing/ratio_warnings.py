@@ -36,7 +36,7 @@ class RatioWarnings:
         self._follows_single_alphas = _follows_single_alphas(options)
         self._said: set[str] = set()
 
-    def about(self, report: Report, mapped: MappedRatios, *, initial: bool) -> None:
+    def warn(self, report: Report, mapped: MappedRatios, *, initial: bool) -> None:
         """Warn where nothing is balanced, a layer has no metric, a ratio is large, or ratios rest on noise.
 
         Args:

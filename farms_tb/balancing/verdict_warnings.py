@@ -34,19 +34,19 @@ class VerdictWarnings:
         self._said: set[str] = set()
         self._left_behind: Counter[str] = Counter()
 
-    def about(self, report: Report, trained: Sequence[str], known: Collection[str]) -> None:
+    def warn(self, report: Report, trained: Sequence[str], named: Collection[str]) -> None:
         """Warn of what a measurement shows.
 
         Args:
             report: the measurement.
             trained: names of the layers that an optimizer trains. Others stay as they are, and are no news.
-            known: names of layers whose status another warning gives.
+            named: names of layers whose status another warning gives.
         """
         records = {name: report.layers[name] for name in trained}
         collapsed = [name for name, record in records.items() if record.collapsed]
         compared = {name: record for name, record in records.items() if record.null is not None}
         for name in collapsed:
-            if name not in known:
+            if name not in named:
                 status = records[name].status
                 self._warn(name, f"{name} has {status}. A smaller weight decay may help, or fewer units")
         if not compared:

@@ -232,7 +232,7 @@ class FARMSTempBalance(ShowsResults, Callback):
         Not by `pl_module.log`: what is logged that way at the start of an epoch is not available in the validation
         of that epoch, where checkpoints and early stopping look.
         """
-        for name, value in self._session.current.attachment.aggregates().items():
+        for name, value in self._session.current.alpha_summary().items():
             trainer.callback_metrics[name] = torch.tensor(value, device=pl_module.device)
 
 

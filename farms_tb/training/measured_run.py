@@ -11,9 +11,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from torch.optim import Optimizer
+
+from farms_tb.balancing.balancer import LayerBalancer
 from farms_tb.training.cost import MeasuringCost
-from farms_tb.training.metrics import Measurement, RunLog, choose_x_axis
-from farms_tb.training.run import Attachment, CallbackOptions, Run
+from farms_tb.training.handover import Results
+from farms_tb.training.metrics import Measurement, RunLog, alpha_summary, choose_x_axis, summary_row
+from farms_tb.training.run import CallbackOptions, Run
 from farms_tb.training.schedule import LONG_EPOCH, Moment, RunLength, Schedule
 
 
@@ -40,7 +44,8 @@ class MeasuredRun:
         options: the options of the callback.
 
     Attributes:
-        attachment: the balancer and what it is attached to.
+        run: the run.
+        balancer: what measures and balances; it is attached until `detach`.
         run_log: what the run remembers for its logs.
         logs: whether this process logs.
     """
@@ -49,14 +54,35 @@ class MeasuredRun:
         # Asked for only where it is needed: some trainers cannot tell.
         length = run.length() if options.schedule.needs_length else RunLength()
         self._schedule = Schedule(options.schedule, options.logging, length)
-        self.attachment = Attachment(run, options.logging.verdicts)
         self.run_log = RunLog(choose_x_axis(options.logging.x_axis, self._schedule.every_n_steps))
         self.logs = options.logging.log and run.is_rank_zero
-        self._options = options
+        self.run, self._options = run, options
         self._cost = MeasuringCost()
         self._background: Background | None = None
         # Optimizer steps done when the final weights were measured, -1 before.
         self._final_step = -1
+        self._attach()
+
+    def _attach(self) -> None:
+        """Make the balancer, and note which optimizers it is attached to."""
+        self._optimizers: list[Optimizer] = list(self.run.optimizers())
+        self.balancer: LayerBalancer = self.run.attach()
+        if self._options.logging.verdicts:
+            self.balancer.compare_with_random()
+
+    def _attach_anew_if_exchanged(self) -> None:
+        """Attach to the optimizers that train now, with the same ratios, where they are others.
+
+        Callbacks of the user may exchange a trainer's optimizers in the middle of a run.
+        """
+        current = [id(optimizer) for optimizer in self.run.optimizers()]
+        attached = [id(optimizer) for optimizer in self._optimizers]
+        if current == attached:
+            return
+        state = self.balancer.state_dict()
+        self.balancer.detach()
+        self._attach()
+        self.balancer.load_state_dict(state)
 
     def measure_if_due(self, now: Moment) -> list[Measurement]:
         """Measure and balance if it is time, and apply what a measurement in the background has found.
@@ -69,8 +95,8 @@ class MeasuredRun:
         Returns:
             What there is to log, in this order; empty where it is not time.
         """
-        self.attachment.follow_optimizers()
-        self.attachment.balancer.set_strength(self._schedule.advance(now.epoch, now.step))
+        self._attach_anew_if_exchanged()
+        self.balancer.set_strength(self._schedule.advance(now.epoch, now.step))
         if now.step >= LONG_EPOCH:
             self._warn_of_endless_epoch()
         found: list[Measurement] = []
@@ -82,7 +108,7 @@ class MeasuredRun:
         # Of two measurements in the background the earlier one is applied before the later one begins.
         found += self._apply_background(now)
         if lag_steps > 0 and self.is_measured:
-            self.attachment.balancer.begin_update(histogram=self._schedule.wants_histogram())
+            self.balancer.begin_update(histogram=self._schedule.wants_histogram())
             self._background = Background(now.step, self._schedule.wants_table())
         else:
             found.append(self._measure_now(now))
@@ -109,7 +135,7 @@ class MeasuredRun:
     def settle(self) -> None:
         """Wait for a measurement in the background, on every process, so that one alone can save its state."""
         if self._background is not None:
-            self.attachment.balancer.state_dict()
+            self.balancer.state_dict()
 
     @property
     def is_measured(self) -> bool:
@@ -125,7 +151,7 @@ class MeasuredRun:
             background also `begun`: its step, and whether it is logged with a table.
         """
         state = {
-            "balancer": self.attachment.balancer.state_dict(),
+            "balancer": self.balancer.state_dict(),
             **self._schedule.state_dict(),
             "final_step": self._final_step,
         }
@@ -141,7 +167,7 @@ class MeasuredRun:
                 other options or layers, the clock stays as it is, and the next chance to measure is taken.
         """
         self._background = None
-        if state is None or not self.attachment.balancer.load_state_dict(state["balancer"]):
+        if state is None or not self.balancer.load_state_dict(state["balancer"]):
             return
         self._schedule.load_state_dict(state)
         # Version 0.1 did not save it.
@@ -150,11 +176,25 @@ class MeasuredRun:
             step, table = state["begun"]
             self._background = Background(step, table)
 
+    def detach(self) -> None:
+        """Leave the optimizers as they were found; report and ratios stay."""
+        self.balancer.detach()
+
+    def results(self) -> Results:
+        """Return report and ratios without the model, to be pickled or handed to another process."""
+        return Results(self.balancer.report, dict(self.balancer.ratios), self.balancer.parameter_ratios())
+
+    def alpha_summary(self) -> dict[str, float]:
+        """Return mean and standard deviation of alpha over the trained layers; empty before a measurement."""
+        report = self.balancer.report
+        if report is None:
+            return {}
+        return alpha_summary(report, frozenset(self.balancer.trained_layers()))
+
     def _measure_now(self, now: Moment) -> Measurement:
         with self._cost.measurement():
-            self.attachment.balancer.update(histogram=self._schedule.wants_histogram())
-        table = self._schedule.wants_table()
-        return self._remembered(self.attachment.measurement(now, table=table, lrs=self.logs))
+            self.balancer.update(histogram=self._schedule.wants_histogram())
+        return self._remembered(self._measurement(now, table=self._schedule.wants_table(), lrs=self.logs))
 
     def _apply_background(self, now: Moment) -> list[Measurement]:
         """Wait for the measurement in the background, if there is one, and apply its ratios."""
@@ -162,15 +202,36 @@ class MeasuredRun:
             return []
         table, self._background = self._background.table, None
         with self._cost.measurement():
-            self.attachment.balancer.finish_update()
-        return [self._remembered(self.attachment.measurement(now, table=table, lrs=self.logs))]
+            self.balancer.finish_update()
+        return [self._remembered(self._measurement(now, table=table, lrs=self.logs))]
 
     def _measure_final_weights(self, now: Moment) -> Measurement:
-        self.attachment.balancer.measure()
+        self.balancer.measure()
         table = self._options.logging.table_every_n is not None
-        measurement = self.attachment.measurement(now, table=table, lrs=False)
+        measurement = self._measurement(now, table=table, lrs=False)
         # The final weights take no further step: ratios logged with them would be made up.
         return self._remembered(replace(measurement, ratios={}, summary={}))
+
+    def _measurement(self, now: Moment, *, table: bool, lrs: bool) -> Measurement:
+        """Describe the latest measurement, for the logs.
+
+        Args:
+            now: when.
+            table: whether table and pictures are logged too.
+            lrs: whether learning rates are.
+        """
+        balancer = self.balancer
+        assert balancer.report is not None
+        return Measurement(
+            balancer.report,
+            ratios=dict(balancer.ratios),
+            lrs=balancer.layer_lrs() if lrs else {},
+            summary=summary_row(balancer.summary),
+            epoch=now.logged_epoch,
+            step=now.logged_step,
+            trained=frozenset(balancer.trained_layers()),
+            table=table,
+        )
 
     def _remembered(self, measurement: Measurement) -> Measurement:
         """Keep a measurement for the pictures of the run, where there are any, and return it."""
@@ -179,5 +240,5 @@ class MeasuredRun:
         return measurement
 
     def _warn_of_endless_epoch(self) -> None:
-        if not self.attachment.run.known_length:
+        if not self.run.known_length:
             self._schedule.warn_of_endless_epoch(self)

@@ -284,13 +284,13 @@ def measurement_row(
         report: the measurement.
         ratios: learning-rate ratio of each layer.
         lrs: learning rate of each layer.
-        summary: aggregates by key; mean and standard deviation of alpha over all layers where it lacks them.
+        summary: aggregates by key.
         by_depth: number the layers, as for W&B and TensorBoard.
 
     Returns:
         The row; the aggregates only where the model has more than `MAX_LOGGED_LAYERS` layers.
     """
-    row = {**alpha_summary(report), **summary}
+    row = dict(summary)
     if len(report.layers) > MAX_LOGGED_LAYERS:
         return row
     prefix = "farms_" if by_depth else "farms/"

@@ -1,13 +1,9 @@
-"""A run of training as a trainer describes it, and the balancer that is attached to its optimizers.
-
-`CallbackOptions` is what the user asked for, `Run` what the trainer says, `Attachment` what comes of both. Nothing
-here knows which trainer it is.
-"""
+"""A run of training: `CallbackOptions` is what the user asked for, `Run` what the trainer says of itself."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -16,9 +12,7 @@ from torch.optim import Optimizer
 from farms_tb.balancing.balancer import LayerBalancer
 from farms_tb.keywords import resolved
 from farms_tb.options import LoggingOptions, RatioOptions, ScheduleOptions, SpectrumOptions, as_plain
-from farms_tb.training.handover import Results
-from farms_tb.training.metrics import Measurement, alpha_summary, summary_row
-from farms_tb.training.schedule import Moment, RunLength
+from farms_tb.training.schedule import RunLength
 
 
 @dataclass(frozen=True)
@@ -94,83 +88,3 @@ class Run:
     is_rank_zero: bool
     known_length: bool
     length: Callable[[], RunLength] = RunLength
-
-
-@dataclass
-class Attachment:
-    """A balancer, and the optimizers of a run that it is attached to.
-
-    Attached from the moment it is made, until `detach`.
-
-    Attributes:
-        run: the run.
-        verdicts: whether layers are compared with their permutation nulls, for the logs.
-        balancer: what measures and balances.
-    """
-
-    run: Run
-    verdicts: bool = False
-    balancer: LayerBalancer = field(init=False)
-    _optimizers: list[Optimizer] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self._attach()
-
-    def _attach(self) -> None:
-        """Make the balancer, and note which optimizers it steps."""
-        self._optimizers = list(self.run.optimizers())
-        self.balancer = self.run.attach()
-        if self.verdicts:
-            self.balancer.compare_with_random()
-
-    def follow_optimizers(self) -> None:
-        """Attach to the optimizers that train now, with the same ratios, where they were exchanged.
-
-        Callbacks of the user may exchange a trainer's optimizers in the middle of a run.
-        """
-        current = [id(optimizer) for optimizer in self.run.optimizers()]
-        attached = [id(optimizer) for optimizer in self._optimizers]
-        if current == attached:
-            return
-        state = self.balancer.state_dict()
-        self.balancer.detach()
-        self._attach()
-        self.balancer.load_state_dict(state)
-
-    def detach(self) -> None:
-        """Leave the optimizers as they were found; report and ratios stay."""
-        self.balancer.detach()
-
-    def results(self) -> Results:
-        """Return report and ratios without the model, to be pickled or handed to another process."""
-        balancer = self.balancer
-        return Results(balancer.report, dict(balancer.ratios), balancer.parameter_ratios())
-
-    def aggregates(self) -> dict[str, float]:
-        """Return mean and standard deviation of alpha over the trained layers; empty before a measurement."""
-        report = self.balancer.report
-        if report is None:
-            return {}
-        return alpha_summary(report, frozenset(self.balancer.trained_layers()))
-
-    def measurement(self, now: Moment, *, table: bool, lrs: bool) -> Measurement:
-        """Describe the latest update, for the logs.
-
-        Args:
-            now: when.
-            table: whether table and pictures are logged too.
-            lrs: whether learning rates are.
-        """
-        balancer = self.balancer
-        assert balancer.report is not None
-        layer_lrs = balancer.layer_lrs() if lrs else {}
-        return Measurement(
-            balancer.report,
-            ratios=dict(balancer.ratios),
-            lrs=layer_lrs,
-            summary=summary_row(balancer.summary),
-            epoch=now.logged_epoch,
-            step=now.logged_step,
-            trained=frozenset(balancer.trained_layers()),
-            table=table,
-        )

@@ -21,7 +21,8 @@ from farms_tb.training.metrics import Measurement, warn_of_many_layers
 from farms_tb.training.run import CallbackOptions, Run
 from farms_tb.training.schedule import Moment, check_saved_clock
 from farms_tb.training.sinks import warn_of_unseen_media
-from farms_tb.weights.layers import clean_name, unwrap
+from farms_tb.weights.layers import unwrap
+from farms_tb.weights.names import clean_name
 
 
 class BalancingSession:
@@ -80,7 +81,7 @@ class BalancingSession:
         self.run = MeasuredRun(run, self.options)
         self._run_is_saved = True
         if self.logs:
-            warn_of_many_layers(len(self.run.attachment.balancer.layers), run.model)
+            warn_of_many_layers(len(self.run.balancer.layers), run.model)
             warn_of_unseen_media(self.options.logging, run.loggers, self)
         self.running = True
         try:
@@ -113,15 +114,15 @@ class BalancingSession:
             What there is to log; empty where the final weights were measured before.
         """
         found = self.current.finish(now, anew=anew)
-        if self.current.attachment.run.is_rank_zero:
-            self._handover.send(self.current.attachment.results())
+        if self.current.run.is_rank_zero:
+            self._handover.send(self.current.results())
         return found
 
     def stop(self) -> None:
         """Leave the optimizers as they were found; reports and ratios stay. Safe to call twice."""
         self.running = False
         if self.run is not None:
-            self.run.attachment.detach()
+            self.run.detach()
 
     def restore(self) -> None:
         """Apply the saved ratios that wait for training, and set the clock to where it was.
@@ -161,7 +162,7 @@ class BalancingSession:
         if not self.running:
             self._take_results_of_child()
         if self.run is not None:
-            return self.run.attachment.balancer
+            return self.run.balancer
         return self._results
 
     def _take_results_of_child(self) -> None:
@@ -176,7 +177,7 @@ class BalancingSession:
         self.shown()
         results = self._results
         if self.run is not None:
-            results = self.run.attachment.results()
+            results = self.run.results()
         return {**self.__dict__, "run": None, "running": False, "_results": results}
 
 
@@ -257,7 +258,7 @@ class ShowsResults:
         run = self._session.run
         if run is None:
             raise self._nothing_to_show()
-        return run.attachment.balancer.param_groups(optimizer)
+        return run.balancer.param_groups(optimizer)
 
     def _nothing_to_show(self) -> RuntimeError:
         return RuntimeError(f"{type(self).__name__} has nothing to show before training: {self._how_to_begin}")
