@@ -60,6 +60,10 @@ KOLMOGOROV = 1.63
 """Quantile at 99 % of sqrt(n) times the distance between n samples and their own law."""
 
 
+FLAT_SPECTRUM = "flat spectrum"
+"""How the status of a layer begins that has no alpha because the eigenvalues of its tail are all equal."""
+
+
 class Verdict(str, Enum):
     """The verdict of a layer, as it stands in the column `verdict` of tables and files."""
 
@@ -98,9 +102,9 @@ def verdict_of(record: LayerRecord) -> Verdict | None:
 
 
 def _without_alpha(status: str) -> Verdict:
-    if status.startswith("low rank"):
+    if status.startswith(Verdict.LOW_RANK.value):
         return Verdict.LOW_RANK
-    return Verdict.RANDOM if status.startswith("flat spectrum") else Verdict.NOT_MEASURED
+    return Verdict.RANDOM if status.startswith(FLAT_SPECTRUM) else Verdict.NOT_MEASURED
 
 
 def _has_outliers(record: LayerRecord) -> bool:

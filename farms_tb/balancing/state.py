@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields
 from numbers import Real
-from typing import Any, TypeGuard, get_type_hints
+from typing import Any, TypeGuard
 
 from torch import nn
 
@@ -143,14 +143,9 @@ def _hint(name: str, before: object, now: object) -> str:
 
 
 def _plain_records(report: Report | None) -> dict[str, dict[str, Any]]:
-    """Return the records as dicts without what is drawn, which is large and not needed to continue."""
-    if report is None:
-        return {}
-    plain = {}
-    for name, record in report.layers.items():
-        # `dataclasses.asdict` takes thirty times as long, at every checkpoint.
-        plain[name] = {**vars(record), **dict.fromkeys(DRAWN), "shape": list(record.shape)}
-    return plain
+    """Return the records as dicts, without what is drawn: that is large, and not needed to continue."""
+    layers = {} if report is None else report.layers
+    return {name: record.as_plain() for name, record in layers.items()}
 
 
 def _read_report(plain: object, entry: str, options: dict[str, Any]) -> Report | None:
@@ -180,7 +175,8 @@ def _read_record(plain: object, entry: str) -> LayerRecord:
     Raises:
         ValueError: it is no record, or a damaged one.
     """
-    record = _named(plain, entry)
+    # Up to version 0.1 a record had what is drawn as well, always None.
+    record = {name: value for name, value in _named(plain, entry).items() if name not in DRAWN}
     unknown = sorted(set(record) - {field.name for field in fields(LayerRecord)})
     if unknown:
         raise _damaged(f"{entry} has unknown fields {', '.join(unknown)}, maybe of a newer farms_tb: upgrade it")
@@ -191,7 +187,7 @@ def _read_record(plain: object, entry: str) -> LayerRecord:
     if "pooled_stable_rank" not in record:
         # Up to version 0.1 it had the name that is the matrix's now.
         record = {**record, "pooled_stable_rank": record.get("stable_rank"), "stable_rank": None}
-    return LayerRecord(**{**record, **dict.fromkeys(DRAWN), "shape": tuple(record["shape"])})
+    return LayerRecord.from_plain(record)
 
 
 def _check_fields(record: Mapping[str, Any], entry: str) -> None:
@@ -204,9 +200,9 @@ def _check_fields(record: Mapping[str, Any], entry: str) -> None:
     Raises:
         ValueError: a field has another type, or a value out of range.
     """
-    hints = get_type_hints(LayerRecord)
+    types = {field.name: str(field.type) for field in fields(LayerRecord)}
     for name, value in record.items():
-        expected, fits = _FIELD_TYPES.get(str(hints[name]), ("", _is_anything))
+        expected, fits = _FIELD_TYPES[types[name]]
         if not fits(value):
             raise _damaged(f"{entry}[{name!r}] must be {expected}, got {value!r}")
     for name in ("null_std", "null_entropy_std", "null_draws"):
@@ -318,15 +314,11 @@ def _is_text(value: object) -> bool:
     return isinstance(value, str)
 
 
-def _is_anything(value: object) -> bool:
-    return True
-
-
-# By the type of the field in `LayerRecord`; fields of other types are not checked.
+# By the type of the field in `LayerRecord`, as it is written there.
 _FIELD_TYPES: dict[str, tuple[str, Callable[[object], bool]]] = {
     "float | None": ("a finite number or None", _is_number_or_none),
     "int | None": ("an integer of at least 0, or None", _is_count_or_none),
-    "<class 'int'>": ("an integer of at least 0", _is_count),
-    "<class 'str'>": ("a string", _is_text),
+    "int": ("an integer of at least 0", _is_count),
+    "str": ("a string", _is_text),
     "tuple[int, ...]": ("a list of integers", _is_shape),
 }

@@ -25,9 +25,11 @@ import numpy as np
 
 from farms_tb.options import SpectrumOptions
 from farms_tb.report import COLLAPSED, OK, LayerRecord
+from farms_tb.spectra.power_law import searches
 from farms_tb.spectra.precision import FLOAT64, PRECISIONS, SVD
 from farms_tb.spectra.samples import Samples
 from farms_tb.spectra.stored_precision import tail_is_rounding
+from farms_tb.verdicts import FLAT_SPECTRUM, Verdict
 
 EQUAL = 1e-4
 """Two largest eigenvalues that differ by less, relative to each other, make a tail flat."""
@@ -80,17 +82,18 @@ def _problem(samples: Samples, rounding: bool, options: SpectrumOptions) -> str:
     if kept < options.min_eigenvalues:
         return f"too few eigenvalues: {kept} in a sample, min_eigenvalues is {options.min_eigenvalues}"
     missing = np.isnan(samples.fit.alpha.numpy())
-    # The searches leave the last eigenvalue out as a start of the tail.
-    start = samples.xmin if options.fit == "median" else samples.pooled[:, -2]
+    # The last start of a tail that a search may find.
+    start = samples.pooled[:, -2] if searches(options.fit) else samples.xmin
     zero = missing & (start == 0)
     if zero.any():
-        return f"low rank: zero eigenvalues in the tail of {zero.sum()} sample(s)"
+        return f"{Verdict.LOW_RANK}: zero eigenvalues in the tail of {zero.sum()} sample(s)"
     if not missing.any():
-        return "low rank: the tail is made of the rounding errors of the stored weights" if rounding else ""
+        of_rounding = f"{Verdict.LOW_RANK}: the tail is made of the rounding errors of the stored weights"
+        return of_rounding if rounding else ""
     flat = missing & (samples.pooled[:, -1] <= samples.pooled[:, -2] * (1 + EQUAL))
     if options.fit == "xmin_peak" and not flat.any():
         return f"no eigenvalue in the range that fit='xmin_peak' searches in {missing.sum()} sample(s)"
-    return f"flat spectrum: the eigenvalues in the tail of {missing.sum()} sample(s) are all equal"
+    return f"{FLAT_SPECTRUM}: the eigenvalues in the tail of {missing.sum()} sample(s) are all equal"
 
 
 def _collapse(tail_floor: float, rank_99: float, samples: Samples) -> str:

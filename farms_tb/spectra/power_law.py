@@ -101,6 +101,14 @@ def fit_power_law(
     return PowerLawFit(alpha.where(valid, torch.nan), distances[:, 0].where(valid, torch.nan), start)
 
 
+def searches(fit: Fit) -> bool:
+    """Return whether a fit looks for the start of the tail by its KS distances, and not at a given rank.
+
+    Then the smallest change of an eigenvalue may start the tail elsewhere, and the last one never starts it.
+    """
+    return fit != "median"
+
+
 def ordered_sum(values: Tensor) -> Tensor:
     """Sum over the last dimension, in one order: that of torch's own sum depends on the number of threads."""
     return values.cumsum(-1)[..., -1]

@@ -33,7 +33,7 @@ import numpy.typing as npt
 import torch
 
 from farms_tb.options import SpectrumOptions
-from farms_tb.spectra.power_law import fit_power_law
+from farms_tb.spectra.power_law import fit_power_law, searches
 from farms_tb.spectra.windows import Windows
 
 WindowPrecision = Literal["float32", "float64", "svd"]
@@ -81,7 +81,7 @@ def first_level(windows: Windows, largest: float, options: SpectrumOptions) -> i
         options.precision == "float64",
         windows.view.dtype in (torch.float64, torch.complex128),
         # The searches compare KS distances, the cutoffs eigenvalues: a rounding error may decide either.
-        options.fit != "median",
+        searches(options.fit),
         options.filter_zeros,
         options.relative_cutoff > 0,
         # Eigenvalues are squares, and must stay within the range of single precision.
@@ -111,12 +111,12 @@ def imprecise_windows(
     largest = values[:, -1]
     windows = len(values) // len(alpha)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        if options.fit == "median":
+        if searches(options.fit):
+            # The tail may start at any eigenvalue, the smallest one among them.
+            error = roundoff * (FAR_BELOW * largest / values[:, 0] + OF_LARGEST)
+        else:
             lowest, alpha = np.repeat(lowest, windows), np.repeat(alpha, windows)
             error = roundoff * (FAR_BELOW * largest / lowest + OF_LARGEST) * (alpha - 1) ** 2 / alpha
-        else:
-            # A search may start the tail at any eigenvalue, the smallest one among them.
-            error = roundoff * (FAR_BELOW * largest / values[:, 0] + OF_LARGEST)
         # Not "larger than", so that NaN counts as imprecise.
         imprecise = ~(error <= ALPHA_TOLERANCE)
         own_xmin = values[:, int(values.shape[1] / options.xmin_pos)]

@@ -13,7 +13,7 @@ import tempfile
 import uuid
 import weakref
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +45,9 @@ class Results:
         Histograms and outliers, which are only drawn, are left out. Numbers come back bitwise identical.
         """
         report = Report({}, {}) if self.report is None else self.report
-        layers = {}
-        for name, record in report.layers.items():
-            layers[name] = asdict(replace(record, histogram=None, outliers=None))
         return json.dumps(
             {
-                "layers": layers,
+                "layers": {name: record.as_plain() for name, record in report.layers.items()},
                 "options": dict(report.options),
                 "ratios": dict(self.ratios),
                 "by_parameter": dict(self.by_parameter),
@@ -61,11 +58,7 @@ class Results:
     def from_json(cls, text: str) -> Results:
         """Read what `as_json` returned."""
         read: dict[str, Any] = json.loads(text)
-        layers = {}
-        for name, record in read["layers"].items():
-            # JSON has no tuples.
-            shape = tuple(record["shape"])
-            layers[name] = LayerRecord(**{**record, "shape": shape})
+        layers = {name: LayerRecord.from_plain(plain) for name, plain in read["layers"].items()}
         return cls(Report(layers, read["options"]), read["ratios"], read["by_parameter"])
 
 
