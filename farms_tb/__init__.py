@@ -24,7 +24,8 @@ from farms_tb.balancing.ratio_maps import lr_ratios
 from farms_tb.options import LoggingOptions, RatioOptions, ScheduleOptions, SpectrumOptions
 from farms_tb.report import EsdHistogram, LayerRecord, Report
 from farms_tb.verdicts import Verdict
-from farms_tb.weights.matrices import MatrixStack, NoSpectrumError, layer_matrices
+from farms_tb.weights.matrices import layer_matrices
+from farms_tb.weights.stacks import MatrixStack, NoSpectrumError
 
 if TYPE_CHECKING:
     from farms_tb.training.huggingface import FARMSTrainerCallback as FARMSTrainerCallback

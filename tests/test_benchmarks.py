@@ -21,7 +21,7 @@ from benchmarks.models import settings
 from benchmarks.references import plain_alphas, reference_pass, tail_fit
 from farms_tb import analyze
 from farms_tb.options import SpectrumOptions
-from farms_tb.weights.layers import NO_VALUES
+from farms_tb.weights.values import NO_VALUES
 from tests.helpers import LIGHTNING_NOISE
 from tests.recipes.recipe_runs import TINY_UNET
 from tests.reference import spectrum

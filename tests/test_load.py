@@ -32,7 +32,8 @@ from farms_tb import warnings as warning
 from farms_tb.balancing import layerwise_step
 from farms_tb.balancing.norms import norm_feeders
 from farms_tb.training import metrics as logs
-from farms_tb.weights.layers import NO_VALUES, find_layers
+from farms_tb.weights.layers import find_layers
+from farms_tb.weights.values import NO_VALUES
 from tests.helpers import EPOCHS, LIGHTNING_NOISE, Module, Recorder, fit, make_net, spy_on_updates
 
 

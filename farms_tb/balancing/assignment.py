@@ -17,7 +17,8 @@ from farms_tb.balancing.norms import norm_feeders
 from farms_tb.balancing.selection import blocks_of_layers, check_patterns, fixed_ratios, heads, layers_matching
 from farms_tb.options import Adapters, Kind, RatioOptions
 from farms_tb.warnings import warn_once
-from farms_tb.weights.layers import Layer, checked_layers, clean_name, has_adapters, named_parameters
+from farms_tb.weights.layers import Layer, checked_layers, has_adapters
+from farms_tb.weights.names import clean_name, named_parameters
 
 Owners = Mapping[str, tuple[str, ...]]
 """Names of the layers that a parameter belongs to, by the parameter's name."""

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from farms_tb.weights.layers import Layer, clean_name, unwrap
+from farms_tb.weights.layers import Layer, unwrap
+from farms_tb.weights.names import clean_name
 
 _TORCH_NORMS: tuple[type[nn.Module], ...] = (
     nn.modules.batchnorm._BatchNorm,

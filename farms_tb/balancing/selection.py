@@ -8,7 +8,8 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from farms_tb.weights.blocks import blocks_of
-from farms_tb.weights.layers import Layer, clean_name, named_parameters
+from farms_tb.weights.layers import Layer
+from farms_tb.weights.names import clean_name, named_parameters
 
 
 def matches(name: str, pattern: str) -> bool:

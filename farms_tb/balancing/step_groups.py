@@ -12,7 +12,7 @@ from torch import nn
 
 from farms_tb.balancing.assignment import Assignment, Owners
 from farms_tb.balancing.split_groups import SplitGroup
-from farms_tb.weights.layers import named_parameters
+from farms_tb.weights.names import named_parameters
 
 _NOT_IN_MODEL = "(not in the model)"
 

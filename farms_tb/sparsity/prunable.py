@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from farms_tb.sparsity.plan import SparsityPlan
-from farms_tb.weights.layers import Layer, clean_name, find_layers, read_stacks, unwrap
+from farms_tb.weights.layers import Layer, find_layers, read_stacks, unwrap
+from farms_tb.weights.names import clean_name
 
 __all__ = [
     "Layout",

@@ -14,7 +14,7 @@ from farms_tb.report import LayerRecord, Report
 from farms_tb.spectra.distributed import Team, layers_of_this_process, results_of_all
 from farms_tb.spectra.measure import cost, measure_stacks, report_of
 from farms_tb.weights.layers import Layer, read_layers
-from farms_tb.weights.matrices import MatrixStack
+from farms_tb.weights.stacks import MatrixStack
 
 BACKGROUND_DEVICES = ("cuda",)
 """Where measuring and training disturb each other less than they would have to wait for each other. On the CPU

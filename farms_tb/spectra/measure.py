@@ -23,7 +23,7 @@ from farms_tb.spectra.whole_matrix import with_matrix_metrics
 from farms_tb.spectra.windows import windows_of
 from farms_tb.spectra.workers import single_threaded_torch
 from farms_tb.weights.layers import Layer, read_layers
-from farms_tb.weights.matrices import MatrixStack
+from farms_tb.weights.stacks import MatrixStack
 
 Result = TypeVar("Result")
 

@@ -26,8 +26,8 @@ from farms_tb.spectra.measure import blank, cost, for_own_layers, measure_stacks
 from farms_tb.spectra.whole_matrix import MAX_COLUMNS, TRAP_QUANTILE, find_outliers
 from farms_tb.spectra.windows import windows_of
 from farms_tb.spectra.workers import map_on_threads, single_threaded_torch
-from farms_tb.weights.layers import Layer, stack_problem
-from farms_tb.weights.matrices import MatrixStack
+from farms_tb.weights.layers import Layer
+from farms_tb.weights.stacks import MatrixStack, stack_problem
 
 SEED = 0
 """Seed of the shuffles of every layer, which touch no other random state."""

@@ -13,8 +13,8 @@ from farms_tb.options import SpectrumOptions
 from farms_tb.report import LayerRecord
 from farms_tb.spectra.windows import Windows, windows_of
 from farms_tb.spectra.workers import map_on_threads
-from farms_tb.weights.layers import NO_VALUES
-from farms_tb.weights.matrices import MatrixStack
+from farms_tb.weights.stacks import MatrixStack
+from farms_tb.weights.values import NO_VALUES
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from farms_tb.report import LayerRecord, Outliers
 from farms_tb.spectra.precision import Array
 from farms_tb.spectra.prepare import solvable
 from farms_tb.spectra.samples import Samples
-from farms_tb.weights.matrices import MatrixStack
+from farms_tb.weights.stacks import MatrixStack
 
 DEAD = 1e-3
 """A row or column is dead if its norm is below this fraction of the largest."""

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from farms_tb.options import SpectrumOptions
-from farms_tb.weights.matrices import MatrixStack
+from farms_tb.weights.stacks import MatrixStack
 
 
 @dataclass(frozen=True)

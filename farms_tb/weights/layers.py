@@ -22,21 +22,6 @@ from farms_tb.weights.names import EMBEDDING, clean_name, is_embedding_name, lay
 from farms_tb.weights.stacks import MatrixStack, NoSpectrumError, Sampling, stack_problem
 from farms_tb.weights.values import NO_VALUES, matrix_dims, unreadable
 
-__all__ = [
-    "NO_VALUES",
-    "Layer",
-    "checked_layers",
-    "clean_name",
-    "find_layers",
-    "has_adapters",
-    "named_parameters",
-    "read_layers",
-    "read_stacks",
-    "stack_problem",
-    "unreadable",
-    "unwrap",
-]
-
 
 @dataclass(frozen=True)
 class Layer:

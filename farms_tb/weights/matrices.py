@@ -28,10 +28,8 @@ from typing import Any
 from torch import nn
 
 from farms_tb.weights import stacks
-from farms_tb.weights.stacks import CONV_NORM, MatrixStack, NoSpectrumError, Sampling
+from farms_tb.weights.stacks import MatrixStack, NoSpectrumError
 from farms_tb.weights.values import dense, weight_of
-
-__all__ = ["CONV_NORM", "MatrixStack", "NoSpectrumError", "Sampling", "dense", "has_rule", "layer_matrices"]
 
 Rule = Callable[[Any], list[MatrixStack]]
 """Takes a module and returns its stacks. Raises NoSpectrumError where the module holds no matrix."""

@@ -8,7 +8,7 @@ import torch
 from farms_tb.options import SpectrumOptions
 from farms_tb.spectra.measure import measure_stacks
 from farms_tb.spectra.solvers import cache_file
-from farms_tb.weights.matrices import MatrixStack
+from farms_tb.weights.stacks import MatrixStack
 from tests.pretended_gpu import OnGpu, pretended_gpu
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from farms_tb.options import SpectrumOptions
 from farms_tb.spectra.windows import window_shape, windows_of
-from farms_tb.weights.matrices import MatrixStack
+from farms_tb.weights.stacks import MatrixStack
 from tests.reference import windows as slow
 
 

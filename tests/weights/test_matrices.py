@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from farms_tb import MatrixStack, NoSpectrumError, layer_matrices
-from farms_tb.weights.matrices import CONV_NORM, has_rule
+from farms_tb.weights.matrices import has_rule
+from farms_tb.weights.stacks import CONV_NORM
 from tests.reference import stacks as reference
 
 
