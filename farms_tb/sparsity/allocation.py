@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import nn
@@ -21,6 +21,7 @@ from farms_tb.keywords import takes_options
 from farms_tb.options import check_number
 from farms_tb.sparsity import ratios
 from farms_tb.sparsity.advice import notes_of
+from farms_tb.sparsity.calibration import Batch
 from farms_tb.sparsity.filling import Filling, Floats
 from farms_tb.sparsity.layers import Layers, Sizes, checked_layers, numbers
 from farms_tb.sparsity.options import SparsityKeywords, SparsityOptions
@@ -33,9 +34,6 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from farms_tb.sparsity.search import Trial
-
-Batch = Mapping[str, Any]
-"""Keyword arguments for a model."""
 
 
 @takes_options(SparsityOptions)

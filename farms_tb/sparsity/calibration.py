@@ -24,6 +24,8 @@ from farms_tb.options import check_integer
 from farms_tb.weights.layers import unwrap
 
 __all__ = [
+    "Batch",
+    "batch_bytes",
     "calibration_batches",
     "check_vocabulary",
     "checked_batches",
@@ -31,6 +33,7 @@ __all__ = [
     "dataset_texts",
     "document_batches",
     "random_tokens",
+    "tensor_bytes",
     "tokens_of_text",
     "tokens_of_texts",
     "vocabulary_size",
@@ -38,6 +41,8 @@ __all__ = [
 ]
 
 Batch = Mapping[str, Any]
+"""Keyword arguments of one call of the model."""
+
 Tokenizer = Callable[[str], Any]
 
 
@@ -266,7 +271,8 @@ def checked_batches(model: nn.Module, calibration: Iterable[Batch] | None, *, re
 
     Raises:
         TypeError: a batch is no dict.
-        ValueError: data are required and missing, or ids are outside of the model's vocabulary.
+        ValueError: data are required and missing, ids are outside of the model's vocabulary, or a batch asks for a
+            cache of keys and values, which would grow with each call of a block.
     """
     batches = [] if calibration is None else list(calibration)
     if required and not batches:
@@ -280,6 +286,11 @@ def checked_batches(model: nn.Module, calibration: Iterable[Batch] | None, *, re
             raise TypeError(
                 f"calibration must be an iterable of dicts of keyword arguments for the model, got a batch of "
                 f"type {type(batch).__name__}; for a model that takes one tensor x, wrap it: {{'x': tensor}}"
+            )
+        if batch.get("use_cache") or batch.get("past_key_values") is not None:
+            raise ValueError(
+                "a batch of calibration asks for a cache of keys and values, which would grow with each call: "
+                "leave use_cache and past_key_values out of the batches"
             )
         ids = batch.get("input_ids")
         if isinstance(ids, Tensor):
@@ -307,6 +318,22 @@ def check_vocabulary(argument: str, ids: Tensor, size: int | None) -> None:
             f"{argument} has the token {wrong}, and the model's vocabulary is 0 to {size - 1}: was the text "
             "tokenised for another model?"
         )
+
+
+def batch_bytes(batch: Batch) -> list[bytes]:
+    """Return what tells a batch from another: names, shapes and contents."""
+    found = []
+    for name, value in batch.items():
+        if isinstance(value, Tensor):
+            found += [f"{name} {tuple(value.shape)} {value.dtype}".encode(), tensor_bytes(value)]
+        else:
+            found += [name.encode(), repr(value).encode()]
+    return found
+
+
+def tensor_bytes(tensor: Tensor) -> bytes:
+    """Return the content of a tensor of any type."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
 def _text_of(path: str | PathLike[str]) -> str:

@@ -9,24 +9,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from farms_tb.atomic_write import atomic_path, write_text_atomically
+from farms_tb.sparsity.calibration import Batch, batch_bytes
 from farms_tb.sparsity.methods import Pruned
 from farms_tb.sparsity.prunable import PrunableWeight
 from farms_tb.sparsity.prune_report import PrunedLayer
-from farms_tb.sparsity.sequential import Batch, Block
+from farms_tb.sparsity.sequential import Block
 
-__all__ = ["Checkpoint", "note_run", "open_checkpoint"]
+__all__ = ["Checkpoint", "file_digest", "note_run", "open_checkpoint"]
 
 _RUN = "run.json"
 _DIGEST = 32
@@ -90,12 +90,9 @@ class Checkpoint:
     def remove_damaged(self) -> None:
         """Remove files of blocks that no longer hold what was written, so that those blocks are pruned again."""
         for path in self.folder.glob("block-*.pt"):
-            digest = hashlib.sha256()
             with path.open("rb") as file:
                 expected = file.read(_DIGEST)
-                while content := file.read(2**20):
-                    digest.update(content)
-            if digest.digest() != expected:
+            if file_digest(path, start=_DIGEST) != expected:
                 path.unlink()
 
     def _file(self, block: str) -> Path:
@@ -107,6 +104,7 @@ def open_checkpoint(
     folder: str | PathLike[str] | None,
     facts: Mapping[str, str],
     weights: Sequence[PrunableWeight],
+    others: Iterable[Tensor],
     batches: Sequence[Batch],
 ) -> Checkpoint | None:
     """Open a folder for finished blocks, and check that those in it belong to the same run.
@@ -115,6 +113,7 @@ def open_checkpoint(
         folder: where they are; None for no checkpoint.
         facts: what the run was asked for.
         weights: the dense weights.
+        others: what else the inputs of a block depend on, such as embeddings and norms.
         batches: the calibration data.
 
     Returns:
@@ -130,7 +129,8 @@ def open_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     contents = {name: [value.encode()] for name, value in facts.items()}
     contents["weights"] = [_sum(weight.tensor) for weight in weights]
-    contents["calibration"] = [_bytes(value) for batch in batches for value in batch.values()]
+    contents["other weights"] = [_sum(tensor) for tensor in others if tensor.is_floating_point()]
+    contents["calibration"] = [part for batch in batches for part in batch_bytes(batch)]
     note_run(folder, contents)
     checkpoint = Checkpoint(folder)
     checkpoint.remove_damaged()
@@ -191,6 +191,21 @@ def _unpacked(bits: Tensor, shape: torch.Size) -> Tensor:
     return torch.from_numpy(entries).bool().view(shape)
 
 
+def file_digest(path: Path, start: int = 0) -> bytes:
+    """Return the SHA-256 of a file.
+
+    Args:
+        path: the file.
+        start: the first byte that counts.
+    """
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        file.seek(start)
+        while content := file.read(2**20):
+            digest.update(content)
+    return digest.digest()
+
+
 def _digest(*contents: bytes) -> str:
     """Return a short digest of bytes."""
     digest = hashlib.sha256()
@@ -203,10 +218,3 @@ def _digest(*contents: bytes) -> str:
 def _sum(weight: Tensor) -> bytes:
     """Return the sum of the absolute entries, which tells the weights of two models apart."""
     return repr(float(weight.abs().sum(dtype=torch.float64))).encode()
-
-
-def _bytes(value: Any) -> bytes:
-    """Return the content of a value of a batch."""
-    if isinstance(value, Tensor):
-        return value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-    return repr(value).encode()

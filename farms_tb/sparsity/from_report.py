@@ -10,7 +10,8 @@ from torch import nn
 
 from farms_tb.keywords import takes_options
 from farms_tb.report import LayerRecord, Report
-from farms_tb.sparsity.allocation import Batch, allocate
+from farms_tb.sparsity.allocation import allocate
+from farms_tb.sparsity.calibration import Batch
 from farms_tb.sparsity.options import SparsityKeywords, SparsityOptions
 from farms_tb.sparsity.plan import SparsityPlan
 from farms_tb.weights.blocks import BlockRule, blocks_of

@@ -146,6 +146,12 @@ def planned_tensors(path: Path, plan: SparsityPlan, structure: Structure) -> Sto
             quantised or cannot have the structure. The message names the layer and says what to do.
     """
     files = pruned_files(path)
+    adapter = files[0].parent / "adapter_config.json"
+    if adapter.is_file():
+        raise ValueError(
+            f"{adapter} belongs to an adapter, which transformers adds to the weights: load the model, call "
+            "merge_and_unload(), save it to a folder of its own and prune that"
+        )
     stored = stored_tensors(path)
     found = {layer.name: layer for tensor in stored for layer in _layers(tensor)}
     plan = plan_for_names(plan, found)

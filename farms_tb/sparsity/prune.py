@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
 from farms_tb.options import check_choice
-from farms_tb.sparsity.calibration import checked_batches
+from farms_tb.sparsity.calibration import Batch, checked_batches
 from farms_tb.sparsity.checkpoint import Checkpoint, open_checkpoint
 from farms_tb.sparsity.methods import (
     Pruned,
@@ -26,7 +26,7 @@ from farms_tb.sparsity.methods import (
 from farms_tb.sparsity.plan import SparsityPlan
 from farms_tb.sparsity.prunable import PrunableWeight, plan_for_names, planned_weights, to_matrix
 from farms_tb.sparsity.prune_report import PrunedLayer, PruneReport
-from farms_tb.sparsity.sequential import Batch, Block, evaluating, planned_blocks, visit_blocks
+from farms_tb.sparsity.sequential import Block, evaluating, planned_blocks, visit_blocks
 from farms_tb.sparsity.sparsegpt import DAMPING
 from farms_tb.sparsity.statistics import InputStatistics, relative_output_error
 from farms_tb.warnings import warn_once
@@ -102,7 +102,9 @@ def prune(
     start = time.perf_counter()
     with evaluating(model):
         blocks = planned_blocks(model, weights)
-        saved = open_checkpoint(checkpoint, _facts(plan, method, structure), weights, batches)
+        planned = {id(weight.tensor) for weight in weights}
+        others = [parameter for parameter in model.parameters() if id(parameter) not in planned]
+        saved = open_checkpoint(checkpoint, _facts(plan, method, structure), weights, others, batches)
         layers = _taken_over(saved, blocks, run)
         left = _visit(model, blocks, batches, saved, method)
         for block, statistics in _told(left, _finished(saved, blocks), len(blocks), progress):

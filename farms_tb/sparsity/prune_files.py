@@ -15,11 +15,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 import farms_tb
 from farms_tb.options import check_choice, check_integer
-from farms_tb.sparsity.calibration import Batch, check_vocabulary
+from farms_tb.sparsity.calibration import Batch, batch_bytes, check_vocabulary
 from farms_tb.sparsity.calibration_files import CalibrationFile, batches_of_file, check_length, holds_ids
 from farms_tb.sparsity.methods import PruneMethod, Structure, smallest_entries
 from farms_tb.sparsity.plan import SparsityPlan
@@ -129,7 +130,7 @@ def prepare(wish: PruneWish) -> PreparedRun:
     batches, config = _calibration(wish)
     if config is None:
         check_oriented(stored)
-    facts = _facts(wish, stored, batches)
+    facts = _facts(wish, stored, batches, config)
     unfinished = open_unfinished(wish.output, facts, _size(wish, stored))
     written = {file.name for file in stored.files}
     others = files_of_folder(wish.folder)
@@ -169,7 +170,7 @@ def _calibration(wish: PruneWish) -> tuple[list[dict[str, Tensor]], Any]:
     return batches, config
 
 
-def _facts(wish: PruneWish, stored: StoredModel, batches: Sequence[Batch]) -> dict[str, list[bytes]]:
+def _facts(wish: PruneWish, stored: StoredModel, batches: Sequence[Batch], config: Any) -> dict[str, list[bytes]]:
     """Return what two runs must have in common for the one to go on where the other stopped."""
     files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in stored.files]
     return {
@@ -179,7 +180,8 @@ def _facts(wish: PruneWish, stored: StoredModel, batches: Sequence[Batch]) -> di
         "seed": [str(wish.seed).encode()],
         "plan": [stored.plan.to_json().encode()],
         "model": [repr(files).encode()],
-        "calibration": [batch["input_ids"].numpy().tobytes() for batch in batches],
+        "config.json": [] if config is None else [config.to_json_string().encode()],
+        "calibration": [part for batch in batches for part in batch_bytes(batch)],
     }
 
 
@@ -248,7 +250,7 @@ def _with_model(run: PreparedRun, progress: Progress) -> Mapping[str, PrunedLaye
     progress("loading the model", 0, 1)
     model = load_model(wish.folder, run.config, stored.dtype).to(wish.device)
     weights = dict(zip(stored.layers, planned_weights(model, stored.plan), strict=True))
-    _check_same_layout(stored, weights)
+    _check_same_weights(wish.folder, stored, weights)
     batches = [{name: ids.to(wish.device) for name, ids in batch.items()} for batch in run.batches]
     report = prune(
         model,
@@ -269,19 +271,32 @@ def _with_model(run: PreparedRun, progress: Progress) -> Mapping[str, PrunedLaye
     return done
 
 
-def _check_same_layout(stored: StoredModel, weights: Mapping[str, PrunableWeight]) -> None:
-    """Check that the model holds its planned weights as its files do.
+def _check_same_weights(folder: Path, stored: StoredModel, weights: Mapping[str, PrunableWeight]) -> None:
+    """Check that the loaded model has the planned weights that are to be written again; one is read at a time.
+
+    Args:
+        folder: where transformers has found the model.
+        stored: the files.
+        weights: the weights of the model by name.
 
     Raises:
-        ValueError: it does not.
+        ValueError: it holds them in another shape, or has those of another file.
     """
-    for name, layer in stored.layers.items():
-        shape = tuple(weights[name].tensor.shape)
-        if shape != layer.shape:
-            raise ValueError(
-                f"{name} has shape {shape} in the model and {layer.shape} in the file: load the model yourself "
-                "and use farms_tb.sparsity.prune in Python"
-            )
+    for layers in stored.by_tensor.values():
+        whole = layers[0].tensor.read()
+        for layer in layers:
+            loaded = weights[layer.name].tensor
+            if tuple(loaded.shape) != layer.shape:
+                raise ValueError(
+                    f"{layer.name} has shape {tuple(loaded.shape)} in the model and {layer.shape} in the file: "
+                    "load the model yourself and use farms_tb.sparsity.prune in Python"
+                )
+            expected = layer.view(whole).to(loaded.dtype)
+            if not torch.allclose(loaded.detach().cpu(), expected, rtol=0, atol=0, equal_nan=True):
+                raise ValueError(
+                    f"{layer.name} has other values in the model that transformers loads from {folder} than in "
+                    "the file that would be written: does the folder have two sets of weights, or an adapter?"
+                )
 
 
 def _write(run: PreparedRun, change: Callable[[StoredLayer, Tensor], PrunedLayer], progress: Progress) -> None:

@@ -21,10 +21,9 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -33,6 +32,7 @@ from torch.nn import functional
 
 from farms_tb.options import check_choice
 from farms_tb.sparsity import ratios
+from farms_tb.sparsity.calibration import Batch
 from farms_tb.sparsity.compass import Budget, Point, compass_search
 from farms_tb.sparsity.filling import Filling, Floats
 from farms_tb.sparsity.layers import Layers
@@ -43,8 +43,6 @@ from farms_tb.sparsity.prunable import planned_weights
 from farms_tb.sparsity.prune import prune
 from farms_tb.sparsity.shrinkage import shrunk_effects
 from farms_tb.sparsity.student import t_quantile
-
-Batch = Mapping[str, Any]
 
 FEWEST_BATCHES = 12
 """Half of the batches prune, a quarter chooses, a quarter confirms, which takes at least three for an error."""

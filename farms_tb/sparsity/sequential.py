@@ -11,7 +11,7 @@ In memory are, for each batch, the tensors that blocks yet to come will need, an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,14 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from farms_tb.sparsity.calibration import Batch, tensor_bytes
 from farms_tb.sparsity.prunable import PrunableWeight
 from farms_tb.sparsity.statistics import InputStatistics, observed
 from farms_tb.weights.layers import unwrap
 
 __all__ = ["Block", "evaluating", "planned_blocks", "visit_blocks"]
-
-Batch = Mapping[str, Any]
-"""Keyword arguments of one call of the model."""
 
 
 @dataclass(frozen=True)
@@ -313,8 +311,8 @@ class _Store:
 class _Traces:
     """How the model calls its blocks, for each batch.
 
-    Batches whose tensors have the same shapes share a trace, so that a single forward pass of one of them is
-    enough.
+    Batches that differ in their tokens alone share a trace, so that a single forward pass is enough for them.
+    A mask decides how blocks are called: models drop one of ones, some of them for a part of their blocks.
     """
 
     def __init__(self, model: nn.Module, blocks: Sequence[Block], batches: Sequence[Batch]) -> None:
@@ -368,10 +366,17 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 def _signature(batch: Batch) -> Any:
-    """Return what batches have in common that are called alike: names, and shapes of tensors."""
+    """Return what batches have in common whose blocks are called alike: all but the numbers of their tokens."""
     leaves, structure = pytree.tree_flatten(dict(batch))
-    kinds = [(tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves]
+    kinds = [_described(leaf) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves]
     return str(structure), tuple(kinds)
+
+
+def _described(tensor: Tensor) -> tuple[Any, ...]:
+    """Return shape and type of a tensor; and its content, unless it is one of tokens: integers, some above 1."""
+    if not (tensor.is_floating_point() or tensor.is_complex()) and tensor.numel() and int(tensor.max()) > 1:
+        return tuple(tensor.shape), tensor.dtype
+    return tuple(tensor.shape), tensor.dtype, tensor_bytes(tensor)
 
 
 def _all_match(traced: Sequence[_Call], calls: Sequence[Arguments]) -> bool:

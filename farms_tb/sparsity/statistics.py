@@ -112,11 +112,13 @@ def _patches(module: Any, inputs: Tensor) -> Tensor:
 
     Args:
         module: the convolution, with d spatial dimensions.
-        inputs: `(batch, in, *space)`.
+        inputs: `(batch, in, *space)`, or one without a batch, `(in, *space)`.
 
     Returns:
         A tensor `(groups, batch * positions, kernel * in / groups)`, columns in the order of `to_matrix`.
     """
+    if inputs.ndim == len(module.kernel_size) + 1:
+        inputs = inputs[None]
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
     patches = nn.functional.pad(inputs, module._reversed_padding_repeated_twice, mode=mode)
     dims = len(module.kernel_size)

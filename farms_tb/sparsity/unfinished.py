@@ -7,7 +7,7 @@ name            content
 ==============  ======================================================================
 `run.json`      what the run is, so that no other run goes on with its state
 `blocks/`       finished blocks, see `farms_tb.sparsity.checkpoint`
-`layers/`       for each finished file of weights, its size and what was done to the layers in it
+`layers/`       for each finished file of weights, its SHA-256 and what was done to the layers in it
 `model/`        the files of the pruned model, each written whole or not at all
 ==============  ======================================================================
 
@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from farms_tb.atomic_write import atomic_path, write_text_atomically
-from farms_tb.sparsity.checkpoint import note_run
+from farms_tb.sparsity.checkpoint import file_digest, note_run
 from farms_tb.sparsity.prune_report import PrunedLayer
 from farms_tb.weights.files import INDEX
 
@@ -78,7 +78,7 @@ class UnfinishedFolder:
         """
         with atomic_path(self.folder / "model" / name) as path:
             rows = {layer: asdict(done) for layer, done in content(path).items()}
-            text = json.dumps({"size": path.stat().st_size, "layers": rows})
+            text = json.dumps({"sha256": file_digest(path).hex(), "layers": rows})
             # Before the file itself takes its name: a finished file has its layers.
             write_text_atomically(self._note(name), text)
 
@@ -94,11 +94,11 @@ class UnfinishedFolder:
         """Remove files of weights that no longer are as they were written, so that they are written again."""
         for file in (self.folder / "model").iterdir():
             try:
-                size = json.loads(self._note(file.name).read_bytes())["size"]
+                digest = json.loads(self._note(file.name).read_bytes())["sha256"]
             except (OSError, ValueError, KeyError, TypeError):
-                size = None
+                digest = None
             # What is copied at the end is copied again in any case.
-            if file.is_file() and file.stat().st_size != size:
+            if file.is_file() and file_digest(file).hex() != digest:
                 file.unlink()
 
     def _note(self, name: str) -> Path:
@@ -134,15 +134,16 @@ class UnfinishedFolder:
 
 
 def check_output(output: Path) -> None:
-    """Refuse an output that exists, unless it is an empty folder.
+    """Refuse an output that exists, unless it is an empty folder, and not a link to one: that has to be renamed.
 
     Raises:
         ValueError: it does.
     """
-    if output.is_dir() and not any(output.iterdir()):
+    is_link = output.is_symlink()
+    if output.is_dir() and not is_link and not any(output.iterdir()):
         return
-    if output.exists() or output.is_symlink():
-        kind = "a folder with other content" if output.is_dir() else "no folder"
+    if output.exists() or is_link:
+        kind = "a link" if is_link else "a folder with other content" if output.is_dir() else "no folder"
         raise ValueError(f"{output} exists and is {kind}: pass a new folder, or delete it first")
 
 

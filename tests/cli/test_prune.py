@@ -312,8 +312,10 @@ def test_one_tensor_is_in_memory_at_a_time(tmp_path: Path) -> None:
     save_file(state, tmp_path / "weights.safetensors")
     layers = {f"blocks.{index}.up": PlannedLayer(512 * 512, 0.5) for index in range(12)}
     SparsityPlan(layers, 0.5, "uniform").save(tmp_path / "plan.json")
+    options = ("--plan", tmp_path / "plan.json")
+    run(tmp_path / "weights.safetensors", *options, "-o", tmp_path / "first")  # imports what a run needs
     tracemalloc.start()
-    done = run(tmp_path / "weights.safetensors", "--plan", tmp_path / "plan.json", "-o", tmp_path / "out")
+    done = run(tmp_path / "weights.safetensors", *options, "-o", tmp_path / "out")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert done.exit_code == 0, done.stderr
@@ -412,6 +414,25 @@ def cut(folder: Path) -> None:
     file.write_bytes(file.read_bytes()[:-100])
 
 
+def with_an_adapter(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text("{}")
+
+
+def with_odd_metadata(folder: Path) -> None:
+    """Let a header have a list where texts by name belong."""
+    file = sorted(folder.glob("*.safetensors"))[0]
+    content = file.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.dumps({**json.loads(content[8:end]), "__metadata__": ["pt"]}).encode()
+    file.write_bytes(len(header).to_bytes(8, "little") + header + content[end:])
+
+
+def with_a_second_model(folder: Path) -> None:
+    """Put one file with other weights next to the index of several: transformers loads the one file."""
+    weights = {name: 2 * weight for name, weight in tensors(folder).items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 MAGNITUDE = ()
 WANDA = ("--method", "wanda", "--calibration", "ids.pt", "--length", "32")
 
@@ -427,6 +448,9 @@ WANDA = ("--method", "wanda", "--calibration", "ids.pt", "--length", "32")
         (in_float8, MAGNITUDE, ["layers.1.mlp.up_proj", "quantised", "16 or 32 bits"]),
         (as_gguf, MAGNITUDE, ["GGUF", "16 or 32 bits"]),
         (as_pickle, MAGNITUDE, ["save_pretrained"]),
+        (with_an_adapter, MAGNITUDE, ["adapter", "merge_and_unload"]),
+        (with_odd_metadata, MAGNITUDE, ["metadata"]),
+        (with_a_second_model, WANDA, ["q_proj", "other values", "two sets of weights"]),
         (remove_weights, MAGNITUDE, ["safetensors"]),
         (cut, MAGNITUDE, ["cut short"]),
         (as_it_is, ("--method", "wanda"), ["calibration", "--calibration FILE"]),
@@ -685,6 +709,7 @@ def flip_a_bit(path: Path) -> None:
     ("method", "pattern", "damage"),
     [
         ("magnitude", "model/*.safetensors", cut_file),
+        ("magnitude", "model/*.safetensors", flip_a_bit),
         ("magnitude", "layers/*.json", lambda path: path.write_text("{")),
         ("magnitude", "layers/*.json", lambda path: path.write_text("[]")),
         ("sparsegpt", "blocks/*.pt", cut_file),

@@ -73,6 +73,20 @@ def test_a_block_sees_the_pruned_blocks_before_it(name: str) -> None:
         assert ((one == 0) != (other == 0)).double().mean() <= 0.002
 
 
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_images_without_a_batch_count_like_a_batch_of_one(kernel: int) -> None:
+    torch.manual_seed(0)
+    single = nn.Sequential(nn.Conv2d(6, 8, kernel), nn.ReLU(), nn.Conv2d(8, 4, kernel))
+    batched = copy.deepcopy(single)
+    layers = {name: PlannedLayer(single.get_submodule(name).weight.numel(), 0.5) for name in ("0", "2")}
+    plan = SparsityPlan(layers, 0.5, "uniform")
+    images = [torch.randn(6, 6, 6) * torch.arange(1, 7)[:, None, None] for _ in range(3)]
+    prune(single, plan, "wanda", calibration=[{"input": image} for image in images])
+    prune(batched, plan, "wanda", calibration=[{"input": image[None]} for image in images])
+    for one, other in zip(single.parameters(), batched.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_masks_survive_training_and_can_be_made_permanent() -> None:
     model = llama()
     plan = plan_of(model)
@@ -130,8 +144,16 @@ def test_a_stopped_run_goes_on_at_the_block_where_it_stopped(tmp_path: Path) -> 
     assert list(report.layers) == list(plan.layers)
     for one, other in zip(matrices(model, plan).values(), matrices(expected, plan).values(), strict=True):
         assert torch.equal(one, other)
-    with pytest.raises(ValueError, match="run"):
-        prune(llama(), plan, "wanda", calibration=token_batches(), checkpoint=tmp_path / "run")
+    of_another = llama()
+    of_another.get_input_embeddings().weight.data.mul_(2)
+    joined = [{"input_ids": torch.cat([batch["input_ids"] for batch in token_batches()])}]
+    for changed, method, batches, differs in (
+        (llama(), "wanda", token_batches(), "method"),
+        (of_another, "sparsegpt", token_batches(), "other weights"),
+        (llama(), "sparsegpt", joined, "calibration"),
+    ):
+        with pytest.raises(ValueError, match=f"another run, with other {differs}"):
+            prune(changed, plan, method, calibration=batches, checkpoint=tmp_path / "run")
 
 
 def fail_with(error: type[Exception], after: int) -> Any:

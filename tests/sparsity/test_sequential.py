@@ -1,0 +1,111 @@
+"""The inputs that blocks are shown one after the other, against those of whole passes of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from farms_tb.sparsity.prunable import planned_weights
+from farms_tb.sparsity.sequential import evaluating, planned_blocks, visit_blocks
+from tests.sparsity.models import uniform_plan
+
+WIDTH = 16
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, 24), nn.Linear(24, WIDTH)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, scale: float = 1.0) -> Tensor:
+        shown = x * scale if mask is None else x * mask[..., None]
+        added: Tensor = self.down(torch.relu(self.up(shown)))
+        return x + added
+
+
+class Masked(nn.Module):
+    """Like language models with two kinds of attention: some blocks alone get the mask, if it hides any."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(50, WIDTH)
+        self.layers = nn.ModuleList(Block() for _ in range(3))
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        x: Tensor = self.embedding(input_ids)
+        mask = None if bool(attention_mask.all()) else attention_mask
+        for number, layer in enumerate(self.layers):
+            x = layer(x, mask if number == 1 else None)
+        return x
+
+
+class Scaled(nn.Module):
+    """A number that comes of the batch is passed to all blocks but the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(Block() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = float(x.abs().max())
+        for number, layer in enumerate(self.layers):
+            x = layer(x, scale=scale if number else 1.0)
+        return x
+
+
+def masked_batches() -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.tensor([0, 5, 2, 0, 7])
+    ids = torch.randint(2, 50, (len(hidden), 1, 12), generator=generator)
+    masks = (torch.arange(12) >= hidden[:, None]).long()[:, None]
+    return [{"input_ids": one, "attention_mask": mask} for one, mask in zip(ids, masks, strict=True)]
+
+
+def scaled_batches() -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    return [{"x": torch.randn(9, WIDTH, generator=generator) * 10.0**power} for power in range(4)]
+
+
+def squared_norms(model: nn.Module, batches: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    """Sum the squared inputs of each linear layer over whole passes."""
+    sums: dict[str, Tensor] = {}
+
+    def add(name: str, x: Tensor) -> None:
+        sums[name] = sums.get(name, torch.zeros(())) + x.double().flatten(0, -2).square().sum(0)
+
+    handles = [
+        module.register_forward_pre_hook(lambda _, inputs, name=name: add(name, inputs[0]))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+    with torch.no_grad():
+        for batch in batches:
+            model(**batch)
+    for handle in handles:
+        handle.remove()
+    return sums
+
+
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize(("model", "batches"), [(Masked(), masked_batches()), (Scaled(), scaled_batches())])
+def test_batches_of_one_shape_that_are_called_differently(
+    model: nn.Module, batches: list[dict[str, Tensor]], first: int
+) -> None:
+    batches = batches[first:] + batches[:first]
+    expected = squared_norms(model, batches)
+    blocks = planned_blocks(model, planned_weights(model, uniform_plan(model, 0.5)))
+    seen = {}
+    with evaluating(model):
+        for _, statistics in visit_blocks(model, blocks, batches):
+            seen.update({name: one.squared_norms for name, one in statistics.items()})
+    assert seen.keys() == expected.keys()
+    for name, norms in expected.items():
+        of_blocks = seen[name]
+        assert of_blocks is not None
+        torch.testing.assert_close(of_blocks[0].double(), norms, rtol=1e-5, atol=1e-8)
