@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -29,7 +30,7 @@ from farms_tb.cli.exit_codes import finish
 from farms_tb.cli.measuring import COLUMNS, Measured, Wanted, checked_device, measure, null_is_quick
 from farms_tb.cli.messages import complaints, say
 from farms_tb.cli.output import Result, chosen_format, emit
-from farms_tb.cli.sources import open_source
+from farms_tb.cli.sources import Source, open_source
 from farms_tb.cli.tables import Column, Row, sort_rows
 from farms_tb.options import SpectrumOptions, as_plain
 from farms_tb.verdicts import Verdict
@@ -108,13 +109,12 @@ def analyze(
         device = checked_device(device)
         _check_column(sort)
         source = open_source(model, pretrained=pretrained, key=key, base=base, options=options)
-        other = None if against is None else open_source(against, options=options)
+        other = None if against is None else _open_other(against, pretrained, options)
+    wanted = Wanted(options, full and options.esd == "farms", bool(null), tuple(patterns or ()), device)
     if null is None:
-        null = null_is_quick(source, options)
-        if not null:
+        wanted = replace(wanted, null=null_is_quick(source, wanted))
+        if not wanted.null:
             say("effects and verdicts are left out: permutation nulls take over a minute (--null measures them)")
-    also_full = full and options.esd == "farms"
-    wanted = Wanted(options, also_full, null, tuple(patterns or ()), device)
     console = Console(stderr=True)
     found = measure(source, wanted, console)
     parts, compared = [found], None
@@ -168,6 +168,11 @@ def _whole_models(summaries: Mapping[str, ModelSummary]) -> list[str]:
         verdicts = "".join(f", {number} {verdict}" for verdict, number in summary.verdicts.items())
         lines.append(f"{name}: {means}, mean log norm {summary.mean_log_norm:.2f}{verdicts}")
     return lines
+
+
+def _open_other(against: str, pretrained: bool, options: SpectrumOptions) -> Source:
+    """Open the model to compare with; of a library, with random or trained weights as the other one has."""
+    return open_source(against, pretrained=pretrained and not Path(against).exists(), options=options)
 
 
 def _check_column(sort: str | None) -> None:

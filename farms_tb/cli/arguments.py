@@ -93,22 +93,29 @@ def takes_spectrum_options(command: Callable[..., None]) -> Callable[..., None]:
     added = list(_options_of(SpectrumOptions))
 
     @functools.wraps(command)
-    def wrapper(preset: Any, **values: Any) -> None:
+    def wrapper(preset: Any, context: typer.Context, **values: Any) -> None:
         with complaints():
             given = {parameter.name: values.pop(parameter.name) for parameter in added}
             if preset is not None:
-                # Typer passes every option: those at their defaults must not hide the preset's.
-                given = {one.name: given[one.name] for one in added if given[one.name] != one.default}
+                # Typer passes every option: those that were not typed must not hide the preset's.
+                given = {name: value for name, value in given.items() if _was_typed(context, name)}
             options = resolved(SpectrumOptions, None, with_preset(preset, {}, given))
         command(options=options, **values)
 
     signature = inspect.signature(command, eval_str=True)
     own = [parameter for parameter in signature.parameters.values() if parameter.name != "options"]
-    own.append(_PRESET)
+    own += [_PRESET, inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)]
     # Typer reads both to learn which options there are.
     wrapper.__signature__ = signature.replace(parameters=[*own, *added])  # type: ignore[attr-defined]
     wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *added)}
     return wrapper
+
+
+def _was_typed(context: typer.Context, name: str) -> bool:
+    """Return whether a user has given an option on the command line."""
+    source = context.get_parameter_source(name)
+    # By name: the class is that of click, or of Typer's own copy of it.
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def _options_of(cls: type) -> Iterator[inspect.Parameter]:

@@ -99,7 +99,9 @@ def weight_differences(sources: Sequence[Source], pairs: Iterable[Pair], wanted:
 
 def _difference(first: MatrixStack, second: MatrixStack, wanted: Wanted) -> Difference:
     """Return the metrics of the difference of two weights of one shape."""
-    dtype = torch.promote_types(torch.promote_types(first.matrices.dtype, second.matrices.dtype), torch.float32)
+    # Types of eight bits have no common type with others.
+    widened = [torch.promote_types(_widened(stack.matrices.dtype), torch.float32) for stack in (first, second)]
+    dtype = torch.promote_types(*widened)
     before, after = (stack.matrices.to(wanted.device, dtype) for stack in (first, second))
     change = after - before
     size, distance = float(before.norm()), float(change.norm())
@@ -116,6 +118,11 @@ def _difference(first: MatrixStack, second: MatrixStack, wanted: Wanted) -> Diff
         rank=whole.rank_99,
         alpha=None if is_rounding else windows.alpha,
     )
+
+
+def _widened(dtype: torch.dtype) -> torch.dtype:
+    """Return single precision for a type of eight bits."""
+    return torch.float32 if dtype.itemsize == 1 else dtype
 
 
 def _rounding_edge(*stacks: MatrixStack) -> float:

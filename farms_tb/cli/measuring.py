@@ -149,19 +149,20 @@ def checked_device(name: str) -> str:
     return name
 
 
-def null_is_quick(source: Source, options: SpectrumOptions) -> bool:
+def null_is_quick(source: Source, wanted: Wanted) -> bool:
     """Return whether the permutation nulls of layers of these shapes take less than a minute on one core.
 
     Args:
         source: the model; nothing is read.
-        options: how alpha is measured.
+        wanted: what is measured.
     """
-    return sum(null_seconds(stack, options) for stack in _without_values(source)) < QUICK_NULLS
+    items = [item for item in source.items if wanted.takes(item.name if isinstance(item, Layer) else item.path)]
+    return sum(null_seconds(stack, wanted.options) for stack in _without_values(items)) < QUICK_NULLS
 
 
-def _without_values(source: Source) -> Iterator[MatrixStack]:
+def _without_values(items: Sequence[Any]) -> Iterator[MatrixStack]:
     """Yield what each item will be measured as, by its shape alone: of a file, the layer's kind is a guess."""
-    for item in source.items:
+    for item in items:
         if isinstance(item, Layer):
             if item.kind and not item.problem:
                 yield MatrixStack(torch.empty(item.shape, device="meta"), item.sampling)

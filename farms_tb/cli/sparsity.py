@@ -112,7 +112,7 @@ def sparsity(
         wanted = Wanted(options, device=checked_device(device))
         if adapter_folder(model) is not None:
             raise ValueError(f"{model} is an adapter and no model: merge it (merge_and_unload) and save that")
-        source = open_source(model, pretrained=pretrained, key=key)
+        source = open_source(model, pretrained=pretrained, key=key, options=options)
     report = _report(source, wanted, method)
     with complaints():
         plan = _plan(report, target, blocks, chosen)

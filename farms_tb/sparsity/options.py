@@ -50,6 +50,8 @@ class SparsityOptions:
     def __post_init__(self) -> None:
         check_choice("method", self.method, Method)
         check_number("epsilon", self.epsilon, at_least=0, at_most=1)
+        if self.method == "search" and self.epsilon == 0:
+            raise ValueError("epsilon=0 leaves method='search' no step: pass a larger one, or method='uniform'")
         check_choice("granularity", self.granularity, Granularity)
         check_number("min_sparsity", self.min_sparsity, at_least=0, at_most=1)
         check_number("max_sparsity", self.max_sparsity, at_least=0, at_most=1)

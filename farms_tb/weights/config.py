@@ -18,14 +18,21 @@ from farms_tb.weights.stored import ModelFacts, StoredTensor
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _HEADS = {
     "WhisperForConditionalGeneration": "proj_out",
+    "AlbertForMaskedLM": "predictions.decoder",
     "BertForMaskedLM": "cls.predictions.decoder",
-    "ForConditionalGeneration": "lm_head",
-    "ForCausalLM": "lm_head",
-    "LMHeadModel": "lm_head",
+    "CamembertForMaskedLM": "lm_head.decoder",
+    "DistilBertForMaskedLM": "vocab_projector",
+    "ElectraForMaskedLM": "generator_lm_head",
+    "ModernBertForMaskedLM": "decoder",
+    "MPNetForMaskedLM": "lm_head.decoder",
+    "RobertaForMaskedLM": "lm_head.decoder",
+    "XLMRobertaForMaskedLM": "lm_head.decoder",
 }
-"""Names of the heads of language models by the ends of their architectures' names."""
+"""Names of the heads of language models by architecture; others by the end of its name, see `_HEADS_BY_END`."""
 
-_WORD_EMBEDDINGS = ("embed_tokens", "wte", "shared", "word_embeddings", "embed_in")
+_HEADS_BY_END = {"ForConditionalGeneration": "lm_head", "ForCausalLM": "lm_head", "LMHeadModel": "lm_head"}
+
+_WORD_EMBEDDINGS = ("embed_tokens", "tok_embeddings", "wte", "shared", "word_embeddings", "embed_in")
 
 _MAX_SIZE = 10_000_000
 
@@ -81,8 +88,10 @@ def _tied_head(config: dict[str, Any], text: dict[str, Any]) -> str:
     if tied is not True or not isinstance(architectures, list):
         return ""
     names = [name for name in architectures if isinstance(name, str)]
-    for end, head in _HEADS.items():
-        if any(name.endswith(end) for name in names):
+    for name in names:
+        by_end = [head for end, head in _HEADS_BY_END.items() if name.endswith(end)]
+        head = _HEADS.get(name, *by_end[:1])
+        if head is not None:
             return head
     return ""
 
@@ -99,7 +108,7 @@ def with_tied_head(tensors: Sequence[StoredTensor], head: str) -> list[StoredTen
         of words.
     """
     found = list(tensors)
-    if not head or any(tensor.path.endswith(head) for tensor in tensors):
+    if not head or any(f".{tensor.key}".endswith(f".{head}.weight") for tensor in tensors):
         return found
     embeddings = [tensor for tensor in tensors if _is_word_embedding(tensor)]
     if len(embeddings) == 1:

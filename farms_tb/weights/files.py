@@ -7,6 +7,7 @@ The readers of single formats are `safetensors_files`, `torch_files` and `gguf_f
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from os import PathLike
 from pathlib import Path
@@ -37,6 +38,9 @@ __all__ = [
 INDEX = ".index.json"
 
 # Where training scripts keep the weights in a checkpoint that holds more; the first is Lightning's.
+_OPTIMIZER = re.compile("optim(?!al|um)")
+"""In keys of what belongs to an optimizer: `optimizer_states`, `optim_g`, but not `weights_optimal`."""
+
 _STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model")
 # What a folder of Hugging Face's holds; the first that is there is read.
 _IN_FOLDER = (
@@ -344,7 +348,7 @@ def _candidates(
     if any(isinstance(value, TorchTensor) for value in held.values()):
         yield where, held
     for key, value in held.items():
-        if isinstance(key, str) and "optim" not in key and not key.endswith("_extra_state"):
+        if isinstance(key, str) and not _OPTIMIZER.search(key) and not key.endswith("_extra_state"):
             yield from _candidates(value, seen, f"{where}.{key}".strip("."), depth + 1)
 
 

@@ -1,7 +1,7 @@
 """Read GGUF, the format of llama.cpp, through the package `gguf`; quantised blocks are dequantised.
 
-The package lists the tensors and knows the quantised types. The entries are read here through ordinary file
-handles, because the package maps files into memory (see `farms_tb.weights.stored`).
+The package lists the tensors and knows the quantised types. It maps a file into memory, which is undone once they
+are listed; their entries are read here through ordinary file handles (see `farms_tb.weights.stored`).
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 
 from farms_tb.weights.stored import OpenedFile, StoredTensor
+
+_PLAIN = {"F32": "float32", "F16": "float16", "F64": "float64"}
+"""NumPy's names of the types that are not quantised."""
 
 
 def in_gguf(path: Path) -> Iterator[StoredTensor]:
@@ -40,12 +43,35 @@ def in_gguf(path: Path) -> Iterator[StoredTensor]:
         ) from error
     if not entries:
         raise ValueError(f"{path} is a GGUF file that holds no tensors")
-    for entry in entries:
-        # The file's order of dimensions is the reverse of torch's.
-        shape = tuple(int(size) for size in reversed(entry.shape.tolist()))
-        place = (int(entry.data_offset), int(entry.n_bytes))
-        read = partial(_read, file, place, entry.tensor_type, shape)
-        yield StoredTensor(str(entry.name), shape, read, str(entry.name))
+    found = [_tensor(file, entry) for entry in entries]
+    del entries  # views of the mapped file
+    yield from found
+
+
+def _tensor(file: OpenedFile, entry: Any) -> StoredTensor:
+    """Return one tensor of a file.
+
+    Args:
+        file: the file.
+        entry: a `gguf.ReaderTensor`, whose order of dimensions is the reverse of torch's.
+    """
+    name, kind = str(entry.name), entry.tensor_type
+    shape = tuple(int(size) for size in reversed(entry.shape.tolist()))
+    read = partial(_read, file, (int(entry.data_offset), int(entry.n_bytes)), kind, shape)
+    return StoredTensor(name, shape, read, name, problem=_problem(kind))
+
+
+def _problem(kind: Any) -> str:
+    """Return why tensors of a type have no numbers that can be measured; empty where they have.
+
+    Args:
+        kind: the type, a `gguf.GGMLQuantizationType`.
+    """
+    import gguf
+
+    if kind.name in _PLAIN or hasattr(gguf.quants, kind.name):
+        return ""
+    return f"stored as {kind.name}, which the package gguf cannot turn into numbers"
 
 
 def _read(file: OpenedFile, place: tuple[int, int], kind: Any, shape: tuple[int, ...]) -> Tensor:
@@ -64,8 +90,7 @@ def _read(file: OpenedFile, place: tuple[int, int], kind: Any, shape: tuple[int,
     import numpy as np
 
     content = np.frombuffer(file.read(*place), dtype=np.uint8)
-    plain = {"F32": np.float32, "F16": np.float16, "F64": np.float64}.get(kind.name)
-    if plain is not None:
-        return torch.from_numpy(content.view(plain)).reshape(shape)
+    if kind.name in _PLAIN:
+        return torch.from_numpy(content.view(_PLAIN[kind.name])).reshape(shape)
     rows = content.reshape(*shape[:-1], -1)
     return torch.from_numpy(gguf.quants.dequantize(rows, kind)).reshape(shape)

@@ -95,6 +95,8 @@ def read_header(file: OpenedFile) -> Header:
     if not isinstance(header, dict):
         raise ValueError("the header is no object")
     metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise ValueError("its metadata are no texts by name")
     _check_offsets([tuple(entry["data_offsets"]) for entry in header.values()], file.size - 8 - length)
     return Header(header, metadata, 8 + length)
 

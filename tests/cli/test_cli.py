@@ -22,12 +22,16 @@ from torch import nn
 from typer.testing import CliRunner, Result
 
 from farms_tb import LayerRecord, analyze, analyze_checkpoint
+from farms_tb.cli import measuring
 from farms_tb.cli.app import app
 from farms_tb.cli.measuring import COLUMNS, Wanted, measure
 from farms_tb.cli.pairing import paired
 from farms_tb.cli.sources import Source, open_source
 from farms_tb.cli.tables import Column
 from farms_tb.options import SpectrumOptions, as_plain
+from farms_tb.spectra.measure import blank
+from farms_tb.spectra.permutation_null import null_seconds
+from farms_tb.weights.layers import checked_layers
 from farms_tb.weights.stacks import MatrixStack
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(torch.jit|forkpty)")
@@ -107,6 +111,12 @@ def test_measures_as_a_preset_does() -> None:
     rows = rows_of("analyze", NET, "--preset", "model_balancing", "--min-eigenvalues", 6)
     expected = analyze(net(), preset="model_balancing", min_eigenvalues=6).alphas
     assert {name: row["alpha"] for name, row in rows.items()} == expected
+    of_whole = analyze(net(), preset="tempbalance").alphas
+    of_windows = analyze(net(), preset="tempbalance", esd="farms").alphas
+    assert of_whole != of_windows
+    for typed, expected in (((), of_whole), (("--esd", "farms"), of_windows)):
+        rows = rows_of("analyze", NET, "--preset", "tempbalance", *typed)
+        assert {name: row["alpha"] for name, row in rows.items()} == expected
     refused = run("analyze", NET, "--preset", "lrr")
     assert refused.exit_code == 2
     assert "preset" in refused.output
@@ -623,11 +633,17 @@ def test_analyze_says_what_the_numbers_mean(weights: Path) -> None:
     assert facts["summaries"][str(weights)]["verdicts"]["random"] >= 1
 
 
-def test_nulls_can_be_left_out_and_are_where_they_take_long(weights: Path, tmp_path: Path) -> None:
+def test_nulls_can_be_left_out_and_are_where_they_take_long(
+    weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert all(row["null_mean"] is None for row in rows_of("analyze", weights, "--no-null").values())
-    torch.save({f"{i}.weight": torch.randn(1, 1).expand(1800, 1800) for i in range(20)}, tmp_path / "large.pt")
-    found = run("analyze", tmp_path / "large.pt", "--filter", "nothing")
-    assert "over a minute" in found.stderr
+    layers = [layer for layer in checked_layers(net()) if not layer.problem]
+    seconds = [null_seconds(blank(layer), SpectrumOptions()) for layer in layers]
+    monkeypatch.setattr(measuring, "QUICK_NULLS", 1.01 * max(seconds))
+    assert sum(seconds) > 1.02 * max(seconds)
+    assert "over a minute" in run("analyze", weights).stderr
+    some = rows_of("analyze", weights, "--filter", layers[0].name)
+    assert some[layers[0].name]["null_mean"] is not None, "one layer alone is quick"
 
 
 def test_a_model_is_compared_as_a_whole_with_another(weights: Path) -> None:
@@ -655,6 +671,11 @@ def test_compare_looks_at_the_difference_of_the_weights(tmp_path: Path) -> None:
     assert rows["full"]["difference_alpha"] == pytest.approx(2.1, abs=0.4)
     assert (rows["same"]["difference_norm"], rows["same"]["difference_rank"]) == (0.0, 0)
     assert rows["other"]["difference_norm"] is None
+    torch.save(
+        {f"{key}.weight": weight.to(torch.float8_e4m3fn) for key, weight in base.items()}, tmp_path / "c.pt"
+    )
+    rounded = rows_of("compare", tmp_path / "a.pt", tmp_path / "c.pt")
+    assert rounded["low"]["difference_norm"] == pytest.approx(0.03, abs=0.01)
     plain = rows_of("compare", tmp_path / "a.pt", tmp_path / "b.pt", "--no-difference")
     assert "difference_norm" not in plain["low"]
 

@@ -62,6 +62,15 @@ def test_the_plan_is_that_of_python(weights: Path, tmp_path: Path) -> None:
     assert "head" not in done.stdout
 
 
+def test_the_layers_are_those_that_analyze_measures(tmp_path: Path) -> None:
+    state = {"layers.0.fc.weight": torch.randn(48, 32), "layers.0.embed.weight": torch.randn(64, 32)}
+    save_file(state, tmp_path / "model.safetensors")
+    for options, expected in (((), ["layers.0.fc"]), (("--embeddings",), ["layers.0.embed", "layers.0.fc"])):
+        done = run(tmp_path, "--target", 0.5, "--granularity", "matrix", *options, "-o", tmp_path / "plan.json")
+        assert done.exit_code == 0, done.stderr
+        assert sorted(SparsityPlan.load(tmp_path / "plan.json").layers) == expected
+
+
 def test_the_table_compares_with_depth(weights: Path) -> None:
     done = run(weights, "--target", 0.7, "--window", 16)
     assert re.search(r"total sparsity 0\.700000 of [\d,]+ entries \(24 layers, 4 blocks\)", done.stdout)

@@ -38,6 +38,10 @@ ENCODER_DECODER = {
     **{name: SMALL[name] for name in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")},
 }
 
+ENCODERS = tuple(
+    f"{name}ForMaskedLM" for name in ("Bert", "Albert", "DistilBert", "Electra", "ModernBert", "MPNet", "Roberta")
+)
+
 TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
     "LlamaForCausalLM": ("LlamaConfig", GROUPED),
     "GPT2LMHeadModel": (
@@ -45,7 +49,7 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
         {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 64, "bos_token_id": 1, "eos_token_id": 2},
     ),
     "GPTNeoXForCausalLM": ("GPTNeoXConfig", SMALL),
-    "BertForMaskedLM": ("BertConfig", SMALL),
+    **{name: (name.replace("ForMaskedLM", "Config"), SMALL) for name in ENCODERS},
     "T5ForConditionalGeneration": (
         "T5Config",
         {"d_model": 32, "d_ff": 48, "num_layers": 2, "num_heads": 4, "d_kv": 8, "vocab_size": 64},
@@ -173,7 +177,7 @@ def test_rows_are_those_of_the_model(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", ["GPT2LMHeadModel", "BertForMaskedLM", "WhisperForConditionalGeneration"])
+@pytest.mark.parametrize("name", ["GPT2LMHeadModel", "WhisperForConditionalGeneration", *ENCODERS])
 def test_tied_heads_of_a_folder(name: str, tmp_path: Path) -> None:
     """The folder holds the embedding alone; its `config.json` says that the head shares it."""
     model = of_transformers(name)

@@ -218,7 +218,7 @@ def test_foreign_objects_are_skipped(protocol: int, legacy: bool, tmp_path: Path
     assert set(sys.modules) == modules
 
 
-@pytest.mark.parametrize("key", ["model_state", "module", "params", "ema", "net"])
+@pytest.mark.parametrize("key", ["model_state", "module", "params", "ema", "net", "weights_optimal"])
 def test_weights_under_another_key(key: str, tmp_path: Path) -> None:
     net = nn.Sequential(nn.Linear(20, 30))
     torch.save({"epoch": 3, key: net.state_dict(), "optimizer": {"state": {}}}, tmp_path / "weights.pt")
@@ -298,6 +298,7 @@ def test_gguf(tmp_path: Path) -> None:
     codes = gguf.quants.quantize(weight.numpy(), gguf.GGMLQuantizationType.Q8_0)
     writer.add_tensor("output.weight", codes, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
     writer.add_tensor("blk.0.ffn_up_exps.weight", torch.randn(4, 32, 16).numpy())
+    writer.add_tensor("blk.0.map.weight", torch.zeros(64, 32, dtype=torch.int32).numpy())
     for write in ("write_header_to_file", "write_kv_data_to_file", "write_tensors_to_file", "close"):
         getattr(writer, write)()
     layers = analyze_checkpoint(path).layers
@@ -307,6 +308,7 @@ def test_gguf(tmp_path: Path) -> None:
     assert abs(layers["output"].alpha - layers["blk.0.attn_q"].alpha) < 0.05  # type: ignore[operator]
     assert layers["token_embd"].status.startswith("embedding")
     assert layers["blk.0.ffn_up_exps"].shape == (4, 32, 16)
+    assert "I32" in layers["blk.0.map"].status
     path.write_bytes(path.read_bytes()[:3000])
     with pytest.raises(ValueError, match=r"cannot read .*model.gguf"):
         analyze_checkpoint(path)
