@@ -13,12 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from farms_tb.options import check_integer
 from farms_tb.weights.layers import unwrap
@@ -267,7 +269,8 @@ def checked_batches(model: nn.Module, calibration: Iterable[Batch] | None, *, re
         required: whether there must be some.
 
     Returns:
-        The batches; an empty list where there are none.
+        The batches, their tensors on the device of the model's first parameter; an empty list where there are
+        none.
 
     Raises:
         TypeError: a batch is no dict.
@@ -295,7 +298,12 @@ def checked_batches(model: nn.Module, calibration: Iterable[Batch] | None, *, re
         ids = batch.get("input_ids")
         if isinstance(ids, Tensor):
             check_vocabulary("calibration", ids, size)
-    return batches
+    parameter = next(model.parameters(), None)
+    if parameter is None:
+        return batches
+    return [
+        pytree.tree_map_only(Tensor, partial(Tensor.to, device=parameter.device), dict(batch)) for batch in batches
+    ]
 
 
 def check_vocabulary(argument: str, ids: Tensor, size: int | None) -> None:

@@ -251,12 +251,11 @@ def _with_model(run: PreparedRun, progress: Progress) -> Mapping[str, PrunedLaye
     model = load_model(wish.folder, run.config, stored.dtype).to(wish.device)
     weights = dict(zip(stored.layers, planned_weights(model, stored.plan), strict=True))
     _check_same_weights(wish.folder, stored, weights)
-    batches = [{name: ids.to(wish.device) for name, ids in batch.items()} for batch in run.batches]
     report = prune(
         model,
         stored.plan,
         wish.method,
-        calibration=batches,
+        calibration=run.batches,
         structure=wish.structure,
         checkpoint=run.unfinished.blocks,
         progress=partial(progress, "pruning blocks"),

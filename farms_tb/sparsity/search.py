@@ -11,28 +11,25 @@ pruning; the weights are put back afterwards. The coefficients are found by comp
 candidates.
 
 The best of many candidates looks better than it is on the batches that chose it. So a part of the batches takes no
-part in the search: the winner is taken only where it beats the uniform allocation on these in a paired t test at
-the level of 97.5 %. With a margin of one standard error, an allocation that is no better would pass one time in
-six.
+part in the search: the winner is taken only where it beats the uniform allocation on these in a one-sided paired
+t-test at the significance level of 2.5 %. With a margin of one standard error, an allocation that is no better
+would pass one time in six.
 """
 
 from __future__ import annotations
 
 import math
-import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from farms_tb.options import check_choice
 from farms_tb.sparsity import ratios
-from farms_tb.sparsity.calibration import Batch
+from farms_tb.sparsity.calibration import Batch, checked_batches
 from farms_tb.sparsity.compass import Budget, Point, compass_search
 from farms_tb.sparsity.filling import Filling, Floats
 from farms_tb.sparsity.layers import Layers
@@ -41,6 +38,7 @@ from farms_tb.sparsity.options import SparsityOptions
 from farms_tb.sparsity.plan import SparsityPlan
 from farms_tb.sparsity.prunable import planned_weights
 from farms_tb.sparsity.prune import prune
+from farms_tb.sparsity.sequential import evaluating
 from farms_tb.sparsity.shrinkage import shrunk_effects
 from farms_tb.sparsity.student import t_quantile
 
@@ -121,9 +119,8 @@ def searched(
     Raises:
         ValueError: there are too few batches, or a batch has no loss.
     """
-    start = time.perf_counter()
     check_choice("prune_method", options.prune_method, PruneMethod)
-    batches = _split(trial.calibration)
+    batches = _split(checked_batches(trial.model, trial.calibration, required=True))
     directions = _directions(layers)
 
     def plan_of(point: Point) -> SparsityPlan:
@@ -145,8 +142,6 @@ def searched(
         "prune_method": options.prune_method,
     }
     note = _note(len(values), options.prune_method, (difference, error), is_better)
-    # The cost is no part of the plan, so that two searches of the same data give the same plan.
-    print(f"{note}; {time.perf_counter() - start:.0f} s", file=sys.stderr)
     plan = plan_of(best if is_better else uniform)
     return replace(
         plan, epsilon=_half_width(plan), options={**plan.options, "search": found}, notes=(*plan.notes, note)
@@ -200,23 +195,16 @@ def weights_put_back(model: nn.Module, plan: SparsityPlan) -> Iterator[None]:
 
 def _losses(model: nn.Module, batches: Sequence[Batch]) -> Floats:
     """Return the loss of each batch, in evaluation mode and without gradients."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            return np.array([model_loss(model, batch) for batch in batches], dtype=np.float64)
-    finally:
-        for module, was_training in modes:
-            module.training = was_training
+    with evaluating(model):
+        return np.array([model_loss(model, batch) for batch in batches], dtype=np.float64)
 
 
-def _split(calibration: Iterable[Batch]) -> _Batches:
+def _split(batches: Sequence[Batch]) -> _Batches:
     """Deal batches to their purposes, in turn.
 
     Raises:
         ValueError: there are too few.
     """
-    batches = list(calibration)
     if len(batches) < FEWEST_BATCHES:
         raise ValueError(
             f"method='search' needs at least {FEWEST_BATCHES} batches of calibration, got {len(batches)}: half of "

@@ -53,6 +53,8 @@ def compare_arms(cfg: DictConfig) -> Iterator[Row]:
         resolved(SpectrumOptions, None, measure)
     device = _checked_device(cfg.device)
     task = build(cfg, "task")
+    if "search" in options and not task.has_loss:
+        raise RecipeError("arms: search goes by the model's loss on calibration data, and images have none")
     with refused("calibration"):
         needs_data = cfg.method != "magnitude" or "search" in options
         batches = task.batches(cfg.seed) if needs_data else None

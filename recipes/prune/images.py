@@ -33,6 +33,9 @@ class ImageTask:
         RecipeError: the weights or the images to evaluate are missing.
     """
 
+    has_loss = False
+    """Whether the model gives a loss for a batch of calibration data, by which `method="search"` goes."""
+
     def __init__(
         self,
         model: Mapping[str, Any],

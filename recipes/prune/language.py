@@ -33,6 +33,9 @@ class LanguageTask:
         ValueError: the folder holds no such model or tokenizer, or a text is empty.
     """
 
+    has_loss = True
+    """Whether the model gives a loss for a batch of calibration data, by which `method="search"` goes."""
+
     def __init__(
         self, model: Mapping[str, Any], calibration: Mapping[str, Any], evaluation: Mapping[str, Any]
     ) -> None:

@@ -207,6 +207,7 @@ def test_image_classifiers_are_pruned_and_compared(folder: Path, tmp_path: Path,
         (("experiment=prune/llama_7b", "model.path=/nowhere", "target=2", "epsilon=0.2"), "target"),
         (("experiment=prune/llama_7b", "model.path=/nowhere", "measure.fit=best"), "measure: fit"),
         (("experiment=prune/vit_base", "{images}"), "weights.pth"),
+        (("experiment=prune/vit_base", "{images}", "arms=[search]"), "search goes by the model's loss"),
     ],
 )
 def test_mistakes_end_in_one_sentence(
