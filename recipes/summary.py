@@ -16,6 +16,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -210,10 +211,10 @@ def print_summary(console: Console, folder: Path, facts: Mapping[str, Any], rows
     lines += [
         f"best epoch {_cell(facts['best_epoch'], 'd')} by {facts['monitor']} {_cell(facts['best_score'], '.4g')}, "
         f"{facts['parameters']:,} parameters, {facts['seconds']:.0f} s",
-        f"run folder  {folder}",
-        f"in it       {', '.join(sorted(path.name for path in folder.iterdir() if path.name[0] != '.'))}",
+        f"run folder  {escape(str(folder))}",
+        f"in it       {escape(', '.join(sorted(path.name for path in folder.iterdir() if path.name[0] != '.')))}",
     ]
     for run in facts["wandb"]:
-        lines.append(f"W&B         {run}")
-    title = f"{facts['name']}, balancing={facts['arm']}, seed {facts['seed']}"
+        lines.append(f"W&B         {escape(run)}")
+    title = escape(f"{facts['name']}, balancing={facts['arm']}, seed {facts['seed']}")
     console.print(Panel("\n".join(lines), title=title, title_align="left", expand=False))

@@ -16,6 +16,7 @@ from recipes.data.loaders import evaluation_loader, training_loader
 __all__ = ["DigitsData"]
 
 TOTAL = 1797
+CLASSES = 10
 
 
 class DigitsData(LightningDataModule):
@@ -51,10 +52,10 @@ class DigitsData(LightningDataModule):
     ) -> None:
         super().__init__()
         sizes = (train_size, val_size, test_size)
-        if min(sizes) < 10 or sum(sizes) > TOTAL:
+        if min(sizes) < CLASSES or sum(sizes) > TOTAL:
             raise ValueError(
-                f"data.train_size, val_size and test_size must each be at least 10 and sum to at most {TOTAL}, "
-                f"got {train_size} + {val_size} + {test_size}"
+                f"data.train_size, val_size and test_size must each be at least {CLASSES} and sum to at most "
+                f"{TOTAL}, got {train_size} + {val_size} + {test_size}"
             )
         self.train_size, self.val_size, self.test_size = sizes
         self.image_size = image_size
@@ -84,8 +85,8 @@ class DigitsData(LightningDataModule):
         images, labels = self._images()
         rest, test = self._split(labels, range(TOTAL), self.test_size)
         rest, val = self._split(labels, rest, self.val_size)
-        train = rest
-        if len(rest) > self.train_size:
+        train = rest[: self.train_size]  # in random order
+        if len(rest) - self.train_size >= CLASSES:
             _, train = self._split(labels, rest, self.train_size)
         mean, deviation = images[train].mean(), images[train].std()
         for name, indices in (("train", train), ("val", val), ("test", test)):

@@ -96,7 +96,10 @@ def _arguments(cfg: DictConfig, examples: int) -> transformers.TrainingArguments
     batch = options["per_device_train_batch_size"] * options.get("gradient_accumulation_steps", 1)
     warmup = options["warmup_steps"]
     if 0 < warmup < 1:  # only the latest transformers takes a fraction
-        warmup = math.ceil(warmup * options["num_train_epochs"] * math.ceil(examples / batch))
+        steps = options["num_train_epochs"] * math.ceil(examples / batch)
+        if options.get("max_steps", -1) > 0:
+            steps = options["max_steps"]
+        warmup = math.ceil(warmup * steps)
     return build(cfg, "training", warmup_steps=warmup)  # type: ignore[no-any-return]
 
 

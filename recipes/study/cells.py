@@ -33,8 +33,8 @@ __all__ = ["Cell", "Options", "Resources", "Study", "load_study"]
 
 ENGINES = ("local", "ray")
 
-_OURS = ("seed", "lr", "balancing", "ckpt_path")
-"""Settings that a user of a study can't set: it sets the first three for every run itself, and resumes no run."""
+_SET_BY_STUDY = ("seed", "lr", "balancing")
+"""Settings of each run that the study decides."""
 
 _NOT_IN_IDENTITY = ("paths", "logger", "callbacks", "threads", "ckpt_path", "arms", "seed", "seeds")
 """Sections that results do not depend on: where files are, who logs what, and what each run has of its own."""
@@ -373,8 +373,10 @@ def _sort_overrides(overrides: Sequence[str]) -> _Overrides:
             found.study.append(text)
         elif name == "experiment":
             found.experiments = value.split(",")
-        elif name in _OURS:
-            raise RecipeError(f"{text} can't be set: a study sets {', '.join(_OURS[:3])} for every run itself")
+        elif name == "ckpt_path":
+            raise RecipeError(f"{text} can't be set: a study starts every run anew; its finished runs are kept")
+        elif name in _SET_BY_STUDY:
+            raise RecipeError(f"{text} can't be set: a study sets {', '.join(_SET_BY_STUDY)} of every run itself")
         else:
             found.runs.append(text)
     return found

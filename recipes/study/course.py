@@ -58,8 +58,9 @@ class Ratios:
     def facts(self) -> dict[str, float]:
         """Return `mean_ratio` and `ratio_sd` of `recipes.study.records.Record`.
 
-        The mean is over layers, each weighted by its entries, and over measurements; 1 without any. The standard
-        deviation is over the layers, weighted likewise; its mean over measurements, 0 without any.
+        The mean is over layers, each weighted by its entries, and over measurements; 1 without any. Layers that
+        have matrices and no alpha count with their ratio, 1. The standard deviation is over the layers, weighted
+        likewise; its mean over measurements, 0 without any.
         """
         return {"mean_ratio": fmean(self._means or [1.0]), "ratio_sd": fmean(self._deviations or [0.0])}
 
@@ -126,8 +127,20 @@ class Course(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the weights."""
-        epoch = trainer.current_epoch + 1
-        self._weights.keep(pl_module, epoch, trainer.max_epochs or epoch)
+        self._weights.keep(pl_module, trainer.current_epoch + 1, planned_epochs(trainer))
+
+
+def planned_epochs(trainer: Trainer) -> int:
+    """Return how many epochs a run has, by `max_epochs` or `max_steps`, whichever ends it first.
+
+    Args:
+        trainer: Lightning's, in training; of a run without end, the epochs until now count.
+    """
+    steps = trainer.estimated_stepping_batches
+    if math.isinf(steps):
+        return trainer.current_epoch + 1
+    per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+    return math.ceil(steps / per_epoch)
 
 
 def _copied(module: nn.Module) -> dict[str, Tensor]:

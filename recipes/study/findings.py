@@ -51,7 +51,7 @@ class Findings:
         rules: The same by three rules of scoring.
         curves: Validation error over base learning rate.
         mediation: Ratios and effect of each arm.
-        contrasts: Arms that gave the same ratios to other layers.
+        contrasts: Pairs of arms with the same base rate, mean ratio and spread.
     """
 
     arms: tuple[str, ...]

@@ -65,7 +65,7 @@ class Mediation:
 
 @dataclass(frozen=True)
 class Contrast:
-    """Two arms with the same base learning rate, mean ratio and spread, on other layers.
+    """Two arms with the same base learning rate, mean ratio and spread of ratios.
 
     Attributes:
         cell: Name of the cell.
@@ -117,10 +117,10 @@ def _effect(own: Mapping[int, Record], others: Mapping[int, Record]) -> Effect |
 
 
 def contrasts(rows: Sequence[Mediation], cells: Mapping[str, Records]) -> list[Contrast]:
-    """Compare the arms with each other that gave the same ratios to other layers.
+    """Compare the arms with each other that have the same base learning rate, mean ratio and spread of ratios.
 
-    If their errors are the same, their effects are not those of the alphas, because the alphas say only which
-    layer has which ratio.
+    Where their errors differ, it matters which layer has which ratio. Where they do not, it does not matter, if
+    the two arms give their ratios to different layers, as an arm and its permutation do; that is not looked at.
 
     Args:
         rows: What each arm did. Arms without any spread gave every layer the same, and are compared with none.

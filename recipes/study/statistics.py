@@ -151,6 +151,9 @@ def random_effects(cells: Sequence[Mapping[int, float]]) -> RandomEffects | None
     Sources: Paule and Mandel, J. Res. Natl. Bur. Stand. 87, 377 (1982); Hartung and Knapp, Stat. Med. 20, 3875
     (2001); the factor of at least 1: Roever, Knapp and Friede, BMC Med. Res. Methodol. 15, 99 (2015).
 
+    Where an arm changes nothing in a cell, every log ratio is 0. It counts with the standard error that the seeds
+    of the other cells would give it: counted as known for certain, one such cell would decide the mean.
+
     Args:
         cells: For each cell the log ratio of each seed. Cells with fewer than two are left out, because their
             standard error is unknown; so are those with the same one for all seeds, other than 0.
@@ -162,12 +165,15 @@ def random_effects(cells: Sequence[Mapping[int, float]]) -> RandomEffects | None
     if len(known) < 2:
         return None
     means = [float(np.mean(cell)) for cell in known]
-    errors = [float(np.std(cell, ddof=1)) / math.sqrt(len(cell)) for cell in known]
+    variances = [float(np.var(cell, ddof=1)) for cell in known]
+    typical = [variance for variance in variances if variance > 0] or [0.0]
+    within = float(np.mean(typical))
+    errors = [math.sqrt((own or within) / len(cell)) for own, cell in zip(variances, known, strict=True)]
     fit = shrunk_effects(means, errors)
-    variances = [fit.tau**2 + error**2 for error in errors]
+    spreads = [fit.tau**2 + error**2 for error in errors]
     half = 0.0
-    if min(variances) > 0:
-        total = math.fsum(1 / variance for variance in variances)
+    if min(spreads) > 0:
+        total = math.fsum(1 / spread for spread in spreads)
         half = float(stats.t.ppf((1 + LEVEL) / 2, len(known) - 1)) / math.sqrt(total)
     return RandomEffects(fit.mean, fit.mean - half, fit.mean + half, fit.tau, len(known))
 

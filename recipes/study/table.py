@@ -226,7 +226,7 @@ def _mediation_cells(row: Mediation) -> list[str]:
 
 
 def print_contrasts(console: Console, found: Sequence[Contrast]) -> None:
-    """Print how the errors of arms differ that gave the same ratios to other layers; nothing without any.
+    """Print how the errors of arms differ with the same base rate, mean ratio and spread; nothing without any.
 
     Args:
         console: Where to print.
@@ -234,7 +234,7 @@ def print_contrasts(console: Console, found: Sequence[Contrast]) -> None:
     """
     if not found:
         return
-    title = "Arms that gave other layers the same base rate and ratios"
+    title = "Arms with the same base rate, mean ratio and spread"
     table = _table(title, ("against", "difference % (95% interval)", "p (Holm)"))
     _add_groups(table, found, _contrast_cells)
     console.print(table)

@@ -307,22 +307,24 @@ def about_contrasts(found: Sequence[Contrast]) -> str:
     """Say whether it matters which layer has which ratio.
 
     Args:
-        found: Arms that gave the same ratios to other layers; those with fewer than five seeds are not looked at.
+        found: Arms with the same base rate, mean ratio and spread; those with fewer than five seeds are not looked
+            at.
     """
     known = [contrast for contrast in found if contrast.effect.pairs >= ENOUGH_SEEDS]
     alike = "the same base rate, mean ratio and spread"
     if not known:
         return (
-            f"No two arms with {ENOUGH_SEEDS} seeds gave other layers {alike}: what an effect owes to the alphas "
+            f"No two arms with {ENOUGH_SEEDS} seeds have {alike}: what an effect owes to the alphas "
             "can't be told from what it owes to these."
         )
     different = sum(contrast.p_holm < SIGNIFICANT for contrast in known)
     if not different:
         return (
-            f"Arms that gave other layers {alike} don't differ beyond the noise: of an effect no more than the "
-            "intervals above hold comes from which layer has which ratio, and so from the alphas."
+            f"Arms with {alike} don't differ beyond the noise. Of those that gave their ratios to different "
+            "layers, as an arm and its permutation do, no more of an effect than the intervals above hold comes "
+            "from which layer has which ratio, and so from the alphas."
         )
     return (
-        f"Of {len(known)} pairs of arms that gave other layers {alike}, {different} differ beyond the noise (5%, "
-        "Holm): there it matters which layer has which ratio."
+        f"Of {len(known)} pairs of arms with {alike}, {different} differ beyond the noise (5%, Holm): there it "
+        "matters which layer has which ratio."
     )

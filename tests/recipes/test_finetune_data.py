@@ -17,6 +17,7 @@ pytest.importorskip("datasets")
 from farms_tb import FARMSTrainerCallback
 from recipes.config import ARMS, CONFIG_DIR, build_balancer
 from recipes.errors import RecipeError
+from recipes.finetune.building import _arguments
 from recipes.finetune.data import TaskData
 from recipes.finetune.draw import draw_apart, draw_stratified
 from recipes.finetune.heads import HEADS
@@ -160,6 +161,12 @@ PUBLISHED = [
     ("squad", "0.01", "model_balancing", (2e-5, 24, 1, 1)),
     ("chemprot", "1.0", "off", (3e-5, 16, None, None)),
 ]
+
+
+@pytest.mark.parametrize(("more", "warmup"), [((), 60), (("+training.max_steps=100",), 6)])
+def test_a_fraction_of_the_run_warms_up(more: tuple[str, ...], warmup: int, tmp_path: Path) -> None:
+    cfg = settings("experiment=model_balancing/glue", f"training.output_dir={tmp_path}", *more)
+    assert _arguments(cfg, 100 * cfg.training.per_device_train_batch_size).warmup_steps == warmup
 
 
 @pytest.mark.parametrize(("task", "fraction", "arm", "expected"), PUBLISHED)

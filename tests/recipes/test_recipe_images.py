@@ -475,6 +475,12 @@ def test_digits_enlarged() -> None:
     assert next(iter(data.val_dataloader()))[0].shape[1:] == data.sample_shape == (1, 32, 32)
 
 
+def test_digits_of_which_few_are_left_over() -> None:
+    data = DigitsData(train_size=1000, val_size=292, test_size=500)
+    data.setup("fit")
+    assert len(data.datasets["train"]) == 1000
+
+
 def test_digits_too_many() -> None:
     with pytest.raises(ValueError, match="at most 1797, got 1700 \\+ 297 \\+ 500"):
         DigitsData(train_size=1700)

@@ -297,6 +297,7 @@ def _tiny(tmp_path: Path, *more: str) -> list[str]:
         (("experiment=nothing",), "experiment=nothing: .*experiment/nothing"),
         (("experiment=darcy_fno", "seed=3"), "seed=3 can't be set: a study sets seed, lr, balancing"),
         (("experiment=darcy_fno", "balancing=full"), "balancing=full can't be set"),
+        (("experiment=darcy_fno", "ckpt_path=x"), "ckpt_path=x can't be set: a study starts every run anew"),
         (
             ("experiment=darcy_fno", "study.arms=[farms]"),
             r"study.baseline=off is not one of study.arms \['farms'\]",

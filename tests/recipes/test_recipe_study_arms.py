@@ -9,14 +9,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hydra.core.global_hydra import GlobalHydra
+from lightning import LightningModule, Trainer
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from recipes.config import CONFIG_DIR
 from recipes.errors import RecipeError
 from recipes.study.cells import Cell, load_study
-from recipes.study.course import best_epochs, evaluated_epochs
+from recipes.study.course import Course, Ratios, Weights, best_epochs, evaluated_epochs
 from recipes.study.records import Job, Record, read_records, write_records
 from recipes.study.single import run_once
+from tests.helpers import LIGHTNING_NOISE
 from tests.recipes.recipe_runs import TINY_DARCY, TINY_STUDY
 
 REVERSED = "+study.variants={reversed: ['balancing=farms', 'balancing.favor=small_alpha']}"
@@ -100,6 +105,36 @@ def test_the_best_epoch_is_that_of_validation_and_the_lowest_test_error_looks_at
         "lowest_test": pytest.approx(0.8),
     }
     assert all(map(math.isnan, best_epochs({1: {"val/loss": math.inf, "test/loss": 1.0}}, "loss").values()))
+
+
+@pytest.mark.filterwarnings(*(mark.args[0] for mark in LIGHTNING_NOISE))
+@pytest.mark.parametrize(("epochs", "steps"), [(3, -1), (-1, 5), (9, 6)])
+def test_epochs_are_kept_whatever_ends_the_run(epochs: int, steps: int, tmp_path: Path) -> None:
+    class Regression(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Linear(4, 1)
+
+        def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
+            return self.net(batch[0]).square().mean()
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    module, weights = Regression(), Weights(10)
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=epochs,
+        max_steps=steps,
+        callbacks=[Course(Ratios(None), weights)],
+        default_root_dir=tmp_path,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, DataLoader(TensorDataset(torch.randn(8, 4)), batch_size=4))
+    assert list(weights.epochs(module, 3)) == [1, 2, 3]
 
 
 def _facts(cell: Cell, arm: str, evaluations: int) -> dict[str, Any]:

@@ -101,6 +101,10 @@ def test_effect_over_tasks_at_its_edges() -> None:
     assert same.tau == 0
     assert same.high - same.mean == pytest.approx(stats.t.ppf(0.975, 1) * 0.1 / math.sqrt(2))
     assert random_effects([{1: 0.0, 2: 0.0}, {1: 0.0, 2: 0.0}]) == RandomEffects(0.0, 0.0, 0.0, 0.0, 2)
+    unchanged = {1: 0.0, 2: 0.0}
+    noisy = [_samples(0.05, 0.2), _samples(-0.05, 0.2)]
+    found, with_noise = random_effects([unchanged, *noisy]), random_effects([_samples(0.0, 0.2), *noisy])
+    assert found == with_noise, "where nothing was changed, the effect on a task like it is not known better"
     alike = {1: 0.1, 2: 0.1, 3: 0.1}  # which does not say that nothing varies
     for too_few in ([], [_samples(0.2, 0.1)], [_samples(0.2, 0.1), {1: 0.3}], [_samples(0.2, 0.1), alike]):
         assert random_effects(too_few) is None
