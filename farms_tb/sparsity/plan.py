@@ -9,15 +9,15 @@ from __future__ import annotations
 import csv
 import json
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from io import StringIO
 from os import PathLike
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any
 
 from farms_tb.atomic_write import write_text_atomically
+from farms_tb.options import check_choice, check_integer, check_number, plain_value
 from farms_tb.sparsity.options import Granularity
 
 FORMAT = "farms_tb sparsity plan"
@@ -38,7 +38,8 @@ class PlannedLayer:
         shape: shape of its stack of matrices, (K, R, C), as in a `LayerRecord`; empty where it is not known.
 
     Raises:
-        ValueError: `size` is not positive, `sparsity` negative or not finite.
+        TypeError: a field has another type.
+        ValueError: a size is not positive, `sparsity` negative, or a number not finite.
     """
 
     size: int
@@ -49,10 +50,19 @@ class PlannedLayer:
     shape: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.size < 1:
-            raise ValueError(f"the size of a layer must be at least 1, got {self.size!r}")
-        if not (math.isfinite(self.sparsity) and self.sparsity >= 0):
-            raise ValueError(f"the sparsity of a layer must be finite and at least 0, got {self.sparsity!r}")
+        for name in ("size", "sparsity", "alpha", "alpha_error"):
+            object.__setattr__(self, name, plain_value(getattr(self, name)))
+        check_integer("size", self.size, 1)
+        check_number("sparsity", self.sparsity, at_least=0)
+        _check_type("block", self.block, str, "text, empty where there is none")
+        if self.alpha is not None:
+            check_number("alpha", self.alpha)
+        if self.alpha_error is not None:
+            check_number("alpha_error", self.alpha_error)
+        _check_type("shape", self.shape, (list, tuple), "a list of sizes, empty where they are not known")
+        for size in self.shape:
+            check_integer("shape", size, 1)
+        object.__setattr__(self, "shape", tuple(self.shape))
 
 
 @dataclass(frozen=True)
@@ -69,6 +79,10 @@ class SparsityPlan:
         seed: of whatever was random.
         options: everything else that was asked for, plain values by name: how alpha was measured, for example.
         notes: what the user should know of the plan, a sentence each.
+
+    Raises:
+        TypeError: a field has another type.
+        ValueError: a field is out of range.
     """
 
     layers: Mapping[str, PlannedLayer]
@@ -80,6 +94,26 @@ class SparsityPlan:
     seed: int = 0
     options: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("target", "epsilon", "seed"):
+            object.__setattr__(self, name, plain_value(getattr(self, name)))
+        check_number("target", self.target, at_least=0, at_most=1)
+        _check_type("method", self.method, str, "text, such as 'alpha'")
+        check_number("epsilon", self.epsilon, at_least=0)
+        check_choice("granularity", self.granularity, Granularity)
+        if not isinstance(self.bounds, (list, tuple)) or len(self.bounds) != 2:
+            raise ValueError(f"bounds must be two numbers, got {self.bounds!r:.80}")
+        low, high = map(plain_value, self.bounds)
+        check_number("bounds", low, at_least=0)
+        check_number("bounds", high, at_least=low)
+        object.__setattr__(self, "bounds", (low, high))
+        check_integer("seed", self.seed, 0)
+        _check_type("options", self.options, Mapping, "values by name")
+        _check_type("notes", self.notes, (list, tuple), "a list of texts")
+        for note in self.notes:
+            _check_type("a note", note, str, "text")
+        object.__setattr__(self, "notes", tuple(self.notes))
 
     @property
     def sparsity(self) -> dict[str, float]:
@@ -180,7 +214,7 @@ class SparsityPlan:
             ValueError: it is no plan, is damaged, or comes from a newer version.
         """
         try:
-            values = json.loads(Path(path).read_text("utf-8"))
+            values = json.loads(Path(path).read_text("utf-8"), parse_constant=_refuse_constant)
         except (ValueError, RecursionError) as error:
             raise ValueError(_no_plan(path, f"it is no JSON ({error})")) from error
         if not isinstance(values, dict) or values.get("format") != FORMAT:
@@ -198,10 +232,6 @@ class SparsityPlan:
 
 _LAYER_FIELDS = tuple(f.name for f in fields(PlannedLayer))
 _PLAN_FIELDS = tuple(f.name for f in fields(SparsityPlan) if f.name != "layers")
-_MOST = sys.float_info.max
-_LARGEST = 2**63 - 1
-"""The largest integer of a plan, as of torch."""
-_Kind = TypeVar("_Kind")
 
 
 def _no_plan(path: object, reason: str) -> str:
@@ -233,124 +263,36 @@ def _plan_of(values: dict[str, Any]) -> SparsityPlan:
         values: fields by name; those of newer minor versions are ignored.
 
     Raises:
-        KeyError, TypeError, ValueError: something is missing or of the wrong type; the message names the field.
+        KeyError, TypeError, ValueError: something is missing or wrong; the message names the field.
     """
     layers: dict[str, PlannedLayer] = {}
-    for row in _checked("layers", values["layers"], list, "a list of layers"):
-        name = _checked("the name of a layer", _checked("a layer", row, dict, "an object")["name"], str, "text")
+    _check_type("layers", values["layers"], list, "a list of layers")
+    for row in values["layers"]:
+        _check_type("a layer", row, dict, "an object")
+        name = row["name"]
+        _check_type("the name of a layer", name, str, "text")
         if name in layers:
             raise ValueError(f"two layers are called {name!r}")
-        layers[name] = _layer_of(row, f"of layer {name!r}")
+        try:
+            layers[name] = PlannedLayer(**{own: row[own] for own in _LAYER_FIELDS})
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"layer {name!r}: {error}") from error
     if not layers:
         raise ValueError("it has no layers")
-    plan = SparsityPlan(
-        layers=layers,
-        target=_number("target", values["target"], 0, 1),
-        method=_checked("method", values["method"], str, "text, such as 'alpha'"),
-        epsilon=_number("epsilon", values["epsilon"], 0),
-        granularity=_granularity(values["granularity"]),
-        bounds=_bounds(values["bounds"]),
-        seed=_integer("seed", values["seed"], 0),
-        options=_options(values["options"]),
-        notes=_notes(values["notes"]),
-    )
-    written, found = _number("total", values["total"], 0), plan.total
+    plan = SparsityPlan(layers=layers, **{name: values[name] for name in _PLAN_FIELDS})
+    written, found = values["total"], plan.total
+    check_number("total", written, at_least=0)
     if not math.isclose(written, found, rel_tol=1e-9, abs_tol=1e-9):
         raise ValueError(f"its layers add up to a sparsity of {found:.6g}, not to its total {written:.6g}")
     return plan
 
 
-def _layer_of(row: Mapping[str, Any], where: str) -> PlannedLayer:
-    """Return the layer in one row of decoded JSON.
-
-    Args:
-        row: the row.
-        where: which layer it is, for messages.
-    """
-    shape = _checked(f"shape {where}", row["shape"], list, "a list of sizes, empty where they are not known")
-    alpha, error = (
-        None if row[name] is None else _number(f"{name} {where}", row[name]) for name in ("alpha", "alpha_error")
-    )
-    return PlannedLayer(
-        size=_integer(f"size {where}", row["size"], 1),
-        sparsity=_number(f"sparsity {where}", row["sparsity"], 0),
-        block=_checked(f"block {where}", row["block"], str, "text, empty where there is none"),
-        alpha=alpha,
-        alpha_error=error,
-        shape=tuple(_integer(f"shape {where}", size, 1) for size in shape),
-    )
+def _refuse_constant(text: str) -> None:
+    """Refuse NaN and Infinity, which are no JSON and which `save` never writes."""
+    raise ValueError(f"{text} is no number")
 
 
-def _checked(name: str, value: Any, kind: type[_Kind], allowed: str) -> _Kind:
-    """Return a value of a type, or raise a TypeError that says what is allowed for it."""
+def _check_type(name: str, value: object, kind: type | tuple[type, ...], allowed: str) -> None:
+    """Raise a TypeError that says what is allowed, unless a value is of a type."""
     if not isinstance(value, kind):
-        raise TypeError(f"{name} must be {allowed}, got {_shown(value)}")
-    return value
-
-
-def _number(name: str, value: Any, at_least: float = -_MOST, at_most: float = _MOST) -> float:
-    """Return a finite number within bounds as a float.
-
-    Raises:
-        TypeError: it is no number.
-        ValueError: it is none within the bounds.
-    """
-    is_number = type(value) in (int, float)
-    if is_number and at_least <= value <= at_most:  # NaN is not.
-        return float(value)
-    low = f" of at least {at_least:g}" if at_least > -_MOST else ""
-    allowed = f"{low} and at most {at_most:g}" if at_most < _MOST else low
-    raise (ValueError if is_number else TypeError)(f"{name} must be a finite number{allowed}, got {_shown(value)}")
-
-
-def _integer(name: str, value: Any, at_least: int) -> int:
-    """Return an integer that counts something.
-
-    Raises:
-        TypeError: it is none.
-        ValueError: it is too small or too large.
-    """
-    if type(value) is int and at_least <= value <= _LARGEST:
-        return value
-    allowed = f"an integer of at least {at_least} and below 2**63"
-    raise (ValueError if type(value) is int else TypeError)(f"{name} must be {allowed}, got {_shown(value)}")
-
-
-def _granularity(value: Any) -> str:
-    """Return what has a sparsity of its own, or raise a ValueError."""
-    if value not in get_args(Granularity):
-        allowed = ", ".join(map(repr, get_args(Granularity)))
-        raise ValueError(f"granularity must be one of {allowed}, got {_shown(value)}")
-    return str(value)
-
-
-def _bounds(value: Any) -> tuple[float, float]:
-    """Return the smallest and the largest sparsity, or raise a ValueError or TypeError."""
-    bounds = _checked("bounds", value, list, "a list of two numbers")
-    if len(bounds) != 2:
-        raise ValueError(f"bounds must be a list of two numbers, got {_shown(value)}")
-    low, high = (_number("bounds", bound, 0) for bound in bounds)
-    return low, high
-
-
-def _options(value: Any) -> dict[str, Any]:
-    """Return the further options, or raise a ValueError or TypeError."""
-    options: dict[str, Any] = _checked("options", value, dict, "an object")
-    try:
-        json.dumps(options, allow_nan=False)
-    except ValueError as error:
-        raise ValueError("options must hold finite numbers, got NaN or Infinity") from error
-    return options
-
-
-def _notes(value: Any) -> tuple[str, ...]:
-    """Return the notes, or raise a TypeError."""
-    notes = _checked("notes", value, list, "a list of texts")
-    return tuple(_checked("a note", note, str, "text") for note in notes)
-
-
-def _shown(value: Any) -> str:
-    """Return the beginning of a value for a message; a long integer cannot be printed."""
-    if isinstance(value, int) and abs(value) > _LARGEST:
-        return f"an integer of {value.bit_length()} bits"
-    return f"{value!r:.80}"
+        raise TypeError(f"{name} must be {allowed}, got {value!r:.80}")

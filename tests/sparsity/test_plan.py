@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from farms_tb.sparsity import PlannedLayer, SparsityPlan, allocate
@@ -70,32 +71,32 @@ def of_first_layer(**changes: Any) -> Any:
         (of_first_layer(sparsity="much"), "damaged"),
         (of_first_layer(size=0), "size"),
         (of_first_layer(size=1.5), "integer"),
-        (of_first_layer(shape=None), "damaged: shape of layer 'layers.0.q' must be a list"),
-        (of_first_layer(shape=[4, "4"]), "shape of layer 'layers.0.q' must be an integer"),
-        (of_first_layer(size=10**400), r"size of layer 'layers.0.q' .* below 2\*\*63, got an integer of"),
-        (of_first_layer(size=2**63), "below"),
-        (of_first_layer(sparsity="0.5"), "sparsity of layer 'layers.0.q' must be a finite number of at least 0"),
-        (of_first_layer(sparsity=10**400), "sparsity of layer"),
-        (of_first_layer(alpha="2"), "alpha of layer 'layers.0.q' must be a finite number"),
-        (of_first_layer(alpha_error=float("inf")), "alpha_error of layer"),
-        (of_first_layer(block=3), "block of layer 'layers.0.q' must be text"),
+        (of_first_layer(shape=None), "damaged: layer 'layers.0.q': shape must be a list"),
+        (of_first_layer(shape=[4, "4"]), "layer 'layers.0.q': shape must be an integer"),
+        (of_first_layer(size=10**400), "layer 'layers.0.q': size must be finite"),
+        (of_first_layer(sparsity="0.5"), "layer 'layers.0.q': sparsity must be a number"),
+        (of_first_layer(sparsity=10**400), "sparsity must be finite"),
+        (of_first_layer(alpha="2"), "layer 'layers.0.q': alpha must be a number"),
+        (of_first_layer(alpha_error=float("inf")), "Infinity is no number"),
+        (of_first_layer(block=3), "layer 'layers.0.q': block must be text"),
         (of_first_layer(name=["q"]), "name of a layer must be text"),
         (changed(layers=["q"]), "a layer must be an object, got 'q'"),
         (changed(layers={"q": 1}), "layers must be a list"),
-        (changed(target="abc"), "target must be a finite number of at least 0 and at most 1, got 'abc'"),
+        (changed(target="abc"), "target must be a number, got 'abc'"),
         (changed(target=True), "target must be"),
-        (changed(target=1.5), "target .* at most 1"),
+        (changed(target=1.5), "target must be at most 1"),
         (changed(method=7), "method must be text.*, got 7"),
-        (changed(granularity="blocks"), "granularity must be one of 'block', 'matrix', 'mixed', got 'blocks'"),
+        (changed(granularity="blocks"), "granularity must be one of .*'blocks'"),
         (changed(granularity=["block"]), "granularity must be one of"),
-        (changed(epsilon=float("nan")), "epsilon must be a finite number"),
+        (changed(epsilon=float("nan")), "NaN is no number"),
         (changed(epsilon=10**400), "epsilon must be"),
-        (changed(bounds=[0, float("nan")]), "bounds must be"),
-        (changed(bounds=[0]), "bounds must be a list of two numbers"),
-        (changed(bounds=3), "bounds must be a list of two numbers"),
+        (changed(bounds=[0, "1"]), "bounds must be"),
+        (changed(bounds=[0.9, 0.1]), "bounds must be at least 0.9"),
+        (changed(bounds=[0]), "bounds must be two numbers"),
+        (changed(bounds=3), "bounds must be two numbers"),
         (changed(seed="x"), "seed must be an integer"),
-        (changed(options=[1]), "options must be an object"),
-        (changed(options={"window": float("nan")}), "options must hold finite numbers"),
+        (changed(options=[1]), "options must be values by name"),
+        (changed(options={"window": float("nan")}), "NaN is no number"),
         (changed(notes="a note"), "notes must be a list"),
         (changed(notes=[7]), "note must be text"),
         (changed(total="much"), "total must be"),
@@ -148,7 +149,24 @@ def test_sizes_alone_and_convolutions() -> None:
     assert plan.layers["layers.0.conv"].shape == ()
 
 
-@pytest.mark.parametrize("values", [{"size": 0, "sparsity": 0.5}, {"size": 4, "sparsity": float("nan")}])
-def test_impossible_layers(values: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="layer must be"):
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"size": 0, "sparsity": 0.5}, "size must be at least 1"),
+        ({"size": 2.5, "sparsity": 0.5}, "size must be an integer"),
+        ({"size": 4, "sparsity": float("nan")}, "sparsity must be finite"),
+        ({"size": 4, "sparsity": True}, "sparsity must be a number"),
+    ],
+)
+def test_impossible_layers(values: dict[str, Any], message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
         PlannedLayer(**values)
+
+
+def test_what_can_be_made_can_be_saved_and_read(tmp_path: Path) -> None:
+    layers = {"fc": PlannedLayer(np.int64(48), np.float32(0.5), shape=[1, 6, 8])}  # type: ignore[arg-type]
+    plan = SparsityPlan(layers, np.float64(0.5), "alpha")
+    plan.save(tmp_path / "plan.json")
+    assert SparsityPlan.load(tmp_path / "plan.json") == plan
+    with pytest.raises(ValueError, match="granularity"):
+        replace(plan, granularity="row")
