@@ -43,7 +43,7 @@ class Range:
             value: Its value.
 
         Raises:
-            RecipeError: It is not.
+            RecipeError: The value is out of range or of another type.
         """
         if not self._holds(value):
             raise RecipeError(f"{name} must be {self}, got {value!r}")

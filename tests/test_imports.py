@@ -17,6 +17,7 @@ PACKAGE = Path(farms_tb.__file__).parent
 OPTIONAL = (
     *("lightning", "pytorch_lightning", "lightning_fabric", "wandb", "matplotlib", "pandas", "hydra", "omegaconf"),
     *("scipy", "sklearn", "neuralop", "tltorch", "torchvision", "rich", "typer", "transformers", "accelerate"),
+    *("safetensors", "datasets", "huggingface_hub", "peft", "bitsandbytes", "gguf", "cupy", "lm_eval"),
 )
 ROOMS = ("weights", "spectra", "balancing", "sparsity", "viewing", "training", "cli")
 """In the order of the method: a room imports from those before it."""

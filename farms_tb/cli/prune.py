@@ -22,7 +22,8 @@ from farms_tb.cli.tables import Column, print_table
 from farms_tb.report import OK
 from farms_tb.sparsity import PruneReport, SparsityPlan
 from farms_tb.sparsity.calibration_files import CalibrationFile
-from farms_tb.sparsity.methods import PruneMethod, Structure
+from farms_tb.sparsity.methods import Structure
+from farms_tb.sparsity.options import PruneMethod
 from farms_tb.sparsity.prune_files import PreparedRun, PruneWish, prepare, prune_files
 
 _COLUMNS = (

@@ -1,8 +1,8 @@
 """From alphas to the sparsity of each layer.
 
 `allocate` checks what it is given, asks one method for the ratio of each block or matrix, scales the ratios to the
-target, and says what a user should know of the result. Everything is NumPy in float64: the same input gives the
-same plan on every machine.
+target, and says what a user should know of the result. Everything but `method="search"`, which runs the model, is
+NumPy in float64.
 
 Sources: AlphaPruning (Lu et al., NeurIPS 2024, arXiv 2410.10912), FARMS (Hu et al., ICML 2025, arXiv 2506.06280),
 OWL (Yin et al., arXiv 2310.05175).

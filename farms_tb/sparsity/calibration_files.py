@@ -102,7 +102,7 @@ def _check_rows(tokens: int, file: CalibrationFile, longest: int | None) -> None
     """Refuse sequences in a file that have another length than the user asks for, or are longer than the context.
 
     Raises:
-        ValueError: they are such.
+        ValueError: their length is another one, or too long.
     """
     cut = "pass ids (tokens,), which are cut by --length"
     if file.length not in (None, tokens):

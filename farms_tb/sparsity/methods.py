@@ -17,13 +17,13 @@ from farms_tb.sparsity.masks import (
     wanda_mask,
     wanda_scores,
 )
+from farms_tb.sparsity.options import PRUNE_METHODS, PruneMethod
 from farms_tb.sparsity.plan import SparsityPlan
 from farms_tb.sparsity.prunable import Layout, PrunableWeight, from_matrix, to_matrix
 from farms_tb.sparsity.sparsegpt import DAMPING, block_counts, inverse_factor, sparsegpt
 from farms_tb.sparsity.statistics import InputStatistics
 
 __all__ = [
-    "PruneMethod",
     "Pruned",
     "Structure",
     "Wanted",
@@ -34,7 +34,6 @@ __all__ = [
     "wanted_of",
 ]
 
-PruneMethod = Literal["magnitude", "wanda", "sparsegpt"]
 Structure = Literal["unstructured", "2:4", "4:8", "mixed:8"]
 
 _FIXED: Mapping[str, tuple[int, int]] = {"2:4": (2, 4), "4:8": (4, 8)}
@@ -106,7 +105,7 @@ def _check_range(plan: SparsityPlan) -> None:
     """Refuse sparsities above 1, which plans made with `compat` may have.
 
     Raises:
-        ValueError: there is one.
+        ValueError: a sparsity is above 1.
     """
     for name, share in plan.sparsity.items():
         if share > 1:
@@ -189,7 +188,7 @@ def prune_weight(
     Raises:
         ValueError: the inputs hold NaN or inf.
     """
-    if method == "magnitude" or statistics is None or statistics.squared_norms is None:
+    if not PRUNE_METHODS[method].needs_inputs or statistics is None or statistics.squared_norms is None:
         return Pruned(smallest_entries(weight.tensor, weight.layout, wanted))
     if not statistics.squared_norms.isfinite().all():
         raise ValueError(f"the inputs of {weight.name} hold NaN or inf: check the calibration data and the dtype")

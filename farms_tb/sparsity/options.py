@@ -3,13 +3,36 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, TypedDict
+from typing import Literal, NamedTuple, TypedDict
 
 from farms_tb.options import check_choice, check_integer, check_number
 
 Method = Literal["alpha", "uniform", "depth", "shuffled", "owl", "shrinkage", "search"]
 Granularity = Literal["block", "matrix", "mixed"]
 Compat = Literal["farms", "alphapruning"]
+PruneMethod = Literal["magnitude", "wanda", "sparsegpt"]
+
+
+class PruneTraits(NamedTuple):
+    """What a way of pruning needs, and what it does.
+
+    Attributes:
+        needs_inputs: it goes by the inputs of each layer, and so needs calibration data.
+        needs_hessian: it needs the sums X X^T of the inputs as well, which take memory and time.
+        corrects: it changes the entries that stay.
+    """
+
+    needs_inputs: bool
+    needs_hessian: bool = False
+    corrects: bool = False
+
+
+PRUNE_METHODS: dict[PruneMethod, PruneTraits] = {
+    "magnitude": PruneTraits(needs_inputs=False),
+    "wanda": PruneTraits(needs_inputs=True),
+    "sparsegpt": PruneTraits(needs_inputs=True, needs_hessian=True, corrects=True),
+}
+"""The methods of pruning; how each chooses entries is in `farms_tb.sparsity.methods`."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +67,7 @@ class SparsityOptions:
     owl_lambda: float = 0.08
     compat: Compat | None = None
     seed: int = 0
-    prune_method: Literal["magnitude", "wanda", "sparsegpt"] = "wanda"
+    prune_method: PruneMethod = "wanda"
     evaluations: int = 24
 
     def __post_init__(self) -> None:
@@ -62,6 +85,7 @@ class SparsityOptions:
             )
         check_number("owl_lambda", self.owl_lambda, at_least=0, at_most=0.5)
         check_integer("seed", self.seed, at_least=0)
+        check_choice("prune_method", self.prune_method, PruneMethod)
         check_integer("evaluations", self.evaluations, at_least=1)
         if self.compat is not None:
             check_choice("compat", self.compat, Compat)
@@ -87,5 +111,5 @@ class SparsityKeywords(TypedDict, total=False):
     owl_lambda: float
     compat: Compat | None
     seed: int
-    prune_method: Literal["magnitude", "wanda", "sparsegpt"]
+    prune_method: PruneMethod
     evaluations: int

@@ -237,7 +237,7 @@ def _check_positions(model: nn.Module, length: int) -> None:
     """Refuse segments that are longer than a model of `transformers` has positions.
 
     Raises:
-        ValueError: they are.
+        ValueError: the segments are too long.
     """
     positions = getattr(getattr(unwrap(model), "config", None), "max_position_embeddings", None)
     if isinstance(positions, int) and 0 < positions < length:

@@ -31,7 +31,8 @@ class PlannedLayer:
 
     Attributes:
         size: entries of its weight.
-        sparsity: share of them that becomes zero, from 0 to 1.
+        sparsity: share of them that becomes zero, from 0 to 1. Plans made with `compat` may have larger ones,
+            which no method prunes.
         block: name of the block that it is in, `"model.layers.3"`; empty where there is none.
         alpha: its power-law exponent; None where it has none or none was needed.
         alpha_error: standard error of alpha.

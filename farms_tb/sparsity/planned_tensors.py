@@ -174,7 +174,7 @@ def check_oriented(model: StoredModel) -> None:
     GPT-2 stores its weights so. A file does not say it, but the length of a bias does.
 
     Raises:
-        ValueError: there is one.
+        ValueError: a layer that is to have the structure is stored so.
     """
     for layer in model.layers.values():
         if layer.wanted.structure is not None and _is_transposed(layer.tensor):
@@ -239,7 +239,7 @@ def _check_prunable(layer: StoredLayer) -> None:
     """Refuse a layer whose entries are no plain numbers, or that is no matrix.
 
     Raises:
-        ValueError: it is such.
+        ValueError: the layer is quantised, complex, or no matrix.
     """
     dtype = layer.tensor.dtype
     if not layer.tensor.problem and not dtype.is_complex and (dtype.itemsize == 1 or not dtype.is_floating_point):
@@ -256,7 +256,7 @@ def _check_untied(layer: StoredLayer, tensors: Sequence[StoredTensor]) -> None:
     """Refuse a weight that the model uses in a second place, by what its `config.json` says.
 
     Raises:
-        ValueError: it is such.
+        ValueError: the weight is tied.
     """
     head = layer.tensor.facts.tied_head
     others = [one.key for one in tensors if one.identity == layer.tensor.identity and one.key != layer.tensor.key]

@@ -16,13 +16,13 @@ from farms_tb.sparsity.calibration import Batch, checked_batches
 from farms_tb.sparsity.checkpoint import Checkpoint, open_checkpoint
 from farms_tb.sparsity.methods import (
     Pruned,
-    PruneMethod,
     Structure,
     Wanted,
     check_structure,
     prune_weight,
     wanted_of,
 )
+from farms_tb.sparsity.options import PRUNE_METHODS, PruneMethod
 from farms_tb.sparsity.plan import SparsityPlan
 from farms_tb.sparsity.prunable import PrunableWeight, plan_for_names, planned_weights, to_matrix
 from farms_tb.sparsity.prune_report import PrunedLayer, PruneReport
@@ -97,7 +97,7 @@ def prune(
     wanted = wanted_of(plan_for_names(plan, {weight.name: weight for weight in weights}), structure)
     for weight in weights:
         check_structure(weight, wanted[weight.name])
-    batches = checked_batches(model, calibration, required=method != "magnitude")
+    batches = checked_batches(model, calibration, required=PRUNE_METHODS[method].needs_inputs)
     run = _Run(method, wanted, in_place)
     start = time.perf_counter()
     with evaluating(model):
@@ -177,7 +177,7 @@ def _visit(
         return saved is not None and saved.has(block.path)
 
     if batches:
-        return visit_blocks(model, blocks, batches, hessian=method == "sparsegpt", done=done)
+        return visit_blocks(model, blocks, batches, hessian=PRUNE_METHODS[method].needs_hessian, done=done)
     return ((block, {}) for block in blocks if not done(block))
 
 
@@ -282,7 +282,7 @@ def _warn_of(layers: Mapping[str, PrunedLayer], method: PruneMethod, model: nn.M
             model,
         )
     short = [name for name, layer in layers.items() if 0 < layer.inputs < layer.columns]
-    if short and method == "sparsegpt":
+    if short and PRUNE_METHODS[method].needs_hessian:
         warn_once(
             f"calibration is short for SparseGPT: {_named(short)} calibrated with fewer inputs than the matrix "
             "has columns, so that the corrections are mostly damping. Pass more batches",

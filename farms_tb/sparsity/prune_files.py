@@ -22,7 +22,8 @@ import farms_tb
 from farms_tb.options import check_choice, check_integer
 from farms_tb.sparsity.calibration import Batch, batch_bytes, check_vocabulary
 from farms_tb.sparsity.calibration_files import CalibrationFile, batches_of_file, check_length, holds_ids
-from farms_tb.sparsity.methods import PruneMethod, Structure, smallest_entries
+from farms_tb.sparsity.methods import Structure, smallest_entries
+from farms_tb.sparsity.options import PRUNE_METHODS, PruneMethod
 from farms_tb.sparsity.plan import SparsityPlan
 from farms_tb.sparsity.planned_tensors import (
     StoredLayer,
@@ -143,7 +144,7 @@ def _size(wish: PruneWish, stored: StoredModel) -> int:
     if wish.calibration is None:
         return stored.size
     entries = sum(layer.size for layer in stored.plan.layers.values())
-    corrected = entries * stored.dtype.itemsize if wish.method == "sparsegpt" else 0
+    corrected = entries * stored.dtype.itemsize if PRUNE_METHODS[wish.method].corrects else 0
     return stored.size + entries // 8 + corrected
 
 
@@ -154,7 +155,7 @@ def _calibration(wish: PruneWish) -> tuple[list[dict[str, Tensor]], Any]:
         ValueError, OSError, ImportError: see `prepare`.
     """
     if wish.calibration is None:
-        if wish.method == "magnitude":
+        if not PRUNE_METHODS[wish.method].needs_inputs:
             return [], None
         raise ValueError(
             f"calibration is missing: --method {wish.method} needs the inputs of each layer. Pass --calibration "

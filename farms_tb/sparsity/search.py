@@ -27,14 +27,12 @@ import numpy as np
 from torch import Tensor, nn
 from torch.nn import functional
 
-from farms_tb.options import check_choice
 from farms_tb.sparsity import ratios
 from farms_tb.sparsity.calibration import Batch, checked_batches
 from farms_tb.sparsity.compass import Budget, Point, compass_search
 from farms_tb.sparsity.filling import Filling, Floats
 from farms_tb.sparsity.layers import Layers
-from farms_tb.sparsity.methods import PruneMethod
-from farms_tb.sparsity.options import SparsityOptions
+from farms_tb.sparsity.options import PruneMethod, SparsityOptions
 from farms_tb.sparsity.plan import SparsityPlan
 from farms_tb.sparsity.prunable import planned_weights
 from farms_tb.sparsity.prune import prune
@@ -119,7 +117,6 @@ def searched(
     Raises:
         ValueError: there are too few batches, or a batch has no loss.
     """
-    check_choice("prune_method", options.prune_method, PruneMethod)
     batches = _split(checked_batches(trial.model, trial.calibration, required=True))
     directions = _directions(layers)
 

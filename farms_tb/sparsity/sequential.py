@@ -1,10 +1,12 @@
 """Visit the blocks of a model one after the other, each with statistics of the inputs that it really gets.
 
-Any architecture works, because nothing is assumed of a block's arguments: they are captured from the model's own
-forward pass as they come. Where a block gets tensors that blocks before it returned, or that were captured already
-(masks, position embeddings), it is called directly; so a decoder is run once in all, not once for each block.
-Where something else happens between two blocks, the model itself is run up to the next block. `trace` finds out
-which is the case by the identity of tensors.
+Nothing is assumed of a block's arguments: they are captured from the model's own forward pass as they come. So any
+architecture works whose blocks are modules that it calls, and not containers whose parts it calls one by one.
+
+Where a block gets tensors that blocks before it returned, or that were captured already (masks, position
+embeddings), it is called directly; so a decoder is run once in all, not once for each block. Where something else
+happens between two blocks, the model itself is run up to the next block. `_trace` finds out which is the case by
+the identity of tensors.
 
 In memory are, for each batch, the tensors that blocks yet to come will need, and statistics of one block.
 """

@@ -57,7 +57,7 @@ def _check_takes_tokens(cls: Any, config: Any) -> None:
     """Refuse a model that cannot be run on the ids of tokens alone.
 
     Raises:
-        ValueError: it is such.
+        ValueError: it needs other inputs.
     """
     takes_ids = "input_ids" in inspect.signature(cls.forward).parameters
     if not takes_ids or config.is_encoder_decoder:

@@ -137,7 +137,7 @@ def check_output(output: Path) -> None:
     """Refuse an output that exists, unless it is an empty folder, and not a link to one: that has to be renamed.
 
     Raises:
-        ValueError: it does.
+        ValueError: there is a file, a link, or a folder with content.
     """
     is_link = output.is_symlink()
     if output.is_dir() and not is_link and not any(output.iterdir()):

@@ -104,7 +104,7 @@ def _check_known(tasks: Sequence[str], known: Sequence[str]) -> None:
     """Refuse tasks that there are not.
 
     Raises:
-        ValueError: there is one.
+        ValueError: a task is not known.
     """
     unknown = [task for task in tasks if task not in known]
     if unknown:

@@ -215,7 +215,7 @@ def _check_variant(module: nn.Module, name: str) -> None:
         name: name of the adapter.
 
     Raises:
-        NoSpectrumError: it is one.
+        NoSpectrumError: the adapter is an unknown variant.
     """
     variants = getattr(module, "lora_variant", {})
     variant = type(variants[name]).__name__ if name in variants else ""

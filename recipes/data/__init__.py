@@ -1,1 +1,1 @@
-"""Data: Darcy flow made on the spot, PDEBench's files, scikit-learn's digits, and the papers' image sets."""
+"""Data: Darcy flow made on the spot, PDEBench's files, scikit-learn's digits, the papers' images, and texts."""

@@ -114,7 +114,7 @@ class TaskData:
     Args:
         task: its name, see `recipes.finetune.tasks`.
         folder: holds `<benchmark>/<task>/<split>*.jsonl`, or `.json`, `.csv`, `.tsv`, `.parquet`: splits are
-            `train`, `validation` (or `dev`) and, of the domain tasks, `test`.
+            `train`, `validation` (or `dev`; of MNLI `validation_matched`) and, of the domain tasks, `test`.
         hub: read from the Hugging Face hub instead, which downloads what is not in its cache.
         fraction: fraction of the training examples that is trained on.
         val_size: other training examples, to choose the best epoch on, where no published split serves; None for

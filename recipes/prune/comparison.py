@@ -17,6 +17,7 @@ from farms_tb.atomic_write import atomic_path
 from farms_tb.keywords import resolved
 from farms_tb.options import SpectrumOptions, check_number
 from farms_tb.sparsity import SparsityOptions, plan_from_report, prune
+from farms_tb.sparsity.options import PRUNE_METHODS
 from recipes.config import build
 from recipes.errors import RecipeError
 from recipes.prune.scores import Score
@@ -56,7 +57,7 @@ def compare_arms(cfg: DictConfig) -> Iterator[Row]:
     if "search" in options and not task.has_loss:
         raise RecipeError("arms: search goes by the model's loss on calibration data, and images have none")
     with refused("calibration"):
-        needs_data = cfg.method != "magnitude" or "search" in options
+        needs_data = PRUNE_METHODS[cfg.method].needs_inputs or "search" in options
         batches = task.batches(cfg.seed) if needs_data else None
     folder = Path(cfg.output)
     folder.mkdir(parents=True, exist_ok=True)

@@ -321,7 +321,7 @@ def _check_baselines(cells: Sequence[Cell]) -> None:
     """Refuse cells with different baselines: their effects have no common meaning.
 
     Raises:
-        RecipeError: There are such.
+        RecipeError: Two cells have different baselines.
     """
     baselines = {cell.options.baseline: cell.name for cell in cells}
     if len(baselines) > 1:

@@ -14,13 +14,14 @@ from torch.nn.utils import prune as torch_prune
 
 from farms_tb.sparsity import PlannedLayer, SparsityPlan, prune
 from farms_tb.sparsity.masks import pruned_count
+from farms_tb.sparsity.options import PRUNE_METHODS, PruneMethod
 from tests.reference.pruning import prune_blocks
 from tests.sparsity.models import ARCHITECTURES, VOCABULARY, llama, plan_of, token_batches, uniform_plan
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*(straight line|large for a target|calibration is short|nearly singular|damping)"
 )
-METHODS = ["magnitude", "wanda", "sparsegpt"]
+METHODS = list(PRUNE_METHODS)
 
 
 def matrices(model: nn.Module, plan: SparsityPlan) -> dict[str, Tensor]:
@@ -44,6 +45,24 @@ def test_achieved_is_what_was_planned(name: str, method: str) -> None:
     changed = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
     assert changed == {f"{layer}.weight" for layer in plan.layers}
     assert report.sparsity == pytest.approx(plan.total, abs=1e-3)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_need_and_change_what_their_traits_say(method: PruneMethod) -> None:
+    model, traits = llama(), PRUNE_METHODS[method]
+    plan = plan_of(model)
+    before = {name: matrix.clone() for name, matrix in matrices(model, plan).items()}
+    if traits.needs_inputs:
+        with pytest.raises(ValueError, match="calibration"):
+            prune(model, plan, method)
+        prune(model, plan, method, calibration=token_batches())
+    else:
+        prune(model, plan, method)
+    kept_as_they_were = [
+        bool((after[after != 0] == before[name][after != 0]).all())
+        for name, after in matrices(model, plan).items()
+    ]
+    assert all(kept_as_they_were) != traits.corrects
 
 
 @pytest.mark.parametrize("method", METHODS)
