@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -111,9 +112,18 @@ class _Rows:
         if new_columns:
             self._columns = _write_rows(self._path, [*read_rows(self._path), *self._new])
         else:
+            self._append()
+        self._new = []
+
+    def _append(self) -> None:
+        """Add the new rows to the file, all or none: a disk that is full may take the half of one."""
+        size = self._path.stat().st_size
+        try:
             with self._path.open("a", newline="", encoding="utf-8") as file:
                 csv.DictWriter(file, fieldnames=self._columns).writerows(self._new)
-        self._new = []
+        except OSError:
+            os.truncate(self._path, size)
+            raise
 
 
 class RunFolderCSVLogger(CSVLogger):

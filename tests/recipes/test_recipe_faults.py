@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import re
+import resource
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,6 +67,27 @@ def test_a_run_killed_before_its_final_rows_logs_them_when_resumed(settings: Set
     assert len(_rows(folder)) < len(before)
     train(settings(*tiny, f"ckpt_path={folder}/checkpoints/last.ckpt"))
     assert _rows(folder) == before
+
+
+def test_rows_that_a_full_disk_did_not_take_are_written_later(tmp_path: Path) -> None:
+    logger = RunFolderCSVLogger(tmp_path)
+    logger.log_metrics({"train/loss": 0.0}, step=0)
+    logger.save()
+    whole = (tmp_path / "metrics.csv").stat().st_size
+    for step in range(1, 90):
+        logger.log_metrics({"train/loss": step / 7}, step=step)
+    earlier = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (whole + 500, earlier[1]))
+        with pytest.raises(OSError, match="large"):
+            logger.save()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, earlier)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert (tmp_path / "metrics.csv").stat().st_size == whole
+    logger.save()
+    assert [row["step"] for row in read_rows(tmp_path / "metrics.csv")] == [str(step) for step in range(90)]
 
 
 def test_half_a_line_is_no_row(tmp_path: Path) -> None:
