@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
@@ -18,10 +21,61 @@ from farms_tb.atomic_write import atomic_path
 from recipes.errors import RecipeError
 from recipes.processes import process_rank
 
-__all__ = ["CONFIG_FILE", "drop_if_empty", "open_run_folder", "save_config"]
+__all__ = ["CONFIG_FILE", "open_run_folder", "run_folder", "save_config"]
 
 CONFIG_FILE = "config.yaml"
+_LOCK = ".lock"
 SHARED_FOLDER = "FARMS_TB_RUN_DIR"  # environment variable: processes that Lightning starts find the folder by it
+
+
+@contextmanager
+def run_folder(cfg: DictConfig) -> Iterator[Path]:
+    """Make the run folder, see `open_run_folder`, and keep other runs out of it meanwhile.
+
+    A folder in which nothing was written is removed at the end.
+
+    Args:
+        cfg: The composed settings.
+
+    Yields:
+        The folder.
+
+    Raises:
+        RecipeError: As `open_run_folder` does, or another run is at work in the folder.
+    """
+    folder = open_run_folder(cfg)
+    try:
+        if process_rank() > 0:
+            yield folder
+            return
+        with _locked(folder):
+            _check_free(folder, cfg)  # again: another run may have ended since
+            yield folder
+    finally:
+        _drop_if_empty(folder)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder, which the system opens again when this process ends, however it ends.
+
+    Raises:
+        RecipeError: Another process holds it.
+    """
+    try:
+        lock = FileLock(folder / _LOCK).acquire(timeout=0)
+    except Timeout:
+        raise RecipeError(
+            f"another run is at work in {folder}; wait for it, or choose another folder with paths.run_dir=..."
+        ) from None
+    except (OSError, NotImplementedError):  # a file system without locks
+        yield
+        return
+    with lock:
+        try:
+            yield
+        finally:
+            (folder / _LOCK).unlink(missing_ok=True)
 
 
 def open_run_folder(cfg: DictConfig) -> Path:
@@ -143,7 +197,7 @@ def _new_folder(parent: Path) -> Path:
             folder = parent / f"{stamp}_{number}"
 
 
-def drop_if_empty(folder: Path) -> None:
+def _drop_if_empty(folder: Path) -> None:
     """Remove a run folder in which nothing was written."""
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()

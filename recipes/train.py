@@ -39,7 +39,7 @@ from rich.markup import escape
 from recipes.command import hand_over_hydras_errors, hydra_run, user_errors
 from recipes.config import CONFIG_DIR, check_config, check_resumed_config
 from recipes.console import make_console, quiet_lightning, warn
-from recipes.folder import CONFIG_FILE, drop_if_empty, open_run_folder, save_config
+from recipes.folder import CONFIG_FILE, run_folder, save_config
 from recipes.loggers import METRICS_FILE, RunFolderWandbLogger, forget_rows_after
 from recipes.old_names import current_overrides, current_settings
 from recipes.run import Run, build_run, check_weights, read_checkpoint
@@ -79,14 +79,12 @@ def train(cfg: DictConfig) -> dict[str, Any]:
             stacklevel=2,
         )
         cfg = OmegaConf.create(current_settings(OmegaConf.to_container(cfg)))  # type: ignore[arg-type]
-    folder = open_run_folder(cfg)
-    try:
-        return _train_in(folder, cfg)
-    except (KeyboardInterrupt, SystemExit):
-        _say_how_to_resume(folder)
-        raise
-    finally:
-        drop_if_empty(folder)
+    with run_folder(cfg) as folder:
+        try:
+            return _train_in(folder, cfg)
+        except (KeyboardInterrupt, SystemExit):
+            _say_how_to_resume(folder)
+            raise
 
 
 def _say_how_to_resume(folder: Path) -> None:

@@ -27,7 +27,7 @@ from recipes.finetune.building import Run, build_run, score
 from recipes.finetune.data import Examples
 from recipes.finetune.network import load_weights
 from recipes.finetune.records import MetricsCallback, RatesCallback
-from recipes.folder import CONFIG_FILE, drop_if_empty, open_run_folder, save_config
+from recipes.folder import CONFIG_FILE, run_folder, save_config
 from recipes.run import check_archive
 from recipes.summary import draw_run, measure_layers, print_summary, write_summary
 
@@ -52,16 +52,14 @@ def finetune(cfg: DictConfig) -> dict[str, Any]:
         RecipeError: A setting, a folder or a data file is at fault.
     """
     checkpoint = _check(cfg)
-    folder = open_run_folder(cfg)
-    try:
-        return _finetune_in(folder, cfg, checkpoint)
-    except (KeyboardInterrupt, SystemExit):
-        last = _newest_checkpoint(folder)
-        if last is not None:
-            warn(make_console(), f"stopped; to go on, repeat the command with ckpt_path={last}")
-        raise
-    finally:
-        drop_if_empty(folder)
+    with run_folder(cfg) as folder:
+        try:
+            return _finetune_in(folder, cfg, checkpoint)
+        except (KeyboardInterrupt, SystemExit):
+            last = _newest_checkpoint(folder)
+            if last is not None:
+                warn(make_console(), f"stopped; to go on, repeat the command with ckpt_path={last}")
+            raise
 
 
 def _check(cfg: DictConfig) -> Path | None:

@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from farms_tb.viewing.plots import read_history
 from recipes.config import CONFIG_DIR, build
 from recipes.errors import RecipeError
+from recipes.folder import open_run_folder, run_folder
 from recipes.tasks import nrmse
 from recipes.train import train
 from tests.helpers import read_wandb_file
@@ -299,10 +300,22 @@ def test_a_run_without_a_test_keeps_its_results(settings: Settings) -> None:
 
 
 def test_two_runs_in_one_second_have_two_folders(settings: Settings) -> None:
-    from recipes.folder import open_run_folder
-
     folders = {open_run_folder(settings()) for _ in range(3)}
     assert len(folders) == 3
+
+
+def test_a_folder_has_one_run_at_a_time(settings: Settings, tmp_path: Path) -> None:
+    cfg = settings(*TINY_UNET, "logger=csv", f"paths.run_dir={tmp_path / 'run'}")
+    with run_folder(cfg), pytest.raises(RecipeError, match="another run is at work in"):
+        train(settings(*TINY_UNET, "logger=csv", f"paths.run_dir={tmp_path / 'run'}"))
+    train(cfg)
+    checkpoint = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    resumed = settings(*TINY_UNET, "logger=csv", f"ckpt_path={checkpoint}")
+    before = (tmp_path / "run" / "metrics.csv").read_bytes()
+    with run_folder(resumed), pytest.raises(RecipeError, match="another run is at work"):
+        train(settings(*TINY_UNET, "logger=csv", f"ckpt_path={checkpoint}"))
+    assert (tmp_path / "run" / "metrics.csv").read_bytes() == before
+    assert not (tmp_path / "run" / ".lock").exists()
 
 
 def test_unwritable_output_folder(settings: Settings, tmp_path: Path) -> None:
