@@ -299,7 +299,7 @@ def parsed_time(argument: str, value: object) -> Time:
     return Time(value, "fraction")
 
 
-def _make_plain(options: Any) -> None:
+def make_plain(options: Any) -> None:
     """Replace the numpy values among the fields of a frozen dataclass by plain ones."""
     for field in fields(options):
         object.__setattr__(options, field.name, plain_value(getattr(options, field.name)))
@@ -357,7 +357,7 @@ class SpectrumOptions:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        _make_plain(self)
+        make_plain(self)
         check_choice("esd", self.esd, Esd)
         check_choice("fit", self.fit, Fit)
         check_number("aspect_ratio", self.aspect_ratio, above=0)
@@ -453,7 +453,7 @@ class RatioOptions:
     decay_follows_lr: bool = True
 
     def __post_init__(self) -> None:
-        _make_plain(self)
+        make_plain(self)
         check_choice("assign_func", self.assign_func, AssignFunc)
         check_number("lr_min_ratio", self.lr_min_ratio, at_least=0)
         check_number("lr_max_ratio", self.lr_max_ratio, above=0)
@@ -547,7 +547,7 @@ class ScheduleOptions:
     ramp_steps: int = 0
 
     def __post_init__(self) -> None:
-        _make_plain(self)
+        make_plain(self)
         check_integer("every_n_epochs", self.every_n_epochs, at_least=1)
         check_integer_or_none("every_n_steps", self.every_n_steps, at_least=1)
         check_integer("lag_steps", self.lag_steps, at_least=0)
@@ -606,7 +606,7 @@ class LoggingOptions:
     x_axis: XAxis | None = None
 
     def __post_init__(self) -> None:
-        _make_plain(self)
+        make_plain(self)
         check_bool("log", self.log)
         check_integer_or_none("histogram_every_n", self.histogram_every_n, at_least=1)
         check_integer_or_none("table_every_n", self.table_every_n, at_least=1)

@@ -18,7 +18,7 @@ import numpy as np
 from torch import nn
 
 from farms_tb.keywords import takes_options
-from farms_tb.options import check_number
+from farms_tb.options import check_number, plain_value
 from farms_tb.sparsity import ratios
 from farms_tb.sparsity.advice import notes_of
 from farms_tb.sparsity.calibration import Batch
@@ -96,7 +96,7 @@ def allocate(
         >>> {name: round(share, 4) for name, share in plan.sparsity.items()}
         {'layers.0.up': 0.56, 'layers.0.down': 0.56, 'layers.1.up': 0.84, 'layers.1.down': 0.84}
     """
-    chosen = SparsityOptions(**options)
+    chosen, target = SparsityOptions(**options), plain_value(target)
     _check_target(target, chosen)
     layers = checked_layers(alphas, sizes, blocks, errors, chosen.granularity)
     scaled = _scaled(layers)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypedDict
 
-from farms_tb.options import check_choice, check_integer, check_number
+from farms_tb.options import check_choice, check_integer, check_number, make_plain
 
 Method = Literal["alpha", "uniform", "depth", "shuffled", "owl", "shrinkage", "search"]
 Granularity = Literal["block", "matrix", "mixed"]
@@ -71,6 +71,7 @@ class SparsityOptions:
     evaluations: int = 24
 
     def __post_init__(self) -> None:
+        make_plain(self)
         check_choice("method", self.method, Method)
         check_number("epsilon", self.epsilon, at_least=0, at_most=1)
         if self.method == "search" and self.epsilon == 0:

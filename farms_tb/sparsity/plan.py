@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from farms_tb.atomic_write import write_text_atomically
-from farms_tb.options import check_choice, check_integer, check_number, plain_value
+from farms_tb.options import check_choice, check_integer, check_number, make_plain, plain_value
 from farms_tb.sparsity.options import Granularity
 
 FORMAT = "farms_tb sparsity plan"
@@ -51,8 +51,7 @@ class PlannedLayer:
     shape: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("size", "sparsity", "alpha", "alpha_error"):
-            object.__setattr__(self, name, plain_value(getattr(self, name)))
+        make_plain(self)
         check_integer("size", self.size, 1)
         check_number("sparsity", self.sparsity, at_least=0)
         _check_type("block", self.block, str, "text, empty where there is none")
@@ -97,8 +96,7 @@ class SparsityPlan:
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("target", "epsilon", "seed"):
-            object.__setattr__(self, name, plain_value(getattr(self, name)))
+        make_plain(self)
         check_number("target", self.target, at_least=0, at_most=1)
         _check_type("method", self.method, str, "text, such as 'alpha'")
         check_number("epsilon", self.epsilon, at_least=0)

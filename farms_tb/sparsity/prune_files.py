@@ -250,7 +250,13 @@ def _with_model(run: PreparedRun, progress: Progress) -> Mapping[str, PrunedLaye
     wish, stored = run.wish, run.stored
     progress("loading the model", 0, 1)
     model = load_model(wish.folder, run.config, stored.dtype).to(wish.device)
-    weights = dict(zip(stored.layers, planned_weights(model, stored.plan), strict=True))
+    try:
+        weights = dict(zip(stored.layers, planned_weights(model, stored.plan), strict=True))
+    except ValueError as error:
+        raise ValueError(
+            f"the model that transformers loads does not hold its weights as the files do ({error}): prune by "
+            "magnitude without --calibration, or use farms_tb.sparsity.prune in Python with a plan of that model"
+        ) from error
     _check_same_weights(wish.folder, stored, weights)
     report = prune(
         model,

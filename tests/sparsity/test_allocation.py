@@ -379,3 +379,12 @@ def test_mistakes(changes: dict[str, Any], error: type[Exception], message: str)
     arguments: dict[str, Any] = {"alphas": BLOCKS, "sizes": SIZES, "target": 0.7, **changes}
     with pytest.raises(error, match=message):
         allocate(**arguments)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    alphas = {"layers.0.up": np.float32(2.0), "layers.1.up": np.float32(3.0)}
+    sizes = dict.fromkeys(alphas, np.int64(1000))
+    plan = allocate(alphas, sizes, np.float32(0.5), epsilon=np.float32(0.25), seed=np.int64(3))
+    assert plan == allocate(
+        {"layers.0.up": 2.0, "layers.1.up": 3.0}, dict.fromkeys(alphas, 1000), 0.5, epsilon=0.25, seed=3
+    )
