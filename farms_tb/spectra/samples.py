@@ -9,7 +9,7 @@ precision, those for which the error bound turns out too large.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -31,12 +31,13 @@ from farms_tb.spectra.precision import (
 from farms_tb.spectra.prepare import PreparedLayer
 
 Index = npt.NDArray[np.int64]
+Levels = npt.NDArray[np.int8]
 
 ZERO_CUTOFF = 1e-5
 """Eigenvalues below this are what `filter_zeros` drops: the papers' absolute threshold."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Samples:
     """The eigenvalues of one layer, in S samples of N eigenvalues, W windows of w in all.
 
@@ -44,7 +45,6 @@ class Samples:
         layer: where they are from.
         table: the eigenvalues of each window, ascending.
         levels: `(W,)`, how each window was solved, as a position in `PRECISIONS`.
-        todo: the windows that are yet to solve, or to solve again, ascending.
         pooled: `(S, N)`, eigenvalues of each sample, ascending.
         first: `(S,)`, the index of the first eigenvalue that no cutoff drops.
         fit: the fits of the samples.
@@ -53,12 +53,28 @@ class Samples:
 
     layer: PreparedLayer
     table: EigenvalueTable
-    levels: npt.NDArray[np.int8]
+    levels: Levels
+    pooled: Array
+    first: Index
+    fit: PowerLawFit
+    xmin: Array
+
+
+@dataclass
+class _Windows:
+    """The windows of a layer while they are solved.
+
+    Attributes:
+        layer: the layer.
+        table: the eigenvalues of each window, as far as they are solved.
+        levels: `(W,)`, how each window is solved, as a position in `PRECISIONS`.
+        todo: the windows that are yet to solve, or to solve again, ascending.
+    """
+
+    layer: PreparedLayer
+    table: EigenvalueTable
+    levels: Levels
     todo: Index
-    pooled: Array = field(init=False)
-    first: Index = field(init=False)
-    fit: PowerLawFit = field(init=False)
-    xmin: Array = field(init=False)
 
 
 def solve_layers(layers: Sequence[PreparedLayer], options: SpectrumOptions, threads: int) -> list[Samples]:
@@ -69,67 +85,69 @@ def solve_layers(layers: Sequence[PreparedLayer], options: SpectrumOptions, thre
         options: how alpha is measured.
         threads: number of threads on the CPU.
     """
-    levels = [first_level(layer.windows, layer.largest, options) for layer in layers]
-    found = []
-    for layer, level in zip(layers, levels, strict=True):
-        values = np.full((layer.windows.number, layer.windows.size), np.nan)
-        table = EigenvalueTable(layer.windows, layer.scale, values)
-        found.append(Samples(layer, table, np.full(len(values), level, dtype=np.int8), np.arange(len(values))))
-    _solve_pilots(found, options, threads)
-    todo = found
-    while todo:
-        _solve(todo, options, threads)
-        _fit(todo, options)
-        _look_for_imprecise(todo, options)
-        todo = [samples for samples in todo if len(samples.todo)]
-    return found
+    unsolved = [_unsolved(layer, options) for layer in layers]
+    _solve_pilots(unsolved, options, threads)
+    found: dict[int, Samples] = {}
+    left = dict(enumerate(unsolved))
+    while left:
+        _solve(list(left.values()), options, threads)
+        for place, windows in left.items():
+            found[place] = _fitted(windows, options)
+            windows.todo = _imprecise(found[place], options)
+            windows.levels[windows.todo] += 1
+        left = {place: windows for place, windows in left.items() if len(windows.todo)}
+    return [found[place] for place in range(len(layers))]
 
 
-def _solve_pilots(found: Sequence[Samples], options: SpectrumOptions, threads: int) -> None:
+def _unsolved(layer: PreparedLayer, options: SpectrumOptions) -> _Windows:
+    """Return the windows of a layer, all of them to be solved at the first level that is worth a try."""
+    values = np.full((layer.windows.number, layer.windows.size), np.nan)
+    levels = np.full(len(values), first_level(layer.windows, layer.largest, options), dtype=np.int8)
+    return _Windows(layer, EigenvalueTable(layer.windows, layer.scale, values), levels, np.arange(len(values)))
+
+
+def _solve_pilots(unsolved: Sequence[_Windows], options: SpectrumOptions, threads: int) -> None:
     """Solve the first window of larger layers, and set the levels of the others by it."""
-    pilots = [samples for samples in found if samples.levels[0] == FLOAT32 and len(samples.todo) >= PILOT_WINDOWS]
-    for samples in pilots:
-        samples.levels[0] = FLOAT64
-        samples.todo = samples.todo[:1]
+    pilots = [one for one in unsolved if one.levels[0] == FLOAT32 and len(one.todo) >= PILOT_WINDOWS]
+    for one in pilots:
+        one.levels[0] = FLOAT64
+        one.todo = one.todo[:1]
     if pilots:
         _solve(pilots, options, threads)
-    for samples in pilots:
-        samples.todo = np.arange(1, len(samples.levels))
-        if not single_precision_suffices(samples.table.values[:1], options):
-            samples.levels[:] = FLOAT64
+    for one in pilots:
+        one.todo = np.arange(1, len(one.levels))
+        if not single_precision_suffices(one.table.values[:1], options):
+            one.levels[:] = FLOAT64
 
 
-def _solve(found: Sequence[Samples], options: SpectrumOptions, threads: int) -> None:
+def _solve(unsolved: Sequence[_Windows], options: SpectrumOptions, threads: int) -> None:
     """Solve the windows that are to do, each at its level."""
     chunks = []
-    for samples in found:
-        levels = samples.levels[samples.todo]
+    for one in unsolved:
+        levels = one.levels[one.todo]
         for level in np.unique(levels):
-            index = torch.from_numpy(samples.todo[levels == level])
-            chunks.append(Chunk(samples.table, index, PRECISIONS[level]))
+            index = torch.from_numpy(one.todo[levels == level])
+            chunks.append(Chunk(one.table, index, PRECISIONS[level]))
     solve_chunks(chunks, options.memory_mb * 2**20, threads, options.solver)
 
 
-def _fit(found: Sequence[Samples], options: SpectrumOptions) -> None:
-    """Pool, sort and fit the samples of layers of which all windows are solved."""
-    for samples in found:
-        # NumPy's sort is more than ten times as fast as torch's, which computes the permutation as well.
-        samples.pooled = np.sort(samples.table.values.reshape(samples.layer.windows.samples, -1), axis=-1)
-        samples.first = first_kept(samples.pooled, samples.layer.exponent, options)
-        pooled, first = torch.from_numpy(samples.pooled), torch.from_numpy(samples.first)
-        samples.fit = fit_power_law(pooled, options.fit, options.xmin_pos, first)
-        tail_start = samples.fit.tail_start.numpy()[:, None]
-        samples.xmin = np.take_along_axis(samples.pooled, tail_start, axis=-1)[:, 0]
+def _fitted(solved: _Windows, options: SpectrumOptions) -> Samples:
+    """Pool, sort and fit the samples of a layer of which all windows are solved."""
+    layer, table = solved.layer, solved.table
+    # NumPy's sort is more than ten times as fast as torch's, which computes the permutation as well.
+    pooled = np.sort(table.values.reshape(layer.windows.samples, -1), axis=-1)
+    first = first_kept(pooled, layer.exponent, options)
+    fit = fit_power_law(torch.from_numpy(pooled), options.fit, options.xmin_pos, torch.from_numpy(first))
+    xmin = np.take_along_axis(pooled, fit.tail_start.numpy()[:, None], axis=-1)[:, 0]
+    return Samples(layer, table, solved.levels, pooled, first, fit, xmin)
 
 
-def _look_for_imprecise(found: Sequence[Samples], options: SpectrumOptions) -> None:
-    """Let the windows that are not precise enough be solved again, at the next level."""
-    for samples in found:
-        smallest = _lowest_that_counts(samples, options)
-        alpha = samples.fit.alpha.numpy()
-        imprecise = imprecise_windows(samples.table.values, samples.levels, smallest, alpha, options)
-        samples.levels[imprecise] += 1
-        samples.todo = np.flatnonzero(imprecise)
+def _imprecise(samples: Samples, options: SpectrumOptions) -> Index:
+    """Return the windows that are not precise enough, ascending: they are solved again at the next level."""
+    smallest = _lowest_that_counts(samples, options)
+    alpha = samples.fit.alpha.numpy()
+    imprecise = imprecise_windows(samples.table.values, samples.levels, smallest, alpha, options)
+    return np.flatnonzero(imprecise)
 
 
 def _lowest_that_counts(samples: Samples, options: SpectrumOptions) -> Array:
