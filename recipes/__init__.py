@@ -2,3 +2,10 @@
 
 They are part of the repository and of no wheel: clone it and `pip install -e ".[recipes]"`.
 """
+
+from importlib.util import find_spec
+
+# What every recipe needs, matplotlib among it: a picture is drawn when all else is done.
+_missing = [name for name in ("lightning", "hydra", "rich", "filelock", "matplotlib") if find_spec(name) is None]
+if _missing:
+    raise ImportError(f"the recipes need {', '.join(_missing)}: pip install --editable '.[recipes]'")

@@ -7,11 +7,13 @@ traceback. With RECIPES_FULL_ERROR=1 or HYDRA_FULL_ERROR=1 in the environment ev
 from __future__ import annotations
 
 import os
+import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
+from io import TextIOWrapper
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
@@ -36,7 +38,13 @@ _NOISE = ("full_key:", "object_type=", "reference_type=", "Config search path:",
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Turn mistakes of the user into one printed sentence and exit status 2, and Ctrl-C into status 130."""
+    """Turn mistakes of the user into one printed sentence and exit status 2, and Ctrl-C into status 130.
+
+    Characters that the terminal does not know, as those of a progress bar, are replaced instead of ending the run.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         yield
     except KeyboardInterrupt:
@@ -159,6 +167,14 @@ def _value_error(error: BaseException) -> str | None:
     return None
 
 
+def _import_error(error: BaseException) -> str | None:
+    """Return what to install for a package that is missing; None for a fault in an import of the recipes' own."""
+    package = (getattr(error, "name", None) or "").partition(".")[0]
+    if not isinstance(error, ModuleNotFoundError) or package in ("", "recipes", "farms_tb"):
+        return None
+    return f"the package {package} is missing: pip install --editable '.[recipes]' brings what the recipes need"
+
+
 def _wandb_error(error: BaseException) -> str | None:
     """Return what to do where W&B refuses or can't be reached; None for another error."""
     if not type(error).__module__.startswith("wandb.errors"):
@@ -208,6 +224,7 @@ _MISTAKES: tuple[tuple[_Kinds, Callable[[BaseException], str | None]], ...] = (
     (MisconfigurationException, _trainer_error),
     ((ValueError, TypeError), _value_error),
     (RuntimeError, _plugin_error),
+    (ImportError, _import_error),
     (ConnectionError, _connection_error),
     (OSError, _file_error),
     (Exception, _wandb_error),

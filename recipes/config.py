@@ -371,7 +371,8 @@ def build(cfg: DictConfig, path: str, **extra: Any) -> Any:
         reason = error.__cause__ or error
         message = f"{path}: {reason}"
         if isinstance(reason, ImportError):
-            message += "; pip install 'farms-tb[recipes]', or logger=csv"
+            message += "; pip install 'farms-tb[recipes]'"
+            message += ", or logger=csv" if path.startswith("logger") else ""
         raise RecipeError(message) from error
 
 

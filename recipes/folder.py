@@ -119,12 +119,14 @@ def _path(cfg: DictConfig, name: str) -> str:
     """Return a path of the section `paths`.
 
     Raises:
-        RecipeError: It is empty, or none.
+        RecipeError: It is empty, none, or a URL.
     """
     value = cfg.paths[name]
     if not isinstance(value, str) or not value.strip():
         raise RecipeError(f"paths.{name} must be the path of a folder, got {value!r}")
-    return value
+    if "::" in value or "://" in value:  # by which checkpoints would be written elsewhere
+        raise RecipeError(f"paths.{name} must be the path of a folder on this machine, got {value!r}")
+    return str(Path(value).expanduser())
 
 
 def _shared_folder() -> Path | None:

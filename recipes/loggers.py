@@ -30,7 +30,8 @@ Row = dict[str, Any]
 def read_rows(path: Path) -> list[Row]:
     """Read the rows of a metrics file without their empty cells; none when there is no file.
 
-    A last line without an end was cut by a kill or a full disk, and its last number with it: it is left out.
+    A last line without an end was cut by a kill or a full disk, and its last number with it: it is left out, and
+    so is a line with more or fewer cells than there are columns.
 
     Args:
         path: The metrics file.
@@ -45,7 +46,9 @@ def read_rows(path: Path) -> list[Row]:
     whole_lines = text[: text.rfind("\n") + 1]
     rows = []
     for cells in csv.DictReader(io.StringIO(whole_lines, newline="")):
-        row = {column: cell for column, cell in cells.items() if cell not in ("", None)}
+        if None in cells or None in cells.values():
+            continue
+        row = {column: cell for column, cell in cells.items() if cell != ""}
         if "step" in row:
             rows.append(row)
     return rows

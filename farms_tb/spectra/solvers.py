@@ -57,7 +57,11 @@ def _choice(device: torch.device, dtype: torch.dtype, size: int) -> str:
 
 
 def cache_file() -> Path:
-    """Return the file that choices are kept in: `$XDG_CACHE_HOME/farms_tb/solvers.json`."""
+    """Return the file that choices are kept in: `$XDG_CACHE_HOME/farms_tb/solvers.json`.
+
+    Raises:
+        RuntimeError: that is not set, and the user has no home.
+    """
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(home) / "farms_tb" / "solvers.json"
 
@@ -93,14 +97,14 @@ def _seconds(solve: Callable[[Tensor, int], Tensor], matrices: Tensor) -> float:
 def _read() -> dict[str, Any]:
     try:
         found = json.loads(cache_file().read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RuntimeError):  # there may be no home
         return {}
     return found if isinstance(found, dict) else {}
 
 
 def _write(choices: dict[str, Any]) -> None:
     """Keep the choices; where no file can be written they are kept for this process alone."""
-    with suppress(OSError):
+    with suppress(OSError, RuntimeError):
         cache_file().parent.mkdir(parents=True, exist_ok=True)
         write_text_atomically(cache_file(), json.dumps(choices, indent=1))
 

@@ -8,16 +8,21 @@ where there is none, by its checkpoints.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from farms_tb.viewing.metrics_csv import METRICS_FILE, has_measurements
+from farms_tb.viewing.saved_state import read_state
 
 __all__ = ["RunFiles", "SeveralRunsError", "find_run"]
 
 _MOST_LISTED = 10
 """Runs that an error lists, the newest first; a folder of a sweep may hold thousands."""
+
+
+_MOST_COMPARED = 50
+"""Checkpoints that are opened for their steps; of a run with more of them the time of writing decides."""
 
 
 class SeveralRunsError(ValueError):
@@ -32,7 +37,7 @@ class RunFiles:
         folder: the folder that was asked for.
         root: the run's own folder, the same or one below (`version_0`).
         metrics: its `metrics.csv` with measurements of the callback; None where there is none.
-        checkpoints: its checkpoints (`*.ckpt`), the newest first.
+        checkpoints: its checkpoints (`*.ckpt`), the last first.
     """
 
     folder: Path
@@ -62,9 +67,9 @@ def find_run(folder: Path) -> RunFiles:
     checkpoints = _newest_first(folder.rglob("*.ckpt"))
     if metrics is None:
         _refuse_several(folder, [_run_of(path) for path in checkpoints])
-        return RunFiles(folder, folder, None, tuple(checkpoints))
+        return RunFiles(folder, folder, None, tuple(_last_first(checkpoints)))
     root = metrics.parent
-    return RunFiles(folder, root, metrics, tuple(_checkpoints_of(root, checkpoints)))
+    return RunFiles(folder, root, metrics, tuple(_last_first(_checkpoints_of(root, checkpoints))))
 
 
 def _find_metrics(folder: Path) -> Path | None:
@@ -160,6 +165,33 @@ def _newest_first(paths: Iterable[Path]) -> list[Path]:
         if path.is_file() and modified is not None:
             times[path] = modified
     return sorted(times, key=lambda path: times[path], reverse=True)
+
+
+def _last_first(checkpoints: Sequence[Path]) -> list[Path]:
+    """Sort the checkpoints of one run by their optimizer steps, as far as they say them.
+
+    Times of writing alone are not enough: a run that was copied has those of the copy, in any order.
+
+    Args:
+        checkpoints: the newest first; of those with equal steps the newest stays first.
+
+    Returns:
+        The same files, in the given order where one of them does not say its step, as one that is being written.
+    """
+    steps = [_steps_of(path) for path in checkpoints[:_MOST_COMPARED]]
+    known = [step for step in steps if step is not None]
+    if len(known) < len(checkpoints):
+        return list(checkpoints)
+    order = sorted(range(len(known)), key=lambda place: -known[place])
+    return [checkpoints[place] for place in order]
+
+
+def _steps_of(checkpoint: Path) -> int | None:
+    """Return the optimizer steps of a checkpoint; None where it cannot be read or does not say them."""
+    try:
+        return read_state(checkpoint).step
+    except (ValueError, OSError):
+        return None
 
 
 def _modified(path: Path) -> float | None:

@@ -116,7 +116,8 @@ def _check_checkpoint(checkpoint: Path) -> None:
 def _newest_checkpoint(folder: Path) -> Path | None:
     """Return the newest whole checkpoint of a run; None where there is none."""
     states = folder.glob(f"{CHECKPOINTS}/checkpoint-*/{_TRAINER_STATE}")
-    numbered = [(int(state.parent.name.rpartition("-")[2]), state.parent) for state in states]
+    numbers = {state.parent: state.parent.name.removeprefix("checkpoint-") for state in states}
+    numbered = [(int(number), checkpoint) for checkpoint, number in numbers.items() if number.isdecimal()]
     return max(numbered)[1] if numbered else None
 
 

@@ -174,8 +174,13 @@ class PartFile:
         """Keep other runs out; the system frees the lock when the file is closed, by a kill too."""
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise RecipeError(f"another run is writing {self.path}; wait for it, or stop it") from error
+        except OSError as error:
+            raise RecipeError(
+                f"{self.path} is on a file system that has no locks ({error}), and two runs could mix samples: "
+                "set file=... on another"
+            ) from error
 
     def _check(self, settings: Settings) -> dict[str, int]:
         """Compare the settings with those in the file.

@@ -132,6 +132,16 @@ def test_analyze_takes_the_last_checkpoint_of_a_run(tmp_path: Path) -> None:
     assert "without a checkpoint" in " ".join(result.stderr.split())
 
 
+def test_a_run_that_was_copied_has_the_same_last_checkpoint(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    early = torch.load(folder / "last.ckpt", weights_only=True)
+    torch.save({**early, "global_step": 0, "state_dict": {"b.weight": torch.randn(20, 20)}}, folder / "early.ckpt")
+    os.utime(folder / "early.ckpt", (2e9, 2e9))
+    result = run("analyze", folder, "--format", "json")
+    assert result.exit_code == 0, result.output
+    assert [row["layer"] for row in json.loads(result.stdout)["layers"]] == ["a"]
+
+
 def test_a_folder_with_several_runs_asks_which(tmp_path: Path) -> None:
     for name in ("first", "second"):
         make_run(tmp_path / name)

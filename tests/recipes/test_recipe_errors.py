@@ -166,6 +166,14 @@ def test_exit_status(error: BaseException, status: int) -> None:
     assert stopped.value.code == status
 
 
+def test_a_package_that_is_missing_is_named() -> None:
+    said = sentence(ModuleNotFoundError("No module named 'h5py'", name="h5py"))
+    assert said is not None
+    assert "h5py" in said
+    assert "pip install" in said
+    assert sentence(ModuleNotFoundError("No module named 'recipes.nothing'", name="recipes.nothing")) is None
+
+
 def test_ctrl_c_that_the_trainer_has_handled_keeps_its_status() -> None:
     def stop_as_the_trainer_does() -> None:
         try:

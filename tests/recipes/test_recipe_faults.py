@@ -102,6 +102,8 @@ def test_half_a_line_is_no_row(tmp_path: Path) -> None:
     logger.save()
     steps = [row["step"] for row in read_rows(metrics)]
     assert steps == ["5", "6", "7"]
+    metrics.write_bytes(b"epoch,loss,step\r\n0,0.5,5\r\n0,0.4,0,0.3,6\r\n0,7\r\n,0.2,8\r\n")
+    assert [row["step"] for row in read_rows(metrics)] == ["5", "8"], "lines of two rows in one, and of half a row"
     metrics.write_bytes(b"epo")
     assert read_rows(metrics) == []
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import resource
 import signal
@@ -271,6 +273,15 @@ def test_two_runs_do_not_write_one_file(tmp_path: Path) -> None:
         PartFile(tmp_path / "x.hdf5", SMALL, 3, SETTINGS),
         pytest.raises(RecipeError, match=r"another run is writing .*x\.hdf5\.part"),
     ):
+        PartFile(tmp_path / "x.hdf5", SMALL, 3, SETTINGS)
+
+
+def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*args: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with pytest.raises(RecipeError, match=r"file system that has no locks .*file="):
         PartFile(tmp_path / "x.hdf5", SMALL, 3, SETTINGS)
 
 

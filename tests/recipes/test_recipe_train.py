@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -326,6 +327,31 @@ def test_unwritable_output_folder(settings: Settings, tmp_path: Path) -> None:
         ):
             train(settings(f"{option}={tmp_path}/file/x"))
     assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize("path", ["runs/a::b", "s3://bucket/run"])
+def test_a_run_folder_is_on_this_machine(settings: Settings, path: str) -> None:
+    with pytest.raises(RecipeError, match=r"paths\.run_dir must be the path of a folder on this machine"):
+        train(settings(f"paths.run_dir={path}"))
+
+
+def test_a_run_folder_may_begin_at_home(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert open_run_folder(settings('paths.run_dir="~/run"')) == tmp_path / "run"
+
+
+def test_a_terminal_that_knows_few_characters(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "recipes.train", *TINY_UNET, "logger=csv", f"paths.run_dir='{tmp_path}/ü'"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"},
+        capture_output=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def _command_line(*overrides: str) -> subprocess.CompletedProcess[str]:

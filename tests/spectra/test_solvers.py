@@ -80,6 +80,16 @@ def test_no_file_can_be_written(trials, monkeypatch, tmp_path):
     assert trials == [128]
 
 
+def test_there_is_no_home(trials, monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", no_home)
+    assert (choose(100), choose(100)) == ("cpu", "cpu")
+    assert trials == [128]
+
+
 def test_the_default_place(monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert solvers.cache_file() == Path.home() / ".cache" / "farms_tb" / "solvers.json"
