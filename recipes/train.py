@@ -82,7 +82,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     with run_folder(cfg) as folder:
         try:
             return _train_in(folder, cfg)
-        except (KeyboardInterrupt, SystemExit):
+        except (KeyboardInterrupt, SystemExit, OSError):  # a full disk is one
             _say_how_to_resume(folder)
             raise
 

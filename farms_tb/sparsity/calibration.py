@@ -78,8 +78,11 @@ def tokens_of_texts(texts: Iterable[str], tokenizer: Tokenizer, name: str = "the
         The ids, int64 `(tokens,)`; special tokens at the start come once.
 
     Raises:
+        TypeError: `texts` is one text, which would be joined letter by letter.
         ValueError: there is no text.
     """
+    if isinstance(texts, str):
+        raise TypeError("texts must be several texts, got one: pass [text]")
     text = "\n\n".join(texts)
     ids = torch.as_tensor(tokenizer(text)["input_ids"], dtype=torch.int64).flatten()
     if not text.strip() or len(ids) == 0:

@@ -159,7 +159,8 @@ def _held(path: Path) -> Any:
             return load(path.read_bytes())
         return torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
-        raise ValueError(f"cannot read calibration data in {path}: {str(error).splitlines()[0]:.200}") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"cannot read calibration data in {path}: {reason:.200}") from error
     except Exception as error:
         if type(error).__name__ != "SafetensorError":
             raise

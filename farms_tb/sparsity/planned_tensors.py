@@ -74,12 +74,14 @@ class StoredModel:
         files: the files of its weights.
         layers: the planned layers by name, in the order of the plan.
         plan: the plan, its names as in the files.
+        has_transposed: whether some matrix of the model, planned or not, is stored as (in, out).
     """
 
     path: Path
     files: tuple[Path, ...]
     layers: Mapping[str, StoredLayer]
     plan: SparsityPlan
+    has_transposed: bool = False
 
     @property
     def by_tensor(self) -> dict[str, list[StoredLayer]]:
@@ -165,21 +167,26 @@ def planned_tensors(path: Path, plan: SparsityPlan, structure: Structure) -> Sto
     for name, planned in plan.layers.items():
         check_groups(name, found[name].shape, found[name].layout, wanted[name])
         layers[name] = replace(found[name], block=planned.block, wanted=wanted[name])
-    return StoredModel(path, tuple(files), layers, plan)
+    return StoredModel(path, tuple(files), layers, plan, any(map(_is_transposed, stored)))
 
 
 def check_oriented(model: StoredModel) -> None:
     """Refuse a structure for weights `(in, out)`, whose groups of inputs lie in columns.
 
-    GPT-2 stores its weights so. A file does not say it, but the length of a bias does.
+    GPT-2 stores its weights so. A file does not say it, but the length of a bias does; of a square matrix, the
+    biases of others.
 
     Raises:
         ValueError: a layer that is to have the structure is stored so.
     """
     for layer in model.layers.values():
-        if layer.wanted.structure is not None and _is_transposed(layer.tensor):
+        rows, *columns = layer.tensor.shape
+        is_square = columns == [rows]
+        if layer.wanted.structure is not None and (
+            _is_transposed(layer.tensor) or (is_square and model.has_transposed)
+        ):
             raise ValueError(
-                f"{layer.name} is stored as (in, out), as its bias shows: use --structure unstructured, or pass "
+                f"{layer.name} is stored as (in, out), as biases show: use --structure unstructured, or pass "
                 "--calibration, with which the model is loaded"
             )
 

@@ -82,7 +82,8 @@ def _summary(inputs: Tensor, hessian: bool, sample: int) -> _Summary:
     values = inputs.float()
     number = values.shape[1]
     chosen = torch.linspace(0, number - 1, min(sample, number), device=values.device).long()
-    products = values.mT @ values if hessian else None
+    with torch.autocast(values.device.type, enabled=False):  # sums over many inputs leave the range of float16
+        products = values.mT @ values if hessian else None
     return _Summary(values.square().sum(1), products, values[:, chosen], number)
 
 

@@ -10,6 +10,7 @@ import json
 import time
 import zipfile
 from collections.abc import Mapping
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def finetune(cfg: DictConfig) -> dict[str, Any]:
     with run_folder(cfg) as folder:
         try:
             return _finetune_in(folder, cfg, checkpoint)
-        except (KeyboardInterrupt, SystemExit):
+        except (KeyboardInterrupt, SystemExit, OSError):  # a full disk is one
             last = _newest_checkpoint(folder)
             if last is not None:
                 warn(make_console(), f"stopped; to go on, repeat the command with ckpt_path={last}")
@@ -178,8 +179,11 @@ def _save_last_weights(run: Run, balancer: Any, folder: Path) -> None:
         "global_step": state.global_step,
         "callbacks": callbacks,
     }
+    # Through memory, since torch.save turns a full disk into a RuntimeError.
+    whole = BytesIO()
+    torch.save(content, whole)
     with atomic_path(folder / CHECKPOINTS / _LAST_WEIGHTS) as path:
-        torch.save(content, path)
+        path.write_bytes(whole.getbuffer())
 
 
 def _facts(cfg: DictConfig, run: Run, scores: Mapping[str, float]) -> dict[str, Any]:

@@ -51,6 +51,10 @@ def read_settings(kind: str, cfg: DictConfig) -> tuple[Spec, Job]:
         spec = _typed(KINDS[kind], cfg)
         folder = Path(cfg.paths.data_dir) / FOLDER
         file = Path(cfg.file) if cfg.file else folder / spec.file_name
+        if file.suffix == ".png":
+            raise RecipeError(
+                f"file={file}: that is the name of the picture of the samples; choose {file.stem}.hdf5"
+            )
         return spec, _typed(Job, cfg, file=file)
     except OmegaConfBaseException as error:
         raise RecipeError(f"{error.full_key}: {str(error.msg).splitlines()[0]}") from error

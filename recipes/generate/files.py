@@ -117,8 +117,14 @@ class PartFile:
             arrays: Samples of every data set, first axis by sample.
 
         Raises:
-            RecipeError: They can't be written, for want of space say.
+            RecipeError: They are not finite, or can't be written, for want of space say.
         """
+        for name, values in arrays.items():
+            if not np.isfinite(values).all():
+                raise RecipeError(
+                    f"samples from {start} on have numbers in {name!r} that are not finite: take less extreme "
+                    "settings"
+                )
         count = len(next(iter(arrays.values())))
         file = self._file.fileno()
         try:

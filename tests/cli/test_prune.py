@@ -337,9 +337,12 @@ def test_names_may_lack_the_prefix_of_the_model(ids: Path, tmp_path: Path) -> No
     assert done.exit_code == 0, done.stderr
     matrix = next(value for key, value in tensors(tmp_path / "groups").items() if "h.1.mlp.c_fc.weight" in key)
     assert ((matrix.mT.reshape(-1, 4) == 0).sum(1) == 2).all()
-    refused = run(folder, *options[:2], "--structure", "2:4", "-o", tmp_path / "refused")
-    assert refused.exit_code == 2
-    assert "(in, out)" in refused.stderr
+    square = {"h.0.attn.c_proj": PlannedLayer(32 * 32, 0.5)}  # whose own bias does not tell
+    SparsityPlan(square, 0.5, "uniform").save(tmp_path / "square.json")
+    for plan_file in ("plan.json", "square.json"):
+        refused = run(folder, "--plan", tmp_path / plan_file, "--structure", "2:4", "-o", tmp_path / "refused")
+        assert refused.exit_code == 2
+        assert "(in, out)" in refused.stderr
 
 
 @pytest.mark.parametrize(("structure", "n", "m"), [("2:4", 2, 4), ("4:8", 4, 8), ("mixed:8", 4, 8)])
@@ -464,6 +467,7 @@ WANDA = ("--method", "wanda", "--calibration", "ids.pt", "--length", "32")
         (as_it_is, ("--calibration", "rows.pt", "--length", "16"), ["rows.pt", "24", "--length 16"]),
         (as_it_is, ("--method", "wanda", "--calibration", "numbers.pt"), ["ids of tokens"]),
         (as_it_is, ("--method", "wanda", "--calibration", "absent.pt"), ["absent.pt"]),
+        (as_it_is, ("--method", "wanda", "--calibration", "empty.pt"), ["empty.pt"]),
         (as_it_is, ("--method", "wanda", "--calibration", "text.txt"), ["tokenizer", "token ids"]),
         (as_it_is, (*WANDA, "--sequences", "0"), ["sequences"]),
         (as_it_is, ("--seed", "-1"), ["seed"]),
@@ -488,6 +492,7 @@ def test_bad_input_is_refused_and_leaves_nothing(
     torch.save(torch.arange(400).view(4, 100) % VOCABULARY, "long_rows.pt")
     torch.save(torch.arange(96).view(4, 24) % VOCABULARY, "rows.pt")
     Path("text.txt").write_text("some words")
+    Path("empty.pt").touch()
     folder = shutil.copytree(dense, tmp_path / "changed")
     change(folder)
     before = files(tmp_path)

@@ -276,6 +276,15 @@ def test_two_runs_do_not_write_one_file(tmp_path: Path) -> None:
         PartFile(tmp_path / "x.hdf5", SMALL, 3, SETTINGS)
 
 
+def test_samples_that_are_not_finite_are_not_kept(tmp_path: Path) -> None:
+    with PartFile(tmp_path / "x.hdf5", SMALL, 3, SETTINGS) as part:
+        arrays = {name: np.zeros((1, *shape), dtype=np.float32) for name, shape in SMALL.fields.items()}
+        part.write(0, arrays)
+        with pytest.raises(RecipeError, match="not finite"):
+            part.write(1, {name: np.full_like(values, np.inf) for name, values in arrays.items()})
+        assert part.missing == [1, 2]
+
+
 def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_locks(*args: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
@@ -395,6 +404,7 @@ def test_settings_as_the_command_line_reads_them() -> None:
         ("darcy", "workers=0", "workers must be at least 1, or null for one a core, got 0"),
         ("cfd1d", "points=-4", "points must be at least 8"),
         ("cfd1d", "overwrite=perhaps", "overwrite: Value 'perhaps'"),
+        ("cfd1d", "file=x.png", "choose x.hdf5"),
     ],
 )
 def test_bad_settings(kind: str, override: str, message: str) -> None:

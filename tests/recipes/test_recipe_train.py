@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
 import re
@@ -228,15 +229,19 @@ def test_resuming_cuts_the_metrics_back_to_the_checkpoint(settings: Settings) ->
     assert {**again, "seconds": 0} == {**summary, "seconds": 0}
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
 def test_an_interrupted_run_says_how_to_go_on(
-    settings: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    error: BaseException,
+    settings: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def interrupt(*args: object) -> None:
-        raise KeyboardInterrupt
+        raise error
 
     monkeypatch.setattr("recipes.train.measure_layers", interrupt)
     cfg = settings(*TINY_UNET, "logger=csv")
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(type(error)):
         train(cfg)
     assert (
         f"repeat the command with ckpt_path={cfg.paths.run_dir}/checkpoints/last.ckpt" in capsys.readouterr().out

@@ -48,6 +48,11 @@ def test_files_without_text_are_refused(tmp_path):
         tokens_of_text(tmp_path / "absent", tokenizer())
 
 
+def test_one_text_is_no_list_of_texts():
+    with pytest.raises(TypeError, match=r"several texts.*\[text\]"):
+        tokens_of_texts("one text", lambda text: {"input_ids": list(text.encode())})
+
+
 def test_sequences_are_consecutive_without_overlap():
     tokens = torch.arange(95)
     batches = calibration_batches(tokens, number=4, length=10, seed=2)

@@ -106,6 +106,52 @@ def test_images_without_a_batch_count_like_a_batch_of_one(kernel: int) -> None:
         assert torch.equal(one, other)
 
 
+def small_encoder() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2).eval()
+
+
+def plan_of_feed_forward(model: nn.Module) -> SparsityPlan:
+    names = [f"layers.{block}.linear{place}" for block in range(2) for place in (1, 2)]
+    layers = {
+        name: PlannedLayer(model.get_submodule(name).weight.numel(), 0.5, name.rpartition(".")[0])
+        for name in names
+    }
+    return SparsityPlan(layers, 0.5, "uniform")
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors")
+def test_encoders_of_torch_are_seen_layer_by_layer() -> None:
+    """Their fast path calls no layer, and refuses hooks where positions are hidden."""
+    model = small_encoder()
+    hidden = torch.zeros(3, 9, dtype=torch.bool)
+    hidden[1, 6:] = True
+    batches = [{"src": torch.randn(3, 9, 16), "src_key_padding_mask": hidden}]
+    report = prune(model, plan_of_feed_forward(model), "wanda", calibration=batches)
+    assert {layer.method for layer in report.layers.values()} == {"wanda"}
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_compiled_blocks_are_seen_layer_by_layer() -> None:
+    written, compiled = small_encoder(), small_encoder()
+    for block in compiled.layers:
+        block.compile(backend="eager")
+    batches = [{"src": torch.randn(3, 9, 16)}]
+    for model in (written, compiled):
+        report = prune(model, plan_of_feed_forward(model), "wanda", calibration=batches)
+        assert {layer.method for layer in report.layers.values()} == {"wanda"}
+    for one, other in zip(written.parameters(), compiled.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_half_precision_of_the_surroundings_does_not_reach_the_sums() -> None:
+    model = nn.Sequential(nn.Linear(16, 8))
+    plan = SparsityPlan({"0": PlannedLayer(128, 0.5)}, 0.5, "uniform")
+    with torch.autocast("cpu", dtype=torch.float16):
+        report = prune(model, plan, "sparsegpt", calibration=[{"input": 300 * torch.randn(64, 16)}])
+    assert report.layers["0"].method == "sparsegpt"
+
+
 def test_masks_survive_training_and_can_be_made_permanent() -> None:
     model = llama()
     plan = plan_of(model)
