@@ -12,12 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning import LightningDataModule
 from rich.progress import track
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import TensorDataset
 
 from recipes.data.cache import Arrays, load_or_make
-from recipes.data.loaders import evaluation_loader, training_loader
+from recipes.data.loaders import SplitData
 from recipes.generate.darcy import SPLITS, DarcySpec, sample
 
 __all__ = ["DarcyData", "generate"]
@@ -41,11 +40,13 @@ def generate(spec: DarcySpec, split: str, count: int, workers: int = 1) -> Array
     return {"a": np.stack([a for a, _ in made]), "u": np.stack([u for _, u in made])}
 
 
-class DarcyData(LightningDataModule):
+class DarcyData(SplitData):
     """Darcy flow as a field-to-field regression: coefficient in, solution out.
 
     Inputs are standardised, targets divided by their root mean square, both with the numbers of the training set;
     nRMSE and relative L2 do not notice the scaling of the target.
+
+    Batches are inputs and targets, both (B, 1, n, n).
 
     Args:
         data_dir: Where the cache files live.
@@ -86,7 +87,7 @@ class DarcyData(LightningDataModule):
         workers: int = 2,
         num_workers: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(batch_size, shuffle_seed, num_workers)
         try:
             self.spec = DarcySpec(family, resolution, low, high, beta, seed)
         except ValueError as error:
@@ -96,11 +97,7 @@ class DarcyData(LightningDataModule):
             if size < 1:
                 raise ValueError(f"data.{split}_size must be at least 1, got {size}")
         self.data_dir = Path(data_dir)
-        self.batch_size = batch_size
-        self.shuffle_seed = shuffle_seed
         self.workers = workers
-        self.num_workers = num_workers
-        self.datasets: dict[str, TensorDataset] = {}
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:
@@ -130,10 +127,8 @@ class DarcyData(LightningDataModule):
         for split in SPLITS:
             self._load(split)
 
-    def setup(self, stage: str) -> None:
+    def make_splits(self) -> dict[str, TensorDataset]:
         """Load and scale all three splits."""
-        if self.datasets:
-            return
         coefficients, solutions = {}, {}
         for split in SPLITS:
             arrays = self._load(split)
@@ -142,18 +137,7 @@ class DarcyData(LightningDataModule):
         mean = coefficients["train"].mean()
         deviation = coefficients["train"].std().clamp_min(1e-6)  # they may all have one value
         scale = solutions["train"].square().mean().sqrt()
-        for split in SPLITS:
-            inputs = (coefficients[split] - mean) / deviation
-            self.datasets[split] = TensorDataset(inputs, solutions[split] / scale)
-
-    def train_dataloader(self) -> DataLoader[Any]:
-        """Shuffled training batches: inputs and targets, both (B, 1, n, n)."""
-        return training_loader(self.datasets["train"], self.batch_size, self.shuffle_seed, self.num_workers)
-
-    def val_dataloader(self) -> DataLoader[Any]:
-        """Validation batches."""
-        return evaluation_loader(self.datasets["val"], self.batch_size, self.num_workers)
-
-    def test_dataloader(self) -> DataLoader[Any]:
-        """Test batches."""
-        return evaluation_loader(self.datasets["test"], self.batch_size, self.num_workers)
+        return {
+            split: TensorDataset((coefficients[split] - mean) / deviation, solutions[split] / scale)
+            for split in SPLITS
+        }

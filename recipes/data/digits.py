@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from lightning import LightningDataModule
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch.nn import functional
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import TensorDataset
 
-from recipes.data.loaders import evaluation_loader, training_loader
+from recipes.data.loaders import SplitData
 
 __all__ = ["DigitsData"]
 
@@ -19,8 +18,10 @@ TOTAL = 1797
 CLASSES = 10
 
 
-class DigitsData(LightningDataModule):
+class DigitsData(SplitData):
     """The digits as image classification, split by class-balanced sampling into train, validation and test.
+
+    Batches are images (B, 1, H, W) and labels (B,).
 
     Args:
         train_size: Training images; what is left after all three splits is not used.
@@ -50,7 +51,7 @@ class DigitsData(LightningDataModule):
         shuffle_seed: int = 0,
         num_workers: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(batch_size, shuffle_seed, num_workers, evaluation_batch_size=256)
         sizes = (train_size, val_size, test_size)
         if min(sizes) < CLASSES or sum(sizes) > TOTAL:
             raise ValueError(
@@ -59,11 +60,7 @@ class DigitsData(LightningDataModule):
             )
         self.train_size, self.val_size, self.test_size = sizes
         self.image_size = image_size
-        self.batch_size = batch_size
-        self.shuffle_seed = shuffle_seed
         self.seed = seed
-        self.num_workers = num_workers
-        self.datasets: dict[str, TensorDataset] = {}
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:
@@ -78,10 +75,8 @@ class DigitsData(LightningDataModule):
             images = functional.interpolate(images, size=(self.image_size, self.image_size), mode="bilinear")
         return images, torch.as_tensor(digits.target, dtype=torch.long)
 
-    def setup(self, stage: str) -> None:
+    def make_splits(self) -> dict[str, TensorDataset]:
         """Split the images and standardise them with the training images' mean and deviation."""
-        if self.datasets:
-            return
         images, labels = self._images()
         rest, test = self._split(labels, range(TOTAL), self.test_size)
         rest, val = self._split(labels, rest, self.val_size)
@@ -89,23 +84,13 @@ class DigitsData(LightningDataModule):
         if len(rest) - self.train_size >= CLASSES:
             _, train = self._split(labels, rest, self.train_size)
         mean, deviation = images[train].mean(), images[train].std()
-        for name, indices in (("train", train), ("val", val), ("test", test)):
-            self.datasets[name] = TensorDataset((images[indices] - mean) / deviation, labels[indices])
+        return {
+            name: TensorDataset((images[indices] - mean) / deviation, labels[indices])
+            for name, indices in (("train", train), ("val", val), ("test", test))
+        }
 
     def _split(self, labels: torch.Tensor, indices: Any, size: int) -> tuple[list[int], list[int]]:
         """Take `size` of the images, with the classes in equal shares; return those that are left, and these."""
         indices = list(indices)
         rest, taken = train_test_split(indices, test_size=size, random_state=self.seed, stratify=labels[indices])
         return rest, taken
-
-    def train_dataloader(self) -> DataLoader[Any]:
-        """Shuffled training batches: images (B, 1, H, W) and labels (B,)."""
-        return training_loader(self.datasets["train"], self.batch_size, self.shuffle_seed, self.num_workers)
-
-    def val_dataloader(self) -> DataLoader[Any]:
-        """Validation batches."""
-        return evaluation_loader(self.datasets["val"], 256, self.num_workers)
-
-    def test_dataloader(self) -> DataLoader[Any]:
-        """Test batches."""
-        return evaluation_loader(self.datasets["test"], 256, self.num_workers)

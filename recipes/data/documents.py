@@ -12,7 +12,7 @@ from farms_tb.sparsity.calibration import dataset_column
 from recipes.data.known_texts import KNOWN_TEXTS
 from recipes.errors import RecipeError
 
-__all__ = ["Documents", "file_states"]
+__all__ = ["Documents", "file_states", "text_files"]
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,8 @@ class Documents:
             )
         if self.path in KNOWN_TEXTS:
             self.read()
-        elif self.path is not None and not self._files():
-            raise RecipeError(
-                f"data.path={self.path} is no file and no folder with files that end in {self.suffix!r}"
-            )
+        elif self.path is not None:
+            text_files(self.path, self.suffix)
 
     def read(self) -> Iterable[str]:
         """Return the documents one after the other, without holding them all.
@@ -65,7 +63,7 @@ class Documents:
         if self.path in KNOWN_TEXTS:
             return KNOWN_TEXTS[self.path]()
         if self.dataset is None:
-            return map(_text_of, self._files())
+            return map(_text_of, text_files(str(self.path), self.suffix))
         try:
             return dataset_column(self.dataset, split=self.split, config=self.config, column=self.column)
         except (ImportError, FileNotFoundError, ValueError) as error:
@@ -78,17 +76,29 @@ class Documents:
             return {**asdict(self), "sha256": hashlib.sha256(text.encode()).hexdigest()}
         folder = Path(self.dataset or "")
         if self.path is not None:
-            files = self._files()
+            files = text_files(self.path, self.suffix)
         elif folder.is_dir():
             files = sorted(file for file in folder.rglob("*") if file.is_file())
         else:
             files = []
         return {**asdict(self), "files": file_states(files)}
 
-    def _files(self) -> list[Path]:
-        """Return the files of text, in order."""
-        path = Path(str(self.path))
-        return [path] if path.is_file() else sorted(path.rglob(f"*{self.suffix}"))
+
+def text_files(path: str, suffix: str) -> list[Path]:
+    """Return a file of text, or those in a folder in the order of their paths.
+
+    Args:
+        path: The file or the folder.
+        suffix: Ending of the files of a folder.
+
+    Raises:
+        RecipeError: There is none.
+    """
+    folder = Path(path)
+    files = [folder] if folder.is_file() else sorted(folder.rglob(f"*{suffix}"))
+    if not files:
+        raise RecipeError(f"data.path={path} is no file and no folder with files that end in {suffix!r}")
+    return files
 
 
 def file_states(files: Iterable[Path]) -> list[tuple[str, int, int]]:

@@ -2,18 +2,20 @@
 
 A shuffle that draws from torch's global generator depends on all that was drawn before. Here the order of an epoch
 is a function of (seed, epoch), whatever the network, the arm or an interruption have drawn: runs of one seed are
-paired batch by batch.
+paired batch by batch. `SplitData` is what data with such loaders have in common.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-__all__ = ["EpochShuffle", "evaluation_loader", "training_loader"]
+__all__ = ["EpochShuffle", "SplitData", "evaluation_loader", "training_loader"]
 
 
 class EpochShuffle(Sampler[int]):
@@ -89,3 +91,48 @@ def evaluation_loader(
         persistent_workers=num_workers > 0,
         pin_memory=torch.cuda.is_available(),
     )
+
+
+class SplitData(LightningDataModule, ABC):
+    """Data in three splits that are made once, and loaders of their batches.
+
+    Args:
+        batch_size: Samples a training batch.
+        shuffle_seed: Seed of the order of the training samples.
+        num_workers: Processes that load batches; with 0 the training process loads them itself.
+        evaluation_batch_size: Samples a validation or test batch; None for as many as in training.
+
+    Attributes:
+        datasets: The splits, under "train", "val" and "test"; empty before `setup`.
+    """
+
+    def __init__(
+        self, batch_size: int, shuffle_seed: int, num_workers: int = 0, evaluation_batch_size: int | None = None
+    ) -> None:
+        super().__init__()
+        self.batch_size = batch_size
+        self.shuffle_seed = shuffle_seed
+        self.num_workers = num_workers
+        self.evaluation_batch_size = evaluation_batch_size or batch_size
+        self.datasets: dict[str, Any] = {}  # Any: torch's Dataset has no length
+
+    @abstractmethod
+    def make_splits(self) -> dict[str, Any]:
+        """Return the data sets of the splits, under "train", "val" and "test"."""
+
+    def setup(self, stage: str) -> None:
+        """Make the splits, once: Lightning calls this before training and again before the test."""
+        if not self.datasets:
+            self.datasets = self.make_splits()
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Shuffled training batches."""
+        return training_loader(self.datasets["train"], self.batch_size, self.shuffle_seed, self.num_workers)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Validation batches."""
+        return evaluation_loader(self.datasets["val"], self.evaluation_batch_size, self.num_workers)
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """Test batches."""
+        return evaluation_loader(self.datasets["test"], self.evaluation_batch_size, self.num_workers)

@@ -15,7 +15,7 @@ k-th one, so the training set is the published one to the sample: 4500, 2250, 90
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -25,16 +25,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from recipes.data.download import FILES, FOLDER
 from recipes.data.hdf5 import SampleReader, in_memory
-from recipes.data.loaders import evaluation_loader, training_loader
+from recipes.data.loaders import SplitData
 from recipes.errors import RecipeError
 
-__all__ = ["PDEBenchDarcy", "PDEBenchFlow", "split_samples"]
+__all__ = ["FileOptions", "PDEBenchDarcy", "PDEBenchFlow", "split_samples"]
 
 Pair = tuple[Tensor, Tensor]
 Shapes = dict[str, tuple[int, ...]]
@@ -95,19 +94,20 @@ def split_samples(total: int, step: int, val_every: int) -> dict[str, list[int]]
 
 
 @dataclass(frozen=True)
-class _Options:
+class FileOptions:
     """The arguments that `PDEBenchDarcy` and `PDEBenchFlow` share.
 
     Attributes:
         data_dir: Folder of all data; PDEBench's files are in its `pdebench`.
         path: Another file of the same layout, instead.
-        every_point: Keep every so many-th point along each axis.
-        fraction: Part of the pool that is trained on, one over a whole number.
-        val_every: The last of every so many samples of the pool is held out for validation.
         batch_size: Samples a batch.
+        every_point: Keep every so many-th point along each axis; must divide the grid.
+        fraction: Part of the pool that is trained on, one over a whole number; "1/180" is understood.
+        val_every: The last of every so many samples of the pool is held out for validation.
         shuffle_seed: Seed of the order of the training samples.
-        memory_gb: Gigabytes up to which the samples are kept in memory.
-        num_workers: Processes that read batches from the file.
+        memory_gb: The samples in use are read once and kept if they take no more memory than this; otherwise each
+            batch is read from the file. Each process of a distributed run keeps its own.
+        num_workers: Processes that read batches from the file; samples kept in memory need none.
 
     Raises:
         ValueError: One of them is out of range.
@@ -115,13 +115,13 @@ class _Options:
 
     data_dir: str | Path
     path: str | Path | None
-    every_point: int
-    fraction: float | str
-    val_every: int
     batch_size: int
-    shuffle_seed: int
-    memory_gb: float
-    num_workers: int
+    every_point: int = 1
+    fraction: float | str = 1
+    val_every: int = 10
+    shuffle_seed: int = 0
+    memory_gb: float = 4.0
+    num_workers: int = 2
 
     def __post_init__(self) -> None:
         if self.every_point < 1:
@@ -138,7 +138,7 @@ class _Options:
         return sample_step(self.fraction)
 
 
-def _remedy(name: str, generate: str | None, options: _Options) -> str:
+def _remedy(name: str, generate: str | None, options: FileOptions) -> str:
     """Say how to come by a file, for the end of every message about one that is missing or damaged."""
     folder = options.data_dir
     text = "" if options.path is None else "Correct data.path, or leave it out: "
@@ -201,7 +201,7 @@ class _FlowSamples(_Samples):
         return frames[: self.history], frames[self.history :]
 
 
-class _PDEBenchData(LightningDataModule, ABC):
+class _PDEBenchData(SplitData):
     """A file in one of PDEBench's layouts, thinned and split.
 
     The shapes in the file are read once, when they are first asked for, and checked against the options. Samples
@@ -221,16 +221,14 @@ class _PDEBenchData(LightningDataModule, ABC):
         generate: str | None,
         dimensions: int,
         select: dict[str, tuple[slice, ...]],
-        options: _Options,
+        options: FileOptions,
     ) -> None:
-        super().__init__()
+        super().__init__(options.batch_size, options.shuffle_seed, options.num_workers)
         path = options.path or Path(options.data_dir) / FOLDER / FILES[name].file_name
         self.reader = SampleReader(Path(path), tuple(select), _remedy(name, generate, options))
         self.dimensions = dimensions
         self.select = select
         self.options = options
-        self.num_workers = options.num_workers
-        self.datasets: dict[str, Dataset[Any]] = {}
 
     @abstractmethod
     def _check_layout(self, shapes: Shapes) -> None:
@@ -292,10 +290,8 @@ class _PDEBenchData(LightningDataModule, ABC):
         """
         self._split()
 
-    def setup(self, stage: str) -> None:
+    def make_splits(self) -> dict[str, Dataset[Any]]:
         """Open the splits; read them where they fit in `memory_gb`."""
-        if self.datasets:
-            return
         splits = self._split()
         needed = self._sample_bytes() * sum(map(len, splits.values()))
         fits = needed <= self.options.memory_gb * 1e9
@@ -304,20 +300,7 @@ class _PDEBenchData(LightningDataModule, ABC):
             for split, samples in datasets.items():
                 datasets[split] = in_memory(samples, f"Reading {split} samples")
             self.num_workers = 0
-        self.datasets = datasets
-
-    def train_dataloader(self) -> DataLoader[Any]:
-        """Shuffled training batches."""
-        options = self.options
-        return training_loader(self.datasets["train"], options.batch_size, options.shuffle_seed, self.num_workers)
-
-    def val_dataloader(self) -> DataLoader[Any]:
-        """Validation batches."""
-        return evaluation_loader(self.datasets["val"], self.options.batch_size, self.num_workers)
-
-    def test_dataloader(self) -> DataLoader[Any]:
-        """Test batches."""
-        return evaluation_loader(self.datasets["test"], self.options.batch_size, self.num_workers)
+        return datasets
 
 
 class PDEBenchDarcy(_PDEBenchData):
@@ -329,14 +312,8 @@ class PDEBenchDarcy(_PDEBenchData):
         data_dir: PDEBench's file is `<data_dir>/pdebench/2D_DarcyFlow_beta<beta>_Train.hdf5`.
         beta: The constant source: 0.01, 0.1, 1, 10 or 100.
         path: Another file of the same layout, instead: `nu` (N, X, Y) and `tensor` (N, 1, X, Y).
-        every_point: Keep every so many-th point along each axis; must divide the grid.
-        fraction: Part of the pool that is trained on, one over a whole number; "1/180" is understood.
-        val_every: The last of every so many samples of the pool is held out for validation.
         batch_size: Samples a batch.
-        shuffle_seed: Seed of the order of the training samples.
-        memory_gb: The samples in use are read once and kept if they take no more memory than this; otherwise each
-            batch is read from the file. Each process of a distributed run keeps its own.
-        num_workers: Processes that read batches from the file; samples kept in memory need none.
+        **options: The other arguments that `FileOptions` lists, such as `every_point` and `fraction`.
 
     Raises:
         ValueError: An argument is out of range. What depends on the file is checked by `prepare_data`.
@@ -349,22 +326,16 @@ class PDEBenchDarcy(_PDEBenchData):
         data_dir: str | Path,
         beta: float = 1.0,
         path: str | Path | None = None,
-        every_point: int = 1,
-        fraction: float | str = 1,
-        val_every: int = 10,
+        *,
         batch_size: int = 50,
-        shuffle_seed: int = 0,
-        memory_gb: float = 4.0,
-        num_workers: int = 2,
+        **options: Any,
     ) -> None:
         if beta not in BETAS:
             raise ValueError(f"data.beta must be one of {', '.join(map(str, BETAS))}, got {beta}")
-        options = _Options(
-            data_dir, path, every_point, fraction, val_every, batch_size, shuffle_seed, memory_gb, num_workers
-        )
-        points = (slice(None, None, every_point),) * 2
+        file = FileOptions(data_dir, path, batch_size, **options)
+        points = (slice(None, None, file.every_point),) * 2
         select = {"nu": points, "tensor": (slice(None), *points)}
-        super().__init__(f"darcy_beta{float(beta)}", f"darcy beta={float(beta)}", 2, select, options)
+        super().__init__(f"darcy_beta{float(beta)}", f"darcy beta={float(beta)}", 2, select, file)
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
@@ -393,17 +364,11 @@ class PDEBenchFlow(_PDEBenchData):
             `<data_dir>/pdebench/2D_CFD_Rand_M0.1_Eta0.01_Zeta0.01_periodic_128_Train.hdf5`.
         dimensions: Of space, 1 or 2.
         path: Another file of the same layout, instead: `density`, `pressure`, `Vx`[, `Vy`], each (N, T, X[, Y]).
-        every_point: Keep every so many-th point along each axis; must divide the grid.
         every_frame: Keep every so many-th frame, from the first on.
         history: Frames that are given, after thinning.
         rollout_to: Frames in all, given and to be predicted, after thinning.
-        fraction: Part of the pool that is trained on, one over a whole number; "1/180" is understood.
-        val_every: The last of every so many samples of the pool is held out for validation.
         batch_size: Samples a batch.
-        shuffle_seed: Seed of the order of the training samples.
-        memory_gb: The samples in use are read once and kept if they take no more memory than this; otherwise each
-            batch is read from the file. Each process of a distributed run keeps its own.
-        num_workers: Processes that read batches from the file; samples kept in memory need none.
+        **options: The other arguments that `FileOptions` lists, such as `every_point` and `fraction`.
 
     Raises:
         ValueError: An argument is out of range. What depends on the file is checked by `prepare_data`.
@@ -416,16 +381,12 @@ class PDEBenchFlow(_PDEBenchData):
         data_dir: str | Path,
         dimensions: int = 1,
         path: str | Path | None = None,
-        every_point: int = 1,
+        *,
         every_frame: int = 1,
         history: int = 10,
         rollout_to: int = 21,
-        fraction: float | str = 1,
-        val_every: int = 10,
         batch_size: int = 20,
-        shuffle_seed: int = 0,
-        memory_gb: float = 4.0,
-        num_workers: int = 2,
+        **options: Any,
     ) -> None:
         if dimensions not in CHANNELS:
             raise ValueError(f"data.dimensions must be 1 or 2, got {dimensions}")
@@ -436,14 +397,12 @@ class PDEBenchFlow(_PDEBenchData):
                 f"data.history={history} must be at least 1 and below data.rollout_to={rollout_to}: "
                 "the frames between them are predicted"
             )
-        options = _Options(
-            data_dir, path, every_point, fraction, val_every, batch_size, shuffle_seed, memory_gb, num_workers
-        )
+        file = FileOptions(data_dir, path, batch_size, **options)
         frames = slice(0, (rollout_to - 1) * every_frame + 1, every_frame)
-        points = (slice(None, None, every_point),) * dimensions
+        points = (slice(None, None, file.every_point),) * dimensions
         select = dict.fromkeys(CHANNELS[dimensions], (frames, *points))
         generate = "cfd1d" if dimensions == 1 else None
-        super().__init__(f"cfd{dimensions}d", generate, dimensions, select, options)
+        super().__init__(f"cfd{dimensions}d", generate, dimensions, select, file)
         self.channels = len(select)
         self.every_frame = every_frame
         self.history = history

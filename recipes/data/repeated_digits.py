@@ -63,7 +63,7 @@ class RepeatedDigits(DigitsData):
         self.passes = passes
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Shuffled training batches: images (B, 1, H, W) and labels (B,)."""
+        """Shuffled training batches, `passes` over the images an epoch."""
         dataset = self.datasets["train"]
         batches = _ShuffledPasses(len(dataset), self.batch_size, self.passes, self.shuffle_seed)
         # A TensorDataset takes the indices of a whole batch at once, many times faster than one by one.

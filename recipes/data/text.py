@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import torch
-from lightning import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import TensorDataset
 
+from recipes.data.documents import text_files
 from recipes.data.known_texts import KNOWN_TEXTS
-from recipes.data.loaders import evaluation_loader, training_loader
+from recipes.data.loaders import SplitData
 from recipes.errors import RecipeError
 
 __all__ = ["ByteTextData"]
@@ -19,11 +16,13 @@ __all__ = ["ByteTextData"]
 BYTES = 256
 
 
-class ByteTextData(LightningDataModule):
+class ByteTextData(SplitData):
     """Windows of consecutive bytes, and the same a byte later as targets.
 
     The text is cut in three: its end is the test text, what comes before that the validation text, and the rest is
     trained on. Windows of one text do not overlap.
+
+    Batches are bytes and the bytes after them, int64 (B, length) each.
 
     Args:
         path: A file of text, or a folder, of which all files that end in `suffix` are read in the order of their
@@ -56,7 +55,7 @@ class ByteTextData(LightningDataModule):
         batch_size: int = 32,
         shuffle_seed: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(batch_size, shuffle_seed, evaluation_batch_size=4 * batch_size)
         sizes = {"length": length, "val_bytes": val_bytes, "test_bytes": test_bytes, "batch_size": batch_size}
         if train_bytes is not None:
             sizes["train_bytes"] = train_bytes
@@ -68,14 +67,9 @@ class ByteTextData(LightningDataModule):
         self.length = length
         self.train_bytes = train_bytes
         self.val_bytes, self.test_bytes = val_bytes, test_bytes
-        self.batch_size = batch_size
-        self.shuffle_seed = shuffle_seed
-        self.datasets: dict[str, TensorDataset] = {}
 
-    def setup(self, stage: str) -> None:
+    def make_splits(self) -> dict[str, TensorDataset]:
         """Read the text, cut it in three, and each part in windows."""
-        if self.datasets:
-            return
         text = self._text()
         end = len(text) - self.val_bytes - self.test_bytes
         length = self.train_bytes or end
@@ -86,33 +80,14 @@ class ByteTextData(LightningDataModule):
                 f"data.length={self.length}; choose smaller ones"
             )
         parts = {"train": text[:length], "val": text[end:][: self.val_bytes], "test": text[-self.test_bytes :]}
-        for name, part in parts.items():
-            self.datasets[name] = _windows(part, self.length)
+        return {name: _windows(part, self.length) for name, part in parts.items()}
 
     def _text(self) -> bytes:
-        """Return the whole text in UTF-8."""
+        """Return the whole text: a known one in UTF-8, files as they are."""
         name = self.path or "wikipedia"
         if name in KNOWN_TEXTS:
             return "\n\n".join(KNOWN_TEXTS[name]()).encode()
-        path = Path(name)
-        if path.is_file():
-            return path.read_bytes()
-        files = sorted(path.rglob(f"*{self.suffix}"))
-        if not files:
-            raise RecipeError(f"data.path={path} is no file and no folder with files that end in {self.suffix!r}")
-        return b"\n\n".join(file.read_bytes() for file in files)
-
-    def train_dataloader(self) -> DataLoader[Any]:
-        """Shuffled training batches: bytes and the bytes after them, int64 (B, length) each."""
-        return training_loader(self.datasets["train"], self.batch_size, self.shuffle_seed)
-
-    def val_dataloader(self) -> DataLoader[Any]:
-        """Validation batches."""
-        return evaluation_loader(self.datasets["val"], 4 * self.batch_size)
-
-    def test_dataloader(self) -> DataLoader[Any]:
-        """Test batches."""
-        return evaluation_loader(self.datasets["test"], 4 * self.batch_size)
+        return b"\n\n".join(file.read_bytes() for file in text_files(name, self.suffix))
 
 
 def _windows(text: bytes, length: int) -> TensorDataset:

@@ -15,14 +15,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from farms_tb.atomic_write import atomic_path
 from recipes.console import make_console
 from recipes.data.documents import Documents, file_states
-from recipes.data.loaders import EpochShuffle, evaluation_loader
+from recipes.data.loaders import EpochShuffle, SplitData
 from recipes.errors import RecipeError
 from recipes.real import smollm2_folder
 
@@ -87,11 +86,13 @@ class TokenWindows(Dataset[tuple[Tensor, Tensor]]):
         return window[:-1], window[1:]
 
 
-class TokenData(LightningDataModule):
+class TokenData(SplitData):
     """Windows of consecutive tokens, and the same a token later as targets.
 
     Each document ends in the tokenizer's end-of-text token, and documents follow one another. The end of the text
     is the test text, what comes before that the validation text, and the rest is trained on.
+
+    Batches are tokens and the tokens after them, int64 (B, length) each.
 
     Args:
         tokenizer: Folder of a tokenizer of transformers, as `tokenizer.save_pretrained` writes it; `"smollm2"` for
@@ -142,7 +143,7 @@ class TokenData(LightningDataModule):
         parts: int = 1,
         shuffle_seed: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(batch_size, shuffle_seed)
         sizes = {"vocabulary": vocabulary, "length": length, "val_tokens": val_tokens, "test_tokens": test_tokens}
         sizes |= {"batch_size": batch_size, "parts": parts}
         if train_tokens is not None:
@@ -157,11 +158,8 @@ class TokenData(LightningDataModule):
         self.length = length
         self.val_tokens, self.test_tokens = val_tokens, test_tokens
         self.limit = None if train_tokens is None else train_tokens + val_tokens + test_tokens
-        self.batch_size = batch_size
         self.parts = parts
-        self.shuffle_seed = shuffle_seed
         self.dtype = np.dtype(np.uint16 if vocabulary <= 1 << 16 else np.uint32)
-        self.datasets: dict[str, TokenWindows] = {}
 
     @property
     def tokenizer(self) -> str | None:
@@ -185,10 +183,8 @@ class TokenData(LightningDataModule):
             for tokens in tokenised(self.documents.read(), tokenizer, self.limit):
                 target.write(tokens.astype(self.dtype).tobytes())
 
-    def setup(self, stage: str) -> None:
+    def make_splits(self) -> dict[str, TokenWindows]:
         """Cut the tokens in three parts."""
-        if self.datasets:
-            return
         file = self._file()
         number = file.stat().st_size // self.dtype.itemsize
         end = number - self.val_tokens - self.test_tokens
@@ -200,8 +196,7 @@ class TokenData(LightningDataModule):
             )
         start = number - self.test_tokens
         borders = {"train": (0, end), "val": (end, start), "test": (start, number)}
-        for name, part in borders.items():
-            self.datasets[name] = TokenWindows(file, self.dtype, part, self.length)
+        return {name: TokenWindows(file, self.dtype, part, self.length) for name, part in borders.items()}
 
     def _file(self) -> Path:
         """Return the file of tokens; its name is a digest of all that its content depends on."""
@@ -211,18 +206,10 @@ class TokenData(LightningDataModule):
         return self.cache_dir / f"{hashlib.sha256(description.encode()).hexdigest()[:16]}.tokens"
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Shuffled training batches: tokens and the tokens after them, int64 (B, length) each."""
+        """Shuffled training batches, a part of a pass an epoch."""
         windows = self.datasets["train"]
         order = PartShuffle(len(windows), self.shuffle_seed, self.parts)
         return DataLoader(windows, self.batch_size, sampler=order, pin_memory=torch.cuda.is_available())
-
-    def val_dataloader(self) -> DataLoader[Any]:
-        """Validation batches."""
-        return evaluation_loader(self.datasets["val"], self.batch_size)
-
-    def test_dataloader(self) -> DataLoader[Any]:
-        """Test batches."""
-        return evaluation_loader(self.datasets["test"], self.batch_size)
 
 
 def load_tokenizer(folder: str | None, vocabulary: int) -> Any:
