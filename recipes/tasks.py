@@ -43,17 +43,19 @@ class _Task(ShardedNet):
     Args:
         net: The network.
         optimizer: Makes the optimizer; see `recipes.optimizers.make_optimizer`.
-        scheduler: Makes the scheduler from the optimizer; stepped once an epoch. None keeps the rate constant.
+        scheduler: Makes the scheduler from the optimizer, stepped by `interval`. None keeps the rate constant.
 
     Attributes:
         kind: What the network learns: "fields", "trajectories", "images" or "text". The data must be of the same
             kind.
         scores: What is logged of validation data, under `val/`.
+        interval: The scheduler is stepped after each "epoch" or each "step".
         net: The network.
     """
 
     kind = ""
     scores: tuple[str, ...] = ("loss",)
+    interval = "epoch"
 
     def __init__(
         self, net: nn.Module, optimizer: OptimizerFactory, scheduler: SchedulerFactory | None = None
@@ -79,7 +81,8 @@ class _Task(ShardedNet):
         optimizer = make_optimizer(self._make_optimizer, self.net)
         if self._make_scheduler is None:
             return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": self._make_scheduler(optimizer)}
+        scheduler = self._make_scheduler(optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": self.interval}}
 
     def _log_epoch(self, stage: str, batch: Batch, **values: Any) -> None:
         """Log means over the epoch; the first value, the one that matters most, shows at the progress bar.
@@ -102,13 +105,7 @@ class _Task(ShardedNet):
 
 
 class _FieldTask(_Task):
-    """A task whose outputs are fields: a few scores at validation, all of PDEBench's at the test.
-
-    Args:
-        net: The network.
-        optimizer: Makes the optimizer; see `recipes.optimizers.make_optimizer`.
-        scheduler: Makes the scheduler from the optimizer; stepped once an epoch. None keeps the rate constant.
-    """
+    """A task whose outputs are fields: a few scores at validation, all of PDEBench's at the test."""
 
     scores = ("nrmse", "relative_l2", "loss")
 
@@ -169,12 +166,8 @@ class _FieldTask(_Task):
 class FieldRegression(_FieldTask):
     """Field-to-field regression by mean squared error, such as from Darcy's coefficient to its solution.
 
-    Batches are pairs of fields, inputs (B, C_in, *space) and targets (B, C_out, *space).
-
-    Args:
-        net: Maps inputs to targets.
-        optimizer: Makes the optimizer; see `recipes.optimizers.make_optimizer`.
-        scheduler: Makes the scheduler from the optimizer; stepped once an epoch. None keeps the rate constant.
+    Batches are pairs of fields, inputs (B, C_in, *space) and targets (B, C_out, *space). The network maps inputs
+    to targets. The arguments are those of `_Task`.
     """
 
     kind = "fields"
@@ -366,24 +359,13 @@ class ImageClassification(_Task):
 class LanguageModel(_Task):
     """Prediction of the next token by cross-entropy, scored by the mean loss of a token, in nats.
 
-    Batches are tokens and the tokens after them, int64 (B, length) each.
-
-    Args:
-        net: Maps tokens to logits (B, length, num_tokens).
-        optimizer: Makes the optimizer; see `recipes.optimizers.make_optimizer`.
-        scheduler: Makes the scheduler from the optimizer; stepped after each step, unlike those of other tasks.
-            None keeps the rate constant.
+    Batches are tokens and the tokens after them, int64 (B, length) each. The network maps tokens to logits
+    (B, length, num_tokens). The arguments are those of `_Task`; the scheduler is stepped after each step, unlike
+    those of other tasks.
     """
 
     kind = "text"
-
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Make the optimizer of all parameters and, where there is one, its scheduler."""
-        optimizer = make_optimizer(self._make_optimizer, self.net)
-        if self._make_scheduler is None:
-            return optimizer
-        scheduler = self._make_scheduler(optimizer)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+    interval = "step"
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """Return the loss of a batch."""
