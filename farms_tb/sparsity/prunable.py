@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from farms_tb.sparsity.plan import SparsityPlan
 from farms_tb.weights.layers import Layer, find_layers, read_stacks, unwrap
-from farms_tb.weights.names import clean_name
+from farms_tb.weights.names import Renaming, clean_name, renaming
 
 __all__ = [
     "Layout",
@@ -183,24 +183,12 @@ def plan_for_names(plan: SparsityPlan, names: Mapping[str, object]) -> SparsityP
     Returns:
         The plan; the same object where its names match as they are, or no prefix makes them match.
     """
-    if all(name in names for name in plan.layers):
+    rename = renaming(plan.layers, names)
+    if rename is None or rename == Renaming():
         return plan
-    first = next(iter(plan.layers))
-    for name in names:
-        added, removed = name.removesuffix(first), first.removesuffix(name)
-        if name.endswith(f".{first}") and all(added + other in names for other in plan.layers):
-            return _renamed(plan, added, "")
-        if first.endswith(f".{name}") and all(other.removeprefix(removed) in names for other in plan.layers):
-            return _renamed(plan, "", removed)
-    return plan
-
-
-def _renamed(plan: SparsityPlan, added: str, removed: str) -> SparsityPlan:
-    """Return the plan with other prefixes of layers and blocks."""
     layers = {}
     for name, layer in plan.layers.items():
-        block = added + layer.block.removeprefix(removed) if layer.block else ""
-        layers[added + name.removeprefix(removed)] = replace(layer, block=block)
+        layers[rename(name)] = replace(layer, block=rename(layer.block) if layer.block else "")
     return replace(plan, layers=layers)
 
 

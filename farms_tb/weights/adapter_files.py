@@ -23,6 +23,7 @@ from torch import Tensor
 
 from farms_tb.weights.files import listed_tensors, stored_tensors, tensors_in
 from farms_tb.weights.low_rank import LowRankUpdate, merged
+from farms_tb.weights.names import renaming
 from farms_tb.weights.naming import values_of
 from farms_tb.weights.stored import ModelFacts, StoredTensor
 from farms_tb.weights.values import dense
@@ -121,7 +122,12 @@ def adapted_tensors(folder: Path, base: Sequence[StoredTensor]) -> list[StoredTe
     if not adapters:
         raise ValueError(f"{folder} holds no adapter: expected tensors called ...lora_A and ...lora_B")
     of_base = {tensor.path: tensor for tensor in base if tensor.name in _WEIGHTS}
-    rename = _renaming(list(adapters), of_base)
+    rename = renaming(adapters, of_base)
+    if rename is None:
+        missing = next(layer for layer in adapters if layer not in of_base)
+        raise ValueError(
+            f"the adapter is for other weights than those of the base: these have no layer {missing!r}"
+        )
     found = {tensor.key: tensor for tensor in base}
     for layer, parts in adapters.items():
         own = of_base[rename(layer)]
@@ -221,42 +227,6 @@ def _sorted(tensors: Sequence[StoredTensor]) -> tuple[dict[str, Parts], list[Sto
         elif not key.endswith(".lora_B.bias"):
             raise ValueError(f"the adapter has a tensor {tensor.key!r}, which is no part of LoRA or DoRA")
     return adapters, wholes
-
-
-class _Renaming:
-    """How the names of layers in an adapter become those in the base file."""
-
-    def __init__(self, removed: str = "", added: str = "") -> None:
-        self.removed, self.added = removed, added
-
-    def __call__(self, name: str) -> str:
-        """Return a layer's name in the base file."""
-        return self.added + name.removeprefix(self.removed)
-
-
-def _renaming(layers: Sequence[str], base: Mapping[str, object]) -> _Renaming:
-    """Find which prefix turns the names of an adapter's layers into those of the base file: most often none.
-
-    The two differ where the base was saved without a head: `transformer.h.0.attn.c_attn` is `h.0.attn.c_attn`.
-
-    Args:
-        layers: names in the adapter.
-        base: names in the base file.
-
-    Raises:
-        ValueError: no prefix fits all of them.
-    """
-    candidates = [_Renaming()]
-    for name in base:
-        if layers[0].endswith(f".{name}"):
-            candidates.append(_Renaming(removed=layers[0].removesuffix(name)))
-        elif name.endswith(f".{layers[0]}"):
-            candidates.append(_Renaming(added=name.removesuffix(layers[0])))
-    for candidate in candidates[:20]:
-        if all(candidate(layer) in base for layer in layers):
-            return candidate
-    missing = next(layer for layer in layers if layer not in base)
-    raise ValueError(f"the adapter is for other weights than those of the base: these have no layer {missing!r}")
 
 
 def _merged(base: StoredTensor, layer: str, parts: Parts, settings: _Settings) -> StoredTensor:

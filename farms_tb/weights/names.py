@@ -6,6 +6,9 @@ ways in ask this module.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from dataclasses import dataclass
+
 from torch import nn
 
 EMBEDDING = "embedding: not analysed without embeddings=True"
@@ -110,3 +113,43 @@ def is_experts_name(path: str) -> bool:
 def last_name(path: str) -> str:
     """Return the last part of a path, in lower case."""
     return path.rpartition(".")[2].lower()
+
+
+@dataclass(frozen=True)
+class Renaming:
+    """A change of the prefix that names have in common.
+
+    Attributes:
+        removed: prefix that is taken off the names that have it.
+        added: prefix that is put before all.
+    """
+
+    removed: str = ""
+    added: str = ""
+
+    def __call__(self, name: str) -> str:
+        """Return a name with the other prefix."""
+        return self.added + name.removeprefix(self.removed)
+
+
+def renaming(names: Collection[str], known: Collection[str]) -> Renaming | None:
+    """Find the prefix by which names differ from those of the same layers elsewhere.
+
+    `h.0.attn.c_attn` of a file that was saved without a head is `transformer.h.0.attn.c_attn` in a
+    `GPT2LMHeadModel`.
+
+    Args:
+        names: the names.
+        known: the names elsewhere, also of other layers.
+
+    Returns:
+        What makes all of `names` known; it changes none where they are. None where no prefix does.
+    """
+    first = next(iter(names), "")
+    candidates = [Renaming()]
+    for name in known:
+        if name.endswith(f".{first}"):
+            candidates.append(Renaming(added=name.removesuffix(first)))
+        elif first.endswith(f".{name}"):
+            candidates.append(Renaming(removed=first.removesuffix(name)))
+    return next((found for found in candidates if all(found(name) in known for name in names)), None)
