@@ -7,7 +7,7 @@ uniform allocation.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +16,7 @@ from farms_tb.sparsity.filling import Filling, Floats
 from farms_tb.sparsity.layers import depths
 from farms_tb.sparsity.plan import SparsityPlan
 from farms_tb.sparsity.ratios import line
+from farms_tb.weights.names import first_few
 
 LINEAR = 0.8
 """Correlation of sparsity and depth from which on a plan counts as close to a straight line.
@@ -132,14 +133,14 @@ def _on_total(plan: SparsityPlan) -> Iterator[str]:
         )
     beyond = [name for name, layer in plan.layers.items() if layer.sparsity > 1]
     if beyond:
-        yield f"sparsities above 1 cannot be pruned, leave out compat: {_listed(beyond)}"
+        yield f"sparsities above 1 cannot be pruned, leave out compat: {first_few(beyond)}"
 
 
 def _on_alphas(plan: SparsityPlan, left_out: Collection[str]) -> Iterator[str]:
     """Yield what is to be said of outliers and of missing alphas."""
     if left_out:
         outliers = [f"{name} ({plan.layers[name].alpha:.3g})" for name in left_out]
-        yield f"alphas far from all others took no part: {_listed(outliers)}"
+        yield f"alphas far from all others took no part: {first_few(outliers)}"
     known = [name for name, layer in plan.layers.items() if layer.alpha is not None and name not in left_out]
     if not known:
         left = "the search has the line alone" if plan.method == "search" else "the allocation is uniform"
@@ -147,7 +148,7 @@ def _on_alphas(plan: SparsityPlan, left_out: Collection[str]) -> Iterator[str]:
         return
     without = sorted(set(map(plan.unit_of, plan.layers)) - set(map(plan.unit_of, known)))
     if without:
-        yield f"without an alpha, these count as the mean of the others: {_listed(without)}"
+        yield f"without an alpha, these count as the mean of the others: {first_few(without)}"
 
 
 def _on_bounds(plan: SparsityPlan) -> Iterator[str]:
@@ -157,10 +158,10 @@ def _on_bounds(plan: SparsityPlan) -> Iterator[str]:
     low, high = plan.bounds
     at_high = {plan.unit_of(name): None for name, share in plan.sparsity.items() if share >= high}
     if at_high:
-        yield f"held at max_sparsity={high:g}, the others are pruned more instead: {_listed(list(at_high))}"
+        yield f"held at max_sparsity={high:g}, the others are pruned more instead: {first_few(list(at_high))}"
     at_low = {plan.unit_of(name): None for name, share in plan.sparsity.items() if 0 < share <= low}
     if at_low:
-        yield f"held at min_sparsity={low:g}, the others are pruned less instead: {_listed(list(at_low))}"
+        yield f"held at min_sparsity={low:g}, the others are pruned less instead: {first_few(list(at_low))}"
 
 
 def _on_epsilon(plan: SparsityPlan) -> Iterator[str]:
@@ -184,9 +185,3 @@ def _on_depth(plan: SparsityPlan) -> Iterator[str]:
             f"the plan is close to a straight line in depth (correlation {found.correlation:.2f}): compare it "
             "with method='depth', which needs no alphas"
         )
-
-
-def _listed(names: Sequence[str]) -> str:
-    """Return the first few names."""
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(names[:5]) + more

@@ -16,6 +16,7 @@ from farms_tb.report import LayerRecord, Report
 from farms_tb.verdicts import RANDOM_Z_OF_FEW, Verdict
 from farms_tb.viewing.history import Curve, History
 from farms_tb.viewing.names import printable, shortened
+from farms_tb.weights.names import first_few
 
 MOST_SENTENCES = 5
 """A reader acts on a few sentences and skips a list."""
@@ -106,7 +107,7 @@ def _named(records: Collection[str], most: int = 3) -> str:
     names = [_name(name) for name in records]
     if len(names) <= most:
         return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
-    return f"{', '.join(names[:most])} and {len(names) - most} more"
+    return first_few(names, most)
 
 
 def _verb(records: Collection[str], one: str, several: str) -> str:

@@ -13,11 +13,9 @@ from typing import TypeVar
 from farms_tb.viewing.names import printable, shortened
 from farms_tb.viewing.run_files import find_run
 from farms_tb.viewing.run_folder import RunFolder, read_run_folder
+from farms_tb.weights.names import first_few
 
 __all__ = ["in_every_run", "in_some_runs", "listed", "read_runs", "unique_names"]
-
-MOST_LISTED = 5
-"""Names that a sentence lists."""
 
 _Value = TypeVar("_Value")
 
@@ -107,9 +105,7 @@ def listed(names: Sequence[str]) -> str:
         >>> listed(["a", "b"]), listed(["layer"] * 7)
         ('a, b', 'layer, layer, layer, layer, layer and 2 more')
     """
-    shown = ", ".join(shortened(printable(name), 60) for name in names[:MOST_LISTED])
-    more = len(names) - MOST_LISTED
-    return f"{shown} and {more} more" if more > 0 else shown
+    return first_few([shortened(printable(name), 60) for name in names])
 
 
 def _check_there(path: Path) -> None:

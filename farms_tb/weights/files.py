@@ -17,6 +17,7 @@ from torch import Tensor
 
 from farms_tb.weights.config import facts_of, with_tied_head
 from farms_tb.weights.gguf_files import in_gguf
+from farms_tb.weights.names import first_few
 from farms_tb.weights.naming import may_be_layer, stored_layers
 from farms_tb.weights.pickles import Skipped, TorchTensor
 from farms_tb.weights.safetensors_files import in_safetensors
@@ -197,7 +198,7 @@ def _weights_in(folder: Path) -> Path:
         if len(found) == 1:
             return found[0]
         if found:
-            names = ", ".join(file.name for file in found[:5])
+            names = first_few([file.name for file in found])
             raise ValueError(f"{folder} has several files of weights, pass one of them: {names}")
     raise ValueError(_without_weights(folder))
 
@@ -241,7 +242,7 @@ def _in_parts(index: Path, damaged: list[str] | None) -> list[StoredTensor]:
             parts = {key: part for key, part in parts.items() if part != name}
     absent = sorted(parts.keys() - {tensor.key for tensor in found})
     if absent:
-        raise ValueError(f"{index} names tensors that its files do not hold: {', '.join(absent[:5])}")
+        raise ValueError(f"{index} names tensors that its files do not hold: {first_few(absent)}")
     return found
 
 
@@ -263,7 +264,7 @@ def _parts(index: Path) -> dict[str, str]:
         )
     missing = sorted({name for name in parts.values() if not (index.parent / name).is_file()})
     if missing:
-        raise FileNotFoundError(f"{index} names files that are not next to it: {', '.join(missing[:5])}")
+        raise FileNotFoundError(f"{index} names files that are not next to it: {first_few(missing)}")
     return dict(parts)
 
 

@@ -6,7 +6,7 @@ ways in ask this module.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -153,3 +153,14 @@ def renaming(names: Collection[str], known: Collection[str]) -> Renaming | None:
         elif first.endswith(f".{name}"):
             candidates.append(Renaming(removed=first.removesuffix(name)))
     return next((found for found in candidates if all(found(name) in known for name in names)), None)
+
+
+def first_few(names: Sequence[str], most: int = 5) -> str:
+    """Return names in one line: the first few, and how many more there are.
+
+    Example:
+        >>> first_few(["a", "b"]), first_few(["a", "b", "c", "d"], most=2)
+        ('a, b', 'a, b and 2 more')
+    """
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
