@@ -12,6 +12,7 @@ division, so that the target is met to rounding and not to the tolerance of an i
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,13 +76,8 @@ class Filling:
             return np.clip(offsets, self.low, self.high)
         edges = [(bound - offsets[moving]) / slopes[moving] for bound in (self.low, self.high)]
         corners = np.unique(np.concatenate(edges))
-        left, right = 0, len(corners) - 1
-        while right - left > 1:
-            middle = (left + right) // 2
-            if self._total(self._at(corners[middle], offsets, slopes)) < self.target:
-                left = middle
-            else:
-                right = middle
+        left = bisect_left(corners[1:-1], self.target, key=lambda c: self._total(self._at(c, offsets, slopes)))
+        right = min(left + 1, len(corners) - 1)  # all layers can have one corner in common
         return self._on_piece(corners[left], corners[right], offsets, slopes)
 
     def _on_piece(self, start: float, end: float, offsets: Floats, slopes: Floats) -> Floats:
