@@ -23,14 +23,11 @@ from farms_tb.atomic_write import atomic_path, write_text_atomically
 from farms_tb.cli.messages import say
 from farms_tb.cli.tables import Column, Row, print_table
 from farms_tb.viewing.names import printable
-from farms_tb.weights.files import INDEX
+from farms_tb.weights.files import ENDINGS
 
 Format = Literal["table", "csv", "json", "parquet"]
 
 FORMATS: tuple[Format, ...] = get_args(Format)
-
-_WEIGHTS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".gguf", INDEX)
-"""Endings of files that hold weights, or name the files that do."""
 
 
 def chosen_format(form: Format | None, output: Path | None, inputs: Iterable[str | None] = ()) -> Format:
@@ -75,7 +72,7 @@ def check_output(output: Path, inputs: Iterable[str | None] = ()) -> None:
     """
     if output.is_dir():
         raise ValueError(f"cannot write {output}: it is a folder")
-    if output.name.endswith(_WEIGHTS):
+    if output.name.endswith(ENDINGS):
         raise ValueError(f"--output {output}: this is the name of a file of weights, which it would replace")
     if output.exists() and any(Path(path).exists() and output.samefile(path) for path in inputs if path):
         raise ValueError(f"--output {output}: this is the file that is read, which it would replace")

@@ -20,6 +20,7 @@ from farms_tb.sparsity.methods import Structure, Wanted, check_groups, wanted_of
 from farms_tb.sparsity.plan import SparsityPlan
 from farms_tb.sparsity.prunable import Layout, plan_for_names
 from farms_tb.weights.files import files_of_weights, stored_layers, stored_tensors
+from farms_tb.weights.gguf_files import is_gguf
 from farms_tb.weights.stacks import MatrixStack
 from farms_tb.weights.stored import StoredTensor
 
@@ -118,7 +119,7 @@ def pruned_files(path: str | PathLike[str]) -> list[Path]:
     """
     files = files_of_weights(path)
     for file in files:
-        if _is_gguf(file):
+        if is_gguf(file):
             raise ValueError(f"{file} is GGUF, which holds quantised weights: {_NOT_QUANTISED}")
         if file.suffix != ".safetensors":
             raise ValueError(
@@ -126,12 +127,6 @@ def pruned_files(path: str | PathLike[str]) -> list[Path]:
                 "save it by model.save_pretrained(folder), or a state dict by safetensors.torch.save_file"
             )
     return files
-
-
-def _is_gguf(file: Path) -> bool:
-    """Return whether a file is of GGUF, by its ending or first bytes."""
-    with file.open("rb") as opened:
-        return file.suffix == ".gguf" or opened.read(4) == b"GGUF"
 
 
 def planned_tensors(path: Path, plan: SparsityPlan, structure: Structure) -> StoredModel:

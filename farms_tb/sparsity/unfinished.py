@@ -26,13 +26,13 @@ from pathlib import Path
 from farms_tb.atomic_write import atomic_path, write_text_atomically
 from farms_tb.sparsity.checkpoint import file_digest, note_run
 from farms_tb.sparsity.prune_report import PrunedLayer
-from farms_tb.weights.files import INDEX
+from farms_tb.weights.files import ENDINGS, INDEX
 
 __all__ = ["FolderFiles", "UnfinishedFolder", "check_output", "files_of_folder", "open_unfinished"]
 
 _WEIGHTS = (
-    *(".safetensors", ".gguf", ".ggml", ".msgpack"),
-    *(".bin", ".pt", ".pth", ".ptl", ".pte", ".ckpt", ".distcp", ".pkl", ".pickle", ".joblib", ".npy", ".npz"),
+    *ENDINGS,
+    *(".ggml", ".msgpack", ".ptl", ".pte", ".distcp", ".pkl", ".pickle", ".joblib", ".npy", ".npz"),
     *(".onnx", ".onnx_data", ".onnx.data", ".ort", ".ot", ".mlmodel", ".engine", ".pdparams"),
     *(".h5", ".hdf5", ".keras", ".pb", ".tflite"),
 )

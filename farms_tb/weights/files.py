@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from farms_tb.weights.config import facts_of, with_tied_head
-from farms_tb.weights.gguf_files import in_gguf
+from farms_tb.weights.gguf_files import in_gguf, is_gguf
 from farms_tb.weights.names import first_few
 from farms_tb.weights.naming import may_be_layer, stored_layers
 from farms_tb.weights.pickles import Skipped, TorchTensor
@@ -25,6 +25,7 @@ from farms_tb.weights.stored import ModelFacts, StoredTensor, stored_in_memory, 
 from farms_tb.weights.torch_files import holds_more, open_torch_file, read_torch_file, tensors_of
 
 __all__ = [
+    "ENDINGS",
     "INDEX",
     "StoredTensor",
     "files_of_weights",
@@ -37,11 +38,13 @@ __all__ = [
 ]
 
 INDEX = ".index.json"
+ENDINGS = (".safetensors", ".gguf", ".pt", ".pth", ".ckpt", ".bin", INDEX)
+"""Usual ends of the names of files that `stored_tensors` reads; torch.save takes any other as well."""
 
-# Where training scripts keep the weights in a checkpoint that holds more; the first is Lightning's.
 _OPTIMIZER = re.compile("optim(?!al|um)")
 """In keys of what belongs to an optimizer: `optimizer_states`, `optim_g`, but not `weights_optimal`."""
 
+# Where training scripts keep the weights in a checkpoint that holds more; the first is Lightning's.
 _STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model")
 # What a folder of Hugging Face's holds; the first that is there is read.
 _IN_FOLDER = (
@@ -279,12 +282,12 @@ def _natural(key: str) -> list[tuple[int, str]]:
 
 def _in_file(path: Path, key: str | None = None) -> Iterator[StoredTensor]:
     """Return the tensors of a file, whose format is known by its ending or first bytes."""
-    with path.open("rb") as file:
-        start = file.read(4)
-    if start == b"GGUF" or path.suffix == ".gguf":
+    if is_gguf(path):
         return in_gguf(path)
     if path.suffix == ".safetensors":
         return in_safetensors(path)
+    with path.open("rb") as file:
+        start = file.read(4)
     for magic, name in _OTHER_FORMATS.items():
         if start.startswith(magic):
             raise ValueError(

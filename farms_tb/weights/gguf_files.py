@@ -20,6 +20,12 @@ _PLAIN = {"F32": "float32", "F16": "float16", "F64": "float64"}
 """NumPy's names of the types that are not quantised."""
 
 
+def is_gguf(path: Path) -> bool:
+    """Return whether a file is of this format, by its ending or first bytes."""
+    with path.open("rb") as file:
+        return path.suffix == ".gguf" or file.read(4) == b"GGUF"
+
+
 def in_gguf(path: Path) -> Iterator[StoredTensor]:
     """Yield the tensors of a file; nothing is read but its header.
 
