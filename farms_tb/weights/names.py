@@ -144,6 +144,9 @@ def renaming(names: Collection[str], known: Collection[str]) -> Renaming | None:
 
     Returns:
         What makes all of `names` known; it changes none where they are. None where no prefix does.
+
+    Raises:
+        ValueError: several prefixes do, as with two towers of the same layers.
     """
     first = next(iter(names), "")
     candidates = [Renaming()]
@@ -152,7 +155,11 @@ def renaming(names: Collection[str], known: Collection[str]) -> Renaming | None:
             candidates.append(Renaming(added=name.removesuffix(first)))
         elif first.endswith(f".{name}"):
             candidates.append(Renaming(removed=first.removesuffix(name)))
-    return next((found for found in candidates if all(found(name) in known for name in names)), None)
+    fitting = [found for found in candidates if all(found(name) in known for name in names)]
+    if len(fitting) > 1 and fitting[0] != Renaming():
+        matches = first_few([found(first) for found in fitting])
+        raise ValueError(f"{first!r} could be each of {matches}: give the whole names")
+    return fitting[0] if fitting else None
 
 
 def first_few(names: Sequence[str], most: int = 5) -> str:

@@ -273,6 +273,13 @@ def test_bad_input_changes_nothing(change: Any, calibration: Any, options: dict[
         assert torch.equal(value.nan_to_num(), before[key].nan_to_num())
 
 
+def test_a_plan_that_fits_two_towers_is_refused() -> None:
+    model = nn.ModuleDict({"text": nn.Sequential(nn.Linear(8, 8)), "image": nn.Sequential(nn.Linear(8, 8))})
+    plan = SparsityPlan({"0": PlannedLayer(64, 0.5)}, 0.5, "uniform")
+    with pytest.raises(ValueError, match=r"text\.0, image\.0.*whole names"):
+        prune(model, plan, "magnitude")
+
+
 def test_a_plan_of_another_model_is_refused() -> None:
     plan = SparsityPlan({"layers.9.up": PlannedLayer(100, 0.5)}, 0.5, "alpha")
     with pytest.raises(TypeError, match="plan must be"):
