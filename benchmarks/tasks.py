@@ -17,11 +17,13 @@ from typing import Any
 
 from benchmarks.published import BASELINE, RESULTS, published_runs
 from benchmarks.results import GREEN, ORANGE, Value, markdown_table, publish, write_csv
-from recipes.study.figure_style import new_figure, plain_axes, save
+from farms_tb.viewing.plots.style import new_figure
+from recipes.study.figure_style import plain_axes, save
 from recipes.study.pairs import final_runs, log_ratios, pairs
 from recipes.study.records import Job, Record
-from recipes.study.report import POOLED, Row, percent, summarise
+from recipes.study.report import POOLED, Row, summarise
 from recipes.study.statistics import RandomEffects, random_effects
+from recipes.study.units import percent
 
 METHODS = {
     "whole": "papers' maps,\nwhole matrices",

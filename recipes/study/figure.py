@@ -8,23 +8,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from recipes.study.figure_style import Style, add_legend, new_figure, plain_axes, save
-from recipes.study.report import POOLED, Row, percent
+from farms_tb.viewing.plots.style import new_figure
+from recipes.study.figure_style import Style, add_legend, plain_axes, save
+from recipes.study.report import POOLED, Row
 from recipes.study.rules import RULES, RuleRow
 from recipes.study.statistics import Effect, RandomEffects
+from recipes.study.units import percent
 
-__all__ = ["FIGURE_FILE", "RULES_FIGURE", "draw", "draw_rules"]
+__all__ = ["draw_effects", "draw_rules"]
 
-FIGURE_FILE = "effects.png"
-RULES_FIGURE = "rules.png"
 TASKS = "tasks like these"
 _GAP = 0.8  # between the groups, in heights of a row
-
-_RULE_TITLES = {
-    "last": "last epoch",
-    "best": "best epoch by validation",
-    "papers": "the papers' rule",
-}
 
 
 @dataclass(frozen=True)
@@ -42,7 +36,7 @@ class _Bar:
     interval: Effect | RandomEffects | None
 
 
-def draw(rows: Sequence[Row], baseline: str, styles: Mapping[str, Style], path: Path) -> None:
+def draw_effects(rows: Sequence[Row], baseline: str, styles: Mapping[str, Style], path: Path) -> None:
     """Draw every arm's change with its interval, cell by cell, those over all cells lowest.
 
     Two cells are too few for a sample of tasks: their intervals would set the scale of the figure.
@@ -77,7 +71,7 @@ def draw_rules(rows: Sequence[RuleRow], baseline: str, styles: Mapping[str, Styl
     every_axes = figure.subplots(1, len(RULES), sharex=True, sharey=True)
     for (rule, bars), axes in zip(panels.items(), every_axes, strict=True):
         _draw_bars(axes, _grouped(bars), styles)
-        axes.set_title(_RULE_TITLES[rule], fontsize=10)
+        axes.set_title(RULES[rule], fontsize=10)
     figure.supxlabel(_label(baseline), fontsize=10)
     _name_arms(figure, panels["last"], styles)
     save(figure, path)

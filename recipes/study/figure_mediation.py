@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from recipes.study.figure_style import Style, add_legend, new_figure, plain_axes, save
+from farms_tb.viewing.plots.style import new_figure
+from recipes.study.figure_style import Style, add_legend, plain_axes, save
 from recipes.study.mediation import Mediation
-from recipes.study.report import percent
+from recipes.study.units import percent
 
-__all__ = ["MEDIATION_FIGURE", "draw_mediation"]
+__all__ = ["draw_mediation"]
 
-MEDIATION_FIGURE = "mediation.png"
 _LABELS = {"mean_ratio": "mean learning-rate ratio", "ratio_sd": "standard deviation of the ratios over layers"}
 
 

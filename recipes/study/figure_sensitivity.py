@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recipes.study.figure_style import Style, add_legend, new_figure, plain_axes, save
+from farms_tb.viewing.plots.style import new_figure
+from recipes.study.figure_style import Style, add_legend, plain_axes, save
 from recipes.study.sensitivity import Curve, rate_range
 from recipes.study.units import heading, unit_of
 
-__all__ = ["SENSITIVITY_FIGURE", "draw_sensitivity"]
+__all__ = ["draw_sensitivity"]
 
-SENSITIVITY_FIGURE = "sensitivity.png"
 _COLUMNS = 3  # at most
 _CROWDED = 10  # arms of a panel, at most: more have no colours of their own
 _ASIDE = 1.06  # between the first and the last arm's points of one rate

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from farms_tb.atomic_write import atomic_path
 
-__all__ = ["Style", "add_legend", "arm_styles", "new_figure", "plain_axes", "save"]
+__all__ = ["Style", "add_legend", "arm_styles", "plain_axes", "save"]
 
 _COLOURS = (
     *("#0072B2", "#D55E00", "#009E73", "#8C8C8C", "#CC79A7"),
@@ -48,21 +48,6 @@ def arm_styles(arms: Sequence[str], baseline: str) -> dict[str, Style]:
         turn, colour = divmod(place, len(_COLOURS))
         styles[arm] = Style(_COLOURS[colour], _MARKERS[(colour + 3 * turn) % len(_MARKERS)])
     return styles
-
-
-def new_figure(width: float, height: float) -> Any:
-    """Return an empty figure that draws without a display.
-
-    Args:
-        width: In inches.
-        height: In inches.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
 
 
 def plain_axes(axes: Any, grid: str) -> None:

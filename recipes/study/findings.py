@@ -1,43 +1,38 @@
-"""All that a study has found, printed and written: tables, sentences, CSVs and figures, from the records alone."""
+"""All that a study has found, printed and written: tables, sentences, CSVs and figures, from the records alone.
+
+`find` computes it. Below, a function for each part of the report says how that part is shown and written.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
 
-from recipes.study.figure import FIGURE_FILE, RULES_FIGURE, draw, draw_rules
-from recipes.study.figure_mediation import MEDIATION_FIGURE, draw_mediation
-from recipes.study.figure_sensitivity import SENSITIVITY_FIGURE, draw_sensitivity
-from recipes.study.figure_style import arm_styles
-from recipes.study.mediation import (
-    CONTRASTS_FILE,
-    MEDIATION_FILE,
-    Contrast,
-    Mediation,
-    contrasts,
-    mediation,
-    write_contrasts,
-    write_mediation,
-)
+from recipes.study.figure import draw_effects, draw_rules
+from recipes.study.figure_mediation import draw_mediation
+from recipes.study.figure_sensitivity import draw_sensitivity
+from recipes.study.figure_style import Style, arm_styles
+from recipes.study.mediation import Contrast, Mediation, contrasts, mediation
 from recipes.study.pairs import Records
-from recipes.study.report import EFFECTS_FILE, Row, summarise, write_effects
-from recipes.study.rules import RULES_FILE, RuleRow, effects_by_rule, write_rules
-from recipes.study.sensitivity import RANGES_FILE, SENSITIVITY_FILE, Curve, curves, write_curves, write_ranges
-from recipes.study.table import (
-    print_contrasts,
-    print_mediation,
-    print_over_tasks,
-    print_ranges,
-    print_rows,
-    print_rules,
-)
+from recipes.study.report import Row, summarise
+from recipes.study.rules import RULES, RuleRow, effects_by_rule
+from recipes.study.sensitivity import Curve, curves, rate_range
+from recipes.study.table import Line, effect_columns, terminal_table, write_table
+from recipes.study.units import change, heading, interval, number, p_value, percent, unit_of
 from recipes.study.verdict import about_contrasts, about_ranges, about_rules, about_tasks, ruled_out, verdict
 
 __all__ = ["Findings", "find", "show", "write"]
+
+Columns = Mapping[str, Any]
+"""A row of a CSV, by the names of its columns."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +56,28 @@ class Findings:
     curves: Sequence[Curve]
     mediation: Sequence[Mediation]
     contrasts: Sequence[Contrast]
+
+    @property
+    def styles(self) -> Mapping[str, Style]:
+        """How arms are drawn, in every figure."""
+        return arm_styles(self.arms, self.baseline)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the report.
+
+    Attributes:
+        table: What is printed; None where nothing was found, and so no file is written either.
+        sentences: What the table says; empty ones are left out.
+        csvs: The rows of each CSV, by its name.
+        figures: What draws each figure, by its name.
+    """
+
+    table: Table | None
+    sentences: Sequence[str] = ()
+    csvs: Mapping[str, Sequence[Columns]] = field(default_factory=dict)
+    figures: Mapping[str, Callable[[Path], None]] = field(default_factory=dict)
 
 
 def find(
@@ -87,33 +104,19 @@ def find(
 
 
 def show(findings: Findings, console: Console) -> None:
-    """Print the tables, each with the sentences that say what it shows."""
-    rows, baseline = findings.rows, findings.baseline
-    print_rows(console, rows, baseline)
-    _say(console, verdict(rows, baseline), *ruled_out(rows, baseline))
-    print_over_tasks(console, rows)
-    _say(console, about_tasks(rows))
-    print_rules(console, findings.rules, baseline)
-    _say(console, about_rules(findings.rules, baseline))
-    print_ranges(console, findings.curves)
-    _say(console, about_ranges(findings.curves, baseline))
-    print_mediation(console, findings.mediation, baseline)
-    print_contrasts(console, findings.contrasts)
-    if findings.mediation:
-        _say(console, about_contrasts(findings.contrasts))
-
-
-def _say(console: Console, *sentences: str) -> None:
-    """Print sentences, each on a line of its own, and an empty line below; empty sentences are left out."""
-    said = list(filter(None, sentences))
-    for sentence in said:
-        console.print(escape(sentence), soft_wrap=True, highlight=False)
-    if said:
-        console.print()
+    """Print the tables, each with the sentences that say what it shows, and an empty line below these."""
+    for part in _parts(findings):
+        if part.table:
+            console.print(part.table)
+        said = list(filter(None, part.sentences))
+        for sentence in said:
+            console.print(escape(sentence), soft_wrap=True, highlight=False)
+        if said:
+            console.print()
 
 
 def write(findings: Findings, folder: Path) -> list[str]:
-    """Write a CSV and a figure of everything that was found.
+    """Write the CSVs and the figures of everything that was found.
 
     Args:
         findings: What was found.
@@ -122,28 +125,247 @@ def write(findings: Findings, folder: Path) -> list[str]:
     Returns:
         The names of the files.
     """
-    baseline, styles = findings.baseline, arm_styles(findings.arms, findings.baseline)
-    written = []
-    if findings.rows:
-        write_effects(findings.rows, folder / EFFECTS_FILE)
-        draw(findings.rows, baseline, styles, folder / FIGURE_FILE)
-        written += [EFFECTS_FILE, FIGURE_FILE]
-    if findings.rules:
-        write_rules(findings.rules, folder / RULES_FILE)
-        draw_rules(findings.rules, baseline, styles, folder / RULES_FIGURE)
-        written += [RULES_FILE, RULES_FIGURE]
-    if findings.curves:
-        write_curves(findings.curves, folder / SENSITIVITY_FILE)
-        write_ranges(findings.curves, folder / RANGES_FILE)
-        draw_sensitivity(findings.curves, styles, folder / SENSITIVITY_FIGURE)
-        written += [SENSITIVITY_FILE, RANGES_FILE, SENSITIVITY_FIGURE]
-    if findings.mediation:
-        write_mediation(findings.mediation, folder / MEDIATION_FILE)
-        written.append(MEDIATION_FILE)
-        if any(row.effect is not None or row.arm == baseline for row in findings.mediation):
-            draw_mediation(findings.mediation, baseline, styles, folder / MEDIATION_FIGURE)
-            written.append(MEDIATION_FIGURE)
-    if findings.contrasts:
-        write_contrasts(findings.contrasts, folder / CONTRASTS_FILE)
-        written.append(CONTRASTS_FILE)
+    written: list[str] = []
+    for part in _parts(findings):
+        if part.table:
+            for name, rows in part.csvs.items():
+                write_table(rows, folder / name)
+            for name, draw in part.figures.items():
+                draw(folder / name)
+            written += [*part.csvs, *part.figures]
     return written
+
+
+def _parts(found: Findings) -> list[Part]:
+    """Return the parts of the report, in order."""
+    reports = (_effects, _over_tasks, _rules, _ranges, _mediation, _contrasts)
+    return [report(found) for report in reports]
+
+
+def _effects(found: Findings) -> Part:
+    """Report the test error of each arm, and how it compares with the baseline.
+
+    Above the errors of a cell is what they and their differences are measured in. The last column is the overhead:
+    the callback's time in per cent of the baseline's training.
+    """
+    rows, baseline = found.rows, found.baseline
+    units = {row.cell: {"test error": heading(row.error)} for row in rows}
+    return Part(
+        terminal_table(f"Test error by arm, compared with {baseline}", list(map(_effect_line, rows)), units),
+        [verdict(rows, baseline), *ruled_out(rows, baseline)],
+        {"effects.csv": list(map(_effect_row, rows))},
+        {"effects.png": partial(draw_effects, rows, baseline, found.styles)},
+    )
+
+
+def _effect_line(row: Row) -> Line:
+    """Return the line of an arm.
+
+    The change, its interval and its p-value are empty for the baseline itself; a single pair has dashes for the
+    last two.
+    """
+    unit = unit_of(row.error)
+    line = {
+        "cell": row.cell,
+        "arm": row.arm,
+        "lr": number(row.lr, "g"),
+        "runs": f"{row.runs} ({row.diverged} diverged)" if row.diverged else f"{row.runs}",
+        "test error": unit.show(row.error_mean),
+        "difference": "" if row.difference is None else unit.show(row.difference.mean, "+"),
+        "change %": "",
+        "95% interval": "",
+        "p (Holm)": "",
+        "cost %": number(100 * row.overhead, ".1f"),
+    }
+    if not math.isnan(row.error_sd):
+        line["test error"] += f" ± {unit.show(row.error_sd)}"
+    if row.effect is not None:
+        known = not math.isnan(row.effect.low)
+        line["change %"] = f"{percent(row.effect.mean):+.1f}"
+        line["95% interval"] = interval(row.effect.low, row.effect.high) if known else "-"
+        line["p (Holm)"] = p_value(row.p_holm) if known else "-"
+    return line
+
+
+def _effect_row(row: Row) -> Columns:
+    """Return the columns of `effects.csv`; effects are log ratios there, as in the other CSVs."""
+    own = {name: value for name, value in vars(row).items() if name not in ("effect", "difference", "over_tasks")}
+    return {
+        **own,
+        **effect_columns("effect", row.effect, ("mean", "low", "high", "p", "pairs")),
+        **effect_columns("difference", row.difference),
+        **effect_columns("tasks", row.over_tasks, ("mean", "low", "high", "tau", "cells")),
+    }
+
+
+def _over_tasks(found: Findings) -> Part:
+    """Report the effects with the cells as a sample of tasks; `effects.csv` has them, too."""
+    lines = [
+        {
+            "arm": row.arm,
+            "cells": str(row.over_tasks.cells),
+            "these tasks": change(row.effect),
+            "tasks like these": change(row.over_tasks),
+            "sd between tasks": f"{100 * row.over_tasks.tau:.1f}",
+        }
+        for row in found.rows
+        if row.over_tasks is not None
+    ]
+    return Part(terminal_table("Change over tasks, %", lines), [about_tasks(found.rows)])
+
+
+def _rules(found: Findings) -> Part:
+    """Report the change by each rule of scoring."""
+    rows, baseline = found.rules, found.baseline
+    lines = [
+        {
+            "cell": row.cell,
+            "arm": row.arm,
+            **{title: change(row.effects[rule]) for rule, title in RULES.items()},
+            "at lr, untuned": "" if math.isnan(row.papers_lr) else f"{row.papers_lr:g}, {row.untuned_lr:g}",
+        }
+        for row in rows
+    ]
+    return Part(
+        terminal_table(f"Change of the test error against {baseline} by three rules, % (95% interval)", lines),
+        [about_rules(rows, baseline)],
+        {"rules.csv": list(map(_rule_row, rows))},
+        {"rules.png": partial(draw_rules, rows, baseline, found.styles)},
+    )
+
+
+def _rule_row(row: RuleRow) -> Columns:
+    """Return the columns of `rules.csv`."""
+    columns: dict[str, Any] = {"cell": row.cell, "arm": row.arm}
+    for rule in RULES:
+        columns.update(effect_columns(rule, row.effects[rule], ("mean", "low", "high", "pairs")))
+    return {**columns, "papers_lr": row.papers_lr, "untuned_lr": row.untuned_lr}
+
+
+def _ranges(found: Findings) -> Part:
+    """Report the range of learning rates within 5 % of each arm's best validation error, and the curves."""
+    title = "Learning rates within 5% of the best validation error"
+    return Part(
+        terminal_table(title, list(map(_range_line, found.curves))),
+        [about_ranges(found.curves, found.baseline)],
+        {
+            "sensitivity.csv": [row for curve in found.curves for row in _curve_rows(curve)],
+            "rate_ranges.csv": list(map(_range_row, found.curves)),
+        },
+        {"sensitivity.png": partial(draw_sensitivity, found.curves, found.styles)},
+    )
+
+
+def _range_line(curve: Curve) -> Line:
+    """Return the line of a curve."""
+    span = rate_range(curve)
+    low = f"{'≤ ' if span.open_below else ''}{span.low:.3g}"
+    high = f"{'≥ ' if span.open_above else ''}{span.high:.3g}"
+    return {
+        "cell": curve.cell,
+        "arm": curve.arm,
+        "best lr": f"{curve.best.lr:g}",
+        "error": unit_of(curve.metric).show(curve.best.error),
+        "rates": f"{low} to {high}",
+        "factor": f"{'≥ ' if span.at_least else ''}{span.factor:.1f}",
+    }
+
+
+def _curve_rows(curve: Curve) -> list[Columns]:
+    """Return the columns of `sensitivity.csv`, a row for each rate, with the errors in the error's own unit.
+
+    `low` and `high` are one standard error below and above, on the scale of logs.
+    """
+    return [
+        {
+            "cell": curve.cell,
+            "arm": curve.arm,
+            "metric": curve.metric,
+            "lr": point.lr,
+            "seeds": point.seeds,
+            "diverged": point.diverged,
+            "val_error": point.error,
+            "low": math.exp(point.log_error - point.log_deviation),
+            "high": math.exp(point.log_error + point.log_deviation),
+        }
+        for point in curve.points
+    ]
+
+
+def _range_row(curve: Curve) -> Columns:
+    """Return the columns of `rate_ranges.csv`: the best rate, and the range of rates within 5 % of its error."""
+    span = rate_range(curve)
+    return {
+        "cell": curve.cell,
+        "arm": curve.arm,
+        "best_lr": curve.best.lr,
+        "best_val_error": curve.best.error,
+        "low": span.low,
+        "high": span.high,
+        "factor": span.factor,
+        "open_below": int(span.open_below),
+        "open_above": int(span.open_above),
+    }
+
+
+def _mediation(found: Findings) -> Part:
+    """Report the effect of each arm next to its mean ratio and the spread of its ratios."""
+    rows, baseline = found.mediation, found.baseline
+    lines = [
+        {
+            "cell": row.cell,
+            "arm": row.arm,
+            "lr": f"{row.lr:g}",
+            "mean ratio": f"{row.mean_ratio:.3f}",
+            "sd of ratios": f"{row.ratio_sd:.3f}",
+            "lr x mean": f"{row.mean_lr:.3g}",
+            "change % (95% interval)": change(row.effect),
+        }
+        for row in rows
+    ]
+    columns = [
+        {
+            "cell": row.cell,
+            "arm": row.arm,
+            "lr": row.lr,
+            "mean_ratio": row.mean_ratio,
+            "ratio_sd": row.ratio_sd,
+            "mean_lr": row.mean_lr,
+            **effect_columns("effect", row.effect, ("mean", "low", "high", "pairs")),
+        }
+        for row in rows
+    ]
+    figures = {}
+    if any(row.effect is not None or row.arm == baseline for row in rows):
+        figures["mediation.png"] = partial(draw_mediation, rows, baseline, found.styles)
+    title = f"What each arm did to the learning rates, and its change of the test error against {baseline}"
+    return Part(terminal_table(title, lines), csvs={"mediation.csv": columns}, figures=figures)
+
+
+def _contrasts(found: Findings) -> Part:
+    """Report how the errors of arms differ with the same base rate, mean ratio and spread."""
+    lines = [
+        {
+            "cell": row.cell,
+            "arm": row.first,
+            "against": row.second,
+            "difference % (95% interval)": change(row.effect),
+            "p (Holm)": p_value(row.p_holm),
+        }
+        for row in found.contrasts
+    ]
+    columns = [
+        {
+            "cell": row.cell,
+            "first": row.first,
+            "second": row.second,
+            "p_holm": row.p_holm,
+            **effect_columns("effect", row.effect, ("mean", "low", "high", "p", "pairs")),
+        }
+        for row in found.contrasts
+    ]
+    return Part(
+        terminal_table("Arms with the same base rate, mean ratio and spread", lines),
+        [about_contrasts(found.contrasts)] if found.mediation else [],
+        {"contrasts.csv": columns},
+    )

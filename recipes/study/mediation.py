@@ -11,28 +11,15 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
-from pathlib import Path
 from statistics import mean
-from typing import Any
 
 from recipes.study.pairs import FinalRuns, Records, final_runs, log_ratios, pairs
 from recipes.study.records import Record
-from recipes.study.report import effect_columns, mean_effect, write_table
+from recipes.study.report import mean_effect
 from recipes.study.statistics import Effect, holm
 
-__all__ = [
-    "CONTRASTS_FILE",
-    "MEDIATION_FILE",
-    "Contrast",
-    "Mediation",
-    "contrasts",
-    "mediation",
-    "write_contrasts",
-    "write_mediation",
-]
+__all__ = ["Contrast", "Mediation", "contrasts", "mediation"]
 
-CONTRASTS_FILE = "contrasts.csv"
-MEDIATION_FILE = "mediation.csv"
 ALIKE = 0.05
 """Mean ratios, spreads and the logs of base learning rates that differ by less count as the same."""
 
@@ -148,47 +135,3 @@ def _alike(first: Mediation, second: Mediation) -> bool:
         first.ratio_sd - second.ratio_sd,
     )
     return max(map(abs, differences)) < ALIKE
-
-
-def write_mediation(rows: Sequence[Mediation], path: Path) -> None:
-    """Write the rows as a CSV; effects are log ratios, missing numbers empty cells.
-
-    Args:
-        rows: At least one row.
-        path: The file; its folder must exist.
-    """
-    write_table([_flat_row(row) for row in rows], path)
-
-
-def _flat_row(row: Mediation) -> dict[str, Any]:
-    """Return the columns of `mediation.csv`."""
-    return {
-        "cell": row.cell,
-        "arm": row.arm,
-        "lr": row.lr,
-        "mean_ratio": row.mean_ratio,
-        "ratio_sd": row.ratio_sd,
-        "mean_lr": row.mean_lr,
-        **effect_columns("effect", row.effect, ("mean", "low", "high", "pairs")),
-    }
-
-
-def write_contrasts(found: Sequence[Contrast], path: Path) -> None:
-    """Write the contrasts as a CSV; effects are log ratios, missing numbers empty cells.
-
-    Args:
-        found: At least one contrast.
-        path: The file; its folder must exist.
-    """
-    write_table([_flat_contrast(contrast) for contrast in found], path)
-
-
-def _flat_contrast(contrast: Contrast) -> dict[str, Any]:
-    """Return the columns of `contrasts.csv`."""
-    return {
-        "cell": contrast.cell,
-        "first": contrast.first,
-        "second": contrast.second,
-        "p_holm": contrast.p_holm,
-        **effect_columns("effect", contrast.effect, ("mean", "low", "high", "p", "pairs")),
-    }

@@ -1,4 +1,4 @@
-"""What a study found, from the records alone: a row for each arm of each cell, and `effects.csv`.
+"""What a study found, from the records alone: a row for each arm of each cell.
 
 Nothing here trains or reads settings, so a report of a study that is still going on, or of one that was copied
 from another machine, is the same computation as that of a finished one.
@@ -8,29 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from statistics import mean, stdev
-from typing import Any
 
 from recipes.study.pairs import FinalRuns, Records, final_runs, log_ratios, pairs
-from recipes.study.records import Record, write_rows
+from recipes.study.records import Record
 from recipes.study.statistics import Effect, RandomEffects, holm, pooled_effect, random_effects
 
-__all__ = [
-    "EFFECTS_FILE",
-    "POOLED",
-    "Records",
-    "Row",
-    "effect_columns",
-    "mean_effect",
-    "percent",
-    "summarise",
-    "write_effects",
-    "write_table",
-]
+__all__ = ["POOLED", "Row", "mean_effect", "summarise"]
 
-EFFECTS_FILE = "effects.csv"
 POOLED = "all cells"
 
 
@@ -211,61 +197,3 @@ def _corrected(rows: Sequence[Row]) -> list[Row]:
     """Fill in the p-values that are corrected for the number of arms among these rows."""
     p_values = [row.p for row in rows]
     return [replace(row, p_holm=p) for row, p in zip(rows, holm(p_values), strict=True)]
-
-
-def write_effects(rows: Sequence[Row], path: Path) -> None:
-    """Write the rows as a CSV; effects are log ratios, missing numbers empty cells.
-
-    Args:
-        rows: At least one row.
-        path: The file; its folder must exist.
-    """
-    write_table([_flat_row(row) for row in rows], path)
-
-
-def _flat_row(row: Row) -> dict[str, Any]:
-    """Return the columns of `effects.csv`."""
-    flat = asdict(row)
-    for name in ("effect", "difference", "over_tasks"):
-        flat.pop(name)
-    over_tasks = {} if row.over_tasks is None else asdict(row.over_tasks)
-    return {
-        **flat,
-        **effect_columns("effect", row.effect, ("mean", "low", "high", "p", "pairs")),
-        **effect_columns("difference", row.difference),
-        **{f"tasks_{name}": over_tasks.get(name) for name in ("mean", "low", "high", "tau", "cells")},
-    }
-
-
-def effect_columns(
-    prefix: str, effect: Effect | None, names: Sequence[str] = ("mean", "low", "high")
-) -> dict[str, float | None]:
-    """Return the columns of an effect in a CSV.
-
-    Args:
-        prefix: What the names of the columns begin with.
-        effect: The effect; None makes empty cells.
-        names: Fields of `Effect`.
-    """
-    return {f"{prefix}_{name}": None if effect is None else getattr(effect, name) for name in names}
-
-
-def write_table(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Write a CSV with an empty cell for each number that is missing.
-
-    Args:
-        rows: At least one row; all have the columns of the first. NaN and None are numbers that are missing.
-        path: The file; its folder must exist.
-    """
-    table = [{name: None if _is_nan(value) else value for name, value in row.items()} for row in rows]
-    write_rows(path, table, list(table[0]))
-
-
-def _is_nan(value: Any) -> bool:
-    """Return whether a value is a number that is missing."""
-    return isinstance(value, float) and math.isnan(value)
-
-
-def percent(log_ratio: float) -> float:
-    """Return the change in per cent that a log ratio of two errors stands for, 100 (exp(log_ratio) - 1)."""
-    return 100 * math.expm1(log_ratio)

@@ -17,18 +17,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from recipes.study.pairs import FinalRuns, Records, TuningRuns, final_runs, log_ratios, pairs, tuning_runs
 from recipes.study.records import Record, Score
-from recipes.study.report import POOLED, effect_columns, mean_effect, write_table
+from recipes.study.report import POOLED, mean_effect
 from recipes.study.statistics import Effect
 
-__all__ = ["RULES", "RULES_FILE", "RuleRow", "effects_by_rule", "write_rules"]
+__all__ = ["RULES", "RuleRow", "effects_by_rule"]
 
-RULES_FILE = "rules.csv"
-RULES = ("last", "best", "papers")
+RULES = {"last": "last epoch", "best": "best epoch by validation", "papers": "the papers' rule"}
+"""The rules, and what they are called in tables and figures."""
 
 Ratios = Mapping[int, float]
 """Log ratios of test errors, by seed."""
@@ -136,21 +134,3 @@ def _papers_rule(tried: TuningRuns, own_lr: float, arm: str, baseline: str) -> t
 def _mean_lowest(runs: Mapping[int, Record]) -> float:
     """Return the mean log of the lowest test error of runs."""
     return math.fsum(run.log_error("lowest_test") for run in runs.values()) / len(runs)
-
-
-def write_rules(rows: Sequence[RuleRow], path: Path) -> None:
-    """Write the rows as a CSV; effects are log ratios, missing numbers empty cells.
-
-    Args:
-        rows: At least one row.
-        path: The file; its folder must exist.
-    """
-    write_table([_flat_row(row) for row in rows], path)
-
-
-def _flat_row(row: RuleRow) -> dict[str, Any]:
-    """Return the columns of `rules.csv`."""
-    flat: dict[str, Any] = {"cell": row.cell, "arm": row.arm}
-    for rule in RULES:
-        flat.update(effect_columns(rule, row.effects[rule], ("mean", "low", "high", "pairs")))
-    return {**flat, "papers_lr": row.papers_lr, "untuned_lr": row.untuned_lr}

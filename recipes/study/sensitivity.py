@@ -11,30 +11,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
 
 from recipes.study.pairs import Records, tuning_runs
 from recipes.study.records import Record
-from recipes.study.report import write_table
 
-__all__ = [
-    "RANGES_FILE",
-    "SENSITIVITY_FILE",
-    "TOLERANCE",
-    "Curve",
-    "Point",
-    "RateRange",
-    "compare_ranges",
-    "curves",
-    "rate_range",
-    "write_curves",
-    "write_ranges",
-]
+__all__ = ["TOLERANCE", "Curve", "Point", "RateRange", "compare_ranges", "curves", "rate_range"]
 
-SENSITIVITY_FILE = "sensitivity.csv"
-RANGES_FILE = "rate_ranges.csv"
 TOLERANCE = 0.05
 """How much larger than the best an error may be, as a share of it, for its rate to be in the range."""
 
@@ -195,56 +178,3 @@ def compare_ranges(own: Curve, baseline: Curve) -> int:
     if mine.factor * step < other.factor and not mine.at_least:
         return -1
     return 0
-
-
-def write_curves(found: Sequence[Curve], path: Path) -> None:
-    """Write a row for each rate of each curve, with the errors in the error's own unit.
-
-    `low` and `high` are one standard error below and above, on the scale of logs.
-
-    Args:
-        found: At least one curve.
-        path: The file; its folder must exist.
-    """
-    write_table([_flat_point(curve, point) for curve in found for point in curve.points], path)
-
-
-def _flat_point(curve: Curve, point: Point) -> dict[str, Any]:
-    """Return the columns of `sensitivity.csv`."""
-    return {
-        "cell": curve.cell,
-        "arm": curve.arm,
-        "metric": curve.metric,
-        "lr": point.lr,
-        "seeds": point.seeds,
-        "diverged": point.diverged,
-        "val_error": point.error,
-        "low": math.exp(point.log_error - point.log_deviation),
-        "high": math.exp(point.log_error + point.log_deviation),
-    }
-
-
-def write_ranges(found: Sequence[Curve], path: Path) -> None:
-    """Write a row for each curve: the best rate, and the range of rates within 5 % of its error.
-
-    Args:
-        found: At least one curve.
-        path: The file; its folder must exist.
-    """
-    write_table([_flat_range(curve) for curve in found], path)
-
-
-def _flat_range(curve: Curve) -> dict[str, Any]:
-    """Return the columns of `rate_ranges.csv`."""
-    span = rate_range(curve)
-    return {
-        "cell": curve.cell,
-        "arm": curve.arm,
-        "best_lr": curve.best.lr,
-        "best_val_error": curve.best.error,
-        "low": span.low,
-        "high": span.high,
-        "factor": span.factor,
-        "open_below": int(span.open_below),
-        "open_above": int(span.open_above),
-    }

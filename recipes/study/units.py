@@ -1,4 +1,4 @@
-"""How errors are written: in the unit of their metric."""
+"""How errors are written, in the unit of their metric, and how their changes are, in per cent."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import math
 from dataclasses import dataclass
 
 from recipes.study.records import METRICS, SHARES
+from recipes.study.statistics import Effect, RandomEffects
 
-__all__ = ["Unit", "heading", "number", "unit_of"]
+__all__ = ["Unit", "change", "heading", "interval", "number", "p_value", "percent", "unit_of"]
 
 
 @dataclass(frozen=True)
@@ -59,3 +60,28 @@ def number(value: float, form: str) -> str:
     if math.isnan(value):
         return ""
     return format(value, form)
+
+
+def p_value(p: float) -> str:
+    """Write a p-value with no more digits than it is worth."""
+    return "<0.001" if p < 0.001 else number(p, ".3f")
+
+
+def percent(log_ratio: float) -> float:
+    """Return the change in per cent that a log ratio of two errors stands for, 100 (exp(log_ratio) - 1)."""
+    return 100 * math.expm1(log_ratio)
+
+
+def interval(low: float, high: float) -> str:
+    """Write the interval of a mean log ratio as changes in per cent."""
+    return f"{percent(low):+.1f} to {percent(high):+.1f}"
+
+
+def change(effect: Effect | RandomEffects | None) -> str:
+    """Write an effect in per cent, with its interval where there is one; empty where there is no effect."""
+    if effect is None:
+        return ""
+    mean = f"{percent(effect.mean):+.1f}"
+    if math.isnan(effect.low):
+        return mean
+    return f"{mean} ({interval(effect.low, effect.high)})"

@@ -14,11 +14,11 @@ from operator import attrgetter
 from statistics import mean
 
 from recipes.study.mediation import Contrast
-from recipes.study.report import POOLED, Row, percent
+from recipes.study.report import POOLED, Row
 from recipes.study.rules import RuleRow
 from recipes.study.sensitivity import Curve, compare_ranges, rate_range
 from recipes.study.statistics import Effect
-from recipes.study.units import unit_of
+from recipes.study.units import interval, percent, unit_of
 
 __all__ = [
     "ENOUGH_SEEDS",
@@ -197,9 +197,9 @@ def about_tasks(rows: Sequence[Row]) -> str:
         return " ".join(sentences)
     ends = [(row.over_tasks.low, row.over_tasks.high, row.over_tasks.tau) for row in pooled if row.over_tasks]
     lows, highs, taus = zip(*ends, strict=True)
-    interval = f"{percent(min(lows)):+.1f} to {percent(max(highs)):+.1f}%"
     return (
-        f"As a sample of tasks, the cells leave mean changes of {interval} possible (95% interval of each arm); "
+        f"As a sample of tasks, the cells leave mean changes of {interval(min(lows), max(highs))}% possible "
+        "(95% interval of each arm); "
         f"between tasks an arm's change varies by up to {100 * max(taus):.1f}% (standard deviation)."
     )
 
@@ -208,12 +208,12 @@ def _over_tasks(row: Row) -> str:
     """Say whether the effect of an arm is beyond what varies between tasks."""
     tasks = row.over_tasks
     assert tasks is not None
-    interval = f"{percent(tasks.low):+.1f} to {percent(tasks.high):+.1f}%"
     spread = f"{100 * tasks.tau:.1f}%"
     judgement = "may not hold for other tasks"
     if tasks.low > 0 or tasks.high < 0:
         judgement = "holds for tasks like these on average"
-    return f"The effect of {row.arm} {judgement}: {interval}, standard deviation between tasks {spread}."
+    span = interval(tasks.low, tasks.high)
+    return f"The effect of {row.arm} {judgement}: {span}%, standard deviation between tasks {spread}."
 
 
 def about_rules(rows: Sequence[RuleRow], baseline: str) -> str:
