@@ -97,6 +97,7 @@ TASKS = (
         {
             "whole": "full_s1",
             "reversed": "full_s1_reversed",
+            "shuffled": "full_s1_permuted",
             "shrinkage": "shrinkage",
         },
     ),

@@ -125,15 +125,14 @@ def write(findings: Findings, folder: Path) -> list[str]:
     Returns:
         The names of the files.
     """
-    written: list[str] = []
-    for part in _parts(findings):
-        if part.table:
-            for name, rows in part.csvs.items():
-                write_table(rows, folder / name)
-            for name, draw in part.figures.items():
-                draw(folder / name)
-            written += [*part.csvs, *part.figures]
-    return written
+    parts = [part for part in _parts(findings) if part.table]
+    for part in parts:
+        for name, rows in part.csvs.items():
+            write_table(rows, folder / name)
+    for part in parts:  # after all numbers are safe
+        for name, draw in part.figures.items():
+            draw(folder / name)
+    return [name for part in parts for name in (*part.csvs, *part.figures)]
 
 
 def _parts(found: Findings) -> list[Part]:
