@@ -1,13 +1,12 @@
-"""One run of `python -m recipes.finetune` in a study: build, train, validate and test, and nothing else.
+"""What a study needs of `python -m recipes.finetune`, see `recipes.study.programs`.
 
-No run folder, no checkpoints, no curves, no pictures. Data, network, callback and Trainer are built as
-`recipes.finetune` builds them, and a run ends with the weights that the command has after its last epoch.
+Data, network, callback and Trainer of a run are built as the command builds them, and a run ends with the weights
+that the command has after its last epoch.
 """
 
 from __future__ import annotations
 
 import contextlib
-import io
 import logging
 import tempfile
 import time
@@ -15,9 +14,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-import torch
 import transformers
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, open_dict
 from transformers import TrainerCallback
 
 from recipes.config import build, build_balancer, check_values
@@ -25,11 +23,11 @@ from recipes.errors import RecipeError
 from recipes.finetune.building import Run, build_run, score
 from recipes.finetune.data import Examples
 from recipes.finetune.published import register_resolver
-from recipes.study.course import Ratios, Weights, best_epochs, outcome
-from recipes.study.messages import callback_warnings
+from recipes.study.course import Ratios, Weights
+from recipes.study.one_run import Trained
 from recipes.study.records import SHARES
 
-__all__ = ["build_once", "metric_of", "prepare", "run_once", "run_quietly", "uses_gpu"]
+__all__ = ["build_once", "metric_of", "prepare", "train", "uses_gpu"]
 
 _KEEP_NOTHING = {
     "eval_strategy": "no",
@@ -42,7 +40,7 @@ _PROBE = 0.123  # a learning rate that nobody sets
 
 
 def prepare(cfg: DictConfig) -> None:
-    """Check the settings of an arm, let its runs log and keep nothing; see `recipes.study.programs.Program`."""
+    """Check the settings of an arm, and let its runs log and keep nothing; see `recipes.study.programs`."""
     register_resolver()  # settings of Model Balancing name the paper's numbers
     check_values(cfg)
     metric_of(cfg)
@@ -86,7 +84,7 @@ def metric_of(cfg: DictConfig) -> str:
 
 
 def build_once(cfg: DictConfig) -> None:
-    """Build the parts of a run and throw them away; see `recipes.study.programs.Program`."""
+    """Build the parts of a run and throw them away; see `recipes.study.programs`."""
     examples = _read(cfg)
     few = replace(examples, train=examples.train[:1], val=examples.val[:1], test=examples.test[:1])
     balancer = build_balancer(cfg)
@@ -100,23 +98,17 @@ def uses_gpu(cfg: DictConfig) -> bool:
     return not cfg.training.use_cpu
 
 
-def run_once(settings: dict[str, Any], evaluations: int = 1) -> tuple[dict[str, Any], list[str]]:
+def train(cfg: DictConfig, evaluations: int) -> Trained:
     """Train, then validate and test.
 
     Args:
-        settings: All settings of the run, resolved.
-        evaluations: Epochs whose weights are validated and tested, see `recipes.study.course.evaluated_epochs`.
-
-    Returns:
-        The fields of `recipes.study.records.Record` that the run decides, and the callback's warnings.
+        cfg: All settings of the run.
+        evaluations: See `recipes.study.one_run.run_once`.
 
     Raises:
         RecipeError: A part refuses its settings, or a data file is at fault.
     """
-    started = time.perf_counter()
-    cfg = OmegaConf.create(settings)
-    metric = metric_of(cfg)
-    with callback_warnings() as messages, _quiet(), _temporary_folder(cfg) as own:
+    with _quiet(), _temporary_folder(cfg) as own:
         balancer = build_balancer(cfg)
         examples = _read(cfg)
         ratios, weights, begin = Ratios(balancer), Weights(evaluations), _Begin()
@@ -128,35 +120,17 @@ def run_once(settings: dict[str, Any], evaluations: int = 1) -> tuple[dict[str, 
             if balancer is not None:
                 balancer.detach()
         state = run.trainer.state
-        last = round(state.epoch or 0)
-        scores = {epoch: _evaluate(run) for epoch in weights.epochs(run.model, last)}
-    facts: dict[str, Any] = {
-        **outcome(scores[last], metric),
+        scores = {epoch: _evaluate(run) for epoch in weights.epochs(run.model, round(state.epoch or 0))}
+    facts = {
         "blind_error": 1.0 - 1.0 / len(examples.classes),
-        **best_epochs(scores, metric),
-        **ratios.facts(),
-        "epochs": last,
         "steps": state.global_step,
         "train_seconds": round(course.seconds, 4),
         "callback_seconds": 0.0 if balancer is None else round(course.callback_seconds, 4),
         "val_samples": len(examples.val),
         "test_samples": len(examples.test),
-        "parameters": sum(p.numel() for p in run.model.parameters() if p.requires_grad),
         "device": str(run.trainer.args.device),
-        "seconds": round(time.perf_counter() - started, 3),
     }
-    return facts, messages
-
-
-def run_quietly(arguments: tuple[dict[str, Any], int]) -> tuple[dict[str, Any], list[str]]:
-    """Do a run in a process of an engine: on one thread, with nothing printed.
-
-    Args:
-        arguments: Those of `run_once`.
-    """
-    torch.set_num_threads(1)
-    with contextlib.redirect_stdout(io.StringIO()):
-        return run_once(*arguments)
+    return Trained(run.model, ratios, scores, facts)
 
 
 class _Begin(TrainerCallback):
@@ -190,38 +164,33 @@ class _Course(TrainerCallback):
         self._begin = begin
         self._ratios = ratios
         self._weights = weights
-        self._resumed = 0.0
+        self._epoch_start = 0.0
 
-    def _add(self, args: Any = None, state: Any = None, control: Any = None, **kwargs: Any) -> None:
+    def _add(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Add the time of an event of the balancing callback, which has just ended."""
         self.callback_seconds += time.perf_counter() - self._begin.time
 
-    on_train_begin = on_train_end = _add
+    on_train_begin = on_step_end = on_train_end = _add
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Go on counting the time of the training."""
-        self._add()
-        self._resumed = time.perf_counter()
+        """Begin to count the time of an epoch."""
+        self._add(args, state, control)
+        self._epoch_start = self._clock()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Note the ratios, and leave out the time of a measurement."""
-        self._leave_out()
+        """Note the ratios."""
+        self._add(args, state, control)
         self._ratios.note()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Leave out the time of a measurement."""
-        self._leave_out()
-
     def on_epoch_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Keep the weights."""
-        self._leave_out()
+        """Count the time of the epoch, and keep the weights."""
+        self._add(args, state, control)
+        self.seconds += self._clock() - self._epoch_start
         self._weights.keep(model, round(state.epoch), state.num_train_epochs)
 
-    def _leave_out(self) -> None:
-        """Count the time from the last event to this one, without the balancing callback's."""
-        self.seconds += self._begin.time - self._resumed
-        self._add()
-        self._resumed = time.perf_counter()
+    def _clock(self) -> float:
+        """Return the time of a clock that stands still while the balancing callback is at work."""
+        return time.perf_counter() - self.callback_seconds
 
 
 def _read(cfg: DictConfig) -> Examples:

@@ -1,60 +1,34 @@
 """The programs whose runs a study can compare: `study.program` names the command, `python -m recipes.<program>`.
 
-Each is a module with the functions of `Program`, so that the one that does a run can be sent to another process.
+Each is a module with the functions that a study needs of it. `cfg` are the composed settings of an arm; those that
+can't work are refused with a `RecipeError`.
+
+- `prepare(cfg)` checks them without building anything, and lets the arm's runs log and keep nothing;
+- `build_once(cfg)` builds the parts of a run and throws them away: a mistake shows before time is spent;
+- `uses_gpu(cfg)` says whether a run may train on a GPU;
+- `metric_of(cfg)` names the score that is compared;
+- `train(cfg, evaluations)` trains and scores one run, see `recipes.study.one_run`.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any, Protocol, cast
+from types import ModuleType
 
 from hydra import compose
 from hydra.errors import HydraException
-from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from recipes.config import SECTIONS
 from recipes.errors import RecipeError
 
-__all__ = ["PROGRAMS", "Program", "load_program", "program_of"]
+__all__ = ["PROGRAMS", "load_program", "program_of"]
 
 PROGRAMS = {"train": "recipes.study.single", "finetune": "recipes.study.finetuning"}
 """The module of each program. A program has the name of its settings in `conf/` and of its command."""
 
 
-class Program(Protocol):
-    """What a study needs of a program."""
-
-    def prepare(self, cfg: DictConfig) -> None:
-        """Check the composed settings of an arm without building anything, and let its runs log and keep nothing.
-
-        Raises:
-            RecipeError: They can't work, or what they are scored by can't be compared.
-        """
-
-    def build_once(self, cfg: DictConfig) -> None:
-        """Build the parts of a run and throw them away: a mistake shows before time is spent.
-
-        Raises:
-            RecipeError: A part refuses its settings, or two parts do not fit.
-        """
-
-    def uses_gpu(self, cfg: DictConfig) -> bool:
-        """Return whether a run may train on a GPU."""
-
-    def run_quietly(self, arguments: tuple[dict[str, Any], int]) -> tuple[dict[str, Any], list[str]]:
-        """Do a run in a process of an engine: on one thread, with nothing printed.
-
-        Args:
-            arguments: All settings of the run, resolved, and the number of epochs whose weights are validated and
-                tested.
-
-        Returns:
-            The fields of `recipes.study.records.Record` that the run decides, and the callback's warnings.
-        """
-
-
-def load_program(name: str) -> Program:
+def load_program(name: str) -> ModuleType:
     """Import a program.
 
     Args:
@@ -64,7 +38,7 @@ def load_program(name: str) -> Program:
         RecipeError: A package that it needs is not installed.
     """
     try:
-        return cast(Program, import_module(PROGRAMS[name]))
+        return import_module(PROGRAMS[name])
     except ImportError as error:
         extra = "recipes" if name == "train" else name
         raise RecipeError(f"study.program={name} needs {error.name}: pip install 'farms-tb[{extra}]'") from error

@@ -26,8 +26,8 @@ from recipes.engine import Engine, Outcome
 from recipes.errors import RecipeError
 from recipes.study.cells import Cell, Study
 from recipes.study.engines import make_engine
+from recipes.study.one_run import run_quietly
 from recipes.study.plan import ArmPlan, Search, Tuning, plan_arm
-from recipes.study.programs import load_program
 from recipes.study.records import Job, Record, read_records, write_records
 from recipes.study.settings import check_cell, check_settings, keep_settings, locked
 
@@ -168,8 +168,7 @@ class _Progress:
             waiting = [key for key in self._missing() if key not in going]
         for name, job in waiting[: max(0, engine.slots - len(going))]:
             cell = self._cells[name]
-            run = load_program(cell.options.program).run_quietly
-            engine.submit((name, job), run, (cell.settings(job), cell.options.evaluations))
+            engine.submit((name, job), run_quietly, (cell.settings(job), cell.options.evaluations))
         return bool(engine.tasks)
 
     def _time_is_up(self) -> bool:

@@ -1,39 +1,30 @@
-"""One run of `python -m recipes.train` in a study: build, train, validate and test, and nothing else.
+"""What a study needs of `python -m recipes.train`, see `recipes.study.programs`.
 
-A study makes hundreds of runs, so this leaves out all that `recipes.train` does around a training: no run folder,
-no checkpoints, no loggers, no pictures. Model, data, callback and optimizer are built the same way.
+Model, data, callback and optimizer of a run are built as the command builds them.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
 import math
-import time
-from collections.abc import Mapping
-from typing import Any
 
-import torch
 from lightning import Callback, Trainer
 from lightning.pytorch.profilers import SimpleProfiler
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from recipes.config import build, check_config
-from recipes.console import quiet_lightning
 from recipes.errors import RecipeError
 from recipes.parts import Parts, build_parts
-from recipes.study.course import Course, Ratios, Weights, best_epochs, outcome
-from recipes.study.messages import callback_warnings
+from recipes.study.course import Course, Ratios, Weights
+from recipes.study.one_run import Trained
 
-__all__ = ["build_once", "make_trainer", "metric_of", "prepare", "run_once", "run_quietly", "uses_gpu"]
+__all__ = ["build_once", "make_trainer", "metric_of", "prepare", "train", "uses_gpu"]
 
 _METRICS = ("accuracy", "nrmse", "relative_l2", "loss")
 _NEVER = 10**9
 
 
 def prepare(cfg: DictConfig) -> None:
-    """Check the settings of an arm, and let its runs log nothing; see `recipes.study.programs.Program`."""
+    """Check the settings of an arm, and let its runs log nothing; see `recipes.study.programs`."""
     check_config(cfg)
     metric_of(cfg)
     if "log" in cfg.balancing:
@@ -41,7 +32,7 @@ def prepare(cfg: DictConfig) -> None:
 
 
 def build_once(cfg: DictConfig) -> None:
-    """Build the parts of a run and throw them away; see `recipes.study.programs.Program`."""
+    """Build the parts of a run and throw them away; see `recipes.study.programs`."""
     make_trainer(cfg, build_parts(cfg))
 
 
@@ -99,53 +90,30 @@ def make_trainer(cfg: DictConfig, parts: Parts, *more: Callback) -> tuple[Traine
     return trainer, clock
 
 
-def run_once(settings: dict[str, Any], evaluations: int = 1) -> tuple[dict[str, Any], list[str]]:
+def train(cfg: DictConfig, evaluations: int) -> Trained:
     """Train, then validate and test.
 
     Args:
-        settings: All settings of the run, resolved.
-        evaluations: Epochs whose weights are validated and tested, see `recipes.study.course.evaluated_epochs`.
-
-    Returns:
-        The fields of `recipes.study.records.Record` that the run decides, and the callback's warnings.
+        cfg: All settings of the run.
+        evaluations: See `recipes.study.one_run.run_once`.
 
     Raises:
         RecipeError: A part refuses its settings.
     """
-    started = time.perf_counter()
-    cfg = OmegaConf.create(settings)
-    with callback_warnings() as messages:
-        parts = build_parts(cfg)
-        ratios, weights = Ratios(parts.balancer), Weights(evaluations)
-        trainer, clock = make_trainer(cfg, parts, Course(ratios, weights))
-        trainer.fit(parts.model, datamodule=parts.data)
-        last = trainer.current_epoch
-        training = {"epochs": last, "steps": trainer.global_step, **_times(clock)}
-        scores = {epoch: _evaluate(trainer, parts) for epoch in weights.epochs(parts.model, last)}
-    facts: dict[str, Any] = {
-        **_outcome(cfg, scores[last]),
-        **best_epochs(scores, metric_of(cfg)),
-        **ratios.facts(),
+    parts = build_parts(cfg)
+    ratios, weights = Ratios(parts.balancer), Weights(evaluations)
+    trainer, clock = make_trainer(cfg, parts, Course(ratios, weights))
+    trainer.fit(parts.model, datamodule=parts.data)
+    training = {"steps": trainer.global_step, **_times(clock)}
+    scores = {epoch: _evaluate(trainer, parts) for epoch in weights.epochs(parts.model, trainer.current_epoch)}
+    facts = {
+        "blind_error": _blind_error(cfg),
         **training,
-        "val_samples": _size(parts.data.val_dataloader()),
-        "test_samples": _size(parts.data.test_dataloader()),
-        "parameters": sum(p.numel() for p in parts.model.parameters() if p.requires_grad),
+        "val_samples": len(parts.data.val_dataloader().dataset),
+        "test_samples": len(parts.data.test_dataloader().dataset),
         "device": str(trainer.strategy.root_device),
-        "seconds": round(time.perf_counter() - started, 3),
     }
-    return facts, messages
-
-
-def run_quietly(arguments: tuple[dict[str, Any], int]) -> tuple[dict[str, Any], list[str]]:
-    """Do a run in a process of an engine: on one thread, with nothing printed.
-
-    Args:
-        arguments: Those of `run_once`.
-    """
-    torch.set_num_threads(1)
-    quiet_lightning(logging.ERROR)
-    with contextlib.redirect_stdout(io.StringIO()):
-        return run_once(*arguments)
+    return Trained(parts.model, ratios, scores, facts)
 
 
 def _evaluate(trainer: Trainer, parts: Parts) -> dict[str, float]:
@@ -155,20 +123,14 @@ def _evaluate(trainer: Trainer, parts: Parts) -> dict[str, float]:
     return {**validation, **test}
 
 
-def _outcome(cfg: DictConfig, scores: Mapping[str, float]) -> dict[str, Any]:
-    """Return what the scores of the last epoch say, in the fields of `Record`."""
-    metric = metric_of(cfg)
-    blind_error = 1.0
+def _blind_error(cfg: DictConfig) -> float:
+    """Return the error of a network that has learnt nothing; see `recipes.study.records.METRICS`."""
+    metric, error = metric_of(cfg), 1.0
     if metric == "accuracy":
-        blind_error = 1.0 - 1.0 / cfg.task.out_channels
+        error = 1.0 - 1.0 / cfg.task.out_channels
     elif metric == "loss":
-        blind_error = math.log(cfg.task.out_channels)
-    return {**outcome(scores, metric), "blind_error": blind_error}
-
-
-def _size(loader: Any) -> int:
-    """Return the number of samples that a loader goes through."""
-    return len(loader.dataset)
+        error = math.log(cfg.task.out_channels)
+    return error
 
 
 def _times(clock: SimpleProfiler) -> dict[str, float]:

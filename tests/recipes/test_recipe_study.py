@@ -23,12 +23,12 @@ from recipes.engine import Outcome
 from recipes.errors import RecipeError
 from recipes.study.__main__ import main
 from recipes.study.cells import Cell, load_study
+from recipes.study.one_run import run_once
 from recipes.study.plan import Search, Tuning, plan_arm, tune
 from recipes.study.records import Job, Record, read_records, write_records
 from recipes.study.report import POOLED, Row, summarise
 from recipes.study.runner import show_plan
 from recipes.study.settings import SETTINGS_FILE, keep_settings, locked
-from recipes.study.single import run_once
 from recipes.study.statistics import Effect, holm, log_error, pooled_effect
 from tests.recipes.recipe_runs import TINY_STUDY
 from tests.recipes.study_records import final_run

@@ -19,8 +19,8 @@ from recipes.config import CONFIG_DIR
 from recipes.errors import RecipeError
 from recipes.study.cells import Cell, load_study
 from recipes.study.course import Course, Ratios, Weights, best_epochs, evaluated_epochs
+from recipes.study.one_run import run_once
 from recipes.study.records import Job, Record, read_records, write_records
-from recipes.study.single import run_once
 from tests.helpers import LIGHTNING_NOISE
 from tests.recipes.recipe_runs import TINY_DARCY, TINY_STUDY
 

@@ -65,7 +65,7 @@ def cell(settings: list[str], tmp_path: Path) -> Iterator[Callable[..., Cell]]:
 
 def facts_of(cell: Cell, arm: str, evaluations: int = 1, *, seed: int = 1, lr: float = 1e-3) -> dict[str, Any]:
     """Do a run in this process, as an engine's process does it."""
-    from recipes.study.finetuning import run_quietly
+    from recipes.study.one_run import run_quietly
 
     found, _ = run_quietly((cell.settings(Job(arm, "final", seed, lr)), evaluations))
     return found
@@ -268,7 +268,7 @@ def test_the_seed_is_the_studys(cell: Callable[..., Cell], setting: str) -> None
 
 @pytest.mark.filterwarnings("ignore")
 def test_warnings_of_the_callback_are_told(cell: Callable[..., Cell]) -> None:
-    from recipes.study.finetuning import run_once
+    from recipes.study.one_run import run_once
 
     found = cell("+balancing.min_eigenvalues=65", "training.num_train_epochs=1")  # attention has 64
     _, messages = run_once(found.settings(Job("model_balancing", "final", 1, 1e-3)))
