@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -18,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from farms_tb.atomic_write import atomic_path
+from recipes.console import make_console, warn
 from recipes.errors import RecipeError
 from recipes.processes import process_rank
 
@@ -29,13 +30,15 @@ SHARED_FOLDER = "FARMS_TB_RUN_DIR"  # environment variable: processes that Light
 
 
 @contextmanager
-def run_folder(cfg: DictConfig) -> Iterator[Path]:
+def run_folder(cfg: DictConfig, newest: Callable[[Path], Path | None]) -> Iterator[Path]:
     """Make the run folder, see `open_run_folder`, and keep other runs out of it meanwhile.
 
-    A folder in which nothing was written is removed at the end.
+    A user whose run is interrupted, or meets a full disk, is told how to go on with it. A folder in which nothing
+    was written is removed at the end.
 
     Args:
         cfg: The composed settings.
+        newest: Returns the checkpoint in the folder that the run can be resumed from; None where there is none.
 
     Yields:
         The folder.
@@ -51,6 +54,11 @@ def run_folder(cfg: DictConfig) -> Iterator[Path]:
         with _locked(folder):
             _check_free(folder, cfg)  # again: another run may have ended since
             yield folder
+    except (KeyboardInterrupt, SystemExit, OSError):
+        checkpoint = newest(folder)
+        if checkpoint is not None:
+            warn(make_console(), f"stopped; to go on, repeat the command with ckpt_path={checkpoint}")
+        raise
     finally:
         _drop_if_empty(folder)
 

@@ -7,6 +7,7 @@ the weights that were best on validation data.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -15,7 +16,6 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 from rich import box
-from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
@@ -30,16 +30,9 @@ from farms_tb.viewing.plots import plot_alpha_curves, plot_ratio_curves, plot_ra
 from farms_tb.viewing.run_folder import read_run_folder
 from farms_tb.weights.layers import find_layers
 from recipes.callbacks import LastStepRates
+from recipes.console import make_console
 
-__all__ = [
-    "FinalLayers",
-    "LayerRow",
-    "draw_run",
-    "layer_table",
-    "measure_layers",
-    "print_summary",
-    "write_summary",
-]
+__all__ = ["FinalLayers", "LayerRow", "finish", "layer_table", "measure_layers", "parameter_count", "run_facts"]
 
 SCORES_IN_A_LINE = 5
 
@@ -160,49 +153,74 @@ def _cell(value: float | None, form: str) -> str:
     return format(value, form)
 
 
-def draw_run(folder: Path, layers: FinalLayers, title: str) -> list[Path]:
-    """Draw `alpha.png`, `lr_ratio.png` and `lr_ratio_map.png` from the run's metrics, and write `report.html`.
+def parameter_count(model: torch.nn.Module) -> int:
+    """Return the number of the model's parameters, those of all processes together."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def run_facts(
+    cfg: DictConfig,
+    model: torch.nn.Module,
+    training: Mapping[str, Any],
+    scores: Mapping[str, float],
+    started: float,
+) -> dict[str, Any]:
+    """Return what `summary.json` says of a run, without the layers.
+
+    Args:
+        cfg: The composed settings, with the run folder filled in.
+        model: The trained model.
+        training: Its `monitor`, `best_checkpoint`, `best_score`, `best_epoch`, `epochs` and `steps`.
+        scores: The test scores by name.
+        started: When the run began, by `time.monotonic`.
+    """
+    return {
+        "name": cfg.name,
+        "arm": cfg.arm,
+        "seed": cfg.seed,
+        **training,
+        "parameters": parameter_count(model),
+        "wandb": sorted(str(path) for path in Path(cfg.paths.run_dir).glob("wandb/*run-*") if path.is_dir()),
+        "test": {name: float(value) for name, value in scores.items()},
+        "seconds": round(time.monotonic() - started, 1),
+    }
+
+
+def finish(folder: Path, facts: Mapping[str, Any], layers: FinalLayers) -> None:
+    """Write `summary.json`, draw the pictures, write the page, and print the layers, the scores and where all is.
+
+    Args:
+        folder: The run folder.
+        facts: Those of `run_facts`.
+        layers: The layers after training.
+    """
+    text = json.dumps({**facts, "layers": [asdict(row) for row in layers.rows]}, indent=2)
+    write_text_atomically(folder / "summary.json", text + "\n")
+    title = f"{facts['name']}, balancing={facts['arm']}, seed {facts['seed']}"
+    draw_run(folder, layers, title)
+    console = make_console()
+    console.print(layer_table(layers.rows))
+    console.print(Panel("\n".join(_lines(folder, facts)), title=escape(title), title_align="left", expand=False))
+
+
+def draw_run(folder: Path, layers: FinalLayers, title: str) -> None:
+    """Write `report.html` and, where the run logged alphas, `alpha.png`, `lr_ratio.png` and `lr_ratio_map.png`.
 
     Args:
         folder: The run folder.
         layers: The layers after training.
         title: A heading of the pictures.
-
-    Returns:
-        What was made; where the run logged no alpha, the page alone.
     """
     run = read_run_folder(folder, farms=layers.farms, full=layers.full)
-    page = write_page(run)
-    if not run.history.alpha:
-        return [page]
-    pictures = {"alpha": plot_alpha_curves, "lr_ratio": plot_ratio_curves, "lr_ratio_map": plot_ratio_map}
-    for name, plot in pictures.items():
-        plot(run.history, folder / f"{name}.png", title=title)
-    return [*(folder / f"{name}.png" for name in pictures), page]
+    write_page(run)
+    if run.history.alpha:
+        pictures = {"alpha": plot_alpha_curves, "lr_ratio": plot_ratio_curves, "lr_ratio_map": plot_ratio_map}
+        for name, plot in pictures.items():
+            plot(run.history, folder / f"{name}.png", title=title)
 
 
-def write_summary(folder: Path, facts: Mapping[str, Any], rows: Sequence[LayerRow]) -> None:
-    """Write `summary.json`: the facts and one entry a layer.
-
-    Args:
-        folder: The run folder.
-        facts: Plain JSON values by name.
-        rows: The layers.
-    """
-    text = json.dumps({**facts, "layers": [asdict(row) for row in rows]}, indent=2)
-    write_text_atomically(folder / "summary.json", text + "\n")
-
-
-def print_summary(console: Console, folder: Path, facts: Mapping[str, Any], rows: Sequence[LayerRow]) -> None:
-    """Print the layers, the scores and where everything is.
-
-    Args:
-        console: Where to print.
-        folder: The run folder.
-        facts: What `summary.json` says of the run.
-        rows: The layers.
-    """
-    console.print(layer_table(rows))
+def _lines(folder: Path, facts: Mapping[str, Any]) -> list[str]:
+    """Return the last lines that a run prints: its scores, and where everything is."""
     scores = [f"{name} {value:.4g}" for name, value in facts["test"].items()]
     lines = []
     for start in range(0, len(scores), SCORES_IN_A_LINE):
@@ -214,7 +232,4 @@ def print_summary(console: Console, folder: Path, facts: Mapping[str, Any], rows
         f"run folder  {escape(str(folder))}",
         f"in it       {escape(', '.join(sorted(path.name for path in folder.iterdir() if path.name[0] != '.')))}",
     ]
-    for run in facts["wandb"]:
-        lines.append(f"W&B         {escape(run)}")
-    title = escape(f"{facts['name']}, balancing={facts['arm']}, seed {facts['seed']}")
-    console.print(Panel("\n".join(lines), title=title, title_align="left", expand=False))
+    return [*lines, *(f"W&B         {escape(run)}" for run in facts["wandb"])]

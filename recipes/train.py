@@ -27,6 +27,7 @@ import logging
 import sys
 import time
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ from recipes.folder import CONFIG_FILE, run_folder, save_config
 from recipes.loggers import METRICS_FILE, RunFolderWandbLogger, forget_rows_after
 from recipes.old_names import current_overrides, current_settings
 from recipes.run import Run, build_run, check_weights, read_checkpoint
-from recipes.summary import FinalLayers, draw_run, measure_layers, print_summary, write_summary
+from recipes.summary import FinalLayers, finish, measure_layers, parameter_count, run_facts
 
 __all__ = ["build_run", "main", "train"]
 
@@ -79,19 +80,14 @@ def train(cfg: DictConfig) -> dict[str, Any]:
             stacklevel=2,
         )
         cfg = OmegaConf.create(current_settings(OmegaConf.to_container(cfg)))  # type: ignore[arg-type]
-    with run_folder(cfg) as folder:
-        try:
-            return _train_in(folder, cfg)
-        except (KeyboardInterrupt, SystemExit, OSError):  # a full disk is one
-            _say_how_to_resume(folder)
-            raise
+    with run_folder(cfg, _last_checkpoint) as folder:
+        return _train_in(folder, cfg)
 
 
-def _say_how_to_resume(folder: Path) -> None:
-    """Point an interrupted user to the last checkpoint, if there is one."""
+def _last_checkpoint(folder: Path) -> Path | None:
+    """Return the last checkpoint in a run folder; None where there is none."""
     last = folder / "checkpoints" / "last.ckpt"
-    if last.exists():
-        warn(make_console(), f"stopped; to go on, repeat the command with ckpt_path={last}")
+    return last if last.exists() else None
 
 
 def _train_in(folder: Path, cfg: DictConfig) -> dict[str, Any]:
@@ -115,24 +111,17 @@ def _train_in(folder: Path, cfg: DictConfig) -> dict[str, Any]:
             _forget_unsaved_rows(checkpoint, run.trainer, folder)
         save_config(cfg, folder)
         console.print(_announcement(cfg, run, folder))
-        facts, layers = _fit_and_test(cfg, run, folder)
-    facts["seconds"] = round(time.monotonic() - started, 1)
+        layers, scores = _fit_and_test(cfg, run)
+    facts = run_facts(cfg, run.model, _training(cfg, run), scores, started)
     if run.trainer.is_global_zero:
-        write_summary(folder, facts, layers.rows)
-        draw_run(folder, layers, title=f"{cfg.name}, balancing={cfg.arm}, seed {cfg.seed}")
-        print_summary(console, folder, facts, layers.rows)
+        finish(folder, facts, layers)
     return facts
 
 
 def _announcement(cfg: DictConfig, run: Run, folder: Path) -> str:
     """Return the first line of a run: what is trained, and where it goes."""
-    size = f"{_parameters(run.model):,} parameters"
+    size = f"{parameter_count(run.model):,} parameters"
     return f"[bold]{cfg.name}[/bold] balancing={cfg.arm} seed={cfg.seed}: {size}, into {escape(str(folder))}"
-
-
-def _parameters(model: torch.nn.Module) -> int:
-    """Return the number of the model's parameters, those of all processes together."""
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _forget_unsaved_rows(checkpoint: dict[str, Any], trainer: Trainer, folder: Path) -> None:
@@ -141,16 +130,15 @@ def _forget_unsaved_rows(checkpoint: dict[str, Any], trainer: Trainer, folder: P
         forget_rows_after(folder / METRICS_FILE, checkpoint["global_step"])
 
 
-def _fit_and_test(cfg: DictConfig, run: Run, folder: Path) -> tuple[dict[str, Any], FinalLayers]:
+def _fit_and_test(cfg: DictConfig, run: Run) -> tuple[FinalLayers, Mapping[str, float]]:
     """Train, measure the final weights, then test the best ones.
 
     Args:
         cfg: The composed settings.
         run: The parts of the run.
-        folder: The run folder.
 
     Returns:
-        What `summary.json` says of the run, without the layers and the time it took; and the layers.
+        The layers, and the test scores by name.
     """
     _log_settings(cfg, run)
     try:
@@ -162,14 +150,11 @@ def _fit_and_test(cfg: DictConfig, run: Run, folder: Path) -> tuple[dict[str, An
         for logger in run.loggers:
             if isinstance(logger, RunFolderWandbLogger):
                 logger.close()
-    facts = _facts(cfg, run, folder)
-    scores = tested[0] if tested else {}  # none with trainer.limit_test_batches=0
-    facts["test"] = {name: float(value) for name, value in scores.items()}
-    return facts, layers
+    return layers, tested[0] if tested else {}  # none with trainer.limit_test_batches=0
 
 
-def _facts(cfg: DictConfig, run: Run, folder: Path) -> dict[str, Any]:
-    """Return what `summary.json` says of the training; None for what a run without validation has not."""
+def _training(cfg: DictConfig, run: Run) -> dict[str, Any]:
+    """Return what `run_facts` wants to know of the training; None for what a run without validation has not."""
     best = run.checkpoint.best_model_path
     best_epoch = None
     if best:
@@ -178,17 +163,12 @@ def _facts(cfg: DictConfig, run: Run, folder: Path) -> dict[str, Any]:
     if run.checkpoint.best_model_score is not None:
         best_score = float(run.checkpoint.best_model_score)
     return {
-        "name": cfg.name,
-        "arm": cfg.arm,
-        "seed": cfg.seed,
         "monitor": cfg.task.monitor,
         "best_checkpoint": best and str(Path(best)),
         "best_score": best_score,
         "best_epoch": best_epoch,
         "epochs": run.trainer.current_epoch,
         "steps": run.trainer.global_step,
-        "parameters": _parameters(run.model),
-        "wandb": sorted(str(path) for path in folder.glob("wandb/*run-*") if path.is_dir()),
     }
 
 

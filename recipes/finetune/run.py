@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import time
 import zipfile
-from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from recipes.finetune.network import load_weights
 from recipes.finetune.records import MetricsCallback, RatesCallback
 from recipes.folder import CONFIG_FILE, run_folder, save_config
 from recipes.run import check_archive
-from recipes.summary import draw_run, measure_layers, print_summary, write_summary
+from recipes.summary import finish, measure_layers, run_facts
 
 __all__ = ["finetune"]
 
@@ -53,14 +52,8 @@ def finetune(cfg: DictConfig) -> dict[str, Any]:
         RecipeError: A setting, a folder or a data file is at fault.
     """
     checkpoint = _check(cfg)
-    with run_folder(cfg) as folder:
-        try:
-            return _finetune_in(folder, cfg, checkpoint)
-        except (KeyboardInterrupt, SystemExit, OSError):  # a full disk is one
-            last = _newest_checkpoint(folder)
-            if last is not None:
-                warn(make_console(), f"stopped; to go on, repeat the command with ckpt_path={last}")
-            raise
+    with run_folder(cfg, _newest_checkpoint) as folder:
+        return _finetune_in(folder, cfg, checkpoint)
 
 
 def _check(cfg: DictConfig) -> Path | None:
@@ -149,11 +142,9 @@ def _finetune_in(folder: Path, cfg: DictConfig, checkpoint: Path | None) -> dict
             balancer.detach()
     layers = measure_layers(run.model, cfg, rates.last)  # of the last epoch's weights
     _save_last_weights(run, balancer, folder)
-    facts = _facts(cfg, run, _test(run))
-    facts["seconds"] = round(time.monotonic() - started, 1)
-    write_summary(folder, facts, layers.rows)
-    draw_run(folder, layers, title=f"{cfg.name}, balancing={cfg.arm}, seed {cfg.seed}")
-    print_summary(console, folder, facts, layers.rows)
+    scores = _test(run)
+    facts = run_facts(cfg, run.model, _training(run), scores, started)
+    finish(folder, facts, layers)
     return facts
 
 
@@ -186,8 +177,8 @@ def _save_last_weights(run: Run, balancer: Any, folder: Path) -> None:
         path.write_bytes(whole.getbuffer())
 
 
-def _facts(cfg: DictConfig, run: Run, scores: Mapping[str, float]) -> dict[str, Any]:
-    """Return what `summary.json` says of the run, without the time that it took."""
+def _training(run: Run) -> dict[str, Any]:
+    """Return what `run_facts` wants to know of the training."""
     state = run.trainer.state
     best = state.best_model_checkpoint
     steps_of_best = None if best is None else int(Path(best).name.rpartition("-")[2])
@@ -196,16 +187,10 @@ def _facts(cfg: DictConfig, run: Run, scores: Mapping[str, float]) -> dict[str, 
         if row["step"] == steps_of_best and "eval_loss" in row:
             best_epoch = round(row["epoch"])
     return {
-        "name": cfg.name,
-        "arm": cfg.arm,
-        "seed": cfg.seed,
         "monitor": f"val/{run.trainer.args.metric_for_best_model}",
         "best_checkpoint": best,
         "best_score": state.best_metric,
         "best_epoch": best_epoch,
         "epochs": round(state.epoch or 0),
         "steps": state.global_step,
-        "parameters": sum(parameter.numel() for parameter in run.model.parameters()),
-        "wandb": [],
-        "test": dict(scores),
     }

@@ -203,7 +203,7 @@ def test_every_experiment_runs_one_batch(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("recipes.train.draw_run", lambda *args, **options: [])  # seconds, and tested elsewhere
+    monkeypatch.setattr("recipes.summary.draw_run", lambda *args, **options: [])  # seconds, and tested elsewhere
     overrides = next(options for pattern, options in SMALL.items() if re.match(pattern, name))
     folder: tuple[str, ...]
     if name in ("nano_llama_60m", "smollm2_wikipedia"):

@@ -90,7 +90,7 @@ def test_the_loss_is_the_squared_error_to_one_hot_labels() -> None:
 def test_runs_are_drawn_in_one_picture(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("recipes.train.draw_run", lambda *args, **options: [])  # seconds, and tested elsewhere
+    monkeypatch.setattr("recipes.summary.draw_run", lambda *args, **options: [])  # seconds, and tested elsewhere
     folders = [tmp_path / "decay", tmp_path / "no_decay"]
     small = ("data.passes=2", "trainer.max_epochs=2", "logger=csv", "~callbacks.progress", "model.net.width=40")
     for folder, decay in zip(folders, (0.1, 0), strict=True):

@@ -312,13 +312,13 @@ def test_two_runs_in_one_second_have_two_folders(settings: Settings) -> None:
 
 def test_a_folder_has_one_run_at_a_time(settings: Settings, tmp_path: Path) -> None:
     cfg = settings(*TINY_UNET, "logger=csv", f"paths.run_dir={tmp_path / 'run'}")
-    with run_folder(cfg), pytest.raises(RecipeError, match="another run is at work in"):
+    with run_folder(cfg, lambda folder: None), pytest.raises(RecipeError, match="another run is at work in"):
         train(settings(*TINY_UNET, "logger=csv", f"paths.run_dir={tmp_path / 'run'}"))
     train(cfg)
     checkpoint = tmp_path / "run" / "checkpoints" / "last.ckpt"
     resumed = settings(*TINY_UNET, "logger=csv", f"ckpt_path={checkpoint}")
     before = (tmp_path / "run" / "metrics.csv").read_bytes()
-    with run_folder(resumed), pytest.raises(RecipeError, match="another run is at work"):
+    with run_folder(resumed, lambda folder: None), pytest.raises(RecipeError, match="another run is at work"):
         train(settings(*TINY_UNET, "logger=csv", f"ckpt_path={checkpoint}"))
     assert (tmp_path / "run" / "metrics.csv").read_bytes() == before
     assert not (tmp_path / "run" / ".lock").exists()
