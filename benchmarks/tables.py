@@ -310,6 +310,16 @@ TABLES: Mapping[str, ArmTable | SettingTable | PairTable] = {
             "head_faster": "no alpha: head twice as fast",
         },
     ),
+    "messages, 5 %": ArmTable(
+        "controls",
+        Cell("controls/newsgroups_5", "newsgroups_minilm_5"),
+        {
+            "off": "plain AdamW",
+            "model_balancing": "Model Balancing, one rate a block",
+            "shrinkage": "map of shrunk effects, by layer",
+            "last_faster": "no alpha: last block 2.3, the others 0.83",
+        },
+    ),
     "messages, LoRA": ArmTable(
         "controls",
         Cell("controls/newsgroups_lora", "newsgroups_minilm_1_lora"),

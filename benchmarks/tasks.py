@@ -103,6 +103,12 @@ TASKS = (
     ),
     Task("MiniLM, 113 messages", "controls/newsgroups", "newsgroups_minilm_1", _BLOCKS),
     Task(
+        "MiniLM, 565 messages",
+        "controls/newsgroups_5",
+        "newsgroups_minilm_5",
+        {"whole": "model_balancing", "shrinkage": "shrinkage"},
+    ),
+    Task(
         "MiniLM with LoRA, 113 messages",
         "controls/newsgroups_lora",
         "newsgroups_minilm_1_lora",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from lightning import Trainer
@@ -14,8 +16,12 @@ __all__ = ["check_processes", "process_rank"]
 
 
 def process_rank() -> int:
-    """Return which process this is, also before they have met; 0 for the first or only one."""
-    return int(getattr(rank_zero_only, "rank", 0))
+    """Return which process this is, also before they have met; 0 for the first or only one.
+
+    Lightning reads it when it is imported, or from the trainer; what starts the processes may set it in between.
+    """
+    known = int(getattr(rank_zero_only, "rank", 0))
+    return known or int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0)))
 
 
 def check_processes(trainer: Trainer) -> None:
