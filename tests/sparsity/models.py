@@ -87,7 +87,7 @@ def t5() -> nn.Module:
 
 def gemma() -> nn.Module:
     """A decoder whose blocks get one of two masks, with windows or without."""
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", minversion="4.50")
     config = transformers.Gemma3TextConfig(
         vocab_size=VOCABULARY,
         hidden_size=32,

@@ -122,7 +122,7 @@ def test_recurrent_layers_without_gates_and_projections():
 )
 def test_stacked_experts(cls, config, shapes):
     """One matrix an expert, whichever of its two dimensions the package stores first."""
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", minversion="5")
     path, _, name = cls.rpartition(".")
     settings = {"hidden_size": 16, "intermediate_size": 24, "num_local_experts": 4}
     module = getattr(import_module(f"transformers.models.{path}"), name)(getattr(transformers, config)(**settings))

@@ -154,7 +154,7 @@ def test_odd_tensors_of_a_file(weight: Callable[[], Tensor], words: str, legacy:
     assert layers["b"].status == "ok"
 
 
-@pytest.mark.filterwarnings("ignore:.*ProcessGroup")
+@pytest.mark.filterwarnings("ignore:.*ProcessGroup", "ignore:DTensor random operators")
 def test_sharded_tensors_of_a_file(tmp_path: Path) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
