@@ -653,6 +653,18 @@ def test_a_model_is_compared_as_a_whole_with_another(weights: Path) -> None:
     assert f"{NET}: mean alpha" in " ".join(shown.split())
 
 
+def test_both_models_have_the_weights_that_were_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[tuple[str, bool]] = []
+
+    def open_net(model: str, *, pretrained: bool = False, **options: Any) -> Source:
+        opened.append((model, pretrained))
+        return open_source(NET)
+
+    monkeypatch.setattr("farms_tb.cli.analyze.open_source", open_net)
+    assert run("analyze", "resnet50", "--pretrained", "--against", "resnet18").exit_code == 0
+    assert opened == [("resnet50", True), ("resnet18", True)]
+
+
 def test_compare_looks_at_the_difference_of_the_weights(tmp_path: Path) -> None:
     """Of a low-rank update, full fine-tuning, a layer left alone, and one of another shape."""
     torch.manual_seed(0)

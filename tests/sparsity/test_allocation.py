@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import farms_tb
-from farms_tb.sparsity import SparsityPlan, allocate, compare_with_depth
+from farms_tb.sparsity import SparsityOptions, SparsityPlan, allocate, compare_with_depth
 from tests.reference import sparsity as reference
 
 DATA = Path(__file__).parents[1] / "data"
@@ -388,3 +388,8 @@ def test_numbers_of_numpy_are_numbers() -> None:
     assert plan == allocate(
         {"layers.0.up": 2.0, "layers.1.up": 3.0}, dict.fromkeys(alphas, 1000), 0.5, epsilon=0.25, seed=3
     )
+
+
+def test_a_search_without_a_step_is_refused() -> None:
+    with pytest.raises(ValueError, match="epsilon=0"):
+        SparsityOptions(method="search", epsilon=0)

@@ -10,6 +10,7 @@ import torch
 from farms_tb.sparsity import prune
 from farms_tb.sparsity.calibration import (
     calibration_batches,
+    checked_batches,
     dataset_column,
     dataset_texts,
     document_batches,
@@ -146,3 +147,11 @@ def test_what_is_missing_is_said(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ImportError, match=r"farms-tb\[datasets\]"):
         dataset_texts("lab/tiny", split="test")
+
+
+def test_batches_go_to_the_device_of_the_model():
+    batches = [{"input": torch.zeros(2, 4), "flags": {"mask": torch.ones(2)}, "name": "a"}]
+    (moved,) = checked_batches(torch.nn.Linear(4, 4, device="meta"), batches, required=True)
+    assert moved["input"].is_meta
+    assert moved["flags"]["mask"].is_meta
+    assert moved["name"] == "a"
