@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 from lightning.pytorch.utilities import rank_zero_only
@@ -70,6 +71,7 @@ def _locked(folder: Path) -> Iterator[None]:
     Raises:
         RecipeError: Another process holds it.
     """
+    lock: AbstractContextManager[Any] = nullcontext()
     try:
         lock = FileLock(folder / _LOCK).acquire(timeout=0)
     except Timeout:
@@ -77,8 +79,7 @@ def _locked(folder: Path) -> Iterator[None]:
             f"another run is at work in {folder}; wait for it, or choose another folder with paths.run_dir=..."
         ) from None
     except (OSError, NotImplementedError):  # a file system without locks
-        yield
-        return
+        pass
     with lock:
         try:
             yield

@@ -152,7 +152,7 @@ def _is_run_folder(path: Path) -> bool:
 
 
 def _last_checkpoint(folder: Path) -> Path:
-    """Return the newest checkpoint of a run.
+    """Return the last checkpoint of a run.
 
     Raises:
         ValueError: there are several runs, or none has a checkpoint.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from farms_tb.viewing.metrics_csv import METRICS_FILE, has_measurements
@@ -19,7 +20,6 @@ __all__ = ["RunFiles", "SeveralRunsError", "find_run"]
 
 _MOST_LISTED = 10
 """Runs that an error lists, the newest first; a folder of a sweep may hold thousands."""
-
 
 _MOST_COMPARED = 50
 """Checkpoints that are opened for their steps; of a run with more of them the time of writing decides."""
@@ -37,13 +37,18 @@ class RunFiles:
         folder: the folder that was asked for.
         root: the run's own folder, the same or one below (`version_0`).
         metrics: its `metrics.csv` with measurements of the callback; None where there is none.
-        checkpoints: its checkpoints (`*.ckpt`), the last first.
+        by_time: its checkpoints (`*.ckpt`) by their times of writing, the newest first.
     """
 
     folder: Path
     root: Path
     metrics: Path | None
-    checkpoints: tuple[Path, ...]
+    by_time: tuple[Path, ...]
+
+    @cached_property
+    def checkpoints(self) -> tuple[Path, ...]:
+        """The checkpoints, the last of the run first. They are opened for that, see `_last_first`."""
+        return tuple(_last_first(self.by_time))
 
 
 def find_run(folder: Path) -> RunFiles:
@@ -67,9 +72,9 @@ def find_run(folder: Path) -> RunFiles:
     checkpoints = _newest_first(folder.rglob("*.ckpt"))
     if metrics is None:
         _refuse_several(folder, [_run_of(path) for path in checkpoints])
-        return RunFiles(folder, folder, None, tuple(_last_first(checkpoints)))
+        return RunFiles(folder, folder, None, tuple(checkpoints))
     root = metrics.parent
-    return RunFiles(folder, root, metrics, tuple(_last_first(_checkpoints_of(root, checkpoints))))
+    return RunFiles(folder, root, metrics, tuple(_checkpoints_of(root, checkpoints)))
 
 
 def _find_metrics(folder: Path) -> Path | None:
@@ -176,14 +181,16 @@ def _last_first(checkpoints: Sequence[Path]) -> list[Path]:
         checkpoints: the newest first; of those with equal steps the newest stays first.
 
     Returns:
-        The same files, in the given order where one of them does not say its step, as one that is being written.
+        The same files; in the given order where there are very many, or where one of them does not say its step,
+        as one that is being written.
     """
-    steps = [_steps_of(path) for path in checkpoints[:_MOST_COMPARED]]
-    known = [step for step in steps if step is not None]
+    if len(checkpoints) > _MOST_COMPARED:
+        return list(checkpoints)
+    steps = {path: _steps_of(path) for path in checkpoints}
+    known = {path: step for path, step in steps.items() if step is not None}
     if len(known) < len(checkpoints):
         return list(checkpoints)
-    order = sorted(range(len(known)), key=lambda place: -known[place])
-    return [checkpoints[place] for place in order]
+    return sorted(checkpoints, key=known.__getitem__, reverse=True)
 
 
 def _steps_of(checkpoint: Path) -> int | None:

@@ -202,7 +202,7 @@ def _read_weights(path: Path, null: bool, key: str | None) -> RunFolder:
 
 
 def _measure_newest(files: RunFiles, null: bool, key: str | None) -> _Measurement:
-    """Measure the newest checkpoint that can be read.
+    """Measure the last checkpoint that can be read.
 
     Args:
         files: where the run's files lie.

@@ -74,7 +74,7 @@ def save_comparison(
     """Draw every picture that compares runs, or some of them: all runs in one frame.
 
     `alpha_mean`, `alpha_by_layer`, `lr_ratio_spread` and `metrics` from what at least two of the runs have logged;
-    `alpha_by_depth` from their newest checkpoints or from files of weights, and with permutation nulls
+    `alpha_by_depth` from their last checkpoints or from files of weights, and with permutation nulls
     `effect_by_depth`. They show the layers and metrics that all runs have; `left_out(runs)` says what is not.
 
     Args:

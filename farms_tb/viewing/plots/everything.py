@@ -68,7 +68,7 @@ def save_all(
     """Draw every picture that a run folder has the data for, or some of them.
 
     `alpha`, `lr_ratio`, `lr_ratio_map` from what was logged; `alpha_by_depth`, `full_against_farms`, `esd` from
-    the newest checkpoint; with permutation nulls also `effect_plane`, and `esd_full`: the spectra of whole
+    the last checkpoint; with permutation nulls also `effect_plane`, and `esd_full`: the spectra of whole
     matrices, with their spikes and traps. Those that cannot be drawn are left out: `not_drawn(run)` says why.
 
     Args:
