@@ -68,10 +68,13 @@ class LocalEngine:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Stop the processes, in the middle of a task too."""
-        for process in self._pools.values():
+        """Stop the processes, in the middle of a task too.
+
+        Those without a task end by themselves: a killed process gives none of its semaphores back, of which Python warns.
+        """
+        for _, place in self._running.values():
             with suppress(BrokenProcessPool, ProcessLookupError):
-                os.kill(process.pid.result(), signal.SIGTERM)
+                os.kill(self._pools[place].pid.result(), signal.SIGTERM)
         for process in self._pools.values():
             process.pool.shutdown(cancel_futures=True)
         self._pools.clear()

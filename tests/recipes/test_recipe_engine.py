@@ -84,6 +84,24 @@ class TestLocal:
                 found += [outcome.result for outcome in engine.finished(timeout=5.0)]
         assert sorted(found) == ["5", "7"]
 
+    def test_an_engine_that_has_done_its_work_leaves_no_words(self, tmp_path: Path) -> None:
+        program = tmp_path / "program.py"
+        program.write_text(
+            "import multiprocessing\n"
+            "from recipes.engine import LocalEngine\n"
+            "def work(argument):\n"
+            "    global lock  # as a progress bar's, which lives as long as its process\n"
+            "    lock = multiprocessing.RLock()\n"
+            "if __name__ == '__main__':\n"
+            "    with LocalEngine(1) as engine:\n"
+            "        engine.submit('a', work, None)\n"
+            "        while engine.tasks:\n"
+            "            list(engine.finished(timeout=5.0))\n"
+        )
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run([sys.executable, program], env=environment, capture_output=True, text=True, check=True)
+        assert done.stderr == ""
+
 
 def free_port() -> int:
     with socket.socket() as opened:
