@@ -27,7 +27,7 @@ from farms_tb.cli.arguments import (
     takes_spectrum_options,
 )
 from farms_tb.cli.exit_codes import finish
-from farms_tb.cli.measuring import COLUMNS, Measured, Wanted, checked_device, measure, null_is_quick
+from farms_tb.cli.measuring import COLUMNS, Measured, MeasureRequest, checked_device, measure, null_is_quick
 from farms_tb.cli.messages import complaints, say
 from farms_tb.cli.output import Result, chosen_format, emit
 from farms_tb.cli.sources import Source, open_source
@@ -110,16 +110,16 @@ def analyze(
         _check_column(sort)
         source = open_source(model, pretrained=pretrained, key=key, base=base, options=options)
         other = None if against is None else _open_other(against, pretrained, options)
-    wanted = Wanted(options, full and options.esd == "farms", bool(null), tuple(patterns or ()), device)
+    request = MeasureRequest(options, full and options.esd == "farms", bool(null), tuple(patterns or ()), device)
     if null is None:
-        wanted = replace(wanted, null=null_is_quick(source, wanted))
-        if not wanted.null:
+        request = replace(request, null=null_is_quick(source, request))
+        if not request.null:
             say("effects and verdicts are left out: permutation nulls take over a minute (--null measures them)")
     console = Console(stderr=True)
-    found = measure(source, wanted, console)
+    found = measure(source, request, console)
     parts, compared = [found], None
     if other is not None and not found.interrupted:
-        compared = measure(other, replace(wanted, full=False), console)
+        compared = measure(other, replace(request, full=False), console)
         parts.append(compared)
     result = _result(model, found, against, compared, options)
     if sort is not None:

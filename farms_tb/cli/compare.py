@@ -28,7 +28,7 @@ from farms_tb.cli.arguments import (
 )
 from farms_tb.cli.differences import weight_differences, with_differences
 from farms_tb.cli.exit_codes import finish
-from farms_tb.cli.measuring import Measured, Wanted, checked_device, measure
+from farms_tb.cli.measuring import Measured, MeasureRequest, checked_device, measure
 from farms_tb.cli.messages import EXIT_INTERRUPTED, complaints, say
 from farms_tb.cli.output import Result, chosen_format, emit
 from farms_tb.cli.pairing import changes, paired
@@ -83,13 +83,13 @@ def compare(
     """
     with complaints():
         form = chosen_format(output_format, output, inputs=(model_a, model_b))
-        wanted = Wanted(options, patterns=tuple(patterns or ()), device=checked_device(device))
+        request = MeasureRequest(options, patterns=tuple(patterns or ()), device=checked_device(device))
         sources = _open_both((model_a, model_b), _Opening(options, pretrained, key, base))
-    found = _measure_all(sources, wanted)
+    found = _measure_all(sources, request)
     pairs = paired(*(part.records for part in found))
     rows = changes(pairs)
     if difference:
-        rows = with_differences(rows, weight_differences(sources, pairs, wanted))
+        rows = with_differences(rows, weight_differences(sources, pairs, request))
     complete = not any(part.stopped for part in found)
     facts = {"a": model_a, "b": model_b, "complete": complete, "options": as_plain(options)}
     result = Result(f"A: {model_a}\nB: {model_b}", _COLUMNS, rows, facts, complete)
@@ -106,19 +106,19 @@ def _first_names(measured: Measured) -> str:
     return ", ".join(list(measured.records)[:3]) or "none"
 
 
-def _measure_all(sources: Sequence[Source], wanted: Wanted) -> list[Measured]:
+def _measure_all(sources: Sequence[Source], request: MeasureRequest) -> list[Measured]:
     """Measure models one after the other.
 
     Args:
         sources: the models.
-        wanted: what is measured of each.
+        request: what is measured of each.
 
     Raises:
         typer.Exit: Ctrl-C, since half a comparison is of no use.
     """
     found = []
     for source in sources:
-        measured = measure(source, wanted, Console(stderr=True))
+        measured = measure(source, request, Console(stderr=True))
         if measured.interrupted:
             say(f"{measured.stopped}: nothing to compare yet")
             raise typer.Exit(EXIT_INTERRUPTED)

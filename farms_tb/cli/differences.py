@@ -13,7 +13,7 @@ from itertools import zip_longest
 
 import torch
 
-from farms_tb.cli.measuring import Wanted
+from farms_tb.cli.measuring import MeasureRequest
 from farms_tb.cli.messages import say
 from farms_tb.cli.pairing import Pair
 from farms_tb.cli.sources import Source
@@ -58,7 +58,9 @@ def with_differences(rows: Sequence[Row], differences: Mapping[str, Difference])
     return added
 
 
-def weight_differences(sources: Sequence[Source], pairs: Iterable[Pair], wanted: Wanted) -> dict[str, Difference]:
+def weight_differences(
+    sources: Sequence[Source], pairs: Iterable[Pair], request: MeasureRequest
+) -> dict[str, Difference]:
     """Measure the difference of each weight that two models share.
 
     Both models are read once more, side by side: where their layers come in the same order, one weight of each is
@@ -67,7 +69,7 @@ def weight_differences(sources: Sequence[Source], pairs: Iterable[Pair], wanted:
     Args:
         sources: the two models.
         pairs: the layers of both; those of one alone are left out.
-        wanted: what is measured, and on which device.
+        request: what is measured, and on which device.
 
     Returns:
         By the name of the pair. What was measured, with a sentence on stderr, where reading fails; weights of
@@ -91,18 +93,18 @@ def weight_differences(sources: Sequence[Source], pairs: Iterable[Pair], wanted:
                     continue
                 first, second = (weight, other) if side == 0 else (other, weight)
                 if first.matrices.shape == second.matrices.shape:
-                    found[name] = _difference(first, second, wanted)
+                    found[name] = _difference(first, second, request)
     except (ValueError, OSError, RuntimeError) as error:
         say(f"The differences of the weights are not complete: {error}", style="red")
     return found
 
 
-def _difference(first: MatrixStack, second: MatrixStack, wanted: Wanted) -> Difference:
+def _difference(first: MatrixStack, second: MatrixStack, request: MeasureRequest) -> Difference:
     """Return the metrics of the difference of two weights of one shape."""
     # Types of eight bits have no common type with others.
     widened = [torch.promote_types(_widened(stack.matrices.dtype), torch.float32) for stack in (first, second)]
     dtype = torch.promote_types(*widened)
-    before, after = (stack.matrices.to(wanted.device, dtype) for stack in (first, second))
+    before, after = (stack.matrices.to(request.device, dtype) for stack in (first, second))
     change = after - before
     size, distance = float(before.norm()), float(change.norm())
     if not math.isfinite(size + distance):
@@ -110,8 +112,8 @@ def _difference(first: MatrixStack, second: MatrixStack, wanted: Wanted) -> Diff
     if distance == 0:
         return Difference(0.0, 0, None)
     stack = replace(second, matrices=change)
-    whole = weight_record(stack, replace(wanted.options, esd="full"))
-    windows = weight_record(stack, wanted.options)
+    whole = weight_record(stack, replace(request.options, esd="full"))
+    windows = weight_record(stack, request.options)
     is_rounding = windows.xmin is not None and windows.xmin < _rounding_edge(first, second)
     return Difference(
         relative_norm=distance / size if size else None,

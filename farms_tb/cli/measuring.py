@@ -30,7 +30,7 @@ from farms_tb.weights.stacks import MatrixStack
 
 
 @dataclass(frozen=True)
-class Wanted:
+class MeasureRequest:
     """What is measured.
 
     Attributes:
@@ -149,15 +149,15 @@ def checked_device(name: str) -> str:
     return name
 
 
-def null_is_quick(source: Source, wanted: Wanted) -> bool:
+def null_is_quick(source: Source, request: MeasureRequest) -> bool:
     """Return whether the permutation nulls of layers of these shapes take less than a minute on one core.
 
     Args:
         source: the model; nothing is read.
-        wanted: what is measured.
+        request: what is measured.
     """
-    items = [item for item in source.items if wanted.takes(item.name if isinstance(item, Layer) else item.path)]
-    return sum(null_seconds(stack, wanted.options) for stack in _without_values(items)) < QUICK_NULLS
+    items = [item for item in source.items if request.takes(item.name if isinstance(item, Layer) else item.path)]
+    return sum(null_seconds(stack, request.options) for stack in _without_values(items)) < QUICK_NULLS
 
 
 def _without_values(items: Sequence[Any]) -> Iterator[MatrixStack]:
@@ -173,12 +173,12 @@ def _without_values(items: Sequence[Any]) -> Iterator[MatrixStack]:
             yield MatrixStack(torch.empty(matrices, device="meta"))
 
 
-def measure(source: Source, wanted: Wanted, console: Console) -> Measured:
+def measure(source: Source, request: MeasureRequest, console: Console) -> Measured:
     """Measure the layers of a source; Ctrl-C and a file that breaks off keep what was measured.
 
     Args:
         source: the model.
-        wanted: what is measured.
+        request: what is measured.
         console: where the progress bar goes, if it is a terminal.
 
     Returns:
@@ -191,9 +191,9 @@ def measure(source: Source, wanted: Wanted, console: Console) -> Measured:
     with progress_bar(console, len(source.items)) as show:
         try:
             for name, weight in source.read(_counted(source.items, show)):
-                if wanted.takes(name):
+                if request.takes(name):
                     show(description=shortened(printable(name), 60))
-                    _measure_layer(found, name, weight, wanted)
+                    _measure_layer(found, name, weight, request)
         except KeyboardInterrupt:
             found.stopped = f"interrupted at {name}"
             found.interrupted = True
@@ -234,15 +234,15 @@ def _counted(items: Iterable[Any], show: Callable[..., None]) -> Iterator[Any]:
         show(advance=1)
 
 
-def _measure_layer(found: Measured, name: str, weight: MatrixStack | LayerRecord, wanted: Wanted) -> None:
+def _measure_layer(found: Measured, name: str, weight: MatrixStack | LayerRecord, request: MeasureRequest) -> None:
     """Measure one layer, and add its records to what was found."""
     if isinstance(weight, LayerRecord):
         found.records[name] = weight
         return
-    stack = replace(weight, matrices=weight.matrices.to(wanted.device))
-    record = _attempt(stack, wanted.options, wanted.null)
-    if wanted.full and record.status == OK:
-        found.full[name] = _attempt(stack, replace(wanted.options, esd="full"))
+    stack = replace(weight, matrices=weight.matrices.to(request.device))
+    record = _attempt(stack, request.options, request.null)
+    if request.full and record.status == OK:
+        found.full[name] = _attempt(stack, replace(request.options, esd="full"))
     found.records[name] = record
 
 

@@ -23,7 +23,7 @@ from farms_tb.viewing.several_runs import read_runs
 
 
 @dataclass(frozen=True)
-class Wanted:
+class PlotRequest:
     """What is to be drawn, and how.
 
     Attributes:
@@ -87,30 +87,30 @@ def plot(
     pictures = only or None
     if layer and not only:
         pictures = []  # the spectra of these layers alone
-    wanted = Wanted(output, f".{picture_format}", pictures, layer or (), null, key)
+    request = PlotRequest(output, f".{picture_format}", pictures, layer or (), null, key)
     with complaints():
         if len(runs) == 1:
-            _plot_one(runs[0], wanted)
+            _plot_one(runs[0], request)
         else:
-            _plot_several(runs, wanted)
+            _plot_several(runs, request)
 
 
-def _plot_one(folder: Path, wanted: Wanted) -> None:
-    check_wanted(wanted.pictures, wanted.suffix)
-    run = read_run_folder(folder, null=wanted.null, key=wanted.key)
-    saved = save_all(run, wanted.output, suffix=wanted.suffix, pictures=wanted.pictures, layers=wanted.layers)
+def _plot_one(folder: Path, request: PlotRequest) -> None:
+    check_wanted(request.pictures, request.suffix)
+    run = read_run_folder(folder, null=request.null, key=request.key)
+    saved = save_all(run, request.output, suffix=request.suffix, pictures=request.pictures, layers=request.layers)
     _print(saved)
-    for sentence in run.missing if wanted.pictures is not None else not_drawn(run):
+    for sentence in run.missing if request.pictures is not None else not_drawn(run):
         say(sentence)
 
 
-def _plot_several(folders: Sequence[Path], wanted: Wanted) -> None:
-    if wanted.layers:
+def _plot_several(folders: Sequence[Path], request: PlotRequest) -> None:
+    if request.layers:
         raise ValueError(f"--layer draws the spectra of one run, got {len(folders)} runs: pass one of them")
-    check_wanted(wanted.pictures, wanted.suffix, COMPARISONS)
+    check_wanted(request.pictures, request.suffix, COMPARISONS)
     check_number(len(folders))
-    runs = read_runs(folders, null=wanted.null, key=wanted.key)
-    _print(save_comparison(runs, wanted.output or FOLDER, suffix=wanted.suffix, pictures=wanted.pictures))
+    runs = read_runs(folders, null=request.null, key=request.key)
+    _print(save_comparison(runs, request.output or FOLDER, suffix=request.suffix, pictures=request.pictures))
     for name, run in runs.items():
         for sentence in run.missing:
             say(f"{name}: {sentence}")

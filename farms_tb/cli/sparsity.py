@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 
 from farms_tb.cli.arguments import Device, Key, ModelArgument, Pretrained, takes_spectrum_options
-from farms_tb.cli.measuring import Measured, Wanted, checked_device, measure
+from farms_tb.cli.measuring import Measured, MeasureRequest, checked_device, measure
 from farms_tb.cli.messages import EXIT_INTERRUPTED, EXIT_PART, complaints, say
 from farms_tb.cli.output import chosen_format
 from farms_tb.cli.sources import Source, open_source
@@ -109,11 +109,11 @@ def sparsity(
     with complaints():
         SparsityOptions(**chosen)  # type: ignore[arg-type]
         _check_before_measuring(method, target, output)
-        wanted = Wanted(options, device=checked_device(device))
+        request = MeasureRequest(options, device=checked_device(device))
         if adapter_folder(model) is not None:
             raise ValueError(f"{model} is an adapter and no model: merge it (merge_and_unload) and save that")
         source = open_source(model, pretrained=pretrained, key=key, options=options)
-    report = _report(source, wanted, method)
+    report = _report(source, request, method)
     with complaints():
         plan = _plan(report, target, blocks, chosen)
         _print(plan, report, model)
@@ -147,7 +147,7 @@ def _check_before_measuring(method: Method, target: float, output: Path | None) 
     chosen_format(None, output)
 
 
-def _report(source: Source, wanted: Wanted, method: Method) -> Report:
+def _report(source: Source, request: MeasureRequest, method: Method) -> Report:
     """Return what was measured, or names and shapes alone where no alphas are needed.
 
     Raises:
@@ -156,11 +156,11 @@ def _report(source: Source, wanted: Wanted, method: Method) -> Report:
     if method in _WITHOUT_ALPHAS:
         with complaints():
             return Report(dict(_unmeasured(source)))
-    found = measure(source, wanted, Console(stderr=True))
+    found = measure(source, request, Console(stderr=True))
     if found.stopped:
         say(f"No plan, since not all layers were measured: {found.stopped}", style="red")
         raise typer.Exit(_exit_code(found))
-    return Report(found.records, as_plain(wanted.options))
+    return Report(found.records, as_plain(request.options))
 
 
 def _exit_code(found: Measured) -> int:

@@ -24,14 +24,14 @@ from farms_tb.sparsity.sparsegpt import DAMPING, block_counts, inverse_factor, s
 from farms_tb.sparsity.statistics import InputStatistics
 
 __all__ = [
+    "PruneTarget",
     "Pruned",
     "Structure",
-    "Wanted",
     "check_groups",
     "check_structure",
+    "prune_targets",
     "prune_weight",
     "smallest_entries",
-    "wanted_of",
 ]
 
 Structure = Literal["unstructured", "2:4", "4:8", "mixed:8"]
@@ -41,7 +41,7 @@ _MIXED_GROUP = 8
 
 
 @dataclass(frozen=True)
-class Wanted:
+class PruneTarget:
     """How a matrix is to be pruned.
 
     Attributes:
@@ -70,7 +70,7 @@ class Pruned:
     damping: float | None = None
 
 
-def wanted_of(plan: SparsityPlan, structure: Structure) -> dict[str, Wanted]:
+def prune_targets(plan: SparsityPlan, structure: Structure) -> dict[str, PruneTarget]:
     """Return how each matrix of a plan is pruned.
 
     Args:
@@ -87,7 +87,7 @@ def wanted_of(plan: SparsityPlan, structure: Structure) -> dict[str, Wanted]:
     """
     _check_range(plan)
     if structure == "unstructured":
-        return {name: Wanted(share) for name, share in plan.sparsity.items()}
+        return {name: PruneTarget(share) for name, share in plan.sparsity.items()}
     if structure in _FIXED:
         n, m = _FIXED[structure]
         uneven = [name for name, share in plan.sparsity.items() if abs(share - n / m) > 1e-9]
@@ -97,7 +97,7 @@ def wanted_of(plan: SparsityPlan, structure: Structure) -> dict[str, Wanted]:
                 f"{plan.sparsity[uneven[0]]:.4g} for {uneven[0]!r}: use structure='mixed:8', which follows the "
                 f"plan, or a plan with method='uniform' and target={n / m}"
             )
-        return {name: Wanted(n / m, (n, m)) for name in plan.layers}
+        return {name: PruneTarget(n / m, (n, m)) for name in plan.layers}
     return _mixed(plan)
 
 
@@ -115,7 +115,7 @@ def _check_range(plan: SparsityPlan) -> None:
             )
 
 
-def _mixed(plan: SparsityPlan) -> dict[str, Wanted]:
+def _mixed(plan: SparsityPlan) -> dict[str, PruneTarget]:
     """Return N of each 8 for every matrix, the same for all matrices that share a block and a sparsity."""
     groups: dict[str, list[str]] = {}
     for name, layer in plan.layers.items():
@@ -124,11 +124,11 @@ def _mixed(plan: SparsityPlan) -> dict[str, Wanted]:
     shares = {group: _mean_sparsity(plan, names) for group, names in groups.items()}
     sizes = {group: sum(plan.layers[name].size for name in names) for group, names in groups.items()}
     counts = mixed_counts(shares, sizes, _MIXED_GROUP)
-    wanted = {}
+    targets = {}
     for group, names in groups.items():
         structure = (counts[group], _MIXED_GROUP)
-        wanted.update({name: Wanted(counts[group] / _MIXED_GROUP, structure) for name in names})
-    return wanted
+        targets.update({name: PruneTarget(counts[group] / _MIXED_GROUP, structure) for name in names})
+    return targets
 
 
 def _mean_sparsity(plan: SparsityPlan, names: list[str]) -> float:
@@ -137,30 +137,30 @@ def _mean_sparsity(plan: SparsityPlan, names: list[str]) -> float:
     return sum(layer.size * layer.sparsity for layer in layers) / sum(layer.size for layer in layers)
 
 
-def check_structure(weight: PrunableWeight, wanted: Wanted) -> None:
+def check_structure(weight: PrunableWeight, target: PruneTarget) -> None:
     """Check that a matrix can have a structure.
 
     Raises:
         ValueError: its inputs cannot be grouped; the message names the layer.
     """
-    check_groups(weight.name, tuple(weight.tensor.shape), weight.layout, wanted)
+    check_groups(weight.name, tuple(weight.tensor.shape), weight.layout, target)
 
 
-def check_groups(name: str, shape: tuple[int, ...], layout: Layout, wanted: Wanted) -> None:
+def check_groups(name: str, shape: tuple[int, ...], layout: Layout, target: PruneTarget) -> None:
     """Check that a weight can have a structure, by its shape.
 
     Args:
         name: of the layer, for the message.
         shape: of the weight as it is stored.
         layout: how it becomes a matrix.
-        wanted: how it is to be pruned.
+        target: how it is to be pruned.
 
     Raises:
         ValueError: its inputs cannot be grouped.
     """
-    if wanted.structure is None:
+    if target.structure is None:
         return
-    m = wanted.structure[1]
+    m = target.structure[1]
     no_groups = f"{name} cannot be pruned in groups of {m}"
     way_out = "Leave it out of the plan, or use structure='unstructured'"
     if layout == "rows":
@@ -172,13 +172,13 @@ def check_groups(name: str, shape: tuple[int, ...], layout: Layout, wanted: Want
 
 
 def prune_weight(
-    weight: PrunableWeight, wanted: Wanted, method: PruneMethod, statistics: InputStatistics | None
+    weight: PrunableWeight, target: PruneTarget, method: PruneMethod, statistics: InputStatistics | None
 ) -> Pruned:
     """Choose the entries of a weight that become zero; the weight is not changed.
 
     Args:
         weight: the weight.
-        wanted: how many entries, and in which structure.
+        target: how many entries, and in which structure.
         method: how they are chosen. Where no input was seen, by magnitude.
         statistics: of its inputs; for SparseGPT with a Hessian. None for magnitude.
 
@@ -189,30 +189,30 @@ def prune_weight(
         ValueError: the inputs hold NaN or inf.
     """
     if not PRUNE_METHODS[method].needs_inputs or statistics is None or statistics.squared_norms is None:
-        return Pruned(smallest_entries(weight.tensor, weight.layout, wanted))
+        return Pruned(smallest_entries(weight.tensor, weight.layout, target))
     if not statistics.squared_norms.isfinite().all():
         raise ValueError(f"the inputs of {weight.name} hold NaN or inf: check the calibration data and the dtype")
-    return _WITH_INPUTS[method](weight, wanted, statistics)
+    return _WITH_INPUTS[method](weight, target, statistics)
 
 
-def smallest_entries(weight: Tensor, layout: Layout, wanted: Wanted) -> Tensor:
+def smallest_entries(weight: Tensor, layout: Layout, target: PruneTarget) -> Tensor:
     """Mark the entries of smallest absolute value, ties in the order in which the weight is stored.
 
     Args:
         weight: as it is stored.
         layout: how it becomes a matrix; it matters for a structure alone.
-        wanted: how many entries, and in which structure.
+        target: how many entries, and in which structure.
 
     Returns:
         A boolean mask of the weight's shape, True where an entry becomes zero.
     """
-    if wanted.structure is None:
-        return magnitude_mask(weight, pruned_count(weight.numel(), wanted.sparsity))
-    mask = n_of_m_mask(to_matrix(weight, layout).abs(), *wanted.structure)
+    if target.structure is None:
+        return magnitude_mask(weight, pruned_count(weight.numel(), target.sparsity))
+    mask = n_of_m_mask(to_matrix(weight, layout).abs(), *target.structure)
     return from_matrix(mask, weight.shape, layout)
 
 
-def _wanda(weight: PrunableWeight, wanted: Wanted, statistics: InputStatistics) -> Pruned:
+def _wanda(weight: PrunableWeight, target: PruneTarget, statistics: InputStatistics) -> Pruned:
     """Prune by the magnitude of an entry times the norm of its input."""
     matrix = to_matrix(weight.tensor, weight.layout)
     assert statistics.squared_norms is not None
@@ -220,14 +220,14 @@ def _wanda(weight: PrunableWeight, wanted: Wanted, statistics: InputStatistics) 
     if weight.groups > 1:
         norms = norms.repeat_interleave(matrix.shape[0] // weight.groups, dim=0)
     scores = wanda_scores(matrix, norms)
-    if wanted.structure is None:
-        mask = wanda_mask(scores, pruned_count(matrix.numel(), wanted.sparsity))
+    if target.structure is None:
+        mask = wanda_mask(scores, pruned_count(matrix.numel(), target.sparsity))
     else:
-        mask = n_of_m_mask(scores, *wanted.structure)
+        mask = n_of_m_mask(scores, *target.structure)
     return Pruned(from_matrix(mask, weight.tensor.shape, weight.layout), method="wanda")
 
 
-def _sparsegpt(weight: PrunableWeight, wanted: Wanted, statistics: InputStatistics) -> Pruned:
+def _sparsegpt(weight: PrunableWeight, target: PruneTarget, statistics: InputStatistics) -> Pruned:
     """Prune group by group of a convolution, of which a linear layer has one, and correct what stays."""
     matrix = to_matrix(weight.tensor, weight.layout)
     assert statistics.hessian is not None
@@ -236,8 +236,8 @@ def _sparsegpt(weight: PrunableWeight, wanted: Wanted, statistics: InputStatisti
     for rows, hessian in zip(matrix.chunk(weight.groups), statistics.hessian, strict=True):
         inverse = inverse_factor(hessian)
         height, width = rows.shape
-        counts = block_counts(height, width, wanted.sparsity, before=done)
-        result = sparsegpt(rows, inverse, counts, wanted.structure)
+        counts = block_counts(height, width, target.sparsity, before=done)
+        result = sparsegpt(rows, inverse, counts, target.structure)
         masks.append(result.mask)
         corrected.append(result.weight)
         damping = max(damping, inverse.damping)
@@ -247,7 +247,7 @@ def _sparsegpt(weight: PrunableWeight, wanted: Wanted, statistics: InputStatisti
     return Pruned(mask, values, "sparsegpt", damping)
 
 
-_WITH_INPUTS: dict[str, Callable[[PrunableWeight, Wanted, InputStatistics], Pruned]] = {
+_WITH_INPUTS: dict[str, Callable[[PrunableWeight, PruneTarget, InputStatistics], Pruned]] = {
     "wanda": _wanda,
     "sparsegpt": _sparsegpt,
 }

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from farms_tb.report import LayerRecord
-from farms_tb.sparsity.methods import Structure, Wanted, check_groups, wanted_of
+from farms_tb.sparsity.methods import PruneTarget, Structure, check_groups, prune_targets
 from farms_tb.sparsity.plan import SparsityPlan
 from farms_tb.sparsity.prunable import Layout, plan_for_names
 from farms_tb.weights.files import files_of_weights, stored_layers, stored_tensors
@@ -42,7 +42,7 @@ class StoredLayer:
         stack: shape of its stack of matrices (K, R, C); empty where it has none.
         problem: why it cannot be pruned; empty where it can.
         block: path of its block in the plan.
-        wanted: how it is to be pruned.
+        target: how it is to be pruned.
     """
 
     name: str
@@ -53,7 +53,7 @@ class StoredLayer:
     stack: tuple[int, ...] = ()
     problem: str = ""
     block: str = ""
-    wanted: Wanted = field(default_factory=lambda: Wanted(0.0))
+    target: PruneTarget = field(default_factory=lambda: PruneTarget(0.0))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -157,11 +157,11 @@ def planned_tensors(path: Path, plan: SparsityPlan, structure: Structure) -> Sto
         _check_prunable(layer)
         _check_untied(layer, stored)
     plan.check_fits({layer.name: layer.stack for layer in found.values() if layer.stack})
-    wanted = wanted_of(plan, structure)
+    targets = prune_targets(plan, structure)
     layers = {}
     for name, planned in plan.layers.items():
-        check_groups(name, found[name].shape, found[name].layout, wanted[name])
-        layers[name] = replace(found[name], block=planned.block, wanted=wanted[name])
+        check_groups(name, found[name].shape, found[name].layout, targets[name])
+        layers[name] = replace(found[name], block=planned.block, target=targets[name])
     return StoredModel(path, tuple(files), layers, plan, any(map(_is_transposed, stored)))
 
 
@@ -177,7 +177,7 @@ def check_oriented(model: StoredModel) -> None:
     for layer in model.layers.values():
         rows, *columns = layer.tensor.shape
         is_square = columns == [rows]
-        if layer.wanted.structure is not None and (
+        if layer.target.structure is not None and (
             _is_transposed(layer.tensor) or (is_square and model.has_transposed)
         ):
             raise ValueError(

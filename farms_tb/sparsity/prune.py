@@ -16,11 +16,11 @@ from farms_tb.sparsity.calibration import Batch, checked_batches
 from farms_tb.sparsity.checkpoint import Checkpoint, open_checkpoint
 from farms_tb.sparsity.methods import (
     Pruned,
+    PruneTarget,
     Structure,
-    Wanted,
     check_structure,
+    prune_targets,
     prune_weight,
-    wanted_of,
 )
 from farms_tb.sparsity.options import PRUNE_METHODS, PruneMethod
 from farms_tb.sparsity.plan import SparsityPlan
@@ -94,11 +94,11 @@ def prune(
             f"plan must be a SparsityPlan, of farms_tb.sparsity.allocate say, got {type(plan).__name__}"
         )
     weights = planned_weights(model, plan)
-    wanted = wanted_of(plan_for_names(plan, {weight.name: weight for weight in weights}), structure)
+    targets = prune_targets(plan_for_names(plan, {weight.name: weight for weight in weights}), structure)
     for weight in weights:
-        check_structure(weight, wanted[weight.name])
+        check_structure(weight, targets[weight.name])
     batches = checked_batches(model, calibration, required=PRUNE_METHODS[method].needs_inputs)
-    run = _Run(method, wanted, in_place)
+    run = _Run(method, targets, in_place)
     start = time.perf_counter()
     with evaluating(model):
         blocks = planned_blocks(model, weights)
@@ -121,12 +121,12 @@ class _Run:
 
     Attributes:
         method: how entries are chosen.
-        wanted: how each matrix is to be pruned, by name.
+        targets: how each matrix is to be pruned, by name.
         in_place: whether zeros are written, rather than masks added.
     """
 
     method: PruneMethod
-    wanted: Mapping[str, Wanted]
+    targets: Mapping[str, PruneTarget]
     in_place: bool
 
 
@@ -201,10 +201,10 @@ def _prune_block(
     for weight in block.weights:
         start = time.perf_counter()
         of_inputs = statistics.get(weight.name)
-        result = prune_weight(weight, run.wanted[weight.name], run.method, of_inputs)
+        result = prune_weight(weight, run.targets[weight.name], run.method, of_inputs)
         seconds = time.perf_counter() - start
         chosen[weight.name] = result
-        reported[weight.name] = _report(weight, run.wanted[weight.name], result, of_inputs, seconds)
+        reported[weight.name] = _report(weight, run.targets[weight.name], result, of_inputs, seconds)
     _apply(block, chosen, run.in_place)
     if saved is not None:
         saved.write(block, chosen, reported)
@@ -212,7 +212,7 @@ def _prune_block(
 
 
 def _report(
-    weight: PrunableWeight, wanted: Wanted, result: Pruned, statistics: InputStatistics | None, seconds: float
+    weight: PrunableWeight, target: PruneTarget, result: Pruned, statistics: InputStatistics | None, seconds: float
 ) -> PrunedLayer:
     """Return what is reported of a weight that is still dense."""
     dense = weight.tensor
@@ -225,7 +225,7 @@ def _report(
     return PrunedLayer(
         block=weight.block,
         size=dense.numel(),
-        planned=wanted.sparsity,
+        planned=target.sparsity,
         sparsity=int((pruned == 0).sum()) / dense.numel(),
         columns=to_matrix(dense, weight.layout).shape[1],
         inputs=0 if statistics is None else statistics.inputs,

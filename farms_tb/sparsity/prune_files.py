@@ -230,11 +230,11 @@ def _prune_stored(layer: StoredLayer, weight: Tensor) -> PrunedLayer:
         weight: its weight, which is changed.
     """
     start = time.perf_counter()
-    weight.masked_fill_(smallest_entries(weight, layer.layout, layer.wanted), 0)
+    weight.masked_fill_(smallest_entries(weight, layer.layout, layer.target), 0)
     return PrunedLayer(
         block=layer.block,
         size=weight.numel(),
-        planned=layer.wanted.sparsity,
+        planned=layer.target.sparsity,
         sparsity=int((weight == 0).sum()) / weight.numel(),
         columns=to_matrix(weight, layer.layout).shape[1],
         inputs=0,

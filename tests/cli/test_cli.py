@@ -24,7 +24,7 @@ from typer.testing import CliRunner, Result
 from farms_tb import LayerRecord, analyze, analyze_checkpoint
 from farms_tb.cli import measuring
 from farms_tb.cli.app import app
-from farms_tb.cli.measuring import COLUMNS, Wanted, measure
+from farms_tb.cli.measuring import COLUMNS, MeasureRequest, measure
 from farms_tb.cli.pairing import paired
 from farms_tb.cli.sources import Source, open_source
 from farms_tb.cli.tables import Column
@@ -396,7 +396,7 @@ def quiet() -> Console:
 def test_a_file_that_breaks_off_keeps_what_was_measured(tmp_path: Path) -> None:
     source = open_source(str(save_parts(net(), tmp_path)))
     (tmp_path / "1.weight.safetensors").write_bytes(b"")
-    found = measure(source, Wanted(SpectrumOptions()), quiet())
+    found = measure(source, MeasureRequest(SpectrumOptions()), quiet())
     assert list(found.records) == ["0"]
     assert found.stopped.startswith("reading stopped after 0: cannot read ")
     assert "1.weight.safetensors" in found.stopped
@@ -473,7 +473,7 @@ def test_a_layer_that_fails_does_not_stop_the_others() -> None:
 
     weights = torch.randn(1, 60, 20)
     layers = [("first", weights.as_subclass(TooLarge)), ("second", weights)]
-    found = measure(Source(layers, read), Wanted(SpectrumOptions()), quiet())
+    found = measure(Source(layers, read), MeasureRequest(SpectrumOptions()), quiet())
     first, second = found.records.values()
     assert first.status == "failed: not enough memory: you tried to allocate 99 bytes"
     assert (first.alpha, first.shape) == (None, (1, 60, 20))
@@ -496,7 +496,7 @@ def test_interrupted() -> None:
         yield from islice(whole.read(items), 2)
         raise KeyboardInterrupt
 
-    found = measure(Source(whole.items, read), Wanted(SpectrumOptions()), quiet())
+    found = measure(Source(whole.items, read), MeasureRequest(SpectrumOptions()), quiet())
     assert (found.interrupted, found.stopped) == (True, "interrupted at 1")
     assert {name: record.alpha for name, record in found.records.items()} == {
         name: analyze(net()).alphas[name] for name in "01"

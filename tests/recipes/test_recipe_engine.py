@@ -99,7 +99,9 @@ class TestLocal:
             "            list(engine.finished(timeout=5.0))\n"
         )
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        done = subprocess.run([sys.executable, program], env=environment, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, program], env=environment, capture_output=True, text=True, check=True
+        )
         assert done.stderr == ""
 
 
