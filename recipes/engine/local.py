@@ -70,7 +70,8 @@ class LocalEngine:
     def __exit__(self, *error: object) -> None:
         """Stop the processes, in the middle of a task too.
 
-        Those without a task end by themselves: a killed process gives none of its semaphores back, of which Python warns.
+        Those without a task end by themselves: a process that is killed leaves semaphores behind, and Python warns
+        of them.
         """
         for _, place in self._running.values():
             with suppress(BrokenProcessPool, ProcessLookupError):
