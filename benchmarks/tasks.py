@@ -104,7 +104,7 @@ TASKS = (
     Task("MiniLM, 113 messages", "controls/newsgroups", "newsgroups_minilm_1", _BLOCKS),
     Task(
         "MiniLM, 565 messages",
-        "controls/newsgroups_5",
+        "controls/newsgroups_5_one_rate",
         "newsgroups_minilm_5",
         {"whole": "model_balancing", "shrinkage": "shrinkage"},
     ),
@@ -112,7 +112,7 @@ TASKS = (
         "MiniLM with LoRA, 113 messages",
         "controls/newsgroups_lora",
         "newsgroups_minilm_1_lora",
-        {"whole": "model_balancing", "reversed": "reversed"},
+        {"whole": "model_balancing", "reversed": "reversed", "shuffled": "permuted"},
     ),
     Task(
         "language model, 0.07 million",

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import csv
 import re
 from pathlib import Path
 
 import pytest
 
 from benchmarks import tables
+from benchmarks.published import published_runs
 from benchmarks.tables import END_OF_TABLE, TABLES, ArmTable, Cell, PairTable, SettingTable
-from recipes.study.records import write_records
+from recipes.study.records import Job, Record, write_records
+from recipes.study.report import summarise
 from tests.recipes.study_records import final_run
 
 ROOT = Path(__file__).parents[1]
@@ -24,6 +27,15 @@ def publish_runs(results: Path, metric: str, scores: dict[str, list[float]]) -> 
     (results / "one").mkdir()
     write_records(results / "one", runs)
     return Cell("one", runs[0].experiment)
+
+
+def runs_of_cell(folder: Path, cell: str) -> dict[Job, Record]:
+    """Return the final runs of a cell: the folder's own, or else those of the folder with the most."""
+    own = published_runs(str(folder.relative_to(RESULTS)), cell, RESULTS)
+    if own:
+        return own
+    others = (path.parent.relative_to(RESULTS) for path in RESULTS.glob("**/results.csv"))
+    return max((published_runs(str(other), cell, RESULTS) for other in others), key=len)
 
 
 def cells_of(line: str) -> list[str]:
@@ -91,6 +103,25 @@ class TestPublished:
             for name in re.findall(r"<!-- table (.*) -->", page.read_text(encoding="utf-8"))
         }
         assert found == {(table.page, name) for name, table in TABLES.items()}
+
+    @pytest.mark.parametrize(
+        "table",
+        sorted(RESULTS.glob("**/effects.csv")),
+        ids=lambda path: path.parent.relative_to(RESULTS).as_posix(),
+    )
+    def test_effects_are_those_of_the_runs(self, table: Path) -> None:
+        with table.open(newline="") as opened:
+            rows = [row for row in csv.DictReader(opened) if row["cell"] != "all cells"]
+        assert rows
+        for cell in dict.fromkeys(row["cell"] for row in rows):
+            published = {row["arm"]: row for row in rows if row["cell"] == cell}
+            found = {row.arm: row for row in summarise({cell: runs_of_cell(table.parent, cell)}, published, "off")}
+            for arm, row in published.items():
+                assert int(row["runs"]) == found[arm].runs, (cell, arm)
+                assert float(row["error_mean"]) == pytest.approx(found[arm].error_mean), (cell, arm)
+                if effect := found[arm].effect:
+                    told = [float(row[f"effect_{name}"]) for name in ("mean", "low", "high", "p")]
+                    assert told == pytest.approx([effect.mean, effect.low, effect.high, effect.p]), (cell, arm)
 
     def test_command_writes_every_table(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(tables, "RESULTS", tmp_path)

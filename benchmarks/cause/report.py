@@ -66,9 +66,10 @@ def _explanation() -> str:
     moments = ", ".join(str(moment) for moment in MOMENTS)
     multiples = ", ".join(f"{factor:g}" for factor in FACTORS)
     return (
-        f"Means over seeds and over the moments after {moments} steps. *Signal*: share of a batch's squared\n"
+        f"Means over seeds and over the moments after {moments} steps (geometric ones of the sizes of\n"
+        "steps and of best multiples). *Signal*: share of a batch's squared\n"
         f"gradient that is the mean gradient's, 1 without noise. *Best multiple*: of 0, {multiples} times the\n"
-        "step, the one after which the loss is lowest if this type alone moves (geometric mean, 0 counted as\n"
+        "step, the one after which the loss is lowest if this type alone moves (0 counted as\n"
         f"{LEAST:g}). *Effect*: alpha minus that of the same entries shuffled."
     )
 
