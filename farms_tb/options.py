@@ -505,6 +505,24 @@ class RatioOptions:
         """`fixed` as pairs of pattern and ratio, which is how it is stored."""
         return plain_ratios("fixed", self.fixed)
 
+    @property
+    def maps_nothing(self) -> bool:
+        """Whether every ratio of the map is 1 by the options alone."""
+        return self.lr_min_ratio == self.lr_max_ratio == 1 or not self.balance
+
+    @property
+    def only_measures(self) -> bool:
+        """Whether every learning rate is the base one by the options alone: no optimizer has to be changed."""
+        return self.maps_nothing and all(ratio == 1 for _, ratio in self.fixed_pairs)
+
+    @property
+    def compares_with_random(self) -> bool:
+        """Whether the map needs the permutation null of each layer, which takes many measurements.
+
+        Where nothing is mapped, nothing is compared.
+        """
+        return MAPS[self.assign_func].compares_with_random and not self.maps_nothing
+
     def _check_unit(self) -> None:
         """Raise where options of blocks contradict each other."""
         if self.unit == "layer" and (self.blocks or self.block_mean != "plain"):
@@ -563,7 +581,9 @@ class ScheduleOptions:
         """Whether the options depend on how many steps the run, or an epoch of it, has."""
         times = parsed_time("start", self.start), parsed_time("until", self.until)
         has_fraction = any(time.unit == "fraction" and 0 < time.amount < 1 for time in times)
-        return has_fraction or self.measurements_per_epoch is not None
+        # Only with the length of an epoch can the two be compared.
+        has_both = {time.unit for time in times} == {"epochs", "steps"}
+        return has_fraction or has_both or self.measurements_per_epoch is not None
 
     def _check_one_spacing(self) -> None:
         """Warn of an option that has no effect next to another, and refuse two that contradict each other."""

@@ -105,6 +105,15 @@ def test_another_message_or_object_is_another_warning() -> None:
     assert messages(say) == ["a", "b", "a", "a"]
 
 
+def test_another_model_has_warnings_of_its_own_under_pythons_default_filter() -> None:
+    first, second = type("About", (), {})(), type("About", (), {})()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for about in (first, second, first):
+            warn_once("of each", about)
+    assert len(caught) == 2
+
+
 def own_optimizer() -> type[torch.optim.Optimizer]:
     """A class that is warned about, anew in each test."""
     return type("Own", (torch.optim.SGD,), {})

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 from farms_tb.balancing.assignment import Assignment, assign
-from farms_tb.balancing.ratio_maps import compares_with_random
 from farms_tb.balancing.state import BalancerState
 from farms_tb.options import RatioOptions, SpectrumOptions
 from farms_tb.report import Report
@@ -63,7 +61,7 @@ class MeasuredModel:
         self.model = model
         self._spectrum_options, self._ratio_options = spectrum_options, ratio_options
         self._share = share
-        self.compares = compares_with_random(ratio_options)
+        self.compares = ratio_options.compares_with_random
         self._begun: BackgroundMeasurement | Report | None = None
         self._nulls: dict[str, PermutationNull] = {}
         self.assignment = self._assigned()
@@ -149,13 +147,11 @@ class MeasuredModel:
         # Once for each layer, from the first weights that have an alpha: its permutation null stays.
         report = with_nulls(report, self._nulls)
         self._announce_long_nulls(report)
-        found = measure_nulls(self.assignment.layers, report, self._spectrum_options, team=self._team())
-        # Traps are those of the first weights, which say nothing of the present ones.
-        new = {
-            name: replace(null, num_traps=None, traps=None)
-            for name, null in found.items()
-            if name not in self._nulls
-        }
+        # Without traps, which would be those of the first weights and say nothing of the present ones.
+        found = measure_nulls(
+            self.assignment.layers, report, self._spectrum_options, traps=False, team=self._team()
+        )
+        new = {name: null for name, null in found.items() if name not in self._nulls}
         self._nulls.update(with_shared_deviations(new, report))
         return with_nulls(report, self._nulls)
 
@@ -166,7 +162,7 @@ class MeasuredModel:
             for layer in self.assignment.layers
             if layer.name not in self._nulls and report.layers[layer.name].alpha is not None
         ]
-        seconds = sum(null_seconds(blank(layer), self._spectrum_options) for layer in missing)
+        seconds = sum(null_seconds(blank(layer), self._spectrum_options, traps=False) for layer in missing)
         on_processor = all(parameter.device.type == "cpu" for parameter in self.model.parameters())
         if not on_processor or seconds < LONG_NULLS:
             return

@@ -14,7 +14,6 @@ from torch.optim import Optimizer
 
 from farms_tb.balancing.layerwise_step import LayerwiseStep
 from farms_tb.balancing.optimizer_checks import stepping_optimizers, unwrapped_optimizer
-from farms_tb.balancing.ratio_maps import only_measures
 from farms_tb.balancing.split_groups import SplitGroup, split_groups
 from farms_tb.balancing.targets import Ratio, check_decay
 from farms_tb.options import RatioOptions
@@ -71,7 +70,7 @@ class BalancedOptimizers:
                 "none of the model's layers has a parameter in the optimizer: build the optimizer from the "
                 "parameters of the same model"
             )
-        if only_measures(self._options):
+        if self._options.only_measures:
             return
         check_decay(self._optimizers, self._options)
         try:

@@ -18,33 +18,6 @@ from farms_tb.balancing.shrinkage import shrinkage_ratios
 from farms_tb.options import MAPS, AssignFunc, Favor, RatioOptions
 
 
-def maps_nothing(options: RatioOptions) -> bool:
-    """Return whether every ratio of the map is 1 by the options alone.
-
-    Args:
-        options: the bounds of the ratios and the kinds of layers that are balanced are used.
-    """
-    return options.lr_min_ratio == options.lr_max_ratio == 1 or not options.balance
-
-
-def only_measures(options: RatioOptions) -> bool:
-    """Return whether every learning rate is the base one by the options alone: no optimizer has to be changed.
-
-    Args:
-        options: as in `maps_nothing`, and `fixed`.
-    """
-    return maps_nothing(options) and all(ratio == 1 for _, ratio in options.fixed_pairs)
-
-
-def compares_with_random(options: RatioOptions) -> bool:
-    """Return whether the map needs the permutation null of each layer, which takes many measurements.
-
-    Args:
-        options: the map, and what `maps_nothing` uses: where nothing is mapped, nothing is compared.
-    """
-    return MAPS[options.assign_func].compares_with_random and not maps_nothing(options)
-
-
 def lr_ratios(  # noqa: PLR0913 - each is an option
     alphas: Mapping[str, float | None],
     assign_func: AssignFunc = "tb_linear_map",
@@ -138,7 +111,7 @@ def ratios_from(
     values = list(known.values())
     takes = MAPS[options.assign_func].takes
     differ = len(set(values)) > 1 or (takes == "nothing" and bool(known))
-    if maps_nothing(options) or not differ:
+    if options.maps_nothing or not differ:
         return ratios
     _check_domain(known, options.assign_func)
     if options.favor == "small_alpha":

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from farms_tb.balancing.ratio_maps import maps_nothing
 from farms_tb.balancing.report_ratios import MappedRatios
 from farms_tb.options import MAPS, RatioOptions
 from farms_tb.report import OK, LayerRecord, Report
@@ -32,7 +31,7 @@ class RatioWarnings:
 
     def __init__(self, model: nn.Module, options: RatioOptions) -> None:
         self._model, self._options = model, options
-        self._maps_nothing = maps_nothing(options)
+        self._maps_nothing = options.maps_nothing
         self._follows_single_alphas = _follows_single_alphas(options)
         self._said: set[str] = set()
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from farms_tb.balancing.assignment import Assignment
-from farms_tb.balancing.ratio_maps import compares_with_random, noise_lambda, ratios_from
+from farms_tb.balancing.ratio_maps import noise_lambda, ratios_from
 from farms_tb.options import MAPS, Kind, RatioOptions
 from farms_tb.report import LayerRecord, Report
 from farms_tb.spectra.random_effects import shrunk_effects
@@ -163,8 +163,8 @@ def _mapped_kind(
 
 def _permuted(ratios: Mapping[str, float], seed: int) -> dict[str, float]:
     """Deal ratios out under a permutation that is drawn uniformly from the seed, and is the same at every call."""
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(ratios), generator=generator).tolist()
+    generator = torch.Generator("cpu").manual_seed(seed)
+    order = torch.randperm(len(ratios), generator=generator, device="cpu").tolist()
     names = list(ratios)
     return {name: ratios[names[place]] for name, place in zip(names, order, strict=True)}
 
@@ -185,16 +185,19 @@ def _units(names: Iterable[str], blocks: Mapping[str, str] | None) -> dict[str, 
 def _estimates(records: Mapping[str, LayerRecord], options: RatioOptions) -> dict[str, Estimate]:
     """Return what is mapped of each layer: its effect, its z-score or its metric, as the map needs.
 
-    Layers that have no alpha are left out, and those whose small alpha comes of a collapsed spectrum.
+    Layers that have no alpha are left out, and those whose small alpha comes of a collapsed spectrum; none is by
+    the static maps, which look at no alpha.
 
     Args:
         records: record of each layer by name.
         options: the map, the metric, and what becomes of collapsed layers.
     """
+    if MAPS[options.assign_func].takes == "nothing":
+        return {name: Estimate(0.0, None) for name in records}
     if options.collapsed == "leave_out":
         records = {name: record for name, record in records.items() if not record.collapsed}
     takes = MAPS[options.assign_func].takes
-    compares = compares_with_random(options)
+    compares = options.compares_with_random
     if compares and takes == "effect":
         return _effects(records)
     if compares:
@@ -283,7 +286,7 @@ def _summary(
     mean_ratio = math.fsum(mapped.values()) / len(mapped) if mapped else None
     known = {kind: list(one.estimates.values()) for kind, one in kinds.items() if one.estimates}
     values = {kind: [one.value for one in own] for kind, own in known.items()}
-    if not compares_with_random(options):
+    if not options.compares_with_random:
         return RatioSummary(mean_ratio)
     if MAPS[options.assign_func].takes == "z-score":
         return RatioSummary(mean_ratio, {kind: noise_lambda(own) for kind, own in values.items()})

@@ -44,7 +44,7 @@ class VerdictWarnings:
         """
         records = {name: report.layers[name] for name in trained}
         collapsed = [name for name, record in records.items() if record.collapsed]
-        compared = {name: record for name, record in records.items() if record.null is not None}
+        compared = {name: record for name, record in records.items() if record.z_score is not None}
         for name in collapsed:
             if name not in named:
                 status = records[name].status

@@ -153,7 +153,7 @@ def _solve_on_gpus(chunks: Sequence[Chunk], memory: int, threads: int, solver: S
     for chunk in chunks:
         name: str = "torch" if chunk.precision == "svd" else solver
         if name == "auto":
-            name = fastest_solver(chunk.view.device, chunk.dtype, chunk.table.windows.size)
+            name = fastest_solver(chunk.view.device, chunk.dtype, chunk.table.windows.size, threads)
         for part in chunk.split(memory // chunk.window_bytes):
             found += _solve_or_split(part, name, threads)
     # Written only now: that waits for the device, which can be given the work of all parts before.
@@ -190,7 +190,7 @@ def _eigenvalues(windows: Tensor, precision: WindowPrecision, solver: str, threa
     """Return the eigenvalues `(n, w)` of windows `(n, h, w)`, on their device."""
     if precision == "svd":
         return squared_singular_values(windows)
-    grams = _gram(windows)
+    grams = gram_matrices(windows)
     try:
         values = torch.linalg.eigvalsh(grams) if solver == "torch" else SOLVERS[solver](grams, threads)
     except LinAlgError:
@@ -200,16 +200,14 @@ def _eigenvalues(windows: Tensor, precision: WindowPrecision, solver: str, threa
     return torch.where(values < zero_below, 0, values)
 
 
-def _gram(windows: Tensor) -> Tensor:
+def gram_matrices(windows: Tensor) -> Tensor:
     """Return the smaller Gram matrix `(n, w, w)` of each window `(n, h, w)`, in the precision of the windows."""
     if windows.shape[-2] < windows.shape[-1]:
         windows = windows.mH
     dtype = windows.dtype
     if not multiplies_in_full(windows.device):
         windows = windows.to(torch.promote_types(dtype, torch.float64))
-    # Autocast would multiply in half precision.
-    with torch.autocast(windows.device.type, enabled=False):
-        return torch.bmm(windows.mH, windows).to(dtype)
+    return torch.bmm(windows.mH, windows).to(dtype)
 
 
 def multiplies_in_full(device: torch.device) -> bool:

@@ -22,7 +22,7 @@ import torch
 from farms_tb.options import SpectrumOptions
 from farms_tb.report import LayerRecord, Outliers, Report
 from farms_tb.spectra.distributed import Team, layers_of_this_process, results_of_all
-from farms_tb.spectra.measure import blank, cost, for_own_layers, measure_stacks
+from farms_tb.spectra.measure import blank, cost, for_own_layers, measure_alphas, measure_stacks
 from farms_tb.spectra.whole_matrix import MAX_COLUMNS, TRAP_QUANTILE, find_outliers
 from farms_tb.spectra.windows import windows_of
 from farms_tb.spectra.workers import map_on_threads, single_threaded_torch
@@ -90,7 +90,12 @@ class PermutationNull:
 
 
 def measure_nulls(
-    layers: Sequence[Layer], report: Report, options: SpectrumOptions, *, team: Team | None = None
+    layers: Sequence[Layer],
+    report: Report,
+    options: SpectrumOptions,
+    *,
+    traps: bool = True,
+    team: Team | None = None,
 ) -> dict[str, PermutationNull]:
     """Measure the permutation null of every layer that has an alpha and no null yet.
 
@@ -98,6 +103,7 @@ def measure_nulls(
         layers: the layers of the report.
         report: the measurement that is to be compared with the nulls.
         options: those of the report.
+        traps: also count the outliers of shuffled layers, which needs their whole matrices.
         team: the processes that share the work, as in `measure`.
 
     Returns:
@@ -112,33 +118,35 @@ def measure_nulls(
         return known  # on every process, which so agree that there is nothing to gather
 
     def work(group: Mapping[str, MatrixStack]) -> dict[str, PermutationNull | None]:
-        return {name: null_of_stack(stack, options) for name, stack in group.items()}
+        return {name: null_of_stack(stack, options, traps=traps) for name, stack in group.items()}
 
     own = layers_of_this_process(missing, lambda layer: draws_for(blank(layer)) * cost(layer, options), team)
     found = results_of_all(team, lambda: for_own_layers(missing, own, work, options))
     return known | {name: null for name, null in found.items() if null is not None}
 
 
-def null_of_stack(stack: MatrixStack, options: SpectrumOptions) -> PermutationNull | None:
+def null_of_stack(stack: MatrixStack, options: SpectrumOptions, *, traps: bool = True) -> PermutationNull | None:
     """Measure the permutation null of one layer; None where too few of its shuffles have an alpha.
 
     Args:
         stack: the layer's matrices.
         options: how alpha is measured.
+        traps: also count the outliers of the shuffles, which needs their whole matrices.
     """
     generator = torch.Generator("cpu").manual_seed(SEED)
     draws = draws_for(stack)
     # As many at a time as there is memory for.
     together = max(1, options.memory_mb * 2**20 // stack.matrices.nbytes)
     records: list[LayerRecord] = []
-    traps: list[Outliers | None] = []
+    outliers: list[Outliers | None] = []
     for begin in range(0, draws, together):
-        # torch's own threads wait for each other at every small operation, many times as long as they compute.
-        with single_threaded_torch(options.threads) as threads:
-            stacks = [shuffled(stack, generator) for _ in range(begin, min(begin + together, draws))]
-            traps += map_on_threads(lambda each: find_outliers(each, TRAP_QUANTILE), stacks, threads)
-        records += measure_stacks(stacks, options)
-    return _null_of(records, [found.spikes for found in traps if found is not None])
+        stacks = [shuffled(stack, generator) for _ in range(begin, min(begin + together, draws))]
+        if traps:
+            # torch's own threads wait for each other at every small operation, many times as long as they compute.
+            with single_threaded_torch(options.threads) as threads:
+                outliers += map_on_threads(lambda each: find_outliers(each, TRAP_QUANTILE), stacks, threads)
+        records += measure_alphas(stacks, options)
+    return _null_of(records, [found.spikes for found in outliers if found is not None])
 
 
 def _null_of(records: Sequence[LayerRecord], traps: Sequence[Sequence[float]]) -> PermutationNull | None:
@@ -250,7 +258,7 @@ def draws_for(stack: MatrixStack) -> int:
     return max(MIN_DRAWS, min(MAX_DRAWS, DRAWS_WORK // (stack.matrices.numel() * stack.matrices.shape[-1])))
 
 
-def null_seconds(stack: MatrixStack, options: SpectrumOptions) -> float:
+def null_seconds(stack: MatrixStack, options: SpectrumOptions, *, traps: bool = True) -> float:
     """Estimate how long the permutation null of a layer takes on one core of a processor of 2020.
 
     Windows are solved at some 2e9 entries times columns a second, whole matrices at some 3e10 operations a second.
@@ -258,6 +266,7 @@ def null_seconds(stack: MatrixStack, options: SpectrumOptions) -> float:
     Args:
         stack: the layer's matrices, also without values, on the meta device.
         options: how alpha is measured.
+        traps: also the time of counting outliers.
     """
     windows = windows_of(stack, options)
     if windows is None:
@@ -265,7 +274,7 @@ def null_seconds(stack: MatrixStack, options: SpectrumOptions) -> float:
     number, rows, columns = stack.matrices.shape
     draws = draws_for(stack)
     seconds = draws * windows.view.numel() * windows.size / 2e9
-    if columns <= MAX_COLUMNS:
+    if traps and columns <= MAX_COLUMNS:
         seconds += draws * number * rows * columns**2 / 3e10 + number * columns**3 / 4e9
     return seconds
 

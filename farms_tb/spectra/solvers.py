@@ -4,14 +4,15 @@ On the CPU LAPACK does, matrix by matrix. On a GPU it depends on versions and si
 orders of magnitude: torch goes through a batch of larger matrices one by one up to some version, CuPy has
 cuSOLVER's batched solver, and for few or small matrices the CPU can be faster than either. So random matrices of
 each size are solved by every solver there is, once, and the fastest is kept, in memory and in a file: the next run
-of the same software on the same device makes the same choice and computes the same.
+of the same software on the same device makes the same choice and computes the same. Processes that try at the same
+time take the choice of the first that writes it down.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -37,42 +38,51 @@ _LONG_TRIAL = 1.0
 _CPU_WORK = 3 * 10**7
 
 
-def fastest_solver(device: torch.device, dtype: torch.dtype, size: int) -> str:
+def fastest_solver(device: torch.device, dtype: torch.dtype, size: int, threads: int) -> str:
     """Return the name of the solver that is the fastest for matrices of this device, type and size.
 
     Sizes up to the next power of two share a choice: a model may have a hundred sizes.
+
+    Args:
+        device: where the matrices are.
+        dtype: their type.
+        size: of a matrix.
+        threads: number of threads on which the CPU would solve for the device.
     """
-    return _choice(device, dtype, 1 << max(4, (size - 1).bit_length()))
+    return _choice(device, dtype, 1 << max(4, (size - 1).bit_length()), threads)
 
 
 @cache
-def _choice(device: torch.device, dtype: torch.dtype, size: int) -> str:
-    """Return the solver that the file names, or else the fastest one in a trial, and keep it in the file."""
-    key = _key(device, dtype, size)
-    name: str | None = _read().get(key)
-    if name not in SOLVERS:
-        name = _fastest(device, dtype, size)
-        _write({**_read(), key: name})
-    return name
+def _choice(device: torch.device, dtype: torch.dtype, size: int, threads: int) -> str:
+    """Return the solver that a file names, or else the fastest one in a trial, and keep it in the file."""
+    name = _read(device, dtype, size, threads)
+    return name or _keep(_fastest(device, dtype, size, threads), device, dtype, size, threads)
 
 
-def cache_file() -> Path:
-    """Return the file that choices are kept in: `$XDG_CACHE_HOME/farms_tb/solvers.json`.
+def cache_folder() -> Path:
+    """Return the folder that choices are kept in, each in a file of its own: `$XDG_CACHE_HOME/farms_tb/solvers`.
 
     Raises:
         RuntimeError: that is not set, and the user has no home.
     """
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "farms_tb" / "solvers.json"
+    return Path(home) / "farms_tb" / "solvers"
 
 
-def _key(device: torch.device, dtype: torch.dtype, size: int) -> str:
+def _file(device: torch.device, dtype: torch.dtype, size: int, threads: int) -> Path:
+    """Return the file of a choice; its name says all that the choice depends on.
+
+    Raises:
+        RuntimeError: as for `cache_folder`.
+    """
     with_cupy = import_module("cupy").__version__ if find_spec("cupy") else "none"
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return f"{kind}, torch {torch.__version__}, cupy {with_cupy}, {str(dtype).removeprefix('torch.')}, {size}"
+    versions = f"torch {torch.__version__}, cupy {with_cupy}"
+    name = f"{kind}, {versions}, {str(dtype).removeprefix('torch.')}, {size}, {threads} threads"
+    return cache_folder() / f"{re.sub(r'[^a-zA-Z0-9.+-]+', '_', name)}.txt"
 
 
-def _fastest(device: torch.device, dtype: torch.dtype, size: int) -> str:
+def _fastest(device: torch.device, dtype: torch.dtype, size: int, threads: int) -> str:
     """Try each solver on random matrices; those that fail are out."""
     generator = torch.Generator("cpu").manual_seed(0)
     number = max(1, min(_TRIAL_MATRICES, _TRIAL_BYTES // (size * size * dtype.itemsize)))
@@ -81,32 +91,45 @@ def _fastest(device: torch.device, dtype: torch.dtype, size: int) -> str:
     times = {"torch": math.inf}
     for name, solve in SOLVERS.items():
         with suppress(Exception):
-            seconds = [_seconds(solve, matrices)]
+            seconds = [_seconds(solve, matrices, threads)]
             if seconds[0] < _LONG_TRIAL:
-                seconds = [_seconds(solve, matrices) for _ in range(_TRIALS)]
+                seconds = [_seconds(solve, matrices, threads) for _ in range(_TRIALS)]
             times[name] = statistics.median(seconds)
     return min(times, key=lambda name: times[name])
 
 
-def _seconds(solve: Callable[[Tensor, int], Tensor], matrices: Tensor) -> float:
+def _seconds(solve: Callable[[Tensor, int], Tensor], matrices: Tensor, threads: int) -> float:
     start = time.perf_counter()
-    solve(matrices, torch.get_num_threads()).sum().item()  # waits for the device
+    solve(matrices, threads).sum().item()  # waits for the device
     return time.perf_counter() - start
 
 
-def _read() -> dict[str, Any]:
+def _read(device: torch.device, dtype: torch.dtype, size: int, threads: int) -> str | None:
+    """Return the solver that was chosen before; None where no file says it."""
     try:
-        found = json.loads(cache_file().read_text())
+        name = _file(device, dtype, size, threads).read_text().strip()
     except (OSError, ValueError, RuntimeError):  # there may be no home
-        return {}
-    return found if isinstance(found, dict) else {}
+        return None
+    return name if name in SOLVERS else None
 
 
-def _write(choices: dict[str, Any]) -> None:
-    """Keep the choices; where no file can be written they are kept for this process alone."""
+def _keep(name: str, device: torch.device, dtype: torch.dtype, size: int, threads: int) -> str:
+    """Keep a choice, and return it; or that of another process, which was quicker to keep its own.
+
+    Where no file can be written the choice is kept for this process alone.
+    """
     with suppress(OSError, RuntimeError):
-        cache_file().parent.mkdir(parents=True, exist_ok=True)
-        write_text_atomically(cache_file(), json.dumps(choices, indent=1))
+        file = _file(device, dtype, size, threads)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with file.open("x") as opened:  # fails where the file is there
+                opened.write(name)
+        except FileExistsError:
+            other = _read(device, dtype, size, threads)
+            if other is not None:
+                return other
+            write_text_atomically(file, name)
+    return name
 
 
 def _torch(matrices: Tensor, threads: int = 1) -> Tensor:

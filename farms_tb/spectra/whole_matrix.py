@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from farms_tb.report import LayerRecord, Outliers
+from farms_tb.spectra.eigenvalues import gram_matrices
 from farms_tb.spectra.precision import Array
 from farms_tb.spectra.prepare import solvable
 from farms_tb.spectra.samples import Samples
@@ -220,7 +221,7 @@ def find_outliers(stack: MatrixStack, quantile: Mapping[str, float]) -> Outliers
     centred -= centred.mean()
     variance = float(centred.abs().square().mean())
     limit = variance * outlier_edge(rows, columns, quantile[stack.kind])
-    gram = centred.mH @ centred
+    gram = gram_matrices(centred)
     # Without outliers limit - W^T W is positive definite, which a factorisation tells in a tenth of the time.
     shifted = -gram
     shifted.diagonal(dim1=-2, dim2=-1).add_(limit)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from threading import Barrier
 from typing import TypeVar
@@ -23,7 +23,9 @@ Result = TypeVar("Result")
 
 @contextmanager
 def single_threaded_torch(threads: int | None = None) -> Iterator[int]:
-    """Run torch single-threaded on this thread, for as long as the context lasts.
+    """Run torch single-threaded and without autocast on this thread, for as long as the context lasts.
+
+    The threads of `map_on_threads` know no autocast, so that results would depend on their number with it.
 
     Args:
         threads: number of worker threads that the caller may use; None for as many as torch uses now.
@@ -33,10 +35,11 @@ def single_threaded_torch(threads: int | None = None) -> Iterator[int]:
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    try:
+    with ExitStack() as settings:
+        settings.callback(torch.set_num_threads, before)
+        for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+            settings.enter_context(torch.autocast(device, enabled=False))
         yield threads or before
-    finally:
-        torch.set_num_threads(before)
 
 
 def map_on_threads(function: Callable[[Item], Result], items: Sequence[Item], threads: int) -> list[Result]:

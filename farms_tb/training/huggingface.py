@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from farms_tb.balancing.balancer import LayerBalancer
@@ -251,12 +252,9 @@ class FARMSTrainerCallback(ShowsResults, TrainerCallback, ExportableState):
     def _measure_if_due(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        """Measure if it is time, and log; after an error or Ctrl-C, of which no event tells, detach."""
-        try:
+        """Measure if it is time, and log."""
+        with self._detached_after_error():
             found = self._session.measure_if_due(self._moment(state))
-        except BaseException:
-            self.detach()
-            raise
         for measurement in found:
             control = self._log(args, state, control, measurement, **kwargs)
         return control
@@ -269,9 +267,20 @@ class FARMSTrainerCallback(ShowsResults, TrainerCallback, ExportableState):
             return control
         # What is logged below calls `on_log` of this callback too.
         self._session.running = False
-        for measurement in self._session.finish(self._moment(state)):
+        with self._detached_after_error():
+            found = self._session.finish(self._moment(state))
+        for measurement in found:
             control = self._log(args, state, control, measurement, **kwargs)
         return control
+
+    @contextmanager
+    def _detached_after_error(self) -> Iterator[None]:
+        """Detach after an error or Ctrl-C, of which no event of the Trainer tells."""
+        try:
+            yield
+        except BaseException:
+            self.detach()
+            raise
 
     def _moment(self, state: TrainerState) -> Moment:
         """Return where training stands, by this callback's count of epochs and the Trainer's of steps."""

@@ -247,7 +247,7 @@ def verdict_shares(report: Report, trained: Container[str] | None = None) -> dic
         where no layer was compared with its permutation null.
     """
     names = [name for name in report.layers if trained is None or name in trained]
-    verdicts = [report.layers[name].verdict for name in names if report.layers[name].null is not None]
+    verdicts = [report.layers[name].verdict for name in names if report.layers[name].z_score is not None]
     if not verdicts:
         return {}
     return {

@@ -39,6 +39,27 @@ def test_weights_do_not_matter(assign_func: Any) -> None:
     assert balance(0, assign_func=assign_func) == balance(1, assign_func=assign_func)
 
 
+@pytest.mark.parametrize("assign_func", ["depth", "constant"])
+def test_layers_without_an_alpha_do_not_matter(assign_func: Any) -> None:
+    net = make_net(seed=0)
+    with torch.no_grad():
+        net[0].weight[1:] = net[0].weight[:1]  # of rank one
+        net[5].weight.zero_()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    options = {"assign_func": assign_func, "exclude_first": False, "exclude_last": False}
+    assert TempBalance(net, optimizer, **options).ratios == balance(assign_func=assign_func)
+
+
+def test_a_permutation_is_drawn_on_the_cpu() -> None:
+    net = make_net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    with torch.device("meta"):
+        found = TempBalance(
+            net, optimizer, assign_func="tb_linear_map", permute=3, exclude_first=False, exclude_last=False
+        )
+    assert found.ratios == balance(permute=3)
+
+
 def test_a_permutation_deals_out_the_ratios_of_the_map() -> None:
     plain, first, second = balance(), balance(permute=0), balance(permute=3)
     assert sorted(first.values()) == sorted(second.values()) == sorted(plain.values())

@@ -519,6 +519,20 @@ def test_numeric_settings_of_the_user_do_not_matter(name: str) -> None:
         assert found == pytest.approx(wanted, rel=1e-5, abs=0)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled")
+def test_numeric_settings_of_the_user_change_no_metric(name: str, threads: int) -> None:
+    model = net("trained_weights")
+    before = analyze(model, null=True, threads=threads).rows()
+    with SETTINGS[name]():
+        within = analyze(model, null=True, threads=threads).rows()
+    for found, wanted in zip(within, before, strict=True):
+        for metric, value in wanted.items():
+            number = isinstance(value, float)
+            assert found[metric] == (pytest.approx(value, rel=1e-5, abs=1e-6) if number else value), metric
+
+
 @pytest.mark.parametrize("threads", [2, 3])
 def test_number_of_threads_changes_no_bit(threads: int) -> None:
     model = net_of({name: getattr(net("large"), name).weight for name in ("linear", "conv", "spike_on_flat")})

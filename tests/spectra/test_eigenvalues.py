@@ -190,12 +190,6 @@ class TestSinglePrecision:
             backend.matmul.fp32_precision = before
         assert eigenvalues.multiplies_in_full(torch.device(device))
 
-    def test_autocast_does_not_matter(self):
-        matrices = torch.randn(9, 64, 64)
-        with torch.autocast("cpu", torch.bfloat16):
-            found = solved(matrices, "float32")
-        assert torch.equal(found, solved(matrices, "float32"))
-
 
 class TestSolverThatDoesNotConverge:
     @pytest.mark.parametrize("precision", ["float32", "float64"])

@@ -7,7 +7,7 @@ import torch
 
 from farms_tb.options import SpectrumOptions
 from farms_tb.spectra.measure import measure_stacks
-from farms_tb.spectra.solvers import cache_file
+from farms_tb.spectra.solvers import cache_folder
 from farms_tb.weights.stacks import MatrixStack
 from tests.pretended_gpu import OnGpu, pretended_gpu
 
@@ -70,7 +70,7 @@ def test_all_is_where_it_belongs(options, histogram, monkeypatch, tmp_path):
     assert_same(found, expected)
     solvers = {record.solver.split()[0] for record in found if record.solver}
     assert solvers <= {options.solver, "torch"}
-    assert not cache_file().exists(), "the user's choice needs no trial"
+    assert not cache_folder().exists(), "the user's choice needs no trial"
 
 
 def test_a_round_is_solved_before_its_results_are_read(monkeypatch):

@@ -1,6 +1,5 @@
 """Which solver is chosen on a GPU, looked at without one."""
 
-import json
 import time
 from pathlib import Path
 
@@ -18,13 +17,18 @@ def trials(monkeypatch, tmp_path):
     trials = []
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     new_process()
-    monkeypatch.setattr(solvers, "_fastest", lambda device, dtype, size: trials.append(size) or "cpu")
+    monkeypatch.setattr(solvers, "_fastest", lambda device, dtype, size, threads: trials.append(size) or "cpu")
     yield trials
     new_process()
 
 
-def choose(size, dtype=torch.float32):
-    return solvers.fastest_solver(GPU, dtype, size)
+def choose(size, dtype=torch.float32, threads=2):
+    return solvers.fastest_solver(GPU, dtype, size, threads)
+
+
+def only_file():
+    (file,) = solvers.cache_folder().iterdir()
+    return file
 
 
 def new_process():
@@ -56,21 +60,33 @@ def test_another_version_is_tried_anew(trials, monkeypatch):
     assert trials == [128, 128]
 
 
-@pytest.mark.parametrize("content", ["", "[1]", "{", '{"xpu": 3}', "\x00"])
-def test_a_broken_file_is_written_anew(trials, content):
-    solvers.cache_file().parent.mkdir(parents=True)
-    solvers.cache_file().write_text(content)
-    assert choose(100) == "cpu"
-    assert "cpu" in json.loads(solvers.cache_file().read_text()).values()
-
-
-def test_a_solver_that_is_gone_is_not_chosen(trials, monkeypatch):
+@pytest.mark.parametrize("content", ["", "[1]", "abacus", "\x00"])
+def test_a_broken_file_or_a_solver_that_is_gone_is_written_anew(trials, content):
     choose(100)
-    file = solvers.cache_file()
-    file.write_text(file.read_text().replace('"cpu"', '"abacus"'))
+    only_file().write_text(content)
     new_process()
     assert choose(100) == "cpu"
     assert trials == [128, 128]
+    assert only_file().read_text() == "cpu"
+
+
+def test_another_number_of_threads_is_tried_anew(trials):
+    assert {choose(100, threads=threads) for threads in (1, 8, 8)} == {"cpu"}
+    assert trials == [128, 128]
+
+
+def test_of_processes_that_try_at_once_the_first_decides(monkeypatch):
+    def slower(*where):
+        new_process()
+        monkeypatch.setattr(solvers, "_fastest", lambda *where: "torch")
+        assert choose(100) == "torch"  # what another process does meanwhile
+        new_process()
+        return "cpu"
+
+    monkeypatch.setattr(solvers, "_fastest", slower)
+    assert choose(100) == "torch"
+    new_process()
+    assert choose(100) == "torch"
 
 
 def test_no_file_can_be_written(trials, monkeypatch, tmp_path):
@@ -92,7 +108,7 @@ def test_there_is_no_home(trials, monkeypatch):
 
 def test_the_default_place(monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert solvers.cache_file() == Path.home() / ".cache" / "farms_tb" / "solvers.json"
+    assert solvers.cache_folder() == Path.home() / ".cache" / "farms_tb" / "solvers"
 
 
 class TestTrial:
@@ -110,12 +126,23 @@ class TestTrial:
 
         monkeypatch.setattr(solvers, "SOLVERS", {"torch": slow, "cupy": broken, "cpu": solvers._torch})
         for dtype in (torch.float32, torch.float64, torch.complex64):
-            assert solvers._fastest(torch.device("cpu"), dtype, 16) == "cpu"
+            assert solvers._fastest(torch.device("cpu"), dtype, 16, 1) == "cpu"
+
+    def test_the_cpu_may_use_the_threads_that_it_will_have(self, monkeypatch):
+        seen = []
+
+        def solve(matrices, threads):
+            seen.append(threads)
+            return torch.linalg.eigvalsh(matrices)
+
+        monkeypatch.setattr(solvers, "SOLVERS", {"cpu": solve})
+        solvers._fastest(torch.device("cpu"), torch.float32, 16, 7)
+        assert set(seen) == {7}
 
     def test_none_works(self, monkeypatch):
         # The error is then raised where the model's own matrices are solved.
         monkeypatch.setattr(solvers, "SOLVERS", {"cupy": lambda matrices, threads: matrices.nothing})
-        assert solvers._fastest(torch.device("cpu"), torch.float32, 16) == "torch"
+        assert solvers._fastest(torch.device("cpu"), torch.float32, 16, 1) == "torch"
 
 
 def test_on_the_cpu_in_parts(monkeypatch):

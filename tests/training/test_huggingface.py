@@ -25,6 +25,7 @@ from transformers.trainer_callback import TrainerState
 
 import farms_tb
 from farms_tb import FARMSTrainerCallback, analyze
+from farms_tb.training.measured_run import MeasuredRun
 from tests.helpers import assert_same_weights, spy_on_updates
 
 EPOCHS, STEPS, BATCH, LENGTH, VOCABULARY = 3, 4, 4, 8, 50
@@ -601,6 +602,20 @@ def test_training_again_after_an_error(tmp_path: Path) -> None:
     names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
     for update, lrs, ratios in zip(updates, probe.lrs, probe.ratios, strict=True):
         assert {names[key]: lr for key, lr in update.items()} == {k: lr * ratios[k] for k, lr in lrs.items()}
+    assert not trainer.optimizer.optimizer._optimizer_step_pre_hooks
+
+
+@pytest.mark.parametrize("step", ["measure_if_due", "finish"])
+def test_an_error_while_measuring_leaves_no_hooks(
+    step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(MeasuredRun, step, interrupted)
+    trainer = make_trainer(tmp_path, FARMSTrainerCallback(assign_func="tb_linear_map"))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
     assert not trainer.optimizer.optimizer._optimizer_step_pre_hooks
 
 

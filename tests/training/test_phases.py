@@ -104,6 +104,12 @@ def test_a_length_that_nobody_knows(options: Any, message: str) -> None:
         trainer.fit(Module(), DataLoader(Stream(), batch_size=None))
 
 
-def test_until_before_start_in_other_units() -> None:
-    with pytest.raises(ValueError, match=r"until must be later than start, .* is step 6, .* is step 5"):
-        fit(Module(), [FARMSTempBalance(start=0.5, until="5 steps", assign_func="tb_linear_map")])
+@pytest.mark.parametrize(
+    ("start", "until", "first", "last"),
+    [(0.5, "5 steps", 6, 5), ("20 steps", "1 epoch", 20, 4), ("2 epochs", "8 steps", 8, 8)],
+)
+def test_until_before_start_in_other_units(start: Any, until: Any, first: int, last: int) -> None:
+    with pytest.raises(
+        ValueError, match=rf"until must be later than start, .* is step {first}, .* is step {last}"
+    ):
+        fit(Module(), [FARMSTempBalance(start=start, until=until, assign_func="tb_linear_map")])

@@ -12,6 +12,7 @@ from torch import nn
 
 from farms_tb import FARMSTempBalance, TempBalance
 from farms_tb.balancing.verdict_warnings import PATIENCE
+from farms_tb.training.metrics import verdict_shares
 from tests.helpers import LIGHTNING_NOISE, Module, Recorder, fit
 
 pytestmark = LIGHTNING_NOISE
@@ -111,6 +112,19 @@ class TestWarnings:
         for _ in range(2 * PATIENCE):
             own.step()
         assert not recwarn.list
+
+    def test_layers_that_lose_their_alpha_have_not_learnt(self, recwarn: pytest.WarningsRecorder) -> None:
+        net = wide_net()
+        own = balancer(net)
+        learn(net[0])
+        for index in (1, 3, 4):
+            with torch.no_grad():
+                net[index].weight[1:] = net[index].weight[:1]  # of rank one
+        for _ in range(2 * PATIENCE):
+            own.step()
+        assert not [w for w in recwarn if "random layer" in str(w.message)]
+        shares = verdict_shares(own.report)
+        assert shares["farms/share_random"] == shares["farms/share_trained"] == 0.5
 
     def test_one_that_learns_late_is_no_alarm(self, recwarn: pytest.WarningsRecorder) -> None:
         net = wide_net()
