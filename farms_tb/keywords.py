@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 import inspect
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from difflib import get_close_matches
@@ -287,6 +288,8 @@ def _documented(docstring: str | None, classes: tuple[type[Any], ...]) -> str:
     Raises:
         ValueError: there is no section Args.
     """
+    if sys.flags.optimize > 1:  # python -OO has removed all docstrings
+        return ""
     lines = inspect.cleandoc(docstring or "").splitlines()
     if "Args:" not in lines:
         raise ValueError("a docstring needs a section Args, for the options to be added to")

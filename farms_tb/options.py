@@ -19,11 +19,12 @@ import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from importlib.util import find_spec
+from importlib import import_module
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
+from farms_tb.missing import cannot_import
 from farms_tb.warnings import warn_once
 
 Esd = Literal["farms", "full"]
@@ -374,8 +375,12 @@ class SpectrumOptions:
         check_choice("adapters", self.adapters, Adapters)
         check_choice("precision", self.precision, Precision)
         check_choice("solver", self.solver, Solver)
-        if self.solver == "cupy" and not find_spec("cupy"):
-            raise ValueError("solver='cupy' needs CuPy: pip install cupy-cuda13x (or 12x), or use solver='auto'")
+        if self.solver == "cupy":
+            try:
+                import_module("cupy")
+            except Exception as error:  # one that is installed for another CUDA raises anything
+                remedy = "pip install cupy-cuda13x (or 12x), or use solver='auto'"
+                raise ValueError(cannot_import("solver='cupy'", error, remedy)) from error
         check_integer("memory_mb", self.memory_mb, at_least=1)
         check_integer_or_none("threads", self.threads, at_least=1)
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from farms_tb.missing import cannot_import
 from farms_tb.options import Metric
 from farms_tb.verdicts import Verdict, verdict_of
 
@@ -266,7 +267,7 @@ class Report:
         try:
             import pandas as pd
         except ImportError as error:
-            raise ImportError("to_dataframe() needs pandas: pip install pandas") from error
+            raise ImportError(cannot_import("to_dataframe()", error, "pip install pandas")) from error
         return pd.DataFrame(self.rows()).set_index("layer")
 
     def __str__(self) -> str:

@@ -23,8 +23,10 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from rich.markup import escape
 
+from farms_tb.missing import missing_package
 from recipes.console import make_console
 from recipes.errors import RecipeError
+from recipes.extras import extra_of
 
 __all__ = ["hand_over_hydras_errors", "hydra_run", "sentence", "show_errors", "user_errors"]
 
@@ -137,6 +139,8 @@ def _settings_error(error: BaseException) -> str:
         text = f"{text} ({cause})"
     if "'farms'" in text or "farms/" in text:
         text += ". The config group farms is called balancing now: balancing=..., override /balancing: ..."
+    if "hydra/launcher" in text:
+        text += ". Launchers come with pip install 'farms-tb[launchers,cluster]'"
     return text + _nearest_key(error.__cause__)
 
 
@@ -169,10 +173,10 @@ def _value_error(error: BaseException) -> str | None:
 
 def _import_error(error: BaseException) -> str | None:
     """Return what to install for a package that is missing; None for a fault in an import of the recipes' own."""
-    package = (getattr(error, "name", None) or "").partition(".")[0]
-    if not isinstance(error, ModuleNotFoundError) or package in ("", "recipes", "farms_tb"):
+    package = missing_package(error)
+    if package in ("", "recipes", "farms_tb"):
         return None
-    return f"the package {package} is missing: pip install --editable '.[recipes]' brings what the recipes need"
+    return f"the package {package} is missing: pip install --editable '.[{extra_of(error)}]' brings it"
 
 
 def _wandb_error(error: BaseException) -> str | None:

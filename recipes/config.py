@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from farms_tb.presets import PRESETS
 from recipes.errors import RecipeError
+from recipes.extras import extra_of
 from recipes.old_names import current_settings
 from recipes.optimizers import OptimizerFactory, make_optimizer, takes_network
 from recipes.values import check_name, check_numbers
@@ -370,9 +371,10 @@ def build(cfg: DictConfig, path: str, **extra: Any) -> Any:
     except InstantiationException as error:
         reason = error.__cause__ or error
         message = f"{path}: {reason}"
-        if isinstance(reason, ImportError):
-            message += "; pip install 'farms-tb[recipes]'"
-            message += ", or logger=csv" if path.startswith("logger") else ""
+        if isinstance(reason, ImportError) and "pip install" not in message:
+            message += f"; pip install 'farms-tb[{extra_of(reason)}]'"
+        if isinstance(reason, ImportError) and path.startswith("logger"):
+            message += ", or logger=csv"
         raise RecipeError(message) from error
 
 

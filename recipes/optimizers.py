@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
+from farms_tb.missing import cannot_import
 from farms_tb.weights.blocks import blocks_of
 from farms_tb.weights.layers import find_layers
 from recipes.errors import RecipeError
@@ -219,7 +220,7 @@ def adamw_layer_decay(
     try:
         from timm.optim import param_groups_layer_decay  # type: ignore[attr-defined]
     except ImportError as error:
-        raise _missing("adamw_layer_decay", "timm") from error
+        raise _missing("adamw_layer_decay", error) from error
     without_decay: Collection[str] = getattr(_checked(net, "adamw_layer_decay"), "no_weight_decay", set)()
     groups = param_groups_layer_decay(
         net if hasattr(net, "group_matcher") else _with_depths(net),  # type: ignore[arg-type]
@@ -247,13 +248,13 @@ def _pytorch_optimizer(choice: str) -> ModuleType:
     try:
         import pytorch_optimizer
     except ImportError as error:
-        raise _missing(choice, "pytorch-optimizer") from error
+        raise _missing(choice, error) from error
     return pytorch_optimizer
 
 
-def _missing(choice: str, package: str) -> RecipeError:
-    """Return the error for a package that is not installed."""
-    return RecipeError(f"optimizer={choice} needs {package}: pip install 'farms-tb[baselines]'")
+def _missing(choice: str, error: ImportError) -> RecipeError:
+    """Return the error for a package that is not installed, or fails when it is imported."""
+    return RecipeError(cannot_import(f"optimizer={choice}", error, "pip install 'farms-tb[baselines]'"))
 
 
 def _is_vector(parameter: torch.Tensor) -> bool:

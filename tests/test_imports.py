@@ -104,6 +104,11 @@ for name in ("FARMSTempBalance", "FARMSTrainerCallback"):
     assert 'pip install "farms-tb[transformers]"' in finished.stdout
 
 
+def test_without_docstrings():
+    command = [sys.executable, "-OO", "-c", "import farms_tb; farms_tb.FARMSTempBalance(preset='monitor')"]
+    assert subprocess.run(command, capture_output=True, text=True, check=False).stderr == ""
+
+
 def test_importing_changes_nothing():
     finished = run(
         """

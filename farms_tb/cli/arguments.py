@@ -126,7 +126,7 @@ def _options_of(cls: type) -> Iterator[inspect.Parameter]:
             field.name,
             inspect.Parameter.KEYWORD_ONLY,
             default=field.default,
-            annotation=Annotated[types[field.name], typer.Option(help=described[field.name])],
+            annotation=Annotated[types[field.name], typer.Option(help=described.get(field.name))],
         )
 
 

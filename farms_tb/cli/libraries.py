@@ -9,12 +9,16 @@ import importlib
 from collections.abc import Iterable
 from difflib import get_close_matches
 from importlib.util import find_spec
+from typing import Any
 
 from torch import nn
+
+from farms_tb.missing import cannot_import
 
 __all__ = ["LIBRARIES", "model_by_name", "model_of_library"]
 
 LIBRARIES = ("torchvision", "timm")
+_NO_LIBRARY = "there is no torchvision or timm here to look for a model of this name: pip install torchvision"
 
 
 def model_by_name(name: str, pretrained: bool) -> nn.Module:
@@ -30,12 +34,18 @@ def model_by_name(name: str, pretrained: bool) -> nn.Module:
     Raises:
         ValueError: no installed library knows it; the message names similar ones.
     """
-    installed = [library for library in LIBRARIES if find_spec(library)]
-    for library in installed:
-        if name in _names(library):
+    searched, failed = [], ""
+    for library in filter(find_spec, LIBRARIES):
+        try:
+            known = _names(library)
+        except ImportError as error:
+            failed += f"; {error}"
+            continue
+        if name in known:
             return model_of_library(library, name, pretrained)
-    searched = f"{' and '.join(installed)} know no model" if installed else "neither torchvision nor timm is here"
-    raise ValueError(f"{name!r} is no file, and {searched} of this name{_similar(name, installed)}")
+        searched.append(library)
+    knows = f"{' and '.join(searched)} know no model of this name" if searched else _NO_LIBRARY
+    raise ValueError(f"{name!r} is no file, and {knows}{_similar(name, searched)}{failed}")
 
 
 def model_of_library(library: str, name: str, pretrained: bool) -> nn.Module:
@@ -47,11 +57,9 @@ def model_of_library(library: str, name: str, pretrained: bool) -> nn.Module:
         pretrained: load the library's weights, which may download them.
 
     Raises:
-        ImportError: the library is not installed.
+        ImportError: the library is not installed, or fails when it is imported.
         ValueError: it knows no such model, or cannot make it.
     """
-    if not find_spec(library):
-        raise ImportError(f"{library}:{name} needs {library}: pip install {library}")
     if name.partition(".")[0] not in _names(library):
         raise ValueError(f"{library} knows no model {name!r}{_similar(name, [library])}")
     make = _from_torchvision if library == "torchvision" else _from_timm
@@ -76,9 +84,16 @@ def _from_timm(name: str, pretrained: bool) -> nn.Module:
 
 
 def _names(library: str) -> list[str]:
-    """Return the names of all models of an installed library."""
-    module = "torchvision.models" if library == "torchvision" else "timm"
-    names: list[str] = importlib.import_module(module).list_models()
+    """Return the names of all models of a library.
+
+    Raises:
+        ImportError: it is not installed, or fails when it is imported.
+    """
+    try:
+        module: Any = importlib.import_module("torchvision.models" if library == "torchvision" else "timm")
+    except Exception as error:  # of a torchvision for another torch: RuntimeError
+        raise ImportError(cannot_import(f"a model of {library}", error, f"pip install {library}")) from error
+    names: list[str] = module.list_models()
     return names
 
 

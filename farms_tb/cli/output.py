@@ -10,7 +10,6 @@ import csv
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -22,6 +21,7 @@ from rich.text import Text
 from farms_tb.atomic_write import atomic_path, write_text_atomically
 from farms_tb.cli.messages import say
 from farms_tb.cli.tables import Column, Row, print_table
+from farms_tb.missing import cannot_import
 from farms_tb.viewing.names import printable
 from farms_tb.weights.files import ENDINGS
 
@@ -46,8 +46,10 @@ def chosen_format(form: Format | None, output: Path | None, inputs: Iterable[str
     if chosen == "parquet":
         if output is None:
             raise ValueError("Parquet is no text for a terminal: pass --output FILE")
-        if not find_spec("pyarrow"):
-            raise ImportError('--format parquet needs pyarrow: pip install "farms-tb[cli]"')
+        try:
+            import pyarrow.parquet  # noqa: F401
+        except Exception as error:  # what a broken installation raises is anything
+            raise ImportError(cannot_import("--format parquet", error, 'pip install "farms-tb[cli]"')) from error
     if output is not None:
         check_output(output, inputs)
     return chosen

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from farms_tb.missing import cannot_import
 from farms_tb.options import check_integer
 from farms_tb.weights.layers import unwrap
 
@@ -120,7 +121,9 @@ def dataset_column(name: str, *, split: str, config: str | None = None, column: 
     try:
         from datasets import load_dataset
     except ImportError as error:
-        raise ImportError('a data set by name needs datasets: pip install "farms-tb[datasets]"') from error
+        raise ImportError(
+            cannot_import("a data set by name", error, 'pip install "farms-tb[datasets]"')
+        ) from error
     try:
         with without_network():
             rows = load_dataset(name, config, split=split)

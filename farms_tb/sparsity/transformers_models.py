@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from farms_tb.missing import cannot_import
+
 __all__ = ["context_length", "load_config", "load_model", "load_tokenizer", "vocabulary_of"]
 
 
@@ -22,11 +24,9 @@ def _transformers() -> Any:
     """
     try:
         transformers: Any = importlib.import_module("transformers")
-    except ImportError as error:
-        raise ImportError(
-            'pruning with calibration data needs transformers: pip install "farms-tb[transformers]", or prune by '
-            "magnitude without them"
-        ) from error
+    except Exception as error:  # what a broken installation raises is anything
+        remedy = 'pip install "farms-tb[transformers]", or prune by magnitude without them'
+        raise ImportError(cannot_import("pruning with calibration data", error, remedy)) from error
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     return transformers

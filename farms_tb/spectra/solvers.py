@@ -19,7 +19,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +74,9 @@ def _file(device: torch.device, dtype: torch.dtype, size: int, threads: int) -> 
     Raises:
         RuntimeError: as for `cache_folder`.
     """
-    with_cupy = import_module("cupy").__version__ if find_spec("cupy") else "none"
+    with_cupy = "none"
+    with suppress(Exception):  # one that is installed for another CUDA raises anything
+        with_cupy = import_module("cupy").__version__
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     versions = f"torch {torch.__version__}, cupy {with_cupy}"
     name = f"{kind}, {versions}, {str(dtype).removeprefix('torch.')}, {size}, {threads} threads"

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from farms_tb.balancing.balancer import LayerBalancer
 from farms_tb.balancing.optimizer_checks import stepping_optimizers
 from farms_tb.keywords import CallbackKeywords, takes_options
+from farms_tb.missing import cannot_import
 from farms_tb.options import LoggingOptions, RatioOptions, ScheduleOptions, SpectrumOptions
 from farms_tb.presets import Preset, with_preset
 from farms_tb.training.metrics import Measurement, Media, RunLog
@@ -38,7 +39,8 @@ try:
     )
     from transformers.trainer_utils import has_length
 except ImportError as error:
-    raise ImportError('FARMSTrainerCallback needs transformers: pip install "farms-tb[transformers]"') from error
+    remedy = 'pip install "farms-tb[transformers]"'
+    raise ImportError(cannot_import("FARMSTrainerCallback", error, remedy)) from error
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer

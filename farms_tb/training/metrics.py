@@ -370,8 +370,8 @@ def pictures(report: Report, history: History) -> dict[str, Figure]:
         Figures by the keys they are logged under; empty where matplotlib is not installed.
     """
     try:
-        import matplotlib  # noqa: F401
-    except ImportError:
+        import matplotlib.figure  # noqa: F401
+    except (ImportError, OSError, RuntimeError, AttributeError):  # as a broken installation may raise
         return {}
     from farms_tb.viewing.plots import plot_alpha_by_depth, plot_alpha_curves, plot_ratio_map
 

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from farms_tb.missing import cannot_import
 from farms_tb.options import XAxis
 from farms_tb.training.metrics import TABLE
 
@@ -129,7 +130,7 @@ def _package() -> Any:
     try:
         from wandb_workspaces import workspaces
     except ImportError as error:
-        raise ImportError('a workspace needs wandb-workspaces: pip install "farms-tb[workspace]"') from error
+        raise ImportError(cannot_import("a workspace", error, 'pip install "farms-tb[workspace]"')) from error
     return workspaces
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from farms_tb.missing import cannot_import
 from farms_tb.weights.stored import OpenedFile, StoredTensor
 
 _PLAIN = {"F32": "float32", "F16": "float16", "F64": "float64"}
@@ -35,11 +36,9 @@ def in_gguf(path: Path) -> Iterator[StoredTensor]:
     """
     try:
         import gguf  # type: ignore[import-not-found,unused-ignore]
-    except ImportError as error:
-        raise ImportError(
-            f"{path} is a GGUF file, and reading it needs gguf: pip install gguf; or measure the model that it "
-            "was converted from"
-        ) from error
+    except Exception as error:  # what a broken installation raises is anything
+        remedy = 'pip install "farms-tb[gguf]"; or measure the model that it was converted from'
+        raise ImportError(cannot_import(f"{path} is a GGUF file, and reading it", error, remedy)) from error
     file = OpenedFile.at(path)
     try:
         entries = gguf.GGUFReader(path).tensors

@@ -17,6 +17,7 @@ from __future__ import annotations
 import hydra
 from omegaconf import DictConfig
 
+from farms_tb.missing import cannot_import
 from recipes.command import hand_over_hydras_errors, hydra_run, user_errors
 from recipes.config import CONFIG_DIR
 from recipes.errors import RecipeError
@@ -31,7 +32,7 @@ def _task(cfg: DictConfig) -> None:
         try:
             from recipes.finetune.run import finetune
         except ImportError as error:
-            raise RecipeError(f"fine-tuning needs {error.name}: pip install 'farms-tb[finetune]'") from error
+            raise RecipeError(cannot_import("fine-tuning", error, "pip install 'farms-tb[finetune]'")) from error
         finetune(cfg)
 
 

@@ -29,7 +29,9 @@ from recipes.command import hand_over_hydras_errors, user_errors
 from recipes.config import CONFIG_DIR
 from recipes.data.download import FOLDER
 from recipes.errors import RecipeError
-from recipes.generate.run import KINDS, Job, Spec, generate
+
+with user_errors():  # of a package that is missing
+    from recipes.generate.run import KINDS, Job, Spec, generate
 
 __all__ = ["main", "read_settings"]
 
@@ -101,8 +103,11 @@ def main() -> None:
     kind = sys.argv.pop(1) if len(sys.argv) > 1 else ""
     hand_over_hydras_errors()
     with user_errors():
+        wanted = f"say what to make: python -m recipes.generate {'|'.join(KINDS)} [setting=value ...]"
+        if kind in ("-h", "--help"):
+            print(f"{wanted}; darcy --help lists the settings")
+            return
         if kind not in KINDS:
-            wanted = f"say what to make: python -m recipes.generate {'|'.join(KINDS)} [setting=value ...]"
             raise RecipeError(f"{wanted}, got {kind!r}" if kind else wanted)
 
         @hydra.main(config_path=CONFIG_DIR, config_name=f"generate_{kind}", version_base="1.3")

@@ -9,10 +9,16 @@ from typing import Any
 import torch
 from filelock import FileLock
 
+from farms_tb.missing import cannot_import
 from recipes.errors import RecipeError
 from recipes.real.files import FILES, REAL, checked
 
-__all__ = ["minilm_folder", "smollm2_folder"]
+__all__ = ["check_packages", "minilm_folder", "smollm2_folder"]
+
+
+def _converted() -> Path:
+    """Return the folder of the converted model, which is made anew when another file is pinned."""
+    return REAL / f"smollm2-135m-{FILES['smollm2'].sha256[:8]}"
 
 
 def minilm_folder() -> Path:
@@ -39,21 +45,33 @@ def smollm2_folder() -> Path:
     Raises:
         RecipeError: the file is not there or is another, or transformers or gguf is not installed.
     """
-    folder = REAL / f"smollm2-135m-{FILES['smollm2'].sha256[:8]}"  # made anew when another file is pinned
-    file = checked("smollm2")
+    folder, file = _converted(), checked("smollm2")
     with FileLock(REAL / ".smollm2.lock"):
         if not folder.exists():
             _convert(file, folder)
     return folder
 
 
-def _convert(file: Path, folder: Path) -> None:
-    """Save a model of quantised weights as plain float32; the folder gets its name once it is whole."""
+def check_packages() -> None:
+    """Check that what converts SmolLM2 can be imported, unless that is done.
+
+    Raises:
+        RecipeError: transformers or gguf is not installed, or fails when it is imported.
+    """
+    if _converted().exists():
+        return
     try:
         import gguf  # noqa: F401
-        from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+        import transformers  # noqa: F401
     except ImportError as error:
-        raise RecipeError(f"SmolLM2 needs {error.name}: pip install 'farms-tb[transformers,gguf]'") from error
+        raise RecipeError(cannot_import("SmolLM2", error, "pip install 'farms-tb[transformers,gguf]'")) from error
+
+
+def _convert(file: Path, folder: Path) -> None:
+    """Save a model of quantised weights as plain float32; the folder gets its name once it is whole."""
+    check_packages()
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
     part = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     loaded: Any = AutoModelForCausalLM.from_pretrained(

@@ -19,6 +19,7 @@ from hydra import compose
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
+from farms_tb.missing import cannot_import
 from recipes.config import SECTIONS
 from recipes.errors import RecipeError
 
@@ -41,7 +42,8 @@ def load_program(name: str) -> ModuleType:
         return import_module(PROGRAMS[name])
     except ImportError as error:
         extra = "recipes" if name == "train" else name
-        raise RecipeError(f"study.program={name} needs {error.name}: pip install 'farms-tb[{extra}]'") from error
+        remedy = f"pip install 'farms-tb[{extra}]'"
+        raise RecipeError(cannot_import(f"study.program={name}", error, remedy)) from error
 
 
 def program_of(experiment: str) -> str | None:

@@ -377,8 +377,23 @@ def test_packages_that_are_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         monkeypatch.setitem(sys.modules, package, None)
     missing = run("analyze", NET, "-o", tmp_path / "a.parquet").stderr
     assert '--format parquet needs pyarrow: pip install "farms-tb[cli]"' in missing
-    assert "timm:resnet18 needs timm: pip install timm" in run("analyze", "timm:resnet18").stderr
-    assert "'resnet18' is no file, and neither torchvision nor timm is" in run("analyze", "resnet18").stderr
+    assert "needs timm: pip install timm" in run("analyze", "timm:resnet18").stderr
+    assert "'resnet18' is no file, and there is no torchvision or timm" in run("analyze", "resnet18").stderr
+
+
+def test_packages_that_are_broken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    for package in ("pyarrow", "torchvision", "timm"):
+        (broken / package).mkdir(parents=True)
+        (broken / package / "__init__.py").write_text("raise RuntimeError('another CUDA')")
+        for module in [name for name in sys.modules if name.partition(".")[0] == package]:
+            monkeypatch.delitem(sys.modules, module)
+    monkeypatch.syspath_prepend(broken)
+    in_parquet = ("analyze", NET, "-o", tmp_path / "a.parquet")
+    for arguments in (in_parquet, ("analyze", "timm:resnet18"), ("analyze", "resnet18")):
+        done = run(*arguments)
+        assert done.exit_code == 2
+        assert "RuntimeError: another CUDA" in " ".join(done.stderr.split())
 
 
 def test_without_the_extra() -> None:

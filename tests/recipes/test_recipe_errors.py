@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
@@ -13,8 +16,10 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
 from recipes.command import sentence, user_errors
+from recipes.config import build
 from recipes.errors import RecipeError
 from recipes.old_names import current_overrides, current_settings
+from recipes.study import programs
 from recipes.train import main, train
 from tests.recipes.recipe_runs import TINY_UNET, compose_settings
 
@@ -172,6 +177,40 @@ def test_a_package_that_is_missing_is_named() -> None:
     assert "h5py" in said
     assert "pip install" in said
     assert sentence(ModuleNotFoundError("No module named 'recipes.nothing'", name="recipes.nothing")) is None
+
+
+@pytest.mark.parametrize(
+    ("package", "extra"), [("transformers", "transformers"), ("timm", "baselines"), ("h5py", "recipes")]
+)
+def test_the_extra_that_is_named_has_the_package(package: str, extra: str) -> None:
+    part = {"_target_": f"{__name__}.needs", "package": package}
+    with pytest.raises(RecipeError, match=rf"part: .*farms-tb\[{extra}\]"):
+        build(OmegaConf.create({"part": part}), "part")
+    about = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
+    (listed,) = re.findall(rf"^{extra} = \[(.*?)\]$", about, flags=re.MULTILINE | re.DOTALL)
+    assert f'"{package}>=' in listed
+
+
+def needs(package: str) -> None:
+    raise ModuleNotFoundError(f"No module named '{package}'", name=package)
+
+
+def test_a_package_that_is_broken_is_not_called_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(name: str) -> None:
+        raise ImportError("another CUDA")
+
+    monkeypatch.setattr(programs, "import_module", broken)
+    with pytest.raises(RecipeError, match=r"study.program=finetune .* ImportError: another CUDA"):
+        programs.load_program("finetune")
+
+
+def test_every_program_says_what_is_missing_without_a_traceback(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['rich'] = None")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{Path(__file__).parents[2]}"}
+    command = [sys.executable, "-m", "recipes.train", "--help"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "the recipes need rich: pip install --editable '.[recipes]'\n"
 
 
 def test_ctrl_c_that_the_trainer_has_handled_keeps_its_status() -> None:

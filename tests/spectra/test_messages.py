@@ -21,7 +21,7 @@ without_cupy = pytest.mark.skipif(util.find_spec("cupy") is not None, reason="Cu
 
 @without_cupy
 def test_cupy_that_is_not_installed() -> None:
-    with pytest.raises(ValueError, match=r"solver='cupy' needs CuPy: pip install"):
+    with pytest.raises(ValueError, match=r"solver='cupy' needs cupy: pip install"):
         SpectrumOptions(solver="cupy")
 
 

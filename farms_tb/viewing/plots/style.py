@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from farms_tb.atomic_write import atomic_path
+from farms_tb.missing import cannot_import
 from farms_tb.viewing.names import printable, shortened
 
 if TYPE_CHECKING:
@@ -84,8 +85,8 @@ def styled(draw: Callable[_P, _T]) -> Callable[_P, _T]:
     def inner(*args: _P.args, **kwargs: _P.kwargs) -> _T:
         try:
             from matplotlib import rc_context
-        except ImportError as error:
-            raise ImportError('drawing needs matplotlib: pip install "farms-tb[plot]"') from error
+        except Exception as error:  # what a broken installation raises is anything
+            raise ImportError(cannot_import("drawing", error, 'pip install "farms-tb[plot]"')) from error
         with rc_context(_STYLE), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
             return draw(*args, **kwargs)
