@@ -54,8 +54,10 @@ def atomic_path(target: str | os.PathLike[str], mode: int = 0o666) -> Iterator[P
         with temporary.open("rb+") as written:
             os.fsync(written.fileno())
         temporary.replace(target)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+            error.filename = str(target)  # a full disk does not say which file it was
         raise
 
 

@@ -15,7 +15,8 @@ def cannot_import(what: str, error: BaseException, remedy: str) -> str:
     if missing:
         return f"{what} needs {missing.replace('_', '-')}: {remedy}"
     reason = f"{type(error).__name__}: {error}"
-    return f"{what} needs a package that is installed and fails when it is imported: {reason:.300}"
+    broken = f"{what} needs a package that is installed and fails when it is imported ({reason:.300})"
+    return f"{broken}; another version of it may do: {remedy}"
 
 
 def missing_package(error: BaseException) -> str:

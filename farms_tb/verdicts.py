@@ -41,13 +41,13 @@ Either has a probability of about 0.001 for a random layer, by Student's t.
 
 FEW_DRAWS = 16
 
-TRAPS = 0.9
+MAX_TRAPS = 0.9
 """With more traps than this in a shuffled layer of one matrix, mean over the shuffles, it has outliers."""
 
 FALSE_TRAPS = 0.03
 """Traps that a further matrix without outliers may add to the mean; the test of a trap errs in 1 % of matrices."""
 
-SPIKES = 0.5
+MAX_SPIKES = 0.5
 """With more spikes than this beyond its traps, a layer of one matrix is not random."""
 
 FALSE_SPIKES = 0.15
@@ -110,7 +110,7 @@ def _without_alpha(status: str) -> Verdict:
 def _has_outliers(record: LayerRecord) -> bool:
     if record.num_traps is None:
         return False
-    return record.num_traps > TRAPS + FALSE_TRAPS * (_matrices(record) - 1)
+    return record.num_traps > MAX_TRAPS + FALSE_TRAPS * (_matrices(record) - 1)
 
 
 def _is_random(record: LayerRecord) -> bool:
@@ -121,7 +121,7 @@ def _is_random(record: LayerRecord) -> bool:
     if record.num_spikes is None:
         return True
     beyond_traps = record.num_spikes - (record.num_traps or 0)
-    return beyond_traps <= SPIKES + FALSE_SPIKES * (_matrices(record) - 1)
+    return beyond_traps <= MAX_SPIKES + FALSE_SPIKES * (_matrices(record) - 1)
 
 
 def _matrices(record: LayerRecord) -> int:

@@ -40,7 +40,11 @@ class _WholeCheckpoint(ModelCheckpoint):
         target = Path(filepath)
         # Every process takes part in saving and must be given the same name.
         part = target.with_name(trainer.strategy.broadcast(f".{target.name}.{os.getpid()}.part"))
-        super()._save_checkpoint(trainer, str(part))
+        try:
+            super()._save_checkpoint(trainer, str(part))
+        except OSError:  # a full disk, which a half file would keep full
+            part.unlink(missing_ok=True)
+            raise
         if trainer.is_global_zero:
             with part.open("rb+") as file:
                 os.fsync(file.fileno())

@@ -111,8 +111,9 @@ def open_run_folder(cfg: DictConfig) -> Path:
         if process_rank() == 0:
             _check_free(folder, cfg)
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        for place in (folder, folder / "checkpoints"):
+            if place.is_dir():
+                tempfile.TemporaryFile(dir=place).close()
     except OSError as error:
         raise RecipeError(
             f"the output folder can't be written ({error}); choose another with paths.output_dir=... "
@@ -181,7 +182,7 @@ def _check_free(folder: Path, cfg: DictConfig) -> None:
         RecipeError: There are some, and it is not the run that is resumed.
     """
     is_resumed = cfg.ckpt_path is not None and Path(cfg.ckpt_path).resolve().parent.parent == folder.resolve()
-    checkpoints = [*folder.glob("checkpoints/*")]
+    checkpoints = [*folder.glob("checkpoints/[!.]*")]  # without what a process that was killed had begun
     left = [*folder.glob("metrics.csv"), *checkpoints]
     if not left or is_resumed:
         return

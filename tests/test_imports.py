@@ -21,7 +21,7 @@ OPTIONAL = (
 )
 ROOMS = ("weights", "spectra", "balancing", "sparsity", "viewing", "training", "cli")
 """In the order of the method: a room imports from those before it."""
-ABOVE_ALL = ("options", "keywords", "presets", "report", "verdicts", "warnings", "atomic_write")
+ABOVE_ALL = ("options", "keywords", "presets", "report", "verdicts", "warnings", "atomic_write", "missing")
 """What every room may import, and what imports none."""
 
 PUBLIC_IN_0_1 = {

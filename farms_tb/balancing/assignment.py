@@ -7,9 +7,9 @@ parameters keep ratio 1.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 
 from torch import nn
 
@@ -48,9 +48,7 @@ class Assignment:
     blocks: Mapping[str, str] | None = None
 
 
-def assign(
-    model: nn.Module, options: RatioOptions, *, embeddings: bool = False, adapters: Adapters = "separate"
-) -> Assignment:
+def assign(model: nn.Module, options: RatioOptions, *, embeddings: bool, adapters: Adapters) -> Assignment:
     """Find the layers of a model, and which parameter takes whose ratio.
 
     Args:
@@ -174,7 +172,7 @@ def ratio_of_parameter(followed: Iterable[str], ratios: Mapping[str, float], opt
         return 1.0
     if len(set(own)) == 1:
         return own[0]
-    mean = math.fsum(own) / len(own)
+    mean = fmean(own)
     if options.ratio_levels is None:
         return mean
     return min(ratios.values(), key=lambda ratio: (abs(ratio - mean), ratio))

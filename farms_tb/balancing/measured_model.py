@@ -152,7 +152,8 @@ class MeasuredModel:
             self.assignment.layers, report, self._spectrum_options, traps=False, team=self._team()
         )
         new = {name: null for name, null in found.items() if name not in self._nulls}
-        self._nulls.update(with_shared_deviations(new, report))
+        shared = with_shared_deviations(self._nulls | new, report)
+        self._nulls.update({name: shared[name] for name in new})
         return with_nulls(report, self._nulls)
 
     def _announce_long_nulls(self, report: Report) -> None:

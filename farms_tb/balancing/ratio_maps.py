@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from statistics import fmean
 
 from farms_tb.balancing.shrinkage import shrinkage_ratios
 from farms_tb.options import MAPS, AssignFunc, Favor, RatioOptions
@@ -191,7 +192,7 @@ def noise_lambda(z_scores: Sequence[float]) -> float:
         return 0.0
     # Scaled by the largest, because squares of huge values would overflow.
     scaled = [z / largest for z in z_scores]
-    mean = math.fsum(scaled) / len(scaled)
+    mean = fmean(scaled)
     variance = math.fsum((z - mean) ** 2 for z in scaled) / (len(scaled) - 1) * largest * largest
     if variance <= 1:
         return 0.0
@@ -255,7 +256,7 @@ def _log2(alphas: Sequence[float], options: RatioOptions) -> list[float]:
 
 def _with_mean_one(weights: Sequence[float]) -> list[float]:
     """Scale weights to a mean of 1."""
-    mean = math.fsum(weights) / len(weights)
+    mean = fmean(weights)
     return [weight / mean for weight in weights]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 
 from torch import nn
 
@@ -163,7 +164,7 @@ def _noise_share(records: Sequence[LayerRecord]) -> float:
     errors = [record.alpha_error for record in records if record.alpha_error is not None]
     if len(alphas) < 2 or not errors:
         return 0.0
-    mean = math.fsum(alphas) / len(alphas)
+    mean = fmean(alphas)
     variance = math.fsum((alpha - mean) ** 2 for alpha in alphas) / (len(alphas) - 1)
     noise = math.fsum(error**2 for error in errors) / len(errors)
     if variance == 0:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from statistics import fmean
 
 import torch
 
@@ -242,7 +243,7 @@ def _mean(estimates: Sequence[Estimate], options: RatioOptions) -> Estimate:
         return estimates[0]
     values = [one.value for one in estimates]
     errors = [one.error for one in estimates if one.error is not None]
-    mean = math.fsum(values) / len(values)
+    mean = fmean(values)
     if len(errors) < len(values):
         return Estimate(mean, None)
     if options.block_mean == "weighted" and all(errors):
@@ -283,7 +284,7 @@ def _summary(
         options: the map.
     """
     # The mean over all kinds together: of the layers, not of the kinds.
-    mean_ratio = math.fsum(mapped.values()) / len(mapped) if mapped else None
+    mean_ratio = fmean(mapped.values()) if mapped else None
     known = {kind: list(one.estimates.values()) for kind, one in kinds.items() if one.estimates}
     values = {kind: [one.value for one in own] for kind, own in known.items()}
     if not options.compares_with_random:

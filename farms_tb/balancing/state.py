@@ -91,10 +91,10 @@ def read_state(plain: object) -> BalancerState:
     return BalancerState(options, ratios, report, begun)
 
 
-def is_of_this_run(
+def has_same_settings(
     state: BalancerState, options: Mapping[str, Any], layers: Collection[str], model: nn.Module
 ) -> bool:
-    """Return whether a saved state has the options and layers of the present run; warn of what is different.
+    """Return whether a saved state has the options and layers of the present run, and warn of what is different.
 
     Args:
         state: the saved state.
@@ -179,10 +179,11 @@ def _read_record(plain: object, entry: str) -> LayerRecord:
     record = {name: value for name, value in _named(plain, entry).items() if name not in DRAWN}
     unknown = sorted(set(record) - {field.name for field in fields(LayerRecord)})
     if unknown:
-        raise _damaged(f"{entry} has unknown fields {', '.join(unknown)}, maybe of a newer farms_tb: upgrade it")
+        listed = ", ".join(unknown)
+        raise damaged_state(f"{entry} has unknown fields {listed}, maybe of a newer farms_tb: upgrade it")
     for name in _RECORD_KEYS:
         if name not in record:
-            raise _damaged(f"{entry} has no {name!r}")
+            raise damaged_state(f"{entry} has no {name!r}")
     _check_fields(record, entry)
     if "pooled_stable_rank" not in record:
         # Up to version 0.1 it had the name that is the matrix's now.
@@ -204,11 +205,11 @@ def _check_fields(record: Mapping[str, Any], entry: str) -> None:
     for name, value in record.items():
         expected, fits = _FIELD_TYPES[types[name]]
         if not fits(value):
-            raise _damaged(f"{entry}[{name!r}] must be {expected}, got {value!r}")
+            raise damaged_state(f"{entry}[{name!r}] must be {expected}, got {value!r}")
     for name in ("null_std", "null_entropy_std", "null_draws"):
         value = record.get(name)
         if value is not None and not value > 0:
-            raise _damaged(f"{entry}[{name!r}] must be above 0, got {value!r}")
+            raise damaged_state(f"{entry}[{name!r}] must be above 0, got {value!r}")
 
 
 def _check_version(version: object) -> None:
@@ -218,7 +219,7 @@ def _check_version(version: object) -> None:
         ValueError: it is no version, or one of a newer farms_tb.
     """
     if isinstance(version, bool) or not isinstance(version, int) or version < 1:
-        raise _damaged(f"its version must be an integer of at least 1, got {version!r}")
+        raise damaged_state(f"its version must be an integer of at least 1, got {version!r}")
     if version > STATE_VERSION:
         raise ValueError(f"the state has version {version}, this farms_tb reads up to {STATE_VERSION}: upgrade it")
 
@@ -230,7 +231,7 @@ def _named(value: object, entry: str) -> dict[str, Any]:
         ValueError: `value` is none.
     """
     if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
-        raise _damaged(f"{entry} must be a dict with names as keys, got {_short(value)}")
+        raise damaged_state(f"{entry} must be a dict with names as keys, got {_short(value)}")
     return value
 
 
@@ -241,7 +242,7 @@ def _ratio(value: object, entry: str) -> float:
         ValueError: `value` is no finite number of at least 0.
     """
     if not _is_number(value) or value < 0:
-        raise _damaged(f"{entry} must be a finite number of at least 0, got {_short(value)}")
+        raise damaged_state(f"{entry} must be a finite number of at least 0, got {_short(value)}")
     return float(value)
 
 
@@ -266,10 +267,10 @@ def _check_bound(ratios: dict[str, float], options: dict[str, Any]) -> None:
     bound = max(1.0, largest) * (1 + 1e-6)
     for name, ratio in ratios.items():
         if ratio > bound:
-            raise _damaged(f"ratios[{name!r}] must be at most the lr_max_ratio of {largest!r}, got {ratio!r}")
+            raise damaged_state(f"ratios[{name!r}] must be at most the lr_max_ratio of {largest!r}, got {ratio!r}")
 
 
-def _damaged(what: str) -> ValueError:
+def damaged_state(what: str) -> ValueError:
     """Return the error for a state that cannot be used; `what` names the entry, what it must be and what it is."""
     return ValueError(f"the saved state of farms_tb is damaged: {what}. Resume from another checkpoint")
 

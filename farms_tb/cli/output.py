@@ -15,11 +15,12 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, Literal, get_args
 
+import typer
 from rich.console import Console
 from rich.text import Text
 
 from farms_tb.atomic_write import atomic_path, write_text_atomically
-from farms_tb.cli.messages import say
+from farms_tb.cli.messages import EXIT_PART, say
 from farms_tb.cli.tables import Column, Row, print_table
 from farms_tb.missing import cannot_import
 from farms_tb.viewing.names import printable
@@ -118,17 +119,22 @@ def emit(result: Result, form: Format, output: Path | None) -> None:
         output: the file; None for stdout.
 
     Raises:
-        OSError: the file cannot be written.
+        typer.Exit: the file cannot be written, as the disk has filled up, say; the result is printed instead.
     """
     if output is None:
         _print(result, form)
         return
     path = output if result.complete else output.with_suffix(f".partial{output.suffix}")
-    if form == "parquet":
-        with atomic_path(path) as unfinished:
-            _write_parquet(result.rows, unfinished)
-    else:
-        write_text_atomically(path, _as_text(result, form))
+    try:
+        if form == "parquet":
+            with atomic_path(path) as unfinished:
+                _write_parquet(result.rows, unfinished)
+        else:
+            write_text_atomically(path, _as_text(result, form))
+    except OSError as error:
+        say(f"Error: {error}. The result is printed instead, so that it is not lost", style="red")
+        _print(result, "csv" if form == "parquet" else form)
+        raise typer.Exit(EXIT_PART) from error
     say(f"wrote {path}")
 
 

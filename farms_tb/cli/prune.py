@@ -6,6 +6,7 @@ model by transformers. A run that was stopped goes on where it stopped when the 
 
 from __future__ import annotations
 
+import errno
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -171,9 +172,11 @@ def _endings(run: PreparedRun) -> Iterator[None]:
         say(f"Interrupted: what is finished is in {state}. Repeat the command to go on", style="red")
         raise typer.Exit(EXIT_INTERRUPTED) from None
     except (OSError, MemoryError, torch.OutOfMemoryError) as error:
+        is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "make room on the disk" if is_full else "remove the cause"
         say(
-            f"Stopped: {str(error) or type(error).__name__}. What is finished is in {state}: remove the cause "
-            "(make room on a full disk), and repeat the command to go on",
+            f"Stopped: {str(error) or type(error).__name__}. What is finished is in {state}: {remedy}, and repeat "
+            "the command to go on",
             style="red",
         )
         raise typer.Exit(EXIT_PART) from error

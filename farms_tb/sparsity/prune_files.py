@@ -204,12 +204,14 @@ def prune_files(run: PreparedRun, progress: Progress) -> PruneReport:
     start = time.perf_counter()
     try:
         layers = _stream(run, progress) if run.config is None else _with_model(run, progress)
+        in_order = {name: layers[name] for name in run.stored.layers}
+        report = PruneReport(in_order, run.wish.method, run.wish.structure, time.perf_counter() - start)
+        run.unfinished.finish(run.others.copied, _as_json(run, report))
     except ValueError:
         run.unfinished.remove_if_empty()
         raise
-    in_order = {name: layers[name] for name in run.stored.layers}
-    report = PruneReport(in_order, run.wish.method, run.wish.structure, time.perf_counter() - start)
-    run.unfinished.finish(run.others.copied, _as_json(run, report))
+    finally:
+        run.unfinished.release()
     return report
 
 

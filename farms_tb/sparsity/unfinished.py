@@ -6,6 +6,7 @@ A run for `out` works in `.out.unfinished` next to it:
 name            content
 ==============  ======================================================================
 `run.json`      what the run is, so that no other run goes on with its state
+`.lock`         held by the process that is at work, so that no other one is
 `blocks/`       finished blocks, see `farms_tb.sparsity.checkpoint`
 `layers/`       for each finished file of weights, its SHA-256 and what was done to the layers in it
 `model/`        the files of the pruned model, each written whole or not at all
@@ -23,6 +24,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from filelock import BaseFileLock, FileLock, Timeout
+
 from farms_tb.atomic_write import atomic_path, write_text_atomically
 from farms_tb.sparsity.checkpoint import file_digest, note_run
 from farms_tb.sparsity.prune_report import PrunedLayer
@@ -38,6 +41,7 @@ _WEIGHTS = (
 )
 """Ends of names of files that hold weights, dense ones, which do not belong to the pruned model."""
 
+_LOCK = ".lock"
 _REPORT = "sparsity.json"
 """What was done to each layer; a folder with it is the output of a pruning."""
 
@@ -48,9 +52,11 @@ class UnfinishedFolder:
 
     Attributes:
         output: the folder that appears at the end.
+        lock: held while this process works there; None on a file system without locks.
     """
 
     output: Path
+    lock: BaseFileLock | None = None
 
     @property
     def folder(self) -> Path:
@@ -107,9 +113,14 @@ class UnfinishedFolder:
 
     def remove_if_empty(self) -> None:
         """Remove the state of a run that has finished nothing."""
-        finished = [file for file in self.folder.rglob("*") if file.is_file() and file.name != "run.json"]
+        finished = {file.name for file in self.folder.rglob("*") if file.is_file()} - {"run.json", _LOCK}
         if not finished:
             shutil.rmtree(self.folder)
+
+    def release(self) -> None:
+        """Let another run work there."""
+        if self.lock is not None:
+            self.lock.release()
 
     def finish(self, copied: Mapping[str, Path], report: str) -> None:
         """Add the small files, and let the output appear.
@@ -156,26 +167,54 @@ def open_unfinished(output: Path, facts: Mapping[str, Sequence[bytes]], size: in
         size: bytes that the pruned model and the finished blocks will take in all.
 
     Raises:
-        ValueError: the output exists, or the state is that of another run.
+        ValueError: the output exists, the state is that of another run, or another process is at work there.
         OSError: the folder cannot be made, or the disk has no room for the model.
     """
     output = output.absolute()
     check_output(output)
-    unfinished = UnfinishedFolder(output)
-    made = not unfinished.folder.exists()
-    for part in ("blocks", "layers", "model"):
-        (unfinished.folder / part).mkdir(parents=True, exist_ok=True)
-    note_run(unfinished.folder, facts)
-    _remove_cut_files(unfinished.folder)
-    unfinished.remove_damaged()
-    written = sum(file.stat().st_size for file in unfinished.folder.rglob("*") if file.is_file())
+    folder = UnfinishedFolder(output).folder
+    made = not folder.exists()
+    unfinished = UnfinishedFolder(output, _locked(folder))
     try:
-        _check_room(unfinished.folder, size - written)
-    except OSError:
-        if made:
-            shutil.rmtree(unfinished.folder)
+        check_output(output)  # again, as another run may have finished before the lock was free
+        for part in ("blocks", "layers", "model"):
+            (folder / part).mkdir(exist_ok=True)
+        note_run(folder, facts)
+        _remove_cut_files(folder)
+        unfinished.remove_damaged()
+        written = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        _check_room(folder, size - written)
+    except BaseException as error:
+        if made and isinstance(error, OSError):
+            shutil.rmtree(folder)
+        unfinished.release()
         raise
     return unfinished
+
+
+def _locked(folder: Path) -> BaseFileLock | None:
+    """Make the folder and lock it; None on a file system without locks.
+
+    Raises:
+        ValueError: another process is at work there.
+        OSError: the folder cannot be made.
+    """
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / _LOCK)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise ValueError(
+                f"another run is at work in {folder}: wait for it, or choose another output"
+            ) from None
+        except FileNotFoundError:  # a run that has just finished removed the folder
+            continue
+        except (OSError, NotImplementedError):
+            return None
+        if (folder / _LOCK).exists():
+            return lock
+        lock.release()  # that of a folder which a run that has just finished removed
 
 
 def _remove_cut_files(folder: Path) -> None:
@@ -198,8 +237,8 @@ def _check_room(folder: Path, size: int) -> None:
     # Some network file systems say that they have no size at all.
     if disk.total and disk.free < size:
         raise OSError(
-            f"no room for the pruned model in {folder.parent}: it takes {size / 1e9:.1f} GB, and "
-            f"{disk.free / 1e9:.1f} GB are free"
+            f"no room for the pruned model in {folder.parent}: it takes {size / 1e9:.3g} GB, and "
+            f"{disk.free / 1e9:.3g} GB are free"
         )
 
 

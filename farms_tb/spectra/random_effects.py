@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 HALVINGS = 60
 """Halvings of the interval in which tau^2 lies, which leave it known to a rounding of the square of the range."""
@@ -41,7 +42,7 @@ class ShrunkEffects:
     @property
     def mean_weight(self) -> float:
         """The mean of the weights: how much of the differences between the layers is left, from 0 to 1."""
-        return math.fsum(self.weights) / len(self.weights)
+        return fmean(self.weights)
 
 
 def shrunk_effects(effects: Sequence[float], errors: Sequence[float]) -> ShrunkEffects:

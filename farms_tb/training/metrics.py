@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from farms_tb.balancing.report_ratios import RatioSummary
@@ -230,7 +231,7 @@ def alpha_summary(report: Report, trained: Container[str] | None = None) -> dict
     alphas = _alphas_to_summarize(report, trained)
     if not alphas:
         return {}
-    mean = math.fsum(alphas) / len(alphas)
+    mean = fmean(alphas)
     squares = math.fsum((alpha - mean) ** 2 for alpha in alphas)
     return {"farms/alpha_mean": mean, "farms/alpha_std": math.sqrt(squares / len(alphas))}
 

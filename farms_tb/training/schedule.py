@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from farms_tb.balancing.state import damaged_state
 from farms_tb.options import LoggingOptions, ScheduleOptions, Time, parsed_time
 from farms_tb.warnings import warn_once
 
@@ -111,7 +112,7 @@ class Period:
 
 @dataclass
 class Schedule:
-    """By epochs or by optimizer steps, and when the last measurement was made.
+    """The clock of a run: when the last measurement was made, and whether the next one is due.
 
     Attributes:
         options: when to measure.
@@ -261,20 +262,16 @@ def check_saved_clock(state: object) -> None:
         ValueError: not such a state, or a damaged one. The message names the entry.
     """
     if not isinstance(state, Mapping) or "balancer" not in state:
-        raise _damaged("expected a dict with balancer, epoch, step and measurements")
+        raise damaged_state("expected a dict with balancer, epoch, step and measurements")
     for name in ("epoch", "step", "measurements", "final_step", "started"):
         # Checkpoints of earlier versions do not have the last two.
         value = state.get(name, -1 if name in ("final_step", "started") else None)
         if not _is_step(value):
-            raise _damaged(f"{name} must be an integer of at least -1, got {value!r:.60}")
+            raise damaged_state(f"{name} must be an integer of at least -1, got {value!r:.60}")
     begun = state.get("begun", [0, False])
     if not isinstance(begun, (list, tuple)) or len(begun) != 2 or not _is_step(begun[0]):
-        raise _damaged(f"begun must be a step and whether to log a table, got {begun!r:.60}")
+        raise damaged_state(f"begun must be a step and whether to log a table, got {begun!r:.60}")
 
 
 def _is_step(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= -1
-
-
-def _damaged(what: str) -> ValueError:
-    return ValueError(f"the saved state of farms_tb is damaged: {what}. Resume from another checkpoint")

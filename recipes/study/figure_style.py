@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal
 
@@ -84,5 +85,7 @@ def add_legend(figure: Any, styles: Mapping[str, Style], line: Literal["-", ""])
 
 def save(figure: Any, path: Path) -> None:
     """Write a figure in one step; the name's ending says in which format."""
+    picture = BytesIO()  # as in `farms_tb.viewing.plots.style`
+    figure.savefig(picture, dpi=150, format=path.suffix[1:])
     with atomic_path(path) as part:
-        figure.savefig(part, dpi=150, format=path.suffix[1:])
+        part.write_bytes(picture.getvalue())

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -379,6 +381,19 @@ def test_packages_that_are_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert '--format parquet needs pyarrow: pip install "farms-tb[cli]"' in missing
     assert "needs timm: pip install timm" in run("analyze", "timm:resnet18").stderr
     assert "'resnet18' is no file, and there is no torchvision or timm" in run("analyze", "resnet18").stderr
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_what_cannot_be_written_is_printed(ending: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("farms_tb.cli.output.write_text_atomically", full)
+    monkeypatch.setattr("farms_tb.cli.output._write_parquet", full)
+    done = run("analyze", NET, "-o", tmp_path / f"a.{ending}")
+    assert done.exit_code == 1
+    assert "No space left" in done.stderr
+    assert done.stdout == run("analyze", NET, "--format", "csv").stdout
 
 
 def test_packages_that_are_broken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -789,6 +790,19 @@ def test_a_full_disk_leaves_a_state_to_go_on_from(deep: Deep, tmp_path: Path, me
     again = run(*command, "-o", tmp_path / "out")
     assert again.exit_code == 0, again.stderr
     assert files(tmp_path / "out") == deep.undisturbed(method)
+
+
+def test_of_two_runs_at_once_the_second_is_refused(deep: Deep, tmp_path: Path) -> None:
+    command = deep.command("magnitude")
+    state = tmp_path / ".out.unfinished"
+    state.mkdir()
+    with FileLock(state / ".lock"):
+        second = run(*command, "-o", tmp_path / "out")
+    assert second.exit_code == 2
+    assert "another run is at work" in second.stderr
+    assert run(*command, "-o", tmp_path / "out").exit_code == 0
+    assert files(tmp_path / "out") == deep.undisturbed("magnitude")
+    assert not state.exists()
 
 
 def test_a_disk_without_room_is_refused_before_anything_is_pruned(plan: Path, tmp_path: Path) -> None:

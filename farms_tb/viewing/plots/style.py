@@ -13,6 +13,7 @@ import functools
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
@@ -171,8 +172,11 @@ def save(figure: Figure, path: PathLike | None) -> Figure:
     if path is None:
         return figure
     suffix = Path(path).suffix.removeprefix(".")
+    # Drawn in memory: matplotlib's PDF hides the error of a full disk behind one of its own.
+    picture = BytesIO()
+    figure.savefig(picture, format=suffix or None, bbox_inches="tight")
     with atomic_path(path) as unfinished:
-        figure.savefig(unfinished, format=suffix or None, bbox_inches="tight")
+        unfinished.write_bytes(picture.getvalue())
     return figure
 
 
