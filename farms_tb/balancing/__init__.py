@@ -2,6 +2,7 @@
 
 To read in this order:
 
+- `measured_model`: the layers of a model and their measurements;
 - `ratio_maps`: alphas -> ratios; `shrinkage`: effects and their errors -> ratios;
 - `report_ratios`: the record of each layer -> its ratio;
 - `selection`: what the patterns of an option name;
@@ -10,7 +11,6 @@ To read in this order:
 - `layerwise_step`: the step with one learning rate for each ratio; `split_groups`: the param groups that it sees;
   `foreach_update`: the same update for a group as a whole; `optimizer_checks` and `first_steps`: what is refused;
 - `optimizers`: the steps of all optimizers of a model; `step_groups`: what they step with;
-- `measured_model`: the layers of a model and their measurements;
 - `balancer`: `LayerBalancer`, all of these together;
 - `state`: what a checkpoint holds of it; `ratio_warnings`: what a user should know of the ratios;
 - `loop`: `TempBalance`, for a plain PyTorch loop.

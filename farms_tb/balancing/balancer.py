@@ -191,7 +191,7 @@ class LayerBalancer:
         self._mapped = {name: saved.ratios.get(name, 1.0) for name in names}
         self._apply()
         self.report = saved.report
-        self._measured.restore(saved if fits else None)
+        self._measured.restore(*((saved.report, saved.begun) if fits else (None, None)))
         return fits
 
     def __getstate__(self) -> dict[str, Any]:

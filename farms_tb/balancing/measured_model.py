@@ -14,7 +14,6 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from farms_tb.balancing.assignment import Assignment, assign
-from farms_tb.balancing.state import BalancerState
 from farms_tb.options import RatioOptions, SpectrumOptions
 from farms_tb.report import Report
 from farms_tb.spectra.background import BackgroundMeasurement
@@ -114,20 +113,17 @@ class MeasuredModel:
         if isinstance(self._begun, BackgroundMeasurement):
             self._begun.wait()
 
-    def restore(self, saved: BalancerState | None) -> None:
-        """Continue from a checkpoint: with its permutation nulls, and with the measurement that was begun then.
+    def restore(self, report: Report | None, begun: Report | None) -> None:
+        """Continue from a checkpoint, or begin anew.
 
         Args:
-            saved: the checkpoint; None to begin anew.
+            report: the last measurement, whose permutation nulls stay; None to begin anew.
+            begun: a measurement that was begun and not yet finished.
         """
-        self._nulls = {}
-        self._begun = None if saved is None else saved.begun
-        if saved is None or saved.report is None:
-            return
-        for name, record in saved.report.layers.items():
-            null = PermutationNull.of(record)
-            if null is not None:
-                self._nulls[name] = null
+        records = {} if report is None else report.layers
+        nulls = {name: PermutationNull.of(record) for name, record in records.items()}
+        self._nulls = {name: null for name, null in nulls.items() if null is not None}
+        self._begun = begun
 
     def _follow_model(self) -> None:
         """Find the layers again if parameters were replaced, or adapters merged."""
