@@ -44,8 +44,11 @@ def model_by_name(name: str, pretrained: bool) -> nn.Module:
         if name in known:
             return model_of_library(library, name, pretrained)
         searched.append(library)
-    knows = f"{' and '.join(searched)} know no model of this name" if searched else _NO_LIBRARY
-    raise ValueError(f"{name!r} is no file, and {knows}{_similar(name, searched)}{failed}")
+    if searched:
+        knows = f"{' and '.join(searched)} know no model of this name{_similar(name, searched)}"
+    else:
+        knows = "it cannot be looked up as the name of a model" if failed else _NO_LIBRARY
+    raise ValueError(f"{name!r} is no file, and {knows}{failed}")
 
 
 def model_of_library(library: str, name: str, pretrained: bool) -> nn.Module:
