@@ -294,7 +294,8 @@ def check_ratios(balancer: TempBalance, options: dict[str, Any]) -> None:
         record = balancer.report.layers[name]
         assert type(ratio) is float
         assert ratio == 1 or low / slack <= ratio <= high * slack, (name, ratio)
-        assert ratio == 1 or (record.metric(options["metric"]) is not None and record.kind in options["balance"])
+        mapped = MAPS[options["assign_func"]].takes == "nothing" or record.metric(options["metric"]) is not None
+        assert ratio == 1 or (mapped and record.kind in options["balance"])
         check_record(record)
     event(f"{'some' if set(balancer.ratios.values()) - {1.0} else 'no'} layers balanced")
 

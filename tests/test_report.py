@@ -81,7 +81,7 @@ def test_dataframe_without_pandas(monkeypatch):
 
     def refuse(name, *args, **kwargs):
         if name.split(".")[0] == "pandas":
-            raise ImportError("No module named 'pandas'")
+            raise ModuleNotFoundError("No module named 'pandas'", name="pandas")
         return real_import(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", refuse)
