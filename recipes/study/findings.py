@@ -26,7 +26,7 @@ from recipes.study.report import Row, summarise
 from recipes.study.rules import RULES, RuleRow, effects_by_rule
 from recipes.study.sensitivity import Curve, curves, rate_range
 from recipes.study.table import Line, effect_columns, terminal_table, write_table
-from recipes.study.units import change, heading, interval, number, p_value, percent, unit_of
+from recipes.study.units import change, heading, interval, number, p_value, show_percent, unit_of
 from recipes.study.verdict import about_contrasts, about_ranges, about_rules, about_tasks, ruled_out, verdict
 
 __all__ = ["Findings", "find", "show", "write"]
@@ -180,7 +180,7 @@ def _effect_line(row: Row) -> Line:
         line["test error"] += f" ± {unit.show(row.error_sd)}"
     if row.effect is not None:
         known = not math.isnan(row.effect.low)
-        line["change %"] = f"{percent(row.effect.mean):+.1f}"
+        line["change %"] = show_percent(row.effect.mean)
         line["95% interval"] = interval(row.effect.low, row.effect.high) if known else "-"
         line["p (Holm)"] = p_value(row.p_holm) if known else "-"
     return line

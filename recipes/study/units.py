@@ -72,16 +72,22 @@ def percent(log_ratio: float) -> float:
     return 100 * math.expm1(log_ratio)
 
 
+def show_percent(log_ratio: float, sign: str = "+") -> str:
+    """Write a log ratio as a change in per cent, of which small ones have a digit more."""
+    change = percent(log_ratio)
+    return format(change, f"{sign}.{2 if abs(change) < 1 else 1}f")
+
+
 def interval(low: float, high: float) -> str:
     """Write the interval of a mean log ratio as changes in per cent."""
-    return f"{percent(low):+.1f} to {percent(high):+.1f}"
+    return f"{show_percent(low)} to {show_percent(high)}"
 
 
 def change(effect: Effect | RandomEffects | None) -> str:
     """Write an effect in per cent, with its interval where there is one; empty where there is no effect."""
     if effect is None:
         return ""
-    mean = f"{percent(effect.mean):+.1f}"
+    mean = show_percent(effect.mean)
     if math.isnan(effect.low):
         return mean
     return f"{mean} ({interval(effect.low, effect.high)})"

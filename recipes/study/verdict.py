@@ -18,7 +18,7 @@ from recipes.study.report import POOLED, Row
 from recipes.study.rules import RuleRow
 from recipes.study.sensitivity import Curve, compare_ranges, rate_range
 from recipes.study.statistics import Effect
-from recipes.study.units import interval, percent, unit_of
+from recipes.study.units import interval, show_percent, unit_of
 
 __all__ = [
     "ENOUGH_SEEDS",
@@ -116,7 +116,7 @@ def _finding(found: Sequence[Row], baseline: str) -> str:
 
 def _change(log_ratio: float) -> str:
     """Return a change in words, `"3.0% less"`."""
-    size = f"{abs(percent(log_ratio)):.1f}%"
+    size = f"{show_percent(log_ratio, '').removeprefix('-')}%"
     return f"{size} less" if log_ratio <= 0 else f"{size} more"
 
 
@@ -175,7 +175,7 @@ def _size(row: Row, end: str) -> str:
         row: A row with an effect.
         end: "low" or "high".
     """
-    size = f"{abs(percent(getattr(row.effect, end))):.1f}%"
+    size = f"{show_percent(getattr(row.effect, end), '').removeprefix('-')}%"
     unit = unit_of(row.error)
     if unit.name and row.difference is not None:
         size += f" or {unit.show(abs(getattr(row.difference, end)))} {unit.name}"
