@@ -200,7 +200,7 @@ def test_a_package_that_is_broken_is_not_called_missing(monkeypatch: pytest.Monk
         raise ImportError("another CUDA")
 
     monkeypatch.setattr(programs, "import_module", broken)
-    with pytest.raises(RecipeError, match=r"study.program=finetune .* ImportError: another CUDA"):
+    with pytest.raises(RecipeError, match=r"study.program=finetune .*ImportError: another CUDA"):
         programs.load_program("finetune")
 
 
