@@ -327,6 +327,16 @@ TABLES: Mapping[str, ArmTable | SettingTable | PairTable] = {
             "permuted": "its ratios on the wrong blocks",
         },
     ),
+    "SmolLM2": ArmTable(
+        "controls",
+        Cell("controls/smollm2", "smollm2_wikipedia_short"),
+        {
+            "off": "plain AdamW",
+            "full": "TempBalance, whole matrices",
+            "slower": "no alpha: all layers 0.893, the mean of its ratios",
+            "full_permuted": "its ratios on the wrong layers",
+        },
+    ),
     "cause": ArmTable(
         "cause",
         Cell("cause", "tiny_lm_small"),

@@ -115,6 +115,12 @@ TASKS = (
         {"whole": "model_balancing", "reversed": "reversed", "shuffled": "permuted"},
     ),
     Task(
+        "SmolLM2, 10,240 tokens",
+        "controls/smollm2",
+        "smollm2_wikipedia_short",
+        {"whole": "full", "shuffled": "full_permuted"},
+    ),
+    Task(
         "language model, 0.07 million",
         "controls/variations",
         "tiny_lm_mini",
