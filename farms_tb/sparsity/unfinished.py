@@ -23,13 +23,15 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-
-from filelock import BaseFileLock, FileLock, Timeout
+from typing import TYPE_CHECKING
 
 from farms_tb.atomic_write import atomic_path, write_text_atomically
 from farms_tb.sparsity.checkpoint import file_digest, note_run
 from farms_tb.sparsity.prune_report import PrunedLayer
 from farms_tb.weights.files import ENDINGS, INDEX
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
 
 __all__ = ["FolderFiles", "UnfinishedFolder", "check_output", "files_of_folder", "open_unfinished"]
 
@@ -199,6 +201,8 @@ def _locked(folder: Path) -> BaseFileLock | None:
         ValueError: another process is at work there.
         OSError: the folder cannot be made.
     """
+    from filelock import FileLock, Timeout
+
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / _LOCK)
