@@ -25,7 +25,7 @@ from farms_tb.balancing.measured_model import MeasuredModel
 from farms_tb.balancing.optimizers import BalancedOptimizers
 from farms_tb.balancing.ratio_warnings import RatioWarnings
 from farms_tb.balancing.report_ratios import MappedRatios, RatioSummary, ratios_of_report
-from farms_tb.balancing.state import BalancerState, has_same_settings, read_state, write_state
+from farms_tb.balancing.state import BalancerState, read_state, warn_of_other_settings, write_state
 from farms_tb.balancing.step_groups import StepGroup as StepGroup
 from farms_tb.balancing.step_groups import lrs_of_layers, step_groups
 from farms_tb.balancing.targets import Ratio, scale_of, weakened
@@ -187,11 +187,11 @@ class LayerBalancer:
         """
         saved = read_state(state)
         names = [layer.name for layer in self.layers]
-        fits = has_same_settings(saved, self._plain_options(), names, self._measured.model)
+        fits = not warn_of_other_settings(saved, self._plain_options(), names, self._measured.model)
         self._mapped = {name: saved.ratios.get(name, 1.0) for name in names}
         self._apply()
         self.report = saved.report
-        self._measured.restore(*((saved.report, saved.begun) if fits else (None, None)))
+        self._measured.restore(saved.report if fits else None, saved.begun if fits else None)
         return fits
 
     def __getstate__(self) -> dict[str, Any]:

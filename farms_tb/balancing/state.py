@@ -91,10 +91,10 @@ def read_state(plain: object) -> BalancerState:
     return BalancerState(options, ratios, report, begun)
 
 
-def has_same_settings(
+def warn_of_other_settings(
     state: BalancerState, options: Mapping[str, Any], layers: Collection[str], model: nn.Module
 ) -> bool:
-    """Return whether a saved state has the options and layers of the present run, and warn of what is different.
+    """Warn where a saved state has other options or layers than the present run.
 
     Args:
         state: the saved state.
@@ -103,7 +103,7 @@ def has_same_settings(
         model: what the warning is about.
 
     Returns:
-        False where an option that changes results has another value, or a layer is new or gone.
+        Whether an option that changes results has another value, or a layer is new or gone.
     """
     changes = _changed_options(state, options)
     saved, present = set(state.ratios), set(layers)
@@ -115,7 +115,7 @@ def has_same_settings(
     if changes:
         what = "; ".join(changes)
         warn_once(f"the checkpoint was written with other settings, measuring anew: {what}", model)
-    return not changes
+    return bool(changes)
 
 
 def _changed_options(state: BalancerState, options: Mapping[str, Any]) -> list[str]:

@@ -54,8 +54,8 @@ def fastest_solver(device: torch.device, dtype: torch.dtype, size: int, threads:
 @cache
 def _choice(device: torch.device, dtype: torch.dtype, size: int, threads: int) -> str:
     """Return the solver that a file names, or else the fastest one in a trial, and keep it in the file."""
-    name = _read(device, dtype, size, threads)
-    return name or _keep(_fastest(device, dtype, size, threads), device, dtype, size, threads)
+    file = _file(device, dtype, size, threads)
+    return _read(file) or _keep(_fastest(device, dtype, size, threads), file)
 
 
 def cache_folder() -> Path:
@@ -68,19 +68,18 @@ def cache_folder() -> Path:
     return Path(home) / "farms_tb" / "solvers"
 
 
-def _file(device: torch.device, dtype: torch.dtype, size: int, threads: int) -> Path:
-    """Return the file of a choice; its name says all that the choice depends on.
-
-    Raises:
-        RuntimeError: as for `cache_folder`.
-    """
+def _file(device: torch.device, dtype: torch.dtype, size: int, threads: int) -> Path | None:
+    """Return the file of a choice, whose name says all that the choice depends on; None where there is no home."""
     with_cupy = "none"
     with suppress(Exception):  # one that is installed for another CUDA raises anything
         with_cupy = import_module("cupy").__version__
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     versions = f"torch {torch.__version__}, cupy {with_cupy}"
     name = f"{kind}, {versions}, {str(dtype).removeprefix('torch.')}, {size}, {threads} threads"
-    return cache_folder() / f"{re.sub(r'[^a-zA-Z0-9.+-]+', '_', name)}.txt"
+    try:
+        return cache_folder() / f"{re.sub(r'[^a-zA-Z0-9.+-]+', '_', name)}.txt"
+    except RuntimeError:
+        return None
 
 
 def _fastest(device: torch.device, dtype: torch.dtype, size: int, threads: int) -> str:
@@ -105,28 +104,29 @@ def _seconds(solve: Callable[[Tensor, int], Tensor], matrices: Tensor, threads: 
     return time.perf_counter() - start
 
 
-def _read(device: torch.device, dtype: torch.dtype, size: int, threads: int) -> str | None:
+def _read(file: Path | None) -> str | None:
     """Return the solver that was chosen before; None where no file says it."""
-    try:
-        name = _file(device, dtype, size, threads).read_text().strip()
-    except (OSError, ValueError, RuntimeError):  # there may be no home
-        return None
+    name = ""
+    if file is not None:
+        with suppress(OSError, ValueError):
+            name = file.read_text().strip()
     return name if name in SOLVERS else None
 
 
-def _keep(name: str, device: torch.device, dtype: torch.dtype, size: int, threads: int) -> str:
+def _keep(name: str, file: Path | None) -> str:
     """Keep a choice, and return it; or that of another process, which was quicker to keep its own.
 
     Where no file can be written the choice is kept for this process alone.
     """
-    with suppress(OSError, RuntimeError):
-        file = _file(device, dtype, size, threads)
+    if file is None:
+        return name
+    with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
             with file.open("x") as opened:  # fails where the file is there
                 opened.write(name)
         except FileExistsError:
-            other = _read(device, dtype, size, threads)
+            other = _read(file)
             if other is not None:
                 return other
             write_text_atomically(file, name)

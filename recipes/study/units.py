@@ -72,10 +72,10 @@ def percent(log_ratio: float) -> float:
     return 100 * math.expm1(log_ratio)
 
 
-def show_percent(log_ratio: float, sign: str = "+") -> str:
-    """Write a log ratio as a change in per cent, of which small ones have a digit more."""
+def show_percent(log_ratio: float) -> str:
+    """Write a log ratio as a change in per cent with its sign; one below 1 % has a digit more."""
     change = percent(log_ratio)
-    return format(change, f"{sign}.{2 if abs(change) < 1 else 1}f")
+    return f"{change:+.{2 if abs(change) < 1 else 1}f}"
 
 
 def interval(low: float, high: float) -> str:

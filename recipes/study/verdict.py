@@ -116,8 +116,13 @@ def _finding(found: Sequence[Row], baseline: str) -> str:
 
 def _change(log_ratio: float) -> str:
     """Return a change in words, `"3.0% less"`."""
-    size = f"{show_percent(log_ratio, '').removeprefix('-')}%"
+    size = _size_in_percent(log_ratio)
     return f"{size} less" if log_ratio <= 0 else f"{size} more"
+
+
+def _size_in_percent(log_ratio: float) -> str:
+    """Return how large a change is, either way, `"3.0%"`."""
+    return f"{show_percent(log_ratio)[1:]}%"  # without its sign
 
 
 def _in_unit(row: Row) -> str:
@@ -175,7 +180,7 @@ def _size(row: Row, end: str) -> str:
         row: A row with an effect.
         end: "low" or "high".
     """
-    size = f"{show_percent(getattr(row.effect, end), '').removeprefix('-')}%"
+    size = _size_in_percent(getattr(row.effect, end))
     unit = unit_of(row.error)
     if unit.name and row.difference is not None:
         size += f" or {unit.show(abs(getattr(row.difference, end)))} {unit.name}"

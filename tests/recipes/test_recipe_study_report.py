@@ -32,7 +32,7 @@ from recipes.study.rules import RuleRow, effects_by_rule
 from recipes.study.sensitivity import Curve, compare_ranges, curves, rate_range
 from recipes.study.settings import keep_settings, locked
 from recipes.study.statistics import RandomEffects, pooled_effect, random_effects
-from recipes.study.units import heading
+from recipes.study.units import heading, show_percent
 from recipes.study.verdict import about_contrasts, about_ranges, about_rules, about_tasks, ruled_out, verdict
 from tests.recipes.study_records import final_run
 
@@ -694,3 +694,8 @@ def test_results_with_ratios_and_best_epochs_are_read_back(tmp_path: Path) -> No
     cells = _whole_study(["off", "x"])
     write_records(tmp_path, cells["a"].values())
     assert read_records(tmp_path) == cells["a"]
+
+
+@pytest.mark.parametrize(("ratio", "words"), [(0.97, "-3.0"), (0.9995, "-0.05"), (1.004, "+0.40"), (1.5, "+50.0")])
+def test_small_changes_have_a_digit_more(ratio: float, words: str) -> None:
+    assert show_percent(math.log(ratio)) == words
