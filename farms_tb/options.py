@@ -426,7 +426,8 @@ class RatioOptions:
         block_mean: how the layers of a block are averaged: all alike, `"plain"`, or `"weighted"` by 1 / squared
             standard error.
         permute: seed of a permutation by which the mapped ratios are dealt out among the layers: a placebo, whose
-            layers train at unequal rates that have nothing to do with their alphas. None leaves them in place.
+            layers train at unequal rates that have nothing to do with their alphas. Layers without an alpha are
+            dealt one, too. None leaves ratios in place.
         target: what the ratios scale: the learning rate, `"weight_decay"`, or `"both"`.
         decay_follows_lr: whether a parameter's decay in a step, lr * weight_decay, is scaled along with its
             learning rate, as it is in torch. False keeps it, or leaves it to `target`.

@@ -165,6 +165,6 @@ if __name__ == "__main__":
     torch.save(JOBS[job](rank), folder / f"{rank}.pt")
     if dist.is_initialized():
         dist.destroy_process_group()
-    # Sharded weights keep their process group alive even so (torch 2.14), and gloo's threads, which then run to the
-    # very end, now and then abort an interpreter that shuts down. What is tested is done, and saved.
+    # Sharded weights keep their process group alive even so (torch 2.14), and gloo's threads, which then run to
+    # the very end, now and then abort an interpreter that shuts down. What is tested is done, and saved.
     os._exit(0)

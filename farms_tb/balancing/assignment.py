@@ -1,8 +1,8 @@
 """Who takes part in balancing, and which parameter takes which layer's learning-rate ratio.
 
 A layer (`farms_tb.weights.layers.Layer`) has matrices and so an alpha and a ratio. A parameter takes the ratio of
-the layer that it is part of: weight and bias alike. Norms may follow the layer that feeds them. All other
-parameters keep ratio 1.
+the layer that it is part of: weight and bias alike. Norms may follow the layer that feeds them, or the block that
+they are in. All other parameters keep ratio 1.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ class Assignment:
         layers: the layers, in order of registration.
         owners: the layers that each parameter is part of. The packed q, k and v of attention have three.
         followed: the layers whose ratio each parameter takes: its owners, and for the parameters of a
-            normalisation layer with `norms="follow"` the layer that feeds it.
+            normalisation layer with `norms="follow"` the layer that feeds it. With `unit="block"` a parameter of
+            no layer that is inside a block follows the block, by its path.
         excluded: the layers that `exclude` and `exclude_heads` leave out.
         fixed_layers: the ratio of each layer that the option `fixed` names; these take no part in the map.
         fixed_parameters: the ratio of each parameter that `fixed` names, whatever layer it follows.
@@ -80,8 +81,7 @@ def assign(model: nn.Module, options: RatioOptions, *, embeddings: bool, adapter
     blocks = None
     if options.unit == "block":
         blocks = blocks_of_layers(layers, options.blocks)
-        leaders = _leaders(layers, blocks, excluded | of_layers.keys())
-        followed = {**_parameters_inside(model, leaders), **owners}
+        followed = {**_parameters_inside(model, set(blocks.values())), **owners}
     return Assignment(layers, owners, followed, frozenset(excluded), of_layers, of_parameters, blocks)
 
 
@@ -137,22 +137,33 @@ def members(
     return taking_part
 
 
-def _leaders(layers: Sequence[Layer], blocks: Mapping[str, str], left_out: Collection[str]) -> dict[str, str]:
-    """Return for each block one layer that has its ratio: the first that can be measured and is not left out."""
+def block_leaders(assignment: Assignment, taking_part: Mapping[Kind, Sequence[str]]) -> dict[str, str]:
+    """Return for each block one layer that has its ratio; empty with `unit="layer"`.
+
+    Args:
+        assignment: the blocks of the layers.
+        taking_part: the layers that are balanced, by kind, as `members` returns them.
+
+    Returns:
+        The first layer of each block that takes part, by the block's path. A block without any is left out.
+    """
+    if assignment.blocks is None:
+        return {}
+    balanced = {name for names in taking_part.values() for name in names}
     leaders: dict[str, str] = {}
-    for layer in layers:
-        if layer.name in blocks and not layer.problem and layer.name not in left_out:
-            leaders.setdefault(blocks[layer.name], layer.name)
+    for layer in assignment.layers:
+        if layer.name in balanced:
+            leaders.setdefault(assignment.blocks[layer.name], layer.name)
     return leaders
 
 
-def _parameters_inside(model: nn.Module, leaders: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
-    """Return the layer that each parameter inside a block follows: the leader of its block."""
+def _parameters_inside(model: nn.Module, blocks: Collection[str]) -> dict[str, tuple[str, ...]]:
+    """Return the block that each parameter inside of one follows."""
     followed: dict[str, tuple[str, ...]] = {}
     for name in named_parameters(model):
-        for block, leader in leaders.items():
+        for block in blocks:
             if name.startswith(f"{block}."):
-                followed[name] = (leader,)
+                followed[name] = (block,)
     return followed
 
 
@@ -163,8 +174,8 @@ def ratio_of_parameter(followed: Iterable[str], ratios: Mapping[str, float], opt
     learning rate comes up.
 
     Args:
-        followed: names of the layers that the parameter follows.
-        ratios: ratio of each layer by name.
+        followed: names of the layers, or of the block, that the parameter follows.
+        ratios: ratio of each layer and block by name.
         options: `ratio_levels` is used.
     """
     own = [ratios.get(layer, 1.0) for layer in followed]
@@ -186,7 +197,7 @@ def ratios_of_parameters(
     Args:
         names: names of the model's parameters.
         assignment: the layers that each parameter follows, and the fixed ratios.
-        ratios: ratio of each layer by name.
+        ratios: ratio of each layer by name, and of each block by path.
         options: `ratio_levels` is used.
     """
     followed = assignment.followed

@@ -14,13 +14,12 @@ Source of the method: TempBalance, Zhou et al., NeurIPS 2023, arXiv 2312.00359.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from farms_tb.balancing.assignment import members, ratios_of_parameters, trained_layers
+from farms_tb.balancing.assignment import block_leaders, members, ratios_of_parameters, trained_layers
 from farms_tb.balancing.measured_model import MeasuredModel
 from farms_tb.balancing.optimizers import BalancedOptimizers
 from farms_tb.balancing.ratio_warnings import RatioWarnings
@@ -30,7 +29,7 @@ from farms_tb.balancing.step_groups import StepGroup as StepGroup
 from farms_tb.balancing.step_groups import lrs_of_layers, step_groups
 from farms_tb.balancing.targets import Ratio, scale_of, weakened
 from farms_tb.balancing.verdict_warnings import VerdictWarnings
-from farms_tb.options import RatioOptions, SpectrumOptions, as_plain
+from farms_tb.options import Kind, RatioOptions, SpectrumOptions, as_plain
 from farms_tb.report import Report
 from farms_tb.weights.layers import Layer, unwrap
 from farms_tb.weights.names import named_parameters
@@ -85,6 +84,8 @@ class LayerBalancer:
         self.strength = 1.0
         self._measured = MeasuredModel(unwrap(model), spectrum_options, ratio_options, share)
         self._mapped = {layer.name: 1.0 for layer in self.layers}
+        # With unit="block" a layer of each block that was balanced: what else is in the block has its ratio.
+        self._leaders: dict[str, str] = {}
         self._ratio_warnings = RatioWarnings(self._measured.model, ratio_options)
         self._verdict_warnings = VerdictWarnings(self._measured.model)
         # The ratio of each parameter by name, in a copy, which has no parameters.
@@ -189,6 +190,7 @@ class LayerBalancer:
         names = [layer.name for layer in self.layers]
         fits = not warn_of_other_settings(saved, self._plain_options(), names, self._measured.model)
         self._mapped = {name: saved.ratios.get(name, 1.0) for name in names}
+        self._leaders = block_leaders(self._measured.assignment, self._members())
         self._apply()
         self.report = saved.report
         self._measured.restore(saved.report if fits else None, saved.begun if fits else None)
@@ -210,14 +212,17 @@ class LayerBalancer:
         self._mapped, self.summary = mapped.ratios, mapped.summary.at(self.strength)
         self._optimizers.apply_measured(self._scales(), self._measured.model)
         self._ratio_warnings.warn(report, mapped, initial=initial)
-        self._verdict_warnings.warn(report, mapped.trained, mapped.missing)
+        self._verdict_warnings.warn(report, self.trained_layers(), mapped.missing)
         return report
 
     def _map(self, report: Report) -> MappedRatios:
-        assignment = self._measured.assignment
-        by_kind = members(assignment, self.ratio_options, self._trained())
-        mapped = ratios_of_report(report, by_kind, self.ratio_options, assignment)
-        return replace(mapped, trained=self.trained_layers())
+        assignment, by_kind = self._measured.assignment, self._members()
+        self._leaders = block_leaders(assignment, by_kind)
+        return ratios_of_report(report, by_kind, self.ratio_options, assignment)
+
+    def _members(self) -> dict[Kind, list[str]]:
+        """Return the layers that are balanced as the optimizers are now, by kind."""
+        return members(self._measured.assignment, self.ratio_options, self._trained())
 
     def _apply(self) -> None:
         """Let the next steps use the current ratios, for all parameters that the optimizers hold now."""
@@ -234,7 +239,8 @@ class LayerBalancer:
 
     def _ratios_of(self, parameters: dict[str, nn.Parameter]) -> dict[str, float]:
         """Return the current ratio of each of the model's parameters by name."""
-        mapped = ratios_of_parameters(parameters, self._measured.assignment, self._mapped, self.ratio_options)
+        ratios = self._mapped | {block: self._mapped[leader] for block, leader in self._leaders.items()}
+        mapped = ratios_of_parameters(parameters, self._measured.assignment, ratios, self.ratio_options)
         return weakened(mapped, self.strength)
 
     def _trained(self) -> dict[str, nn.Parameter]:

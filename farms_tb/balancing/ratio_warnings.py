@@ -77,7 +77,8 @@ class RatioWarnings:
         if not new:
             return
         reasons = "; ".join(f"{name}: {_reason(report.layers[name])}" for name in new)
-        self._warn(f"layers with no {self._options.metric} keep the base learning rate: {reasons}")
+        kept = "keep the base learning rate" if self._options.permute is None else "are dealt a ratio all the same"
+        self._warn(f"layers with no {self._options.metric} {kept}: {reasons}")
 
     def _about_large_ratio(self, ratios: Mapping[str, float]) -> None:
         """Warn, once, of the largest ratio where it is above `LARGE_RATIO`."""

@@ -50,18 +50,16 @@ class MappedRatios:
     Attributes:
         ratios: ratio of each layer of the report; 1 for those that take no part.
         members: the layers that take part, by kind: each kind is balanced within itself.
-        missing: those of them without the metric that is mapped, which keep ratio 1.
-        balanced: those of them that have it, by kind; it follows from `members` and `missing`.
+        missing: those of them without the metric that is mapped, which keep ratio 1, or with `permute` what they
+            are dealt. With `unit="block"` those of blocks where no layer has it.
+        balanced: all others that take part, by kind; it follows from `members` and `missing`.
         summary: what the mapping did, over all layers.
-        trained: the layers that an optimizer trains, whether they take part or not; only about these training is
-            warned of.
     """
 
     ratios: dict[str, float]
     members: dict[Kind, list[str]]
     missing: list[str] = field(default_factory=list)
     summary: RatioSummary = field(default_factory=RatioSummary)
-    trained: list[str] = field(default_factory=list)
     balanced: dict[Kind, list[str]] = field(init=False)
 
     def __post_init__(self) -> None:

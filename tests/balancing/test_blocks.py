@@ -95,6 +95,46 @@ def test_a_layer_without_an_alpha_takes_the_ratio_of_its_block() -> None:
     assert balancer.ratios["layer.2.feed"] == balancer.ratios["layer.2.query"]
 
 
+def ratios_inside(balancer: TempBalance, *parts: str) -> list[float]:
+    """Return the one ratio that the named parts of each block have."""
+    ratios = balancer.parameter_ratios()
+    found = []
+    for index in range(4):
+        own = {ratios[f"layer.{index}.{part}"] for part in parts}
+        assert len(own) == 1, own
+        found.append(own.pop())
+    return found
+
+
+def test_norms_have_the_ratio_of_a_block_whose_first_layer_is_frozen() -> None:
+    model = Encoder()
+    for block in model.layer:
+        block["query"].requires_grad_(False)
+    found = ratios_inside(balance(model), "norm.weight", "norm.bias", "feed.weight", "feed.bias")
+    assert {0.5, 1.5} <= set(found)
+
+
+def test_norms_have_the_ratio_of_a_block_whose_first_layer_is_of_a_kind_that_is_not_balanced() -> None:
+    model = Encoder()
+    for block in model.layer:
+        block["query"] = nn.Linear(16, 16, dtype=torch.complex64)
+    balancer = balance(model, balance=("real",))
+    found = ratios_inside(balancer, "norm.weight", "norm.bias", "feed.weight", "feed.bias")
+    assert {0.5, 1.5} <= set(found)
+    assert ratios_inside(balancer, "query.weight", "query.bias") == [1.0] * 4
+
+
+def test_resumed_norms_have_the_ratio_of_their_block() -> None:
+    other = Encoder()
+    for block in other.layer:
+        nn.init.normal_(block["query"].weight)
+    first, second = balance(Encoder()), balance(other)
+    assert second.parameter_ratios() != first.parameter_ratios()
+    second.load_state_dict(first.state_dict())
+    assert second.parameter_ratios() == first.parameter_ratios()
+    assert {0.5, 1.5} <= set(ratios_inside(second, "query.weight", "norm.weight", "feed.weight"))
+
+
 def test_shrunk_effects_of_blocks() -> None:
     found = list(balance(Encoder(), assign_func="shrinkage").ratios.values())
     assert all(abs(ratio - 1) < 0.3 for ratio in found)
