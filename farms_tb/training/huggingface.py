@@ -11,6 +11,7 @@ import inspect
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from farms_tb.balancing.balancer import LayerBalancer
@@ -23,7 +24,13 @@ from farms_tb.training.metrics import Measurement, Media, RunLog
 from farms_tb.training.run import CallbackOptions, Run
 from farms_tb.training.schedule import Moment, RunLength
 from farms_tb.training.session import BalancingSession, ShowsResults
-from farms_tb.training.sinks import define_wandb_axes, media_to_show, tensorboard_media, wandb_values
+from farms_tb.training.sinks import (
+    define_wandb_axes,
+    media_to_show,
+    tensorboard_media,
+    wandb_values,
+    with_media_if_written,
+)
 
 try:
     from transformers.integrations.integration_utils import TensorBoardCallback, WandbCallback
@@ -140,7 +147,8 @@ class FARMSTrainerCallback(ShowsResults, TrainerCallback, ExportableState):
         Returns:
             `args`, from which the Trainer makes the callback anew on request; `attributes`, which it then sets.
         """
-        return {"args": self.options.as_plain(), "attributes": {"_restored": self._session.state_dict()}}
+        attributes = {"preset": self.preset, "_restored": self._session.state_dict()}
+        return {"args": self.options.as_plain(), "attributes": attributes}
 
     @property
     def _restored(self) -> dict[str, Any] | None:
@@ -307,11 +315,17 @@ class FARMSTrainerCallback(ShowsResults, TrainerCallback, ExportableState):
         state.log_history.append({**measurement.row(), "step": state.global_step})
         others = [callback for callback in _callbacks_of_trainer() if callback is not self]
         media = media_to_show(others, measurement, run_log)
-        for callback in others:
+
+        def tell(callback: TrainerCallback, media: Media | None) -> TrainerControl:
             logs = _logs_for(callback, state, measurement, media)
             if isinstance(callback, WandbCallback):
                 _define_wandb_axes(logs, run_log)
-            control = callback.on_log(args, state, control, logs=logs, **kwargs) or control
+            changed: TrainerControl | None = callback.on_log(args, state, control, logs=logs, **kwargs)
+            return changed or control
+
+        for callback in others:
+            to_file = media if isinstance(callback, WandbCallback) else None
+            control = with_media_if_written(callback, to_file, partial(tell, callback))
             if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
                 tensorboard_media(callback.tb_writer, measurement, media, "train/")
         return control

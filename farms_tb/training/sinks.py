@@ -16,8 +16,9 @@ from __future__ import annotations
 import csv
 import io
 import posixpath
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -30,6 +31,9 @@ SHOWS_HISTOGRAMS = {"WandbLogger", "TensorBoardLogger", "WandbCallback", "Tensor
 """Classes of Lightning's loggers and Hugging Face's reporters that show a histogram of the ESD."""
 SHOWS_MEDIA = {*SHOWS_HISTOGRAMS, "MLFlowLogger"}
 """Classes that show the table and the pictures."""
+
+
+_T = TypeVar("_T")
 
 
 def class_names(logger: object) -> set[str]:
@@ -95,19 +99,38 @@ def log_measurement(loggers: Iterable[Any], measurement: Measurement, run_log: R
     for logger in loggers:
         names = class_names(logger)
         if "WandbLogger" in names:
-            _log_to_wandb(logger, measurement, media, run_log)
+            with_media_if_written(logger, media, partial(_log_to_wandb, logger, measurement, run_log))
         elif "TensorBoardLogger" in names:
             logger.log_metrics(measurement.row(by_depth=True), step=measurement.step)
             tensorboard_media(logger.experiment, measurement, media, _prefix(logger))
         elif "MLFlowLogger" in names:
             row = {_mlflow_key(key): value for key, value in measurement.row().items()}
             logger.log_metrics(row, step=measurement.step)
-            _mlflow_media(logger, measurement, media)
+            with_media_if_written(logger, media, partial(_mlflow_media, logger, measurement))
         else:
             logger.log_metrics(measurement.row(), step=measurement.step)
 
 
-def _log_to_wandb(logger: Any, measurement: Measurement, media: Media | None, run_log: RunLog) -> None:
+def with_media_if_written(logger: object, media: Media | None, log: Callable[[Media | None], _T]) -> _T:
+    """Log with table and pictures, or without where their files cannot be written: that must not end a training.
+
+    Args:
+        logger: what the warning is about.
+        media: table and pictures; None for neither.
+        log: logs everything, given these.
+    """
+    try:
+        return log(media)
+    except OSError as error:
+        if media is None:
+            raise
+        warn_once(
+            f"table and pictures are left out, they could not be written ({error.strerror or error})", logger
+        )
+    return log(None)
+
+
+def _log_to_wandb(logger: Any, measurement: Measurement, run_log: RunLog, media: Media | None) -> None:
     """Log with Lightning's WandbLogger, against the axis that the options ask for."""
     values = wandb_values(measurement, media)
     step_metric = f"{_prefix(logger)}epoch"

@@ -416,6 +416,15 @@ def test_resume_is_bitwise_identical(tmp_path: Path, optim: str, clock: dict[str
         assert [row for row in trainer.state.log_history if "farms/alpha_mean" in row] == history
 
 
+def test_a_callback_made_anew_keeps_its_preset(tmp_path: Path) -> None:
+    train(tmp_path, FARMSTrainerCallback(preset="tempbalance"), save_strategy="steps", save_steps=6)
+    given = FARMSTrainerCallback(preset="farms")
+    _, trainer = train(tmp_path, given, resume="checkpoint-6", restore_callback_states_from_checkpoint=True)
+    (used,) = [one for one in trainer.callback_handler.callbacks if isinstance(one, FARMSTrainerCallback)]
+    assert used.preset == "tempbalance"
+    assert "yours" not in used.settings()
+
+
 def test_state_is_plain_and_comes_back(tmp_path: Path) -> None:
     callback = FARMSTrainerCallback(
         exclude=["h.1.mlp.*"], lr_min_ratio=0.7, every_n_steps=3, assign_func="tb_linear_map"
@@ -432,7 +441,7 @@ def test_state_is_plain_and_comes_back(tmp_path: Path) -> None:
     assert restored.state() == saved == json.loads(json.dumps(restored.state()))
     assert saved["args"]["exclude"] == ["h.1.mlp.*"]
     assert saved["args"]["lr_min_ratio"] == 0.7
-    assert FARMSTrainerCallback(assign_func="tb_linear_map").state()["attributes"] == {"_restored": None}
+    assert FARMSTrainerCallback(assign_func="tb_linear_map").state()["attributes"]["_restored"] is None
     # Every option is in it: a callback made anew has none of its own.
     objects = {"preset", "spectrum", "ratios", "schedule", "logging"}
     assert set(saved["args"]) == set(inspect.signature(FARMSTrainerCallback).parameters) - objects

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -272,3 +275,31 @@ def test_hugging_face(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     keys = {key for row in rows for key in row if "/farms" in key}
     assert {run.definitions[key].step_metric for key in keys} == {"train/epoch"}
     assert run.definitions["*"].step_metric == "train/global_step"
+
+
+@pytest.mark.parametrize("trainer", ["Lightning", "Hugging Face"])
+def test_a_disk_without_room_for_tables_ends_no_training(
+    trainer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("wandb.Table.bind_to_run", full)
+    options: Any = {"table_every_n": 1, "assign_func": "tb_linear_map"}
+    if trainer == "Lightning":
+        logger = WandbLogger(project="tests", save_dir=tmp_path, offline=True)
+        training = partial(fit, Module(), [FARMSTempBalance(**options)], logger=logger)
+    else:
+        pytest.importorskip("transformers")
+        from farms_tb import FARMSTrainerCallback
+        from tests.training.test_huggingface import train
+
+        training = partial(train, tmp_path / "run", FARMSTrainerCallback(**options), report_to=["wandb"])
+    with pytest.warns(UserWarning, match=r"table and pictures are left out.*No space left"):
+        training()
+    rows = OfflineRun(tmp_path).farms_rows
+    assert len([row for row in rows if any("farms_alpha/" in key for key in row)]) == EPOCHS + 1
+    assert not any("report" in key for row in rows for key in row)
