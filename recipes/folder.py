@@ -47,13 +47,13 @@ def run_folder(cfg: DictConfig, newest: Callable[[Path], Path | None]) -> Iterat
     Raises:
         RecipeError: As `open_run_folder` does, or another run is at work in the folder.
     """
-    folder = open_run_folder(cfg)
+    folder = open_run_folder(cfg, newest)
     try:
         if process_rank() > 0:
             yield folder
             return
         with _locked(folder):
-            _check_free(folder, cfg)  # again: another run may have ended since
+            _check_free(folder, cfg, newest)  # again: another run may have ended since
             yield folder
     except (KeyboardInterrupt, SystemExit, OSError):
         checkpoint = newest(folder)
@@ -87,7 +87,7 @@ def _locked(folder: Path) -> Iterator[None]:
             (folder / _LOCK).unlink(missing_ok=True)
 
 
-def open_run_folder(cfg: DictConfig) -> Path:
+def open_run_folder(cfg: DictConfig, newest: Callable[[Path], Path | None]) -> Path:
     """Make the run folder and enter it into `cfg.paths.run_dir`.
 
     It is `paths.run_dir` where that is set; the folder of the run that `ckpt_path` belongs to when resuming; else
@@ -96,6 +96,7 @@ def open_run_folder(cfg: DictConfig) -> Path:
 
     Args:
         cfg: The composed settings.
+        newest: Returns the checkpoint in a folder that its run can be resumed from; None where there is none.
 
     Returns:
         The folder.
@@ -109,7 +110,7 @@ def open_run_folder(cfg: DictConfig) -> Path:
         if folder is None:
             folder = _shared_folder() or _new_folder(Path(_path(cfg, "output_dir")) / cfg.name)
         if process_rank() == 0:
-            _check_free(folder, cfg)
+            _check_free(folder, cfg, newest)
         folder.mkdir(parents=True, exist_ok=True)
         for place in (folder, folder / "checkpoints"):
             if place.is_dir():
@@ -175,20 +176,21 @@ def _chosen_folder(cfg: DictConfig) -> Path | None:
     return folder
 
 
-def _check_free(folder: Path, cfg: DictConfig) -> None:
+def _check_free(folder: Path, cfg: DictConfig, newest: Callable[[Path], Path | None]) -> None:
     """Refuse a folder in which another run has left rows or checkpoints, which would be mixed or overwritten.
 
     Raises:
         RecipeError: There are some, and it is not the run that is resumed.
     """
     is_resumed = cfg.ckpt_path is not None and Path(cfg.ckpt_path).resolve().parent.parent == folder.resolve()
-    checkpoints = [*folder.glob("checkpoints/[!.]*")]  # without what a process that was killed had begun
-    left = [*folder.glob("metrics.csv"), *checkpoints]
+    # Without what a process that was killed had begun.
+    left = [*folder.glob("metrics.csv"), *folder.glob("checkpoints/[!.]*")]
     if not left or is_resumed:
         return
+    checkpoint = newest(folder)
     way_out = "delete it, as it has no checkpoint to resume from"
-    if checkpoints:
-        way_out = f"resume that run with ckpt_path=..., its last one in {folder / 'checkpoints'}"
+    if checkpoint is not None:
+        way_out = f"resume that run with ckpt_path={checkpoint}"
     raise RecipeError(
         f"{folder} holds another run ({left[0].relative_to(folder)}): choose another paths.run_dir, or {way_out}"
     )

@@ -85,9 +85,13 @@ def train(cfg: DictConfig) -> dict[str, Any]:
 
 
 def _last_checkpoint(folder: Path) -> Path | None:
-    """Return the last checkpoint in a run folder; None where there is none."""
-    last = folder / "checkpoints" / "last.ckpt"
-    return last if last.exists() else None
+    """Return the last checkpoint in a run folder; None where there is none.
+
+    A run that ended in its first epoch may have that of its best weights alone.
+    """
+    checkpoints = folder / "checkpoints"
+    found = [file for file in (checkpoints / "last.ckpt", checkpoints / "best.ckpt") if file.exists()]
+    return found[0] if found else None
 
 
 def _train_in(folder: Path, cfg: DictConfig) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 from recipes.callbacks import LastStepRates
 from recipes.console import make_console
@@ -80,8 +81,8 @@ def _column(name: str) -> str:
     return name
 
 
-class RatesCallback(TrainerCallback):
-    """Remember the learning rate and the layers' ratios of the last step.
+class RatesCallback(TrainerCallback, ExportableState):
+    """Remember the learning rate and the layers' ratios of the last step, in checkpoints too.
 
     Args:
         balancer: the balancing callback; None where there is none.
@@ -90,6 +91,17 @@ class RatesCallback(TrainerCallback):
     def __init__(self, balancer: Any) -> None:
         self.last = LastStepRates(balancer)
         self._balancer = balancer
+
+    def state(self) -> dict[str, Any]:
+        """Return the rates for `trainer_state.json`: a run that is resumed after its last step takes none."""
+        return {"args": {}, "attributes": {"saved": self.last.state_dict()}}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take the rates from the checkpoint, if the run is resumed from one that has them."""
+        # The Trainer's next save asks for the entry, which checkpoints of earlier versions lack.
+        saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        if state.global_step > 0:
+            self.last.load_state_dict(saved["attributes"]["saved"])
 
     def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         """Note what the coming step will use; the balancing callback comes first, and has measured."""

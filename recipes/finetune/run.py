@@ -6,6 +6,7 @@ training.
 
 from __future__ import annotations
 
+import errno
 import json
 import time
 import zipfile
@@ -36,6 +37,8 @@ __all__ = ["finetune"]
 CHECKPOINTS = "checkpoints"
 _TRAINER_STATE = "trainer_state.json"  # the last file of a checkpoint that the Trainer writes
 _LAST_WEIGHTS = "last.ckpt"
+_DAMAGE = (OSError, ValueError, zipfile.BadZipFile, SafetensorError)
+"""What `_check_checkpoint` raises of a checkpoint that is not whole."""
 
 
 def finetune(cfg: DictConfig) -> dict[str, Any]:
@@ -71,7 +74,7 @@ def _check(cfg: DictConfig) -> Path | None:
     checkpoint = Path(cfg.ckpt_path)
     try:
         _check_checkpoint(checkpoint)
-    except (OSError, ValueError, zipfile.BadZipFile, SafetensorError) as error:
+    except _DAMAGE as error:
         whole = _newest_checkpoint(checkpoint.resolve().parent.parent)
         other = whole is not None and whole.resolve() != checkpoint.resolve()
         way_out = f"take {whole}" if other else "start anew without ckpt_path"
@@ -109,10 +112,19 @@ def _check_checkpoint(checkpoint: Path) -> None:
 
 def _newest_checkpoint(folder: Path) -> Path | None:
     """Return the newest whole checkpoint of a run; None where there is none."""
-    states = folder.glob(f"{CHECKPOINTS}/checkpoint-*/{_TRAINER_STATE}")
-    numbers = {state.parent: state.parent.name.removeprefix("checkpoint-") for state in states}
-    numbered = [(int(number), checkpoint) for checkpoint, number in numbers.items() if number.isdecimal()]
-    return max(numbered)[1] if numbered else None
+    found = [path for path in folder.glob(f"{CHECKPOINTS}/checkpoint-*") if _steps(path).isdecimal()]
+    for checkpoint in sorted(found, key=lambda path: int(_steps(path)), reverse=True):
+        try:
+            _check_checkpoint(checkpoint)
+        except _DAMAGE:
+            continue
+        return checkpoint
+    return None
+
+
+def _steps(checkpoint: Path) -> str:
+    """Return the number of optimizer steps in the name of a checkpoint."""
+    return checkpoint.name.rpartition("-")[2]
 
 
 def _finetune_in(folder: Path, cfg: DictConfig, checkpoint: Path | None) -> dict[str, Any]:
@@ -136,7 +148,7 @@ def _finetune_in(folder: Path, cfg: DictConfig, checkpoint: Path | None) -> dict
         soft_wrap=True,
     )
     try:
-        run.trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        _train(run, checkpoint)
     finally:
         if balancer is not None:
             balancer.detach()
@@ -146,6 +158,22 @@ def _finetune_in(folder: Path, cfg: DictConfig, checkpoint: Path | None) -> dict
     facts = run_facts(cfg, run.model, _training(run), scores, started)
     finish(folder, facts, layers)
     return facts
+
+
+def _train(run: Run, checkpoint: Path | None) -> None:
+    """Train, from a checkpoint where there is one.
+
+    Raises:
+        OSError: A file of a checkpoint could not be written: `run_folder` then says how to go on.
+    """
+    try:
+        run.trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except (RuntimeError, SafetensorError) as error:
+        # The writers of torch and safetensors, which the Trainer calls, have errors of their own for a full disk.
+        if not any(words in str(error) for words in ("unexpected pos", "PytorchStreamWriter", "I/O error")):
+            raise
+        folder = str(run.trainer.args.output_dir)
+        raise OSError(errno.ENOSPC, "a checkpoint could not be written, the disk may be full", folder) from error
 
 
 def _test(run: Run) -> dict[str, float]:
@@ -181,7 +209,7 @@ def _training(run: Run) -> dict[str, Any]:
     """Return what `run_facts` wants to know of the training."""
     state = run.trainer.state
     best = state.best_model_checkpoint
-    steps_of_best = None if best is None else int(Path(best).name.rpartition("-")[2])
+    steps_of_best = None if best is None else int(_steps(Path(best)))
     best_epoch = None
     for row in state.log_history:
         if row["step"] == steps_of_best and "eval_loss" in row:

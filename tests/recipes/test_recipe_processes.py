@@ -29,7 +29,7 @@ from recipes.folder import SHARED_FOLDER, _new_folder, open_run_folder
 from recipes.train import build_run, train
 from tests.recipes.pdebench_files import write_flow
 from tests.recipes.process_runs import train_in_pair
-from tests.recipes.recipe_runs import TINY_UNET
+from tests.recipes.recipe_runs import TINY_UNET, no_checkpoint
 from tests.spectra.test_distributed import free_port
 
 Settings = Callable[..., DictConfig]
@@ -153,13 +153,13 @@ def test_runs_that_start_at_once_have_folders_of_their_own(tmp_path: Path) -> No
 
 
 def test_further_processes_use_the_first_ones_folder(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = open_run_folder(settings())
+    first = open_run_folder(settings(), no_checkpoint)
     monkeypatch.setattr("lightning.pytorch.utilities.rank_zero_only.rank", 1)
-    assert open_run_folder(settings()) == first.resolve()
+    assert open_run_folder(settings(), no_checkpoint) == first.resolve()
     monkeypatch.delenv(SHARED_FOLDER)
     with pytest.raises(RecipeError, match=r"process 1 can't know the run folder .*set paths\.run_dir="):
-        open_run_folder(settings())
-    assert open_run_folder(settings(f"paths.run_dir={first}")) == first
+        open_run_folder(settings(), no_checkpoint)
+    assert open_run_folder(settings(f"paths.run_dir={first}"), no_checkpoint) == first
 
 
 def test_a_sweep_starts_no_processes(settings: Settings, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from recipes.folder import open_run_folder, run_folder
 from recipes.tasks import nrmse
 from recipes.train import train
 from tests.helpers import read_wandb_file
-from tests.recipes.recipe_runs import TINY_UNET, compose_settings
+from tests.recipes.recipe_runs import TINY_UNET, compose_settings, no_checkpoint
 
 Settings = Callable[..., DictConfig]
 ROOT = Path(CONFIG_DIR).parent
@@ -306,19 +306,19 @@ def test_a_run_without_a_test_keeps_its_results(settings: Settings) -> None:
 
 
 def test_two_runs_in_one_second_have_two_folders(settings: Settings) -> None:
-    folders = {open_run_folder(settings()) for _ in range(3)}
+    folders = {open_run_folder(settings(), no_checkpoint) for _ in range(3)}
     assert len(folders) == 3
 
 
 def test_a_folder_has_one_run_at_a_time(settings: Settings, tmp_path: Path) -> None:
     cfg = settings(*TINY_UNET, "logger=csv", f"paths.run_dir={tmp_path / 'run'}")
-    with run_folder(cfg, lambda folder: None), pytest.raises(RecipeError, match="another run is at work in"):
+    with run_folder(cfg, no_checkpoint), pytest.raises(RecipeError, match="another run is at work in"):
         train(settings(*TINY_UNET, "logger=csv", f"paths.run_dir={tmp_path / 'run'}"))
     train(cfg)
     checkpoint = tmp_path / "run" / "checkpoints" / "last.ckpt"
     resumed = settings(*TINY_UNET, "logger=csv", f"ckpt_path={checkpoint}")
     before = (tmp_path / "run" / "metrics.csv").read_bytes()
-    with run_folder(resumed, lambda folder: None), pytest.raises(RecipeError, match="another run is at work"):
+    with run_folder(resumed, no_checkpoint), pytest.raises(RecipeError, match="another run is at work"):
         train(settings(*TINY_UNET, "logger=csv", f"ckpt_path={checkpoint}"))
     assert (tmp_path / "run" / "metrics.csv").read_bytes() == before
     assert not (tmp_path / "run" / ".lock").exists()
@@ -344,7 +344,7 @@ def test_a_run_folder_may_begin_at_home(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert open_run_folder(settings('paths.run_dir="~/run"')) == tmp_path / "run"
+    assert open_run_folder(settings('paths.run_dir="~/run"'), no_checkpoint) == tmp_path / "run"
 
 
 def test_a_terminal_that_knows_few_characters(tmp_path: Path) -> None:
