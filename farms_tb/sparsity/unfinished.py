@@ -149,6 +149,8 @@ class UnfinishedFolder:
 def check_output(output: Path) -> None:
     """Refuse an output that exists, unless it is an empty folder, and not a link to one: that has to be renamed.
 
+    Where it is a pruned model whose run was killed before its very end, what that run has left is removed.
+
     Raises:
         ValueError: there is a file, a link, or a folder with content.
     """
@@ -156,7 +158,12 @@ def check_output(output: Path) -> None:
     if output.is_dir() and not is_link and not any(output.iterdir()):
         return
     if output.exists() or is_link:
-        kind = "a link" if is_link else "a folder with other content" if output.is_dir() else "no folder"
+        kind = "a link" if is_link else "no folder"
+        if output.is_dir() and not is_link:
+            kind = "a folder with other content"
+            if (output / _REPORT).is_file():
+                kind = "a pruned model"
+                _remove_leftover(UnfinishedFolder(output.absolute()).folder)
         raise ValueError(f"{output} exists and is {kind}: pass a new folder, or delete it first")
 
 
@@ -219,6 +226,19 @@ def _locked(folder: Path) -> BaseFileLock | None:
         if (folder / _LOCK).exists():
             return lock
         lock.release()  # that of a folder which a run that has just finished removed
+
+
+def _remove_leftover(folder: Path) -> None:
+    """Remove the state of a run that was killed when its output had just appeared: the model has moved there.
+
+    Raises:
+        ValueError: the run is about to remove it itself.
+    """
+    if (folder / "run.json").is_file() and not (folder / "model").exists():
+        lock = _locked(folder)
+        shutil.rmtree(folder, ignore_errors=True)
+        if lock is not None:
+            lock.release()
 
 
 def _remove_cut_files(folder: Path) -> None:

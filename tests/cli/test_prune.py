@@ -744,6 +744,21 @@ def test_what_was_damaged_since_it_was_finished_is_done_again(
     assert files(tmp_path / "out") == deep.undisturbed(method)
 
 
+def test_what_a_run_left_that_was_killed_at_its_very_end_is_removed(
+    deep: Deep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = [*deep.command("sparsegpt"), "-o", tmp_path / "out"]
+    monkeypatch.setattr("farms_tb.sparsity.unfinished.shutil.rmtree", lambda *_, **__: None)
+    assert run(*command).exit_code == 0
+    monkeypatch.undo()
+    assert (tmp_path / ".out.unfinished" / "run.json").is_file()
+    again = run(*command)
+    assert again.exit_code == 2
+    assert "a pruned model" in " ".join(again.stderr.split())
+    assert not (tmp_path / ".out.unfinished").exists()
+    assert files(tmp_path / "out") == deep.undisturbed("sparsegpt")
+
+
 @pytest.mark.parametrize("content", ["[1]", "3", "{"])
 def test_a_state_that_does_not_say_whose_it_is_is_refused(
     plan: Path, dense: Path, tmp_path: Path, content: str
