@@ -1,10 +1,10 @@
 """Write files whole or not at all.
 
-Every file of the package is written through `atomic_path`: under a temporary name in the target's folder, flushed
-to the disk, then renamed. A reader sees the old file or the new one, never half of one, even when the writer is
-killed or its disk is full. Each writer has a temporary file of its own, so several may write one target at a time:
-the last one wins. A symbolic link under the target's name is replaced, not followed, so no link in a folder can
-make the package overwrite a file elsewhere.
+Every file that a user asks for is written through `atomic_path`: under a temporary name in the target's folder,
+flushed to the disk, then renamed. A reader sees the old file or the new one, never half of one, even when the
+writer is killed or its disk is full. Each writer has a temporary file of its own, so several may write one target
+at a time: the last one wins. A symbolic link under the target's name is replaced, not followed, so no link in a
+folder can make the package overwrite a file elsewhere.
 """
 
 from __future__ import annotations

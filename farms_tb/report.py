@@ -71,8 +71,10 @@ class LayerRecord:
         alpha: power-law exponent of the tail of the ESD; None where there is none, and `status` says why.
         ks_distance: Kolmogorov-Smirnov distance between the tail and the fitted law, 0 the best.
         alpha_hat: alpha * log10(largest eigenvalue).
-        spectral_norm: largest eigenvalue (squared largest singular value).
-        norm: sum of the eigenvalues (squared Frobenius norm).
+        spectral_norm: largest eigenvalue: the squared largest singular value of a window, or with `esd="full"` of
+            the whole matrix; half of it for convolutions, as in the papers.
+        norm: sum of the eigenvalues, likewise: the squared Frobenius norm of a sample of windows, or with
+            `esd="full"` of the matrix.
         stable_rank: ||W||_F^2 / ||W||_2^2 of the whole weight matrix, the mean over the K matrices. None where it
             would have cost more than the measurement: it is known where the windows are whole matrices, as with
             `esd="full"`, and together with a permutation null.
@@ -98,8 +100,9 @@ class LayerRecord:
             None without a permutation null. See `farms_tb.spectra.whole_matrix`.
         num_spikes: number of eigenvalues of the whole matrices that are outliers; None without a permutation null.
         log_norm: log10 of the squared Frobenius norm of the weight, all K matrices together.
-        dead_rows: number of rows, of all K matrices together, whose norm is below 1e-3 of the largest row's.
-        dead_columns: the same of columns.
+        dead_rows: number of rows, of all K matrices together, whose norm is below 1e-3 of the largest row's. Rows
+            are those of the stack, where R >= C: outputs of a layer with more outputs than inputs, else inputs.
+        dead_columns: the same of columns, the other side.
         adapter_change: ||W' - W||_F / ||W||_F, by how much adapters such as LoRA change the weight W that they are
             added to; None for a layer without adapters.
         kind: `"real"` or `"spectral"` (complex) weights; empty where there is no stack.

@@ -15,8 +15,8 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean
 
-from farms_tb.balancing.shrinkage import shrinkage_ratios
 from farms_tb.options import MAPS, AssignFunc, Favor, RatioOptions
+from farms_tb.spectra.random_effects import shrunk_effects
 
 
 def lr_ratios(  # noqa: PLR0913 - each is an option
@@ -48,7 +48,7 @@ def lr_ratios(  # noqa: PLR0913 - each is an option
       ratios. It is this package's own, not from the papers.
     - `"shrinkage"`: takes effects in place of alphas (`record.effect`), and their `errors`:
       (low + high) / 2 + (high - low) / 2 * (delta - m) / max |effect - m|, delta the effects shrunk to their mean
-      m as far as their errors explain their differences, see `farms_tb.balancing.shrinkage`. The mean ratio is
+      m as far as their errors explain their differences, see `farms_tb.spectra.random_effects`. The mean ratio is
       (low + high) / 2. It is this package's own, not from the papers.
 
     - `"depth"`: low^(1 - t) * high^t, t from 0 for the first layer to 1 for the last: layer-wise decay by depth,
@@ -118,8 +118,7 @@ def ratios_from(
     if options.favor == "small_alpha":
         values = _reflected(values)
     if takes == "effect":
-        low, high = options.lr_min_ratio, options.lr_max_ratio
-        mapped = shrinkage_ratios(values, _errors_of(known, errors), low, high)
+        mapped = _MAPS_OF_EFFECTS[options.assign_func](values, _errors_of(known, errors), options)
     else:
         mapped = _MAPS[options.assign_func](values, options)
     if options.ratio_levels is not None:
@@ -304,6 +303,26 @@ def _constant(alphas: Sequence[float], options: RatioOptions) -> list[float]:
     return [options.lr_max_ratio] * len(alphas)
 
 
+def _shrinkage(effects: Sequence[float], errors: Sequence[float], options: RatioOptions) -> list[float]:
+    """Return r_i = (low + high) / 2 + (high - low) / 2 * (delta_i - m) / max_j |d_j - m|.
+
+    delta_i is the effect d_i after it was shrunk towards the mean m by its standard error, so that layers of which
+    little is known stay near the mean ratio. That is (low + high) / 2, for any effects: 1 for a range around 1, so
+    that balancing does not change the base learning rate. Where tau is 0, every ratio is that mean.
+    """
+    low, high = options.lr_min_ratio, options.lr_max_ratio
+    if not math.isfinite(4 * max(map(abs, effects))):
+        # The ratios do not depend on the unit of the effects; differences of such huge ones would overflow.
+        effects, errors = [effect / 4 for effect in effects], [error / 4 for error in errors]
+    shrunk = shrunk_effects(effects, errors)
+    middle, reach = (low + high) / 2, (high - low) / 2
+    furthest = max(abs(effect - shrunk.mean) for effect in effects)
+    if shrunk.tau == 0:
+        return [middle] * len(effects)
+    ratios = [middle + reach * ((effect - shrunk.mean) / furthest) for effect in shrunk.effects]
+    return [min(max(ratio, low), high) for ratio in ratios]
+
+
 _MAPS: dict[AssignFunc, Callable[[Sequence[float], RatioOptions], list[float]]] = {
     "tb_linear_map": _linear_map,
     "tb_sqrt": _sqrt,
@@ -314,3 +333,8 @@ _MAPS: dict[AssignFunc, Callable[[Sequence[float], RatioOptions], list[float]]] 
     "depth": _depth,
     "constant": _constant,
 }
+
+_MAPS_OF_EFFECTS: dict[AssignFunc, Callable[[Sequence[float], Sequence[float], RatioOptions], list[float]]] = {
+    "shrinkage": _shrinkage,
+}
+"""Those that take effects, and their standard errors."""

@@ -187,7 +187,7 @@ def measure(source: Source, request: MeasureRequest, console: Console) -> Measur
     if source.note:
         say(source.note)
     found = Measured(stopped="; ".join(source.damaged))
-    name = "the first layer"
+    name = ""
     with progress_bar(console, len(source.items)) as show:
         try:
             for name, weight in source.read(_counted(source.items, show)):
@@ -195,10 +195,11 @@ def measure(source: Source, request: MeasureRequest, console: Console) -> Measur
                     show(description=shortened(printable(name), 60))
                     _measure_layer(found, name, weight, request)
         except KeyboardInterrupt:
-            found.stopped = f"interrupted at {name}"
+            found.stopped = f"interrupted at {name or 'the first layer'}"
             found.interrupted = True
         except (ValueError, OSError, RuntimeError) as error:
-            found.stopped = f"reading stopped after {name}: {error}"
+            where = f"after {name}" if name else "at the first layer"
+            found.stopped = f"reading stopped {where}: {error}"
     return found
 
 

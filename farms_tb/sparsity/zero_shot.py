@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from farms_tb.missing import cannot_import
 from farms_tb.options import check_integer
 from farms_tb.sparsity.calibration import without_network
 from farms_tb.sparsity.sequential import evaluating
@@ -76,7 +77,7 @@ def zero_shot(
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise ImportError('zero_shot needs lm-eval: pip install "farms-tb[lm-eval]"') from error
+        raise ImportError(cannot_import("zero_shot", error, 'pip install "farms-tb[lm-eval]"')) from error
     if task_folder is None:
         manager = TaskManager()
     else:

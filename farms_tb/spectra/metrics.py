@@ -72,8 +72,9 @@ def _layer_record(samples: Samples, status: str, alpha_error: float) -> LayerRec
 
 def _precision(samples: Samples) -> str:
     """Name the precision of most windows, and `svd` where some needed their singular values."""
-    fastest = PRECISIONS[min(int(samples.levels.min()), FLOAT64)]
-    return f"{fastest} svd" if (samples.levels == SVD).any() else fastest
+    # Singular values are those of windows that double precision was not enough for.
+    usual = PRECISIONS[np.bincount(np.minimum(samples.levels, FLOAT64)).argmax()]
+    return f"{usual} svd" if (samples.levels == SVD).any() else usual
 
 
 def _problem(samples: Samples, rounding: bool, options: SpectrumOptions) -> str:

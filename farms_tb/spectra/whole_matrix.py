@@ -104,7 +104,7 @@ def entry_metrics(stack: MatrixStack, largest: float) -> dict[str, Any]:
     unit = 1.0 if 1e-12 < largest < 1e12 else largest
     rows, columns = _squares(stack.matrices, unit)
     return {
-        "log_norm": math.log10(float(rows.sum()) * stack.eigenvalue_scale) + 2 * math.log10(unit),
+        "log_norm": math.log10(float(rows.sum())) + 2 * math.log10(unit),
         "dead_rows": int((rows < DEAD**2 * rows.max()).sum()),
         "dead_columns": int((columns < DEAD**2 * columns.max()).sum()),
     }

@@ -75,8 +75,9 @@ class FARMSTrainerCallback(ShowsResults, TrainerCallback, ExportableState):
 
     Logged at each measurement, with every reporter of the trainer (`report_to`) and in `state.log_history`:
     `farms/alpha/<layer>`, `farms/ratio/<layer>`, `farms/lr/<layer>`, `farms/rank_share/<layer>`,
-    `farms/alpha_mean` and `farms/alpha_std` over the layers that are trained, `farms/ratio_mean`; with
-    `verdicts=True` also `farms/effect/<layer>`, `farms/z/<layer>` and the share of layers with each verdict. Like
+    `farms/alpha_mean` and `farms/alpha_std` over the layers that are trained, `farms/ratio_mean`; where layers
+    are compared with random ones, by the default map or `verdicts=True`, also `farms/effect/<layer>`,
+    `farms/z/<layer>` and the share of layers with each verdict. Like
     all metrics of the trainer they appear under `train/` in W&B and TensorBoard, there with the layers numbered by
     depth: `train/farms_alpha/03_<layer>`. When training is over a last row holds the alphas of the final weights,
     before `load_best_model_at_end` puts others in their place. The console gets the mean and the standard

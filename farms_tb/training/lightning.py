@@ -50,13 +50,13 @@ class FARMSTempBalance(ShowsResults, Callback):
 
     Logged at each measurement, with every logger of the trainer: `farms/alpha/<layer>`, `farms/ratio/<layer>`,
     `farms/lr/<layer>`, `farms/rank_share/<layer>`, `farms/alpha_mean` and `farms/alpha_std` over the layers that
-    are trained, `farms/ratio_mean`, and `epoch`, the number of completed epochs; with `verdicts=True` also
-    `farms/effect/<layer>`, `farms/z/<layer>` and shares of verdicts, `farms/share_random` and so on. Layers
-    with adapters have `farms/adapter_change/<layer>`. The noise-aware map adds `farms/lambda`, that of shrunk
-    effects `farms/tau` and `farms/mean_weight`. After training a last row holds the metrics of the final weights.
-    Models of more than 900 layers log the aggregates only. In W&B and TensorBoard, which sort by name, the keys
-    of a layer are `farms_alpha/03_<layer>` and so on: each metric has a section, in order of depth.
-    `farms/alpha_mean` and `farms/alpha_std` can be monitored by other callbacks.
+    are trained, `farms/ratio_mean`, and `epoch`, the number of completed epochs; where layers are compared with
+    random ones, by the default map or `verdicts=True`, also `farms/effect/<layer>`, `farms/z/<layer>` and shares
+    of verdicts, `farms/share_random` and so on. Layers with adapters have `farms/adapter_change/<layer>`. The
+    default map adds `farms/tau` and `farms/mean_weight`, the noise-aware one `farms/lambda`. After training a last
+    row holds the metrics of the final weights. Models of more than 900 layers log the aggregates only. In W&B and
+    TensorBoard, which sort by name, the keys of a layer are `farms_alpha/03_<layer>` and so on: each metric has a
+    section, in order of depth. `farms/alpha_mean` and `farms/alpha_std` can be monitored by other callbacks.
 
     A callback that has been used can be pickled, with report and ratios, without model and optimizers. Where the
     strategy trains in child processes (`ddp_spawn`, `ddp_notebook`), report and ratios come back from rank zero.

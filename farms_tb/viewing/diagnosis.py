@@ -37,7 +37,7 @@ class ModelSummary:
         layers: number of its layers.
         measured: number of those with an alpha.
         mean_alpha: mean of their alphas; None where there is none, as below.
-        weighted_alpha: mean of alpha * log10(largest eigenvalue), WeightWatcher's weighted alpha.
+        weighted_alpha: mean of alpha * log10(largest eigenvalue): with `esd="full"` that of WeightWatcher.
         mean_log_norm: mean of log10 of the layers' squared Frobenius norms.
         verdicts: number of layers with each verdict, the most frequent first; those without one are left out.
     """
@@ -188,9 +188,9 @@ def _dead_share(record: LayerRecord) -> float:
 
 def _about_dead_rows(records: Records) -> str:
     worst = max(records, key=lambda name: _dead_share(records[name]))
-    also = f", and {len(records) - 1} more layers have such units" if len(records) > 1 else ""
-    share = f"{_dead_share(records[worst]):.0%} of the units of {_name(worst)}"
-    return f"{share} are dead: their weights are below a thousandth of the largest{also}."
+    also = f", and {len(records) - 1} more layers have such" if len(records) > 1 else ""
+    share = f"{_dead_share(records[worst]):.0%} of the rows or columns of {_name(worst)}"
+    return f"{share} are dead, units that no longer count: their norm is below a thousandth of the largest{also}."
 
 
 def _about_the_rest(layers: Records, trained: Records) -> list[str]:

@@ -35,8 +35,11 @@ METRICS: dict[str, str] = {
         "Share of the directions that hold 99 % of the energy: near 1 where all directions count, near 0 for a "
         "collapsed layer."
     ),
-    "dead_rows": "Rows of the weight with a norm below 1e-3 of the largest row's: units that died.",
-    "dead_columns": "Columns of the weight with a norm below 1e-3 of the largest column's: unused inputs.",
+    "dead_rows": (
+        "Rows, the longer side of the weight, with a norm below 1e-3 of the largest row's: dead outputs of a "
+        "layer with more outputs than inputs, else unused inputs."
+    ),
+    "dead_columns": ("Columns, the shorter side of the weight, with a norm below 1e-3 of the largest column's."),
     "log_norm": "Log10 of the squared Frobenius norm of the weight.",
     "alpha_hat": "Alpha times log10 of the largest eigenvalue: WeightWatcher's weighted alpha.",
     "stable_rank": (

@@ -99,7 +99,7 @@ def test_without_a_null_it_says_what_is_missing() -> None:
 
 def test_dead_units() -> None:
     sentences = said(one=record(dead_rows=38), two=record())
-    assert "38 % of the units of one" in sentences[0].replace("38%", "38 %")
+    assert "38 % of the rows or columns of one" in sentences[0].replace("38%", "38 %")
 
 
 @pytest.mark.parametrize("layers", [{}, {"only": record()}, {"bad": LayerRecord(status="all weights are zero")}])
