@@ -70,6 +70,8 @@ TINY = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "v
     ],
 )
 def test_models_of_transformers(name: str, config: dict[str, Any], number: int, first: str) -> None:
+    if name == "ConvNext":  # before, it reads numbers of a tensor while it is made, which has none here
+        pytest.importorskip("transformers", minversion="5")
     found = blocks_in(transformers_model(name, **config))
     assert len(found) == number
     assert found[0] == first

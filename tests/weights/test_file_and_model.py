@@ -166,6 +166,8 @@ def state(model: nn.Module) -> dict[str, torch.Tensor]:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", MODELS)
 def test_rows_are_those_of_the_model(name: str, tmp_path: Path) -> None:
+    if name == "T5ForConditionalGeneration":  # before, its file holds the embedding three times
+        pytest.importorskip("transformers", minversion="5")
     torch.manual_seed(0)
     model = MODELS[name]()
     expected = rows(analyze(model))
