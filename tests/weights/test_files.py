@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import os
 import pickle
 import re
@@ -98,8 +99,9 @@ def assert_same_layers(actual: Report, expected: Report) -> None:
     known = {name: record for name, record in expected.layers.items() if not record.status.startswith("no rule")}
     found = {name: record for name, record in actual.layers.items() if name in known}
     if torch.__version__ < "2.7":  # whose products depend, by rounding, on where a weight lies in the memory
-        alphas = {name: record.alpha for name, record in known.items()}
-        assert {name: record.alpha for name, record in found.items()} == pytest.approx(alphas, rel=5e-5)
+        alphas = {name: record.alpha or math.nan for name, record in known.items()}
+        of_file = {name: record.alpha or math.nan for name, record in found.items()}
+        assert of_file == pytest.approx(alphas, rel=5e-5, nan_ok=True)
         shapes = {name: (record.shape, record.status) for name, record in known.items()}
         assert {name: (record.shape, record.status) for name, record in found.items()} == shapes
         return
@@ -509,13 +511,10 @@ def test_null_and_histogram(tmp_path: Path) -> None:
     """The permutation null of a layer is made of its own entries, the same in a model and in its file."""
     model = mixed()
     flags = {"null": True, "histogram": True}
-    found, expected = (
-        analyze_checkpoint(save_torch(model, tmp_path), **flags).layers,
-        analyze(model, **flags).layers,
-    )
-    assert found == expected
-    assert found["linear"].null_std
-    assert found["linear"].histogram
+    found = analyze_checkpoint(save_torch(model, tmp_path), **flags)
+    assert_same_layers(found, analyze(model, **flags))
+    assert found.layers["linear"].null_std
+    assert found.layers["linear"].histogram
     for flag in flags:
         with pytest.raises(TypeError, match=f"{flag} must be True or False, got 1"):
             analyze_checkpoint(tmp_path / "weights.pt", **{flag: 1})
