@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from farms_tb._moved import MovedModules
 from farms_tb.analysis import analyze, analyze_checkpoint
-from farms_tb.balancing.balancer import StepGroup
 from farms_tb.balancing.loop import TempBalance
 from farms_tb.balancing.ratio_maps import lr_ratios
+from farms_tb.balancing.step_groups import StepGroup
 from farms_tb.options import LoggingOptions, RatioOptions, ScheduleOptions, SpectrumOptions
 from farms_tb.report import EsdHistogram, LayerRecord, Report
 from farms_tb.verdicts import Verdict

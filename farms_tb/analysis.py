@@ -15,8 +15,10 @@ from farms_tb.report import LayerRecord, Report
 from farms_tb.spectra.measure import measure
 from farms_tb.spectra.permutation_null import measure_nulls, weight_record, with_nulls
 from farms_tb.weights.adapter_files import tensors_with_adapter
-from farms_tb.weights.files import StoredTensor, stored_layers, stored_tensors, tensors_of_state_dict
+from farms_tb.weights.files import stored_tensors, tensors_of_state_dict
 from farms_tb.weights.layers import checked_layers
+from farms_tb.weights.naming import stored_layers
+from farms_tb.weights.stored import StoredTensor
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

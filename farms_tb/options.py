@@ -72,7 +72,8 @@ class MapTraits(NamedTuple):
         takes: what is mapped of each layer: any `"metric"`, `"alpha"` alone, its `"z-score"` or its `"effect"`,
             which need the layer's permutation null, or `"nothing"`, for the static arms of a comparison.
         bounded: whether the ratios stay between `lr_min_ratio` and `lr_max_ratio`. Those of the noise-aware map
-            may lie between these and 1, where the bounds do not have 1 between them.
+            may lie between these and 1, where the bounds do not have 1 between them: bounds of 2 and 3 give ratios
+            from 1 to 3.
         above: what the mapped values must exceed.
     """
 
@@ -383,6 +384,11 @@ class SpectrumOptions:
                 raise ValueError(cannot_import("solver='cupy'", error, remedy)) from error
         check_integer("memory_mb", self.memory_mb, at_least=1)
         check_integer_or_none("threads", self.threads, at_least=1)
+
+    @property
+    def memory_bytes(self) -> int:
+        """`memory_mb` in bytes."""
+        return self.memory_mb * 2**20
 
 
 @dataclass(frozen=True)

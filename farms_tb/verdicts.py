@@ -133,6 +133,7 @@ def _is_no_power_law(record: LayerRecord) -> bool:
     if record.ks_distance is None or not record.shape:
         return False
     matrices, _, columns = record.shape
-    # Of several samples the distance is a mean; the size of one is that of the K matrices' smallest windows.
+    # The tail of one sample is half of its eigenvalues, which are those of at most one window of each of the K
+    # matrices, while num_eigenvalues counts all samples; the distance of several samples is their mean.
     tail = min(record.num_eigenvalues, matrices * columns) / 2
     return record.ks_distance > max(KS_LIMIT, KOLMOGOROV / math.sqrt(tail))

@@ -25,8 +25,7 @@ from farms_tb.balancing.optimizers import BalancedOptimizers
 from farms_tb.balancing.ratio_warnings import RatioWarnings
 from farms_tb.balancing.report_ratios import MappedRatios, RatioSummary, ratios_of_report
 from farms_tb.balancing.state import BalancerState, read_state, warn_of_other_settings, write_state
-from farms_tb.balancing.step_groups import StepGroup as StepGroup
-from farms_tb.balancing.step_groups import lrs_of_layers, step_groups
+from farms_tb.balancing.step_groups import StepGroup, lrs_of_layers, step_groups
 from farms_tb.balancing.targets import Ratio, scale_of, weakened
 from farms_tb.balancing.verdict_warnings import VerdictWarnings
 from farms_tb.options import Kind, RatioOptions, SpectrumOptions, as_plain

@@ -89,7 +89,14 @@ def lr_ratios(  # noqa: PLR0913 - each is an option
         {'conv1': 0.5, 'conv2': 1.0, 'fc': 1.5}
     """
     options = RatioOptions(
-        assign_func, lr_min_ratio, lr_max_ratio, sigmoid_min, sigmoid_max, sigmoid_tau, ratio_levels, favor=favor
+        assign_func=assign_func,
+        lr_min_ratio=lr_min_ratio,
+        lr_max_ratio=lr_max_ratio,
+        sigmoid_min=sigmoid_min,
+        sigmoid_max=sigmoid_max,
+        sigmoid_tau=sigmoid_tau,
+        ratio_levels=ratio_levels,
+        favor=favor,
     )
     return ratios_from(alphas, options, errors or {})
 

@@ -126,12 +126,14 @@ def wanda_scores(weight: Tensor, squared_norms: Tensor) -> Tensor:
 
     Args:
         weight: `(out, in)`.
-        squared_norms: sum over all inputs of the square of each feature, `(in,)`; or `(out, in)` where rows have
-            inputs of their own, as those of a grouped convolution do. A common factor changes no mask.
+        squared_norms: sum over all inputs of the square of each feature, `(in,)`; or `(groups, in)` where each
+            group of rows has inputs of its own, as in a grouped convolution. A common factor changes no mask.
 
     Returns:
         A float32 tensor `(out, in)`.
     """
+    if squared_norms.ndim == 2 and len(squared_norms) > 1:
+        squared_norms = squared_norms.repeat_interleave(len(weight) // len(squared_norms), dim=0)
     return weight.float().abs() * squared_norms.sqrt().float()
 
 

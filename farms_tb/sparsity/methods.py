@@ -116,11 +116,10 @@ def _check_range(plan: SparsityPlan) -> None:
 
 
 def _mixed(plan: SparsityPlan) -> dict[str, PruneTarget]:
-    """Return N of each 8 for every matrix, the same for all matrices that share a block and a sparsity."""
+    """Return N of each 8 for every matrix, the same for all matrices that share their sparsity."""
     groups: dict[str, list[str]] = {}
-    for name, layer in plan.layers.items():
-        is_shared = layer.block and plan.granularity == "block"
-        groups.setdefault(layer.block if is_shared else name, []).append(name)
+    for name in plan.layers:
+        groups.setdefault(plan.unit_of(name), []).append(name)
     shares = {group: _mean_sparsity(plan, names) for group, names in groups.items()}
     sizes = {group: sum(plan.layers[name].size for name in names) for group, names in groups.items()}
     counts = mixed_counts(shares, sizes, _MIXED_GROUP)
@@ -216,10 +215,7 @@ def _wanda(weight: PrunableWeight, target: PruneTarget, statistics: InputStatist
     """Prune by the magnitude of an entry times the norm of its input."""
     matrix = to_matrix(weight.tensor, weight.layout)
     assert statistics.squared_norms is not None
-    norms = statistics.squared_norms
-    if weight.groups > 1:
-        norms = norms.repeat_interleave(matrix.shape[0] // weight.groups, dim=0)
-    scores = wanda_scores(matrix, norms)
+    scores = wanda_scores(matrix, statistics.squared_norms)
     if target.structure is None:
         mask = wanda_mask(scores, pruned_count(matrix.numel(), target.sparsity))
     else:

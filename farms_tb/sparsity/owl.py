@@ -69,6 +69,4 @@ def _scores(weight: PrunableWeight, statistics: InputStatistics) -> Tensor:
             "reach it"
         )
     norms = statistics.squared_norms / statistics.inputs
-    matrix = to_matrix(weight.tensor, weight.layout)
-    of_rows = norms.repeat_interleave(matrix.shape[0] // weight.groups, dim=0) if weight.groups > 1 else norms
-    return wanda_scores(matrix, of_rows).flatten()
+    return wanda_scores(to_matrix(weight.tensor, weight.layout), norms).flatten()

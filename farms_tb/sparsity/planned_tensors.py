@@ -19,8 +19,9 @@ from farms_tb.report import LayerRecord
 from farms_tb.sparsity.methods import PruneTarget, Structure, check_groups, prune_targets
 from farms_tb.sparsity.plan import SparsityPlan
 from farms_tb.sparsity.prunable import Layout, plan_for_names
-from farms_tb.weights.files import files_of_weights, stored_layers, stored_tensors
+from farms_tb.weights.files import files_of_weights, stored_tensors
 from farms_tb.weights.gguf_files import is_gguf
+from farms_tb.weights.naming import stored_layers
 from farms_tb.weights.stacks import MatrixStack
 from farms_tb.weights.stored import StoredTensor
 

@@ -38,7 +38,7 @@ from farms_tb.sparsity.prunable import planned_weights
 from farms_tb.sparsity.prune import prune
 from farms_tb.sparsity.sequential import evaluating
 from farms_tb.sparsity.shrinkage import shrunk_effects
-from farms_tb.sparsity.student import t_quantile
+from farms_tb.sparsity.student import standard_error, t_quantile
 
 FEWEST_BATCHES = 12
 """Half of the batches prune, a quarter chooses, a quarter confirms, which takes at least three for an error."""
@@ -231,7 +231,7 @@ def _directions(layers: Layers) -> dict[str, Floats]:
 def _paired(losses: Floats, others: Floats) -> tuple[float, float]:
     """Return the mean difference of losses on the same batches, and its standard error."""
     differences = losses - others
-    return float(np.mean(differences)), float(np.std(differences, ddof=1) / math.sqrt(len(differences)))
+    return float(np.mean(differences)), standard_error(differences)
 
 
 def _half_width(plan: SparsityPlan) -> float:

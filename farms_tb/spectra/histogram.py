@@ -39,7 +39,7 @@ def esd_histograms(found: Sequence[Samples], options: SpectrumOptions, threads: 
         single = np.flatnonzero(samples.levels == FLOAT32)
         if len(single):
             chunks.append(Chunk(table, torch.from_numpy(single), "float64"))
-    solve_chunks(chunks, options.memory_mb * 2**20, threads, options.solver)
+    solve_chunks(chunks, options.memory_bytes, threads, options.solver)
     histograms = []
     for samples, table in zip(found, tables, strict=True):
         pooled = np.sort(table.values.reshape(samples.layer.windows.samples, -1), axis=-1)

@@ -187,7 +187,7 @@ def for_own_layers(
             held += stack.matrices.nbytes
             # A gathered weight stays in memory while its stack is in the group: measure before they exceed
             # memory_mb.
-            if held > options.memory_mb * 2**20:
+            if held > options.memory_bytes:
                 finish()
     finish()
     if error is not None:

@@ -136,7 +136,7 @@ def null_of_stack(stack: MatrixStack, options: SpectrumOptions, *, traps: bool =
     generator = torch.Generator("cpu").manual_seed(SEED)
     draws = draws_for(stack)
     # As many at a time as there is memory for.
-    together = max(1, options.memory_mb * 2**20 // stack.matrices.nbytes)
+    together = max(1, options.memory_bytes // stack.matrices.nbytes)
     records: list[LayerRecord] = []
     outliers: list[Outliers | None] = []
     for begin in range(0, draws, together):

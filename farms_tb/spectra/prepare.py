@@ -26,7 +26,6 @@ class PreparedLayer:
         windows: their windows.
         independent: how many windows of one sample would fit into the weight without overlap.
         largest: largest absolute value of the weight.
-        scale: what the eigenvalues of the windows are multiplied by, `MatrixStack.eigenvalue_scale`.
         exponent: the weights were divided by 2^exponent, so that no square leaves the range of float64.
         stored_as: type in which the weight is stored.
     """
@@ -35,7 +34,6 @@ class PreparedLayer:
     windows: Windows
     independent: float
     largest: float
-    scale: float
     exponent: int
     stored_as: torch.dtype
 
@@ -135,7 +133,7 @@ def _prepared(
     # Overlapping windows hold entries of the weight several times.
     overlap = min(1.0, stack.matrices.numel() / windows.view.numel())
     independent = windows.number / windows.samples * overlap
-    return PreparedLayer(stack, windows, independent, largest, stack.eigenvalue_scale, exponent, stored_as)
+    return PreparedLayer(stack, windows, independent, largest, exponent, stored_as)
 
 
 def _planned(windows: Windows, options: SpectrumOptions) -> LayerRecord:

@@ -103,7 +103,9 @@ def _unsolved(layer: PreparedLayer, options: SpectrumOptions) -> _Windows:
     """Return the windows of a layer, all of them to be solved at the first level that is worth a try."""
     values = np.full((layer.windows.number, layer.windows.size), np.nan)
     levels = np.full(len(values), first_level(layer.windows, layer.largest, options), dtype=np.int8)
-    return _Windows(layer, EigenvalueTable(layer.windows, layer.scale, values), levels, np.arange(len(values)))
+    return _Windows(
+        layer, EigenvalueTable(layer.windows, layer.stack.eigenvalue_scale, values), levels, np.arange(len(values))
+    )
 
 
 def _solve_pilots(unsolved: Sequence[_Windows], options: SpectrumOptions, threads: int) -> None:
@@ -128,7 +130,7 @@ def _solve(unsolved: Sequence[_Windows], options: SpectrumOptions, threads: int)
         for level in np.unique(levels):
             index = torch.from_numpy(one.todo[levels == level])
             chunks.append(Chunk(one.table, index, PRECISIONS[level]))
-    solve_chunks(chunks, options.memory_mb * 2**20, threads, options.solver)
+    solve_chunks(chunks, options.memory_bytes, threads, options.solver)
 
 
 def _fitted(solved: _Windows, options: SpectrumOptions) -> Samples:

@@ -104,9 +104,9 @@ def _solve_quarters(found: Sequence[Samples], options: SpectrumOptions, threads:
         if samples.layer.independent < FEW_WINDOWS and windows.size // 2 >= options.min_eigenvalues:
             quarters = quarters_of(windows)
             values = np.full((quarters.number, quarters.size), np.nan)
-            tables[place] = EigenvalueTable(quarters, samples.layer.scale, values)
+            tables[place] = EigenvalueTable(quarters, samples.layer.stack.eigenvalue_scale, values)
     chunks = [Chunk(table, torch.arange(len(table.values), device="cpu"), "float64") for table in tables.values()]
-    solve_chunks(chunks, options.memory_mb * 2**20, threads, options.solver)
+    solve_chunks(chunks, options.memory_bytes, threads, options.solver)
     return {place: table.values for place, table in tables.items()}
 
 

@@ -42,7 +42,7 @@ SPIKE_QUANTILE = {"real": 3.2722, "spectral": 1.3144}
 """Quantile at 99.9 % of the Tracy-Widom law, of real (order 1) and of complex (order 2) matrices."""
 
 TRAP_QUANTILE = {"real": 2.0234, "spectral": 0.4776}
-"""The same at 99 %."""
+"""Quantile at 99 % of the same law."""
 
 MAX_COLUMNS = 2048
 """Whole matrices of more columns are not solved: that would take minutes."""

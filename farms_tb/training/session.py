@@ -12,7 +12,8 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from farms_tb.balancing.balancer import LayerBalancer, StepGroup
+from farms_tb.balancing.balancer import LayerBalancer
+from farms_tb.balancing.step_groups import StepGroup
 from farms_tb.presets import Preset, described
 from farms_tb.report import Report
 from farms_tb.training.handover import Handover, Results

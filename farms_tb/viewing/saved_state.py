@@ -14,7 +14,7 @@ from typing import Any
 
 from farms_tb.options import SpectrumOptions, as_plain
 from farms_tb.spectra.permutation_null import PermutationNull
-from farms_tb.weights.files import read_torch_file
+from farms_tb.weights.torch_files import read_torch_file
 
 __all__ = ["SavedState", "depth_order", "newest_state", "read_state"]
 

@@ -18,24 +18,11 @@ from torch import Tensor
 from farms_tb.weights.config import facts_of, with_tied_head
 from farms_tb.weights.gguf_files import in_gguf, is_gguf
 from farms_tb.weights.names import first_few
-from farms_tb.weights.naming import may_be_layer, stored_layers
+from farms_tb.weights.naming import may_be_layer
 from farms_tb.weights.pickles import Skipped, TorchTensor
 from farms_tb.weights.safetensors_files import in_safetensors
 from farms_tb.weights.stored import ModelFacts, StoredTensor, stored_in_memory, with_siblings
-from farms_tb.weights.torch_files import holds_more, open_torch_file, read_torch_file, tensors_of
-
-__all__ = [
-    "ENDINGS",
-    "INDEX",
-    "StoredTensor",
-    "files_of_weights",
-    "part_of_each",
-    "read_torch_file",
-    "stored_layers",
-    "stored_tensors",
-    "takes_key",
-    "tensors_of_state_dict",
-]
+from farms_tb.weights.torch_files import holds_more, open_torch_file, tensors_of
 
 INDEX = ".index.json"
 ENDINGS = (".safetensors", ".gguf", ".pt", ".pth", ".ckpt", ".bin", INDEX)

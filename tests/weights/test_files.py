@@ -454,7 +454,8 @@ def test_one_layer_at_a_time(save: Any, legacy: bool, tmp_path: Path) -> None:
         torch.save(weights(model), path, _use_new_zipfile_serialization=False)
     code = f"""
 import resource, torch
-from farms_tb.weights.files import stored_layers, stored_tensors
+from farms_tb.weights.files import stored_tensors
+from farms_tb.weights.naming import stored_layers
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 torch.set_num_threads(1)

@@ -23,7 +23,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from farms_tb import analyze, analyze_checkpoint
-from farms_tb.weights.files import stored_layers, stored_tensors
+from farms_tb.weights.files import stored_tensors
+from farms_tb.weights.naming import stored_layers
 
 
 def safetensors(header: bytes | dict[str, Any], data: bytes = b"") -> bytes:
