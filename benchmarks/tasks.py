@@ -22,7 +22,7 @@ from recipes.study.figure_style import plain_axes, save
 from recipes.study.pairs import final_runs, log_ratios, pairs
 from recipes.study.records import Job, Record
 from recipes.study.report import POOLED, Row, summarise
-from recipes.study.statistics import RandomEffects, random_effects
+from recipes.study.statistics import TaskEffect, effect_over_tasks
 from recipes.study.units import percent
 
 METHODS = {
@@ -165,7 +165,7 @@ def compare(tasks: Sequence[Task], results: Path = RESULTS) -> list[Row]:
     return [row for row in summarise(cells, [BASELINE, *METHODS], BASELINE) if row.arm != BASELINE]
 
 
-def placement(tasks: Sequence[Task], results: Path = RESULTS) -> RandomEffects | None:
+def placement(tasks: Sequence[Task], results: Path = RESULTS) -> TaskEffect | None:
     """Return what it changes that ratios go to the layers that alpha says, and not to others.
 
     Args:
@@ -176,7 +176,9 @@ def placement(tasks: Sequence[Task], results: Path = RESULTS) -> RandomEffects |
         The log ratio of the errors, right layers against wrong ones, over the tasks; None with fewer than two.
     """
     runs = [(task, final_runs(runs_of(task, results))) for task in tasks if "shuffled" in task.arms]
-    return random_effects([log_ratios(pairs(own[task.shuffles], own["shuffled"]), "test") for task, own in runs])
+    return effect_over_tasks(
+        [log_ratios(pairs(own[task.shuffles], own["shuffled"]), "test") for task, own in runs]
+    )
 
 
 def flat(row: Row) -> dict[str, Value]:
@@ -194,7 +196,7 @@ def flat(row: Row) -> dict[str, Value]:
     }
 
 
-def summary(rows: Sequence[Row], placed: RandomEffects | None) -> str:
+def summary(rows: Sequence[Row], placed: TaskEffect | None) -> str:
     """Return what is known of each method: its mean over tasks, and how often it helps and does harm.
 
     Args:
@@ -224,7 +226,7 @@ def summary(rows: Sequence[Row], placed: RandomEffects | None) -> str:
     return text
 
 
-def in_words(found: RandomEffects) -> str:
+def in_words(found: TaskEffect) -> str:
     """Return a mean over tasks, in per cent, with its interval."""
     return f"{percent(found.mean):+.1f} % ({percent(found.low):+.1f} to {percent(found.high):+.1f} %)"
 

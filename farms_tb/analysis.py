@@ -17,8 +17,8 @@ from farms_tb.spectra.permutation_null import measure_nulls, weight_record, with
 from farms_tb.weights.adapter_files import tensors_with_adapter
 from farms_tb.weights.files import stored_tensors, tensors_of_state_dict
 from farms_tb.weights.layers import checked_layers
-from farms_tb.weights.naming import stored_layers
 from farms_tb.weights.stored import StoredTensor
+from farms_tb.weights.stored_layers import stored_layers
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -109,7 +109,7 @@ def analyze_checkpoint(
     - names and shapes that a package changes when it saves, as transformers does with experts, PEFT with
       adapters, and data-parallel wrappers by the prefix `module.`.
 
-    See `farms_tb.weights.naming` for how a layer's type is told.
+    See `farms_tb.weights.stored_layers` for how a layer's type is told.
 
     Args:
         path: a `.safetensors` file; a directory as Hugging Face saves it, or its `model.safetensors.index.json`

@@ -26,8 +26,8 @@ from farms_tb.viewing.run_files import find_run
 from farms_tb.weights.adapter_files import adapter_folder, tensors_with_adapter
 from farms_tb.weights.files import ENDINGS, stored_tensors
 from farms_tb.weights.layers import Layer, checked_layers, read_stacks
-from farms_tb.weights.naming import stored_layers
 from farms_tb.weights.stacks import MatrixStack
+from farms_tb.weights.stored_layers import stored_layers
 
 _FILE_ENDINGS = (*ENDINGS, ".json")
 

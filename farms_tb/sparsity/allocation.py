@@ -26,7 +26,7 @@ from farms_tb.sparsity.filling import Filling, Floats
 from farms_tb.sparsity.layers import Layers, Sizes, checked_layers, numbers
 from farms_tb.sparsity.options import SparsityKeywords, SparsityOptions
 from farms_tb.sparsity.plan import PlannedLayer, SparsityPlan
-from farms_tb.sparsity.shrinkage import shrunk_effects
+from farms_tb.sparsity.shrinkage import unit_effects
 from farms_tb.warnings import warn_once
 from farms_tb.weights.blocks import BlockRule
 
@@ -203,7 +203,7 @@ def _ratios(layers: Layers, options: SparsityOptions) -> Floats:
     if options.method == "depth":
         return ratios.line(layers.depths, options.epsilon)
     if options.method == "shrinkage":
-        return shrunk_effects(layers).ratios(options.epsilon)[layers.units]
+        return unit_effects(layers).ratios(options.epsilon)[layers.units]
     if options.granularity == "mixed":
         return ratios.within_blocks(layers, options.epsilon)
     by_alpha = ratios.by_alpha(layers, options.epsilon)

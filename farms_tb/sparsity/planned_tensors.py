@@ -21,9 +21,9 @@ from farms_tb.sparsity.plan import SparsityPlan
 from farms_tb.sparsity.prunable import Layout, plan_for_names
 from farms_tb.weights.files import files_of_weights, stored_tensors
 from farms_tb.weights.gguf_files import is_gguf
-from farms_tb.weights.naming import stored_layers
 from farms_tb.weights.stacks import MatrixStack
 from farms_tb.weights.stored import StoredTensor
+from farms_tb.weights.stored_layers import stored_layers
 
 __all__ = ["StoredLayer", "StoredModel", "check_finite", "check_oriented", "planned_tensors", "pruned_files"]
 

@@ -37,7 +37,7 @@ from farms_tb.sparsity.plan import SparsityPlan
 from farms_tb.sparsity.prunable import planned_weights
 from farms_tb.sparsity.prune import prune
 from farms_tb.sparsity.sequential import evaluating
-from farms_tb.sparsity.shrinkage import shrunk_effects
+from farms_tb.sparsity.shrinkage import unit_effects
 from farms_tb.sparsity.student import standard_error, t_quantile
 
 FEWEST_BATCHES = 12
@@ -218,7 +218,7 @@ def _directions(layers: Layers) -> dict[str, Floats]:
     found = {
         "line": ratios.line(layers.depths, 1.0) - 1,
         "alpha": ratios.by_alpha(layers, 1.0) - 1,
-        "shrinkage": shrunk_effects(layers).ratios(1.0)[layers.units] - 1,
+        "shrinkage": unit_effects(layers).ratios(1.0)[layers.units] - 1,
     }
     kept: dict[str, Floats] = {}
     for name, direction in found.items():

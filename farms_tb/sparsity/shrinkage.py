@@ -25,7 +25,7 @@ import numpy as np
 
 from farms_tb.sparsity.filling import Floats
 from farms_tb.sparsity.layers import Layers
-from farms_tb.spectra.random_effects import shrunk_effects as effects_of
+from farms_tb.spectra.random_effects import shrunk_effects
 
 _FURTHEST = 3.0
 """Standard deviations beyond which an effect inside a block is winsorised."""
@@ -36,7 +36,7 @@ _MAD = 1.4826
 
 
 @dataclass(frozen=True)
-class RandomEffects:
+class UnitEffects:
     """Effects of units, shrunk.
 
     Attributes:
@@ -69,7 +69,7 @@ class RandomEffects:
         return ratios
 
 
-def shrunk_effects(layers: Layers) -> RandomEffects:
+def unit_effects(layers: Layers) -> UnitEffects:
     """Estimate the effect of each unit.
 
     Args:
@@ -84,10 +84,10 @@ def shrunk_effects(layers: Layers) -> RandomEffects:
     variances = own + _spread_within(residuals, members) ** 2
     estimates = [_effect(residuals[unit], variances[unit]) for unit in members]
     effects, errors = (np.array(column, dtype=np.float64) for column in zip(*estimates, strict=True))
-    return random_effects(effects, errors)
+    return with_shrunk(effects, errors)
 
 
-def random_effects(effects: Floats, errors: Floats) -> RandomEffects:
+def with_shrunk(effects: Floats, errors: Floats) -> UnitEffects:
     """Shrink effects to their mean by the method of Paule and Mandel.
 
     See `farms_tb.spectra.random_effects`; units without an effect take no part.
@@ -101,11 +101,11 @@ def random_effects(effects: Floats, errors: Floats) -> RandomEffects:
     """
     known = np.isfinite(effects)
     if not known.any():
-        return RandomEffects(effects, errors, 0.0, 0.0, np.zeros(len(effects)))
-    found = effects_of(effects[known].tolist(), errors[known].tolist())
+        return UnitEffects(effects, errors, 0.0, 0.0, np.zeros(len(effects)))
+    found = shrunk_effects(effects[known].tolist(), errors[known].tolist())
     shrunk = np.full(len(effects), found.mean)
     shrunk[known] = found.effects
-    return RandomEffects(effects, errors, found.mean, found.tau, shrunk)
+    return UnitEffects(effects, errors, found.mean, found.tau, shrunk)
 
 
 def _role_medians(layers: Layers) -> Floats:

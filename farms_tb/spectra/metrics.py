@@ -102,8 +102,8 @@ def _collapse(tail_floor: float, rank_99: float, samples: Samples) -> str:
     if not tail_floor < COLLAPSED:
         return ""
     return (
-        f"collapsed: the tail begins at {tail_floor:.0e} of the largest eigenvalue, and {rank_99:.0f} of "
-        f"{samples.pooled.size} directions hold 99 % of the energy; alpha is small for that reason"
+        f"{Verdict.COLLAPSED}: the tail begins at {tail_floor:.0e} of the largest eigenvalue, and {rank_99:.0f} "
+        f"of {samples.pooled.size} directions hold 99 % of the energy; alpha is small for that reason"
     )
 
 

@@ -24,8 +24,8 @@ from torch import Tensor
 from farms_tb.weights.files import listed_tensors, stored_tensors, tensors_in
 from farms_tb.weights.low_rank import LowRankUpdate, merged
 from farms_tb.weights.names import renaming
-from farms_tb.weights.naming import values_of
 from farms_tb.weights.stored import ModelFacts, StoredTensor
+from farms_tb.weights.stored_layers import values_of
 from farms_tb.weights.values import dense
 
 CONFIG = "adapter_config.json"

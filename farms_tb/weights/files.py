@@ -1,7 +1,7 @@
 """What a path holds: the tensors in a file, a folder or a state dict, by name and shape.
 
 The readers of single formats are `safetensors_files`, `torch_files` and `gguf_files`; which layer a tensor is,
-`naming` tells. Nothing that a file holds is ever executed, and one tensor is in memory at a time.
+`stored_layers` tells. Nothing that a file holds is ever executed, and one tensor is in memory at a time.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from torch import Tensor
 from farms_tb.weights.config import facts_of, with_tied_head
 from farms_tb.weights.gguf_files import in_gguf, is_gguf
 from farms_tb.weights.names import first_few
-from farms_tb.weights.naming import may_be_layer
 from farms_tb.weights.pickles import Skipped, TorchTensor
 from farms_tb.weights.safetensors_files import in_safetensors
 from farms_tb.weights.stored import ModelFacts, StoredTensor, stored_in_memory, with_siblings
+from farms_tb.weights.stored_layers import may_be_layer
 from farms_tb.weights.torch_files import holds_more, open_torch_file, tensors_of
 
 INDEX = ".index.json"

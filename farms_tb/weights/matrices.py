@@ -9,8 +9,8 @@ may not be installed::
         return stacks.experts(weight_of(module))
 
 A test in `tests/weights/test_matrices.py` compares it with `tests/reference/stacks.py`. What a file shows of the
-new type, names and shapes, goes to `farms_tb.weights.naming`. Users add their own types in the same way, from
-outside::
+new type, names and shapes, goes to `farms_tb.weights.stored_layers`. Users add their own types in the same way,
+from outside::
 
     @farms_tb.layer_matrices.register
     def _(module: MyLayer) -> list[MatrixStack]:

@@ -12,7 +12,7 @@ from farms_tb.viewing.plots.style import new_figure
 from recipes.study.figure_style import Style, add_legend, plain_axes, save
 from recipes.study.report import POOLED, Row
 from recipes.study.rules import RULES, RuleRow
-from recipes.study.statistics import Effect, RandomEffects
+from recipes.study.statistics import Effect, TaskEffect
 from recipes.study.units import percent
 
 __all__ = ["draw_effects", "draw_rules"]
@@ -33,7 +33,7 @@ class _Bar:
 
     group: str
     arm: str
-    interval: Effect | RandomEffects | None
+    interval: Effect | TaskEffect | None
 
 
 def draw_effects(rows: Sequence[Row], baseline: str, styles: Mapping[str, Style], path: Path) -> None:

@@ -105,7 +105,7 @@ def _draw_curve(axes: Any, curve: Curve, style: Style, aside: float) -> None:
     factor = unit_of(curve.metric).factor
     rates = [aside * point.lr for point in curve.points]
     errors = [factor * point.error for point in curve.points]
-    deviations = [point.log_deviation for point in curve.points]  # NaN draws no bar
+    deviations = [point.log_standard_error for point in curve.points]  # NaN draws no bar
     below = [-error * math.expm1(-deviation) for error, deviation in zip(errors, deviations, strict=True)]
     above = [error * math.expm1(deviation) for error, deviation in zip(errors, deviations, strict=True)]
     look = {"color": style.colour, "marker": style.marker, "markersize": 4.5}

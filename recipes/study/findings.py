@@ -284,8 +284,8 @@ def _curve_rows(curve: Curve) -> list[Columns]:
             "seeds": point.seeds,
             "diverged": point.diverged,
             "val_error": point.error,
-            "low": math.exp(point.log_error - point.log_deviation),
-            "high": math.exp(point.log_error + point.log_deviation),
+            "low": math.exp(point.log_error - point.log_standard_error),
+            "high": math.exp(point.log_error + point.log_standard_error),
         }
         for point in curve.points
     ]

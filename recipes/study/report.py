@@ -13,7 +13,7 @@ from statistics import mean, stdev
 
 from recipes.study.pairs import FinalRuns, Records, final_runs, log_ratios, pairs
 from recipes.study.records import Record
-from recipes.study.statistics import Effect, RandomEffects, holm, pooled_effect, random_effects
+from recipes.study.statistics import Effect, TaskEffect, effect_over_tasks, holm, pooled_effect
 
 __all__ = ["POOLED", "Row", "mean_effect", "summarise"]
 
@@ -54,7 +54,7 @@ class Row:
     p_holm: float
     overhead: float
     difference: Effect | None = None
-    over_tasks: RandomEffects | None = None
+    over_tasks: TaskEffect | None = None
 
     @property
     def p(self) -> float:
@@ -189,7 +189,7 @@ def _pooled_row(cells: Sequence[FinalRuns], arm: str, baseline: str) -> Row:
         effect=mean_effect(ratios),
         p_holm=math.nan,
         overhead=_overhead(cells, arm, baseline),
-        over_tasks=random_effects(ratios),
+        over_tasks=effect_over_tasks(ratios),
     )
 
 

@@ -31,14 +31,14 @@ class Point:
         seeds: Number of runs.
         diverged: Those of them that diverged, and count with the error of a network that has learnt nothing.
         log_error: Mean log validation error.
-        log_deviation: Its standard error over seeds; NaN for one seed.
+        log_standard_error: Standard error of `log_error` over seeds; NaN for one seed.
     """
 
     lr: float
     seeds: int
     diverged: int
     log_error: float
-    log_deviation: float
+    log_standard_error: float
 
     @property
     def error(self) -> float:

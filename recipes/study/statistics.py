@@ -16,7 +16,7 @@ from scipy import stats
 
 from farms_tb.spectra.random_effects import shrunk_effects
 
-__all__ = ["LEVEL", "Effect", "RandomEffects", "holm", "log_error", "pooled_effect", "random_effects"]
+__all__ = ["LEVEL", "Effect", "TaskEffect", "effect_over_tasks", "holm", "log_error", "pooled_effect"]
 
 LEVEL = 0.95
 """Coverage of the intervals."""
@@ -118,7 +118,7 @@ def _residuals(cells: Sequence[Mapping[int, float]], means: Sequence[float]) -> 
 
 
 @dataclass(frozen=True)
-class RandomEffects:
+class TaskEffect:
     """The mean effect on tasks of which the cells are a sample.
 
     Attributes:
@@ -136,7 +136,7 @@ class RandomEffects:
     cells: int
 
 
-def random_effects(cells: Sequence[Mapping[int, float]]) -> RandomEffects | None:
+def effect_over_tasks(cells: Sequence[Mapping[int, float]]) -> TaskEffect | None:
     """Return the mean effect over tasks, and how much the effect varies between them.
 
     `pooled_effect` says what more seeds of the same cells would give; this says what other cells might. The
@@ -175,7 +175,7 @@ def random_effects(cells: Sequence[Mapping[int, float]]) -> RandomEffects | None
     if min(spreads) > 0:
         total = math.fsum(1 / spread for spread in spreads)
         half = float(stats.t.ppf((1 + LEVEL) / 2, len(known) - 1)) / math.sqrt(total)
-    return RandomEffects(fit.mean, fit.mean - half, fit.mean + half, fit.tau, len(known))
+    return TaskEffect(fit.mean, fit.mean - half, fit.mean + half, fit.tau, len(known))
 
 
 def _differ(cell: Mapping[int, float]) -> bool:

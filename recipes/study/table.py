@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from recipes.study.records import write_rows
-from recipes.study.statistics import Effect, RandomEffects
+from recipes.study.statistics import Effect, TaskEffect
 
 __all__ = ["Line", "Notes", "effect_columns", "terminal_table", "write_table"]
 
@@ -53,7 +53,7 @@ def terminal_table(title: str, lines: Sequence[Line], notes: Notes | None = None
 
 
 def effect_columns(
-    prefix: str, effect: Effect | RandomEffects | None, names: Sequence[str] = ("mean", "low", "high")
+    prefix: str, effect: Effect | TaskEffect | None, names: Sequence[str] = ("mean", "low", "high")
 ) -> dict[str, float | None]:
     """Return the columns of an effect in a CSV.
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from recipes.study.records import METRICS, SHARES
-from recipes.study.statistics import Effect, RandomEffects
+from recipes.study.statistics import Effect, TaskEffect
 
 __all__ = ["Unit", "change", "heading", "interval", "number", "p_value", "percent", "unit_of"]
 
@@ -83,7 +83,7 @@ def interval(low: float, high: float) -> str:
     return f"{show_percent(low)} to {show_percent(high)}"
 
 
-def change(effect: Effect | RandomEffects | None) -> str:
+def change(effect: Effect | TaskEffect | None) -> str:
     """Write an effect in per cent, with its interval where there is one; empty where there is no effect."""
     if effect is None:
         return ""

@@ -113,10 +113,12 @@ def test_a_run_that_was_killed_goes_on_identically(finetune: Command, tmp_path: 
     for later in ("checkpoint-20", "checkpoint-30"):
         shutil.rmtree(run / "checkpoints" / later)
     (run / "metrics.csv").write_text("half a line")
+    (run / "checkpoints" / ".last.ckpt-0123.part").write_text("half of the weights")
     resumed = finetune("run", *SST2, *BALANCED, keep, f"ckpt_path={run}/checkpoints/checkpoint-10")
     del whole["seconds"], resumed["seconds"]
     assert resumed == whole
     assert rows_of(run) == rows
+    assert not list((run / "checkpoints").glob(".*.part"))
     again = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     assert all(torch.equal(weights[name], again[name]) for name in weights)
 

@@ -31,7 +31,7 @@ from recipes.study.report import POOLED, Row, summarise
 from recipes.study.rules import RuleRow, effects_by_rule
 from recipes.study.sensitivity import Curve, compare_ranges, curves, rate_range
 from recipes.study.settings import keep_settings, locked
-from recipes.study.statistics import RandomEffects, pooled_effect, random_effects
+from recipes.study.statistics import TaskEffect, effect_over_tasks, pooled_effect
 from recipes.study.units import heading, show_percent
 from recipes.study.verdict import about_contrasts, about_ranges, about_rules, about_tasks, ruled_out, verdict
 from tests.recipes.study_records import final_run
@@ -67,7 +67,7 @@ def _samples(mean: float, error: float) -> dict[int, float]:
 
 
 def test_effect_over_tasks_with_equal_errors() -> None:
-    found = random_effects([_samples(mean, 0.3) for mean in (-0.4, 0.1, 0.6)])
+    found = effect_over_tasks([_samples(mean, 0.3) for mean in (-0.4, 0.1, 0.6)])
     assert found is not None
     # The variance of the means, 0.25, is tau^2 + 0.3^2.
     half = stats.t.ppf(0.975, 2) * 0.5 / math.sqrt(3)
@@ -79,7 +79,7 @@ def test_effect_over_tasks_with_equal_errors() -> None:
 def test_effect_over_tasks_solves_paule_and_mandels_equation() -> None:
     rng = np.random.default_rng(0)
     means, errors = rng.normal(0.1, 0.2, 7), rng.uniform(0.02, 0.2, 7)
-    found = random_effects([_samples(*pair) for pair in zip(means, errors, strict=True)])
+    found = effect_over_tasks([_samples(*pair) for pair in zip(means, errors, strict=True)])
 
     def excess(variance: float) -> float:
         weights = 1 / (variance + errors**2)
@@ -96,18 +96,18 @@ def test_effect_over_tasks_solves_paule_and_mandels_equation() -> None:
 
 
 def test_effect_over_tasks_at_its_edges() -> None:
-    same = random_effects([_samples(0.2, 0.1), _samples(0.2, 0.1)])
+    same = effect_over_tasks([_samples(0.2, 0.1), _samples(0.2, 0.1)])
     assert same is not None
     assert same.tau == 0
     assert same.high - same.mean == pytest.approx(stats.t.ppf(0.975, 1) * 0.1 / math.sqrt(2))
-    assert random_effects([{1: 0.0, 2: 0.0}, {1: 0.0, 2: 0.0}]) == RandomEffects(0.0, 0.0, 0.0, 0.0, 2)
+    assert effect_over_tasks([{1: 0.0, 2: 0.0}, {1: 0.0, 2: 0.0}]) == TaskEffect(0.0, 0.0, 0.0, 0.0, 2)
     unchanged = {1: 0.0, 2: 0.0}
     noisy = [_samples(0.05, 0.2), _samples(-0.05, 0.2)]
-    found, with_noise = random_effects([unchanged, *noisy]), random_effects([_samples(0.0, 0.2), *noisy])
+    found, with_noise = effect_over_tasks([unchanged, *noisy]), effect_over_tasks([_samples(0.0, 0.2), *noisy])
     assert found == with_noise, "where nothing was changed, the effect on a task like it is not known better"
     alike = {1: 0.1, 2: 0.1, 3: 0.1}  # which does not say that nothing varies
     for too_few in ([], [_samples(0.2, 0.1)], [_samples(0.2, 0.1), {1: 0.3}], [_samples(0.2, 0.1), alike]):
-        assert random_effects(too_few) is None
+        assert effect_over_tasks(too_few) is None
 
 
 def _covered(tau: float, count: int = 300) -> tuple[float, float]:
@@ -119,7 +119,7 @@ def _covered(tau: float, count: int = 300) -> tuple[float, float]:
         for noise in (0.05, 0.1, 0.2, 0.1, 0.05, 0.2):
             values = 0.03 + rng.normal(0, tau) + rng.normal(0, noise, 20)
             cells.append(dict(enumerate(values, start=100 * len(cells))))
-        tasks, seeds = random_effects(cells), pooled_effect(cells)
+        tasks, seeds = effect_over_tasks(cells), pooled_effect(cells)
         assert tasks is not None
         over_tasks += tasks.low <= 0.03 <= tasks.high
         over_seeds += seeds.low <= 0.03 <= seeds.high
@@ -278,7 +278,7 @@ def test_points_are_geometric_means_with_standard_errors() -> None:
     (curve,) = curves({"cell": _cell(records)}, ["off", "x"])
     logs = np.log([0.2, 0.4, 0.8])
     assert [point.error for point in curve.points] == pytest.approx([0.4, 0.8])
-    assert curve.points[0].log_deviation == pytest.approx(logs.std(ddof=1) / math.sqrt(3))
+    assert curve.points[0].log_standard_error == pytest.approx(logs.std(ddof=1) / math.sqrt(3))
     assert (curve.best.lr, curve.step) == (1.0, 2.0)
 
 

@@ -178,7 +178,7 @@ def test_a_larger_alpha_is_never_pruned_less(alphas: list[float], target: float,
 @given(
     ratios=st.lists(st.floats(1, 9), min_size=2, max_size=9),
     target=st.floats(0.1, 0.9),
-    epsilon=st.floats(0.05, 1),
+    epsilon=st.floats(0.05, 0.99),
 )
 def test_bounds_match_the_slow_reference(ratios: list[float], target: float, epsilon: float) -> None:
     """Water-filling, against bisection on the scale factor."""
@@ -199,6 +199,22 @@ def test_bounds_match_the_slow_reference(ratios: list[float], target: float, eps
     wanted = reference.filled(reference.line(1 - epsilon, 1 + epsilon, ratios), sizes, target, low=0.08, high=0.92)
     # With a ratio of nearly 0, the two solve an ill-conditioned problem.
     assert list(plan.sparsity.values()) == pytest.approx(wanted, abs=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_layer_of_ratio_zero_gives_what_the_others_cannot() -> None:
+    """Its ratio is 1 - epsilon = 0, and 0.75 of 27 entries are more than 0.92 of the other layer's 17."""
+    plan = allocate(
+        {"a": 1.0, "b": 2.0},
+        {"a": 10, "b": 17},
+        0.75,
+        granularity="matrix",
+        epsilon=1.0,
+        min_sparsity=0.08,
+        max_sparsity=0.92,
+        outliers=None,
+    )
+    assert plan.sparsity == pytest.approx({"a": (0.75 * 27 - 0.92 * 17) / 10, "b": 0.92})
 
 
 def test_blocks_match_the_steps_of_the_paper() -> None:

@@ -455,7 +455,7 @@ def test_one_layer_at_a_time(save: Any, legacy: bool, tmp_path: Path) -> None:
     code = f"""
 import resource, torch
 from farms_tb.weights.files import stored_tensors
-from farms_tb.weights.naming import stored_layers
+from farms_tb.weights.stored_layers import stored_layers
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 torch.set_num_threads(1)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from farms_tb import analyze, analyze_checkpoint
 from farms_tb.weights.files import stored_tensors
-from farms_tb.weights.naming import stored_layers
+from farms_tb.weights.stored_layers import stored_layers
 
 
 def safetensors(header: bytes | dict[str, Any], data: bytes = b"") -> bytes:
