@@ -173,9 +173,9 @@ def _errors_of(names: Iterable[str], errors: Mapping[str, float]) -> list[float]
 
 def _reflected(alphas: Sequence[float]) -> list[float]:
     """Return max + min - a of each alpha a, which turns their order round and stays in their range."""
-    # Halves, because a sum of two huge values would overflow.
+    # Halves, because a sum of two huge values would overflow, as may a rounding above the largest.
     low, high = min(alphas) / 2, max(alphas) / 2
-    return [2 * (low + (high - alpha / 2)) for alpha in alphas]
+    return [2 * min(max(low + (high - alpha / 2), low), high) for alpha in alphas]
 
 
 def noise_lambda(z_scores: Sequence[float]) -> float:

@@ -107,7 +107,10 @@ def _excess(positions: Sequence[float], variances: Sequence[float], variance: fl
     """Return sum_i (d_i - m)^2 / (tau^2 + se_i^2) - (n - 1), for tau^2 = `variance`."""
     mean = _weighted_mean(positions, variances, variance)
     terms = [(place - mean) ** 2 / (variance + own) for place, own in zip(positions, variances, strict=True)]
-    return math.fsum(terms) - (len(positions) - 1)
+    try:
+        return math.fsum(terms) - (len(positions) - 1)
+    except OverflowError:  # errors that are nothing beside the effects
+        return math.inf
 
 
 def _weighted_mean(positions: Sequence[float], variances: Sequence[float], variance: float) -> float:

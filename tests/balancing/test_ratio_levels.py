@@ -30,8 +30,8 @@ def mapped(alphas: Sequence[float | None], assign_func: Any, **options: Any) -> 
 @given(
     alphas=st.lists(st.floats(1.001, 20), min_size=2, max_size=40),
     levels=st.integers(2, 12),
-    low=st.floats(0, 1),
-    width=st.floats(0, 2),
+    low=st.floats(0, 1, allow_subnormal=False),
+    width=st.floats(0, 2, allow_subnormal=False),
 )
 def test_each_goes_to_the_nearest_of_few_levels(
     assign_func: Any, alphas: list[float], levels: int, low: float, width: float
