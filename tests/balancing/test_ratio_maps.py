@@ -125,7 +125,7 @@ def test_nothing_to_balance_is_ratio_one(name, alphas):
 @pytest.mark.parametrize("name", BOUNDED)
 @given(alphas=st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=1, max_size=6))
 @example(alphas=[sys.float_info.max, -1.0737804415345453e304])  # reflected, it is rounded beyond the largest float
-@example(alphas=[0.0, 0.0, 1.3407807929942598e153, 1.3407807929942598e153])  # their squares over those of their errors overflow
+@example(alphas=[0.0, 0.0, 1.3407807929942598e153, 1.3407807929942598e153])  # over squared errors
 def test_any_finite_value_stays_inside_the_bounds(name, favor, alphas):
     low, high = (10**-0.25, 10**0.25) if name == "tb_sigmoid" else (0.5, 1.5)
     for ratio in mapped(alphas, name, favor=favor).values():
