@@ -258,7 +258,7 @@ def test_table_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.fixture(scope="module")
-def mlflow_logger(tmp_path_factory: Any) -> Callable[[], Any]:
+def mlflow_logger(tmp_path_factory: Any) -> Callable[..., Any]:
     """Makes loggers that write into one store, whose tables take long to set up."""
     pytest.importorskip("mlflow")
     pytest.importorskip("sqlalchemy")
@@ -267,7 +267,7 @@ def mlflow_logger(tmp_path_factory: Any) -> Callable[[], Any]:
     folder = tmp_path_factory.mktemp("mlflow")
     options = {"tracking_uri": f"sqlite:///{folder / 'runs.db'}", "artifact_location": folder.as_uri()}
 
-    return lambda: MLFlowLogger(**options)
+    return lambda **other: MLFlowLogger(**{**options, **other})
 
 
 # What MLflow's client and its packages say of themselves.
@@ -291,6 +291,17 @@ def test_mlflow(mlflow_logger: Callable[[], Any], tmp_path: Path) -> None:
     assert [row["layer"] for row in rows] == LAYERS
     assert [float(row["alpha"]) for row in rows] == list(balance.report.alphas.values())
     assert {row["ratio"] for row in rows} == {""}, "the final weights take no further step"
+
+
+def test_mlflow_without_a_place_for_tables_ends_no_training(
+    mlflow_logger: Callable[..., Any], tmp_path: Path
+) -> None:
+    (tmp_path / "taken").touch()  # a file, where the folder of the artifacts would be
+    logger = mlflow_logger(experiment_name="taken", artifact_location=(tmp_path / "taken").as_uri())
+    balance = FARMSTempBalance(table_every_n=1, assign_func="tb_linear_map")
+    with pytest.warns(UserWarning, match="table and pictures are left out"):
+        fit(Module(), [balance], logger=logger)
+    assert len(logger.experiment.get_metric_history(logger.run_id, "farms/alpha/net.5")) == EPOCHS + 1
 
 
 @pytest.mark.filterwarnings("ignore")
