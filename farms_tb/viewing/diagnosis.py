@@ -86,7 +86,7 @@ def diagnose(report: Report) -> list[str]:
     for verdict, say in _SENTENCES.items():
         if by_verdict[verdict]:
             found.append(say(by_verdict[verdict], report.layers))
-    dead = {name: record for name, record in report.layers.items() if _dead_share(record) >= DEAD_SHARE}
+    dead = {name: record for name, record in report.layers.items() if _dead_side(record)[0] >= DEAD_SHARE}
     if dead:
         found.append(_about_dead_rows(dead))
     rest = _about_the_rest(report.layers, by_verdict[Verdict.TRAINED])
@@ -178,19 +178,23 @@ _SENTENCES: dict[Verdict, Callable[[Records, Records], str]] = {
 """What is said of the layers with a verdict, given these and all layers; the most urgent first."""
 
 
-def _dead_share(record: LayerRecord) -> float:
-    """Return the share of rows or columns, whichever is larger, that are dead."""
+def _dead_side(record: LayerRecord) -> tuple[float, str]:
+    """Return the share of rows or columns, whichever is larger, that are dead, and which of the two."""
     if not record.shape or record.dead_rows is None or record.dead_columns is None:
-        return 0.0
+        return 0.0, "rows"
     _, rows, columns = record.shape
-    return max(record.dead_rows / rows, record.dead_columns / columns)
+    return max((record.dead_rows / rows, "rows"), (record.dead_columns / columns, "columns"))
 
 
 def _about_dead_rows(records: Records) -> str:
-    worst = max(records, key=lambda name: _dead_share(records[name]))
-    also = f", and {len(records) - 1} more layers have such" if len(records) > 1 else ""
-    share = f"{_dead_share(records[worst]):.0%} of the rows or columns of {_name(worst)}"
-    return f"{share} are dead, units that no longer count: their norm is below a thousandth of the largest{also}."
+    worst = max(records, key=lambda name: _dead_side(records[name]))
+    share, side = _dead_side(records[worst])
+    others = len(records) - 1
+    also = f", and {others} more {'layer has' if others == 1 else 'layers have'} such" if others else ""
+    return (
+        f"{share:.0%} of the {side} of {_name(worst)} are dead, units that no longer count: their norm is below a "
+        f"thousandth of the largest{also}."
+    )
 
 
 def _about_the_rest(layers: Records, trained: Records) -> list[str]:

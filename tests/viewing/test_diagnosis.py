@@ -99,7 +99,10 @@ def test_without_a_null_it_says_what_is_missing() -> None:
 
 def test_dead_units() -> None:
     sentences = said(one=record(dead_rows=38), two=record())
-    assert "38 % of the rows or columns of one" in sentences[0].replace("38%", "38 %")
+    assert "38% of the rows of one are dead" in sentences[0]
+    (sentence, *_) = said(one=record(dead_columns=20), two=record(dead_columns=30), three=record())
+    assert "of the columns of two are dead" in sentence
+    assert "1 more layer has such" in sentence
 
 
 @pytest.mark.parametrize("layers", [{}, {"only": record()}, {"bad": LayerRecord(status="all weights are zero")}])
