@@ -140,10 +140,17 @@ def check_optimizer(optimizer: Optimizer) -> None:
 
 
 def _warn_if_untested(optimizer: Optimizer) -> None:
-    """Warn, once for each class, of optimizers that are not torch's, and of Rprop, to which ratios mean little."""
+    """Warn, once for each class, of those to which ratios mean little, and of optimizers that are not torch's."""
     name = type(optimizer).__name__
-    if name == "Rprop":
+    if isinstance(optimizer, torch.optim.Rprop):
         message = "Rprop uses its lr for the first step alone: ratios have no effect after it"
+        warn_once(message, type(optimizer))
+    elif isinstance(optimizer, torch.optim.Adafactor):
+        message = (
+            "torch's Adafactor steps with 1 / sqrt(step) where that is below its lr: layers whose rates are above "
+            "it all step alike, so that ratios have less and less effect. A smaller lr puts this off: with 1e-3 it "
+            "begins after a million steps"
+        )
         warn_once(message, type(optimizer))
     elif not type(optimizer).__module__.startswith("torch.optim"):
         message = f"layer-wise learning rates are untested with {name}: check callback.param_groups(optimizer)"

@@ -977,6 +977,11 @@ def test_rprop_warns() -> None:
         LayerwiseStep(torch.optim.Rprop(make_params()))
 
 
+def test_adafactor_warns_that_its_rate_is_capped() -> None:
+    with pytest.warns(UserWarning, match=r"Adafactor steps with 1 / sqrt\(step\)"):
+        LayerwiseStep(torch.optim.Adafactor(make_params()))
+
+
 def test_untested_class_warns_and_names_the_check() -> None:
     with pytest.warns(UserWarning, match=r"untested with Counting: check callback.param_groups\(optimizer\)"):
         LayerwiseStep(Counting(make_params(), lr=0.1))
