@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from farms_tb.weights.blocks import blocks_of
 from farms_tb.weights.layers import Layer
@@ -72,7 +73,8 @@ def fixed_ratios(
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Return the ratios that the option `fixed` gives to layers and to parameters, by their names.
 
-    Where several patterns match a name, the first one counts.
+    A layer whose matrices are all named as parameters is fixed as well, and so is a matrix whose layers are all
+    named: it may have the name of another module that shares it. Where several patterns match, the first counts.
 
     Args:
         model: the model.
@@ -84,17 +86,40 @@ def fixed_ratios(
     """
     of_layers: dict[str, float] = {}
     of_parameters: dict[str, float] = {}
+    matrices = _matrices_of_layers(model, layers)
     for pattern, ratio in fixed:
-        matched = layers_matching(layers, pattern)
-        parameters = parameters_matching(model, pattern)
+        named = set(layers_matching(layers, pattern))
+        parameters = {*parameters_matching(model, pattern), *_held_by_these_alone(named, matrices)}
+        matched = named | {layer for layer, own in matrices.items() if own and own <= parameters}
         if not matched and not parameters:
             raise ValueError(
                 f"fixed={{{pattern!r}: {ratio!r}}} matches no layer and no parameter; the layers are "
                 f"{_listed(layers)}"
             )
-        of_layers = dict.fromkeys(matched, ratio) | of_layers
-        of_parameters = dict.fromkeys(parameters, ratio) | of_parameters
+        of_layers = dict.fromkeys(sorted(matched), ratio) | of_layers
+        of_parameters = dict.fromkeys(sorted(parameters), ratio) | of_parameters
     return of_layers, of_parameters
+
+
+def _matrices_of_layers(model: nn.Module, layers: Sequence[Layer]) -> dict[str, set[str]]:
+    """Return the names of the parameters with two or more dimensions that each layer has, by its name."""
+    parameters = named_parameters(model).items()
+    matrices = {name for name, parameter in parameters if not is_lazy(parameter) and parameter.ndim > 1}
+    return {layer.name: matrices.intersection(layer.parameters) for layer in layers}
+
+
+def _held_by_these_alone(names: Collection[str], matrices: Mapping[str, set[str]]) -> set[str]:
+    """Return the matrices of some layers that no other layer has a part of, as q, k and v of attention have.
+
+    Args:
+        names: of these layers.
+        matrices: those of every layer.
+    """
+    held: set[str] = set()
+    of_others: set[str] = set()
+    for layer, own in matrices.items():
+        (held if layer in names else of_others).update(own)
+    return held - of_others
 
 
 def blocks_of_layers(layers: Sequence[Layer], patterns: Sequence[str]) -> dict[str, str]:

@@ -67,6 +67,26 @@ class TestFixed:
         assert ratios["model.layers.1.0.bias"] == 0
         assert ratios["model.layers.1.0.weight"] == balancer.ratios["model.layers.1.0"] != 0
 
+    def test_a_weight_fixes_its_layer(self) -> None:
+        """Ratios and logs show what the weight steps with, and the layer leaves the map; its bias follows it."""
+        balancer = balance(make_net(), fixed={"5.weight": 3.0})
+        others = [ratio for layer, ratio in balancer.ratios.items() if layer != "5"]
+        assert balancer.ratios["5"] == balancer.parameter_ratios()["5.weight"] == 3
+        assert balancer.parameter_ratios()["5.bias"] == 3
+        assert (min(others), max(others)) == (0.5, 1.5)
+
+    @pytest.mark.parametrize("names", [("lm_head", "*embed*"), ("*embed*", "lm_head")], ids=str)
+    def test_of_two_names_of_a_tied_weight_the_first_counts(self, names: tuple[str, str]) -> None:
+        balancer = balance(LanguageModel(tied=True), fixed={names[0]: 3.0, names[1]: 5.0})
+        assert balancer.ratios["lm_head"] == balancer.parameter_ratios()["model.embed_tokens.weight"] == 3
+
+    def test_a_part_of_a_shared_weight_leaves_the_mean(self) -> None:
+        """The packed q, k and v of attention are one parameter, which has one ratio."""
+        model = nn.Sequential(nn.MultiheadAttention(16, 2), nn.Linear(16, 16), nn.Linear(16, 24))
+        balancer = balance(model, fixed={"0.q": 4.0}, lr_min_ratio=1, lr_max_ratio=1)
+        assert balancer.ratios["0.q"] == 4
+        assert balancer.parameter_ratios()["0.in_proj_weight"] == 2
+
     def test_alone_with_a_map_that_does_nothing(self) -> None:
         """The control: only the named layers step at another rate, by just that factor."""
         model = make_net()
