@@ -423,7 +423,8 @@ class RatioOptions:
             entries, so that balancing does not change the overall learning rate. None leaves them as mapped.
         exclude_heads: leave the layers of a transformers model that are not in its base model at ratio 1.
         fixed: ratios that are set instead of mapped, by shell-style patterns of layers or parameters, matched as
-            in `exclude`: `{"embed*": 5.0, "lm_head": 5.0}`. Where several match, the first one counts.
+            in `exclude`: `{"embed*": 5.0, "lm_head": 5.0}`. Where several match, the first one counts. A layer
+            whose weights are named is fixed as well; norms follow a fixed layer as any other.
         unit: what has a ratio of its own: a `"layer"`, or a `"block"` of repeated ones. The mean over the layers
             of a block is mapped, and all of its parameters, norms and biases too, take its ratio. Layers outside
             of blocks keep ratio 1, and `exclude_first` and `exclude_last` have no effect.
@@ -433,7 +434,8 @@ class RatioOptions:
             standard error.
         permute: seed of a permutation by which the mapped ratios are dealt out among the layers: a placebo, whose
             layers train at unequal rates that have nothing to do with their alphas. Layers without an alpha are
-            dealt one, too. None leaves ratios in place.
+            dealt one, too. Where other layers take part than before, all are dealt anew. None leaves ratios in
+            place.
         target: what the ratios scale: the learning rate, `"weight_decay"`, or `"both"`.
         decay_follows_lr: whether a parameter's decay in a step, lr * weight_decay, is scaled along with its
             learning rate, as it is in torch. False keeps it, or leaves it to `target`.
@@ -557,7 +559,8 @@ class ScheduleOptions:
         every_n_epochs: measure at the start of every n-th epoch.
         every_n_steps: measure every n optimizer steps instead of by epochs.
         lag_steps: let a GPU measure in the background, on CUDA streams of its own, and apply the ratios this many
-            optimizer steps after the weights were read, exactly, so that runs stay reproducible. Training waits
+            optimizer steps after the weights were read, exactly, so that runs stay reproducible; at the next
+            measurement, where that is sooner. Training waits
             for the first measurement and for that of the final weights. Needs memory for a copy of the layers'
             weights; models on the CPU are measured at once, with the same results. 0 waits at each measurement.
         measurements_per_epoch: measure this many times an epoch, at equal numbers of optimizer steps, instead of
@@ -587,6 +590,11 @@ class ScheduleOptions:
         start, until = parsed_time("start", self.start), parsed_time("until", self.until)
         if start.unit == until.unit and not start.amount < until.amount:
             raise ValueError(f"until must be later than start, got start={self.start!r} and until={self.until!r}")
+
+    @property
+    def by_steps(self) -> bool:
+        """Whether optimizer steps say when to measure, and not epochs."""
+        return self.every_n_steps is not None or self.measurements_per_epoch is not None
 
     @property
     def needs_length(self) -> bool:

@@ -85,7 +85,7 @@ PRESETS: Mapping[Preset, Published] = {
         "this package's default: the map of shrunk effects", {"esd": "farms", "assign_func": "shrinkage"}
     ),
     "monitor": Published(
-        "measures and logs; all ratios are 1, but for those in `fixed`",
+        "measures and logs; all ratios are 1, but for those in `fixed` and of norms that these feed",
         {"assign_func": "tb_linear_map", "lr_min_ratio": 1.0, "lr_max_ratio": 1.0},
     ),
 }

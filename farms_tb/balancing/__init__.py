@@ -3,7 +3,7 @@
 To read in this order:
 
 - `measured_model`: the layers of a model and their measurements;
-- `ratio_maps`: alphas -> ratios; `shrinkage`: effects and their errors -> ratios;
+- `ratio_maps`: alphas, or effects and their errors -> ratios;
 - `report_ratios`: the record of each layer -> its ratio;
 - `selection`: what the patterns of an option name;
 - `assignment`: which layers take part, which parameter follows which layer; `norms`: whom a norm follows;

@@ -24,12 +24,13 @@ from farms_tb.balancing.measured_model import MeasuredModel
 from farms_tb.balancing.optimizers import BalancedOptimizers
 from farms_tb.balancing.ratio_warnings import RatioWarnings
 from farms_tb.balancing.report_ratios import MappedRatios, RatioSummary, ratios_of_report
-from farms_tb.balancing.state import BalancerState, read_state, warn_of_other_settings, write_state
+from farms_tb.balancing.state import BalancerState, changed_settings, read_state, write_state
 from farms_tb.balancing.step_groups import StepGroup, lrs_of_layers, step_groups
 from farms_tb.balancing.targets import Ratio, scale_of, weakened
 from farms_tb.balancing.verdict_warnings import VerdictWarnings
 from farms_tb.options import Kind, RatioOptions, SpectrumOptions, as_plain
 from farms_tb.report import Report
+from farms_tb.warnings import warn_once
 from farms_tb.weights.layers import Layer, unwrap
 from farms_tb.weights.names import named_parameters
 
@@ -173,10 +174,16 @@ class LayerBalancer:
         A measurement that was begun is waited for, on every process that takes part in it.
         """
         begun = self._measured.begun_report()
-        return write_state(BalancerState(self._plain_options(), self._mapped, self.report, begun))
+        return write_state(BalancerState(self._plain_options(), self._mapped, self.report, begun, self._leaders))
 
-    def load_state_dict(self, state: dict[str, Any]) -> bool:
+    def load_state_dict(
+        self, state: dict[str, Any], changed: str = "the checkpoint was written with other settings"
+    ) -> bool:
         """Apply the saved ratios.
+
+        Args:
+            state: what `state_dict` returned.
+            changed: how the warning begins where options or layers are others now.
 
         Returns:
             Whether the state fits. False where the options or the layers are others now, after a warning that
@@ -187,9 +194,13 @@ class LayerBalancer:
         """
         saved = read_state(state)
         names = [layer.name for layer in self.layers]
-        fits = not warn_of_other_settings(saved, self._plain_options(), names, self._measured.model)
+        changes = changed_settings(saved, self._plain_options(), names)
+        if changes:
+            warn_once(f"{changed}, measuring anew: {changes}", self._measured.model)
+        fits = not changes
         self._mapped = {name: saved.ratios.get(name, 1.0) for name in names}
-        self._leaders = block_leaders(self._measured.assignment, self._members())
+        # Those of the measurement, since other layers may be trained by now. Earlier versions did not save them.
+        self._leaders = saved.leaders if fits and saved.leaders else self._block_leaders()
         self._apply()
         self.report = saved.report
         self._measured.restore(saved.report if fits else None, saved.begun if fits else None)
@@ -216,8 +227,12 @@ class LayerBalancer:
 
     def _map(self, report: Report) -> MappedRatios:
         assignment, by_kind = self._measured.assignment, self._members()
-        self._leaders = block_leaders(assignment, by_kind)
+        self._leaders = self._block_leaders()
         return ratios_of_report(report, by_kind, self.ratio_options, assignment)
+
+    def _block_leaders(self) -> dict[str, str]:
+        """Return a layer of each block that is balanced as the optimizers are now."""
+        return block_leaders(self._measured.assignment, self._members())
 
     def _members(self) -> dict[Kind, list[str]]:
         """Return the layers that are balanced as the optimizers are now, by kind."""

@@ -106,7 +106,8 @@ class BalancedOptimizers:
             name = type(optimizer).__name__
             warn_once(
                 f"the weights were trained since the last measurement, but not by {name}.step(): their learning "
-                "rates were not the layer-wise ones. Was the optimizer exchanged, or its step replaced?",
+                "rates were not the layer-wise ones. Was the optimizer exchanged, or its step replaced? Where "
+                "weights were loaded, all is well",
                 model,
             )
 
@@ -131,11 +132,27 @@ class BalancedOptimizers:
             parameters: the parameters by name.
 
         Returns:
-            Those that an optimizer holds and that are not frozen, by name.
+            Those that an optimizer holds and that are not frozen, or only for the turn of another one, by name.
         """
-        held = self._held()
-        learning = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
-        return {name: parameter for name, parameter in learning.items() if id(parameter) in held}
+        held, pausing = self._held(), self._pausing()
+        own = {name: parameter for name, parameter in parameters.items() if id(parameter) in held}
+        return {name: one for name, one in own.items() if one.requires_grad or id(one) in pausing}
+
+    def _pausing(self) -> set[int]:
+        """Return the `id` of each parameter that is frozen while its optimizer waits for its turn.
+
+        Loops with several optimizers, as for a GAN, freeze one network for the step of the other, and a batch may
+        end so. Then all parameters of an optimizer are frozen, and it has stepped them before: they have a state.
+        """
+        pausing: set[int] = set()
+        if len(self._optimizers) == 1:
+            return pausing
+        for optimizer in self._optimizers:
+            state = vars(optimizer).get("state", {})
+            params = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            if isinstance(state, Mapping) and not any(parameter.requires_grad for parameter in params):
+                pausing.update(id(parameter) for parameter in params if parameter in state)
+        return pausing
 
     def groups(self, optimizer: Any = None) -> list[SplitGroup]:
         """Return the groups that a step sees now.

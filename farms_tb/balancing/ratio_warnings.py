@@ -93,11 +93,12 @@ class RatioWarnings:
         )
 
     def _about_few_layers(self, mapped: MappedRatios) -> None:
-        """Warn, once, where no kind has two layers that could differ."""
-        numbers = [len(names) for names in mapped.members.values()]
+        """Warn, once, where no kind has two layers, or blocks, that could differ."""
+        numbers = mapped.units.values()
         if max(numbers, default=0) > 1 or not self._new(["few layers"]):
             return
-        left = "only one layer of a kind is" if any(numbers) else "no layer is"
+        unit = self._options.unit
+        left = f"only one {unit} of a kind is" if any(numbers) else "no layer is"
         self._warn(
             f"{left} left to balance, so every layer keeps the base learning rate: see exclude, exclude_first, "
             "exclude_last, balance, and which parameters the optimizer trains"

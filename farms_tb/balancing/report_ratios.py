@@ -53,11 +53,13 @@ class MappedRatios:
         missing: those of them without the metric that is mapped, which keep ratio 1, or with `permute` what they
             are dealt. With `unit="block"` those of blocks where no layer has it.
         balanced: all others that take part, by kind; it follows from `members` and `missing`.
+        units: how many layers, or blocks with `unit="block"`, take part, by kind.
         summary: what the mapping did, over all layers.
     """
 
     ratios: dict[str, float]
     members: dict[Kind, list[str]]
+    units: dict[Kind, int]
     missing: list[str] = field(default_factory=list)
     summary: RatioSummary = field(default_factory=RatioSummary)
     balanced: dict[Kind, list[str]] = field(init=False)
@@ -116,10 +118,12 @@ def ratios_of_report(
         ValueError: a metric that the map cannot map.
     """
     kinds: dict[Kind, _MappedKind] = {}
+    numbers: dict[Kind, int] = {}
     mapped: dict[str, float] = {}
     missing: list[str] = []
     for kind, names in members.items():
         units = _units(names, assignment.blocks)
+        numbers[kind] = len(units)
         estimates = _estimates({name: report.layers[name] for name in names}, options)
         kinds[kind] = _mapped_kind(units, estimates, options)
         mapped |= kinds[kind].ratios
@@ -127,7 +131,7 @@ def ratios_of_report(
     if options.normalize == "mean":
         mapped = _with_mean_one(report, mapped)
     ratios = {**dict.fromkeys(report.layers, 1.0), **mapped, **assignment.fixed_layers}
-    return MappedRatios(ratios, members, missing, _summary(kinds, mapped, options))
+    return MappedRatios(ratios, members, numbers, missing, _summary(kinds, mapped, options))
 
 
 def _mapped_kind(

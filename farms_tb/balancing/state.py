@@ -6,24 +6,22 @@ The state of version 2 is a dict of
 - `options`: all options of the measurement and of the ratios, flat;
 - `ratios`: learning-rate ratio of each layer by name;
 - `report`: the latest measurement, a dict of each layer's record by name;
-- `begun`: where a measurement was running in the background, its report.
+- `begun`: where a measurement was running in the background, its report;
+- `leaders`: with `unit="block"`, a layer of each block that has the block's ratio.
 
-Version 1 is the same without `begun` and with fewer options and fields of a record.
+Version 1 is the same without the last two, and with fewer options and fields of a record.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from numbers import Real
 from typing import Any, TypeGuard
 
-from torch import nn
-
 from farms_tb.options import MAPS, NUMERICS, RatioOptions, SpectrumOptions, as_plain
 from farms_tb.report import DRAWN, LayerRecord, Report
-from farms_tb.warnings import warn_once
 
 STATE_VERSION = 2
 
@@ -41,12 +39,14 @@ class BalancerState:
         ratios: learning-rate ratio of each layer by name: finite, and not negative.
         report: the latest measurement; None before the first.
         begun: the report of a measurement that was begun and whose ratios are not applied yet.
+        leaders: with `unit="block"` a layer that has the ratio of its block, by the block's path.
     """
 
     options: dict[str, Any]
     ratios: dict[str, float]
     report: Report | None = None
     begun: Report | None = None
+    leaders: dict[str, str] = field(default_factory=dict)
 
 
 def write_state(state: BalancerState) -> dict[str, Any]:
@@ -66,6 +66,8 @@ def write_state(state: BalancerState) -> dict[str, Any]:
     }
     if state.begun is not None:
         plain["begun"] = _plain_records(state.begun)
+    if state.leaders:
+        plain["leaders"] = dict(state.leaders)
     return plain
 
 
@@ -88,22 +90,24 @@ def read_state(plain: object) -> BalancerState:
     _check_bound(ratios, options)
     report = _read_report(plain["report"], "report", options)
     begun = _read_report(plain.get("begun", {}), "begun", options)
-    return BalancerState(options, ratios, report, begun)
+    leaders = _named(plain.get("leaders", {}), "leaders")
+    for block, layer in leaders.items():
+        if layer not in ratios:
+            raise damaged_state(f"leaders[{block!r}] must be a layer with a ratio, got {_short(layer)}")
+    return BalancerState(options, ratios, report, begun, leaders)
 
 
-def warn_of_other_settings(
-    state: BalancerState, options: Mapping[str, Any], layers: Collection[str], model: nn.Module
-) -> bool:
-    """Warn where a saved state has other options or layers than the present run.
+def changed_settings(state: BalancerState, options: Mapping[str, Any], layers: Collection[str]) -> str:
+    """Say in what a saved state has other options or layers than the present run.
 
     Args:
         state: the saved state.
         options: the present options by name.
         layers: names of the present layers.
-        model: what the warning is about.
 
     Returns:
-        Whether an option that changes results has another value, or a layer is new or gone.
+        Each option that changes results and has another value, and the layers that are new or gone; empty where
+        there are none.
     """
     changes = _changed_options(state, options)
     saved, present = set(state.ratios), set(layers)
@@ -111,11 +115,8 @@ def warn_of_other_settings(
     if gone:
         changes.append(f"layers {', '.join(gone)} are not in the model")
     if new:
-        changes.append(f"layers {', '.join(new)} are not in the checkpoint")
-    if changes:
-        what = "; ".join(changes)
-        warn_once(f"the checkpoint was written with other settings, measuring anew: {what}", model)
-    return bool(changes)
+        changes.append(f"layers {', '.join(new)} are new")
+    return "; ".join(changes)
 
 
 def _changed_options(state: BalancerState, options: Mapping[str, Any]) -> list[str]:

@@ -242,7 +242,20 @@ def _length(trainer: Trainer) -> RunLength:
         return RunLength()  # epochs of different lengths
     batches, steps = trainer.num_training_batches, trainer.estimated_stepping_batches
     per_epoch = None if math.isinf(batches) else math.ceil(batches / trainer.accumulate_grad_batches)
+    if not trainer.lightning_module.automatic_optimization and trainer.max_steps != -1:
+        return RunLength(per_epoch)  # max_steps counts the steps of every optimizer, the clock counts batches
+    if per_epoch is not None and trainer.max_epochs is not None and _adds_an_epoch(trainer):
+        steps = min(steps, per_epoch * (trainer.max_epochs - 1))
     return RunLength(per_epoch, None if math.isinf(steps) or steps <= 0 else int(steps))
+
+
+def _adds_an_epoch(trainer: Trainer) -> bool:
+    """Return whether averaged weights get an epoch without steps at the end, for the statistics of batch norms."""
+    if trainer.max_epochs == -1:
+        return False
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    averaging = [callback for callback in callbacks if _any_is([callback], "StochasticWeightAveraging")]
+    return any(getattr(callback, "_model_contains_batch_norm", False) for callback in averaging)
 
 
 def _moment(trainer: Trainer) -> Moment:

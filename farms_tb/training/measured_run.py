@@ -54,7 +54,7 @@ class MeasuredRun:
         # Asked for only where it is needed: some trainers cannot tell.
         length = run.length() if options.schedule.needs_length else RunLength()
         self._schedule = Schedule(options.schedule, options.logging, length)
-        self.run_log = RunLog(choose_x_axis(options.logging.x_axis, self._schedule.every_n_steps))
+        self.run_log = RunLog(choose_x_axis(options.logging.x_axis, options.schedule.by_steps))
         self.logs = options.logging.log and run.is_rank_zero
         self.run, self._options = run, options
         self._cost = MeasuringCost()
@@ -73,7 +73,8 @@ class MeasuredRun:
     def _attach_anew_if_exchanged(self) -> None:
         """Attach to the optimizers that train now, with the same ratios, where they are others.
 
-        Callbacks of the user may exchange a trainer's optimizers in the middle of a run.
+        Callbacks of the user may exchange a trainer's optimizers in the middle of a run, and layers with them.
+        Where layers are others, what was begun to be measured is given up, and the present ones are measured next.
         """
         current = [id(optimizer) for optimizer in self.run.optimizers()]
         attached = [id(optimizer) for optimizer in self._optimizers]
@@ -82,7 +83,9 @@ class MeasuredRun:
         state = self.balancer.state_dict()
         self.balancer.detach()
         self._attach()
-        self.balancer.load_state_dict(state)
+        if not self.balancer.load_state_dict(state, changed="layers were exchanged with their optimizer"):
+            self._background = None
+            self._schedule.anew = True
 
     def measure_if_due(self, now: Moment) -> list[Measurement]:
         """Measure and balance if it is time, and apply what a measurement in the background has found.

@@ -163,16 +163,16 @@ class RunLog:
         return new
 
 
-def choose_x_axis(x_axis: XAxis | None, every_n_steps: int | None) -> XAxis:
+def choose_x_axis(x_axis: XAxis | None, by_steps: bool) -> XAxis:
     """Return what to plot curves against.
 
     Args:
         x_axis: the user's choice; None for the unit in which measurements are spaced.
-        every_n_steps: optimizer steps between two measurements; None where layers are measured by epochs.
+        by_steps: whether that is optimizer steps, and not epochs.
     """
     if x_axis is not None:
         return x_axis
-    return "epoch" if every_n_steps is None else "step"
+    return "step" if by_steps else "epoch"
 
 
 def warn_of_many_layers(number: int, model: object) -> None:

@@ -122,6 +122,7 @@ class Schedule:
         step: optimizer steps done at the last measurement, -1 before the first.
         measurements: number of measurements so far, without that of the final weights.
         started: optimizer steps done when ratios began to apply, -1 before.
+        anew: whether to measure at the next chance, as layers are others since the last measurement.
 
     Raises:
         ValueError: `start`, `until` or `measurements_per_epoch` need a length that the trainer does not know, or
@@ -135,6 +136,7 @@ class Schedule:
     step: int = -1
     measurements: int = 0
     started: int = -1
+    anew: bool = False
 
     def __post_init__(self) -> None:
         start, until = parsed_time("start", self.options.start), parsed_time("until", self.options.until)
@@ -144,13 +146,6 @@ class Schedule:
             raise ValueError(
                 "measurements_per_epoch needs epochs of a known length: use every_n_steps to measure by steps"
             )
-
-    @property
-    def every_n_steps(self) -> int | None:
-        """Optimizer steps from one measurement to the next; None where epochs decide."""
-        if self.options.measurements_per_epoch is None or self.length.steps_per_epoch is None:
-            return self.options.every_n_steps
-        return max(1, self.length.steps_per_epoch // self.options.measurements_per_epoch)
 
     def advance(self, epoch: int, step: int) -> float:
         """Follow training to where it stands now.
@@ -176,8 +171,8 @@ class Schedule:
 
         The first measurement is made in any case, and one when ratios begin to apply; none after `until`.
 
-        By steps, a measurement is due once a multiple of `every_n_steps` has been passed since the last one, even
-        if nobody asked at the multiple itself.
+        By steps, a measurement is due once a point of the grid has been passed since the last one, even if nobody
+        asked at the point itself: every `every_n_steps` steps, or `measurements_per_epoch` points an epoch.
 
         Args:
             epoch: epochs completed.
@@ -187,13 +182,20 @@ class Schedule:
             return True
         if self._period.is_over(epoch, step):
             return False
-        if self.step < self.started:
+        if self.anew or self.step < self.started:
             return True
-        every_n_steps = self.every_n_steps
-        if every_n_steps is not None:
-            return step // every_n_steps > self.step // every_n_steps
+        if self.options.by_steps:
+            return self._points(step) > self._points(self.step)
         is_new_epoch = epoch != self.epoch
         return is_new_epoch and epoch % self.options.every_n_epochs == 0
+
+    def _points(self, step: int) -> int:
+        """Return how many points of the grid of measurements lie between the first step and this one."""
+        if self.options.every_n_steps is not None:
+            return step // self.options.every_n_steps
+        assert self.options.measurements_per_epoch is not None
+        assert self.length.steps_per_epoch is not None
+        return step * self.options.measurements_per_epoch // self.length.steps_per_epoch
 
     def wants_histogram(self) -> bool:
         """Return whether the next measurement counts the ESDs."""
@@ -218,6 +220,7 @@ class Schedule:
         """
         self.epoch, self.step = epoch, step
         self.measurements += 1
+        self.anew = False
 
     def warn_of_endless_epoch(self, about: object) -> None:
         """Warn, once a run, that a first epoch that may never end is measured at its start only.
@@ -225,7 +228,7 @@ class Schedule:
         Args:
             about: the run, which tells one warning from another.
         """
-        if self.every_n_steps is not None or self.measurements != 1:
+        if self.options.by_steps or self.measurements != 1:
             return
         warn_once(
             "layers are measured at the start of epochs, and this epoch, of unknown length, has been the only "

@@ -161,3 +161,34 @@ def test_blocks_that_cannot_be(model: Any, options: Any, message: str | None) ->
         return
     with pytest.raises(ValueError, match=message):
         balance(model(), **options)
+
+
+def test_blocks_keep_their_ratio_when_layers_are_unfrozen_before_a_checkpoint() -> None:
+    """What else is in a block has the block's ratio until the next measurement, in a resumed run as well."""
+    model = Encoder()
+    for block in model.layer:
+        block["query"].requires_grad_(False)
+    balancer = balance(model)
+    for block in model.layer:
+        block["query"].requires_grad_(True)
+    before, state = balancer.parameter_ratios(), balancer.state_dict()
+    balancer.load_state_dict(state)
+    assert balancer.parameter_ratios() == before
+    assert before["layer.0.norm.weight"] != 1
+
+
+@pytest.mark.parametrize("leader", ["layer.9.query", 3, None])
+def test_a_state_with_a_damaged_leader_is_refused(leader: Any) -> None:
+    balancer = balance(Encoder())
+    state = {**balancer.state_dict(), "leaders": {"layer.0": leader}}
+    with pytest.raises(ValueError, match=r"damaged: leaders\['layer.0'\]"):
+        balancer.load_state_dict(state)
+
+
+def test_a_single_block_has_nothing_to_differ_from() -> None:
+    model = Encoder()
+    for block in list(model.layer)[:3]:
+        block.requires_grad_(False)
+    with pytest.warns(UserWarning, match="only one block of a kind is left to balance"):
+        balancer = balance(model)
+    assert set(balancer.ratios.values()) == {1.0}

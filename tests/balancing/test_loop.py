@@ -157,7 +157,7 @@ def test_state_of_another_model_names_the_layers() -> None:
     net, other = make_net(), nn.Sequential(*[nn.Linear(12, 12) for _ in range(4)])
     state = TempBalance(net, torch.optim.SGD(net.parameters(), lr=0.1), assign_func="tb_linear_map").state_dict()
     balancer = TempBalance(other, torch.optim.SGD(other.parameters(), lr=0.1), assign_func="tb_linear_map")
-    message = "layers 5, 7, 9 are not in the model; layers 1, 3 are not in the checkpoint"
+    message = "layers 5, 7, 9 are not in the model; layers 1, 3 are new"
     with pytest.warns(UserWarning, match=message):
         balancer.load_state_dict(state)
     assert set(balancer.ratios) == {"0", "1", "2", "3"}

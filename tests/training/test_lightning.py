@@ -539,6 +539,41 @@ def test_in_manual_optimization_the_clock_counts_batches(make: Any, options: Any
     assert strengths == [batch >= options.get("start", 0) * STEPS for batch in range(STEPS)]
 
 
+@pytest.mark.parametrize("options", [{"start": 0.5}, {"until": 0.5}], ids=str)
+def test_in_manual_optimization_max_steps_are_no_length(options: Any) -> None:
+    """It counts the steps of both optimizers, so that half of it is the end of the run."""
+    balance = FARMSTempBalance(assign_func="tb_linear_map", **options)
+    with pytest.raises(ValueError, match="fraction of a run whose length the trainer does not know"):
+        fit(TwoOptimizers(), [balance], max_steps=STEPS)
+
+
+class TakesTurns(TwoOptimizers):
+    """Freezes one network for the step of the other, and ends each batch so, as loops for GANs do."""
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.Adam(net.parameters(), lr=0.01) for net in (self.net, self.other)]
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        nets = (self.net, self.other)
+        for optimizer, net in zip(self.optimizers(), nets, strict=True):
+            for one in nets:
+                one.requires_grad_(one is net)
+            optimizer.zero_grad()
+            self.manual_backward(nn.functional.mse_loss(net(batch[0]), batch[1]))
+            optimizer.step()
+
+
+def test_a_network_that_waits_for_its_turn_stays_balanced() -> None:
+    balance = FARMSTempBalance(assign_func="tb_linear_map", exclude_first=False, exclude_last=False)
+    balanced: list[set[str]] = []
+
+    def note(*_: Any) -> None:
+        balanced.append({layer.split(".")[0] for layer, ratio in balance.ratios.items() if ratio != 1})
+
+    fit(TakesTurns(), [balance, LambdaCallback(on_train_batch_end=note)])
+    assert balanced == [{"net", "other"}] * STEPS
+
+
 @pytest.mark.filterwarnings("ignore:only one layer of a kind is left to balance")
 def test_unfreezing_adds_groups() -> None:
     class Unfreeze(BaseFinetuning):
@@ -592,6 +627,29 @@ def test_an_optimizer_exchanged_during_training_is_balanced(options: dict[str, A
     assert len(set(ratios.values())) >= 3
     assert {len(set(lrs.values())) for lrs in (*before, *after)} == {4}, "no step goes unbalanced"
     assert not any(o._optimizer_step_pre_hooks for o in (*first, *trainer.optimizers))
+
+
+@pytest.mark.parametrize("options", [{}, {"lag_steps": BATCHES}, {"until": f"{BATCHES} steps"}], ids=str)
+def test_layers_exchanged_with_their_optimizer_are_measured_next(options: dict[str, Any]) -> None:
+    """Also where a measurement of the old ones is in the background; not after `until`."""
+    balance = FARMSTempBalance(assign_func="tb_linear_map", exclude_last=False, **options)
+    ratios: list[dict[str, float]] = []
+
+    def exchange(trainer: Any, pl_module: Any, *_: Any) -> None:
+        if trainer.global_step == BATCHES + 1:
+            pl_module.net[7] = nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 12))
+            trainer.strategy.optimizers = [torch.optim.SGD(pl_module.parameters(), lr=0.1)]
+
+    note = LambdaCallback(
+        on_train_batch_end=exchange, on_before_optimizer_step=lambda *_: ratios.append(balance.ratios)
+    )
+    with pytest.warns(UserWarning, match="layers were exchanged with their optimizer, measuring anew: .* are new"):
+        fit(Module(), [balance, note])
+    assert len(ratios) == STEPS
+    new = [step["net.7.0"] for step in ratios[BATCHES + 1 :]]
+    assert all(ratio == 1 for ratio in new) if "until" in options else new[-1] != 1
+    if not options:
+        assert new[0] != 1
 
 
 def test_an_optimizer_that_cannot_be_balanced_is_refused_when_it_comes() -> None:
@@ -752,6 +810,19 @@ def test_a_finder_brings_no_state_of_an_earlier_run(how: str) -> None:
         trainer.fit(module)
         weights.append(module)
     assert_same_weights(*weights)
+
+
+@pytest.mark.filterwarnings("ignore:.*SWA", "ignore:Swapping scheduler")
+def test_the_epoch_that_averaging_adds_is_no_part_of_the_run() -> None:
+    """With batch norms, Lightning's averaging adds an epoch without steps: half of the run stays half of it."""
+    balance = FARMSTempBalance(assign_func="tb_linear_map", start=0.5)
+    balanced: list[bool] = []
+    averaging = StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=1)
+    note = LambdaCallback(
+        on_before_optimizer_step=lambda *_: balanced.append(len(set(balance.ratios.values())) > 1)
+    )
+    fit(Module(net=nn.Sequential(*make_net(), nn.BatchNorm1d(2))), [averaging, balance, note])
+    assert balanced[:STEPS] == [step >= STEPS / 2 for step in range(STEPS)]
 
 
 def test_epochs_of_different_lengths_take_no_fraction() -> None:

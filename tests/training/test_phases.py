@@ -11,6 +11,8 @@ from lightning.pytorch.callbacks import Callback
 from torch.utils.data import DataLoader, IterableDataset
 
 from farms_tb import FARMSTempBalance
+from farms_tb.options import LoggingOptions, ScheduleOptions
+from farms_tb.training.schedule import RunLength, Schedule
 from tests.helpers import LIGHTNING_NOISE, Module, Recorder, fit, make_data, make_trainer
 
 pytestmark = LIGHTNING_NOISE
@@ -82,6 +84,18 @@ def test_ratios_grow_in_a_straight_line() -> None:
 )
 def test_measurements_of_an_epoch(number: int, steps: list[int]) -> None:
     assert watched(measurements_per_epoch=number)[2] == steps
+
+
+def test_measurements_of_an_epoch_that_they_do_not_divide() -> None:
+    """Ten in 19 steps are ten: one every second step would be nineteen measurements in two epochs."""
+    clock = Schedule(ScheduleOptions(measurements_per_epoch=10), LoggingOptions(), RunLength(19, 57))
+    measured = []
+    for step in range(57):
+        if clock.is_due(step // 19, step):
+            clock.tick(step // 19, step)
+            measured.append(step)
+    assert [sum(step // 19 == epoch for step in measured) for epoch in range(3)] == [10, 10, 10]
+    assert {later - step for step, later in itertools.pairwise(measured)} == {1, 2}
 
 
 class Stream(IterableDataset):
