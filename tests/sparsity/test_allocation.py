@@ -296,14 +296,14 @@ def test_a_wild_alpha_changes_nothing_for_the_other_blocks() -> None:
     """An alpha of 41 among ones of 2 to 4 takes no part; the reference squeezes all other blocks together."""
     rng = np.random.default_rng(0)
     alphas = {f"layers.{b}.{name}": float(rng.uniform(2, 4)) for b in range(30) for name in "qkvogud"}
-    clean = allocate(alphas, dict.fromkeys(alphas, 100), 0.7)
+    clean = allocate(alphas, dict.fromkeys(alphas, 100), 0.7, epsilon=0.3)
     hit = {**alphas, "layers.23.v": 41.0}
     with pytest.warns(UserWarning, match=r"took no part: layers\.23\.v \(41\)"):
-        plan = allocate(hit, dict.fromkeys(hit, 100), 0.7)
+        plan = allocate(hit, dict.fromkeys(hit, 100), 0.7, epsilon=0.3)
     assert plan.layers["layers.23.v"].alpha == 41.0
     moved = [abs(plan.sparsity[name] - clean.sparsity[name]) for name in alphas if ".23." not in name]
     assert max(moved) < 0.02
-    squeezed = allocate(hit, dict.fromkeys(hit, 100), 0.7, compat="alphapruning")
+    squeezed = allocate(hit, dict.fromkeys(hit, 100), 0.7, epsilon=0.3, compat="alphapruning")
     assert squeezed.sparsity["layers.23.q"] > 1
 
 
@@ -330,7 +330,7 @@ def test_a_ratio_of_zero_gives_only_where_it_must() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"target": 0.5}, "epsilon=0.3 is large"),
+        ({"target": 0.5, "epsilon": 0.3}, "epsilon=0.3 is large"),
         ({"target": 0.9, "epsilon": 0.3}, "held at max_sparsity"),
         ({"target": 0.7, "epsilon": 0.3, "min_sparsity": 0.6}, "held at min_sparsity"),
     ],
