@@ -66,8 +66,8 @@ _LANGUAGE["shuffled"] = "small_alpha_permuted"
 TASKS = (
     Task("VGG-16, 50 digits", "study", "digits_vgg16_50", _SMALL, "farms"),
     Task("VGG-16, 100 digits", "study", "digits_vgg16_100", _SMALL, "farms"),
-    Task("VGG-16, 300 digits", "study", "digits_vgg16_300", _SMALL, "farms"),
-    Task("ResNet-18, 50 digits", "study", "digits_resnet18_50", _SMALL, "farms"),
+    Task("VGG-16, 300 digits", "study/digits_vgg16_300_one_rate", "digits_vgg16_300", _SMALL, "farms"),
+    Task("ResNet-18, 50 digits", "study/digits_resnet18_50_one_rate", "digits_resnet18_50", _SMALL, "farms"),
     Task("ResNet-18, 100 digits", "direction/images_and_fields", "digits_resnet18_100", {**_WHOLE, **_SHRUNK}),
     Task("ResNet-18, 300 digits", "study", "digits_resnet18_300", _SMALL, "farms"),
     Task(
