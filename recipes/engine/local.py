@@ -84,10 +84,12 @@ class LocalEngine:
     def submit(self, task: Hashable, function: Callable[[Any], Any], argument: Any) -> None:
         """Begin a task in a process that has none; see `recipes.engine.task.Engine`."""
         place = self._free.pop(0)
-        if place not in self._pools:
-            gpu = self._gpus[place % len(self._gpus)] if self._gpus else None
-            self._pools[place] = _started(gpu)
-        self._running[self._pools[place].pool.submit(call, function, argument)] = task, place
+        try:
+            future = self._pool(place).submit(call, function, argument)
+        except BrokenProcessPool:  # its process died after its last task: no task is lost
+            self._drop(place)
+            future = self._pool(place).submit(call, function, argument)
+        self._running[future] = task, place
 
     def finished(self, timeout: float) -> Iterator[Outcome]:
         """Wait until a task is done, or `timeout` seconds, and yield the outcome of each that is done."""
@@ -98,10 +100,30 @@ class LocalEngine:
             try:
                 result, failure = future.result()
             except BrokenProcessPool:
-                self._pools.pop(place).pool.shutdown()
+                self._drop(place)
                 yield Outcome(task, failure="its process died, maybe for want of memory", died=True)
+            except SystemExit as error:  # Lightning turns SIGTERM into it; raised here, it would end the command
+                self._drop(place)
+                yield Outcome(task, failure=f"its process was told to end ({_described(error)})", died=True)
             else:
                 yield Outcome(task, result, failure)
+
+    def _pool(self, place: int) -> ProcessPoolExecutor:
+        """Return the pool at a place; one is started where there is none."""
+        if place not in self._pools:
+            gpu = self._gpus[place % len(self._gpus)] if self._gpus else None
+            self._pools[place] = _started(gpu)
+        return self._pools[place].pool
+
+    def _drop(self, place: int) -> None:
+        """Give up the process at a place; the next task there has a new one."""
+        self._pools.pop(place).pool.shutdown()
+
+
+def _described(error: SystemExit) -> str:
+    """Return the kind of an exit, with its status where it has one."""
+    kind = type(error).__name__
+    return kind if error.code is None else f"{kind}, {error.code}"
 
 
 def _started(gpu: str | None) -> _Process:

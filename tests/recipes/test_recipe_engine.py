@@ -30,6 +30,10 @@ def work(argument: Any) -> Any:
     match argument:
         case "die":
             os.kill(os.getpid(), signal.SIGKILL)
+        case "exit":
+            sys.exit("told to")
+        case "pid":
+            return os.getpid()
         case "sleep":
             time.sleep(600)
         case "gpu":
@@ -65,6 +69,25 @@ class TestLocal:
     def test_a_process_that_dies_costs_the_others_nothing(self) -> None:
         with LocalEngine(2) as engine:
             check(engine)
+
+    def test_an_exit_in_a_task_is_a_death_of_its_process_alone(self) -> None:
+        with LocalEngine(1) as engine:
+            found = outcomes(engine, "exit", 3)
+        assert found["exit"].died
+        assert "told to" in found["exit"].failure
+        assert found[3].result == 9
+
+    def test_a_process_that_dies_between_two_tasks_is_replaced(self) -> None:
+        with LocalEngine(1) as engine:
+            first = outcomes(engine, "pid")["pid"].result
+            process = psutil.Process(first)
+            process.kill()
+            while psutil.pid_exists(first):  # until its engine has noticed
+                time.sleep(0.05)
+            time.sleep(0.2)
+            found = outcomes(engine, "pid")["pid"]
+        assert not found.failure
+        assert found.result != first
 
     def test_what_is_going_on_stops_with_the_engine(self) -> None:
         before = time.monotonic()
