@@ -14,10 +14,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -35,6 +37,12 @@ ENGINES = ("local", "ray")
 
 _SET_BY_STUDY = ("seed", "lr", "balancing")
 """Settings of each run that the study decides."""
+
+_NOT_OF_AN_ARM = {
+    "seed": "all arms have the same seeds, 1, 2, 3, ...; leave it out",
+    "ckpt_path": "a study starts every run anew; leave it out",
+}
+"""Settings that a variant can't have, and why not."""
 
 _NOT_IN_IDENTITY = ("paths", "logger", "callbacks", "threads", "ckpt_path", "arms", "seed", "seeds")
 """Sections that results do not depend on: where files are, who logs what, and what each run has of its own."""
@@ -105,8 +113,9 @@ class Options:
         return own if chooses_balancing else ["balancing=off", *own]
 
     def _check_variants(self) -> None:
-        """Refuse variants that are no lists of settings, or take the name of an arm of `conf/balancing`."""
+        """Refuse variants that are no lists of settings that an arm can have, or take the name of another arm."""
         for name, settings in self.variants.items():
+            _check_name("study.variants", name)
             if name in ARMS:
                 raise RecipeError(f"study.variants.{name} is the name of an arm already; choose another one")
             if not isinstance(settings, list) or not all("=" in str(text) for text in settings):
@@ -114,6 +123,10 @@ class Options:
                     f"study.variants.{name} must be a list of settings such as [balancing=farms,"
                     f"balancing.favor=small_alpha], got {settings}"
                 )
+            for text in settings:
+                reason = _NOT_OF_AN_ARM.get(_name(text))
+                if reason is not None:
+                    raise RecipeError(f"study.variants.{name}: {text} can't be set: {reason}")
 
     def _check_arms(self) -> None:
         """Refuse arms that are unknown or named twice, and a baseline that is none of them."""
@@ -121,12 +134,31 @@ class Options:
         if not isinstance(self.arms, tuple) or not self.arms:
             raise RecipeError(f'study.arms must be a list such as ["off",farms], got {self.arms!r}')
         for arm in self.arms:
+            _check_name("study.arms", arm)
             if arm not in known:
                 raise RecipeError(f"study.arms: there is no arm {arm!r}{_nearest(arm, known)}")
         if len(set(self.arms)) < len(self.arms):
             raise RecipeError(f"study.arms must be different ones, got {list(self.arms)}")
         if self.baseline not in self.arms:
             raise RecipeError(f"study.baseline={self.baseline} is not one of study.arms {list(self.arms)}")
+
+
+def _name(override: Any) -> str:
+    """Return the name of the setting in an argument of the command line, such as `+lr=0.1`."""
+    return str(override).lstrip("+~").partition("=")[0]
+
+
+def _check_name(where: str, name: Any) -> None:
+    """Refuse an arm's name that is no text: the results would not be found under it again.
+
+    Args:
+        where: The setting that it stands in, for the message.
+        name: The name.
+    """
+    if not isinstance(name, str) or not name.strip():
+        raise RecipeError(
+            f'{where}: the name of an arm must be text, got {name!r}; write it in quotes, as in "off"'
+        )
 
 
 def _nearest(name: Any, known: Sequence[str]) -> str:
@@ -281,6 +313,7 @@ def load_study(config_dir: str, overrides: Sequence[str]) -> Study:
         resources = Resources(**{field.name: plain.pop(field.name) for field in fields(Resources)})
         options_by_cell = _cells_of(plain.pop("cells"))
         names = sorted_overrides.experiments or list(options_by_cell)
+        _check_typed_cells(sorted_overrides.study, names)
         if not names:
             raise RecipeError("say what to study: experiment=<name>[,<name>...], or study=small")
         cells = []
@@ -317,6 +350,30 @@ def _cells_of(value: Any) -> dict[str, Any]:
     return cells
 
 
+def _check_typed_cells(overrides: Sequence[str], cells: Sequence[str]) -> None:
+    """Refuse settings that are typed for a cell that is not studied; a file may have them for others.
+
+    Args:
+        overrides: The study's part of the command line.
+        cells: The experiments that are studied.
+
+    Raises:
+        RecipeError: There is no such cell.
+    """
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        path = override.key_or_group.removeprefix("study.cells")
+        if override.is_delete() or path == override.key_or_group:
+            continue
+        value = override.value()
+        typed = [path[1:].partition(".")[0]] if path else list(value if isinstance(value, dict) else ())
+        for name in typed:
+            if name not in cells:
+                raise RecipeError(
+                    f"study.cells has settings for {name}, which is none of experiment={','.join(cells)}"
+                    f"{_nearest(name, cells)}"
+                )
+
+
 def _check_baselines(cells: Sequence[Cell]) -> None:
     """Refuse cells with different baselines: their effects have no common meaning.
 
@@ -337,7 +394,7 @@ def _without_typed(own: Mapping[str, Any], cell: str, overrides: Sequence[str]) 
         cell: Its experiment.
         overrides: The study's part of the command line.
     """
-    typed = {text.lstrip("+~").partition("=")[0] for text in overrides}
+    typed = set(map(_name, overrides))
     return {
         name: value
         for name, value in own.items()
@@ -430,8 +487,51 @@ def _load_cell(experiment: str, folder: Path, options: Options, overrides: Seque
         raise RecipeError(
             f"experiment={experiment}: its data have no seed to vary (data.seed); leave study.vary_data out"
         )
+    _check_data_seed(options, overrides)
+    _check_metrics(experiment, options, arms)
     name = baseline.name
     return Cell(name, folder / name, options, arms)
+
+
+def _check_data_seed(options: Options, overrides: Sequence[str]) -> None:
+    """Refuse a seed of the data that the study would replace by that of each run.
+
+    Args:
+        options: What is done in the cell, `vary_data` decided.
+        overrides: Settings that go to every run.
+
+    Raises:
+        RecipeError: It is given, on the command line or in a variant.
+    """
+    if not options.vary_data:
+        return
+    for text in [*overrides, *chain.from_iterable(map(options.overrides, options.arms))]:
+        if _name(text) == "data.seed":
+            raise RecipeError(
+                f"{text} can't be set: each seed of the study has data of its own; leave it out, or set "
+                "study.vary_data=false too, by which all seeds have the same data"
+            )
+
+
+def _check_metrics(experiment: str, options: Options, arms: Mapping[str, DictConfig]) -> None:
+    """Refuse arms that are scored by different metrics, whose errors can't be compared.
+
+    Args:
+        experiment: The experiment, for the message.
+        options: What is done in the cell.
+        arms: Settings of each arm.
+
+    Raises:
+        RecipeError: Two arms have different ones.
+    """
+    program = load_program(options.program)
+    metrics = {arm: program.metric_of(cfg) for arm, cfg in arms.items()}
+    if len(set(metrics.values())) > 1:
+        found = ", ".join(f"{metric} of {arm}" for arm, metric in metrics.items())
+        raise RecipeError(
+            f"experiment={experiment}: all arms of a cell must have the same metric, got {found}; set it for "
+            f"every arm ({program.METRIC_SETTING}=...), not in a variant"
+        )
 
 
 def _compose_arm(experiment: str, options: Options, arm: str, overrides: Sequence[str]) -> DictConfig:
@@ -463,6 +563,10 @@ def _compose_arm(experiment: str, options: Options, arm: str, overrides: Sequenc
         if isinstance(error, RecipeError):
             raise
         raise RecipeError(f"experiment={experiment}: {sentence(error)}") from error
+    if cfg.lr == 0:
+        raise RecipeError(
+            f"experiment={experiment}: lr=0 of the arm {arm} has no multiples to try; set arms.farms.lr above 0"
+        )
     return cfg
 
 

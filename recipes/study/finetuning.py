@@ -27,8 +27,9 @@ from recipes.study.course import Ratios, Weights
 from recipes.study.one_run import Trained
 from recipes.study.records import SHARES
 
-__all__ = ["build_once", "metric_of", "prepare", "train", "uses_gpu"]
+__all__ = ["METRIC_SETTING", "build_once", "metric_of", "prepare", "train", "uses_gpu"]
 
+METRIC_SETTING = "training.metric_for_best_model"
 _KEEP_NOTHING = {
     "eval_strategy": "no",
     "save_strategy": "no",

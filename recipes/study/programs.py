@@ -6,7 +6,7 @@ can't work are refused with a `RecipeError`.
 - `prepare(cfg)` checks them without building anything, and lets the arm's runs log and keep nothing;
 - `build_once(cfg)` builds the parts of a run and throws them away: a mistake shows before time is spent;
 - `uses_gpu(cfg)` says whether a run may train on a GPU;
-- `metric_of(cfg)` names the score that is compared;
+- `metric_of(cfg)` names the score that is compared, by the setting `METRIC_SETTING`;
 - `train(cfg, evaluations)` trains and scores one run, see `recipes.study.one_run`.
 """
 

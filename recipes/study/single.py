@@ -14,11 +14,13 @@ from omegaconf import DictConfig
 from recipes.config import build, check_config
 from recipes.errors import RecipeError
 from recipes.parts import Parts, build_parts
+from recipes.study.checks import check_for_study
 from recipes.study.course import Course, Ratios, Weights
 from recipes.study.one_run import Trained
 
-__all__ = ["build_once", "make_trainer", "metric_of", "prepare", "train", "uses_gpu"]
+__all__ = ["METRIC_SETTING", "build_once", "make_trainer", "metric_of", "prepare", "train", "uses_gpu"]
 
+METRIC_SETTING = "task.monitor"
 _METRICS = ("accuracy", "nrmse", "relative_l2", "loss")
 _NEVER = 10**9
 
@@ -26,7 +28,7 @@ _NEVER = 10**9
 def prepare(cfg: DictConfig) -> None:
     """Check the settings of an arm, and let its runs log nothing; see `recipes.study.programs`."""
     check_config(cfg)
-    metric_of(cfg)
+    check_for_study(cfg, metric_of(cfg))
     if "log" in cfg.balancing:
         cfg.balancing.log = False
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
 from lightning import LightningModule, Trainer
+from omegaconf import OmegaConf
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -71,12 +72,68 @@ def test_settings_of_a_variant_win_over_those_of_the_command(tmp_path: Path) -> 
         (["+study.variants={mine: ['balancing=nothing']}", "study.arms=[off,mine]"], "nothing"),
         (["study.evaluations=0"], "study.evaluations must be a whole number of at least 1"),
         (["experiment=study/tiny_lm", "study.vary_data=true"], "its data have no seed to vary"),
+        (["study.arms=[off,2]"], "study.arms: .*must be text, got 2; .*quotes"),
+        (["+study.variants={2: ['balancing=full']}"], "study.variants: .*must be text, got 2; .*quotes"),
+        (["optimizer.lr=0.5"], r"optimizer\.lr=0\.5 can't be set: .*arms\.farms\.lr"),
+        (["+study.variants={v: ['optimizer=adam','optimizer.lr=0.5']}", "study.arms=[off,v]"], "optimizer.lr=0.5"),
+        (["+study.variants={v: ['seed=5']}"], "study.variants.v: seed=5 can't be set: all arms"),
+        (["+study.variants={v: ['ckpt_path=/x']}"], "ckpt_path=/x can't be set: .*anew"),
+        (
+            ["+study.variants={v: ['data.seed=5']}", "study.arms=[off,v]"],
+            "data.seed=5 can't .*study.vary_data=false",
+        ),
+        (["data.seed=123"], "data.seed=123 can't .*study.vary_data=false"),
+        (["data.seed=123", "study.vary_data=true"], "data.seed=123 can't .*study.vary_data=false"),
+        (["arms.farms.lr=0"], "lr=0 of the arm .*arms.farms.lr above 0"),
+        (["trainer.limit_test_batches=0"], "limit_test_batches=0: every run of a study is tested"),
+        (["trainer.limit_val_batches=0.0"], "limit_val_batches=0.0: every run of a study is validated"),
+        (["trainer.limit_train_batches=0"], "limit_train_batches=0: every run of a study trains"),
+        (["trainer.max_steps=0"], "max_steps=0: every run of a study trains"),
+        (["trainer.max_epochs=0", "scheduler=constant"], "max_epochs=0: every run of a study trains"),
+        (["trainer.devices=2"], "trainer.devices=2 .*one process.*study.workers"),
+        (["trainer.num_nodes=2"], "trainer.num_nodes=2: .*one process"),
+        (["trainer.devices=[0,1]"], r"trainer.devices=\[0, 1\] .*one process"),
+        (["task.out_channels=null"], "compares accuracy needs the number of classes.*task.out_channels"),
+        (
+            ["+study.cells={digits_resnet: {seeds: 3}}"],
+            "digits_resnet, .*none of experiment=digits_resnet18; did you",
+        ),
+        (["+study.cells.digits_resnet.seeds=3"], "digits_resnet, .*none of experiment=digits_resnet18; did you"),
     ],
 )
 def test_mistakes(tmp_path: Path, overrides: list[str], message: str) -> None:
     base = [text for text in TINY_STUDY if text.startswith("study.")] if "tiny_lm" in overrides[0] else TINY_STUDY
     with pytest.raises(RecipeError, match=message):
         load_study(CONFIG_DIR, [*base, f"study.folder={tmp_path}", *overrides])
+
+
+def test_arms_of_a_cell_have_one_metric(tmp_path: Path) -> None:
+    variant = "+study.variants={v: ['balancing=farms','task.monitor=val/relative_l2']}"
+    with pytest.raises(RecipeError, match=r"same metric, got nrmse of off, relative_l2 of v; .*task\.monitor"):
+        load_study(CONFIG_DIR, ["experiment=darcy_fno", variant, "study.arms=[off,v]", f"study.folder={tmp_path}"])
+    both = ["experiment=darcy_fno", "task.monitor=val/relative_l2", f"study.folder={tmp_path}"]
+    assert load_study(CONFIG_DIR, both).cells
+
+
+def test_an_arm_may_have_a_function_of_the_rate(tmp_path: Path) -> None:
+    OmegaConf.register_new_resolver("half", lambda lr: lr / 2, replace=True)
+    variants = """+study.variants={v: ["optimizer.lr='\\${half:\\${lr}}'"], w: ["lr=0.5"]}"""
+    try:
+        cell = _cell(tmp_path, variants, "study.arms=[off,v,w]")
+        assert cell.settings(Job("v", "final", 1, 0.3))["optimizer"]["lr"] == 0.15
+    finally:
+        OmegaConf.clear_resolver("half")
+    assert cell.lr("w") == 0.5
+
+
+def test_data_may_be_the_same_for_all_seeds(tmp_path: Path) -> None:
+    cell = _cell(tmp_path, "data.seed=123", "study.vary_data=false")
+    assert [cell.settings(Job("off", "final", seed, 0.1))["data"]["seed"] for seed in (1, 2)] == [123, 123]
+
+
+@pytest.mark.parametrize("devices", ["1", "auto", "[1]"])
+def test_a_run_may_choose_its_one_device(tmp_path: Path, devices: str) -> None:
+    assert _cell(tmp_path, f"trainer.devices={devices}")
 
 
 def test_evaluated_epochs_are_evenly_spaced_and_end_with_the_last() -> None:
