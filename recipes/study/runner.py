@@ -18,6 +18,7 @@ from statistics import mean
 from typing import cast
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -61,6 +62,9 @@ def run_study(study: Study, console: Console) -> Results:
     with contextlib.ExitStack() as stack:
         for cell in study.cells:
             stack.enter_context(locked(cell))
+        for cell in study.cells:  # once all folders are this command's
+            check_settings(cell)
+        for cell in study.cells:
             keep_settings(cell)
         results = {cell.name: read_records(cell.folder) for cell in study.cells}
         _Progress(study, results, console).run()
@@ -85,7 +89,7 @@ def show_plan(study: Study, console: Console) -> None:
         RecipeError: The study would be refused, as a folder holds results of other settings.
     """
     table = Table("cell", "arm", "runs", "done", "core-hours left")
-    left = 0.0
+    left, unknown = 0.0, False
     for cell in study.cells:
         check_settings(cell)
         records = read_records(cell.folder)
@@ -93,13 +97,17 @@ def show_plan(study: Study, console: Console) -> None:
             plan = arm_plan(cell, arm, records)
             known = [record.seconds for job, record in records.items() if job.arm == arm]
             known = known or [record.seconds for record in records.values()]
-            hours = (plan.total - plan.done) * mean(known) / 3600 if known else math.nan
-            left += hours
-            cost = f"{hours:.2f}" if known else "unknown: no run is finished"
-            table.add_row(cell.name, arm, str(plan.total), str(plan.done), cost)
+            cost = "unknown: no run is finished"
+            if known:
+                hours = (plan.total - plan.done) * mean(known) / 3600
+                left += hours
+                cost = f"{hours:.2f}"
+            unknown = unknown or not known
+            table.add_row(escape(cell.name), escape(arm), str(plan.total), str(plan.done), cost)
     console.print(table)
-    if math.isfinite(left):
-        console.print(f"{left:.2f} core-hours left, if no search for a learning rate grows")
+    if left or not unknown:
+        more = ", and those of the arms whose cost is unknown" if unknown else ""
+        console.print(f"{left:.2f} core-hours left{more}, if no search for a learning rate grows")
 
 
 class _Progress:
@@ -194,8 +202,10 @@ class _Progress:
         """Name the runs that failed, at the end."""
         if not self._failures:
             return
-        key, outcome = next(iter(self._failures.items()))
-        more = f", and {len(self._failures) - 1} more" if len(self._failures) > 1 else ""
+        (key, outcome), *rest = self._failures.items()
+        for other, its in rest:
+            warn(self._console, f"the run {other} failed: {its.failure}")
+        more = f", and {len(rest)} more, named above" if rest else ""
         others = "Other runs are left, as study.minutes has passed" if self._time_is_up() else ""
         others = others or "Runs that do not depend on it are done"
         raise RecipeError(
@@ -219,7 +229,8 @@ class _Progress:
         plan = arm_plan(cell, job.arm, self._results[name])
         self._plans[name, job.arm] = plan
         if before.best is None and plan.tuning.best is not None:
-            self._console.print(f"{name} {job.arm}: {_tuned(plan.tuning)}", highlight=False, soft_wrap=True)
+            found = escape(f"{name} {job.arm}: {_tuned(plan.tuning)}")
+            self._console.print(found, highlight=False, soft_wrap=True)
 
     def _tell(self, name: str, arm: str, messages: list[str]) -> None:
         """Show each warning once an arm, whatever layers and numbers it names.

@@ -7,8 +7,9 @@ of an arm without a finished run may change: they may be the reason why there is
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import errno
+from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,15 @@ from recipes.old_names import current_settings
 from recipes.study.cells import Cell
 from recipes.study.pairs import Records
 from recipes.study.programs import load_program
-from recipes.study.records import Record, read_records
+from recipes.study.records import read_records
 
 __all__ = ["SETTINGS_FILE", "check_cell", "check_settings", "keep_settings", "locked"]
 
 SETTINGS_FILE = "settings.yaml"
 _SHOWN = 8
 _UNSET = "not set"
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
+"""What systems answer where files can't be locked, as on some network drives."""
 _EVALUATIONS = "study.evaluations"  # releases before 0.2 did not note it
 
 
@@ -51,6 +54,8 @@ def check_cell(cell: Cell) -> None:
 def locked(cell: Cell) -> Iterator[None]:
     """Make the cell's folder and keep other studies out; the system frees the lock of a process that is killed.
 
+    Where the file system has no locks nothing is kept out.
+
     Args:
         cell: The cell.
 
@@ -60,6 +65,7 @@ def locked(cell: Cell) -> Iterator[None]:
     Raises:
         RecipeError: The folder can't be written, or another process is at work there.
     """
+    lock: AbstractContextManager[Any] = nullcontext()
     try:
         cell.folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(cell.folder / ".lock").acquire(timeout=0)
@@ -67,8 +73,11 @@ def locked(cell: Cell) -> Iterator[None]:
         raise RecipeError(
             f"another study is at work in {cell.folder}; wait for it, or choose another study.folder"
         ) from None
+    except NotImplementedError:  # filelock's word for a file system without locks
+        pass
     except OSError as error:
-        raise _unwritable(error) from error
+        if error.errno not in _NO_LOCKS:
+            raise _unwritable(error) from error
     with lock:
         yield
 
@@ -107,19 +116,34 @@ def check_settings(cell: Cell) -> None:
     records = read_records(cell.folder)
     if not records:
         return
+    noted: dict[str, Any] = {}
     if path.exists():
-        _check_same(cell, _read_settings(path), {record.arm for record in records.values()})
-    elif any(record.config != cell.fingerprint(arm) for arm in cell.arms for record in _of_arm(records, arm)):
+        saved = _read_settings(path)
+        noted = saved["arms"]
+        _check_same(cell, saved, {record.arm for record in records.values()})
+    _check_fingerprints(cell, records, noted)
+
+
+def _check_fingerprints(cell: Cell, records: Records, noted: Collection[str]) -> None:
+    """Refuse results of arms whose settings are not noted, unless their fingerprint is that of this command's.
+
+    Args:
+        cell: The cell.
+        records: The finished runs in its folder.
+        noted: The arms whose settings are noted.
+
+    Raises:
+        RecipeError: The fingerprint of a run is another one.
+    """
+    for record in records.values():
+        arm = record.arm
+        if arm in noted or arm not in cell.arms or record.config == cell.fingerprint(arm):
+            continue
         raise RecipeError(
-            f"whether the results in {cell.folder} come from these settings can't be told: its {SETTINGS_FILE} is "
-            "missing, and the column config is that of other settings or of another version. Bring the file back, "
-            "or choose another study.folder"
+            f"whether the results of {arm} in {cell.folder} come from these settings can't be told: its "
+            f"{SETTINGS_FILE} is missing, or does not have this arm, and the column config is that of other "
+            "settings or of another version. Bring the right file back, or choose another study.folder"
         )
-
-
-def _of_arm(records: Records, arm: str) -> list[Record]:
-    """Return the finished runs of an arm."""
-    return [record for record in records.values() if record.arm == arm]
 
 
 def _read_settings(path: Path) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def terminal_table(title: str, lines: Sequence[Line], notes: Notes | None = None
     if not lines:
         return None
     names, *numbers = (heading for heading in lines[0] if heading != "cell")
-    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
+    table = Table(box=box.SIMPLE_HEAD, title=escape(title), title_justify="left")
     # On a narrow terminal names break, and numbers stay whole.
     table.add_column(names, overflow="fold")
     for heading in numbers:
@@ -47,7 +47,7 @@ def terminal_table(title: str, lines: Sequence[Line], notes: Notes | None = None
             table.add_row(f"[bold]{escape(cell)}[/bold]", *(own.get(heading, "") for heading in numbers))
         indent = "  " if cell else ""
         for line in members:
-            table.add_row(indent + line[names], *(line[heading] for heading in numbers))
+            table.add_row(indent + escape(line[names]), *(escape(line[heading]) for heading in numbers))
         table.add_section()
     return table
 

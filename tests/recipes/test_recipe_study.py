@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import re
 import subprocess
 import sys
 import time
@@ -27,7 +29,7 @@ from recipes.study.one_run import run_once
 from recipes.study.plan import Search, Tuning, plan_arm, tune
 from recipes.study.records import Job, Record, read_records, write_records
 from recipes.study.report import POOLED, Row, summarise
-from recipes.study.runner import show_plan
+from recipes.study.runner import run_study, show_plan
 from recipes.study.settings import SETTINGS_FILE, keep_settings, locked
 from recipes.study.statistics import Effect, holm, log_error, pooled_effect
 from tests.recipes.recipe_runs import TINY_STUDY
@@ -409,6 +411,44 @@ def test_results_without_their_settings_are_taken_by_the_same_settings_alone(tmp
     assert not (cell.folder / SETTINGS_FILE).exists()
 
 
+def test_an_arm_that_is_not_noted_is_taken_by_the_same_settings_alone(tmp_path: Path) -> None:
+    """As after rows of another study were added by hand."""
+    cell = _begun(tmp_path, 'study.arms=["off",farms]')
+    rows = [final_run("off", 1, 0.5, config=cell.fingerprint("off"))]
+    arms = 'study.arms=["off",farms,full]'
+    full = load_study(CONFIG_DIR, _tiny(tmp_path, arms)).cells[0].fingerprint("full")
+    write_records(cell.folder, [*rows, final_run("full", 1, 0.5, config=full)])
+    _plan(tmp_path, arms)
+    with pytest.raises(RecipeError, match=r"the results of full .*can't be told"):
+        _plan(tmp_path, arms, "+arms.full.lr_max_ratio=1.9")
+
+
+def test_no_folder_is_written_before_all_are_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("recipes.study.runner.check_cell", lambda cell: None)
+    folder = f"study.folder={tmp_path}"
+    (last,) = load_study(CONFIG_DIR, ["experiment=darcy_fno", folder]).cells
+    both = load_study(CONFIG_DIR, ["experiment=digits_resnet18,darcy_fno", folder])
+    with locked(last), pytest.raises(RecipeError, match=r"another study is at work in .*darcy_fno"):
+        run_study(both, Console(quiet=True))
+    assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {".lock"}
+
+
+@pytest.mark.parametrize("code", [errno.ENOTSUP, errno.ENOLCK])
+def test_a_file_system_without_locks_is_used_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    fcntl = pytest.importorskip("fcntl")
+
+    def no_lock(*_: object) -> None:
+        raise OSError(code, "no locks")
+
+    (cell,) = load_study(CONFIG_DIR, _tiny(tmp_path)).cells
+    monkeypatch.setattr(fcntl, "flock", no_lock)
+    with locked(cell):
+        keep_settings(cell)
+    assert (cell.folder / SETTINGS_FILE).exists()
+
+
 @pytest.mark.parametrize("text", ["", "study: [", "[1, 2]", "arms: {off: 3}\nstudy: {}"])
 def test_damaged_settings(tmp_path: Path, text: str) -> None:
     cell = _begun(tmp_path)
@@ -594,6 +634,18 @@ def test_a_dry_run_of_a_new_study_makes_nothing(tmp_path: Path, capsys: pytest.C
     assert not (tmp_path / "study").exists()
 
 
+def test_a_dry_run_adds_up_what_is_known(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = f"study.folder={tmp_path}"
+    settings = ("study.arms=[off]", "study.grid=[1]", "study.seeds=4", folder)
+    cell = load_study(CONFIG_DIR, ["experiment=digits_resnet18", *settings]).cells[0]
+    done = {"experiment": cell.name, "lr": cell.lr("off"), "seconds": 3600.0, "config": cell.fingerprint("off")}
+    cell.folder.mkdir(parents=True)
+    write_records(cell.folder, [final_run("off", 1, 0.5, **done)])
+    GlobalHydra.instance().clear()
+    main(["--dry-run", "experiment=digits_resnet18,darcy_fno", *settings])
+    assert re.search(r"3\.00 core-hours left, and .*unknown", capsys.readouterr().out)
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -705,6 +757,8 @@ def test_a_run_that_dies_again_and_again_is_named_and_the_others_go_on(
     assert printed.out.count("it is tried again") == 2 * 2
     assert "arm='farms'" in printed.err
     assert "and 1 more" in printed.err
+    for seed in (1, 2):  # all are named, the first in the error itself
+        assert f"seed={seed}" in printed.err + printed.out.partition("the run")[2]
     assert "died" in printed.err
     assert {job.arm for job in _results(tmp_path)} == {"off"}
     assert len(_results(tmp_path)) == 2
