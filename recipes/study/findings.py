@@ -31,6 +31,12 @@ from recipes.study.verdict import about_contrasts, about_ranges, about_rules, ab
 
 __all__ = ["Findings", "find", "show", "write"]
 
+_FILES = (
+    *("effects.csv", "effects.png", "rules.csv", "rules.png", "sensitivity.csv", "rate_ranges.csv"),
+    *("sensitivity.png", "mediation.csv", "mediation.png", "contrasts.csv"),
+)
+"""All files that a report can have."""
+
 Columns = Mapping[str, Any]
 """A row of a CSV, by the names of its columns."""
 
@@ -118,6 +124,9 @@ def show(findings: Findings, console: Console) -> None:
 def write(findings: Findings, folder: Path) -> list[str]:
     """Write the CSVs and the figures of everything that was found.
 
+    Those that an earlier report has left of what is no longer found are removed: next to new ones they would be
+    taken for theirs.
+
     Args:
         findings: What was found.
         folder: The folder, which must exist.
@@ -132,7 +141,11 @@ def write(findings: Findings, folder: Path) -> list[str]:
     for part in parts:  # after all numbers are safe
         for name, draw in part.figures.items():
             draw(folder / name)
-    return [name for part in parts for name in (*part.csvs, *part.figures)]
+    written = [name for part in parts for name in (*part.csvs, *part.figures)]
+    for name in _FILES:
+        if name not in written:
+            (folder / name).unlink(missing_ok=True)
+    return written
 
 
 def _parts(found: Findings) -> list[Part]:

@@ -141,14 +141,15 @@ class Record:
     def error(self, which: Score) -> float:
         """Return the error, smaller is better: 1 - score for one of `SHARES`, else the score itself.
 
-        A diverged run has learnt nothing, and counts as such.
+        A run that diverged has learnt nothing at its end, and counts as such. Its best and its lowest scores are
+        those of the epochs before, where it has some.
 
         Args:
             which: The score.
         """
-        if self.status == "diverged":
-            return self.blind_error
         score = float(getattr(self, which))
+        if self.status == "diverged" and not math.isfinite(score):
+            return self.blind_error
         if self.metric in SHARES:
             return 1.0 - score
         return score

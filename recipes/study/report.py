@@ -76,7 +76,8 @@ def summarise(cells: Mapping[str, Records], arms: Sequence[str], baseline: str) 
         baseline: The arm that the others are compared with.
 
     Returns:
-        The rows of arms that have final runs, by cell; last the pooled ones, of arms that several cells have.
+        The rows of arms that have final runs, by cell; last the pooled ones, of arms that several cells compare
+        with the baseline, and of the baseline where there is such an arm.
     """
     finals = {name: final_runs(records) for name, records in cells.items()}
     rows: list[Row] = []
@@ -85,7 +86,8 @@ def summarise(cells: Mapping[str, Records], arms: Sequence[str], baseline: str) 
         rows += _corrected([_cell_row(name, runs, arm, baseline) for arm in done])
     if len(finals) > 1:
         every_cell = list(finals.values())
-        shown = [arm for arm in arms if sum(arm in cell for cell in every_cell) > 1]
+        pooled = [arm for arm in arms if arm != baseline and _cells_with_pairs(every_cell, arm, baseline) > 1]
+        shown = [arm for arm in arms if pooled and arm in (*pooled, baseline)]
         rows += _corrected([_pooled_row(every_cell, arm, baseline) for arm in shown])
     return rows
 
@@ -93,6 +95,11 @@ def summarise(cells: Mapping[str, Records], arms: Sequence[str], baseline: str) 
 def _pairs(runs: FinalRuns, arm: str, baseline: str) -> list[tuple[Record, Record]]:
     """Return the runs of the arm, each with the baseline's of the same seed, by ascending seed."""
     return pairs(runs.get(arm, {}), runs.get(baseline, {}))
+
+
+def _cells_with_pairs(cells: Iterable[FinalRuns], arm: str, baseline: str) -> int:
+    """Return the number of cells with a seed for which both an arm and the baseline are done."""
+    return sum(bool(_pairs(runs, arm, baseline)) for runs in cells)
 
 
 def _ratios(cells: Iterable[FinalRuns], arm: str, baseline: str) -> list[dict[int, float]]:

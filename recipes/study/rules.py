@@ -43,6 +43,7 @@ class RuleRow:
             by the third with fewer than two tuning seeds.
         papers_lr: Base learning rate of the arm that the third rule takes; NaN where there is none, and pooled.
         untuned_lr: That of the baseline it is compared with.
+        cells: Names of the cells that the effects are of.
     """
 
     cell: str
@@ -50,6 +51,7 @@ class RuleRow:
     effects: Mapping[str, Effect | None]
     papers_lr: float
     untuned_lr: float
+    cells: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -74,24 +76,31 @@ def effects_by_rule(
         baseline: The arm that the others are compared with.
 
     Returns:
-        The rows of arms that have an effect by the second or the third rule, by cell; the pooled ones last.
-        Results of version 0.1 have none.
+        The rows of arms that have an effect by the second or the third rule, by cell; the pooled ones last, of
+        arms that several cells have. Results of version 0.1 have none.
     """
     scored = {name: _score_cell(records, own_lrs[name], arms, baseline) for name, records in cells.items()}
     rows = []
     for name, by_arm in scored.items():
         for arm, own in by_arm.items():
-            rows.append(RuleRow(name, arm, _effects([own]), own.papers_lr, own.untuned_lr))
-    if len(cells) > 1:
-        for arm in arms:
-            everywhere = [by_arm[arm] for by_arm in scored.values()]
-            rows.append(RuleRow(POOLED, arm, _effects(everywhere), math.nan, math.nan))
+            rows.append(RuleRow(name, arm, _effects([own]), own.papers_lr, own.untuned_lr, (name,)))
+    for arm in arms:
+        found = {name: by_arm[arm] for name, by_arm in scored.items() if any(by_arm[arm].ratios.values())}
+        if len(found) > 1:
+            rows.append(RuleRow(POOLED, arm, _effects(list(found.values())), math.nan, math.nan, tuple(found)))
     return [row for row in rows if row.effects["best"] or row.effects["papers"]]
 
 
 def _effects(scored: Sequence[_Scored]) -> dict[str, Effect | None]:
-    """Return the effect by each rule, over the cells given."""
-    return {rule: mean_effect([own.ratios[rule] for own in scored]) for rule in RULES}
+    """Return the effect by each rule over the cells given; None where one of them lacks it.
+
+    The rules are compared with each other, and so must be over the same cells.
+    """
+    effects = {}
+    for rule in RULES:
+        ratios = [own.ratios[rule] for own in scored]
+        effects[rule] = mean_effect(ratios) if all(ratios) else None
+    return effects
 
 
 def _score_cell(records: Records, own_lr: float, arms: Sequence[str], baseline: str) -> dict[str, _Scored]:

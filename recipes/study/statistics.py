@@ -22,7 +22,7 @@ LEVEL = 0.95
 """Coverage of the intervals."""
 
 _ROUNDING = 1e-12
-"""A standard error below this share of the largest log ratio is 0, but for rounding."""
+"""A standard error or a spread below this share of the largest log ratio is 0, but for rounding."""
 
 
 @dataclass(frozen=True)
@@ -179,8 +179,10 @@ def effect_over_tasks(cells: Sequence[Mapping[int, float]]) -> TaskEffect | None
 
 
 def _differ(cell: Mapping[int, float]) -> bool:
-    """Return whether a cell's log ratios differ between its seeds, or are all 0."""
-    return len(set(cell.values())) > 1 or not any(cell.values())
+    """Return whether a cell's log ratios differ between its seeds by more than rounding, or are all 0."""
+    largest = max(map(abs, cell.values()))
+    spread = max(cell.values()) - min(cell.values())
+    return largest == 0.0 or spread > _ROUNDING * largest
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -36,27 +36,30 @@ ENOUGH_SEEDS = 5
 
 
 def verdict(rows: Sequence[Row], baseline: str) -> str:
-    """Say what the last cell's rows, the pooled ones where there are several cells, show.
+    """Say what the pooled rows show, and the rows of each cell whose arms have no pooled one.
 
     With fewer than five seeds in a cell a study proves nothing, and the text says that first.
 
     Args:
-        rows: The findings; those of the last cell stand last.
+        rows: The findings, cell by cell; the pooled ones last.
         baseline: The arm that the others are compared with.
 
     Returns:
-        One or two sentences.
+        A sentence or more.
     """
     compared = [row for row in rows if row.effect is not None]
-    last = [row for row in compared if row.cell == rows[-1].cell]
-    if not last:
+    if not compared:
         return f"Nothing to compare with {baseline} yet."
-    warning = _warning_of_few_seeds(compared)
-    where = f"In {last[0].cell}"
-    if last[0].cell == POOLED:
-        where = "Over all cells"
-    found = _significant(last, compared)
-    return f"{warning}{where}, {_finding(found, baseline)}"
+    pooled = {row.arm for row in compared if row.cell == POOLED}
+    told = [row for row in compared if row.cell == POOLED or row.arm not in pooled]
+    sentences: list[str] = []
+    for cell, members in groupby(told, key=attrgetter("cell")):
+        found = _significant(list(members), compared)
+        if cell == POOLED:
+            sentences.insert(0, f"Over all cells, {_finding(found, baseline)}")
+        elif found or not pooled:
+            sentences.append(f"In {cell}, {_finding(found, baseline)}")
+    return f"{_warning_of_few_seeds(compared)}{' '.join(sentences)}"
 
 
 def _fewest_pairs(rows: Sequence[Row]) -> int:
@@ -200,7 +203,10 @@ def about_tasks(rows: Sequence[Row]) -> str:
     sentences = [_over_tasks(row) for row in _significant(pooled, compared)]
     if sentences:
         return " ".join(sentences)
-    ends = [(row.over_tasks.low, row.over_tasks.high, row.over_tasks.tau) for row in pooled if row.over_tasks]
+    enough = [row for row in pooled if _enough(row, compared)]
+    if not enough:
+        return f"As a sample of tasks, cells with fewer than {ENOUGH_SEEDS} seeds rule nothing out."
+    ends = [(row.over_tasks.low, row.over_tasks.high, row.over_tasks.tau) for row in enough if row.over_tasks]
     lows, highs, taus = zip(*ends, strict=True)
     return (
         f"As a sample of tasks, the cells leave mean changes of {interval(min(lows), max(highs))}% possible "
@@ -222,27 +228,43 @@ def _over_tasks(row: Row) -> str:
 
 
 def about_rules(rows: Sequence[RuleRow], baseline: str) -> str:
-    """Say how much of a gain the papers' rule makes, by the last cell's rows or the pooled ones.
+    """Say how much of a gain the papers' rule makes, by the pooled rows or, without these, in each cell.
 
     Args:
-        rows: The effects by rule; those of the last cell stand last.
+        rows: The effects by rule, cell by cell; the pooled ones last.
         baseline: The arm that the others are compared with.
 
     Returns:
-        One to three sentences; empty without an effect by the papers' rule.
+        One to three sentences, a cell where nothing is pooled; empty without an effect by the papers' rule.
     """
-    last = [row for row in rows if row.cell == rows[-1].cell]
-    found = {row.arm: row.effects["papers"] for row in last}
-    gains = {arm: effect.mean for arm, effect in found.items() if effect is not None}
+    found = [row for row in rows if row.effects["papers"] is not None]
+    pooled = [row for row in found if row.cell == POOLED]
+    if not any(row.arm != baseline for row in pooled):
+        pooled, found = [], [row for row in found if row.cell != POOLED]
+    by_cell = groupby(pooled or found, key=attrgetter("cell"))
+    gains = {cell: _papers_gain(list(members), baseline) for cell, members in by_cell}
+    told = {cell: text for cell, text in gains.items() if text}
+    return " ".join(f"{cell}: {text}" if len(told) > 1 else text for cell, text in told.items())
+
+
+def _papers_gain(rows: Sequence[RuleRow], baseline: str) -> str:
+    """Say how much of a gain the papers' rule makes in one cell, or over all; empty without another arm.
+
+    Args:
+        rows: The effects by rule of one cell, or the pooled ones, all with one by the papers' rule.
+        baseline: The arm that the others are compared with.
+    """
+    gains = {row.arm: row.effects["papers"].mean for row in rows if row.effects["papers"] is not None}
     of_baseline = gains.pop(baseline, None)
     if not gains:
         return ""
     arm = min(gains, key=lambda name: gains[name])
+    by_arm = {row.arm: row for row in rows}
     text = f"By the papers' rule {arm} has {_change(gains[arm])} error than {baseline} untuned"
-    ours = next(row for row in last if row.arm == arm).effects["last"]
+    ours = by_arm[arm].effects["last"]
     if ours is not None:
         text += f", by this study's {_change(ours.mean)}"
-    if of_baseline is not None:
+    if of_baseline is not None and by_arm[baseline].cells == by_arm[arm].cells:  # else it is of other tasks
         text += f". The rule alone gives {baseline} {_change(of_baseline)} than itself untuned"
     return f"{text}."
 
@@ -261,18 +283,45 @@ def about_ranges(found: Sequence[Curve], baseline: str) -> str:
     by_arm: dict[str, list[Curve]] = {}
     for curve in others:
         by_arm.setdefault(curve.arm, []).append(curve)
-    widths = [f"{_width(list(of_baseline.values()))} for {baseline}"]
-    widths += [f"{_width(own)} for {arm}" for arm, own in by_arm.items()]
-    where = ""
-    if len(of_baseline) > 1:
-        where = f" (geometric means over {len(of_baseline)} cells)"
     wider = _told_apart(by_arm, of_baseline, 1)
     narrower = _told_apart(by_arm, of_baseline, -1)
     return (
         "Does balancing forgive a badly chosen rate? Rates within 5% of the best error span a factor of "
-        f"{', '.join(widths)}{where}. Wider than that of {baseline} by more than the step between the rates "
-        f"tried: {wider}; narrower: {narrower}.{_warning_of_few_tries(found)}"
+        f"{_widths(by_arm, of_baseline, baseline)}. Wider than that of {baseline} by more than the step "
+        f"between the rates tried: {wider}; narrower: {narrower}.{_warning_of_few_tries(found)}"
     )
+
+
+def _widths(by_arm: dict[str, list[Curve]], baselines: dict[str, Curve], baseline: str) -> str:
+    """Return the width of each arm's range, next to the baseline's over the same cells.
+
+    Args:
+        by_arm: The curves of each arm.
+        baselines: The baseline's curve in each cell.
+        baseline: The baseline.
+    """
+    arms_of: dict[tuple[str, ...], list[str]] = {}
+    for arm, own in by_arm.items():
+        arms_of.setdefault(tuple(curve.cell for curve in own), []).append(arm)
+    texts = []
+    for cells, arms in arms_of.items():
+        widths = [f"{_width([baselines[cell] for cell in cells])} for {baseline}"]
+        widths += [f"{_width(by_arm[arm])} for {arm}" for arm in arms]
+        texts.append(", ".join(widths) + _over(cells, everywhere=len(cells) == len(baselines)))
+    return "; ".join(texts)
+
+
+def _over(cells: Sequence[str], everywhere: bool) -> str:
+    """Return over which cells widths are means; empty where there is no other cell than theirs.
+
+    Args:
+        cells: The cells.
+        everywhere: Whether these are all.
+    """
+    names = f"{len(cells)} cells" if everywhere else ", ".join(cells)
+    if len(cells) > 1:
+        return f" (geometric means over {names})"
+    return "" if everywhere else f" (in {names})"
 
 
 def _warning_of_few_tries(found: Sequence[Curve]) -> str:

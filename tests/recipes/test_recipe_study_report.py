@@ -110,6 +110,14 @@ def test_effect_over_tasks_at_its_edges() -> None:
         assert effect_over_tasks(too_few) is None
 
 
+def test_log_ratios_that_differ_by_rounding_alone_are_alike() -> None:
+    ratios = [math.log(0.015) - math.log(0.005), math.log(0.045) - math.log(0.015)]
+    assert ratios[0] != ratios[1]
+    alike = dict(enumerate([*ratios, ratios[0]]))
+    others = [_samples(mean, 0.2) for mean in (0.05, -0.05)]
+    assert effect_over_tasks([alike, *others]) == effect_over_tasks(others)
+
+
 def _covered(tau: float, count: int = 300) -> tuple[float, float]:
     """How often the interval over tasks, and that over seeds, has the mean of the tasks in it."""
     rng = np.random.default_rng(1)
@@ -235,6 +243,47 @@ def test_rules_are_pooled_over_cells() -> None:
         assert effect.pairs == 4
 
 
+def test_rules_are_compared_over_the_same_cells() -> None:
+    """One cell has no tuning runs: over all cells the papers' rule would be that of the other cells alone."""
+    rates = {0.1: [0.4, 0.4], 0.2: [0.2, 0.2]}
+    finals = _finals({"off": [0.2, 0.2], "x": [0.1, 0.1]})
+    tuned = {**_rule_cell(rates, rates), **finals}
+    names = ("a", "b", "c")
+    own = dict.fromkeys(names, 0.1)
+
+    def pooled(*cells: Records) -> dict[str, RuleRow]:
+        rows = effects_by_rule(dict(zip(names, cells, strict=True)), own, ["off", "x"], "off")
+        return {row.arm: row for row in rows if row.cell == POOLED}
+
+    rows = pooled(tuned, tuned, finals)
+    assert rows["x"].effects["papers"] is None
+    assert rows["x"].effects["last"] is not None
+    assert "The rule alone" not in about_rules(list(rows.values()), "off")
+    everywhere = pooled(tuned, tuned, tuned)
+    assert all(everywhere["x"].effects.values())
+    assert "The rule alone" in about_rules(list(everywhere.values()), "off")
+    only_off = {job: run for job, run in tuned.items() if job.arm == "off"}
+    assert "x" not in pooled(tuned, only_off, only_off)
+
+
+def test_the_gain_of_the_papers_rule_is_told_cell_by_cell_where_nothing_is_pooled() -> None:
+    rates = {0.1: [0.4, 0.4], 0.2: [0.2, 0.2]}
+    tuned = _rule_cell(rates, rates)
+    rename = {job._replace(arm="y"): replace(run, arm="y") for job, run in tuned.items() if job.arm == "x"}
+    other = {**{job: run for job, run in tuned.items() if job.arm == "off"}, **rename}
+    rows = effects_by_rule({"a": tuned, "b": other}, {"a": 0.1, "b": 0.1}, ["off", "x", "y"], "off")
+    assert re.search(r"a: .*rule x has 50.*b: .*rule y has 50", about_rules(rows, "off"))
+
+
+def test_epochs_before_a_run_diverged_count_by_the_rules_of_epochs() -> None:
+    gone = {"status": "diverged", "val": math.nan, "test": math.nan}
+    early = {"best_val": 0.1, "best_test": 0.1, "lowest_test": 0.05}
+    run = final_run("x", 1, 0.2, **{**gone, **early})
+    assert [run.error(score) for score in ("val", "test", "best_test", "lowest_test")] == [1.0, 1.0, 0.1, 0.05]
+    never = final_run("x", 1, math.nan, **gone)
+    assert never.error("best_test") == 1.0
+
+
 # Sensitivity
 
 
@@ -328,6 +377,18 @@ def test_the_report_answers_whether_a_bad_rate_is_forgiven() -> None:
     assert re.search(r"Wider .* tried: y; narrower: none", text)
     assert "2 seeds" in text
     assert about_ranges([baseline], "off") == ""
+
+
+def test_widths_are_compared_over_cells_that_both_have() -> None:
+    """The baseline alone was tried in a cell where rates matter more."""
+    flat, steep = _valley(0.1), _valley(0.4)
+    off, x = (_curve(flat, RATES, arm) for arm in ("off", "x"))
+    alone = replace(_curve(steep, RATES, "off"), cell="steep")
+    said = about_ranges([off, x, alone], "off")
+    width = f"{rate_range(x).factor:.1f}"
+    assert f"{width} for off, {width} for x (in cell)" in said
+    y = [replace(_curve(flat, RATES, "y"), cell=name) for name in ("cell", "steep")]
+    assert re.search(r"for y \(geometric means over 2 cells\)", about_ranges([off, x, alone, *y], "off"))
 
 
 # Ratios
@@ -446,6 +507,34 @@ def test_an_effect_is_said_to_hold_for_other_tasks_where_it_does(in_b: float, ho
     assert about_tasks(summarise({"a": cells["a"]}, ["off", "x"], "off")) == ""
 
 
+def test_cells_with_different_arms_are_told_one_by_one() -> None:
+    rng = np.random.default_rng(7)
+    cells = {}
+    for name, arm in (("a", "x"), ("b", "y")):
+        off = rng.uniform(0.2, 0.3, 8)
+        cells[name] = _finals({"off": list(off), arm: list(off * np.exp(rng.normal(-0.5, 0.02, 8)))})
+    rows = summarise(cells, ["off", "x", "y"], "off")
+    assert not [row for row in rows if row.cell == POOLED], "a baseline alone has nothing to be compared with"
+    assert re.search(r"In a, .*x has .* less.*In b, .*y has .* less", verdict(rows, "off"))
+    with_z = {name: {**runs, **_finals({"z": [0.25] * 8})} for name, runs in cells.items()}
+    said = verdict(summarise(with_z, ["off", "x", "y", "z"], "off"), "off")
+    assert re.search(r"Over all cells, no arm.*In a, .*x has.*In b, .*y has", said)
+
+
+def test_below_five_seeds_nothing_is_ruled_out_over_tasks() -> None:
+    def said(seeds: int) -> str:
+        rng = np.random.default_rng(8)
+        cells = {}
+        for name in "abcd":
+            off = rng.uniform(0.2, 0.3, seeds)
+            cells[name] = _finals({"off": list(off), "x": list(off * np.exp(rng.normal(0, 0.02, seeds)))})
+        return about_tasks(summarise(cells, ["off", "x"], "off"))
+
+    assert "rule nothing out" in said(2)
+    assert "possible" not in said(2)
+    assert "possible" in said(5)
+
+
 # Files
 
 
@@ -511,6 +600,26 @@ def test_everything_is_written_and_can_be_read_back(tmp_path: Path) -> None:
     for title in ("Test error by arm", "over tasks", "three rules", "Learning rates within 5%", "mean ratio"):
         assert title in text
     assert "…" not in text
+
+
+def test_names_with_brackets_are_shown_as_they_are() -> None:
+    arms = ["off", "farms[small]", "x[/b]"]
+    text = _printed(find({"a": _whole_study(arms)["a"]}, {"a": 0.1}, arms, "off"))
+    assert all(text.count(arm) > 2 for arm in arms)
+
+
+def test_files_of_what_is_no_longer_found_are_removed(tmp_path: Path) -> None:
+    arms = ["off", "full", "farms", "placebo"]
+    study = {"a": _whole_study(arms)["a"]}
+    assert "contrasts.csv" in write(find(study, {"a": 0.1}, arms, "off"), tmp_path)
+    (tmp_path / "results.csv").write_text("not the report's")
+    write(
+        find(
+            {"a": {job: run for job, run in study["a"].items() if job.arm != "placebo"}}, {"a": 0.1}, arms, "off"
+        ),
+        tmp_path,
+    )
+    assert {path.name for path in tmp_path.iterdir()} == {*CSVS, *PICTURES, "results.csv"} - {"contrasts.csv"}
 
 
 def test_pictures_show_each_arm_in_its_colour(tmp_path: Path) -> None:
