@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,19 @@ from recipes.callbacks import LastStepRates
 from recipes.console import make_console
 from recipes.loggers import METRICS_FILE, RunFolderCSVLogger
 
-__all__ = ["CLOCKS", "MetricsCallback", "RatesCallback"]
+__all__ = ["CLOCKS", "MetricsCallback", "RatesCallback", "epochs_begun"]
 
 CLOCKS = ("_runtime", "_per_second", "_preparation_time")
 """Endings of the names of metrics that differ from run to run."""
+
+
+def epochs_begun(epoch: float | None) -> int:
+    """Return how many epochs a training has begun; the last one may be cut short by `training.max_steps`.
+
+    Args:
+        epoch: as the Trainer counts, 2.3 after a third of the third epoch; None before it trains.
+    """
+    return math.ceil(epoch or 0)
 
 
 class MetricsCallback(TrainerCallback):

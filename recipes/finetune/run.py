@@ -27,7 +27,7 @@ from recipes.errors import RecipeError
 from recipes.finetune.building import Run, build_run, score
 from recipes.finetune.data import Examples
 from recipes.finetune.network import load_weights
-from recipes.finetune.records import MetricsCallback, RatesCallback
+from recipes.finetune.records import MetricsCallback, RatesCallback, epochs_begun
 from recipes.folder import CONFIG_FILE, run_folder, save_config
 from recipes.run import check_archive
 from recipes.summary import finish, measure_layers, run_facts
@@ -194,7 +194,7 @@ def _save_last_weights(run: Run, balancer: Any, folder: Path) -> None:
         callbacks["FARMSTempBalance"] = saved
     content = {
         "state_dict": run.model.state_dict(),
-        "epoch": round(state.epoch or 0) - 1,
+        "epoch": epochs_begun(state.epoch) - 1,
         "global_step": state.global_step,
         "callbacks": callbacks,
     }
@@ -215,12 +215,12 @@ def _training(run: Run) -> dict[str, Any]:
     best_epoch = None
     for row in state.log_history:
         if row["step"] == steps_of_best and "eval_loss" in row:
-            best_epoch = round(row["epoch"])
+            best_epoch = epochs_begun(row["epoch"])
     return {
         "monitor": f"val/{run.trainer.args.metric_for_best_model}",
         "best_checkpoint": best,
         "best_score": state.best_metric,
         "best_epoch": best_epoch,
-        "epochs": round(state.epoch or 0),
+        "epochs": epochs_begun(state.epoch),
         "steps": state.global_step,
     }

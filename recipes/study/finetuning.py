@@ -23,6 +23,7 @@ from recipes.errors import RecipeError
 from recipes.finetune.building import Run, build_run, score
 from recipes.finetune.data import Examples
 from recipes.finetune.published import register_resolver
+from recipes.finetune.records import epochs_begun
 from recipes.study.course import Ratios, Weights
 from recipes.study.one_run import Trained
 from recipes.study.records import SHARES
@@ -34,6 +35,7 @@ _KEEP_NOTHING = {
     "eval_strategy": "no",
     "save_strategy": "no",
     "logging_strategy": "no",
+    "greater_is_better": True,  # of both metrics; it chooses checkpoints, of which a study keeps none
     "report_to": "none",
     "disable_tqdm": True,
 }
@@ -121,7 +123,7 @@ def train(cfg: DictConfig, evaluations: int) -> Trained:
             if balancer is not None:
                 balancer.detach()
         state = run.trainer.state
-        scores = {epoch: _evaluate(run) for epoch in weights.epochs(run.model, round(state.epoch or 0))}
+        scores = {epoch: _evaluate(run) for epoch in weights.epochs(run.model, epochs_begun(state.epoch))}
     facts = {
         "blind_error": 1.0 - 1.0 / len(examples.classes),
         "steps": state.global_step,
@@ -187,7 +189,7 @@ class _Course(TrainerCallback):
         """Count the time of the epoch, and keep the weights."""
         self._add(args, state, control)
         self.seconds += self._clock() - self._epoch_start
-        self._weights.keep(model, round(state.epoch), state.num_train_epochs)
+        self._weights.keep(model, epochs_begun(state.epoch), state.num_train_epochs)
 
     def _clock(self) -> float:
         """Return the time of a clock that stands still while the balancing callback is at work."""

@@ -137,7 +137,8 @@ class _Progress:
         """Return the runs that can be started now, with the names of their cells.
 
         Searches come first, then one seed after the other of all arms and cells, so that a study that ends early
-        has pairs.
+        has pairs. No process waits: those that the searches have no run for begin with final runs of arms whose
+        rate is found, and these arms are ahead until the others have caught up.
         """
         missing: list[tuple[str, Job]] = []
         # An error in one run of an arm comes in all of them; that a process died says nothing of the others.

@@ -13,6 +13,8 @@ from typing import Any, Protocol
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 
 pytest.importorskip("transformers")
 pytest.importorskip("datasets")
@@ -21,6 +23,7 @@ pytest.importorskip("peft")
 from transformers import AutoModelForSequenceClassification
 
 from farms_tb.viewing.run_folder import read_run_folder
+from recipes.config import CONFIG_DIR, build
 from recipes.finetune.__main__ import main
 from recipes.finetune.tasks import TASKS
 from recipes.real.files import FILES, checked
@@ -239,6 +242,29 @@ def test_lora_trains_adapters_and_head_alone(finetune: Command, tiny_bert: str, 
         found = {ratio for name, ratio in ratios.items() if block in name and name.endswith((".query", ".value"))}
         assert len(found) == 1, "a ratio for each block"
         assert found != {1.0}
+
+
+@pytest.mark.parametrize(
+    ("metric", "greater"), [("loss", False), ("eval_loss", False), ("accuracy", True), ("macro_f1", True)]
+)
+def test_the_best_epoch_has_the_smallest_loss_or_the_largest_score(
+    metric: str, greater: bool, tmp_path: Path
+) -> None:
+    GlobalHydra.instance().clear()
+    overrides = [
+        f"training.metric_for_best_model={metric}",
+        f"training.output_dir={tmp_path}",
+        "training.use_cpu=true",
+    ]
+    with initialize_config_dir(CONFIG_DIR, version_base="1.3"):
+        cfg = compose("finetune", overrides)
+    assert build(cfg, "training", warmup_steps=0).greater_is_better is greater
+
+
+def test_an_epoch_that_is_cut_short_counts(finetune: Command, tmp_path: Path) -> None:
+    write_sst2(tmp_path / "data")
+    facts = finetune("run", *SST2, *OFF, "+training.max_steps=13")
+    assert (facts["steps"], facts["epochs"]) == (13, 2), "an epoch has ten steps"
 
 
 def test_the_best_epoch_is_tested_with_lora(finetune: Command, tmp_path: Path) -> None:

@@ -724,6 +724,18 @@ def test_searches_come_first_and_then_seed_after_seed(
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_no_process_waits_for_a_search_and_the_others_catch_up(tmp_path: Path, engine: _Recorder) -> None:
+    engine.slots = 4
+    main(_tiny(tmp_path, "study.baseline_grid=[1]"))  # nothing is searched for the baseline
+    order = [(job.phase, job.seed, job.arm) for _, job in engine.begun]
+    assert order[:2] == [("tune", 1_000_001, "farms")] * 2
+    assert order[2:4] == [("final", seed, "off") for seed in (1, 2)], (
+        "two processes that the search has no run for"
+    )
+    assert order[4:6] == [("final", seed, "farms") for seed in (1, 2)], "the arm that is behind comes first"
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_the_baseline_may_have_more_tries(tmp_path: Path, engine: _Recorder) -> None:
     main(_tiny(tmp_path, "study.baseline_grid=[0.5,1,1.5,2]"))
     tried = [(job.arm, job.lr) for _, job in engine.begun if job.phase == "tune"]

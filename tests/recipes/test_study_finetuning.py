@@ -135,6 +135,18 @@ def test_a_kept_epoch_scores_as_a_training_that_ends_there(rank: int | None, cel
     assert rank is None or long["parameters"] == 2 * 2 * 2 * 64 * 2 + 64 * 2 + 2
 
 
+def test_an_epoch_that_is_cut_short_is_an_epoch_of_its_own(cell: Callable[..., Cell]) -> None:
+    """Ten batches an epoch: the thirteenth step is in the second one."""
+    constant = ("training.lr_scheduler_type=constant", "training.warmup_steps=0")
+    cut = facts_of(cell(*constant, "+training.max_steps=13"), "off", 2, lr=6e-4)
+    short = facts_of(cell(*constant, "training.num_train_epochs=1"), "off", lr=6e-4)
+    assert (cut["epochs"], cut["steps"], short["epochs"]) == (2, 13, 1)
+    assert cut["test"] != short["test"]
+    ends = {1: (short["val"], short["test"]), 2: (cut["val"], cut["test"])}
+    assert (cut["best_val"], cut["best_test"]) == ends[cut["best_epoch"]]
+    assert cut["lowest_test"] == max(short["test"], cut["test"])
+
+
 def test_a_run_that_diverges_has_no_score(cell: Callable[..., Cell]) -> None:
     facts = facts_of(cell("training.max_grad_norm=0"), "off", lr=1e30)
     assert facts["status"] == "diverged"
@@ -204,6 +216,9 @@ def test_a_study_goes_on_with_what_is_missing(
         (["experiment=study/digits_resnet18_50"], "set study.program=train"),
         (["experiment=nowhere"], "experiment=nowhere: .*experiment/nowhere"),
         (["training.learning_rate=1e-3"], r"training.learning_rate=0.001 can't be set.*arms\.farms\.lr"),
+        (["+study.variants={v: ['seed=5']}"], "study.variants.v: seed=5 can't be set"),
+        (["+study.variants={v: ['data.seed=5']}", "study.arms=[off,v]"], "data.seed=5 can't .*vary_data=false"),
+        (["arms.farms.lr=0"], "lr=0 of the arm"),
         (["training.metric_for_best_model=loss"], "must be one of accuracy, macro_f1, got loss"),
         (["data.task=sst3"], "data.task must be one of sst2"),
     ],
@@ -231,6 +246,11 @@ def test_mistakes_that_building_shows(
     made_task(tmp_path / "data", "stsb")
     with pytest.raises(RecipeError, match=message):
         check_cell(cell(*overrides))
+
+
+def test_the_rule_of_the_best_checkpoint_is_none_of_a_studys_settings(cell: Callable[..., Cell]) -> None:
+    """Studies that were begun when it was set to true go on."""
+    assert cell().settings(Job("off", "final", 1, 0.1))["training"]["greater_is_better"] is True
 
 
 def test_a_cell_can_be_built(cell: Callable[..., Cell]) -> None:
