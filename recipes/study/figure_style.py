@@ -75,7 +75,9 @@ def add_legend(figure: Any, styles: Mapping[str, Style], line: Literal["-", ""])
     from matplotlib.lines import Line2D
 
     handles = [
-        Line2D([], [], color=style.colour, marker=style.marker, linestyle=line, markersize=5, label=arm)
+        Line2D(
+            [], [], color=style.colour, marker=style.marker, linestyle=line, markersize=5, label=_in_legend(arm)
+        )
         for arm, style in styles.items()
     ]
     entry = 0.7 + 0.085 * max(map(len, styles), default=0)  # inches: marker and gaps, letters
@@ -83,8 +85,17 @@ def add_legend(figure: Any, styles: Mapping[str, Style], line: Literal["-", ""])
     figure.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False)
 
 
+def _in_legend(arm: str) -> str:
+    """Return the label of an arm: matplotlib leaves those that begin with `_` out of legends."""
+    return f" {arm}" if arm.startswith("_") else arm
+
+
 def save(figure: Any, path: Path) -> None:
-    """Write a figure in one step; the name's ending says in which format."""
+    """Write a figure in one step; the name's ending says in which format. Names in it are shown as they are."""
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # `$` in the name of an arm is no mathematics
     picture = BytesIO()  # as in `farms_tb.viewing.plots.style`
     figure.savefig(picture, dpi=150, format=path.suffix[1:])
     with atomic_path(path) as part:

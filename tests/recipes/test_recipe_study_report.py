@@ -608,6 +608,12 @@ def test_names_with_brackets_are_shown_as_they_are() -> None:
     assert all(text.count(arm) > 2 for arm in arms)
 
 
+def test_pictures_show_names_that_matplotlib_takes_for_something_else(tmp_path: Path) -> None:
+    arms = ["off", "a$_$", "_hidden"]
+    cells = _whole_study(arms)
+    assert set(PICTURES) <= set(write(find(cells, dict.fromkeys(cells, 0.1), arms, "off"), tmp_path))
+
+
 def test_files_of_what_is_no_longer_found_are_removed(tmp_path: Path) -> None:
     arms = ["off", "full", "farms", "placebo"]
     study = {"a": _whole_study(arms)["a"]}
