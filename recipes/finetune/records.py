@@ -26,7 +26,7 @@ def epochs_begun(epoch: float | None) -> int:
     Args:
         epoch: as the Trainer counts, 2.3 after a third of the third epoch; None before it trains.
     """
-    return math.ceil(epoch or 0)
+    return math.ceil((epoch or 0) - 1e-6)  # rounding may put the end of an epoch just above it
 
 
 class MetricsCallback(TrainerCallback):
