@@ -148,8 +148,8 @@ def _warn_if_untested(optimizer: Optimizer) -> None:
     elif isinstance(optimizer, torch.optim.Adafactor):
         message = (
             "torch's Adafactor steps with 1 / sqrt(step) where that is below its lr: layers whose rates are above "
-            "it all step alike, so that ratios have less and less effect. A smaller lr puts this off: with 1e-3 it "
-            "begins after a million steps"
+            "it all step alike, so that ratios have less and less effect. A smaller lr puts this off: with 1e-3 "
+            "it begins after a million steps"
         )
         warn_once(message, type(optimizer))
     elif not type(optimizer).__module__.startswith("torch.optim"):

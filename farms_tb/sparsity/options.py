@@ -45,8 +45,8 @@ class SparsityOptions:
             first block to the last, `"shuffled"` the sparsities of `"alpha"` in random order (a placebo);
             `"owl"` takes each block's share of outliers (Yin et al., 2023); `"search"` mixes line, alpha and
             shrinkage as the loss on calibration data prefers.
-        epsilon: half-width of the range of sparsities, relative to the target; the papers call it tau, and have 0.2
-            to 0.6 for LLaMA at a target of 0.7. The default is what a small language model bears, see
+        epsilon: half-width of the range of sparsities, relative to the target; the papers call it tau, and have
+            0.2 to 0.6 for LLaMA at a target of 0.7. The default is what a small language model bears, see
             `docs/results/sparsity`. With `"search"`, its first step.
         granularity: `"block"` gives all matrices of a block one sparsity, `"matrix"` each its own, `"mixed"` each
             its own within that of its block.

@@ -100,7 +100,8 @@ def test_a_few_units_and_matrices() -> None:
     one = {"layers.0.q": 2.0, "layers.0.k": 4.0}
     assert set(by_block(one, blocks=["layers.*"])) == {0.7}
     matrices = {f"m{i}": 2.0 + i for i in range(5)}
-    plan = allocate(matrices, dict.fromkeys(matrices, 10), 0.5, method="shrinkage", epsilon=0.1, granularity="matrix")
+    sizes = dict.fromkeys(matrices, 10)
+    plan = allocate(matrices, sizes, 0.5, method="shrinkage", epsilon=0.1, granularity="matrix")
     shares = list(plan.sparsity.values())
     assert shares == sorted(shares)
     assert shares[-1] / shares[0] == pytest.approx(1.1 / 0.9)
