@@ -303,6 +303,11 @@ TABLES: Mapping[str, ArmTable | SettingTable | PairTable] = {
             "shrinkage": "map of shrunk effects",
         },
     ),
+    "Darcy flow, UNet": ArmTable(
+        "controls",
+        Cell("controls/darcy_beta100_unet", "darcy_beta100_unet_40"),
+        {"off": "plain Adam", "full_s1": "TempBalance, s = 1"},
+    ),
     "messages": ArmTable(
         "controls",
         Cell("controls/newsgroups", "newsgroups_minilm_1"),

@@ -101,6 +101,12 @@ TASKS = (
             "shrinkage": "shrinkage",
         },
     ),
+    Task(
+        "UNet, 225 Darcy flow, published regime",
+        "controls/darcy_beta100_unet",
+        "darcy_beta100_unet_40",
+        {"whole": "full_s1"},
+    ),
     Task("MiniLM, 113 messages", "controls/newsgroups", "newsgroups_minilm_1", _BLOCKS),
     Task(
         "MiniLM, 565 messages",
