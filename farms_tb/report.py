@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from farms_tb.missing import cannot_import
 from farms_tb.options import Metric
+from farms_tb.printable import printable
 from farms_tb.verdicts import Verdict, verdict_of
 
 if TYPE_CHECKING:
@@ -291,7 +292,8 @@ class Report:
             metrics = map(_short, (r.alpha, r.ks_distance, r.alpha_hat, r.spectral_norm))
             shape = " x ".join(map(str, r.shape)) or "-"
             share = "-" if r.rank_share is None else f"{r.rank_share:.0%}"
-            table.append((name, shape, *metrics, share, str(r.num_eigenvalues or "-"), r.status))
+            count = str(r.num_eigenvalues or "-")
+            table.append((printable(name), shape, *metrics, share, count, printable(r.status)))
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = [_line(cells, widths) for cells in table]
         lines.insert(1, "-" * max(map(len, lines)))

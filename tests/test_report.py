@@ -49,6 +49,14 @@ def test_prints_as_a_table():
     assert str(REPORT).splitlines() == TABLE.splitlines()
 
 
+def test_names_and_reasons_send_no_command_to_the_terminal():
+    record = LayerRecord(status="no rule for \x1b[31mthis")
+    text = str(Report({"conv\x1b[2J\nfc": record}))
+    assert "\x1b" not in text
+    assert len(text.splitlines()) == 3
+    assert "conv\\x1b[2J\\nfc" in text
+
+
 def test_an_empty_report_prints_its_header():
     header, line = str(Report({})).splitlines()
     assert header.startswith("layer  K x R x C  alpha")

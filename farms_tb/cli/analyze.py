@@ -81,6 +81,9 @@ def analyze(
     against: Annotated[
         str | None, typer.Option(metavar="MODEL", help="Compare the model as a whole with this one.")
     ] = None,
+    against_key: Annotated[
+        str | None, typer.Option(metavar="KEY", help="Where the weights lie in the file of --against, as --key.")
+    ] = None,
     pretrained: Pretrained = False,
     key: Key = None,
     base: Base = None,
@@ -109,7 +112,7 @@ def analyze(
         device = checked_device(device)
         _check_column(sort)
         source = open_source(model, pretrained=pretrained, key=key, base=base, options=options)
-        other = None if against is None else _open_other(against, pretrained, options)
+        other = None if against is None else _open_other(against, against_key, pretrained, options)
     request = MeasureRequest(options, full and options.esd == "farms", bool(null), tuple(patterns or ()), device)
     if null is None:
         request = replace(request, null=null_is_quick(source, request))
@@ -145,7 +148,8 @@ def _result(
     complete = not (found.stopped or (compared is not None and compared.stopped))
     summaries = {model: summarise(found.report)}
     if against is not None and compared is not None:
-        summaries[against] = summarise(compared.report)
+        name = against if against != model else f"{against} (--against)"
+        summaries[name] = summarise(compared.report)
     sentences = diagnose(found.report) if rows else []
     facts = {
         "model": model,
@@ -155,7 +159,7 @@ def _result(
         "diagnosis": sentences,
     }
     below = [*_whole_models(summaries), *sentences]
-    return Result(f"{model}: {_summary(rows)}", _COLUMNS, rows, facts, complete, below)
+    return Result(f"{model}: {_summary(rows)}", _COLUMNS, rows, facts, complete, below, COLUMNS)
 
 
 def _whole_models(summaries: Mapping[str, ModelSummary]) -> list[str]:
@@ -170,9 +174,12 @@ def _whole_models(summaries: Mapping[str, ModelSummary]) -> list[str]:
     return lines
 
 
-def _open_other(against: str, pretrained: bool, options: SpectrumOptions) -> Source:
+def _open_other(against: str, key: str | None, pretrained: bool, options: SpectrumOptions) -> Source:
     """Open the model to compare with; of a library, with random or trained weights as the other one has."""
-    return open_source(against, pretrained=pretrained and not Path(against).exists(), options=options)
+    try:
+        return open_source(against, pretrained=pretrained and not Path(against).exists(), key=key, options=options)
+    except ValueError as error:  # --key is for the other file
+        raise ValueError(str(error).replace("--key", "--against-key")) from error
 
 
 def _check_column(sort: str | None) -> None:

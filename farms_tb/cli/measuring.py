@@ -22,9 +22,10 @@ from farms_tb.cli.messages import say
 from farms_tb.cli.pairing import without_wrappers
 from farms_tb.cli.sources import Source
 from farms_tb.options import SpectrumOptions
+from farms_tb.printable import printable
 from farms_tb.report import OK, LayerRecord, Report
 from farms_tb.spectra.permutation_null import null_seconds, weight_record
-from farms_tb.viewing.names import printable, shortened
+from farms_tb.viewing.names import shortened
 from farms_tb.weights.layers import Layer
 from farms_tb.weights.stacks import MatrixStack
 

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from farms_tb.viewing.names import printable
+from farms_tb.printable import printable
 
 EXIT_PART, EXIT_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 

@@ -23,12 +23,15 @@ from farms_tb.atomic_write import atomic_path, write_text_atomically
 from farms_tb.cli.messages import EXIT_PART, say
 from farms_tb.cli.tables import Column, Row, print_table
 from farms_tb.missing import cannot_import
-from farms_tb.viewing.names import printable
+from farms_tb.printable import printable
 from farms_tb.weights.files import ENDINGS
 
 Format = Literal["table", "csv", "json", "parquet"]
 
 FORMATS: tuple[Format, ...] = get_args(Format)
+
+_FILES_OF_RUNS = ("metrics.csv", "config.yaml", "hparams.yaml", "summary.json", "config.json")
+"""What loggers, recipes and Hugging Face write into the folder of a run or a model."""
 
 
 def chosen_format(form: Format | None, output: Path | None, inputs: Iterable[str | None] = ()) -> Format:
@@ -61,7 +64,7 @@ def _format_of(output: Path | None) -> Format:
     if output is None:
         return "table"
     for known in FORMATS:
-        if output.suffix == f".{known}":
+        if output.suffix.lower() == f".{known}":
             return known
     return "table"
 
@@ -79,11 +82,20 @@ def check_output(output: Path, inputs: Iterable[str | None] = ()) -> None:
         raise ValueError(f"--output {output}: this is the name of a file of weights, which it would replace")
     if output.exists() and any(Path(path).exists() and output.samefile(path) for path in inputs if path):
         raise ValueError(f"--output {output}: this is the file that is read, which it would replace")
+    if output.name in _FILES_OF_RUNS and any(_is_inside(output, path) for path in inputs if path):
+        raise ValueError(f"--output {output}: a file of the run, which it would replace: choose another name")
+    if output.exists() and not output.is_file():
+        return  # a pipe or a device is written to as it is
     try:
         with TemporaryFile(dir=output.parent):
             pass
     except OSError as error:
         raise ValueError(f"cannot write {output}: {error.strerror}") from error
+
+
+def _is_inside(output: Path, folder: str) -> bool:
+    """Return whether a file that is there lies in a folder, at any depth."""
+    return output.exists() and Path(folder).is_dir() and output.resolve().is_relative_to(Path(folder).resolve())
 
 
 @dataclass(frozen=True)
@@ -97,6 +109,7 @@ class Result:
         facts: what JSON says about all layers together.
         complete: whether that is all; if not, a file says so in its name.
         below: lines below a table.
+        keys: names of the values of a row, for a CSV or Parquet file without rows.
     """
 
     title: str
@@ -105,6 +118,7 @@ class Result:
     facts: Mapping[str, Any]
     complete: bool
     below: Sequence[str] = ()
+    keys: Sequence[str] = ()
 
 
 def emit(result: Result, form: Format, output: Path | None) -> None:
@@ -128,7 +142,7 @@ def emit(result: Result, form: Format, output: Path | None) -> None:
     try:
         if form == "parquet":
             with atomic_path(path) as unfinished:
-                _write_parquet(result.rows, unfinished)
+                _write_parquet(result.rows, _keys(result), unfinished)
         else:
             write_text_atomically(path, _as_text(result, form))
     except OSError as error:
@@ -149,7 +163,7 @@ def _print(result: Result, form: Format) -> None:
 def _as_text(result: Result, form: Format) -> str:
     """Return a result as the content of a text file."""
     if form == "csv":
-        return _as_csv(result.rows)
+        return _as_csv(result.rows, _keys(result))
     if form == "json":
         return json.dumps({**result.facts, "layers": result.rows}, indent=2) + "\n"
     text = StringIO()
@@ -165,22 +179,22 @@ def _print_table(console: Console, result: Result) -> None:
         console.print(Text(printable(line)), soft_wrap=not console.is_terminal)
 
 
-def _as_csv(rows: Sequence[Row]) -> str:
+def _as_csv(rows: Sequence[Row], keys: Sequence[str]) -> str:
     """Return the rows as CSV with a header; an empty cell where there is no value.
 
     Control characters in names are shown as escapes, since CSV may go to a terminal; JSON has its own escapes.
     """
     text = StringIO()
-    writer = csv.DictWriter(text, _keys(rows), lineterminator="\n")
+    writer = csv.DictWriter(text, keys, lineterminator="\n")
     writer.writeheader()
     for row in rows:
         writer.writerow(_with_text(row, printable))
     return text.getvalue()
 
 
-def _keys(rows: Sequence[Row]) -> list[str]:
-    """Return the keys that all rows have; none without rows."""
-    return list(rows[0]) if rows else []
+def _keys(result: Result) -> list[str]:
+    """Return the keys that all rows have."""
+    return list(result.rows[0] if result.rows else result.keys)
 
 
 def _with_text(row: Row, change: Callable[[str], str]) -> dict[str, Any]:
@@ -188,7 +202,7 @@ def _with_text(row: Row, change: Callable[[str], str]) -> dict[str, Any]:
     return {key: change(cell) if isinstance(cell, str) else cell for key, cell in row.items()}
 
 
-def _write_parquet(rows: Sequence[Row], path: Path) -> None:
+def _write_parquet(rows: Sequence[Row], keys: Sequence[str], path: Path) -> None:
     """Write the rows as a Parquet file: text, 64-bit integers and doubles."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -196,7 +210,7 @@ def _write_parquet(rows: Sequence[Row], path: Path) -> None:
     types = {"num_eigenvalues": pa.int64()}
     for name in ("layer", "shape", "kind", "solver", "verdict", "status"):
         types[name] = pa.string()
-    schema = pa.schema([(name, types.get(name, pa.float64())) for name in _keys(rows)])
+    schema = pa.schema([(name, types.get(name, pa.float64())) for name in keys])
     encodable = [_with_text(row, _encodable) for row in rows]
     pq.write_table(pa.Table.from_pylist(encodable, schema=schema), path)
 

@@ -14,7 +14,7 @@ import typer
 
 from farms_tb.cli.arguments import Key, Null
 from farms_tb.cli.messages import complaints, say
-from farms_tb.viewing.names import printable
+from farms_tb.printable import printable
 from farms_tb.viewing.plots.comparison import COMPARISONS, left_out, save_comparison
 from farms_tb.viewing.plots.everything import FOLDER, PICTURES, check_wanted, not_drawn, save_all
 from farms_tb.viewing.plots.runs import check_number

@@ -13,7 +13,7 @@ import typer
 from farms_tb.cli.arguments import Key, Null, RunArgument
 from farms_tb.cli.messages import complaints, say
 from farms_tb.cli.output import check_output
-from farms_tb.viewing.names import printable
+from farms_tb.printable import printable
 from farms_tb.viewing.page import write_page
 from farms_tb.viewing.run_folder import read_run_folder
 

@@ -137,7 +137,11 @@ def _open_adapter(path: Path, key: str | None, base: str | None, options: Spectr
     Raises:
         ValueError: see `farms_tb.weights.adapter_files.tensors_with_adapter`.
     """
-    if base is None or options.adapters != "merged":
+    if base is not None and options.adapters != "merged":
+        raise ValueError(
+            f"--base is for --adapters merged, got --adapters {options.adapters}: leave one of them out"
+        )
+    if base is None:
         note = f"{path} is an adapter: measuring its matrices A and B. --base merges it onto the weights it is for"
         return replace(_open_file(path, key, options.embeddings), note=note)
     damaged: list[str] = []
@@ -223,7 +227,7 @@ def _from_function(module: str, function: str) -> nn.Module:
     try:
         make = getattr(importlib.import_module(module), function)
         made: nn.Module = make()
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script that reads its arguments ends the process
         raise ValueError(f"{module}:{function}() failed: {type(error).__name__}: {error}") from error
     finally:
         sys.path.remove(str(Path.cwd()))

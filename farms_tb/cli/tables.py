@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from farms_tb.printable import printable
 from farms_tb.report import OK
-from farms_tb.viewing.names import printable
 
 Row = Mapping[str, Any]
 
@@ -104,6 +104,10 @@ def number(value: float, decimals: int, signed: bool = False) -> str:
     return f"+{text}" if signed and value > 0 else text
 
 
+_NARROWEST_NAME = 12
+"""Characters of a name that a line keeps where names are folded."""
+
+
 def print_table(console: Console, title: str, columns: Sequence[Column], rows: Sequence[Row]) -> None:
     """Print rows as a table, in the layout with most in it that fits the console.
 
@@ -140,18 +144,24 @@ class _Layout:
 def _widest_that_fits(console: Console, columns: Sequence[Column], rows: Sequence[Row], room: int) -> _Layout:
     """Return the first layout that fits: with all columns and reasons, with notes, without optional columns.
 
-    Where none fits, the last one, which folds its names.
+    Where none fits, names are folded, and columns are left out from the right until they have room for it.
     """
     shown = [column for column in columns if _has_values(column, rows)]
     needed = [column for column in shown if not column.optional]
     reasons = list(dict.fromkeys(printable(row["status"]) for row in rows if row["status"] != OK))
     in_full = dict(zip(reasons, reasons, strict=True))
     notes = {reason: f"[{index}]" for index, reason in enumerate(reasons, 1)}
+    fewer = [needed[:number] for number in range(len(needed), 1, -1)]
+    foldable = max(
+        0, max((len(printable(str(row.get("layer", "")))) for row in rows), default=0) - _NARROWEST_NAME
+    )
+    layouts = [(shown, in_full, 0), (shown, notes, 0), (needed, notes, 0)]
+    layouts += [(columns, notes, foldable) for columns in fewer]
     unlimited = console.options.update(width=sys.maxsize)
-    for kept, status in ((shown, in_full), (shown, notes), (needed, notes)):
+    for kept, status, saved in layouts:
         table = _table(kept, rows, status)
         width = console.measure(table, options=unlimited).maximum
-        if width <= room:
+        if width - saved <= room:
             break
     return _Layout(table, width, {} if status is in_full else notes)
 

@@ -6,6 +6,7 @@ folder and the console's size, and `sparkline` draws one curve.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,9 +24,10 @@ from rich.text import Text
 from farms_tb.cli.arguments import Filter, RunFolderArgument
 from farms_tb.cli.messages import complaints
 from farms_tb.cli.tables import number
+from farms_tb.printable import printable
 from farms_tb.viewing.history import Curve, History
 from farms_tb.viewing.metrics_csv import MetricsFile, read_metrics
-from farms_tb.viewing.names import printable, shortened
+from farms_tb.viewing.names import shortened
 from farms_tb.viewing.run_files import find_run
 from farms_tb.viewing.saved_state import depth_order
 
@@ -175,7 +177,9 @@ def _heading(shown: Shown, curves: Mapping[str, Curve]) -> Text:
     """
     last = max(curves.values(), key=lambda curve: curve.steps[-1])
     low, high = _range(curves.values())
-    when = f"epoch {last.epochs[-1]:g}, step {last.steps[-1]}"
+    when = f"step {last.steps[-1]}"
+    if not math.isnan(last.epochs[-1]):
+        when = f"epoch {last.epochs[-1]:g}, {when}"
     summary = f"{shown.quantity} of {len(curves)} layers, {_value(low)} to {_value(high)}"
     return Text.assemble((shown.place, "bold"), f"\n{when}: {summary}")
 
@@ -201,7 +205,7 @@ def _table(curves: Mapping[str, Curve], quantity: Quantity, console: Console) ->
     """
     low, high = _range(curves.values())
     names = {name: printable(name) for name in curves}
-    name_width = min(max(map(len, names.values())), _WIDEST_NAME)
+    name_width = min(max(map(len, ("layer", *names.values()))), _WIDEST_NAME)
     curve_width = max(8, console.width - name_width - _OTHER_CELLS)
     levels = _ASCII_LEVELS if console.options.ascii_only else _LEVELS
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)

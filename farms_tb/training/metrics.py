@@ -24,10 +24,10 @@ from typing import TYPE_CHECKING, Any
 
 from farms_tb.balancing.report_ratios import RatioSummary
 from farms_tb.options import XAxis
+from farms_tb.printable import printable
 from farms_tb.report import EsdHistogram, Report
 from farms_tb.verdicts import Verdict
 from farms_tb.viewing.history import Curve, History
-from farms_tb.viewing.names import printable
 from farms_tb.warnings import warn_once
 
 if TYPE_CHECKING:

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from farms_tb.balancing.verdict_warnings import MOST, PATIENCE
+from farms_tb.printable import printable
 from farms_tb.report import LayerRecord, Report
 from farms_tb.verdicts import RANDOM_Z_OF_FEW, Verdict
 from farms_tb.viewing.history import Curve, History
-from farms_tb.viewing.names import printable, shortened
+from farms_tb.viewing.names import shortened
 from farms_tb.weights.names import first_few
 
 MOST_SENTENCES = 5
@@ -128,7 +129,8 @@ def _about_collapsed(records: Records, layers: Records) -> str:
 
 
 def _about_random(records: Records, layers: Records) -> str:
-    others = sum(record.verdict is Verdict.TRAINED for record in layers.values())
+    unlike = {Verdict.TRAINED, Verdict.COLLAPSED, Verdict.LOW_RANK, Verdict.OUTLIERS, Verdict.NO_POWER_LAW}
+    others = sum(record.verdict in unlike for record in layers.values())
     if not others:
         return (
             f"No layer can be told from random weights ({len(records)} measured): the model is untrained, or was "

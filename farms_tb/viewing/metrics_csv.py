@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from farms_tb.printable import printable
 from farms_tb.viewing.history import Curve, History
-from farms_tb.viewing.names import in_order, natural_order, printable, shortened
+from farms_tb.viewing.names import in_order, natural_order, shortened
 
 __all__ = ["METRICS_FILE", "MetricsFile", "has_measurements", "read_history", "read_logged", "read_metrics"]
 

@@ -10,33 +10,10 @@ import hashlib
 import re
 from collections.abc import Iterable, Sequence
 
-__all__ = ["file_name", "in_order", "natural_order", "printable", "shortened"]
+__all__ = ["file_name", "in_order", "natural_order", "shortened"]
 
 LONGEST_FILE_NAME = 100
 """Characters of a layer's name that are kept in a file's name; most file systems take 255 bytes in all."""
-
-
-def printable(text: str, keep: str = "") -> str:
-    r"""Return text with an escape in place of each character that `str.isprintable` refuses.
-
-    Those are control characters, which begin a terminal's commands, marks that change the direction of writing,
-    lone surrogates and unassigned characters.
-
-    Args:
-        text: any text.
-        keep: characters to leave as they are, say `"\n"` for text of several lines.
-
-    Example:
-        >>> printable("conv\x1b[2J")
-        'conv\\x1b[2J'
-    """
-    if text.isprintable():
-        return text
-    shown = []
-    for letter in text:
-        safe = letter.isprintable() or letter in keep
-        shown.append(letter if safe else letter.encode("unicode_escape").decode())
-    return "".join(shown)
 
 
 def shortened(name: str, most: int) -> str:

@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from farms_tb.viewing.names import printable, shortened
+from farms_tb.printable import printable
+from farms_tb.viewing.names import shortened
 from farms_tb.viewing.run_files import find_run
 from farms_tb.viewing.run_folder import RunFolder, read_run_folder
 from farms_tb.weights.names import first_few

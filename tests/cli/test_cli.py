@@ -62,6 +62,10 @@ def failing() -> nn.Module:
     raise KeyError("width")
 
 
+def quitting() -> nn.Module:
+    sys.exit(3)
+
+
 def run(*arguments: Any) -> Result:
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
@@ -332,6 +336,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["analyze", "nowhere:net"], "nowhere:net() failed: ModuleNotFoundError: No module named 'nowhere'"),
     (["analyze", "tests.cli.test_cli:gone"], "tests.cli.test_cli:gone() failed: AttributeError: "),
     (["analyze", "tests.cli.test_cli:failing"], "tests.cli.test_cli:failing() failed: KeyError: 'width'"),
+    (["analyze", "tests.cli.test_cli:quitting"], "tests.cli.test_cli:quitting() failed: SystemExit: 3"),
     (["analyze", "tests.cli.test_cli:no_model"], "expected a torch.nn.Module, got int"),
     (["analyze", "tests.cli.test_cli:without_matrix"], "ReLU has no layer that can be analysed"),
     (
@@ -676,11 +681,55 @@ def test_nulls_can_be_left_out_and_are_where_they_take_long(
     assert some[layers[0].name]["null_mean"] is not None, "one layer alone is quick"
 
 
+@pytest.mark.parametrize("name", ["metrics.csv", "config.yaml", "summary.json"])
+def test_a_file_of_the_run_is_not_replaced(name: str, tmp_path: Path) -> None:
+    torch.save({"state_dict": net().state_dict()}, tmp_path / "last.ckpt")
+    (tmp_path / name).write_text("of the run")
+    refused = run("analyze", tmp_path, "--output", tmp_path / name)
+    assert refused.exit_code != 0
+    assert "of the run" in refused.stderr
+    assert (tmp_path / name).read_text() == "of the run"
+
+
+def test_a_filter_that_takes_nothing_leaves_the_header(weights: Path, tmp_path: Path) -> None:
+    run("analyze", weights, "--filter", "nothing*", "--output", tmp_path / "none.CSV")
+    assert (tmp_path / "none.CSV").read_text().startswith("layer,")
+
+
+@pytest.mark.parametrize("width", [30, 45, 60])
+def test_on_a_narrow_terminal_names_are_folded_and_never_gone(
+    weights: Path, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    layers = list(rows_of("analyze", weights, "--no-null"))
+    shown = plain(run("analyze", weights).stdout).splitlines()
+    assert max(map(len, shown)) <= width
+    for layer in layers:
+        assert any(line.strip().startswith(layer[:12]) for line in shown), layer
+
+
 def test_a_model_is_compared_as_a_whole_with_another(weights: Path) -> None:
     facts = json.loads(run("analyze", weights, "--against", NET, "--format", "json").stdout)
     assert set(facts["summaries"]) == {str(weights), NET}
     shown = run("analyze", weights, "--against", NET).stdout
     assert f"{NET}: mean alpha" in " ".join(shown.split())
+
+
+def test_two_states_of_one_file_are_compared_as_a_whole(tmp_path: Path) -> None:
+    """Both models have a summary, though they have one name; each has a key of its own."""
+    torch.manual_seed(0)
+    states = {"first": nn.Linear(40, 40).state_dict(), "second": nn.Linear(40, 80).state_dict()}
+    path = tmp_path / "both.pt"
+    torch.save(states, path)
+    keys = ("--key", "second", "--against-key", "first")
+    facts = json.loads(run("analyze", path, "--against", path, *keys, "--format", "json").stdout)
+    own, other = facts["summaries"].values()
+    assert own["mean_alpha"] != other["mean_alpha"]
+    refused = run("analyze", path, "--key", "second", "--against", path)
+    assert refused.exit_code != 0
+    assert "--against-key" in refused.stderr
 
 
 def test_both_models_have_the_weights_that_were_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,6 +67,7 @@ def test_lightnings_own_folders(tmp_path: Path) -> None:
     (tmp_path / "version_0").mkdir()
     (tmp_path / "version_0" / "metrics.csv").write_text(HEADER + LINES[0])
     assert "epoch 0, step 0" in once(tmp_path)
+    assert "layer" in once(tmp_path), "the heading is longer than the names"
 
 
 def test_in_order_of_depth_once_a_checkpoint_tells_it(tmp_path: Path) -> None:

@@ -20,9 +20,9 @@ from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor, nn
 
 from farms_tb import EsdHistogram, FARMSTempBalance, LayerRecord, Report
+from farms_tb.printable import printable
 from farms_tb.training.metrics import COLUMNS, LAYER_METRICS, MAX_LOGGED_LAYERS, Measurement, RunLog
 from farms_tb.training.sinks import log_measurement
-from farms_tb.viewing.names import printable
 from tests.helpers import BATCHES, EPOCHS, LIGHTNING_NOISE, Module, fit, read_wandb_file
 from tests.training.test_logging import LAYERS, MEDIA, NUMBERED, WHILE_TRAINING
 

@@ -91,6 +91,16 @@ def test_a_model_that_is_all_random_is_one_statement() -> None:
     assert "No layer can be told from random" in sentence
 
 
+@pytest.mark.parametrize("verdict", [Verdict.OUTLIERS, Verdict.LOW_RANK, Verdict.COLLAPSED, Verdict.NO_POWER_LAW])
+def test_a_random_layer_among_layers_that_are_none_is_named(verdict: Verdict) -> None:
+    """They need not be well trained to be told from random weights."""
+    others = {f"other{number}": OF_VERDICT[verdict] for number in range(3)}
+    sentences = said(odd=OF_VERDICT[Verdict.RANDOM], **others)
+    (about_odd,) = (sentence for sentence in sentences if "odd" in sentence)
+    assert "unlike 3 others" in about_odd
+    assert not any("No layer can be told" in sentence for sentence in sentences)
+
+
 def test_without_a_null_it_says_what_is_missing() -> None:
     torch.manual_seed(0)
     (sentence,) = diagnose(analyze(nn.Linear(60, 60)))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from farms_tb.viewing.names import file_name, natural_order, printable, shortened
+from farms_tb.printable import printable
+from farms_tb.viewing.names import file_name, natural_order, shortened
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from farms_tb.atomic_write import atomic_path
 from farms_tb.missing import cannot_import
-from farms_tb.viewing.names import printable, shortened
+from farms_tb.printable import printable
+from farms_tb.viewing.names import shortened
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
