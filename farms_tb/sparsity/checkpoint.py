@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from os import PathLike
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from farms_tb.atomic_write import atomic_path, write_text_atomically
 from farms_tb.sparsity.calibration import Batch, batch_bytes
@@ -31,6 +31,13 @@ __all__ = ["Checkpoint", "file_digest", "note_run", "open_checkpoint"]
 _RUN = "run.json"
 _DIGEST = 32
 """Bytes of the digest at the start of a block's file."""
+_WEIGHTS = "weights"
+_REST = "unplanned weights or buffers"
+_HALF_PRUNED = (
+    ". If a call that was stopped has pruned a part of this model, load the model anew and repeat the call"
+)
+_CHUNK = 2**24
+"""Entries of a tensor that are brought to the CPU at a time, so that no copy of an embedding is needed."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +111,7 @@ def open_checkpoint(
     folder: str | PathLike[str] | None,
     facts: Mapping[str, str],
     weights: Sequence[PrunableWeight],
-    others: Iterable[Tensor],
+    model: nn.Module,
     batches: Sequence[Batch],
 ) -> Checkpoint | None:
     """Open a folder for finished blocks, and check that those in it belong to the same run.
@@ -112,15 +119,15 @@ def open_checkpoint(
     Args:
         folder: where they are; None for no checkpoint.
         facts: what the run was asked for.
-        weights: the dense weights.
-        others: what else the inputs of a block depend on, such as embeddings and norms.
+        weights: the weights to prune.
+        model: the dense model that they are in. Inputs of blocks depend on its other parameters and buffers, too.
         batches: the calibration data.
 
     Returns:
         The checkpoint; None without a folder.
 
     Raises:
-        ValueError: another run's blocks are there.
+        ValueError: another run's blocks are there, or those of another version.
         OSError: the folder cannot be made or written to.
     """
     if folder is None:
@@ -128,8 +135,10 @@ def open_checkpoint(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     contents = {name: [value.encode()] for name, value in facts.items()}
-    contents["weights"] = [_sum(weight.tensor) for weight in weights]
-    contents["other weights"] = [_sum(tensor) for tensor in others if tensor.is_floating_point()]
+    # The parameters themselves: `weight.tensor` is a new object each time, and may be a part of one.
+    planned = {id(weight.module._parameters[weight.parameter]) for weight in weights}
+    contents[_WEIGHTS] = [_tensor_digest(tensor) for tensor in _state(model) if id(tensor) in planned]
+    contents[_REST] = [_tensor_digest(tensor) for tensor in _state(model) if id(tensor) not in planned]
     contents["calibration"] = [part for batch in batches for part in batch_bytes(batch)]
     note_run(folder, contents)
     checkpoint = Checkpoint(folder)
@@ -172,11 +181,16 @@ def _check_same_run(path: Path, run: Mapping[str, str]) -> None:
             f"{path} is damaged, so it is not known whose state is next to it: expected JSON, an object with "
             f"{', '.join(run)}. Delete {path.parent} to start anew"
         )
-    differ = [name for name in run if found.get(name) != run[name]]
+    if found.keys() != run.keys():
+        raise ValueError(
+            f"{path.parent} was written by another version of farms_tb and cannot be read: "
+            "go on with that version, or delete that folder to start anew"
+        )
+    differ = [name for name in run if found[name] != run[name]]
     if differ:
         raise ValueError(
             f"{path.parent} holds the state of another run, with other {', '.join(differ)}: pass the same "
-            "arguments as then to go on, or delete that folder"
+            f"arguments as then to go on, or delete that folder{_HALF_PRUNED if _WEIGHTS in differ else ''}"
         )
 
 
@@ -215,6 +229,19 @@ def _digest(*contents: bytes) -> str:
     return digest.hexdigest()[:32]
 
 
-def _sum(weight: Tensor) -> bytes:
-    """Return the sum of the absolute entries, which tells the weights of two models apart."""
-    return repr(float(weight.abs().sum(dtype=torch.float64))).encode()
+def _state(model: nn.Module) -> Iterator[Tensor]:
+    """Yield the parameters of a model and its persistent buffers, the statistics of BatchNorm for example."""
+    yield from model.parameters()
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                yield buffer
+
+
+def _tensor_digest(tensor: Tensor) -> bytes:
+    """Return a digest of a tensor's bytes: the same on any device and with any number of threads."""
+    digest = hashlib.blake2b(f"{tensor.dtype} {tuple(tensor.shape)}".encode(), digest_size=_DIGEST)
+    for chunk in torch.split(tensor.data.flatten(), _CHUNK):
+        # As bytes, since NumPy knows no bfloat16.
+        digest.update(chunk.cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.digest()

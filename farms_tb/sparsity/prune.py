@@ -67,6 +67,7 @@ def prune(
             fine-tuning and are made permanent by `torch.nn.utils.prune.remove(module, "weight")`.
         checkpoint: a folder, made where it is missing, to which each block is written once it is pruned. A run
             that finds blocks of an interrupted run of the same kind there takes them over and goes on after them.
+            It needs the dense model again: load it anew where the interrupted run has pruned a part of it.
         progress: called with the number of finished blocks and of all blocks, first before any is pruned.
 
     Returns:
@@ -102,9 +103,7 @@ def prune(
     start = time.perf_counter()
     with evaluating(model):
         blocks = planned_blocks(model, weights)
-        planned = {id(weight.tensor) for weight in weights}
-        others = [parameter for parameter in model.parameters() if id(parameter) not in planned]
-        saved = open_checkpoint(checkpoint, _facts(plan, method, structure), weights, others, batches)
+        saved = open_checkpoint(checkpoint, _facts(plan, method, structure), weights, model, batches)
         layers = _taken_over(saved, blocks, run)
         left = _visit(model, blocks, batches, saved, method)
         for block, statistics in _told(left, _finished(saved, blocks), len(blocks), progress):

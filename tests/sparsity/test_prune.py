@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -214,11 +216,106 @@ def test_a_stopped_run_goes_on_at_the_block_where_it_stopped(tmp_path: Path) -> 
     joined = [{"input_ids": torch.cat([batch["input_ids"] for batch in token_batches()])}]
     for changed, method, batches, differs in (
         (llama(), "wanda", token_batches(), "method"),
-        (of_another, "sparsegpt", token_batches(), "other weights"),
+        (of_another, "sparsegpt", token_batches(), "unplanned weights"),
         (llama(), "sparsegpt", joined, "calibration"),
     ):
         with pytest.raises(ValueError, match=f"another run, with other {differs}"):
             prune(changed, plan, method, calibration=batches, checkpoint=tmp_path / "run")
+
+
+def normed() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(*(nn.Sequential(nn.BatchNorm1d(16), nn.Linear(16, 16)) for _ in range(3)))
+
+
+NORMED_PLAN = SparsityPlan(
+    {f"{place}.1": PlannedLayer(256, 0.5, str(place)) for place in range(3)}, 0.5, "uniform"
+)
+
+
+def prune_normed(model: nn.Module, folder: Path, stop: int | None = None) -> None:
+    """Prune with a checkpoint, and stop when so many blocks are done."""
+
+    def stop_at(done: int, _: int) -> None:
+        if done == stop:
+            raise KeyboardInterrupt
+
+    batches = [{"input": torch.arange(320.0).view(20, 16).sin()}]
+    prune(model, NORMED_PLAN, calibration=batches, checkpoint=folder, progress=stop_at)
+
+
+@pytest.fixture
+def stopped(tmp_path: Path) -> Path:
+    """The folder of a run that was stopped after two blocks of three."""
+    with pytest.raises(KeyboardInterrupt):
+        prune_normed(normed(), tmp_path / "run", stop=2)
+    return tmp_path / "run"
+
+
+def test_a_stopped_run_goes_on_with_other_threads(tmp_path: Path) -> None:
+    """Sums of a large weight round otherwise with another number of threads."""
+    plan = SparsityPlan({str(place): PlannedLayer(2**18, 0.5) for place in range(3)}, 0.5, "uniform")
+    threads = torch.get_num_threads()
+    told: list[tuple[int, int]] = []
+
+    def stop(*counts: int) -> None:
+        told.append(counts)
+        if len(told) == 2:
+            raise KeyboardInterrupt
+
+    try:
+        for number in (1, 4):
+            torch.set_num_threads(number)
+            torch.manual_seed(0)
+            model = nn.Sequential(*(nn.Linear(512, 512) for _ in range(3)))
+            with contextlib.suppress(KeyboardInterrupt):
+                prune(model, plan, "magnitude", checkpoint=tmp_path, progress=stop)
+    finally:
+        torch.set_num_threads(threads)
+    assert told == [(0, 3), (1, 3), (1, 3), (2, 3), (3, 3)]
+
+
+def flipped(model: nn.Sequential) -> None:
+    model[1][1].weight.data.neg_()
+
+
+def other_statistics(model: nn.Sequential) -> None:
+    model[0][0].running_var.mul_(9)
+
+
+def other_bias(model: nn.Sequential) -> None:
+    model[0][1].bias.data[0] += 1e-6
+
+
+@pytest.mark.parametrize(
+    ("change", "differs"),
+    [
+        (flipped, "other weights:"),
+        (other_statistics, "unplanned weights or buffers:"),
+        (other_bias, "other unplanned"),
+    ],
+)
+def test_a_stopped_run_does_not_go_on_with_another_model(stopped: Path, change: Any, differs: str) -> None:
+    model = normed()
+    change(model)
+    with pytest.raises(ValueError, match=differs):
+        prune_normed(model, stopped)
+
+
+def test_a_model_that_a_stopped_run_has_pruned_in_part_is_to_be_loaded_anew(tmp_path: Path) -> None:
+    model = normed()
+    with pytest.raises(KeyboardInterrupt):
+        prune_normed(model, tmp_path, stop=2)
+    with pytest.raises(ValueError, match="load the model anew"):
+        prune_normed(model, tmp_path)
+
+
+def test_blocks_of_an_earlier_version_are_refused(stopped: Path) -> None:
+    run = json.loads((stopped / "run.json").read_text())
+    run["other weights"] = run.pop("unplanned weights or buffers")
+    (stopped / "run.json").write_text(json.dumps(run))
+    with pytest.raises(ValueError, match="another version"):
+        prune_normed(normed(), stopped)
 
 
 def fail_with(error: type[Exception], after: int) -> Any:
