@@ -31,7 +31,7 @@ BLOCK_COLUMNS = 128
 """Columns whose mask is chosen together."""
 
 DAMPING = 0.01
-"""Added to the diagonal of the Hessian, as a share of its mean, as in the authors' code."""
+"""Added to the diagonal of the Hessian, as a share of its mean over live inputs, as in the authors' code."""
 
 _MOST_DAMPING = 1e4
 
@@ -43,7 +43,7 @@ class InverseFactor:
     Attributes:
         factor: U, upper triangular `(in, in)`, float32: U^T U is the inverse of the damped Hessian.
         dead: features that are zero in every input, boolean `(in,)`.
-        damping: what was added to the diagonal, as a share of its mean.
+        damping: what was added to the diagonal, as a share of its mean over the other features.
     """
 
     factor: Tensor
@@ -93,8 +93,9 @@ def inverse_factor(hessian: Tensor, damping: float = DAMPING) -> InverseFactor:
     tenfold until the factor exists.
 
     Args:
-        hessian: X X^T `(in, in)`, any floating dtype. A common factor changes nothing.
-        damping: added to the diagonal, as a share of its mean.
+        hessian: X X^T `(in, in)`, any floating dtype. A common factor changes nothing. Features that are zero in
+            every input get the mean diagonal of the others, where the authors' code puts 1 whatever their scale.
+        damping: added to the diagonal, as a share of its mean over features that are not always zero.
 
     Returns:
         The factor, and the damping that it took.
@@ -116,11 +117,13 @@ def inverse_factor(hessian: Tensor, damping: float = DAMPING) -> InverseFactor:
 
 def _factor(hessian: Tensor, dead: Tensor, damping: float) -> Tensor | None:
     """Return the upper Cholesky factor of the damped inverse; None where the matrix is not positive definite."""
-    # Scaled to a mean diagonal of 1, so that float32 neither overflows nor underflows.
-    scale = hessian.diagonal().mean().clamp_min(torch.finfo(hessian.dtype).tiny)
+    # Scaled to a mean diagonal of 1 over live inputs, so that float32 neither overflows nor underflows.
+    live = (~dead).sum().clamp_min(1)
+    scale = (hessian.diagonal().sum() / live).clamp_min(torch.finfo(hessian.dtype).tiny)
     damped = hessian / scale
-    damped.diagonal()[dead] = 1.0 / float(scale)
-    damped.diagonal().add_(damping * damped.diagonal().mean())
+    added = damping * damped.diagonal().sum() / live
+    damped.diagonal()[dead] = 1.0
+    damped.diagonal().add_(added)
     lower, failed = torch.linalg.cholesky_ex(damped)
     if failed:
         return None

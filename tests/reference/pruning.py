@@ -38,8 +38,9 @@ def sparsegpt(
     hessian = inputs.astype(np.float64).T @ inputs.astype(np.float64)
     columns = weight.shape[1]
     dead = np.diag(hessian) == 0
-    hessian[dead, dead] = 1.0
-    hessian += damping * np.diag(hessian).mean() * np.eye(columns)
+    mean = np.diag(hessian)[~dead].mean()
+    hessian[dead, dead] = mean
+    hessian += damping * mean * np.eye(columns)
     inverses = [np.linalg.inv(hessian)]
     for column in range(columns - 1):
         last = inverses[-1]

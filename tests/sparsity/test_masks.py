@@ -87,6 +87,27 @@ def test_a_hessian_that_is_nearly_singular_is_damped_more() -> None:
         inverse_factor(torch.full((3, 3), torch.nan))
 
 
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
+def test_damping_is_a_share_of_live_inputs_at_any_scale(scale: float) -> None:
+    """Some inputs of an MLP are always zero; they neither make the damping larger nor smaller."""
+    torch.manual_seed(0)
+    inputs = scale * torch.randn(400, 24).double()
+    inputs[:, ::3] = 0
+    hessian = inputs.T @ inputs
+    found = inverse_factor(hessian)
+    live = hessian[~found.dead][:, ~found.dead]
+    factor = found.factor[~found.dead][:, ~found.dead].double()
+    damped = live / live.diagonal().mean() + 0.01 * torch.eye(len(live))
+    torch.testing.assert_close(factor.T @ factor @ damped, torch.eye(len(live)).double(), rtol=0, atol=1e-4)
+    assert found.damping == 0.01
+
+
+def test_without_any_live_input_nothing_is_corrected() -> None:
+    weight = torch.randn(3, 8)
+    found = sparsegpt(weight, inverse_factor(torch.zeros(8, 8)), [12])
+    torch.testing.assert_close(found.weight, weight.masked_fill(found.mask, 0))
+
+
 sparsities = st.floats(0, 1, allow_nan=False)
 
 
