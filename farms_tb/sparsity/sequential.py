@@ -6,7 +6,7 @@ architecture works whose blocks are modules that it calls, and not containers wh
 Where a block gets tensors that blocks before it returned, or that were captured already (masks, position
 embeddings), it is called directly; so a decoder is run once in all, not once for each block. Where something else
 happens between two blocks, the model itself is run up to the next block. `_trace` finds out which is the case by
-the identity of tensors.
+the identity of tensors. A block that gets an object, in which anything of the batch may be, is captured each time.
 
 In memory are, for each batch, the tensors that blocks yet to come will need, and statistics of one block.
 """
@@ -73,6 +73,17 @@ class _Call:
         """The tensors that the call is given."""
         return {leaf for leaf in self.leaves if isinstance(leaf, _Token)}
 
+    @property
+    def is_direct(self) -> bool:
+        """Whether it can be repeated with tensors at hand: any other object may hold something of its batch."""
+        return all(isinstance(leaf, (_Token, *_PLAIN)) for leaf in self.leaves)
+
+
+_PLAIN = (
+    *(bool, int, float, complex, str, bytes, type(None)),
+    *(torch.dtype, torch.device, torch.layout, torch.Size),
+)
+"""Types of values that cannot hold anything but what they show."""
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 Trace = dict[str, list[_Call]]
@@ -209,7 +220,8 @@ def _advance(
     for place, of_batch in enumerate(calls):
         needed = traces.needed(place, later)
         traced = traces.calls(place, block)
-        if len(traced) == 1 and needed & set(traced[0].outputs):
+        # A block is not run twice with an object, a cache for example, that it may write into.
+        if len(traced) == 1 and traced[0].is_direct and needed & set(traced[0].outputs):
             outputs = _run(block, of_batch, traced)
             store.keep(place, traced[0].outputs, _tensors(outputs[0]))
         store.drop_all_but(place, needed)
@@ -233,7 +245,7 @@ def _arguments(traces: _Traces, store: _Store, block: Block) -> list[list[Argume
     found = []
     for place in range(len(traces.batches)):
         traced = traces.calls(place, block)
-        if len(traced) == 1 and store.has(place, traced[0].needed):
+        if len(traced) == 1 and traced[0].is_direct and store.has(place, traced[0].needed):
             found.append([store.arguments(place, traced[0])])
         else:
             found.append(_captured(traces, store, block, place))
@@ -328,6 +340,7 @@ class _Traces:
     """How the model calls its blocks, for each batch.
 
     Batches that differ in their tokens alone share a trace, so that a single forward pass is enough for them.
+    Where blocks are given numbers, which may come of the tokens, each batch is traced.
     A mask decides how blocks are called: models drop one of ones, some of them for a part of their blocks.
     """
 
@@ -338,7 +351,7 @@ class _Traces:
         self.of_batches: list[Trace] = []
         for batch in batches:
             signature = _signature(batch)
-            if signature not in by_signature:
+            if signature not in by_signature or _has_numbers(by_signature[signature]):
                 by_signature[signature] = _trace(model, blocks, batch)
             self.of_batches.append(by_signature[signature])
 
@@ -364,16 +377,22 @@ class _Traces:
         return self.of_batches[place].get(block.path, [])
 
     def needed(self, place: int, blocks: Sequence[Block]) -> set[_Token]:
-        """Return the tensors that blocks are given in the pass of a batch."""
+        """Return the tensors that blocks are given in the pass of a batch, in calls that can be repeated."""
         needed: set[_Token] = set()
         for block in blocks:
             for call in self.calls(place, block):
-                needed |= call.needed
+                needed |= call.needed if call.is_direct else set()
         return needed
 
     def renew(self, place: int) -> None:
         """Trace one batch by itself: it is not called like the others of its shape."""
         self.of_batches[place] = _trace(self.model, list(self._blocks.values()), self.batches[place])
+
+
+def _has_numbers(trace: Trace) -> bool:
+    """Return whether a block is given a number, such as a length or a scale."""
+    leaves = [leaf for calls in trace.values() for call in calls for leaf in call.leaves]
+    return any(isinstance(leaf, (int, float, complex)) and not isinstance(leaf, bool) for leaf in leaves)
 
 
 def _tensors(tree: Any) -> list[Tensor]:
@@ -408,7 +427,7 @@ def _matches(call: _Call, arguments: Arguments) -> bool:
     for leaf, traced in zip(leaves, call.leaves, strict=True):
         if isinstance(leaf, Tensor) != isinstance(traced, _Token):
             return False
-        if isinstance(leaf, (bool, int, float, str, type(None))) and leaf != traced:
+        if isinstance(leaf, _PLAIN) and leaf != traced:
             return False
     return True
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 
 from farms_tb.sparsity.prunable import planned_weights
 from farms_tb.sparsity.sequential import evaluating, planned_blocks, visit_blocks
-from tests.sparsity.models import uniform_plan
+from tests.sparsity.models import gpt2, llama, uniform_plan
+from tests.sparsity.models import token_batches as tokens
 
 WIDTH = 16
 
@@ -59,6 +61,59 @@ class Scaled(nn.Module):
         return x
 
 
+@dataclass
+class Context:
+    """What a model tells all its blocks of a batch; unlike a dict, nobody sees the tensors in it."""
+
+    scale: Tensor
+    calls: int = 0
+
+
+class ContextBlock(Block):
+    def forward(self, x: Tensor, context: Context) -> Tensor:  # type: ignore[override]
+        context.calls += 1
+        return super().forward(x * context.calls, scale=context.scale)
+
+
+class WithContext(nn.Module):
+    """Some blocks get an object that depends on the tokens, and count their calls in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(50, WIDTH)
+        kinds = (ContextBlock, Block, ContextBlock, ContextBlock, Block, Block)
+        self.layers = nn.ModuleList(kind() for kind in kinds)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x: Tensor = self.embedding(input_ids)
+        context = Context(input_ids.double().mean().float())
+        for layer in self.layers:
+            x = layer(x, context) if isinstance(layer, ContextBlock) else layer(x)
+        return x
+
+
+class Counted(nn.Module):
+    """A number that comes of the tokens is passed to all blocks but the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(50, WIDTH)
+        self.layers = nn.ModuleList(Block() for _ in range(3))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x: Tensor = self.embedding(input_ids)
+        for number, layer in enumerate(self.layers):
+            x = layer(x, scale=float(input_ids.sum()) if number else 1.0)
+        return x
+
+
+def token_batches() -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    return [{"input_ids": torch.randint(2, top, (1, 12), generator=generator)} for top in (10, 50, 30)]
+
+
 def masked_batches() -> list[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(1)
     hidden = torch.tensor([0, 5, 2, 0, 7])
@@ -93,7 +148,15 @@ def squared_norms(model: nn.Module, batches: Sequence[dict[str, Any]]) -> dict[s
 
 
 @pytest.mark.parametrize("first", [0, 1])
-@pytest.mark.parametrize(("model", "batches"), [(Masked(), masked_batches()), (Scaled(), scaled_batches())])
+@pytest.mark.parametrize(
+    ("model", "batches"),
+    [
+        (Masked(), masked_batches()),
+        (Scaled(), scaled_batches()),
+        (WithContext(), token_batches()),
+        (Counted(), token_batches()),
+    ],
+)
 def test_batches_of_one_shape_that_are_called_differently(
     model: nn.Module, batches: list[dict[str, Tensor]], first: int
 ) -> None:
@@ -109,3 +172,19 @@ def test_batches_of_one_shape_that_are_called_differently(
         of_blocks = seen[name]
         assert of_blocks is not None
         torch.testing.assert_close(of_blocks[0].double(), norms, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_blocks_of_transformers_are_run_twice_and_the_model_once_more(make: Any) -> None:
+    """None of their arguments keeps a block from being called directly."""
+    model = make()
+    batches = tokens(4)
+    blocks = planned_blocks(model, planned_weights(model, uniform_plan(model, 0.5)))
+    passes: list[str] = []
+    for block in blocks:
+        block.module.register_forward_hook(lambda *_, path=block.path: passes.append(path))
+    with evaluating(model):
+        assert len(list(visit_blocks(model, blocks, batches))) == 3
+    # One trace for all batches; then each block for the statistics and, but for the last, for what it returns.
+    counts = [passes.count(block.path) for block in blocks]
+    assert counts == [1 + 2 * 4, 1 + 2 * 4, 1 + 4]
