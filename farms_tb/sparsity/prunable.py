@@ -16,10 +16,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from farms_tb.sparsity.plan import SparsityPlan
 from farms_tb.weights.layers import Layer, find_layers, read_stacks, unwrap
@@ -193,13 +195,48 @@ def plan_for_names(plan: SparsityPlan, names: Mapping[str, object]) -> SparsityP
 
 
 def _owners(model: nn.Module) -> dict[int, list[str]]:
-    """Return the names of each parameter by its identity: more than one where modules share it."""
+    """Return the names of each parameter by its identity: more than one where modules share it, or its memory."""
     owners: dict[int, list[str]] = {}
+    parameters: list[nn.Parameter] = []
     for path, module in model.named_modules():
         for own, parameter in module._parameters.items():
             if parameter is not None:
                 owners.setdefault(id(parameter), []).append(clean_name(f"{path}.{own}".strip(".")))
+                parameters.append(parameter)
+    for overlapping in _overlapping(parameters):
+        names = list(dict.fromkeys(name for parameter in overlapping for name in owners[id(parameter)]))
+        owners.update({id(parameter): names for parameter in overlapping})
     return owners
+
+
+def _overlapping(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Return the groups of parameters whose memory overlaps, such as views of one tensor."""
+    groups: list[list[nn.Parameter]] = []
+    last, end = "", 0
+    for device, first, after, parameter in sorted(
+        map(_bytes, filter(_has_memory, parameters)), key=itemgetter(0, 1)
+    ):
+        if device == last and first < end:
+            groups[-1].append(parameter)
+        else:
+            groups.append([parameter])
+            end = after
+        last, end = device, max(end, after)
+    return [group for group in groups if len(group) > 1]
+
+
+def _has_memory(parameter: nn.Parameter) -> bool:
+    """Return whether a parameter has an address: it is a plain tensor, initialised, and not on the meta device."""
+    is_plain = not is_lazy(parameter) and type(parameter.data) is Tensor
+    return is_plain and not parameter.is_meta and parameter.layout == torch.strided and parameter.numel() > 0
+
+
+def _bytes(parameter: nn.Parameter) -> tuple[str, int, int, nn.Parameter]:
+    """Return the device of a parameter, the address of its first byte, the one after its last, and itself."""
+    strides = zip(parameter.shape, parameter.stride(), strict=True)
+    entries = 1 + sum((size - 1) * stride for size, stride in strides)
+    first = parameter.data_ptr()
+    return str(parameter.device), first, first + entries * parameter.element_size(), parameter
 
 
 def _check_readable(model: nn.Module, layers: Sequence[Layer]) -> None:
@@ -243,7 +280,7 @@ def _check_plain(layer: Layer) -> None:
 
 
 def _check_untied(layer: Layer, owners: Mapping[int, list[str]]) -> None:
-    """Refuse a weight that another module uses, too.
+    """Refuse a weight that another module uses, too: the same parameter, or its memory.
 
     Raises:
         ValueError: see `planned_weights`.

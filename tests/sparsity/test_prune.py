@@ -342,6 +342,13 @@ def tied(model: nn.Module) -> nn.Module:
     return model
 
 
+def tied_by_memory(model: nn.Module) -> nn.Module:
+    """Two parameters, the second of which is a part of the first."""
+    memory = model.get_submodule("model.layers.0.mlp").up_proj.weight.data
+    model.get_submodule("model.layers.1.self_attn").q_proj.weight = nn.Parameter(memory[8:40])
+    return model
+
+
 def empty() -> Iterator[Any]:
     yield from ()
 
@@ -351,6 +358,7 @@ def empty() -> Iterator[Any]:
     [
         (broken, token_batches(), {}, "up_proj"),
         (tied, token_batches(), {}, "up_proj"),
+        (tied_by_memory, token_batches(), {}, r"up_proj is tied to model\.layers\.1\.self_attn\.q_proj"),
         (None, None, {}, "calibration"),
         (None, [], {}, "calibration"),
         (None, [{"input_ids": torch.full((1, 8), VOCABULARY)}], {}, "vocab"),
@@ -368,6 +376,17 @@ def test_bad_input_changes_nothing(change: Any, calibration: Any, options: dict[
         prune(model, plan, calibration=calibration, **options)
     for key, value in model.state_dict().items():
         assert torch.equal(value.nan_to_num(), before[key].nan_to_num())
+
+
+def test_weights_next_to_each_other_in_memory_are_pruned() -> None:
+    """As in files that are mapped into memory, and in flat parameters."""
+    memory = torch.randn(3, 8, 8)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+    for layer, values in zip(model, memory, strict=True):
+        layer.weight = nn.Parameter(values)
+    plan = SparsityPlan({str(place): PlannedLayer(64, 0.25 * (place + 1)) for place in range(3)}, 0.5, "alpha")
+    prune(model, plan, "magnitude")
+    assert [int((layer.weight == 0).sum()) for layer in model] == [16, 32, 48]
 
 
 def test_a_plan_that_fits_two_towers_is_refused() -> None:
