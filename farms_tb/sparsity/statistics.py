@@ -21,6 +21,9 @@ __all__ = ["SAMPLE", "InputStatistics", "layer_inputs", "observed", "relative_ou
 SAMPLE = 512
 """Inputs of each matrix that are kept, evenly spread, to measure the error of its output."""
 
+_GOLDEN = (5**0.5 - 1) / 2
+"""Multiples of it, modulo 1, are evenly spread however many there are."""
+
 _ATTENTION_INPUTS = ("query", "key", "value")
 
 
@@ -48,7 +51,7 @@ class InputStatistics:
     Attributes:
         squared_norms: sum of the squares of each feature, `(groups, in)`, float64; None before the first input.
         hessian: X X^T of inputs X `(in, tokens)`, `(groups, in, in)`, float64; None unless it is asked for.
-        samples: some of the inputs, each `(groups, n, in)`, float32.
+        samples: some of the inputs of each call, `(groups, n, in)`, float32; `SAMPLE` in all at most.
         inputs: number of inputs, tokens for a language model.
     """
 
@@ -71,17 +74,33 @@ def _sum(total: Tensor | None, summand: Tensor) -> Tensor:
     return summand.double() if total is None else total.add_(summand)
 
 
-def _summary(inputs: Tensor, hessian: bool, sample: int) -> _Summary:
+def _places(number: int, sample: int, call: int) -> list[int]:
+    """Return which inputs of a call are kept: evenly spread, and others in each call.
+
+    The first token of a sequence often has inputs unlike all others, so it must not stand for more than its share.
+
+    Args:
+        number: inputs of the call.
+        sample: how many to keep.
+        call: number of the call, from 0.
+    """
+    kept = min(sample, number)
+    shift = (0.5 + call * _GOLDEN) % 1
+    return [int((place + shift) * number / kept) for place in range(kept)]
+
+
+def _summary(inputs: Tensor, hessian: bool, sample: int, call: int) -> _Summary:
     """Return the sums over one call's inputs.
 
     Args:
         inputs: `(groups, n, in)`, any floating dtype.
         hessian: whether X^T X is needed.
         sample: inputs to keep.
+        call: number of the call, from 0.
     """
     values = inputs.float()
     number = values.shape[1]
-    chosen = torch.linspace(0, number - 1, min(sample, number), device=values.device).long()
+    chosen = torch.tensor(_places(number, sample, call), device=values.device, dtype=torch.long)
     with torch.autocast(values.device.type, enabled=False):  # sums over many inputs leave the range of float16
         products = values.mT @ values if hessian else None
     return _Summary(values.square().sum(1), products, values[:, chosen], number)
@@ -145,7 +164,7 @@ class _Observer:
     def __init__(self, weights: Sequence[PrunableWeight], hessian: bool, calls: int) -> None:
         self.statistics = {weight.name: InputStatistics() for weight in weights}
         self._hessian = hessian
-        self._sample = -(-SAMPLE // max(calls, 1))
+        self._calls = max(calls, 1)
         self._last: tuple[Any, _Summary] | None = None
 
     def see(self, weight: PrunableWeight, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
@@ -160,9 +179,17 @@ class _Observer:
             (seen, version), summary = self._last
             if seen is source and version == source._version:
                 return summary
-        summary = _summary(layer_inputs(weight, args, kwargs), self._hessian, self._sample)
+        call, sample = self._next_sample(self.statistics[weight.name])
+        summary = _summary(layer_inputs(weight, args, kwargs), self._hessian, sample, call)
         self._last = None if source is None else ((source, source._version), summary)
         return summary
+
+    def _next_sample(self, statistics: InputStatistics) -> tuple[int, int]:
+        """Return the number of a layer's next call, and how many inputs to keep of it: `SAMPLE` of all calls."""
+        call = len(statistics.samples)
+        before, after = (-(-SAMPLE * number // self._calls) for number in (call, call + 1))
+        # A layer may be called more often than its block: nothing is kept then.
+        return call, after - before if call < self._calls else 0
 
     def forget_last(self) -> None:
         """Drop the last call's tensors, so that they can be freed."""
@@ -207,7 +234,7 @@ def relative_output_error(dense: Tensor, pruned: Tensor, statistics: InputStatis
     Args:
         dense: W `(out, in)`.
         pruned: W' `(out, in)`.
-        statistics: of the inputs; X is their sample, at most `SAMPLE` of them and one for each call.
+        statistics: of the inputs; X is their sample, at most `SAMPLE` of them.
 
     Returns:
         The error; None where no input is known, or the dense output is zero.
