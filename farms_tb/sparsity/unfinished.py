@@ -19,6 +19,7 @@ the hidden folder, and the same run finds it.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -152,8 +153,13 @@ def check_output(output: Path) -> None:
     Where it is a pruned model whose run was killed before its very end, what that run has left is removed.
 
     Raises:
-        ValueError: there is a file, a link, or a folder with content.
+        ValueError: there is a file, a link, a mount point, or a folder with content.
     """
+    if os.path.ismount(output):
+        raise ValueError(
+            f"{output} is a mount point, which no folder can take the place of: pass a folder in it, "
+            f"{output / 'pruned'} for example"
+        )
     is_link = output.is_symlink()
     if output.is_dir() and not is_link and not any(output.iterdir()):
         return

@@ -563,6 +563,20 @@ def test_a_folder_with_other_content_is_not_touched(dense: Path, plan: Path, tmp
     assert run(dense, "--plan", plan, "-o", plan).exit_code == 2
 
 
+def test_an_empty_mount_point_is_refused_before_anything_is_pruned(
+    dense: Path, plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is a folder that cannot be renamed or removed."""
+    (tmp_path / "disk").mkdir()
+    mounted = os.path.ismount
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "disk" or mounted(path))
+    done = run(dense, "--plan", plan, "-o", tmp_path / "disk")
+    assert done.exit_code == 2
+    assert "mount point" in done.stderr
+    assert not (tmp_path / ".disk.unfinished").exists()
+    assert run(dense, "--plan", plan, "-o", tmp_path / "disk" / "pruned").exit_code == 0
+
+
 def test_without_transformers(
     dense: Path, plan: Path, ids: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
