@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -151,13 +152,14 @@ def model_loss(model: nn.Module, batch: Batch) -> float:
     Args:
         model: called with the batch as keyword arguments.
         batch: with `labels`, for a model of transformers that returns a loss; or with `input_ids` `(N, T)`, for
-            one that returns logits `(N, T, vocabulary)`.
+            one that returns logits `(N, T, vocabulary)`; padding, where an `attention_mask` `(N, T)` is zero, is
+            not predicted then.
 
     Returns:
         The mean loss over the batch.
 
     Raises:
-        ValueError: the model returns neither a loss nor such logits.
+        ValueError: the model returns neither a loss nor such logits, or all tokens are padding.
     """
     output = model(**batch)
     loss = getattr(output, "loss", None)
@@ -170,8 +172,26 @@ def model_loss(model: nn.Module, batch: Batch) -> float:
             f"{type(model).__name__} returned no loss for a batch of {', '.join(batch)}: add labels to each "
             "batch, or wrap the model in one whose output has a loss"
         )
-    targets = ids[:, 1:].to(logits.device).flatten()
-    return float(functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets))
+    predicted = _predicted(batch, ids).to(logits.device)
+    targets = ids[:, 1:].to(logits.device)[predicted]
+    return float(functional.cross_entropy(logits[:, :-1][predicted].float(), targets).detach())
+
+
+def _predicted(batch: Batch, ids: Tensor) -> Tensor:
+    """Return which tokens after the first are predicted, boolean `(N, T - 1)`: those that follow one, no padding.
+
+    Raises:
+        ValueError: there are none.
+    """
+    mask = batch.get("attention_mask")
+    known = mask.bool() if isinstance(mask, Tensor) and mask.shape == ids.shape else torch.ones_like(ids).bool()
+    predicted = known[:, 1:] & known[:, :-1]
+    if not predicted.any():
+        raise ValueError(
+            f"a batch of calibration has no token to predict: expected input_ids with two tokens in a row that "
+            f"attention_mask shows, got shape {tuple(ids.shape)}; leave the batch out"
+        )
+    return predicted
 
 
 @contextmanager

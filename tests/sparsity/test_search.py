@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from farms_tb.sparsity import SparsityPlan, allocate, prune
+from farms_tb.sparsity.search import model_loss
 
 WORDS, WIDTH, BLOCKS, LENGTH = 30, 24, 5, 24
 
@@ -232,3 +233,21 @@ def test_a_model_without_a_loss_says_what_to_do() -> None:
     images = [{"x": torch.randn(2, 3, WIDTH)} for _ in range(12)]
     with pytest.raises(ValueError, match=r"no loss.*labels"):
         search(Images(), calibration=images)
+
+
+@pytest.mark.parametrize("left", [True, False])
+def test_padding_is_not_predicted(left: bool) -> None:
+    """A model that knows nothing but the token before."""
+    torch.manual_seed(0)
+    table = nn.Embedding(9, 9)
+
+    class Model(nn.Module):
+        def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> SimpleNamespace:
+            return SimpleNamespace(logits=table(input_ids))
+
+    ids, padding = torch.tensor([[1, 2, 3, 4]]), torch.zeros(1, 5, dtype=torch.int64)
+    padded = torch.cat([padding, ids] if left else [ids, padding], dim=1)
+    batch = {"input_ids": padded, "attention_mask": (padded > 0).long()}
+    assert model_loss(Model(), batch) == pytest.approx(model_loss(Model(), {"input_ids": ids}))
+    with pytest.raises(ValueError, match="no token to predict"):
+        model_loss(Model(), {"input_ids": padded, "attention_mask": torch.zeros_like(padded)})
