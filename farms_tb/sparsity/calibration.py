@@ -282,8 +282,14 @@ def checked_batches(model: nn.Module, calibration: Iterable[Batch] | None, *, re
         TypeError: a batch is no dict.
         ValueError: data are required and missing, ids are outside of the model's vocabulary, or a batch asks for a
             cache of keys and values, which would grow with each call of a block.
+        RuntimeError: there are data, and this is called in `torch.inference_mode`.
     """
     batches = [] if calibration is None else list(calibration)
+    if batches and torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "calibration does not go with torch.inference_mode, whose tensors do not tell when they change: "
+            "use torch.no_grad() in its place"
+        )
     if required and not batches:
         raise ValueError(
             "calibration is empty: this method needs the inputs of each layer. Pass an iterable of dicts of "
@@ -307,9 +313,12 @@ def checked_batches(model: nn.Module, calibration: Iterable[Batch] | None, *, re
     parameter = next(model.parameters(), None)
     if parameter is None:
         return batches
-    return [
-        pytree.tree_map_only(Tensor, partial(Tensor.to, device=parameter.device), dict(batch)) for batch in batches
-    ]
+    return [pytree.tree_map_only(Tensor, partial(_usable, parameter.device), dict(batch)) for batch in batches]
+
+
+def _usable(device: torch.device, tensor: Tensor) -> Tensor:
+    """Return a tensor on a device; one that was made in `torch.inference_mode` as a plain copy."""
+    return (tensor.clone() if tensor.is_inference() else tensor).to(device)
 
 
 def check_vocabulary(argument: str, ids: Tensor, size: int | None) -> None:

@@ -75,6 +75,7 @@ def prune(
 
     Raises:
         TypeError: `model` is no module, `plan` no `SparsityPlan`, or `calibration` holds other things than dicts.
+        RuntimeError: there are calibration data, and this is called in `torch.inference_mode`.
         ValueError: the plan was made for another model or cannot be carried out with this structure; a weight is
             tied, quantised or not finite; calibration data are missing, too short or of the wrong vocabulary; or
             the checkpoint belongs to another run. All of this is checked before the first weight is changed.

@@ -105,14 +105,20 @@ def planned_blocks(model: nn.Module, weights: Sequence[PrunableWeight]) -> list[
         The blocks in the order of the plan. One that lies in another is part of it.
 
     Raises:
-        ValueError: the plan names a block that is no module of the model.
+        ValueError: the plan names a block that is no module of the model, or does not hold the layer.
     """
     modules = dict(unwrap(model).named_modules())
     paths = {weight.block for weight in weights}
+    inside = {path: set(modules[path].modules()) for path in paths if path in modules}
     found: dict[str, list[PrunableWeight]] = {}
     for weight in weights:
         if weight.block not in modules:
             raise ValueError(f"the plan names a block {weight.block!r}, which is no module of the model")
+        if weight.module not in inside[weight.block]:
+            raise ValueError(
+                f"the plan says that {weight.name} is in the block {weight.block!r}, which does not hold it: name "
+                "the block that the layer is in, whose inputs it gets, or none"
+            )
         found.setdefault(_outermost(weight.block, paths), []).append(weight)
     return [Block(path, modules[path], tuple(members)) for path, members in found.items()]
 

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -387,6 +388,28 @@ def test_weights_next_to_each_other_in_memory_are_pruned() -> None:
     plan = SparsityPlan({str(place): PlannedLayer(64, 0.25 * (place + 1)) for place in range(3)}, 0.5, "alpha")
     prune(model, plan, "magnitude")
     assert [int((layer.weight == 0).sum()) for layer in model] == [16, 32, 48]
+
+
+def test_inference_mode_is_refused_but_its_tensors_are_not() -> None:
+    model = llama()
+    plan = plan_of(model)
+    before = copy.deepcopy(model.state_dict())
+    with torch.inference_mode():
+        batches = [{"input_ids": batch["input_ids"].clone()} for batch in token_batches()]
+        with pytest.raises(RuntimeError, match="no_grad"):
+            prune(model, plan, "wanda", calibration=batches)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    prune(model, plan, "wanda", calibration=batches)
+
+
+def test_a_layer_of_another_block_is_refused() -> None:
+    """Its inputs would not be seen."""
+    model = llama()
+    plan = plan_of(model)
+    name = "model.layers.1.mlp.up_proj"
+    layers = {**plan.layers, name: replace(plan.layers[name], block="model.layers.0")}
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj is in the block 'model\.layers\.0'"):
+        prune(model, replace(plan, layers=layers), "magnitude")
 
 
 def test_a_plan_that_fits_two_towers_is_refused() -> None:
