@@ -8,6 +8,7 @@ are written into the same places of the files. Either way everything else is cop
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -363,7 +364,8 @@ def _as_json(run: PreparedRun, report: PruneReport) -> str:
         }
     rows = []
     for name, layer in report.layers.items():
-        values = asdict(layer)
+        # NaN, the error of an output that is not finite, is no JSON.
+        values = {key: None if _is_no_json(value) else value for key, value in asdict(layer).items()}
         del values["seconds"]
         rows.append({"layer": name, **values})
     content = {
@@ -376,4 +378,9 @@ def _as_json(run: PreparedRun, report: PruneReport) -> str:
         "sparsity": report.sparsity,
         "layers": rows,
     }
-    return json.dumps(content, indent=1) + "\n"
+    return json.dumps(content, indent=1, allow_nan=False) + "\n"
+
+
+def _is_no_json(value: object) -> bool:
+    """Return whether a value is NaN or inf."""
+    return isinstance(value, float) and not math.isfinite(value)

@@ -342,11 +342,22 @@ def _other_model(model: Path, name: Path) -> str | None:
     return None
 
 
-def _visible_files(folder: Path) -> Iterator[Path]:
-    """Yield the files in a folder and in the folders in it, hidden ones left out."""
-    for path in folder.rglob("*"):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if path.is_file() and not hidden:
+def _visible_files(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """Yield the files in a folder and in the folders in it, hidden ones left out; links are followed.
+
+    Args:
+        folder: the folder.
+        above: the folders that lead to it, without links. A link to one of them is a loop.
+    """
+    resolved = folder.resolve()
+    if resolved in above:
+        return
+    for path in folder.iterdir():
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            yield from _visible_files(path, (*above, resolved))
+        elif path.is_file():
             yield path
 
 

@@ -283,6 +283,34 @@ def test_links_and_an_index_stand_for_the_folder(dense: Path, plan: Path, tmp_pa
     assert one == {name: content for name, content in other.items() if not name.startswith("original/")}
 
 
+def test_folders_behind_links_are_copied_and_loops_end(dense: Path, plan: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(dense, tmp_path / "model")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "config.json").write_text("{}")
+    (tmp_path / "elsewhere" / "back").symlink_to(model)
+    (model / "1_Pooling").symlink_to(tmp_path / "elsewhere")
+    (model / "self").symlink_to(model)
+    assert run(model, "--plan", plan, "-o", tmp_path / "out").exit_code == 0
+    added = files(tmp_path / "out").keys() - files(dense).keys()
+    assert added == {"sparsity.json", "1_Pooling/config.json"}
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_symlink()]
+
+
+def refuse_constant(text: str) -> None:
+    raise AssertionError(f"{text} is no JSON")
+
+
+def test_an_error_that_is_not_a_number_is_null(plan: Path, ids: Path, tmp_path: Path) -> None:
+    """JavaScript and most other readers refuse a file with NaN."""
+    model = llama()
+    model.get_input_embeddings().weight.data[:] = torch.nan
+    folder = save_sharded(model, tmp_path / "model", "1MB")
+    done = run(folder, "--plan", plan, "--calibration", ids, "--length", 32, "-o", tmp_path / "out")
+    assert done.exit_code == 0, done.stderr
+    content = json.loads((tmp_path / "out" / "sparsity.json").read_text(), parse_constant=refuse_constant)
+    assert {layer["output_error"] for layer in content["layers"]} == {None}
+
+
 def test_a_tensor_in_two_files_is_that_of_the_index(plan: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     folder = tmp_path / "model"
