@@ -3,7 +3,9 @@
 PEFT saves A and B of each layer in `adapter_model.safetensors`, and how they are scaled in `adapter_config.json`.
 Here the tensors of the base file are listed, and each that has an adapter is added to it when it is read: one
 weight, its A and its B are in memory at a time. Weights that were trained as a whole (`modules_to_save`) take the
-place of those in the base file.
+place of those in the base file, and so do the weights below an adapter that PEFT saves with it
+(`lm_head.base_layer.weight`): the table of tokens may have grown. An adapter on one name of a tied weight changes
+it under all of them, as it does where PEFT merges.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from torch import Tensor
 
 from farms_tb.weights.files import listed_tensors, stored_tensors, tensors_in
 from farms_tb.weights.low_rank import LowRankUpdate, merged
-from farms_tb.weights.names import renaming
+from farms_tb.weights.names import Renaming, renaming
 from farms_tb.weights.stored import ModelFacts, StoredTensor
 from farms_tb.weights.stored_layers import values_of
 from farms_tb.weights.values import dense
@@ -118,7 +120,7 @@ def adapted_tensors(folder: Path, base: Sequence[StoredTensor]) -> list[StoredTe
         ValueError: the adapter is no LoRA or DoRA, is damaged, or is for other layers than those of `base`.
     """
     settings = _settings(folder / CONFIG)
-    adapters, wholes = _sorted(tensors_in(_weights_of(folder)))
+    adapters, below, wholes = _sorted(tensors_in(_weights_of(folder)))
     if not adapters:
         raise ValueError(f"{folder} holds no adapter: expected tensors called ...lora_A and ...lora_B")
     of_base = {tensor.path: tensor for tensor in base if tensor.name in _WEIGHTS}
@@ -129,14 +131,74 @@ def adapted_tensors(folder: Path, base: Sequence[StoredTensor]) -> list[StoredTe
             f"the adapter is for other weights than those of the base: these have no layer {missing!r}"
         )
     found = {tensor.key: tensor for tensor in base}
-    for layer, parts in adapters.items():
-        own = of_base[rename(layer)]
-        found[own.key] = _merged(own, layer, parts, settings)
-    for tensor in listed_tensors(wholes, ModelFacts()):
-        key = f"{rename(tensor.path)}.{tensor.name}".strip(".")
-        known = found.get(key, tensor)
-        found[key] = replace(tensor, key=key, siblings=known.siblings, facts=known.facts)
+    # Adapters are added last, to the weights that PEFT saved with them where there are such.
+    _put_wholes(found, _renamed(wholes, rename))
+    _put_below(found, _renamed(below, rename))
+    _put_adapters(
+        found, {of_base[rename(layer)].key: (layer, parts) for layer, parts in adapters.items()}, settings
+    )
     return list(found.values())
+
+
+def _renamed(tensors: list[StoredTensor], rename: Renaming) -> list[StoredTensor]:
+    """Return the tensors of an adapter's folder that are layers, by their names in the base file."""
+    listed = listed_tensors(tensors, ModelFacts())
+    return [replace(tensor, key=f"{rename(tensor.path)}.{tensor.name}".strip(".")) for tensor in listed]
+
+
+def _put_wholes(found: dict[str, StoredTensor], wholes: Sequence[StoredTensor]) -> None:
+    """Put tensors in the place of those of the same names, which they are tied with no more.
+
+    Args:
+        found: the tensors of the base by their keys; changed in place.
+        wholes: the tensors that were trained as a whole.
+    """
+    for tensor in wholes:
+        known = found.get(tensor.key, tensor)
+        # The file's own identities may be those of other tensors in the base file.
+        identity = ("whole", tensor.identity)
+        found[tensor.key] = replace(tensor, identity=identity, siblings=known.siblings, facts=known.facts)
+
+
+def _put_below(found: dict[str, StoredTensor], below: Sequence[StoredTensor]) -> None:
+    """Put the weights that adapters are for in the place of those of the base, under all names that these have.
+
+    Args:
+        found: the tensors of the base by their keys; changed in place.
+        below: what PEFT saved as `...base_layer.weight`.
+    """
+    for tensor in below:
+        for key in _names_of(found, tensor.key):
+            known = found.get(key, tensor)
+            identity = ("below", known.identity)
+            found[key] = replace(tensor, key=key, identity=identity, siblings=known.siblings, facts=known.facts)
+
+
+def _put_adapters(
+    found: dict[str, StoredTensor], adapters: Mapping[str, tuple[str, Parts]], settings: _Settings
+) -> None:
+    """Add adapters to their weights, under all names that these have.
+
+    Args:
+        found: the tensors of the base by their keys; changed in place.
+        adapters: for the key of each weight, the name of its layer in the adapter's folder, and the parts.
+        settings: how they are added.
+
+    Raises:
+        ValueError: an adapter does not fit its weight.
+    """
+    for own, (layer, parts) in adapters.items():
+        merged = _merged(found[own], layer, parts, settings)
+        for key in _names_of(found, own):
+            found[key] = replace(merged, key=key, siblings=found[key].siblings)
+
+
+def _names_of(found: Mapping[str, StoredTensor], key: str) -> list[str]:
+    """Return the keys of all tensors that are tied to one, its own among them."""
+    if key not in found:
+        return [key]
+    identity = found[key].identity
+    return [other for other, tensor in found.items() if tensor.identity == identity]
 
 
 def _weights_of(folder: Path) -> Path:
@@ -208,14 +270,20 @@ def _ends_in(layer: str, pattern: str) -> bool:
     return layer == pattern or layer.endswith(f".{pattern}")
 
 
-def _sorted(tensors: Sequence[StoredTensor]) -> tuple[dict[str, Parts], list[StoredTensor]]:
-    """Return the parts of each layer's adapter, by the layer's name in the model, and the tensors that are none.
+def _sorted(
+    tensors: Sequence[StoredTensor],
+) -> tuple[dict[str, Parts], list[StoredTensor], list[StoredTensor]]:
+    """Tell the tensors of an adapter's file apart.
+
+    Returns:
+        The parts of each layer's adapter, by the layer's name in the model; the weights below adapters; and those
+        that were trained as a whole.
 
     Raises:
         ValueError: a part of another kind of adapter.
     """
     adapters: dict[str, Parts] = {}
-    wholes = []
+    below, wholes = [], []
     for tensor in tensors:
         key = tensor.key.removeprefix(_OUTSIDE).replace(".base_layer.", ".")
         match = _PART.fullmatch(key)
@@ -223,10 +291,10 @@ def _sorted(tensors: Sequence[StoredTensor]) -> tuple[dict[str, Parts], list[Sto
             part = match["part"].removeprefix("embedding_")
             adapters.setdefault(match["layer"], {})[part] = tensor
         elif ".lora_" not in key:
-            wholes.append(replace(tensor, key=key))
+            (below if ".base_layer." in tensor.key else wholes).append(replace(tensor, key=key))
         elif not key.endswith(".lora_B.bias"):
             raise ValueError(f"the adapter has a tensor {tensor.key!r}, which is no part of LoRA or DoRA")
-    return adapters, wholes
+    return adapters, below, wholes
 
 
 def _merged(base: StoredTensor, layer: str, parts: Parts, settings: _Settings) -> StoredTensor:
@@ -253,7 +321,7 @@ def _merged(base: StoredTensor, layer: str, parts: Parts, settings: _Settings) -
             f"{first}"
         )
     read = partial(_read, base, parts, settings.scaling(layer, rank), is_transposed)
-    return replace(base, read=read, identity=("adapter", base.key), dtype=torch.float32)
+    return replace(base, read=read, identity=("adapter", base.identity), dtype=torch.float32)
 
 
 def _check_parts(layer: str, parts: Parts) -> None:

@@ -14,6 +14,7 @@ from safetensors import torch as safetensors_torch
 from torch import nn
 
 from farms_tb import analyze, analyze_checkpoint
+from farms_tb.report import LayerRecord
 from farms_tb.weights.adapter_files import tensors_with_adapter
 
 peft = pytest.importorskip("peft")
@@ -96,6 +97,44 @@ def test_transposed_weights_and_a_base_without_head(tmp_path: Path) -> None:
     found = analyze_checkpoint(tmp_path / "adapter", base=tmp_path / "base").alphas
     for name in ("h.0.attn.c_attn", "h.1.attn.c_proj", "h.1.mlp.c_proj", "h.1.mlp.c_fc"):
         assert found[name] == pytest.approx(expected[f"transformer.{name}"], rel=2e-6), name
+
+
+def assert_same(found: LayerRecord, expected: LayerRecord) -> None:
+    """Check shape, status and alpha, which a layer that is tied to another one has not."""
+    assert (found.shape, found.status) == (expected.shape, expected.status)
+    assert (found.alpha or 0) == pytest.approx(expected.alpha or 0, rel=2e-6)
+
+
+def language_model(folder: Path, tied: bool) -> Any:
+    """Return a tiny Llama, which is saved in a folder."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=40, tie_word_embeddings=tied)
+    )
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:.*save_embedding_layers", "ignore:.*tie_word_embeddings")
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("resized", [False, True], ids=["", "resized"])
+@pytest.mark.parametrize("target", [["lm_head"], ["embed_tokens"], ["embed_tokens", "lm_head"]], ids=",".join)
+def test_adapters_on_head_and_embedding(target: list[str], resized: bool, tied: bool, tmp_path: Path) -> None:
+    model = language_model(tmp_path / "base", tied)
+    if resized:
+        model.resize_token_embeddings(56, mean_resizing=False)
+    lora = peft.LoraConfig(target_modules=["q_proj", *target], r=4, init_lora_weights=False)
+    adapted = peft.get_peft_model(model, lora)
+    adapted.save_pretrained(tmp_path / "adapter")
+    expected = analyze(adapted.merge_and_unload(), **OPTIONS).layers
+    found = analyze_checkpoint(tmp_path / "adapter", base=tmp_path / "base", **OPTIONS).layers
+    assert found.keys() == expected.keys()
+    for name, layer in found.items():
+        # Of a resized model, PEFT saves no table but those with an adapter.
+        if tied or not resized or name.endswith((*target, "_proj")):
+            assert_same(layer, expected[name])
 
 
 def test_one_weight_is_read_at_a_time(tmp_path: Path) -> None:
