@@ -39,9 +39,12 @@ _OUTSIDE = "base_model.model."
 _PART = re.compile(r"(?P<layer>.+)\.lora_(?P<part>A|B|embedding_A|embedding_B|magnitude_vector)(\.weight)?")
 _VARIANTS = (
     *("alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "target_parameters"),
-    *("use_bdlora", "use_qalora", "layer_replication"),
+    *("use_bdlora", "use_qalora", "layer_replication", "trainable_token_indices"),
 )
 """Entries of the config that are set where the adapter is a variant of LoRA that adds something else."""
+
+_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""How `init_lora_weights` begins where the initialisation took A and B out of the base weight."""
 
 _WEIGHTS = ("weight", "in_proj_weight", "qweight", "weight_packed")
 """Names of the weight of a layer that an adapter may be for; the last two are those of quantised ones."""
@@ -59,12 +62,14 @@ class _Settings:
         alphas: other values of alpha for layers of these names, from some dot on.
         by_root: whether it is alpha / sqrt(r).
         transposed: whether weights are stored as (in, out).
+        tied: whether tied weights stay tied.
     """
 
     alpha: float
     alphas: Mapping[str, float]
     by_root: bool
     transposed: bool
+    tied: bool
 
     def scaling(self, layer: str, rank: int) -> float:
         """Return the factor of B A for a layer."""
@@ -132,7 +137,7 @@ def adapted_tensors(folder: Path, base: Sequence[StoredTensor]) -> list[StoredTe
         )
     found = {tensor.key: tensor for tensor in base}
     # Adapters are added last, to the weights that PEFT saved with them where there are such.
-    _put_wholes(found, _renamed(wholes, rename))
+    _put_wholes(found, _renamed(wholes, rename), settings)
     _put_below(found, _renamed(below, rename))
     _put_adapters(
         found, {of_base[rename(layer)].key: (layer, parts) for layer, parts in adapters.items()}, settings
@@ -146,17 +151,18 @@ def _renamed(tensors: list[StoredTensor], rename: Renaming) -> list[StoredTensor
     return [replace(tensor, key=f"{rename(tensor.path)}.{tensor.name}".strip(".")) for tensor in listed]
 
 
-def _put_wholes(found: dict[str, StoredTensor], wholes: Sequence[StoredTensor]) -> None:
-    """Put tensors in the place of those of the same names, which they are tied with no more.
+def _put_wholes(found: dict[str, StoredTensor], wholes: Sequence[StoredTensor], settings: _Settings) -> None:
+    """Put tensors in the place of those of the same names.
 
     Args:
         found: the tensors of the base by their keys; changed in place.
         wholes: the tensors that were trained as a whole.
+        settings: whether those that are tied in the base still are.
     """
     for tensor in wholes:
         known = found.get(tensor.key, tensor)
         # The file's own identities may be those of other tensors in the base file.
-        identity = ("whole", tensor.identity)
+        identity = ("whole", known.identity if settings.tied else tensor.identity)
         found[tensor.key] = replace(tensor, identity=identity, siblings=known.siblings, facts=known.facts)
 
 
@@ -187,8 +193,15 @@ def _put_adapters(
     Raises:
         ValueError: an adapter does not fit its weight.
     """
+    done: set[str] = set()
     for own, (layer, parts) in adapters.items():
+        if settings.tied and own in done:
+            raise ValueError(
+                f"the adapter of {layer!r} is that of a weight tied to it (ensure_weight_tying), which PEFT adds "
+                "once when it runs the model and twice when it merges: merge it in PEFT first"
+            )
         merged = _merged(found[own], layer, parts, settings)
+        done.update(_names_of(found, own))
         for key in _names_of(found, own):
             found[key] = replace(merged, key=key, siblings=found[key].siblings)
 
@@ -228,6 +241,7 @@ def _settings(path: Path) -> _Settings:
         raise ValueError(
             f"{path}: a variant of LoRA ({variants[0]}) that is not known here: merge it in PEFT first"
         )
+    _refuse_changed_base(path, config.get("init_lora_weights"))
     patterns = config.get("alpha_pattern") or {}
     alphas = [config.get("lora_alpha"), *(patterns.values() if isinstance(patterns, dict) else [None])]
     if not all(_is_number(alpha) for alpha in alphas):
@@ -241,7 +255,26 @@ def _settings(path: Path) -> _Settings:
         alphas=patterns,
         by_root=config.get("use_rslora") is True,
         transposed=config.get("fan_in_fan_out") is True,
+        tied=config.get("ensure_weight_tying") is True,
     )
+
+
+def _refuse_changed_base(path: Path, init: object) -> None:
+    """Refuse an adapter for a weight that its initialisation changed: B A is no part of what the base file has.
+
+    Args:
+        path: of the config, for the message.
+        init: its `init_lora_weights`.
+
+    Raises:
+        ValueError: the initialisation is such a one.
+    """
+    if isinstance(init, str) and init.lower().startswith(_CHANGING_INITS):
+        raise ValueError(
+            f"{path}: init_lora_weights={init!r:.40} changed the weights of the base, expected an adapter for the "
+            "base as it is: after training, call merge_and_unload() in PEFT and save the model; of PiSSA, OLoRA "
+            "and CorDA, save_pretrained(..., path_initial_model_for_weight_conversion=...) makes a LoRA"
+        )
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -283,7 +316,8 @@ def _sorted(
         ValueError: a part of another kind of adapter.
     """
     adapters: dict[str, Parts] = {}
-    below, wholes = [], []
+    below: list[StoredTensor] = []
+    wholes: list[StoredTensor] = []
     for tensor in tensors:
         key = tensor.key.removeprefix(_OUTSIDE).replace(".base_layer.", ".")
         match = _PART.fullmatch(key)

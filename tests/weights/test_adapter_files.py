@@ -126,15 +126,76 @@ def test_adapters_on_head_and_embedding(target: list[str], resized: bool, tied: 
     if resized:
         model.resize_token_embeddings(56, mean_resizing=False)
     lora = peft.LoraConfig(target_modules=["q_proj", *target], r=4, init_lora_weights=False)
-    adapted = peft.get_peft_model(model, lora)
-    adapted.save_pretrained(tmp_path / "adapter")
-    expected = analyze(adapted.merge_and_unload(), **OPTIONS).layers
+    lora_model = peft.get_peft_model(model, lora)
+    lora_model.save_pretrained(tmp_path / "adapter")
+    expected = analyze(lora_model.merge_and_unload(), **OPTIONS).layers
     found = analyze_checkpoint(tmp_path / "adapter", base=tmp_path / "base", **OPTIONS).layers
     assert found.keys() == expected.keys()
     for name, layer in found.items():
         # Of a resized model, PEFT saves no table but those with an adapter.
         if tied or not resized or name.endswith((*target, "_proj")):
             assert_same(layer, expected[name])
+
+
+@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings")
+@pytest.mark.parametrize("ensured", [False, True])
+def test_a_tied_table_that_was_trained_as_a_whole(ensured: bool, tmp_path: Path) -> None:
+    model = language_model(tmp_path / "base", tied=True)
+    lora = peft.LoraConfig(
+        target_modules=["q_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=ensured, r=4
+    )
+    lora_model = peft.get_peft_model(model, lora)
+    nn.init.normal_(lora_model.get_input_embeddings().weight)
+    lora_model.save_pretrained(tmp_path / "adapter")
+    expected = analyze(lora_model.merge_and_unload(), **OPTIONS).layers
+    found = analyze_checkpoint(tmp_path / "adapter", base=tmp_path / "base", **OPTIONS).layers
+    assert ("tied" in found["lm_head"].status) == ensured
+    for name, layer in found.items():
+        assert_same(layer, expected[name])
+
+
+@pytest.mark.filterwarnings("ignore:.*save_embedding_layers")
+def test_one_adapter_for_both_names_of_a_tied_weight_is_refused(tmp_path: Path) -> None:
+    model = language_model(tmp_path / "base", tied=True)
+    lora = peft.LoraConfig(target_modules=["embed_tokens"], ensure_weight_tying=True, init_lora_weights=False)
+    peft.get_peft_model(model, lora).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="ensure_weight_tying"):
+        analyze_checkpoint(tmp_path / "adapter", base=tmp_path / "base")
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_2", "olora", "corda", "loftq", "lora_ga"])
+def test_initialisations_that_change_the_base_are_refused(init: str, tmp_path: Path) -> None:
+    adapter, base = saved(adapted(target_modules=r"body\.[01]"), tmp_path)
+    changed(init_lora_weights=init)(adapter, base)
+    with pytest.raises(ValueError, match=rf"init_lora_weights='{init}'.*merge_and_unload"):
+        analyze_checkpoint(adapter, base=base)
+
+
+@pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal", "mica"])
+def test_initialisations_that_leave_the_base_are_merged(init: bool | str, tmp_path: Path) -> None:
+    model = adapted(target_modules=r"body\.[01]", init_lora_weights=init)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter)
+    adapter, base = saved(model, tmp_path)
+    expected = analyze(model.merge_and_unload(), **OPTIONS).alphas
+    assert analyze_checkpoint(adapter, base=base, **OPTIONS).alphas == pytest.approx(expected, rel=2e-6)
+
+
+@pytest.mark.filterwarnings("ignore:PiSSA changes the base")
+def test_a_pissa_that_was_converted_is_merged(tmp_path: Path) -> None:
+    model = adapted(target_modules=r"body\.[01]", init_lora_weights="pissa")
+    base = tmp_path / "base.safetensors"
+    safetensors_torch.save_file(Net().state_dict(), base)
+    initial = tmp_path / "initial"
+    model.save_pretrained(initial)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter)
+    model.save_pretrained(tmp_path / "adapter", path_initial_model_for_weight_conversion=str(initial))
+    expected = analyze(model.merge_and_unload(), **OPTIONS).alphas
+    found = analyze_checkpoint(tmp_path / "adapter", base=base, **OPTIONS).alphas
+    assert found == pytest.approx(expected, rel=1e-4)
 
 
 def test_one_weight_is_read_at_a_time(tmp_path: Path) -> None:
@@ -179,6 +240,7 @@ A = "base_model.model.body.0.lora_A.weight"
 DAMAGES: dict[str, tuple[Change, str]] = {
     "kind": (changed(peft_type="IA3"), "IA3"),
     "variant": (changed(use_bdlora={"a": 1}), "use_bdlora"),
+    "trained tokens": (changed(trainable_token_indices={"body.3": [1]}), "trainable_token_indices"),
     "alpha": (changed(lora_alpha="8"), "lora_alpha"),
     "alphas": (changed(alpha_pattern=[3]), "alpha_pattern"),
     "regular expression": (changed(alpha_pattern={"(a+)+$": 3}), "alpha_pattern"),
