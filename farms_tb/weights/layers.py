@@ -11,14 +11,25 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from farms_tb.options import Adapters
 from farms_tb.weights.adapters import adapted_stacks, adapter_problem, base_of, is_adapted
 from farms_tb.weights.matrices import has_rule, layer_matrices
-from farms_tb.weights.names import EMBEDDING, clean_name, is_embedding_name, layer_name, named_parameters, no_rule
+from farms_tb.weights.names import (
+    EMBEDDING,
+    PACKED,
+    QUANTISED,
+    are_codes,
+    clean_name,
+    is_embedding_name,
+    layer_name,
+    named_parameters,
+    no_rule,
+    quantised,
+)
 from farms_tb.weights.stacks import MatrixStack, NoSpectrumError, Sampling, stack_problem
 from farms_tb.weights.values import NO_VALUES, matrix_dims, unreadable
 
@@ -464,11 +475,43 @@ def _layers_without_rule(path: str, module: nn.Module) -> list[Layer]:
             if is_lookup and own == "weight" and parameter.ndim == 2:
                 problem = EMBEDDING
         layers.append(Layer(layer_name(path, own), path, module, problem=problem, has_rule=False))
+    return layers + _quantised_layers(path, module)
+
+
+def _quantised_layers(path: str, module: nn.Module) -> list[Layer]:
+    """List the weights of a quantised layer that are no parameters: buffers of codes, or packed by torch.ao.
+
+    Args:
+        path: path of the module.
+        module: a module whose type is unknown.
+    """
+    layers = []
+    if _is_packed(module):
+        # A linear layer keeps them in a module of its own, a convolution in itself.
+        name = f".{path}".removesuffix("._packed_params").strip(".")
+        layers.append(Layer(name or "weight", path, module, problem=PACKED, has_rule=False))
+    siblings = {name for name, tensor in (module._parameters | module._buffers).items() if tensor is not None}
+    filling = next((name for name in QUANTISED if name in siblings), "")
+    for own, buffer in module._buffers.items():
+        if buffer is None or buffer.is_floating_point() or buffer.is_complex():
+            continue
+        if are_codes(own, siblings) and _may_hold_matrices(buffer):
+            # GPTQ and AWQ have a `qweight`, which has the layer's name, as in a file.
+            name = path if path and own == filling else layer_name(path, own)
+            layers.append(Layer(name, path, module, problem=quantised(buffer.dtype), has_rule=False))
     return layers
 
 
-def _may_hold_matrices(parameter: nn.Parameter) -> bool:
-    """Return whether a parameter is no vector; one that waits for its first batch has no shape yet."""
+def _is_packed(module: nn.Module) -> bool:
+    """Return whether torch.ao has packed a quantised weight of the module into an object of its kernels."""
+    for name, value in vars(module).items():
+        if isinstance(value, torch.ScriptObject) and (name.startswith("_packed") or name == "param"):
+            return True
+    return False
+
+
+def _may_hold_matrices(parameter: Tensor) -> bool:
+    """Return whether a parameter or buffer is no vector; one that waits for its first batch has no shape yet."""
     if is_lazy(parameter):
         return False
     return parameter.is_nested or matrix_dims(parameter.shape) > 1

@@ -14,8 +14,18 @@ from torch import nn
 EMBEDDING = "embedding: not analysed without embeddings=True"
 """Problem of a lookup table."""
 
+PACKED = "quantised weights (packed by torch.ao): analyse the model as it was before"
+"""Problem of a weight that torch.ao has packed for its kernels."""
+
 SCALES = ("weight_scale", "weight_scale_inv", "scale", "scales", "SCB")
 """Names of the scales of a quantised `weight` in its module."""
+
+QUANTISED = ("weight", "qweight", "weight_packed")
+"""What the codes of a layer's weight are called by bitsandbytes, GPTQ, AWQ and compressed-tensors."""
+
+
+ALONGSIDE_QUANTISED = (*SCALES, "qzeros", "g_idx", "weight_g_idx", "weight_zero_point", "weight_shape")
+"""Names of what such codes are read with."""
 
 
 def scale_names(parameter: str) -> tuple[str, ...]:
@@ -25,6 +35,20 @@ def scale_names(parameter: str) -> tuple[str, ...]:
         parameter: its name in its module.
     """
     return (*SCALES, f"{parameter}_scale", f"{parameter}_scale_inv")
+
+
+def are_codes(parameter: str, siblings: Collection[str]) -> bool:
+    """Return whether integers of this name are a quantised weight, and not a table of indices or a mask.
+
+    Args:
+        parameter: their name in the module; MXFP4 has `..._blocks`.
+        siblings: names of all tensors of the module.
+    """
+    if parameter in ALONGSIDE_QUANTISED:
+        return False
+    if parameter in QUANTISED or parameter.endswith("_blocks"):
+        return True
+    return any(name in siblings for name in scale_names(parameter))
 
 
 _EMBEDDING_WORDS = ("emb", "wte", "wpe")

@@ -31,8 +31,10 @@ from torch import Tensor
 from farms_tb.report import LayerRecord
 from farms_tb.weights import stacks
 from farms_tb.weights.names import (
+    ALONGSIDE_QUANTISED,
     EMBEDDING,
-    SCALES,
+    QUANTISED,
+    are_codes,
     is_embedding_name,
     is_experts_name,
     last_name,
@@ -51,9 +53,6 @@ Layout = Callable[[Tensor], list[MatrixStack]]
 LONGEST_KERNEL = 31
 """A weight (out, in, last) whose name does not tell what it is counts as a convolution up to this last size."""
 
-# How quantised layers are saved by bitsandbytes, GPTQ, AWQ and compressed-tensors; MXFP4 has `..._blocks`.
-_QUANTISED = ("weight", "qweight", "weight_packed")
-_ALONGSIDE_QUANTISED = (*SCALES, "qzeros", "g_idx", "weight_g_idx", "weight_zero_point", "weight_shape")
 _ATTENTION_PARTS = {f"{part}_proj_weight": part for part in "qkv"}
 _RECURRENT = re.compile(r"weight_(ih|hh|hr)(_l\d+(_reverse)?)?")
 
@@ -77,8 +76,8 @@ def may_be_layer(stored: StoredTensor) -> bool:
 def _belongs_to_another(stored: StoredTensor) -> bool:
     """Return whether a tensor is a scale or bias of a weight next to it: `gate_up_proj_bias` of `gate_up_proj`."""
     name, siblings = stored.name, stored.siblings
-    if name in _ALONGSIDE_QUANTISED:
-        return any(weight in siblings for weight in _QUANTISED)
+    if name in ALONGSIDE_QUANTISED:
+        return any(weight in siblings for weight in QUANTISED)
     weight = re.sub(r"_(bias|scale|scale_inv|scales)$", "", name)
     if weight == name:
         return False
@@ -87,11 +86,7 @@ def _belongs_to_another(stored: StoredTensor) -> bool:
 
 def _holds_codes(stored: StoredTensor) -> bool:
     """Return whether integers are a quantised weight, and not a table of indices or a mask."""
-    if stored.has_numbers:
-        return False
-    if stored.name in _QUANTISED or stored.name.endswith("_blocks"):
-        return True
-    return any(name in stored.siblings for name in scale_names(stored.name))
+    return not stored.has_numbers and are_codes(stored.name, stored.siblings)
 
 
 def _has_one_row(stored: StoredTensor) -> bool:
@@ -159,7 +154,7 @@ def _layers(
 
 def _name(stored: StoredTensor) -> str:
     """Return the name of the layer: the module's for a weight that fills it, else with the parameter's added."""
-    fills_module = stored.name in (*_QUANTISED, "in_proj_weight", *_ATTENTION_PARTS)
+    fills_module = stored.name in (*QUANTISED, "in_proj_weight", *_ATTENTION_PARTS)
     if fills_module and stored.path:
         return stored.path
     return layer_name(stored.path, stored.name)

@@ -100,6 +100,49 @@ ODD: dict[str, tuple[Callable[[], nn.Module], str]] = {
 }
 
 
+class CodesInBuffers(nn.Module):
+    """A linear layer as GPTQ and AWQ pack it: 8 codes of 4 bits in an integer, and no parameter."""
+
+    def __init__(self, **more: Tensor) -> None:
+        super().__init__()
+        integers = {"qweight": (8, 64), "qzeros": (2, 8), "g_idx": (64,)}
+        for name, shape in integers.items():
+            self.register_buffer(name, torch.zeros(shape, dtype=torch.int32))
+        self.register_buffer("scales", torch.ones(2, 64))
+        for name, buffer in more.items():
+            self.register_buffer(name, buffer)
+
+
+def packed(layer: nn.Module) -> nn.Module:
+    pytest.importorskip("torch.ao.quantization")
+    quantised: nn.Sequential = torch.ao.quantization.quantize_dynamic(nn.Sequential(layer), {type(layer)})
+    return quantised[0]
+
+
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated", "ignore:.*quantized tensor creation")
+@pytest.mark.parametrize("make", [lambda: nn.Linear(64, 64), lambda: nn.GRUCell(64, 64)])
+def test_what_torch_packed_is_listed(make: Callable[[], nn.Module]) -> None:
+    layers = analyze(nn.Sequential(nn.Linear(64, 64), packed(make()))).layers
+    assert list(layers) == ["0", "1"]
+    assert "packed by torch.ao" in layers["1"].status
+
+
+def test_codes_in_buffers_are_listed_as_in_a_file() -> None:
+    net = nn.ModuleDict({"up": CodesInBuffers(), "act": nn.ReLU(), "head": nn.Linear(64, 64)})
+    net["act"].register_buffer("position_index", torch.zeros(8, 8, dtype=torch.long))
+    layers = analyze(net).layers
+    assert list(layers) == ["up", "head"]
+    assert "torch.int32" in layers["up"].status
+    assert layers == analyze(net.state_dict()).layers
+    with pytest.raises(ValueError, match="up: quantised weights"):
+        analyze(nn.ModuleDict({"up": CodesInBuffers()}))
+
+
+def test_several_codes_of_one_module_have_names_of_their_own() -> None:
+    net = nn.ModuleDict({"up": CodesInBuffers(weight=codes()), "head": nn.Linear(64, 64)})
+    assert set(analyze(net).layers) == {"up", "up.qweight", "head"}
+
+
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 @pytest.mark.parametrize("kind", ODD)
 def test_is_listed_and_the_others_are_measured(kind: str) -> None:
