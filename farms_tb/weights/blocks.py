@@ -24,8 +24,8 @@ def blocks_of(shapes: Mapping[str, Sequence[int]], rule: BlockRule | None = None
     Without a rule, blocks are found as follows:
 
     1. Paths that end in a number and share what comes before it are a list: `model.layers.0`, `model.layers.1`
-       and so on, or `encoder_layer_0`, `encoder_layer_1`. A list counts where more than half of its members hold
-       layers of mostly the same names.
+       and so on, or `encoder_layer_0`, `encoder_layer_1`. A list counts where more than half of its members, and
+       at least two, hold layers of mostly the same names.
     2. A list inside the members of another one is left out where more than half of these members are equal in
        names and shapes: it holds the experts or the attention heads of a block. Where they are not, the members
        are the stages of a network, and the lists inside hold the blocks.
