@@ -6,6 +6,7 @@ ways in ask this module.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -53,6 +54,9 @@ def are_codes(parameter: str, siblings: Collection[str]) -> bool:
 
 _EMBEDDING_WORDS = ("emb", "wte", "wpe")
 _EMBEDDING_NAMES = ("shared", "codebook", "relative_attention_bias", "iou_token", "mask_tokens", "obj_score_token")
+_COMPILED = re.compile(r"(?<![^.])_orig_mod\.")
+_EXPERTS = re.compile(r"(?<![a-zA-Z])(experts?|exps|moe)(?![a-z])|(Experts?|MoE|Moe)(?![a-z])")
+_ONE_EXPERT = re.compile(r"(?<![a-z])experts?\.\d+\.", re.IGNORECASE)
 _NOT_EMBEDDING_WORDS = ("proj", "patch", "out", "head", "dense", "linear", "class")
 
 
@@ -62,7 +66,10 @@ def clean_name(name: str) -> str:
     Args:
         name: a path, as `named_modules` or `named_parameters` gives it.
     """
-    return name.replace("_orig_mod.", "").removesuffix("._orig_mod")
+    if "_orig_mod" not in name:
+        return name
+    # Whole parts alone: `pre_orig_mod.fc` is a name of the user's.
+    return _COMPILED.sub("", name).removesuffix("._orig_mod")
 
 
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -130,8 +137,23 @@ def is_embedding_name(path: str) -> bool:
 
 
 def is_experts_name(path: str) -> bool:
-    """Return whether a weight of three dimensions at this path holds one matrix an expert."""
-    return any(word in path.lower() for word in ("expert", "_exps", "moe"))
+    """Return whether a weight of three dimensions at this path holds one matrix an expert.
+
+    Whole words count: `mlp.experts.w1`, `block_sparse_moe.input_linear` and `ffn_up_exps` do, `memoed` does not.
+
+    Args:
+        path: path of the weight.
+    """
+    return _EXPERTS.search(path) is not None
+
+
+def is_in_one_expert(path: str) -> bool:
+    """Return whether a path leads into one of several experts, each a module of its own: `experts.0.conv`.
+
+    Args:
+        path: path of a module.
+    """
+    return _ONE_EXPERT.search(f"{path}.") is not None
 
 
 def last_name(path: str) -> str:

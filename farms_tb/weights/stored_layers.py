@@ -7,7 +7,8 @@ name and weight                                taken for
 `weight_ih_l0`, `weight_hh`                    the gates of an LSTM, GRU or RNN
 any name, 3 and more dimensions, complex       a spectral convolution (in, out, *modes), all modes in use; a
                                                separable one where its bias has as many dimensions as it has
-any real name below experts, 3 dimensions      stacked experts
+any real name below experts, 3 dimensions      stacked experts; not below `experts.0`, nor where a bias (out,)
+                                               tells of a convolution
 `weight`, 2 dimensions                         a linear layer; an embedding, which is not measured unless asked
                                                for, where its name says so and it has no bias
 `weight` and `bias` of one shape, 2 and more   a norm over several dimensions: not measured
@@ -37,6 +38,7 @@ from farms_tb.weights.names import (
     are_codes,
     is_embedding_name,
     is_experts_name,
+    is_in_one_expert,
     last_name,
     layer_name,
     no_rule,
@@ -274,12 +276,20 @@ def _fourier(stored: StoredTensor) -> Layout | None:
 
 def _stacked_experts(stored: StoredTensor) -> Layout | None:
     """Return whether it is a stack of experts, by a word of the path or their number in `config.json`."""
-    if len(stored.shape) != 3 or "conv" in last_name(stored.path):
+    if len(stored.shape) != 3 or "conv" in last_name(stored.path) or _has_another_use(stored):
         return None
     known_number = stored.shape[0] == stored.facts.experts
     if known_number or is_experts_name(stored.key):
         return lambda weight: stacks.experts(weight, stored.name)
     return None
+
+
+def _has_another_use(stored: StoredTensor) -> bool:
+    """Return whether a tensor below experts is none of their weights: a convolution, bias or embedding."""
+    if stored.name == "weight":
+        # Experts have a bias each, (experts, out) together; that of a convolution is (out,).
+        return is_in_one_expert(stored.path) or stored.shape_of("bias") == stored.shape[:1]
+    return "bias" in stored.name or is_embedding_name(stored.name)
 
 
 def _is_embedding(stored: StoredTensor) -> bool:

@@ -207,3 +207,32 @@ def test_experts_are_told_by_the_config(tmp_path: Path) -> None:
     assert analyze_checkpoint(tmp_path).layers["mixer.up"].shape == (5, 24, 16)
     (tmp_path / "config.json").unlink()
     assert analyze_checkpoint(tmp_path).layers["mixer.up"].shape == (16, 24, 5)
+
+
+def test_a_convolution_below_experts_is_one() -> None:
+    expert = nn.ModuleDict({"short": nn.Conv1d(12, 16, 3, bias=False), "down": nn.Linear(12, 16)})
+    model = nn.ModuleDict({"experts": nn.ModuleList([expert]), "moe_mixer": nn.Conv1d(12, 16, 3)})
+    assert analyze(model.state_dict()).layers == analyze(model).layers
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            "mlp.experts.gate_up_proj",
+            "block_sparse_moe.input_linear.weight",
+            "ffn_up_exps.weight",
+            "mlp_experts.w1",
+        ),
+        *("expert_weights.w2", "moe.w3", "sparseMoe.w1", "Experts1.w", "experts.0.w"),
+    ],
+)
+def test_experts_are_told_by_a_word(name: str) -> None:
+    (layer,) = analyze({name: torch.randn(4, 24, 16)}).layers.values()
+    assert layer.shape == (4, 24, 16)
+
+
+@pytest.mark.parametrize("name", ["memoed.cls", "inexpert.w", "experts.pos_embed", "mlp.expert_bias"])
+def test_what_is_no_weight_of_experts_is_listed(name: str) -> None:
+    layers = analyze({"fc.weight": torch.randn(24, 16), name: torch.randn(4, 24, 16)}).layers
+    assert "no rule" in layers[name].status

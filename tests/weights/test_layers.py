@@ -124,6 +124,12 @@ class TestFindLayers:
         assert owned(model) == before
         assert norm_feeders(model, find_layers(model)) == feeders == {"0.1": "0.0"}
 
+    def test_a_name_that_ends_like_a_wrapper_stays(self):
+        model = nn.ModuleDict({"pre_orig_mod": nn.ModuleDict({"fc": nn.Linear(4, 6)})})
+        assert owned(model) == {"pre_orig_mod.fc": ("pre_orig_mod.fc.weight", "pre_orig_mod.fc.bias")}
+        model["pre_orig_mod"]["fc"] = torch.compile(model["pre_orig_mod"]["fc"])
+        assert owned(model) == {"pre_orig_mod.fc": ("pre_orig_mod.fc.weight", "pre_orig_mod.fc.bias")}
+
     def test_a_module_used_twice_is_one_layer(self):
         shared = nn.Linear(4, 4)
         assert list(owned(nn.Sequential(shared, nn.ReLU(), shared))) == ["0"]
