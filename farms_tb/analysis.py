@@ -102,8 +102,8 @@ def analyze_checkpoint(
     - a `weight` of a layer type without a rule: it counts as a linear layer or a convolution; a bilinear form
       with at most 31 second inputs, too, where its name does not say what it is; a rule that the user registered;
     - an embedding or a head of an unusual name: embeddings are told by theirs (`emb`, `wte`, `wpe`, `shared`);
-    - parametrized, factorised and quantised weights, of which each part is listed with the reason, and buffers
-      of two and more dimensions;
+    - parametrized, factorised and quantised weights, of which each part is listed with the reason (those that
+      torch.ao packs are not), and buffers of two and more dimensions;
     - a layer that the model uses twice (its second name is listed as tied); of weights that several layers share,
       safetensors hold one name, except for the head of a language model whose `config.json` says so;
     - names and shapes that a package changes when it saves, as transformers does with experts, PEFT with

@@ -198,7 +198,7 @@ def _put_adapters(
         if settings.tied and own in done:
             raise ValueError(
                 f"the adapter of {layer!r} is that of a weight tied to it (ensure_weight_tying), which PEFT adds "
-                "once when it runs the model and twice when it merges: merge it in PEFT first"
+                "once when it runs the model and twice when it merges: analyse the model that you use"
             )
         merged = _merged(found[own], layer, parts, settings)
         done.update(_names_of(found, own))
