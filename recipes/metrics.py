@@ -207,12 +207,13 @@ class FieldErrors(Metric):
         self.add_state("conserved", torch.tensor(0.0), dist_reduce_fx="sum")
         self.add_state("largest", torch.tensor(0.0), dist_reduce_fx="max")
 
-    def update(self, prediction: Tensor, target: Tensor) -> None:
+    def update(self, prediction: Tensor, target: Tensor, counted: int | None = None) -> None:
         """Add a batch.
 
         Args:
             prediction: Fields (B, C, *space).
             target: Fields of the same shape.
+            counted: Take the first so many samples, the others being counted elsewhere; None for all.
         """
         averaged = (
             nrmse_by_channel(prediction, target),
@@ -221,9 +222,10 @@ class FieldErrors(Metric):
             boundary_rmse(prediction, target),
             *fourier_rmse(prediction, target).unbind(-1),
         )
-        self.samples = self.samples + len(target)
-        self.sums = self.sums + torch.stack([values.mean(1).sum() for values in averaged])
-        self.conserved = self.conserved + conserved_error(prediction, target).square().sum(0)
+        self.samples = self.samples + len(target[:counted])
+        self.sums = self.sums + torch.stack([values[:counted].mean(1).sum() for values in averaged])
+        self.conserved = self.conserved + conserved_error(prediction, target)[:counted].square().sum(0)
+        # A maximum is the same however often a sample is seen, and that of no sample at all is none.
         self.largest = torch.maximum(self.largest, max_error(prediction, target).amax(0))
 
     def compute(self) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 A task is a LightningModule around a network. It knows nothing of balancing: the callback attaches to the optimizer
 that the task makes. What a task logs under `val/` can choose the best epoch (`task.monitor`), and what it logs
-under `test/` stands in `summary.json`.
+under `test/` stands in `summary.json`. Both are scores of each sample once, however many processes share them.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.data import DistributedSampler
 from torchmetrics.classification import MulticlassAccuracy
 
 from recipes.errors import RecipeError
@@ -84,23 +85,49 @@ class _Task(ShardedNet):
         scheduler = self._make_scheduler(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": self.interval}}
 
-    def _log_epoch(self, stage: str, batch: Batch, **values: Any) -> None:
+    def _counted(self, stage: str, batch: Batch, batch_index: int) -> int:
+        """Return how many samples of a batch count in the scores: all, or all but the last one.
+
+        Where the number of processes does not divide a set, Lightning's sampler repeats samples of its start, so
+        that all processes take as many steps: with fewer, one would wait for ever. A process that gets such a
+        sample has it at its end.
+
+        Args:
+            stage: "val" or "test".
+            batch: The batch, as it came from the loader.
+            batch_index: Its place among those of this process.
+        """
+        size = len(batch[0])
+        loader: Any = self.trainer.val_dataloaders if stage == "val" else self.trainer.test_dataloaders
+        sampler = getattr(loader, "sampler", None)
+        if not isinstance(sampler, DistributedSampler) or loader.batch_size is None:
+            return size
+        place_of_last = sampler.rank + (sampler.num_samples - 1) * sampler.num_replicas
+        repeated = place_of_last >= len(sampler.dataset)  # type: ignore[arg-type]
+        at_end = batch_index * loader.batch_size + size == sampler.num_samples
+        return size - int(repeated and at_end)
+
+    def _log_epoch(self, stage: str, samples: int, **values: Any) -> None:
         """Log means over the epoch; the first value, the one that matters most, shows at the progress bar.
 
         Args:
             stage: "train", "val" or "test".
-            batch: The batch that the values are of; its size is their weight in the mean.
+            samples: How many samples the values are of, their weight in the mean.
             values: Numbers or metrics of torchmetrics, by name.
         """
+        processes = self.trainer.world_size
         for position, (name, value) in enumerate(values.items()):
+            if samples == 0 and isinstance(value, Tensor):
+                value = torch.zeros_like(value)  # a mean over nothing is NaN, whatever its weight
             self.log(
                 f"{stage}/{name}",
                 value,
                 on_step=False,
                 on_epoch=True,
                 prog_bar=position == 0,
-                batch_size=len(batch[0]),
-                sync_dist=self.trainer.world_size > 1,
+                # Lightning divides the sum of the weights by the processes, and cuts off what is left.
+                batch_size=samples * processes,
+                sync_dist=processes > 1,
             )
 
 
@@ -130,17 +157,17 @@ class _FieldTask(_Task):
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """Return the loss of a batch."""
         loss = self.loss(self.predict(batch), batch[1])
-        self._log_epoch("train", batch, loss=loss)
+        self._log_epoch("train", len(batch[0]), loss=loss)
         return loss
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
         """Log nRMSE, relative L2 error and loss of a validation batch."""
-        target = batch[1]
-        prediction = self.predict(batch)
+        counted = self._counted("val", batch, batch_index)
+        prediction, target = self.predict(batch)[:counted], batch[1][:counted]
         fields, true_fields = self._channels(prediction), self._channels(target)
         self._log_epoch(
             "val",
-            batch,
+            counted,
             nrmse=nrmse(fields, true_fields),
             relative_l2=relative_l2(fields, true_fields),
             loss=self.loss(prediction, target),
@@ -152,9 +179,10 @@ class _FieldTask(_Task):
 
     def test_step(self, batch: Batch, batch_index: int) -> Tensor:
         """Score a test batch and return its prediction, for the pictures."""
-        prediction = self.predict(batch)
-        self.test_errors.update(self._channels(prediction), self._channels(batch[1]))
-        self._log_epoch("test", batch, loss=self.loss(prediction, batch[1]))
+        prediction, target = self.predict(batch), batch[1]
+        counted = self._counted("test", batch, batch_index)
+        self.test_errors.update(self._channels(prediction), self._channels(target), counted)
+        self._log_epoch("test", counted, loss=self.loss(prediction[:counted], target[:counted]))
         return prediction
 
     def on_test_epoch_end(self) -> None:
@@ -290,7 +318,7 @@ class Forecast(_FieldTask):
             prediction = prediction[:, -self.unroll_steps :]
             future = future[:, -self.unroll_steps :]
         loss = self.loss(prediction, future)
-        self._log_epoch("train", batch, loss=loss)
+        self._log_epoch("train", len(batch[0]), loss=loss)
         return loss
 
     def _forecast_from_truth(self, history: Tensor, future: Tensor) -> Tensor:
@@ -337,23 +365,24 @@ class ImageClassification(_Task):
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """Return the loss of a batch of images (B, C, H, W) and labels (B,)."""
         loss = self.loss(self(batch[0]), batch[1])
-        self._log_epoch("train", batch, loss=loss)
+        self._log_epoch("train", len(batch[0]), loss=loss)
         return loss
 
-    def _evaluate(self, stage: str, batch: Batch, accuracy: MulticlassAccuracy) -> None:
+    def _evaluate(self, stage: str, batch: Batch, batch_index: int, accuracy: MulticlassAccuracy) -> None:
         """Log accuracy and loss of a batch; `accuracy` counts over the whole set, on all processes together."""
-        images, labels = batch
-        logits = self(images)
-        accuracy(logits, labels)
-        self._log_epoch(stage, batch, accuracy=accuracy, loss=self.loss(logits, labels))
+        counted = self._counted(stage, batch, batch_index)
+        logits, labels = self(batch[0])[:counted], batch[1][:counted]
+        if counted > 0:  # torchmetrics refuses an empty batch
+            accuracy(logits, labels)
+        self._log_epoch(stage, counted, accuracy=accuracy, loss=self.loss(logits, labels))
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
         """Score a validation batch."""
-        self._evaluate("val", batch, self.val_accuracy)
+        self._evaluate("val", batch, batch_index, self.val_accuracy)
 
     def test_step(self, batch: Batch, batch_index: int) -> None:
         """Score a test batch."""
-        self._evaluate("test", batch, self.test_accuracy)
+        self._evaluate("test", batch, batch_index, self.test_accuracy)
 
 
 class LanguageModel(_Task):
@@ -369,24 +398,26 @@ class LanguageModel(_Task):
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """Return the loss of a batch."""
-        return self._loss("train", batch)
+        return self._loss("train", batch, len(batch[0]))
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
         """Score a validation batch."""
-        self._loss("val", batch)
+        self._loss("val", batch, self._counted("val", batch, batch_index))
 
     def test_step(self, batch: Batch, batch_index: int) -> None:
         """Score a test batch."""
-        self._loss("test", batch)
+        self._loss("test", batch, self._counted("test", batch, batch_index))
 
-    def _loss(self, stage: str, batch: Batch) -> Tensor:
+    def _loss(self, stage: str, batch: Batch, counted: int) -> Tensor:
         """Return the cross-entropy of the next tokens, and log it.
 
         Args:
             stage: "train", "val" or "test".
             batch: Tokens and those that follow each of them, both int64 (B, T).
+            counted: How many windows count; the network gets all of them.
         """
         tokens, following = batch
-        loss = functional.cross_entropy(self(tokens).flatten(0, 1), following.flatten())
-        self._log_epoch(stage, batch, loss=loss)
+        logits = self(tokens)[:counted]
+        loss = functional.cross_entropy(logits.flatten(0, 1), following[:counted].flatten())
+        self._log_epoch(stage, counted, loss=loss)
         return loss

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import multiprocessing
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -23,6 +25,8 @@ from recipes.models.unet import UNet
 from recipes.tasks import FieldRegression, Forecast, rollout
 from recipes.train import train
 from tests.helpers import LIGHTNING_NOISE
+from tests.recipes.scores_in_pair import score_in_pair, scores
+from tests.spectra.test_distributed import free_port
 
 Settings = Callable[..., DictConfig]
 Pair = tuple[Tensor, Tensor]
@@ -220,6 +224,29 @@ def test_static_fields_have_the_same_scores() -> None:
     assert set(validated) == {"val/nrmse", "val/relative_l2", "val/loss"}
     for name in ("nrmse", "relative_l2", "loss"):
         assert validated[f"val/{name}"] == pytest.approx(scores[f"test/{name}"], rel=1e-4)
+
+
+@with_noise
+def test_a_sample_counts_once_however_many_processes_share_the_set(tmp_path: Path) -> None:
+    """Five samples on two processes: one of them sees the first sample a second time."""
+    context = multiprocessing.get_context("spawn")
+    port = free_port()
+    pair = [context.Process(target=score_in_pair, args=(rank, port, tmp_path)) for rank in (0, 1)]
+    try:
+        for process in pair:
+            process.start()
+        alone = scores(devices=1)
+        for process in pair:
+            process.join(200)
+        assert [process.exitcode for process in pair] == [0, 0]
+    finally:
+        for process in pair:
+            process.kill()
+    for rank in (0, 1):
+        shared = json.loads((tmp_path / f"{rank}.json").read_text(encoding="utf-8"))
+        assert shared.keys() == alone.keys()
+        for name, expected in alone.items():
+            assert shared[name] == pytest.approx(expected, rel=1e-5), name
 
 
 @pytest.mark.parametrize(
