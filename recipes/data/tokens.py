@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from itertools import chain, islice
+from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +89,9 @@ class TokenWindows(Dataset[tuple[Tensor, Tensor]]):
 class TokenData(SplitData):
     """Windows of consecutive tokens, and the same a token later as targets.
 
-    Each document ends in the tokenizer's end-of-text token, and documents follow one another. The end of the text
-    is the test text, what comes before that the validation text, and the rest is trained on.
+    Each document ends in the tokenizer's end-of-text token, and documents follow one another. The start of the
+    text is the test text, what comes after that the validation text, and the rest is trained on: the test text is
+    the same for any `train_tokens`.
 
     Batches are tokens and the tokens after them, int64 (B, length) each.
 
@@ -112,12 +113,15 @@ class TokenData(SplitData):
         train_tokens: Train on at most so many tokens; None for all. No more text than needed is tokenised.
         val_tokens: Tokens of validation text.
         test_tokens: Tokens of test text.
+        held_out: Where validation and test text are: at the `"start"`, or at the `"end"` of what is tokenised,
+            with the test text last, as in the published runs. They then move with `train_tokens`, into text that a
+            larger number trains on: don't compare the scores of several.
         batch_size: Windows a batch.
         parts: Epochs in which the training text is gone through once; there is a validation after each.
         shuffle_seed: Seed of the order of the windows.
 
     Raises:
-        ValueError: A size is not positive.
+        ValueError: A size is not positive, or `held_out` is neither.
         RecipeError: In `prepare_data` and `setup`: there is no such text or tokenizer, the tokenizer has no
             end-of-text token or more tokens than the model, or there is too little text.
     """
@@ -139,6 +143,7 @@ class TokenData(SplitData):
         train_tokens: int | None = None,
         val_tokens: int = 10_000_000,
         test_tokens: int = 10_000_000,
+        held_out: str = "start",
         batch_size: int = 128,
         parts: int = 1,
         shuffle_seed: int = 0,
@@ -151,12 +156,15 @@ class TokenData(SplitData):
         for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"data.{name} must be at least 1, got {size}")
+        if held_out not in ("start", "end"):
+            raise ValueError(f"data.held_out must be 'start' or 'end' of the text, got {held_out!r}")
         self._tokenizer = tokenizer
         self.num_classes = vocabulary
         self.cache_dir = Path(cache_dir)
         self.documents = Documents(path, suffix, dataset, config, split, column)
         self.length = length
         self.val_tokens, self.test_tokens = val_tokens, test_tokens
+        self.held_out = held_out
         self.limit = None if train_tokens is None else train_tokens + val_tokens + test_tokens
         self.parts = parts
         self.dtype = np.dtype(np.uint16 if vocabulary <= 1 << 16 else np.uint32)
@@ -187,15 +195,19 @@ class TokenData(SplitData):
         """Cut the tokens in three parts."""
         file = self._file()
         number = file.stat().st_size // self.dtype.itemsize
-        end = number - self.val_tokens - self.test_tokens
-        if min(end // self.parts, self.val_tokens, self.test_tokens) <= self.length:
+        trained = number - self.val_tokens - self.test_tokens
+        if min(trained // self.parts, self.val_tokens, self.test_tokens) <= self.length:
             raise RecipeError(
                 f"data: {number} tokens are too few for data.val_tokens={self.val_tokens}, "
                 f"data.test_tokens={self.test_tokens}, data.parts={self.parts} and windows of "
                 f"data.length={self.length}; choose smaller ones, or more text"
             )
-        start = number - self.test_tokens
-        borders = {"train": (0, end), "val": (end, start), "test": (start, number)}
+        if self.held_out == "start":
+            order = {"test": self.test_tokens, "val": self.val_tokens, "train": trained}
+        else:
+            order = {"train": trained, "val": self.val_tokens, "test": self.test_tokens}
+        ends = dict(zip(order, accumulate(order.values()), strict=True))
+        borders = {name: (ends[name] - size, ends[name]) for name, size in order.items()}
         return {name: TokenWindows(file, self.dtype, part, self.length) for name, part in borders.items()}
 
     def _file(self) -> Path:

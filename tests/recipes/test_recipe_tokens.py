@@ -61,14 +61,13 @@ def joined(loader: object) -> tuple[Tensor, Tensor]:
 def test_windows_are_the_documents_one_after_the_other(sources: dict[str, Any]) -> None:
     data = prepared(**sources)
     inputs, targets = joined(data.val_dataloader())
-    start = len(TOKENS) - 71
-    assert inputs.flatten().tolist() == TOKENS[start : start + 30]
-    assert targets.flatten().tolist() == TOKENS[start + 1 : start + 31]
+    assert inputs.flatten().tolist() == TOKENS[40:70]
+    assert targets.flatten().tolist() == TOKENS[41:71]
     trained_on, _ = joined(data.train_dataloader())
-    assert sorted(trained_on.flatten().tolist()) == sorted(TOKENS[: len(trained_on) * 10])
-    assert len(trained_on) == (start - 1) // 10
+    assert sorted(trained_on.flatten().tolist()) == sorted(TOKENS[71:][: len(trained_on) * 10])
+    assert len(trained_on) == (len(TOKENS) - 71 - 1) // 10
     tested, _ = joined(data.test_dataloader())
-    assert tested.flatten().tolist() == TOKENS[-40:-10]
+    assert tested.flatten().tolist() == TOKENS[:30]
 
 
 def test_a_data_set_gives_the_same_tokens_as_files(sources: dict[str, Any], tmp_path: Path) -> None:
@@ -111,11 +110,29 @@ def test_no_more_is_tokenised_than_needed(sources: dict[str, Any]) -> None:
     assert len(data.datasets["train"]) == 4
 
 
+def test_one_test_text_whatever_is_trained_on(sources: dict[str, Any]) -> None:
+    for options in ({"train_tokens": 50}, {"train_tokens": 80}, {}):
+        data = prepared(**sources, **options)
+        assert joined(data.test_dataloader())[0].flatten().tolist() == TOKENS[:30]
+        assert joined(data.val_dataloader())[0].flatten().tolist() == TOKENS[40:70]
+        windows = data.datasets["train"]
+        trained = torch.cat([windows[index][0] for index in range(len(windows))]).tolist()
+        assert trained == TOKENS[71 : 71 + len(trained)]
+
+
+def test_text_that_is_held_out_may_be_the_end(sources: dict[str, Any]) -> None:
+    """As the published runs had it, and where it was before."""
+    data = prepared(**sources, held_out="end", train_tokens=50)
+    assert joined(data.test_dataloader())[0].flatten().tolist() == TOKENS[50 + 31 : 50 + 31 + 30]
+    assert joined(data.val_dataloader())[0].flatten().tolist() == TOKENS[50:80]
+    assert [data.datasets["train"][index][0].tolist() for index in (0, 3)] == [TOKENS[:10], TOKENS[30:40]]
+
+
 def test_large_vocabularies_have_wider_tokens(sources: dict[str, Any]) -> None:
     data = prepared(**{**sources, "vocabulary": 100_000})
     (file,) = sources["cache_dir"].iterdir()
     assert np.fromfile(file, np.uint32).tolist() == TOKENS
-    assert joined(data.test_dataloader())[0].flatten().tolist() == TOKENS[-40:-10]
+    assert joined(data.test_dataloader())[0].flatten().tolist() == TOKENS[:30]
 
 
 def test_parts_of_a_pass_go_through_everything_once() -> None:
@@ -151,6 +168,7 @@ def test_a_known_text_has_a_name(sources: dict[str, Any]) -> None:
         ({"vocabulary": 20}, RecipeError, "set data.vocabulary=60"),
         ({"length": 0}, ValueError, "data.length must be at least 1"),
         ({"train_tokens": -1}, ValueError, "data.train_tokens must be at least 1"),
+        ({"held_out": "middle"}, ValueError, "data.held_out must be 'start' or 'end'"),
         ({"val_tokens": 1000}, RecipeError, "data.val_tokens=1000"),
         ({"parts": 100}, RecipeError, "data.parts=100"),
     ],
