@@ -1,4 +1,4 @@
-"""Callbacks of the recipes: checkpoints that survive a kill, the progress bar, the rates of the last step."""
+"""Callbacks of the recipes: checkpoints that survive a kill, progress, the last step's rates, the shuffles."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 
-__all__ = ["BestCheckpoint", "LastCheckpoint", "LastStepRates", "Progress"]
+__all__ = ["BestCheckpoint", "EpochOrder", "LastCheckpoint", "LastStepRates", "Progress"]
 
 
 class _WholeCheckpoint(ModelCheckpoint):
@@ -105,6 +105,23 @@ class Progress(RichProgressBar):
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> Any:
         """Return what the bar shows at its end."""
         return {name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"}
+
+
+class EpochOrder(Callback):
+    """Tell the sampler of the training data which epoch comes, also where processes share what it draws.
+
+    Lightning then wraps the sampler. The wrapper of releases before 2.6 keeps the epoch to itself: every epoch
+    had the same order of samples.
+    """
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Hand the epoch on to every sampler under the wrapper; before the epoch's first batch is drawn."""
+        progress: Any = trainer.fit_loop.epoch_progress.current
+        sampler = getattr(trainer.train_dataloader, "sampler", None)
+        while sampler is not None:
+            if hasattr(sampler, "set_epoch"):
+                sampler.set_epoch(progress.processed)
+            sampler = getattr(getattr(sampler, "dataset", None), "_sampler", None)
 
 
 class LastStepRates(Callback):

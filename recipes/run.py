@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 
-from recipes.callbacks import LastCheckpoint, LastStepRates
+from recipes.callbacks import EpochOrder, LastCheckpoint, LastStepRates
 from recipes.config import build
 from recipes.errors import RecipeError
 from recipes.parts import build_parts
@@ -64,7 +64,7 @@ def build_run(cfg: DictConfig) -> Run:
     last = LastStepRates(parts.balancer)
     configured: list[Callback] = [build(cfg, f"callbacks.{name}") for name in cfg.callbacks]
     best = _best_checkpoint(configured)
-    callbacks = [last, *configured]
+    callbacks = [last, EpochOrder(), *configured]
     if parts.balancer is not None:
         callbacks.insert(0, parts.balancer)
     loggers: list[Logger] = [build(cfg, f"logger.{name}") for name in cfg.logger]

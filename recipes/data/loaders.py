@@ -19,7 +19,10 @@ __all__ = ["EpochShuffle", "SplitData", "evaluation_loader", "training_loader"]
 
 
 class EpochShuffle(Sampler[int]):
-    """Shuffle indices 0..size-1 by (seed, epoch); Lightning calls `set_epoch` before each epoch.
+    """Shuffle indices 0..size-1 by (seed, epoch).
+
+    Lightning calls `set_epoch` before each epoch and, where processes share the samples,
+    `recipes.callbacks.EpochOrder` does.
 
     Args:
         size: Number of samples.
@@ -127,7 +130,12 @@ class SplitData(LightningDataModule, ABC):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled training batches."""
-        return training_loader(self.datasets["train"], self.batch_size, self.shuffle_seed, self.num_workers)
+        loader = training_loader(self.datasets["train"], self.batch_size, self.shuffle_seed, self.num_workers)
+        if self.trainer is not None and isinstance(loader.sampler, EpochShuffle):
+            # Processes that load data begin with the first epoch of a resumed run before any callback is called.
+            progress: Any = self.trainer.fit_loop.epoch_progress.current
+            loader.sampler.set_epoch(progress.processed)
+        return loader
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Validation batches."""

@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
@@ -19,7 +19,9 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from hydra_plugins.hydra_submitit_launcher.config import SlurmQueueConf
+from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from omegaconf import DictConfig
+from torch.utils.data import DataLoader, DistributedSampler
 
 from farms_tb.viewing.plots import read_history
 from recipes.config import CONFIG_DIR
@@ -120,6 +122,44 @@ def test_two_processes_forecast_as_one_does(settings: Settings, tmp_path: Path) 
     history = read_history(folder / "metrics.csv")
     assert history.alpha["net.projection.fcs.0"].steps == (0, 1, 2)  # the first process alone logs
     assert_same_run(folder, Path(alone.paths.run_dir))
+
+
+class OldWrapper(DistributedSamplerWrapper):
+    """Lightning's wrapper as it was before 2.6, which does not tell the sampler the epoch; half of the order."""
+
+    def __init__(self, sampler: Any) -> None:
+        super().__init__(sampler, num_replicas=2, rank=0, shuffle=False)
+        self.drawn: list[list[Any]] = []
+
+    def set_epoch(self, epoch: int) -> None:
+        DistributedSampler.set_epoch(self, epoch)
+
+    def __iter__(self) -> Iterator[Any]:
+        self.drawn.append(list(super().__iter__()))
+        return iter(self.drawn[-1])
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*smaller than the logging interval")
+@pytest.mark.filterwarnings(r"ignore:.*isinstance\(treespec, LeafSpec\)")
+@pytest.mark.parametrize("experiment", ["digits_resnet18", "grokking_mlp"])
+def test_epochs_differ_with_lightnings_old_sampler_too(
+    settings: Settings, tmp_path: Path, experiment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = ("data.train_size=40", "data.val_size=20", "data.test_size=20", "trainer.max_epochs=3", "trainer=cpu")
+    thin = ("model.net.width=4", "balancing=off", "logger=csv", f"paths.run_dir={tmp_path}/run")
+    run = build_run(settings(f"experiment={experiment}", *small, *thin))
+    run.data.setup("fit")
+    made = run.data.train_dataloader()
+    wrapper = OldWrapper(made.sampler)
+    shared = DataLoader(made.dataset, made.batch_size, sampler=wrapper)
+    monkeypatch.setattr(run.data, "train_dataloader", lambda: shared)
+    run.trainer.fit(run.model, datamodule=run.data)
+    expected = []
+    for epoch in range(3):
+        made.sampler.set_epoch(epoch)
+        expected.append(list(made.sampler)[::2])
+    assert wrapper.drawn == expected
+    assert expected[0] != expected[1] != expected[2]
 
 
 def test_joblib_runs_a_sweep_side_by_side(tmp_path: Path) -> None:
