@@ -61,8 +61,9 @@ def lars(
         v <- m v + eta |w| / (|g| + weight_decay |w|) (g + weight_decay w),  w <- w - lr v
 
     where |.| is the norm over the whole tensor and eta the trust coefficient. A step therefore moves each weight
-    by about lr * eta of its norm, and `lr` is far larger than that of SGD. Vectors, that is biases and the weights
-    of norms, get plain SGD without decay. Complex weights count as pairs of real ones.
+    by about lr * eta of its norm, and `lr` is far larger than that of SGD. Vectors, that is biases, also those of
+    shape (C, 1, 1), and the weights of norms, get plain SGD without decay. Complex weights count as pairs of real
+    ones.
 
     Args:
         net: The network.
@@ -76,7 +77,7 @@ def lars(
     """
     optimizers = _pytorch_optimizer("lars")
     parameters = list(_checked(net, "lars").parameters())
-    made: Optimizer = optimizers.LARS(
+    made: Optimizer = _lars_with_vectors(optimizers.LARS)(
         parameters,
         lr=lr,
         momentum=momentum,
@@ -84,6 +85,35 @@ def lars(
         trust_coefficient=trust_coefficient,
     )
     return made
+
+
+def _lars_with_vectors(package: Any) -> Any:
+    """Return the package's LARS, which goes by the number of dimensions, with this module's rule for vectors.
+
+    Args:
+        package: The class; it comes with an optional package, so that this one can't be made at import.
+    """
+
+    class LARS(package):  # type: ignore[misc]
+        """LARS, with plain SGD for vectors of any shape."""
+
+        def _can_use_foreach(self, group: dict[str, Any]) -> bool:
+            shaped = any(map(_is_shaped_vector, group["params"]))
+            return not shaped and bool(super()._can_use_foreach(group))
+
+        def _step_per_param(self, group: dict[str, Any]) -> None:
+            vectors = [parameter for parameter in group["params"] if _is_shaped_vector(parameter)]
+            others = [parameter for parameter in group["params"] if not _is_shaped_vector(parameter)]
+            super()._step_per_param({**group, "params": others})
+            for vector in vectors:
+                if vector.grad is None:
+                    continue
+                update = vector.grad
+                if group["momentum"] > 0:
+                    update = self.state[vector]["momentum_buffer"].mul_(group["momentum"]).add_(update)
+                vector.add_(update, alpha=-group["lr"])
+
+    return LARS
 
 
 def lamb(
@@ -260,6 +290,11 @@ def _missing(choice: str, error: ImportError) -> RecipeError:
 def _is_vector(parameter: torch.Tensor) -> bool:
     """Return whether at most one dimension is larger than 1, as in the bias (C, 1, 1) of a layer on fields."""
     return sum(size > 1 for size in parameter.shape) <= 1
+
+
+def _is_shaped_vector(parameter: torch.Tensor) -> bool:
+    """Return whether a vector has more than one dimension."""
+    return parameter.ndim > 1 and _is_vector(parameter)
 
 
 def _hidden_matrices(net: nn.Module) -> set[str]:

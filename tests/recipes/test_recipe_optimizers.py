@@ -121,6 +121,20 @@ def test_lamb_moves_each_weight_by_lr_of_its_norm() -> None:
             torch.testing.assert_close(after, before - 0.1 * update, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def test_a_bias_on_a_grid_is_a_vector_to_lars() -> None:
+    """It gets plain SGD without decay, as biases of other shapes do."""
+    net = nn.ParameterDict({"bias": torch.full((4, 1, 1), 2.0), "kernel": torch.ones(4, 1, 3)})
+    optimizer = lars(net, lr=0.5, weight_decay=0.1, trust_coefficient=0.02)
+    changes = moves(net, optimizer)
+    before, buffer, after = changes["bias"]
+    torch.testing.assert_close(after, before - 0.5 * buffer)
+    before, grad, after = changes["kernel"]
+    trust = 0.02 * before.norm() / (grad.norm() + 0.1 * before.norm())
+    torch.testing.assert_close(after, before - 0.5 * trust * (grad + 0.1 * before))
+    before, grad, after = moves(net, optimizer, 1)["bias"]
+    torch.testing.assert_close(after, before - 0.5 * (0.9 * buffer + grad))
+
+
 def test_a_bias_on_a_grid_is_a_vector_to_lamb() -> None:
     net = nn.ParameterDict({"bias": torch.ones(4, 1, 1), "kernel": torch.ones(4, 1, 3)})
     weights, vectors = lamb(net, lr=0.1).param_groups
