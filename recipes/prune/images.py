@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import pickle
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -76,11 +77,14 @@ class ImageTask:
     def score(self, model: nn.Module) -> Score:
         """Return the share of evaluation images whose class gets the largest output.
 
+        An image with an output that is NaN counts as a miss; a warning says how many there are.
+
         Raises:
             RecipeError: a label is beyond the network's outputs.
         """
         device = next(model.parameters()).device
         hits: list[Tensor] = []
+        broken = 0
         with torch.inference_mode():
             for images, labels in self._evaluation:
                 outputs = model(images.to(device)).cpu()
@@ -89,8 +93,13 @@ class ImageTask:
                         f"evaluation.path has more classes than the network has outputs, {outputs.shape[1]}: each "
                         "folder must be a class that it was trained for"
                     )
-                hits.append(outputs.argmax(1) == labels)
+                unknown = outputs.isnan().any(1)  # which argmax takes for the largest
+                hits.append((outputs.argmax(1) == labels) & ~unknown)
+                broken += int(unknown.sum())
         samples = torch.cat(hits).double()
+        if broken:
+            message = f"{broken} of {len(samples)} images have outputs that are NaN, and count as misses"
+            warnings.warn(message, stacklevel=2)
         accuracy = float(samples.mean())
         error = (accuracy * (1 - accuracy) / len(samples)) ** 0.5
         return Score("accuracy", accuracy, error, samples.numpy())
@@ -116,11 +125,22 @@ class ImageTask:
 
 
 def _weights(path: Path) -> dict[str, Tensor]:
-    """Read a state dict, plain or as the entry of a training checkpoint; nothing in the file is executed."""
+    """Read a state dict, plain or as the entry of a training checkpoint; nothing in the file is executed.
+
+    Raises:
+        RuntimeError: the file is damaged.
+        TypeError: it holds something else.
+    """
     if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        return load_file(path)
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise RuntimeError(f"it is damaged, or no such file: {error}") from error
     held = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(held, Mapping):
+        raise TypeError(f"it holds a {type(held).__name__} in place of weights by name; save net.state_dict()")
     weights: dict[str, Tensor] = held.get("model", held.get("state_dict", held))
     return weights

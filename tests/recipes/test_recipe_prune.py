@@ -13,6 +13,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from PIL import Image
+from torch import nn
 
 from farms_tb import SpectrumOptions
 from farms_tb.sparsity import SparsityPlan
@@ -186,6 +187,38 @@ def test_image_classifiers_are_pruned_and_compared(folder: Path, tmp_path: Path,
     plan = SparsityPlan.load(tmp_path / "plan_alpha.json")
     assert len(set(plan.sparsity.values())) > len({layer.block for layer in plan.layers.values()})
     assert not any("head" in name or "conv_dw" in name for name in plan.sparsity)
+
+
+@pytest.mark.parametrize("kind", ["list.pth", "none.pth", "cut.pth", "damaged.safetensors"])
+def test_a_file_without_weights_is_named(folder: Path, tmp_path: Path, kind: str) -> None:
+    pytest.importorskip("timm")
+    file = tmp_path / kind
+    if kind in ("damaged.safetensors", "cut.pth"):
+        file.write_bytes(b"x" * 100)
+    else:
+        torch.save([1, 2] if kind == "list.pth" else {"state_dict": None}, file)
+    cfg = settings(*images(folder, tmp_path, "vit_base"), f"model.path={file}")
+    with pytest.raises(RecipeError, match=f"model.path=.*{kind} does not fit"):
+        list(compare_arms(cfg))
+
+
+class _Nan(nn.Module):
+    """Knows the class of every image, the first one, but for the outputs that are NaN."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outputs = nn.Parameter(torch.tensor([float("nan"), 0.0]))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.outputs.expand(len(images), 2)
+
+
+def test_outputs_that_are_nan_are_misses(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("timm")
+    cfg = settings(*images(folder, tmp_path, "vit_base"))
+    with pytest.warns(UserWarning, match="6 of 6 images have outputs that are NaN"):
+        score = instantiate(cfg.task, _convert_="all").score(_Nan())
+    assert score.value == 0
 
 
 @pytest.mark.parametrize(
