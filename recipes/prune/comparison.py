@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 import farms_tb
 from farms_tb.atomic_write import atomic_path
@@ -42,7 +43,8 @@ def compare_arms(cfg: DictConfig) -> Iterator[Row]:
         half of its `interval` of 95 %.
 
     Raises:
-        RecipeError: a setting, the model or data are at fault. What can be told before the model is loaded, is.
+        RecipeError: a setting, the model or data are at fault, or the output folder holds results of other
+            settings. What can be told before the model is loaded, is.
     """
     if cfg.task is None:
         raise RecipeError("say what to prune: experiment=prune/<name>, a file of conf/experiment/prune")
@@ -53,6 +55,7 @@ def compare_arms(cfg: DictConfig) -> Iterator[Row]:
     with refused("measure"):
         resolved(SpectrumOptions, None, measure)
     device = _checked_device(cfg.device)
+    _check_folder(cfg)
     task = build(cfg, "task")
     if "search" in options and not task.has_loss:
         raise RecipeError("arms: search goes by the model's loss on calibration data, and images have none")
@@ -124,6 +127,27 @@ def epsilon_of(cfg: DictConfig) -> float:
             "set it, epsilon=0.2 for example"
         )
     return float(by_target[cfg.target])
+
+
+def _check_folder(cfg: DictConfig) -> None:
+    """Refuse an output folder with results of other settings, whose plans would be taken for those of this run.
+
+    Raises:
+        RecipeError: it is such a folder.
+    """
+    folder = Path(cfg.output)
+    if not (folder / "results.csv").exists():
+        return
+    now: Any = OmegaConf.to_container(cfg, resolve=True)
+    before: Any = {}
+    with suppress(OSError, ValueError, YAMLError):  # without its settings the folder is another run's
+        before = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+    changed = [name for name, value in now.items() if name != "output" and before.get(name) != value]
+    if changed:
+        raise RecipeError(
+            f"output={folder} holds results of other settings, which differ in {', '.join(changed)}; choose "
+            "another output, or remove that folder"
+        )
 
 
 def _checked_device(name: str | None) -> torch.device:

@@ -221,6 +221,17 @@ def test_outputs_that_are_nan_are_misses(folder: Path, tmp_path: Path) -> None:
     assert score.value == 0
 
 
+def test_a_folder_with_results_of_other_settings_is_left_alone(folder: Path, tmp_path: Path) -> None:
+    chosen = ("experiment=prune/smollm2", *language(folder, tmp_path), "method=magnitude")
+    list(compare_arms(settings(*chosen, "arms=[uniform,depth]", "target=0.5", "epsilon=0.2")))
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    with pytest.raises(RecipeError, match=r"output=.* results of other settings.* arms.*another output"):
+        next(compare_arms(settings(*chosen, "arms=[uniform]", "target=0.5", "epsilon=0.2")))
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+    list(compare_arms(settings(*chosen, "arms=[uniform,depth]", "target=0.5", "epsilon=0.2")))
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
