@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -71,6 +72,13 @@ def _check_amounts(cfg: DictConfig) -> None:
             raise RecipeError(
                 f"trainer.{name}={value}: every run of a study {done}; set it above 0, or leave it at its default"
             )
+    duration = cfg.trainer.get("max_time")
+    # As days:hours:minutes:seconds or by name; what is no duration the trainer refuses.
+    if duration is not None and not re.search("[1-9]", str(duration)):
+        raise RecipeError(
+            f"trainer.max_time={duration}: every run of a study trains; leave it out, and set trainer.max_epochs "
+            "to how long"
+        )
 
 
 def _check_processes(cfg: DictConfig) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 
-from lightning import Callback, Trainer
+from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.profilers import SimpleProfiler
 from omegaconf import DictConfig
 
@@ -100,22 +100,51 @@ def train(cfg: DictConfig, evaluations: int) -> Trained:
         evaluations: See `recipes.study.one_run.run_once`.
 
     Raises:
-        RecipeError: A part refuses its settings.
+        RecipeError: A part refuses its settings, or the data have not exactly one loader for validation and one
+            for the test.
     """
     parts = build_parts(cfg)
     ratios, weights = Ratios(parts.balancer), Weights(evaluations)
-    trainer, clock = make_trainer(cfg, parts, Course(ratios, weights))
+    trainer, clock = make_trainer(cfg, parts, _OneLoader(), Course(ratios, weights))
     trainer.fit(parts.model, datamodule=parts.data)
     training = {"steps": trainer.global_step, **_times(clock)}
     scores = {epoch: _evaluate(trainer, parts) for epoch in weights.epochs(parts.model, trainer.current_epoch)}
     facts = {
         "blind_error": _blind_error(cfg),
         **training,
-        "val_samples": len(parts.data.val_dataloader().dataset),
-        "test_samples": len(parts.data.test_dataloader().dataset),
+        "val_samples": _samples(parts.data, "val"),
+        "test_samples": _samples(parts.data, "test"),
         "device": str(trainer.strategy.root_device),
     }
     return Trained(parts.model, ratios, scores, facts)
+
+
+class _OneLoader(Callback):
+    """Looks at the validation data before time is spent; test data may not be there until they are needed."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse data with several loaders for validation, or none."""
+        _samples(trainer.datamodule, "val")  # type: ignore[attr-defined]
+
+
+def _samples(data: LightningDataModule, split: str) -> int:
+    """Return the number of validation or test samples.
+
+    Args:
+        data: The data, set up.
+        split: "val" or "test".
+
+    Raises:
+        RecipeError: There is not one loader of them, but several or none, so that a score has no name or no value.
+    """
+    loader = getattr(data, f"{split}_dataloader")()
+    dataset = getattr(loader, "dataset", None)
+    if dataset is None:
+        raise RecipeError(
+            f"{type(data).__name__}.{split}_dataloader must return one DataLoader for a study, which compares one "
+            f"score of it, got a {type(loader).__name__}; return the one that decides"
+        )
+    return len(dataset)
 
 
 def _evaluate(trainer: Trainer, parts: Parts) -> dict[str, float]:
