@@ -21,7 +21,17 @@ OPTIONAL = (
 )
 ROOMS = ("weights", "spectra", "balancing", "sparsity", "viewing", "training", "cli")
 """In the order of the method: a room imports from those before it."""
-ABOVE_ALL = ("options", "keywords", "presets", "report", "verdicts", "warnings", "atomic_write", "missing")
+ABOVE_ALL = (
+    "options",
+    "keywords",
+    "presets",
+    "report",
+    "verdicts",
+    "warnings",
+    "atomic_write",
+    "missing",
+    "printable",
+)
 """What every room may import, and what imports none."""
 
 PUBLIC_IN_0_1 = {
