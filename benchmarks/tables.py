@@ -306,7 +306,7 @@ TABLES: Mapping[str, ArmTable | SettingTable | PairTable] = {
     "Darcy flow, UNet": ArmTable(
         "controls",
         Cell("controls/darcy_beta100_unet", "darcy_beta100_unet_40"),
-        {"off": "plain Adam", "full_s1": "TempBalance, s = 1"},
+        {"off": "plain Adam", "full_s1": "TempBalance, s = 1", "shrinkage": "map of shrunk effects"},
     ),
     "messages": ArmTable(
         "controls",
