@@ -200,7 +200,8 @@ class LayerBalancer:
         fits = not changes
         self._mapped = {name: saved.ratios.get(name, 1.0) for name in names}
         # Those of the measurement, since other layers may be trained by now. Earlier versions did not save them.
-        self._leaders = saved.leaders if fits and saved.leaders else self._block_leaders()
+        present = block_leaders(self._measured.assignment, self._members())
+        self._leaders = saved.leaders if fits and saved.leaders else present
         self._apply()
         self.report = saved.report
         self._measured.restore(saved.report if fits else None, saved.begun if fits else None)
@@ -227,12 +228,8 @@ class LayerBalancer:
 
     def _map(self, report: Report) -> MappedRatios:
         assignment, by_kind = self._measured.assignment, self._members()
-        self._leaders = self._block_leaders()
+        self._leaders = block_leaders(assignment, by_kind)
         return ratios_of_report(report, by_kind, self.ratio_options, assignment)
-
-    def _block_leaders(self) -> dict[str, str]:
-        """Return a layer of each block that is balanced as the optimizers are now."""
-        return block_leaders(self._measured.assignment, self._members())
 
     def _members(self) -> dict[Kind, list[str]]:
         """Return the layers that are balanced as the optimizers are now, by kind."""

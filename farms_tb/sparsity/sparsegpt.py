@@ -31,7 +31,8 @@ BLOCK_COLUMNS = 128
 """Columns whose mask is chosen together."""
 
 DAMPING = 0.01
-"""Added to the diagonal of the Hessian, as a share of its mean over live inputs, as in the authors' code."""
+"""Added to the diagonal of the Hessian, as a share of its mean over live inputs. The authors' code takes this
+share of the mean over all inputs, of which dead ones count as 1."""
 
 _MOST_DAMPING = 1e4
 

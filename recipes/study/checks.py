@@ -73,7 +73,7 @@ def _check_amounts(cfg: DictConfig) -> None:
                 f"trainer.{name}={value}: every run of a study {done}; set it above 0, or leave it at its default"
             )
     duration = cfg.trainer.get("max_time")
-    # As days:hours:minutes:seconds or by name; what is no duration the trainer refuses.
+    # Written as days:hours:minutes:seconds, or as a dict of units. Lightning itself refuses any other text.
     if duration is not None and not re.search("[1-9]", str(duration)):
         raise RecipeError(
             f"trainer.max_time={duration}: every run of a study trains; leave it out, and set trainer.max_epochs "

@@ -124,8 +124,7 @@ def show(findings: Findings, console: Console) -> None:
 def write(findings: Findings, folder: Path) -> list[str]:
     """Write the CSVs and the figures of everything that was found.
 
-    Those that an earlier report has left of what is no longer found are removed: next to new ones they would be
-    taken for theirs.
+    Files of an earlier report that this one does not have are removed, since they would look like a part of it.
 
     Args:
         findings: What was found.

@@ -29,14 +29,18 @@ class Block(nn.Module):
         return x + added
 
 
-class Masked(nn.Module):
-    """Like language models with two kinds of attention: some blocks alone get the mask, if it hides any."""
+class Decoder(nn.Module):
+    """An embedding and three blocks; how they are called is what differs."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.embedding = nn.Embedding(50, WIDTH)
         self.layers = nn.ModuleList(Block() for _ in range(3))
+
+
+class Masked(Decoder):
+    """Like language models with two kinds of attention: some blocks alone get the mask, if it hides any."""
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         x: Tensor = self.embedding(input_ids)
@@ -93,14 +97,8 @@ class WithContext(nn.Module):
         return x
 
 
-class Counted(nn.Module):
+class Counted(Decoder):
     """A number that comes of the tokens is passed to all blocks but the first."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.embedding = nn.Embedding(50, WIDTH)
-        self.layers = nn.ModuleList(Block() for _ in range(3))
 
     def forward(self, input_ids: Tensor) -> Tensor:
         x: Tensor = self.embedding(input_ids)
