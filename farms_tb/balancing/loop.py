@@ -81,6 +81,7 @@ class TempBalance:
         chosen = resolved(SpectrumOptions, spectrum, named), resolved(RatioOptions, ratios, named)
         self.preset = preset
         optimizers = optimizer if isinstance(optimizer, Sequence) else [optimizer]
+        self._detached = False
         self._balancer = LayerBalancer(model, optimizers, *chosen, share=_is_sharded(model))
         try:
             self._balancer.update()
@@ -104,7 +105,13 @@ class TempBalance:
         return described(self.preset, self._balancer.spectrum_options, self._balancer.ratio_options)
 
     def step(self) -> Report:
-        """Measure the model and apply the ratios that follow; on every process where there are several."""
+        """Measure the model and apply the ratios that follow; on every process where there are several.
+
+        Raises:
+            RuntimeError: after `detach()`, since no optimizer would step with the ratios.
+        """
+        if self._detached:
+            raise RuntimeError("step() after detach(): the optimizers step without ratios. Make a new TempBalance")
         return self._balancer.update()
 
     def parameter_ratios(self) -> dict[str, float]:
@@ -116,7 +123,8 @@ class TempBalance:
         return self._balancer.param_groups(optimizer)
 
     def detach(self) -> None:
-        """Stop balancing: the optimizer steps as without this object."""
+        """Stop balancing: the optimizer steps as without this object, whose report and ratios stay to be read."""
+        self._detached = True
         self._balancer.detach()
 
     def state_dict(self) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from farms_tb.weights.names import (
     EMBEDDING,
     PACKED,
     QUANTISED,
+    WRAPPED,
     are_codes,
     clean_name,
     is_embedding_name,
@@ -73,7 +74,7 @@ class Layer:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Return the user's module inside `torch.compile`, data-parallel wrappers and those of Lightning Fabric.
+    """Return the user's module inside the wrappers of `torch.compile`, checkpointing, DDP and Lightning Fabric.
 
     Args:
         model: any module, in any number of wrappers.
@@ -88,7 +89,7 @@ def wrappers(model: nn.Module) -> Iterator[nn.Module]:
         model: any module, in any number of wrappers.
     """
     yield model
-    names = ["_orig_mod", "_forward_module"]  # what torch.compile and Lightning Fabric call what they wrap
+    names = [*WRAPPED, "_forward_module"]  # the last is Lightning Fabric's
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         names = ["module"]
     for name in names:
@@ -123,7 +124,7 @@ def find_layers(model: nn.Module, *, embeddings: bool = False, adapters: Adapter
     layers: list[Layer] = []
     for path, module in model.named_modules():
         path = clean_name(path)
-        if _is_compiled_shell(module) or id(module) in adapted:
+        if _is_wrapper(module) or id(module) in adapted:
             continue
         is_whole = _is_whole(module, adapters)
         if is_whole or has_rule(module, embeddings=embeddings):
@@ -291,9 +292,9 @@ def _measuring(module: nn.Module) -> Iterator[None]:
             part.training = True
 
 
-def _is_compiled_shell(module: nn.Module) -> bool:
-    """Return whether it is the wrapper of `torch.compile` around a submodule: the module in it is the layer."""
-    return isinstance(getattr(module, "_orig_mod", None), nn.Module)
+def _is_wrapper(module: nn.Module) -> bool:
+    """Return whether it wraps a submodule for `torch.compile` or checkpointing: the module in it is the layer."""
+    return any(isinstance(getattr(module, name, None), nn.Module) for name in WRAPPED)
 
 
 def _parameter_names(model: nn.Module) -> dict[int, str]:

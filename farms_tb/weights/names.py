@@ -52,24 +52,24 @@ def are_codes(parameter: str, siblings: Collection[str]) -> bool:
     return any(name in siblings for name in scale_names(parameter))
 
 
+# The attribute under which torch.compile and activation checkpointing keep the module that they wrap.
+WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")
+# Whole parts of a path alone: `pre_orig_mod.fc` is a name of the user's.
+_WRAPPED_PART = re.compile(rf"(?<![^.])(?:{'|'.join(WRAPPED)})(?:\.|$)")
 _EMBEDDING_WORDS = ("emb", "wte", "wpe")
 _EMBEDDING_NAMES = ("shared", "codebook", "relative_attention_bias", "iou_token", "mask_tokens", "obj_score_token")
-_COMPILED = re.compile(r"(?<![^.])_orig_mod\.")
 _EXPERTS = re.compile(r"(?<![a-zA-Z])(experts?|exps|moe)(?![a-z])|(Experts?|MoE|Moe)(?![a-z])")
 _ONE_EXPERT = re.compile(r"(?<![a-z])experts?\.\d+\.", re.IGNORECASE)
 _NOT_EMBEDDING_WORDS = ("proj", "patch", "out", "head", "dense", "linear", "class")
 
 
 def clean_name(name: str) -> str:
-    """Drop what `torch.compile` adds to the paths of modules and parameters.
+    """Drop what `torch.compile` and activation checkpointing add to the paths of modules and parameters.
 
     Args:
         name: a path, as `named_modules` or `named_parameters` gives it.
     """
-    if "_orig_mod" not in name:
-        return name
-    # Whole parts alone: `pre_orig_mod.fc` is a name of the user's.
-    return _COMPILED.sub("", name).removesuffix("._orig_mod")
+    return _WRAPPED_PART.sub("", name).removesuffix(".") if "_" in name else name
 
 
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

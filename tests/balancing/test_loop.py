@@ -202,6 +202,8 @@ def test_detach_gives_the_optimizer_back() -> None:
     train(plain, [other])
     assert_same_weights(net, plain)
     assert balancer.ratios != dict.fromkeys(LAYERS, 1.0)
+    with pytest.raises(RuntimeError, match=r"detach\(\)"):
+        balancer.step()
     assert TempBalance(net, optimizer, assign_func="tb_linear_map").report is not balancer.report
 
 

@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils import parametrizations
 
 from farms_tb import MatrixStack, NoSpectrumError, layer_matrices
@@ -116,11 +117,15 @@ class TestFindLayers:
         assert unwrap(make(model)) is model
         assert owned(make(model)) == owned(model)
 
-    def test_compiled_parts_keep_their_names(self):
+    @pytest.mark.parametrize(
+        "wrap", [torch.compile, checkpoint_wrapper, lambda module: torch.compile(checkpoint_wrapper(module))]
+    )
+    def test_compiled_and_checkpointed_parts_keep_their_names(self, wrap):
         model = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), nn.Linear(4, 3))
         before, feeders = owned(model), norm_feeders(model, find_layers(model))
-        model[0] = torch.compile(model[0])
-        model[1] = torch.compile(model[1])
+        model[0] = wrap(model[0])
+        model[1] = wrap(model[1])
+        assert owned(wrap(model)) == before
         assert owned(model) == before
         assert norm_feeders(model, find_layers(model)) == feeders == {"0.1": "0.0"}
 
