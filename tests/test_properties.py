@@ -21,7 +21,7 @@ from farms_tb.report import LayerRecord
 from farms_tb.spectra.permutation_null import weight_record
 
 MANY = settings(
-    max_examples=max(500, settings().max_examples),
+    max_examples=max(200, settings().max_examples),
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 HARMLESS = pytest.mark.filterwarnings(

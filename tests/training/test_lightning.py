@@ -138,7 +138,14 @@ def run(module: Module, callbacks: list[Any], name: str) -> list[list[float]]:
     return [[lrs[id(p)] for p in module.parameters()] for lrs in seen]
 
 
-PAIRS = [(o, s) for o in OPTIMIZERS for s in SCHEDULERS]
+# A scheduler meets the callback through a float or a tensor as learning rate, and through momentum or betas; an optimizer
+# through a scheduler that sets the momentum, one that does not, and one of epochs that puts a float for a tensor.
+PAIRS = [
+    (o, s)
+    for o in OPTIMIZERS
+    for s in SCHEDULERS
+    if o in ("SGD", "Adam tensor lr", "AdamW") or s in ("OneCycleLR", "CosineAnnealingLR", "ReduceLROnPlateau")
+]
 
 
 # SequentialLR of torch 2.6 uses what torch 2.6 deprecates.
