@@ -20,7 +20,8 @@ from typing import NamedTuple
 
 from farms_tb.printable import printable
 from farms_tb.viewing.history import Curve, History
-from farms_tb.viewing.names import in_order, natural_order, shortened
+from farms_tb.viewing.names import in_order, shortened
+from farms_tb.weights.names import natural_order
 
 __all__ = ["METRICS_FILE", "MetricsFile", "has_measurements", "read_history", "read_logged", "read_metrics"]
 

@@ -10,7 +10,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Sequence
 
-__all__ = ["file_name", "in_order", "natural_order", "shortened"]
+__all__ = ["file_name", "in_order", "shortened"]
 
 LONGEST_FILE_NAME = 100
 """Characters of a layer's name that are kept in a file's name; most file systems take 255 bytes in all."""
@@ -49,25 +49,6 @@ def file_name(name: str) -> str:
     plain = "".join(letter if letter.isprintable() else "_" for letter in flat)
     checksum = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()
     return f"{plain[:80]}_{checksum[:12]}"
-
-
-def natural_order(name: str) -> list[tuple[int, int, str]]:
-    """Return a sort key under which `layer.10` comes after `layer.9`, for numbers of any length.
-
-    Example:
-        >>> sorted(["layer.10", "layer.9"], key=natural_order)
-        ['layer.9', 'layer.10']
-    """
-    key = []
-    for index, part in enumerate(re.split(r"([0-9]+)", name)):
-        is_number = index % 2 == 1
-        if is_number:
-            # Of two numbers without leading zeros the longer one is larger; int() refuses more than 4,300 digits.
-            digits = part.lstrip("0")
-            key.append((1, len(digits), digits))
-        else:
-            key.append((0, 0, part))
-    return key
 
 
 def in_order(names: Iterable[str], order: Sequence[str]) -> list[str]:

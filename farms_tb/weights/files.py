@@ -17,7 +17,7 @@ from torch import Tensor
 
 from farms_tb.weights.config import facts_of, with_tied_head
 from farms_tb.weights.gguf_files import in_gguf, is_gguf
-from farms_tb.weights.names import first_few
+from farms_tb.weights.names import first_few, natural_order
 from farms_tb.weights.pickles import Skipped, TorchTensor
 from farms_tb.weights.safetensors_files import in_safetensors
 from farms_tb.weights.stored import ModelFacts, StoredTensor, stored_in_memory, with_siblings
@@ -93,7 +93,7 @@ def _all_tensors(
     found = _in_parts(path, damaged) if is_index else list(_in_file(path, key))
     if path.suffix in (".safetensors", ".json"):
         # Neither safetensors nor parts of a checkpoint have an order of their own.
-        found.sort(key=lambda tensor: _natural(tensor.key))
+        found.sort(key=lambda tensor: natural_order(tensor.key))
     return found, path.parent
 
 
@@ -256,15 +256,6 @@ def _parts(index: Path) -> dict[str, str]:
     if missing:
         raise FileNotFoundError(f"{index} names files that are not next to it: {first_few(missing)}")
     return dict(parts)
-
-
-def _natural(key: str) -> list[tuple[int, str]]:
-    """Return a key that sorts `layers.10` after `layers.2`, and words before numbers."""
-    parts = []
-    for part in key.split("."):
-        is_number = part.isdecimal() and len(part) < 20  # Conversion of longer ones takes time, or is refused.
-        parts.append((int(part), "") if is_number else (-1, part))
-    return parts
 
 
 def _in_file(path: Path, key: str | None = None) -> Iterator[StoredTensor]:

@@ -161,6 +161,31 @@ def last_name(path: str) -> str:
     return path.rpartition(".")[2].lower()
 
 
+def natural_order(name: str) -> list[list[tuple[int, int, str]]]:
+    """Return a sort key under which `layer.10` and `layer_10` come after `layer.9` and `layer_9`.
+
+    Names are compared part by part, between dots, so that `conv.weight` comes before `conv2.weight`. Numbers may
+    be of any length.
+
+    Example:
+        >>> sorted(["layer.10", "layer.9", "conv10", "conv9", "conv"], key=natural_order)
+        ['conv', 'conv9', 'conv10', 'layer.9', 'layer.10']
+    """
+    key = []
+    for part in name.split("."):
+        pieces = []
+        for index, piece in enumerate(re.split(r"([0-9]+)", part)):
+            is_number = index % 2 == 1
+            if is_number:
+                # Of two numbers without leading zeros the longer one is larger; int() takes no more than 4,300 digits.
+                digits = piece.lstrip("0")
+                pieces.append((1, len(digits), digits))
+            else:
+                pieces.append((0, 0, piece))
+        key.append(pieces)
+    return key
+
+
 @dataclass(frozen=True)
 class Renaming:
     """A change of the prefix that names have in common.

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from farms_tb.printable import printable
-from farms_tb.viewing.names import file_name, natural_order, shortened
+from farms_tb.viewing.names import file_name, shortened
+from farms_tb.weights.names import natural_order
 
 
 @pytest.mark.parametrize(
@@ -40,6 +41,11 @@ def test_names_are_sorted_by_their_numbers() -> None:
         name for name in expected if name not in ("7", "007", "a.²")
     ]
     assert set(ordered[:2]) == {"7", "007"}
+
+
+def test_names_are_sorted_part_by_part() -> None:
+    names = ["conv", "conv.w", "conv2.w", "conv10.w", "h_2.10", "h_10.2", "h_10.10"]
+    assert sorted(reversed(names), key=natural_order) == names
 
 
 def test_file_names_are_names_of_files() -> None:

@@ -134,6 +134,12 @@ def test_safetensors_are_sorted_by_name_and_number(tmp_path: Path) -> None:
         assert list(analyze_checkpoint(path).layers) == [str(number) for number in range(12)]
 
 
+def test_safetensors_are_sorted_by_numbers_within_names(tmp_path: Path) -> None:
+    names = ["conv", *(f"encoder_layer_{number}" for number in range(12)), "head1", "head10"]
+    save_safetensors(nn.ModuleDict({name: nn.Linear(8, 8) for name in reversed(names)}), tmp_path)
+    assert list(analyze_checkpoint(tmp_path).layers) == names
+
+
 def test_options_arrive_and_agree_with_analyze(tmp_path: Path) -> None:
     model = mixed()
     options: dict[str, Any] = {"esd": "full", "fit": "goodness-of-fit", "min_eigenvalues": 9}
