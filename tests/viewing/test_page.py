@@ -452,6 +452,15 @@ def test_the_map_has_names_and_ticks(view: Any, tmp_path: Path) -> None:
         assert tab.locator("#curves .ramp").inner_text().startswith("1/17")
 
 
+def test_the_map_of_a_long_run(view: Any, tmp_path: Path) -> None:
+    """It has more values than a function of JavaScript takes arguments."""
+    tab = view(write_page(made_up_run(tmp_path, ["a", "b", "c"])))
+    tab.get_by_text("map", exact=True).click()
+    tab.evaluate("layers[0].ratio = Array(200000).fill(64)")  # The page of such a run takes long to draw.
+    tab.get_by_text("ratio", exact=True).first.click()
+    assert tab.locator("#curves .ramp").inner_text().startswith("1/64")
+
+
 def boxes(tab: Any, what: str) -> list[dict[str, float]]:
     return [element.bounding_box() for element in tab.locator(what).all()]
 

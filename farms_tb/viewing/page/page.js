@@ -291,7 +291,7 @@ function mapChart(place, shown, quantity) {
   const whole = Math.max(280, place.clientWidth);
   const widest = Math.floor(Math.min(190, whole * 0.33) / 6.2);
   const labels = shortLabels(rows.map((layer) => layer.name), widest);
-  const left = Math.round(18 + 6.2 * Math.max(...labels.map((label) => label.length)));
+  const left = Math.round(18 + 6.2 * range(labels.map((label) => label.length))[1]);
   const width = whole - left - MARGIN.right;
   const height = Math.min(640, Math.max(160, 14 * rows.length));
   const canvas = el("canvas", { width: columns.length, height: rows.length, role: "img", "aria-label": `${QUANTITIES[quantity].title} as a map` });
@@ -329,7 +329,8 @@ function mapChart(place, shown, quantity) {
 function mapColours(rows, quantity) {
   const values = rows.flatMap((layer) => layer[quantity]);
   if (quantity === "ratio") {
-    const widest = Math.max(1.05, ...values.filter((v) => v > 0).map((v) => Math.max(v, 1 / v)));
+    // A function takes no more than some 100,000 arguments, and a long run has more values.
+    const widest = Math.max(1.05, range(values.filter((v) => v > 0).map((v) => Math.max(v, 1 / v)))[1]);
     return {
       shade: (v) => colour(DIVERGING, 0.5 + Math.log(Math.max(v, 1e-9)) / Math.log(widest) / 2),
       ends: { low: `1/${number(widest, 2)}`, high: number(widest, 2), colours: [0, 0.25, 0.5, 0.75, 1].map((t) => colour(DIVERGING, t)), words: "1, the scheduler's rate, in the middle" },
@@ -351,7 +352,7 @@ function spread(count, most) {
 function shortLabels(names, most) {
   if (names.every((name) => name.length <= most)) return names;
   const parts = names.map((name) => name.split("."));
-  const shortest = Math.min(...parts.map((part) => part.length));
+  const [shortest] = range(parts.map((part) => part.length));
   const common = (at) => parts.every((part) => part.at(at) === parts[0].at(at));
   let [start, end] = [0, 0];
   while (start < shortest - 1 && common(start)) start++;
