@@ -148,8 +148,8 @@ def read_run_folder(
     Args:
         folder: the folder of one run, or one that holds it further down (`version_0`). Or a file of weights, as
             `analyze_checkpoint` takes it, of which there are no curves.
-        farms: a measurement by FARMS windows that was made already, with histograms; with both, no checkpoint is
-            measured.
+        farms: a measurement by FARMS windows that was made already, with histograms. It takes `full` as well, and
+            no checkpoint is measured then.
         full: the same of whole matrices.
         null: also measure each layer's entries in random order, for the band of the permutation null and the
             z-scores. A run whose map compares layers with random ones, as the default does, has measured them
@@ -163,10 +163,18 @@ def read_run_folder(
     Raises:
         FileNotFoundError: there is no such folder.
         ValueError: the folder is no run folder: it holds neither curves nor a checkpoint; or it holds several
-            runs, which the message lists; or the file is none of weights.
+            runs, which the message lists; or the file is none of weights. Or one of `farms` and `full` is given
+            without the other, or for a file of weights.
     """
     folder = Path(folder)
+    if (farms is None) != (full is None):
+        given, lacking = ("farms", "full") if full is None else ("full", "farms")
+        raise ValueError(
+            f"{given}= without {lacking}=: pass both measurements of the run, or neither to measure its checkpoint"
+        )
     if folder.is_file():
+        if farms is not None:
+            raise ValueError(f"{folder} is a file of weights: farms= and full= are for the folder of a run")
         return _read_weights(folder, null, key)
     files = find_run(folder)
     if farms is not None and full is not None:

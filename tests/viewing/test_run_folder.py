@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from farms_tb import FARMSTempBalance, analyze
+from farms_tb import FARMSTempBalance, Report, analyze
 from farms_tb.viewing.page import write_page
 from farms_tb.viewing.plots import save_all
 from farms_tb.viewing.run_files import SeveralRunsError
@@ -101,6 +101,16 @@ def test_measured_already(run: Path) -> None:
     assert found.farms is not None
     assert found.farms.alphas == reports["farms"].alphas
     assert found.missing == ()
+
+
+def test_reports_that_would_be_dropped_are_refused(run: Path, tmp_path: Path) -> None:
+    report = Report({}, {"esd": "farms"})
+    for given, lacking in (("farms", "full"), ("full", "farms")):
+        with pytest.raises(ValueError, match=f"{given}= without {lacking}="):
+            read_run_folder(run, **{given: report})
+    torch.save(Module().state_dict(), tmp_path / "model.pt")
+    with pytest.raises(ValueError, match="for the folder of a run"):
+        read_run_folder(tmp_path / "model.pt", farms=report, full=report)
 
 
 def test_half_a_line_of_metrics(run: Path) -> None:
