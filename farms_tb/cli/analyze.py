@@ -108,7 +108,7 @@ def analyze(
     stand up to five sentences on what to look at.
     """
     with complaints():
-        form = chosen_format(output_format, output, inputs=(model, against))
+        form = chosen_format(output_format, output, inputs=(model, against, base))
         device = checked_device(device)
         _check_column(sort)
         source = open_source(model, pretrained=pretrained, key=key, base=base, options=options)

@@ -30,8 +30,14 @@ Format = Literal["table", "csv", "json", "parquet"]
 
 FORMATS: tuple[Format, ...] = get_args(Format)
 
-_FILES_OF_RUNS = ("metrics.csv", "config.yaml", "hparams.yaml", "summary.json", "config.json")
-"""What loggers, recipes and Hugging Face write into the folder of a run or a model."""
+_FILES_OF_RUNS = ("metrics.csv", "config.yaml", "hparams.yaml", "summary.json")
+"""What loggers and recipes write into the folder of a run."""
+
+_FILES_OF_MODELS = (
+    *("config.json", "adapter_config.json", "generation_config.json", "preprocessor_config.json", "modules.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json"),
+)
+"""What Hugging Face writes next to weights."""
 
 
 def chosen_format(form: Format | None, output: Path | None, inputs: Iterable[str | None] = ()) -> Format:
@@ -82,8 +88,10 @@ def check_output(output: Path, inputs: Iterable[str | None] = ()) -> None:
         raise ValueError(f"--output {output}: this is the name of a file of weights, which it would replace")
     if output.exists() and any(Path(path).exists() and output.samefile(path) for path in inputs if path):
         raise ValueError(f"--output {output}: this is the file that is read, which it would replace")
-    if output.name in _FILES_OF_RUNS and any(_is_inside(output, path) for path in inputs if path):
-        raise ValueError(f"--output {output}: a file of the run, which it would replace: choose another name")
+    if output.exists() and any(_belongs_to(output, Path(path)) for path in inputs if path):
+        raise ValueError(
+            f"--output {output}: a file of the run or the model, which it would replace: choose another name"
+        )
     if output.exists() and not output.is_file():
         return  # a pipe or a device is written to as it is
     try:
@@ -93,9 +101,18 @@ def check_output(output: Path, inputs: Iterable[str | None] = ()) -> None:
         raise ValueError(f"cannot write {output}: {error.strerror}") from error
 
 
-def _is_inside(output: Path, folder: str) -> bool:
-    """Return whether a file that is there lies in a folder, at any depth."""
-    return output.exists() and Path(folder).is_dir() and output.resolve().is_relative_to(Path(folder).resolve())
+def _belongs_to(output: Path, path: Path) -> bool:
+    """Return whether a file of this name is one of a run's or a model's own.
+
+    Args:
+        output: the file.
+        path: what is read: a folder, whose files lie at any depth in it, or a file of weights, which has some of
+            the model next to it.
+    """
+    folder = output.parent.resolve()  # A link of the file's name is replaced itself, not what it leads to.
+    if path.is_dir():
+        return output.name in (*_FILES_OF_RUNS, *_FILES_OF_MODELS) and folder.is_relative_to(path.resolve())
+    return path.is_file() and output.name in _FILES_OF_MODELS and folder == path.parent.resolve()
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ import typer
 from rich.console import Console
 
 from farms_tb.cli.arguments import Device, Key, ModelArgument, Pretrained, takes_spectrum_options
-from farms_tb.cli.measuring import Measured, MeasureRequest, checked_device, measure
+from farms_tb.cli.measuring import MeasureRequest, checked_device, measure
 from farms_tb.cli.messages import EXIT_INTERRUPTED, EXIT_PART, complaints, say
-from farms_tb.cli.output import chosen_format
+from farms_tb.cli.output import check_output
 from farms_tb.cli.sources import Source, open_source
 from farms_tb.cli.tables import Column, print_table
 from farms_tb.options import SpectrumOptions, as_plain
@@ -108,7 +108,7 @@ def sparsity(
     }
     with complaints():
         SparsityOptions(**chosen)  # type: ignore[arg-type]
-        _check_before_measuring(method, target, output)
+        _check_before_measuring(model, method, target, output)
         request = MeasureRequest(options, device=checked_device(device))
         if adapter_folder(model) is not None:
             raise ValueError(f"{model} is an adapter and no model: merge it (merge_and_unload) and save that")
@@ -124,17 +124,18 @@ def sparsity(
         say(note, style="yellow")
 
 
-def _check_before_measuring(method: Method, target: float, output: Path | None) -> None:
+def _check_before_measuring(model: str, method: Method, target: float, output: Path | None) -> None:
     """Refuse what would fail after the measurement.
 
     Args:
+        model: what the user named.
         method: how to allocate.
         target: the sparsity over all layers.
         output: where the plan goes; None for nowhere.
 
     Raises:
-        ValueError: the method needs data, the target is no share, or the file is neither JSON nor CSV or cannot
-            be written.
+        ValueError: the method needs data, the target is no share, or the file is neither JSON nor CSV, cannot
+            be written or is one of the model's.
     """
     if method in ("owl", "search"):
         raise ValueError(f"--method {method} needs calibration data: use farms_tb.sparsity.allocate in Python")
@@ -144,7 +145,7 @@ def _check_before_measuring(method: Method, target: float, output: Path | None) 
         return
     if output.suffix not in (".json", ".csv"):
         raise ValueError(f"--output {output}: a plan ends in .json, a table in .csv")
-    chosen_format(None, output)
+    check_output(output, (model,))
 
 
 def _report(source: Source, request: MeasureRequest, method: Method) -> Report:
@@ -159,13 +160,8 @@ def _report(source: Source, request: MeasureRequest, method: Method) -> Report:
     found = measure(source, request, Console(stderr=True))
     if found.stopped:
         say(f"No plan, since not all layers were measured: {found.stopped}", style="red")
-        raise typer.Exit(_exit_code(found))
+        raise typer.Exit(EXIT_INTERRUPTED if found.interrupted else EXIT_PART)
     return Report(found.records, as_plain(request.options))
-
-
-def _exit_code(found: Measured) -> int:
-    """Return the exit code of a measurement that stopped early."""
-    return EXIT_INTERRUPTED if found.interrupted else EXIT_PART
 
 
 def _unmeasured(source: Source) -> Mapping[str, LayerRecord]:

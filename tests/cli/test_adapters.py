@@ -114,6 +114,17 @@ def test_a_base_that_does_not_fit(arguments: tuple[str, ...], message: str, base
     assert message in " ".join(result.stderr.split())
 
 
+@pytest.mark.parametrize("command", ["analyze", "compare"])
+def test_output_never_replaces_a_file_of_the_base(command: str, base: Path, adapter: Path) -> None:
+    config = base.with_name("config.json")
+    config.write_text("{}")
+    models = [adapter] if command == "analyze" else [adapter, adapter]
+    refused = run(command, *models, "--base", base, "-o", config)
+    assert refused.exit_code == 2
+    assert "replace" in refused.stderr
+    assert config.read_text() == "{}"
+
+
 def test_an_adapter_gets_no_plan_to_prune(adapter: Path) -> None:
     refused = run("sparsity", adapter, "--target", 0.5)
     assert refused.exit_code == 2

@@ -62,6 +62,18 @@ def test_the_plan_is_that_of_python(weights: Path, tmp_path: Path) -> None:
     assert "head" not in done.stdout
 
 
+@pytest.mark.parametrize("of_folder", [True, False])
+def test_a_plan_never_replaces_a_file_of_the_model(of_folder: bool, weights: Path) -> None:
+    config = weights.with_name("config.json")
+    config.write_text("{}")
+    refused = run(
+        weights.parent if of_folder else weights, "--target", 0.5, "--method", "uniform", "-o", config
+    )
+    assert refused.exit_code == 2
+    assert "replace" in refused.stderr
+    assert config.read_text() == "{}"
+
+
 def test_the_layers_are_those_that_analyze_measures(tmp_path: Path) -> None:
     state = {"layers.0.fc.weight": torch.randn(48, 32), "layers.0.embed.weight": torch.randn(64, 32)}
     save_file(state, tmp_path / "model.safetensors")
