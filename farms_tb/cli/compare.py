@@ -7,7 +7,6 @@ it, by FARMS windows or whole matrices as `--esd` says.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -26,15 +25,16 @@ from farms_tb.cli.arguments import (
     Strict,
     takes_spectrum_options,
 )
-from farms_tb.cli.differences import weight_differences, with_differences
+from farms_tb.cli.differences import NO_DIFFERENCE, weight_differences
 from farms_tb.cli.exit_codes import finish
-from farms_tb.cli.measuring import Measured, MeasureRequest, checked_device, measure
+from farms_tb.cli.measuring import Measured, MeasureRequest, Reading, checked_device, measure
 from farms_tb.cli.messages import EXIT_INTERRUPTED, complaints, say
 from farms_tb.cli.output import Result, chosen_format, emit
-from farms_tb.cli.pairing import changes, paired
+from farms_tb.cli.pairing import Pair, changes, paired
 from farms_tb.cli.sources import Source, open_source
-from farms_tb.cli.tables import Column
+from farms_tb.cli.tables import Column, Row
 from farms_tb.options import SpectrumOptions, as_plain
+from farms_tb.report import OK
 from farms_tb.weights.adapter_files import adapter_folder
 from farms_tb.weights.files import takes_key
 
@@ -50,6 +50,8 @@ _COLUMNS = (
     Column("difference_rank", "rank D", 0),
     Column("difference_alpha", "alpha D", 3, optional=True),
 )
+_KEYS = tuple(changes([Pair("", None, None)])[0])
+"""Names of the values in a row without those of the difference."""
 
 
 @takes_spectrum_options
@@ -82,23 +84,33 @@ def compare(
     or onto --base.
     """
     with complaints():
-        form = chosen_format(output_format, output, inputs=(model_a, model_b))
+        form = chosen_format(output_format, output, inputs=(model_a, model_b, base))
         request = MeasureRequest(options, patterns=tuple(patterns or ()), device=checked_device(device))
-        sources = _open_both((model_a, model_b), _Opening(options, pretrained, key, base))
+        sources = _open_both((model_a, model_b), options, pretrained, key, base)
     found = _measure_all(sources, request)
     pairs = paired(*(part.records for part in found))
-    rows = changes(pairs)
+    rows, keys = changes(pairs), _KEYS
+    parts: list[Reading] = [*found]
     if difference:
-        rows = with_differences(rows, weight_differences(sources, pairs, request))
-    complete = not any(part.stopped for part in found)
+        differences = weight_differences(sources, pairs, request)
+        parts.append(differences)
+        rows = [_with_difference(row, differences.by_layer.get(row["layer"], NO_DIFFERENCE)) for row in rows]
+        keys = tuple(dict.fromkeys((*_KEYS, *NO_DIFFERENCE)))
+    complete = not any(part.stopped for part in parts)
     facts = {"a": model_a, "b": model_b, "complete": complete, "options": as_plain(options)}
-    result = Result(f"A: {model_a}\nB: {model_b}", _COLUMNS, rows, facts, complete)
+    result = Result(f"A: {model_a}\nB: {model_b}", _COLUMNS, rows, facts, complete, keys=keys)
     with complaints():
         emit(result, form, output)
     if not any(pair.in_both for pair in pairs):
         some_a, some_b = (_first_names(part) for part in found)
         say(f"No layer has the same name in both: {some_a} in A, {some_b} in B.")
-    finish(found, rows, "change", strict)
+    finish(parts, rows, "change", strict)
+
+
+def _with_difference(row: Row, difference: Row) -> Row:
+    """Return the row of a layer with the metrics of the difference of its weights."""
+    reasons = [part["status"] for part in (row, difference) if part["status"] != OK]
+    return {**row, **difference, "status": "; ".join(reasons) or OK}
 
 
 def _first_names(measured: Measured) -> str:
@@ -126,51 +138,39 @@ def _measure_all(sources: Sequence[Source], request: MeasureRequest) -> list[Mea
     return found
 
 
-@dataclass(frozen=True)
-class _Opening:
-    """How models are opened.
-
-    Attributes:
-        options: which layers are measured.
-        pretrained: for those that are no files, see `open_source`.
-        key: for those that are files.
-        base: for those that are adapters; None for the other of the two models.
-    """
-
-    options: SpectrumOptions
-    pretrained: bool
-    key: str | None
-    base: str | None
-
-
-def _open_both(models: tuple[str, str], opening: _Opening) -> list[Source]:
+def _open_both(
+    models: tuple[str, str], options: SpectrumOptions, pretrained: bool, key: str | None, base: str | None
+) -> list[Source]:
     """Open two models; of a file, an adapter and a model by name, each takes the option that is for it.
 
     Args:
         models: what the user named as A and B.
-        opening: the options.
+        options: which layers are measured.
+        pretrained: for those that are no files, see `open_source`.
+        key: for those that are files.
+        base: for those that are adapters; None for the other of the two models.
 
     Raises:
         ValueError: there is a key and no file, or a base and no adapter; for the others see `open_source`.
     """
     are_files = [Path(model).exists() for model in models]
     are_adapters = [adapter_folder(model) is not None for model in models]
-    if opening.key is not None and not any(are_files):
+    if key is not None and not any(are_files):
         raise ValueError(f"--key is for files of weights, {models[0]} and {models[1]} are none")
-    if opening.base is not None and not any(are_adapters):
+    if base is not None and not any(are_adapters):
         raise ValueError(f"--base is for the folder of an adapter, {models[0]} and {models[1]} are none")
-    keys = [opening.key if _takes_key(model) else None for model in models]
+    keys = [key if _takes_key(model) else None for model in models]
     if keys == [None, None]:
-        keys = [opening.key, opening.key]  # neither takes one, which opening them says
+        keys = [key, key]  # neither takes one, which opening them says
     sources = []
-    for model, other, key in zip(models, reversed(models), keys, strict=True):
+    for model, other, own_key in zip(models, reversed(models), keys, strict=True):
         if adapter_folder(model) is not None:
-            base = opening.base or (other if _is_base(other) else None)
-            sources.append(open_source(model, key=key, base=base, options=opening.options))
+            own_base = base or (other if _is_base(other) else None)
+            sources.append(open_source(model, key=own_key, base=own_base, options=options))
         elif Path(model).exists():
-            sources.append(open_source(model, key=key, options=opening.options))
+            sources.append(open_source(model, key=own_key, options=options))
         else:
-            sources.append(open_source(model, pretrained=opening.pretrained, options=opening.options))
+            sources.append(open_source(model, pretrained=pretrained, options=options))
     return sources
 
 

@@ -7,60 +7,45 @@ says how many directions were changed: few for a merged low-rank update, many fo
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 
 import torch
 
-from farms_tb.cli.measuring import MeasureRequest
-from farms_tb.cli.messages import say
+from farms_tb.cli.measuring import FAILURES, MeasureRequest, Reading, failure
 from farms_tb.cli.pairing import Pair
 from farms_tb.cli.sources import Source
 from farms_tb.cli.tables import Row
+from farms_tb.report import OK
 from farms_tb.spectra.permutation_null import weight_record
 from farms_tb.spectra.stored_precision import stored_roundoff
 from farms_tb.weights.stacks import MatrixStack
 
 
-@dataclass(frozen=True)
-class Difference:
-    """The difference D = B - A of a weight in two models.
+NO_DIFFERENCE: Row = {"difference_norm": None, "difference_rank": None, "difference_alpha": None, "status": OK}
+"""The metrics of a layer whose weights have no difference D = B - A.
+
+- `difference_norm`: ||D||_F / ||A||_F; None where A is zero, or a weight has an entry that is not finite.
+- `difference_rank`: directions of the whole matrices that hold 99 % of the energy of D; 0 where it is zero.
+- `difference_alpha`: that of D; None where it has none, as one of low rank, whose tail is made of the rounding
+  errors that A and B were stored with.
+- `status`: why D could not be measured.
+"""
+
+
+@dataclass
+class Differences(Reading):
+    """What was found of the differences; it grows while they are measured.
 
     Attributes:
-        relative_norm: ||D||_F / ||A||_F; None where A is zero, or a weight has an entry that is not finite.
-        rank: directions of the whole matrices that hold 99 % of the energy of D; 0 where it is zero.
-        alpha: that of D; None where it has none, as one of low rank, whose tail is made of the rounding errors
-            that A and B were stored with.
+        by_layer: for each layer, by the name of its pair, what `NO_DIFFERENCE` names.
     """
 
-    relative_norm: float | None
-    rank: int | None
-    alpha: float | None
+    by_layer: dict[str, Row] = field(default_factory=dict)
 
 
-def with_differences(rows: Sequence[Row], differences: Mapping[str, Difference]) -> list[Row]:
-    """Add the differences of the weights to the rows of a comparison; None where there is none.
-
-    Args:
-        rows: one for each layer.
-        differences: by the name that a row has.
-    """
-    added: list[Row] = []
-    for row in rows:
-        found = differences.get(row["layer"], Difference(None, None, None))
-        metrics = {
-            "difference_norm": found.relative_norm,
-            "difference_rank": found.rank,
-            "difference_alpha": found.alpha,
-        }
-        added.append({**row, **metrics, "status": row["status"]})
-    return added
-
-
-def weight_differences(
-    sources: Sequence[Source], pairs: Iterable[Pair], request: MeasureRequest
-) -> dict[str, Difference]:
+def weight_differences(sources: Sequence[Source], pairs: Iterable[Pair], request: MeasureRequest) -> Differences:
     """Measure the difference of each weight that two models share.
 
     Both models are read once more, side by side: where their layers come in the same order, one weight of each is
@@ -72,20 +57,20 @@ def weight_differences(
         request: what is measured, and on which device.
 
     Returns:
-        By the name of the pair. What was measured, with a sentence on stderr, where reading fails; weights of
-        different shapes are left out.
+        What was measured until Ctrl-C or until reading failed; weights of different shapes are left out.
     """
     shared = [pair for pair in pairs if pair.in_both]
     names = ({pair.name_in_a: pair.name for pair in shared}, {pair.name_in_b: pair.name for pair in shared})
-    found: dict[str, Difference] = {}
+    found = Differences()
     waiting: tuple[dict[str, MatrixStack], dict[str, MatrixStack]] = ({}, {})
-    try:
+    with found.until_stopped():
         for layers in zip_longest(*(source.read(source.items) for source in sources)):
             for side, layer in enumerate(layers):
-                if layer is None or not isinstance(layer[1], MatrixStack):
+                if layer is None:
                     continue
-                name, weight = names[side].get(layer[0]), layer[1]
-                if name is None:
+                found.at, weight = layer
+                name = names[side].get(found.at)
+                if name is None or not isinstance(weight, MatrixStack):
                     continue
                 other = waiting[1 - side].pop(name, None)
                 if other is None:
@@ -93,14 +78,22 @@ def weight_differences(
                     continue
                 first, second = (weight, other) if side == 0 else (other, weight)
                 if first.matrices.shape == second.matrices.shape:
-                    found[name] = _difference(first, second, request)
-    except (ValueError, OSError, RuntimeError) as error:
-        say(f"The differences of the weights are not complete: {error}", style="red")
+                    found.by_layer[name] = _attempt(first, second, request)
+    if found.stopped:
+        found.stopped = f"differences of the weights, {found.stopped}"
     return found
 
 
-def _difference(first: MatrixStack, second: MatrixStack, request: MeasureRequest) -> Difference:
-    """Return the metrics of the difference of two weights of one shape."""
+def _attempt(first: MatrixStack, second: MatrixStack, request: MeasureRequest) -> Row:
+    """Return the metrics of the difference of two weights of one shape; where that fails, the status says why."""
+    try:
+        return {**NO_DIFFERENCE, **_difference(first, second, request)}
+    except FAILURES as error:
+        return {**NO_DIFFERENCE, "status": f"B - A: {failure(error)}"}
+
+
+def _difference(first: MatrixStack, second: MatrixStack, request: MeasureRequest) -> Row:
+    """Return what is known of the difference of two weights of one shape."""
     # Types of eight bits have no common type with others.
     widened = [torch.promote_types(_widened(stack.matrices.dtype), torch.float32) for stack in (first, second)]
     dtype = torch.promote_types(*widened)
@@ -108,18 +101,18 @@ def _difference(first: MatrixStack, second: MatrixStack, request: MeasureRequest
     change = after - before
     size, distance = float(before.norm()), float(change.norm())
     if not math.isfinite(size + distance):
-        return Difference(None, None, None)
+        return {}
     if distance == 0:
-        return Difference(0.0, 0, None)
+        return {"difference_norm": 0.0, "difference_rank": 0}
     stack = replace(second, matrices=change)
     whole = weight_record(stack, replace(request.options, esd="full"))
     windows = weight_record(stack, request.options)
     is_rounding = windows.xmin is not None and windows.xmin < _rounding_edge(first, second)
-    return Difference(
-        relative_norm=distance / size if size else None,
-        rank=whole.rank_99,
-        alpha=None if is_rounding else windows.alpha,
-    )
+    return {
+        "difference_norm": distance / size if size else None,
+        "difference_rank": whole.rank_99,
+        "difference_alpha": None if is_rounding else windows.alpha,
+    }
 
 
 def _widened(dtype: torch.dtype) -> torch.dtype:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import typer
 
-from farms_tb.cli.measuring import Measured
+from farms_tb.cli.measuring import Reading
 from farms_tb.cli.messages import EXIT_INTERRUPTED, EXIT_PART, say
 from farms_tb.cli.tables import Row
 
@@ -24,11 +24,11 @@ Exit codes:
 """
 
 
-def finish(found: Sequence[Measured], rows: Sequence[Row], needed: str, strict: bool) -> None:
+def finish(found: Sequence[Reading], rows: Sequence[Row], needed: str, strict: bool) -> None:
     """Say what went wrong, and leave with the exit code that fits.
 
     Args:
-        found: what was measured, of one model or more.
+        found: how the reading of each model ended.
         rows: what was printed.
         needed: the column that makes a row a measured one.
         strict: whether a row without it counts as a failure.

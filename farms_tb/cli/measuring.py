@@ -61,39 +61,50 @@ class MeasureRequest:
 
 
 _FIRST = (
-    *(
-        "layer",
-        "shape",
-        "verdict",
-        "alpha",
-        "alpha_error",
-        "effect",
-        "effect_error",
-        "alpha_full",
-        "bias",
-        "z_score",
-    ),
-    "ks_distance",
-    *("stable_rank", "stable_rank_full"),
+    *("layer", "shape", "verdict", "alpha", "alpha_error", "effect", "effect_error"),
+    *("alpha_full", "bias", "z_score", "ks_distance", "stable_rank", "stable_rank_full"),
 )
 """The most asked-for metrics, which come first in every format."""
 
 
 @dataclass
-class Measured:
+class Reading:
+    """How far layers were read, one after the other.
+
+    Attributes:
+        stopped: why not all layers were measured; empty where they were.
+        interrupted: whether that was Ctrl-C.
+        at: name of the last layer that was read; empty before the first.
+    """
+
+    stopped: str = ""
+    interrupted: bool = False
+    at: str = ""
+
+    @contextmanager
+    def until_stopped(self) -> Iterator[None]:
+        """Let Ctrl-C, and input that cannot be read further, end a block early; `stopped` says why."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            self.stopped = f"interrupted at {self.at or 'the first layer'}"
+            self.interrupted = True
+        except (ValueError, OSError, RuntimeError, MemoryError) as error:
+            where = f"after {self.at}" if self.at else "at the first layer"
+            self.stopped = f"reading stopped {where}: {str(error) or type(error).__name__}"
+
+
+@dataclass
+class Measured(Reading):
     """What was found; it grows while layers are measured.
 
     Attributes:
         records: record of each layer by name.
         full: the same of the whole matrices, where asked for.
-        stopped: why not all layers were measured; empty where they were.
-        interrupted: whether that was Ctrl-C.
     """
 
     records: dict[str, LayerRecord] = field(default_factory=dict)
     full: dict[str, LayerRecord] = field(default_factory=dict)
-    stopped: str = ""
-    interrupted: bool = False
 
     @property
     def report(self) -> Report:
@@ -127,7 +138,7 @@ class Measured:
 QUICK_NULLS = 60.0
 """Seconds that permutation nulls may take to be measured without being asked for."""
 
-COLUMNS = tuple(Measured({"": LayerRecord()}).rows()[0])
+COLUMNS = tuple(Measured(records={"": LayerRecord()}).rows()[0])
 """Names of the values in a row."""
 
 
@@ -188,19 +199,12 @@ def measure(source: Source, request: MeasureRequest, console: Console) -> Measur
     if source.note:
         say(source.note)
     found = Measured(stopped="; ".join(source.damaged))
-    name = ""
-    with progress_bar(console, len(source.items)) as show:
-        try:
-            for name, weight in source.read(_counted(source.items, show)):
-                if request.takes(name):
-                    show(description=shortened(printable(name), 60))
-                    _measure_layer(found, name, weight, request)
-        except KeyboardInterrupt:
-            found.stopped = f"interrupted at {name or 'the first layer'}"
-            found.interrupted = True
-        except (ValueError, OSError, RuntimeError) as error:
-            where = f"after {name}" if name else "at the first layer"
-            found.stopped = f"reading stopped {where}: {error}"
+    with progress_bar(console, len(source.items)) as show, found.until_stopped():
+        for name, weight in source.read(_counted(source.items, show)):
+            found.at = name
+            if request.takes(name):
+                show(description=shortened(printable(name), 60))
+                _measure_layer(found, name, weight, request)
     return found
 
 
@@ -241,23 +245,29 @@ def _measure_layer(found: Measured, name: str, weight: MatrixStack | LayerRecord
     if isinstance(weight, LayerRecord):
         found.records[name] = weight
         return
-    stack = replace(weight, matrices=weight.matrices.to(request.device))
-    record = _attempt(stack, request.options, request.null)
+    record = _attempt(weight, request)
     if request.full and record.status == OK:
-        found.full[name] = _attempt(stack, replace(request.options, esd="full"))
+        whole = replace(request, options=replace(request.options, esd="full"), null=False)
+        found.full[name] = _attempt(weight, whole)
     found.records[name] = record
 
 
-def _attempt(stack: MatrixStack, options: SpectrumOptions, null: bool = False) -> LayerRecord:
-    """Measure one layer; where that fails, return a record that says why.
-
-    A layer that is too large for the memory, or whose eigenvalues do not converge, does not stop the others.
-    """
+def _attempt(stack: MatrixStack, request: MeasureRequest) -> LayerRecord:
+    """Measure one layer; where that fails, return a record that says why."""
     try:
-        return weight_record(stack, options, null=null)
-    except (RuntimeError, MemoryError) as error:
-        status = f"failed: {_first_line(error) or type(error).__name__}"
-        return LayerRecord(status=status, kind=stack.kind, shape=tuple(stack.matrices.shape))
+        on_device = replace(stack, matrices=stack.matrices.to(request.device))
+        return weight_record(on_device, request.options, null=request.null)
+    except FAILURES as error:
+        return LayerRecord(status=failure(error), kind=stack.kind, shape=tuple(stack.matrices.shape))
+
+
+FAILURES = (RuntimeError, MemoryError)
+"""What a layer raises that is too large for the memory, or whose eigenvalues do not converge: others may not."""
+
+
+def failure(error: BaseException) -> str:
+    """Return the status of a layer whose measurement has raised an error."""
+    return f"failed: {_first_line(error) or type(error).__name__}"
 
 
 def _first_line(error: BaseException) -> str:

@@ -8,8 +8,10 @@ read by `Source.read`, one layer after the other.
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -87,16 +89,14 @@ def open_source(
 spectral-convolution layers can, others by farms_tb.layer_matrices.register
     """
     options = SpectrumOptions() if options is None else options
-    if Path(model).exists():
-        if pretrained:
-            raise ValueError(f"--pretrained is for models of torchvision and timm, {model} is a file")
-        if adapter_folder(model) is not None:
-            return _open_adapter(Path(model), key, base, options)
-        if base is not None:
-            raise ValueError(f"--base is for the folder of an adapter, {model} is none")
-        return _open_file(Path(model), key, options.embeddings)
+    if pretrained and Path(model).exists():
+        raise ValueError(f"--pretrained is for models of torchvision and timm, {model} is a file")
+    if adapter_folder(model) is not None:
+        return _open_adapter(Path(model), key, base, options)
     if base is not None:
         raise ValueError(f"--base is for the folder of an adapter, {model} is none")
+    if Path(model).exists():
+        return _open_file(Path(model), key, options.embeddings)
     if key is not None:
         raise ValueError(f"--key is for files of weights, {model} is none")
     built = _build(model, pretrained)
@@ -217,18 +217,21 @@ def _hint_of_hub(model: str) -> str:
 
 
 def _from_function(module: str, function: str) -> nn.Module:
-    """Return what a function of the user's makes.
+    """Return what a function of the user's makes; relative paths mean the same after it as before.
 
     Raises:
         ValueError: the module cannot be imported, or it or the function fails, in whatever way.
     """
     # As with `python -m`: what lies where the command is run can be imported.
-    sys.path.insert(0, str(Path.cwd()))
+    folder = str(Path.cwd())
+    sys.path.insert(0, folder)
     try:
         make = getattr(importlib.import_module(module), function)
         made: nn.Module = make()
     except (Exception, SystemExit) as error:  # a script that reads its arguments ends the process
         raise ValueError(f"{module}:{function}() failed: {type(error).__name__}: {error}") from error
     finally:
-        sys.path.remove(str(Path.cwd()))
+        os.chdir(folder)
+        with suppress(ValueError):  # the function may have changed the path, too
+            sys.path.remove(folder)
     return made

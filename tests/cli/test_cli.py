@@ -32,7 +32,7 @@ from farms_tb.cli.sources import Source, open_source
 from farms_tb.cli.tables import Column
 from farms_tb.options import SpectrumOptions, as_plain
 from farms_tb.spectra.measure import blank
-from farms_tb.spectra.permutation_null import null_seconds
+from farms_tb.spectra.permutation_null import null_seconds, weight_record
 from farms_tb.weights.layers import checked_layers
 from farms_tb.weights.stacks import MatrixStack
 
@@ -40,6 +40,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*(torch.jit|forkpty)")
 
 
 NET = "tests.cli.test_cli:net"
+
+
+def other() -> nn.Module:
+    return net(1)
 
 
 def net(seed: int = 0) -> nn.Sequential:
@@ -167,6 +171,21 @@ def test_functions_of_the_working_directory(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.chdir(tmp_path)
     before = list(sys.path)
     assert rows_of("analyze", "my_own_nets:net") == rows_of("analyze", NET)
+    assert sys.path == before
+
+
+def moving() -> nn.Module:
+    os.chdir("elsewhere")
+    return net()
+
+
+def test_a_function_that_changes_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Relative paths are those of the folder in which the command is run."""
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    before = list(sys.path)
+    assert run("analyze", "tests.cli.test_cli:moving", "-o", "a.csv").exit_code == 0
+    assert (tmp_path / "a.csv").exists()
     assert sys.path == before
 
 
@@ -489,6 +508,13 @@ def test_7_billion_parameters_in_4_gb(tmp_path: Path) -> None:
     assert int(done.stderr) < 4e9
 
 
+class TooLargeForTheDevice(torch.Tensor):
+    """A tensor that no device has room for."""
+
+    def to(self, *arguments: Any, **options: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory\nmore")
+
+
 class TooLarge(torch.Tensor):
     """A tensor that can be looked at, and not computed with: no room for any result."""
 
@@ -501,16 +527,23 @@ class TooLarge(torch.Tensor):
         raise RuntimeError("not enough memory: you tried to allocate 99 bytes\nmore")
 
 
-def test_a_layer_that_fails_does_not_stop_the_others() -> None:
+@pytest.mark.parametrize(
+    ("kind", "status"),
+    [
+        (TooLarge, "failed: not enough memory: you tried to allocate 99 bytes"),
+        (TooLargeForTheDevice, "failed: CUDA out of memory"),
+    ],
+)
+def test_a_layer_that_fails_does_not_stop_the_others(kind: type[torch.Tensor], status: str) -> None:
     def read(items: Iterable[Any]) -> Iterator[tuple[str, MatrixStack]]:
         for name, matrices in items:
             yield name, MatrixStack(matrices)
 
     weights = torch.randn(1, 60, 20)
-    layers = [("first", weights.as_subclass(TooLarge)), ("second", weights)]
+    layers = [("first", weights.as_subclass(kind)), ("second", weights)]
     found = measure(Source(layers, read), MeasureRequest(SpectrumOptions()), quiet())
     first, second = found.records.values()
-    assert first.status == "failed: not enough memory: you tried to allocate 99 bytes"
+    assert first.status == status
     assert (first.alpha, first.shape) == (None, (1, 60, 20))
     assert second.alpha is not None
     assert found.stopped == ""
@@ -536,6 +569,54 @@ def test_interrupted() -> None:
     assert {name: record.alpha for name, record in found.records.items()} == {
         name: analyze(net()).alphas[name] for name in "01"
     }
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted at 1"),
+        (OSError("the disk is gone"), 1, "reading stopped after 1: the disk is gone"),
+        (MemoryError(), 1, "reading stopped after 1: MemoryError"),
+    ],
+)
+def test_compare_keeps_what_was_measured_of_the_differences(
+    error: BaseException, code: int, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, readings = open_source(NET), []
+
+    def read(items: Iterable[Any]) -> Iterator[tuple[str, Any]]:
+        readings.append(1)
+        is_for_differences = len(readings) > 2  # each model is measured first
+        yield from islice(whole.read(items), 2 if is_for_differences else None)
+        if is_for_differences:
+            raise error
+
+    monkeypatch.setattr("farms_tb.cli.compare.open_source", lambda *_, **options: Source(whole.items, read))
+    stopped = run("compare", NET, NET, "-o", tmp_path / "a.json")
+    assert stopped.exit_code == code
+    assert words in stopped.stderr
+    written = json.loads((tmp_path / "a.partial.json").read_text())
+    assert not written["complete"]
+    norms = {row["layer"]: row["difference_norm"] for row in written["layers"]}
+    assert norms == {"0": 0, "1": 0, "2": None, "3": None, "4": None}
+    assert all(row["change"] == 0 for row in written["layers"] if row["alpha_a"])
+
+
+@pytest.mark.parametrize("error", [RuntimeError("not enough memory\nmore"), MemoryError()])
+def test_a_difference_that_fails_does_not_stop_the_others(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing_once(stack: MatrixStack, *arguments: Any, **options: Any) -> LayerRecord:
+        if stack.matrices.shape[1:] == (24, 8):
+            raise error
+        return weight_record(stack, *arguments, **options)
+
+    monkeypatch.setattr("farms_tb.cli.differences.weight_record", failing_once)
+    rows = rows_of("compare", NET, "tests.cli.test_cli:other")
+    expected = f"B - A: failed: {str(error).partition(chr(10))[0] or 'MemoryError'}"
+    assert (rows["0"]["status"], rows["0"]["difference_rank"]) == (expected, None)
+    assert rows["1"]["status"] == "ok"
+    assert rows["1"]["difference_rank"] > 10
 
 
 def test_compare(tmp_path: Path) -> None:
@@ -681,7 +762,7 @@ def test_nulls_can_be_left_out_and_are_where_they_take_long(
     assert some[layers[0].name]["null_mean"] is not None, "one layer alone is quick"
 
 
-@pytest.mark.parametrize("name", ["metrics.csv", "config.yaml", "summary.json"])
+@pytest.mark.parametrize("name", ["metrics.csv", "config.yaml", "summary.json", "config.json", "tokenizer.json"])
 def test_a_file_of_the_run_is_not_replaced(name: str, tmp_path: Path) -> None:
     torch.save({"state_dict": net().state_dict()}, tmp_path / "last.ckpt")
     (tmp_path / name).write_text("of the run")
@@ -691,9 +772,26 @@ def test_a_file_of_the_run_is_not_replaced(name: str, tmp_path: Path) -> None:
     assert (tmp_path / name).read_text() == "of the run"
 
 
+def test_a_file_next_to_the_weights_is_not_replaced(weights: Path, tmp_path: Path) -> None:
+    config, other = tmp_path / "config.json", tmp_path / "elsewhere" / "config.json"
+    other.parent.mkdir()
+    for path in (config, other):
+        path.write_text("of the model")
+    refused = run("analyze", weights, "-o", config)
+    assert refused.exit_code == 2
+    assert "of the run or the model" in refused.stderr
+    assert config.read_text() == "of the model"
+    assert run("analyze", weights, "-o", other).exit_code == 0
+    assert "layers" in json.loads(other.read_text())
+
+
 def test_a_filter_that_takes_nothing_leaves_the_header(weights: Path, tmp_path: Path) -> None:
     run("analyze", weights, "--filter", "nothing*", "--output", tmp_path / "none.CSV")
     assert (tmp_path / "none.CSV").read_text().startswith("layer,")
+    for options in ((), ("--no-difference",)):
+        arguments = ("compare", weights, weights, "--format", "csv", *options)
+        some, none = (run(*arguments, *patterns).stdout for patterns in ((), ("--filter", "nothing*")))
+        assert none.splitlines() == some.splitlines()[:1]
 
 
 @pytest.mark.parametrize("width", [30, 45, 60])
