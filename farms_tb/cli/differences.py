@@ -22,7 +22,6 @@ from farms_tb.spectra.permutation_null import weight_record
 from farms_tb.spectra.stored_precision import stored_roundoff
 from farms_tb.weights.stacks import MatrixStack
 
-
 NO_DIFFERENCE: Row = {"difference_norm": None, "difference_rank": None, "difference_alpha": None, "status": OK}
 """The metrics of a layer whose weights have no difference D = B - A.
 

@@ -177,7 +177,7 @@ def natural_order(name: str) -> list[list[tuple[int, int, str]]]:
         for index, piece in enumerate(re.split(r"([0-9]+)", part)):
             is_number = index % 2 == 1
             if is_number:
-                # Of two numbers without leading zeros the longer one is larger; int() takes no more than 4,300 digits.
+                # Of two numbers without leading zeros the longer one is larger; int() refuses very long ones.
                 digits = piece.lstrip("0")
                 pieces.append((1, len(digits), digits))
             else:

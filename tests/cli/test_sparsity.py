@@ -66,9 +66,7 @@ def test_the_plan_is_that_of_python(weights: Path, tmp_path: Path) -> None:
 def test_a_plan_never_replaces_a_file_of_the_model(of_folder: bool, weights: Path) -> None:
     config = weights.with_name("config.json")
     config.write_text("{}")
-    refused = run(
-        weights.parent if of_folder else weights, "--target", 0.5, "--method", "uniform", "-o", config
-    )
+    refused = run(weights.parent if of_folder else weights, "--target", 0.5, "--method", "uniform", "-o", config)
     assert refused.exit_code == 2
     assert "replace" in refused.stderr
     assert config.read_text() == "{}"
