@@ -22,7 +22,6 @@ from farms_tb.cli.messages import say
 from farms_tb.cli.pairing import without_wrappers
 from farms_tb.cli.sources import Source
 from farms_tb.options import SpectrumOptions
-from farms_tb.printable import printable
 from farms_tb.report import OK, LayerRecord, Report
 from farms_tb.spectra.permutation_null import null_seconds, weight_record
 from farms_tb.viewing.names import shortened
@@ -203,7 +202,7 @@ def measure(source: Source, request: MeasureRequest, console: Console) -> Measur
         for name, weight in source.read(_counted(source.items, show)):
             found.at = name
             if request.takes(name):
-                show(description=shortened(printable(name), 60))
+                show(description=shortened(name))
                 _measure_layer(found, name, weight, request)
     return found
 

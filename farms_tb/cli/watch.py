@@ -27,9 +27,9 @@ from farms_tb.cli.tables import number
 from farms_tb.printable import printable
 from farms_tb.viewing.history import Curve, History
 from farms_tb.viewing.metrics_csv import MetricsFile, read_metrics
-from farms_tb.viewing.names import shortened
 from farms_tb.viewing.run_files import find_run
-from farms_tb.viewing.saved_state import depth_order
+from farms_tb.viewing.saved_state import newest_state
+from farms_tb.viewing.several_runs import listed
 
 Quantity = Literal["alpha", "ratio"]
 
@@ -155,7 +155,7 @@ def _read(run_folder: Path, layers: Sequence[str]) -> MetricsFile:
 def _layers_by_depth(run_folder: Path) -> Sequence[str]:
     """Return the layers in order of depth as a checkpoint lists them; empty while there is none."""
     try:
-        return depth_order(find_run(run_folder).checkpoints)
+        return newest_state(find_run(run_folder).checkpoints).layers
     except OSError:
         return ()
 
@@ -163,8 +163,7 @@ def _layers_by_depth(run_folder: Path) -> Sequence[str]:
 def _why_nothing(shown: Shown, curves: Mapping[str, Curve]) -> str:
     """Return why no layer is shown: the filter takes none, or nothing was logged yet."""
     if curves:
-        some = ", ".join(shortened(printable(name), _WIDEST_NAME) for name in list(curves)[:5])
-        return f"no {shown.quantity} of such a layer: there are {some}, ..."
+        return f"no {shown.quantity} of such a layer: there are {listed(list(curves))}"
     return f"no {shown.quantity} yet" if shown.run_folder.exists() else "not there yet"
 
 

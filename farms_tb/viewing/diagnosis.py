@@ -25,8 +25,6 @@ MOST_SENTENCES = 5
 DEAD_SHARE = 0.1
 """From this share of dead rows on, a layer is worth a sentence."""
 
-LONGEST_NAME = 60
-
 Records = Mapping[str, LayerRecord]
 
 
@@ -99,13 +97,9 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return fmean(known) if known else None
 
 
-def _name(name: str) -> str:
-    return shortened(printable(name), LONGEST_NAME)
-
-
 def _named(records: Collection[str], most: int = 3) -> str:
     """Return the names of layers as a list in words: the first few, and how many more there are."""
-    names = [_name(name) for name in records]
+    names = [shortened(name) for name in records]
     if len(names) <= most:
         return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
     return first_few(names, most)
@@ -120,7 +114,7 @@ def _about_collapsed(records: Records, layers: Records) -> str:
     record = records[furthest]
     energy = f"{record.rank_99} of {record.num_eigenvalues} directions carry 99 % of the energy"
     if len(records) > 1:
-        energy += f" of {_name(furthest)}"
+        energy += f" of {shortened(furthest)}"
     have = _verb(records, "has collapsed", "have collapsed")
     advice = _verb(records, "A narrower layer", "Narrower layers")
     return (
@@ -194,8 +188,8 @@ def _about_dead_rows(records: Records) -> str:
     others = len(records) - 1
     also = f", and {others} more {'layer has' if others == 1 else 'layers have'} such" if others else ""
     return (
-        f"{share:.0%} of the {side} of {_name(worst)} are dead, units that no longer count: their norm is below a "
-        f"thousandth of the largest{also}."
+        f"{share:.0%} of the {side} of {shortened(worst)} are dead, units that no longer count: their norm is below "
+        f"a thousandth of the largest{also}."
     )
 
 
@@ -210,10 +204,12 @@ def _about_the_rest(layers: Records, trained: Records) -> list[str]:
     least = max(effects, key=lambda name: effects[name])
     most = min(effects, key=lambda name: effects[name])
     if least == most:
-        return [f"{_name(least)} is trained: alpha is {-effects[least]:.2f} below that of its entries shuffled."]
+        return [
+            f"{shortened(least)} is trained: alpha is {-effects[least]:.2f} below that of its entries shuffled."
+        ]
     return [
-        f"{len(effects)} layers are trained, {_name(most)} the most (alpha {effects[most]:+.2f} against its "
-        f"entries shuffled), {_name(least)} the least ({effects[least]:+.2f})."
+        f"{len(effects)} layers are trained, {shortened(most)} the most (alpha {effects[most]:+.2f} against its "
+        f"entries shuffled), {shortened(least)} the least ({effects[least]:+.2f})."
     ]
 
 

@@ -25,6 +25,14 @@ class Curve(NamedTuple):
     steps: tuple[int, ...]
     values: tuple[float, ...]
 
+    def times(self, by_step: bool) -> tuple[float, ...]:
+        """Return when each value was measured.
+
+        Args:
+            by_step: in optimizer steps, instead of completed epochs.
+        """
+        return self.steps if by_step else self.epochs
+
 
 @dataclass(frozen=True)
 class History:

@@ -3,27 +3,25 @@
 The callback logs each layer under three columns, `farms/alpha/<layer>`, `farms/ratio/<layer>` and
 `farms/lr/<layer>`, and under up to three more, see `FURTHER`. A run that goes on may leave half a line at the end,
 and a run that crashed may leave anything: lines that are no rows, and what is not a finite number, are left out
-and named in `MetricsFile.problems`, the rest is read.
+and named in `MetricsFile.problems`, the rest is read. A row is one line: a text of several lines is left out, too.
 """
 
 from __future__ import annotations
 
 import csv
-import itertools
 import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from farms_tb.printable import printable
 from farms_tb.viewing.history import Curve, History
 from farms_tb.viewing.names import in_order, shortened
 from farms_tb.weights.names import natural_order
 
-__all__ = ["METRICS_FILE", "MetricsFile", "has_measurements", "read_history", "read_logged", "read_metrics"]
+__all__ = ["METRICS_FILE", "MetricsFile", "has_measurements", "read_history", "read_metrics"]
 
 METRICS_FILE = "metrics.csv"
 
@@ -48,42 +46,33 @@ class _When(NamedTuple):
     """Optimizer steps."""
 
 
-_MOST_LINES = 20
-"""Lines of one row, where a text in it has several."""
-
-
 _Points = dict[str, dict[str, dict[_When, float]]]
 """Values by quantity, layer and time."""
-
-
-class _Cell(NamedTuple):
-    """One measurement of one layer, still as text."""
-
-    quantity: str
-    layer: str
-    text: str
 
 
 class _Row(NamedTuple):
     """A row of the file."""
 
     line: int
-    """The number of its first line."""
+    """Its number."""
     cells: dict[str, str]
     """Its cells as text, by column."""
 
 
 @dataclass(frozen=True)
 class MetricsFile:
-    """What a `metrics.csv` holds of the callback.
+    """What a `metrics.csv` holds.
 
     Attributes:
         history: the layers' curves.
         problems: a sentence for each kind of thing that was left out; empty for a file that is whole.
+        logged: what else was logged, losses, scores, whatever is no measurement of a layer: curves by the names of
+            their columns, in the order in which they begin. What is no finite number is left out, and not named.
     """
 
     history: History
     problems: tuple[str, ...] = ()
+    logged: Mapping[str, Curve] = field(default_factory=dict)
 
 
 def read_history(metrics_csv: str | os.PathLike[str], layers: Sequence[str] | None = None) -> History:
@@ -106,50 +95,45 @@ def read_history(metrics_csv: str | os.PathLike[str], layers: Sequence[str] | No
 
 
 def read_metrics(path: Path, layers: Sequence[str] = ()) -> MetricsFile:
-    """Read a `metrics.csv` as `read_history` does, and say what was left out.
+    """Read a `metrics.csv` as `read_history` does, with what else was logged, and say what was left out.
 
     Args:
         path: the file.
         layers: names of the layers in order of depth, those that are known.
 
     Returns:
-        The curves, and what was left out.
+        All curves, and what was left out.
 
     Raises:
         FileNotFoundError: there is no such file.
     """
     points: _Points = {quantity: {} for quantity in QUANTITIES + FURTHER}
+    others: dict[str, dict[_When, float]] = {}
     left_out: list[str] = []
     for row in _rows(path, left_out):
         _add_measurements(points, row, left_out)
+        _add_others(others, row)
     names = _by_depth(set().union(*(points[quantity] for quantity in QUANTITIES)), layers)
     curves = {quantity: _curves(values, names) for quantity, values in points.items()}
     history = History(**curves, layers=names)
-    return MetricsFile(history, tuple(_problems(path, left_out)))
+    logged = {column: _curve(values) for column, values in others.items()}
+    return MetricsFile(history, tuple(_problems(path, left_out)), logged)
 
 
-def read_logged(path: Path) -> dict[str, Curve]:
-    """Read what else a run has logged in its `metrics.csv`: losses, scores, whatever is no measurement of a layer.
+def _add_others(points: dict[str, dict[_When, float]], row: _Row) -> None:
+    """Add what else was logged in a row; a row that does not say when adds nothing.
 
     Args:
-        path: the file. Cells that hold no finite number are left out, and columns without any.
-
-    Returns:
-        The curves by the names of their columns, in the order of the file.
-
-    Raises:
-        FileNotFoundError: there is no such file.
+        points: the values so far, by column and time.
+        row: the row.
     """
-    points: dict[str, dict[_When, float]] = {}
-    for row in _rows(path, []):
-        when = _when(row.cells)
-        if when is None:
-            continue
-        for column, text in row.cells.items():
-            value = _finite(text)
-            if value is not None and _is_of_the_user(column):
-                points.setdefault(column, {})[when] = value
-    return {column: _curve(values) for column, values in points.items()}
+    when = _when(row.cells)
+    if when is None:
+        return
+    for column, text in row.cells.items():
+        value = _finite(text)
+        if value is not None and _is_of_the_user(column):
+            points.setdefault(column, {})[when] = value
 
 
 def _is_of_the_user(column: str) -> bool:
@@ -175,6 +159,8 @@ def _whole_lines(lines: Iterable[str]) -> Iterator[str]:
 def _rows(path: Path, left_out: list[str]) -> Iterator[_Row]:
     """Yield the rows of a file that have a cell for each column.
 
+    Each line is parsed on its own: for one reader of all, a stray quote would make one cell of all lines after it.
+
     Args:
         path: the file.
         left_out: gets a few words on each line that is no row.
@@ -187,57 +173,12 @@ def _rows(path: Path, left_out: list[str]) -> Iterator[_Row]:
         except csv.Error as error:
             left_out.append(f"line {head.line_num} ({error})")
             return
-        for number, cells in _records(lines, head.line_num + 1, len(header), left_out):
-            yield _Row(number, dict(zip(header, cells, strict=True)))
-
-
-def _records(
-    lines: Iterator[str], number: int, columns: int, left_out: list[str]
-) -> Iterator[tuple[int, list[str]]]:
-    """Yield the cells of each row, with the number of its first line.
-
-    Each line is parsed on its own: for one reader of all, a stray quote would make one cell of all lines after it.
-
-    Args:
-        lines: the lines below the header.
-        number: of the first of them in the file.
-        columns: how many there are.
-        left_out: gets a few words on each line that is no row.
-    """
-    ahead: list[str] = []
-    while line := ahead.pop(0) if ahead else next(lines, ""):
-        cells, problem = _parsed(line, columns)
-        used = 1
-        if problem and line.count('"') % 2:
-            ahead += itertools.islice(lines, _MOST_LINES - len(ahead))
-            cells, used = _of_several_lines(line, ahead, columns)
-            del ahead[: used - 1]
-        if cells:
-            yield number, cells
-        elif line.strip():
-            left_out.append(f"line {number} ({problem})")
-        number += used
-
-
-def _of_several_lines(line: str, ahead: Sequence[str], columns: int) -> tuple[list[str], int]:
-    """Read a row that holds a text of several lines.
-
-    Args:
-        line: its first line, which ends within quotes.
-        ahead: the lines after it.
-        columns: how many there are.
-
-    Returns:
-        Its cells, and how many lines it has; no cells where no such row begins here.
-    """
-    for used, following in enumerate(ahead, 2):
-        if _parsed(following, columns)[0]:
-            break  # A row of its own, so the quote before it is stray.
-        line += following
-        cells, _ = _parsed(line, columns)
-        if cells:
-            return cells, used
-    return [], 1
+        for number, line in enumerate(lines, head.line_num + 1):
+            cells, problem = _parsed(line, len(header))
+            if cells:
+                yield _Row(number, dict(zip(header, cells, strict=True)))
+            elif line.strip():
+                left_out.append(f"line {number} ({problem})")
 
 
 def _parsed(text: str, columns: int) -> tuple[list[str], str]:
@@ -270,7 +211,7 @@ def _add_measurements(points: _Points, row: _Row, left_out: list[str]) -> None:
     if row.cells.get("epoch") and math.isnan(when.epoch):
         left_out.append(f"line {row.line} (a row of epoch {_quoted(row.cells['epoch'])})")
         return
-    for quantity, layer, text in cells:
+    for (quantity, layer), text in cells.items():
         value = _finite(text)
         if value is None:
             left_out.append(f"line {row.line} ({_quoted(text)} as {quantity} of {_quoted(layer)})")
@@ -278,13 +219,13 @@ def _add_measurements(points: _Points, row: _Row, left_out: list[str]) -> None:
             points[quantity].setdefault(layer, {})[when] = value
 
 
-def _filled_cells(row: Mapping[str, str]) -> list[_Cell]:
-    """Return the cells of a row that the callback has filled."""
-    cells = []
+def _filled_cells(row: Mapping[str, str]) -> dict[tuple[str, str], str]:
+    """Return the cells of a row that the callback has filled, by quantity and layer."""
+    cells = {}
     for column, text in row.items():
         match = _KEY.fullmatch(column)
         if match and text:
-            cells.append(_Cell(match["quantity"], match["layer"], text))
+            cells[match["quantity"], match["layer"]] = text
     return cells
 
 
@@ -320,7 +261,7 @@ def _finite(text: str) -> float | None:
 
 def _quoted(text: str) -> str:
     """Return a cell or a name in quotes, safe to print and short enough for a sentence."""
-    return repr(shortened(printable(text), 40))
+    return repr(shortened(text, 40))
 
 
 def _problems(path: Path, left_out: Sequence[str]) -> Iterator[str]:

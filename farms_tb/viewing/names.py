@@ -10,26 +10,30 @@ import hashlib
 import re
 from collections.abc import Iterable, Sequence
 
+from farms_tb.printable import printable
+
 __all__ = ["file_name", "in_order", "shortened"]
 
 LONGEST_FILE_NAME = 100
 """Characters of a layer's name that are kept in a file's name; most file systems take 255 bytes in all."""
 
 
-def shortened(name: str, most: int) -> str:
-    """Return at most `most` characters of a name: its end, which tells the layers of a model apart.
+def shortened(name: str, most: int = 60, keep: str = "") -> str:
+    """Return a name as `printable` does, at most `most` characters: its end, which tells a model's layers apart.
 
     Args:
         name: the name.
         most: characters to keep, the ellipsis in place of the others included.
+        keep: characters that cannot be printed and stay as they are.
 
     Example:
         >>> shortened("model.layers.11.mlp.down_proj", 15)
         '….mlp.down_proj'
     """
-    if len(name) <= most:
-        return name
-    return "…" + name[1 - most :]
+    shown = printable(name, keep)
+    if len(shown) <= most:
+        return shown
+    return "…" + shown[1 - most :]
 
 
 def file_name(name: str) -> str:

@@ -23,10 +23,10 @@ from farms_tb.options import Esd, SpectrumOptions, as_plain
 from farms_tb.report import Report
 from farms_tb.spectra.permutation_null import with_nulls
 from farms_tb.viewing.history import Curve, History
-from farms_tb.viewing.metrics_csv import METRICS_FILE, MetricsFile, read_history, read_logged, read_metrics
+from farms_tb.viewing.metrics_csv import METRICS_FILE, MetricsFile, read_history, read_metrics
 from farms_tb.viewing.names import in_order
 from farms_tb.viewing.run_files import RunFiles, find_run
-from farms_tb.viewing.run_settings import read_settings
+from farms_tb.viewing.run_settings import read_settings, read_summary
 from farms_tb.viewing.saved_state import SavedState, newest_state, read_state
 
 __all__ = ["Curve", "History", "RunFolder", "as_run_folder", "read_history", "read_run_folder"]
@@ -81,43 +81,6 @@ class RunFolder:
         if self.farms is not None:
             names += self.farms.layers
         return tuple(dict.fromkeys(names))
-
-
-@dataclass(frozen=True)
-class _Measurement:
-    """The weights of a run, measured by FARMS windows and as whole matrices, and the state saved with them.
-
-    Attributes:
-        farms: measurement by FARMS windows; None where no weights could be measured.
-        full: measurement of whole matrices, likewise.
-        state: the callback's state in the checkpoint; empty where there is none.
-        weights: what was measured, in words.
-        epoch: completed epochs of the weights; None where that is not known.
-        step: their optimizer steps, likewise.
-        problems: a sentence for each thing that is missing or damaged.
-    """
-
-    farms: Report | None = None
-    full: Report | None = None
-    state: SavedState = field(default_factory=SavedState)
-    weights: str = ""
-    epoch: int | None = None
-    step: int | None = None
-    problems: tuple[str, ...] = ()
-
-    @property
-    def layers(self) -> tuple[str, ...]:
-        """Names of the layers in order of depth, as the run saved it, or else as they were measured."""
-        if self.state.layers or self.farms is None:
-            return self.state.layers
-        return tuple(self.farms.layers)
-
-    @property
-    def options(self) -> Mapping[str, Any]:
-        """The options of the run's callback, or else those of the measurement."""
-        if self.state.options or self.farms is None:
-            return self.state.options
-        return self.farms.options
 
 
 def as_run_folder(run: str | os.PathLike[str] | RunFolder) -> RunFolder:
@@ -177,28 +140,33 @@ def read_run_folder(
             raise ValueError(f"{folder} is a file of weights: farms= and full= are for the folder of a run")
         return _read_weights(folder, null, key)
     files = find_run(folder)
-    if farms is not None and full is not None:
-        state = newest_state(files.checkpoints)
-        measured = _Measurement(farms, full, state, "the weights at the end of training")
+    problems: list[str] = []
+    measured_before = farms is not None
+    if measured_before:
+        state, weights = newest_state(files.checkpoints), "the weights at the end of training"
     else:
-        measured = _measure_newest(files, null, key)
-    if files.metrics is None and measured.farms is None:
-        raise ValueError(_no_run(folder, measured.problems))
-    metrics = _metrics(files, measured.layers)
-    settings = read_settings(files)
+        farms, full, state, weights = _measure_newest(files, null, key, problems)
+    if files.metrics is None and farms is None:
+        raise ValueError(_no_run(folder, problems))
+    layers, options = state.layers, state.options
+    if farms is not None:
+        layers, options = layers or tuple(farms.layers), options or farms.options
+    settings, summary = read_settings(files, problems), read_summary(files, problems)
+    metrics = _metrics(files, layers)
     return RunFolder(
         path=folder,
         history=metrics.history,
-        farms=_completed(measured.farms, measured),
-        full=_completed(measured.full, measured),
-        options=measured.options,
-        weights=measured.weights,
-        settings=settings.settings,
-        summary=settings.summary,
-        missing=(*measured.problems, *settings.problems, *metrics.problems),
-        weights_epoch=measured.epoch,
-        weights_step=measured.step,
-        logged={} if files.metrics is None else read_logged(files.metrics),
+        farms=_completed(farms, state, layers),
+        full=_completed(full, state, layers),
+        options=options,
+        weights=weights,
+        settings=settings,
+        summary=summary,
+        missing=(*problems, *metrics.problems),
+        # A checkpoint may be of another time than reports that were made already.
+        weights_epoch=None if measured_before else state.epoch,
+        weights_step=None if measured_before else state.step,
+        logged=metrics.logged,
     )
 
 
@@ -209,20 +177,23 @@ def _read_weights(path: Path, null: bool, key: str | None) -> RunFolder:
     return RunFolder(path.parent, farms=farms, full=full, options=farms.options, weights=path.name, name=path.name)
 
 
-def _measure_newest(files: RunFiles, null: bool, key: str | None) -> _Measurement:
+def _measure_newest(
+    files: RunFiles, null: bool, key: str | None, problems: list[str]
+) -> tuple[Report | None, Report | None, SavedState, str]:
     """Measure the last checkpoint that can be read.
 
     Args:
         files: where the run's files lie.
         null: also measure the permutation null, unless the checkpoint holds it.
         key: where the weights lie in a checkpoint; None to find them.
+        problems: gets a sentence for what is missing, and for what is wrong with newer checkpoints.
 
     Returns:
-        The measurement, whose `problems` say what is wrong with newer checkpoints; an empty one without weights.
+        The measurements by FARMS windows and of whole matrices, the callback's state in the checkpoint, and what
+        was measured, in words; without weights no measurements, an empty state and no words.
     """
     if not files.checkpoints:
-        return _Measurement(problems=("No checkpoint (*.ckpt) yet, so no spectra and no full-matrix alphas.",))
-    problems: list[str] = []
+        problems.append("No checkpoint (*.ckpt) yet, so no spectra and no full-matrix alphas.")
     for path in files.checkpoints:
         name = str(path.relative_to(files.folder))
         try:
@@ -236,9 +207,8 @@ def _measure_newest(files: RunFiles, null: bool, key: str | None) -> _Measuremen
         if state.damaged:
             parts = ", ".join(state.damaged)
             problems.append(f"The callback's state in {name} is damaged, what is affected is left out: {parts}.")
-        weights = _in_words(name, state)
-        return _Measurement(farms, full, state, weights, state.epoch, state.step, tuple(problems))
-    return _Measurement(problems=tuple(problems))
+        return farms, full, state, _in_words(name, state)
+    return None, None, SavedState(), ""
 
 
 def _in_words(checkpoint: str, state: SavedState) -> str:
@@ -291,13 +261,13 @@ def _metrics(files: RunFiles, layers: Sequence[str]) -> MetricsFile:
     return read_metrics(files.metrics, layers)
 
 
-def _completed(report: Report | None, measured: _Measurement) -> Report | None:
+def _completed(report: Report | None, state: SavedState, layers: Sequence[str]) -> Report | None:
     """Add the run's own permutation nulls, and order the layers as the model registered them.
 
     A file of weights may hold them in another order.
     """
     if report is None:
         return None
-    names = in_order(report.layers, measured.layers)
+    names = in_order(report.layers, layers)
     ordered = Report({name: report.layers[name] for name in names}, report.options)
-    return with_nulls(ordered, measured.state.nulls_by(report.options))
+    return with_nulls(ordered, state.nulls_by(report.options))

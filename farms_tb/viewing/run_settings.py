@@ -7,14 +7,12 @@ are therefore not followed, and a file that cannot be read costs its own content
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from farms_tb.viewing.run_files import RunFiles
 
-__all__ = ["RunSettings", "read_settings"]
+__all__ = ["read_settings", "read_summary"]
 
 SETTINGS_FILES = ("config.yaml", "hparams.yaml")
 """Names of files with settings: of the recipes, of Lightning's loggers."""
@@ -22,38 +20,16 @@ SETTINGS_FILES = ("config.yaml", "hparams.yaml")
 SUMMARY_FILE = "summary.json"
 
 
-@dataclass(frozen=True)
-class RunSettings:
-    """How a run was set up, and how it ended.
-
-    Attributes:
-        settings: text of the file with settings; empty where there is none.
-        summary: content of `summary.json`; empty where there is none.
-        problems: a sentence for each file that is there and cannot be used.
-    """
-
-    settings: str = ""
-    summary: Mapping[str, Any] = field(default_factory=dict)
-    problems: tuple[str, ...] = ()
-
-
-def read_settings(files: RunFiles) -> RunSettings:
-    """Read the settings and the scores of a run.
+def read_settings(files: RunFiles, problems: list[str]) -> str:
+    """Return the text of the first file of settings, in the folder that was asked for or in the run's own.
 
     Args:
         files: where the run's files lie.
+        problems: gets a sentence for each file that is there and cannot be used.
 
     Returns:
-        What could be read; nothing is raised for files that are missing, damaged or links to elsewhere.
+        The text; empty where there is none. Nothing is raised for files that are damaged or links to elsewhere.
     """
-    problems: list[str] = []
-    settings = _settings(files, problems)
-    summary = _summary(files, problems)
-    return RunSettings(settings, summary, tuple(problems))
-
-
-def _settings(files: RunFiles, problems: list[str]) -> str:
-    """Return the first file of settings, in the folder that was asked for or in the run's own."""
     for place in dict.fromkeys((files.folder, files.root)):
         for name in SETTINGS_FILES:
             content = _read_own(place / name, files.folder, problems)
@@ -62,8 +38,16 @@ def _settings(files: RunFiles, problems: list[str]) -> str:
     return ""
 
 
-def _summary(files: RunFiles, problems: list[str]) -> dict[str, Any]:
-    """Return the scores of a run; none where there is no file of them, or it holds something else than a dict."""
+def read_summary(files: RunFiles, problems: list[str]) -> dict[str, Any]:
+    """Return the scores of a run, the content of its `summary.json`.
+
+    Args:
+        files: where the run's files lie.
+        problems: gets a sentence where the file is there and cannot be used.
+
+    Returns:
+        The scores; none where there is no file of them, or it holds something else than a dict.
+    """
     content = _read_own(files.folder / SUMMARY_FILE, files.folder, problems)
     if content is None:
         return {}

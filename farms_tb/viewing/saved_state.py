@@ -16,7 +16,7 @@ from farms_tb.options import SpectrumOptions, as_plain
 from farms_tb.spectra.permutation_null import PermutationNull
 from farms_tb.weights.torch_files import read_torch_file
 
-__all__ = ["SavedState", "depth_order", "newest_state", "read_state"]
+__all__ = ["SavedState", "newest_state", "read_state"]
 
 _LARGEST_COUNT = 2**53
 """Whole numbers from here on are no longer exact in the page's floating-point numbers."""
@@ -55,7 +55,7 @@ class SavedState:
             options: the plain values of `SpectrumOptions`, which may hold more.
 
         Returns:
-            Mean and standard deviation of alpha by layer.
+            Each layer's permutation null, by the layer's name.
         """
         try:
             own = as_plain(SpectrumOptions(**self.spectrum_options))
@@ -109,22 +109,17 @@ def read_state(checkpoint: Path) -> SavedState:
 
 
 def newest_state(checkpoints: Sequence[Path]) -> SavedState:
-    """Return the state in the first of several checkpoints that can be read; an empty one where none can."""
+    """Return the state in the first of several checkpoints that can be read; an empty one where none can.
+
+    Args:
+        checkpoints: the checkpoints of a run, the newest first.
+    """
     for path in checkpoints:
         try:
             return read_state(path)
         except (ValueError, OSError):  # one that is being written, or deleted
             continue
     return SavedState()
-
-
-def depth_order(checkpoints: Sequence[Path]) -> tuple[str, ...]:
-    """Return the layers in order of depth as the newest readable checkpoint lists them; empty without one.
-
-    Args:
-        checkpoints: the checkpoints of a run, the newest first.
-    """
-    return newest_state(checkpoints).layers
 
 
 def _mapping(state: Mapping[str, Any], key: str, damaged: list[str]) -> Mapping[Any, Any]:

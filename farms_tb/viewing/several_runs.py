@@ -6,11 +6,11 @@ All are read before anything is drawn, so that one that cannot be read leaves no
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-from farms_tb.printable import printable
 from farms_tb.viewing.names import shortened
 from farms_tb.viewing.run_files import find_run
 from farms_tb.viewing.run_folder import RunFolder, read_run_folder
@@ -41,8 +41,14 @@ def read_runs(
     found = [Path(path) for path in paths]
     names = unique_names(found)
     for path in found:
-        _check_there(path)
-    return {name: _read(path, null, key) for name, path in zip(names, found, strict=True)}
+        if not path.is_file():
+            with _naming(path):
+                find_run(path)
+    runs = {}
+    for name, path in zip(names, found, strict=True):
+        with _naming(path):
+            runs[name] = read_run_folder(path, null=null, key=key)
+    return runs
 
 
 def unique_names(paths: Sequence[Path]) -> list[str]:
@@ -106,26 +112,13 @@ def listed(names: Sequence[str]) -> str:
         >>> listed(["a", "b"]), listed(["layer"] * 7)
         ('a, b', 'layer, layer, layer, layer, layer and 2 more')
     """
-    return first_few([shortened(printable(name), 60) for name in names])
+    return first_few([shortened(name) for name in names])
 
 
-def _check_there(path: Path) -> None:
-    """Raise a ValueError that names a path where there is nothing, or a folder of several runs."""
-    if path.is_file():
-        return
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Raise a ValueError that names a run in place of the error for one that cannot be read."""
     try:
-        find_run(path)
+        yield
     except (ValueError, OSError) as error:
-        raise _unreadable(path, error) from error
-
-
-def _read(path: Path, null: bool, key: str | None) -> RunFolder:
-    """Read one run; the error for one that cannot be read names it."""
-    try:
-        return read_run_folder(path, null=null, key=key)
-    except (ValueError, OSError) as error:
-        raise _unreadable(path, error) from error
-
-
-def _unreadable(path: Path, error: Exception) -> ValueError:
-    return ValueError(f"{path} cannot be compared with the others: {error}")
+        raise ValueError(f"{path} cannot be compared with the others: {error}") from error

@@ -31,6 +31,8 @@ def test_messages_keep_their_lines() -> None:
 def test_short_names() -> None:
     assert shortened("abc", 3) == "abc"
     assert shortened("abcd", 3) == "…cd"
+    assert shortened("a\x1bb", 4) == "…1bb"
+    assert shortened("a\nb\x1b", keep="\n") == "a\nb\\x1b"
 
 
 def test_names_are_sorted_by_their_numbers() -> None:
@@ -44,8 +46,9 @@ def test_names_are_sorted_by_their_numbers() -> None:
 
 
 def test_names_are_sorted_part_by_part() -> None:
-    names = ["conv", "conv.w", "conv2.w", "conv10.w", "h_2.10", "h_10.2", "h_10.10"]
-    assert sorted(reversed(names), key=natural_order) == names
+    names = ["h_10.10", "conv10.w", "conv2.w", "h_10.2", "h_2.10", "conv.w", "conv"]
+    expected = ["conv", "conv.w", "conv2.w", "conv10.w", "h_2.10", "h_10.2", "h_10.10"]
+    assert sorted(names, key=natural_order) == expected
 
 
 def test_file_names_are_names_of_files() -> None:

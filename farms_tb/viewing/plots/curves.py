@@ -29,6 +29,7 @@ from farms_tb.viewing.plots.style import (
     save,
     spread,
     styled,
+    time_label,
 )
 
 if TYPE_CHECKING:
@@ -120,7 +121,7 @@ def plot_ratio_map(history: History, path: PathLike | None = None, *, title: str
     axes.set_yticks(**name_ticks(table.names))
     shown = spread(len(table.when), 12)
     axes.set_xticks(shown, [f"{table.when[index]:.12g}" for index in shown])
-    axes.set_xlabel(_time_label(history))
+    axes.set_xlabel(time_label(history.by_step))
     axes.set_ylabel("layer, by depth")
     axes.set_title(heading(title))
     extend: Any = "both" if table.exceeds(WIDEST_RATIO) else "neither"
@@ -169,7 +170,7 @@ def _ratio_table(history: History) -> _RatioTable:
 
 def _by_time(history: History, curve: Curve) -> dict[float, float]:
     """Return a curve's values by the time that the pictures of its run show."""
-    times = curve.steps if history.by_step else curve.epochs
+    times = curve.times(history.by_step)
     return dict(zip(times, curve.values, strict=True))
 
 
@@ -207,11 +208,11 @@ def _draw_curves(history: History, curves: Mapping[str, Curve]) -> tuple[Figure,
     figure = new_figure(9.0 if with_legend else 8.0, 4.8)
     axes = figure.add_subplot()
     for index, (name, curve) in enumerate(curves.items()):
-        times = curve.steps if history.by_step else curve.epochs
+        times = curve.times(history.by_step)
         markers = _markers(index, len(times)) if with_legend else _marker_of_short(len(times))
         axes.plot(times, curve.values, color=colours[name], label=plain(name), **markers)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlabel(_time_label(history))
+    axes.set_xlabel(time_label(history.by_step))
     explain_colours(figure, axes, {name: colours[name] for name in curves})
     return figure, axes
 
@@ -229,10 +230,6 @@ def _markers(index: int, points: int) -> dict[str, Any]:
 def _marker_of_short(points: int) -> dict[str, Any]:
     """Return dots for curves of one or two points, of which a line alone would show little or nothing."""
     return {"marker": "o" if points < 3 else ""}
-
-
-def _time_label(history: History) -> str:
-    return "optimizer steps" if history.by_step else "completed epochs"
 
 
 def _check_any(curves: Mapping[str, Curve]) -> None:

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from farms_tb.atomic_write import atomic_path
 from farms_tb.missing import cannot_import
-from farms_tb.printable import printable
 from farms_tb.viewing.names import shortened
 
 if TYPE_CHECKING:
@@ -125,7 +124,7 @@ def plain(name: str, most: int = 60) -> str:
         >>> plain("$x$"), plain("_orig_mod.0")
         ('\\$x\\$', ' _orig_mod.0')
     """
-    shown = shortened(printable(name), most).replace("$", r"\$")
+    shown = shortened(name, most).replace("$", r"\$")
     return f" {shown}" if shown.startswith("_") else shown
 
 
@@ -136,7 +135,12 @@ def heading(title: str) -> str:
         >>> heading("lr $x$\nseed 1")
         'lr \\$x\\$\nseed 1'
     """
-    return shortened(printable(title, keep="\n"), LONGEST_TITLE).replace("$", r"\$")
+    return shortened(title, LONGEST_TITLE, keep="\n").replace("$", r"\$")
+
+
+def time_label(by_step: bool) -> str:
+    """Return the label of an axis of time: in optimizer steps, or in completed epochs."""
+    return "optimizer steps" if by_step else "completed epochs"
 
 
 def name_ticks(names: Sequence[str]) -> dict[str, Any]:
