@@ -10,6 +10,8 @@ from __future__ import annotations
 import sys
 from io import TextIOWrapper
 
+from farms_tb.missing import cannot_import, missing_package
+
 __all__ = ["main"]
 
 
@@ -22,9 +24,9 @@ def main() -> None:
     try:
         from farms_tb.cli.app import app
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in ("typer", "rich"):
+        if missing_package(error) not in ("typer", "rich"):
             raise
-        sys.exit(f'farms-tb needs {error.name}: pip install "farms-tb[cli]"')
+        sys.exit(cannot_import("farms-tb", error, 'pip install "farms-tb[cli]"'))
     for stream in (sys.stdout, sys.stderr):
         # A terminal or a file in an old encoding gets a question mark for what it cannot show, not a traceback.
         if isinstance(stream, TextIOWrapper):

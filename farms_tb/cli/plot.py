@@ -5,8 +5,6 @@ Those that a run has no data for are left out; stderr says what is missing. See 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -17,30 +15,9 @@ from farms_tb.cli.messages import complaints, say
 from farms_tb.printable import printable
 from farms_tb.viewing.plots.comparison import COMPARISONS, left_out, save_comparison
 from farms_tb.viewing.plots.everything import FOLDER, PICTURES, check_wanted, not_drawn, save_all
-from farms_tb.viewing.plots.runs import check_number
+from farms_tb.viewing.plots.runs import check_number_of_runs
 from farms_tb.viewing.run_folder import read_run_folder
 from farms_tb.viewing.several_runs import read_runs
-
-
-@dataclass(frozen=True)
-class PlotRequest:
-    """What is to be drawn, and how.
-
-    Attributes:
-        output: the folder that the pictures go to; None for the default.
-        suffix: the ending of the files, `".png"`.
-        pictures: names of pictures; None for all that there is data for.
-        layers: names of layers whose spectra are drawn, one picture each.
-        null: also measure permutation nulls.
-        key: where the weights lie in files that hold several things; None to find them.
-    """
-
-    output: Path | None
-    suffix: str
-    pictures: Sequence[str] | None
-    layers: Sequence[str]
-    null: bool
-    key: str | None
 
 
 def plot(
@@ -87,37 +64,23 @@ def plot(
     pictures = only or None
     if layer and not only:
         pictures = []  # the spectra of these layers alone
-    request = PlotRequest(output, f".{picture_format}", pictures, layer or (), null, key)
+    suffix = f".{picture_format}"
     with complaints():
         if len(runs) == 1:
-            _plot_one(runs[0], request)
+            check_wanted(pictures, suffix)
+            run = read_run_folder(runs[0], null=null, key=key)
+            saved = save_all(run, output, suffix=suffix, pictures=pictures, layers=layer or ())
+            missing = list(run.missing) if pictures is not None else not_drawn(run)
         else:
-            _plot_several(runs, request)
-
-
-def _plot_one(folder: Path, request: PlotRequest) -> None:
-    check_wanted(request.pictures, request.suffix)
-    run = read_run_folder(folder, null=request.null, key=request.key)
-    saved = save_all(run, request.output, suffix=request.suffix, pictures=request.pictures, layers=request.layers)
-    _print(saved)
-    for sentence in run.missing if request.pictures is not None else not_drawn(run):
-        say(sentence)
-
-
-def _plot_several(folders: Sequence[Path], request: PlotRequest) -> None:
-    if request.layers:
-        raise ValueError(f"--layer draws the spectra of one run, got {len(folders)} runs: pass one of them")
-    check_wanted(request.pictures, request.suffix, COMPARISONS)
-    check_number(len(folders))
-    runs = read_runs(folders, null=request.null, key=request.key)
-    _print(save_comparison(runs, request.output or FOLDER, suffix=request.suffix, pictures=request.pictures))
-    for name, run in runs.items():
-        for sentence in run.missing:
-            say(f"{name}: {sentence}")
-    for sentence in left_out(runs):
-        say(sentence)
-
-
-def _print(saved: Sequence[Path]) -> None:
-    for path in saved:
-        print(printable(str(path)))
+            if layer:
+                raise ValueError(f"--layer draws the spectra of one run, got {len(runs)} runs: pass one of them")
+            check_wanted(pictures, suffix, COMPARISONS)
+            check_number_of_runs(len(runs))
+            compared = read_runs(runs, null=null, key=key)
+            saved = save_comparison(compared, output or FOLDER, suffix=suffix, pictures=pictures)
+            missing = [f"{name}: {sentence}" for name, run in compared.items() for sentence in run.missing]
+            missing += left_out(compared)
+        for path in saved:
+            print(printable(str(path)))
+        for sentence in missing:
+            say(sentence)

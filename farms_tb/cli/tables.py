@@ -49,11 +49,6 @@ class Column:
     optional: bool = False
     styles: Mapping[str, str] = field(default_factory=dict)
 
-    @property
-    def is_text(self) -> bool:
-        """Whether the values are text, not numbers."""
-        return self.decimals is None
-
     def cell(self, row: Row) -> str:
         """Return the value of a row as text; a dash where there is none."""
         value = row.get(self.key)
@@ -182,7 +177,7 @@ def _table(columns: Sequence[Column], rows: Sequence[Row], status: Mapping[str, 
     """
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     for column in columns:
-        if column.is_text:
+        if column.decimals is None:
             table.add_column(column.heading, overflow="fold")
         else:
             table.add_column(column.heading, justify="right", no_wrap=True)

@@ -14,7 +14,7 @@ from farms_tb.viewing.plots.everything import FOLDER, check_wanted, save_picture
 from farms_tb.viewing.plots.runs import (
     Runs,
     alphas_of,
-    check_number,
+    check_number_of_runs,
     logged_by,
     plot_alpha_by_layer,
     plot_mean_alpha,
@@ -26,9 +26,6 @@ from farms_tb.viewing.plots.runs import (
 )
 from farms_tb.viewing.plots.style import PathLike
 from farms_tb.viewing.several_runs import in_every_run, in_some_runs, listed
-
-COMPARISONS = ("alpha_mean", "alpha_by_layer", "lr_ratio_spread", "metrics", "alpha_by_depth", "effect_by_depth")
-"""Names of the pictures that compare runs."""
 
 
 class _Picture(NamedTuple):
@@ -62,6 +59,9 @@ _PICTURES = {
     ),
 }
 
+COMPARISONS = tuple(_PICTURES)
+"""Names of the pictures that compare runs."""
+
 
 def save_comparison(
     runs: Runs,
@@ -94,14 +94,13 @@ def save_comparison(
         ImportError: matplotlib is not installed.
     """
     check_wanted(pictures, suffix, COMPARISONS)
-    check_number(len(runs))
-    chosen = pictures
-    if chosen is None:
-        chosen = [name for name in COMPARISONS if _can_be_drawn(name, runs)]
+    check_number_of_runs(len(runs))
+    drawable = [name for name in COMPARISONS if _can_be_drawn(name, runs)]
+    chosen = drawable if pictures is None else pictures
     if not chosen:
         raise ValueError(f"the runs have nothing to compare. {' '.join(left_out(runs))}")
     for name in chosen:
-        if not _can_be_drawn(name, runs):
+        if name not in drawable:
             reasons = " ".join(left_out(runs)) or f"None has {_PICTURES[name].called}."
             raise ValueError(f"the runs have no data to compare for the picture {name!r}. {reasons}")
     wanted = {name: partial(_PICTURES[name].draw, runs, title=title) for name in chosen}

@@ -7,7 +7,7 @@ Both are drawn from a `Report`, as `analyze` and `analyze_checkpoint` return it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from farms_tb.report import LayerRecord, Report
 from farms_tb.verdicts import Verdict
@@ -139,14 +139,6 @@ def _draw_null_band(axes: Axes, measured: Mapping[str, LayerRecord], positions: 
         axes.bar(places, heights, 0.8, bottoms, color="0.85", zorder=0.5, label=label)
 
 
-class _Pair(NamedTuple):
-    """The two alphas of one layer, and its aspect ratio, long side / short side."""
-
-    farms: float
-    full: float
-    aspect: float
-
-
 @styled
 def plot_full_against_farms(
     farms: Report, full: Report, path: PathLike | None = None, *, title: str = ""
@@ -176,11 +168,12 @@ def plot_full_against_farms(
     figure = new_figure(5.4, 4.4)
     axes = figure.add_subplot()
     axes.axline((2, 2), slope=1, color=FAINT, linewidth=1.0, linestyle="--", zorder=1, label="equal alphas")
-    widest = max(2.0, *(pair.aspect for pair in pairs))
+    windowed, whole, aspects = zip(*pairs, strict=True)
+    widest = max(2.0, *aspects)
     dots = axes.scatter(
-        [pair.farms for pair in pairs],
-        [pair.full for pair in pairs],
-        c=[pair.aspect for pair in pairs],
+        windowed,
+        whole,
+        c=aspects,
         s=30,
         cmap="cividis",
         norm=LogNorm(1, widest),
@@ -198,8 +191,8 @@ def plot_full_against_farms(
     return save(figure, path)
 
 
-def _pairs(farms: Report, full: Report) -> list[_Pair]:
-    """Return both alphas of each layer that has both.
+def _pairs(farms: Report, full: Report) -> list[tuple[float, float, float]]:
+    """Return both alphas of each layer that has both, and its aspect ratio, long side / short side.
 
     Args:
         farms: measurement by FARMS windows.
@@ -211,7 +204,7 @@ def _pairs(farms: Report, full: Report) -> list[_Pair]:
         if record.alpha is None or whole is None or whole.alpha is None:
             continue
         sides = record.shape[1:]
-        pairs.append(_Pair(record.alpha, whole.alpha, max(sides) / min(sides)))
+        pairs.append((record.alpha, whole.alpha, max(sides) / min(sides)))
     return pairs
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from statistics import fmean, pstdev
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,6 +24,7 @@ from farms_tb.viewing.plots.style import (
     save,
     spread,
     styled,
+    time_label,
 )
 from farms_tb.viewing.run_folder import RunFolder
 from farms_tb.viewing.several_runs import in_every_run
@@ -126,8 +126,8 @@ def plot_alpha_by_layer(runs: Runs, path: PathLike | None = None, *, title: str 
         ImportError: matplotlib is not installed.
         ValueError: no run has logged alphas, they have no layer in common, or there are more than 28 runs.
     """
-    panels = _Panels("power-law exponent alpha", "layers", by_step=_by_step(runs), one_scale=True)
-    figure = _plot_panels(runs, alphas_of(runs), panels)
+    label, by_step = "power-law exponent alpha", _by_step(runs)
+    figure = _plot_panels(runs, alphas_of(runs), label, called="layers", by_step=by_step, one_scale=True)
     figure.suptitle(heading(title), x=0.01, ha="left", fontsize=10)
     return save(figure, path)
 
@@ -148,8 +148,8 @@ def plot_metrics(runs: Runs, path: PathLike | None = None, *, title: str = "") -
         ImportError: matplotlib is not installed.
         ValueError: the runs have no such metric in common, or there are more than 28 runs.
     """
-    panels = _Panels("logged values", "metrics", by_step=True, one_scale=False)
-    figure = _plot_panels(runs, logged_by(runs), panels)
+    label = "logged values"
+    figure = _plot_panels(runs, logged_by(runs), label, called="metrics", by_step=True, one_scale=False)
     figure.suptitle(heading(title), x=0.01, ha="left", fontsize=10)
     return save(figure, path)
 
@@ -226,7 +226,7 @@ def records_with(runs: Runs, quantity: Quantity) -> dict[str, dict[str, LayerRec
     return found
 
 
-def check_number(runs: int) -> None:
+def check_number_of_runs(runs: int) -> None:
     """Raise a ValueError where there are more runs than can be told apart."""
     if runs > MAX_RUNS:
         raise ValueError(f"at most {MAX_RUNS} runs can be told apart in one picture, got {runs}")
@@ -241,7 +241,7 @@ def run_looks(names: Sequence[str]) -> dict[str, dict[str, Any]]:
     Raises:
         ValueError: there are more runs than can be told apart.
     """
-    check_number(len(names))
+    check_number_of_runs(len(names))
     return {
         name: {
             "color": COLOURS[index % len(COLOURS)],
@@ -280,7 +280,7 @@ def _plot_over_layers(
         line = over_layers([by_layer[layer] for layer in common or by_layer], summarise)
         _draw_line(axes, line, by_step, {**looks[run], "label": plain(run)})
     _set_time_axis(axes, by_step)
-    axes.set_xlabel(_time_label(by_step))
+    axes.set_xlabel(time_label(by_step))
     axes.set_ylabel(label)
     _explain_runs(figure)
     return figure
@@ -311,30 +311,24 @@ def over_layers(curves: Sequence[Curve], summarise: Callable[[Sequence[float]], 
     )
 
 
-@dataclass(frozen=True)
-class _Panels:
-    """What several panels have in common.
-
-    Attributes:
-        label: of the vertical axes.
-        called: what a panel stands for, in the plural.
-        by_step: whether the horizontal axes are in optimizer steps, instead of completed epochs.
-        one_scale: whether the vertical axes are the same, instead of each fitting its panel.
-    """
-
-    label: str
-    called: str
-    by_step: bool
-    one_scale: bool
-
-
-def _plot_panels(runs: Runs, curves: Mapping[str, Mapping[str, Curve]], panels: _Panels) -> Figure:
+def _plot_panels(
+    runs: Runs,
+    curves: Mapping[str, Mapping[str, Curve]],
+    label: str,
+    *,
+    called: str,
+    by_step: bool,
+    one_scale: bool,
+) -> Figure:
     """Draw a panel for each name that all runs have, with one line for each run.
 
     Args:
         runs: all runs by name.
         curves: what to draw, by run and name.
-        panels: how to draw it.
+        label: of the vertical axes.
+        called: what a panel stands for, in the plural.
+        by_step: whether the horizontal axes are in optimizer steps, instead of completed epochs.
+        one_scale: whether the vertical axes are the same, instead of each fitting its panel.
     """
     looks = run_looks(list(runs))
     names = _checked_common(curves)
@@ -342,21 +336,21 @@ def _plot_panels(runs: Runs, curves: Mapping[str, Mapping[str, Curve]], panels: 
     columns = min(4, math.ceil(math.sqrt(len(shown))))
     rows = math.ceil(len(shown) / columns)
     figure = new_figure(max(4.5, 2.3 * columns + 0.4), 1.8 * rows + 0.6 + _legend_height(curves))
-    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=panels.one_scale).flat
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=one_scale).flat
     for place, (axes, name) in enumerate(zip(grid, shown, strict=False)):
         for run, by_name in curves.items():
-            _draw_line(axes, by_name[name], panels.by_step, {**looks[run], "label": plain(run)})
+            _draw_line(axes, by_name[name], by_step, {**looks[run], "label": plain(run)})
         axes.set_title(plain(name, 32), fontsize=7)
         axes.tick_params(labelsize=6, labelbottom=True)
-        _set_time_axis(axes, panels.by_step)
-        if not panels.one_scale:
+        _set_time_axis(axes, by_step)
+        if not one_scale:
             _set_log_scale(axes, [by_name[name] for by_name in curves.values()])
         if place + columns >= len(shown):
-            axes.set_xlabel(_time_label(panels.by_step), fontsize=7)
+            axes.set_xlabel(time_label(by_step), fontsize=7)
     for axes in grid[len(shown) :]:
         axes.set_axis_off()
-    left_out = f" ({len(shown)} of {len(names)} {panels.called})" if len(shown) < len(names) else ""
-    figure.supylabel(panels.label + left_out, fontsize=9)
+    left_out = f" ({len(shown)} of {len(names)} {called})" if len(shown) < len(names) else ""
+    figure.supylabel(label + left_out, fontsize=9)
     _explain_runs(figure)
     return figure
 
@@ -371,7 +365,7 @@ def _set_log_scale(axes: Axes, curves: Sequence[Curve]) -> None:
 
 def _draw_line(axes: Axes, curve: Curve, by_step: bool, look: Mapping[str, Any]) -> None:
     """Draw one run's curve, with its marker at about six points."""
-    times = curve.steps if by_step else curve.epochs
+    times = curve.times(by_step)
     axes.plot(times, curve.values, markevery=max(1, len(times) // 6), **look)
 
 
@@ -413,10 +407,6 @@ def _set_time_axis(axes: Axes, by_step: bool) -> None:
     from matplotlib.ticker import MaxNLocator
 
     axes.xaxis.set_major_locator(MaxNLocator(nbins=4 if by_step else 8, integer=True, steps=[1, 2, 5, 10]))
-
-
-def _time_label(by_step: bool) -> str:
-    return "optimizer steps" if by_step else "completed epochs"
 
 
 def _legend_columns(names: Sequence[str]) -> int:
