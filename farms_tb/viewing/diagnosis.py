@@ -188,8 +188,8 @@ def _about_dead_rows(records: Records) -> str:
     others = len(records) - 1
     also = f", and {others} more {'layer has' if others == 1 else 'layers have'} such" if others else ""
     return (
-        f"{share:.0%} of the {side} of {shortened(worst)} are dead, units that no longer count: their norm is below "
-        f"a thousandth of the largest{also}."
+        f"{share:.0%} of the {side} of {shortened(worst)} are dead, units that no longer count: their norm is "
+        f"below a thousandth of the largest{also}."
     )
 
 
