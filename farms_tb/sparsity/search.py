@@ -33,7 +33,7 @@ from farms_tb.sparsity.calibration import Batch, checked_batches
 from farms_tb.sparsity.compass import Budget, Point, compass_search
 from farms_tb.sparsity.filling import Filling, Floats
 from farms_tb.sparsity.layers import Layers
-from farms_tb.sparsity.options import PruneMethod, SparsityOptions
+from farms_tb.sparsity.options import PRUNE_METHODS, PruneMethod, SparsityOptions
 from farms_tb.sparsity.plan import SparsityPlan
 from farms_tb.sparsity.prunable import planned_weights
 from farms_tb.sparsity.prune import prune
@@ -89,7 +89,9 @@ class _Evaluation:
         """Return the mean loss of a candidate on the batches that choose; infinity where it is not finite."""
         plan = self.plan_of(point)
         with weights_put_back(self.model, plan):
-            prune(self.model, plan, self.method, calibration=self.batches.prune)
+            # Magnitude would run all of the batches only to report errors that nobody reads.
+            calibration = self.batches.prune if PRUNE_METHODS[self.method].needs_inputs else None
+            prune(self.model, plan, self.method, calibration=calibration)
             losses = _losses(self.model, self.batches.choose)
             self.confirming[point] = _losses(self.model, self.batches.confirm)
         mean = float(np.mean(losses))

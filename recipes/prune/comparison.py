@@ -60,8 +60,8 @@ def compare_arms(cfg: DictConfig) -> Iterator[Row]:
     if "search" in options and not task.has_loss:
         raise RecipeError("arms: search goes by the model's loss on calibration data, and images have none")
     with refused("calibration"):
-        needs_data = PRUNE_METHODS[cfg.method].needs_inputs or "search" in options
-        batches = task.batches(cfg.seed) if needs_data else None
+        needs_inputs = PRUNE_METHODS[cfg.method].needs_inputs
+        batches = task.batches(cfg.seed) if needs_inputs or "search" in options else None
     folder = Path(cfg.output)
     folder.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
@@ -82,7 +82,7 @@ def compare_arms(cfg: DictConfig) -> Iterator[Row]:
             data = {"model": model, "calibration": batches} if arm == "search" else {}
             plan = plan_from_report(report, cfg.target, **data, **asdict(chosen))
             plan.save(folder / f"plan_{arm}.json")
-            done = prune(model, plan, cfg.method, calibration=batches)
+            done = prune(model, plan, cfg.method, calibration=batches if needs_inputs else None)
             score = task.score(model)
         row = _row(cfg, arm, done.sparsity, score) | {"epsilon": chosen.epsilon}
         if first is not None:

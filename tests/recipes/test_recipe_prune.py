@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,9 +17,10 @@ from PIL import Image
 from torch import nn
 
 from farms_tb import SpectrumOptions
-from farms_tb.sparsity import SparsityPlan
+from farms_tb.sparsity import PruneReport, SparsityPlan, prune
 from recipes.config import CONFIG_DIR
 from recipes.errors import RecipeError
+from recipes.prune import comparison
 from recipes.prune.__main__ import main
 from recipes.prune.comparison import compare_arms, epsilon_of
 from tests.sparsity.models import llama
@@ -148,6 +150,23 @@ def test_language_models_are_pruned_and_compared(folder: Path, tmp_path: Path, m
         ratio = torch.tensor(row["score"] / uniform["score"]).log()
         assert row["difference"] == pytest.approx(float(ratio), abs=1e-6)
         assert SparsityPlan.load(tmp_path / f"plan_{row['arm']}.json").method == row["arm"]
+
+
+def test_magnitude_gets_no_data_next_to_a_search(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would run them through each arm's model for output errors that no table shows."""
+    given = []
+
+    def noted(*arguments: Any, calibration: Any = None) -> PruneReport:
+        given.append(calibration)
+        return prune(*arguments, calibration=calibration)
+
+    monkeypatch.setattr(comparison, "prune", noted)
+    chosen = ("experiment=prune/smollm2", *language(folder, tmp_path), "method=magnitude", "target=0.5")
+    arms = ("arms=[uniform,search]", "epsilon=0.2", "evaluations=1", "calibration.number=12")
+    list(compare_arms(settings(*chosen, *arms)))
+    assert given == [None, None]
 
 
 VIT = ("img_size=32", "patch_size=8", "embed_dim=32", "depth=3", "num_heads=2", "num_classes=2")

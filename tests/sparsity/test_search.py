@@ -235,6 +235,17 @@ def test_a_model_without_a_loss_says_what_to_do() -> None:
         search(Images(), calibration=images)
 
 
+def test_magnitude_runs_no_batch_for_its_masks(trained: nn.Module) -> None:
+    """Of 16 batches, 4 choose and 4 confirm; the other 8 would tell magnitude nothing."""
+    calls = []
+    handle = trained.layers[0].register_forward_hook(lambda *_: calls.append(None))
+    try:
+        search(trained, evaluations=3)
+    finally:
+        handle.remove()
+    assert len(calls) == 3 * (4 + 4)
+
+
 @pytest.mark.parametrize("left", [True, False])
 def test_padding_is_not_predicted(left: bool) -> None:
     """A model that knows nothing but the token before."""
