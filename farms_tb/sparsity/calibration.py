@@ -18,6 +18,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -37,6 +38,7 @@ __all__ = [
     "document_batches",
     "random_tokens",
     "tensor_bytes",
+    "text_of_value",
     "tokens_of_text",
     "tokens_of_texts",
     "vocabulary_size",
@@ -344,14 +346,20 @@ def check_vocabulary(argument: str, ids: Tensor, size: int | None) -> None:
 
 
 def batch_bytes(batch: Batch) -> list[bytes]:
-    """Return what tells a batch from another: names, shapes and contents."""
-    found = []
-    for name, value in batch.items():
-        if isinstance(value, Tensor):
-            found += [f"{name} {tuple(value.shape)} {value.dtype}".encode(), tensor_bytes(value)]
+    """Return what tells a batch from another: names, shapes and contents, of nested values too."""
+    leaves, structure = pytree.tree_flatten(dict(batch))
+    found = [str(structure).encode()]
+    for leaf in leaves:
+        if isinstance(leaf, Tensor):
+            found += [f"{tuple(leaf.shape)} {leaf.dtype}".encode(), tensor_bytes(leaf)]
         else:
-            found += [name.encode(), repr(value).encode()]
+            found.append(text_of_value(leaf).encode())
     return found
+
+
+def text_of_value(value: object) -> str:
+    """Return a value as text; an array in full, whose own text leaves out the middle."""
+    return f"{value.shape} {value.dtype} {value.tolist()}" if isinstance(value, np.ndarray) else repr(value)
 
 
 def tensor_bytes(tensor: Tensor) -> bytes:

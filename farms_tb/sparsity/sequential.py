@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from farms_tb.sparsity.calibration import Batch, tensor_bytes
+from farms_tb.sparsity.calibration import Batch, tensor_bytes, text_of_value
 from farms_tb.sparsity.prunable import PrunableWeight
 from farms_tb.sparsity.statistics import InputStatistics, observed
 from farms_tb.weights.layers import unwrap
@@ -409,7 +409,7 @@ def _tensors(tree: Any) -> list[Tensor]:
 def _signature(batch: Batch) -> Any:
     """Return what batches have in common whose blocks are called alike: all but the numbers of their tokens."""
     leaves, structure = pytree.tree_flatten(dict(batch))
-    kinds = [_described(leaf) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves]
+    kinds = [_described(leaf) if isinstance(leaf, Tensor) else text_of_value(leaf) for leaf in leaves]
     return str(structure), tuple(kinds)
 
 

@@ -311,6 +311,35 @@ def test_a_model_that_a_stopped_run_has_pruned_in_part_is_to_be_loaded_anew(tmp_
         prune_normed(model, tmp_path)
 
 
+class Summed(nn.Sequential):
+    """Takes a list of inputs, and adds them up."""
+
+    def forward(self, inputs: list[Any]) -> Tensor:  # type: ignore[override]
+        return super().forward(sum(map(torch.as_tensor, inputs)))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", [torch.as_tensor, Tensor.numpy])
+def test_a_stopped_run_does_not_go_on_with_other_nested_data(tmp_path: Path, kind: Any) -> None:
+    """The text of a large tensor leaves out its middle."""
+
+    def prune_summed(inputs: Tensor, stop: bool = False) -> None:
+        def stop_at(done: int, _: int) -> None:
+            if stop and done == 1:
+                raise KeyboardInterrupt
+
+        batches = [{"inputs": [kind(inputs)]}]
+        prune(Summed(*normed()), NORMED_PLAN, calibration=batches, checkpoint=tmp_path, progress=stop_at)
+
+    inputs = torch.arange(6400.0).view(400, 16).sin()
+    with pytest.raises(KeyboardInterrupt):
+        prune_summed(inputs, stop=True)
+    other = inputs.clone()
+    other[200, 8] += 1
+    with pytest.raises(ValueError, match="other calibration:"):
+        prune_summed(other)
+    prune_summed(inputs)
+
+
 def test_blocks_of_an_earlier_version_are_refused(stopped: Path) -> None:
     run = json.loads((stopped / "run.json").read_text())
     run["other weights"] = run.pop("unplanned weights or buffers")
