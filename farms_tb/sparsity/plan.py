@@ -82,7 +82,7 @@ class SparsityPlan:
 
     Raises:
         TypeError: a field has another type.
-        ValueError: a field is out of range.
+        ValueError: a field is out of range, or there are no layers.
     """
 
     layers: Mapping[str, PlannedLayer]
@@ -97,6 +97,9 @@ class SparsityPlan:
 
     def __post_init__(self) -> None:
         make_plain(self)
+        _check_type("layers", self.layers, Mapping, "planned layers by name")
+        if not self.layers:
+            raise ValueError("there are no layers: a plan has one at least")
         check_number("target", self.target, at_least=0, at_most=1)
         _check_type("method", self.method, str, "text, such as 'alpha'")
         check_number("epsilon", self.epsilon, at_least=0)
@@ -276,8 +279,6 @@ def _plan_of(values: dict[str, Any]) -> SparsityPlan:
             layers[name] = PlannedLayer(**{own: row[own] for own in _LAYER_FIELDS})
         except (TypeError, ValueError) as error:
             raise ValueError(f"layer {name!r}: {error}") from error
-    if not layers:
-        raise ValueError("it has no layers")
     plan = SparsityPlan(layers=layers, **{name: values[name] for name in _PLAN_FIELDS})
     written, found = values["total"], plan.total
     check_number("total", written, at_least=0)

@@ -67,7 +67,7 @@ def zero_shot(
         TypeError: `tasks` is a single string, or empty.
         FileNotFoundError: data of a task are not on this machine. The message says how to fetch them; nothing is
             downloaded here.
-        ValueError: there is no such task, or it has no accuracy.
+        ValueError: there is no such task, it is a group of tasks, or it has no accuracy.
     """
     check_integer("batch_size", batch_size, at_least=1)
     if isinstance(tasks, str) or not tasks:
@@ -82,7 +82,7 @@ def zero_shot(
         manager = TaskManager()
     else:
         manager = TaskManager(include_path=str(task_folder), include_defaults=False)
-    _check_known(tasks, manager.all_tasks)
+    _check_known(tasks, manager)
     try:
         with evaluating(model), without_network():
             found = simple_evaluate(
@@ -101,13 +101,21 @@ def zero_shot(
     return [_accuracy_of(task, found) for task in tasks]
 
 
-def _check_known(tasks: Sequence[str], known: Sequence[str]) -> None:
-    """Refuse tasks that there are not.
+def _check_known(tasks: Sequence[str], manager: Any) -> None:
+    """Refuse tasks that there are not, and groups of tasks.
+
+    Args:
+        tasks: names of tasks.
+        manager: the `TaskManager` of `lm-eval` that knows them.
 
     Raises:
-        ValueError: a task is not known.
+        ValueError: a task is not known, or is a group.
     """
-    unknown = [task for task in tasks if task not in known]
+    unknown = [task for task in tasks if task not in manager.all_subtasks]
+    if unknown and unknown[0] in manager.all_tasks:
+        raise ValueError(
+            f"{unknown[0]!r} is a group of tasks, not one: pass those in it, as `lm_eval ls subtasks` names them"
+        )
     if unknown:
         raise ValueError(
             f"there is no task {unknown[0]!r}: `lm_eval ls tasks` lists those of lm-eval; pass task_folder for "

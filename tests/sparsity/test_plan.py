@@ -41,6 +41,13 @@ def test_csv_holds_the_layers(plan: SparsityPlan, tmp_path: Path) -> None:
         SparsityPlan.load(tmp_path / "plan.csv")
 
 
+def test_a_plan_has_layers() -> None:
+    with pytest.raises(ValueError, match="no layers"):
+        SparsityPlan({}, 0.5, "alpha")
+    with pytest.raises(TypeError, match="layers must be"):
+        SparsityPlan(None, 0.5, "alpha")  # type: ignore[arg-type]
+
+
 def changed(**changes: Any) -> Any:
     def change(values: dict[str, Any]) -> dict[str, Any]:
         return {**values, **changes}

@@ -60,6 +60,8 @@ def tasks(tmp_path, monkeypatch):
     absent = {**task, "task": "absent", "dataset_path": "lab/absent"}
     absent.pop("dataset_kwargs")
     (folder / "absent.yaml").write_text(json.dumps(absent))
+    (folder / "group.yaml").write_text(json.dumps({"group": "several", "task": ["made_here"]}))
+    (folder / "tagged.yaml").write_text(json.dumps({**task, "task": "tagged", "tag": "some"}))
     return folder, rows
 
 
@@ -98,3 +100,10 @@ def test_tasks_without_data_or_name_are_refused(tasks, monkeypatch):
     assert sought == []
     with pytest.raises(ValueError, match="no task 'arc_easy'"):
         zero_shot(llama(), tokenizer(), ["made_here", "arc_easy"], task_folder=folder)
+
+
+@pytest.mark.parametrize("name", ["several", "some"])
+@pytest.mark.filterwarnings("ignore")  # of lm-eval and datasets
+def test_groups_of_tasks_are_refused(tasks, name):
+    with pytest.raises(ValueError, match=f"{name!r} is a group of tasks"):
+        zero_shot(llama(), tokenizer(), ["made_here", name], task_folder=tasks[0])
