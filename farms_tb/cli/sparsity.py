@@ -23,6 +23,7 @@ from farms_tb.cli.tables import Column, print_table
 from farms_tb.options import SpectrumOptions, as_plain
 from farms_tb.report import OK, LayerRecord, Report
 from farms_tb.sparsity import SparsityOptions, SparsityPlan, compare_with_depth, plan_from_report
+from farms_tb.sparsity.allocation import check_target
 from farms_tb.sparsity.options import Compat, Granularity, Method
 from farms_tb.weights.adapter_files import adapter_folder
 
@@ -107,8 +108,8 @@ def sparsity(
         "seed": seed,
     }
     with complaints():
-        SparsityOptions(**chosen)  # type: ignore[arg-type]
-        _check_before_measuring(model, method, target, output)
+        check_target(target, SparsityOptions(**chosen))  # type: ignore[arg-type]
+        _check_before_measuring(method, model, output)
         request = MeasureRequest(options, device=checked_device(device))
         if adapter_folder(model) is not None:
             raise ValueError(f"{model} is an adapter and no model: merge it (merge_and_unload) and save that")
@@ -124,23 +125,20 @@ def sparsity(
         say(note, style="yellow")
 
 
-def _check_before_measuring(model: str, method: Method, target: float, output: Path | None) -> None:
+def _check_before_measuring(method: Method, model: str, output: Path | None) -> None:
     """Refuse what would fail after the measurement.
 
     Args:
-        model: what the user named.
         method: how to allocate.
-        target: the sparsity over all layers.
+        model: what is measured, which the plan must not replace.
         output: where the plan goes; None for nowhere.
 
     Raises:
-        ValueError: the method needs data, the target is no share, or the file is neither JSON nor CSV, cannot
-            be written or is one of the model's.
+        ValueError: the method needs data, or the file is neither JSON nor CSV, cannot be written or is one of
+            the model's.
     """
     if method in ("owl", "search"):
         raise ValueError(f"--method {method} needs calibration data: use farms_tb.sparsity.allocate in Python")
-    if not 0 <= target <= 1:
-        raise ValueError(f"--target {target:g}: expected a share from 0 to 1")
     if output is None:
         return
     if output.suffix not in (".json", ".csv"):

@@ -97,7 +97,7 @@ def allocate(
         {'layers.0.up': 0.56, 'layers.0.down': 0.56, 'layers.1.up': 0.84, 'layers.1.down': 0.84}
     """
     chosen, target = SparsityOptions(**options), plain_value(target)
-    _check_target(target, chosen)
+    check_target(target, chosen)
     layers = checked_layers(alphas, sizes, blocks, errors, chosen.granularity)
     scaled = _scaled(layers)
     left_out = _left_out(scaled, chosen)
@@ -112,8 +112,17 @@ def allocate(
     return replace(plan, notes=(*plan.notes, *notes))
 
 
-def _check_target(target: float, options: SparsityOptions) -> None:
-    """Refuse a target that no sparsities within the bounds have as their mean."""
+def check_target(target: float, options: SparsityOptions) -> None:
+    """Refuse a target that no sparsities within the bounds have as their mean.
+
+    Args:
+        target: the sparsity over all layers.
+        options: with the bounds.
+
+    Raises:
+        TypeError: it is no number.
+        ValueError: it is no share, or out of reach.
+    """
     check_number("target", target, at_least=0, at_most=1)
     low, high = options.min_sparsity, options.max_sparsity
     if options.compat is None and not low <= target <= high:

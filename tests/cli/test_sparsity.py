@@ -119,8 +119,7 @@ def test_models_by_name_and_patterns(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--target", "1.5"], "--target"),
-        (["--target", "0.995"], "out of reach"),
+        (["--target", "1.5"], "target must be at most 1"),
         (["--target", "0.5", "--method", "owl"], "calibration"),
         (["--target", "0.5", "--method", "search"], "calibration"),
         (["--target", "0.5", "--epsilon", "2"], "epsilon"),
@@ -136,6 +135,13 @@ def test_mistakes(weights: Path, arguments: list[str], message: str) -> None:
     assert done.exit_code == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_target_out_of_reach_costs_no_measurement(tmp_path: Path) -> None:
+    """It is said even of a model that cannot be opened."""
+    done = run(tmp_path / "absent", "--target", 0.995)
+    assert done.exit_code == 2
+    assert "out of reach" in done.stderr
 
 
 def test_a_damaged_part_gives_no_plan(tmp_path: Path) -> None:
