@@ -18,7 +18,7 @@ from torch import Tensor
 from farms_tb.report import LayerRecord
 from farms_tb.sparsity.methods import PruneTarget, Structure, check_groups, prune_targets
 from farms_tb.sparsity.plan import SparsityPlan
-from farms_tb.sparsity.prunable import Layout, plan_for_names
+from farms_tb.sparsity.prunable import Layout, plan_for_names, refusal
 from farms_tb.weights.files import files_of_weights, stored_tensors
 from farms_tb.weights.gguf_files import is_gguf
 from farms_tb.weights.stacks import MatrixStack
@@ -248,7 +248,7 @@ def _check_prunable(layer: StoredLayer) -> None:
     if not layer.tensor.problem and not dtype.is_complex and (dtype.itemsize == 1 or not dtype.is_floating_point):
         raise ValueError(f"{layer.name} is quantised ({dtype}) and cannot be pruned: {_NOT_QUANTISED}")
     if layer.problem:
-        raise ValueError(f"{layer.name} cannot be pruned: {layer.problem}. Leave it out of the plan")
+        raise ValueError(refusal(layer.name, layer.problem))
     if math.prod(layer.stack) != math.prod(layer.shape) or dtype.is_complex:
         raise ValueError(
             f"{layer.name} cannot be pruned: its {dtype} entries are no matrix. Leave it out of the plan"

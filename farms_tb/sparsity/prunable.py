@@ -25,7 +25,7 @@ from torch.nn.parameter import is_lazy
 
 from farms_tb.sparsity.plan import SparsityPlan
 from farms_tb.weights.layers import Layer, find_layers, read_stacks, unwrap
-from farms_tb.weights.names import Renaming, clean_name, renaming
+from farms_tb.weights.names import EMBEDDING, Renaming, clean_name, renaming
 
 __all__ = [
     "Layout",
@@ -34,6 +34,7 @@ __all__ = [
     "named_weights",
     "plan_for_names",
     "planned_weights",
+    "refusal",
     "to_matrix",
 ]
 
@@ -255,6 +256,18 @@ def _check_readable(model: nn.Module, layers: Sequence[Layer]) -> None:
         _check_untied(layer, owners)
 
 
+def refusal(name: str, problem: str) -> str:
+    """Return the message that refuses a layer.
+
+    Args:
+        name: of the layer.
+        problem: why it has no matrices to measure, and so none to prune.
+    """
+    # A plan of it comes from a measurement that had embeddings=True, which the problem asks for.
+    reason = "embeddings are not pruned" if problem == EMBEDDING else problem
+    return f"{name} cannot be pruned: {reason}. Leave it out of the plan"
+
+
 def _check_plain(layer: Layer) -> None:
     """Refuse a weight that is no ordinary parameter.
 
@@ -262,7 +275,7 @@ def _check_plain(layer: Layer) -> None:
         ValueError: see `planned_weights`.
     """
     if layer.problem:
-        raise ValueError(f"{layer.name} cannot be pruned: {layer.problem}. Leave it out of the plan")
+        raise ValueError(refusal(layer.name, layer.problem))
     parameter_name = _parameter_name(layer)
     weight = layer.module._parameters.get(parameter_name)
     if weight is None:

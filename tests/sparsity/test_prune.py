@@ -441,6 +441,13 @@ def test_a_layer_of_another_block_is_refused() -> None:
         prune(model, replace(plan, layers=layers), "magnitude")
 
 
+def test_an_embedding_is_refused() -> None:
+    model = nn.Sequential(nn.Embedding(8, 4), nn.Linear(4, 4))
+    plan = SparsityPlan({"0": PlannedLayer(32, 0.5), "1": PlannedLayer(16, 0.5)}, 0.5, "uniform")
+    with pytest.raises(ValueError, match=r"^0 cannot be pruned: embeddings are not pruned\."):
+        prune(model, plan, "magnitude")
+
+
 def test_a_plan_that_fits_two_towers_is_refused() -> None:
     model = nn.ModuleDict({"text": nn.Sequential(nn.Linear(8, 8)), "image": nn.Sequential(nn.Linear(8, 8))})
     plan = SparsityPlan({"0": PlannedLayer(64, 0.5)}, 0.5, "uniform")
