@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,14 +27,13 @@ from farms_tb.sparsity.filling import Filling, Floats
 from farms_tb.sparsity.layers import Layers, Sizes, checked_layers, numbers
 from farms_tb.sparsity.options import SparsityKeywords, SparsityOptions
 from farms_tb.sparsity.plan import PlannedLayer, SparsityPlan
-from farms_tb.sparsity.shrinkage import unit_effects
+from farms_tb.sparsity.search import searched
+from farms_tb.sparsity.shrinkage import by_shrinkage
 from farms_tb.warnings import warn_once
 from farms_tb.weights.blocks import BlockRule
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-    from farms_tb.sparsity.search import Trial
 
 
 @takes_options(SparsityOptions)
@@ -102,10 +102,12 @@ def allocate(
     scaled = _scaled(layers)
     left_out = _left_out(scaled, chosen)
     usable = replace(scaled, alphas=np.where(left_out, np.nan, scaled.alphas))
+    filling = Filling(layers.sizes, target, chosen.min_sparsity, chosen.max_sparsity)
+    make_plan = partial(_plan, layers, target, chosen)
     if chosen.method == "search":
-        plan = _searched(layers, usable, target, chosen, _checked_data(model, calibration))
+        plan = searched(usable, filling, chosen, make_plan, model, calibration)
     else:
-        plan = _plan(layers, _sparsities(usable, target, chosen, outliers), target, chosen)
+        plan = make_plan(_sparsities(usable, filling, chosen, outliers))
     notes = notes_of(plan, [name for name, out in zip(layers.names, left_out, strict=True) if out])
     for note in notes:
         warn_once(note, chosen)
@@ -148,58 +150,19 @@ def _scaled(layers: Layers) -> Layers:
     return replace(layers, alphas=layers.alphas / largest, errors=layers.errors / largest)
 
 
-def _checked_data(model: nn.Module | None, calibration: Iterable[Batch] | None) -> Trial:
-    """Return what a search judges allocations by.
-
-    Raises:
-        TypeError: `model` is no module.
-        ValueError: `model` or `calibration` is missing.
-    """
-    # Here, since pruning is not needed for any other method.
-    from farms_tb.sparsity.search import Trial
-
-    if model is None or calibration is None:
-        raise ValueError(
-            "method='search' tries allocations on the model: pass model and calibration, an iterable of dicts of "
-            "keyword arguments for it"
-        )
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    return Trial(model, calibration)
-
-
-def _searched(
-    layers: Layers, usable: Layers, target: float, options: SparsityOptions, trial: Trial
-) -> SparsityPlan:
-    """Return the plan that a search finds.
-
-    Args:
-        layers: the layers with their alphas as given.
-        usable: the same, their alphas scaled and without outliers.
-        target: the sparsity over all of them.
-        options: bounds, budget and how to prune.
-        trial: the model and its data.
-    """
-    from farms_tb.sparsity.search import searched
-
-    filling = Filling(layers.sizes, target, options.min_sparsity, options.max_sparsity)
-    return searched(usable, filling, options, trial, lambda found: _plan(layers, found, target, options))
-
-
 def _sparsities(
-    layers: Layers, target: float, options: SparsityOptions, outliers: Mapping[str, float] | None
+    layers: Layers, filling: Filling, options: SparsityOptions, outliers: Mapping[str, float] | None
 ) -> Floats:
     """Return the sparsity of each layer by the chosen method.
 
     Args:
         layers: the layers, their alphas scaled and without outliers.
-        target: the sparsity over all of them.
+        filling: target and bounds.
         options: the method and its options.
         outliers: share of outliers of each unit by name, for OWL.
     """
     if options.compat is not None:
-        return _as_research_code(layers, target, options)
-    filling = Filling(layers.sizes, target, options.min_sparsity, options.max_sparsity)
+        return _as_research_code(layers, filling.target, options)
     if options.method == "owl":
         return filling.shifted(_owl_offsets(layers, outliers, options.owl_lambda))
     return filling.proportional(_ratios(layers, options))
@@ -212,7 +175,7 @@ def _ratios(layers: Layers, options: SparsityOptions) -> Floats:
     if options.method == "depth":
         return ratios.line(layers.depths, options.epsilon)
     if options.method == "shrinkage":
-        return unit_effects(layers).ratios(options.epsilon)[layers.units]
+        return by_shrinkage(layers, options.epsilon)
     if options.granularity == "mixed":
         return ratios.within_blocks(layers, options.epsilon)
     by_alpha = ratios.by_alpha(layers, options.epsilon)
@@ -267,16 +230,11 @@ def _as_research_code(layers: Layers, target: float, options: SparsityOptions) -
     mapped = ratios.by_alpha(layers, options.epsilon)
     sparsities: Floats = mapped * target * layers.sizes.sum() / np.dot(layers.sizes, mapped)
     if options.compat == "farms":
-        sparsities[sparsities > 1] = _cut(target)
+        sparsities[sparsities > 1] = 0.99999 if target == 0.7 else 0.998
     return sparsities
 
 
-def _cut(target: float) -> float:
-    """Return what FARMS's code puts in the place of a sparsity above 1."""
-    return 0.99999 if target == 0.7 else 0.998
-
-
-def _plan(layers: Layers, sparsities: Floats, target: float, options: SparsityOptions) -> SparsityPlan:
+def _plan(layers: Layers, target: float, options: SparsityOptions, sparsities: Floats) -> SparsityPlan:
     """Return the plan that records everything, alphas that took no part included."""
     planned = {}
     for index, name in enumerate(layers.names):

@@ -10,50 +10,38 @@ Source: Kolda, Lewis & Torczon, SIAM Review 45 (2003) 385.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 Point = tuple[float, ...]
 
 
-@dataclass(frozen=True)
-class Budget:
-    """How long to search.
-
-    Attributes:
-        evaluations: of the function at most.
-        step: first step along each coordinate.
-        smallest_step: the search ends below it.
-    """
-
-    evaluations: int
-    step: float
-    smallest_step: float
-
-
-def compass_search(function: Callable[[Point], float], start: Point, budget: Budget) -> dict[Point, float]:
+def compass_search(
+    function: Callable[[Point], float], start: Point, evaluations: int, step: float, smallest_step: float
+) -> dict[Point, float]:
     """Search from a point; no point is evaluated twice.
 
     Args:
         function: what to minimise.
         start: the first point, which is evaluated in any case.
-        budget: evaluations, and the steps.
+        evaluations: of the function at most.
+        step: first step along each coordinate.
+        smallest_step: the search ends below it.
 
     Returns:
         The value of each point that was evaluated, in order; the best one is the minimum that was found.
 
     Example:
-        >>> found = compass_search(lambda x: (x[0] - 0.3) ** 2 + x[1] ** 2, (0.0, 0.0), Budget(50, 0.2, 0.01))
+        >>> found = compass_search(lambda x: (x[0] - 0.3) ** 2 + x[1] ** 2, (0.0, 0.0), 50, 0.2, 0.01)
         >>> best = min(found, key=found.get)
         >>> round(best[0], 2), round(best[1], 2)
         (0.3, 0.0)
     """
     values = {start: function(start)}
-    best, step = start, budget.step
-    while step >= budget.smallest_step:
+    best = start
+    while step >= smallest_step:
         for point in _neighbours(best, step):
             if point in values:
                 continue
-            if len(values) >= budget.evaluations:
+            if len(values) >= evaluations:
                 return values
             values[point] = function(point)
         nearest = min((point for point in _neighbours(best, step)), key=values.__getitem__)

@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -30,80 +30,28 @@ from torch.nn import functional
 
 from farms_tb.sparsity import ratios
 from farms_tb.sparsity.calibration import Batch, checked_batches
-from farms_tb.sparsity.compass import Budget, Point, compass_search
+from farms_tb.sparsity.compass import Point, compass_search
 from farms_tb.sparsity.filling import Filling, Floats
 from farms_tb.sparsity.layers import Layers
-from farms_tb.sparsity.options import PRUNE_METHODS, PruneMethod, SparsityOptions
+from farms_tb.sparsity.options import PRUNE_METHODS, SparsityOptions
 from farms_tb.sparsity.plan import SparsityPlan
 from farms_tb.sparsity.prunable import planned_weights
 from farms_tb.sparsity.prune import prune
 from farms_tb.sparsity.sequential import evaluating
-from farms_tb.sparsity.shrinkage import unit_effects
+from farms_tb.sparsity.shrinkage import by_shrinkage
 from farms_tb.sparsity.student import standard_error, t_quantile
 
 FEWEST_BATCHES = 12
 """Half of the batches prune, a quarter chooses, a quarter confirms, which takes at least three for an error."""
 
 
-@dataclass(frozen=True)
-class Trial:
-    """What candidates are judged by.
-
-    Attributes:
-        model: the model; its weights are put back after each candidate.
-        calibration: batches, dicts of keyword arguments for the model.
-    """
-
-    model: nn.Module
-    calibration: Iterable[Batch]
-
-
-@dataclass(frozen=True)
-class _Batches:
-    """The batches by what they are for: pruning, choosing among candidates, and confirming the winner."""
-
-    prune: Sequence[Batch]
-    choose: Sequence[Batch]
-    confirm: Sequence[Batch]
-
-
-@dataclass
-class _Evaluation:
-    """Carries out candidates, and keeps their losses on the batches that confirm.
-
-    Attributes:
-        model: the model.
-        batches: its batches by purpose.
-        method: how to prune.
-        plan_of: returns the plan of a candidate.
-        confirming: losses of each candidate on the batches that take no part in the search.
-    """
-
-    model: nn.Module
-    batches: _Batches
-    method: PruneMethod
-    plan_of: Callable[[Point], SparsityPlan]
-    confirming: dict[Point, Floats] = field(default_factory=dict)
-
-    def __call__(self, point: Point) -> float:
-        """Return the mean loss of a candidate on the batches that choose; infinity where it is not finite."""
-        plan = self.plan_of(point)
-        with weights_put_back(self.model, plan):
-            # Magnitude would run all of the batches only to report errors that nobody reads.
-            calibration = self.batches.prune if PRUNE_METHODS[self.method].needs_inputs else None
-            prune(self.model, plan, self.method, calibration=calibration)
-            losses = _losses(self.model, self.batches.choose)
-            self.confirming[point] = _losses(self.model, self.batches.confirm)
-        mean = float(np.mean(losses))
-        return mean if math.isfinite(mean) else math.inf
-
-
 def searched(
     layers: Layers,
     filling: Filling,
     options: SparsityOptions,
-    trial: Trial,
     make_plan: Callable[[Floats], SparsityPlan],
+    model: nn.Module | None,
+    calibration: Iterable[Batch] | None,
 ) -> SparsityPlan:
     """Search for the allocation with the smallest loss.
 
@@ -111,37 +59,59 @@ def searched(
         layers: the layers, their alphas as they are mapped.
         filling: target and bounds.
         options: how to prune, the budget, and the first step (`epsilon`).
-        trial: the model and its data.
         make_plan: returns the plan of sparsities `(n,)`.
+        model: the model; its weights are put back after each candidate.
+        calibration: batches, dicts of keyword arguments for the model.
 
     Returns:
         The best plan, or the uniform one. Its options hold the coefficients, and the losses in the entry `search`.
 
     Raises:
-        ValueError: there are too few batches, or a batch has no loss.
+        TypeError: `model` is no module.
+        ValueError: model or data are missing, there are too few batches, or a batch has no loss.
     """
-    batches = _split(checked_batches(trial.model, trial.calibration, required=True))
-    directions = _directions(layers)
+    if model is None or calibration is None:
+        raise ValueError(
+            "method='search' tries allocations on the model: pass model and calibration, an iterable of dicts of "
+            "keyword arguments for it"
+        )
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    pruning, choosing, confirming = _split(checked_batches(model, calibration, required=True))
+    directions, method = _directions(layers), options.prune_method
+    confirmed: dict[Point, Floats] = {}
 
     def plan_of(point: Point) -> SparsityPlan:
         combined = 1 + sum(c * direction for c, direction in zip(point, directions.values(), strict=True))
         return make_plan(filling.proportional(np.maximum(combined, 0.0) * np.ones(len(layers.names))))
 
-    evaluate = _Evaluation(trial.model, batches, options.prune_method, plan_of)
+    def loss_of(point: Point) -> float:
+        """Return the mean loss of a candidate, infinity where it is not finite; note what confirms it."""
+        plan = plan_of(point)
+        with weights_put_back(model, plan):
+            # Magnitude would run the batches only to report errors that nobody reads.
+            prune(model, plan, method, calibration=pruning if PRUNE_METHODS[method].needs_inputs else None)
+            loss = float(np.mean(_losses(model, choosing)))
+            confirmed[point] = _losses(model, confirming)
+        return loss if math.isfinite(loss) else math.inf
+
     uniform = (0.0,) * len(directions)
-    budget = Budget(options.evaluations, options.epsilon, options.epsilon / 8)
-    values = compass_search(evaluate, uniform, budget) if directions else {uniform: evaluate(uniform)}
+    if directions:
+        values = compass_search(loss_of, uniform, options.evaluations, options.epsilon, options.epsilon / 8)
+    else:
+        values = {uniform: loss_of(uniform)}
     best = min(values, key=values.__getitem__)
-    difference, error = _paired(evaluate.confirming[best], evaluate.confirming[uniform])
-    is_better = difference < -error * t_quantile(len(batches.confirm) - 1)
+    differences = confirmed[best] - confirmed[uniform]
+    difference, error = float(np.mean(differences)), standard_error(differences)
+    is_better = difference < -error * t_quantile(len(confirming) - 1)
     found = {
         "coefficients": dict(zip(directions, best if is_better else uniform, strict=True)),
         "evaluations": len(values),
         "difference": difference if is_better else 0.0,
         "difference_error": error if is_better else 0.0,
-        "prune_method": options.prune_method,
+        "prune_method": method,
     }
-    note = _note(len(values), options.prune_method, (difference, error), is_better)
+    note = _note(len(values), method, (difference, error), is_better)
     plan = plan_of(best if is_better else uniform)
     return replace(
         plan, epsilon=_half_width(plan), options={**plan.options, "search": found}, notes=(*plan.notes, note)
@@ -218,8 +188,8 @@ def _losses(model: nn.Module, batches: Sequence[Batch]) -> Floats:
         return np.array([model_loss(model, batch) for batch in batches], dtype=np.float64)
 
 
-def _split(batches: Sequence[Batch]) -> _Batches:
-    """Deal batches to their purposes, in turn.
+def _split(batches: Sequence[Batch]) -> tuple[Sequence[Batch], Sequence[Batch], Sequence[Batch]]:
+    """Deal batches in turn to their purposes: pruning, choosing among candidates, confirming the winner.
 
     Raises:
         ValueError: there are too few.
@@ -229,7 +199,7 @@ def _split(batches: Sequence[Batch]) -> _Batches:
             f"method='search' needs at least {FEWEST_BATCHES} batches of calibration, got {len(batches)}: half of "
             "them prune, a quarter chooses, a quarter confirms"
         )
-    return _Batches(batches[0::2], batches[1::4], batches[3::4])
+    return batches[0::2], batches[1::4], batches[3::4]
 
 
 def _directions(layers: Layers) -> dict[str, Floats]:
@@ -240,7 +210,7 @@ def _directions(layers: Layers) -> dict[str, Floats]:
     found = {
         "line": ratios.line(layers.depths, 1.0) - 1,
         "alpha": ratios.by_alpha(layers, 1.0) - 1,
-        "shrinkage": unit_effects(layers).ratios(1.0)[layers.units] - 1,
+        "shrinkage": by_shrinkage(layers, 1.0) - 1,
     }
     kept: dict[str, Floats] = {}
     for name, direction in found.items():
@@ -248,12 +218,6 @@ def _directions(layers: Layers) -> dict[str, Floats]:
         if np.any(direction) and not known:
             kept[name] = direction
     return kept
-
-
-def _paired(losses: Floats, others: Floats) -> tuple[float, float]:
-    """Return the mean difference of losses on the same batches, and its standard error."""
-    differences = losses - others
-    return float(np.mean(differences)), standard_error(differences)
 
 
 def _half_width(plan: SparsityPlan) -> float:

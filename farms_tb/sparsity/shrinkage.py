@@ -19,7 +19,6 @@ Source of the estimator: Paule & Mandel, J. Res. Natl. Bur. Stand. 87 (1982) 377
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -35,48 +34,15 @@ _MAD = 1.4826
 """Standard deviation of a Gaussian over its median absolute deviation."""
 
 
-@dataclass(frozen=True)
-class UnitEffects:
-    """Effects of units, shrunk.
-
-    Attributes:
-        effects: `(units,)` d, NaN for a unit without an alpha.
-        errors: `(units,)` standard errors of the effects.
-        mean: m, the mean effect.
-        tau: standard deviation of the true effects; 0 where noise explains all of their spread.
-        shrunk: `(units,)` m + w (d - m); m for a unit without an alpha.
-    """
-
-    effects: Floats
-    errors: Floats
-    mean: float
-    tau: float
-    shrunk: Floats
-
-    def ratios(self, epsilon: float) -> Floats:
-        """Return r = 1 + epsilon (shrunk - m) / max |d - m|, from 1 - epsilon to 1 + epsilon.
-
-        Args:
-            epsilon: half-width of the ratios, which they reach only where nothing is shrunk.
-
-        Returns:
-            `(units,)` ratios; 1 for the mean effect, and for all where tau is 0.
-        """
-        largest = np.nanmax(np.abs(self.effects - self.mean), initial=0.0)
-        if self.tau == 0 or largest == 0:
-            return np.ones(len(self.effects))
-        ratios: Floats = 1 + epsilon * (self.shrunk - self.mean) / largest
-        return ratios
-
-
-def unit_effects(layers: Layers) -> UnitEffects:
-    """Estimate the effect of each unit.
+def by_shrinkage(layers: Layers, epsilon: float) -> Floats:
+    """Map the shrunk effect of each unit: r = 1 + epsilon (shrunk - m) / max |d - m|.
 
     Args:
         layers: the layers, their units blocks or matrices.
+        epsilon: half-width of the ratios, which they reach only where nothing is shrunk.
 
     Returns:
-        The effects, in units of alpha.
+        `(n,)` the ratio of each layer's unit; 1 without an alpha, and for all where tau is 0.
     """
     residuals = layers.alphas - _role_medians(layers)
     own = np.nan_to_num(layers.errors) ** 2
@@ -84,28 +50,14 @@ def unit_effects(layers: Layers) -> UnitEffects:
     variances = own + _spread_within(residuals, members) ** 2
     estimates = [_effect(residuals[unit], variances[unit]) for unit in members]
     effects, errors = (np.array(column, dtype=np.float64) for column in zip(*estimates, strict=True))
-    return with_shrunk(effects, errors)
-
-
-def with_shrunk(effects: Floats, errors: Floats) -> UnitEffects:
-    """Shrink effects to their mean by the method of Paule and Mandel.
-
-    See `farms_tb.spectra.random_effects`; units without an effect take no part.
-
-    Args:
-        effects: `(units,)`, NaN where there is none.
-        errors: `(units,)` their standard errors.
-
-    Returns:
-        The same effects with their mean, tau and shrunk values.
-    """
     known = np.isfinite(effects)
-    if not known.any():
-        return UnitEffects(effects, errors, 0.0, 0.0, np.zeros(len(effects)))
-    found = shrunk_effects(effects[known].tolist(), errors[known].tolist())
-    shrunk = np.full(len(effects), found.mean)
-    shrunk[known] = found.effects
-    return UnitEffects(effects, errors, found.mean, found.tau, shrunk)
+    ratios = np.ones(len(effects))
+    if known.any():
+        found = shrunk_effects(effects[known].tolist(), errors[known].tolist())
+        largest = np.max(np.abs(effects[known] - found.mean))
+        if found.tau > 0 and largest > 0:
+            ratios[known] += epsilon * (np.array(found.effects) - found.mean) / largest
+    return ratios[layers.units]
 
 
 def _role_medians(layers: Layers) -> Floats:

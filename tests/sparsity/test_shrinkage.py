@@ -8,7 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from farms_tb.sparsity import allocate
-from farms_tb.sparsity.shrinkage import with_shrunk
+from farms_tb.spectra.random_effects import shrunk_effects
 from tests.reference import sparsity as reference
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(epsilon|straight line|took no part|held at)")
@@ -38,11 +38,11 @@ def by_block(alphas: dict[str, float], **options: object) -> np.ndarray:
 @example(effects=[0.0, 2.25e-290], errors=[1.0] * 12)
 def test_paule_mandel_matches_the_slow_reference(effects: list[float], errors: list[float]) -> None:
     errors = errors[: len(effects)]
-    found = with_shrunk(np.array(effects), np.array(errors))
+    found = shrunk_effects(effects, errors)
     tau2, mean = reference.paule_mandel(effects, errors)
     assert found.tau**2 == pytest.approx(tau2, abs=1e-9)
     assert found.mean == pytest.approx(mean, abs=1e-8)
-    for effect, error, shrunk in zip(effects, errors, found.shrunk, strict=True):
+    for effect, error, shrunk in zip(effects, errors, found.effects, strict=True):
         weight = tau2 / (tau2 + error**2)
         assert shrunk == pytest.approx(mean + weight * (effect - mean), abs=1e-7)
 
