@@ -28,8 +28,9 @@ from benchmarks.rows import Row, Rows
 from benchmarks.sparsity.reference import wanda
 from benchmarks.timing import rounds
 from farms_tb.sparsity import PlannedLayer, SparsityPlan, prune
+from farms_tb.sparsity.evaluating import evaluating
 from farms_tb.sparsity.prunable import planned_weights
-from farms_tb.sparsity.sequential import evaluating, planned_blocks, visit_blocks
+from farms_tb.sparsity.sequential import planned_blocks, visit_blocks
 from recipes.real import smollm2_folder
 
 __all__ = ["KEYS", "collect_statistics", "measure_speed", "save_blocks", "speed_table"]

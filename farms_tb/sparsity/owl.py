@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from farms_tb.options import check_number
 from farms_tb.sparsity.calibration import Batch, checked_batches
+from farms_tb.sparsity.evaluating import evaluating
 from farms_tb.sparsity.masks import wanda_scores
 from farms_tb.sparsity.prunable import PrunableWeight, named_weights, to_matrix
-from farms_tb.sparsity.sequential import Block, evaluating, planned_blocks, visit_blocks
+from farms_tb.sparsity.sequential import Block, planned_blocks, visit_blocks
 from farms_tb.sparsity.statistics import InputStatistics
 
 __all__ = ["outlier_shares"]

@@ -26,7 +26,7 @@ from torch.nn import functional
 
 from farms_tb.options import check_integer
 from farms_tb.sparsity.calibration import check_vocabulary, vocabulary_size
-from farms_tb.sparsity.sequential import evaluating
+from farms_tb.sparsity.evaluating import evaluating
 from farms_tb.sparsity.student import half_width, standard_error
 from farms_tb.warnings import warn_once
 from farms_tb.weights.layers import unwrap

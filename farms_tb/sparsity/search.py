@@ -31,13 +31,13 @@ from torch.nn import functional
 from farms_tb.sparsity import ratios
 from farms_tb.sparsity.calibration import Batch, checked_batches
 from farms_tb.sparsity.compass import Point, compass_search
+from farms_tb.sparsity.evaluating import evaluating
 from farms_tb.sparsity.filling import Filling, Floats
 from farms_tb.sparsity.layers import Layers
 from farms_tb.sparsity.options import PRUNE_METHODS, SparsityOptions
 from farms_tb.sparsity.plan import SparsityPlan
 from farms_tb.sparsity.prunable import planned_weights
 from farms_tb.sparsity.prune import prune
-from farms_tb.sparsity.sequential import evaluating
 from farms_tb.sparsity.shrinkage import by_shrinkage
 from farms_tb.sparsity.student import standard_error, t_quantile
 

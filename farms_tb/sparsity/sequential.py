@@ -13,9 +13,10 @@ In memory are, for each batch, the tensors that blocks yet to come will need, an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from farms_tb.sparsity.prunable import PrunableWeight
 from farms_tb.sparsity.statistics import InputStatistics, observed
 from farms_tb.weights.layers import unwrap
 
-__all__ = ["Block", "evaluating", "planned_blocks", "visit_blocks"]
+__all__ = ["Block", "planned_blocks", "visit_blocks"]
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,12 @@ class _Call:
         """Whether it can be repeated with tensors at hand: any other object may hold something of its batch."""
         return all(isinstance(leaf, (_Token, *_PLAIN)) for leaf in self.leaves)
 
+    def arguments(self, known: Known) -> Arguments:
+        """Return the arguments, tensors in place of tokens."""
+        leaves = [known[leaf] if isinstance(leaf, _Token) else leaf for leaf in self.leaves]
+        arguments: Arguments = pytree.tree_unflatten(leaves, self.structure)
+        return arguments
+
 
 _PLAIN = (
     *(bool, int, float, complex, str, bytes, type(None)),
@@ -86,6 +93,8 @@ _PLAIN = (
 """Types of values that cannot hold anything but what they show."""
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+Known = dict[_Token, Tensor]
+"""Tensors of one batch that are at hand."""
 Trace = dict[str, list[_Call]]
 """The calls of each block in one forward pass, by the block's path, in order of the first call."""
 
@@ -130,73 +139,24 @@ def _outermost(path: str, paths: set[str]) -> str:
     return next(ancestor for ancestor in ancestors if ancestor in paths)
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run a model for its activations alone: in evaluation mode, without gradients and without a cache of keys.
-
-    Every layer is called as a module, so that its inputs are seen: compiled blocks run as they are written, and
-    torch's encoders without their fast path, which calls none of their layers.
-
-    Args:
-        model: any module; its modes are put back at the end.
-    """
-    modes = {module: module.training for module in model.modules()}
-    configs = _caching_configs(model)
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    model.eval()
-    for config in configs:
-        config.use_cache = False
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with torch.no_grad(), _uncompiled(model):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
-        for module, training in modes.items():
-            module.training = training
-        for config in configs:
-            config.use_cache = True
-
-
-def _uncompiled(model: nn.Module) -> AbstractContextManager[Any]:
-    """Let the compiled modules of a model run as they are written; without any, torch's compiler is not loaded."""
-    if all(getattr(module, "_compiled_call_impl", None) is None for module in model.modules()):
-        return nullcontext()
-    as_written: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
-    return as_written
-
-
-def _caching_configs(model: nn.Module) -> list[Any]:
-    """Return the configurations of `transformers` in a model that ask for a cache of keys and values.
-
-    Such a cache would grow each time that a block is run. An encoder-decoder has one configuration for each half.
-    """
-    found: dict[int, Any] = {}
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if getattr(config, "use_cache", None) is True:
-            found[id(config)] = config
-    return list(found.values())
-
-
 def visit_blocks(
     model: nn.Module,
     blocks: Sequence[Block],
     batches: Sequence[Batch],
     *,
     hessian: bool = False,
-    done: Callable[[Block], bool] = lambda block: False,
+    done: Collection[str] = (),
 ) -> Iterator[tuple[Block, dict[str, InputStatistics]]]:
     """Yield each block with statistics of the inputs of its layers.
 
     What the caller changes in a block before it asks for the next one is seen by all blocks after it.
 
     Args:
-        model: any module, see `evaluating`.
+        model: any module, inside of `farms_tb.sparsity.evaluating.evaluating`.
         blocks: the blocks.
         batches: keyword arguments for the model.
         hessian: whether to sum X X^T of the inputs.
-        done: tells the blocks to leave out.
+        done: paths of the blocks to leave out.
 
     Yields:
         The blocks in the order in which the model calls them, and the statistics of each weight by name.
@@ -205,22 +165,22 @@ def visit_blocks(
         ValueError: the model calls a block never.
     """
     traces = _Traces(unwrap(model), blocks, batches)
-    store = _Store(len(batches))
+    known: list[Known] = [{} for _ in batches]
     order = traces.order()
     for index, block in enumerate(order):
-        if done(block):
+        if block.path in done:
             continue
-        calls = _arguments(traces, store, block)
+        calls = _arguments(traces, known, block)
         number = sum(len(of_batch) for of_batch in calls)
         with observed(block.weights, hessian=hessian, calls=number) as statistics:
             for place, of_batch in enumerate(calls):
                 _run(block, of_batch, traces.calls(place, block))
         yield block, statistics
-        _advance(traces, store, block, calls, order[index + 1 :])
+        _advance(traces, known, block, calls, order[index + 1 :])
 
 
 def _advance(
-    traces: _Traces, store: _Store, block: Block, calls: list[list[Arguments]], later: Sequence[Block]
+    traces: _Traces, known: list[Known], block: Block, calls: list[list[Arguments]], later: Sequence[Block]
 ) -> None:
     """Run a block after it was changed, for what it returns to later blocks, and drop what none of them needs."""
     for place, of_batch in enumerate(calls):
@@ -229,8 +189,8 @@ def _advance(
         # A block is not run twice with an object, a cache for example, that it may write into.
         if len(traced) == 1 and traced[0].is_direct and needed & set(traced[0].outputs):
             outputs = _run(block, of_batch, traced)
-            store.keep(place, traced[0].outputs, _tensors(outputs[0]))
-        store.drop_all_but(place, needed)
+            known[place].update(zip(traced[0].outputs, _tensors(outputs[0]), strict=True))
+        known[place] = {token: tensor for token, tensor in known[place].items() if token in needed}
 
 
 def _run(block: Block, calls: Sequence[Arguments], traced: Sequence[_Call]) -> list[Any]:
@@ -243,7 +203,7 @@ def _run(block: Block, calls: Sequence[Arguments], traced: Sequence[_Call]) -> l
     return outputs
 
 
-def _arguments(traces: _Traces, store: _Store, block: Block) -> list[list[Arguments]]:
+def _arguments(traces: _Traces, known: list[Known], block: Block) -> list[list[Arguments]]:
     """Return the arguments of a block's calls, for each batch.
 
     They are put together of tensors at hand where all are known, else captured from the model.
@@ -251,24 +211,27 @@ def _arguments(traces: _Traces, store: _Store, block: Block) -> list[list[Argume
     found = []
     for place in range(len(traces.batches)):
         traced = traces.calls(place, block)
-        if len(traced) == 1 and traced[0].is_direct and store.has(place, traced[0].needed):
-            found.append([store.arguments(place, traced[0])])
+        needed = traced[0].needed if len(traced) == 1 and traced[0].is_direct else set()
+        if needed and needed <= known[place].keys():
+            found.append([traced[0].arguments(known[place])])
         else:
-            found.append(_captured(traces, store, block, place))
+            found.append(_captured(traces, known[place], block, place))
     return found
 
 
-def _captured(traces: _Traces, store: _Store, block: Block, place: int) -> list[Arguments]:
+def _captured(traces: _Traces, known: Known, block: Block, place: int) -> list[Arguments]:
     """Run the model on one batch for the arguments that a block gets, and note the tensors among them."""
     batch = traces.batches[place]
     calls = _capture(traces.model, batch, block, traces.calls(place, block))
-    if not _all_match(traces.calls(place, block), calls):
+    traced = traces.calls(place, block)
+    if len(traced) != len(calls) or not all(map(_matches, traced, calls)):
         # A mask of ones is often dropped by the model, one with zeros is not: equal shapes are no proof.
         traces.renew(place)
-        store.drop_all_but(place, set())
+        known.clear()
         calls = _capture(traces.model, batch, block, traces.calls(place, block))
     if len(calls) == 1:
-        store.keep_arguments(place, traces.calls(place, block)[0], calls[0])
+        pairs = zip(traces.calls(place, block)[0].leaves, pytree.tree_leaves(calls[0]), strict=True)
+        known.update((token, leaf) for token, leaf in pairs if isinstance(token, _Token))
     return calls
 
 
@@ -298,48 +261,6 @@ def _capture(model: nn.Module, batch: Batch, block: Block, traced: Sequence[_Cal
     finally:
         handle.remove()
     return calls
-
-
-@dataclass
-class _Store:
-    """Tensors that are known, for each batch by token.
-
-    Attributes:
-        batches: number of batches.
-    """
-
-    batches: int
-    _known: list[dict[_Token, Tensor]] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self._known = [{} for _ in range(self.batches)]
-
-    def has(self, place: int, tokens: set[_Token]) -> bool:
-        """Return whether all these tensors of a batch are known."""
-        return bool(tokens) and tokens <= self._known[place].keys()
-
-    def keep(self, place: int, tokens: Sequence[_Token], tensors: Sequence[Tensor]) -> None:
-        """Note tensors of a batch."""
-        self._known[place].update(zip(tokens, tensors, strict=True))
-
-    def keep_arguments(self, place: int, call: _Call, arguments: Arguments) -> None:
-        """Note the tensors that were passed in a call."""
-        for token, leaf in zip(call.leaves, pytree.tree_leaves(arguments), strict=True):
-            if isinstance(token, _Token):
-                self._known[place][token] = leaf
-
-    def arguments(self, place: int, call: _Call) -> Arguments:
-        """Return the arguments of a call, its tokens replaced by tensors."""
-        known = self._known[place]
-        leaves = [known[leaf] if isinstance(leaf, _Token) else leaf for leaf in call.leaves]
-        arguments: Arguments = pytree.tree_unflatten(leaves, call.structure)
-        return arguments
-
-    def drop_all_but(self, place: int, tokens: set[_Token]) -> None:
-        """Forget all tensors of a batch but these."""
-        known = self._known[place]
-        for token in known.keys() - tokens:
-            del known[token]
 
 
 class _Traces:
@@ -420,11 +341,6 @@ def _described(tensor: Tensor) -> tuple[Any, ...]:
     return tuple(tensor.shape), tensor.dtype, tensor_bytes(tensor)
 
 
-def _all_match(traced: Sequence[_Call], calls: Sequence[Arguments]) -> bool:
-    """Return whether a block was called as it was traced."""
-    return len(traced) == len(calls) and all(map(_matches, traced, calls))
-
-
 def _matches(call: _Call, arguments: Arguments) -> bool:
     """Return whether a call has the structure, the tensors and the plain values of a traced one."""
     leaves, structure = pytree.tree_flatten(arguments)
@@ -447,14 +363,14 @@ class _Tracer:
         self._alive: list[Tensor] = []  # so that no other tensor gets the identity of one that was seen
         self._open: list[tuple[pytree.TreeSpec, list[Any], list[Any]]] = []
 
-    def before(self, path: str, arguments: Arguments) -> None:
-        """Note what a block is given."""
-        leaves, structure = pytree.tree_flatten(arguments)
+    def before(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note what a block is given; a hook."""
+        leaves, structure = pytree.tree_flatten((args, kwargs))
         tokens = [self._token(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         self._open.append((structure, leaves, tokens))
         self.trace.setdefault(path, [])
 
-    def after(self, path: str, output: Any) -> None:
+    def after(self, path: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Note what it returned, and whether it wrote into what it was given."""
         structure, leaves, tokens = self._open.pop()
         changed = False
@@ -478,22 +394,8 @@ def _trace(model: nn.Module, blocks: Sequence[Block], batch: Batch) -> Trace:
     tracer = _Tracer()
     with ExitStack() as hooks:
         for block in blocks:
-            for handle in _tracing(tracer, block):
-                hooks.callback(handle.remove)
+            before, after = partial(tracer.before, block.path), partial(tracer.after, block.path)
+            hooks.callback(block.module.register_forward_pre_hook(before, with_kwargs=True).remove)
+            hooks.callback(block.module.register_forward_hook(after).remove)
         model(**batch)
     return tracer.trace
-
-
-def _tracing(tracer: _Tracer, block: Block) -> list[Any]:
-    """Let a tracer see each call of a block; return the handles of the hooks."""
-
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        tracer.before(block.path, (args, kwargs))
-
-    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        tracer.after(block.path, output)
-
-    return [
-        block.module.register_forward_pre_hook(before, with_kwargs=True),
-        block.module.register_forward_hook(after),
-    ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -167,8 +168,10 @@ class _Observer:
         self._calls = max(calls, 1)
         self._last: tuple[Any, _Summary] | None = None
 
-    def see(self, weight: PrunableWeight, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Add one call of a weight's module."""
+    def see(
+        self, weight: PrunableWeight, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> None:
+        """Add one call of a weight's module; a hook."""
         self.statistics[weight.name].add(self._summary_of(weight, args, kwargs))
 
     def _summary_of(self, weight: PrunableWeight, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Summary:
@@ -191,10 +194,6 @@ class _Observer:
         # A layer may be called more often than its block: nothing is kept then.
         return call, after - before if call < self._calls else 0
 
-    def forget_last(self) -> None:
-        """Drop the last call's tensors, so that they can be freed."""
-        self._last = None
-
 
 @contextmanager
 def observed(
@@ -214,18 +213,9 @@ def observed(
     with ExitStack() as hooks:
         for weight in weights:
             if weight.has_inputs:
-                hooks.callback(_hook(observer, weight).remove)
+                see = partial(observer.see, weight)
+                hooks.callback(weight.module.register_forward_pre_hook(see, with_kwargs=True).remove)
         yield observer.statistics
-    observer.forget_last()
-
-
-def _hook(observer: _Observer, weight: PrunableWeight) -> Any:
-    """Let an observer see each call of a weight's module; return the handle of the hook."""
-
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        observer.see(weight, args, kwargs)
-
-    return weight.module.register_forward_pre_hook(before, with_kwargs=True)
 
 
 def relative_output_error(dense: Tensor, pruned: Tensor, statistics: InputStatistics) -> float | None:

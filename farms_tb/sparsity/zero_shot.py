@@ -12,7 +12,7 @@ from torch import nn
 from farms_tb.missing import cannot_import
 from farms_tb.options import check_integer
 from farms_tb.sparsity.calibration import without_network
-from farms_tb.sparsity.sequential import evaluating
+from farms_tb.sparsity.evaluating import evaluating
 
 __all__ = ["PAPER_TASKS", "TaskAccuracy", "zero_shot"]
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from farms_tb.sparsity.evaluating import evaluating
 from farms_tb.sparsity.prunable import planned_weights
-from farms_tb.sparsity.sequential import evaluating, planned_blocks, visit_blocks
+from farms_tb.sparsity.sequential import planned_blocks, visit_blocks
 from tests.sparsity.models import gpt2, llama, uniform_plan
 from tests.sparsity.models import token_batches as tokens
 

@@ -1,0 +1,61 @@
+"""Run a model for its activations, every layer called as a module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["evaluating"]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Run a model for its activations alone: in evaluation mode, without gradients and without a cache of keys.
+
+    Every layer is called as a module, so that its inputs are seen: compiled blocks run as they are written, and
+    torch's encoders without their fast path, which calls none of their layers.
+
+    Args:
+        model: any module; its modes are put back at the end.
+    """
+    modes = {module: module.training for module in model.modules()}
+    configs = _caching_configs(model)
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    model.eval()
+    for config in configs:
+        config.use_cache = False
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad(), _uncompiled(model):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+        for module, training in modes.items():
+            module.training = training
+        for config in configs:
+            config.use_cache = True
+
+
+def _uncompiled(model: nn.Module) -> AbstractContextManager[Any]:
+    """Let the compiled modules of a model run as they are written; without any, torch's compiler is not loaded."""
+    if all(getattr(module, "_compiled_call_impl", None) is None for module in model.modules()):
+        return nullcontext()
+    as_written: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return as_written
+
+
+def _caching_configs(model: nn.Module) -> list[Any]:
+    """Return the configurations of `transformers` in a model that ask for a cache of keys and values.
+
+    Such a cache would grow each time that a block is run. An encoder-decoder has one configuration for each half.
+    """
+    found: dict[int, Any] = {}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if getattr(config, "use_cache", None) is True:
+            found[id(config)] = config
+    return list(found.values())
