@@ -12,7 +12,6 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from io import BytesIO
-from os import PathLike
 from pathlib import Path
 
 import numpy as np
@@ -108,31 +107,25 @@ class Checkpoint:
 
 
 def open_checkpoint(
-    folder: str | PathLike[str] | None,
+    folder: Path,
     facts: Mapping[str, str],
     weights: Sequence[PrunableWeight],
     model: nn.Module,
     batches: Sequence[Batch],
-) -> Checkpoint | None:
+) -> Checkpoint:
     """Open a folder for finished blocks, and check that those in it belong to the same run.
 
     Args:
-        folder: where they are; None for no checkpoint.
+        folder: where they are.
         facts: what the run was asked for.
         weights: the weights to prune.
         model: the dense model that they are in. Inputs of blocks depend on its other parameters and buffers, too.
         batches: the calibration data.
 
-    Returns:
-        The checkpoint; None without a folder.
-
     Raises:
         ValueError: another run's blocks are there, or those of another version.
         OSError: the folder cannot be made or written to.
     """
-    if folder is None:
-        return None
-    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     contents = {name: [value.encode()] for name, value in facts.items()}
     # The parameters themselves: `weight.tensor` is a new object each time, and may be a part of one.

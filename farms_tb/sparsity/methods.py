@@ -28,7 +28,6 @@ __all__ = [
     "Pruned",
     "Structure",
     "check_groups",
-    "check_structure",
     "prune_targets",
     "prune_weight",
     "smallest_entries",
@@ -136,15 +135,6 @@ def _mean_sparsity(plan: SparsityPlan, names: list[str]) -> float:
     return sum(layer.size * layer.sparsity for layer in layers) / sum(layer.size for layer in layers)
 
 
-def check_structure(weight: PrunableWeight, target: PruneTarget) -> None:
-    """Check that a matrix can have a structure.
-
-    Raises:
-        ValueError: its inputs cannot be grouped; the message names the layer.
-    """
-    check_groups(weight.name, tuple(weight.tensor.shape), weight.layout, target)
-
-
 def check_groups(name: str, shape: tuple[int, ...], layout: Layout, target: PruneTarget) -> None:
     """Check that a weight can have a structure, by its shape.
 
@@ -233,14 +223,14 @@ def _sparsegpt(weight: PrunableWeight, target: PruneTarget, statistics: InputSta
         inverse = inverse_factor(hessian)
         height, width = rows.shape
         counts = block_counts(height, width, target.sparsity, before=done)
-        result = sparsegpt(rows, inverse, counts, target.structure)
-        masks.append(result.mask)
-        corrected.append(result.weight)
+        values, mask = sparsegpt(rows, inverse, counts, target.structure)
+        masks.append(mask)
+        corrected.append(values)
         damping = max(damping, inverse.damping)
         done += rows.numel()
-    mask = from_matrix(torch.cat(masks), weight.tensor.shape, weight.layout)
-    values = from_matrix(torch.cat(corrected), weight.tensor.shape, weight.layout)
-    return Pruned(mask, values, "sparsegpt", damping)
+    whole_mask = from_matrix(torch.cat(masks), weight.tensor.shape, weight.layout)
+    whole = from_matrix(torch.cat(corrected), weight.tensor.shape, weight.layout)
+    return Pruned(whole_mask, whole, "sparsegpt", damping)
 
 
 _WITH_INPUTS: dict[str, Callable[[PrunableWeight, PruneTarget, InputStatistics], Pruned]] = {

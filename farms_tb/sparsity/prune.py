@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +15,12 @@ from torch.nn.utils import prune as torch_prune
 from farms_tb.options import check_choice
 from farms_tb.sparsity.calibration import Batch, checked_batches
 from farms_tb.sparsity.checkpoint import Checkpoint, open_checkpoint
+from farms_tb.sparsity.evaluating import evaluating
 from farms_tb.sparsity.methods import (
     Pruned,
     PruneTarget,
     Structure,
-    check_structure,
+    check_groups,
     prune_targets,
     prune_weight,
 )
@@ -26,7 +28,7 @@ from farms_tb.sparsity.options import PRUNE_METHODS, PruneMethod
 from farms_tb.sparsity.plan import SparsityPlan
 from farms_tb.sparsity.prunable import PrunableWeight, plan_for_names, planned_weights, to_matrix
 from farms_tb.sparsity.prune_report import PrunedLayer, PruneReport
-from farms_tb.sparsity.sequential import Block, evaluating, planned_blocks, visit_blocks
+from farms_tb.sparsity.sequential import Block, planned_blocks, visit_blocks
 from farms_tb.sparsity.sparsegpt import DAMPING
 from farms_tb.sparsity.statistics import InputStatistics, relative_output_error
 from farms_tb.warnings import warn_once
@@ -98,16 +100,20 @@ def prune(
     weights = planned_weights(model, plan)
     targets = prune_targets(plan_for_names(plan, {weight.name: weight for weight in weights}), structure)
     for weight in weights:
-        check_structure(weight, targets[weight.name])
+        check_groups(weight.name, tuple(weight.tensor.shape), weight.layout, targets[weight.name])
     batches = checked_batches(model, calibration, required=PRUNE_METHODS[method].needs_inputs)
     run = _Run(method, targets, in_place)
     start = time.perf_counter()
     with evaluating(model):
         blocks = planned_blocks(model, weights)
-        saved = open_checkpoint(checkpoint, _facts(plan, method, structure), weights, model, batches)
-        layers = _taken_over(saved, blocks, run)
-        left = _visit(model, blocks, batches, saved, method)
-        for block, statistics in _told(left, _finished(saved, blocks), len(blocks), progress):
+        saved, layers = None, dict[str, PrunedLayer]()
+        if checkpoint is not None:
+            facts = {"method": method, "structure": structure, "plan": plan.to_json()}
+            saved = open_checkpoint(Path(checkpoint), facts, weights, model, batches)
+            layers = _taken_over(saved, blocks, in_place)
+        done = {block.path for block in blocks if block.weights[0].name in layers}
+        visits = _visit(model, blocks, done, batches, method)
+        for block, statistics in _told(visits, len(done), len(blocks), progress):
             layers.update(_prune_block(block, statistics, run, saved))
     in_order = {weight.name: layers[weight.name] for weight in weights}
     if batches:
@@ -130,18 +136,8 @@ class _Run:
     in_place: bool
 
 
-def _facts(plan: SparsityPlan, method: PruneMethod, structure: Structure) -> dict[str, str]:
-    """Return what two runs must have in common for the one to go on with the blocks of the other."""
-    return {"method": method, "structure": structure, "plan": plan.to_json()}
-
-
 _Visit = tuple[Block, Mapping[str, InputStatistics]]
 """A block and statistics of its inputs."""
-
-
-def _finished(saved: Checkpoint | None, blocks: Sequence[Block]) -> int:
-    """Count the blocks that an interrupted run had finished."""
-    return 0 if saved is None else sum(saved.has(block.path) for block in blocks)
 
 
 def _told(
@@ -165,29 +161,21 @@ def _told(
 
 
 def _visit(
-    model: nn.Module,
-    blocks: Sequence[Block],
-    batches: Sequence[Batch],
-    saved: Checkpoint | None,
-    method: PruneMethod,
+    model: nn.Module, blocks: Sequence[Block], done: set[str], batches: Sequence[Batch], method: PruneMethod
 ) -> Iterator[_Visit]:
     """Yield the blocks that are not pruned yet, with statistics of their inputs if there are calibration data."""
-
-    def done(block: Block) -> bool:
-        return saved is not None and saved.has(block.path)
-
     if batches:
         return visit_blocks(model, blocks, batches, hessian=PRUNE_METHODS[method].needs_hessian, done=done)
-    return ((block, {}) for block in blocks if not done(block))
+    return ((block, {}) for block in blocks if block.path not in done)
 
 
-def _taken_over(saved: Checkpoint | None, blocks: Sequence[Block], run: _Run) -> dict[str, PrunedLayer]:
+def _taken_over(saved: Checkpoint, blocks: Sequence[Block], in_place: bool) -> dict[str, PrunedLayer]:
     """Apply the blocks that an interrupted run had finished; return what it reported of them."""
     layers: dict[str, PrunedLayer] = {}
     for block in blocks:
-        if saved is not None and saved.has(block.path):
+        if saved.has(block.path):
             chosen, reported = saved.read(block)
-            _apply(block, chosen, run.in_place)
+            _apply(block, chosen, in_place)
             layers.update(reported)
     return layers
 
@@ -244,8 +232,7 @@ def _apply(block: Block, chosen: Mapping[str, Pruned], in_place: bool) -> None:
         chosen: mask and corrected entries of each of its weights, by name.
         in_place: whether to write zeros, rather than to add masks.
     """
-    masks: dict[tuple[int, str], Tensor] = {}
-    modules: dict[int, nn.Module] = {}
+    masks: dict[tuple[nn.Module, str], Tensor] = {}
     for weight in block.weights:
         result, stored = chosen[weight.name], weight.tensor
         if result.corrected is not None:
@@ -254,13 +241,11 @@ def _apply(block: Block, chosen: Mapping[str, Pruned], in_place: bool) -> None:
             stored.masked_fill_(result.mask, 0)
             continue
         # Packed q, k and v have one mask together.
-        key = (id(weight.module), weight.parameter)
         whole = getattr(weight.module, weight.parameter)
-        keep = masks.setdefault(key, torch.ones_like(whole, requires_grad=False))
+        keep = masks.setdefault((weight.module, weight.parameter), torch.ones_like(whole, requires_grad=False))
         keep.chunk(weight.parts)[weight.part].masked_fill_(result.mask, 0)
-        modules[key[0]] = weight.module
     for (module, parameter), keep in masks.items():
-        torch_prune.custom_from_mask(modules[module], parameter, keep)  # type: ignore[no-untyped-call]
+        torch_prune.custom_from_mask(module, parameter, keep)  # type: ignore[no-untyped-call]
 
 
 def _warn_of(layers: Mapping[str, PrunedLayer], method: PruneMethod, model: nn.Module) -> None:

@@ -21,7 +21,6 @@ __all__ = [
     "BLOCK_COLUMNS",
     "DAMPING",
     "InverseFactor",
-    "SparseGPTResult",
     "block_counts",
     "inverse_factor",
     "sparsegpt",
@@ -50,19 +49,6 @@ class InverseFactor:
     factor: Tensor
     dead: Tensor
     damping: float
-
-
-@dataclass(frozen=True)
-class SparseGPTResult:
-    """A matrix after SparseGPT.
-
-    Attributes:
-        weight: the corrected weight `(out, in)`, float32, zero where pruned.
-        mask: boolean `(out, in)`, True where pruned.
-    """
-
-    weight: Tensor
-    mask: Tensor
 
 
 def block_counts(rows: int, columns: int, sparsity: float, before: int = 0) -> list[int]:
@@ -135,7 +121,7 @@ def _factor(hessian: Tensor, dead: Tensor, damping: float) -> Tensor | None:
 
 def sparsegpt(
     weight: Tensor, inverse: InverseFactor, counts: Sequence[int], structure: tuple[int, int] | None = None
-) -> SparseGPTResult:
+) -> tuple[Tensor, Tensor]:
     """Prune a matrix, and correct the entries that stay.
 
     Args:
@@ -147,7 +133,7 @@ def sparsegpt(
             a group is chosen when its first column is reached, after the corrections from the columns to its left.
 
     Returns:
-        The corrected weight and the mask.
+        The corrected weight, float32, and the mask, boolean, True where it is zero now; both `(out, in)`.
     """
     corrected = weight.float().clone()
     mask = torch.zeros_like(corrected, dtype=torch.bool)
@@ -157,7 +143,7 @@ def sparsegpt(
             scores = _scores(corrected[:, columns], inverse, columns)
             mask[:, columns] = smallest(scores.flatten()[None], counts[index])[0].view(scores.shape)
         _prune_block(corrected, mask, inverse, columns, structure)
-    return SparseGPTResult(corrected, mask)
+    return corrected, mask
 
 
 def _scores(weight: Tensor, inverse: InverseFactor, columns: slice) -> Tensor:

@@ -26,40 +26,6 @@ def wanda(weight: np.ndarray, inputs: np.ndarray, count: int) -> np.ndarray:
     return mask
 
 
-def sparsegpt(
-    weight: np.ndarray, inputs: np.ndarray, counts: list[int], block: int = 128, damping: float = 0.01
-) -> tuple[np.ndarray, np.ndarray]:
-    """Prune a weight (out, in) by SparseGPT and return the corrected weight and the mask.
-
-    The inverse Hessian of the columns that are left is recomputed for every column by eliminating the one before,
-    which is what the rows of a Cholesky factor abbreviate.
-    """
-    weight = weight.astype(np.float64).copy()
-    hessian = inputs.astype(np.float64).T @ inputs.astype(np.float64)
-    columns = weight.shape[1]
-    dead = np.diag(hessian) == 0
-    mean = np.diag(hessian)[~dead].mean()
-    hessian[dead, dead] = mean
-    hessian += damping * mean * np.eye(columns)
-    inverses = [np.linalg.inv(hessian)]
-    for column in range(columns - 1):
-        last = inverses[-1]
-        eliminated = last - np.outer(last[:, column], last[column]) / last[column, column]
-        inverses.append(eliminated)
-    mask = np.zeros(weight.shape, bool)
-    for number, start in enumerate(range(0, columns, block)):
-        stop = min(start + block, columns)
-        diagonal = np.array([inverses[column][column, column] for column in range(start, stop)])
-        scores = np.where(dead[start:stop], 0.0, weight[:, start:stop] ** 2 / diagonal)
-        mask[:, start:stop] = np.reshape(smallest_of_row(scores.flatten().tolist(), counts[number]), scores.shape)
-        for column in range(start, stop):
-            inverse = inverses[column]
-            pruned = np.where(mask[:, column], weight[:, column], 0.0)
-            weight[:, column:] -= np.outer(pruned / inverse[column, column], inverse[column, column:])
-            weight[mask[:, column], column] = 0.0
-    return weight, mask
-
-
 def prune_blocks(model: nn.Module, batches: list[dict], blocks: dict[str, dict[str, int]]) -> None:
     """Prune the linear layers of a model by Wanda, in place.
 

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from farms_tb.sparsity import PlannedLayer, SparsityPlan
+from farms_tb.sparsity.masks import magnitude_mask, pruned_count
 from farms_tb.sparsity.owl import outlier_shares
 from farms_tb.sparsity.prune import prune
-from farms_tb.sparsity.sparsegpt import BLOCK_COLUMNS, inverse_factor, sparsegpt
+from farms_tb.sparsity.sparsegpt import BLOCK_COLUMNS, block_counts, inverse_factor, sparsegpt
 
 DATA = Path(__file__).parents[1] / "data"
 REFERENCE = json.loads((DATA / "reference_pruning.json").read_text())["masks"]
@@ -52,22 +53,42 @@ def unpacked(name: str, entries: int) -> np.ndarray:
     return np.unpackbits(ARRAYS[name])[:entries].astype(bool)
 
 
+def matrix_and_inputs(layer: str) -> tuple[Tensor, Tensor]:
+    """Make the weight of a layer of the recipe, and its inputs `(tokens, in)`."""
+    recipe = REFERENCE[layer]["weight"]
+    weight = weight_of(recipe["seed"], tuple(recipe["shape"]), recipe["decay"], recipe["df"])
+    return weight, inputs_of(REFERENCE[layer]["inputs"]).flatten(0, 1)
+
+
 @pytest.mark.parametrize("layer", ["layer_a", "layer_b"])
 @pytest.mark.parametrize("case", range(6))
 def test_sparsegpt_of_a_matrix(layer: str, case: int) -> None:
-    recipe, options = REFERENCE[layer], REFERENCE[layer]["cases"][case]
-    of_weight = recipe["weight"]
-    weight = weight_of(of_weight["seed"], tuple(of_weight["shape"]), of_weight["decay"], of_weight["df"])
-    inputs = inputs_of(recipe["inputs"]).flatten(0, 1)
+    options = REFERENCE[layer]["cases"][case]
+    weight, inputs = matrix_and_inputs(layer)
     structure = (options["prune_n"], options["prune_m"]) if "prune_n" in options else None
     widths = [min(BLOCK_COLUMNS, weight.shape[1] - start) for start in range(0, weight.shape[1], BLOCK_COLUMNS)]
     counts = [int(weight.shape[0] * width * options["sparsity"]) + 1 for width in widths]
-    result = sparsegpt(weight, inverse_factor(inputs.T @ inputs), counts, structure)
+    corrected, mask = sparsegpt(weight, inverse_factor(inputs.T @ inputs), counts, structure)
     expected = unpacked(f"{layer}_{case}_mask", weight.numel()).reshape(weight.shape)
-    assert np.mean(result.mask.numpy() != expected) <= 0.002
-    assert int(result.mask.sum()) == options["zeros"]
-    both = ~(result.mask.numpy() | expected)
-    np.testing.assert_allclose(result.weight.numpy()[both], ARRAYS[f"{layer}_{case}_weight"][both], 1e-3, 1e-6)
+    assert np.mean(mask.numpy() != expected) <= 0.002
+    assert int(mask.sum()) == options["zeros"]
+    both = ~(mask.numpy() | expected)
+    np.testing.assert_allclose(corrected.numpy()[both], ARRAYS[f"{layer}_{case}_weight"][both], 1e-3, 1e-6)
+
+
+@pytest.mark.parametrize("layer", ["layer_a", "layer_b"])
+def test_sparsegpt_loses_less_than_its_mask_alone(layer: str) -> None:
+    weight, inputs = (tensor.double() for tensor in matrix_and_inputs(layer))
+    counts = block_counts(*weight.shape, 0.7)
+    corrected, mask = sparsegpt(weight, inverse_factor(inputs.T @ inputs), counts)
+    assert int(mask.sum()) == pruned_count(weight.numel(), 0.7)
+    assert (corrected[mask] == 0).all()
+
+    def lost(pruned: Tensor) -> float:
+        return float(((weight - pruned.double()) @ inputs.T).norm())
+
+    assert lost(corrected) < 0.97 * lost(weight.masked_fill(mask, 0))
+    assert lost(corrected) < 0.9 * lost(weight.masked_fill(magnitude_mask(weight, sum(counts)), 0))
 
 
 class ReferenceBlock(nn.Module):
