@@ -78,7 +78,6 @@ class PrunableWeight:
 
     Attributes:
         name: its name in the plan, `"model.layers.0.mlp.up_proj"`.
-        module_name: path of its module.
         module: the module.
         parameter: name of the parameter in the module.
         layout: how the weight becomes a matrix.
@@ -89,7 +88,6 @@ class PrunableWeight:
     """
 
     name: str
-    module_name: str
     module: nn.Module
     parameter: str
     layout: Layout
@@ -128,10 +126,8 @@ def planned_weights(model: nn.Module, plan: SparsityPlan) -> list[PrunableWeight
     """
     layers = _layers(model)
     plan = plan_for_names(plan, layers)
-    known = [name for name in plan.layers if name in layers]
-    _check_readable(unwrap(model), [layers[name] for name in known])
+    weights = _weights(model, layers, {name: one.block for name, one in plan.layers.items() if name in layers})
     plan.check_fits({name: layer.shape for name, layer in layers.items() if layer.shape})
-    weights = [_weight(layers[name], plan.layers[name].block) for name in plan.layers]
     for weight in weights:
         if not weight.tensor.isfinite().all():
             raise ValueError(f"{weight.name} holds NaN or inf and cannot be pruned: load intact weights")
@@ -158,8 +154,7 @@ def named_weights(model: nn.Module, blocks: Mapping[str, str]) -> list[PrunableW
         raise ValueError(
             f"the model has no layer {missing[0]!r} ({len(missing)} unknown names): analyze(model) lists them"
         )
-    _check_readable(unwrap(model), [layers[name] for name in blocks])
-    return [_weight(layers[name], block) for name, block in blocks.items()]
+    return _weights(model, layers, blocks)
 
 
 def _layers(model: nn.Module) -> dict[str, Layer]:
@@ -240,20 +235,27 @@ def _bytes(parameter: nn.Parameter) -> tuple[str, int, int, nn.Parameter]:
     return str(parameter.device), first, first + entries * parameter.element_size(), parameter
 
 
-def _check_readable(model: nn.Module, layers: Sequence[Layer]) -> None:
-    """Refuse layers whose weights cannot be replaced entry by entry.
+def _weights(model: nn.Module, layers: Mapping[str, Layer], blocks: Mapping[str, str]) -> list[PrunableWeight]:
+    """Return some layers of a model as weights to prune.
 
     Args:
         model: the model.
-        layers: the layers that a plan names.
+        layers: its layers by name.
+        blocks: path of the block of each layer to return, by name.
 
     Raises:
-        ValueError: see `planned_weights`.
+        ValueError: a weight cannot be replaced entry by entry, see `planned_weights`.
     """
-    owners = _owners(model)
-    for layer in layers:
-        _check_plain(layer)
-        _check_untied(layer, owners)
+    owners = _owners(unwrap(model))
+    weights = []
+    for name, block in blocks.items():
+        if layers[name].problem:
+            raise ValueError(refusal(name, layers[name].problem))
+        weight = _weight(layers[name], block)
+        _check_plain(weight)
+        _check_untied(weight, owners)
+        weights.append(weight)
+    return weights
 
 
 def refusal(name: str, problem: str) -> str:
@@ -268,48 +270,40 @@ def refusal(name: str, problem: str) -> str:
     return f"{name} cannot be pruned: {reason}. Leave it out of the plan"
 
 
-def _check_plain(layer: Layer) -> None:
+def _check_plain(weight: PrunableWeight) -> None:
     """Refuse a weight that is no ordinary parameter.
 
     Raises:
         ValueError: see `planned_weights`.
     """
-    if layer.problem:
-        raise ValueError(refusal(layer.name, layer.problem))
-    parameter_name = _parameter_name(layer)
-    weight = layer.module._parameters.get(parameter_name)
-    if weight is None:
+    stored = weight.module._parameters.get(weight.parameter)
+    if stored is None:
         raise ValueError(
-            f"{layer.name} cannot be pruned: its {parameter_name} is computed from other tensors (parametrized, "
-            "or masked by torch.nn.utils.prune). Make it plain first: parametrize.remove_parametrizations(module, "
-            "'weight') or prune.remove(module, 'weight')"
+            f"{weight.name} cannot be pruned: its {weight.parameter} is computed from other tensors "
+            "(parametrized, or masked by torch.nn.utils.prune). Make it plain first: "
+            "parametrize.remove_parametrizations(module, 'weight') or prune.remove(module, 'weight')"
         )
-    if type(weight.data) is not Tensor or weight.element_size() == 1:
-        kind = type(weight.data).__name__ if type(weight.data) is not Tensor else str(weight.dtype)
+    if type(stored.data) is not Tensor or stored.element_size() == 1:
+        kind = type(stored.data).__name__ if type(stored.data) is not Tensor else str(stored.dtype)
         raise ValueError(
-            f"{layer.name} is quantised ({kind}) and cannot be pruned: prune the model in 16 or 32 bits, then "
+            f"{weight.name} is quantised ({kind}) and cannot be pruned: prune the model in 16 or 32 bits, then "
             "quantise it"
         )
 
 
-def _check_untied(layer: Layer, owners: Mapping[int, list[str]]) -> None:
+def _check_untied(weight: PrunableWeight, owners: Mapping[int, list[str]]) -> None:
     """Refuse a weight that another module uses, too: the same parameter, or its memory.
 
     Raises:
         ValueError: see `planned_weights`.
     """
-    shared = owners[id(layer.module._parameters[_parameter_name(layer)])]
+    shared = owners[id(weight.module._parameters[weight.parameter])]
     if len(shared) > 1:
-        others = ", ".join(name for name in shared if not name.startswith(f"{layer.name}."))
+        others = ", ".join(name for name in shared if not name.startswith(f"{weight.name}."))
         raise ValueError(
-            f"{layer.name} is tied to {others}: pruning one prunes the other. Leave it out of the plan, or untie "
+            f"{weight.name} is tied to {others}: pruning one prunes the other. Leave it out of the plan, or untie "
             "it: give the module a copy, module.weight = nn.Parameter(module.weight.detach().clone())"
         )
-
-
-def _parameter_name(layer: Layer) -> str:
-    """Return the name, in its module, of the parameter that a layer is made of."""
-    return read_stacks(layer.module)[layer.index].parameter or "weight"
 
 
 def _weight(layer: Layer, block: str) -> PrunableWeight:
@@ -318,7 +312,6 @@ def _weight(layer: Layer, block: str) -> PrunableWeight:
     parameter = parameters[layer.index]
     return PrunableWeight(
         name=layer.name,
-        module_name=layer.module_name,
         module=layer.module,
         parameter=parameter,
         layout=_layout(layer.module),
