@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import partial, reduce
 from os import PathLike
 from pathlib import Path
 
@@ -72,14 +72,12 @@ class StoredModel:
     """A model in files, and what a plan says of it.
 
     Attributes:
-        path: the folder or file that the user named.
         files: the files of its weights.
         layers: the planned layers by name, in the order of the plan.
         plan: the plan, its names as in the files.
         has_transposed: whether some matrix of the model, planned or not, is stored as (in, out).
     """
 
-    path: Path
     files: tuple[Path, ...]
     layers: Mapping[str, StoredLayer]
     plan: SparsityPlan
@@ -102,10 +100,7 @@ class StoredModel:
     def dtype(self) -> torch.dtype:
         """The type that holds the entries of all planned layers without loss."""
         dtypes = {layer.tensor.dtype for layer in self.layers.values()}
-        first, *others = sorted(dtypes, key=str)
-        for dtype in others:
-            first = torch.promote_types(first, dtype)
-        return first
+        return reduce(torch.promote_types, dtypes)
 
 
 def pruned_files(path: str | PathLike[str]) -> list[Path]:
@@ -163,7 +158,7 @@ def planned_tensors(path: Path, plan: SparsityPlan, structure: Structure) -> Sto
     for name, planned in plan.layers.items():
         check_groups(name, found[name].shape, found[name].layout, targets[name])
         layers[name] = replace(found[name], block=planned.block, target=targets[name])
-    return StoredModel(path, tuple(files), layers, plan, any(map(_is_transposed, stored)))
+    return StoredModel(tuple(files), layers, plan, any(map(_is_transposed, stored)))
 
 
 def check_oriented(model: StoredModel) -> None:

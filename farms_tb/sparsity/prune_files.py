@@ -25,6 +25,7 @@ from farms_tb.sparsity.calibration import Batch, batch_bytes, check_vocabulary
 from farms_tb.sparsity.calibration_files import CalibrationFile, batches_of_file, check_length, holds_ids
 from farms_tb.sparsity.methods import Structure, smallest_entries
 from farms_tb.sparsity.options import PRUNE_METHODS, PruneMethod
+from farms_tb.sparsity.other_files import FolderFiles, files_of_folder
 from farms_tb.sparsity.plan import SparsityPlan
 from farms_tb.sparsity.planned_tensors import (
     StoredLayer,
@@ -44,13 +45,7 @@ from farms_tb.sparsity.transformers_models import (
     load_tokenizer,
     vocabulary_of,
 )
-from farms_tb.sparsity.unfinished import (
-    FolderFiles,
-    UnfinishedFolder,
-    check_output,
-    files_of_folder,
-    open_unfinished,
-)
+from farms_tb.sparsity.unfinished import UnfinishedFolder, check_output, open_unfinished
 from farms_tb.weights.files import INDEX, part_of_each
 
 __all__ = ["PreparedRun", "PruneWish", "prepare", "prune_files"]
@@ -318,7 +313,7 @@ def _write(run: PreparedRun, change: Callable[[StoredLayer, Tensor], PrunedLayer
     """
     planned = run.stored.by_tensor
     metadata = _metadata(run)
-    part_of = part_of_each(run.stored.path)
+    part_of = part_of_each(run.wish.model)
     total, number = len(run.stored.layers), 0
 
     def write_file(source: Path, target: Path) -> dict[str, PrunedLayer]:
@@ -364,9 +359,11 @@ def _as_json(run: PreparedRun, report: PruneReport) -> str:
         }
     rows = []
     for name, layer in report.layers.items():
-        # NaN, the error of an output that is not finite, is no JSON.
-        values = {key: None if _is_no_json(value) else value for key, value in asdict(layer).items()}
+        values = asdict(layer)
         del values["seconds"]
+        # NaN, the error of an output that is not finite, is no JSON.
+        if not math.isfinite(layer.output_error or 0.0):
+            values["output_error"] = None
         rows.append({"layer": name, **values})
     content = {
         "farms_tb": farms_tb.__version__,
@@ -379,8 +376,3 @@ def _as_json(run: PreparedRun, report: PruneReport) -> str:
         "layers": rows,
     }
     return json.dumps(content, indent=1, allow_nan=False) + "\n"
-
-
-def _is_no_json(value: object) -> bool:
-    """Return whether a value is NaN or inf."""
-    return isinstance(value, float) and not math.isfinite(value)

@@ -21,32 +21,22 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from farms_tb.atomic_write import atomic_path, write_text_atomically
 from farms_tb.sparsity.checkpoint import file_digest, note_run
+from farms_tb.sparsity.other_files import REPORT
 from farms_tb.sparsity.prune_report import PrunedLayer
-from farms_tb.weights.files import ENDINGS, INDEX
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
 
-__all__ = ["FolderFiles", "UnfinishedFolder", "check_output", "files_of_folder", "open_unfinished"]
-
-_WEIGHTS = (
-    *ENDINGS,
-    *(".ggml", ".msgpack", ".ptl", ".pte", ".distcp", ".pkl", ".pickle", ".joblib", ".npy", ".npz"),
-    *(".onnx", ".onnx_data", ".onnx.data", ".ort", ".ot", ".mlmodel", ".engine", ".pdparams"),
-    *(".h5", ".hdf5", ".keras", ".pb", ".tflite"),
-)
-"""Ends of names of files that hold weights, dense ones, which do not belong to the pruned model."""
+__all__ = ["UnfinishedFolder", "check_output", "open_unfinished"]
 
 _LOCK = ".lock"
-_REPORT = "sparsity.json"
-"""What was done to each layer; a folder with it is the output of a pruning."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +130,7 @@ class UnfinishedFolder:
             (model / name).parent.mkdir(parents=True, exist_ok=True)
             with atomic_path(model / name) as path:
                 shutil.copyfile(source, path)
-        write_text_atomically(model / _REPORT, report)
+        write_text_atomically(model / REPORT, report)
         if self.output.is_dir():
             self.output.rmdir()  # An empty one; any other raises.
         model.rename(self.output)
@@ -167,7 +157,7 @@ def check_output(output: Path) -> None:
         kind = "a link" if is_link else "no folder"
         if output.is_dir() and not is_link:
             kind = "a folder with other content"
-            if (output / _REPORT).is_file():
+            if (output / REPORT).is_file():
                 kind = "a pruned model"
                 _remove_leftover(UnfinishedFolder(output.absolute()).folder)
         raise ValueError(f"{output} exists and is {kind}: pass a new folder, or delete it first")
@@ -270,101 +260,3 @@ def _check_room(folder: Path, size: int) -> None:
             f"no room for the pruned model in {folder.parent}: it takes {size / 1e9:.3g} GB, and "
             f"{disk.free / 1e9:.3g} GB are free"
         )
-
-
-@dataclass(frozen=True)
-class FolderFiles:
-    """What of a model's folder belongs to the pruned model, and what does not.
-
-    Attributes:
-        copied: files that are copied as they are, by their names relative to the folder: configuration, tokenizer,
-            index, and the modules of sentence-transformers after the model, weights included.
-        unpruned: names of those copied files that hold weights.
-        left_out: names of files that are not copied because they hold dense weights.
-        other_models: names of folders that are not copied because another model is in them.
-    """
-
-    copied: Mapping[str, Path]
-    unpruned: Sequence[str] = ()
-    left_out: Sequence[str] = ()
-    other_models: Sequence[str] = ()
-
-
-def files_of_folder(model: Path) -> FolderFiles:
-    """Sort the files of a folder by whether they belong to the pruned model.
-
-    Args:
-        model: the folder of the dense model; of a file of weights, nothing is copied.
-    """
-    if not model.is_dir():
-        return FolderFiles({})
-    modules = _modules(model)
-    copied: dict[str, Path] = {}
-    unpruned: list[str] = []
-    left_out: list[str] = []
-    other_models: dict[str, None] = {}
-    for file in sorted(_visible_files(model)):
-        name = file.relative_to(model)
-        of_module = any(name.is_relative_to(module) for module in modules)
-        other = None if of_module else _other_model(model, name)
-        if other is not None:
-            other_models[other] = None
-        elif name.as_posix() == _REPORT:  # of the pruning that made this model
-            continue
-        elif _holds_weights(file) and not of_module:
-            left_out.append(name.as_posix())
-        else:
-            copied[name.as_posix()] = file
-            if _holds_weights(file):
-                unpruned.append(name.as_posix())
-    return FolderFiles(copied, unpruned, left_out, tuple(other_models))
-
-
-def _modules(model: Path) -> list[str]:
-    """Return the folders of the modules of sentence-transformers that come after the model, such as `2_Dense`."""
-    try:
-        modules = json.loads((model / "modules.json").read_bytes())
-        paths = [module["path"] for module in modules]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return []
-    # The empty path is the model's own.
-    return [path for path in paths if isinstance(path, str) and Path(path).parts]
-
-
-def _other_model(model: Path, name: Path) -> str | None:
-    """Return the folder in a model's folder in which a file is part of another model; None where it is not.
-
-    Checkpoints of a trainer are such, and outputs of earlier prunings.
-    """
-    for folder in list(name.parents)[-2::-1]:  # From the outermost; the last parent is the model's folder itself.
-        if folder.name.startswith("checkpoint-") or (model / folder / _REPORT).is_file():
-            return f"{folder.as_posix()}/"
-    return None
-
-
-def _visible_files(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
-    """Yield the files in a folder and in the folders in it, hidden ones left out; links are followed.
-
-    Args:
-        folder: the folder.
-        above: the folders that lead to it, without links. A link to one of them is a loop.
-    """
-    resolved = folder.resolve()
-    if resolved in above:
-        return
-    for path in folder.iterdir():
-        if path.name.startswith("."):
-            continue
-        if path.is_dir():
-            yield from _visible_files(path, (*above, resolved))
-        elif path.is_file():
-            yield path
-
-
-def _holds_weights(file: Path) -> bool:
-    """Return whether a file is one of weights, or an index of such files in another format, by its name."""
-    name = file.name.lower()
-    if name.endswith(INDEX):
-        return not name.endswith(f".safetensors{INDEX}")
-    # TensorFlow's checkpoints are `model.ckpt.index` and `model.ckpt.data-00000-of-00001`.
-    return name.endswith(_WEIGHTS) or ".ckpt." in name
