@@ -33,7 +33,6 @@ __all__ = [
     "calibration_batches",
     "check_vocabulary",
     "checked_batches",
-    "dataset_column",
     "dataset_texts",
     "document_batches",
     "random_tokens",
@@ -93,7 +92,7 @@ def tokens_of_texts(texts: Iterable[str], tokenizer: Tokenizer, name: str = "the
     return ids
 
 
-def dataset_texts(name: str, *, split: str, config: str | None = None, column: str = "text") -> list[str]:
+def dataset_texts(name: str, *, split: str, config: str | None = None, column: str = "text") -> Sequence[str]:
     """Read the texts of a data set of Hugging Face's `datasets` that is on this machine already.
 
     Args:
@@ -104,21 +103,13 @@ def dataset_texts(name: str, *, split: str, config: str | None = None, column: s
         column: which column holds the text.
 
     Returns:
-        The texts in the order of the data set.
+        The texts in the order of the data set, read from the disk when they are asked for.
 
     Raises:
         ImportError: `datasets` is not installed.
         FileNotFoundError: the data set is not on this machine. The message says how to fetch it; nothing is
             downloaded here.
         ValueError: there is no such configuration, split or column.
-    """
-    return list(dataset_column(name, split=split, config=config, column=column))
-
-
-def dataset_column(name: str, *, split: str, config: str | None = None, column: str = "text") -> Iterable[str]:
-    """Return the texts of a data set as `dataset_texts` does, read from the disk while they are gone through.
-
-    Arguments and errors are those of `dataset_texts`; not all of the texts are in memory at a time.
     """
     try:
         from datasets import load_dataset
@@ -137,7 +128,7 @@ def dataset_column(name: str, *, split: str, config: str | None = None, column: 
         ) from error
     if column not in rows.column_names:
         raise ValueError(f"the data set {name!r} has no column {column!r}: it has {', '.join(rows.column_names)}")
-    texts: Iterable[str] = rows[column]
+    texts: Sequence[str] = rows[column]
     return texts
 
 

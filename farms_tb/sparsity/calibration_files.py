@@ -13,6 +13,7 @@ from torch import Tensor
 
 from farms_tb.options import check_integer
 from farms_tb.sparsity.calibration import calibration_batches, tokens_of_text
+from farms_tb.weights.safetensors_files import in_safetensors
 
 __all__ = ["CalibrationFile", "batches_of_file", "check_length", "holds_ids"]
 
@@ -73,12 +74,11 @@ def batches_of_file(
         ids = tokens_of_text(file.path, tokenizer)
     else:
         ids = _ids(file.path)
+    length = file.length or min(_LENGTH, longest or _LENGTH)
     if ids.ndim == 2:
         _check_rows(ids.shape[1], file, longest)
-        chosen = _chosen_rows(len(ids), file)
-        return [{_IDS: ids[row][None]} for row in chosen]
-    length = file.length or min(_LENGTH, longest or _LENGTH)
-    return calibration_batches(ids, number=file.sequences, length=length, seed=file.seed)
+        length = ids.shape[1]
+    return calibration_batches(ids.flatten(), number=file.sequences, length=length, seed=file.seed)
 
 
 def check_length(length: int | None, longest: int | None) -> None:
@@ -117,13 +117,6 @@ def _check_rows(tokens: int, file: CalibrationFile, longest: int | None) -> None
         )
 
 
-def _chosen_rows(rows: int, file: CalibrationFile) -> list[int]:
-    """Choose sequences at random, in order."""
-    generator = torch.Generator().manual_seed(file.seed)
-    chosen: list[int] = torch.randperm(rows, generator=generator)[: file.sequences].sort().values.tolist()
-    return chosen
-
-
 def _ids(path: Path) -> Tensor:
     """Read the ids in a file.
 
@@ -152,16 +145,10 @@ def _held(path: Path) -> Any:
     Raises:
         OSError, ValueError: see `batches_of_file`.
     """
+    if path.suffix == ".safetensors":
+        return {tensor.key: tensor.read() for tensor in in_safetensors(path)}
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load
-
-            return load(path.read_bytes())
         return torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"cannot read calibration data in {path}: {reason:.200}") from error
-    except Exception as error:
-        if type(error).__name__ != "SafetensorError":
-            raise
-        raise ValueError(f"cannot read calibration data in {path}: {error}") from error

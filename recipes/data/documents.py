@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from farms_tb.sparsity.calibration import dataset_column
+from farms_tb.sparsity.calibration import dataset_texts
 from recipes.data.known_texts import KNOWN_TEXTS
 from recipes.errors import RecipeError
 
@@ -65,7 +65,7 @@ class Documents:
         if self.dataset is None:
             return map(_text_of, text_files(str(self.path), self.suffix))
         try:
-            return dataset_column(self.dataset, split=self.split, config=self.config, column=self.column)
+            return dataset_texts(self.dataset, split=self.split, config=self.config, column=self.column)
         except (ImportError, FileNotFoundError, ValueError) as error:
             raise RecipeError(f"data.dataset: {error}") from error
 

@@ -497,6 +497,7 @@ WANDA = ("--method", "wanda", "--calibration", "ids.pt", "--length", "32")
         (as_it_is, ("--method", "wanda", "--calibration", "numbers.pt"), ["ids of tokens"]),
         (as_it_is, ("--method", "wanda", "--calibration", "absent.pt"), ["absent.pt"]),
         (as_it_is, ("--method", "wanda", "--calibration", "empty.pt"), ["empty.pt"]),
+        (as_it_is, ("--calibration", "damaged.safetensors"), ["damaged.safetensors", "cut short or damaged"]),
         (as_it_is, ("--method", "wanda", "--calibration", "text.txt"), ["tokenizer", "token ids"]),
         (as_it_is, (*WANDA, "--sequences", "0"), ["sequences"]),
         (as_it_is, ("--seed", "-1"), ["seed"]),
@@ -522,6 +523,7 @@ def test_bad_input_is_refused_and_leaves_nothing(
     torch.save(torch.arange(96).view(4, 24) % VOCABULARY, "rows.pt")
     Path("text.txt").write_text("some words")
     Path("empty.pt").touch()
+    Path("damaged.safetensors").write_bytes(b"x" * 100)
     folder = shutil.copytree(dense, tmp_path / "changed")
     change(folder)
     before = files(tmp_path)
