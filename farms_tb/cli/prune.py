@@ -108,7 +108,7 @@ def prune(
             output=output,
             method=method,
             structure=structure,
-            calibration=_calibration(calibration, sequences, length, seed),
+            calibration=None if calibration is None else CalibrationFile(calibration, sequences, length, seed),
             seed=seed,
             device=checked_device(device),
         )
@@ -117,11 +117,6 @@ def prune(
     report = _carried_out(run)
     _print(report, output)
     say(f"wrote {output}")
-
-
-def _calibration(path: Path | None, sequences: int, length: int | None, seed: int) -> CalibrationFile | None:
-    """Return the calibration data that the user asks for; None without a file."""
-    return None if path is None else CalibrationFile(path, sequences, length, seed)
 
 
 def _say_what_is_copied(run: PreparedRun) -> None:

@@ -76,7 +76,7 @@ def plan_from_report(
         alphas,
         shapes,
         target,
-        blocks=_blocks_among(shapes, found) or blocks,
+        blocks={name: found[name] for name in shapes if name in found} or blocks,
         errors=errors,
         outliers=outliers,
         model=model,
@@ -114,11 +114,6 @@ def _divided(report: Report, blocks: Mapping[str, str]) -> tuple[Records, Record
         group = planned if _can_be_pruned(record) else dense
         group[name] = record
     return planned, dense
-
-
-def _blocks_among(names: Iterable[str], blocks: Mapping[str, str]) -> dict[str, str]:
-    """Return the blocks of these layers; empty where there are no blocks."""
-    return {name: blocks[name] for name in names if name in blocks}
 
 
 def _can_be_pruned(record: LayerRecord) -> bool:

@@ -119,7 +119,7 @@ def checked_layers(
     keys = own if granularity == "block" else names
     return Layers(
         names=names,
-        shapes=tuple(_as_shape(sizes[name]) for name in names),
+        shapes=tuple(shapes[name] if isinstance(sizes[name], Sequence) else () for name in names),
         sizes=np.array([math.prod(shapes[name]) for name in names], dtype=np.float64),
         alphas=numbers("alphas", alphas, names),
         errors=numbers("errors", errors or {}, names, at_least=0),
@@ -136,11 +136,6 @@ def _checked_shape(name: str, size: int | Sequence[int]) -> tuple[int, ...]:
     for side in shape:
         check_integer(f"sizes[{name!r}]", side, at_least=1)
     return shape
-
-
-def _as_shape(size: int | Sequence[int]) -> tuple[int, ...]:
-    """Return a shape as plain integers; empty for a number of entries."""
-    return tuple(int(side) for side in size) if isinstance(size, Sequence) else ()
 
 
 def _checked_blocks(
