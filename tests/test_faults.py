@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.children import run_script
 from tests.helpers import without_wandb
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -71,12 +70,8 @@ def test_exits_with_zero(path: Path, tmp_path: Path) -> None:
     paths = [str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     # One thread each: the tests of a suite run side by side.
     settings = {"PYTHONPATH": os.pathsep.join(paths), "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [sys.executable, str(path)],
-        cwd=tmp_path, env={**without_wandb(), **settings}, capture_output=True, text=True, timeout=240,
-        check=False,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    code, said = run_script(path, tmp_path, {**without_wandb(), **settings}, seconds=240)
+    assert code == 0, said[-6000:]
 
 
 def test_there_is_a_script_for_each_name() -> None:
