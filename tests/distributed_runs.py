@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict
@@ -66,7 +67,7 @@ def adapted_net() -> nn.Module:
 
 
 def sharded(rank: int, make: Callable[[], nn.Module] = make_net) -> dict[str, Any]:
-    """Train under FSDP2 and, beside it, the same model whole."""
+    """Train under FSDP2 and, alongside, the same model whole."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -138,12 +139,22 @@ def lightning(rank: int, breaks: bool = False, strategy: str = "ddp", **options:
 
 
 def lag(rank: int) -> dict[str, Any]:
-    """Train with Lightning, measuring at once and beside training."""
-    import farms_tb.spectra.background
+    """Train with Lightning, measuring at once and in the background, and note where it was measured."""
+    from farms_tb.spectra import background
 
-    at_once = lightning(rank, lag_steps=2)
-    farms_tb.spectra.background._DEVICES = ("cpu",)
-    return {"at once": at_once, "in the background": lightning(rank, lag_steps=2)}
+    found: dict[str, Any] = {}
+    measure = background.measure_stacks
+    for way, devices in (("at once", ()), ("in the background", ("cpu",))):
+        threads: list[threading.Thread] = []
+
+        def watched(*args: Any, threads: list[threading.Thread] = threads, **kwargs: Any) -> Any:
+            threads.append(threading.current_thread())
+            return measure(*args, **kwargs)
+
+        background.measure_stacks, background.BACKGROUND_DEVICES = watched, devices
+        found[way] = lightning(rank, lag_steps=2)
+        found[way]["in a thread"] = [thread is not threading.main_thread() for thread in threads]
+    return found
 
 
 JOBS = {

@@ -55,7 +55,7 @@ def results(job: str, folder: Path, number: int = 2) -> list[Any]:
 
 
 def check_loop(found: dict[str, Any]) -> None:
-    """Shared among processes the measurement is that of one process, to the bit."""
+    """Shared among processes, the measurement is bitwise identical to that of one process."""
     assert all(shared == alone for shared, alone in found["ratios"])
     assert len({str(shared) for shared, _ in found["ratios"]}) == 3
     net = make_net()

@@ -53,7 +53,7 @@ def wanted_figures(layer):
 
 
 def slow_figures(weight, options):
-    """The same layer by the slow slow."""
+    """The same layer by the slow implementation."""
     options = dict(options)
     fit, xmin_pos = options.pop("fit"), options.pop("xmin_pos", 2.0)
     cutoff = ZERO_CUTOFF if options.pop("filter_zeros", False) else 0.0

@@ -157,7 +157,9 @@ def test_on_a_gpu_runs_are_the_same() -> None:
 
 def test_processes_apply_the_same(tmp_path: Path) -> None:
     first, second = results("lightning with a lag", tmp_path)
-    for way in ("at once", "in the background"):
+    for way, in_a_thread in (("at once", False), ("in the background", True)):
+        assert set(first[way].pop("in a thread")) == {in_a_thread}
+        assert set(second[way].pop("in a thread")) == {in_a_thread}
         assert first[way].pop("rows")
         assert not second[way].pop("rows")
     assert_same_state(first, second)
