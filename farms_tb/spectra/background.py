@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from threading import Thread
@@ -12,8 +12,8 @@ import torch
 from farms_tb.options import SpectrumOptions
 from farms_tb.report import LayerRecord, Report
 from farms_tb.spectra.distributed import Team, layers_of_this_process, results_of_all
-from farms_tb.spectra.measure import cost, measure_stacks, report_of
-from farms_tb.weights.layers import Layer, read_layers
+from farms_tb.spectra.measure import cost, for_own_layers, measure_stacks, report_of
+from farms_tb.weights.layers import Layer
 from farms_tb.weights.stacks import MatrixStack
 
 BACKGROUND_DEVICES = ("cuda",)
@@ -87,14 +87,11 @@ class BackgroundMeasurement:
         An error is kept for `finish`: training goes on until the report is asked for.
         """
         own = layers_of_this_process(self._layers, lambda layer: cost(layer, self._options), self._team)
-        copies = {}
-        # To the end, also after an error: reading a sharded weight is a collective call.
-        for layer, stack in read_layers(self._layers):
-            if isinstance(stack, Exception):
-                self._error = self._error or stack
-            elif layer.name in own:
-                copies[layer.name] = replace(stack, matrices=stack.matrices.detach().clone())
-        return copies
+        try:
+            return for_own_layers(self._layers, own, _copies, self._options)
+        except Exception as error:
+            self._error = error
+            return {}
 
     def _measure(self) -> None:
         """Measure the copies and release them. Runs in the thread, if there is one, on streams of its own."""
@@ -110,3 +107,8 @@ class BackgroundMeasurement:
             self._error = caught
         # All that reads the copies is done: the results are on the CPU.
         self._copies = {}
+
+
+def _copies(stacks: Mapping[str, MatrixStack]) -> dict[str, MatrixStack]:
+    """Return copies of stacks, by name."""
+    return {name: replace(stack, matrices=stack.matrices.detach().clone()) for name, stack in stacks.items()}

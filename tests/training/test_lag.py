@@ -13,7 +13,9 @@ from lightning.pytorch import Callback
 from torch import nn
 
 from farms_tb import FARMSTempBalance, TempBalance
+from farms_tb.options import SpectrumOptions
 from farms_tb.spectra import background
+from farms_tb.weights.layers import find_layers
 from tests.helpers import (
     BATCHES,
     EPOCHS,
@@ -129,6 +131,19 @@ def test_an_error_is_raised_where_it_is_waited_for(way: str, monkeypatch: pytest
     monkeypatch.setattr(background, "measure_stacks", fail)
     with pytest.raises(ArithmeticError, match="planned"):
         train(2)
+
+
+def test_copies_that_do_not_fit_are_an_error_of_finish(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Raised at once on one process, it would leave the others waiting for its share of a gathered weight."""
+
+    def fail(*_: Any) -> None:
+        raise torch.OutOfMemoryError("planned")
+
+    layers = find_layers(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)))
+    monkeypatch.setattr(torch.Tensor, "clone", fail)
+    measurement = background.BackgroundMeasurement(layers, SpectrumOptions())
+    with pytest.raises(torch.OutOfMemoryError, match="planned"):
+        measurement.finish()
 
 
 def test_an_interrupted_run_leaves_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
