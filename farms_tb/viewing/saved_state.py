@@ -14,7 +14,7 @@ from typing import Any
 
 from farms_tb.options import SpectrumOptions, as_plain
 from farms_tb.spectra.permutation_null import PermutationNull
-from farms_tb.weights.torch_files import read_torch_file
+from farms_tb.weights.torch_files import open_torch_file
 
 __all__ = ["SavedState", "newest_state", "read_state"]
 
@@ -88,7 +88,7 @@ def read_state(checkpoint: Path) -> SavedState:
         ValueError: the file is no checkpoint, or cut short or damaged, or holds more than plain values.
         OSError: there is no such file.
     """
-    loaded = read_torch_file(checkpoint)
+    loaded = open_torch_file(checkpoint).content
     if not isinstance(loaded, dict):
         return SavedState()
     damaged: list[str] = []

@@ -18,11 +18,11 @@ from torch import Tensor
 from farms_tb.weights.config import facts_of, with_tied_head
 from farms_tb.weights.gguf_files import in_gguf, is_gguf
 from farms_tb.weights.names import first_few, natural_order
-from farms_tb.weights.pickles import Skipped, TorchTensor
+from farms_tb.weights.pickled_objects import TorchTensor
 from farms_tb.weights.safetensors_files import in_safetensors
 from farms_tb.weights.stored import ModelFacts, StoredTensor, stored_in_memory, with_siblings
 from farms_tb.weights.stored_layers import may_be_layer
-from farms_tb.weights.torch_files import holds_more, open_torch_file, tensors_of
+from farms_tb.weights.torch_files import open_torch_file, tensors_of
 
 INDEX = ".index.json"
 ENDINGS = (".safetensors", ".gguf", ".pt", ".pth", ".ckpt", ".bin", INDEX)
@@ -40,6 +40,9 @@ _IN_FOLDER = (
 )
 _DEPTH = 4
 """Dicts within dicts that are searched for a state dict."""
+
+_MAX_KEY = 1000
+"""Characters of a key that may lead to a state dict: a hostile file may have one long key in many dicts."""
 
 _OTHER_FORMATS = {
     b"\x89HDF": "an HDF5 file (Keras)",
@@ -67,26 +70,26 @@ def stored_tensors(
         FileNotFoundError, ValueError, ImportError: see `farms_tb.analyze_checkpoint`. A ValueError, too, where
             there is a key and no file by `torch.save`.
     """
-    found, folder = _all_tensors(path, damaged, key)
-    return listed_tensors(found, facts_of(folder))
+    if "://" in str(path):
+        raise ValueError(f"{path} is a URL: download the file first, then pass its path")
+    path = _file_at(Path(path))
+    return listed_tensors(tensors_in(path, damaged, key=key), facts_of(path.parent))
 
 
-def tensors_in(path: str | PathLike[str]) -> list[StoredTensor]:
-    """List all tensors in a file or folder, also vectors and others that are no layers.
+def tensors_in(path: Path, damaged: list[str] | None = None, *, key: str | None = None) -> list[StoredTensor]:
+    """List all tensors in a file, also vectors and others that are no layers.
+
+    Args:
+        path: the file.
+        damaged: as in `stored_tensors`.
+        key: as in `stored_tensors`.
+
+    Returns:
+        The tensors in the order of a torch file, else sorted by name.
 
     Raises:
         FileNotFoundError, ValueError, ImportError: see `farms_tb.analyze_checkpoint`.
     """
-    return _all_tensors(path, None, None)[0]
-
-
-def _all_tensors(
-    path: str | PathLike[str], damaged: list[str] | None, key: str | None
-) -> tuple[list[StoredTensor], Path]:
-    """Return all tensors of a file, and the folder that it is in; for the arguments see `stored_tensors`."""
-    if "://" in str(path):
-        raise ValueError(f"{path} is a URL: download the file first, then pass its path")
-    path = _file_at(Path(path))
     if key is not None and not takes_key(path):
         raise ValueError(f"{path} takes no key: its tensors lie side by side, not in dicts by name")
     is_index = path.name.endswith(INDEX)
@@ -94,7 +97,7 @@ def _all_tensors(
     if path.suffix in (".safetensors", ".json"):
         # Neither safetensors nor parts of a checkpoint have an order of their own.
         found.sort(key=lambda tensor: natural_order(tensor.key))
-    return found, path.parent
+    return found
 
 
 def takes_key(path: str | PathLike[str]) -> bool:
@@ -272,13 +275,7 @@ def _in_file(path: Path, key: str | None = None) -> Iterator[StoredTensor]:
                 f"cannot read {path}: {name}, expected safetensors, GGUF or a file by torch.save. Load the model "
                 "in torch and call analyze(model)"
             )
-    return _in_torch_file(path, key)
-
-
-def _in_torch_file(path: Path, key: str | None) -> Iterator[StoredTensor]:
     where = open_torch_file(path)
-    if isinstance(where.content, Skipped):
-        raise ValueError(holds_more(path, where.content.full_name))
     return tensors_of(_state_dict(where.content, path, key), where)
 
 
@@ -330,7 +327,9 @@ def _candidates(
     if any(isinstance(value, TorchTensor) for value in held.values()):
         yield where, held
     for key, value in held.items():
-        if isinstance(key, str) and not _OPTIMIZER.search(key) and not key.endswith("_extra_state"):
+        if not (isinstance(value, dict) and isinstance(key, str)) or len(key) > _MAX_KEY:
+            continue
+        if not _OPTIMIZER.search(key) and not key.endswith("_extra_state"):
             yield from _candidates(value, seen, f"{where}.{key}".strip("."), depth + 1)
 
 
@@ -354,8 +353,8 @@ def _has_matrix(held: Mapping[str, Any]) -> bool:
 
 
 def _names(candidates: Iterable[str]) -> str:
-    """Return the first ten names, quoted."""
-    return ", ".join(repr(name) for name in list(candidates)[:10]) or "none"
+    """Return the first ten names, quoted; long ones, as a hostile file may have, are cut."""
+    return first_few([f"{name!r:.200}" for name in candidates], most=10) or "none"
 
 
 def _held(loaded: Any) -> str:

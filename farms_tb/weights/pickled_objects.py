@@ -28,7 +28,11 @@ MAX_ARGUMENTS = 100
 _MAX_NUMBER = 2**60
 """Numbers from here on are no sizes. As keys of a dict, many of them could be made to have one hash."""
 
-_MAX_NAME = 200
+MAX_NAME = 200
+"""Characters of the name of a function, class or storage: a pickle can keep a long one and use it many times."""
+
+_MAX_KEY = 10_000
+"""Characters of a key of a dict: of two long ones that are equal, all are compared each time that one is used."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,15 +89,15 @@ class TorchTensor:
 
 def skipped(module: str, name: str) -> Skipped:
     """Return what stands for a name that is not loaded."""
-    return Skipped(f"{module[:_MAX_NAME]}.{name}"[:_MAX_NAME])
+    return Skipped(f"{module}.{name}"[:MAX_NAME])
 
 
 def named(module: str, name: str) -> Any:
     """Return what stands for a name of a pickle. Nothing is imported or looked up outside of this module's tables.
 
     Args:
-        module: the name's module, `"torch._utils"`.
-        name: the name in it, `"_rebuild_tensor_v2"`.
+        module: the name's module, `"torch._utils"`, at most `MAX_NAME` characters.
+        name: the name in it, `"_rebuild_tensor_v2"`, at most as many.
 
     Returns:
         A function of this module, a `torch.dtype`, a `StorageType`, or a `Skipped`.
@@ -123,9 +127,9 @@ def called(function: Any, arguments: Any) -> Any:
 
 
 def put(container: Any, key: Any, value: Any) -> None:
-    """Put one item into a dict. Items of skipped mappings are dropped, and those whose key is not a plain value.
+    """Put one item into a dict. Items of skipped mappings are dropped, and those whose key is no short value.
 
-    A hostile key can be slow to hash, a tuple, or exhaust the stack of the interpreter.
+    A hostile key can be slow to hash, a tuple, or to compare, a long string, or exhaust the interpreter's stack.
 
     Raises:
         pickle.UnpicklingError: `container` is something else.
@@ -135,11 +139,13 @@ def put(container: Any, key: Any, value: Any) -> None:
     if not isinstance(container, dict):
         raise pickle.UnpicklingError("an item of something that is no dict")
     is_small_number = type(key) is int and -_MAX_NUMBER < key < _MAX_NUMBER
-    if is_small_number or key is None or type(key) in (str, bytes, float, bool):
+    is_short = type(key) in (str, bytes) and len(key) <= _MAX_KEY
+    if is_small_number or is_short or key is None or type(key) in (float, bool):
         container[key] = value
 
 
-def _sequence(found: Any) -> tuple[Any, ...] | list[Any]:
+def _sequence(found: Any = ()) -> tuple[Any, ...] | list[Any]:
+    """Return what should be a tuple or a list, and a `torch.Size` as what it is made of."""
     if isinstance(found, (tuple, list)):
         return found
     raise pickle.UnpicklingError("expected a tuple or a list")
@@ -249,13 +255,8 @@ def _quantised(storage: Any, _offset: Any, size: Any, *_: Any) -> TorchTensor:
 def _layout(name: Any) -> str:
     """Note a memory layout by its name, `"torch.sparse_coo"`."""
     if isinstance(name, str):
-        return name[:_MAX_NAME]
+        return name[:MAX_NAME]
     raise pickle.UnpicklingError("a layout without a name")
-
-
-def _size(values: Any = ()) -> Any:
-    """Note a `torch.Size` as the tuple that it is made of; it is checked where it becomes a shape."""
-    return _sequence(values)
 
 
 def _mapping(*_: Any) -> dict[Any, Any]:
@@ -263,15 +264,17 @@ def _mapping(*_: Any) -> dict[Any, Any]:
     return {}
 
 
-def _ordered_mapping(pairs: Any = ()) -> dict[Any, Any]:
+def _ordered_mapping(*arguments: Any) -> dict[Any, Any]:
     """Return an `OrderedDict` as a dict. Python 2 gives its items as a list of pairs, Python 3 afterwards.
 
-    The list is emptied, so that a file cannot have one list copied many times.
+    The list is emptied, so that a file cannot have one list copied many times; a tuple could not be.
     """
     found: dict[Any, Any] = {}
-    for key, value in _sequence(pairs):
-        put(found, key, value)
-    if isinstance(pairs, list):
+    for pairs in arguments:
+        if not isinstance(pairs, list):
+            raise pickle.UnpicklingError("expected a list of pairs")
+        for key, value in pairs:
+            put(found, key, value)
         pairs.clear()
     return found
 
@@ -279,7 +282,7 @@ def _ordered_mapping(pairs: Any = ()) -> dict[Any, Any]:
 GLOBALS: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): _ordered_mapping,
     ("collections", "defaultdict"): _mapping,
-    ("torch", "Size"): _size,
+    ("torch", "Size"): _sequence,
     ("torch.serialization", "_get_layout"): _layout,
     ("torch._utils", "_rebuild_tensor"): _tensor,
     ("torch._utils", "_rebuild_tensor_v2"): _tensor,

@@ -16,17 +16,15 @@ from typing import Any, BinaryIO
 import torch
 
 from farms_tb.weights.pickled_objects import (
+    MAX_NAME,
     Skipped,
     Storage,
     StorageType,
-    TorchTensor,
     called,
     named,
     put,
     skipped,
 )
-
-__all__ = ["Interpreter", "RefusedError", "Skipped", "TorchTensor"]
 
 _RUNS_PROGRAMS = ("os", "posix", "nt", "subprocess", "pty", "socket", "shutil", "runpy", "importlib", "webbrowser")
 _BUILTINS_THAT_RUN = ("eval", "exec", "compile", "open", "__import__", "input", "breakpoint")
@@ -59,6 +57,8 @@ class Interpreter(pickle._Unpickler):  # type: ignore[name-defined,misc]
         Raises:
             RefusedError: it runs programs. Skipping it would be safe too, and would hide what the file is.
         """
+        # Known names are shorter. Of a long one, each use would take as long as its characters.
+        module, name = module[:MAX_NAME], name[:MAX_NAME]
         module = "builtins" if module == "__builtin__" else module
         root = module.partition(".")[0]
         if root in _RUNS_PROGRAMS or (root == "builtins" and name in _BUILTINS_THAT_RUN):
@@ -81,7 +81,7 @@ class Interpreter(pickle._Unpickler):  # type: ignore[name-defined,misc]
             raise pickle.UnpicklingError("a reference to something else than a storage")
         kind, storage_type, key = pid[:3]
         names_storage = isinstance(storage_type, StorageType) and isinstance(key, str)
-        if not names_storage or not isinstance(kind, str) or kind != "storage":
+        if not names_storage or not isinstance(kind, str) or kind != "storage" or len(key) > MAX_NAME:
             raise pickle.UnpicklingError("a reference to something else than a storage")
         storage = Storage(key, storage_type.dtype or torch.uint8)
         self.storages[key] = storage

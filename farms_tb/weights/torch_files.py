@@ -20,8 +20,9 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from farms_tb.weights.pickles import Interpreter, RefusedError, Skipped, TorchTensor
-from farms_tb.weights.stored import OpenedFile, StoredTensor, shape_problem, span
+from farms_tb.weights.pickled_objects import Skipped, TorchTensor
+from farms_tb.weights.pickles import Interpreter, RefusedError
+from farms_tb.weights.stored import OpenedFile, StoredTensor, span
 
 _MAGIC = 0x1950A86A20F9469CFC6C
 """First number of a file by a version of torch before 1.6."""
@@ -43,8 +44,8 @@ class TorchFile:
     """The content of a file by `torch.save`.
 
     Attributes:
-        content: what was saved: plain values and containers, with a `TorchTensor` for each tensor and a `Skipped`
-            for everything else.
+        content: what was saved: plain values, lists, tuples and dicts, with a `TorchTensor` for each tensor and,
+            within containers, a `Skipped` for everything else.
         file: the file.
         records: where in the file each storage is.
     """
@@ -75,8 +76,6 @@ class TorchFile:
         """Say why a tensor cannot be read: above all, one that claims more entries than the file has."""
         if tensor.problem or tensor.storage is None or 0 in tensor.shape:
             return tensor.problem
-        if shape_problem(tensor.shape):
-            return shape_problem(tensor.shape)
         record = self.records.get(tensor.storage.key)
         available = 0 if record is None else record.size // tensor.dtype.itemsize
         entries = math.prod(tensor.shape)
@@ -102,41 +101,23 @@ def open_torch_file(path: Path) -> TorchFile:
     file = OpenedFile.at(path)
     try:
         with path.open("rb") as opened:
-            return _open_zip(file, opened) if zipfile.is_zipfile(opened) else _open_legacy(file, opened)
+            found = _open_zip(file, opened) if zipfile.is_zipfile(opened) else _open_legacy(file, opened)
+        if isinstance(found.content, Skipped):
+            raise RefusedError(found.content.full_name)
+        return found
     except RefusedError as error:
-        raise ValueError(holds_more(path, str(error))) from error
+        named = f" ({error})" if str(error) else ""
+        raise ValueError(
+            f"{path} holds more than weights{named}, and loading that could run anything: save the state dict "
+            "instead, by torch.save(model.state_dict(), path) or as safetensors; or, if you trust the file, "
+            "load it yourself with torch.load(path, weights_only=False) and call analyze(model)"
+        ) from error
     except Exception as error:
         if isinstance(error, OSError) and error.filename is not None:
             raise  # The file is gone, or may not be read. A damaged one leads to positions that it does not have.
         raise ValueError(
             f"cannot read {path}: no checkpoint, or one that is empty, cut short or damaged ({_reason(error)})"
         ) from error
-
-
-def read_torch_file(path: Path) -> Any:
-    """Return what a file by `torch.save` holds, for readers of other things than weights.
-
-    Returns:
-        Plain values, lists, tuples and dicts, with a `TorchTensor` for each tensor and a `Skipped` for each
-        foreign object.
-
-    Raises:
-        ValueError, OSError: see `open_torch_file`.
-    """
-    found = open_torch_file(path).content
-    if isinstance(found, Skipped):
-        raise ValueError(holds_more(path, found.full_name))
-    return found
-
-
-def holds_more(path: Path, what: str) -> str:
-    """Return the message that refuses a file because of `what` it holds."""
-    named = f" ({what})" if what else ""
-    return (
-        f"{path} holds more than weights{named}, and loading that could run anything: save the state dict "
-        "instead, by torch.save(model.state_dict(), path) or as safetensors; or, if you trust the file, "
-        "load it yourself with torch.load(path, weights_only=False) and call analyze(model)"
-    )
 
 
 def _reason(error: Exception) -> str:

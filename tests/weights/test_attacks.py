@@ -115,6 +115,12 @@ SIZE = named("torch", "Size")
 DOUBLED = EMPTY_TUPLE + (DUP + TUPLE2) * 60
 """A tuple of 2^60 leaves in 120 bytes: whoever walks, prints or hashes it never ends."""
 
+LONG = text("k" * 2_000_000)
+"""A string that takes a while to copy, search or compare."""
+
+FIRST, SECOND = BINGET + b"\1", BINGET + b"\2"
+"""Push what was kept before, at two bytes each."""
+
 SHELL = text("touch touched")
 CODE = text("open('touched', 'w')")
 
@@ -220,6 +226,27 @@ ATTACKS: dict[str, bytes] = {
     "one list made a dict many times": state_dict(
         EMPTY_LIST + BINPUT + b"\1" + MARK + (NONE + NONE + TUPLE2) * 20_000 + pickle.APPENDS,
         *[call(named("collections", "OrderedDict"), BINGET + b"\1")] * 5_000,
+    ),
+    "one tuple made a dict many times": state_dict(
+        MARK + (NONE + NONE + TUPLE2) * 20_000 + TUPLE + BINPUT + b"\1",
+        *[call(named("collections", "OrderedDict"), FIRST)] * 5_000,
+    ),
+    "one long name of many classes": state_dict(LONG + BINPUT + b"\1", *[FIRST + FIRST + STACK_GLOBAL] * 60_000),
+    "many dicts below a long key": state_dict(
+        mapping(LONG, EMPTY_DICT + MARK + b"".join(text(f"{n}") + EMPTY_DICT for n in range(100_000)) + SETITEMS)
+    ),
+    "many numbers below a long key": state_dict(
+        mapping(LONG, EMPTY_DICT + MARK + b"".join(text(f"{n}") + NONE for n in range(100_000)) + SETITEMS)
+    ),
+    "two long keys, the same": state_dict(
+        LONG + BINPUT + b"\1",
+        LONG + BINPUT + b"\2",
+        mapping(FIRST) + MARK + (SECOND + NONE) * 100_000 + SETITEMS,
+    ),
+    "two long keys of storages, the same": state_dict(
+        LONG + BINPUT + b"\1",
+        LONG + BINPUT + b"\2",
+        *[MARK + STORAGE + key + NONE + NONE + TUPLE + BINPERSID for key in (FIRST, SECOND)] * 40_000,
     ),
     "memo of one hash": state_dict(
         NONE + b"".join(b"p%d\n" % (number * sys.hash_info.modulus) for number in range(60_000)),
