@@ -20,6 +20,7 @@ from farms_tb.cli.tables import Row
 from farms_tb.report import OK
 from farms_tb.spectra.permutation_null import weight_record
 from farms_tb.spectra.stored_precision import stored_roundoff
+from farms_tb.weights.norms import frobenius_norm
 from farms_tb.weights.stacks import MatrixStack
 
 NO_DIFFERENCE: Row = {"difference_norm": None, "difference_rank": None, "difference_alpha": None, "status": OK}
@@ -98,7 +99,7 @@ def _difference(first: MatrixStack, second: MatrixStack, request: MeasureRequest
     dtype = torch.promote_types(*widened)
     before, after = (stack.matrices.to(request.device, dtype) for stack in (first, second))
     change = after - before
-    size, distance = float(before.norm()), float(change.norm())
+    size, distance = float(frobenius_norm(before)), float(frobenius_norm(change))
     if not math.isfinite(size + distance):
         return {}
     if distance == 0:

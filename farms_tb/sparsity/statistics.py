@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from farms_tb.sparsity.prunable import PrunableWeight
+from farms_tb.weights.norms import frobenius_norm
 
 __all__ = ["SAMPLE", "InputStatistics", "layer_inputs", "observed", "relative_output_error"]
 
@@ -235,7 +236,7 @@ def relative_output_error(dense: Tensor, pruned: Tensor, statistics: InputStatis
     groups = inputs.shape[0]
     before = dense.float().view(groups, -1, inputs.shape[2])
     lost = before - pruned.float().view(before.shape)
-    norm = float(torch.linalg.vector_norm(inputs @ before.mT))
+    norm = float(frobenius_norm(inputs @ before.mT))
     if norm == 0:
         return None
-    return float(torch.linalg.vector_norm(inputs @ lost.mT)) / norm
+    return float(frobenius_norm(inputs @ lost.mT)) / norm

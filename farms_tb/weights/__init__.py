@@ -6,6 +6,6 @@ with `pickles` and `pickled_objects`; `config` reads what lies next to them), an
 shape which layer each one is. Both end in the layouts of `stacks`, and share `values` (is this a weight that can
 be measured?) and `names` (what is it called?), so that a file gives the rows of the model that it was saved from.
 
-`adapters` and `adapter_files` merge what PEFT trains onto the weights below, as products of `low_rank`; `blocks`
-says which layers form a block of the network.
+`adapters` and `adapter_files` merge what PEFT trains onto the weights below, as products of `low_rank` (with
+`norms`); `blocks` says which layers form a block of the network.
 """

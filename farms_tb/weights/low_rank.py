@@ -16,9 +16,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 
-import numpy as np
 import torch
 from torch import Tensor
+
+from farms_tb.weights.norms import frobenius_norm
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class LowRankUpdate:
         return replace(self, left=self.left.to(weight), right=self.right.to(weight), magnitude=magnitude)
 
     def _added_to(self, weight: Tensor) -> Tensor:
-        return torch.addmm(weight, self.left, self.right, alpha=self.scaling, out=_new_memory(weight))
+        return torch.addmm(weight, self.left, self.right, alpha=self.scaling)
 
 
 def merged(weight: Tensor, updates: Sequence[LowRankUpdate]) -> tuple[Tensor, Tensor]:
@@ -75,8 +76,8 @@ def merged(weight: Tensor, updates: Sequence[LowRankUpdate]) -> tuple[Tensor, Te
     """
     flat, cast = _in_one_type(weight, updates)
     changed = reduce(lambda before, update: update.applied_to(before, flat), cast, flat)
-    distance = _distance(changed, flat) if _has_magnitude(cast) else _norm_of_sum(cast)
-    return changed.view(weight.shape), distance / torch.linalg.vector_norm(flat)
+    distance = frobenius_norm(changed - flat) if _has_magnitude(cast) else _norm_of_sum(cast)
+    return changed.view(weight.shape), distance / frobenius_norm(flat)
 
 
 def change_of_merged(weight: Tensor, updates: Sequence[LowRankUpdate]) -> Tensor | None:
@@ -96,7 +97,7 @@ def change_of_merged(weight: Tensor, updates: Sequence[LowRankUpdate]) -> Tensor
         return None
     inner = torch.stack([update.scaling * (update.left.mT @ flat * update.right).sum() for update in cast]).sum()
     distance = _norm_of_sum(cast)
-    square: Tensor = torch.linalg.vector_norm(flat).square() - 2 * inner + distance.square()
+    square: Tensor = frobenius_norm(flat).square() - 2 * inner + distance.square()
     return distance / square.clamp(min=0).sqrt()
 
 
@@ -107,27 +108,8 @@ def _in_one_type(weight: Tensor, updates: Sequence[LowRankUpdate]) -> tuple[Tens
     return flat, [update.cast(flat) for update in updates]
 
 
-def _new_memory(weight: Tensor) -> Tensor:
-    """Return a tensor like a weight, without values.
-
-    On the CPU NumPy allocates it, which asks Linux for large pages: filling large matrices takes half as long.
-    """
-    if not weight.is_cpu:
-        return torch.empty_like(weight)
-    return torch.from_numpy(np.empty(weight.nbytes, dtype=np.uint8)).view(weight.dtype).view(weight.shape)
-
-
 def _has_magnitude(updates: Sequence[LowRankUpdate]) -> bool:
     return any(update.magnitude is not None for update in updates)
-
-
-def _distance(first: Tensor, second: Tensor) -> Tensor:
-    """Return ||first - second||_F, some rows at a time: their difference takes as much memory as they do."""
-    rows = 2**17 // first.shape[1] + 1
-    parts = [slice(begin, begin + rows) for begin in range(0, first.shape[0], rows)]
-    norms = [torch.linalg.vector_norm(first[part] - second[part]) for part in parts]
-    whole: Tensor = torch.linalg.vector_norm(torch.stack(norms))
-    return whole
 
 
 def _norm_of_sum(updates: Sequence[LowRankUpdate]) -> Tensor:
