@@ -24,6 +24,7 @@ from farms_tb.sparsity.methods import Pruned
 from farms_tb.sparsity.prunable import PrunableWeight
 from farms_tb.sparsity.prune_report import PrunedLayer
 from farms_tb.sparsity.sequential import Block
+from farms_tb.weights.config import json_object
 
 __all__ = ["Checkpoint", "file_digest", "note_run", "open_checkpoint"]
 
@@ -165,11 +166,8 @@ def _check_same_run(path: Path, run: Mapping[str, str]) -> None:
     """
     if not path.is_file():
         return
-    try:
-        found = json.loads(path.read_text("utf-8"))
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
+    found = json_object(path)
+    if found is None:
         raise ValueError(
             f"{path} is damaged, so it is not known whose state is next to it: expected JSON, an object with "
             f"{', '.join(run)}. Delete {path.parent} to start anew"

@@ -10,7 +10,6 @@ it under all of them, as it does where PEFT merges.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -18,11 +17,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from farms_tb.weights.config import json_object
 from farms_tb.weights.files import listed_tensors, stored_tensors, tensors_in
 from farms_tb.weights.low_rank import LowRankUpdate, merged
 from farms_tb.weights.names import Renaming, renaming
@@ -32,7 +31,6 @@ from farms_tb.weights.values import dense
 
 CONFIG = "adapter_config.json"
 
-_MAX_SIZE = 10_000_000
 _OUTSIDE = "base_model.model."
 """What PEFT puts before the names of the model that it adapts."""
 
@@ -99,43 +97,30 @@ def tensors_with_adapter(
         damaged: as in `farms_tb.weights.files.stored_tensors`, for the base.
         key: where the weights lie in the base file.
 
+    Returns:
+        What `farms_tb.weights.files.stored_tensors` lists of the base, in the same order, with the values of the
+        sum where the adapter has a part for them; and the tensors that the adapter alone has.
+
     Raises:
-        FileNotFoundError: a file is not there.
-        ValueError: `path` is no adapter, or one that does not fit the base; and see `farms_tb.analyze_checkpoint`.
+        FileNotFoundError: a file is not there, or there are no weights in the adapter's folder.
+        ValueError: `path` is no adapter, or the adapter is no LoRA or DoRA, is damaged, or is for other layers
+            than those of the base; and see `farms_tb.analyze_checkpoint`.
     """
     folder = adapter_folder(path)
     if folder is None:
         raise ValueError(f"{path} is no folder of an adapter: base is for those, which hold an {CONFIG}")
-    return adapted_tensors(folder, stored_tensors(base, damaged, key=key))
-
-
-def adapted_tensors(folder: Path, base: Sequence[StoredTensor]) -> list[StoredTensor]:
-    """List the tensors of a file of weights, with an adapter merged onto them.
-
-    Args:
-        folder: the adapter's.
-        base: what `farms_tb.weights.files.stored_tensors` lists of the weights that it was trained for.
-
-    Returns:
-        The same tensors in the same order, whose values are those of the sum where the adapter has a part for
-        them; and those that it alone has.
-
-    Raises:
-        FileNotFoundError: there are no weights in the folder.
-        ValueError: the adapter is no LoRA or DoRA, is damaged, or is for other layers than those of `base`.
-    """
+    found = {tensor.key: tensor for tensor in stored_tensors(base, damaged, key=key)}
     settings = _settings(folder / CONFIG)
     adapters, below, wholes = _sorted(tensors_in(_weights_of(folder)))
     if not adapters:
         raise ValueError(f"{folder} holds no adapter: expected tensors called ...lora_A and ...lora_B")
-    of_base = {tensor.path: tensor for tensor in base if tensor.name in _WEIGHTS}
+    of_base = {tensor.path: tensor for tensor in found.values() if tensor.name in _WEIGHTS}
     rename = renaming(adapters, of_base)
     if rename is None:
         missing = next(layer for layer in adapters if layer not in of_base)
         raise ValueError(
             f"the adapter is for other weights than those of the base: these have no layer {missing!r}"
         )
-    found = {tensor.key: tensor for tensor in base}
     # Adapters are added last, to the weights that PEFT saved with them where there are such.
     _put_wholes(found, _renamed(wholes, rename), settings)
     _put_below(found, _renamed(below, rename))
@@ -200,10 +185,11 @@ def _put_adapters(
                 f"the adapter of {layer!r} is that of a weight tied to it (ensure_weight_tying), which PEFT adds "
                 "once when it runs the model and twice when it merges: analyse the model that you use"
             )
-        merged = _merged(found[own], layer, parts, settings)
-        done.update(_names_of(found, own))
-        for key in _names_of(found, own):
-            found[key] = replace(merged, key=key, siblings=found[key].siblings)
+        adapted = _merged(found[own], layer, parts, settings)
+        names = _names_of(found, own)
+        done.update(names)
+        for key in names:
+            found[key] = replace(adapted, key=key, siblings=found[key].siblings)
 
 
 def _names_of(found: Mapping[str, StoredTensor], key: str) -> list[str]:
@@ -232,7 +218,9 @@ def _settings(path: Path) -> _Settings:
     Raises:
         ValueError: it is damaged, or of another kind of adapter than LoRA.
     """
-    config = _json(path)
+    config = json_object(path)
+    if config is None:
+        raise ValueError(f"{path} is damaged: expected a JSON object")
     kind = config.get("peft_type")
     if kind != "LORA":
         raise ValueError(f"{path}: an adapter of the kind {kind!r:.40}, expected 'LORA': merge it in PEFT first")
@@ -275,21 +263,6 @@ def _refuse_changed_base(path: Path, init: object) -> None:
             "base as it is: after training, call merge_and_unload() in PEFT and save the model; of PiSSA, OLoRA "
             "and CorDA, save_pretrained(..., path_initial_model_for_weight_conversion=...) makes a LoRA"
         )
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """Return the content of a JSON file.
-
-    Raises:
-        ValueError: it is no JSON object.
-    """
-    try:
-        config = json.loads(path.read_bytes()) if path.stat().st_size <= _MAX_SIZE else None
-    except (ValueError, RecursionError):
-        config = None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} is damaged: expected a JSON object")
-    return config
 
 
 def _is_number(value: object) -> bool:

@@ -28,13 +28,15 @@ _HEADS = {
     "RobertaForMaskedLM": "lm_head.decoder",
     "XLMRobertaForMaskedLM": "lm_head.decoder",
 }
-"""Names of the heads of language models by architecture; others by the end of its name, see `_HEADS_BY_END`."""
+"""Names of the heads of language models by architecture."""
 
-_HEADS_BY_END = {"ForConditionalGeneration": "lm_head", "ForCausalLM": "lm_head", "LMHeadModel": "lm_head"}
+_WITH_LM_HEAD = ("ForConditionalGeneration", "ForCausalLM", "LMHeadModel")
+"""Ends of the names of other architectures whose head is called `lm_head`."""
 
 _WORD_EMBEDDINGS = ("embed_tokens", "tok_embeddings", "wte", "shared", "word_embeddings", "embed_in")
 
 _MAX_SIZE = 10_000_000
+"""Bytes of the largest JSON file that is read."""
 
 
 def facts_of(folder: Path) -> ModelFacts:
@@ -46,7 +48,10 @@ def facts_of(folder: Path) -> ModelFacts:
     Returns:
         The facts; none where there is no such file, or one that is no JSON object.
     """
-    config = _config(folder / "config.json")
+    try:
+        config = json_object(folder / "config.json") or {}
+    except OSError:
+        config = {}
     text = config
     nested = config.get("text_config")  # A model of several modalities has one for each.
     if isinstance(nested, dict):
@@ -54,17 +59,17 @@ def facts_of(folder: Path) -> ModelFacts:
     return ModelFacts(_number_of_experts(text), _tied_head(config, text))
 
 
-def _config(path: Path) -> dict[str, Any]:
-    """Return the content of a `config.json`; an empty dict where it cannot be read."""
+def json_object(path: Path) -> dict[str, Any] | None:
+    """Return the content of a small JSON file; None where it is no JSON object, or larger than 10 MB.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
     try:
-        if path.stat().st_size > _MAX_SIZE:
-            return {}
-        config = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    if not isinstance(config, dict):
-        return {}
-    return config
+        content = json.loads(path.read_bytes()) if path.stat().st_size <= _MAX_SIZE else None
+    except (ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) else None
 
 
 def _number_of_experts(text: dict[str, Any]) -> int:
@@ -89,9 +94,8 @@ def _tied_head(config: dict[str, Any], text: dict[str, Any]) -> str:
         return ""
     names = [name for name in architectures if isinstance(name, str)]
     for name in names:
-        by_end = [head for end, head in _HEADS_BY_END.items() if name.endswith(end)]
-        head = _HEADS.get(name, *by_end[:1])
-        if head is not None:
+        head = _HEADS.get(name, "lm_head" if name.endswith(_WITH_LM_HEAD) else "")
+        if head:
             return head
     return ""
 
