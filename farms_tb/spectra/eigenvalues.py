@@ -192,7 +192,7 @@ def _eigenvalues(windows: Tensor, precision: WindowPrecision, solver: str, threa
         return squared_singular_values(windows)
     grams = gram_matrices(windows)
     try:
-        values = torch.linalg.eigvalsh(grams) if solver == "torch" else SOLVERS[solver](grams, threads)
+        values = SOLVERS[solver](grams, threads)
     except LinAlgError:
         # NaN is imprecise in any case: the singular values will be asked for.
         return grams.real.new_full(grams.shape[:2], torch.nan)

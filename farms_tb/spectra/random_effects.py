@@ -76,7 +76,7 @@ def shrunk_effects(effects: Sequence[float], errors: Sequence[float]) -> ShrunkE
     variances = [(error / unit) * (error / unit) for error in errors]
     variance = _paule_mandel(positions, variances)
     mean = _weighted_mean(positions, variances, variance)
-    weights = [_weight(variance, own) for own in variances]
+    weights = [variance / (variance + own) for own in variances]
     shrunk = [mean + weight * (place - mean) for weight, place in zip(weights, positions, strict=True)]
     effects = [low + unit * place for place in shrunk]
     return ShrunkEffects(effects, weights, low + unit * mean, unit * math.sqrt(variance))
@@ -120,8 +120,3 @@ def _weighted_mean(positions: Sequence[float], variances: Sequence[float], varia
     weights = [smallest / (variance + own) for own in variances]
     total = math.fsum(weight * place for weight, place in zip(weights, positions, strict=True))
     return total / math.fsum(weights)
-
-
-def _weight(variance: float, own: float) -> float:
-    """Return tau^2 / (tau^2 + se_i^2)."""
-    return variance / (variance + own) if variance > 0 else 0.0

@@ -73,9 +73,8 @@ def _noise_edge(samples: Samples) -> Array:
     """
     height, width = samples.layer.windows.view.shape[-2:]
     windows = samples.pooled.shape[-1] // samples.layer.windows.size
-    mean_square = samples.pooled.sum(axis=-1) / samples.layer.stack.eigenvalue_scale / (windows * height * width)
+    # The factor on the eigenvalues is in both, the mean square and the edge.
+    mean_square = samples.pooled.sum(axis=-1) / (windows * height * width)
     variance = stored_roundoff(samples.layer.stored_as) ** 2 / 3 * mean_square
-    edge: Array = np.asarray(
-        samples.layer.stack.eigenvalue_scale * variance * (math.sqrt(height) + math.sqrt(width)) ** 2
-    )
+    edge: Array = np.asarray(variance * (math.sqrt(height) + math.sqrt(width)) ** 2)
     return edge
