@@ -26,6 +26,7 @@ from torch.nn.parameter import is_lazy
 from farms_tb.sparsity.plan import SparsityPlan
 from farms_tb.weights.layers import Layer, find_layers, read_stacks, unwrap
 from farms_tb.weights.names import EMBEDDING, Renaming, clean_name, renaming
+from farms_tb.weights.stored import span
 
 __all__ = [
     "Layout",
@@ -229,10 +230,9 @@ def _has_memory(parameter: nn.Parameter) -> bool:
 
 def _bytes(parameter: nn.Parameter) -> tuple[str, int, int, nn.Parameter]:
     """Return the device of a parameter, the address of its first byte, the one after its last, and itself."""
-    strides = zip(parameter.shape, parameter.stride(), strict=True)
-    entries = 1 + sum((size - 1) * stride for size, stride in strides)
     first = parameter.data_ptr()
-    return str(parameter.device), first, first + entries * parameter.element_size(), parameter
+    after = first + span(parameter.shape, parameter.stride()) * parameter.element_size()
+    return str(parameter.device), first, after, parameter
 
 
 def _weights(model: nn.Module, layers: Mapping[str, Layer], blocks: Mapping[str, str]) -> list[PrunableWeight]:

@@ -197,24 +197,15 @@ def _lists_of_blocks(shapes: Mapping[str, Sequence[int]]) -> list[_List]:
     """Return the lists whose members are the blocks, none of them inside another one."""
     repeated = [found for found in _lists(shapes) if found.is_repeated()]
     of_equals = [found for found in repeated if found.has_equal_members()]
-    candidates = _outside_of(repeated, of_equals)
+    candidates = [found for found in repeated if not any(map(found.is_inside, of_equals))]
     # Members of one layer are blocks only where nothing else is.
     candidates = [found for found in candidates if found.holds_several_layers()] or candidates
     if not candidates:
         return []
     longest = max(candidates, key=_List.rank)
     alike = [found for found in candidates if _are_alike(found.kind, longest.kind)]
-    return _without_stages(alike)
-
-
-def _outside_of(lists: Sequence[_List], others: Sequence[_List]) -> list[_List]:
-    """Return the lists that are inside no member of the others."""
-    return [found for found in lists if not any(map(found.is_inside, others))]
-
-
-def _without_stages(lists: Sequence[_List]) -> list[_List]:
-    """Return the lists that have none of the others inside: a list of stages looks like the lists in it."""
-    return [found for found in lists if not any(other.is_inside(found) for other in lists)]
+    # A list of stages looks like the lists in it, which hold the blocks.
+    return [found for found in alike if not any(other.is_inside(found) for other in alike)]
 
 
 def _lists(shapes: Mapping[str, Sequence[int]]) -> list[_List]:

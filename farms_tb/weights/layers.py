@@ -117,7 +117,7 @@ def find_layers(model: nn.Module, *, embeddings: bool = False, adapters: Adapter
         ValueError: a registered rule gave two weights the same name.
     """
     model = unwrap(model)
-    names = _parameter_names(model)
+    names = {id(parameter): name for name, parameter in named_parameters(model).items()}
     claimed: dict[int, str] = {}  # The layers that parameters belong to.
     inside: set[int] = set()  # Modules whose parameters belong to a layer above them.
     adapted: set[int] = set()  # Those of them that are part of a layer with adapters.
@@ -227,22 +227,8 @@ def read_stacks(module: nn.Module, adapters: Adapters = "separate") -> list[Matr
     Raises:
         NoSpectrumError: the module holds no matrix; the message says why.
     """
-    return _read(module, adapters, is_adapted=_is_whole(module, adapters))
-
-
-def _read(module: nn.Module, adapters: Adapters, *, is_adapted: bool) -> list[MatrixStack]:
-    """Read a module as `read_stacks` does.
-
-    Args:
-        module: a layer.
-        adapters: what is read of a layer with adapters.
-        is_adapted: whether the module is one layer with its adapters.
-
-    Raises:
-        NoSpectrumError: the module holds no matrix.
-    """
     with torch.no_grad(), _measuring(module):
-        stacks = adapted_stacks(module, adapters) if is_adapted else layer_matrices(module)
+        stacks = adapted_stacks(module, adapters) if _is_whole(module, adapters) else layer_matrices(module)
     if not stacks:
         raise NoSpectrumError(f"{type(module).__name__} holds no matrix")
     return stacks
@@ -267,7 +253,7 @@ def read_layers(layers: Sequence[Layer]) -> Iterator[tuple[Layer, MatrixStack | 
             continue
         try:
             if layer.module is not module:
-                stacks = _read(layer.module, layer.adapters, is_adapted=layer.is_adapted)
+                stacks = read_stacks(layer.module, layer.adapters)
                 module = layer.module
             yield layer, stacks[layer.index]
         except NoSpectrumError:
@@ -295,11 +281,6 @@ def _measuring(module: nn.Module) -> Iterator[None]:
 def _is_wrapper(module: nn.Module) -> bool:
     """Return whether it wraps a submodule for `torch.compile` or checkpointing: the module in it is the layer."""
     return any(isinstance(getattr(module, name, None), nn.Module) for name in WRAPPED)
-
-
-def _parameter_names(model: nn.Module) -> dict[int, str]:
-    """Return the names of a model's parameters by their identity."""
-    return {id(parameter): name for name, parameter in named_parameters(model).items()}
 
 
 def _is_whole(module: nn.Module, adapters: Adapters) -> bool:

@@ -22,7 +22,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import singledispatch
+from functools import partial, singledispatch
 from typing import Any
 
 from torch import nn
@@ -127,8 +127,13 @@ def _holds(module: nn.Module, dimensions: int) -> bool:
 
 
 @layer_matrices.register(nn.Linear)
-def _linear(module: nn.Linear) -> list[MatrixStack]:
-    """Return the weight (out, in) as one matrix."""
+@_register_name(r"transformers\.pytorch_utils\.Conv1D")
+@_register_name(r"transformers\.models\.\S*(Router|Gate)", dimensions=2)
+def _linear(module: Any) -> list[MatrixStack]:
+    """Return the weight (out, in) as one matrix.
+
+    Hugging Face's GPT-2 stores it as (in, out), and its routers of a mixture of experts as (experts, in).
+    """
     return stacks.linear(weight_of(module))
 
 
@@ -154,30 +159,12 @@ def _convolution(module: Any) -> list[MatrixStack]:
 def _attention(module: nn.MultiheadAttention) -> list[MatrixStack]:
     """Return q, k and v, packed into one weight or apart. The output projection is a linear layer of its own."""
     if module.in_proj_weight is not None:
-        return stacks.packed_attention(weight_of(module, "in_proj_weight"), "in_proj_weight")
+        return stacks.packed_attention(weight_of(module, "in_proj_weight"))
     found = []
     for part in "qkv":
         name = f"{part}_proj_weight"
         found += stacks.linear(weight_of(module, name), part, name)
     return found
-
-
-@layer_matrices.register(nn.LSTM)
-@layer_matrices.register(nn.LSTMCell)
-def _lstm(module: Any) -> list[MatrixStack]:
-    return _gates(module, 4)
-
-
-@layer_matrices.register(nn.GRU)
-@layer_matrices.register(nn.GRUCell)
-def _gru(module: Any) -> list[MatrixStack]:
-    return _gates(module, 3)
-
-
-@layer_matrices.register(nn.RNN)
-@layer_matrices.register(nn.RNNCell)
-def _rnn(module: Any) -> list[MatrixStack]:
-    return _gates(module, 1)
 
 
 def _gates(module: Any, number: int) -> list[MatrixStack]:
@@ -191,6 +178,11 @@ def _gates(module: Any, number: int) -> list[MatrixStack]:
         elif name.startswith("weight"):
             found += stacks.gates(weight_of(module, name), number, name)
     return found
+
+
+for _number, *_classes in ((4, nn.LSTM, nn.LSTMCell), (3, nn.GRU, nn.GRUCell), (1, nn.RNN, nn.RNNCell)):
+    for _class in _classes:
+        layer_matrices.register(_class, partial(_gates, number=_number))
 
 
 @_register_name(r"neuralop\.layers\.spectral_convolution\.SpectralConv")
@@ -220,18 +212,6 @@ def _modes_in_use(module: Any) -> tuple[slice, ...]:
     if not module.complex_data:
         slices[-1] = slice(0, module.n_modes[-1])
     return tuple(slices)
-
-
-@_register_name(r"transformers\.pytorch_utils\.Conv1D")
-def _transformers_conv1d(module: Any) -> list[MatrixStack]:
-    """The linear layer of Hugging Face's GPT-2, which stores its weight as (in, out)."""
-    return stacks.linear(weight_of(module))
-
-
-@_register_name(r"transformers\.models\.\S*(Router|Gate)", dimensions=2)
-def _router(module: Any) -> list[MatrixStack]:
-    """Hugging Face's routers of a mixture of experts: a weight (experts, in)."""
-    return stacks.linear(weight_of(module))
 
 
 @_register_name(r"transformers\.models\.\S*Experts", dimensions=3)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from farms_tb.weights.stored import OpenedFile, StoredTensor, contiguous_strides, shape_problem
+from farms_tb.weights.stored import OpenedFile, StoredTensor, shape_problem
 
 MAX_HEADER = 100_000_000
 """Bytes of the longest header that the format allows."""
@@ -141,13 +141,11 @@ def _tensor(file: OpenedFile, start: int, key: str, entry: Mapping[str, Any]) ->
     if not all(type(size) is int and size >= 0 for size in shape):
         raise ValueError(f"{key} has the shape {shape}")
     problem = shape_problem(shape)
-    if problem:
-        return StoredTensor(key, shape, partial(torch.empty, 0), key, problem=problem)
-    dtype = getattr(torch, DTYPES.get(entry["dtype"], ""), None)
+    dtype = None if problem else getattr(torch, DTYPES.get(entry["dtype"], ""), None)
     if dtype is None:
-        problem = f"weights of type {entry['dtype']!s:.20}: unknown here"
+        problem = problem or f"weights of type {entry['dtype']!s:.20}: unknown here"
         return StoredTensor(key, shape, partial(torch.empty, 0), key, problem=problem)
     if math.prod(shape) * dtype.itemsize != end - begin:
         raise ValueError(f"{key} of shape {shape} has {end - begin} bytes")
-    read = partial(file.tensor, start + begin, dtype, shape, contiguous_strides(shape))
+    read = partial(file.tensor, start + begin, dtype, shape)
     return StoredTensor(key, shape, read, key, dtype)

@@ -144,19 +144,18 @@ def convolution(weight: Tensor, groups: int = 1) -> list[MatrixStack]:
     return [MatrixStack(matrices, eigenvalue_scale=CONV_NORM)]
 
 
-def packed_attention(weight: Tensor, parameter: str) -> list[MatrixStack]:
-    """Return q, k and v of attention, three stacks `(1, E, E)`.
+def packed_attention(weight: Tensor) -> list[MatrixStack]:
+    """Return q, k and v of attention, three stacks `(1, E, E)`, of the parameter `in_proj_weight`.
 
     Args:
         weight: `(3E, E)`, the three one below the other.
-        parameter: name of the parameter inside the module.
 
     Raises:
         NoSpectrumError: the weight has other than two dimensions.
     """
     found = []
     for part, matrix in zip("qkv", _checked(weight, 2).chunk(3), strict=True):
-        found += linear(matrix, part, parameter)
+        found += linear(matrix, part, "in_proj_weight")
     return found
 
 

@@ -6,10 +6,9 @@ for example by saving onto the same name, the operating system ends the reader.
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from farms_tb.weights.names import clean_name
 from farms_tb.weights.stacks import NoSpectrumError
-from farms_tb.weights.values import unreadable
+from farms_tb.weights.values import is_plain, unreadable
 
 MAX_DIMS = 16
 """Dimensions of a tensor that are looked at; a damaged file may claim any number."""
@@ -105,8 +104,7 @@ def stored_in_memory(key: str, tensor: Tensor) -> StoredTensor:
     except RuntimeError:  # A nested tensor, or one that waits for its first batch.
         return StoredTensor(key, (), lambda: tensor, key, problem=unreadable([tensor]))
     identity: object = key
-    is_plain = tensor.layout == torch.strided and type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
-    if is_plain and not tensor.is_meta:
+    if tensor.layout == torch.strided and is_plain(tensor) and not tensor.is_meta:
         identity = (tensor.data_ptr(), shape, tensor.stride())
     return StoredTensor(key, shape, lambda: tensor, identity, tensor.dtype)
 
@@ -149,14 +147,16 @@ class OpenedFile:
                 raise ValueError(f"cannot read {self.path}: cut short while it was read, measure it again")
         return content
 
-    def tensor(self, start: int, dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
+    def tensor(
+        self, start: int, dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...] | None = None
+    ) -> Tensor:
         """Read a tensor whose first entry is at byte `start`.
 
         Args:
             start: position in the file.
             dtype: the type of its entries.
             shape: its shape.
-            stride: its strides, in entries.
+            stride: its strides, in entries; None where it is stored row by row.
 
         Returns:
             A tensor of that shape, on the CPU, in memory of its own.
@@ -165,20 +165,26 @@ class OpenedFile:
             NoSpectrumError: it does not fit into memory, or no tensor can have the shape.
             ValueError, FileNotFoundError: see `read`.
         """
-        entries = span(shape, stride)
+        entries = math.prod(shape) if stride is None else span(shape, stride)
         try:
             if 0 in shape:
                 return torch.empty(shape, dtype=dtype)
             content = self.read(start, entries * dtype.itemsize)
-            return torch.frombuffer(content, dtype=dtype).as_strided(shape, stride)
+            flat = torch.frombuffer(content, dtype=dtype)
+            return flat.view(shape) if stride is None else flat.as_strided(shape, stride)
         except MemoryError as error:
             raise NoSpectrumError(f"its {entries} entries do not fit into memory") from error
         except RuntimeError as error:
             raise NoSpectrumError(f"damaged: no tensor can have the shape {shape}") from error
 
 
-def span(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
-    """Return how many entries of its storage lie from the first to the last entry of a tensor, both included."""
+def span(shape: Sequence[int], stride: Sequence[int]) -> int:
+    """Return how many entries of its storage lie from the first to the last entry of a tensor, both included.
+
+    Args:
+        shape: its shape, without 0.
+        stride: its strides, in entries.
+    """
     last = sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
     return last + 1
 
@@ -188,11 +194,3 @@ def shape_problem(shape: tuple[int, ...]) -> str:
     if len(shape) > MAX_DIMS:
         return f"a tensor of {len(shape)} dimensions"
     return ""
-
-
-def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the strides of a tensor that is stored row by row."""
-    if not shape:
-        return ()
-    strides = accumulate(reversed(shape[1:]), operator.mul, initial=1)
-    return tuple(strides)[::-1]

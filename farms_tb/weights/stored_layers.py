@@ -227,7 +227,7 @@ def _attention(stored: StoredTensor) -> Layout | None:
     if len(stored.shape) != 2:
         return None
     if stored.name == "in_proj_weight" and stored.shape[0] % 3 == 0:
-        return lambda weight: stacks.packed_attention(weight, "in_proj_weight")
+        return stacks.packed_attention
     if stored.name in _ATTENTION_PARTS:
         part = _ATTENTION_PARTS[stored.name]
         return lambda weight: stacks.linear(weight, part)

@@ -53,7 +53,7 @@ def _problem(parameter: Tensor) -> str:
         return f"a weight of layout {parameter.layout}: {MAKE_DENSE}"
     if parameter.is_meta:
         return NO_VALUES
-    if _is_packed(parameter) or _is_int8(parameter):
+    if _is_int4(parameter) or _is_int8(parameter):
         return ""
     if not (parameter.is_floating_point() or parameter.is_complex()):
         return quantised(parameter.dtype)
@@ -91,9 +91,9 @@ def dense(weight: Any) -> Tensor:
     problem = unreadable([weight])
     if problem and problem != NO_VALUES:
         raise NoSpectrumError(problem)
-    if _is_packed(weight):
-        return _unpacked(weight)
-    if _is_plain(weight):
+    if _is_int4(weight):
+        return _from_int4(weight)
+    if is_plain(weight):
         return weight.detach()
     if weight.is_meta:
         return torch.empty(weight.shape, dtype=weight.dtype, device="meta")
@@ -129,12 +129,12 @@ def weight_of(module: nn.Module, name: str = "weight") -> Tensor:
     return weight
 
 
-def _is_packed(weight: Any) -> bool:
+def _is_int4(weight: Any) -> bool:
     """Return whether bitsandbytes has quantised a weight to 4 bits: its shape is that of the codes."""
     return type(weight).__name__ == "Params4bit" and getattr(weight, "quant_state", None) is not None
 
 
-def _unpacked(weight: Any) -> Tensor:
+def _from_int4(weight: Any) -> Tensor:
     """Return the values of a weight that bitsandbytes has quantised to 4 bits, in the type it computes with."""
     functional = importlib.import_module("bitsandbytes.functional")
     values: Tensor = functional.dequantize_4bit(weight.data, weight.quant_state)
@@ -165,8 +165,12 @@ def _from_int8(module: nn.Module, weight: Any) -> Tensor:
     return codes.float() * (largest.detach().to(codes.device).float() / 127)[:, None]
 
 
-def _is_plain(weight: Tensor) -> bool:
-    """Return whether every operation works as on a `torch.Tensor`: its class overrides none."""
+def is_plain(weight: Tensor) -> bool:
+    """Return whether every operation works as on a `torch.Tensor`: its class overrides none.
+
+    Args:
+        weight: any tensor.
+    """
     return type(weight).__torch_dispatch__ is Tensor.__torch_dispatch__
 
 
@@ -181,7 +185,7 @@ def _dequantised(weight: Tensor) -> Tensor:
         values: Tensor = weight.detach().dequantize()
     except Exception as error:
         raise NoSpectrumError(f"weights of type {name}: dequantise the model first") from error
-    if not (isinstance(values, Tensor) and _is_plain(values) and values.shape == weight.shape):
+    if not (isinstance(values, Tensor) and is_plain(values) and values.shape == weight.shape):
         raise NoSpectrumError(f"weights of type {name}: dequantise the model first")
     return values
 
