@@ -105,8 +105,8 @@ class BalancedOptimizers:
         for optimizer in missed:
             name = type(optimizer).__name__
             warn_once(
-                f"the weights were trained since the last measurement, but not by {name}.step(): their learning "
-                "rates were not the layer-wise ones. Was the optimizer exchanged, or its step replaced? Where "
+                f"the weights were trained since the last measurement, but not by {name}.step(), and so "
+                "without the ratios of their layers. Was the optimizer exchanged, or its step replaced? Where "
                 "weights were loaded, all is well",
                 model,
             )

@@ -34,6 +34,7 @@ class RatioWarnings:
         self._model, self._options = model, options
         self._maps_nothing = options.maps_nothing
         self._follows_single_alphas = _follows_single_alphas(options)
+        self._scaled = "weight decay" if options.target == "weight_decay" else "learning rate"
         self._said: set[str] = set()
 
     def warn(self, report: Report, mapped: MappedRatios, *, initial: bool) -> None:
@@ -77,12 +78,14 @@ class RatioWarnings:
         if not new:
             return
         reasons = "; ".join(f"{name}: {_reason(report.layers[name])}" for name in new)
-        kept = "keep the base learning rate" if self._options.permute is None else "are dealt a ratio all the same"
+        kept = f"keep the base {self._scaled}"
+        if self._options.permute is not None:
+            kept = "are dealt a ratio all the same"
         self._warn(f"layers with no {self._options.metric} {kept}: {reasons}")
 
     def _about_large_ratio(self, ratios: Mapping[str, float]) -> None:
-        """Warn, once, of the largest ratio where it is above `LARGE_RATIO`."""
-        if not ratios:
+        """Warn, once, of the largest ratio of learning rates where it is above `LARGE_RATIO`."""
+        if not ratios or self._options.target == "weight_decay":
             return
         largest = max(ratios, key=ratios.__getitem__)
         if ratios[largest] <= LARGE_RATIO or not self._new(["large ratio"]):
@@ -100,7 +103,7 @@ class RatioWarnings:
         unit = self._options.unit
         left = f"only one {unit} of a kind is" if any(numbers) else "no layer is"
         self._warn(
-            f"{left} left to balance, so every layer keeps the base learning rate: see exclude, exclude_first, "
+            f"{left} left to balance, so every layer keeps the base {self._scaled}: see exclude, exclude_first, "
             "exclude_last, balance, and which parameters the optimizer trains"
         )
 
@@ -109,8 +112,8 @@ class RatioWarnings:
         share = _noise_share(records)
         if share > 0.5 and self._new(["noise"]):
             self._warn(
-                f"{share:.0%} of the variance of alpha between the layers is sampling noise, so the learning "
-                "rates mostly follow noise. Consider assign_func='shrinkage'"
+                f"{share:.0%} of the variance of alpha between the layers is sampling noise, so the "
+                f"{self._scaled}s mostly follow noise. Consider assign_func='shrinkage'"
             )
 
     def _about_single_matrix(self, records: dict[str, LayerRecord], mapped: MappedRatios) -> None:

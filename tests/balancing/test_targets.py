@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -94,6 +95,30 @@ def test_rates_stay_as_they_are_when_decay_alone_is_balanced() -> None:
     optimizer = torch.optim.AdamW(net.parameters(), lr=0.1)
     balancer = TempBalance(net, optimizer, target="weight_decay", assign_func="tb_linear_map")
     assert {group.lr for group in balancer.param_groups(optimizer)} == {0.1}
+
+
+def messages(net: nn.Module, **options: Any) -> list[str]:
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        TempBalance(net, optimizer, assign_func="tb_linear_map", **options)
+    return [str(warning.message) for warning in caught]
+
+
+@pytest.mark.parametrize(
+    ("target", "scaled", "large"), [("lr", "rate", 1), ("both", "rate", 1), ("weight_decay", "decay", 0)]
+)
+def test_warnings_name_what_is_scaled(target: Any, scaled: str, large: int) -> None:
+    said = messages(make_net(), target=target, lr_max_ratio=12)
+    assert len([message for message in said if "times the base" in message]) == large
+    (few,) = messages(make_net(), target=target, exclude=["2", "5"])
+    assert "keeps the base" in few
+    assert ("weight decay" in few) == (scaled == "decay")
+    net = make_net()
+    nn.init.zeros_(net[5].weight)
+    missing = messages(net, target=target)[0]
+    assert "layers with no alpha" in missing
+    assert ("weight decay" in missing) == (scaled == "decay")
 
 
 @pytest.mark.parametrize("options", [{}, {"weight_decay": 0.0}])
