@@ -65,14 +65,18 @@ class Results:
 class Handover:
     """A file by which child processes give the results of a run to the process that started them.
 
-    Copies of this object, in forked and spawned processes, know the same file. It exists only between the end of
-    training in a child and the first `receive` in the parent.
+    Copies of this object, in forked and spawned processes, know the same file; one by `copy.deepcopy` has another.
+    A file exists only between the end of training in a child and the first `receive` in the parent.
     """
 
     def __init__(self) -> None:
         self._owner = os.getpid()
         self._path = Path(tempfile.gettempdir()) / f"farms_tb_{uuid.uuid4().hex}.json"
         weakref.finalize(self, _remove, self._path, self._owner)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Handover:
+        """Return a new object with a file of its own: results of one callback are not those of its copy."""
+        return Handover()
 
     def send(self, results: Results) -> None:
         """Write the results if this process is a child of the one that made this object.

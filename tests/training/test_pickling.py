@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from farms_tb import FARMSTempBalance
+from farms_tb.training.handover import Handover, Results
 from tests.helpers import LIGHTNING_NOISE, Module, assert_same_weights, fit, without_wandb
 
 pytestmark = LIGHTNING_NOISE
@@ -53,6 +55,20 @@ def test_while_training(tmp_path: Path) -> None:
     fit(Module(), [Copies(lag_steps=2)])
     assert copies
     assert all(copied.ratios == ratios for copied, ratios in copies)
+
+
+def test_results_of_a_child_are_not_those_of_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    handover, results = Handover(), Results(None, {"net.0": 0.5}, {})
+    copied = copy.deepcopy(handover)
+    parent = os.getpid()
+    with monkeypatch.context() as child:
+        child.setattr(os, "getpid", lambda: parent + 1)
+        child.setattr(os, "getppid", lambda: parent)
+        handover.send(results)
+    assert copied.receive() is None
+    received = handover.receive()
+    assert received is not None
+    assert received.ratios == results.ratios
 
 
 SCRIPT = """
