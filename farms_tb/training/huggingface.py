@@ -177,11 +177,12 @@ class FARMSTrainerCallback(ShowsResults, TrainerCallback, ExportableState):
         """Attach to the optimizer, which is set up and restored by now, and apply restored ratios.
 
         Raises:
-            ValueError: the optimizer cannot have layer-wise learning rates, the model has no layer to balance, or
-                the saved state is not one of this package.
+            ValueError: the trainer has a second callback of this class, the optimizer cannot have layer-wise
+                learning rates, the model has no layer to balance, or the saved state is not one of this package.
         """
         self.detach()
         _check_backend()
+        _check_only_one()
         # `state.epoch` is fractional: exact at the ends of epochs, but useless between them where the dataset has
         # no length or an epoch was broken off. So it only tells in which epoch to start.
         self._epoch = math.floor(state.epoch or 0) - 1
@@ -376,8 +377,9 @@ def _run(options: CallbackOptions, args: TrainingArguments, state: TrainerState,
         return [trainer.optimizer]
 
     def attach() -> LayerBalancer:
-        for optimizer in optimizers():
-            _check_optimizer(optimizer)
+        if not options.ratios.only_measures:
+            for optimizer in optimizers():
+                _check_optimizer(optimizer)
         return LayerBalancer(model, optimizers(), options.spectrum, options.ratios, share=args.world_size > 1)
 
     return Run(
@@ -437,6 +439,13 @@ def _check_backend() -> None:
         raise ValueError(
             f"FARMSTrainerCallback does not work with {_REFUSED_BACKENDS[backend]}. Use one device, DDP or FSDP2"
         )
+
+
+def _check_only_one() -> None:
+    """Raise where the trainer that is calling has two of these callbacks, whose rows and states would mix."""
+    others = [callback for callback in _callbacks_of_trainer() if isinstance(callback, FARMSTrainerCallback)]
+    if len(others) > 1:
+        raise ValueError("the trainer has two FARMSTrainerCallback callbacks: keep one")
 
 
 def _check_optimizer(optimizer: Optimizer) -> None:

@@ -653,13 +653,10 @@ def test_a_measurement_that_fails_lets_go(tmp_path: Path, monkeypatch: pytest.Mo
 # What is refused
 
 
-def test_two_callbacks(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="already has layer-wise learning rates: use one"):
-        train(
-            tmp_path,
-            FARMSTrainerCallback(assign_func="tb_linear_map"),
-            FARMSTrainerCallback(assign_func="tb_linear_map"),
-        )
+@pytest.mark.parametrize("options", [{"assign_func": "tb_linear_map"}, {"preset": "monitor"}], ids=str)
+def test_two_callbacks(tmp_path: Path, options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="two FARMSTrainerCallback callbacks: keep one"):
+        train(tmp_path, FARMSTrainerCallback(**options), FARMSTrainerCallback(**options))
 
 
 @pytest.mark.parametrize(
@@ -696,6 +693,11 @@ def test_optimizers_that_step_in_the_backward_pass(tmp_path: Path) -> None:
     trainer.optimizer = AdaLomo(trainer.model.parameters(), lr=0.1)
     with pytest.raises(ValueError, match="AdaLomo: it moves the layers during the backward pass, not in step"):
         trainer.train()
+    monitor = FARMSTrainerCallback(preset="monitor")
+    trainer = make_trainer(tmp_path, monitor)
+    trainer.optimizer = AdaLomo(trainer.model.parameters(), lr=0.1)
+    trainer.train()
+    assert monitor.report is not None
 
 
 def test_nothing_to_show_before_training() -> None:
