@@ -9,9 +9,11 @@ To read in this order:
 - `assignment`: which layers take part, which parameter follows which layer; `norms`: whom a norm follows;
 - `targets`: what a ratio scales, learning rate or weight decay;
 - `layerwise_step`: the step with one learning rate for each ratio; `split_groups`: the param groups that it sees;
-  `foreach_update`: the same update for a group as a whole; `optimizer_checks` and `first_steps`: what is refused;
+  `foreach_update`: the same update for a group as a whole;
+- `optimizer_checks`, `lr_probe` and `first_steps`: what is refused;
 - `optimizers`: the steps of all optimizers of a model; `step_groups`: what they step with;
 - `balancer`: `LayerBalancer`, all of these together;
-- `state`: what a checkpoint holds of it; `ratio_warnings`: what a user should know of the ratios;
+- `state`: what a checkpoint holds of it;
+- `ratio_warnings` and `verdict_warnings`: what a user should know of ratios and layers;
 - `loop`: `TempBalance`, for a plain PyTorch loop.
 """

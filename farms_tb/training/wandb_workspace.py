@@ -1,6 +1,6 @@
 """A W&B workspace that shows a run layer by layer, in order of depth.
 
-    python -m farms_tb.wandb_report ENTITY/PROJECT/RUN_ID --dry-run
+    python -m farms_tb.training.wandb_workspace ENTITY/PROJECT/RUN_ID --dry-run
 
 W&B's own workspace has a panel for each layer, sorted by name. This one also has all layers in one panel, coloured
 by depth, and opens on it. Needs the extra `workspace`.
@@ -222,7 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             a message on stderr.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m farms_tb.wandb_report",
+        prog="python -m farms_tb.training.wandb_workspace",
         description="Build a W&B workspace of a run, layers by depth.",
     )
     parser.add_argument("run", metavar="ENTITY/PROJECT/RUN_ID")
