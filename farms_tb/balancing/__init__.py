@@ -10,7 +10,7 @@ To read in this order:
 - `targets`: what a ratio scales, learning rate or weight decay;
 - `layerwise_step`: the step with one learning rate for each ratio; `split_groups`: the param groups that it sees;
   `foreach_update`: the same update for a group as a whole;
-- `optimizer_checks`, `lr_probe` and `first_steps`: what is refused;
+- `optimizer_checks`, `lr_probe`, `first_steps` and `unseen_steps`: what is refused;
 - `optimizers`: the steps of all optimizers of a model; `step_groups`: what they step with;
 - `balancer`: `LayerBalancer`, all of these together;
 - `state`: what a checkpoint holds of it;

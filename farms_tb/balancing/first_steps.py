@@ -9,16 +9,14 @@ checked.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from types import MethodType
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from farms_tb.balancing.optimizer_checks import TORCH_OPTIMIZERS, Group, incompatible
+from farms_tb.balancing.optimizer_checks import TORCH_OPTIMIZERS, Group, all_parameters, incompatible
 from farms_tb.balancing.split_groups import WatchedGroup
 from farms_tb.balancing.targets import Ratio
 
@@ -145,7 +143,7 @@ class Traces:
         self._groups = optimizer.__dict__["param_groups"]
         self._marks: dict[int, tuple[Any, ...]] = {}
         self._norms: dict[int, Tensor | None] = {}
-        for parameter in _all_params(self._groups):
+        for parameter in all_parameters(self._groups):
             self._marks[id(parameter)] = self._mark(parameter)
             self._norms[id(parameter)] = _norm(parameter)
 
@@ -201,14 +199,6 @@ class Traces:
         if not isinstance(state, Mapping):
             return (own,)
         return (own, *((key, _version(value)) for key, value in state.items()))
-
-
-def _all_params(groups: Iterable[Group]) -> list[Tensor]:
-    """Return the parameters of all param groups, in order."""
-    params: list[Tensor] = []
-    for group in groups:
-        params += group["params"]
-    return params
 
 
 def _version(value: object) -> tuple[int, Any]:
@@ -273,7 +263,7 @@ def _check_tensor_lists(optimizer: Optimizer) -> None:
     of one shape would get the momentum of others. An optimizer that keeps a list of its parameters, too, may go
     through that.
     """
-    params = _all_params(optimizer.__dict__["param_groups"])
+    params = all_parameters(optimizer.__dict__["param_groups"])
     if len(params) < 2:
         return
     lists = {name: _tensors_in(value) for name, value in vars(optimizer).items()}
@@ -303,84 +293,3 @@ def _tensors_in(value: object) -> list[Tensor]:
     if not all(isinstance(entry, Tensor) for entry in flat):
         return []
     return flat
-
-
-class UnseenSteps:
-    """Finds out, from one measurement to the next, whether parameters were trained by steps that no hook saw.
-
-    An optimizer that is exchanged for something without torch's hooks, or that steps during the backward pass,
-    moves its parameters without the learning rates of their layers.
-
-    Args:
-        optimizer: the optimizer.
-    """
-
-    def __init__(self, optimizer: Optimizer) -> None:
-        self._optimizer = optimizer
-        self._steps = 0
-        self._versions: dict[int, int] = {}
-
-    def since_last(self, steps: int) -> bool:
-        """Return whether all parameters with a gradient were written since the last call, without any step.
-
-        Args:
-            steps: number of the steps that were seen so far.
-        """
-        before, self._versions = self._versions, {}
-        with_gradient = []
-        for parameter in _all_params(self._optimizer.param_groups):
-            if is_lazy(parameter):
-                continue
-            self._versions[id(parameter)] = parameter._version
-            if parameter.grad is not None:
-                with_gradient.append(id(parameter))
-        written = [before[key] != self._versions[key] for key in with_gradient if key in before]
-        no_step, self._steps = steps == self._steps, steps
-        return no_step and bool(written) and all(written)
-
-
-class ReplacedStep:
-    """Watches a `step` that was replaced on the optimizer itself, which may never reach torch's hooks.
-
-    The first step decides: after one that torch's hooks have seen the user's own `step` is put back.
-
-    Args:
-        optimizer: the optimizer.
-        steps: returns how many steps torch's hooks have seen.
-        active: tells whether some ratio is not 1.
-    """
-
-    def __init__(self, optimizer: Optimizer, steps: Callable[[], int], active: Callable[[], bool]) -> None:
-        self._optimizer = optimizer
-        self._step = vars(optimizer).get("step")
-        self._steps, self._active = steps, active
-        self._watching: Any = None
-        if self._step is not None and not hasattr(self._step, "_wrapped_by_lr_sched"):
-            # A method of the optimizer, as torch's schedulers expect, which wrap it once more.
-            self._watching = MethodType(lambda _, *args, **kwargs: self._watch(*args, **kwargs), optimizer)
-            optimizer.step = self._watching  # type: ignore[method-assign]
-
-    def restore(self) -> None:
-        """Put the user's own `step` back, unless somebody has replaced it since."""
-        if self._watching is not None and vars(self._optimizer).get("step") is self._watching:
-            self._optimizer.step = self._step  # type: ignore[method-assign, assignment]
-        self._watching = None
-
-    def _watch(self, *args: Any, **kwargs: Any) -> Any:
-        """Make the user's step, with its arguments and its result.
-
-        Raises:
-            RuntimeError: torch's hooks, and so the ratios, took no part in it.
-        """
-        seen = self._steps()
-        assert self._step is not None
-        result = self._step(*args, **kwargs)
-        if self._steps() > seen:
-            self.restore()
-        elif self._active():
-            raise RuntimeError(
-                f"the step of this {type(self._optimizer).__name__} was replaced on the instance by a function "
-                "that does not call the step of its class, so layer-wise learning rates have no effect. Define "
-                "step in a subclass, or use lr_min_ratio=lr_max_ratio=1 to measure only"
-            )
-        return result

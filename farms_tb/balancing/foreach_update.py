@@ -20,15 +20,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
+from farms_tb.balancing.optimizer_checks import Group
 from farms_tb.balancing.targets import Ratio, Scale
 
-Group = dict[str, Any]
 Tensors = list[Tensor] | tuple[Tensor, ...]  # as `foreach` operations take them
 
 # Entries of the parameters that the CPU updates at once. With gradients and state these are 1.5 MB.

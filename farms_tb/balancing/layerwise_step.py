@@ -14,29 +14,29 @@ step wrote. `_OtherSteps` finds optimizers that move the same parameters without
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from itertools import count
 from typing import Any
-from weakref import ReferenceType, WeakKeyDictionary, ref
+from weakref import ReferenceType, WeakKeyDictionary, WeakSet, ref
 
 import torch
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from farms_tb.balancing.first_steps import FirstSteps, ReplacedStep, Traces, UnseenSteps
+from farms_tb.balancing.first_steps import FirstSteps, Traces
 from farms_tb.balancing.optimizer_checks import (
     Group,
+    all_parameters,
     captured,
     check_optimizer,
     incompatible,
     parameter_ids,
     stepping_optimizers,
 )
-from farms_tb.balancing.split_groups import ShownGroups, SplitGroup, split_groups
+from farms_tb.balancing.split_groups import ShownGroups
 from farms_tb.balancing.targets import Ratio
+from farms_tb.balancing.unseen_steps import ReplacedStep, UnseenSteps
 
 # By a weak reference: what is attached holds its optimizer, which would never be freed otherwise.
 _attached: WeakKeyDictionary[Optimizer, ReferenceType[LayerwiseStep]] = WeakKeyDictionary()
-_numbers = count()
 
 
 class LayerwiseStep:
@@ -50,7 +50,6 @@ class LayerwiseStep:
     Attributes:
         optimizer: the optimizer.
         steps: how many of its steps were followed.
-        number: a different one for each object.
 
     Raises:
         TypeError: not a torch optimizer.
@@ -65,7 +64,7 @@ class LayerwiseStep:
                 "or TempBalance"
             )
         self.optimizer = optimizer
-        self.steps, self.number = 0, next(_numbers)
+        self.steps = 0
         self._ratios: Mapping[int, Ratio] = {}
         self._renew = renew
         self._captured = self._compiled = False
@@ -110,10 +109,6 @@ class LayerwiseStep:
     def is_active(self) -> bool:
         """Whether some ratio is not 1."""
         return not _all_one(self._ratios)
-
-    def split_groups(self) -> list[SplitGroup]:
-        """Return the groups that a step would see now, in order."""
-        return split_groups(self.optimizer, self._ratios)
 
     def detach(self) -> None:
         """Leave the optimizer as it was found. Safe to call twice."""
@@ -186,9 +181,7 @@ class LayerwiseStep:
     def _has_new_parameters(self) -> bool:
         """Return whether the optimizer holds a parameter that has no ratio: one that was replaced, or added."""
         ratios = self._ratios
-        return any(
-            id(parameter) not in ratios for group in self.optimizer.param_groups for parameter in group["params"]
-        )
+        return any(id(parameter) not in ratios for parameter in all_parameters(self.optimizer.param_groups))
 
     def _refresh(self) -> None:
         """Follow what a closure set in the user's groups, the lr above all: it holds for this step."""
@@ -273,7 +266,7 @@ class _OtherSteps:
         # For optimizers during a step: how many steps of attached ones came before, and their parameters then.
         self._begun: WeakKeyDictionary[Optimizer, tuple[int, Traces]] = WeakKeyDictionary()
         # Optimizers that were found not to move what is balanced, and by which attached ones.
-        self._right: WeakKeyDictionary[Optimizer, set[int]] = WeakKeyDictionary()
+        self._right: WeakKeyDictionary[Optimizer, WeakSet[LayerwiseStep]] = WeakKeyDictionary()
 
     def watch_if(self, any_attached: bool) -> None:
         """Begin to look, or cease.
@@ -320,14 +313,14 @@ class _OtherSteps:
             )
 
     def _note_as_right(self, optimizer: Optimizer, active: list[LayerwiseStep]) -> None:
-        self._right.setdefault(optimizer, set()).update(step.number for step in active)
+        self._right.setdefault(optimizer, WeakSet()).update(active)
 
     def _is_known(self, optimizer: Optimizer) -> bool:
         """Return whether an optimizer need not be looked at: it has ratios itself, or was found right."""
         if optimizer in _attached or getattr(type(optimizer), "is_view_of_layerwise_step", False):
             return True
-        right = self._right.get(optimizer, set())
-        return all(step.number in right for step in _active_steps())
+        right = self._right.get(optimizer, ())
+        return all(step in right for step in _active_steps())
 
 
 _other_steps = _OtherSteps()

@@ -68,16 +68,25 @@ def _stepping(optimizer: Optimizer, seen: set[int]) -> Iterator[Optimizer]:
         yield optimizer
 
 
+def all_parameters(groups: Iterable[Group]) -> list[Tensor]:
+    """Return the parameters of param groups, in order.
+
+    Args:
+        groups: the groups of an optimizer.
+    """
+    params: list[Tensor] = []
+    for group in groups:
+        params += group["params"]
+    return params
+
+
 def parameter_ids(optimizer: Optimizer) -> set[int]:
     """Return the `id` of each parameter in the param groups of an optimizer.
 
     Args:
         optimizer: the optimizer, whose groups may grow during training.
     """
-    ids: set[int] = set()
-    for group in optimizer.param_groups:
-        ids.update(map(id, group["params"]))
-    return ids
+    return set(map(id, all_parameters(optimizer.param_groups)))
 
 
 def _optimizers_among(values: Iterable[Any], depth: int = 3) -> Iterator[Optimizer]:

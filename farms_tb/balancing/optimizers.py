@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from farms_tb.balancing.layerwise_step import LayerwiseStep
-from farms_tb.balancing.optimizer_checks import stepping_optimizers, unwrapped_optimizer
+from farms_tb.balancing.optimizer_checks import all_parameters, stepping_optimizers, unwrapped_optimizer
 from farms_tb.balancing.split_groups import SplitGroup, split_groups
 from farms_tb.balancing.targets import Ratio, check_decay
 from farms_tb.options import RatioOptions
@@ -35,9 +35,7 @@ class BalancedOptimizers:
         ValueError: no optimizer.
     """
 
-    def __init__(
-        self, optimizers: Sequence[Any], options: RatioOptions, renew: Callable[[], None] | None = None
-    ) -> None:
+    def __init__(self, optimizers: Sequence[Any], options: RatioOptions, renew: Callable[[], None]) -> None:
         if not optimizers:
             raise ValueError("there is no optimizer to balance")
         self._optimizers: list[Optimizer] = []
@@ -119,11 +117,7 @@ class BalancedOptimizers:
 
     def parameters(self) -> list[Tensor]:
         """Return every parameter that some optimizer holds."""
-        found: list[Tensor] = []
-        for optimizer in self._optimizers:
-            for group in optimizer.param_groups:
-                found += group["params"]
-        return found
+        return all_parameters(group for optimizer in self._optimizers for group in optimizer.param_groups)
 
     def trained(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
         """Return those of a model's parameters that some optimizer trains now.
@@ -149,7 +143,7 @@ class BalancedOptimizers:
             return pausing
         for optimizer in self._optimizers:
             state = vars(optimizer).get("state", {})
-            params = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            params = all_parameters(optimizer.param_groups)
             if isinstance(state, Mapping) and not any(parameter.requires_grad for parameter in params):
                 pausing.update(id(parameter) for parameter in params if parameter in state)
         return pausing

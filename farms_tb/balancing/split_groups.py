@@ -163,10 +163,9 @@ class ShownGroups:
         """Follow what became of the user's groups since they were split: a closure may change them."""
         users = self._users()
         known = users[: len(self._parts)]
-        if [id(part.group) for part in self._parts] != [id(group) for group in known]:
-            self._parts = []
-        if type(self._optimizer) in RULES:
-            # Torch may look at the groups before it calls the closure, which makes other gradients.
+        replaced = [id(part.group) for part in self._parts] != [id(group) for group in known]
+        # Torch may look at the groups before it calls the closure, which makes other gradients.
+        if replaced or type(self._optimizer) in RULES:
             self._parts = []
         for part in self._parts:
             part.follow_user()

@@ -204,7 +204,10 @@ def test_user_sees_split_groups_in_order() -> None:
     params = make_params()
     optimizer = torch.optim.SGD([{"params": params[:3], "lr": 0.1}, {"params": params[3:], "lr": 0.2}])
     stepper = attach(optimizer, params)
-    found = [(g.index, [id(p) for p in g.params], g.ratio, g.lr) for g in stepper.split_groups()]
+    found = [
+        (g.index, [id(p) for p in g.params], g.ratio, g.lr)
+        for g in split_groups.split_groups(optimizer, stepper.ratios)
+    ]
     a, b, c, d = map(id, params)
     assert found == [(0, [a], 0.5, 0.05), (0, [b], 1.0, 0.1), (0, [c], 1.7, 0.1 * 1.7), (1, [d], 1.0, 0.2)]
 
