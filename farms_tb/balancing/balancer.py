@@ -23,7 +23,7 @@ from farms_tb.balancing.assignment import block_leaders, members, ratios_of_para
 from farms_tb.balancing.measured_model import MeasuredModel
 from farms_tb.balancing.optimizers import BalancedOptimizers
 from farms_tb.balancing.ratio_warnings import RatioWarnings
-from farms_tb.balancing.report_ratios import MappedRatios, RatioSummary, ratios_of_report
+from farms_tb.balancing.report_ratios import RatioSummary, ratios_of_report
 from farms_tb.balancing.state import BalancerState, changed_settings, read_state, write_state
 from farms_tb.balancing.step_groups import StepGroup, lrs_of_layers, step_groups
 from farms_tb.balancing.targets import Ratio, scale_of, weakened
@@ -219,17 +219,14 @@ class LayerBalancer:
         """Map a report of the present layers to ratios, let the next steps use them, and warn of what is odd."""
         # The first weights may be initial ones, whose alphas are all noise: that is not worth a warning.
         initial, self.report = self.report is None, report
-        mapped = self._map(report)
+        assignment, by_kind = self._measured.assignment, self._members()
+        self._leaders = block_leaders(assignment, by_kind)
+        mapped = ratios_of_report(report, by_kind, self.ratio_options, assignment)
         self._mapped, self.summary = mapped.ratios, mapped.summary.at(self.strength)
         self._optimizers.apply_measured(self._scales(), self._measured.model)
         self._ratio_warnings.warn(report, mapped, initial=initial)
         self._verdict_warnings.warn(report, self.trained_layers(), mapped.missing)
         return report
-
-    def _map(self, report: Report) -> MappedRatios:
-        assignment, by_kind = self._measured.assignment, self._members()
-        self._leaders = block_leaders(assignment, by_kind)
-        return ratios_of_report(report, by_kind, self.ratio_options, assignment)
 
     def _members(self) -> dict[Kind, list[str]]:
         """Return the layers that are balanced as the optimizers are now, by kind."""

@@ -125,7 +125,7 @@ def ratios_from(
     if options.favor == "small_alpha":
         values = _reflected(values)
     if takes == "effect":
-        mapped = _MAPS_OF_EFFECTS[options.assign_func](values, _errors_of(known, errors), options)
+        mapped = _shrinkage(values, _errors_of(known, errors), options)
     else:
         mapped = _MAPS[options.assign_func](values, options)
     if options.ratio_levels is not None:
@@ -340,8 +340,4 @@ _MAPS: dict[AssignFunc, Callable[[Sequence[float], RatioOptions], list[float]]] 
     "depth": _depth,
     "constant": _constant,
 }
-
-_MAPS_OF_EFFECTS: dict[AssignFunc, Callable[[Sequence[float], Sequence[float], RatioOptions], list[float]]] = {
-    "shrinkage": _shrinkage,
-}
-"""Those that take effects, and their standard errors."""
+"""All but `"shrinkage"`, which takes effects and their standard errors."""

@@ -7,9 +7,8 @@ the one that was tuned.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from statistics import fmean
+from statistics import fmean, variance
 
 from torch import nn
 
@@ -85,7 +84,7 @@ class RatioWarnings:
 
     def _about_large_ratio(self, ratios: Mapping[str, float]) -> None:
         """Warn, once, of the largest ratio of learning rates where it is above `LARGE_RATIO`."""
-        if not ratios or self._options.target == "weight_decay":
+        if self._options.target == "weight_decay":
             return
         largest = max(ratios, key=ratios.__getitem__)
         if ratios[largest] <= LARGE_RATIO or not self._new(["large ratio"]):
@@ -169,12 +168,10 @@ def _noise_share(records: Sequence[LayerRecord]) -> float:
     errors = [record.alpha_error for record in records if record.alpha_error is not None]
     if len(alphas) < 2 or not errors:
         return 0.0
-    mean = fmean(alphas)
-    variance = math.fsum((alpha - mean) ** 2 for alpha in alphas) / (len(alphas) - 1)
-    noise = math.fsum(error**2 for error in errors) / len(errors)
-    if variance == 0:
+    of_alphas = variance(alphas)
+    if of_alphas == 0:
         return 0.0
-    return min(1.0, noise / variance)
+    return min(1.0, fmean(error**2 for error in errors) / of_alphas)
 
 
 def _is_single(record: LayerRecord) -> bool:

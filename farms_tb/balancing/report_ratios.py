@@ -49,27 +49,18 @@ class MappedRatios:
 
     Attributes:
         ratios: ratio of each layer of the report; 1 for those that take no part.
-        members: the layers that take part, by kind: each kind is balanced within itself.
-        missing: those of them without the metric that is mapped, which keep ratio 1, or with `permute` what they
-            are dealt. With `unit="block"` those of blocks where no layer has it.
-        balanced: all others that take part, by kind; it follows from `members` and `missing`.
+        missing: the layers that take part without the metric that is mapped, which keep ratio 1, or with `permute`
+            what they are dealt. With `unit="block"` those of blocks where no layer has it.
+        balanced: all others that take part, by kind: each kind is balanced within itself.
         units: how many layers, or blocks with `unit="block"`, take part, by kind.
         summary: what the mapping did, over all layers.
     """
 
     ratios: dict[str, float]
-    members: dict[Kind, list[str]]
+    missing: list[str]
+    balanced: dict[Kind, list[str]]
     units: dict[Kind, int]
-    missing: list[str] = field(default_factory=list)
-    summary: RatioSummary = field(default_factory=RatioSummary)
-    balanced: dict[Kind, list[str]] = field(init=False)
-
-    def __post_init__(self) -> None:
-        missing = set(self.missing)
-        balanced = {}
-        for kind, names in self.members.items():
-            balanced[kind] = [name for name in names if name not in missing]
-        object.__setattr__(self, "balanced", balanced)
+    summary: RatioSummary
 
 
 @dataclass(frozen=True)
@@ -121,6 +112,7 @@ def ratios_of_report(
     numbers: dict[Kind, int] = {}
     mapped: dict[str, float] = {}
     missing: list[str] = []
+    balanced: dict[Kind, list[str]] = {}
     for kind, names in members.items():
         units = _units(names, assignment.blocks)
         numbers[kind] = len(units)
@@ -128,10 +120,12 @@ def ratios_of_report(
         kinds[kind] = _mapped_kind(units, estimates, options)
         mapped |= kinds[kind].ratios
         missing += kinds[kind].missing
+        without = set(kinds[kind].missing)
+        balanced[kind] = [name for name in names if name not in without]
     if options.normalize == "mean":
         mapped = _with_mean_one(report, mapped)
     ratios = {**dict.fromkeys(report.layers, 1.0), **mapped, **assignment.fixed_layers}
-    return MappedRatios(ratios, members, numbers, missing, _summary(kinds, mapped, options))
+    return MappedRatios(ratios, missing, balanced, numbers, _summary(kinds, mapped, options))
 
 
 def _mapped_kind(

@@ -93,7 +93,7 @@ def read_state(plain: object) -> BalancerState:
     leaders = _named(plain.get("leaders", {}), "leaders")
     for block, layer in leaders.items():
         if layer not in ratios:
-            raise damaged_state(f"leaders[{block!r}] must be a layer with a ratio, got {_short(layer)}")
+            raise damaged_state(f"leaders[{block!r}] must be a layer with a ratio, got {layer!r:.60}")
     return BalancerState(options, ratios, report, begun, leaders)
 
 
@@ -232,7 +232,7 @@ def _named(value: object, entry: str) -> dict[str, Any]:
         ValueError: `value` is none.
     """
     if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
-        raise damaged_state(f"{entry} must be a dict with names as keys, got {_short(value)}")
+        raise damaged_state(f"{entry} must be a dict with names as keys, got {value!r:.60}")
     return value
 
 
@@ -243,7 +243,7 @@ def _ratio(value: object, entry: str) -> float:
         ValueError: `value` is no finite number of at least 0.
     """
     if not _is_number(value) or value < 0:
-        raise damaged_state(f"{entry} must be a finite number of at least 0, got {_short(value)}")
+        raise damaged_state(f"{entry} must be a finite number of at least 0, got {value!r:.60}")
     return float(value)
 
 
@@ -274,12 +274,6 @@ def _check_bound(ratios: dict[str, float], options: dict[str, Any]) -> None:
 def damaged_state(what: str) -> ValueError:
     """Return the error for a state that cannot be used; `what` names the entry, what it must be and what it is."""
     return ValueError(f"the saved state of farms_tb is damaged: {what}. Resume from another checkpoint")
-
-
-def _short(value: object) -> str:
-    """Return a value as text of a bounded length, for messages."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def _is_number(value: object) -> TypeGuard[float]:
