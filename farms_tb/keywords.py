@@ -44,6 +44,7 @@ from farms_tb.options import (
     Target,
     Unit,
     XAxis,
+    as_plain,
 )
 from farms_tb.warnings import warn_once
 
@@ -168,16 +169,28 @@ def resolved(cls: type[T], given: T | None, keywords: Mapping[str, Any]) -> T:
             f"{_ARGUMENTS[cls]} must be {cls.__name__}(...), got {given!r} of type {type(given).__name__}; "
             "options can also be given by name"
         )
-    # LightningCLI passes every parameter, also those that nobody set: their defaults must not hide the object.
-    if named.keys() == names:
-        named = _without_defaults(cls(**named))
-    return replace(given, **named)
+    return replace(given, **without_defaults(cls, named))
 
 
-def _without_defaults(options: Any) -> dict[str, Any]:
-    """Return the fields of a dataclass that differ from its defaults."""
-    defaults = vars(type(options)())
-    return {name: value for name, value in vars(options).items() if value != defaults[name]}
+def without_defaults(cls: type[Any], keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options without those that nobody set, which must not hide what an object or a preset says.
+
+    LightningCLI and Hydra pass every option. So where all options of a class are there, those at their defaults
+    are left out, whatever kind of sequence or mapping they came in.
+
+    Args:
+        cls: class of the options.
+        keywords: values by name; those of other classes' options stay.
+    """
+    defaults = as_plain(cls())
+    if not defaults.keys() <= keywords.keys():
+        return dict(keywords)
+    kept = {}
+    for name, value in keywords.items():
+        plain = list(value) if isinstance(value, (tuple, Mapping)) else value
+        if name not in defaults or plain != defaults[name]:
+            kept[name] = value
+    return kept
 
 
 def takes_options(*classes: type[Any]) -> Callable[[F], F]:
@@ -238,13 +251,12 @@ def _with_options(function: F, name: str, classes: tuple[type[Any], ...]) -> F:
 
 def _full_signature(function: Callable[..., Any], classes: tuple[type[Any], ...]) -> inspect.Signature:
     """Return the signature of a function with every option in the place of `**options`, and types for strings."""
-    signature = inspect.signature(function)
-    *own, _ = signature.parameters.values()
-    parameters = [parameter.replace(annotation=_evaluated(parameter.annotation, function)) for parameter in own]
+    # `Unpack` stands before the options alone, which are replaced, and is imported for type checkers only.
+    signature = inspect.signature(function, eval_str=True, locals={"Unpack": type})
+    *parameters, _ = signature.parameters.values()
     for cls in classes:
         parameters.extend(_parameters(cls))
-    returned = _evaluated(signature.return_annotation, function)
-    return signature.replace(parameters=parameters, return_annotation=returned)
+    return signature.replace(parameters=parameters)
 
 
 def _annotations(signature: inspect.Signature) -> dict[str, Any]:
@@ -265,17 +277,6 @@ def _parameters(cls: type[Any]) -> list[inspect.Parameter]:
         )
         for field in fields(cls)
     ]
-
-
-def _evaluated(annotation: Any, function: Callable[..., Any]) -> Any:
-    """Return an annotation of a function as a type, for tools that read signatures.
-
-    Every module here postpones the evaluation of annotations, so that they are strings at run time. Each is
-    evaluated by itself: `typing.get_type_hints` would fail on those that are imported for type checkers only.
-    """
-    if not isinstance(annotation, str):
-        return annotation
-    return eval(annotation, function.__globals__)  # type: ignore[attr-defined]
 
 
 def _documented(docstring: str | None, classes: tuple[type[Any], ...]) -> str:

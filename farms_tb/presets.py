@@ -6,11 +6,12 @@ the code of its authors, the page "Presets" of the documentation says so.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from farms_tb.options import Options, RatioOptions, ScheduleOptions, SpectrumOptions, as_plain, check_choice
+from farms_tb.keywords import without_defaults
+from farms_tb.options import Options, RatioOptions, ScheduleOptions, SpectrumOptions, check_choice
 
 Preset = Literal["farms", "tempbalance", "model_balancing", "llr", "alphadecay", "shrinkage", "monitor"]
 
@@ -99,7 +100,7 @@ def with_preset(
     Args:
         preset: its name; None for no preset.
         objects: the objects of options that the user gave, by argument.
-        keywords: the options that the user gave by name. Where these are all there are, as LightningCLI and Hydra
+        keywords: the options that the user gave by name. Where all of a class are there, as LightningCLI and Hydra
             pass them, those at their defaults do not override.
 
     Raises:
@@ -112,11 +113,9 @@ def with_preset(
     given = [argument for argument, value in objects.items() if value is not None]
     if given:
         raise ValueError(f"preset={preset!r} and {given[0]}= both choose options: give single options by name")
-    defaults = as_plain(SpectrumOptions(), RatioOptions())
     own = dict(keywords)
-    if defaults.keys() <= own.keys():
-        defaults |= as_plain(ScheduleOptions())
-        own = {name: value for name, value in own.items() if not _is_default(name, value, defaults)}
+    for cls in (SpectrumOptions, RatioOptions, ScheduleOptions):
+        own = without_defaults(cls, own)
     return {**PRESETS[preset].options, **own}
 
 
@@ -150,11 +149,3 @@ def described(preset: Preset | None, *options: Options) -> str:
 def _typed(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return options as the dataclasses store them: `fixed` as pairs."""
     return {name: tuple(value.items()) if isinstance(value, Mapping) else value for name, value in options.items()}
-
-
-def _is_default(name: str, value: object, defaults: Mapping[str, object]) -> bool:
-    """Return whether an option is at its default, be it a list or a tuple."""
-    if name not in defaults:
-        return False
-    default = defaults[name]
-    return value == default or (isinstance(value, Sequence) and list(value) == default)

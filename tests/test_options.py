@@ -1,7 +1,7 @@
 """Options: checked once, plain values, and the same as keyword arguments of every entry point."""
 
 import math
-from dataclasses import FrozenInstanceError, fields
+from dataclasses import FrozenInstanceError, fields, replace
 from typing import get_type_hints
 
 import numpy as np
@@ -313,3 +313,13 @@ def test_options_of_earlier_versions(removed):
 
 def test_unused_options_of_earlier_versions_say_nothing():
     FARMSTempBalance(max_overhead=None, timings_file=None)
+
+
+@pytest.mark.parametrize("sequence", [list, tuple])
+def test_defaults_that_lightningcli_passes_do_not_contradict_an_object(sequence):
+    """Together with the defaults alone, `block_mean` would be refused: it is for blocks."""
+    passed = {field.name: field.default for field in fields(RatioOptions)}
+    passed |= {"block_mean": "weighted", "balance": sequence(["real"]), "fixed": {}}
+    given = RatioOptions(unit="block", balance=["spectral"], fixed={"head": 2.0})
+    callback = FARMSTempBalance(ratios=given, **passed)
+    assert callback.options.ratios == replace(given, block_mean="weighted")
