@@ -19,11 +19,11 @@ from farms_tb.balancing.optimizer_checks import stepping_optimizers
 from farms_tb.keywords import CallbackKeywords, takes_options
 from farms_tb.missing import cannot_import
 from farms_tb.options import LoggingOptions, RatioOptions, ScheduleOptions, SpectrumOptions
-from farms_tb.presets import Preset, with_preset
+from farms_tb.presets import Preset
 from farms_tb.training.metrics import Measurement, Media, RunLog
 from farms_tb.training.run import CallbackOptions, Run
 from farms_tb.training.schedule import Moment, RunLength
-from farms_tb.training.session import BalancingSession, ShowsResults
+from farms_tb.training.session import ShowsResults
 from farms_tb.training.sinks import (
     define_wandb_axes,
     media_to_show,
@@ -131,11 +131,7 @@ class FARMSTrainerCallback(ShowsResults, TrainerCallback, ExportableState):
         logging: LoggingOptions | None = None,
         **options: Unpack[CallbackKeywords],
     ) -> None:
-        objects = {"spectrum": spectrum, "ratios": ratios, "schedule": schedule, "logging": logging}
-        named = with_preset(preset, objects, options)
-        self.preset = preset
-        self.options = CallbackOptions.resolved(spectrum, ratios, schedule, logging, named)
-        self._session = BalancingSession(self.options)
+        self._set_up(preset, options, spectrum=spectrum, ratios=ratios, schedule=schedule, logging=logging)
         self._epoch = -1
 
     def detach(self) -> None:

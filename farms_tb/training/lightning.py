@@ -16,11 +16,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from farms_tb.balancing.balancer import LayerBalancer
 from farms_tb.keywords import CallbackKeywords, takes_options
 from farms_tb.options import LoggingOptions, RatioOptions, ScheduleOptions, SpectrumOptions
-from farms_tb.presets import Preset, with_preset
+from farms_tb.presets import Preset
 from farms_tb.training.metrics import Measurement
-from farms_tb.training.run import CallbackOptions, Run
+from farms_tb.training.run import Run
 from farms_tb.training.schedule import Moment, RunLength
-from farms_tb.training.session import BalancingSession, ShowsResults
+from farms_tb.training.session import ShowsResults
 from farms_tb.training.sinks import log_measurement
 
 if TYPE_CHECKING:
@@ -102,11 +102,7 @@ class FARMSTempBalance(ShowsResults, Callback):
         **options: Unpack[CallbackKeywords],
     ) -> None:
         super().__init__()
-        objects = {"spectrum": spectrum, "ratios": ratios, "schedule": schedule, "logging": logging}
-        named = with_preset(preset, objects, options)
-        self.preset = preset
-        self.options = CallbackOptions.resolved(spectrum, ratios, schedule, logging, named)
-        self._session = BalancingSession(self.options)
+        self._set_up(preset, options, spectrum=spectrum, ratios=ratios, schedule=schedule, logging=logging)
 
     @property
     def state_key(self) -> str:

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from farms_tb.balancing.balancer import LayerBalancer
 from farms_tb.training.cost import MeasuringCost
 from farms_tb.training.handover import Results
-from farms_tb.training.metrics import Measurement, RunLog, alpha_summary, choose_x_axis, summary_row
+from farms_tb.training.metrics import Measurement, RunLog, alpha_summary, summary_row
 from farms_tb.training.run import CallbackOptions, Run
 from farms_tb.training.schedule import LONG_EPOCH, Moment, RunLength, Schedule
 
@@ -54,7 +54,7 @@ class MeasuredRun:
         # Asked for only where it is needed: some trainers cannot tell.
         length = run.length() if options.schedule.needs_length else RunLength()
         self._schedule = Schedule(options.schedule, options.logging, length)
-        self.run_log = RunLog(choose_x_axis(options.logging.x_axis, options.schedule.by_steps))
+        self.run_log = RunLog(options.logging.x_axis or ("step" if options.schedule.by_steps else "epoch"))
         self.logs = options.logging.log and run.is_rank_zero
         self.run, self._options = run, options
         self._cost = MeasuringCost()

@@ -16,10 +16,9 @@ panels in order. ESDs are `farms_esd/03_<layer>`; the table and the pictures joi
 
 from __future__ import annotations
 
-import math
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
-from statistics import fmean
+from statistics import fmean, pstdev
 from typing import TYPE_CHECKING, Any
 
 from farms_tb.balancing.report_ratios import RatioSummary
@@ -163,18 +162,6 @@ class RunLog:
         return new
 
 
-def choose_x_axis(x_axis: XAxis | None, by_steps: bool) -> XAxis:
-    """Return what to plot curves against.
-
-    Args:
-        x_axis: the user's choice; None for the unit in which measurements are spaced.
-        by_steps: whether that is optimizer steps, and not epochs.
-    """
-    if x_axis is not None:
-        return x_axis
-    return "step" if by_steps else "epoch"
-
-
 def warn_of_many_layers(number: int, model: object) -> None:
     """Warn, once for each model, where it has too many layers to log each.
 
@@ -231,9 +218,7 @@ def alpha_summary(report: Report, trained: Container[str] | None = None) -> dict
     alphas = _alphas_to_summarize(report, trained)
     if not alphas:
         return {}
-    mean = fmean(alphas)
-    squares = math.fsum((alpha - mean) ** 2 for alpha in alphas)
-    return {"farms/alpha_mean": mean, "farms/alpha_std": math.sqrt(squares / len(alphas))}
+    return {"farms/alpha_mean": fmean(alphas), "farms/alpha_std": pstdev(alphas)}
 
 
 def verdict_shares(report: Report, trained: Container[str] | None = None) -> dict[str, float]:
@@ -340,23 +325,10 @@ def esd_histograms(report: Report) -> dict[str, EsdHistogram]:
 def table(measurement: Measurement) -> list[list[Any]]:
     """Return the values of `COLUMNS` for each layer, None where there is no value; the shape as `64x3x3`."""
     rows = []
-    for name, record in measurement.report.layers.items():
-        row = [
-            name,
-            "x".join(map(str, record.shape)),
-            record.alpha,
-            record.alpha_error,
-            record.ks_distance,
-            record.rank_share,
-            record.stable_rank,
-            measurement.ratios.get(name),
-            measurement.lrs.get(name),
-            record.z_score,
-            record.effect,
-            None if record.verdict is None else str(record.verdict),
-            record.status,
-        ]
-        rows.append(row)
+    for row in measurement.report.rows():
+        name = row["layer"]
+        row |= {"ratio": measurement.ratios.get(name), "lr": measurement.lrs.get(name), "z": row["z_score"]}
+        rows.append([row[column] for column in COLUMNS])
     return rows
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,6 @@ from torch import nn
 from torch.optim import Optimizer
 
 from farms_tb.balancing.balancer import LayerBalancer
-from farms_tb.keywords import resolved
 from farms_tb.options import LoggingOptions, RatioOptions, ScheduleOptions, SpectrumOptions, as_plain
 from farms_tb.training.schedule import RunLength
 
@@ -30,35 +29,6 @@ class CallbackOptions:
     ratios: RatioOptions
     schedule: ScheduleOptions
     logging: LoggingOptions
-
-    @classmethod
-    def resolved(
-        cls,
-        spectrum: SpectrumOptions | None,
-        ratios: RatioOptions | None,
-        schedule: ScheduleOptions | None,
-        logging: LoggingOptions | None,
-        keywords: Mapping[str, Any],
-    ) -> CallbackOptions:
-        """Return the options of all four kinds, from objects and keywords as a user gives them.
-
-        Args:
-            spectrum: options as one object; None for the defaults.
-            ratios: likewise.
-            schedule: likewise.
-            logging: likewise.
-            keywords: options by name; each overrides the field of that name.
-
-        Raises:
-            TypeError: an object of another class, or a value of the wrong type.
-            ValueError: a value out of range.
-        """
-        return cls(
-            resolved(SpectrumOptions, spectrum, keywords),
-            resolved(RatioOptions, ratios, keywords),
-            resolved(ScheduleOptions, schedule, keywords),
-            resolved(LoggingOptions, logging, keywords),
-        )
 
     def as_plain(self) -> dict[str, Any]:
         """Return all options as one flat dict of plain values, for a checkpoint; see `farms_tb.options`."""

@@ -84,15 +84,14 @@ class Period:
                 f"until={self.until}, which is step {last}"
             )
 
-    def has_begun(self, epoch: int, step: int) -> bool:
-        """Return whether `start` has come, after so many epochs and optimizer steps."""
-        return self._is_reached(self.start, epoch, step)
+    def reached(self, time: Time, epoch: int, step: int) -> bool:
+        """Return whether a point of the run, `start` or `until`, has come.
 
-    def is_over(self, epoch: int, step: int) -> bool:
-        """Return whether `until` has come, after so many epochs and optimizer steps."""
-        return self._is_reached(self.until, epoch, step)
-
-    def _is_reached(self, time: Time, epoch: int, step: int) -> bool:
+        Args:
+            time: the point.
+            epoch: epochs completed.
+            step: optimizer steps done.
+        """
         if time.unit == "epochs":
             return epoch >= time.amount
         at = self._in_steps(time)
@@ -158,7 +157,7 @@ class Schedule:
             The strength s of the next step's ratios, 1 + s (r - 1): 0 before `start`, then growing to 1 over
             `ramp_steps` steps.
         """
-        if self.started < 0 and self._period.has_begun(epoch, step):
+        if self.started < 0 and self._period.reached(self._period.start, epoch, step):
             self.started = step
         if self.started < 0:
             return 0.0
@@ -180,7 +179,7 @@ class Schedule:
         """
         if self.measurements == 0:
             return True
-        if self._period.is_over(epoch, step):
+        if self._period.reached(self._period.until, epoch, step):
             return False
         if self.anew or self.step < self.started:
             return True

@@ -7,6 +7,7 @@ run itself is a `MeasuredRun`; which layers are balanced, and how, is decided in
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -14,7 +15,9 @@ from torch.optim import Optimizer
 
 from farms_tb.balancing.balancer import LayerBalancer
 from farms_tb.balancing.step_groups import StepGroup
-from farms_tb.presets import Preset, described
+from farms_tb.keywords import resolved
+from farms_tb.options import LoggingOptions, RatioOptions, ScheduleOptions, SpectrumOptions
+from farms_tb.presets import Preset, described, with_preset
 from farms_tb.report import Report
 from farms_tb.training.handover import Handover, Results
 from farms_tb.training.measured_run import MeasuredRun
@@ -160,18 +163,12 @@ class BalancingSession:
 
     def shown(self) -> LayerBalancer | Results | None:
         """Return what has report and ratios; after training in child processes, theirs. None before training."""
-        if not self.running:
-            self._take_results_of_child()
+        received = None if self.running else self._handover.receive()
+        if received is not None:
+            self.run, self._results = None, received
         if self.run is not None:
             return self.run.balancer
         return self._results
-
-    def _take_results_of_child(self) -> None:
-        """Let the results of training in a child process, where there are new ones, take the place of a run's."""
-        received = self._handover.receive()
-        if received is not None:
-            self.run = None
-            self._results = received
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the model, the optimizers and what is attached to them."""
@@ -183,12 +180,12 @@ class BalancingSession:
 
 
 class ShowsResults:
-    """What a callback shows of its session; the base of the trainers' callbacks.
+    """The options of a callback, and what it shows of its session; the base of the trainers' callbacks.
 
     Attributes:
         options: what the callback was asked for.
         preset: the published method that was asked for by name; None without one.
-        _session: the callback's session, which the subclass makes in its `__init__`.
+        _session: the callback's session.
         _how_to_begin: what to call before there is anything to show, for the error message.
     """
 
@@ -196,6 +193,28 @@ class ShowsResults:
     preset: Preset | None
     _session: BalancingSession
     _how_to_begin = "train first"
+
+    def _set_up(self, preset: Preset | None, keywords: Mapping[str, Any], **objects: Any) -> None:
+        """Make options and session out of what a user gave the callback.
+
+        Args:
+            preset: the published method, whose options the keywords override.
+            keywords: options by name.
+            **objects: the objects of options, by the names that `CallbackOptions` has for them; None for defaults.
+
+        Raises:
+            TypeError: an object of another class, or a value of the wrong type.
+            ValueError: a value out of range, or a preset together with an object.
+        """
+        named = with_preset(preset, objects, keywords)
+        self.preset = preset
+        self.options = CallbackOptions(
+            resolved(SpectrumOptions, objects["spectrum"], named),
+            resolved(RatioOptions, objects["ratios"], named),
+            resolved(ScheduleOptions, objects["schedule"], named),
+            resolved(LoggingOptions, objects["logging"], named),
+        )
+        self._session = BalancingSession(self.options)
 
     @property
     def report(self) -> Report | None:

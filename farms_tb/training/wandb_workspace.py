@@ -23,9 +23,6 @@ if TYPE_CHECKING:
 
 __all__ = ["build_workspace", "main"]
 
-_KEY = re.compile(
-    r"(?P<prefix>.*?)farms(_(?P<metric>alpha|ratio|lr|z|effect|rank_share|adapter_change|esd))?/(\d+_)?(?P<name>.+)"
-)
 _SECTIONS = {
     "alpha": "alpha",
     "ratio": "ratio",
@@ -36,6 +33,7 @@ _SECTIONS = {
     "adapter_change": "change by adapters",
     "esd": "ESD",
 }
+_KEY = re.compile(rf"(?P<prefix>.*?)farms(_(?P<metric>{'|'.join(_SECTIONS)}))?/(\d+_)?(?P<name>.+)")
 _PICTURES = ("farms/alpha_curves", "farms/ratio_map", "farms/alpha_by_depth")
 
 

@@ -14,7 +14,7 @@ import pytest
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from farms_tb import FARMSTempBalance, LayerRecord, Report, analyze
-from farms_tb.training.metrics import COLUMNS, Measurement, RunLog, choose_x_axis, depth_names, measurement_row
+from farms_tb.training.metrics import COLUMNS, Measurement, RunLog, depth_names, measurement_row
 from farms_tb.training.sinks import log_measurement
 from farms_tb.viewing.plots import read_history
 from tests.helpers import BATCHES, EPOCHS, LIGHTNING_NOISE, Module, Recorder, fit, make_net
@@ -133,14 +133,6 @@ def test_a_number_is_the_layers_place_in_the_report() -> None:
     ok = LayerRecord(alpha=2.0, kind="real", shape=(1, 4, 4))
     report = Report({"a": ok, "b": LayerRecord(status="no stack"), "c": ok})
     assert set(measurement_row(report, {}, {}, {}, by_depth=True)) >= {"farms_alpha/00_a", "farms_alpha/02_c"}
-
-
-@pytest.mark.parametrize(
-    ("x_axis", "every_n_steps", "chosen"),
-    [(None, None, "epoch"), (None, 5, "step"), ("step", None, "step"), ("epoch", 5, "epoch")],
-)
-def test_x_axis(x_axis: Any, every_n_steps: int | None, chosen: str) -> None:
-    assert choose_x_axis(x_axis, every_n_steps) == chosen
 
 
 @pytest.mark.parametrize("options", [{"x_axis": "steps"}, {"table_every_n": 0}])

@@ -162,7 +162,12 @@ def test_summary_has_the_last_of_every_layer(run: OfflineRun) -> None:
 
 @pytest.mark.parametrize(
     ("options", "axis"),
-    [({"every_n_steps": 2}, "trainer/global_step"), ({"every_n_steps": 2, "x_axis": "epoch"}, "mine-epoch")],
+    [
+        ({}, "mine-epoch"),
+        ({"x_axis": "step"}, "trainer/global_step"),
+        ({"every_n_steps": 2}, "trainer/global_step"),
+        ({"every_n_steps": 2, "x_axis": "epoch"}, "mine-epoch"),
+    ],
 )
 def test_x_axis_and_prefix(tmp_path: Path, options: dict[str, Any], axis: str) -> None:
     logger = WandbLogger(project="tests", save_dir=tmp_path, offline=True, prefix="mine")
