@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib import import_module, util
-from importlib.abc import InspectLoader, MetaPathFinder
+from importlib.abc import InspectLoader, Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import CodeType, ModuleType
 
@@ -48,7 +48,7 @@ PACKAGES = ("page", "plots")
 """The old paths with modules below them."""
 
 
-class MovedModules(MetaPathFinder, InspectLoader):
+class MovedModules(MetaPathFinder, Loader):
     """Finds and loads modules by the paths that they had before version 0.2, for `sys.meta_path`."""
 
     def find_spec(
@@ -88,14 +88,6 @@ class MovedModules(MetaPathFinder, InspectLoader):
         assert spec is not None
         assert isinstance(spec.loader, InspectLoader)
         return spec.loader.get_code(spec.name)
-
-    def get_source(self, fullname: str) -> str | None:
-        """Return None: tracebacks and debuggers read the source by the new path."""
-        return None
-
-    def is_package(self, fullname: str) -> bool:
-        """Return whether the old path was a package."""
-        return fullname.removeprefix("farms_tb.") in PACKAGES
 
 
 def _new_name(fullname: str) -> str:

@@ -237,11 +237,10 @@ def plain_strings(argument: str, values: object) -> tuple[str, ...]:
     return found
 
 
-def plain_ratios(argument: str, ratios: object) -> tuple[tuple[str, float], ...]:
-    """Return ratios by pattern as a tuple of pairs, which can be compared, hashed and saved.
+def plain_fixed(ratios: object) -> tuple[tuple[str, float], ...]:
+    """Return the option `fixed`, ratios by pattern, as a tuple of pairs, which can be compared, hashed and saved.
 
     Args:
-        argument: name of the option, for the message.
         ratios: what the user gave: a mapping, or pairs, as a checkpoint gives them back.
 
     Raises:
@@ -250,15 +249,15 @@ def plain_ratios(argument: str, ratios: object) -> tuple[tuple[str, float], ...]
     """
     pairs = ratios.items() if isinstance(ratios, Mapping) else ratios
     if isinstance(pairs, (str, bytes)) or not isinstance(pairs, Iterable):
-        raise TypeError(f'{argument} must map patterns to ratios, as {{"embed*": 5.0}}, got {ratios!r}')
+        raise TypeError(f'fixed must map patterns to ratios, as {{"embed*": 5.0}}, got {ratios!r}')
     found = []
     for pair in pairs:
         if isinstance(pair, (str, bytes)) or not isinstance(pair, Sequence) or len(pair) != 2:
-            raise TypeError(f'{argument} must map patterns to ratios, as {{"embed*": 5.0}}, got {ratios!r}')
+            raise TypeError(f'fixed must map patterns to ratios, as {{"embed*": 5.0}}, got {ratios!r}')
         pattern, ratio = plain_value(pair[0]), plain_value(pair[1])
         if not isinstance(pattern, str):
-            raise TypeError(f"{argument} must have patterns of names as keys, got {pattern!r}")
-        check_number(f"{argument}[{pattern!r}]", ratio, at_least=0)
+            raise TypeError(f"fixed must have patterns of names as keys, got {pattern!r}")
+        check_number(f"fixed[{pattern!r}]", ratio, at_least=0)
         found.append((pattern, float(ratio)))
     return tuple(found)
 
@@ -495,7 +494,7 @@ class RatioOptions:
         check_choice("block_mean", self.block_mean, BlockMean)
         check_choice("target", self.target, Target)
         check_bool("decay_follows_lr", self.decay_follows_lr)
-        object.__setattr__(self, "fixed", plain_ratios("fixed", self.fixed))
+        object.__setattr__(self, "fixed", plain_fixed(self.fixed))
         for argument in ("exclude", "balance", "blocks"):
             # Hydra hands over its own list type; a tuple is comparable, hashable and safe to store.
             object.__setattr__(self, argument, plain_strings(argument, getattr(self, argument)))
@@ -517,7 +516,7 @@ class RatioOptions:
     @property
     def fixed_pairs(self) -> tuple[tuple[str, float], ...]:
         """`fixed` as pairs of pattern and ratio, which is how it is stored."""
-        return plain_ratios("fixed", self.fixed)
+        return plain_fixed(self.fixed)
 
     @property
     def maps_nothing(self) -> bool:

@@ -6,10 +6,11 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from farms_tb.keywords import REMOVED
+
 __all__ = ["current_overrides", "current_settings"]
 
 _PLACEBO = "recipes.placebo.PlaceboTempBalance"  # a callback of its own, now the option `permute`
-_REMOVED = ("max_overhead", "timings_file")  # options that the callback had
 _DARCY = re.compile(r"experiment=sciml/darcy_beta(?P<beta>[\d.]+)_(?P<net>fno|unet)")
 _FLOW = re.compile(r"experiment=sciml/cfd2d_fno_1of(?P<part>\d+)")
 
@@ -58,7 +59,7 @@ def current_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     current = dict(settings)
     if "balancing" not in current and "farms" in current:
         options = current.pop("farms") or {}
-        kept = {name: value for name, value in options.items() if name not in _REMOVED}
+        kept = {name: value for name, value in options.items() if name not in REMOVED}
         current["balancing"] = {**kept, "arm": current.get("arm", "farms")}
     balancing = current.get("balancing")
     if isinstance(balancing, Mapping) and balancing.get("_target_") == _PLACEBO:
