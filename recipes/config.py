@@ -188,8 +188,9 @@ def _class_of(cfg: DictConfig, part: str) -> Any:
 def check_combination(cfg: DictConfig, model: Any, data: Any) -> None:
     """Check that model and data fit in what can be changed by hand.
 
-    Models and data of the user's own are checked by what they tell: `num_classes`, `val_size`, `kind` and
-    `sample_shape` of the data, `net.n_dim` and `net.check_input` of the model, each where it is there.
+    Models and data of the user's own are checked by what they tell: `num_classes`, `val_size`, `kind`,
+    `sample_shape` and, of trajectories, `history` with `channels` of the data, `net.n_dim` and `net.check_input`
+    of the model, each where it is there.
 
     Args:
         cfg: The composed settings.
@@ -203,7 +204,7 @@ def check_combination(cfg: DictConfig, model: Any, data: Any) -> None:
     _check_scores(cfg, data)
     _check_monitor(cfg, getattr(model, "scores", None))
     if getattr(data, "kind", None) == "trajectories":
-        _check_channels(cfg, data)
+        _check_channels(cfg, getattr(data, "history", None), getattr(data, "channels", None))
     _check_network(cfg, getattr(model, "net", None), data)
 
 
@@ -258,14 +259,21 @@ def _check_monitor(cfg: DictConfig, scores: Sequence[str] | None) -> None:
     raise RecipeError(f"task.monitor={monitor} is no score of {choice(cfg, 'data')}: there are {known}")
 
 
-def _check_channels(cfg: DictConfig, data: Any) -> None:
-    """Check the channels of a network that maps the frames of a history, stacked, to the next frame."""
-    stacked = data.history * data.channels
-    expected = (stacked, data.channels)
-    if (cfg.task.in_channels, cfg.task.out_channels) != expected:
+def _check_channels(cfg: DictConfig, history: Any, channels: Any) -> None:
+    """Check the channels of a network that maps the frames of a history, stacked, to the next frame.
+
+    Args:
+        cfg: The composed settings.
+        history: Frames that are given. Data that do not tell this number are checked by their first batch.
+        channels: Channels of a frame, likewise.
+    """
+    if not isinstance(history, int) or not isinstance(channels, int):
+        return
+    stacked = history * channels
+    if (cfg.task.in_channels, cfg.task.out_channels) != (stacked, channels):
         raise RecipeError(
-            f"{data.history} frames of {data.channels} channels are mapped to the next one: set "
-            f"task.in_channels={stacked} task.out_channels={data.channels}"
+            f"{history} frames of {channels} channels are mapped to the next one: set "
+            f"task.in_channels={stacked} task.out_channels={channels}"
         )
 
 

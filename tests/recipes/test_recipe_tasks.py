@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning import Trainer
+from lightning import LightningDataModule, Trainer
 from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -267,6 +267,27 @@ def test_models_that_do_not_fit_the_flow_stop_the_run(
 ) -> None:
     with pytest.raises(RecipeError, match=message):
         train(settings("data=pdebench_cfd1d", "trainer=cpu", "logger=csv", *overrides))
+
+
+class OwnTrajectories(LightningDataModule):
+    """Trajectories that say of themselves only what they are."""
+
+    kind = "trajectories"
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return loader(advection(8, 16))
+
+    val_dataloader = test_dataloader = train_dataloader
+
+
+def test_trajectories_of_ones_own_need_not_tell_their_channels(settings: Settings) -> None:
+    own = ("model=unet_cfd1d", "model.net.width=4", f"task.in_channels={HISTORY * CHANNELS}", "balancing=off")
+    cfg = settings("data=pdebench_cfd1d", *own, "trainer=cpu", "trainer.max_epochs=1", "logger=csv")
+    cfg.data = {"_target_": f"{__name__}.OwnTrajectories"}
+    with pytest.raises(RecipeError, match=f"set task.out_channels={CHANNELS}"):
+        train(cfg.copy())
+    cfg.task.out_channels = CHANNELS
+    assert "test/nrmse" in train(cfg)["test"]
 
 
 @with_noise
