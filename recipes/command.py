@@ -176,7 +176,10 @@ def _import_error(error: BaseException) -> str | None:
     package = missing_package(error)
     if package in ("", "recipes", "farms_tb"):
         return None
-    return f"the package {package} is missing: pip install --editable '.[{extra_of(error)}]' brings it"
+    extra = extra_of(error)
+    if not extra:
+        return f"the package {package} is missing, which no extra of farms-tb brings: install it"
+    return f"the package {package} is missing: pip install --editable '.[{extra}]' brings it"
 
 
 def _wandb_error(error: BaseException) -> str | None:

@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from farms_tb.presets import PRESETS
 from recipes.errors import RecipeError
-from recipes.extras import extra_of
+from recipes.extras import remedy
 from recipes.old_names import current_settings
 from recipes.optimizers import OptimizerFactory, make_optimizer, takes_network
 from recipes.values import check_name, check_numbers
@@ -182,7 +182,9 @@ def _class_of(cfg: DictConfig, part: str) -> Any:
     try:
         return get_object(target)
     except Exception as error:  # whatever the user's module raises while it is imported
-        raise RecipeError(f"{choice(cfg, part)}: _target_ {target} can't be imported ({error})") from error
+        raise RecipeError(
+            f"{choice(cfg, part)}: _target_ {target} can't be imported ({error}){remedy(error)}"
+        ) from error
 
 
 def check_combination(cfg: DictConfig, model: Any, data: Any) -> None:
@@ -378,9 +380,7 @@ def build(cfg: DictConfig, path: str, **extra: Any) -> Any:
         return instantiate(OmegaConf.select(cfg, path), _convert_="all", **extra)
     except InstantiationException as error:
         reason = error.__cause__ or error
-        message = f"{path}: {reason}"
-        if isinstance(reason, ImportError) and "pip install" not in message:
-            message += f"; pip install 'farms-tb[{extra_of(reason)}]'"
+        message = f"{path}: {reason}{remedy(reason)}"
         if isinstance(reason, ImportError) and path.startswith("logger"):
             message += ", or logger=csv"
         raise RecipeError(message) from error

@@ -177,14 +177,14 @@ class RunFolderWandbLogger(WandbLogger):
     def __init__(
         self, save_dir: str | Path, offline: bool = True, ckpt_path: str | Path | None = None, **options: Any
     ) -> None:
+        import wandb  # first: where it is missing, Lightning's error does not name the package
+
         earlier = _run_ids(Path(save_dir))
         if ckpt_path is not None and earlier:
             options.setdefault("id", earlier[-1])
             if not offline:
                 options.setdefault("resume", "allow")
         super().__init__(save_dir=save_dir, offline=offline, **options)
-        import wandb
-
         self._wandb_init.setdefault("settings", wandb.Settings(console="off", silent=offline))
         self._wandb_init.pop("anonymous", None)  # W&B gave the option up and warns of it
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable
 from inspect import signature
@@ -560,5 +561,6 @@ def test_bad_settings_stop_before_data_is_made(
 
 def test_missing_wandb_names_the_way_out(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lightning.pytorch.loggers.wandb._WANDB_AVAILABLE", False)
+    monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(RecipeError, match=r"logger.wandb: .*farms-tb\[recipes\].*logger=csv"):
         train(settings())

@@ -191,6 +191,38 @@ def test_the_extra_that_is_named_has_the_package(package: str, extra: str) -> No
     assert f'"{package}>=' in listed
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        ModuleNotFoundError("No module named 'somebodys'", name="somebodys"),
+        ImportError("cannot import name 'nothing' from 'transformers'", name="transformers"),
+        ImportError("another CUDA"),
+    ],
+    ids=str,
+)
+def test_no_extra_is_named_that_would_not_help(error: ImportError) -> None:
+    part = OmegaConf.create({"part": {"_target_": f"{__name__}.fails", "error": "${error:}"}})
+    OmegaConf.register_new_resolver("error", lambda: error, replace=True)
+    with pytest.raises(RecipeError, match="part: ") as raised:
+        build(part, "part")
+    assert str(error) in str(raised.value)
+    assert "pip install" not in str(raised.value) + str(sentence(error))
+
+
+def fails(error: ImportError) -> None:
+    raise error
+
+
+def test_a_class_whose_package_is_missing_names_the_extra(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "reads_hdf5.py").write_text("import h5py\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    with pytest.raises(RecipeError, match=r"(?s)data=darcy: .*h5py.*pip install 'farms-tb\[recipes\]'"):
+        train(settings("data._target_=reads_hdf5.Fields", "logger=csv"))
+
+
 def needs(package: str) -> None:
     raise ModuleNotFoundError(f"No module named '{package}'", name=package)
 
