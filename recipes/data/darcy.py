@@ -18,6 +18,7 @@ from torch.utils.data import TensorDataset
 from recipes.data.cache import Arrays, load_or_make
 from recipes.data.loaders import SplitData
 from recipes.generate.darcy import SPLITS, DarcySpec, sample
+from recipes.values import Range
 
 __all__ = ["DarcyData", "generate"]
 
@@ -88,14 +89,14 @@ class DarcyData(SplitData):
         num_workers: int = 0,
     ) -> None:
         super().__init__(batch_size, shuffle_seed, num_workers)
+        Range(2).check("data.resolution", resolution)
         try:
             self.spec = DarcySpec(family, resolution, low, high, beta, seed)
         except ValueError as error:
             raise ValueError(f"data.{error}") from None
         self.sizes = dict(zip(SPLITS, (train_size, val_size, test_size), strict=True))
         for split, size in self.sizes.items():
-            if size < 1:
-                raise ValueError(f"data.{split}_size must be at least 1, got {size}")
+            Range(1).check(f"data.{split}_size", size)
         self.data_dir = Path(data_dir)
         self.workers = workers
 

@@ -11,6 +11,7 @@ from torch.nn import functional
 from torch.utils.data import TensorDataset
 
 from recipes.data.loaders import SplitData
+from recipes.values import Range
 
 __all__ = ["DigitsData"]
 
@@ -53,10 +54,12 @@ class DigitsData(SplitData):
     ) -> None:
         super().__init__(batch_size, shuffle_seed, num_workers, evaluation_batch_size=256)
         sizes = (train_size, val_size, test_size)
-        if min(sizes) < CLASSES or sum(sizes) > TOTAL:
+        for split, size in zip(("train", "val", "test"), sizes, strict=True):
+            Range(CLASSES).check(f"data.{split}_size", size)
+        if sum(sizes) > TOTAL:
             raise ValueError(
-                f"data.train_size, val_size and test_size must each be at least {CLASSES} and sum to at most "
-                f"{TOTAL}, got {train_size} + {val_size} + {test_size}"
+                f"data.train_size, val_size and test_size must sum to at most {TOTAL}, got "
+                f"{train_size} + {val_size} + {test_size}"
             )
         self.train_size, self.val_size, self.test_size = sizes
         self.image_size = image_size

@@ -15,6 +15,7 @@ from recipes.data.augment import crop_and_flip, draw_crops
 from recipes.data.image_sets import IMAGE_SETS
 from recipes.data.loaders import evaluation_loader, training_loader
 from recipes.errors import RecipeError
+from recipes.values import Range
 
 __all__ = ["ImageData", "Images"]
 
@@ -97,8 +98,7 @@ class ImageData(LightningDataModule):
         super().__init__()
         if dataset not in IMAGE_SETS:
             raise ValueError(f"data.dataset must be one of {', '.join(IMAGE_SETS)}, got {dataset!r}")
-        if val_size < 0:
-            raise ValueError(f"data.val_size must be at least 0, got {val_size}")
+        Range(0).check("data.val_size", val_size)
         self.image_set = IMAGE_SETS[dataset]
         if train_size is not None and train_size < self.image_set.classes:
             raise ValueError(

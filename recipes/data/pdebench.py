@@ -32,6 +32,7 @@ from recipes.data.download import FILES, FOLDER
 from recipes.data.hdf5 import SampleReader, in_memory
 from recipes.data.loaders import SplitData
 from recipes.errors import RecipeError
+from recipes.values import Range
 
 __all__ = ["FileOptions", "PDEBenchDarcy", "PDEBenchFlow", "split_samples"]
 
@@ -124,12 +125,10 @@ class FileOptions:
     num_workers: int = 2
 
     def __post_init__(self) -> None:
-        if self.every_point < 1:
-            raise ValueError(f"data.every_point must be at least 1, got {self.every_point}")
-        if self.val_every < 2:
-            raise ValueError(
-                f"data.val_every must be at least 2 (1 leaves nothing to train on), got {self.val_every}"
-            )
+        Range(1).check("data.every_point", self.every_point)
+        Range(2).check("data.val_every", self.val_every)  # 1 leaves nothing to train on
+        if not isinstance(self.memory_gb, int | float):
+            raise ValueError(f"data.memory_gb must be a number, got {self.memory_gb!r}")
         sample_step(self.fraction)
 
     @property
@@ -390,12 +389,12 @@ class PDEBenchFlow(_PDEBenchData):
     ) -> None:
         if dimensions not in CHANNELS:
             raise ValueError(f"data.dimensions must be 1 or 2, got {dimensions}")
-        if every_frame < 1:
-            raise ValueError(f"data.every_frame must be at least 1, got {every_frame}")
-        if not 0 < history < rollout_to:
+        for name, number in (("every_frame", every_frame), ("history", history), ("rollout_to", rollout_to)):
+            Range(1).check(f"data.{name}", number)
+        if history >= rollout_to:
             raise ValueError(
-                f"data.history={history} must be at least 1 and below data.rollout_to={rollout_to}: "
-                "the frames between them are predicted"
+                f"data.history={history} must be below data.rollout_to={rollout_to}: the frames between them are "
+                "predicted"
             )
         file = FileOptions(data_dir, path, batch_size, **options)
         frames = slice(0, (rollout_to - 1) * every_frame + 1, every_frame)

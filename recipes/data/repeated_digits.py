@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from recipes.data.digits import DigitsData
+from recipes.values import Range
 
 __all__ = ["RepeatedDigits"]
 
@@ -58,8 +59,7 @@ class RepeatedDigits(DigitsData):
 
     def __init__(self, passes: int = 1, **options: Any) -> None:
         super().__init__(**options)
-        if passes < 1:
-            raise ValueError(f"data.passes must be at least 1, got {passes}")
+        Range(1).check("data.passes", passes)
         self.passes = passes
 
     def train_dataloader(self) -> DataLoader[Any]:

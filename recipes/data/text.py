@@ -10,6 +10,7 @@ from recipes.data.documents import text_files
 from recipes.data.known_texts import KNOWN_TEXTS
 from recipes.data.loaders import SplitData
 from recipes.errors import RecipeError
+from recipes.values import Range
 
 __all__ = ["ByteTextData"]
 
@@ -60,8 +61,7 @@ class ByteTextData(SplitData):
         if train_bytes is not None:
             sizes["train_bytes"] = train_bytes
         for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"data.{name} must be at least 1, got {size}")
+            Range(1).check(f"data.{name}", size)
         self.path = path
         self.suffix = suffix
         self.length = length

@@ -24,6 +24,7 @@ from recipes.data.documents import Documents, file_states
 from recipes.data.loaders import EpochShuffle, SplitData
 from recipes.errors import RecipeError
 from recipes.real import smollm2_folder
+from recipes.values import Range
 
 __all__ = ["PartShuffle", "TokenData", "TokenWindows"]
 
@@ -154,8 +155,7 @@ class TokenData(SplitData):
         if train_tokens is not None:
             sizes["train_tokens"] = train_tokens
         for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"data.{name} must be at least 1, got {size}")
+            Range(1).check(f"data.{name}", size)
         if held_out not in ("start", "end"):
             raise ValueError(f"data.held_out must be 'start' or 'end' of the text, got {held_out!r}")
         self._tokenizer = tokenizer

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Literal
 
 from recipes.errors import RecipeError
-from recipes.finetune.draw import Draw, draw_apart, draw_stratified
+from recipes.finetune.draw import Draw, check_fraction, draw_apart, draw_stratified
 from recipes.finetune.reading import Row, Source, read_split
 from recipes.finetune.tasks import TASKS, Task
 from recipes.real import LabelledTexts, newsgroups20, reuters8
+from recipes.values import Range
 
 __all__ = ["Examples", "RealTexts", "TaskData"]
 
@@ -68,7 +69,7 @@ class RealTexts:
         score: the score by which the best epoch is chosen, `accuracy` or `macro_f1`.
 
     Raises:
-        RecipeError: the name is unknown; on reading, the files are not there.
+        RecipeError: the name is unknown, or a number is out of range; on reading, the files are not there.
     """
 
     def __init__(
@@ -83,6 +84,8 @@ class RealTexts:
     ) -> None:
         if name not in _REAL:
             raise RecipeError(f"data.name must be one of {', '.join(_REAL)}, got {name}")
+        check_fraction(fraction)
+        Range(0).check("data.val_size", val_size)
         self.name = name
         self.fraction, self.val_size, self.test_size = fraction, val_size, test_size
         self.draw, self.seed = draw, seed
@@ -123,7 +126,7 @@ class TaskData:
         seed: decides which examples are drawn.
 
     Raises:
-        RecipeError: the task is unknown; on reading, files or columns are missing.
+        RecipeError: the task is unknown, or the fraction is none; on reading, files or columns are missing.
     """
 
     def __init__(
@@ -138,6 +141,7 @@ class TaskData:
     ) -> None:
         if task not in TASKS:
             raise RecipeError(f"data.task must be one of {', '.join(TASKS)}, got {task}")
+        check_fraction(fraction)
         self.task = TASKS[task]
         self.source = Source(task, Path(folder), hub)
         self.fraction, self.val_size = fraction, val_size

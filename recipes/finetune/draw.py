@@ -10,9 +10,19 @@ from numpy.typing import NDArray
 
 from recipes.errors import RecipeError
 
-__all__ = ["Draw", "draw_apart", "draw_stratified"]
+__all__ = ["Draw", "check_fraction", "draw_apart", "draw_stratified"]
 
 Draw = Literal["stratified", "first"]
+
+
+def check_fraction(fraction: float) -> None:
+    """Refuse a fraction of the training examples that is none.
+
+    Raises:
+        RecipeError: it is no number above 0 and at most 1.
+    """
+    if not isinstance(fraction, int | float) or not 0 < fraction <= 1:
+        raise RecipeError(f"data.fraction must be above 0 and at most 1, got {fraction}")
 
 
 def draw_apart(strata: Sequence[int], fraction: float, held_out: int, seed: int, draw: Draw) -> list[list[int]]:
@@ -32,8 +42,7 @@ def draw_apart(strata: Sequence[int], fraction: float, held_out: int, seed: int,
     Raises:
         RecipeError: the fraction is not in (0, 1], or too few examples are left over.
     """
-    if not 0 < fraction <= 1:
-        raise RecipeError(f"data.fraction must be above 0 and at most 1, got {fraction}")
+    check_fraction(fraction)
     if draw not in get_args(Draw):
         raise RecipeError(f"data.draw must be one of {', '.join(get_args(Draw))}, got {draw}")
     number = max(1, round(fraction * len(strata)))

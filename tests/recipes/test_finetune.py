@@ -324,6 +324,7 @@ def test_lora_without_peft_names_the_extra(
         (("data.task=sst3",), "data.task must be one of sst2, mnli"),
         (("data.task=rte",), "put the files of rte"),
         (("data.fraction=0",), "data.fraction must be above 0"),
+        (("data.fraction=null",), "data.fraction must be above 0"),
         (("data.val_size=81",), "data.val_size=81 asks for more"),
         (("data.fraction=1", "data.val_size=null"), "no example is left to choose"),
         (("data.draw=last",), "data.draw must be one of"),

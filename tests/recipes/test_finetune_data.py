@@ -18,7 +18,7 @@ from farms_tb import FARMSTrainerCallback
 from recipes.config import ARMS, CONFIG_DIR, build_balancer
 from recipes.errors import RecipeError
 from recipes.finetune.building import _arguments
-from recipes.finetune.data import TaskData
+from recipes.finetune.data import RealTexts, TaskData
 from recipes.finetune.draw import draw_apart, draw_stratified
 from recipes.finetune.heads import HEADS
 from recipes.finetune.network import ModelOptions, load_tokens
@@ -195,3 +195,8 @@ def test_every_arm_builds_the_callback_of_this_trainer(arm: str) -> None:
     callback = build_balancer(settings(f"balancing={arm}"))
     assert isinstance(callback, FARMSTrainerCallback)
     assert callback.options.ratios.exclude_heads == (arm != "model_balancing")
+
+
+def test_real_texts_need_a_number_to_hold_out() -> None:
+    with pytest.raises(RecipeError, match=r"data\.val_size must be a whole number of at least 0, got None"):
+        RealTexts(val_size=None)  # type: ignore[arg-type]

@@ -212,12 +212,12 @@ def test_other_settings_have_another_cache(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"family": "fog"}, "data.family must be one of grf, bumps, got 'fog'"),
-        ({"resolution": 1}, "data.resolution must be at least 2"),
+        ({"resolution": 1}, "data.resolution must be a whole number of at least 2"),
         ({"low": 0.0}, "data.low and high need 0 < low <= high"),
         ({"high": float("inf")}, "0 < low <= high < infinity"),
         ({"beta": 0.0}, "data.beta must be finite and not 0"),
         ({"seed": -1}, "data.seed must not be negative"),
-        ({"val_size": 0}, "data.val_size must be at least 1"),
+        ({"val_size": 0}, "data.val_size must be a whole number of at least 1"),
     ],
 )
 def test_bad_settings(tmp_path: Path, options: dict[str, object], message: str) -> None:

@@ -65,7 +65,7 @@ def test_pythons_own_modules_are_a_text() -> None:
     ("options", "error", "words"),
     [
         ({"path": "nowhere"}, RecipeError, "nowhere is no file"),
-        ({"length": 0}, ValueError, "data.length must be at least 1"),
+        ({"length": 0}, ValueError, "data.length must be a whole number of at least 1"),
         ({"val_bytes": 1000}, RecipeError, "data.val_bytes=1000"),
         ({"train_bytes": 300}, RecipeError, "data.train_bytes=300"),
         ({"length": 50, "val_bytes": 20}, RecipeError, "data.length=50"),
