@@ -1,37 +1,24 @@
 """Tiny ImageNet (200 classes of 500 images of 64x64 pixels), read from the folder it ships as.
 
 The labels of its test images are not public: its validation images are the test set here, as in the papers.
-
-    python -m recipes.data.tinyimagenet data/tiny-imagenet-200
-
-moves the validation images into folders by class, for torchvision's `ImageFolder` and other programs. The recipes
-read the folder before and after that, and where it was stopped half way.
 """
 
 from __future__ import annotations
 
-import argparse
 import tempfile
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from rich.markup import escape
 from rich.progress import track
 from torchvision.datasets.utils import check_integrity, download_url, extract_archive
 
-from recipes.command import user_errors
-from recipes.console import make_console
 from recipes.data.cache import Arrays, load_or_make
 from recipes.errors import RecipeError
 
-__all__ = [
-    *("ARCHIVE", "CLASSES", "FOLDER", "MD5", "SIDE", "URL"),
-    *("main", "prepare", "read", "samples", "sort_validation_images"),
-]
+__all__ = ["ARCHIVE", "CLASSES", "FOLDER", "MD5", "SIDE", "URL", "prepare", "read", "samples"]
 
 FOLDER = "tiny-imagenet-200"
 ARCHIVE = f"{FOLDER}.zip"
@@ -237,71 +224,3 @@ def _annotations(file: Path) -> list[tuple[str, str]]:
             raise RecipeError(f"line {number} of {file} is not a file name and a class, parted by tabs{_WAY_OUT}")
         listed.append((columns[0], columns[1]))
     return listed
-
-
-def sort_validation_images(folder: Path) -> int:
-    """Move `val/images/*.JPEG` to `val/<wnid>/images/`, as the training images lie.
-
-    Each image is renamed in one step, so a run that is stopped leaves every image in its old or in its new place,
-    and the next one moves the rest. `ImageFolder(folder / "val")` then gives the classes of `ImageFolder(folder /
-    "train")`; both count them in alphabetical order, `samples` in that of `wnids.txt`.
-
-    Args:
-        folder: The unpacked archive.
-
-    Returns:
-        How many were moved; 0 where all are sorted.
-
-    Raises:
-        RecipeError: The folder is not as it ships, and nothing was moved, or it can't be written.
-    """
-    if not (folder / "wnids.txt").is_file():
-        raise RecipeError(f"{folder} holds no wnids.txt; give the folder {FOLDER} that {ARCHIVE} unpacks to")
-    try:
-        moved = _move_by_class(folder)
-        _remove_if_empty(folder / "val" / "images")  # ImageFolder would take it for a class
-    except OSError as error:
-        raise RecipeError(
-            f"{folder / 'val'} can't be sorted ({error}); run this again once that is solved"
-        ) from error
-    return moved
-
-
-def _move_by_class(folder: Path) -> int:
-    """Move every validation image that is not there yet to the folder of its class; return how many were."""
-    names = _lines(folder / "wnids.txt")
-    moved = 0
-    for path, label in samples(folder, train=False):
-        place = folder / "val" / names[label] / "images" / path.name
-        if path == place:
-            continue
-        place.parent.mkdir(parents=True, exist_ok=True)
-        path.rename(place)
-        moved += 1
-    return moved
-
-
-def _remove_if_empty(folder: Path) -> None:
-    """Remove a folder that is there and holds nothing."""
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Sort the validation images from the command line; show the user's mistakes without a traceback."""
-    parser = argparse.ArgumentParser(
-        prog="python -m recipes.data.tinyimagenet",
-        description="Move Tiny ImageNet's validation images into folders by class.",
-    )
-    parser.add_argument("folder", type=Path, help=f"the unpacked archive, {FOLDER}")
-    folder = parser.parse_args(arguments).folder
-    with user_errors():
-        moved = sort_validation_images(folder)
-    text = "sorted already"
-    if moved:
-        text = f"{moved} validation images sorted by class in {folder / 'val'}"
-    make_console().print(escape(text), soft_wrap=True)
-
-
-if __name__ == "__main__":
-    main()

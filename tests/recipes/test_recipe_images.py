@@ -6,6 +6,7 @@ import pickle
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from lightning import LightningModule, Trainer
 from PIL import Image
 from torch.utils.data import RandomSampler
 from torchvision import transforms
-from torchvision.datasets import ImageFolder
 from torchvision.datasets.utils import calculate_md5
 from torchvision.transforms import functional as per_image
 
@@ -25,7 +25,6 @@ from recipes.data.augment import crop_and_flip, draw_crops
 from recipes.data.digits import DigitsData
 from recipes.data.image_sets import IMAGE_SETS, Archive
 from recipes.data.images import ImageData, Images
-from recipes.data.tinyimagenet import sort_validation_images
 from recipes.errors import RecipeError
 from tests.recipes.fake_images import TEST, TRAIN, colour, write_fashion_mnist, write_svhn, write_tiny_imagenet
 
@@ -246,30 +245,19 @@ def test_bad_settings(tmp_path: Path, options: dict[str, Any], message: str) -> 
 # Tiny ImageNet's folder
 
 
-def _sort_by_hand(root: Path) -> None:
-    """Move them into folders by class, as many people do."""
-    for row in (root / "val/val_annotations.txt").read_text(encoding="utf-8").splitlines():
+def _sort(root: Path, folder: str = "", number: int = TEST) -> None:
+    """Move some of the validation images into folders by class, as many people do."""
+    rows = (root / "val/val_annotations.txt").read_text(encoding="utf-8").splitlines()
+    for row in rows[:number]:
         name, wnid, *_ = row.split("\t")
-        (root / "val" / wnid).mkdir(exist_ok=True)
-        (root / "val/images" / name).rename(root / "val" / wnid / name)
+        place = root / "val" / wnid / folder
+        place.mkdir(parents=True, exist_ok=True)
+        (root / "val/images" / name).rename(place / name)
 
 
-def _stop_half_way(root: Path) -> None:
-    """Sort as a run does that ends, for no reason of its own, after seven images."""
-    rename, left = Path.rename, iter(range(7))
-
-    def move(path: Path, target: Path) -> Path:
-        next(left)
-        return rename(path, target)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Path, "rename", move)
-        with pytest.raises(StopIteration):
-            sort_validation_images(root)
-    assert len(list(root.glob("val/images/*"))) == TEST - 7
-
-
-@pytest.mark.parametrize("sort", [lambda root: None, _sort_by_hand, _stop_half_way, sort_validation_images])
+@pytest.mark.parametrize(
+    "sort", [lambda root: None, _sort, partial(_sort, folder="images", number=7), partial(_sort, folder="images")]
+)
 def test_tiny_imagenet_labels(tmp_path: Path, sort: Callable[[Path], object]) -> None:
     root = write_tiny_imagenet(tmp_path)
     grey = next((root / "train").glob("*/images/*.JPEG"))
@@ -282,43 +270,6 @@ def test_tiny_imagenet_labels(tmp_path: Path, sort: Callable[[Path], object]) ->
         assert (images.shape[1:], images.dtype) == ((64, 64, 3), np.uint8)
         error = np.abs(images.astype(int) - np.array([colour(label) for label in labels])[:, None, None])
         assert np.sort(error.max(axis=(1, 2, 3)))[-2] <= 6  # JPEG; but for the grey image
-
-
-@pytest.mark.parametrize("before", [lambda root: None, _sort_by_hand, _stop_half_way])
-def test_validation_images_are_sorted_for_image_folder(
-    tmp_path: Path, before: Callable[[Path], object], capsys: pytest.CaptureFixture[str]
-) -> None:
-    root = write_tiny_imagenet(tmp_path)
-    shipped = {path.name: path.read_bytes() for path in root.glob("val/images/*")}
-    before(root)
-    sort_validation_images(root)
-    rows = (root / "val/val_annotations.txt").read_text(encoding="utf-8").splitlines()
-    data = ImageFolder(str(root / "val"))
-    found = {Path(path).name: data.classes[label] for path, label in data.samples}
-    assert found == dict(row.split("\t")[:2] for row in rows)
-    assert {Path(path).name: Path(path).read_bytes() for path, _ in data.samples} == shipped
-    tinyimagenet.main([str(root)])  # once more
-    assert capsys.readouterr().out.strip() == "sorted already"
-    assert ImageFolder(str(root / "val")).samples == data.samples
-
-
-def test_sorting_refuses_before_anything_moves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    root = write_tiny_imagenet(tmp_path)
-    (root / "val/images/val_3.JPEG").unlink()
-    for folder, message in ((root, "lacks 1 of the 16 images"), (tmp_path, "holds no wnids.txt; give the folder")):
-        with pytest.raises(SystemExit, match="2"):
-            tinyimagenet.main([str(folder)])
-        assert message in capsys.readouterr().err
-    assert len(list(root.glob("val/images/*"))) == TEST - 1
-
-
-def test_sorting_that_cannot_write_says_so(tmp_path: Path) -> None:
-    root = write_tiny_imagenet(tmp_path)
-    name = (root / "val/val_annotations.txt").read_text(encoding="utf-8").split("\t")[1]
-    (root / "val" / name).write_text("in the way", encoding="utf-8")
-    with pytest.raises(RecipeError, match=r"val can't be sorted \(.*run this again"):
-        sort_validation_images(root)
-    assert len(list(root.glob("val/images/*"))) == TEST
 
 
 def test_tiny_imagenet_is_decoded_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
