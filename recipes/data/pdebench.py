@@ -16,10 +16,10 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -155,49 +155,40 @@ class _Samples(Dataset[Pair]):
         reader: The file.
         indices: The samples.
         select: Which part of each dataset's samples is used.
+        pair: Makes the pair from these parts, float32, in the order of `select`. It must be a function that can be
+            pickled: processes that load batches are handed the samples.
     """
 
-    def __init__(self, reader: SampleReader, indices: Sequence[int], select: dict[str, tuple[slice, ...]]) -> None:
+    def __init__(
+        self,
+        reader: SampleReader,
+        indices: Sequence[int],
+        select: dict[str, tuple[slice, ...]],
+        pair: Callable[[list[np.ndarray]], Pair],
+    ) -> None:
         self.reader = reader
         self.indices = indices
         self.select = select
+        self.pair = pair
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def _fields(self, position: int) -> list[np.ndarray]:
-        """Read the selected part of one sample, an array for each dataset of the file."""
+    def __getitem__(self, position: int) -> Pair:
         index = self.indices[position]
-        return [self.reader.read(key, index, select) for key, select in self.select.items()]
+        return self.pair([self.reader.read(key, index, select) for key, select in self.select.items()])
 
 
-class _DarcySamples(_Samples):
-    """Coefficient and solution, both (1, X, Y)."""
-
-    def __getitem__(self, position: int) -> Pair:
-        nu, u = self._fields(position)
-        return torch.from_numpy(nu)[None], torch.from_numpy(u)
+def _darcy_pair(fields: list[np.ndarray]) -> Pair:
+    """Return coefficient and solution, both (1, X, Y), from arrays (X, Y) and (1, X, Y)."""
+    nu, u = fields
+    return torch.from_numpy(nu)[None], torch.from_numpy(u)
 
 
-class _FlowSamples(_Samples):
-    """History (T_in, C, *space) and future (T_out, C, *space).
-
-    Args:
-        reader: The file.
-        indices: The samples.
-        select: Which part of each dataset's samples is used, in the order of the channels.
-        history: Frames of the history.
-    """
-
-    def __init__(
-        self, reader: SampleReader, indices: Sequence[int], select: dict[str, tuple[slice, ...]], history: int
-    ) -> None:
-        super().__init__(reader, indices, select)
-        self.history = history
-
-    def __getitem__(self, position: int) -> Pair:
-        frames = torch.from_numpy(np.stack(self._fields(position), axis=1))
-        return frames[: self.history], frames[self.history :]
+def _flow_pair(fields: list[np.ndarray], history: int) -> Pair:
+    """Return history (T_in, C, *space) and future (T_out, C, *space) from an array (T, *space) a channel."""
+    frames = torch.from_numpy(np.stack(fields, axis=1))
+    return frames[:history], frames[history:]
 
 
 class _PDEBenchData(SplitData):
@@ -211,6 +202,7 @@ class _PDEBenchData(SplitData):
         generate: Arguments for `recipes.generate` to make a file like it, if there is such a generator.
         dimensions: Of space: the last axes of each dataset.
         select: Which part of each dataset's samples is used.
+        pair: Makes a pair of these parts.
         options: The arguments that `PDEBenchDarcy` and `PDEBenchFlow` share.
     """
 
@@ -220,6 +212,7 @@ class _PDEBenchData(SplitData):
         generate: str | None,
         dimensions: int,
         select: dict[str, tuple[slice, ...]],
+        pair: Callable[[list[np.ndarray]], Pair],
         options: FileOptions,
     ) -> None:
         super().__init__(options.batch_size, options.shuffle_seed, options.num_workers)
@@ -227,6 +220,7 @@ class _PDEBenchData(SplitData):
         self.reader = SampleReader(Path(path), tuple(select), _remedy(name, generate, options))
         self.dimensions = dimensions
         self.select = select
+        self.pair = pair
         self.options = options
 
     @abstractmethod
@@ -238,14 +232,6 @@ class _PDEBenchData(SplitData):
 
         Raises:
             RecipeError: They do not fit; the message names the file and what was expected.
-        """
-
-    @abstractmethod
-    def _samples(self, indices: Sequence[int]) -> Dataset[Pair]:
-        """Return samples that are read when they are asked for.
-
-        Args:
-            indices: Their places in the file.
         """
 
     @cached_property
@@ -294,7 +280,9 @@ class _PDEBenchData(SplitData):
         splits = self._split()
         needed = self._sample_bytes() * sum(map(len, splits.values()))
         fits = needed <= self.options.memory_gb * 1e9
-        datasets: dict[str, Dataset[Any]] = {split: self._samples(indices) for split, indices in splits.items()}
+        datasets: dict[str, Dataset[Any]] = {
+            split: _Samples(self.reader, indices, self.select, self.pair) for split, indices in splits.items()
+        }
         if fits:
             for split, samples in datasets.items():
                 datasets[split] = in_memory(samples, f"Reading {split} samples")
@@ -334,7 +322,7 @@ class PDEBenchDarcy(_PDEBenchData):
         file = FileOptions(data_dir, path, batch_size, **options)
         points = (slice(None, None, file.every_point),) * 2
         select = {"nu": points, "tensor": (slice(None), *points)}
-        super().__init__(f"darcy_beta{float(beta)}", f"darcy beta={float(beta)}", 2, select, file)
+        super().__init__(f"darcy_beta{float(beta)}", f"darcy beta={float(beta)}", 2, select, _darcy_pair, file)
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
@@ -347,9 +335,6 @@ class PDEBenchDarcy(_PDEBenchData):
             raise RecipeError(
                 f"{self.reader.path}: nu must have shape (N, X, Y) and tensor (N, 1, X, Y), got {nu} and {u}"
             )
-
-    def _samples(self, indices: Sequence[int]) -> Dataset[Pair]:
-        return _DarcySamples(self.reader, indices, self.select)
 
 
 class PDEBenchFlow(_PDEBenchData):
@@ -401,7 +386,8 @@ class PDEBenchFlow(_PDEBenchData):
         points = (slice(None, None, file.every_point),) * dimensions
         select = dict.fromkeys(CHANNELS[dimensions], (frames, *points))
         generate = "cfd1d" if dimensions == 1 else None
-        super().__init__(f"cfd{dimensions}d", generate, dimensions, select, file)
+        pair = partial(_flow_pair, history=history)
+        super().__init__(f"cfd{dimensions}d", generate, dimensions, select, pair, file)
         self.channels = len(select)
         self.every_frame = every_frame
         self.history = history
@@ -424,6 +410,3 @@ class PDEBenchFlow(_PDEBenchData):
                 f"data.rollout_to={self.rollout_to} exceeds the {frames} frames that "
                 f"data.every_frame={self.every_frame} leaves of {first[1]} in {self.reader.path}"
             )
-
-    def _samples(self, indices: Sequence[int]) -> Dataset[Pair]:
-        return _FlowSamples(self.reader, indices, self.select, self.history)
