@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from recipes.data.documents import text_files
-from recipes.data.known_texts import KNOWN_TEXTS
+from recipes.data.documents import KNOWN_TEXTS, text_files
 from recipes.data.loaders import SplitData
 from recipes.errors import RecipeError
 from recipes.values import Range
@@ -93,20 +91,5 @@ class ByteTextData(SplitData):
 def _windows(text: bytes, length: int) -> TensorDataset:
     """Cut a text in windows of `length` bytes; what is left at its end is not used."""
     codes = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-    number = (len(codes) - 1) // length
-    return TensorDataset(_rows(codes, 0, number, length), _rows(codes, 1, number, length))
-
-
-def _rows(codes: Tensor, start: int, number: int, length: int) -> Tensor:
-    """Cut rows out of a text, one behind the other.
-
-    Args:
-        codes: The text, one code a character.
-        start: Where the first row begins.
-        number: Number of rows.
-        length: Codes in each.
-
-    Returns:
-        The rows, int64 (number, length).
-    """
-    return codes[start : start + number * length].view(number, length).long()
+    windows = codes.unfold(0, length + 1, length).long()  # neighbours share a byte: a target, then an input
+    return TensorDataset(windows[:, :-1], windows[:, 1:])
