@@ -66,15 +66,15 @@ class RandomImages(ImageData):
     def prepare_data(self) -> None:
         """Nothing to download."""
 
-    def setup(self, stage: str) -> None:
-        """Draw the images."""
+    def make_splits(self) -> dict[str, Images]:
+        """Draw the images; there are none to test."""
         generator = torch.Generator().manual_seed(self.seed)
         images, labels = (
             torch.randint(top, (self.size, *shape), generator=generator, dtype=dtype)
             for top, shape, dtype in ((256, self.sample_shape, torch.uint8), (self.num_classes, (), torch.int64))
         )
         train, val = torch.arange(self.size).split([self.size - self.val_size, self.val_size])
-        self.subsets = {
+        return {
             "train": Images(images, labels, train, with_places=True),
             "val": Images(images, labels, val),
         }

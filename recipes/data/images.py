@@ -7,13 +7,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning import LightningDataModule
 from sklearn.model_selection import train_test_split
 from torch.utils.data import DataLoader, Dataset
 
 from recipes.data.augment import crop_and_flip, draw_crops
 from recipes.data.image_sets import IMAGE_SETS
-from recipes.data.loaders import evaluation_loader, training_loader
+from recipes.data.loaders import SplitData
 from recipes.errors import RecipeError
 from recipes.values import Range
 
@@ -56,10 +55,18 @@ class Images(Dataset[tuple[torch.Tensor, ...]]):
         return images, labels
 
 
-class ImageData(LightningDataModule):
+def _as_it_is(batch: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Return the batch: `Images` hands out whole ones."""
+    return batch
+
+
+class ImageData(SplitData):
     """An image set, with random crops (padding 4) and flips for training.
 
     The whole set lies in memory as bytes; batches are cropped, mirrored and scaled once they are on the device.
+    Training batches are pixels uint8 (B, C, H, W), labels (B,) and places in the training set (B,). Those for
+    validation and test have no places, and are four times as large, as nothing is kept for gradients.
+
     What happens to an image in an epoch depends on `shuffle_seed`, the epoch and the image alone: a resumed run,
     and several processes, see the same.
 
@@ -83,6 +90,7 @@ class ImageData(LightningDataModule):
     """
 
     kind = "images"
+    collate_fn = staticmethod(_as_it_is)
 
     def __init__(
         self,
@@ -95,7 +103,7 @@ class ImageData(LightningDataModule):
         download: bool = True,
         train_size: int | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(batch_size, shuffle_seed, evaluation_batch_size=4 * batch_size)
         if dataset not in IMAGE_SETS:
             raise ValueError(f"data.dataset must be one of {', '.join(IMAGE_SETS)}, got {dataset!r}")
         Range(0).check("data.val_size", val_size)
@@ -110,26 +118,21 @@ class ImageData(LightningDataModule):
         self.data_dir = Path(data_dir)
         self.val_size = val_size
         self.train_size = train_size
-        self.batch_size = batch_size
         self.seed = seed
-        self.shuffle_seed = shuffle_seed
         self.download = download
-        self.subsets: dict[str, Images] = {}
 
     def prepare_data(self) -> None:
         """Download and unpack what is missing (once, on one process)."""
         self.image_set.prepare(self.data_dir, self.download)
 
-    def setup(self, stage: str) -> None:
+    def make_splits(self) -> dict[str, Images]:
         """Read the images and split the training images."""
-        if self.subsets:
-            return
         images, labels = self.image_set.read(self.data_dir, train=True)
         if self.val_size >= len(images):
             raise RecipeError(f"data.val_size={self.val_size} leaves none of the {len(images)} images to train on")
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(self.seed))
         test = self.image_set.read(self.data_dir, train=False)
-        self.subsets = {
+        return {
             "train": Images(images, labels, self._drawn(order[self.val_size :], labels), with_places=True),
             "val": Images(images, labels, order[: self.val_size]),
             "test": Images(*test, torch.arange(len(test[0]))),
@@ -164,23 +167,9 @@ class ImageData(LightningDataModule):
             ) from error
         return torch.from_numpy(drawn)
 
-    def train_dataloader(self) -> DataLoader[Any]:
-        """Shuffled batches: pixels uint8 (B, C, H, W), labels (B,) and places in the training set (B,)."""
-        return training_loader(self.subsets["train"], self.batch_size, self.shuffle_seed, collate_fn=as_it_is)
-
-    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
-        """Validation batches: pixels uint8 (B, C, H, W) and labels (B,); none with `val_size=0`."""
-        if self.val_size == 0:
-            return []
-        return self._evaluation_loader("val")
-
-    def test_dataloader(self) -> DataLoader[Any]:
-        """Test batches, as for validation."""
-        return self._evaluation_loader("test")
-
-    def _evaluation_loader(self, split: str) -> DataLoader[Any]:
-        """Return batches in fixed order, four times as large as in training: nothing is kept for gradients."""
-        return evaluation_loader(self.subsets[split], 4 * self.batch_size, collate_fn=as_it_is)
+    def val_dataloader(self) -> DataLoader[Any] | list[Any]:  # type: ignore[override]
+        """Validation batches; none with `val_size=0`."""
+        return super().val_dataloader() if self.val_size else []
 
     def on_before_batch_transfer(
         self, batch: tuple[torch.Tensor, ...], dataloader_idx: int
@@ -212,7 +201,7 @@ class ImageData(LightningDataModule):
         """Draw what this epoch does to every training image, int64 (N, 3), from shuffle seed and epoch alone."""
         epoch = 0 if self.trainer is None else self.trainer.current_epoch
         seed = int(np.random.SeedSequence((self.shuffle_seed, epoch)).generate_state(1)[0])
-        return draw_crops(len(self.subsets["train"]), PADDING, seed)
+        return draw_crops(len(self.datasets["train"]), PADDING, seed)
 
     def _scaled(self, pixels: torch.Tensor) -> torch.Tensor:
         """Standardise by the published numbers, in the precision that the trainer asks for."""
@@ -221,8 +210,3 @@ class ImageData(LightningDataModule):
         if self.trainer is None:
             return images
         return torch.as_tensor(self.trainer.precision_plugin.convert_input(images))
-
-
-def as_it_is(batch: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """Return the batch: `Images` hands out whole ones."""
-    return batch

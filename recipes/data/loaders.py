@@ -107,7 +107,10 @@ class SplitData(LightningDataModule, ABC):
 
     Attributes:
         datasets: The splits, under "train", "val" and "test"; empty before `setup`.
+        collate_fn: Makes a batch from a list of samples; None for torch's own. Classes may have another.
     """
+
+    collate_fn: Callable[[Any], Any] | None = None
 
     def __init__(
         self, batch_size: int, shuffle_seed: int, num_workers: int = 0, evaluation_batch_size: int | None = None
@@ -130,7 +133,9 @@ class SplitData(LightningDataModule, ABC):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled training batches."""
-        loader = training_loader(self.datasets["train"], self.batch_size, self.shuffle_seed, self.num_workers)
+        loader = training_loader(
+            self.datasets["train"], self.batch_size, self.shuffle_seed, self.num_workers, self.collate_fn
+        )
         if self.trainer is not None and isinstance(loader.sampler, EpochShuffle):
             # Processes that load data begin with the first epoch of a resumed run before any callback is called.
             progress: Any = self.trainer.fit_loop.epoch_progress.current
@@ -139,8 +144,14 @@ class SplitData(LightningDataModule, ABC):
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Validation batches."""
-        return evaluation_loader(self.datasets["val"], self.evaluation_batch_size, self.num_workers)
+        return self._evaluation_loader("val")
 
     def test_dataloader(self) -> DataLoader[Any]:
         """Test batches."""
-        return evaluation_loader(self.datasets["test"], self.evaluation_batch_size, self.num_workers)
+        return self._evaluation_loader("test")
+
+    def _evaluation_loader(self, split: str) -> DataLoader[Any]:
+        """Return the batches of a split in order."""
+        return evaluation_loader(
+            self.datasets[split], self.evaluation_batch_size, self.num_workers, self.collate_fn
+        )

@@ -112,7 +112,7 @@ def test_batches_are_the_published_ones(fake_images: Path, name: str) -> None:
     recorder = record(data)
     mean, std = IMAGE_SETS[name].scaling
     finish = transforms.Compose([transforms.ToTensor(), transforms.Normalize(mean, std)])
-    train, val, test = (data.subsets[split] for split in ("train", "val", "test"))
+    train, val, test = (data.datasets[split] for split in ("train", "val", "test"))
     total = 200 if name == "tinyimagenet" else TRAIN
     assert (len(train), len(val), len(test)) == (total - 10, 10, TEST)
     assert sorted([*train.indices.tolist(), *val.indices.tolist()]) == list(range(total))
@@ -301,7 +301,7 @@ def test_a_whole_archive_is_unpacked_without_a_download(tmp_path: Path, monkeypa
     data = ImageData(tmp_path / "data", "tinyimagenet", val_size=10, download=False)
     data.prepare_data()
     data.setup("fit")
-    assert len(data.subsets["train"]) == 190
+    assert len(data.datasets["train"]) == 190
     names = {path.name for path in (tmp_path / "data").iterdir()}
     kept = {"tiny-imagenet-200-train.npz", "tiny-imagenet-200-val.npz"}
     assert names == {"tiny-imagenet-200.zip", "tiny-imagenet-200", *kept}
@@ -374,7 +374,7 @@ def test_fashion_mnist_of_debians_package_needs_no_download(
     data.prepare_data()
     assert {file: file.stat().st_mtime_ns for file in raw.iterdir()} == written
     data.setup("fit")
-    assert data.subsets["test"][0][0].shape == data.sample_shape == (1, 28, 28)
+    assert data.datasets["test"][0][0].shape == data.sample_shape == (1, 28, 28)
 
 
 def test_fashion_mnist_without_package_and_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -387,8 +387,8 @@ def test_a_part_of_the_training_images_is_stratified_and_drawn_by_the_seed(fake_
     def drawn(seed: int, val_size: int = 0) -> Images:
         data = ImageData(fake_images, "fashion_mnist", val_size=val_size, seed=seed, train_size=20)
         data.setup("fit")
-        assert not set(data.subsets["train"].indices.tolist()) & set(data.subsets["val"].indices.tolist())
-        return data.subsets["train"]
+        assert not set(data.datasets["train"].indices.tolist()) & set(data.datasets["val"].indices.tolist())
+        return data.datasets["train"]
 
     first, again, other = drawn(seed=1), drawn(seed=1), drawn(seed=2)
     assert torch.bincount(first.labels[first.indices]).tolist() == [2] * 10
