@@ -232,18 +232,16 @@ def load_tokenizer(folder: str | None, vocabulary: int) -> Any:
         vocabulary: Tokens that the model knows.
 
     Raises:
-        RecipeError: transformers is not installed, there is no tokenizer in the folder, or it has no end-of-text
-            token or more tokens than the model.
+        RecipeError: There is no tokenizer in the folder, or it has no end-of-text token or more tokens than the
+            model.
     """
     if folder is None or not Path(folder).is_dir():
         raise RecipeError(
             f"data.tokenizer={folder} is no folder: pass one with a tokenizer of transformers, as "
             "tokenizer.save_pretrained(FOLDER) writes it; nothing is downloaded"
         )
-    try:
-        from transformers import AutoTokenizer
-    except ImportError as error:
-        raise RecipeError("tokenizers need transformers: pip install 'farms-tb[transformers]'") from error
+    from transformers import AutoTokenizer
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:

@@ -66,10 +66,8 @@ def read_split(source: Source, split: str) -> list[Row]:
     Raises:
         RecipeError: the split, a column or every label is missing, or the hub does not answer.
     """
-    try:
-        import datasets
-    except ImportError as error:
-        raise RecipeError("the data need datasets: pip install 'farms-tb[finetune]'") from error
+    import datasets
+
     datasets.disable_progress_bars()
     found = _from_hub(source, split) if source.hub else _from_files(source, split)
     columns = _columns(source.task)

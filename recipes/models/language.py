@@ -27,17 +27,12 @@ class Llama(nn.Module):
         depth: Blocks.
         heads: Attention heads; divides `width`.
         length: Longest input.
-
-    Raises:
-        RecipeError: transformers is not installed.
     """
 
     def __init__(self, vocabulary: int, width: int, hidden: int, depth: int, heads: int, length: int) -> None:
         super().__init__()
-        try:
-            from transformers import LlamaConfig, LlamaForCausalLM
-        except ImportError as error:
-            raise RecipeError("language models need transformers: pip install 'farms-tb[transformers]'") from error
+        from transformers import LlamaConfig, LlamaForCausalLM
+
         config = LlamaConfig(
             vocab_size=vocabulary,
             hidden_size=width,
@@ -71,7 +66,6 @@ class ByteLlama(Llama):
             numbers are the same for any.
 
     Raises:
-        RecipeError: transformers is not installed.
         ValueError: `embedding_std` is not positive.
     """
 
@@ -101,15 +95,13 @@ class Pretrained(nn.Module):
             `make real` brings. Nothing is downloaded.
 
     Raises:
-        RecipeError: There is no such model, it knows fewer tokens, or transformers is not installed.
+        RecipeError: There is no such model, or it knows fewer tokens.
     """
 
     def __init__(self, vocabulary: int, path: str = "smollm2") -> None:
         super().__init__()
-        try:
-            from transformers import AutoModelForCausalLM
-        except ImportError as error:
-            raise RecipeError("language models need transformers: pip install 'farms-tb[transformers]'") from error
+        from transformers import AutoModelForCausalLM
+
         folder = smollm2_folder() if path == "smollm2" else Path(path)
         if not folder.is_dir():
             raise RecipeError(

@@ -17,7 +17,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from recipes.command import sentence, user_errors
 from recipes.config import build
+from recipes.data.tokens import load_tokenizer
 from recipes.errors import RecipeError
+from recipes.finetune.reading import Source, read_split
 from recipes.old_names import current_overrides, current_settings
 from recipes.study import programs
 from recipes.train import main, train
@@ -225,6 +227,28 @@ def test_a_class_whose_package_is_missing_names_the_extra(
 
 def needs(package: str) -> None:
     raise ModuleNotFoundError(f"No module named '{package}'", name=package)
+
+
+@pytest.mark.parametrize(
+    ("package", "use"),
+    [
+        ("transformers", lambda folder: build(compose_settings("experiment=tiny_lm"), "model.net")),
+        ("transformers", lambda folder: load_tokenizer(str(folder), vocabulary=64)),
+        ("datasets", lambda folder: read_split(Source("sst2", folder, hub=False), "train")),
+    ],
+    ids=["model", "tokenizer", "texts"],
+)
+def test_a_package_that_is_needed_late_is_named_with_its_extra(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    package: str,
+    use: Callable[[Path], object],
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(SystemExit, match="2"), user_errors():
+        use(tmp_path)
+    assert re.search(rf"{package}.* pip install .*\[{package}\]", capsys.readouterr().err)
 
 
 def test_a_package_that_is_broken_is_not_called_missing(monkeypatch: pytest.MonkeyPatch) -> None:
