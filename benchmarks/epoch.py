@@ -193,7 +193,7 @@ def _train_recipe(task: Task, balanced: bool, folder: str, before: Clock, after:
     own, others = run.trainer.callbacks[: int(balanced)], run.trainer.callbacks[int(balanced) :]  # type: ignore[attr-defined]
     run.trainer.callbacks = [before, *own, after, *others]  # type: ignore[attr-defined]
     run.trainer.fit(run.model, datamodule=run.data)
-    for logger in run.loggers:
+    for logger in run.trainer.loggers:
         if isinstance(logger, RunFolderWandbLogger):
             logger.close()
 

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 
 from recipes.callbacks import EpochOrder, LastCheckpoint, LastStepRates
@@ -35,7 +34,6 @@ class Run:
         model: The task with its network.
         last: Rates of the last step.
         checkpoint: Keeper of the best weights.
-        loggers: Where metrics go.
         trainer: The trainer, with callbacks and loggers.
     """
 
@@ -43,7 +41,6 @@ class Run:
     model: LightningModule
     last: LastStepRates
     checkpoint: ModelCheckpoint
-    loggers: list[Logger]
     trainer: Trainer
 
 
@@ -67,10 +64,10 @@ def build_run(cfg: DictConfig) -> Run:
     callbacks = [last, EpochOrder(), *configured]
     if parts.balancer is not None:
         callbacks.insert(0, parts.balancer)
-    loggers: list[Logger] = [build(cfg, f"logger.{name}") for name in cfg.logger]
+    loggers = [build(cfg, f"logger.{name}") for name in cfg.logger]
     trainer = build(cfg, "trainer", callbacks=callbacks, logger=loggers)
     check_processes(trainer)
-    return Run(parts.data, parts.model, last, best, loggers, trainer)
+    return Run(parts.data, parts.model, last, best, trainer)
 
 
 def _best_checkpoint(callbacks: list[Callback]) -> ModelCheckpoint:

@@ -151,7 +151,7 @@ def _fit_and_test(cfg: DictConfig, run: Run) -> tuple[FinalLayers, Mapping[str, 
         best = run.checkpoint.best_model_path or None
         tested = run.trainer.test(run.model, datamodule=run.data, ckpt_path=best, verbose=False)
     finally:
-        for logger in run.loggers:
+        for logger in run.trainer.loggers:
             if isinstance(logger, RunFolderWandbLogger):
                 logger.close()
     return layers, tested[0] if tested else {}  # none with trainer.limit_test_batches=0
@@ -179,7 +179,7 @@ def _training(cfg: DictConfig, run: Run) -> dict[str, Any]:
 def _log_settings(cfg: DictConfig, run: Run) -> None:
     """Hand the settings, every reference resolved, to the loggers that keep some."""
     settings = OmegaConf.to_container(cfg, resolve=True)
-    for logger in run.loggers:
+    for logger in run.trainer.loggers:
         logger.log_hyperparams(settings)  # type: ignore[arg-type]
 
 
