@@ -50,7 +50,7 @@ from farms_tb.viewing.plots.style import new_figure, styled
 from recipes.config import build, build_balancer
 from recipes.data.images import ImageData, Images
 from recipes.loggers import RunFolderWandbLogger
-from recipes.train import build_run
+from recipes.run import build_run
 
 AIMS = {("darcy_unet", "cpu"): 0.03, ("cifar100_resnet18", "cuda"): 0.01}
 """Shares of an epoch that the callback may take, by task and kind of device."""

@@ -196,11 +196,6 @@ def _plugin_error(error: BaseException) -> str | None:
     return f"hydra/launcher: {_one_line(str(error))}: pip install 'farms-tb[launchers,cluster]'"
 
 
-def _connection_error(error: BaseException) -> str:
-    """Return the reason of the operating system, or of Ray where no cluster answers."""
-    return _one_line(str(error))
-
-
 def _file_error(error: BaseException) -> str | None:
     """Return the operating system's reason; None for an error that Python code raised without asking it."""
     if getattr(error, "strerror", None) is None:
@@ -232,7 +227,7 @@ _MISTAKES: tuple[tuple[_Kinds, Callable[[BaseException], str | None]], ...] = (
     ((ValueError, TypeError), _value_error),
     (RuntimeError, _plugin_error),
     (ImportError, _import_error),
-    (ConnectionError, _connection_error),
+    (ConnectionError, lambda error: _one_line(str(error))),  # Ray's, where no cluster answers, has no strerror
     (OSError, _file_error),
     (Exception, _wandb_error),
 )

@@ -15,8 +15,6 @@ Three things are not as in PDEBench's script, so these numbers do not compare wi
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 from torchmetrics import Metric
@@ -35,7 +33,7 @@ __all__ = [
     "rmse",
 ]
 
-BANDS = {"low": (0, 5), "mid": (5, 13), "high": (13, None)}
+BANDS: dict[str, tuple[int, int | None]] = {"low": (0, 5), "mid": (5, 13), "high": (13, None)}
 """Wavenumbers of each Fourier band, from (included) and to (excluded): 0 to 4, 5 to 12, 13 and above."""
 
 
@@ -155,18 +153,15 @@ def boundary_rmse(prediction: Tensor, target: Tensor) -> Tensor:
     return _rms(torch.cat([error.narrow(dim, end, 1).flatten(2) for dim, end in ends], dim=-1))
 
 
-def fourier_rmse(
-    prediction: Tensor, target: Tensor, bands: Iterable[tuple[int, int | None]] = tuple(BANDS.values())
-) -> Tensor:
-    """RMSE of the part of the error within each band of wavenumbers.
+def fourier_rmse(prediction: Tensor, target: Tensor) -> Tensor:
+    """RMSE of the part of the error within each of the `BANDS` of wavenumbers.
 
-    The wavenumber of a Fourier mode is the length of its wave vector, counted in waves over the domain. With bands
-    that cover all of them, the squares of the results add up to the square of `rmse`.
+    The wavenumber of a Fourier mode is the length of its wave vector, counted in waves over the domain. As the
+    bands cover all of them, the squares of the results add up to the square of `rmse`.
 
     Args:
         prediction: Fields (B, C, *space).
         target: Fields of the same shape.
-        bands: First wavenumber of each band and the one that ends it; None for no end.
 
     Returns:
         Shape (B, C, bands).
@@ -175,7 +170,8 @@ def fourier_rmse(
     power = torch.fft.fftn(error, dim=tuple(range(2, error.ndim)), norm="forward").abs().square()
     waves = [torch.fft.fftfreq(side, device=error.device).mul(side).round() for side in error.shape[2:]]
     squared = torch.stack(torch.meshgrid(*waves, indexing="ij")).square().sum(0)
-    inside = [(squared >= low**2) & (squared < (torch.inf if end is None else end**2)) for low, end in bands]
+    ends = [(low**2, torch.inf if end is None else end**2) for low, end in BANDS.values()]
+    inside = [(squared >= low) & (squared < end) for low, end in ends]
     return torch.stack([(power * band).flatten(2).sum(-1).sqrt() for band in inside], dim=-1)
 
 

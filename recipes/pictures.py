@@ -13,7 +13,7 @@ from torch import Tensor
 from recipes.metrics import nrmse_by_channel
 from recipes.plots import channel_names, plot_error_growth, plot_fields, plot_flow_1d, plot_flow_2d
 
-__all__ = ["PredictionPictures", "plot_error_growth", "plot_fields", "plot_flow_1d", "plot_flow_2d"]
+__all__ = ["PredictionPictures"]
 
 SAMPLES = 3
 """Samples that are shown of static fields."""

@@ -46,7 +46,7 @@ from recipes.old_names import current_overrides, current_settings
 from recipes.run import Run, build_run, check_weights, read_checkpoint
 from recipes.summary import FinalLayers, finish, measure_layers, parameter_count, run_facts
 
-__all__ = ["build_run", "main", "train"]
+__all__ = ["main", "train"]
 
 
 # Data in memory need no loader processes, short epochs no denser logging, a resumed run has a folder, `val_size=0`

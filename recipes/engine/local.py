@@ -44,19 +44,17 @@ class LocalEngine:
     Args:
         processes: Their number.
         gpus: The GPUs that they are dealt out, as in `CUDA_VISIBLE_DEVICES`; empty to leave all to each.
+
+    Attributes:
+        slots: Number of processes.
     """
 
     def __init__(self, processes: int, gpus: Sequence[str] = ()) -> None:
+        self.slots = processes
         self._free = list(range(processes))
         self._gpus = gpus
-        self._slots = processes
         self._pools: dict[int, _Process] = {}
         self._running: dict[Future[tuple[Any, str]], tuple[Hashable, int]] = {}
-
-    @property
-    def slots(self) -> int:
-        """Number of processes."""
-        return self._slots
 
     @property
     def tasks(self) -> set[Hashable]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["GROUPS", "TASKS", "Kind", "Task"]
+__all__ = ["TASKS", "Kind", "Task"]
 
 Kind = Literal["classes", "number", "choice", "span"]
 
@@ -70,6 +70,3 @@ TASKS = {
     "hyperpartisan": _domain("macro_f1"),
 }
 """Every task by name."""
-
-GROUPS = tuple(dict.fromkeys(task.group for task in TASKS.values()))
-"""The benchmarks."""

@@ -1,1 +1,1 @@
-"""Networks of the recipes: UNet, ResNet and VGG for small images, LLaMA on bytes; FNO is neuraloperator's."""
+"""Networks of the recipes, a module for each kind; the FNO is neuraloperator's."""

@@ -26,7 +26,8 @@ from recipes.data.download import FILES as DATA_FILES
 from recipes.data.download import FOLDER
 from recipes.data.pdebench import PDEBenchFlow
 from recipes.errors import RecipeError
-from recipes.train import build_run, train
+from recipes.run import build_run
+from recipes.train import train
 from tests.recipes.fake_images import TRAIN
 from tests.recipes.pdebench_files import write_darcy, write_flow
 from tests.recipes.recipe_runs import TINY_DARCY, TINY_LLAMA, TINY_TOKENS

@@ -16,14 +16,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from recipes import pictures
 from recipes.metrics import nrmse
-from recipes.pictures import (
-    PredictionPictures,
-    channel_names,
-    plot_error_growth,
-    plot_fields,
-    plot_flow_1d,
-    plot_flow_2d,
-)
+from recipes.pictures import PredictionPictures
+from recipes.plots import channel_names, plot_error_growth, plot_fields, plot_flow_1d, plot_flow_2d
 from recipes.tasks import FieldRegression, Forecast, ImageClassification
 from tests.helpers import LIGHTNING_NOISE
 

@@ -28,7 +28,8 @@ from recipes.config import CONFIG_DIR
 from recipes.data.download import FILES, FOLDER
 from recipes.errors import RecipeError
 from recipes.folder import SHARED_FOLDER, _new_folder, open_run_folder
-from recipes.train import build_run, train
+from recipes.run import build_run
+from recipes.train import train
 from tests.recipes.pdebench_files import write_flow
 from tests.recipes.process_runs import train_in_pair
 from tests.recipes.recipe_runs import TINY_UNET, no_checkpoint
