@@ -18,7 +18,6 @@ from io import TextIOWrapper
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from rich.markup import escape
@@ -119,7 +118,7 @@ def sentence(error: BaseException) -> str | None:
     Returns:
         A sentence in one line.
     """
-    for kinds, describe in _MISTAKES:
+    for kinds, describe in ((_refused_by_lightning(), _trainer_error), *_MISTAKES):
         if isinstance(error, kinds):
             return describe(error)
     return None
@@ -154,6 +153,15 @@ def _nearest_key(error: BaseException | None) -> str:
         return ""
     path = str(error.full_key).removesuffix(str(error.key))
     return f". Did you mean {path}{nearest[0]}?"
+
+
+def _refused_by_lightning() -> tuple[type[BaseException], ...]:
+    """Return the kind of error with which Lightning refuses settings; none where Lightning was never imported.
+
+    To import it takes four seconds, and `recipes.generate` needs nothing else of it.
+    """
+    exceptions = sys.modules.get("lightning.fabric.utilities.exceptions")
+    return () if exceptions is None else (exceptions.MisconfigurationException,)
 
 
 def _trainer_error(error: BaseException) -> str:
@@ -223,7 +231,6 @@ _Kinds = type[BaseException] | tuple[type[BaseException], ...]
 _MISTAKES: tuple[tuple[_Kinds, Callable[[BaseException], str | None]], ...] = (
     (RecipeError, str),
     ((HydraException, OmegaConfBaseException), _settings_error),
-    (MisconfigurationException, _trainer_error),
     ((ValueError, TypeError), _value_error),
     (RuntimeError, _plugin_error),
     (ImportError, _import_error),

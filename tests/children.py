@@ -10,7 +10,7 @@ import os
 import runpy
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,47 +22,65 @@ def child_processes() -> Any:
     """Return the context whose processes begin as forks; new interpreters where a system has no forks."""
     context: Any = multiprocessing.get_context("forkserver" if "forkserver" in WAYS else "spawn")
     if "forkserver" in WAYS:
-        context.set_forkserver_preload(
-            PRELOADED
-        )  # of no effect once the first process has begun: one list for all
+        # One list for all tests: it is of no effect once the first process has begun.
+        context.set_forkserver_preload(PRELOADED)
     return context
 
 
-def run_script(path: Path, folder: Path, environment: Mapping[str, str], seconds: float) -> tuple[int, str]:
-    """Run a script as `python path` does, in `folder`.
+def start(
+    function: Callable[..., None], arguments: tuple[Any, ...], environment: Mapping[str, str], printed: Path
+) -> Any:
+    """Start a process.
+
+    Args:
+        function: what it runs, of a module.
+        arguments: its arguments.
+        environment: all environment variables.
+        printed: the file that takes what the process prints.
+
+    Returns:
+        A `multiprocessing.Process`.
+    """
+    process = child_processes().Process(target=_begin, args=(function, arguments, dict(environment), printed))
+    process.start()
+    return process
+
+
+def run_script(path: Path, folder: Path, environment: Mapping[str, str], seconds: float) -> tuple[int | None, str]:
+    """Run a script as `python path` does.
 
     Args:
         path: the script.
-        folder: where it runs, which is empty and takes what is printed.
+        folder: where it runs.
         environment: all environment variables.
         seconds: longest time it may take.
 
     Returns:
-        Its exit code, and what it printed.
+        Its exit code, None where it was stopped after that time, and what it printed.
     """
-    process = child_processes().Process(target=_script, args=(path, folder, dict(environment)))
-    process.start()
+    printed = folder.with_name(f"{folder.name}.txt")
+    process = start(_run_script, (path, folder), environment, printed)
     try:
         process.join(seconds)
-        finished = process.exitcode
+        return process.exitcode, printed.read_text(encoding="utf-8", errors="replace")
     finally:
         process.kill()
-    said = _printed(folder).read_text(encoding="utf-8", errors="replace")
-    return (-1, f"{said}\nnot done after {seconds:g} s") if finished is None else (finished, said)
 
 
-def _script(path: Path, folder: Path, environment: dict[str, str]) -> None:
-    with _printed(folder).open("wb") as printed:
-        os.dup2(printed.fileno(), 1)
-        os.dup2(printed.fileno(), 2)
+def _begin(
+    function: Callable[..., None], arguments: tuple[Any, ...], environment: dict[str, str], printed: Path
+) -> None:
+    with printed.open("wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
     os.environ.clear()
     os.environ.update(environment)
-    os.chdir(folder)
     tempfile.tempdir = None  # chosen anew, by the environment
+    function(*arguments)
+
+
+def _run_script(path: Path, folder: Path) -> None:
+    os.chdir(folder)
     sys.argv = [str(path)]
     sys.path.insert(0, str(path.parent))
     runpy.run_path(str(path), run_name="__main__")
-
-
-def _printed(folder: Path) -> Path:
-    return folder.with_name(f"{folder.name}.txt")

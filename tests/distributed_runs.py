@@ -1,9 +1,8 @@
-"""What each process of `test_distributed.py` runs: `python -m tests.distributed_runs JOB RANK FOLDER`."""
+"""What each process of `test_distributed.py` runs."""
 
 from __future__ import annotations
 
 import os
-import sys
 import threading
 import warnings
 from collections.abc import Callable
@@ -168,8 +167,9 @@ JOBS = {
     "lightning that breaks": lambda rank: lightning(rank, breaks=True),
 }
 
-if __name__ == "__main__":
-    job, rank, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
+
+def work(job: str, rank: int, folder: Path) -> None:
+    """Run a job as one of several processes, save what it returns as `RANK.pt`, and end the process."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     os.chdir(folder)

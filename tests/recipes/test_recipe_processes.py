@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -30,6 +29,7 @@ from recipes.errors import RecipeError
 from recipes.folder import SHARED_FOLDER, _new_folder, open_run_folder
 from recipes.run import build_run
 from recipes.train import train
+from tests.children import child_processes
 from tests.recipes.pdebench_files import write_flow
 from tests.recipes.process_runs import train_in_pair
 from tests.recipes.recipe_runs import TINY_UNET, no_checkpoint
@@ -58,8 +58,7 @@ def run(folder: Path, data: Path, *overrides: str) -> str:
 
 def run_in_pair(folder: Path, runs: dict[str, tuple[str, ...]]) -> None:
     """Train one run after the other on two processes, which share one import of everything."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([train_in_pair.__module__])
+    context = child_processes()
     port = free_port()
     pair = [context.Process(target=train_in_pair, args=(rank, port, folder, runs)) for rank in (0, 1)]
     try:

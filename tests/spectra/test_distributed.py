@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +11,10 @@ import pytest
 import torch
 
 from farms_tb import analyze
+from tests import distributed_runs
+from tests.children import start
 from tests.helpers import Module, assert_same_state, make_net
 
-ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 120
 
 
@@ -26,31 +25,31 @@ def free_port() -> int:
         return port
 
 
-def run(job: str, folder: Path, number: int = 2) -> tuple[list[int], list[str]]:
+def run(job: str, folder: Path, number: int = 2) -> tuple[list[int | None], list[str]]:
     """Run `job` on several processes; return their exit codes and what they said."""
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(number)}
+    said = [folder / f"{rank}.txt" for rank in range(number)]
     processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.distributed_runs", job, str(rank), str(folder)],
-            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
-            cwd=ROOT,
-            stderr=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            text=True,
+        start(
+            distributed_runs.work,
+            (job, rank, folder),
+            {**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            said[rank],
         )
         for rank in range(number)
     ]
     try:
-        said = [process.communicate(timeout=SECONDS)[1] for process in processes]
+        for process in processes:
+            process.join(SECONDS)
+        return [process.exitcode for process in processes], [file.read_text(encoding="utf-8") for file in said]
     finally:
         for process in processes:
             process.kill()
-    return [process.returncode for process in processes], said
 
 
 def results(job: str, folder: Path, number: int = 2) -> list[Any]:
     codes, said = run(job, folder, number)
-    assert not any(codes), "\n".join(said)
+    assert codes == [0] * number, "\n".join(said)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(number)]
 
 
