@@ -237,6 +237,8 @@ def main() -> None:
     parser.add_argument("--times", type=int, default=7, help="of which the median is taken")
     parser.add_argument("--out", type=Path, default=Path("docs/results/load"))
     options = parser.parse_args()
+    if options.updates < BLOCK:
+        parser.error(f"--updates must be at least {BLOCK}, those of one block, got {options.updates}")
     torch.set_num_threads(1)
     print(describe())
     # First, so that the pools of freed memory that the large models leave hide no growth.

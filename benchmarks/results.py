@@ -23,7 +23,9 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Value]]) -> None:
 
 
 def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:
-    """Return a table; the columns are those of the first row, numbers to the right."""
+    """Return a table; the columns are those of the first row, numbers to the right. Without rows it is empty."""
+    if not rows:
+        return ""
     columns = list(rows[0])
     numeric = [all(re.match(r"(< )?[-+]?[\d.]*(\d|$)", row[name]) for row in rows) for name in columns]
     lines = [columns, ["--:" if right else "---" for right in numeric], *([*row.values()] for row in rows)]

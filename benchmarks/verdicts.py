@@ -212,6 +212,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("docs/results/verdicts"))
     options = parser.parse_args()
+    if options.layers < 2:
+        parser.error(f"--layers must be at least 2, a random and a planted one, got {options.layers}")
     found = []
     for number, layer in enumerate(generated(options.layers, options.largest, options.seed)):
         found.append((layer, verdict(layer)))

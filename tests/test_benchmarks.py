@@ -290,6 +290,7 @@ class TestResults:
     def test_table(self) -> None:
         table = results.markdown_table([{"name": "a", "ms": "1.5"}, {"name": "b", "ms": ""}])
         assert table.splitlines() == ["| name | ms |", "| --- | --: |", "| a | 1.5 |", "| b |  |"]
+        assert results.markdown_table([]) == ""
 
     def test_csv_of_rows_that_differ(self, tmp_path: Path) -> None:
         results.write_csv(tmp_path / "a.csv", [{"x": 1, "y": 1 / 3}, {"x": 2, "z": "w"}])

@@ -174,3 +174,17 @@ def test_the_benchmark_goes_on_where_it_stopped(
     # LLR's ratios grow to their values in 50 steps, of which this is the second: 1 + (5 - 1) * 2 / 50.
     assert {row["ratio"] for row in rows if row["setting"] == "LLR" and row["type"] == "embedding"} == {"1.16"}
     assert {row["ratio"] for row in rows if row["setting"] == "AdamW"} == {"1"}
+
+
+@pytest.mark.parametrize("setting", ["SGD", "AdamW, head faster"])
+def test_the_page_of_some_settings_has_what_can_be_said_of_them(
+    setting: str, short: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["--seeds", "1", "--settings", setting, "--moments", "1", "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["cause", *options, "--override", *short])
+    cause.main()
+    page = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert f"| {setting} | head |" in page
+    assert ("](steps.png)" in page) == (setting == "SGD") == (tmp_path / "out" / "steps.png").exists()
+    assert "## Bytes" not in page, "without the baseline nothing can be compared with it"
+    assert "\n\n\n" not in page

@@ -383,3 +383,16 @@ def test_benchmark_runs(
     printed = capsys.readouterr().out
     for word in ("machine", "versions", "find_layers", "30 updates", "2.16 billion parameters, 48 layers"):
         assert word in printed
+
+
+def test_the_benchmark_refuses_less_than_a_block_before_it_begins(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from benchmarks import load
+
+    monkeypatch.setattr(sys, "argv", ["load", "--updates", "50"])
+    with pytest.raises(SystemExit):
+        load.main()
+    said = capsys.readouterr()
+    assert "--updates must be at least 100" in said.err
+    assert said.out == ""

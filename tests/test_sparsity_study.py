@@ -171,6 +171,28 @@ def test_the_page_is_made_from_the_rows_again(tmp_path: Path, monkeypatch: pytes
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
 
 
+@pytest.mark.parametrize(("method", "searched"), [("magnitude", True), ("sparsegpt", False)])
+def test_the_page_of_one_method_has_no_empty_sections(
+    method: str, searched: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense = {"method": "none", "target": 0.0, "arm": "dense", "seed": 0, "loss": 2.0}
+    rows = [row for row in simulated("language") if row["method"] == method]
+    Rows(tmp_path / "language.csv", KEYS).add([dense, *rows])
+    Rows(tmp_path / "encoder.csv", KEYS).add([dense])
+    tried = [{"target": 0.7, "epsilon": epsilon, "arm": "line", "loss": epsilon} for epsilon in EPSILONS]
+    Rows(tmp_path / "language_epsilon.csv", EPSILON_KEYS).add(tried)
+    monkeypatch.setattr(sys, "argv", ["sparsity", "--report", "--out", str(tmp_path)])
+    threads = torch.get_num_threads()
+    main.main()
+    torch.set_num_threads(threads)
+    page = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert f"### {report.METHODS[method][0]}\n\nThe perplexity, by target:\n\n| arm |" in page
+    assert "each calibration seed by itself" not in page
+    assert ("### What the searches found" in page) == searched
+    assert "MiniLM" not in page, "of the encoder there is the dense model alone"
+    assert "\n\n\n" not in page
+
+
 def test_a_folder_of_blocks_is_planned(tmp_path: Path) -> None:
     save_blocks(tmp_path, 3, {"self_attn.q_proj": (64, 64), "mlp.up_proj": (96, 64)})
     plan = plan_from_report(analyze_checkpoint(tmp_path), 0.5)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.verdicts import AIM, error_rate, generated, verdict
+from benchmarks.verdicts import AIM, error_rate, generated, main, verdict
 from farms_tb import LayerRecord, Verdict, analyze
 
 
@@ -111,6 +112,15 @@ def test_errors_are_rare() -> None:
     found = [(layer, verdict(layer)) for layer in generated(80, largest=32)]
     assert error_rate(found, random=True) == 0
     assert error_rate(found, random=False) <= 1 / 40
+
+
+def test_a_benchmark_without_both_kinds_of_layers_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["verdicts", "--layers", "1"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "--layers must be at least 2" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -43,22 +43,36 @@ def page(out: Path, steps: Sequence[Row], ends: Sequence[Row]) -> str:
         out: where the pictures go.
         steps: a row for each setting, seed, moment and type of matrix.
         ends: a row for each setting, seed, role and group of bytes.
+
+    Returns:
+        Markdown. What there are no rows for is left out: the bytes without a training of the baseline, the picture
+        of the steps without a setting that is drawn.
     """
     settings = [name for name in SETTINGS if any(row["setting"] == name for row in steps)]
-    compared = [name for name in settings if name.startswith(f"{BASELINE},") or name == "LLR"]
-    draw_steps(out / "steps.png", steps, settings)
-    draw_bytes(out / "bytes.png", ends, compared)
-    seeds = len({row["seed"] for row in ends if row["setting"] == BASELINE})
-    return (
-        f"## Steps\n\n{_explanation()}\n\n{steps_table(steps, settings)}\n\n"
-        "Rank correlation (Kendall's tau over the five types) of the best multiple with alpha, mean over moments\n"
-        "and seeds, and its smallest and largest value over seeds:\n\n"
-        f"{agreement_table(steps, settings)}\n\n"
-        "![Signal, size of the step, best multiple and effect of each type over the steps](steps.png)\n\n"
-        f"## Bytes\n\nTest loss in nats, and its change against {BASELINE}: {seeds} seeds, paired (95 %).\n\n"
-        f"{bytes_table(ends, compared, 'input')}\n\n{bytes_table(ends, compared, 'target')}\n\n"
-        "![Change of the loss by how often a byte occurs in a batch](bytes.png)"
-    )
+    sections = []
+    if settings:
+        sections += [
+            f"## Steps\n\n{_explanation()}",
+            steps_table(steps, settings),
+            "Rank correlation (Kendall's tau over the five types) of the best multiple with alpha, mean over\n"
+            "moments and seeds, and its smallest and largest value over seeds:",
+            agreement_table(steps, settings),
+        ]
+    if drawn := [name for name in settings if name in DRAWN]:
+        draw_steps(out / "steps.png", steps, drawn)
+        sections.append(
+            "![Signal, size of the step, best multiple and effect of each type over the steps](steps.png)"
+        )
+    if seeds := len({row["seed"] for row in ends if row["setting"] == BASELINE}):
+        compared = [name for name in settings if name.startswith(f"{BASELINE},") or name == "LLR"]
+        draw_bytes(out / "bytes.png", ends, compared)
+        sections += [
+            f"## Bytes\n\nTest loss in nats, and its change against {BASELINE}: {seeds} seeds, paired (95 %).",
+            bytes_table(ends, compared, "input"),
+            bytes_table(ends, compared, "target"),
+            "![Change of the loss by how often a byte occurs in a batch](bytes.png)",
+        ]
+    return "\n\n".join(sections)
 
 
 def _explanation() -> str:
@@ -188,12 +202,11 @@ def _mean(rows: Sequence[Row], name: str) -> float:
 @styled
 def draw_steps(path: Path, rows: Sequence[Row], settings: Sequence[str]) -> None:
     """Draw each type's means over the seeds: quantities below each other, settings side by side."""
-    drawn = [name for name in settings if name in DRAWN]
-    figure = new_figure(1.7 * len(drawn) + 1.2, 9.0)
-    panels = figure.subplots(len(SHOWN), len(drawn), sharex=True, sharey="row", squeeze=False)
+    figure = new_figure(1.7 * len(settings) + 1.2, 9.0)
+    panels = figure.subplots(len(SHOWN), len(settings), sharex=True, sharey="row", squeeze=False)
     for line, (name, label) in zip(panels, SHOWN.items(), strict=True):
         line[0].set_ylabel(label)
-        for axes, setting in zip(line, drawn, strict=True):
+        for axes, setting in zip(line, settings, strict=True):
             for kind, colour in COLOURS.items():
                 chosen = [row for row in rows if (row["setting"], row["type"]) == (setting, kind)]
                 moments = sorted({float(row["step"]) for row in chosen})
@@ -203,7 +216,7 @@ def draw_steps(path: Path, rows: Sequence[Row], settings: Sequence[str]) -> None
                 axes.set_yscale("log")
             if name == "best_factor":
                 axes.axhline(1, color=FAINT, linestyle=":")
-    for axes, setting in zip(panels[0], drawn, strict=True):
+    for axes, setting in zip(panels[0], settings, strict=True):
         axes.set_title(setting)
     for axes in panels[-1]:
         axes.set_xlabel("step")

@@ -76,9 +76,12 @@ def _page(part: str, out: Path) -> str:
             f"The {score.compared}, with 95 % intervals; bold where better than the reference:",
             *(report.paired_table(rows, method, score, label) for label in ("uniform", "line in depth")),
         ]
-    sections.append(f"### Wanda, each calibration seed by itself\n\n{report.seed_table(rows, 'wanda', score)}")
-    sections.append(f"### What the searches found\n\n{report.search_table(rows)}")
-    return "\n\n".join(sections)
+    last = {
+        "Wanda, each calibration seed by itself": report.seed_table(rows, "wanda", score),
+        "What the searches found": report.search_table(rows),
+    }
+    sections += [f"### {title}\n\n{table}" for title, table in last.items() if table]
+    return "\n\n".join(filter(None, sections))
 
 
 def main() -> None:
@@ -97,7 +100,7 @@ def main() -> None:
     for part in SUBJECTS:
         if part in options.parts and not options.report:
             _measure(part, options.out, options)
-        if _runs(part, options.out):
+        if any(row["method"] in report.METHODS for row in _runs(part, options.out)):
             sections.append(_page(part, options.out))
     costs = Rows(options.out / "speed.csv", speed.KEYS)
     if "speed" in options.parts and not options.report:

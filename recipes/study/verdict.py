@@ -146,11 +146,12 @@ def ruled_out(rows: Sequence[Row], baseline: str) -> list[str]:
     Returns:
         A sentence a cell; none for a cell without an interval.
     """
-    known = [row for row in rows if row.effect is not None and not math.isnan(row.effect.low)]
+    compared = [row for row in rows if row.effect is not None]
+    known = [row for row in compared if not math.isnan(_of(row).low)]
     sentences = []
     for cell, members in groupby(known, key=attrgetter("cell")):
-        group = list(members)
-        enough = [row for row in group if _enough(row, known)]
+        # A pooled effect rests on cells without an interval too.
+        enough = [row for row in members if _enough(row, compared)]
         if enough:
             sentences.append(f"{cell}: against {baseline}, {_limits(enough)} (95% interval of each arm).")
         else:

@@ -480,6 +480,21 @@ def test_below_five_seeds_nothing_is_an_effect(seeds: int) -> None:
     assert ("any loss is ruled out" in said) == enough
 
 
+def test_a_cell_whose_few_seeds_agree_rules_nothing_out_over_all_cells() -> None:
+    rng = np.random.default_rng(6)
+    off = rng.uniform(0.2, 0.3, 8)
+    cells = {
+        "many": _finals({"off": list(off), "x": list(off * np.exp(rng.normal(0, 0.02, 8)))}),
+        "few": _finals({"off": [0.25, 0.25], "x": [0.2, 0.2]}),
+    }
+    rows = summarise(cells, ["off", "x"], "off")
+    assert "with 2 seeds" in verdict(rows, "off")
+    many, pooled = ruled_out(rows, "off")
+    assert "gains of more than" in many
+    assert pooled.startswith(POOLED)
+    assert "rule nothing out" in pooled
+
+
 def test_ruled_out_names_the_ends_of_the_widest_intervals() -> None:
     rng = np.random.default_rng(4)
     off = rng.uniform(0.2, 0.3, 12)
