@@ -37,6 +37,7 @@ __all__ = [
     "check_resumed_config",
     "check_values",
     "choice",
+    "plain",
 ]
 
 CONFIG_DIR = str(Path(__file__).resolve().parents[1] / "conf")
@@ -298,12 +299,12 @@ def _check_network(cfg: DictConfig, net: Any, data: Any) -> None:
         raise RecipeError(f"{pair}: {error}") from error
 
 
-def _plain(cfg: Any, section: str) -> Any:
-    """Return a section as plain values, references resolved.
+def plain(cfg: Any, section: str = "") -> Any:
+    """Return a section of settings as plain values, references resolved.
 
     Args:
-        cfg: All settings.
-        section: Dotted path of the section; empty for all settings.
+        cfg: The settings.
+        section: Dotted path of the section, or of a single value; empty for all settings.
     """
     value = cfg
     if section:
@@ -328,10 +329,10 @@ def check_resumed_config(cfg: DictConfig, saved_file: Path) -> list[str]:
             what `training` says of them. The last three continue with what the checkpoint holds, so that other
             settings would be noted and have no effect.
     """
-    saved = OmegaConf.create(current_settings(_plain(OmegaConf.load(saved_file), "")))
-    before, now = (_without(_plain(settings, ""), _FREE_AT_RESUME) for settings in (saved, cfg))
+    saved = OmegaConf.create(current_settings(plain(OmegaConf.load(saved_file))))
+    before, now = (_without(plain(settings), _FREE_AT_RESUME) for settings in (saved, cfg))
     changed = [section for section in {**before, **now} if before.get(section) != now.get(section)]
-    fatal = [path for path in _RESUMED_AS_THEY_WERE if _plain(saved, path) != _plain(cfg, path)]
+    fatal = [path for path in _RESUMED_AS_THEY_WERE if plain(saved, path) != plain(cfg, path)]
     if fatal:
         raise RecipeError(
             f"ckpt_path={cfg.ckpt_path} comes from a run with another {' and another '.join(fatal)}; "
@@ -354,9 +355,9 @@ def _without(settings: dict[str, Any], paths: Sequence[str]) -> dict[str, Any]:
 
 def _for_more_epochs(saved: DictConfig, cfg: DictConfig) -> str:
     """Return how to train longer with the scheduler as it was, where the length of the run has changed it."""
-    before, now = (_plain(settings, "scheduler") or {} for settings in (saved, cfg))
+    before, now = (plain(settings, "scheduler") or {} for settings in (saved, cfg))
     changed = [name for name in before if name in now and before[name] != now[name]]
-    if not changed or _plain(saved, "trainer") == _plain(cfg, "trainer"):
+    if not changed or plain(saved, "trainer") == plain(cfg, "trainer"):
         return ""
     as_before = " ".join(f"scheduler.{name}={before[name]}" for name in changed)
     return f". To train longer with the learning rates of the scheduler as it was, add {as_before}"
@@ -395,7 +396,7 @@ def build_balancer(cfg: DictConfig) -> Any:
     Raises:
         RecipeError: The callback refuses its options; the message names the reason.
     """
-    options = dict(_plain(cfg, "balancing"))
+    options = dict(plain(cfg, "balancing"))
     options.pop("arm", None)
     if options.get("_target_") is None:
         return None

@@ -6,8 +6,9 @@ import logging
 
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn
 
-__all__ = ["make_console", "quiet_lightning", "warn"]
+__all__ = ["make_console", "progress_bar", "quiet_lightning", "warn"]
 
 PIPE_WIDTH = 120
 """Characters in a line where the output goes to a file or a pipe, which have no width."""
@@ -48,3 +49,14 @@ def make_console(stderr: bool = False) -> Console:
     if console.is_terminal:
         return console
     return Console(stderr=stderr, quiet=quiet, width=PIPE_WIDTH)
+
+
+def progress_bar(console: Console, *left: ProgressColumn) -> Progress:
+    """Return a bar that counts what is done of a task, with the time passed.
+
+    Args:
+        console: Where it is shown.
+        left: Columns at its end, which say how much time is left.
+    """
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, *left, console=console)

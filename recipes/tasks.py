@@ -22,15 +22,7 @@ from recipes.metrics import FieldErrors, nrmse, relative_l2
 from recipes.optimizers import OptimizerFactory, make_optimizer
 from recipes.sharding import ShardedNet
 
-__all__ = [
-    "FieldRegression",
-    "Forecast",
-    "ImageClassification",
-    "LanguageModel",
-    "nrmse",
-    "relative_l2",
-    "rollout",
-]
+__all__ = ["FieldRegression", "Forecast", "ImageClassification", "LanguageModel", "rollout"]
 
 Batch = tuple[Tensor, Tensor]
 """Inputs and targets."""
@@ -69,6 +61,21 @@ class _Task(ShardedNet):
     def forward(self, x: Tensor) -> Tensor:
         """Apply the network to a batch of inputs, (B, C, *space)."""
         return torch.as_tensor(self.net(x))
+
+    def predict(self, batch: Batch) -> Tensor:
+        """Return the prediction of the batch's target: what the network makes of the inputs."""
+        prediction: Tensor = self(batch[0])
+        return prediction
+
+    def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """Return the number to minimise, a scalar."""
+        raise NotImplementedError
+
+    def training_step(self, batch: Batch, batch_index: int) -> Tensor:
+        """Return the loss of a batch."""
+        loss = self.loss(self.predict(batch), batch[1])
+        self._log_epoch("train", len(batch[0]), loss=loss)
+        return loss
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave out the constructor's arguments that neuralop's models put among their weights.
@@ -142,23 +149,13 @@ class _FieldTask(_Task):
         super().__init__(net, optimizer, scheduler)
         self.test_errors = FieldErrors()
 
-    def predict(self, batch: Batch) -> Tensor:
-        """Return the prediction of the batch's target, in its shape."""
-        raise NotImplementedError
-
     def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """Return the number to minimise, a scalar; prediction and target have the same shape."""
+        """Return the mean squared error; prediction and target have the same shape."""
         return functional.mse_loss(prediction, target)
 
     def _channels(self, fields: Tensor) -> Tensor:
         """Return fields as (B, C, *space), the layout of the scores."""
         return fields
-
-    def training_step(self, batch: Batch, batch_index: int) -> Tensor:
-        """Return the loss of a batch."""
-        loss = self.loss(self.predict(batch), batch[1])
-        self._log_epoch("train", len(batch[0]), loss=loss)
-        return loss
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
         """Log nRMSE, relative L2 error and loss of a validation batch."""
@@ -199,10 +196,6 @@ class FieldRegression(_FieldTask):
     """
 
     kind = "fields"
-
-    def predict(self, batch: Batch) -> Tensor:
-        """Apply the network to the inputs."""
-        return self.forward(batch[0])
 
 
 def rollout(net: nn.Module, history: Tensor, steps: int, graded: int | None = None) -> Tensor:
@@ -358,20 +351,14 @@ class ImageClassification(_Task):
         self.val_accuracy = MulticlassAccuracy(num_classes, average="micro")
         self.test_accuracy = MulticlassAccuracy(num_classes, average="micro")
 
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the number to minimise, a scalar, from logits (B, num_classes) and labels (B,)."""
-        return functional.cross_entropy(logits, labels)
-
-    def training_step(self, batch: Batch, batch_index: int) -> Tensor:
-        """Return the loss of a batch of images (B, C, H, W) and labels (B,)."""
-        loss = self.loss(self(batch[0]), batch[1])
-        self._log_epoch("train", len(batch[0]), loss=loss)
-        return loss
+    def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """Return the cross-entropy of logits (B, num_classes) and labels (B,)."""
+        return functional.cross_entropy(prediction, target)
 
     def _evaluate(self, stage: str, batch: Batch, batch_index: int, accuracy: MulticlassAccuracy) -> None:
         """Log accuracy and loss of a batch; `accuracy` counts over the whole set, on all processes together."""
         counted = self._counted(stage, batch, batch_index)
-        logits, labels = self(batch[0])[:counted], batch[1][:counted]
+        logits, labels = self.predict(batch)[:counted], batch[1][:counted]
         if counted > 0:  # torchmetrics refuses an empty batch
             accuracy(logits, labels)
         self._log_epoch(stage, counted, accuracy=accuracy, loss=self.loss(logits, labels))
@@ -396,28 +383,19 @@ class LanguageModel(_Task):
     kind = "text"
     interval = "step"
 
-    def training_step(self, batch: Batch, batch_index: int) -> Tensor:
-        """Return the loss of a batch."""
-        return self._loss("train", batch, len(batch[0]))
+    def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """Return the cross-entropy of the next tokens, from logits (B, T, num_tokens) and tokens (B, T)."""
+        return functional.cross_entropy(prediction.flatten(0, 1), target.flatten())
+
+    def _evaluate(self, stage: str, batch: Batch, batch_index: int) -> None:
+        """Log the loss of a batch."""
+        counted = self._counted(stage, batch, batch_index)
+        self._log_epoch(stage, counted, loss=self.loss(self.predict(batch)[:counted], batch[1][:counted]))
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
         """Score a validation batch."""
-        self._loss("val", batch, self._counted("val", batch, batch_index))
+        self._evaluate("val", batch, batch_index)
 
     def test_step(self, batch: Batch, batch_index: int) -> None:
         """Score a test batch."""
-        self._loss("test", batch, self._counted("test", batch, batch_index))
-
-    def _loss(self, stage: str, batch: Batch, counted: int) -> Tensor:
-        """Return the cross-entropy of the next tokens, and log it.
-
-        Args:
-            stage: "train", "val" or "test".
-            batch: Tokens and those that follow each of them, both int64 (B, T).
-            counted: How many windows count; the network gets all of them.
-        """
-        tokens, following = batch
-        logits = self(tokens)[:counted]
-        loss = functional.cross_entropy(logits.flatten(0, 1), following[:counted].flatten())
-        self._log_epoch(stage, counted, loss=loss)
-        return loss
+        self._evaluate("test", batch, batch_index)

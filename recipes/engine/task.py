@@ -45,7 +45,7 @@ class Engine(Protocol):
 
         Args:
             task: Its name, by which `finished` tells of it.
-            function: Of a module, so that other processes can import it.
+            function: Of a module, so that other processes can import it, or a method of what can be pickled.
             argument: A value that can be pickled.
         """
 

@@ -31,7 +31,8 @@ from recipes.data.download import FOLDER
 from recipes.errors import RecipeError
 
 with user_errors():  # of a package that is missing
-    from recipes.generate.run import KINDS, Job, Spec, generate
+    from recipes.generate.files import Spec
+    from recipes.generate.run import KINDS, Job, generate
 
 __all__ = ["main", "read_settings"]
 

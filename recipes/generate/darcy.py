@@ -22,46 +22,48 @@ __all__ = ["FAMILIES", "SPLITS", "DarcySpec", "bumps", "cell_centres", "gaussian
 
 SPLITS = ("train", "val", "test")
 
+_MODES, _TAU = 32, 3.0
+"""Of a Gaussian field: cosine modes per side, and inverse length scale."""
+
+_BUMPS = 5
+
 
 def cell_centres(n: int) -> np.ndarray:
     """Centres of n equal cells of [0, 1], shape (n,)."""
     return (np.arange(n) + 0.5) / n
 
 
-def gaussian_field(rng: np.random.Generator, n: int, modes: int = 32, tau: float = 3.0) -> np.ndarray:
-    """Draw from N(0, (-Laplace + tau^2)^-2) with zero normal derivative at the boundary.
+def gaussian_field(rng: np.random.Generator, n: int) -> np.ndarray:
+    """Draw from N(0, (-Laplace + tau^2)^-2), tau = 3, with zero normal derivative at the boundary.
 
-    The draw is a cosine series with a fixed number of modes, so one seed is one function at every resolution.
+    The draw is a cosine series with 32 modes per side, so one seed is one function at every resolution.
 
     Args:
         rng: Source of the coefficients.
         n: Cells per side.
-        modes: Cosine modes per side.
-        tau: Inverse length scale.
 
     Returns:
         Field at the cell centres, shape (n, n).
     """
-    k = np.arange(modes)
+    k = np.arange(_MODES)
     cosines = np.cos(np.pi * np.outer(cell_centres(n), k)) * np.where(k == 0, 1.0, np.sqrt(2.0))
-    amplitude = 1.0 / (np.pi**2 * (k[:, None] ** 2 + k**2) + tau**2)
+    amplitude = 1.0 / (np.pi**2 * (k[:, None] ** 2 + k**2) + _TAU**2)
     amplitude[0, 0] = 0.0  # zero mean: both values of the coefficient occur in every sample
-    field = cosines @ (amplitude * rng.standard_normal((modes, modes))) @ cosines.T
+    field = cosines @ (amplitude * rng.standard_normal((_MODES, _MODES))) @ cosines.T
     return np.asarray(field)
 
 
-def bumps(rng: np.random.Generator, n: int, count: int = 5) -> np.ndarray:
-    """Sum of Gaussian bumps exp(-r^2/s), centres U(0,1)^2, s ~ U(0, 0.5), minus its mean: PDEBench's family.
+def bumps(rng: np.random.Generator, n: int) -> np.ndarray:
+    """Sum of five Gaussian bumps exp(-r^2/s), centres U(0,1)^2, s ~ U(0, 0.5), minus its mean: PDEBench's family.
 
     Args:
         rng: Source of centres and widths.
         n: Cells per side.
-        count: Number of bumps.
 
     Returns:
         Field at the cell centres, shape (n, n).
     """
-    centres, scales = rng.random((count, 2)), 0.5 * (1.0 - rng.random(count))
+    centres, scales = rng.random((_BUMPS, 2)), 0.5 * (1.0 - rng.random(_BUMPS))
     x = cell_centres(n)
     along = [np.exp(-((x[:, None] - centres[:, axis]) ** 2) / scales) for axis in (0, 1)]
     field = along[0] @ along[1].T
@@ -131,7 +133,7 @@ class DarcySpec:
     beta: float = 1.0
     seed: int = 0
 
-    batch: ClassVar[int] = 32
+    batch: ClassVar[int] = 32  # made at once
 
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:

@@ -16,48 +16,24 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 import h5py
 import numpy as np
 
 from recipes.data.cache import Arrays
 from recipes.errors import RecipeError
+from recipes.generate.cfd1d import CFD1DSpec
+from recipes.generate.darcy import DarcySpec
 
-__all__ = ["PartFile", "Problem", "Settings"]
+__all__ = ["PartFile", "Settings", "Spec"]
+
+Spec = DarcySpec | CFD1DSpec
+"""What a file holds, and how its samples are made."""
 
 Settings = Mapping[str, str | int | float]
 
 _MAGIC = b"FARMSTB1"
-
-
-class Problem(Protocol):
-    """What a file holds and how its samples are made; sent to worker processes.
-
-    `DarcySpec` and `CFD1DSpec` are such problems.
-    """
-
-    @property
-    def batch(self) -> int:
-        """Samples that are best made at once."""
-
-    @property
-    def fields(self) -> Mapping[str, tuple[int, ...]]:
-        """Shape of one sample of each data set."""
-
-    @property
-    def coordinates(self) -> Arrays:
-        """Other data sets, written once."""
-
-    def make(self, indices: range) -> Arrays:
-        """Make samples; each depends on the settings and its number alone.
-
-        Args:
-            indices: Numbers of the samples.
-
-        Returns:
-            For each data set the samples, first axis by sample.
-        """
 
 
 class PartFile:
@@ -65,7 +41,7 @@ class PartFile:
 
     Args:
         target: The finished file's path; its folder is created.
-        problem: Gives the data sets.
+        spec: Gives the data sets.
         samples: How many samples the file holds.
         settings: What the samples depend on; kept as attributes of the file.
 
@@ -74,15 +50,15 @@ class PartFile:
             unfinished file is there that holds other data.
     """
 
-    def __init__(self, target: Path, problem: Problem, samples: int, settings: Settings) -> None:
+    def __init__(self, target: Path, spec: Spec, samples: int, settings: Settings) -> None:
         self.target = target
         self.path = target.with_name(target.name + ".part")
         self.samples = samples
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             if not self.path.exists():
-                self._check_space(problem, present=0)
-                self._create(problem, settings)
+                self._check_space(spec, present=0)
+                self._create(spec, settings)
             self._file = self.path.open("r+b", buffering=0)
         except OSError as error:
             raise RecipeError(f"{self.path} can't be written ({error}); choose another place") from error
@@ -91,7 +67,7 @@ class PartFile:
             self._offsets = self._check(settings)
             self._end, self._done = self._read_record()
             blocks = os.fstat(self._file.fileno()).st_blocks
-            self._check_space(problem, present=512 * blocks)
+            self._check_space(spec, present=512 * blocks)
         except BaseException:
             self._file.close()
             raise
@@ -153,7 +129,7 @@ class PartFile:
         os.fsync(self._file.fileno())
         self.path.replace(self.target)
 
-    def _create(self, problem: Problem, settings: Settings) -> None:
+    def _create(self, spec: Spec, settings: Settings) -> None:
         """Lay the file out, with an empty record, under a third name: a file that has its own name is whole.
 
         Of two runs that begin at once the second goes on with the file of the first, and is refused by its lock.
@@ -161,9 +137,9 @@ class PartFile:
         draft = self.path.with_name(f"{self.path.name}.{secrets.token_hex(4)}.new")
         with h5py.File(draft, "w") as file:
             file.attrs.update(settings)
-            for name, values in problem.coordinates.items():
+            for name, values in spec.coordinates.items():
                 file.create_dataset(name, data=values.astype("<f4"))
-            for name, shape in problem.fields.items():
+            for name, shape in spec.fields.items():
                 _lay_out(file, name, (self.samples, *shape))
         with draft.open("ab") as record:
             record.write(bytes(self.samples) + _MAGIC)
@@ -233,17 +209,17 @@ class PartFile:
             )
         return end, np.frombuffer(done, dtype=np.uint8).copy()
 
-    def _check_space(self, problem: Problem, present: int) -> None:
+    def _check_space(self, spec: Spec, present: int) -> None:
         """Compare what the disk has left with what the samples take, in float32.
 
         Args:
-            problem: Gives the data sets.
+            spec: Gives the data sets.
             present: Bytes of the file that are on the disk already; a file with holes has fewer than its size.
 
         Raises:
             RecipeError: The disk has too little space left.
         """
-        numbers = sum(math.prod(shape) for shape in problem.fields.values())
+        numbers = sum(math.prod(shape) for shape in spec.fields.values())
         needed = 4 * self.samples * numbers - present
         free = shutil.disk_usage(self.path.parent).free
         if needed > free:

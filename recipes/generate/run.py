@@ -7,30 +7,25 @@ workers and after any number of interruptions.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import cast
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import TextColumn, TimeRemainingColumn
 
 from recipes.children import available_cores
+from recipes.console import progress_bar
+from recipes.data.cache import Arrays
+from recipes.engine import LocalEngine
 from recipes.errors import RecipeError
 from recipes.generate.cfd1d import CFD1DSpec
 from recipes.generate.darcy import DarcySpec
-from recipes.generate.files import PartFile, Settings
-from recipes.generate.parallel import make_samples, runs
+from recipes.generate.files import PartFile, Settings, Spec
 
-__all__ = ["KINDS", "Job", "Spec", "generate", "recorded_settings"]
+__all__ = ["KINDS", "Job", "generate", "recorded_settings"]
 
-Spec = DarcySpec | CFD1DSpec
 KINDS: dict[str, type[Spec]] = {"darcy": DarcySpec, "cfd1d": CFD1DSpec}
 
 VERSION = 1
@@ -77,7 +72,7 @@ def generate(spec: Spec, job: Job, console: Console) -> None:
     _check_target(job)
     with PartFile(job.file, spec, job.samples, recorded_settings(spec, job.samples)) as part:
         missing = part.missing
-        with _progress(console) as progress:
+        with progress_bar(console, TextColumn("left"), TimeRemainingColumn()) as progress:
             bar = progress.add_task("samples", total=job.samples, completed=job.samples - len(missing))
             for done in _write_all(spec, part, missing, job.workers or available_cores()):
                 progress.advance(bar, done)
@@ -119,14 +114,57 @@ def _write_all(spec: Spec, part: PartFile, missing: list[int], workers: int) -> 
         return
     share = math.ceil(len(missing) / workers)
     batch = min(spec.batch, share)  # smaller than asked for where some worker would get none
-    tasks = list(runs(missing, batch))
-    processes = min(workers, len(tasks))
-    for task, arrays in make_samples(spec, tasks, processes):
+    tasks = list(_ranges(missing, batch))
+    for task, arrays in _make_samples(spec, tasks, min(workers, len(tasks))):
         part.write(task.start, arrays)
         yield len(task)
 
 
-def _progress(console: Console) -> Progress:
-    """Return a bar that counts samples, with the time passed and the time left."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console)
+def _ranges(indices: Sequence[int], longest: int) -> Iterator[range]:
+    """Cut increasing numbers into ranges of consecutive ones, none longer than `longest`.
+
+    >>> list(_ranges([0, 1, 2, 5, 6], 2))
+    [range(0, 2), range(2, 3), range(5, 7)]
+    """
+    run = range(0)
+    for index in indices:
+        if index == run.stop and 0 < len(run) < longest:
+            run = range(run.start, index + 1)
+            continue
+        if run:
+            yield run
+        run = range(index, index + 1)
+    if run:
+        yield run
+
+
+def _make_samples(spec: Spec, tasks: Sequence[range], workers: int) -> Iterator[tuple[range, Arrays]]:
+    """Make samples in worker processes of one thread each.
+
+    The solvers' libraries would start a thread for each core, in every process. With one thread each the processes
+    share the cores, and a sample is bitwise the same whichever process makes it.
+
+    Args:
+        spec: Makes them.
+        tasks: Numbers of the samples, a range a task.
+        workers: Number of processes.
+
+    Yields:
+        Each task with its samples, in the order in which they get done.
+
+    Raises:
+        RecipeError: A worker was killed.
+    """
+    waiting = list(tasks)
+    with LocalEngine(workers) as engine:
+        while waiting or engine.tasks:
+            while waiting and len(engine.tasks) < engine.slots:
+                task = waiting.pop(0)
+                engine.submit(task, spec.make, task)
+            for outcome in engine.finished(timeout=1.0):
+                if outcome.failure:
+                    raise RecipeError(
+                        f"samples {outcome.task} failed: {outcome.failure}; run the same command again to go on, "
+                        "with fewer workers=... where memory is short"
+                    )
+                yield cast(range, outcome.task), outcome.result

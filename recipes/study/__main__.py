@@ -9,7 +9,6 @@ their test errors with the baseline's, seed by seed:
     python -m recipes.study study=small study.seeds=5 trainer.max_epochs=20
     python -m recipes.study --dry-run study=small                        what is left to do, no training
     python -m recipes.study --report study=small                         tables and figures again, no training
-    python -m recipes.study experiment=study/darcy_fno study=report      the same of one cell, written as a setting
 
 Arms are the files of `conf/balancing`: off, monitor, full, farms, shrinkage, placebo (FARMS's ratios, wrong
 layers), and so on, yours among them; and any of your own by name and settings (`study.variants`).
@@ -56,7 +55,6 @@ from rich.console import Console
 from rich.markup import escape
 
 from recipes.command import user_errors
-from recipes.config import CONFIG_DIR
 from recipes.console import make_console, quiet_lightning, warn
 from recipes.errors import RecipeError
 from recipes.old_names import current_overrides
@@ -68,8 +66,6 @@ from recipes.study.runner import run_study, show_plan
 from recipes.study.settings import SETTINGS_FILE, check_settings
 
 __all__ = ["main"]
-
-REPORT = "study=report"
 
 
 def _report(study: Study, results: dict[str, Records], console: Console) -> None:
@@ -107,9 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("overrides", nargs="*", help="settings, as name=value")
     options = parser.parse_intermixed_args(arguments)
-    report_only = options.report or REPORT in options.overrides
-    settings = [override for override in options.overrides if override != REPORT]
-    overrides, notes = current_overrides(settings)
+    overrides, notes = current_overrides(options.overrides)
     quiet_lightning(logging.ERROR)
     console = make_console()
     for note in notes:
@@ -117,9 +111,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with user_errors():
         try:
             if options.dry_run:
-                show_plan(load_study(CONFIG_DIR, overrides), console)
+                show_plan(load_study(overrides), console)
             else:
-                _run(overrides, report_only, console)
+                _run(overrides, options.report, console)
         except KeyboardInterrupt:
             command = shlex.join(["python", "-m", "recipes.study", *(arguments or sys.argv[1:])])
             warn(console, f"stopped; to go on, repeat {command}")
@@ -128,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _run(overrides: Sequence[str], report_only: bool, console: Console) -> None:
     """Do what is missing, unless only a report is asked for, and report."""
-    study = load_study(CONFIG_DIR, overrides)
+    study = load_study(overrides)
     if report_only:
         results: dict[str, Records] = {cell.name: read_records(cell.folder) for cell in study.cells}
         if not any(results.values()):

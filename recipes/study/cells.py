@@ -21,11 +21,11 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from recipes.command import sentence
-from recipes.config import ARMS
+from recipes.config import ARMS, CONFIG_DIR, plain
 from recipes.errors import RecipeError
 from recipes.study.programs import PROGRAMS, load_program, program_of
 from recipes.study.records import Job
@@ -209,7 +209,8 @@ class Cell:
             cfg.data.seed = job.seed if self.options.vary_data else cfg.data.seed
         cfg.seed = job.seed
         cfg.lr = job.lr
-        return _plain(cfg)
+        settings: dict[str, Any] = plain(cfg)
+        return settings
 
     def identity(self) -> dict[str, Any]:
         """Return what the results depend on: more seeds and other arms may join, all else must stay.
@@ -292,11 +293,10 @@ class Study:
         )
 
 
-def load_study(config_dir: str, overrides: Sequence[str]) -> Study:
+def load_study(overrides: Sequence[str]) -> Study:
     """Compose the study and every arm of every cell.
 
     Args:
-        config_dir: The folder `conf/`.
         overrides: As on the command line: `study...` is the study's, `experiment=` names the cells, all others go
             to every run.
 
@@ -306,21 +306,21 @@ def load_study(config_dir: str, overrides: Sequence[str]) -> Study:
     Raises:
         RecipeError: Something is wrong with the settings.
     """
-    sorted_overrides = _sort_overrides(overrides)
-    with initialize_config_dir(config_dir, version_base="1.3"):
-        plain = _compose_study(sorted_overrides.study)
-        folder = _folder(plain.pop("folder"))
-        resources = Resources(**{field.name: plain.pop(field.name) for field in fields(Resources)})
-        options_by_cell = _cells_of(plain.pop("cells"))
-        names = sorted_overrides.experiments or list(options_by_cell)
-        _check_typed_cells(sorted_overrides.study, names)
+    of_study, experiments, of_runs = _sort_overrides(overrides)
+    with initialize_config_dir(CONFIG_DIR, version_base="1.3"):
+        settings = _compose_study(of_study)
+        folder = _folder(settings.pop("folder"))
+        resources = Resources(**{field.name: settings.pop(field.name) for field in fields(Resources)})
+        options_by_cell = _cells_of(settings.pop("cells"))
+        names = experiments or list(options_by_cell)
+        _check_typed_cells(of_study, names)
         if not names:
             raise RecipeError("say what to study: experiment=<name>[,<name>...], or study=small")
         cells = []
         for name in names:
             own = options_by_cell.get(name) or {}
-            options = _read_options({**plain, **_without_typed(own, name, sorted_overrides.study)})
-            cells.append(_load_cell(name, folder, options, sorted_overrides.runs))
+            options = _read_options({**settings, **_without_typed(own, name, of_study)})
+            cells.append(_load_cell(name, folder, options, of_runs))
     _check_names(cells)
     _check_baselines(cells)
     return Study(tuple(cells), folder, resources)
@@ -402,66 +402,58 @@ def _without_typed(own: Mapping[str, Any], cell: str, overrides: Sequence[str]) 
     }
 
 
-@dataclass
-class _Overrides:
-    """A command line, sorted by what each part of it is for.
-
-    Attributes:
-        study: The study's own settings.
-        experiments: Names of the experiments; empty where none was named.
-        runs: Settings that go to every run.
-    """
-
-    study: list[str]
-    experiments: list[str]
-    runs: list[str]
-
-
-def _sort_overrides(overrides: Sequence[str]) -> _Overrides:
+def _sort_overrides(overrides: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
     """Sort the arguments of the command line; of several `experiment=` the last one counts.
+
+    Returns:
+        The study's own settings; the names of the experiments, none where none was named; the settings that go to
+        every run.
 
     Raises:
         RecipeError: A setting is given that the study itself sets for every run.
     """
-    found = _Overrides([], [], [])
+    of_study: list[str] = []
+    experiments: list[str] = []
+    of_runs: list[str] = []
     for text in overrides:
         name, _, value = text.lstrip("+~").partition("=")
         if name.partition(".")[0] == "study":
-            found.study.append(text)
+            of_study.append(text)
         elif name == "experiment":
-            found.experiments = value.split(",")
+            experiments = value.split(",")
         elif name == "ckpt_path":
             raise RecipeError(f"{text} can't be set: a study starts every run anew; its finished runs are kept")
         elif name in _SET_BY_STUDY:
             raise RecipeError(f"{text} can't be set: a study sets {', '.join(_SET_BY_STUDY)} of every run itself")
         else:
-            found.runs.append(text)
-    return found
+            of_runs.append(text)
+    return of_study, experiments, of_runs
 
 
 def _compose_study(overrides: list[str]) -> dict[str, Any]:
     """Return the settings of `conf/study.yaml` as plain values."""
     try:
-        return _plain(compose("study", overrides).study)
+        study: dict[str, Any] = plain(compose("study", overrides).study)
     except (HydraException, OmegaConfBaseException) as error:
         raise RecipeError(f"the study's settings: {sentence(error)}") from error
+    return study
 
 
-def _read_options(plain: Mapping[str, Any]) -> Options:
+def _read_options(settings: Mapping[str, Any]) -> Options:
     """Check what is done in a cell.
 
     Args:
-        plain: The settings by name, as Hydra gives them; lists become tuples.
+        settings: By name, as Hydra gives them; lists become tuples.
 
     Raises:
         RecipeError: A setting is unknown, or has a value that it can't have.
     """
     known = [field.name for field in fields(Options)]
-    unknown = sorted(set(plain) - set(known))
+    unknown = sorted(set(settings) - set(known))
     if unknown:
         raise RecipeError(f"unknown settings under study: {', '.join(unknown)}; known are {', '.join(known)}")
-    values: dict[str, Any] = dict(plain)
-    for name, value in plain.items():
+    values: dict[str, Any] = dict(settings)
+    for name, value in settings.items():
         if isinstance(value, list):
             values[name] = tuple(value)
     if values.get("variants") is None:  # the line "variants:" with nothing below it
@@ -580,22 +572,15 @@ def _check_names(cells: Sequence[Cell]) -> None:
         )
 
 
-def _plain(cfg: Any) -> dict[str, Any]:
-    """Return settings as plain values, references resolved."""
-    plain = OmegaConf.to_container(cfg, resolve=True)
-    assert isinstance(plain, dict)
-    return plain  # type: ignore[return-value]
-
-
 def _lasting(cfg: DictConfig) -> dict[str, Any]:
     """Return the settings that results depend on: not where files are, nor who logs what."""
-    plain = _plain(cfg)
-    data = plain["data"]
+    settings: dict[str, Any] = plain(cfg)
+    data = settings["data"]
     if data.get("path"):  # of a file in the folder of all data: that is another one on another machine
-        data["path"] = data["path"].removeprefix(f"{plain['paths']['data_dir']}/")
+        data["path"] = data["path"].removeprefix(f"{settings['paths']['data_dir']}/")
     for section in _NOT_IN_IDENTITY:
-        plain.pop(section, None)
+        settings.pop(section, None)
     for path in _FOLDERS:
         section, _, name = path.partition(".")
-        plain.get(section, {}).pop(name, None)
-    return plain
+        settings.get(section, {}).pop(name, None)
+    return settings

@@ -1,4 +1,4 @@
-"""A study's effects as figures: every arm's change of the error with its interval, and the same by each rule."""
+"""A study's effects as figures: each arm's change of the error with its interval, by each rule, over its ratios."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ from typing import Any
 
 from farms_tb.viewing.plots.style import new_figure
 from recipes.study.figure_style import Style, add_legend, plain_axes, save
+from recipes.study.mediation import Mediation
 from recipes.study.report import POOLED, Row
 from recipes.study.rules import RULES, RuleRow
 from recipes.study.statistics import Effect, TaskEffect
 from recipes.study.units import percent
 
-__all__ = ["draw_effects", "draw_rules"]
+__all__ = ["draw_effects", "draw_mediation", "draw_rules"]
 
 TASKS = "tasks like these"
 _GAP = 0.8  # between the groups, in heights of a row
+_RATIOS = {"mean_ratio": "mean learning-rate ratio", "ratio_sd": "standard deviation of the ratios over layers"}
 
 
 @dataclass(frozen=True)
@@ -141,17 +143,57 @@ def _draw_bar(axes: Any, y: float, bar: _Bar, style: Style) -> None:
     """
     if bar.interval is None:
         return
-    centre = percent(bar.interval.mean)
-    to_ends = None
-    if not math.isnan(bar.interval.low):
-        to_ends = [[centre - percent(bar.interval.low)], [percent(bar.interval.high) - centre]]
     axes.errorbar(
-        centre,
+        percent(bar.interval.mean),
         y,
-        xerr=to_ends,
+        xerr=_to_ends(bar.interval),
         fmt=style.marker,
         markersize=5,
         markerfacecolor="white" if bar.group == TASKS else style.colour,
         capsize=2.5,
         color=style.colour,
     )
+
+
+def _to_ends(interval: Effect | TaskEffect) -> list[list[float]] | None:
+    """Return how far the ends of an interval are from the mean, in per cent; None without an interval."""
+    if math.isnan(interval.low):
+        return None
+    centre = percent(interval.mean)
+    return [[centre - percent(interval.low)], [percent(interval.high) - centre]]
+
+
+def draw_mediation(rows: Sequence[Mediation], baseline: str, styles: Mapping[str, Style], path: Path) -> None:
+    """Draw a line of two panels for each cell: effect over mean ratio, and over the spread of the ratios.
+
+    Args:
+        rows: What each arm did. The baseline is drawn as no effect.
+        baseline: The arm that the others are compared with.
+        styles: How arms are drawn.
+        path: Where the figure goes.
+    """
+    shown = [row for row in rows if row.effect is not None or row.arm == baseline]
+    cells = list(dict.fromkeys(row.cell for row in shown))
+    figure = new_figure(8.0, 1.2 + 2.8 * len(cells))
+    panels = figure.subplots(len(cells), 2, sharex="col", sharey="row", squeeze=False)
+    for cell, (left, right) in zip(cells, panels, strict=True):
+        members = [row for row in shown if row.cell == cell]
+        for axes, field in zip((left, right), _RATIOS, strict=True):
+            axes.axhline(0.0, color="0.3", linewidth=0.8, zorder=0.5)
+            for row in members:
+                _draw_change(axes, getattr(row, field), row.effect, styles[row.arm])
+            plain_axes(axes, "both")
+        left.set_title(cell, fontsize=10, loc="left")
+        left.set_ylabel(f"test error against {baseline}, %", fontsize=10)
+    for axes, label in zip(panels[-1], _RATIOS.values(), strict=True):
+        axes.set_xlabel(label, fontsize=10)
+    add_legend(figure, {row.arm: styles[row.arm] for row in shown}, "")
+    save(figure, path)
+
+
+def _draw_change(axes: Any, x: float, effect: Effect | None, style: Style) -> None:
+    """Draw the change of an arm with its interval, where there is one; no change where there is no effect."""
+    centre, to_ends = 0.0, None
+    if effect is not None:
+        centre, to_ends = percent(effect.mean), _to_ends(effect)
+    axes.errorbar(x, centre, yerr=to_ends, fmt=style.marker, color=style.colour, markersize=6, capsize=2.5)

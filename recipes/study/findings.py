@@ -16,8 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from recipes.study.figure import draw_effects, draw_rules
-from recipes.study.figure_mediation import draw_mediation
+from recipes.study.figure import draw_effects, draw_mediation, draw_rules
 from recipes.study.figure_sensitivity import draw_sensitivity
 from recipes.study.figure_style import Style, arm_styles
 from recipes.study.mediation import Contrast, Mediation, contrasts, mediation

@@ -13,8 +13,7 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 from statistics import mean
 
-from recipes.study.pairs import FinalRuns, Records, final_runs, log_ratios, pairs
-from recipes.study.records import Record
+from recipes.study.pairs import FinalRuns, Records, final_ratios, final_runs
 from recipes.study.report import mean_effect
 from recipes.study.statistics import Effect, holm
 
@@ -90,17 +89,14 @@ def mediation(cells: Mapping[str, Records], arms: Sequence[str], baseline: str) 
 def _mediation(name: str, runs: FinalRuns, arm: str, baseline: str) -> Mediation:
     """Return what an arm did in one cell."""
     own = list(runs[arm].values())
-    effect = None
-    if arm != baseline:
-        effect = _effect(runs[arm], runs.get(baseline, {}))
     ratio = mean(run.mean_ratio for run in own)
     spread = mean(run.ratio_sd for run in own)
-    return Mediation(name, arm, own[0].lr, ratio, spread, effect)
+    return Mediation(name, arm, own[0].lr, ratio, spread, _effect(runs, arm, baseline))
 
 
-def _effect(own: Mapping[int, Record], others: Mapping[int, Record]) -> Effect | None:
-    """Return the mean log ratio of test errors of the runs of two arms; None without a pair."""
-    return mean_effect([log_ratios(pairs(own, others), "test")])
+def _effect(runs: FinalRuns, first: str, second: str) -> Effect | None:
+    """Return the mean log ratio of test errors of two arms; None without a pair, or for an arm and itself."""
+    return mean_effect([final_ratios(runs, first, second, "test")])
 
 
 def contrasts(rows: Sequence[Mediation], cells: Mapping[str, Records]) -> list[Contrast]:
@@ -119,7 +115,7 @@ def contrasts(rows: Sequence[Mediation], cells: Mapping[str, Records]) -> list[C
         uneven = [row for row in rows if row.cell == name and row.ratio_sd > ALIKE]
         compared = []
         for first, second in combinations(uneven, 2):
-            effect = _effect(runs[first.arm], runs[second.arm])
+            effect = _effect(runs, first.arm, second.arm)
             if _alike(first, second) and effect is not None:
                 compared.append(Contrast(name, first.arm, second.arm, effect, math.nan))
         p_values = holm([contrast.effect.p for contrast in compared])

@@ -10,8 +10,10 @@ import contextlib
 import io
 import logging
 import time
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,10 +22,11 @@ from torch import nn
 
 from recipes.console import quiet_lightning
 from recipes.study.course import Ratios, best_epochs, outcome
-from recipes.study.messages import callback_warnings
 from recipes.study.programs import load_program
 
 __all__ = ["Trained", "run_once", "run_quietly"]
+
+_RECIPES = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ def run_once(settings: dict[str, Any], evaluations: int = 1) -> tuple[dict[str, 
     program = load_program("finetune" if "training" in cfg else "train")  # of the two it alone has that section
     metric = program.metric_of(cfg)
     started = time.perf_counter()
-    with callback_warnings() as messages:
+    with _callback_warnings() as messages:
         trained: Trained = program.train(cfg, evaluations)
     epochs = max(trained.scores)
     facts = {
@@ -75,6 +78,27 @@ def run_once(settings: dict[str, Any], evaluations: int = 1) -> tuple[dict[str, 
         "seconds": round(time.perf_counter() - started, 3),
     }
     return facts, messages
+
+
+@contextlib.contextmanager
+def _callback_warnings() -> Iterator[list[str]]:
+    """Show no warning, and collect those of the balancing callback.
+
+    Its warnings are plain `UserWarning`s that point at the caller of the trainer, which is a line of the recipes.
+    Those of the trainers themselves point into a library, or are of a class of their own.
+
+    Yields:
+        A list that has the messages once the block has ended.
+    """
+    messages: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield messages
+    messages += [
+        str(warning.message)
+        for warning in caught
+        if warning.category is UserWarning and _RECIPES in Path(warning.filename).parents
+    ]
 
 
 def run_quietly(arguments: tuple[dict[str, Any], int]) -> tuple[dict[str, Any], list[str]]:

@@ -8,7 +8,16 @@ from statistics import mean
 
 from recipes.study.records import Job, Record, Score
 
-__all__ = ["FinalRuns", "Records", "TuningRuns", "final_runs", "log_ratios", "pairs", "tuning_runs"]
+__all__ = [
+    "FinalRuns",
+    "Records",
+    "TuningRuns",
+    "final_ratios",
+    "final_runs",
+    "log_ratios",
+    "pairs",
+    "tuning_runs",
+]
 
 Records = Mapping[Job, Record]
 
@@ -100,3 +109,17 @@ def log_ratios(runs: Iterable[tuple[Record, Record]], score: Score) -> dict[int,
     """
     ratios = {own.seed: own.log_error(score) - other.log_error(score) for own, other in runs}
     return {seed: ratio for seed, ratio in ratios.items() if not math.isnan(ratio)}
+
+
+def final_ratios(runs: FinalRuns, arm: str, baseline: str, score: Score) -> dict[int, float]:
+    """Return the log of the error of an arm over that of a baseline, by seed; those of an arm to itself are none.
+
+    Args:
+        runs: The runs of a cell that are compared. An arm may have none.
+        arm: The arm.
+        baseline: The arm that it is compared with.
+        score: See `log_ratios`.
+    """
+    if arm == baseline:
+        return {}
+    return log_ratios(pairs(runs.get(arm, {}), runs.get(baseline, {})), score)

@@ -16,7 +16,6 @@ from typing import Any, Literal, NamedTuple, get_args, get_type_hints
 
 from farms_tb.atomic_write import atomic_path
 from recipes.errors import RecipeError
-from recipes.study.statistics import log_error
 
 __all__ = [
     "METRICS",
@@ -155,7 +154,9 @@ class Record:
         return score
 
     def log_error(self, which: Score) -> float:
-        """Return the log of the error, with half a sample added to a share of samples; see `log_error`.
+        """Return the log of the error.
+
+        To a share of n samples 1/(2n) is added: half a sample, so that no error at all has a log too.
 
         Args:
             which: The score.
@@ -163,15 +164,16 @@ class Record:
         Raises:
             RecipeError: The error is 0 where it has no smallest value, so that no ratio to it exists.
         """
-        if self.metric not in SHARES:
-            if self.error(which) == 0.0:
-                raise RecipeError(
-                    f"{self.experiment} {self.job}: {which} is an error of 0, to which no other has a ratio; "
-                    "choose a task that can't be solved exactly"
-                )
-            return log_error(self.error(which), None)
-        samples = self.val_samples if which in ("val", "best_val") else self.test_samples
-        return log_error(self.error(which), samples)
+        error = self.error(which)
+        if self.metric in SHARES:
+            samples = self.val_samples if which in ("val", "best_val") else self.test_samples
+            return math.log(error + 0.5 / samples)
+        if error == 0.0:
+            raise RecipeError(
+                f"{self.experiment} {self.job}: {which} is an error of 0, to which no other has a ratio; "
+                "choose a task that can't be solved exactly"
+            )
+        return math.log(error)
 
 
 def read_records(folder: Path) -> dict[Job, Record]:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import mean, stdev
 
-from recipes.study.pairs import FinalRuns, Records, final_runs, log_ratios, pairs
+from recipes.study.pairs import FinalRuns, Records, final_ratios, final_runs, pairs
 from recipes.study.records import Record
 from recipes.study.statistics import Effect, TaskEffect, effect_over_tasks, holm, pooled_effect
 
@@ -56,13 +56,6 @@ class Row:
     difference: Effect | None = None
     over_tasks: TaskEffect | None = None
 
-    @property
-    def p(self) -> float:
-        """The p-value of the effect alone; NaN where there is none."""
-        if self.effect is None:
-            return math.nan
-        return self.effect.p
-
 
 def summarise(cells: Mapping[str, Records], arms: Sequence[str], baseline: str) -> list[Row]:
     """Compare the arms with the baseline in every cell, and over all cells where there are several.
@@ -100,13 +93,6 @@ def _pairs(runs: FinalRuns, arm: str, baseline: str) -> list[tuple[Record, Recor
 def _cells_with_pairs(cells: Iterable[FinalRuns], arm: str, baseline: str) -> int:
     """Return the number of cells with a seed for which both an arm and the baseline are done."""
     return sum(bool(_pairs(runs, arm, baseline)) for runs in cells)
-
-
-def _ratios(cells: Iterable[FinalRuns], arm: str, baseline: str) -> list[dict[int, float]]:
-    """Return the log ratios of the test error of an arm, cell by cell; those of the baseline itself are none."""
-    if arm == baseline:
-        return []
-    return [log_ratios(_pairs(runs, arm, baseline), "test") for runs in cells]
 
 
 def mean_effect(cells: Iterable[Mapping[int, float]]) -> Effect | None:
@@ -173,7 +159,7 @@ def _cell_row(name: str, cell: FinalRuns, arm: str, baseline: str) -> Row:
         diverged=_diverged(runs),
         error_mean=mean(errors),
         error_sd=_deviation(errors),
-        effect=mean_effect(_ratios([cell], arm, baseline)),
+        effect=mean_effect([final_ratios(cell, arm, baseline, "test")]),
         p_holm=math.nan,
         overhead=_overhead([cell], arm, baseline),
         difference=_difference(cell, arm, baseline),
@@ -183,7 +169,7 @@ def _cell_row(name: str, cell: FinalRuns, arm: str, baseline: str) -> Row:
 def _pooled_row(cells: Sequence[FinalRuns], arm: str, baseline: str) -> Row:
     """Return the row of one arm over all cells: errors of different tasks have no common mean."""
     runs = [run for cell in cells for run in cell.get(arm, {}).values()]
-    ratios = _ratios(cells, arm, baseline)
+    ratios = [final_ratios(cell, arm, baseline, "test") for cell in cells]
     return Row(
         cell=POOLED,
         arm=arm,
@@ -202,5 +188,5 @@ def _pooled_row(cells: Sequence[FinalRuns], arm: str, baseline: str) -> Row:
 
 def _corrected(rows: Sequence[Row]) -> list[Row]:
     """Fill in the p-values that are corrected for the number of arms among these rows."""
-    p_values = [row.p for row in rows]
+    p_values = [math.nan if row.effect is None else row.effect.p for row in rows]
     return [replace(row, p_holm=p) for row, p in zip(rows, holm(p_values), strict=True)]

@@ -18,8 +18,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from recipes.study.pairs import FinalRuns, Records, TuningRuns, final_runs, log_ratios, pairs, tuning_runs
-from recipes.study.records import Record, Score
+from recipes.study.pairs import Records, TuningRuns, final_ratios, final_runs, log_ratios, pairs, tuning_runs
+from recipes.study.records import Record
 from recipes.study.report import POOLED, mean_effect
 from recipes.study.statistics import Effect
 
@@ -109,17 +109,10 @@ def _score_cell(records: Records, own_lr: float, arms: Sequence[str], baseline: 
     found = {}
     for arm in arms:
         lr, untuned, papers = _papers_rule(tried, own_lr, arm, baseline)
-        last = _final_ratios(finals, arm, baseline, "test")
-        best = _final_ratios(finals, arm, baseline, "best_test")
+        last = final_ratios(finals, arm, baseline, "test")
+        best = final_ratios(finals, arm, baseline, "best_test")
         found[arm] = _Scored({"last": last, "best": best, "papers": papers}, lr, untuned)
     return found
-
-
-def _final_ratios(finals: FinalRuns, arm: str, baseline: str, score: Score) -> Ratios:
-    """Return the log ratios of the final runs; those of the baseline itself are none."""
-    if arm == baseline:
-        return {}
-    return log_ratios(pairs(finals.get(arm, {}), finals.get(baseline, {})), score)
 
 
 def _papers_rule(tried: TuningRuns, own_lr: float, arm: str, baseline: str) -> tuple[float, float, Ratios]:

@@ -19,10 +19,10 @@ from typing import cast
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import TextColumn
 from rich.table import Table
 
-from recipes.console import warn
+from recipes.console import progress_bar, warn
 from recipes.engine import Engine, Outcome
 from recipes.errors import RecipeError
 from recipes.study.cells import Cell, Study
@@ -155,7 +155,8 @@ class _Progress:
             RecipeError: Runs failed; those that do not depend on them are done.
         """
         if self._missing():
-            with make_engine(self._study) as engine, _progress_bar(self._console) as bar:
+            time_left = TextColumn("{task.fields[left]}")
+            with make_engine(self._study) as engine, progress_bar(self._console, time_left) as bar:
                 self._begun = time.monotonic()
                 task = bar.add_task("runs", total=self._total(), completed=self._done(), left="")
                 while self._hand_out(engine):
@@ -272,18 +273,6 @@ class _Progress:
         left = timedelta(seconds=round(seconds / self._slots))
         rate = 3600 * self._finished / (time.monotonic() - self._begun)
         return f"{rate:.3g} runs an hour, about {left} left"
-
-
-def _progress_bar(console: Console) -> Progress:
-    """Return a bar that counts runs, with the time passed and, in the field `left`, the time left."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[left]}"),
-        console=console,
-    )
 
 
 def _tuned(tuning: Tuning) -> str:

@@ -16,7 +16,7 @@ from scipy import stats
 
 from farms_tb.spectra.random_effects import shrunk_effects
 
-__all__ = ["LEVEL", "Effect", "TaskEffect", "effect_over_tasks", "holm", "log_error", "pooled_effect"]
+__all__ = ["LEVEL", "Effect", "TaskEffect", "effect_over_tasks", "holm", "pooled_effect"]
 
 LEVEL = 0.95
 """Coverage of the intervals."""
@@ -43,19 +43,6 @@ class Effect:
     high: float
     p: float
     pairs: int
-
-
-def log_error(error: float, samples: int | None) -> float:
-    """Return the log of an error.
-
-    Args:
-        error: The error, at least 0.
-        samples: Number of test samples n where the error is a share of them, None where it is a magnitude. To a
-            share 1/(2n) is added: half a sample, so that no error at all has a log too.
-    """
-    if samples is None:
-        return math.log(error)
-    return math.log(error + 0.5 / samples)
 
 
 def pooled_effect(cells: Sequence[Mapping[int, float]]) -> Effect:

@@ -20,7 +20,6 @@ from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import DataLoader
 
 from recipes.callbacks import BestCheckpoint, LastCheckpoint
-from recipes.config import CONFIG_DIR
 from recipes.data.cache import load_or_make, write_arrays
 from recipes.loggers import RunFolderCSVLogger, forget_rows_after, read_rows
 from recipes.study.__main__ import main as study
@@ -176,7 +175,7 @@ def test_a_resumed_run_goes_on_under_the_id_of_its_wandb_run(
 
 def test_a_study_of_an_earlier_release_goes_on(tmp_path: Path) -> None:
     """Its settings.yaml has `farms` in place of `balancing`, with options that are gone."""
-    (cell,) = load_study(CONFIG_DIR, [f"study.folder={tmp_path}", "experiment=study/darcy_unet"]).cells
+    (cell,) = load_study([f"study.folder={tmp_path}", "experiment=study/darcy_unet"]).cells
     saved = cell.identity()
     for arm in saved["arms"].values():
         options = {name: value for name, value in arm.pop("balancing").items() if name != "arm"}
@@ -189,7 +188,7 @@ def test_a_study_of_an_earlier_release_goes_on(tmp_path: Path) -> None:
 
 def test_an_option_of_the_callback_reaches_every_arm_that_has_one(tmp_path: Path) -> None:
     options = [f"study.folder={tmp_path}", "experiment=study/darcy_unet", "balancing.every_n_epochs=5"]
-    (cell,) = load_study(CONFIG_DIR, options).cells
+    (cell,) = load_study(options).cells
     found = {arm: cfg.balancing.get("every_n_epochs") for arm, cfg in cell.arms.items()}
     assert found == {"off": None, "full": 5, "farms": 5, "noise_aware": 5, "placebo": 5}
 

@@ -27,9 +27,9 @@ from recipes.errors import RecipeError
 from recipes.generate.__main__ import main, read_settings
 from recipes.generate.cfd1d import CFD1DSpec
 from recipes.generate.darcy import DarcySpec, sample
-from recipes.generate.files import PartFile
+from recipes.generate.files import PartFile, Spec
 from recipes.generate.preview import draw_preview
-from recipes.generate.run import Job, Spec, generate, recorded_settings
+from recipes.generate.run import Job, generate, recorded_settings
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = DarcySpec(resolution=8)

@@ -11,13 +11,13 @@ from torch import nn
 from torchvision.models import VisionTransformer
 
 from farms_tb import analyze
+from recipes.metrics import nrmse, relative_l2
 from recipes.models.resnet import SmallImageResNet
 from recipes.models.unet import UNet
 from recipes.models.vgg import SmallImageVGG
 from recipes.models.vit import SmallImageViT
 from recipes.models.wrn import WideResNet
 from recipes.schedules import warmup_cosine
-from recipes.tasks import nrmse, relative_l2
 
 
 def _parameters(model: nn.Module) -> int:

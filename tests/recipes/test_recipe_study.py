@@ -31,7 +31,7 @@ from recipes.study.records import Job, Record, read_records, write_records
 from recipes.study.report import POOLED, Row, summarise
 from recipes.study.runner import run_study, show_plan
 from recipes.study.settings import SETTINGS_FILE, keep_settings, locked
-from recipes.study.statistics import Effect, holm, log_error, pooled_effect
+from recipes.study.statistics import Effect, holm, pooled_effect
 from tests.recipes.recipe_runs import TINY_STUDY
 from tests.recipes.study_records import final_run
 
@@ -109,8 +109,10 @@ def test_holm() -> None:
 
 
 def test_no_error_at_all_has_a_log() -> None:
-    assert log_error(0.0, 500) == pytest.approx(math.log(0.001))
-    assert log_error(0.1, None) == pytest.approx(math.log(0.1))
+    right = final_run("x", 1, 1.0, metric="accuracy", val_samples=50, test_samples=500)
+    assert right.log_error("test") == pytest.approx(math.log(0.001))
+    assert right.log_error("val") == pytest.approx(math.log(0.01))
+    assert final_run("x", 1, 0.1).log_error("test") == pytest.approx(math.log(0.1))
 
 
 def _studies(effects: Mapping[str, float], count: int) -> list[list[Row]]:
@@ -348,19 +350,19 @@ def _tiny(tmp_path: Path, *more: str) -> list[str]:
 )
 def test_mistakes_in_the_settings(overrides: tuple[str, ...], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
-        load_study(CONFIG_DIR, overrides)
+        load_study(overrides)
 
 
 def test_a_section_with_nothing_below_it_is_empty() -> None:
-    study = load_study(CONFIG_DIR, ["experiment=darcy_fno", "study.variants=null", "study.cells=null"])
+    study = load_study(["experiment=darcy_fno", "study.variants=null", "study.cells=null"])
     assert study.cells[0].options.variants == {}
 
 
 def test_a_cell_of_another_program_as_the_error_says_it() -> None:
     with pytest.raises(RecipeError, match="program:finetune") as refused:
-        load_study(CONFIG_DIR, ["experiment=study/newsgroups_minilm_1"])
+        load_study(["experiment=study/newsgroups_minilm_1"])
     typed = str(refused.value).split("'")[1]
-    (cell,) = load_study(CONFIG_DIR, [typed]).cells
+    (cell,) = load_study([typed]).cells
     assert cell.options.program == "finetune"
 
 
@@ -369,7 +371,7 @@ def test_a_cell_of_another_program_as_the_error_says_it() -> None:
 
 def _begun(tmp_path: Path, *more: str) -> Cell:
     """A cell whose arm `off` has a finished run, as a study leaves it."""
-    (cell,) = load_study(CONFIG_DIR, _tiny(tmp_path, *more)).cells
+    (cell,) = load_study(_tiny(tmp_path, *more)).cells
     with locked(cell):
         keep_settings(cell)
     record = final_run("off", 1, 0.5, experiment=cell.name, config=cell.fingerprint("off"))
@@ -378,7 +380,7 @@ def _begun(tmp_path: Path, *more: str) -> Cell:
 
 
 def _plan(tmp_path: Path, *more: str) -> None:
-    show_plan(load_study(CONFIG_DIR, _tiny(tmp_path, *more)), Console(quiet=True))
+    show_plan(load_study(_tiny(tmp_path, *more)), Console(quiet=True))
 
 
 def test_an_arm_may_change_until_it_has_a_finished_run(tmp_path: Path) -> None:
@@ -386,7 +388,7 @@ def test_an_arm_may_change_until_it_has_a_finished_run(tmp_path: Path) -> None:
     corrected = "balancing.lr_max_ratio=1.375"
     _plan(tmp_path, corrected)
     with locked(cell):
-        keep_settings(load_study(CONFIG_DIR, _tiny(tmp_path, corrected)).cells[0])
+        keep_settings(load_study(_tiny(tmp_path, corrected)).cells[0])
     assert "1.375" in (cell.folder / SETTINGS_FILE).read_text()
     write_records(cell.folder, [final_run(arm, 1, 0.5, experiment=cell.name) for arm in cell.arms])
     with pytest.raises(RecipeError, match=r"farms.*lr_max_ratio was 1\.375 and is 1\.25"):
@@ -416,7 +418,7 @@ def test_an_arm_that_is_not_noted_is_taken_by_the_same_settings_alone(tmp_path: 
     cell = _begun(tmp_path, 'study.arms=["off",farms]')
     rows = [final_run("off", 1, 0.5, config=cell.fingerprint("off"))]
     arms = 'study.arms=["off",farms,full]'
-    full = load_study(CONFIG_DIR, _tiny(tmp_path, arms)).cells[0].fingerprint("full")
+    full = load_study(_tiny(tmp_path, arms)).cells[0].fingerprint("full")
     write_records(cell.folder, [*rows, final_run("full", 1, 0.5, config=full)])
     _plan(tmp_path, arms)
     with pytest.raises(RecipeError, match=r"the results of full .*can't be told"):
@@ -426,8 +428,8 @@ def test_an_arm_that_is_not_noted_is_taken_by_the_same_settings_alone(tmp_path: 
 def test_no_folder_is_written_before_all_are_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("recipes.study.runner.check_cell", lambda cell: None)
     folder = f"study.folder={tmp_path}"
-    (last,) = load_study(CONFIG_DIR, ["experiment=darcy_fno", folder]).cells
-    both = load_study(CONFIG_DIR, ["experiment=digits_resnet18,darcy_fno", folder])
+    (last,) = load_study(["experiment=darcy_fno", folder]).cells
+    both = load_study(["experiment=digits_resnet18,darcy_fno", folder])
     with locked(last), pytest.raises(RecipeError, match=r"another study is at work in .*darcy_fno"):
         run_study(both, Console(quiet=True))
     assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {".lock"}
@@ -442,7 +444,7 @@ def test_a_file_system_without_locks_is_used_without(
     def no_lock(*_: object) -> None:
         raise OSError(code, "no locks")
 
-    (cell,) = load_study(CONFIG_DIR, _tiny(tmp_path)).cells
+    (cell,) = load_study(_tiny(tmp_path)).cells
     monkeypatch.setattr(fcntl, "flock", no_lock)
     with locked(cell):
         keep_settings(cell)
@@ -471,7 +473,7 @@ def test_mistakes_stop_before_time_is_spent(tmp_path: Path, capsys: pytest.Captu
 
 def test_arms_of_a_seed_share_all_but_the_callback() -> None:
     names = ["off", "noise_aware", "placebo"]
-    study = load_study(CONFIG_DIR, ["study=small", f"study.arms={names}"])
+    study = load_study(["study=small", f"study.arms={names}"])
     assert len(study.cells) == 8
     for cell in study.cells:
         assert list(cell.arms) == names
@@ -491,7 +493,7 @@ def test_what_is_typed_for_all_cells_beats_the_studys_own_setting_of_a_cell() ->
     vit, resnet = "study/fashion_vit_1000", "study/fashion_resnet18_1000"
 
     def arms(*overrides: str) -> dict[str, tuple[str, ...]]:
-        cells = load_study(CONFIG_DIR, ["study=fashion", *overrides]).cells
+        cells = load_study(["study=fashion", *overrides]).cells
         return {cell.name: cell.options.arms for cell in cells}
 
     plain = arms()
@@ -513,15 +515,13 @@ def test_experiments_say_how_to_run_them(file: Path) -> None:
     """The second line of the file is a command that works."""
     command = file.read_text().splitlines()[1].removeprefix("# python -m recipes.study ")
     assert command.split()[0] == f"experiment=study/{file.stem}"
-    (cell,) = load_study(CONFIG_DIR, [*command.split(), 'study.arms=["off"]']).cells
+    (cell,) = load_study([*command.split(), 'study.arms=["off"]']).cells
     assert cell.name == file.stem or file.stem in ("darcy_fno", "tiny_lm", "tiny_lm_fast", "darcy_unet")
 
 
 def test_results_do_not_depend_on_the_folder_of_the_data() -> None:
     study = ["experiment=study/darcy_beta100_fno_180", 'study.arms=["off"]']
-    here, there = (
-        load_study(CONFIG_DIR, [*study, f"paths.data_dir={folder}"]).cells[0] for folder in ("data", "/elsewhere")
-    )
+    here, there = (load_study([*study, f"paths.data_dir={folder}"]).cells[0] for folder in ("data", "/elsewhere"))
     assert here.fingerprint("off") == there.fingerprint("off")
     assert here.settings(Job("off", "final", 1, 0.1))["data"]["path"] == "data/pdebench/darcy_beta100_32.hdf5"
 
@@ -532,7 +532,7 @@ STUDIES = sorted((Path(CONFIG_DIR) / "study").glob("*.yaml"))
 @pytest.mark.parametrize("file", STUDIES, ids=[file.stem for file in STUDIES])
 def test_every_study_composes_with_all_its_arms(file: Path) -> None:
     assert file.read_text().splitlines()[0] == f"# python -m recipes.study study={file.stem}"
-    study = load_study(CONFIG_DIR, [f"study={file.stem}"])
+    study = load_study([f"study={file.stem}"])
     assert study.cells
     for cell in study.cells:
         assert len({cell.fingerprint(arm) for arm in cell.options.arms}) == len(cell.options.arms)
@@ -588,7 +588,7 @@ def test_killed_study_goes_on_and_ends_as_if_each_run_had_been_alone(
 
     # Other processes, another order, a stop in the middle: each run is the one that this process makes alone.
     GlobalHydra.instance().clear()
-    cell = load_study(CONFIG_DIR, arguments).cells[0]
+    cell = load_study(arguments).cells[0]
     found = _results(tmp_path)
     assert len(found) == 2 * (2 + 4)
     for job, facts in found.items():
@@ -599,11 +599,10 @@ def test_killed_study_goes_on_and_ends_as_if_each_run_had_been_alone(
 
     # The report trains nothing, and the same results give the same pictures and tables.
     effects = (folder / "effects.csv").read_text()
-    for report in ("--report", "study=report"):
-        (folder / "effects.csv").unlink()
-        GlobalHydra.instance().clear()
-        main([report, *arguments])
-        assert (folder / "effects.csv").read_text() == effects
+    (folder / "effects.csv").unlink()
+    GlobalHydra.instance().clear()
+    main(["--report", *arguments])
+    assert (folder / "effects.csv").read_text() == effects
     assert (folder / "results.csv").read_text().splitlines() == after
 
     # A dry run trains nothing, and knows what runs cost; its flag may stand anywhere.
@@ -637,7 +636,7 @@ def test_a_dry_run_of_a_new_study_makes_nothing(tmp_path: Path, capsys: pytest.C
 def test_a_dry_run_adds_up_what_is_known(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = f"study.folder={tmp_path}"
     settings = ("study.arms=[off]", "study.grid=[1]", "study.seeds=4", folder)
-    cell = load_study(CONFIG_DIR, ["experiment=digits_resnet18", *settings]).cells[0]
+    cell = load_study(["experiment=digits_resnet18", *settings]).cells[0]
     done = {"experiment": cell.name, "lr": cell.lr("off"), "seconds": 3600.0, "config": cell.fingerprint("off")}
     cell.folder.mkdir(parents=True)
     write_records(cell.folder, [final_run("off", 1, 0.5, **done)])
@@ -657,7 +656,7 @@ def test_a_dry_run_adds_up_what_is_known(tmp_path: Path, capsys: pytest.CaptureF
 )
 def test_resources_that_cannot_be(tmp_path: Path, override: str, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
-        load_study(CONFIG_DIR, _tiny(tmp_path, override))
+        load_study(_tiny(tmp_path, override))
 
 
 class _Recorder:
@@ -740,7 +739,7 @@ def test_the_baseline_may_have_more_tries(tmp_path: Path, engine: _Recorder) -> 
     main(_tiny(tmp_path, "study.baseline_grid=[0.5,1,1.5,2]"))
     tried = [(job.arm, job.lr) for _, job in engine.begun if job.phase == "tune"]
     assert sorted(tried) == [("farms", 0.1), ("farms", 0.2), *(("off", lr) for lr in (0.05, 0.1, 0.15, 0.2))]
-    assert load_study(CONFIG_DIR, _tiny(tmp_path)).cells[0].identity()["study"].keys() == {
+    assert load_study(_tiny(tmp_path)).cells[0].identity()["study"].keys() == {
         *("grid", "tune_seeds", "extend", "vary_data", "evaluations")  # studies that were begun without it go on
     }
 
@@ -780,7 +779,7 @@ def test_a_run_that_dies_again_and_again_is_named_and_the_others_go_on(
 def test_a_run_that_fails_is_named_and_a_diverged_one_is_kept(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cell = load_study(CONFIG_DIR, _tiny(tmp_path)).cells[0]
+    cell = load_study(_tiny(tmp_path)).cells[0]
     facts, _ = run_once(cell.settings(Job("farms", "final", 1, 1e30)))
     assert facts["status"] == "diverged"
     assert math.isnan(facts["val"])

@@ -16,7 +16,6 @@ from omegaconf import OmegaConf
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from recipes.config import CONFIG_DIR
 from recipes.data.digits import DigitsData
 from recipes.errors import RecipeError
 from recipes.study.cells import Cell, load_study
@@ -38,7 +37,7 @@ def _clear_hydra() -> Iterator[None]:
 
 
 def _cell(tmp_path: Path, *overrides: str) -> Cell:
-    return load_study(CONFIG_DIR, [*TINY_STUDY, f"study.folder={tmp_path}", *overrides]).cells[0]
+    return load_study([*TINY_STUDY, f"study.folder={tmp_path}", *overrides]).cells[0]
 
 
 def test_a_variant_is_the_arm_it_names_with_other_settings(tmp_path: Path) -> None:
@@ -92,8 +91,6 @@ def test_settings_of_a_variant_win_over_those_of_the_command(tmp_path: Path) -> 
         (["trainer.limit_train_batches=0"], "limit_train_batches=0: every run of a study trains"),
         (["trainer.max_steps=0"], "max_steps=0: every run of a study trains"),
         (["trainer.max_epochs=0", "scheduler=constant"], "max_epochs=0: every run of a study trains"),
-        (["+trainer.max_time='00:00:00:00'"], "max_time=00:00:00:00: every run of a study trains"),
-        (["+trainer.max_time={minutes: 0}"], "max_time=.*minutes.*: every run of a study trains"),
         (["trainer.devices=2"], "trainer.devices=2 .*one process.*study.workers"),
         (["trainer.num_nodes=2"], "trainer.num_nodes=2: .*one process"),
         (["trainer.devices=[0,1]"], r"trainer.devices=\[0, 1\] .*one process"),
@@ -108,11 +105,7 @@ def test_settings_of_a_variant_win_over_those_of_the_command(tmp_path: Path) -> 
 def test_mistakes(tmp_path: Path, overrides: list[str], message: str) -> None:
     base = [text for text in TINY_STUDY if text.startswith("study.")] if "tiny_lm" in overrides[0] else TINY_STUDY
     with pytest.raises(RecipeError, match=message):
-        load_study(CONFIG_DIR, [*base, f"study.folder={tmp_path}", *overrides])
-
-
-def test_a_run_may_have_a_time_that_it_does_not_reach(tmp_path: Path) -> None:
-    assert _cell(tmp_path, "+trainer.max_time='00:10:00:00'").arms
+        load_study([*base, f"study.folder={tmp_path}", *overrides])
 
 
 def test_data_have_one_loader_for_validation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,9 +121,9 @@ def test_data_have_one_loader_for_validation(tmp_path: Path, monkeypatch: pytest
 def test_arms_of_a_cell_have_one_metric(tmp_path: Path) -> None:
     variant = "+study.variants={v: ['balancing=farms','task.monitor=val/relative_l2']}"
     with pytest.raises(RecipeError, match=r"same metric, got nrmse of off, relative_l2 of v; .*task\.monitor"):
-        load_study(CONFIG_DIR, ["experiment=darcy_fno", variant, "study.arms=[off,v]", f"study.folder={tmp_path}"])
+        load_study(["experiment=darcy_fno", variant, "study.arms=[off,v]", f"study.folder={tmp_path}"])
     both = ["experiment=darcy_fno", "task.monitor=val/relative_l2", f"study.folder={tmp_path}"]
-    assert load_study(CONFIG_DIR, both).cells
+    assert load_study(both).cells
 
 
 def test_an_arm_may_have_a_function_of_the_rate(tmp_path: Path) -> None:
@@ -255,7 +248,7 @@ def test_mean_and_spread_of_the_ratios(tmp_path: Path) -> None:
 def test_networks_that_keep_more_than_tensors_among_their_weights(tmp_path: Path) -> None:
     overrides = [*TINY_DARCY, "model=fno", "model.net.n_modes=[4,4]", "model.net.hidden_channels=4"]
     study = ["experiment=darcy_fno", "trainer.max_epochs=2", "study.arms=[off]", f"paths.data_dir={tmp_path}"]
-    cell = load_study(CONFIG_DIR, [*study, *overrides, f"study.folder={tmp_path}"]).cells[0]
+    cell = load_study([*study, *overrides, f"study.folder={tmp_path}"]).cells[0]
     facts = _facts(cell, "off", 2)
     assert facts["best_val"] <= facts["val"]
 

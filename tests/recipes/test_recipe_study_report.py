@@ -749,7 +749,7 @@ def test_report_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_a_report_says_where_the_settings_are_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     GlobalHydra.instance().clear()
     settings = ["experiment=study/darcy_fno", f"study.folder={tmp_path}", 'study.arms=["off",full]']
-    (cell,) = load_study(CONFIG_DIR, settings).cells
+    (cell,) = load_study(settings).cells
     with locked(cell):
         keep_settings(cell)
     records = _whole_study(["off", "full"])["b"].values()

@@ -24,7 +24,7 @@ from farms_tb.viewing.plots import read_history
 from recipes.config import CONFIG_DIR, build
 from recipes.errors import RecipeError
 from recipes.folder import open_run_folder, run_folder
-from recipes.tasks import nrmse
+from recipes.metrics import nrmse
 from recipes.train import train
 from tests.helpers import read_wandb_file
 from tests.recipes.recipe_runs import TINY_UNET, compose_settings, no_checkpoint

@@ -16,7 +16,6 @@ from hydra.core.global_hydra import GlobalHydra
 pytest.importorskip("transformers")
 pytest.importorskip("datasets")
 
-from recipes.config import CONFIG_DIR
 from recipes.errors import RecipeError
 from recipes.finetune.__main__ import main as finetune_main
 from recipes.study.__main__ import main
@@ -58,7 +57,7 @@ def cell(settings: list[str], tmp_path: Path) -> Iterator[Callable[..., Cell]]:
 
     def make(*overrides: str) -> Cell:
         GlobalHydra.instance().clear()
-        return load_study(CONFIG_DIR, [*settings, *STUDY, f"study.folder={tmp_path}/study", *overrides]).cells[0]
+        return load_study([*settings, *STUDY, f"study.folder={tmp_path}/study", *overrides]).cells[0]
 
     return make
 
@@ -259,7 +258,7 @@ def test_a_cell_can_be_built(cell: Callable[..., Cell]) -> None:
 
 def test_program_of_single_cells(settings: list[str], tmp_path: Path) -> None:
     cells = ("+study.cells.digits_resnet18={}", "+study.cells.newsgroups_minilm={program: finetune}")
-    study = load_study(CONFIG_DIR, [*cells, f"study.folder={tmp_path}", "study.arms=[off,full]"])
+    study = load_study([*cells, f"study.folder={tmp_path}", "study.arms=[off,full]"])
     assert [cell.options.program for cell in study.cells] == ["train", "finetune"]
     assert study.cells[1].lr("full") == 1e-4
 
