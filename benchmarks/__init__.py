@@ -1,1 +1,1 @@
-"""What the package costs, measured: one module a subject, run by `python -m benchmarks.<name>`."""
+"""What the package costs, how exact it is and what it is good for: `python -m benchmarks.<name>` measures each."""

@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import get_args
 
 import torch
-from lightning import LightningModule, Trainer, seed_everything
+from lightning import Trainer, seed_everything
 from torch import Tensor, nn
 
 from benchmarks.machine import describe
@@ -47,7 +47,8 @@ from benchmarks.results import BLUE, GREEN, ORANGE, Value, markdown_table, publi
 from farms_tb import analyze
 from farms_tb.options import Esd, Fit
 from farms_tb.viewing.plots.style import FAINT, new_figure, styled
-from recipes.config import build
+from recipes.console import quiet_lightning
+from recipes.parts import build_parts
 from tests.reference import layers as reference
 
 AIM = 1e-4
@@ -64,10 +65,8 @@ def trained(epochs: int, *overrides: str, net: Callable[[], nn.Module] | None = 
         overrides: the settings of the recipe.
         net: another network for the same task.
     """
-    cfg = settings(*overrides)
-    seed_everything(cfg.seed, verbose=False)
-    factories = {name: build(cfg, name) for name in ("optimizer", "scheduler")}
-    task: LightningModule = build(cfg, "model", **factories)
+    parts = build_parts(settings(*overrides))
+    task = parts.model
     if net is not None:
         task.net = net()
     yield deepcopy(task.net)  # type: ignore[misc]
@@ -80,7 +79,7 @@ def trained(epochs: int, *overrides: str, net: Callable[[], nn.Module] | None = 
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(task, datamodule=build(cfg, "data"))
+    trainer.fit(task, datamodule=parts.data)
     yield task.net  # type: ignore[misc]
 
 
@@ -266,8 +265,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/results/accuracy"))
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    quiet_lightning(logging.WARNING)
     machine = describe(options.device, "numpy")
     print(machine)
     rows: list[dict[str, Value]] = []

@@ -36,7 +36,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from lightning import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from omegaconf import DictConfig
 from torch.optim import Optimizer
@@ -48,8 +48,10 @@ from benchmarks.timing import rounds, synchronise, wall_seconds
 from farms_tb import TempBalance
 from farms_tb.viewing.plots.style import new_figure, styled
 from recipes.config import build, build_balancer
+from recipes.console import quiet_lightning
 from recipes.data.images import ImageData, Images
 from recipes.loggers import RunFolderWandbLogger
+from recipes.parts import build_parts
 from recipes.run import build_run
 
 AIMS = {("darcy_unet", "cpu"): 0.03, ("cifar100_resnet18", "cuda"): 0.01}
@@ -150,10 +152,7 @@ class Training:
 
 def make_module(task: Task) -> LightningModule:
     """Return the module, from one seed."""
-    seed_everything(task.cfg.seed, verbose=False)
-    factories = {name: build(task.cfg, name) for name in ("optimizer", "scheduler")}
-    module: LightningModule = build(task.cfg, "model", **factories)
-    return module
+    return build_parts(task.cfg).model
 
 
 def train(task: Task, balanced: bool, device: str) -> Training:
@@ -314,8 +313,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/results/epoch"))
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    quiet_lightning(logging.WARNING)
     kind = torch.device(options.device).type
     machine = describe(options.device, "lightning")
     print(machine)

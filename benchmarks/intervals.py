@@ -16,19 +16,18 @@ Interval = tuple[float, float, float]
 DRAWS = 500
 
 
-def bootstrap(samples: Sequence[Array], statistic: Callable[..., float], draws: int = DRAWS) -> Interval:
-    """Return a statistic and its percentile interval.
+def bootstrap(samples: Sequence[Array], statistic: Callable[..., float]) -> Interval:
+    """Return a statistic and its percentile interval, over `DRAWS` resamples.
 
     Args:
         samples: one array `(N_g, ...)` for each group g; its N_g rows are drawn anew, with replacement.
         statistic: takes these arrays, one argument each.
-        draws: number of resamples.
 
     Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993.
     """
     generator = np.random.default_rng(0)
     values = []
-    for _ in range(draws):
+    for _ in range(DRAWS):
         drawn = [sample[generator.integers(len(sample), size=len(sample))] for sample in samples]
         values.append(statistic(*drawn))
     low, high = np.nanpercentile(values, [2.5, 97.5])

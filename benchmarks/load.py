@@ -19,7 +19,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,17 +29,17 @@ from torch.optim import Optimizer
 
 from benchmarks.machine import describe, resident_bytes
 from benchmarks.results import write_csv
+from benchmarks.step import LR, balanced, copied, grouped
 from benchmarks.timing import Work, rounds
 from farms_tb import TempBalance, analyze
-from farms_tb.balancing.layerwise_step import LayerwiseStep
 from farms_tb.training.metrics import measurement_row, summary_row
 from farms_tb.weights.layers import find_layers
 
 WIDTH = 32
 BLOCK = 100
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
-    "SGD": lambda params: torch.optim.SGD(params, lr=1e-3, momentum=0.9),
-    "AdamW": lambda params: torch.optim.AdamW(params, lr=1e-3),
+    "SGD": lambda params: torch.optim.SGD(params, lr=LR, momentum=0.9),
+    "AdamW": lambda params: torch.optim.AdamW(params, lr=LR),
 }
 
 
@@ -79,17 +79,13 @@ def scaling_row(layers: int, times: int) -> dict[str, float]:
 
 def step_times(layers: int, make: Callable[..., Optimizer], times: int) -> dict[str, float]:
     """Time a plain step, one with a ratio for each layer, and one of torch's own with a param group for each."""
-    plain, grouped, ours = make_net(layers), make_net(layers), make_net(layers)
-    ratios = np.linspace(0.5, 1.5, layers).tolist()
-
-    def parts(net: nn.Sequential) -> Iterable[tuple[list[nn.Parameter], float]]:
-        for index, ratio in enumerate(ratios):
-            yield list(net[2 * index : 2 * index + 2].parameters()), ratio
-
-    balanced = make(ours.parameters())
-    LayerwiseStep(balanced).ratios = {id(p): ratio for params, ratio in parts(ours) for p in params}
-    by_hand = make([{"params": params, "lr": 1e-3 * ratio} for params, ratio in parts(grouped)])
-    steps = [make(plain.parameters()).step, balanced.step, by_hand.step]
+    params = list(make_net(layers).parameters())
+    optimizers = (
+        make(copied(params)),
+        balanced(copied(params), layers, make),
+        grouped(copied(params), layers, make),
+    )
+    steps = [optimizer.step for optimizer in optimizers]
     return dict(zip(("step", "balanced_step", "torch_groups_step"), medians(steps, 3 * times), strict=True))
 
 

@@ -8,7 +8,6 @@ import itertools
 import logging
 import math
 from collections.abc import Callable
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -55,18 +54,26 @@ def median_alpha(singular: Tensor) -> float:
     return 1 + len(tail) / float((tail - tail[0]).sum())
 
 
+def import_weightwatcher() -> Any:
+    """Return the package WeightWatcher; None where it, or what it needs, is not installed."""
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            import weightwatcher
+    except ImportError:
+        return None
+    return weightwatcher
+
+
 def weightwatcher_pass() -> Callable[[nn.Module], Any] | None:
     """Return what analyses a model with WeightWatcher, by its defaults; None where that is not installed."""
-    if find_spec("weightwatcher") is None:
+    library = import_weightwatcher()
+    if library is None:
         return None
-    with contextlib.redirect_stdout(io.StringIO()):
-        import weightwatcher
-
     logging.getLogger("weightwatcher").setLevel(logging.ERROR)
 
     def analyze(model: nn.Module) -> Any:
         with contextlib.redirect_stdout(io.StringIO()):
-            return weightwatcher.WeightWatcher(model=model, log_level=logging.ERROR).analyze()
+            return library.WeightWatcher(model=model, log_level=logging.ERROR).analyze()
 
     return analyze
 

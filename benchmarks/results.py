@@ -7,6 +7,8 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from farms_tb.atomic_write import write_text_atomically
+
 BEGIN, END = "<!-- measured -->", "<!-- end of what was measured -->"
 BLUE, ORANGE, GREEN, PURPLE = "#3B528B", "#D55E00", "#2A9D6F", "#8E4FA8"
 
@@ -62,6 +64,4 @@ def replace_between(page: Path, begin: str, end: str, text: str) -> None:
     if not (begin_there and end_there):
         raise ValueError(f"{page} has no place for the tables: a line {begin} and, below it, a line {end}")
     whole = f"{before}{begin}\n\n{text.strip()}\n\n{end}{after}"
-    written = page.with_suffix(".part")
-    written.write_text(whole if whole.endswith("\n") else whole + "\n", encoding="utf-8")
-    written.replace(page)
+    write_text_atomically(page, whole if whole.endswith("\n") else whole + "\n")

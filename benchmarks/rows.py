@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.results import Value, write_csv
+from farms_tb.atomic_write import atomic_path
 
 __all__ = ["Rows", "number"]
 
@@ -57,6 +58,5 @@ class Rows(Sequence[Row]):
     def add(self, rows: Sequence[Row]) -> None:
         """Add the rows of one run, and write the file."""
         self._rows += rows
-        part = self.path.with_suffix(".part")
-        write_csv(part, self._rows)
-        part.replace(self.path)
+        with atomic_path(self.path) as part:
+            write_csv(part, self._rows)

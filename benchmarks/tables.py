@@ -43,11 +43,9 @@ class Cell:
         Raises:
             ValueError: an arm has no runs there.
         """
-        runs = published_runs(self.folder, self.name, results)
-        found = {row.arm: row for row in summarise({self.name: runs}, [baseline, *arms], baseline)}
-        if missing := {baseline, *arms} - found.keys():
-            raise ValueError(f"{self.folder} has no final runs of {self.name} for {', '.join(sorted(missing))}")
-        return found
+        compared = [baseline, *arms]
+        runs = published_runs(self.folder, self.name, results, compared)
+        return {row.arm: row for row in summarise({self.name: runs}, compared, baseline)}
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from benchmarks.published import BASELINE, RESULTS, published_runs
 from benchmarks.results import GREEN, ORANGE, Value, markdown_table, publish, write_csv
 from farms_tb.viewing.plots.style import new_figure
 from recipes.study.figure_style import plain_axes, save
-from recipes.study.pairs import final_runs, log_ratios, pairs
+from recipes.study.pairs import final_ratios, final_runs
 from recipes.study.records import Job, Record
 from recipes.study.report import POOLED, Row, summarise
 from recipes.study.statistics import TaskEffect, effect_over_tasks
@@ -149,15 +149,9 @@ def runs_of(task: Task, results: Path = RESULTS) -> dict[Job, Record]:
         ValueError: an arm has no runs there.
     """
     method_of = {arm: method for method, arm in task.arms.items()} | {BASELINE: BASELINE}
-    runs = {}
-    for record in published_runs(task.folder, task.cell, results).values():
-        if record.arm in method_of:
-            run = replace(record, arm=method_of[record.arm])
-            runs[run.job] = run
-    missing = set(method_of.values()) - {job.arm for job in runs}
-    if missing:
-        raise ValueError(f"{task.folder} has no final runs of {task.cell} for {', '.join(sorted(missing))}")
-    return runs
+    records = published_runs(task.folder, task.cell, results, method_of).values()
+    runs = [replace(record, arm=method_of[record.arm]) for record in records if record.arm in method_of]
+    return {run.job: run for run in runs}
 
 
 def compare(tasks: Sequence[Task], results: Path = RESULTS) -> list[Row]:
@@ -182,9 +176,7 @@ def placement(tasks: Sequence[Task], results: Path = RESULTS) -> TaskEffect | No
         The log ratio of the errors, right layers against wrong ones, over the tasks; None with fewer than two.
     """
     runs = [(task, final_runs(runs_of(task, results))) for task in tasks if "shuffled" in task.arms]
-    return effect_over_tasks(
-        [log_ratios(pairs(own[task.shuffles], own["shuffled"]), "test") for task, own in runs]
-    )
+    return effect_over_tasks([final_ratios(own, task.shuffles, "shuffled", "test") for task, own in runs])
 
 
 def flat(row: Row) -> dict[str, Value]:

@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from scipy import stats
 from torch import Tensor, nn
 
 from benchmarks.machine import describe
@@ -174,13 +175,6 @@ def error_rate(found: Sequence[tuple[Generated, Verdict | None]], random: bool) 
     return sum(wrong) / len(wrong)
 
 
-def upper_limit(wrong: int, number: int) -> float:
-    """Return the upper end of Wilson's 95 % interval of a share."""
-    z, share = 1.96, wrong / number
-    half = z * math.sqrt(share * (1 - share) / number + z**2 / (4 * number**2))
-    return (share + z**2 / (2 * number) + half) / (1 + z**2 / number)
-
-
 def rows_of(found: Sequence[tuple[Generated, Verdict | None]]) -> list[dict[str, Value]]:
     """Return the counts of each family, random ones first."""
     rows: list[dict[str, Value]] = []
@@ -194,12 +188,12 @@ def rows_of(found: Sequence[tuple[Generated, Verdict | None]]) -> list[dict[str,
 
 
 def headline(found: Sequence[tuple[Generated, Verdict | None]]) -> str:
-    """Return the error rates in a sentence each."""
+    """Return the error rates in a sentence each, with the upper ends of Wilson's 95 % intervals."""
     sentences = []
     for random, name in ((True, "random layers are not called random"), (False, "planted ones are called random")):
         own = [pair for pair in found if pair[0].random == random]
         wrong = sum(is_wrong(*pair) for pair in own)
-        limit = upper_limit(wrong, len(own))
+        limit = stats.binomtest(wrong, len(own)).proportion_ci(method="wilson").high
         sentences.append(f"{wrong} of {len(own)} {name} (at most {limit:.1%} at 95 % confidence).")
     return " ".join(sentences)
 

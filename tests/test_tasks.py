@@ -52,7 +52,7 @@ class TestCompare:
 
     def test_names_an_arm_without_runs(self, tmp_path: Path) -> None:
         publish_runs(tmp_path, "one", "cell", {"off": [0.5]})
-        with pytest.raises(ValueError, match=r"one .* cell .* whole"):
+        with pytest.raises(ValueError, match=r"one .* cell .* full"):
             runs_of(Task("a task", "one", "cell", {"whole": "full"}), tmp_path)
 
 

@@ -7,7 +7,7 @@ import io
 import logging
 from collections.abc import Mapping, Sequence
 
-from lightning import Callback, seed_everything
+from lightning import Callback
 from torch import nn
 
 from benchmarks.models import settings
@@ -81,7 +81,6 @@ def train(setting: str, seed: int, *more: str, callback: Callback | None = None)
     cfg = settings(*SETTINGS[setting], f"seed={seed}", "trainer.accelerator=cpu", *more)
     if "log" in cfg.balancing:
         cfg.balancing.log = False
-    seed_everything(seed, verbose=False)
     parts = build_parts(cfg)
     trainer, _ = make_trainer(cfg, parts, *([] if callback is None else [callback]))
     with contextlib.redirect_stdout(io.StringIO()):  # the trainer's table of times

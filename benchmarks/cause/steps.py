@@ -142,10 +142,9 @@ def _spectra(net: nn.Module) -> dict[str, dict[str, float]]:
     found = {}
     for kind, names in matrices_of(net).items():
         layers = [records[name.removesuffix(".weight")] for name in names]
-        metrics = {"alpha": "alpha", "effect": "effect", "rank_share": "rank_share"}
         found[kind] = {
-            column: fmean(value for layer in layers if (value := getattr(layer, metric)) is not None)
-            for column, metric in metrics.items()
+            metric: fmean(value for layer in layers if (value := getattr(layer, metric)) is not None)
+            for metric in ("alpha", "effect", "rank_share")
         }
     return found
 

@@ -6,11 +6,11 @@ import contextlib
 import io
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.references import import_weightwatcher
 from farms_tb import analyze
 
 __all__ = ["MEASURES", "Measure", "layer_measures", "weightwatcher_version"]
@@ -88,23 +88,13 @@ def _of_entries(weight: Tensor, start: Tensor) -> dict[str, float]:
 
 def weightwatcher_version() -> str | None:
     """Return the version of WeightWatcher, None where it cannot be imported."""
-    library = _import_weightwatcher()
+    library = import_weightwatcher()
     return None if library is None else str(library.__version__)
-
-
-def _import_weightwatcher() -> Any:
-    """Return the package; None where it, or what it needs, is not installed."""
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            import weightwatcher
-    except ImportError:
-        return None
-    return weightwatcher
 
 
 def _weightwatcher(net: nn.Module) -> dict[str, dict[str, float]]:
     """Return WeightWatcher's alpha of each layer, and 1 where it warns that the layer is under-trained."""
-    library = _import_weightwatcher()
+    library = import_weightwatcher()
     if library is None:
         return {}
     with contextlib.redirect_stdout(io.StringIO()):

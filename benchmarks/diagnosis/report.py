@@ -43,22 +43,17 @@ def held_back_table(rows: Sequence[Row]) -> str:
     return markdown_table(lines)
 
 
-def difference_table(rows: Sequence[Row], reference: str = "effect") -> str:
-    """Return how much more of the other layers the reference measure ranks rightly than each other one, paired.
-
-    Args:
-        rows: of the runs.
-        reference: name of the measure that the others are compared with.
-    """
+def difference_table(rows: Sequence[Row]) -> str:
+    """Return how much more of the other layers the effect ranks rightly than each other measure, paired."""
     lines = []
     for name, measure in MEASURES.items():
-        if name == reference:
+        if name == "effect":
             continue
         cells = {}
         for factor in FACTORS:
-            pairs = zip(_scores(rows, reference, factor), _scores(rows, name, factor), strict=True)
+            pairs = zip(_scores(rows, "effect", factor), _scores(rows, name, factor), strict=True)
             cells[_factor(factor)] = _shown(_mean([own - other for own, other in pairs]), sign=True)
-        lines.append({f"{MEASURES[reference].label} minus": measure.label, **cells})
+        lines.append({f"{MEASURES['effect'].label} minus": measure.label, **cells})
     return markdown_table(lines)
 
 

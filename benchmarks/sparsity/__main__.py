@@ -77,7 +77,7 @@ def _page(part: str, out: Path) -> str:
             *(report.paired_table(rows, method, score, label) for label in ("uniform", "line in depth")),
         ]
     last = {
-        "Wanda, each calibration seed by itself": report.seed_table(rows, "wanda", score),
+        "Wanda, each calibration seed by itself": report.seed_table(rows, score),
         "What the searches found": report.search_table(rows),
     }
     sections += [f"### {title}\n\n{table}" for title, table in last.items() if table]

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
-
-from torch import nn
 
 from benchmarks.rows import Row
 from farms_tb import Report
@@ -19,7 +16,6 @@ __all__ = [
     "SEARCHES",
     "SHUFFLES",
     "UNEVEN",
-    "Search",
     "alpha_rows",
     "plan_of",
 ]
@@ -37,21 +33,6 @@ MEASUREMENTS: Mapping[str, Mapping[str, Any]] = {
 
 EVALUATIONS = 16
 """Candidates of each search, the uniform one among them."""
-
-
-@dataclass(frozen=True)
-class Search:
-    """What a search tries its candidates on.
-
-    Attributes:
-        model: the dense model.
-        batches: calibration batches; half of them prune, a quarter chooses and a quarter confirms.
-        method: how candidates are pruned.
-    """
-
-    model: nn.Module
-    batches: Iterable[Mapping[str, Any]]
-    method: str
 
 
 def alpha_rows(reports: Mapping[str, Report]) -> list[Row]:
@@ -73,9 +54,7 @@ def alpha_rows(reports: Mapping[str, Report]) -> list[Row]:
     return rows
 
 
-def plan_of(
-    arm: str, layers: Sequence[Row], target: float, epsilon: float, search: Search | None = None
-) -> SparsityPlan:
+def plan_of(arm: str, layers: Sequence[Row], target: float, epsilon: float, **search: Any) -> SparsityPlan:
     """Return the plan of an arm.
 
     Args:
@@ -83,7 +62,8 @@ def plan_of(
         layers: rows of `alpha_rows`.
         target: the sparsity over all layers in blocks.
         epsilon: half-width of the range of sparsities, relative to the target; the first step of a search.
-        search: needed for the arms `SEARCHES`.
+        search: for the arms `SEARCHES` alone, what candidates are tried on: the options `model`, `calibration` and
+            `prune_method` of `allocate`.
     """
     measurement = "whole" if arm == "whole" else "FARMS"
     names = [str(row["layer"]) for row in layers]
@@ -94,9 +74,7 @@ def plan_of(
     if arm in SHUFFLES:
         options |= {"method": "shuffled", "seed": SHUFFLES.index(arm)}
     elif arm in SEARCHES:
-        assert search is not None
-        options |= {"method": "search", "model": search.model, "calibration": search.batches}
-        options |= {"prune_method": search.method, "evaluations": EVALUATIONS}
+        options |= {"method": "search", "evaluations": EVALUATIONS, **search}
     else:
         options["method"] = {"line": "depth", "whole": "alpha", "FARMS": "alpha"}.get(arm, arm)
     return allocate(alphas, shapes, target, errors=errors, **options)

@@ -136,21 +136,19 @@ def paired_table(rows: Sequence[Row], method: str, score: Score, reference: str)
     return markdown_table(lines)
 
 
-def seed_table(rows: Sequence[Row], method: str, score: Score) -> str:
-    """Return each arm compared with the uniform one, for each calibration seed by itself.
+def seed_table(rows: Sequence[Row], score: Score) -> str:
+    """Return each arm compared with the uniform one by Wanda, for each calibration seed by itself.
 
     Args:
         rows: of the runs.
-        method: how the model was pruned.
         score: how losses are shown.
     """
     lines = []
-    for label in _labels(rows, method):
+    for label in _labels(rows, "wanda"):
         if label == "uniform":
             continue
-        cells = {
-            f"{target:g}": _by_seed(rows, (method, target), score, label) for target in _targets(rows, method)
-        }
+        targets = _targets(rows, "wanda")
+        cells = {f"{target:g}": _by_seed(rows, ("wanda", target), score, label) for target in targets}
         lines.append({"compared with: uniform": label, **cells})
     return markdown_table(lines)
 
@@ -254,9 +252,9 @@ def _labels(rows: Sequence[Row], method: str | None = None) -> list[str]:
     return [label for label, members in GROUPS.items() if arms & set(members)]
 
 
-def _targets(rows: Sequence[Row], method: str | None = None) -> list[float]:
-    """Return the targets that there are rows of, in order; of one method where it is named."""
-    return sorted({float(row["target"]) for row in rows if method is None or row["method"] == method})
+def _targets(rows: Sequence[Row], method: str) -> list[float]:
+    """Return the targets that there are rows of, of one method, in order."""
+    return sorted({float(row["target"]) for row in rows if row["method"] == method})
 
 
 def _seeds(rows: Sequence[Row], cell: tuple[str, float], arms: Sequence[str]) -> set[float]:

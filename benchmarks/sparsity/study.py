@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.results import Value
 from benchmarks.rows import Row, Rows
-from benchmarks.sparsity.arms import ARMS, MEASUREMENTS, SEARCHES, SHUFFLES, UNEVEN, Search, alpha_rows, plan_of
+from benchmarks.sparsity.arms import ARMS, MEASUREMENTS, SEARCHES, SHUFFLES, UNEVEN, alpha_rows, plan_of
 from benchmarks.sparsity.subjects import Calibration, Subject
 from farms_tb import analyze
 from farms_tb.sparsity import SparsityPlan, compare_with_depth, prune
@@ -120,8 +120,8 @@ class Study:
         calibration = self.subject.calibration(seed)
         sequences = LONG if run["arm"] == "long search" else 1
         batches = self.subject.calibration(seed, sequences).for_search
-        search = Search(self.subject.model, batches, method)
-        plan = plan_of(str(run["arm"]), self.layers, target, epsilon, search)
+        search = {"model": self.subject.model, "calibration": batches, "prune_method": method}
+        plan = plan_of(str(run["arm"]), self.layers, target, epsilon, **search)
         found = _facts(plan)
         with weights_put_back(self.subject.model, plan):
             sparsity = _pruned(self.subject, plan, method, calibration)

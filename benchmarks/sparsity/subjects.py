@@ -21,6 +21,7 @@ __all__ = ["SUBJECTS", "Calibration", "Embedding", "Subject", "encoder", "langua
 
 Batch = Mapping[str, Tensor]
 _PRUNE, _HELD_BACK = 8, 8  # batches
+_LANGUAGE_LENGTH, _ENCODER_LENGTH = 256, 64  # tokens of a segment and of a calibration sequence
 
 
 @dataclass(frozen=True)
@@ -81,23 +82,20 @@ class Subject:
         return Calibration(pruning, held_back[:_HELD_BACK], held_back[_HELD_BACK : 2 * _HELD_BACK])
 
 
-def language_model(length: int = 256) -> Subject:
-    """Return SmolLM2-135M-Instruct in bfloat16; a segment is the beginning of an article of the evaluation half.
-
-    Args:
-        length: tokens of a segment and of a calibration sequence.
-    """
+def language_model() -> Subject:
+    """Return SmolLM2-135M-Instruct in bfloat16; a segment is the start of an article of the evaluation half."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = smollm2_folder()
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    evaluation = _beginnings(tokenizer, length)
+    evaluation = _beginnings(tokenizer, _LANGUAGE_LENGTH)
 
     def losses(pruned: nn.Module) -> Array:
-        return perplexity(pruned, evaluation, length=length).segments
+        return perplexity(pruned, evaluation, length=_LANGUAGE_LENGTH).segments
 
-    return Subject(model.eval(), _tokens(tokenizer, "\n\n".join(wikipedia("calibration"))), length, losses)
+    tokens = _tokens(tokenizer, "\n\n".join(wikipedia("calibration")))
+    return Subject(model.eval(), tokens, _LANGUAGE_LENGTH, losses)
 
 
 class Embedding(nn.Module):
@@ -129,25 +127,22 @@ def _sentence_vectors(encoder: nn.Module, input_ids: Tensor) -> Tensor:
     return nn.functional.normalize(outputs, dim=-1)
 
 
-def encoder(length: int = 64) -> Subject:
-    """Return all-MiniLM-L6-v2; a segment is the beginning of an article of the evaluation half.
-
-    Args:
-        length: tokens of a segment and of a calibration sequence.
-    """
+def encoder() -> Subject:
+    """Return all-MiniLM-L6-v2; a segment is the start of an article of the evaluation half."""
     from transformers import AutoModel, AutoTokenizer
 
     folder = minilm_folder()
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     model = Embedding(AutoModel.from_pretrained(folder, dtype=torch.float32)).eval()
-    segments = [{"input_ids": ids[None]} for ids in _beginnings(tokenizer, length).view(-1, length)]
+    beginnings = _beginnings(tokenizer, _ENCODER_LENGTH).view(-1, _ENCODER_LENGTH)
+    segments = [{"input_ids": ids[None]} for ids in beginnings]
     tokens = _tokens(tokenizer, "\n\n".join(wikipedia("calibration")))
 
     def losses(pruned: nn.Module) -> Array:
         with torch.no_grad():
             return np.array([model_loss(pruned, segment) for segment in segments])
 
-    return Subject(model, tokens, length, losses)
+    return Subject(model, tokens, _ENCODER_LENGTH, losses)
 
 
 SUBJECTS: Mapping[str, Callable[[], Subject]] = {"language": language_model, "encoder": encoder}

@@ -1,4 +1,4 @@
-"""A study's effects as figures: each arm's change of the error with its interval, by each rule, over its ratios."""
+"""A study's effects as figures: every arm's change of the error with its interval, by rule and over the ratios."""
 
 from __future__ import annotations
 
