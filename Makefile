@@ -6,7 +6,8 @@ OLDEST_PYTHON ?= python3.10
 VENV := .venv
 OLDEST := .venv-oldest
 RUN := $(VENV)/bin/python
-# One thread in what tests start, since they run side by side; two workers that share a module's tests make its data twice.
+# Tests run side by side, so what they start has one thread. A worker keeps the tests of a module, whose data are made
+# once for them, as long as no other worker is idle.
 PYTEST := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist worksteal --durations=15
 
 .PHONY: help demo real test test-kernels test-oldest test-nightly docs lint format clean
@@ -21,8 +22,8 @@ help:
 	@echo "make test-oldest"
 	@echo "             install the oldest versions of everything that are supported, then run the test suite with them"
 	@echo "make test-nightly"
-	@echo "             install, then try ten thousand generated models, others each time, and one of 7 billion parameters"
-	@echo "             (about six minutes)"
+	@echo "             install, then try ten thousand generated models, others each time, 2,000 layers, and a model of"
+	@echo "             7 billion parameters (about seven minutes)"
 	@echo "make docs    install, then build the documentation: site/index.html"
 	@echo "make lint    install, then check style, docstrings and types"
 	@echo "make format  rewrite the code in the project's style"
@@ -40,10 +41,11 @@ test: $(VENV)/.test
 	@echo "==> Running the tests"
 	$(PYTEST)
 
-# torch calls MKL, numpy OpenBLAS; each chooses its kernels by the processor, and rounds differently with each. What
-# tests order, messages and other processes alone is left out.
+# torch calls MKL, numpy OpenBLAS; each chooses its kernels by the processor, and rounds differently with each. Tests
+# of messages, of the choice of solvers and of the positions of windows compute no spectrum; several processes share a
+# measurement, with the same kernels in each.
 KERNEL_TESTS := tests/spectra -m "not slow" $(addprefix --ignore=tests/spectra/test_,\
-	distributed.py messages.py pretended_gpu.py solvers.py windows.py)
+	distributed.py messages.py solvers.py windows.py)
 test-kernels: $(VENV)/.test
 	@echo "==> Running the tests of the spectra with kernels for any processor"
 	MKL_CBWR=COMPATIBLE OPENBLAS_CORETYPE=Prescott $(PYTEST) $(KERNEL_TESTS)
@@ -55,7 +57,7 @@ test-oldest: $(OLDEST)/.test
 	$(OLDEST)/bin/python -m pytest -n auto
 
 test-nightly: $(VENV)/.test
-	@echo "==> Trying ten thousand generated models, and one of 7 billion parameters"
+	@echo "==> Trying ten thousand generated models, 2,000 layers, and a model of 7 billion parameters"
 	$(RUN) -m pytest tests/test_properties.py tests/test_verdicts.py::test_errors_are_rare_over_many_layers \
 		tests/cli/test_cli.py::test_7_billion_parameters_in_4_gb \
 		--hypothesis-profile=nightly --hypothesis-show-statistics --timeout=0

@@ -63,11 +63,13 @@ class FirstSteps:
             active: whether the step has layer-wise learning rates.
 
         Raises:
-            RuntimeError: the optimizer keeps a list of tensors for its parameters.
+            RuntimeError: the optimizer keeps a list of the learning rates of its groups, or of tensors for its
+                parameters.
         """
         # Whatever is left of a step that raised.
         self._before = None
         if active and self.pending:
+            _check_paired_lists(self._optimizer)
             _check_tensor_lists(self._optimizer)
             self._before = Traces(self._optimizer)
 
@@ -102,10 +104,6 @@ class FirstSteps:
     def _check_group(self, group: Group, written: bool, touched: bool) -> None:
         """Raise where a group was moved without its learning rate, or left out while others moved.
 
-        A group at which the step did not even look counts as left out though its layers be frozen for now: an
-        optimizer that pairs its groups with a list of its own pairs those before it wrongly, and would never
-        train it.
-
         Args:
             group: a group that the step saw.
             written: whether the step wrote one of its parameters.
@@ -115,12 +113,11 @@ class FirstSteps:
             RuntimeError: it was.
         """
         if written:
-            if isinstance(group, WatchedGroup) and group.must_read_lr and not group.lr_was_read:
+            lr_was_read = not isinstance(group, WatchedGroup) or group.lr_was_read
+            if not lr_was_read:
                 raise incompatible(self._optimizer, "moved parameters without reading the lr of their param group")
-        elif not touched:
-            overlooked = isinstance(group, WatchedGroup) and not group.was_read
-            if overlooked or any(_must_move(parameter, group) for parameter in candidates(group)):
-                raise incompatible(self._optimizer, "left out param groups")
+        elif not touched and any(_must_move(parameter, group) for parameter in candidates(group)):
+            raise incompatible(self._optimizer, "left out param groups")
 
     def _skipped(self) -> None:
         """Note a step that moved nothing."""
@@ -256,6 +253,33 @@ def _must_move(parameter: Tensor, group: Group) -> bool:
     return bool((smallest_move > rounding).any())
 
 
+def _check_paired_lists(optimizer: Optimizer) -> None:
+    """Raise where an optimizer keeps a list of the learning rates of its param groups, as AdaBound does.
+
+    It goes through its groups and this list in pairs, and a step sees more groups than the list has entries.
+    """
+    groups = optimizer.__dict__["param_groups"]
+    default = optimizer.defaults.get("lr")
+    for name, value in vars(optimizer).items():
+        if _are_lrs(value, groups, default):
+            raise incompatible(optimizer, f"pairs its param groups with a list of its own, {name!r},")
+
+
+def _are_lrs(value: object, groups: Sequence[Group], default: object) -> bool:
+    """Return whether a list holds a learning rate of each group.
+
+    Args:
+        value: an attribute of the optimizer.
+        groups: its param groups.
+        default: its default learning rate.
+    """
+    if not isinstance(value, (list, tuple)) or not value:
+        return False
+    if len(value) != len(groups):
+        return False
+    return all(_is_lr(number, group, default) for number, group in zip(value, groups, strict=True))
+
+
 def _check_tensor_lists(optimizer: Optimizer) -> None:
     """Raise where an optimizer keeps a list with a tensor for each of its parameters, its momentum say.
 
@@ -293,3 +317,18 @@ def _tensors_in(value: object) -> list[Tensor]:
     if not all(isinstance(entry, Tensor) for entry in flat):
         return []
     return flat
+
+
+def _is_lr(number: object, group: Group, default: object) -> bool:
+    """Return whether a number is a learning rate that a group has, had at the start, or has by default.
+
+    Args:
+        number: an entry of a list.
+        group: the param group with the same index.
+        default: the default learning rate of the optimizer.
+    """
+    if isinstance(number, bool) or not isinstance(number, (int, float)):
+        return False
+    rates = (group.get("lr"), group.get("initial_lr"), default)
+    # Numbers alone: tensors compare by value, too, and may be on a GPU.
+    return number in [rate for rate in rates if isinstance(rate, (int, float))]

@@ -70,32 +70,23 @@ def split_groups(optimizer: Optimizer, ratios: Mapping[int, Ratio]) -> list[Spli
 
 
 class WatchedGroup(dict[str, Any]):
-    """A param group that knows whether it, and its learning rate, was read.
+    """A param group that knows whether its learning rate was read.
 
     Copies of all values (`dict(group)`, `{**group}`) count as reading it. Copies are plain dicts.
 
-    Args:
-        group: its keys and values.
-        must_read_lr: whether a step that moves its parameters has to read its learning rate.
-
     Attributes:
-        must_read_lr: whether it has to.
-        was_read: whether any of its values was read.
-        lr_was_read: whether its learning rate was.
+        lr_was_read: whether it was.
     """
 
-    def __init__(self, group: Group, *, must_read_lr: bool) -> None:
-        super().__init__(group)
-        self.must_read_lr = must_read_lr
-        self.was_read = self.lr_was_read = False
+    lr_was_read = False
 
     def __getitem__(self, key: str) -> Any:
-        self._note(key == "lr")
+        self.lr_was_read |= key == "lr"
         return super().__getitem__(key)
 
     def get(self, key: str, default: Any = None) -> Any:
         """Return the value of `key`, or `default`."""
-        self._note(key == "lr")
+        self.lr_was_read |= key == "lr"
         return super().get(key, default)
 
     def __iter__(self) -> Iterator[str]:
@@ -104,17 +95,13 @@ class WatchedGroup(dict[str, Any]):
 
     def items(self) -> Any:
         """Return all keys and values."""
-        self._note(True)
+        self.lr_was_read = True
         return super().items()
 
     def values(self) -> Any:
         """Return all values."""
-        self._note(True)
+        self.lr_was_read = True
         return super().values()
-
-    def _note(self, lr: bool) -> None:
-        self.was_read = True
-        self.lr_was_read |= lr
 
     def copy(self) -> dict[str, Any]:
         """Return a plain dict of the same values."""
@@ -135,7 +122,7 @@ class ShownGroups:
         ratios: learning-rate ratio of a parameter by its `id`; 1 where there is none.
         kept: the splits of the last step, which are used again where they still hold.
         compiled: whether the step is compiled. Such a step is torch's own, which the compiler merges by itself.
-        watched: whether to note if the groups and their learning rates are read.
+        watched: whether to note if the learning rates are read.
 
     Attributes:
         groups: the groups, in the order of the user's.
@@ -192,7 +179,7 @@ class ShownGroups:
                 part.update()
                 kept.append(None)
                 continue
-            if part.copied and not writes_nothing:
+            if not part.whole and not writes_nothing:
                 self._write_back(part)
             kept.append(None if self._watched else part)
         return kept
@@ -232,7 +219,7 @@ class ShownGroups:
                 between groups of different ratios.
         """
         written = split.written_by_step()
-        if "lr" in written and not split.whole:
+        if "lr" in written:
             raise incompatible(self._optimizer, "wrote group['lr']")
         if "weight_decay" in written and split.scales_decay:
             raise incompatible(self._optimizer, "wrote group['weight_decay']")
@@ -253,12 +240,11 @@ class _Split:
     Args:
         group: the user's group.
         by_ratio: its parameters by their ratio.
-        watched: whether to note if the groups and their learning rates are read.
+        watched: whether to note if the learning rates are read.
 
     Attributes:
         group: the user's group.
-        whole: whether no ratio differs from 1.
-        copied: whether the step sees copies; where it is neither split nor watched, it sees the group itself.
+        whole: whether no ratio differs from 1, so that the step sees the user's group itself.
         scales_decay: whether some ratio scales the weight decay.
         shown: the groups that the step sees.
     """
@@ -267,16 +253,15 @@ class _Split:
         self.group = group
         self.scales_decay = any(isinstance(ratio, Scale) for ratio in by_ratio)
         self.whole = set(by_ratio) <= {1.0}
-        self.copied = watched or not self.whole
-        self._ratios = list(by_ratio) or [1.0]
+        self._ratios = list(by_ratio)
         self._params = list(group["params"])
         self.shown = [group]
         if not self.whole:
             self.shown = [self._scaled(ratio, params) for ratio, params in by_ratio.items()]
         self._given = [_Snapshot(shown) for shown in self.shown]
         self._users = _Snapshot(group)
-        if watched:
-            self.shown = [WatchedGroup(shown, must_read_lr=not self.whole) for shown in self.shown]
+        if watched and not self.whole:
+            self.shown = [WatchedGroup(shown) for shown in self.shown]
 
     def still_of(self, group: Group) -> bool:
         """Return whether this is how `group` is split now too, provided that the ratios are the same.
@@ -296,7 +281,7 @@ class _Split:
 
     def follow_user(self) -> None:
         """Hand what the user changed since on to the groups of the step, scaled where it is the lr."""
-        if not self.copied:
+        if self.whole:
             return
         changed = self._users.changes(self.group) & self.group.keys()
         if not changed:

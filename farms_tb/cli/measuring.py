@@ -261,7 +261,7 @@ def _attempt(stack: MatrixStack, request: MeasureRequest) -> LayerRecord:
 
 
 FAILURES = (RuntimeError, MemoryError)
-"""What a layer raises that is too large for the memory, or whose eigenvalues do not converge: others may not."""
+"""What one layer raises, too large for the memory or without convergence; the others are measured all the same."""
 
 
 def failure(error: BaseException) -> str:

@@ -35,9 +35,10 @@ _FILES_OF_RUNS = ("metrics.csv", "config.yaml", "hparams.yaml", "summary.json")
 
 _FILES_OF_MODELS = (
     *("config.json", "adapter_config.json", "generation_config.json", "preprocessor_config.json", "modules.json"),
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
+    *("config_sentence_transformers.json", "sparsity.json"),
 )
-"""What Hugging Face writes next to weights."""
+"""What Hugging Face, Sentence Transformers and `prune` write next to weights."""
 
 
 def chosen_format(form: Format | None, output: Path | None, inputs: Iterable[str | None] = ()) -> Format:

@@ -164,8 +164,8 @@ def last_name(path: str) -> str:
 def natural_order(name: str) -> list[list[tuple[int, int, str]]]:
     """Return a sort key under which `layer.10` and `layer_10` come after `layer.9` and `layer_9`.
 
-    Names are compared part by part, between dots, so that `conv.weight` comes before `conv2.weight`. Numbers may
-    be of any length.
+    Names are compared part by part, between dots, so that `conv.weight` comes before `conv2.weight`, and numbers
+    before words. Numbers may be of any length.
 
     Example:
         >>> sorted(["layer.10", "layer.9", "conv10", "conv9", "conv"], key=natural_order)

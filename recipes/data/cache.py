@@ -1,6 +1,6 @@
 """Arrays cached in one file that is either whole and the right one, or made again.
 
-A cache that is trusted by its name alone goes stale without a word when the code that makes it changes, or when a
+A cache that is trusted by its name alone goes stale unnoticed when the code that makes it changes, or when a
 disk loses a part of it. So a file holds a description of what it is, and is read to its checksums.
 """
 

@@ -1,6 +1,6 @@
 """A step must leave the gradients as they were.
 
-Whatever reads `.grad` after the step, as the logging of norms or SAM does, would be wrong without a word.
+Whatever reads `.grad` after the step, as the logging of norms or SAM does, would be wrong unnoticed.
 Torch's SGD with nesterov writes into tensors that it is given. Right: no gradient changes, unless torch's own
 step changes it, as with `foreach=True`. Second inputs: other variants of SGD, Adam and AdamW, with every
 implementation that runs on a CPU.

@@ -2,8 +2,8 @@
 
 AdaBound of several packages does: it goes through `zip(self.param_groups, self.base_lrs)`, and a step sees more
 groups than the list has entries. Right: every layer moves, or the first step refuses. Second inputs: a list of
-other numbers, one that is read by index, one in a dict, a list of momentum, a tuple of one coefficient for
-each group, and a list of learning rates that the step never looks at: that one is to go on.
+other numbers, one that is read by index, one in a dict, a list of momentum, and a tuple of one coefficient for
+each group.
 """
 
 import warnings
@@ -74,13 +74,6 @@ class Coefficients(Zipped):
         parameter.sub_(own * lr * parameter.grad)
 
 
-class Noted(Zipped):
-    """Notes the learning rates, and steps without looking at them."""
-
-    def pairs(self):
-        return ((group, None) for group in self.param_groups)
-
-
 class Momentum(Zipped):
     """Has the momentum of its parameters in a list, by their order."""
 
@@ -115,7 +108,7 @@ for cls in (Momentum, MomentumOfGroups):
     else:
         raise AssertionError(f"{cls.__name__}: layers of one shape may get the momentum of others")
 
-for cls in (Zipped, Counted, ByIndex, ByName, Coefficients, Noted):
+for cls in (Zipped, Counted, ByIndex, ByName, Coefficients):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(16, 64), nn.Linear(64, 96), nn.Linear(96, 48), nn.Linear(48, 8))
     optimizer = cls(net.parameters(), lr=0.1)
@@ -126,7 +119,6 @@ for cls in (Zipped, Counted, ByIndex, ByName, Coefficients, Noted):
         optimizer.step()
     except (ValueError, RuntimeError) as error:
         assert cls.__name__ in str(error), error
-        assert cls is not Noted, error
         print("refused:", error)
         continue
     except IndexError as error:
