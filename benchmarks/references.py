@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from farms_tb.missing import missing_package
 from farms_tb.options import Fit, SpectrumOptions
 from farms_tb.spectra.windows import windows_of
 from farms_tb.weights.layers import find_layers, read_stacks
@@ -55,11 +56,17 @@ def median_alpha(singular: Tensor) -> float:
 
 
 def import_weightwatcher() -> Any:
-    """Return the package WeightWatcher; None where it, or what it needs, is not installed."""
+    """Return the package WeightWatcher; None where it, or what it needs, is not installed.
+
+    Raises:
+        ImportError: it is there, and fails.
+    """
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             import weightwatcher
-    except ImportError:
+    except ImportError as error:
+        if not missing_package(error):
+            raise
         return None
     return weightwatcher
 

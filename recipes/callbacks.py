@@ -21,6 +21,13 @@ class _WholeCheckpoint(ModelCheckpoint):
     the file is written under a temporary name, reaches the disk, and then takes its name.
     """
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Remove what a run that was killed while it saved has left."""
+        super().setup(trainer, pl_module, stage)
+        if self.dirpath is not None and trainer.is_global_zero:
+            for part in Path(self.dirpath).glob(f".{self.filename}.ckpt.*.part"):
+                part.unlink(missing_ok=True)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the best score also in a run folder that was moved or copied, which Lightning takes for another."""
         super().load_state_dict(_moved(state_dict, Path(str(self.dirpath))))

@@ -186,7 +186,7 @@ def _import_error(error: BaseException) -> str | None:
         return None
     extra = extra_of(error)
     if not extra:
-        return f"the package {package} is missing, which no extra of farms-tb brings: install it"
+        return f"the package {package} is missing: install it"
     return f"the package {package} is missing: pip install --editable '.[{extra}]' brings it"
 
 

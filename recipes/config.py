@@ -381,7 +381,9 @@ def build(cfg: DictConfig, path: str, **extra: Any) -> Any:
         return instantiate(OmegaConf.select(cfg, path), _convert_="all", **extra)
     except InstantiationException as error:
         reason = error.__cause__ or error
-        message = f"{path}: {reason}{remedy(reason)}"
+        message = f"{path}: {reason}"
+        if "pip install" not in message:
+            message += remedy(reason)
         if isinstance(reason, ImportError) and path.startswith("logger"):
             message += ", or logger=csv"
         raise RecipeError(message) from error

@@ -54,7 +54,6 @@ def run_folder(cfg: DictConfig, newest: Callable[[Path], Path | None]) -> Iterat
             return
         with _locked(folder):
             _check_free(folder, cfg, newest)  # again: another run may have ended since
-            _drop_parts(folder)
             yield folder
     except (KeyboardInterrupt, SystemExit, OSError):
         checkpoint = newest(folder)
@@ -210,12 +209,6 @@ def _new_folder(parent: Path) -> Path:
         except FileExistsError:
             number += 1
             folder = parent / f"{stamp}_{number}"
-
-
-def _drop_parts(folder: Path) -> None:
-    """Remove the files that a process which was killed had begun to write."""
-    for part in (*folder.glob(".*.part"), *folder.glob("checkpoints/.*.part")):
-        part.unlink(missing_ok=True)
 
 
 def _drop_if_empty(folder: Path) -> None:

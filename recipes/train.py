@@ -113,6 +113,9 @@ def _train_in(folder: Path, cfg: DictConfig) -> dict[str, Any]:
         if checkpoint is not None:
             check_weights(run.model, checkpoint, cfg.ckpt_path)
             _forget_unsaved_rows(checkpoint, run.trainer, folder)
+        if run.trainer.is_global_zero:
+            for part in folder.glob(".*.part"):  # what a process that was killed had begun to write
+                part.unlink(missing_ok=True)
         save_config(cfg, folder)
         console.print(_announcement(cfg, run, folder))
         layers, scores = _fit_and_test(cfg, run)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import PurePath
 from typing import Any
 
@@ -52,7 +53,7 @@ class Range:
         """Return whether a value is one of these; true and false are no numbers."""
         if value is None:
             return self.null
-        kind = int if self.whole else int | float
+        kind = Integral if self.whole else Real  # NumPy's, too
         is_number = isinstance(value, kind) and not isinstance(value, bool)
         return is_number and self.least <= value <= self.most and math.isfinite(value)
 

@@ -5,14 +5,19 @@ A new interpreter needs four to ten seconds of a core to import torch and Lightn
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
+import random
 import runpy
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy
+import torch
 
 PRELOADED = ["lightning.pytorch", "recipes.train", "tests.helpers"]
 WAYS = multiprocessing.get_all_start_methods()
@@ -28,7 +33,12 @@ def child_processes() -> Any:
 
 
 def start(
-    function: Callable[..., None], arguments: tuple[Any, ...], environment: Mapping[str, str], printed: Path
+    function: Callable[..., None],
+    arguments: tuple[Any, ...],
+    environment: Mapping[str, str],
+    printed: Path,
+    *,
+    fresh: bool = False,
 ) -> Any:
     """Start a process.
 
@@ -37,17 +47,19 @@ def start(
         arguments: its arguments.
         environment: all environment variables.
         printed: the file that takes what the process prints.
+        fresh: begin as a new interpreter, in which sets have an order of their own, and not as a fork.
 
     Returns:
         A `multiprocessing.Process`.
     """
-    process = child_processes().Process(target=_begin, args=(function, arguments, dict(environment), printed))
+    context: Any = multiprocessing.get_context("spawn") if fresh else child_processes()
+    process = context.Process(target=_begin, args=(function, arguments, dict(environment), printed))
     process.start()
     return process
 
 
 def run_script(path: Path, folder: Path, environment: Mapping[str, str], seconds: float) -> tuple[int | None, str]:
-    """Run a script as `python path` does.
+    """Run a script as `python path` does, except that the packages of `PRELOADED` are imported already.
 
     Args:
         path: the script.
@@ -76,6 +88,9 @@ def _begin(
     os.environ.clear()
     os.environ.update(environment)
     tempfile.tempdir = None  # chosen anew, by the environment
+    torch.set_num_threads(1)  # tests run side by side
+    for seed in (random.seed, numpy.random.seed, torch.seed):
+        seed()  # forks would draw the same numbers
     function(*arguments)
 
 
@@ -83,4 +98,7 @@ def _run_script(path: Path, folder: Path) -> None:
     os.chdir(folder)
     sys.argv = [str(path)]
     sys.path.insert(0, str(path.parent))
-    runpy.run_path(str(path), run_name="__main__")
+    try:
+        runpy.run_path(str(path), run_name="__main__")
+    finally:
+        atexit._run_exitfuncs()  # which the processes of multiprocessing leave out

@@ -68,7 +68,6 @@ def test_exits_with_zero(path: Path, tmp_path: Path) -> None:
     for module in NEEDS.get(path.stem, ()):
         pytest.importorskip(module)
     paths = [str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    # One thread each: the tests of a suite run side by side.
     settings = {"PYTHONPATH": os.pathsep.join(paths), "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
     code, said = run_script(path, tmp_path, {**without_wandb(), **settings}, seconds=240)
     assert code == 0, said[-6000:]

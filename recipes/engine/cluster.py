@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
+import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -58,7 +59,7 @@ class RayEngine:
         """Connect, and check that every node has the same code.
 
         Raises:
-            RecipeError: No cluster answers, a node has other code, or none has the GPUs that a task needs.
+            RecipeError: No cluster answers, or a node has other code.
         """
         _check_reachable(self._address or os.environ.get("RAY_ADDRESS", ""))
         try:
@@ -75,6 +76,7 @@ class RayEngine:
             ) from error
         try:
             self._check_nodes()
+            self._warn_of_missing_gpus()
         except BaseException:
             self._ray.shutdown()
             raise
@@ -91,8 +93,13 @@ class RayEngine:
     @property
     def slots(self) -> int:
         """Number of tasks that there are cores and GPUs for, on the nodes that are alive now."""
-        room = self._room()
-        return max(1, room if self._limit is None else min(room, self._limit))
+        found = 0
+        for node in self._ray.nodes():
+            if node["Alive"]:
+                resources = node["Resources"]
+                cores = int(resources.get("CPU", 0))
+                found += min(cores, int(resources.get("GPU", 0) / self._gpus)) if self._gpus else cores
+        return max(1, found if self._limit is None else min(found, self._limit))
 
     @property
     def tasks(self) -> set[Hashable]:
@@ -118,18 +125,8 @@ class RayEngine:
             else:
                 yield Outcome(task, result, failure)
 
-    def _room(self) -> int:
-        """Return the number of tasks that the nodes which are alive have cores and GPUs for."""
-        room = 0
-        for node in self._ray.nodes():
-            if node["Alive"]:
-                resources = node["Resources"]
-                cores = int(resources.get("CPU", 0))
-                room += min(cores, int(resources.get("GPU", 0) / self._gpus)) if self._gpus else cores
-        return room
-
     def _check_nodes(self) -> None:
-        """Refuse a cluster where a node has other code or lacks the data, or none has the GPUs of a task."""
+        """Refuse a cluster of which some node has no code or another version, or lacks the data."""
         strategies = import_module("ray.util.scheduling_strategies")
         look = self._ray.remote(num_cpus=0, max_retries=0)(look_around)
         own_version, missing = look_around(self._paths)
@@ -151,11 +148,15 @@ class RayEngine:
                 raise RecipeError(f"the node {name} has farms-tb {found_version}, and this one {own_version}")
             if missing:
                 raise RecipeError(f"the node {name} has no {', '.join(missing)}: data must be at the same paths")
-        # Ray itself would wait for such a node for ever.
-        if self._gpus and not self._room():
-            raise RecipeError(
-                f"no node of the cluster has the {self._gpus:g} GPU of study.gpus_per_run: start one that has, or "
-                "leave that option out to train on CPUs"
+
+    def _warn_of_missing_gpus(self) -> None:
+        """Warn where no node has the GPUs of a task: Ray waits for one that joins, and says nothing."""
+        gpus = [node["Resources"].get("GPU", 0) for node in self._ray.nodes() if node["Alive"]]
+        if self._gpus and max(gpus, default=0) < self._gpus:
+            warnings.warn(
+                f"no node of the cluster has the {self._gpus:g} GPU of study.gpus_per_run yet: runs wait until "
+                "one joins; leave that option out to train on CPUs",
+                stacklevel=3,
             )
 
 

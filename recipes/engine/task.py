@@ -64,7 +64,7 @@ def call(function: Callable[[Any], Any], argument: Any) -> tuple[Any, str]:
     try:
         return function(argument), ""
     except Exception as error:
-        from recipes.command import sentence  # brings Lightning: seconds to import, for what rarely fails
+        from recipes.command import sentence  # brings Hydra, for what rarely fails
 
         return None, sentence(error) or traceback.format_exc()
 

@@ -126,7 +126,7 @@ class TaskData:
         seed: decides which examples are drawn.
 
     Raises:
-        RecipeError: the task is unknown, or the fraction is none; on reading, files or columns are missing.
+        RecipeError: the task is unknown, or the fraction out of range; on reading, files or columns are missing.
     """
 
     def __init__(

@@ -16,7 +16,7 @@ Draw = Literal["stratified", "first"]
 
 
 def check_fraction(fraction: float) -> None:
-    """Refuse a fraction of the training examples that is none.
+    """Refuse a fraction of the training examples that is out of range.
 
     Raises:
         RecipeError: it is no number above 0 and at most 1.

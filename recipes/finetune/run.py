@@ -201,6 +201,8 @@ def _save_last_weights(run: Run, balancer: Any, folder: Path) -> None:
     # Through memory, since torch.save turns a full disk into a RuntimeError.
     whole = BytesIO()
     torch.save(content, whole)
+    for left in (folder / CHECKPOINTS).glob(f".{_LAST_WEIGHTS}*.part"):  # by a run that was killed while it wrote
+        left.unlink()
     with atomic_path(folder / CHECKPOINTS / _LAST_WEIGHTS) as path:
         path.write_bytes(whole.getbuffer())
 

@@ -23,9 +23,10 @@ class SquaredErrorClassification(ImageClassification):
     shuffled entries (`num_traps` of a record). The arguments are those of `ImageClassification`.
     """
 
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Return the mean squared error of logits (B, num_classes) against the one-hot labels."""
-        return functional.mse_loss(logits, functional.one_hot(labels, logits.shape[1]).to(logits.dtype))
+        one_hot = functional.one_hot(target, prediction.shape[1])
+        return functional.mse_loss(prediction, one_hot.to(prediction.dtype))
 
     @torch.no_grad()
     def on_train_epoch_end(self) -> None:

@@ -6,6 +6,7 @@ Model, data, callback and optimizer of a run are built as the command builds the
 from __future__ import annotations
 
 import math
+import re
 
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.profilers import SimpleProfiler
@@ -81,6 +82,13 @@ def _check_amounts(cfg: DictConfig) -> None:
             raise RecipeError(
                 f"trainer.{name}={value}: every run of a study {done}; set it above 0, or leave it at its default"
             )
+    duration = cfg.trainer.get("max_time")
+    # Written as days:hours:minutes:seconds, or as a dict of units. Lightning itself refuses any other text.
+    if duration is not None and not re.search("[1-9]", str(duration)):
+        raise RecipeError(
+            f"trainer.max_time={duration}: every run of a study trains; leave it out, and set trainer.max_epochs "
+            "to how long"
+        )
 
 
 def _check_processes(cfg: DictConfig) -> None:

@@ -91,6 +91,8 @@ def test_settings_of_a_variant_win_over_those_of_the_command(tmp_path: Path) -> 
         (["trainer.limit_train_batches=0"], "limit_train_batches=0: every run of a study trains"),
         (["trainer.max_steps=0"], "max_steps=0: every run of a study trains"),
         (["trainer.max_epochs=0", "scheduler=constant"], "max_epochs=0: every run of a study trains"),
+        (["+trainer.max_time='00:00:00:00'"], "max_time=00:00:00:00: every run of a study trains"),
+        (["+trainer.max_time={minutes: 0}"], "max_time=.*minutes.*: every run of a study trains"),
         (["trainer.devices=2"], "trainer.devices=2 .*one process.*study.workers"),
         (["trainer.num_nodes=2"], "trainer.num_nodes=2: .*one process"),
         (["trainer.devices=[0,1]"], r"trainer.devices=\[0, 1\] .*one process"),
@@ -106,6 +108,10 @@ def test_mistakes(tmp_path: Path, overrides: list[str], message: str) -> None:
     base = [text for text in TINY_STUDY if text.startswith("study.")] if "tiny_lm" in overrides[0] else TINY_STUDY
     with pytest.raises(RecipeError, match=message):
         load_study([*base, f"study.folder={tmp_path}", *overrides])
+
+
+def test_a_run_may_have_a_time_that_it_does_not_reach(tmp_path: Path) -> None:
+    assert _cell(tmp_path, "+trainer.max_time='00:10:00:00'").arms
 
 
 def test_data_have_one_loader_for_validation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -334,15 +334,6 @@ def test_unwritable_output_folder(settings: Settings, tmp_path: Path) -> None:
     assert not (tmp_path / "data").exists()
 
 
-def test_half_written_files_of_a_killed_run_are_removed(settings: Settings, tmp_path: Path) -> None:
-    half = [tmp_path / "run/.metrics.csv-0123.part", tmp_path / "run/checkpoints/.last.ckpt.77.part"]
-    for file in half:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("half of it", encoding="utf-8")
-    with run_folder(settings(f"paths.run_dir={tmp_path}/run"), no_checkpoint):
-        assert not any(file.exists() for file in half)
-
-
 @pytest.mark.parametrize("path", ["runs/a::b", "s3://bucket/run"])
 def test_a_run_folder_is_on_this_machine(settings: Settings, path: str) -> None:
     with pytest.raises(RecipeError, match=r"paths\.run_dir must be the path of a folder on this machine"):

@@ -35,6 +35,7 @@ def run(job: str, folder: Path, number: int = 2) -> tuple[list[int | None], list
             (job, rank, folder),
             {**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             said[rank],
+            fresh=job == "loop",
         )
         for rank in range(number)
     ]

@@ -138,15 +138,7 @@ def run(module: Module, callbacks: list[Any], name: str) -> list[list[float]]:
     return [[lrs[id(p)] for p in module.parameters()] for lrs in seen]
 
 
-# A scheduler meets the callback through a float or a tensor as learning rate, and through momentum or betas. An
-# optimizer meets it through a scheduler that sets the momentum, one that does not, and one stepped by epochs, that
-# puts a float in place of a tensor.
-PAIRS = [
-    (o, s)
-    for o in OPTIMIZERS
-    for s in SCHEDULERS
-    if o in ("SGD", "Adam tensor lr", "AdamW") or s in ("OneCycleLR", "CosineAnnealingLR", "ReduceLROnPlateau")
-]
+PAIRS = [(o, s) for o in OPTIMIZERS for s in SCHEDULERS]
 
 
 # SequentialLR of torch 2.6 uses what torch 2.6 deprecates.
