@@ -330,6 +330,11 @@ TABLES: Mapping[str, ArmTable | SettingTable | PairTable] = {
             "permuted": "its ratios on the wrong blocks",
         },
     ),
+    "messages, 5 %, LoRA": ArmTable(
+        "controls",
+        Cell("controls/newsgroups_lora_5", "newsgroups_minilm_5_lora"),
+        {"off": "plain AdamW", "model_balancing": "Model Balancing, one rate a block"},
+    ),
     "SmolLM2": ArmTable(
         "controls",
         Cell("controls/smollm2", "smollm2_wikipedia_short"),

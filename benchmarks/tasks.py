@@ -121,6 +121,12 @@ TASKS = (
         {"whole": "model_balancing", "reversed": "reversed", "shuffled": "permuted"},
     ),
     Task(
+        "MiniLM with LoRA, 565 messages",
+        "controls/newsgroups_lora_5",
+        "newsgroups_minilm_5_lora",
+        {"whole": "model_balancing"},
+    ),
+    Task(
         "SmolLM2, 10,240 tokens",
         "controls/smollm2",
         "smollm2_wikipedia_short",
