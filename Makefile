@@ -86,7 +86,7 @@ $(VENV)/.%: pyproject.toml
 	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	@echo "==> Installing farms_tb and what '$*' needs (PyTorch is large: minutes on a first run)"
 	@$(RUN) -m pip install --quiet --upgrade pip
-	$(RUN) -m pip install --quiet --no-compile --editable '.[$*]'
+	$(RUN) -m pip install --quiet --editable '.[$*]'
 	@touch $@
 
 $(OLDEST)/.test: pyproject.toml tests/oldest.txt
