@@ -36,10 +36,10 @@ NO_DIFFERENCE: Row = {"difference_norm": None, "difference_rank": None, "differe
 
 @dataclass
 class Differences(Reading):
-    """What was found of the differences; it grows while they are measured.
+    """The differences of the weights that were measured so far.
 
     Attributes:
-        by_layer: for each layer, by the name of its pair, what `NO_DIFFERENCE` names.
+        by_layer: the metrics that `NO_DIFFERENCE` explains, for each layer by the name of its pair.
     """
 
     by_layer: dict[str, Row] = field(default_factory=dict)

@@ -95,7 +95,7 @@ class Reading:
 
 @dataclass
 class Measured(Reading):
-    """What was found; it grows while layers are measured.
+    """The records of the layers that were measured so far.
 
     Attributes:
         records: record of each layer by name.
@@ -244,20 +244,28 @@ def _measure_layer(found: Measured, name: str, weight: MatrixStack | LayerRecord
     if isinstance(weight, LayerRecord):
         found.records[name] = weight
         return
-    record = _attempt(weight, request)
+    try:
+        stack = replace(weight, matrices=weight.matrices.to(request.device))
+    except FAILURES as error:
+        found.records[name] = _failed(weight, error)
+        return
+    record = _attempt(stack, request.options, request.null)
     if request.full and record.status == OK:
-        whole = replace(request, options=replace(request.options, esd="full"), null=False)
-        found.full[name] = _attempt(weight, whole)
+        found.full[name] = _attempt(stack, replace(request.options, esd="full"))
     found.records[name] = record
 
 
-def _attempt(stack: MatrixStack, request: MeasureRequest) -> LayerRecord:
+def _attempt(stack: MatrixStack, options: SpectrumOptions, null: bool = False) -> LayerRecord:
     """Measure one layer; where that fails, return a record that says why."""
     try:
-        on_device = replace(stack, matrices=stack.matrices.to(request.device))
-        return weight_record(on_device, request.options, null=request.null)
+        return weight_record(stack, options, null=null)
     except FAILURES as error:
-        return LayerRecord(status=failure(error), kind=stack.kind, shape=tuple(stack.matrices.shape))
+        return _failed(stack, error)
+
+
+def _failed(stack: MatrixStack, error: BaseException) -> LayerRecord:
+    """Return the record of a layer whose measurement has raised an error."""
+    return LayerRecord(status=failure(error), kind=stack.kind, shape=tuple(stack.matrices.shape))
 
 
 FAILURES = (RuntimeError, MemoryError)

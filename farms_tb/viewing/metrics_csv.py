@@ -67,7 +67,8 @@ class MetricsFile:
         history: the layers' curves.
         problems: a sentence for each kind of thing that was left out; empty for a file that is whole.
         logged: what else was logged, losses, scores, whatever is no measurement of a layer: curves by the names of
-            their columns, in the order in which they begin. What is no finite number is left out, and not named.
+            their columns, in the order in which they begin. NaN and infinite values are left out, and `problems`
+            does not list them.
     """
 
     history: History
