@@ -13,13 +13,14 @@ import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from benchmarks.published import BASELINE, RESULTS, published_runs
 from benchmarks.results import GREEN, ORANGE, Value, markdown_table, publish, write_csv
 from farms_tb.viewing.plots.style import new_figure
 from recipes.study.figure_style import plain_axes, save
-from recipes.study.pairs import final_ratios, final_runs
+from recipes.study.pairs import FinalRuns, final_ratios, final_runs
 from recipes.study.records import Job, Record
 from recipes.study.report import POOLED, Row, summarise
 from recipes.study.statistics import TaskEffect, effect_over_tasks
@@ -47,6 +48,7 @@ class Task:
         cell: its name there.
         arms: the arm that stands for each method.
         shuffles: the method whose ratios are dealt to the wrong layers in "shuffled".
+        searched: folder of the same arms at the rates of their own searches, where all have one rate in `folder`.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Task:
     cell: str
     arms: Mapping[str, str]
     shuffles: str = "whole"
+    searched: str = ""
 
 
 _WHOLE = {"whole": "full", "reversed": "full_reversed", "shuffled": "full_permuted"}
@@ -66,8 +69,10 @@ _LANGUAGE["shuffled"] = "small_alpha_permuted"
 TASKS = (
     Task("VGG-16, 50 digits", "study", "digits_vgg16_50", _SMALL, "farms"),
     Task("VGG-16, 100 digits", "study", "digits_vgg16_100", _SMALL, "farms"),
-    Task("VGG-16, 300 digits", "study/digits_vgg16_300_one_rate", "digits_vgg16_300", _SMALL, "farms"),
-    Task("ResNet-18, 50 digits", "study/digits_resnet18_50_one_rate", "digits_resnet18_50", _SMALL, "farms"),
+    Task("VGG-16, 300 digits", "study/digits_vgg16_300_one_rate", "digits_vgg16_300", _SMALL, "farms", "study"),
+    Task(
+        "ResNet-18, 50 digits", "study/digits_resnet18_50_one_rate", "digits_resnet18_50", _SMALL, "farms", "study"
+    ),
     Task("ResNet-18, 100 digits", "direction/images_and_fields", "digits_resnet18_100", {**_WHOLE, **_SHRUNK}),
     Task("ResNet-18, 300 digits", "study", "digits_resnet18_300", _SMALL, "farms"),
     Task(
@@ -81,6 +86,7 @@ TASKS = (
         "controls/digits_vit_one_rate",
         "digits_vit_300",
         {"whole": "full", "shuffled": "full_permuted", **_SHRUNK, "ends": "embedding_head_faster"},
+        searched="controls/digits_vit",
     ),
     Task(
         "transformer, 1,000 FashionMNIST",
@@ -113,6 +119,7 @@ TASKS = (
         "controls/newsgroups_5_one_rate",
         "newsgroups_minilm_5",
         {"whole": "model_balancing", "shrinkage": "shrinkage"},
+        searched="controls/newsgroups_5",
     ),
     Task(
         "MiniLM with LoRA, 113 messages",
@@ -143,6 +150,12 @@ TASKS = (
 )
 """Tasks that differ in network or data; those that differ in steps, decay and the like are left out."""
 
+SEARCHED = tuple(replace(task, folder=task.searched or task.folder) for task in TASKS)
+"""The same tasks, each arm at the rate of its own search."""
+
+_ACTS = 0.05
+"""Standard deviation of the ratios from which on a map is said to change the rates."""
+
 
 def runs_of(task: Task, results: Path = RESULTS) -> dict[Job, Record]:
     """Return the runs of a task that are compared, with methods in place of arms.
@@ -171,18 +184,44 @@ def compare(tasks: Sequence[Task], results: Path = RESULTS) -> list[Row]:
     return [row for row in summarise(cells, [BASELINE, *METHODS], BASELINE) if row.arm != BASELINE]
 
 
-def placement(tasks: Sequence[Task], results: Path = RESULTS) -> TaskEffect | None:
+def placement(tasks: Sequence[Task], results: Path = RESULTS, *, same_rate: bool = False) -> TaskEffect | None:
     """Return what it changes that ratios go to the layers that alpha says, and not to others.
 
     Args:
         tasks: the tasks; those without shuffled ratios are left out.
         results: folder of all results.
+        same_rate: leave out the tasks in which the two have base rates of their own, too.
 
     Returns:
         The log ratio of the errors, right layers against wrong ones, over the tasks; None with fewer than two.
     """
-    runs = [(task, final_runs(runs_of(task, results))) for task in tasks if "shuffled" in task.arms]
-    return effect_over_tasks([final_ratios(own, task.shuffles, "shuffled", "test") for task, own in runs])
+    cells = []
+    for task in tasks:
+        runs = final_runs(runs_of(task, results))
+        if "shuffled" in runs and not (same_rate and _rate(runs, task.shuffles) != _rate(runs, "shuffled")):
+            cells.append(final_ratios(runs, task.shuffles, "shuffled", "test"))
+    return effect_over_tasks(cells)
+
+
+def _rate(runs: FinalRuns, method: str) -> float:
+    """Return the base rate that the runs of a method have."""
+    return next(iter(runs[method].values())).lr
+
+
+def where_it_acts(method: str, tasks: Sequence[Task], results: Path = RESULTS) -> TaskEffect | None:
+    """Return what a map changes over those tasks in which it gives layers different rates.
+
+    Args:
+        method: the map.
+        tasks: the tasks.
+        results: folder of all results.
+    """
+    cells = []
+    for task in tasks:
+        runs = final_runs(runs_of(task, results))
+        if method in runs and fmean(run.ratio_sd for run in runs[method].values()) > _ACTS:
+            cells.append(final_ratios(runs, method, BASELINE, "test"))
+    return effect_over_tasks(cells)
 
 
 def flat(row: Row) -> dict[str, Value]:
@@ -200,18 +239,16 @@ def flat(row: Row) -> dict[str, Value]:
     }
 
 
-def summary(rows: Sequence[Row], placed: TaskEffect | None) -> str:
+def table(rows: Sequence[Row]) -> str:
     """Return what is known of each method: its mean over tasks, and how often it helps and does harm.
 
     Args:
         rows: as from `compare`.
-        placed: as from `placement`.
     """
     lines = []
     for method, title in METHODS.items():
-        own = [row for row in rows if row.arm == method]
-        pooled = next((row.over_tasks for row in own if row.over_tasks), None)
-        effects = [row.effect for row in own if row.cell != POOLED and row.effect]
+        pooled = _over_tasks(rows, method)
+        effects = [row.effect for row in rows if row.arm == method and row.cell != POOLED and row.effect]
         if pooled:
             lines.append(
                 {
@@ -223,11 +260,31 @@ def summary(rows: Sequence[Row], placed: TaskEffect | None) -> str:
                     "worse": str(sum(effect.low > 0 for effect in effects)),
                 }
             )
-    text = markdown_table(lines)
-    if placed:
-        text += "\n\nRatios on the layers that alpha says, against the same on the wrong layers: "
-        text += f"{in_words(placed)}, {placed.cells} tasks."
-    return text
+    return markdown_table(lines)
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """Return what the page says: all methods, some on a part of the tasks, and all at the rates of the searches.
+
+    Args:
+        rows: as from `compare` of `TASKS`.
+    """
+    others = compare([task for task in TASKS if not task.name.startswith("language model")])
+    parts = {
+        "Ratios on the layers that alpha says, against the same on the wrong layers": placement(TASKS),
+        "Of these, where the two have the same base rate": placement(TASKS, same_rate=True),
+        "Shrunk effects, where they change the rates at all": where_it_acts("shrinkage", TASKS),
+        "Papers' maps, FARMS, without the language models": _over_tasks(others, "farms"),
+    }
+    paragraphs = [table(rows)]
+    paragraphs += [f"{what}: {in_words(found)}, {found.cells} tasks." for what, found in parts.items() if found]
+    paragraphs += ["With the rates of the searches in all tasks:", table(compare(SEARCHED))]
+    return "\n\n".join(paragraphs)
+
+
+def _over_tasks(rows: Sequence[Row], method: str) -> TaskEffect | None:
+    """Return the mean of a method over tasks; None with fewer than two."""
+    return next((row.over_tasks for row in rows if row.arm == method and row.over_tasks), None)
 
 
 def in_words(found: TaskEffect) -> str:
@@ -287,7 +344,7 @@ def main() -> None:
     rows = compare(TASKS)
     write_csv(options.out / "tasks.csv", [flat(row) for row in rows if row.cell != POOLED])
     draw(rows, [task.name for task in TASKS], options.out / "tasks.png")
-    text = summary(rows, placement(TASKS))
+    text = summary(rows)
     publish(options.out, text)
     print(text)
 

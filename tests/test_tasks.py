@@ -11,18 +11,24 @@ from pathlib import Path
 import pytest
 
 from benchmarks import tasks
-from benchmarks.tasks import METHODS, TASKS, Task, compare, placement, runs_of, summary
+from benchmarks.tasks import METHODS, SEARCHED, TASKS, Task, compare, placement, runs_of, summary, where_it_acts
 from recipes.study.records import write_records
 from tests.recipes.study_records import final_run
 
 ROOT = Path(__file__).parents[1]
 
 
-def publish_runs(results: Path, folder: str, cell: str, errors: dict[str, list[float]]) -> None:
+def publish_runs(
+    results: Path,
+    folder: str,
+    cell: str,
+    errors: dict[str, list[float]],
+    facts: dict[str, dict[str, float]] | None = None,
+) -> None:
     """Write final runs of a cell, with errors by arm and seed, next to others that are not to count."""
     (results / folder).mkdir(parents=True, exist_ok=True)
     runs = [
-        final_run(arm, seed, error, experiment=cell)
+        final_run(arm, seed, error, experiment=cell, **(facts or {}).get(arm, {}))
         for arm, own in errors.items()
         for seed, error in enumerate(own)
     ]
@@ -71,6 +77,29 @@ class TestPlacement:
         publish_runs(tmp_path, "one", "cell", {"off": [0.5, 0.4], "full": [0.25, 0.3]})
         assert placement([Task("a task", "one", "cell", {"whole": "full"})], tmp_path) is None
 
+    def test_leaves_out_tasks_with_two_base_rates_on_request(self, tmp_path: Path) -> None:
+        errors = {"off": [0.9, 0.9], "farms": [0.2, 0.3], "placebo": [0.4, 0.4]}
+        for name in ("one", "two"):
+            publish_runs(tmp_path, name, "cell", errors)
+        publish_runs(tmp_path, "other rate", "cell", errors, {"placebo": {"lr": 0.2}})
+        arms = {"farms": "farms", "shuffled": "placebo"}
+        cells = [Task(name, name, "cell", arms, "farms") for name in ("one", "two", "other rate")]
+        counts = [placement(cells, tmp_path, same_rate=same_rate) for same_rate in (False, True)]
+        assert [found.cells for found in counts if found] == [3, 2]
+
+
+class TestWhereItActs:
+    def test_leaves_out_tasks_whose_ratios_stay_at_1(self, tmp_path: Path) -> None:
+        acts = {"shrinkage": {"ratio_sd": 0.1}}
+        errors = {"off": [0.5, 0.4], "shrinkage": [0.25, 0.3]}
+        for name, facts in (("one", acts), ("two", acts), ("idle", {})):
+            publish_runs(tmp_path, name, "cell", errors, facts)
+        cells = [Task(name, name, "cell", {"shrinkage": "shrinkage"}) for name in ("one", "two", "idle")]
+        found = where_it_acts("shrinkage", cells, tmp_path)
+        assert found is not None
+        assert found.cells == 2
+        assert found.mean == pytest.approx((math.log(0.5) + math.log(0.75)) / 2)
+
 
 class TestPublished:
     @pytest.fixture(autouse=True)
@@ -83,7 +112,12 @@ class TestPublished:
         assert len(set(cells)) == len({task.name for task in TASKS}) == len(TASKS)
 
     def test_at_least_ten_seeds_of_every_arm(self) -> None:
-        assert min(row.effect.pairs for row in compare(TASKS) if row.effect) >= 10
+        assert min(row.effect.pairs for row in (*compare(TASKS), *compare(SEARCHED)) if row.effect) >= 10
+
+    def test_one_rate_in_place_of_those_of_the_searches_is_one(self) -> None:
+        for task, searched in zip(TASKS, SEARCHED, strict=True):
+            rates = {run.lr for run in runs_of(task).values()}
+            assert searched.folder == task.folder or len(rates) == 1
 
     def test_shuffled_ratios_are_of_a_method_that_the_task_has(self) -> None:
         assert all(task.shuffles in task.arms for task in TASKS if "shuffled" in task.arms)
@@ -91,7 +125,7 @@ class TestPublished:
     def test_page_and_file_are_those_of_the_runs(self) -> None:
         rows = compare(TASKS)
         page = (ROOT / "docs/results/tasks/README.md").read_text(encoding="utf-8")
-        assert summary(rows, placement(TASKS)) in page
+        assert summary(rows) in page
         with (ROOT / "docs/results/tasks/tasks.csv").open(newline="") as file:
             published = {(row["method"], row["task"]): float(row["effect"]) for row in csv.DictReader(file)}
         found = {(row.arm, row.cell): row.effect.mean for row in rows if row.effect and row.over_tasks is None}
