@@ -14,7 +14,7 @@ from torch import nn
 from benchmarks.rows import Row, Rows
 from benchmarks.sparsity import __main__ as main
 from benchmarks.sparsity import report
-from benchmarks.sparsity.arms import ARMS, MEASUREMENTS, SEARCHES, SHUFFLES, UNEVEN, alpha_rows, plan_of
+from benchmarks.sparsity.arms import ARMS, MEASUREMENTS, SEARCHES, SHUFFLES, TUNED, UNEVEN, alpha_rows, plan_of
 from benchmarks.sparsity.reference import wanda
 from benchmarks.sparsity.speed import save_blocks, speed_table
 from benchmarks.sparsity.study import EPSILON_KEYS, EPSILONS, KEYS, Study, best_epsilon, runs
@@ -77,6 +77,27 @@ def test_a_model_is_dense_again_after_each_arm_and_no_run_is_repeated(tmp_path: 
     assert again.layers[0]["FARMS"] == pytest.approx(first.layers[0]["FARMS"], rel=1e-5)
     assert len(again.epsilons) == len(EPSILONS) * len(UNEVEN)
     assert again.runs[1]["epsilon"] == again.runs[2]["epsilon"] == best_epsilon(again.epsilons)
+
+
+def test_an_arm_may_have_the_epsilon_that_is_best_for_it_alone(tmp_path: Path) -> None:
+    rows: list[Row] = [
+        {
+            "target": 0.7,
+            "epsilon": epsilon,
+            "arm": arm,
+            "loss": 1.0 + abs(epsilon - (0.3 if arm == "line" else 0.1)),
+        }
+        for epsilon in EPSILONS
+        for arm in UNEVEN
+    ]
+    found = study(tmp_path)
+    found.measure_alphas()
+    found.epsilons.add(rows)
+    for arm in ("line", *TUNED):
+        found.measure({"method": "wanda", "target": 0.6, "arm": arm, "seed": 0})
+    assert [row["epsilon"] for row in found.runs] == [0.1, 0.3, 0.1]
+    common, own, _ = found.runs
+    assert own["from uniform"] == pytest.approx(3 * float(common["from uniform"]), rel=0.01)
 
 
 def test_a_search_is_a_run_like_others(tmp_path: Path) -> None:

@@ -74,7 +74,10 @@ def _page(part: str, out: Path) -> str:
             f"### {name}",
             f"The {score.name}, by target:\n\n{report.loss_table(rows, method, score)}",
             f"The {score.compared}, with 95 % intervals; bold where better than the reference:",
-            *(report.paired_table(rows, method, score, label) for label in ("uniform", "line in depth")),
+            *(
+                report.paired_table(rows, method, score, label)
+                for label in ("uniform", "line in depth", report.OWN_LINE)
+            ),
         ]
     last = {
         "Wanda, each calibration seed by itself": report.seed_table(rows, score),

@@ -15,6 +15,7 @@ __all__ = [
     "MEASUREMENTS",
     "SEARCHES",
     "SHUFFLES",
+    "TUNED",
     "UNEVEN",
     "alpha_rows",
     "plan_of",
@@ -23,7 +24,9 @@ __all__ = [
 SHUFFLES = ("shuffled 1", "shuffled 2", "shuffled 3")
 UNEVEN = ("line", "whole", "FARMS", "shrinkage")
 SEARCHES = ("search", "long search")
-ARMS = ("uniform", *UNEVEN, *SHUFFLES, *SEARCHES)
+TUNED: Mapping[str, str] = {f"{arm}, own epsilon": arm for arm in ("line", "shrinkage")}
+"""Arms with the epsilon that is best for them by themselves, in place of the one of all arms."""
+ARMS = ("uniform", *UNEVEN, *TUNED, *SHUFFLES, *SEARCHES)
 
 MEASUREMENTS: Mapping[str, Mapping[str, Any]] = {
     "whole": {"esd": "full", "fit": "xmin_peak"},
@@ -65,6 +68,7 @@ def plan_of(arm: str, layers: Sequence[Row], target: float, epsilon: float, **se
         search: for the arms `SEARCHES` alone, what candidates are tried on: the options `model`, `calibration` and
             `prune_method` of `allocate`.
     """
+    arm = TUNED.get(arm, arm)
     measurement = "whole" if arm == "whole" else "FARMS"
     names = [str(row["layer"]) for row in layers]
     alphas = {name: float(row[measurement]) for name, row in zip(names, layers, strict=True)}

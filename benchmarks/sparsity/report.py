@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "GROUPS",
+    "OWN_LINE",
     "SCORES",
     "Score",
     "draw",
@@ -33,12 +34,15 @@ __all__ = [
     "seed_table",
 ]
 
+OWN_LINE = "line in depth, its own epsilon"
 GROUPS: Mapping[str, tuple[str, ...]] = {
     "uniform": ("uniform",),
     "line in depth": ("line",),
+    OWN_LINE: ("line, own epsilon",),
     "whole-matrix alpha": ("whole",),
     "FARMS alpha": ("FARMS",),
     "FARMS alpha, shrunk": ("shrinkage",),
+    "FARMS alpha, shrunk, its own epsilon": ("shrinkage, own epsilon",),
     "FARMS alpha, shuffled": SHUFFLES,
     "search": ("search",),
     "search, three times the text": ("long search",),
@@ -122,10 +126,11 @@ def paired_table(rows: Sequence[Row], method: str, score: Score, reference: str)
         rows: of the runs.
         method: how the model was pruned.
         score: how losses are shown.
-        reference: a key of `GROUPS`.
+        reference: a key of `GROUPS`; the table is empty where it was not run.
     """
     lines = []
-    for label in _labels(rows, method):
+    labels = _labels(rows, method)
+    for label in labels if reference in labels else ():
         if label == reference:
             continue
         cells = {}

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 import torch
 
 from benchmarks.results import Value
 from benchmarks.rows import Row, Rows
-from benchmarks.sparsity.arms import ARMS, MEASUREMENTS, SEARCHES, SHUFFLES, UNEVEN, alpha_rows, plan_of
+from benchmarks.sparsity.arms import (
+    ARMS,
+    MEASUREMENTS,
+    SEARCHES,
+    SHUFFLES,
+    TUNED,
+    UNEVEN,
+    alpha_rows,
+    plan_of,
+)
 from benchmarks.sparsity.subjects import Calibration, Subject
 from farms_tb import analyze
 from farms_tb.sparsity import SparsityPlan, compare_with_depth, prune
@@ -29,7 +39,8 @@ EPSILON_TARGET = 0.7
 """Where epsilon is chosen, by Wanda; all targets and methods have the same."""
 
 _CALIBRATED = TARGETS[:3]
-_UNSEARCHED = tuple(arm for arm in ARMS if arm not in SEARCHES)
+_SEEDS = (0, 1)
+_UNSEARCHED = tuple(arm for arm in ARMS if arm not in (*SEARCHES, *TUNED))
 _PLAIN = tuple(arm for arm in _UNSEARCHED if arm not in SHUFFLES)
 _ONCE = (*_PLAIN, "search")
 
@@ -51,37 +62,43 @@ def _cells(name: str) -> Iterator[tuple[str, float, int, Sequence[str]]]:
     """Yield method, target, calibration seed and arms, in order.
 
     Magnitude needs no calibration data. SparseGPT is slow: it has no search, and is left out for the encoder.
-    Permutations are random enough with one calibration seed.
+    Permutations are random enough with one calibration seed, and have two where they differ most. The encoder's
+    line and shrunk effects are best at the epsilon of all arms.
     """
-    for target in _CALIBRATED:
-        yield "wanda", target, 0, _ONCE
-        yield "wanda", target, 1, _ONCE
+    for target, seed in product(_CALIBRATED, _SEEDS):
+        yield "wanda", target, seed, _ONCE
     for target in _CALIBRATED:
         yield "wanda", target, 0, SHUFFLES
+    yield "wanda", _CALIBRATED[0], 1, SHUFFLES
     yield "wanda", 0.5, 0, ("long search",)
-    for target in TARGETS:
-        yield "magnitude", target, 0, _UNSEARCHED
-    for target in TARGETS:
-        yield "magnitude", target, 0, ("search",)
+    for arms, target in product((_UNSEARCHED, ("search",)), TARGETS):
+        yield "magnitude", target, 0, arms
     if name == "language":
-        for target in _CALIBRATED:
-            yield "sparsegpt", target, 0, _UNSEARCHED
-        for target in _CALIBRATED:
-            yield "sparsegpt", target, 1, _PLAIN
-    for target in TARGETS[3:]:
-        for seed in (0, 1):
-            yield "wanda", target, seed, _PLAIN
+        yield from _more_of_the_language_model()
+    for target, seed in product(TARGETS[3:], _SEEDS):
+        yield "wanda", target, seed, _PLAIN
 
 
-def best_epsilon(rows: Sequence[Row]) -> float:
-    """Return the epsilon with the smallest loss on calibration text, the mean over the uneven arms.
+def _more_of_the_language_model() -> Iterator[tuple[str, float, int, Sequence[str]]]:
+    """Yield what the language model is pruned by, and the encoder is not."""
+    for target, seed in product(_CALIBRATED, _SEEDS):
+        yield "wanda", target, seed, tuple(TUNED)
+    for arms, seed in ((_UNSEARCHED, 0), (_PLAIN, 1)):
+        for target in _CALIBRATED:
+            yield "sparsegpt", target, seed, arms
+
+
+def best_epsilon(rows: Sequence[Row], arms: Collection[str] = UNEVEN) -> float:
+    """Return the epsilon with the smallest loss on calibration text, the mean over some of the uneven arms.
 
     Args:
         rows: of the file of epsilons.
+        arms: which; all by default.
     """
 
     def loss(epsilon: float) -> float:
-        return float(np.mean([float(row["loss"]) for row in rows if row["epsilon"] == epsilon]))
+        losses = [row["loss"] for row in rows if row["epsilon"] == epsilon and row["arm"] in arms]
+        return float(np.mean([float(loss) for loss in losses]))
 
     return min(EPSILONS, key=loss)
 
@@ -116,7 +133,7 @@ class Study:
     def measure(self, run: Mapping[str, Value]) -> None:
         """Prune by one arm and add the row of its losses."""
         method, target, seed = str(run["method"]), float(run["target"]), int(run["seed"])
-        epsilon = self._epsilon()
+        epsilon = self._epsilon(str(run["arm"]))
         calibration = self.subject.calibration(seed)
         sequences = LONG if run["arm"] == "long search" else 1
         batches = self.subject.calibration(seed, sequences).for_search
@@ -134,8 +151,8 @@ class Study:
         of_segments = {f"segment {place}": float(loss) for place, loss in enumerate(losses)}
         return {"loss": float(losses.mean()), **of_segments}
 
-    def _epsilon(self) -> float:
-        """Return the epsilon of all arms, chosen by Wanda and the first calibration seed."""
+    def _epsilon(self, arm: str) -> float:
+        """Return the epsilon of an arm: that of all arms, or its own; chosen by Wanda and the first seed."""
         calibration = self.subject.calibration(0)
         wanted = [{"epsilon": epsilon, "arm": arm} for epsilon in EPSILONS for arm in UNEVEN]
         for run in self.epsilons.missing(wanted):
@@ -144,7 +161,7 @@ class Study:
                 _pruned(self.subject, plan, "wanda", calibration)
                 loss = _mean_loss(self.subject, calibration)
             self.epsilons.add([{"target": EPSILON_TARGET, **run, "loss": loss}])
-        return best_epsilon(self.epsilons)
+        return best_epsilon(self.epsilons, [TUNED[arm]] if arm in TUNED else UNEVEN)
 
 
 def _pruned(subject: Subject, plan: SparsityPlan, method: str, calibration: Calibration) -> float:
