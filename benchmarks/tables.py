@@ -320,6 +320,11 @@ TABLES: Mapping[str, ArmTable | SettingTable | PairTable] = {
     "messages, 5 %, at one rate": ArmTable(
         "controls", Cell("controls/newsgroups_5_one_rate", "newsgroups_minilm_5"), _MESSAGES
     ),
+    "messages, 10 %": ArmTable(
+        "controls",
+        Cell("controls/newsgroups_10", "newsgroups_minilm_10"),
+        {"off": "plain AdamW", "model_balancing": "Model Balancing, one rate a block"},
+    ),
     "messages, LoRA": ArmTable(
         "controls",
         Cell("controls/newsgroups_lora", "newsgroups_minilm_1_lora"),

@@ -122,6 +122,12 @@ TASKS = (
         searched="controls/newsgroups_5",
     ),
     Task(
+        "MiniLM, 1,129 messages",
+        "controls/newsgroups_10",
+        "newsgroups_minilm_10",
+        {"whole": "model_balancing"},
+    ),
+    Task(
         "MiniLM with LoRA, 113 messages",
         "controls/newsgroups_lora",
         "newsgroups_minilm_1_lora",
