@@ -1,7 +1,8 @@
 """Who takes part in balancing, and which parameter takes which layer's learning-rate ratio.
 
 A layer (`farms_tb.weights.layers.Layer`) has matrices and so an alpha and a ratio. A parameter takes the ratio of
-the layer that it is part of: weight and bias alike. Norms may follow the layer that feeds them, or the block that
+the layer that it is part of: weight and bias alike. A matrix has one ratio, whatever layers share it: what leaves
+one of them out leaves out all. Norms may follow the layer that feeds them, or the block that
 they are in. All other parameters keep ratio 1.
 """
 
@@ -14,10 +15,18 @@ from statistics import fmean
 from torch import nn
 
 from farms_tb.balancing.norms import norm_feeders
-from farms_tb.balancing.selection import blocks_of_layers, check_patterns, fixed_ratios, heads, layers_matching
+from farms_tb.balancing.selection import (
+    blocks_of_layers,
+    check_packed,
+    check_patterns,
+    fixed_ratios,
+    heads,
+    layers_matching,
+    packed_layers,
+)
 from farms_tb.options import Adapters, Kind, RatioOptions
 from farms_tb.warnings import warn_once
-from farms_tb.weights.layers import Layer, checked_layers, has_adapters
+from farms_tb.weights.layers import Layer, checked_layers, has_adapters, own_matrices
 from farms_tb.weights.names import clean_name, named_parameters
 
 Owners = Mapping[str, tuple[str, ...]]
@@ -34,6 +43,9 @@ class Assignment:
         followed: the layers whose ratio each parameter takes: its owners, and for the parameters of a
             normalisation layer with `norms="follow"` the layer that feeds it. With `unit="block"` a parameter of
             no layer that is inside a block follows the block, by its path.
+        packed: the layers that each parameter with the matrices of several holds, as q, k and v of attention.
+        held_by: the layers that hold the matrix of each layer that has none of its own: the embedding for a tied
+            head, or the other way round.
         excluded: the layers that `exclude` and `exclude_heads` leave out.
         fixed_layers: the ratio of each layer that the option `fixed` names; these take no part in the map.
         fixed_parameters: the ratio of each parameter that `fixed` names, whatever layer it follows.
@@ -43,6 +55,8 @@ class Assignment:
     layers: Sequence[Layer]
     owners: Owners
     followed: Owners
+    packed: Owners = field(default_factory=dict)
+    held_by: Owners = field(default_factory=dict)
     excluded: frozenset[str] = frozenset()
     fixed_layers: Mapping[str, float] = field(default_factory=dict)
     fixed_parameters: Mapping[str, float] = field(default_factory=dict)
@@ -60,13 +74,15 @@ def assign(model: nn.Module, options: RatioOptions, *, embeddings: bool, adapter
 
     Raises:
         TypeError: not a module.
-        ValueError: no layer that can be analysed, a pattern of `exclude` or `fixed` that matches nothing, or
-            `exclude_heads` with a model that is none of transformers.
+        ValueError: no layer that can be analysed; a pattern of `exclude` or `fixed` that matches nothing; patterns
+            that name a part of the layers that are one parameter; or `exclude_heads` with a model that is none of
+            transformers.
     """
     layers = checked_layers(model, embeddings=embeddings, adapters=adapters)
     _warn_of_adapters(model, layers)
     check_patterns(layers, "exclude", options.exclude)
-    of_layers, of_parameters = fixed_ratios(model, layers, options.fixed_pairs)
+    packed, held_by = packed_layers(model, layers), _held_by(model, layers)
+    of_layers, of_parameters = fixed_ratios(model, layers, options.fixed_pairs, held_by)
     owners: dict[str, tuple[str, ...]] = {}
     for layer in layers:
         for parameter in layer.parameters:
@@ -76,13 +92,38 @@ def assign(model: nn.Module, options: RatioOptions, *, embeddings: bool, adapter
         # A parameter that is shared with a layer stays with it.
         followed = {**_norm_parameters(model, layers), **owners}
     excluded = {name for pattern in options.exclude for name in layers_matching(layers, pattern)}
+    check_packed(packed, "exclude", dict.fromkeys(excluded, 1.0))
+    check_packed(packed, "fixed", of_layers)
     if options.exclude_heads:
         excluded.update(heads(model, layers))
     blocks = None
     if options.unit == "block":
         blocks = blocks_of_layers(layers, options.blocks)
         followed = {**_parameters_inside(model, set(blocks.values())), **owners}
-    return Assignment(layers, owners, followed, frozenset(excluded), of_layers, of_parameters, blocks)
+    return Assignment(
+        layers, owners, followed, packed, held_by, frozenset(excluded), of_layers, of_parameters, blocks
+    )
+
+
+def _held_by(model: nn.Module, layers: Sequence[Layer]) -> dict[str, tuple[str, ...]]:
+    """Return which layers hold the matrices of each layer that holds none itself, as of a tied head.
+
+    Args:
+        model: the model.
+        layers: its layers.
+    """
+    parameters = named_parameters(model)
+    holders: dict[int, list[str]] = {}
+    for layer in layers:
+        for name in layer.parameters:
+            holders.setdefault(id(parameters[name]), []).append(layer.name)
+    found = {}
+    for layer in layers:
+        of_matrices = [holders.get(id(matrix), []) for matrix in own_matrices(layer)]
+        names = dict.fromkeys(name for own in of_matrices for name in own)
+        if names and layer.name not in names:
+            found[layer.name] = tuple(names)
+    return found
 
 
 def _warn_of_adapters(model: nn.Module, layers: Sequence[Layer]) -> None:
@@ -128,6 +169,8 @@ def members(
         left_out |= _first_and_last(assignment.layers, options, trained)
     else:
         left_out |= {layer.name for layer in assignment.layers} - assignment.blocks.keys()
+    # A matrix that one of its layers keeps at the base rate is kept there.
+    left_out = left_out.union(*(assignment.held_by.get(name, ()) for name in left_out))
     taking_part: dict[Kind, list[str]] = {kind: [] for kind in options.balance}
     for layer in trained_layers(assignment.layers, trained):
         if layer.problem or layer.name in left_out:
@@ -165,6 +208,28 @@ def _parameters_inside(model: nn.Module, blocks: Collection[str]) -> dict[str, t
             if name.startswith(f"{block}."):
                 followed[name] = (block,)
     return followed
+
+
+def with_shared_ratios(
+    ratios: Mapping[str, float], assignment: Assignment, options: RatioOptions
+) -> dict[str, float]:
+    """Return ratios of layers as their matrices are stepped with: layers that share a matrix have one ratio.
+
+    Those whose matrices are one parameter, as q, k and v of attention can be, have the mean of their ratios, see
+    `ratio_of_parameter`; a layer that shares the matrix of another one has that one's.
+
+    Args:
+        ratios: ratio of each layer by name.
+        assignment: which layers share what.
+        options: `ratio_levels` is used.
+    """
+    shared = dict(ratios)
+    for names in assignment.packed.values():
+        shared.update(dict.fromkeys(names, ratio_of_parameter(names, ratios, options)))
+    for name, holders in assignment.held_by.items():
+        if name in shared:
+            shared[name] = ratio_of_parameter(holders, shared, options)
+    return shared
 
 
 def ratio_of_parameter(followed: Iterable[str], ratios: Mapping[str, float], options: RatioOptions) -> float:

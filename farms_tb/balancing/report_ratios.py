@@ -12,7 +12,7 @@ from statistics import fmean
 
 import torch
 
-from farms_tb.balancing.assignment import Assignment
+from farms_tb.balancing.assignment import Assignment, with_shared_ratios
 from farms_tb.balancing.ratio_maps import noise_lambda, ratios_from
 from farms_tb.options import MAPS, Kind, RatioOptions
 from farms_tb.report import LayerRecord, Report
@@ -125,6 +125,7 @@ def ratios_of_report(
     if options.normalize == "mean":
         mapped = _with_mean_one(report, mapped)
     ratios = {**dict.fromkeys(report.layers, 1.0), **mapped, **assignment.fixed_layers}
+    ratios = with_shared_ratios(ratios, assignment, options)
     return MappedRatios(ratios, missing, balanced, numbers, _summary(kinds, mapped, options))
 
 

@@ -68,8 +68,44 @@ def check_patterns(layers: Sequence[Layer], argument: str, patterns: Iterable[st
             raise ValueError(f"{argument}={pattern!r} matches no layer; the layers are {_listed(layers)}")
 
 
+def packed_layers(model: nn.Module, layers: Sequence[Layer]) -> dict[str, tuple[str, ...]]:
+    """Return the layers whose matrices are one parameter, as q, k and v of attention can be, by its name.
+
+    Args:
+        model: the model.
+        layers: its layers.
+    """
+    owners: dict[str, tuple[str, ...]] = {}
+    for layer, matrices in _matrices_of_layers(model, layers).items():
+        for matrix in sorted(matrices):
+            owners[matrix] = (*owners.get(matrix, ()), layer)
+    return {matrix: together for matrix, together in owners.items() if len(together) > 1}
+
+
+def check_packed(packed: Mapping[str, Sequence[str]], argument: str, named: Mapping[str, float]) -> None:
+    """Raise where some of the layers that are one parameter are named and others not, or with another ratio.
+
+    Args:
+        packed: the layers of each such parameter.
+        argument: name of the option, for the message.
+        named: the layers that the option names, with their ratio.
+
+    Raises:
+        ValueError: the message names the layers and the parameter.
+    """
+    for matrix, together in packed.items():
+        if len({named.get(layer) for layer in together}) > 1:
+            raise ValueError(
+                f"{argument} names a part of {', '.join(together)}, which are one parameter, {matrix}, and take "
+                "steps together: name all of them, or their module"
+            )
+
+
 def fixed_ratios(
-    model: nn.Module, layers: Sequence[Layer], fixed: Iterable[tuple[str, float]]
+    model: nn.Module,
+    layers: Sequence[Layer],
+    fixed: Iterable[tuple[str, float]],
+    held_by: Mapping[str, Sequence[str]],
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Return the ratios that the option `fixed` gives to layers and to parameters, by their names.
 
@@ -80,6 +116,7 @@ def fixed_ratios(
         model: the model.
         layers: its layers.
         fixed: patterns and their ratios.
+        held_by: for layers that share the matrix of others the names of these.
 
     Raises:
         ValueError: a pattern matches neither a layer nor a parameter.
@@ -89,6 +126,7 @@ def fixed_ratios(
     matrices = _matrices_of_layers(model, layers)
     for pattern, ratio in fixed:
         named = set(layers_matching(layers, pattern))
+        named = named.union(*(held_by.get(name, ()) for name in named))
         parameters = {*parameters_matching(model, pattern), *_held_by_these_alone(named, matrices)}
         matched = named | {layer for layer, own in matrices.items() if own and own <= parameters}
         if not matched and not parameters:

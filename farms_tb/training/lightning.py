@@ -226,9 +226,11 @@ class FARMSTempBalance(ShowsResults, Callback):
         """Offer the aggregates to callbacks that monitor a metric.
 
         Not by `pl_module.log`: what is logged that way at the start of an epoch is not available in the validation
-        of that epoch, where checkpoints and early stopping look.
+        of that epoch, where checkpoints and early stopping look. Where no layer has an alpha they get NaN, and not
+        what was measured before.
         """
-        for name, value in self._session.current.alpha_summary().items():
+        none = {"farms/alpha_mean": math.nan, "farms/alpha_std": math.nan}
+        for name, value in (self._session.current.alpha_summary() or none).items():
             trainer.callback_metrics[name] = torch.tensor(value, device=pl_module.device)
 
 

@@ -388,6 +388,20 @@ def _module_layers(
     return layers
 
 
+def own_matrices(layer: Layer) -> list[nn.Parameter]:
+    """Return the parameters with matrices that a layer computes with, those that other layers share included.
+
+    Args:
+        layer: one that `find_layers` returned.
+    """
+    if layer.has_rule:
+        own = list(_own_parameters(layer.module, layer.adapters).values())
+    else:
+        parameters = layer.module._parameters.items()
+        own = [p for name, p in parameters if p is not None and layer_name(layer.module_name, name) == layer.name]
+    return [parameter for parameter in own if _may_hold_matrices(parameter)]
+
+
 def _own_parameters(module: nn.Module, adapters: Adapters) -> dict[int, nn.Parameter]:
     """Return the parameters of a module, and of its descendants that are no layers, by their identity.
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from farms_tb import FARMSTempBalance, TempBalance
+from farms_tb import FARMSTempBalance, TempBalance, lr_ratios
 from tests.helpers import LIGHTNING_NOISE, Module, fit, make_net
 
 
@@ -34,6 +34,10 @@ def balance(model: nn.Module, **options: Any) -> TempBalance:
     return TempBalance(
         model, torch.optim.SGD(model.parameters(), lr=0.1), **{"assign_func": "tb_linear_map", **options}
     )
+
+
+def packed_attention() -> nn.Module:
+    return nn.Sequential(nn.MultiheadAttention(16, 2), nn.Linear(16, 16), nn.Linear(16, 24))
 
 
 class TestFixed:
@@ -80,12 +84,37 @@ class TestFixed:
         balancer = balance(LanguageModel(tied=True), fixed={names[0]: 3.0, names[1]: 5.0})
         assert balancer.ratios["lm_head"] == balancer.parameter_ratios()["model.embed_tokens.weight"] == 3
 
-    def test_a_part_of_a_shared_weight_leaves_the_mean(self) -> None:
-        """The packed q, k and v of attention are one parameter, which has one ratio."""
-        model = nn.Sequential(nn.MultiheadAttention(16, 2), nn.Linear(16, 16), nn.Linear(16, 24))
-        balancer = balance(model, fixed={"0.q": 4.0}, lr_min_ratio=1, lr_max_ratio=1)
-        assert balancer.ratios["0.q"] == 4
-        assert balancer.parameter_ratios()["0.in_proj_weight"] == 2
+    @pytest.mark.parametrize("named", [["0.q"], ["0.q", "0.v"]], ids=str)
+    def test_a_part_of_packed_attention_is_refused(self, named: list[str]) -> None:
+        """q, k and v are one parameter, which has one ratio."""
+        with pytest.raises(ValueError, match=r"fixed .*0\.q, 0\.k, 0\.v.* 0\.in_proj_weight.* name all"):
+            balance(packed_attention(), fixed=dict.fromkeys(named, 4.0))
+        with pytest.raises(ValueError, match=r"exclude .*0\.q, 0\.k, 0\.v.* 0\.in_proj_weight.* name all"):
+            balance(packed_attention(), exclude=named)
+
+    def test_packed_attention_with_two_ratios_is_refused(self) -> None:
+        with pytest.raises(ValueError, match=r"fixed .*one parameter"):
+            balance(packed_attention(), fixed={"0.q": 4.0, "0.[kv]": 2.0})
+
+    @pytest.mark.parametrize("named", ["0", "0.[qkv]", "0.in_proj_weight"])
+    def test_packed_attention_as_a_whole(self, named: str) -> None:
+        balancer = balance(packed_attention(), fixed={named: 4.0})
+        assert [balancer.ratios[f"0.{part}"] for part in "qkv"] == [4, 4, 4]
+        assert balancer.parameter_ratios()["0.in_proj_weight"] == 4
+
+    def test_attention_with_weights_of_their_own_is_named_by_part(self) -> None:
+        """Keys of another width: q, k and v are parameters, and only their bias is one."""
+        model = nn.Sequential(nn.MultiheadAttention(16, 2, kdim=24, vdim=24), nn.Linear(16, 16), nn.Linear(16, 24))
+        balancer = balance(model, fixed={"0.q": 4.0})
+        assert balancer.ratios["0.q"] == balancer.parameter_ratios()["0.q_proj_weight"] == 4
+        assert balancer.ratios["0.k"] == balancer.parameter_ratios()["0.k_proj_weight"] < 2
+
+    @pytest.mark.parametrize("embeddings", [False, True])
+    @pytest.mark.parametrize("named", ["lm_head", "*embed*"])
+    def test_one_name_of_a_tied_weight_is_enough(self, named: str, embeddings: bool) -> None:
+        balancer = balance(LanguageModel(tied=True), fixed={named: 3.0}, embeddings=embeddings)
+        assert balancer.parameter_ratios()["model.embed_tokens.weight"] == 3
+        assert balancer.ratios["lm_head"] == balancer.ratios["model.embed_tokens"] == 3
 
     def test_alone_with_a_map_that_does_nothing(self) -> None:
         """The control: only the named layers step at another rate, by just that factor."""
@@ -105,6 +134,55 @@ class TestFixed:
     def test_a_pattern_that_matches_nothing(self) -> None:
         with pytest.raises(ValueError, match=r"fixed=.*'embedding': .* no layer and no parameter; .*lm_head"):
             balance(LanguageModel(), fixed={"embedding": 5.0})
+
+
+class TestTied:
+    """A matrix has one ratio, whatever layers share it: what leaves one of them out leaves out all."""
+
+    @pytest.mark.parametrize("embeddings", [False, True])
+    @pytest.mark.parametrize("options", [{"exclude": ["*embed*"]}, {"exclude": ["lm_head"]}], ids=str)
+    def test_one_excluded_name_keeps_the_base_rate(self, options: dict[str, Any], embeddings: bool) -> None:
+        balancer = balance(LanguageModel(tied=True), embeddings=embeddings, **options)
+        assert balancer.parameter_ratios()["model.embed_tokens.weight"] == 1
+        assert balancer.ratios["lm_head"] == balancer.ratios["model.embed_tokens"] == 1
+
+    def test_the_last_layer_that_is_tied_keeps_the_base_rate(self) -> None:
+        model = LanguageModel(tied=True)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        balancer = TempBalance(
+            model, optimizer, assign_func="tb_linear_map", embeddings=True, exclude_first=False, min_eigenvalues=4
+        )
+        assert balancer.parameter_ratios()["model.embed_tokens.weight"] == 1
+
+    @pytest.mark.parametrize("embeddings", [False, True])
+    def test_both_names_have_the_ratio_that_the_weight_steps_with(self, embeddings: bool) -> None:
+        balancer = balance(LanguageModel(tied=True), embeddings=embeddings)
+        ratio = balancer.parameter_ratios()["model.embed_tokens.weight"]
+        assert balancer.ratios["lm_head"] == balancer.ratios["model.embed_tokens"] == ratio != 1
+
+    def test_the_bias_of_a_layer_steps_as_the_weight_that_it_shares(self) -> None:
+        torch.manual_seed(0)
+        model = nn.Sequential(*[nn.Linear(16, 16) for _ in range(4)])
+        model[3].weight = model[1].weight
+        balancer = balance(model)
+        of_parameters = balancer.parameter_ratios()
+        assert (
+            of_parameters["1.weight"]
+            == of_parameters["3.bias"]
+            == balancer.ratios["3"]
+            == balancer.ratios["1"]
+            != 1
+        )
+
+    def test_packed_attention_has_the_mean_of_its_parts(self) -> None:
+        balancer = balance(packed_attention())
+        assert balancer.report is not None
+        alone = lr_ratios(balancer.report.alphas, assign_func="tb_linear_map")
+        mean = sum(alone[f"0.{part}"] for part in "qkv") / 3
+        ratios = balancer.ratios
+        assert ratios["0.q"] == ratios["0.k"] == ratios["0.v"] == balancer.parameter_ratios()["0.in_proj_weight"]
+        assert ratios["0.q"] == pytest.approx(mean)
+        assert len({alone[f"0.{part}"] for part in "qkv"}) == 3
 
 
 class TestHeads:

@@ -904,6 +904,18 @@ def test_monitored_mean_is_of_this_epoch() -> None:
     assert all(logged == pytest.approx(measured, rel=1e-6) for logged, measured in pairs)
 
 
+def test_monitored_mean_of_broken_weights_is_not_that_of_before() -> None:
+    def break_weights(trainer: Any, pl_module: Any) -> None:
+        for parameter in pl_module.parameters():
+            parameter.data.fill_(math.nan)
+
+    stop = EarlyStopping("farms/alpha_mean", mode="max", patience=100, check_on_train_epoch_end=True)
+    balance = FARMSTempBalance(assign_func="tb_linear_map")
+    with pytest.warns(UserWarning, match="no alpha"):
+        fit(Module(), [balance, LambdaCallback(on_train_epoch_end=break_weights), stop])
+    assert stop.stopped_epoch == 1
+
+
 def test_learning_rate_monitor_sees_the_schedulers_lr() -> None:
     rows = []
     for callbacks in ([], [FARMSTempBalance(log=False, assign_func="tb_linear_map")]):
