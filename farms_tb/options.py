@@ -405,7 +405,7 @@ class RatioOptions:
         sigmoid_min: strength of the sigmoid map at or below the mean alpha.
         sigmoid_max: strength of the sigmoid map above it.
         sigmoid_tau: steepness of the sigmoid map.
-        ratio_levels: round the ratios to this many values, so that a step has few different learning rates.
+        ratio_levels: round the mapped ratios to this many values, so that a step has few different learning rates.
         metric: the metric of a layer that is mapped; `"alpha"` in the papers. `"stable_rank"` is an older name of
             `"pooled_stable_rank"`, the papers' metric, and not the stable rank of the matrix.
         exclude_first: leave the first matrix layer, in order of registration, at ratio 1.
@@ -415,11 +415,13 @@ class RatioOptions:
             `"spectral"` ones, or both. The others are measured and keep ratio 1.
         collapsed: `"leave_out"` keeps layers whose spectrum has collapsed out of the map, at ratio 1: their alpha
             is small, but not because they are well trained. `"keep"` maps them like any other, as in the papers.
-        norms: `"follow"` gives a normalisation layer the ratio of the layer that feeds it, `"base"` ratio 1.
+        norms: `"follow"` gives a normalisation layer the ratio of the layer that feeds it, `"base"` ratio 1, which
+            `unit="block"` refuses.
         favor: which layers get the larger ratios: `"large_alpha"`, as in the papers, those that have learnt less;
             `"small_alpha"` those that have learnt more. `"depth"` and `"constant"` look at neither.
         normalize: `"mean"` divides the mapped ratios by their mean, in which a layer weighs as much as it has
-            entries, so that balancing does not change the overall learning rate. None leaves them as mapped.
+            entries, so that balancing does not change the overall learning rate. Ratios may lie outside the bounds
+            then. None leaves them as mapped.
         exclude_heads: leave the layers of a transformers model that are not in its base model at ratio 1.
         fixed: ratios that are set instead of mapped, by shell-style patterns of layers or parameters, matched as
             in `exclude`: `{"embed*": 5.0, "lm_head": 5.0}`. Where several match, the first one counts. A layer
@@ -542,6 +544,11 @@ class RatioOptions:
             raise ValueError("blocks and block_mean are for unit='block', got unit='layer'")
         if self.unit == "block" and MAPS[self.assign_func].takes == "z-score":
             raise ValueError("unit='block' has no z-scores: use assign_func='shrinkage' in place of 'noise_aware'")
+        if self.unit == "block" and self.norms == "base":
+            raise ValueError(
+                "norms='base' has no effect with unit='block', where norms have the ratio of their block: leave "
+                "it out, or fix the ratios of the norms by their names, as in fixed={'*norm*': 1.0}"
+            )
         if self.block_mean == "weighted" and self.metric != "alpha":
             raise ValueError(
                 f"block_mean='weighted' needs standard errors, which alpha alone has, got metric={self.metric!r}"
@@ -566,7 +573,8 @@ class ScheduleOptions:
             once.
         start: when ratios begin to apply: a fraction of the run from 0 to 1, `"2 epochs"` or `"500 steps"`. Before
             it layers are measured and logged, and every ratio is 1.
-        until: when measuring ends, likewise: from then on the last ratios stay. 1 is the end of the run.
+        until: when measuring ends, likewise: from then on the last ratios stay, and only the final weights are
+            measured, for report and loggers. 1 is the end of the run.
         ramp_steps: let the ratios grow from 1 to their values over this many optimizer steps after `start`.
     """
 
@@ -609,7 +617,7 @@ class ScheduleOptions:
         if self.every_n_steps is not None and self.measurements_per_epoch is not None:
             raise ValueError(
                 f"every_n_steps={self.every_n_steps} and measurements_per_epoch={self.measurements_per_epoch} "
-                "both say when to measure: leave one of the two out"
+                "both say when to measure: leave one of the two out, or set it to None"
             )
         chosen = "every_n_steps" if self.every_n_steps is not None else "measurements_per_epoch"
         number = getattr(self, chosen)

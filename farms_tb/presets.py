@@ -1,16 +1,17 @@
 """Published methods, each as the options that reproduce it: `FARMSTempBalance(preset="llr")`.
 
-A preset is a set of options. Those that a user gives by name override it, one by one. Where a preset differs from
-the code of its authors, the page "Presets" of the documentation says so.
+A preset is a set of options. Those that a user gives by name override it, one by one; of those that say when to
+measure, one replaces whatever the preset says of it. Where a preset differs from the code of its authors, the page
+"Presets" of the documentation says so.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from farms_tb.keywords import without_defaults
+from farms_tb.keywords import resolved, without_defaults
 from farms_tb.options import Options, RatioOptions, ScheduleOptions, SpectrumOptions, check_choice
 
 Preset = Literal["farms", "tempbalance", "model_balancing", "llr", "alphadecay", "shrinkage", "monitor"]
@@ -28,6 +29,9 @@ class Published:
     source: str
     options: Mapping[str, Any]
 
+
+_SPACING = ("every_n_epochs", "every_n_steps", "measurements_per_epoch")
+"""Options that say when to measure, each in place of the others."""
 
 _WHOLE_MATRICES = {"esd": "full", "fit": "median", "collapsed": "keep"}
 
@@ -104,8 +108,9 @@ def with_preset(
             pass them, those at their defaults do not override.
 
     Raises:
+        TypeError: a value of the wrong type.
         ValueError: an unknown preset, or one together with an object of options, of which nobody can tell which
-            fields were meant.
+            fields were meant; or an option that contradicts one of the preset, which the message names.
     """
     if preset is None:
         return dict(keywords)
@@ -116,7 +121,38 @@ def with_preset(
     own = dict(keywords)
     for cls in (SpectrumOptions, RatioOptions, ScheduleOptions):
         own = without_defaults(cls, own)
-    return {**PRESETS[preset].options, **own}
+    of_preset = dict(PRESETS[preset].options)
+    if any(own.get(name) is not None for name in _SPACING):
+        for name in _SPACING:
+            of_preset.pop(name, None)
+    chosen = {**of_preset, **own}
+    _check(preset, chosen, of_preset.keys() - own.keys())
+    return chosen
+
+
+def _check(preset: Preset, chosen: Mapping[str, Any], of_preset: Collection[str]) -> None:
+    """Check a preset's options together with the user's own.
+
+    Args:
+        preset: name of the preset.
+        chosen: the options by name.
+        of_preset: names of those that are the preset's.
+
+    Raises:
+        TypeError: a value of the wrong type.
+        ValueError: an option out of range, or two that contradict each other; the message says which of them the
+            user did not give.
+    """
+    try:
+        resolved(SpectrumOptions, None, chosen)
+        resolved(RatioOptions, None, chosen)
+        resolved(ScheduleOptions, None, chosen)
+    except ValueError as error:
+        named = [name for name in chosen if name in of_preset and f"{name}={chosen[name]!r}" in str(error)]
+        if not named:
+            raise
+        theirs = " and ".join(f"{name}={chosen[name]!r}" for name in named)
+        raise ValueError(f"{error}. preset={preset!r} sets {theirs}: give {' and '.join(named)}, too") from error
 
 
 def described(preset: Preset | None, *options: Options) -> str:

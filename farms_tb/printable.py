@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 
-def printable(text: str, keep: str = "") -> str:
+def printable(text: object, keep: str = "") -> str:
     r"""Return text with an escape in place of each character that `str.isprintable` refuses.
 
     Those are control characters, which begin a terminal's commands, marks that change the direction of writing,
     lone surrogates and unassigned characters.
 
     Args:
-        text: any text.
+        text: any text; of another object, such as a path, what `str` gives.
         keep: characters to leave as they are, say `"\n"` for text of several lines.
 
     Example:
         >>> printable("conv\x1b[2J")
         'conv\\x1b[2J'
     """
+    text = str(text)
     if text.isprintable():
         return text
     shown = []

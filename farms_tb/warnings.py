@@ -14,6 +14,8 @@ from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 
+from farms_tb.printable import printable
+
 # Packages that call farms_tb, or call the user's code that does: a line in them tells the user nothing.
 _LIBRARIES = {
     *("farms_tb", "torch", "lightning", "lightning_fabric", "pytorch_lightning", "transformers", "accelerate"),
@@ -24,13 +26,14 @@ _said: WeakKeyDictionary[object, set[str]] = WeakKeyDictionary()
 
 
 def warn_once(message: str, about: object) -> None:
-    """Warn on rank zero, unless the same message about the same object was given before.
+    r"""Warn on rank zero, unless the same message about the same object was given before.
 
     The warning points at the innermost line of the call stack that is outside farms_tb, torch and the trainers:
     the user's own line, `trainer.fit(...)` for example.
 
     Args:
-        message: the warning.
+        message: the warning. It may hold names that somebody else has made: characters that a terminal may take
+            for a command are escaped, all but `"\n"`.
         about: an object or a class that can be weakly referenced; the same message about another one is another
             warning.
     """
@@ -38,6 +41,7 @@ def warn_once(message: str, about: object) -> None:
     if message in messages:
         return
     messages.add(message)
+    message = printable(message, keep="\n")
     if _rank() > 0:
         return
     frame = _users_frame(sys._getframe(1))

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from farms_tb import FARMSTempBalance, TempBalance
+from farms_tb import FARMSTempBalance, TempBalance, analyze
 from tests.helpers import LIGHTNING_NOISE, Module, fit, make_net
 
 pytestmark = LIGHTNING_NOISE
@@ -88,7 +88,7 @@ def test_wrong_options_of_the_callback(options: Any, error: type[Exception], mes
     [
         (lambda net: None, None, TypeError, "expected a torch.nn.Module, got NoneType"),
         (lambda net: nn.ReLU(), None, ValueError, "ReLU has no layer that can be analysed"),
-        (lambda net: net, [], ValueError, "there is no optimizer to balance"),
+        (lambda net: net, [], ValueError, "there is no optimizer: .*analyze\\(model\\) measures without one"),
         (lambda net: net, 0.1, TypeError, "need a torch.optim.Optimizer, got float"),
         (lambda net: make_net(), None, ValueError, "none of the model's layers has a parameter in the optimizer"),
         (
@@ -104,6 +104,36 @@ def test_wrong_arguments(model: Any, optimizer: Any, error: type[Exception], mes
     given = torch.optim.SGD(net.parameters(), lr=0.1) if optimizer is None else optimizer
     with pytest.raises(error, match=message):
         TempBalance(model(net), given)
+
+
+EVIL = "b\x1b[31m"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"exclude": ["zzz"]}, "exclude='zzz' matches no layer"),
+        ({"fixed": {"zzz": 2.0}}, "matches no layer and no parameter"),
+        ({"unit": "block"}, "finds no repeated blocks"),
+        ({"unit": "block", "blocks": ["zzz"]}, "matches no block"),
+        ({"unit": "block", "blocks": ["b*", "b*.c"]}, "overlaps another pattern"),
+    ],
+)
+def test_errors_hold_no_control_character_of_a_name(options: dict[str, Any], message: str) -> None:
+    """A terminal would take it for a command."""
+    inner = nn.ModuleDict({"c": nn.ModuleDict({"d": nn.Linear(32, 32)})})
+    net = nn.ModuleDict({"a": nn.Linear(32, 32), EVIL: inner})
+    with pytest.raises(ValueError, match=message) as caught:
+        TempBalance(net, torch.optim.SGD(net.parameters(), lr=0.1), **options)
+    assert str(caught.value).isprintable()
+    assert r"b\x1b[31m" in str(caught.value)
+
+
+def test_the_list_of_reasons_holds_no_control_character_of_a_name() -> None:
+    with pytest.raises(ValueError, match="no layer that can be analysed") as caught:
+        analyze(nn.ModuleDict({EVIL: nn.Embedding(20, 20)}))
+    assert r"b\x1b[31m" in str(caught.value)
+    assert str(caught.value).replace("\n", "").isprintable()
 
 
 @pytest.mark.filterwarnings("ignore:no layer is left to balance")

@@ -11,6 +11,7 @@ from torch import nn
 
 from farms_tb import (
     FARMSTempBalance,
+    FARMSTrainerCallback,
     LoggingOptions,
     RatioOptions,
     ScheduleOptions,
@@ -99,6 +100,54 @@ def test_an_option_by_name_overrides() -> None:
     assert callback.options.spectrum.esd == "full"
 
 
+CALLBACKS = (FARMSTempBalance, FARMSTrainerCallback)
+
+
+@pytest.mark.parametrize("callback", CALLBACKS)
+@pytest.mark.parametrize(
+    ("preset", "given", "epochs", "steps", "per_epoch"),
+    [
+        ("model_balancing", {"every_n_steps": 100}, 1, 100, None),
+        ("model_balancing", {"every_n_epochs": 2}, 2, None, None),
+        ("llr", {"measurements_per_epoch": 5}, 1, None, 5),
+        ("alphadecay", {"measurements_per_epoch": 3}, 1, None, 3),
+        ("llr", {"every_n_epochs": 1}, 1, None, None),
+        ("llr", {"every_n_steps": None}, 1, None, None),
+        ("model_balancing", {"every_n_steps": None}, 1, None, 10),
+    ],
+)
+def test_when_to_measure_replaces_all_that_the_preset_says_of_it(
+    callback: Any, preset: Preset, given: dict[str, Any], epochs: int, steps: int | None, per_epoch: int | None
+) -> None:
+    schedule = callback(preset=preset, **given).options.schedule
+    assert schedule.every_n_epochs == epochs
+    assert schedule.every_n_steps == steps
+    assert schedule.measurements_per_epoch == per_epoch
+    assert schedule.until == callback(preset=preset).options.schedule.until
+
+
+@pytest.mark.parametrize(
+    ("preset", "given", "message"),
+    [
+        ("llr", {"lr_max_ratio": 0.9}, r"preset='llr' sets lr_min_ratio=1\.0: give lr_min_ratio, too"),
+        ("llr", {"start": 0.5}, r"preset='llr' sets until=0\.2: give until, too"),
+        ("llr", {"unit": "block"}, "preset='llr' sets norms='base': give norms, too"),
+        ("model_balancing", {"assign_func": "noise_aware"}, "sets unit='block': give unit, too"),
+    ],
+)
+def test_what_contradicts_the_preset_is_told_from_what_was_given(
+    preset: Preset, given: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        FARMSTempBalance(preset=preset, **given)
+
+
+def test_a_contradiction_of_the_users_own_is_not_the_presets() -> None:
+    with pytest.raises(ValueError, match="both say when to measure") as caught:
+        FARMSTempBalance(preset="llr", every_n_steps=2, measurements_per_epoch=2)
+    assert "preset" not in str(caught.value)
+
+
 def test_all_options_at_once_as_command_lines_pass_them() -> None:
     """LightningCLI and Hydra pass every option: those at their defaults leave the preset alone."""
     classes = SpectrumOptions, RatioOptions, ScheduleOptions, LoggingOptions
@@ -110,6 +159,9 @@ def test_all_options_at_once_as_command_lines_pass_them() -> None:
     callback = FARMSTempBalance(preset="alphadecay", **{**everything, "lr_max_ratio": 3.0})
     assert callback.options.ratios.lr_max_ratio == 3
     assert callback.options.ratios.target == "weight_decay"
+    assert callback.options.schedule.every_n_steps == 500
+    callback = FARMSTempBalance(preset="alphadecay", **{**everything, "measurements_per_epoch": 3})
+    assert callback.options.schedule.every_n_steps is None
 
 
 def test_mistakes() -> None:

@@ -64,6 +64,16 @@ def test_a_layer_without_alpha_warns_once_a_model() -> None:
     assert messages(lambda: balance(spoilt(), torch.optim.SGD)) == [said]
 
 
+def test_a_warning_holds_no_control_character_of_a_name() -> None:
+    """A terminal would take it for a command."""
+    torch.manual_seed(0)
+    net = nn.ModuleDict({name: nn.Linear(32, 32) for name in ("a", "b\x1b[31m", "c", "d")})
+    nn.init.zeros_(net["b\x1b[31m"].weight)
+    with pytest.warns(UserWarning, match=r"layers with no alpha .*: b\\x1b\[31m: ") as caught:
+        TempBalance(net, torch.optim.SGD(net.parameters(), lr=0.1))
+    assert all(str(warning.message).isprintable() for warning in caught)
+
+
 def test_changed_settings_warn_once() -> None:
     net = make_net()
     state = TempBalance(net, torch.optim.SGD(net.parameters(), lr=0.1), lr_max_ratio=2).state_dict()

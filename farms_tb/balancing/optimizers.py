@@ -20,6 +20,12 @@ from farms_tb.options import RatioOptions
 from farms_tb.warnings import warn_once
 from farms_tb.weights.layers import Layer
 
+_WAY_OUT = (
+    "give one that is built from the parameters of the same model (Lightning: return it from "
+    "configure_optimizers), which tells the layers that are trained, also where they are only measured; "
+    "farms_tb.analyze(model) measures without one"
+)
+
 
 class BalancedOptimizers:
     """Gives the parameters of several optimizers their learning-rate ratios.
@@ -37,7 +43,7 @@ class BalancedOptimizers:
 
     def __init__(self, optimizers: Sequence[Any], options: RatioOptions, renew: Callable[[], None]) -> None:
         if not optimizers:
-            raise ValueError("there is no optimizer to balance")
+            raise ValueError(f"there is no optimizer: {_WAY_OUT}")
         self._optimizers: list[Optimizer] = []
         for optimizer in map(unwrapped_optimizer, optimizers):
             if not isinstance(optimizer, Optimizer):
@@ -64,10 +70,7 @@ class BalancedOptimizers:
         for layer in layers:
             of_layers.update(map(id, layer.module.parameters()))
         if self._held().isdisjoint(of_layers):
-            raise ValueError(
-                "none of the model's layers has a parameter in the optimizer: build the optimizer from the "
-                "parameters of the same model"
-            )
+            raise ValueError(f"none of the model's layers has a parameter in the optimizer: {_WAY_OUT}")
         if self._options.only_measures:
             return
         check_decay(self._optimizers, self._options)

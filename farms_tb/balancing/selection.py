@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from farms_tb.printable import printable
 from farms_tb.weights.blocks import blocks_of
 from farms_tb.weights.layers import Layer
 from farms_tb.weights.names import clean_name, named_parameters
@@ -183,7 +184,8 @@ def blocks_of_layers(layers: Sequence[Layer], patterns: Sequence[str]) -> dict[s
             raise ValueError(f"blocks={pattern!r} matches no block of layers; the layers are {_listed(layers)}")
         inside = sorted(own - set(found.values()))
         if inside:
-            raise ValueError(f"blocks={pattern!r} overlaps another pattern: {inside[0]} is inside another block")
+            first = printable(inside[0])
+            raise ValueError(f"blocks={pattern!r} overlaps another pattern: {first} is inside another block")
     return found
 
 
@@ -228,4 +230,4 @@ def _is_head(name: str, wholes: Mapping[str, str]) -> bool:
 
 
 def _listed(layers: Sequence[Layer]) -> str:
-    return ", ".join(layer.name for layer in layers)
+    return ", ".join(printable(layer.name) for layer in layers)

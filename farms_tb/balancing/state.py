@@ -21,6 +21,7 @@ from numbers import Real
 from typing import Any, TypeGuard
 
 from farms_tb.options import MAPS, NUMERICS, RatioOptions, SpectrumOptions, as_plain
+from farms_tb.printable import printable
 from farms_tb.report import DRAWN, LayerRecord, Report
 
 STATE_VERSION = 2
@@ -180,7 +181,7 @@ def _read_record(plain: object, entry: str) -> LayerRecord:
     record = {name: value for name, value in _named(plain, entry).items() if name not in DRAWN}
     unknown = sorted(set(record) - {field.name for field in fields(LayerRecord)})
     if unknown:
-        listed = ", ".join(unknown)
+        listed = ", ".join(map(printable, unknown))
         raise damaged_state(f"{entry} has unknown fields {listed}, maybe of a newer farms_tb: upgrade it")
     for name in _RECORD_KEYS:
         if name not in record:

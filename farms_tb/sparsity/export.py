@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from farms_tb.printable import printable
 from farms_tb.sparsity.plan import SparsityPlan
 from farms_tb.sparsity.prunable import planned_weights
 
@@ -85,8 +86,9 @@ def _shares(plan: SparsityPlan, model: nn.Module) -> dict[str, float]:
     other = next((weight for weight in weights if not isinstance(weight.module, nn.Linear)), None)
     if other is not None:
         raise ValueError(
-            f"{other.name} is a weight of {type(other.module).__name__}, and only those of Linear modules can be "
-            "exported: prune this model by farms_tb.sparsity.prune, or leave the layer out of the plan"
+            f"{printable(other.name)} is a weight of {type(other.module).__name__}, and only those of Linear "
+            "modules can be exported: prune this model by farms_tb.sparsity.prune, or leave the layer out of the "
+            "plan"
         )
     # The names of a plan may have another prefix than the model's, but its order is kept.
     found = {

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from farms_tb.printable import printable
 from farms_tb.sparsity.masks import (
     magnitude_mask,
     mixed_counts,
@@ -180,7 +181,9 @@ def prune_weight(
     if not PRUNE_METHODS[method].needs_inputs or statistics is None or statistics.squared_norms is None:
         return Pruned(smallest_entries(weight.tensor, weight.layout, target))
     if not statistics.squared_norms.isfinite().all():
-        raise ValueError(f"the inputs of {weight.name} hold NaN or inf: check the calibration data and the dtype")
+        raise ValueError(
+            f"the inputs of {printable(weight.name)} hold NaN or inf: check the calibration data and the dtype"
+        )
     return _WITH_INPUTS[method](weight, target, statistics)
 
 

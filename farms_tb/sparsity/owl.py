@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from farms_tb.options import check_number
+from farms_tb.printable import printable
 from farms_tb.sparsity.calibration import Batch, checked_batches
 from farms_tb.sparsity.evaluating import evaluating
 from farms_tb.sparsity.masks import wanda_scores
@@ -66,8 +67,8 @@ def _scores(weight: PrunableWeight, statistics: InputStatistics) -> Tensor:
     """
     if statistics.squared_norms is None:
         raise ValueError(
-            f"the calibration data show no inputs of {weight.name}: leave it out of `blocks`, or pass data that "
-            "reach it"
+            f"the calibration data show no inputs of {printable(weight.name)}: leave it out of `blocks`, or pass "
+            "data that reach it"
         )
     norms = statistics.squared_norms / statistics.inputs
     return wanda_scores(to_matrix(weight.tensor, weight.layout), norms).flatten()

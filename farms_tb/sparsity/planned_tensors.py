@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from farms_tb.printable import printable
 from farms_tb.report import LayerRecord
 from farms_tb.sparsity.methods import PruneTarget, Structure, check_groups, prune_targets
 from farms_tb.sparsity.plan import SparsityPlan
@@ -116,11 +117,12 @@ def pruned_files(path: str | PathLike[str]) -> list[Path]:
     files = files_of_weights(path)
     for file in files:
         if is_gguf(file):
-            raise ValueError(f"{file} is GGUF, which holds quantised weights: {_NOT_QUANTISED}")
+            raise ValueError(f"{printable(file)} is GGUF, which holds quantised weights: {_NOT_QUANTISED}")
         if file.suffix != ".safetensors":
             raise ValueError(
-                f"{file} is no safetensors file, and only those are written: load the model in transformers and "
-                "save it by model.save_pretrained(folder), or a state dict by safetensors.torch.save_file"
+                f"{printable(file)} is no safetensors file, and only those are written: load the model in "
+                "transformers and save it by model.save_pretrained(folder), or a state dict by "
+                "safetensors.torch.save_file"
             )
     return files
 
@@ -142,8 +144,8 @@ def planned_tensors(path: Path, plan: SparsityPlan, structure: Structure) -> Sto
     adapter = files[0].parent / "adapter_config.json"
     if adapter.is_file():
         raise ValueError(
-            f"{adapter} belongs to an adapter, which transformers adds to the weights: load the model, call "
-            "merge_and_unload(), save it to a folder of its own and prune that"
+            f"{printable(adapter)} belongs to an adapter, which transformers adds to the weights: load the model, "
+            "call merge_and_unload(), save it to a folder of its own and prune that"
         )
     stored = stored_tensors(path)
     found = {layer.name: layer for tensor in stored for layer in _layers(tensor)}
@@ -177,8 +179,8 @@ def check_oriented(model: StoredModel) -> None:
             _is_transposed(layer.tensor) or (is_square and model.has_transposed)
         ):
             raise ValueError(
-                f"{layer.name} is stored as (in, out), as biases show: use --structure unstructured, or pass "
-                "--calibration, with which the model is loaded"
+                f"{printable(layer.name)} is stored as (in, out), as biases show: use --structure unstructured, "
+                "or pass --calibration, with which the model is loaded"
             )
 
 
@@ -202,7 +204,9 @@ def check_finite(model: StoredModel, progress: Callable[[int, int], None]) -> No
         whole = layers[0].tensor.read()
         for layer in layers:
             if not layer.view(whole).isfinite().all():
-                raise ValueError(f"{layer.name} holds NaN or inf and cannot be pruned: load intact weights")
+                raise ValueError(
+                    f"{printable(layer.name)} holds NaN or inf and cannot be pruned: load intact weights"
+                )
         number += len(layers)
         progress(number, len(model.layers))
 
@@ -241,12 +245,13 @@ def _check_prunable(layer: StoredLayer) -> None:
     """
     dtype = layer.tensor.dtype
     if not layer.tensor.problem and not dtype.is_complex and (dtype.itemsize == 1 or not dtype.is_floating_point):
-        raise ValueError(f"{layer.name} is quantised ({dtype}) and cannot be pruned: {_NOT_QUANTISED}")
+        raise ValueError(f"{printable(layer.name)} is quantised ({dtype}) and cannot be pruned: {_NOT_QUANTISED}")
     if layer.problem:
         raise ValueError(refusal(layer.name, layer.problem))
     if math.prod(layer.stack) != math.prod(layer.shape) or dtype.is_complex:
         raise ValueError(
-            f"{layer.name} cannot be pruned: its {dtype} entries are no matrix. Leave it out of the plan"
+            f"{printable(layer.name)} cannot be pruned: its {dtype} entries are no matrix. Leave it out of the "
+            "plan"
         )
 
 
@@ -262,5 +267,6 @@ def _check_untied(layer: StoredLayer, tensors: Sequence[StoredTensor]) -> None:
         others = ["the input embedding"]
     if others:
         raise ValueError(
-            f"{layer.name} is tied to {others[0]}: pruning one prunes the other. Leave it out of the plan"
+            f"{printable(layer.name)} is tied to {printable(others[0])}: pruning one prunes the other. Leave it "
+            "out of the plan"
         )

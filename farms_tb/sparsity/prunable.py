@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from farms_tb.printable import printable
 from farms_tb.sparsity.plan import SparsityPlan
 from farms_tb.weights.layers import Layer, find_layers, read_stacks, unwrap
 from farms_tb.weights.names import EMBEDDING, Renaming, clean_name, renaming
@@ -131,7 +132,9 @@ def planned_weights(model: nn.Module, plan: SparsityPlan) -> list[PrunableWeight
     plan.check_fits({name: layer.shape for name, layer in layers.items() if layer.shape})
     for weight in weights:
         if not weight.tensor.isfinite().all():
-            raise ValueError(f"{weight.name} holds NaN or inf and cannot be pruned: load intact weights")
+            raise ValueError(
+                f"{printable(weight.name)} holds NaN or inf and cannot be pruned: load intact weights"
+            )
     return weights
 
 
@@ -267,7 +270,7 @@ def refusal(name: str, problem: str) -> str:
     """
     # A plan of it comes from a measurement that had embeddings=True, which the problem asks for.
     reason = "embeddings are not pruned" if problem == EMBEDDING else problem
-    return f"{name} cannot be pruned: {reason}. Leave it out of the plan"
+    return f"{printable(name)} cannot be pruned: {reason}. Leave it out of the plan"
 
 
 def _check_plain(weight: PrunableWeight) -> None:
@@ -279,15 +282,15 @@ def _check_plain(weight: PrunableWeight) -> None:
     stored = weight.module._parameters.get(weight.parameter)
     if stored is None:
         raise ValueError(
-            f"{weight.name} cannot be pruned: its {weight.parameter} is computed from other tensors "
+            f"{printable(weight.name)} cannot be pruned: its {weight.parameter} is computed from other tensors "
             "(parametrized, or masked by torch.nn.utils.prune). Make it plain first: "
             "parametrize.remove_parametrizations(module, 'weight') or prune.remove(module, 'weight')"
         )
     if type(stored.data) is not Tensor or stored.element_size() == 1:
         kind = type(stored.data).__name__ if type(stored.data) is not Tensor else str(stored.dtype)
         raise ValueError(
-            f"{weight.name} is quantised ({kind}) and cannot be pruned: prune the model in 16 or 32 bits, then "
-            "quantise it"
+            f"{printable(weight.name)} is quantised ({kind}) and cannot be pruned: prune the model in 16 or 32 "
+            "bits, then quantise it"
         )
 
 
@@ -301,8 +304,9 @@ def _check_untied(weight: PrunableWeight, owners: Mapping[int, list[str]]) -> No
     if len(shared) > 1:
         others = ", ".join(name for name in shared if not name.startswith(f"{weight.name}."))
         raise ValueError(
-            f"{weight.name} is tied to {others}: pruning one prunes the other. Leave it out of the plan, or untie "
-            "it: give the module a copy, module.weight = nn.Parameter(module.weight.detach().clone())"
+            f"{printable(weight.name)} is tied to {printable(others)}: pruning one prunes the other. Leave it out "
+            "of the plan, or untie it: give the module a copy, module.weight = "
+            "nn.Parameter(module.weight.detach().clone())"
         )
 
 

@@ -50,9 +50,11 @@ def prune(
     """Make entries of a model's weights zero, as many of each layer as a plan says.
 
     Of each matrix exactly round(n * sparsity) of its n entries are pruned; those of equal score in the order of
-    their index. The blocks of the plan are pruned one after the other, each with statistics of the inputs that it
-    gets from the blocks before it, pruned already. Any architecture works: the arguments of the blocks are
-    captured from the model's own forward pass. Same model, plan and calibration data: same masks.
+    their index. Entries that were zero before and are not among these stay zero: a matrix that was sparser than
+    the plan has more zeros than planned. The blocks of the plan are pruned one after the other, each with
+    statistics of the inputs that it gets from the blocks before it, pruned already. Any architecture works: the
+    arguments of the blocks are captured from the model's own forward pass. Same model, plan and calibration
+    data: same masks.
 
     Args:
         model: any module, on any device. It runs in evaluation mode and without gradients; modes are put back.

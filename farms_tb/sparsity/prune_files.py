@@ -21,6 +21,7 @@ from torch import Tensor
 
 import farms_tb
 from farms_tb.options import check_choice, check_integer
+from farms_tb.printable import printable
 from farms_tb.sparsity.calibration import Batch, batch_bytes, check_vocabulary
 from farms_tb.sparsity.calibration_files import CalibrationFile, batches_of_file, check_length, holds_ids
 from farms_tb.sparsity.methods import Structure, smallest_entries
@@ -292,14 +293,15 @@ def _check_same_weights(folder: Path, stored: StoredModel, weights: Mapping[str,
             loaded = weights[layer.name].tensor
             if tuple(loaded.shape) != layer.shape:
                 raise ValueError(
-                    f"{layer.name} has shape {tuple(loaded.shape)} in the model and {layer.shape} in the file: "
-                    "load the model yourself and use farms_tb.sparsity.prune in Python"
+                    f"{printable(layer.name)} has shape {tuple(loaded.shape)} in the model and {layer.shape} in "
+                    "the file: load the model yourself and use farms_tb.sparsity.prune in Python"
                 )
             expected = layer.view(whole).to(loaded.dtype)
             if not torch.allclose(loaded.detach().cpu(), expected, rtol=0, atol=0, equal_nan=True):
                 raise ValueError(
-                    f"{layer.name} has other values in the model that transformers loads from {folder} than in "
-                    "the file that would be written: does the folder have two sets of weights, or an adapter?"
+                    f"{printable(layer.name)} has other values in the model that transformers loads from "
+                    f"{printable(folder)} than in the file that would be written: does the folder have two sets "
+                    "of weights, or an adapter?"
                 )
 
 

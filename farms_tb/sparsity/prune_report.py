@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from farms_tb.printable import printable
+
 __all__ = ["PruneReport", "PrunedLayer"]
 
 
@@ -67,9 +69,10 @@ class PruneReport:
         return [{"layer": name, **asdict(layer)} for name, layer in self.layers.items()]
 
     def __str__(self) -> str:
-        width = max(map(len, self.layers), default=5)
+        names = [printable(name) for name in self.layers]
+        width = max(map(len, names), default=5)
         lines = [f"{'layer':{width}}  sparsity  output error"]
-        for name, layer in self.layers.items():
+        for name, layer in zip(names, self.layers.values(), strict=True):
             error = "" if layer.output_error is None else f"{layer.output_error:12.4f}"
             lines.append(f"{name:{width}}  {layer.sparsity:8.4f}  {error}".rstrip())
         lines.append(f"{len(self.layers)} layers, {self.sparsity:.2%} zeros, {self.seconds:.1f} s")

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from farms_tb.printable import printable
 from farms_tb.sparsity.calibration import Batch, tensor_bytes, text_of_value
 from farms_tb.sparsity.prunable import PrunableWeight
 from farms_tb.sparsity.statistics import InputStatistics, observed
@@ -125,8 +126,8 @@ def planned_blocks(model: nn.Module, weights: Sequence[PrunableWeight]) -> list[
             raise ValueError(f"the plan names a block {weight.block!r}, which is no module of the model")
         if weight.module not in inside[weight.block]:
             raise ValueError(
-                f"the plan says that {weight.name} is in the block {weight.block!r}, which does not hold it: name "
-                "the block that the layer is in, whose inputs it gets, or none"
+                f"the plan says that {printable(weight.name)} is in the block {weight.block!r}, which does not "
+                "hold it: name the block that the layer is in, whose inputs it gets, or none"
             )
         found.setdefault(_outermost(weight.block, paths), []).append(weight)
     return [Block(path, modules[path], tuple(members)) for path, members in found.items()]

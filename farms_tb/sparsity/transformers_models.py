@@ -12,6 +12,8 @@ import torch
 from torch import nn
 
 from farms_tb.missing import cannot_import
+from farms_tb.printable import printable
+from farms_tb.weights.names import first_few
 
 __all__ = ["context_length", "load_config", "load_model", "load_tokenizer", "vocabulary_of"]
 
@@ -77,7 +79,7 @@ def _architecture(library: Any, config: Any, folder: Path) -> Any:
     found = getattr(library, names[0], None) if names[0] else None
     if found is None:
         raise ValueError(
-            f"{folder}/config.json names the architecture {names[0]}, which transformers {library.__version__} "
+            f"{folder}/config.json names the architecture {names[0]!r}, which transformers {library.__version__} "
             "does not have: load the model yourself and use farms_tb.sparsity.prune in Python"
         )
     return found
@@ -109,7 +111,7 @@ def load_model(folder: Path, config: Any, dtype: torch.dtype) -> nn.Module:
     missing = sorted(found["missing_keys"])
     if missing:
         raise ValueError(
-            f"{folder} lacks weights of {cls.__name__}: {', '.join(missing[:3])}. They would be random: is the "
+            f"{folder} lacks weights of {cls.__name__}: {first_few(missing, 3)}. They would be random: is the "
             "architecture in config.json the right one?"
         )
     loaded: nn.Module = model.eval()
@@ -154,4 +156,4 @@ def _text_value(config: Any, name: str) -> int | None:
 
 def _shortened(error: BaseException) -> str:
     """Return the beginning of what an error says, on one line."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    return printable(" ".join(str(error).split()))[:300] or type(error).__name__

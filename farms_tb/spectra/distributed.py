@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from farms_tb.printable import printable
 from farms_tb.weights.layers import Layer
 
 Result = TypeVar("Result")
@@ -88,7 +89,9 @@ def results_of_all(team: Team | None, work: Callable[[], dict[str, Result]]) -> 
     found = team.gather((own, error is not None))
     failures = sum(failed for _, failed in found)
     if failures:
-        where = f"on this rank {team.rank}: {error}" if error else "elsewhere: see the output of other ranks"
+        where = "elsewhere: see the output of other ranks"
+        if error:
+            where = f"on this rank {team.rank}: {printable(error, keep=chr(10))}"
         raise RuntimeError(
             f"measuring the layers failed on {failures} of {team.world_size} ranks, {where}"
         ) from error

@@ -168,7 +168,8 @@ class Schedule:
     def is_due(self, epoch: int, step: int) -> bool:
         """Return whether to measure now.
 
-        The first measurement is made in any case, and one when ratios begin to apply; none after `until`.
+        The first measurement is made in any case, and one when ratios begin to apply; none after `until`,
+        but for that of the final weights, which is not asked for here.
 
         By steps, a measurement is due once a point of the grid has been passed since the last one, even if nobody
         asked at the point itself: every `every_n_steps` steps, or `measurements_per_epoch` points an epoch.

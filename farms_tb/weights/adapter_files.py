@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from farms_tb.printable import printable
 from farms_tb.weights.config import json_object
 from farms_tb.weights.files import listed_tensors, stored_tensors, tensors_in
 from farms_tb.weights.low_rank import LowRankUpdate, merged
@@ -108,12 +109,14 @@ def tensors_with_adapter(
     """
     folder = adapter_folder(path)
     if folder is None:
-        raise ValueError(f"{path} is no folder of an adapter: base is for those, which hold an {CONFIG}")
+        raise ValueError(
+            f"{printable(path)} is no folder of an adapter: base is for those, which hold an {CONFIG}"
+        )
     found = {tensor.key: tensor for tensor in stored_tensors(base, damaged, key=key)}
     settings = _settings(folder / CONFIG)
     adapters, below, wholes = _sorted(tensors_in(_weights_of(folder)))
     if not adapters:
-        raise ValueError(f"{folder} holds no adapter: expected tensors called ...lora_A and ...lora_B")
+        raise ValueError(f"{printable(folder)} holds no adapter: expected tensors called ...lora_A and ...lora_B")
     of_base = {tensor.path: tensor for tensor in found.values() if tensor.name in _WEIGHTS}
     rename = renaming(adapters, of_base)
     if rename is None:
@@ -209,7 +212,7 @@ def _weights_of(folder: Path) -> Path:
     for name in ("adapter_model.safetensors", "adapter_model.bin"):
         if (folder / name).is_file():
             return folder / name
-    raise FileNotFoundError(f"{folder} has an {CONFIG} and no adapter_model.safetensors")
+    raise FileNotFoundError(f"{printable(folder)} has an {CONFIG} and no adapter_model.safetensors")
 
 
 def _settings(path: Path) -> _Settings:
@@ -220,24 +223,31 @@ def _settings(path: Path) -> _Settings:
     """
     config = json_object(path)
     if config is None:
-        raise ValueError(f"{path} is damaged: expected a JSON object")
+        raise ValueError(f"{printable(path)} is damaged: expected a JSON object")
     kind = config.get("peft_type")
     if kind != "LORA":
-        raise ValueError(f"{path}: an adapter of the kind {kind!r:.40}, expected 'LORA': merge it in PEFT first")
+        raise ValueError(
+            f"{printable(path)}: an adapter of the kind {kind!r:.40}, expected 'LORA': merge it in PEFT first"
+        )
     variants = [name for name in _VARIANTS if config.get(name)]
     if variants:
         raise ValueError(
-            f"{path}: a variant of LoRA ({variants[0]}) that is not known here: merge it in PEFT first"
+            f"{printable(path)}: a variant of LoRA ({printable(variants[0])}) that is not known here: merge it in "
+            "PEFT first"
         )
     _refuse_changed_base(path, config.get("init_lora_weights"))
     patterns = config.get("alpha_pattern") or {}
     alphas = [config.get("lora_alpha"), *(patterns.values() if isinstance(patterns, dict) else [None])]
     if not all(_is_number(alpha) for alpha in alphas):
-        raise ValueError(f"{path}: expected numbers as lora_alpha and in alpha_pattern, got {alphas!r:.60}")
+        raise ValueError(
+            f"{printable(path)}: expected numbers as lora_alpha and in alpha_pattern, got {alphas!r:.60}"
+        )
     for name in patterns:
         # A regular expression that somebody else wrote may take for ever.
         if not re.fullmatch(r"\^?[\w.\-]+", name):
-            raise ValueError(f"{path}: alpha_pattern has {name!r:.60}, expected a name: merge it in PEFT first")
+            raise ValueError(
+                f"{printable(path)}: alpha_pattern has {name!r:.60}, expected a name: merge it in PEFT first"
+            )
     return _Settings(
         alpha=config["lora_alpha"],
         alphas=patterns,
@@ -259,9 +269,10 @@ def _refuse_changed_base(path: Path, init: object) -> None:
     """
     if isinstance(init, str) and init.lower().startswith(_CHANGING_INITS):
         raise ValueError(
-            f"{path}: init_lora_weights={init!r:.40} changed the weights of the base, expected an adapter for the "
-            "base as it is: after training, call merge_and_unload() in PEFT and save the model; of PiSSA, OLoRA "
-            "and CorDA, save_pretrained(..., path_initial_model_for_weight_conversion=...) makes a LoRA"
+            f"{printable(path)}: init_lora_weights={init!r:.40} changed the weights of the base, expected an "
+            "adapter for the base as it is: after training, call merge_and_unload() in PEFT and save the model; "
+            "of PiSSA, OLoRA and CorDA, save_pretrained(..., path_initial_model_for_weight_conversion=...) makes "
+            "a LoRA"
         )
 
 

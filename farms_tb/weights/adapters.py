@@ -17,12 +17,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from farms_tb.options import Adapters
 from farms_tb.weights.low_rank import LowRankUpdate, change_of_merged, merged
 from farms_tb.weights.matrices import layer_matrices
 from farms_tb.weights.stacks import MatrixStack, NoSpectrumError
-from farms_tb.weights.values import dense, weight_of
+from farms_tb.weights.values import dense, reading, weight_of
 
 _KNOWN_VARIANTS = ("Dora", "MiCA")
 """How the names of PEFT's variants of LoRA begin whose weight `farms_tb.weights.low_rank` computes."""
@@ -54,7 +55,7 @@ def base_of(module: nn.Module) -> nn.Module:
 def adapter_problem(module: nn.Module, adapters: Adapters) -> str:
     """Say why a layer with adapters has no weight that could be measured; empty where it has one.
 
-    No values are read.
+    No values are read, but for a parametrized weight, which is computed to know its shape.
 
     Args:
         module: any layer, with adapters or without.
@@ -72,7 +73,8 @@ def adapter_problem(module: nn.Module, adapters: Adapters) -> str:
     if is_merged and getattr(module, "disable_adapters", False):
         return _DISABLED
     try:
-        _applied(module)
+        with reading(module):
+            _applied(module)
     except NoSpectrumError as error:
         return str(error)
     return ""
@@ -264,7 +266,13 @@ def _with_weight(base: nn.Module, name: str, weight: Tensor) -> nn.Module:
         name: name of its weight.
         weight: the other weight, of the same shape.
     """
-    copied = copy.copy(base)
+    if parametrize.is_parametrized(base):
+        # It refuses to be copied, and its class computes the weight anew: that of before has a plain one.
+        cls: Any = parametrize.type_before_parametrizations(base)
+        copied: nn.Module = cls.__new__(cls)
+        copied.__dict__.update(base.__dict__)
+    else:
+        copied = copy.copy(base)
     copied.__dict__.pop(name, None)
     copied.__dict__["_parameters"] = {**base._parameters, name: nn.Parameter(weight, requires_grad=False)}
     return copied

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from farms_tb.printable import printable
 from farms_tb.weights.config import facts_of, with_tied_head
 from farms_tb.weights.gguf_files import in_gguf, is_gguf
 from farms_tb.weights.names import first_few, natural_order
@@ -71,7 +72,7 @@ def stored_tensors(
             there is a key and no file by `torch.save`.
     """
     if "://" in str(path):
-        raise ValueError(f"{path} is a URL: download the file first, then pass its path")
+        raise ValueError(f"{printable(path)} is a URL: download the file first, then pass its path")
     path = _file_at(Path(path))
     return listed_tensors(tensors_in(path, damaged, key=key), facts_of(path.parent))
 
@@ -91,7 +92,7 @@ def tensors_in(path: Path, damaged: list[str] | None = None, *, key: str | None 
         FileNotFoundError, ValueError, ImportError: see `farms_tb.analyze_checkpoint`.
     """
     if key is not None and not takes_key(path):
-        raise ValueError(f"{path} takes no key: its tensors lie side by side, not in dicts by name")
+        raise ValueError(f"{printable(path)} takes no key: its tensors lie side by side, not in dicts by name")
     is_index = path.name.endswith(INDEX)
     found = _in_parts(path, damaged) if is_index else list(_in_file(path, key))
     if path.suffix in (".safetensors", ".json"):
@@ -176,7 +177,7 @@ def _file_at(path: Path) -> Path:
     """
     file = _weights_in(path) if path.is_dir() else path
     if not file.is_file():
-        raise FileNotFoundError(f"no such file: {file}")
+        raise FileNotFoundError(f"no such file: {printable(file)}")
     return file
 
 
@@ -192,7 +193,7 @@ def _weights_in(folder: Path) -> Path:
             return found[0]
         if found:
             names = first_few([file.name for file in found])
-            raise ValueError(f"{folder} has several files of weights, pass one of them: {names}")
+            raise ValueError(f"{printable(folder)} has several files of weights, pass one of them: {names}")
     raise ValueError(_without_weights(folder))
 
 
@@ -200,15 +201,15 @@ def _without_weights(folder: Path) -> str:
     """Return the message that refuses a folder in which no known file of weights lies."""
     if any(folder.glob("*.distcp")):
         return (
-            f"{folder} is a distributed checkpoint (.distcp): make one file of it first, python -m "
-            f"torch.distributed.checkpoint.format_utils dcp_to_torch {folder} weights.pt"
+            f"{printable(folder)} is a distributed checkpoint (.distcp): make one file of it first, python -m "
+            f"torch.distributed.checkpoint.format_utils dcp_to_torch {printable(folder)} weights.pt"
         )
     if (folder / "model_index.json").is_file():
-        parts = ", ".join(sorted({file.parent.name for file in folder.glob("*/*.safetensors")}))
-        return f"{folder} is a diffusers pipeline, pass the folder of one of its parts: {parts}"
+        parts = ", ".join(sorted({printable(file.parent.name) for file in folder.glob("*/*.safetensors")}))
+        return f"{printable(folder)} is a diffusers pipeline, pass the folder of one of its parts: {parts}"
     return (
-        f"{folder} is a directory without a .safetensors file or model.safetensors{INDEX}: pass the file of the "
-        "weights"
+        f"{printable(folder)} is a directory without a .safetensors file or model.safetensors{INDEX}: pass the "
+        "file of the weights"
     )
 
 
@@ -235,7 +236,7 @@ def _in_parts(index: Path, damaged: list[str] | None) -> list[StoredTensor]:
             parts = {key: part for key, part in parts.items() if part != name}
     absent = sorted(parts.keys() - {tensor.key for tensor in found})
     if absent:
-        raise ValueError(f"{index} names tensors that its files do not hold: {first_few(absent)}")
+        raise ValueError(f"{printable(index)} names tensors that its files do not hold: {first_few(absent)}")
     return found
 
 
@@ -253,11 +254,12 @@ def _parts(index: Path) -> dict[str, str]:
         valid = False
     if not valid:
         raise ValueError(
-            f"{index} is no index: expected JSON whose 'weight_map' names a file next to it for each tensor"
+            f"{printable(index)} is no index: expected JSON whose 'weight_map' names a file next to it for each "
+            "tensor"
         )
     missing = sorted({name for name in parts.values() if not (index.parent / name).is_file()})
     if missing:
-        raise FileNotFoundError(f"{index} names files that are not next to it: {first_few(missing)}")
+        raise FileNotFoundError(f"{printable(index)} names files that are not next to it: {first_few(missing)}")
     return dict(parts)
 
 
@@ -272,8 +274,8 @@ def _in_file(path: Path, key: str | None = None) -> Iterator[StoredTensor]:
     for magic, name in _OTHER_FORMATS.items():
         if start.startswith(magic):
             raise ValueError(
-                f"cannot read {path}: {name}, expected safetensors, GGUF or a file by torch.save. Load the model "
-                "in torch and call analyze(model)"
+                f"cannot read {printable(path)}: {name}, expected safetensors, GGUF or a file by torch.save. Load "
+                "the model in torch and call analyze(model)"
             )
     where = open_torch_file(path)
     return tensors_of(_state_dict(where.content, path, key), where)
@@ -294,17 +296,21 @@ def _state_dict(loaded: Any, path: Path, key: str | None) -> Mapping[str, Any]:
     candidates = dict(_candidates(loaded, set()))
     if key is not None:
         if key not in candidates:
-            raise ValueError(f"{path} holds no state dict under key={key!r}, but under: {_names(candidates)}")
+            raise ValueError(
+                f"{printable(path)} holds no state dict under key={key!r}, but under: {_names(candidates)}"
+            )
         return candidates[key]
     possible = _possible(candidates)
     if len(possible) == 1:
         return candidates[possible[0]]
     if possible:
         found = _names(possible)
-        raise ValueError(f"{path} holds several state dicts, choose one by --key, in Python by key=: {found}")
+        raise ValueError(
+            f"{printable(path)} holds several state dicts, choose one by --key, in Python by key=: {found}"
+        )
     raise ValueError(
-        f"{path} holds no state dict: expected tensors by name, alone or as {_STATE_DICT_KEYS[0]!r}, got "
-        f"{_held(loaded)}"
+        f"{printable(path)} holds no state dict: expected tensors by name, alone or as {_STATE_DICT_KEYS[0]!r}, "
+        f"got {_held(loaded)}"
     )
 
 

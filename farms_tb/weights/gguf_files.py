@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from farms_tb.missing import cannot_import
+from farms_tb.printable import printable
 from farms_tb.weights.stored import OpenedFile, StoredTensor
 
 _PLAIN = {"F32": "float32", "F16": "float16", "F64": "float64"}
@@ -38,16 +39,19 @@ def in_gguf(path: Path) -> Iterator[StoredTensor]:
         import gguf  # type: ignore[import-not-found,unused-ignore]
     except Exception as error:  # what a broken installation raises is anything
         remedy = 'pip install "farms-tb[gguf]"; or measure the model that it was converted from'
-        raise ImportError(cannot_import(f"{path} is a GGUF file, and reading it", error, remedy)) from error
+        raise ImportError(
+            cannot_import(f"{printable(path)} is a GGUF file, and reading it", error, remedy)
+        ) from error
     file = OpenedFile.at(path)
     try:
         entries = gguf.GGUFReader(path).tensors
     except Exception as error:
         raise ValueError(
-            f"cannot read {path}: no GGUF file, or one that is cut short or damaged ({error!s:.200})"
+            f"cannot read {printable(path)}: no GGUF file, or one that is cut short or damaged "
+            f"({printable(error):.200})"
         ) from error
     if not entries:
-        raise ValueError(f"{path} is a GGUF file that holds no tensors")
+        raise ValueError(f"{printable(path)} is a GGUF file that holds no tensors")
     found = [_tensor(file, entry) for entry in entries]
     del entries  # views of the mapped file
     yield from found

@@ -7,15 +7,14 @@ listed with the reason: one odd layer never costs the measurement of the others.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.nn.utils import parametrize
 
 from farms_tb.options import Adapters
+from farms_tb.printable import printable
 from farms_tb.weights.adapters import adapted_stacks, adapter_problem, base_of, is_adapted
 from farms_tb.weights.matrices import has_rule, layer_matrices
 from farms_tb.weights.names import (
@@ -32,7 +31,7 @@ from farms_tb.weights.names import (
     quantised,
 )
 from farms_tb.weights.stacks import MatrixStack, NoSpectrumError, Sampling, stack_problem
-from farms_tb.weights.values import NO_VALUES, matrix_dims, unreadable
+from farms_tb.weights.values import NO_VALUES, matrix_dims, reading, unreadable
 
 
 @dataclass(frozen=True)
@@ -136,8 +135,7 @@ def find_layers(model: nn.Module, *, embeddings: bool = False, adapters: Adapter
             layers.extend(_module_layers(path, module, adapters, problem, names, claimed))
         elif id(module) not in inside:
             layers.extend(_layers_without_rule(path, module))
-    _check_names(layers)
-    return layers
+    return _with_unique_names(layers)
 
 
 def checked_layers(
@@ -181,7 +179,7 @@ def _nothing_to_measure(model: nn.Module, layers: Sequence[Layer], is_planned: b
             f"{name} is on the meta device: its layers have no values to balance. Give it memory first, "
             "model.to_empty(device=...), and load or initialise its weights"
         )
-    reasons = "".join(f"\n  {layer.name}: {layer.problem}" for layer in layers[:10])
+    reasons = "".join(f"\n  {printable(layer.name)}: {printable(layer.problem)}" for layer in layers[:10])
     return ValueError(
         f"{name} has no layer that can be analysed; linear, convolution, attention and spectral-convolution "
         "layers can, others by farms_tb.layer_matrices.register" + reasons
@@ -197,20 +195,31 @@ def has_adapters(layer: Layer) -> bool:
     return layer.is_adapted or bool(adapter_problem(layer.module, layer.adapters))
 
 
-def _check_names(layers: list[Layer]) -> None:
-    """Refuse duplicate names: they would silently overwrite each other in a report.
+def _with_unique_names(layers: list[Layer]) -> list[Layer]:
+    """Return layers of which no two have one name: they would silently overwrite each other in a report.
+
+    A part of a module, the `q` of attention, may be called as a layer in it is. That layer goes by its weight's
+    name then, `attn.q.weight`, as in a file.
+
+    Args:
+        layers: the layers, each after those of the modules that it is in.
 
     Raises:
-        ValueError: two layers have one name.
+        ValueError: a registered rule gave two weights one name.
     """
-    seen: set[str] = set()
+    holders: dict[str, nn.Module] = {}
+    unique = []
     for layer in layers:
-        if layer.name in seen:
+        if holders.get(layer.name, layer.module) is not layer.module:
+            layer = replace(layer, name=f"{layer.name}.weight")
+        if layer.name in holders:
+            rule = type(holders[layer.name]).__name__
             raise ValueError(
-                f"two weights called {layer.name!r}: the rule registered for {type(layer.module).__name__} must "
-                "give each its own `part`"
+                f"two weights called {layer.name!r}: the rule registered for {rule} must give each its own `part`"
             )
-        seen.add(layer.name)
+        holders[layer.name] = layer.module
+        unique.append(layer)
+    return unique
 
 
 def read_stacks(module: nn.Module, adapters: Adapters = "separate") -> list[MatrixStack]:
@@ -227,7 +236,7 @@ def read_stacks(module: nn.Module, adapters: Adapters = "separate") -> list[Matr
     Raises:
         NoSpectrumError: the module holds no matrix; the message says why.
     """
-    with torch.no_grad(), _measuring(module):
+    with reading(module):
         stacks = adapted_stacks(module, adapters) if _is_whole(module, adapters) else layer_matrices(module)
     if not stacks:
         raise NoSpectrumError(f"{type(module).__name__} holds no matrix")
@@ -260,22 +269,6 @@ def read_layers(layers: Sequence[Layer]) -> Iterator[tuple[Layer, MatrixStack | 
             continue
         except Exception as caught:
             yield layer, caught
-
-
-@contextmanager
-def _measuring(module: nn.Module) -> Iterator[None]:
-    """Read weights without a change: spectral norm moves its power iteration at each reading in training mode."""
-    changed = []
-    if parametrize.is_parametrized(module):
-        parts = module.parametrizations.modules()  # type: ignore[operator,union-attr]
-        changed = [part for part in parts if part.training]
-    for part in changed:
-        part.training = False
-    try:
-        yield
-    finally:
-        for part in changed:
-            part.training = True
 
 
 def _is_wrapper(module: nn.Module) -> bool:

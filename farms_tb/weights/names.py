@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from farms_tb.printable import printable
+
 EMBEDDING = "embedding: not analysed without embeddings=True"
 """Problem of a lookup table."""
 
@@ -234,11 +236,11 @@ def renaming(names: Collection[str], known: Collection[str]) -> Renaming | None:
 
 
 def first_few(names: Sequence[str], most: int = 5) -> str:
-    """Return names in one line: the first few, and how many more there are.
+    """Return names in one line, as `printable` shows them: the first few, and how many more there are.
 
     Example:
         >>> first_few(["a", "b"]), first_few(["a", "b", "c", "d"], most=2)
         ('a, b', 'a, b and 2 more')
     """
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    return ", ".join(map(printable, names[:most])) + more

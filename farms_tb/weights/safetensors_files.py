@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from farms_tb.printable import printable
 from farms_tb.weights.stored import OpenedFile, StoredTensor, shape_problem
 
 MAX_HEADER = 100_000_000
@@ -76,7 +77,8 @@ def in_safetensors(path: Path) -> Iterator[StoredTensor]:
     except (KeyError, TypeError, AttributeError, RecursionError, ValueError) as error:
         reason = "the header is too deep" if isinstance(error, RecursionError) else error
         raise ValueError(
-            f"cannot read {path}: no safetensors file, or one that is cut short or damaged ({reason!s:.200})"
+            f"cannot read {printable(path)}: no safetensors file, or one that is cut short or damaged "
+            f"({printable(reason):.200})"
         ) from error
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from farms_tb.printable import printable
 from farms_tb.weights.names import clean_name
 from farms_tb.weights.stacks import NoSpectrumError
 from farms_tb.weights.values import is_plain, unreadable
@@ -137,14 +138,20 @@ class OpenedFile:
             FileNotFoundError: it was deleted meanwhile.
         """
         if start + size > self.size:
-            raise ValueError(f"cannot read {self.path}: cut short, it ends before a tensor that it names")
+            raise ValueError(
+                f"cannot read {printable(self.path)}: cut short, it ends before a tensor that it names"
+            )
         content = bytearray(size)
         with self.path.open("rb") as file:
             if OpenedFile.at(self.path).version != self.version:
-                raise ValueError(f"cannot read {self.path}: it changed while it was read, measure it again")
+                raise ValueError(
+                    f"cannot read {printable(self.path)}: it changed while it was read, measure it again"
+                )
             file.seek(start)
             if file.readinto(content) != size:
-                raise ValueError(f"cannot read {self.path}: cut short while it was read, measure it again")
+                raise ValueError(
+                    f"cannot read {printable(self.path)}: cut short while it was read, measure it again"
+                )
         return content
 
     def tensor(

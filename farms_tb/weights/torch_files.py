@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from farms_tb.printable import printable
 from farms_tb.weights.pickled_objects import Skipped, TorchTensor
 from farms_tb.weights.pickles import Interpreter, RefusedError
 from farms_tb.weights.stored import OpenedFile, StoredTensor, span
@@ -108,15 +109,16 @@ def open_torch_file(path: Path) -> TorchFile:
     except RefusedError as error:
         named = f" ({error})" if str(error) else ""
         raise ValueError(
-            f"{path} holds more than weights{named}, and loading that could run anything: save the state dict "
-            "instead, by torch.save(model.state_dict(), path) or as safetensors; or, if you trust the file, "
-            "load it yourself with torch.load(path, weights_only=False) and call analyze(model)"
+            f"{printable(path)} holds more than weights{printable(named)}, and loading that could run anything: "
+            "save the state dict instead, by torch.save(model.state_dict(), path) or as safetensors; or, if you "
+            "trust the file, load it yourself with torch.load(path, weights_only=False) and call analyze(model)"
         ) from error
     except Exception as error:
         if isinstance(error, OSError) and error.filename is not None:
             raise  # The file is gone, or may not be read. A damaged one leads to positions that it does not have.
         raise ValueError(
-            f"cannot read {path}: no checkpoint, or one that is empty, cut short or damaged ({_reason(error)})"
+            f"cannot read {printable(path)}: no checkpoint, or one that is empty, cut short or damaged "
+            f"({_reason(error)})"
         ) from error
 
 
@@ -124,7 +126,7 @@ def _reason(error: Exception) -> str:
     """Say in one line why a file cannot be read."""
     if isinstance(error, (pickle.UnpicklingError, EOFError)):
         return "no pickle, or half of one"
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]:.200}"
+    return f"{type(error).__name__}: {printable(str(error).partition(chr(10))[0]):.200}"
 
 
 def _open_zip(file: OpenedFile, opened: BinaryIO) -> TorchFile:

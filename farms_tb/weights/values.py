@@ -9,12 +9,14 @@ strided tensors alone.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
 
 from farms_tb.weights.names import quantised, scale_names
 from farms_tb.weights.stacks import NoSpectrumError
@@ -101,6 +103,34 @@ def dense(weight: Any) -> Tensor:
     if gather is not None:
         return gather().detach()
     return _dequantised(weight)
+
+
+@contextmanager
+def reading(module: nn.Module) -> Iterator[None]:
+    """Return a context in which weights are read without a change of the module, and without gradients.
+
+    Spectral norm, a parametrization, moves its power iteration at each reading in training mode. And inside of
+    `torch.nn.utils.parametrize.cached()` the parametrized weight that is read first is kept for the forward pass,
+    which would have one without a history of gradients.
+
+    Args:
+        module: a layer; the one inside of a layer with adapters may be parametrized as well.
+    """
+    parametrized = [part for part in module.modules() if parametrize.is_parametrized(part)]
+    changed = []
+    for owner in parametrized:
+        parts = owner.parametrizations.modules()  # type: ignore[operator,union-attr]
+        changed += [part for part in parts if part.training]
+    cached, parametrize._cache_enabled = parametrize._cache_enabled, 0
+    for part in changed:
+        part.training = False
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        parametrize._cache_enabled = cached
+        for part in changed:
+            part.training = True
 
 
 def weight_of(module: nn.Module, name: str = "weight") -> Tensor:

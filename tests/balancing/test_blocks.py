@@ -54,6 +54,15 @@ def test_every_parameter_of_a_block_has_its_ratio() -> None:
     assert set(balancer.ratios.values()) >= {0.5, 1.5}
 
 
+def test_norms_of_a_block_keep_no_ratio_of_their_own_but_a_fixed_one() -> None:
+    with pytest.raises(ValueError, match="norms='base' has no effect with unit='block'"):
+        balance(Encoder(), norms="base")
+    balancer = balance(Encoder(), fixed={"*norm*": 1.0})  # what the message says instead
+    ratios = balancer.parameter_ratios()
+    assert {ratios[f"layer.{index}.norm.weight"] for index in range(4)} == {1.0}
+    assert {ratios[f"layer.{index}.query.weight"] for index in range(4)} >= {0.5, 1.5}
+
+
 def test_the_sigmoid_of_block_means_by_hand() -> None:
     """Model Balancing: r = 10^(s (sigmoid(10 (alpha - mean)) - 1/2)), s below and above the mean of the blocks."""
     balancer = balance(Encoder(), assign_func="tb_sigmoid", sigmoid_min=2.0, sigmoid_max=1.0)

@@ -1064,7 +1064,8 @@ def test_lbfgs_is_refused() -> None:
     )
 
 
-def test_no_optimizer_is_refused() -> None:
+@pytest.mark.parametrize("preset", ["farms", "monitor"])
+def test_no_optimizer_is_refused(preset: Any) -> None:
     class Without(Module):
         def configure_optimizers(self) -> Any:
             return None
@@ -1072,9 +1073,9 @@ def test_no_optimizer_is_refused() -> None:
     with pytest.warns(UserWarning, match="with no optimizer"):
         refused(
             Without(),
-            [FARMSTempBalance(assign_func="tb_linear_map")],
+            [FARMSTempBalance(preset=preset)],
             ValueError,
-            "none of the model's layers has a parameter in",
+            r"none of the model's layers has a parameter in .*only measured; farms_tb.analyze\(model\)",
         )
 
 

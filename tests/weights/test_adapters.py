@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 from farms_tb import TempBalance, analyze, layer_matrices
 from farms_tb.report import Report
@@ -147,6 +148,25 @@ def test_several_adapters(use_dora: bool) -> None:
         off = analyze(model)
     assert_alphas(off, analyze(linear_net()).alphas)
     assert all(record.adapter_change is None for record in off.layers.values())
+
+
+@pytest.mark.parametrize("adapters", ["merged", "base", "separate"])
+def test_a_parametrized_base_is_measured_and_stays_as_it_is(adapters: Any) -> None:
+    """Spectral norm moves its power iteration at each reading in training mode."""
+    net = linear_net()
+    parametrizations.spectral_norm(net[2])
+    model = adapted(net, target_modules=["2"]).train()
+    before = copy.deepcopy(model.state_dict())
+    (name,) = (name for name in analyze(model, adapters=adapters).layers if name.endswith((".2", ".2.base_layer")))
+    found = analyze(model, adapters=adapters).alphas[name]
+    layer = model.base_model.model[2]
+    plain = nn.Linear(48, 64)
+    plain.weight.data = layer.base_layer.eval().weight.detach()
+    if adapters == "merged":
+        plain.weight.data += layer.get_delta_weight("default").detach()
+    assert found == pytest.approx(analyze(plain).alphas["weight"], rel=1e-6)
+    after = model.state_dict()
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
 
 
 def test_the_change_is_the_norm_of_the_product_against_that_of_the_weight() -> None:

@@ -76,6 +76,27 @@ def test_damaged_files(name: str, tmp_path: Path) -> None:
     assert seconds(read) < 1
 
 
+def test_errors_hold_no_control_character_of_a_file(tmp_path: Path) -> None:
+    """A terminal would take it for a command; files, tensors and keys that somebody else named are quoted."""
+    evil = "b\x1b[31m"
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {evil: f"{evil}.safetensors"}}))
+    odd = safetensors({evil: {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 4]}}, bytes(4))
+    messages = []
+    for make in (
+        lambda: None,
+        lambda: (tmp_path / f"{evil}.safetensors").write_bytes(b"cut"),
+        lambda: (tmp_path / f"{evil}.safetensors").write_bytes(odd),
+        lambda: save_file({"other": torch.ones(4, 4)}, tmp_path / f"{evil}.safetensors"),
+    ):
+        make()
+        with pytest.raises((ValueError, FileNotFoundError)) as caught:
+            analyze_checkpoint(index)
+        messages.append(str(caught.value))
+    assert all(message.isprintable() for message in messages)
+    assert all(r"b\x1b[31m" in message for message in messages)
+
+
 @pytest.mark.parametrize(
     ("shape", "offsets"), [([1] * 100_000 + [2, 2], [0, 16]), ([0, 2**62, 2**62], [0, 0])], ids=["many", "large"]
 )

@@ -1,14 +1,15 @@
 """Which layers a model has, what each one owns, and why some cannot be analysed."""
 
+import copy
 import re
 
 import pytest
 import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize
 
-from farms_tb import MatrixStack, NoSpectrumError, layer_matrices
+from farms_tb import MatrixStack, NoSpectrumError, TempBalance, analyze, layer_matrices
 from farms_tb.balancing.norms import norm_feeders
 from farms_tb.weights.layers import find_layers, read_stacks, unwrap
 
@@ -19,6 +20,10 @@ def problems(model):
 
 def owned(model):
     return {layer.name: layer.parameters for layer in find_layers(model)}
+
+
+def step_of_loop(model):
+    TempBalance(model, torch.optim.SGD(model.parameters(), lr=0.1)).step()
 
 
 class Table(nn.Module):
@@ -242,6 +247,24 @@ class TestProblems:
         found = problems(nn.Sequential(SpectralConv(4, 4, (4, 4), separable=True)))
         assert found == {"0": "separable spectral convolution: no in x out matrix"}
 
+    def test_a_layer_called_as_a_part_of_the_module_that_it_is_in(self):
+        """It goes by its weight, in a model as in a file, and costs the other layers nothing."""
+
+        class Attention(nn.MultiheadAttention):
+            def __init__(self):
+                super().__init__(32, 4)
+                self.q = nn.Linear(32, 32)
+                self.v = nn.Linear(32, 48)
+
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(32, 32), Attention())
+        report = analyze(model)
+        attention = ["1.q", "1.k", "1.v", "1.out_proj"]
+        assert list(report.layers) == ["0", *attention, "1.q.weight", "1.v.weight"]
+        assert report.layers == analyze(model.state_dict()).layers
+        assert report.alphas["1.q"] != report.alphas["1.q.weight"]
+        assert owned(model)["1.q.weight"] == ("1.q.weight", "1.q.bias")
+
     def test_vectors_are_not_listed(self):
         assert find_layers(nn.Sequential(nn.LayerNorm(4), nn.BatchNorm2d(4), nn.PReLU(4))) == []
 
@@ -285,6 +308,34 @@ class TestSideEffects:
         layer = parametrizations.spectral_norm(nn.Linear(8, 8), n_power_iterations=30)
         (stack,) = read_stacks(layer)
         assert torch.linalg.matrix_norm(stack.matrices, 2).item() == pytest.approx(1, rel=0.05)
+
+    @pytest.mark.parametrize("measure", [analyze, step_of_loop])
+    def test_a_forward_pass_in_cached_has_its_gradients(self, measure):
+        """What is measured inside of `parametrize.cached()` is not what the forward pass computes with."""
+        torch.manual_seed(0)
+        layers = [
+            norm(nn.Linear(32, 32)) for norm in (parametrizations.weight_norm, parametrizations.spectral_norm)
+        ]
+        model = nn.Sequential(nn.Linear(32, 32), *layers, nn.Linear(32, 32))
+        plain = copy.deepcopy(model)
+        for net in (model, plain):
+            with parametrize.cached():
+                if net is model:
+                    measure(net)
+                net(torch.ones(2, 32)).square().sum().backward()
+        assert_same_state(model, state(plain))
+        for name, parameter in model.named_parameters():
+            assert torch.equal(parameter.grad, plain.get_parameter(name).grad)
+
+    def test_a_weight_that_was_changed_in_cached_is_measured_as_it_is(self):
+        layer = parametrizations.weight_norm(nn.Linear(32, 32))
+        with parametrize.cached():
+            layer(torch.ones(2, 32))
+            with torch.no_grad():
+                layer.parametrizations.weight.original0.mul_(2)
+            (stack,) = read_stacks(layer)
+            assert torch.equal(stack.matrices[0], layer.parametrizations.weight())
+        assert torch.equal(stack.matrices[0], layer.weight)
 
     def test_training_mode_is_restored_after_an_error(self):
         class Failing(nn.Linear):

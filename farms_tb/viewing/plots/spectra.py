@@ -33,6 +33,7 @@ from farms_tb.viewing.plots.style import (
     spread,
     styled,
 )
+from farms_tb.weights.names import first_few
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -244,7 +245,7 @@ def with_histogram(report: Report, layers: Sequence[str]) -> list[str]:
         raise ValueError("the report holds no histogram: measure with analyze(..., histogram=True)")
     for name in layers:
         if name not in found:
-            raise ValueError(f"no layer {name!r} with a histogram; those with one are {', '.join(found)}")
+            raise ValueError(f"no layer {name!r} with a histogram; those with one are {first_few(found, 10)}")
     return list(layers) or found
 
 
