@@ -187,7 +187,7 @@ class LayerBalancer:
         Args:
             state: what `state_dict` returned.
             changed: how the warning begins where options or layers are others now.
-            others: what the warning says of changed settings that are not in the state, and need no new measurement.
+            others: what the warning says of changed settings outside of the state, which need no new measurement.
 
         Returns:
             Whether the state fits. False where the options, the layers or their shapes are others now, after a
