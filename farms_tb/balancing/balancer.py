@@ -177,27 +177,34 @@ class LayerBalancer:
         return write_state(BalancerState(self._plain_options(), self._mapped, self.report, begun, self._leaders))
 
     def load_state_dict(
-        self, state: dict[str, Any], changed: str = "the checkpoint was written with other settings"
+        self,
+        state: dict[str, Any],
+        changed: str = "the checkpoint was written with other settings",
+        others: Sequence[str] = (),
     ) -> bool:
         """Apply the saved ratios.
 
         Args:
             state: what `state_dict` returned.
             changed: how the warning begins where options or layers are others now.
+            others: what the warning says of changed settings outside of the state, which need no new measurement.
 
         Returns:
-            Whether the state fits. False where the options or the layers are others now, after a warning that
-            names them: the layers that remain keep their saved ratios until they are measured again.
+            Whether the state fits. False where the options, the layers or their shapes are others now, after a
+            warning that names them: the layers that remain keep their saved ratios until they are measured again.
 
         Raises:
             ValueError: not a state of this class, one of a newer version, or a damaged one. Nothing was changed.
         """
         saved = read_state(state)
+        # Layers may have been replaced since they were measured last.
+        self._measured.follow_model()
         names = [layer.name for layer in self.layers]
-        changes = changed_settings(saved, self._plain_options(), names)
-        if changes:
-            warn_once(f"{changed}, measuring anew: {changes}", self._measured.model)
+        changes = changed_settings(saved, self._plain_options(), self.layers)
         fits = not changes
+        if changes or others:
+            consequence = "" if fits else ", measuring anew"
+            warn_once(f"{changed}{consequence}: {'; '.join([*changes, *others])}", self._measured.model)
         self._mapped = {name: saved.ratios.get(name, 1.0) for name in names}
         # Those of the measurement, since other layers may be trained by now. Earlier versions did not save them.
         present = block_leaders(self._measured.assignment, self._members())

@@ -8,7 +8,7 @@ finish and save together.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -62,7 +62,8 @@ class MeasuredModel:
         self._share = share
         self.compares = ratio_options.compares_with_random
         self._begun: BackgroundMeasurement | Report | None = None
-        self._nulls: dict[str, PermutationNull] = {}
+        # With the shape that each was measured for: a layer may be replaced by one of the same name.
+        self._nulls: dict[str, tuple[Hashable, PermutationNull]] = {}
         self.assignment = self._assigned()
         self._signature = _signature(model, self.assignment.layers)
 
@@ -72,7 +73,7 @@ class MeasuredModel:
         Args:
             histogram: count the ESD of each layer too.
         """
-        self._follow_model()
+        self.follow_model()
         layers, team = self.assignment.layers, self._team()
         report = measure(layers, self._spectrum_options, histogram=histogram, team=team)
         if self.compares:
@@ -85,7 +86,7 @@ class MeasuredModel:
         Args:
             histogram: count the ESD of each layer too.
         """
-        self._follow_model()
+        self.follow_model()
         layers, team = self.assignment.layers, self._team()
         self._begun = BackgroundMeasurement(layers, self._spectrum_options, histogram=histogram, team=team)
 
@@ -120,12 +121,15 @@ class MeasuredModel:
             report: the last measurement, whose permutation nulls stay; None to begin anew.
             begun: a measurement that was begun and not yet finished.
         """
-        records = {} if report is None else report.layers
-        nulls = {name: PermutationNull.of(record) for name, record in records.items()}
-        self._nulls = {name: null for name, null in nulls.items() if null is not None}
-        self._begun = begun
+        self._nulls, self._begun = {}, begun
+        if report is None:
+            return
+        for name, shape in self._shapes(report).items():
+            null = PermutationNull.of(report.layers[name])
+            if null is not None:
+                self._nulls[name] = shape, null
 
-    def _follow_model(self) -> None:
+    def follow_model(self) -> None:
         """Find the layers again if parameters were replaced, or adapters merged."""
         if self._signature != _signature(self.model, self.assignment.layers):
             self.assignment = self._assigned()
@@ -140,24 +144,34 @@ class MeasuredModel:
 
     def _with_nulls(self, report: Report) -> Report:
         """Add the permutation null of each layer, and measure those that are missing."""
-        # Once for each layer, from the first weights that have an alpha: its permutation null stays.
-        report = with_nulls(report, self._nulls)
+        # Once for each layer, from the first weights that have an alpha: its permutation null stays as long as the
+        # layer has its shape. Those of layers that are gone go with them.
+        shapes = self._shapes(report)
+        known = {name: null for name, (shape, null) in self._nulls.items() if shapes.get(name) == shape}
+        report = with_nulls(report, known)
         self._announce_long_nulls(report)
         # Without traps, which would be those of the first weights and say nothing of the present ones.
         found = measure_nulls(
             self.assignment.layers, report, self._spectrum_options, traps=False, team=self._team()
         )
-        new = {name: null for name, null in found.items() if name not in self._nulls}
-        shared = with_shared_deviations(self._nulls | new, report)
-        self._nulls.update({name: shared[name] for name in new})
-        return with_nulls(report, self._nulls)
+        new = {name: null for name, null in found.items() if name not in known}
+        shared = with_shared_deviations(known | new, report)
+        nulls = known | {name: shared[name] for name in new}
+        self._nulls = {name: (shapes[name], null) for name, null in nulls.items()}
+        return with_nulls(report, nulls)
+
+    def _shapes(self, report: Report) -> dict[str, Hashable]:
+        """Return what the permutation null of each layer depends on, besides its entries and the options."""
+        # The sampling tells a 1x1 convolution from a linear layer of its shape.
+        samplings = {layer.name: layer.sampling for layer in self.assignment.layers}
+        return {name: (record.shape, record.kind, samplings.get(name)) for name, record in report.layers.items()}
 
     def _announce_long_nulls(self, report: Report) -> None:
         """Warn, before the time is spent, where shuffled layers of a large model take long on a processor."""
         missing = [
             layer
             for layer in self.assignment.layers
-            if layer.name not in self._nulls and report.layers[layer.name].alpha is not None
+            if report.layers[layer.name].null_mean is None and report.layers[layer.name].alpha is not None
         ]
         seconds = sum(null_seconds(blank(layer), self._spectrum_options, traps=False) for layer in missing)
         on_processor = all(parameter.device.type == "cpu" for parameter in self.model.parameters())

@@ -15,7 +15,7 @@ Version 1 is the same without the last two, and with fewer options and fields of
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from numbers import Real
 from typing import Any, TypeGuard
@@ -23,6 +23,7 @@ from typing import Any, TypeGuard
 from farms_tb.options import MAPS, NUMERICS, RatioOptions, SpectrumOptions, as_plain
 from farms_tb.printable import printable
 from farms_tb.report import DRAWN, LayerRecord, Report
+from farms_tb.weights.layers import Layer
 
 STATE_VERSION = 2
 
@@ -98,26 +99,26 @@ def read_state(plain: object) -> BalancerState:
     return BalancerState(options, ratios, report, begun, leaders)
 
 
-def changed_settings(state: BalancerState, options: Mapping[str, Any], layers: Collection[str]) -> str:
+def changed_settings(state: BalancerState, options: Mapping[str, Any], layers: Sequence[Layer]) -> list[str]:
     """Say in what a saved state has other options or layers than the present run.
 
     Args:
         state: the saved state.
         options: the present options by name.
-        layers: names of the present layers.
+        layers: the present layers.
 
     Returns:
-        Each option that changes results and has another value, and the layers that are new or gone; empty where
-        there are none.
+        A clause for each option that changes results and has another value, for the layers that are new or gone,
+        and for each layer of another shape; empty where there are none.
     """
     changes = _changed_options(state, options)
-    saved, present = set(state.ratios), set(layers)
+    saved, present = set(state.ratios), {layer.name for layer in layers}
     gone, new = sorted(saved - present), sorted(present - saved)
     if gone:
         changes.append(f"layers {', '.join(gone)} are not in the model")
     if new:
         changes.append(f"layers {', '.join(new)} are new")
-    return "; ".join(changes)
+    return changes + _changed_shapes(state, layers)
 
 
 def _changed_options(state: BalancerState, options: Mapping[str, Any]) -> list[str]:
@@ -134,6 +135,30 @@ def _changed_options(state: BalancerState, options: Mapping[str, Any]) -> list[s
         before, now = saved.get(name), options.get(name)
         if before != now and name not in NUMERICS:
             changes.append(f"{name} was {before!r} and is {now!r}{_hint(name, before, now)}")
+    return changes
+
+
+def _changed_shapes(state: BalancerState, layers: Sequence[Layer]) -> list[str]:
+    """Say which layers have another shape now, or other numbers, real or complex: metrics do not compare then.
+
+    Args:
+        state: the saved state.
+        layers: the present layers. Those that had no shape when they were measured, as lazy ones before their
+            first batch, or that have none now, are no change.
+    """
+    # What was begun to be measured is later than the report: layers may have been replaced between the two.
+    records = {
+        name: record for part in (state.report, state.begun) if part for name, record in part.layers.items()
+    }
+    changes = []
+    for layer in layers:
+        record = records.get(layer.name)
+        if record is None or not record.shape or not layer.shape:
+            continue
+        if record.shape != layer.shape:
+            changes.append(f"layer {layer.name} had shape {record.shape} and has {layer.shape}")
+        elif record.kind and record.kind != layer.kind:
+            changes.append(f"layer {layer.name} was {record.kind} and is {layer.kind}")
     return changes
 
 

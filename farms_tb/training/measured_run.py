@@ -128,8 +128,12 @@ class MeasuredRun:
         Returns:
             What there is to log; empty where the final weights were measured before.
         """
-        found = self._apply_background(now)
-        if anew or now.step not in (self._schedule.step, self._final_step):
+        # No step follows that could take the ratios of a measurement in the background. It stays begun, for a run
+        # that goes on from here. All processes wait for it, where one alone saves the state.
+        self.settle()
+        is_measured = now.step == self._schedule.step and self._background is None
+        found: list[Measurement] = []
+        if anew or not (is_measured or now.step == self._final_step):
             found.append(self._measure_final_weights(now))
         self._final_step = now.step
         self._warn_of_endless_epoch()
@@ -167,10 +171,15 @@ class MeasuredRun:
 
         Args:
             state: what `state_dict` returned, in this version or an earlier one. With None, and with a state of
-                other options or layers, the clock stays as it is, and the next chance to measure is taken.
+                other options or layers, the next chance to measure is taken. Ratios that have begun to apply go on
+                in any case, where the present options do not have a later `start`.
         """
         self._background = None
-        if state is None or not self.balancer.load_state_dict(state["balancer"]):
+        if state is None:
+            return
+        fits = self.balancer.load_state_dict(state["balancer"], others=self._schedule.changes(state))
+        self._schedule.load_started(state)
+        if not fits:
             return
         self._schedule.load_state_dict(state)
         # Version 0.1 did not save it.

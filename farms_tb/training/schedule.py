@@ -12,11 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from farms_tb.balancing.state import damaged_state
-from farms_tb.options import LoggingOptions, ScheduleOptions, Time, parsed_time
+from farms_tb.options import LoggingOptions, ScheduleOptions, Time, as_plain, check_integer, parsed_time
 from farms_tb.warnings import warn_once
 
 LONG_EPOCH = 1000
 """Optimizer steps after which a first epoch of unknown length may never end."""
+
+_PHASES = ("start", "until", "ramp_steps")
+"""Options that say in which part of a run ratios apply, and are measured: a change is worth a warning."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +144,8 @@ class Schedule:
         start, until = parsed_time("start", self.options.start), parsed_time("until", self.options.until)
         self._period = Period(start, until, self.length)
         self._period.check()
+        # The `start` that `started` follows from: that of the checkpoint, until this run takes its first step.
+        self._start = self.options.start
         if self.options.measurements_per_epoch is not None and self.length.steps_per_epoch is None:
             raise ValueError(
                 "measurements_per_epoch needs epochs of a known length: use every_n_steps to measure by steps"
@@ -157,8 +162,12 @@ class Schedule:
             The strength s of the next step's ratios, 1 + s (r - 1): 0 before `start`, then growing to 1 over
             `ramp_steps` steps.
         """
-        if self.started < 0 and self._period.reached(self._period.start, epoch, step):
-            self.started = step
+        if self._period.reached(self._period.start, epoch, step):
+            self.started = step if self.started < 0 else self.started
+        elif not self._has("start", self._start):
+            # Ratios that had begun to apply go on, unless this run is to begin later.
+            self.started = -1
+        self._start = self.options.start
         if self.started < 0:
             return 0.0
         if self.options.ramp_steps == 0:
@@ -243,7 +252,33 @@ class Schedule:
             "step": self.step,
             "measurements": self.measurements,
             "started": self.started,
+            "start": self._start,
+            "until": self.options.until,
+            "ramp_steps": self.options.ramp_steps,
         }
+
+    def changes(self, state: Mapping[str, Any]) -> list[str]:
+        """Say which of `start`, `until` and `ramp_steps` were others in a run that was saved.
+
+        Args:
+            state: holds what `state_dict` returned, in this version or an earlier one.
+        """
+        saved = _phases_of(state)
+        return [
+            f"{name} was {saved[name]!r} and is {getattr(self.options, name)!r}"
+            for name in _PHASES
+            if not self._has(name, saved[name])
+        ]
+
+    def load_started(self, state: Mapping[str, Any]) -> None:
+        """Continue with ratios that have begun to apply, as far as the present `start` lets them.
+
+        Args:
+            state: holds what `state_dict` returned; other keys are left alone.
+        """
+        # Up to version 0.1 ratios applied from the beginning.
+        self.started = state.get("started", 0)
+        self._start = _phases_of(state)["start"]
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Set the clock to where a checkpoint says.
@@ -254,8 +289,20 @@ class Schedule:
         self.epoch = state["epoch"]
         self.step = state["step"]
         self.measurements = state["measurements"]
-        # Up to version 0.1 ratios applied from the beginning.
-        self.started = state.get("started", 0)
+        self.load_started(state)
+
+    def _has(self, name: str, saved: Any) -> bool:
+        """Return whether an option of `_PHASES` is what it was; "1 epoch" and "1 epochs" are one time."""
+        present = getattr(self.options, name)
+        if name == "ramp_steps":
+            return bool(present == saved)
+        return parsed_time(name, present) == parsed_time(name, saved)
+
+
+def _phases_of(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of `_PHASES` that a saved clock had. Those it does not know were at their defaults."""
+    defaults = as_plain(ScheduleOptions())
+    return {name: state.get(name, defaults[name]) for name in _PHASES}
 
 
 def check_saved_clock(state: object) -> None:
@@ -271,6 +318,13 @@ def check_saved_clock(state: object) -> None:
         value = state.get(name, -1 if name in ("final_step", "started") else None)
         if not _is_step(value):
             raise damaged_state(f"{name} must be an integer of at least -1, got {value!r:.60}")
+    phases = _phases_of(state)
+    try:
+        parsed_time("start", phases["start"])
+        parsed_time("until", phases["until"])
+        check_integer("ramp_steps", phases["ramp_steps"], at_least=0)
+    except (TypeError, ValueError) as error:
+        raise damaged_state(str(error)) from None
     begun = state.get("begun", [0, False])
     if not isinstance(begun, (list, tuple)) or len(begun) != 2 or not _is_step(begun[0]):
         raise damaged_state(f"begun must be a step and whether to log a table, got {begun!r:.60}")

@@ -19,6 +19,7 @@ from farms_tb.balancing import measured_model
 from tests.balancing.test_layerwise_step import Lookahead
 from tests.helpers import assert_same_state, assert_same_weights, make_data, make_net, spy_on_updates
 
+pytestmark = pytest.mark.filterwarnings("ignore:lazy modules are a new feature", "ignore:Lazy modules are a new")
 LAYERS = ["0", "2", "5", "7", "9"]
 BALANCED = LAYERS[1:-1]
 
@@ -33,6 +34,12 @@ def train(net: nn.Module, optimizers: list[Optimizer], epochs: int = 2, end_of_e
                 optimizer.step()
         if end_of_epoch is not None:
             end_of_epoch()
+
+
+def make_wide(width: int) -> nn.Sequential:
+    """Return four random linear layers, with `width` features between the second and the third."""
+    torch.manual_seed(5)
+    return nn.Sequential(nn.Linear(32, 32), nn.Linear(32, width), nn.Linear(width, 32), nn.Linear(32, 32))
 
 
 def expected_ratios(net: nn.Module) -> dict[str, float]:
@@ -163,6 +170,46 @@ def test_state_of_another_model_names_the_layers() -> None:
     assert set(balancer.ratios) == {"0", "1", "2", "3"}
 
 
+def test_state_of_layers_of_another_shape_is_measured_anew() -> None:
+    """Compared with permutation nulls of the old shape, random weights would seem to have learnt."""
+    net, other = make_wide(40), make_wide(10)
+    state = TempBalance(net, torch.optim.SGD(net.parameters(), lr=0.1)).state_dict()
+    balancer = TempBalance(other, torch.optim.SGD(other.parameters(), lr=0.1))
+    report = balancer.report
+    message = (
+        r"measuring anew: layer 1 had shape \(1, 40, 32\) and has \(1, 32, 10\); "
+        r"layer 2 had shape \(1, 40, 32\) and has \(1, 32, 10\)$"
+    )
+    with pytest.warns(UserWarning, match=message):
+        balancer.load_state_dict(state)
+    assert balancer.report == report
+    assert balancer.step() == report
+
+
+def test_state_is_compared_with_the_layers_as_they_are_when_it_is_loaded() -> None:
+    net, other = make_wide(40), make_wide(10)
+    balancer = TempBalance(other, torch.optim.SGD(other.parameters(), lr=0.1))
+    state = TempBalance(net, torch.optim.SGD(net.parameters(), lr=0.1)).state_dict()
+    other[1], other[2] = net[1], net[2]
+    balancer.load_state_dict(state)  # without a warning
+    assert balancer.report.layers["1"].shape == (1, 40, 32)
+
+
+def test_a_lazy_layer_that_got_its_shape_after_the_measurement_is_no_change() -> None:
+    def start() -> tuple[nn.Sequential, TempBalance]:
+        net = make_net()
+        net[2] = nn.LazyLinear(16)
+        return net, TempBalance(net, torch.optim.SGD(net.parameters(), lr=0.1), assign_func="tb_linear_map")
+
+    net, balancer = start()
+    net(torch.zeros(1, 6))
+    again, resumed = start()
+    again.load_state_dict(net.state_dict())
+    resumed.load_state_dict(balancer.state_dict())  # without a warning
+    assert resumed.report == balancer.report
+    assert resumed.step() == balancer.step()
+
+
 @pytest.mark.parametrize("state", [{}, None, {"ratios": {}}, [1]])
 def test_what_is_no_state_is_refused(state: Any) -> None:
     net = make_net()
@@ -285,6 +332,37 @@ def test_replaced_parameters_are_found() -> None:
     assert balancer.ratios == expected_ratios(net)
     groups = {name: group.ratio for group in balancer.param_groups(optimizer) for name in group.parameters}
     assert groups["5.weight"] == balancer.ratios["5"] != 1
+
+
+def _resize(net: nn.Sequential) -> None:
+    net[1], net[2] = nn.Linear(32, 10), nn.Linear(10, 32)
+
+
+def _take_the_place_of_one_that_is_gone(net: nn.Sequential) -> None:
+    net[2] = nn.Sequential(nn.Linear(40, 36), nn.Linear(36, 32))
+
+
+def _convolve(net: nn.Sequential) -> None:
+    net[2] = nn.Conv1d(40, 32, 1)  # the shape (K, R, C) of the linear layer, with windows of its own
+
+
+@pytest.mark.parametrize("replace", [_resize, _take_the_place_of_one_that_is_gone, _convolve])
+def test_replaced_layers_are_compared_with_random_ones_of_their_own_shape(replace: Any) -> None:
+    net = make_wide(40)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    balancer = TempBalance(net, optimizer)
+    replace(net)
+    optimizer.param_groups[0]["params"] = list(net.parameters())
+    found = balancer.step().layers
+    balancer.detach()
+    fresh = TempBalance(net, optimizer).report.layers
+    assert {name: record.null_mean for name, record in found.items()} == {
+        name: record.null_mean for name, record in fresh.items()
+    }
+    assert None not in [record.null_mean for record in found.values()]
+    # The standard deviation is shared among layers of one shape, also with one that is gone.
+    replaced = [name for name in found if name.startswith("2")]
+    assert [found[name] for name in replaced] == [fresh[name] for name in replaced]
 
 
 def test_replaced_parameters_step_with_the_ratios_of_their_names() -> None:

@@ -235,10 +235,11 @@ def test_lag(tmp_path: Path, lag: int) -> None:
     )
     probe = Probe(late)
     train(tmp_path, late, probe)
-    # What is still in the background at the next measurement, or at the end, is applied and logged then.
-    assert [step for step, _ in probe.measured] == [0, *(min(step + lag, step + 4) for step in (4, 8)), 12]
+    # What is still in the background at the next measurement is applied and logged then, at the end it is not.
+    applied = [step for step in (min(4 + lag, 8), min(8 + lag, 12)) if step < 12]
+    assert [step for step, _ in probe.measured] == [0, *applied, 12]
     changes = [step for step in range(1, 12) if probe.ratios[step] != probe.ratios[step - 1]]
-    assert changes == [step for step in (min(4 + lag, 8), min(8 + lag, 12)) if step < 12]
+    assert changes == applied
     first = Probe(at_once)
     train(tmp_path, at_once, first)
     assert probe.ratios[0] == first.ratios[0]
@@ -482,6 +483,29 @@ def test_resume_with_other_options_says_so_and_measures_anew(tmp_path: Path) -> 
         train(tmp_path, callback, probe, resume="checkpoint-6", **options)
     assert [step for step, _ in probe.measured][-3:] == [6, 8, 12]
     assert max(callback.ratios.values()) == 1.2
+
+
+def test_resume_with_a_later_start_says_so_and_keeps_the_base_rates_until_then(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 6}
+    train(tmp_path, FARMSTrainerCallback(assign_func="tb_linear_map"), **options)
+    callback = FARMSTrainerCallback(start="9 steps", assign_func="tb_linear_map")
+    probe = Probe(callback)
+    with pytest.warns(UserWarning, match="written with other settings: start was 0 and is '9 steps'$"):
+        train(tmp_path, callback, probe, resume="checkpoint-6", **options)
+    assert [set(ratios.values()) == {1} for ratios in probe.ratios] == [True] * 3 + [False] * 3
+    assert [step for step, _ in probe.measured] == [8, 9, 12]
+
+
+def test_a_measurement_that_no_step_would_take_is_not_logged(tmp_path: Path) -> None:
+    """It is kept in the checkpoint, with which a longer run goes on."""
+    callback, probe = FARMSTrainerCallback(lag_steps=100, assign_func="tb_linear_map"), Probe()
+    train(tmp_path, callback, probe, save_strategy="epoch")
+    assert [step for step, _ in probe.measured] == [0, 8, 12]
+    assert not any(key.startswith("farms/ratio/") for key in probe.rows[-1])
+    state = TrainerState.load_from_json(str(tmp_path / "checkpoint-12" / "trainer_state.json"))
+    restored = state.stateful_callbacks["FARMSTrainerCallback"]["attributes"]["_restored"]
+    assert restored["begun"] == [8, False]
+    assert restored["balancer"]["begun"]
 
 
 def test_state_of_a_newer_version_is_refused(tmp_path: Path) -> None:

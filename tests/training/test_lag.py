@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import Callback
 from torch import nn
 
-from farms_tb import FARMSTempBalance, TempBalance
+from farms_tb import FARMSTempBalance, TempBalance, analyze
 from farms_tb.options import SpectrumOptions
 from farms_tb.spectra import background
 from farms_tb.weights.layers import find_layers
@@ -73,9 +73,31 @@ def test_ratios_are_those_of_the_weights_so_many_steps_ago(lag: int, way: str) -
         # The first measurement is waited for; one that is not over when the next begins is finished then.
         known = epoch if epoch == 0 or into >= lag else epoch - 1
         assert list(ratios.values()) == by_epoch[known], f"step {step}"
-    rows = [row for _, row in logger.rows if "farms/alpha_mean" in row]
-    assert len(rows) == EPOCHS + 1
+    # A row is of the step at which its ratios take effect, and has the alphas that these follow from. The last one
+    # is of the final weights; what was begun to be measured and no step would take is not logged.
+    effect = [0] + [epoch * BATCHES + min(lag, BATCHES) for epoch in range(1, EPOCHS)]
+    expected = [(at, net) for at, net in zip(effect, nets.nets, strict=True) if at < EPOCHS * BATCHES]
+    rows = [(step, row) for step, row in logger.rows if "farms/alpha_mean" in row]
+    assert [step for step, _ in rows] == [*(step for step, _ in expected), EPOCHS * BATCHES]
+    for (_, row), net in zip(rows, [*(net for _, net in expected), module], strict=True):
+        assert row["farms/alpha/net.5"] == analyze(net).alphas["net.5"]
+        assert ("farms/ratio/net.5" in row) is (net is not module)
     assert len({tuple(ratios) for ratios in by_epoch}) == EPOCHS
+
+
+def test_a_run_that_ends_where_it_was_measured_has_a_row_of_its_final_weights(way: str) -> None:
+    """Begun in the background, that measurement has no row of its own, as no step follows."""
+
+    class Ends(Module):
+        def on_train_batch_start(self, *_: Any) -> int | None:
+            return -1 if self.global_step == 2 * BATCHES else None
+
+    module, logger = Ends(), Recorder()
+    fit(module, [FARMSTempBalance(lag_steps=2, assign_func="tb_linear_map")], logger=logger)
+    rows = [(step, row) for step, row in logger.rows if "farms/alpha_mean" in row]
+    assert [step for step, _ in rows] == [0, BATCHES + 2, 2 * BATCHES]
+    assert rows[-1][1]["farms/alpha/net.5"] == analyze(module).alphas["net.5"]
+    assert "farms/ratio/net.5" not in rows[-1][1]
 
 
 def test_in_the_background_is_as_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

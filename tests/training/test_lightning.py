@@ -652,6 +652,21 @@ def test_layers_exchanged_with_their_optimizer_are_measured_next(options: dict[s
         assert new[0] != 1
 
 
+def test_layers_resized_with_their_optimizer_are_measured_next() -> None:
+    balance, logger = FARMSTempBalance(assign_func="tb_linear_map"), Recorder()
+
+    def exchange(trainer: Any, pl_module: Any, *_: Any) -> None:
+        if trainer.global_step == BATCHES + 1:
+            pl_module.net[5], pl_module.net[7] = nn.Linear(16, 14), nn.Linear(14, 12)
+            trainer.strategy.optimizers = [torch.optim.SGD(pl_module.parameters(), lr=0.1)]
+
+    message = r"layers were exchanged with their optimizer, measuring anew: layer net.5 had shape \(1, 16, 12\)"
+    with pytest.warns(UserWarning, match=message):
+        fit(Module(), [balance, LambdaCallback(on_train_batch_end=exchange)], logger=logger)
+    steps = [step for step, row in logger.rows if "farms/alpha_mean" in row]
+    assert steps == [0, BATCHES, BATCHES + 1, 2 * BATCHES, STEPS]
+
+
 def test_an_optimizer_that_cannot_be_balanced_is_refused_when_it_comes() -> None:
     balance = FARMSTempBalance(assign_func="tb_linear_map")
     with pytest.raises(ValueError, match="LBFGS"):

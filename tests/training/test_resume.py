@@ -13,9 +13,10 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, LambdaCallback, ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
 
-from farms_tb import FARMSTempBalance
+from farms_tb import FARMSTempBalance, analyze
 from tests.helpers import (
     BATCHES,
     LIGHTNING_NOISE,
@@ -184,13 +185,15 @@ def test_after_sigkill(tmp_path: Path) -> None:
     finish_and_compare({}, tmp_path / "epoch=2-step=10.ckpt", module, balance, logger)
 
 
-def test_after_the_last_epoch(tmp_path: Path) -> None:
-    """A finished run that is saved and given more epochs is the longer run."""
-    balance, logger = FARMSTempBalance(assign_func="tb_linear_map"), Recorder()
+@pytest.mark.parametrize("clock", [{}, {"every_n_steps": 5, "lag_steps": 4}], ids=str)
+def test_after_the_last_epoch(clock: dict[str, Any], tmp_path: Path) -> None:
+    """A finished run that is saved and given more epochs is the longer run, also while it measures."""
+    options = {"assign_func": "tb_linear_map", **clock}
+    balance, logger = FARMSTempBalance(**options), Recorder()
     module, _ = train([balance], logger=logger, enable_checkpointing=False)
-    _, trainer = train([FARMSTempBalance(assign_func="tb_linear_map")], enable_checkpointing=False, max_epochs=2)
+    _, trainer = train([FARMSTempBalance(**options)], enable_checkpointing=False, max_epochs=2)
     trainer.save_checkpoint(tmp_path / "end.ckpt")
-    finish_and_compare({}, tmp_path / "end.ckpt", module, balance, logger)
+    finish_and_compare(clock, tmp_path / "end.ckpt", module, balance, logger)
 
 
 @pytest.mark.parametrize("clock", [{}, {"every_n_steps": 3}, {"lag_steps": 3}], ids=str)
@@ -328,6 +331,116 @@ def test_options_changed(checkpoints: dict[str, Path]) -> None:
 def test_clock_and_logging_may_change_silently(checkpoints: dict[str, Path]) -> None:
     balance = FARMSTempBalance(every_n_steps=2, log=False, assign_func="tb_linear_map")
     train([balance], checkpoints["balanced"], enable_checkpointing=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "named", "strengths", "measured"),
+    [
+        ({"start": "3 epochs"}, "start was 0 and is '3 epochs'", [0] * 6 + [1] * 4, [8, 12, 16]),
+        ({"start": "9 steps", "ramp_steps": 2}, "start .*; ramp_steps .*", [0] * 3 + [0.5] + [1] * 6, None),
+        ({"start": "5 steps"}, "start was 0 and is '5 steps'", [1] * 10, [8, 12, 16]),
+        ({"until": "3 epochs"}, "until was 1 and is '3 epochs'", [1] * 10, [8, 16]),
+        ({"ramp_steps": 8}, "ramp_steps was 0 and is 8", [7 / 8] + [1] * 9, [8, 12, 16]),
+    ],
+    ids=str,
+)
+def test_start_until_and_ramp_are_those_of_the_resumed_run(
+    options: dict[str, Any],
+    named: str,
+    strengths: list[float],
+    measured: list[int] | None,
+    checkpoints: dict[str, Path],
+    tmp_path: Path,
+) -> None:
+    """One warning names what changed; the saved ratios need no new measurement."""
+    saved = torch.load(checkpoints["balanced"], weights_only=True)["callbacks"]["FARMSTempBalance"]
+    state, logger = saved["balancer"]["ratios"], Recorder()
+    balance = FARMSTempBalance(assign_func="tb_linear_map", **options)
+    seen: list[dict[str, float]] = []
+    moved: list[bool] = []
+
+    class Look(Callback):
+        def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+            seen.append(balance.ratios)
+            moved.append(len({group.lr for group in balance.param_groups(trainer.optimizers[0])}) > 1)
+
+    keep = ModelCheckpoint(tmp_path, every_n_train_steps=7, save_top_k=-1)
+    with pytest.warns(UserWarning, match=f"written with other settings: {named}$"):
+        train([balance, Look(), keep], checkpoints["balanced"], logger=logger)
+    assert seen[0] == {name: 1 + strengths[0] * (ratio - 1) for name, ratio in state.items()}
+    assert moved == [strength > 0 for strength in strengths]
+    largest = [max(abs(ratio - 1) for ratio in ratios.values()) for ratios in seen]
+    assert largest == pytest.approx([strength * 0.5 for strength in strengths])
+    if measured is not None:
+        assert [step for step, row in logger.rows if "farms/alpha_mean" in row] == measured
+    # What was resumed with them has them: warnings are errors here.
+    again = FARMSTempBalance(assign_func="tb_linear_map", **options)
+    train([again], tmp_path / "epoch=1-step=7.ckpt", enable_checkpointing=False)
+    assert again.ratios == balance.ratios
+
+
+def test_phases_and_options_changed_are_one_warning(checkpoints: dict[str, Path]) -> None:
+    """The ramp goes on from where ratios began to apply, also where they are measured anew."""
+    balance = FARMSTempBalance(lr_min_ratio=0.9, ramp_steps=14, assign_func="tb_linear_map")
+    first: list[dict[str, float]] = []
+
+    class Look(Callback):
+        def on_train_batch_start(self, *_: Any) -> None:
+            first.append(balance.ratios)
+
+    message = "measuring anew: lr_min_ratio was 0.5 and is 0.9; ramp_steps was 0 and is 14$"
+    with pytest.warns(UserWarning, match=message) as warned:
+        train([balance, Look()], checkpoints["balanced"], enable_checkpointing=False)
+    assert len([one for one in warned if "other settings" in str(one.message)]) == 1
+    assert max(first[0].values()) == pytest.approx(1.25)  # the seventh of 14 steps
+
+
+@pytest.mark.parametrize(
+    ("entry", "value"), [("start", "soon"), ("until", None), ("ramp_steps", -1), ("ramp_steps", "1")]
+)
+def test_damaged_phases_are_refused_by_name(
+    entry: str, value: Any, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    saved = torch.load(checkpoints["balanced"], weights_only=True)
+    saved["callbacks"]["FARMSTempBalance"][entry] = value
+    torch.save(saved, tmp_path / "damaged.ckpt")
+    balance = FARMSTempBalance(assign_func="tb_linear_map")
+    with pytest.raises(ValueError, match=f"saved state of farms_tb is damaged: {entry} must"):
+        train([balance], tmp_path / "damaged.ckpt", enable_checkpointing=False)
+
+
+def test_a_layer_resized_on_loading_is_measured_anew(tmp_path: Path) -> None:
+    """As a new head, whose weights `on_load_checkpoint` leaves out: it has no null of the old shape."""
+
+    class Resized(Module):
+        def __init__(self, width: int) -> None:
+            torch.manual_seed(0)
+            sizes = [(6, 32), (32, width), (width, 32), (32, 2)]
+            net = nn.Sequential(*(nn.Linear(*size) for size in sizes))
+            super().__init__(lambda params: torch.optim.SGD(params, lr=0.1), net=net)
+
+        def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            for name, own in self.state_dict().items():
+                if checkpoint["state_dict"][name].shape != own.shape:
+                    checkpoint["state_dict"][name] = own
+
+    first = make_trainer([FARMSTempBalance()], max_epochs=1)
+    first.fit(Resized(40), make_data())
+    first.save_checkpoint(tmp_path / "wide.ckpt")
+    reports: list[Any] = []
+
+    class Look(Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            reports.append((balance.report, analyze(pl_module, null=True)))
+
+    balance = FARMSTempBalance()
+    message = r"measuring anew: layer net.1 had shape \(1, 40, 32\) and has \(1, 32, 10\); layer net.2 "
+    with pytest.warns(UserWarning, match=message):
+        make_trainer([balance, Look()]).fit(Resized(10), make_data(), ckpt_path=tmp_path / "wide.ckpt")
+    found, fresh = reports[0]
+    for name in ("net.1", "net.2"):
+        assert found.layers[name].alpha == fresh.layers[name].alpha
+        assert found.layers[name].null_mean == fresh.layers[name].null_mean
 
 
 def test_monitored_mean_is_there_for_the_rest_of_the_epoch(checkpoints: dict[str, Path], tmp_path: Path) -> None:
