@@ -142,10 +142,17 @@ class LayerwiseStep:
             return self._shown.groups
         watched = self._first_steps.pending
         kept, self._kept = self._kept, []
-        if watched or self._kept_ratios != self._ratios:
-            kept, self._kept_ratios = [], dict(self._ratios)
-        watched = watched and not self._compiled
-        self._shown = ShownGroups(self.optimizer, self._ratios, kept, compiled=self._compiled, watched=watched)
+        same_ratios = not watched and self._kept_ratios == self._ratios
+        if not same_ratios:
+            self._kept_ratios = dict(self._ratios)
+        self._shown = ShownGroups(
+            self.optimizer,
+            self._ratios,
+            kept,
+            same_ratios=same_ratios,
+            compiled=self._compiled,
+            watched=watched and not self._compiled,
+        )
         return self._shown.groups
 
     def _refuse_new_groups(self, _: Optimizer, groups: list[Group]) -> None:
