@@ -255,9 +255,18 @@ def _make_view(optimizer: Optimizer, groups: property) -> Optimizer:
         "__qualname__": cls.__qualname__,
         "is_view_of_layerwise_step": True,
     }
-    view: Optimizer = object.__new__(type(cls.__name__, (cls,), names))
+    view: Optimizer = object.__new__(type(cls.__name__, (_Unannounced, cls), names))
     view.__dict__ = optimizer.__dict__
     return view
+
+
+class _Unannounced:
+    """Keeps the class of a view from classes that list their subclasses in `__init_subclass__`."""
+
+    __slots__ = ()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Do nothing, in place of what the optimizer's class does."""
 
 
 class _OtherSteps:

@@ -572,6 +572,28 @@ def test_wrappers_scale_once(wrap: Callable[[Any], Optimizer]) -> None:
     assert [[lrs[id(p)] for p in params] for lrs in seen] == [[0.05, 0.1, 0.1 * 1.7, 0.1]] * 3
 
 
+@UNTESTED
+def test_a_class_that_lists_its_subclasses_sees_none() -> None:
+    listed: list[str] = []
+
+    class Registered(torch.optim.SGD):
+        def __init_subclass__(cls, *, name: str) -> None:
+            assert name not in listed
+            listed.append(name)
+
+    class Mine(Registered, name="mine"):
+        pass
+
+    params = make_params()
+    optimizer = Mine(params, lr=0.1)
+    attach(optimizer, params)
+    set_grads(params, 0)
+    with spy_on_updates("SGD") as seen:
+        optimizer.step()
+    assert [seen[0][id(p)] for p in params] == [0.1 * ratio for ratio in (*RATIOS, 1.0)]
+    assert listed == ["mine"]
+
+
 # The split of a step is kept for the next
 
 
