@@ -31,6 +31,10 @@ class TempBalance:
     learning rate lr * ratio, where lr is what the param group, and so any scheduler, says at that moment.
     `optimizer.param_groups` itself is never changed.
 
+    The optimizer keeps its ratios until `detach()`, even where this object is dropped. Call it before training
+    goes on without ratios, with the same optimizer or another one, and before a new `TempBalance` for that
+    optimizer. At the end of a script nothing has to be called.
+
     Under `DistributedDataParallel` or FSDP2, make it and call `step()` on every process: they share the work.
 
     Args:

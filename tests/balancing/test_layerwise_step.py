@@ -1161,7 +1161,7 @@ def test_zero_is_refused_by_name() -> None:
 def test_second_attachment_is_refused_until_the_first_lets_go() -> None:
     optimizer = torch.optim.SGD(make_net().parameters(), lr=0.1)
     first = LayerwiseStep(optimizer)
-    with pytest.raises(ValueError, match="already has layer-wise learning rates: use one"):
+    with pytest.raises(ValueError, match=r"already has layer-wise learning rates: use one .* detach\(\)"):
         LayerwiseStep(optimizer)
     first.detach()
     first.detach()
