@@ -281,16 +281,29 @@ def _are_lrs(value: object, groups: Sequence[Group], default: object) -> bool:
 
 
 def _check_tensor_lists(optimizer: Optimizer) -> None:
-    """Raise where an optimizer keeps a list with a tensor for each of its parameters, its momentum say.
+    """Raise where an optimizer or a group keeps a list with a tensor for each of its parameters, its momentum say.
 
     It goes through its parameters and this list in pairs, and a step sees the parameters in another order: layers
     of one shape would get the momentum of others. An optimizer that keeps a list of its parameters, too, may go
     through that.
     """
-    params = all_parameters(optimizer.__dict__["param_groups"])
+    groups = optimizer.__dict__["param_groups"]
+    _check_pairs(optimizer, all_parameters(groups), vars(optimizer))
+    for group in groups:
+        _check_pairs(optimizer, group["params"], {key: value for key, value in group.items() if key != "params"})
+
+
+def _check_pairs(optimizer: Optimizer, params: Sequence[Tensor], values: Mapping[str, Any]) -> None:
+    """Raise where one of some values is a list with a tensor for each of some parameters, and none is their list.
+
+    Args:
+        optimizer: the optimizer.
+        params: the parameters.
+        values: the values by name.
+    """
     if len(params) < 2:
         return
-    lists = {name: _tensors_in(value) for name, value in vars(optimizer).items()}
+    lists = {name: _tensors_in(value) for name, value in values.items()}
     ids = list(map(id, params))
     if any(list(map(id, tensors)) == ids for tensors in lists.values()):
         return

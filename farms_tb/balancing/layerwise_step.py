@@ -13,6 +13,7 @@ step wrote. `_OtherSteps` finds optimizers that move the same parameters without
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Mapping
 from typing import Any
 from weakref import ReferenceType, WeakKeyDictionary, WeakSet, ref
@@ -61,7 +62,8 @@ class LayerwiseStep:
         if optimizer in _attached:
             raise ValueError(
                 f"this {type(optimizer).__name__} already has layer-wise learning rates: use one FARMSTempBalance "
-                "or TempBalance"
+                "or TempBalance, and detach() an earlier TempBalance first. If that one is lost, make a new "
+                "optimizer"
             )
         self.optimizer = optimizer
         self.steps = 0
@@ -142,10 +144,17 @@ class LayerwiseStep:
             return self._shown.groups
         watched = self._first_steps.pending
         kept, self._kept = self._kept, []
-        if watched or self._kept_ratios != self._ratios:
-            kept, self._kept_ratios = [], dict(self._ratios)
-        watched = watched and not self._compiled
-        self._shown = ShownGroups(self.optimizer, self._ratios, kept, compiled=self._compiled, watched=watched)
+        same_ratios = not watched and self._kept_ratios == self._ratios
+        if not same_ratios:
+            self._kept_ratios = dict(self._ratios)
+        self._shown = ShownGroups(
+            self.optimizer,
+            self._ratios,
+            kept,
+            same_ratios=same_ratios,
+            compiled=self._compiled,
+            watched=watched and not self._compiled,
+        )
         return self._shown.groups
 
     def _refuse_new_groups(self, _: Optimizer, groups: list[Group]) -> None:
@@ -248,9 +257,18 @@ def _make_view(optimizer: Optimizer, groups: property) -> Optimizer:
         "__qualname__": cls.__qualname__,
         "is_view_of_layerwise_step": True,
     }
-    view: Optimizer = object.__new__(type(cls.__name__, (cls,), names))
+    view: Optimizer = object.__new__(type(cls.__name__, (_Unannounced, cls), names))
     view.__dict__ = optimizer.__dict__
     return view
+
+
+class _Unannounced:
+    """Keeps the class of a view from classes that list their subclasses in `__init_subclass__`."""
+
+    __slots__ = ()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Do nothing, in place of what the optimizer's class does."""
 
 
 class _OtherSteps:
@@ -301,16 +319,26 @@ class _OtherSteps:
         if torch.compiler.is_compiling() or optimizer not in self._begun:
             return
         steps, traces = self._begun.pop(optimizer)
-        active = _active_steps()
-        if _number_of_steps(active) > steps:
-            self._note_as_right(optimizer, active)
-        elif traces.any_touched():
+        if _number_of_steps(_active_steps()) > steps:
+            self._note_as_right(optimizer, _active_steps())
+        elif traces.any_touched() and self._conflicts(optimizer):
             raise RuntimeError(
                 f"this {type(optimizer).__name__} moves parameters that have layer-wise learning rates in another "
                 "optimizer, and does not know of them. After an exchange of the optimizer, detach() the old "
-                "TempBalance and make one with the new optimizer; of several optimizers, pass all. Under a "
-                "trainer, exchange it when a batch or an epoch ends, as in on_train_batch_end"
+                "TempBalance and make one with the new optimizer; to train on without ratios, detach() it; of "
+                "several optimizers, pass all. Under a trainer, exchange it when a batch or an epoch ends, as in "
+                "on_train_batch_end"
             )
+
+    @staticmethod
+    def _conflicts(optimizer: Optimizer) -> bool:
+        """Return whether an optimizer holds parameters that one in use balances.
+
+        One that was dropped without `detach` lives on until Python collects garbage: it refers to what is attached
+        to it, and that to it.
+        """
+        gc.collect()
+        return any(_shares_parameters(optimizer, step) for step in _active_steps())
 
     def _note_as_right(self, optimizer: Optimizer, active: list[LayerwiseStep]) -> None:
         self._right.setdefault(optimizer, WeakSet()).update(active)

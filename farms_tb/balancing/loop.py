@@ -31,6 +31,10 @@ class TempBalance:
     learning rate lr * ratio, where lr is what the param group, and so any scheduler, says at that moment.
     `optimizer.param_groups` itself is never changed.
 
+    The optimizer keeps its ratios until `detach()`, even where this object is dropped. Call it before training
+    goes on without ratios, with the same optimizer or another one, and before a new `TempBalance` for that
+    optimizer. At the end of a script nothing has to be called.
+
     Under `DistributedDataParallel` or FSDP2, make it and call `step()` on every process: they share the work.
 
     Args:
@@ -110,8 +114,7 @@ class TempBalance:
         Raises:
             RuntimeError: after `detach()`, since no optimizer would step with the ratios.
         """
-        if self._detached:
-            raise RuntimeError("step() after detach(): the optimizers step without ratios. Make a new TempBalance")
+        self._check_attached("step()")
         return self._balancer.update()
 
     def parameter_ratios(self) -> dict[str, float]:
@@ -119,7 +122,10 @@ class TempBalance:
         return self._balancer.parameter_ratios()
 
     def param_groups(self, optimizer: Optimizer) -> list[StepGroup]:
-        """Return the groups that `optimizer` really steps with, their layers, parameters, ratio and lr."""
+        """Return the groups that `optimizer` really steps with, their layers, parameters, ratio and lr.
+
+        After `detach()` their ratio is 1; `parameter_ratios()` has the last ones.
+        """
         return self._balancer.param_groups(optimizer)
 
     def detach(self) -> None:
@@ -136,9 +142,22 @@ class TempBalance:
 
         Raises:
             ValueError: not such a state, one of a newer version, or a damaged one. Nothing was changed then.
+            RuntimeError: after `detach()`, since no optimizer would step with the ratios.
         """
+        self._check_attached("load_state_dict()")
         if not self._balancer.load_state_dict(state):
             self._balancer.update()
+
+    def _check_attached(self, call: str) -> None:
+        """Raise if the optimizers were given back.
+
+        Args:
+            call: what was called.
+        """
+        if self._detached:
+            raise RuntimeError(
+                f"{call} after detach(): the optimizers step without ratios. Make a new TempBalance"
+            )
 
 
 def _is_sharded(model: nn.Module) -> bool:

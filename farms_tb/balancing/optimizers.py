@@ -52,7 +52,6 @@ class BalancedOptimizers:
             for stepping in stepping_optimizers(optimizer):
                 if not _is_among(stepping, self._optimizers):
                     self._optimizers.append(stepping)
-        self._ratios: Mapping[int, Ratio] = {}
         self._options, self._renew = options, renew
         self._steps: list[LayerwiseStep] = []
 
@@ -89,7 +88,6 @@ class BalancedOptimizers:
         """
         for step in self._steps:
             step.ratios = ratios
-        self._ratios = ratios
 
     def apply_measured(self, ratios: Mapping[int, Ratio], model: nn.Module) -> None:
         """Let the next steps use the ratios of a new measurement.
@@ -102,7 +100,6 @@ class BalancedOptimizers:
             model: what the warning is about.
         """
         missed = [step.optimizer for step in self._steps if step.replace_ratios(ratios)]
-        self._ratios = ratios
         for optimizer in missed:
             name = type(optimizer).__name__
             warn_once(
@@ -163,9 +160,10 @@ class BalancedOptimizers:
         chosen = self._optimizers if optimizer is None else self._inside(optimizer)
         if not chosen:
             raise ValueError(f"this {type(optimizer).__name__} is not one that is being balanced")
+        ratios = {id(step.optimizer): step.ratios for step in self._steps}
         groups: list[SplitGroup] = []
         for one in chosen:
-            groups += split_groups(one, self._ratios)
+            groups += split_groups(one, ratios.get(id(one), {}))
         return groups
 
     def _inside(self, optimizer: Any) -> list[Optimizer]:

@@ -8,7 +8,9 @@ next step while it holds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import copy
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from numbers import Real
@@ -24,6 +26,9 @@ from farms_tb.balancing.optimizer_checks import TORCH_OPTIMIZERS, Group, incompa
 from farms_tb.balancing.targets import Ratio, Scale, as_scale
 
 _MISSING = object()
+_LISTS = (list, tuple, deque)
+_OF_PARAMETERS = ("params", "param_names")
+"""Lists in a group with an entry for each of its parameters."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +125,9 @@ class ShownGroups:
     Args:
         optimizer: the optimizer that steps.
         ratios: learning-rate ratio of a parameter by its `id`; 1 where there is none.
-        kept: the splits of the last step, which are used again where they still hold.
+        kept: the splits of the last step, with the lists that the optimizer keeps in their groups.
+        same_ratios: whether the ratios are those of the last step, so that its splits are used again where they
+            still hold.
         compiled: whether the step is compiled. Such a step is torch's own, which the compiler merges by itself.
         watched: whether to note if the learning rates are read.
 
@@ -134,11 +141,12 @@ class ShownGroups:
         ratios: Mapping[int, Ratio],
         kept: Sequence[_Split | None] = (),
         *,
+        same_ratios: bool = False,
         compiled: bool = False,
         watched: bool = False,
     ) -> None:
         self._optimizer, self._ratios = optimizer, ratios
-        self._compiled, self._watched = compiled, watched
+        self._same_ratios, self._compiled, self._watched = same_ratios, compiled, watched
         users = self._users()
         self._parts: list[_Split | _Merged] = []
         for group, old in zip_longest(users, kept[: len(users)]):
@@ -164,25 +172,26 @@ class ShownGroups:
         """Update what was merged, and write back to the user's groups what the step wrote into its own.
 
         Returns:
-            The splits that the next step may use again. Merged groups are none, because they hold gradients, nor
-            are watched ones, which are slow to read.
+            The splits that the next step may use again. Merged groups are none, because they hold gradients.
 
         Raises:
             RuntimeError: the step did to its groups what cannot be carried over.
         """
         if len(self.groups) != sum(len(part.shown) for part in self._parts):
             raise incompatible(self._optimizer, "added or removed param groups")
-        writes_nothing = type(self._optimizer) in TORCH_OPTIMIZERS
         kept: list[_Split | None] = []
         for part in self._parts:
             if isinstance(part, _Merged):
                 part.update()
                 kept.append(None)
                 continue
-            if not part.whole and not writes_nothing:
+            if not part.whole and not self._writes_nothing():
                 self._write_back(part)
-            kept.append(None if self._watched else part)
+            kept.append(part)
         return kept
+
+    def _writes_nothing(self) -> bool:
+        return type(self._optimizer) in TORCH_OPTIMIZERS
 
     def _users(self) -> list[Group]:
         """Return the user's groups, past the property of the view that shows others in their place."""
@@ -203,8 +212,9 @@ class ShownGroups:
         update = None if self._compiled else merged_update(self._optimizer, group, self._ratios)
         if update is not None:
             return _Merged(group, update)
-        if old is None or not old.still_of(group):
-            return _Split(group, _by_ratio(group, self._ratios), self._watched)
+        if old is None or not self._same_ratios or not old.still_of(group):
+            by_ratio = _by_ratio(group, self._ratios)
+            return _Split(group, by_ratio, old, shares=self._writes_nothing(), watched=self._watched)
         old.follow_user()
         return old
 
@@ -229,17 +239,23 @@ class ShownGroups:
                 deed = f"keeps group[{key!r}], which depends on the learning rate,"
                 raise incompatible(self._optimizer, deed)
             _store(split.group, key, first)
+        split.hand_over_containers(written)
 
 
 class _Split:
     """One of the user's groups, and the groups that a step sees in its place.
 
     Tensors in the groups of the step are copies, so that a tensor that is written in place (a counter) is written
-    once, and is seen to be.
+    once, and is seen to be. So are lists and dicts. An optimizer may keep in them what follows from the learning
+    rate, as RAdam's step sizes, so each ratio has its own, from one step to the next: they belong to the
+    parameters.
 
     Args:
         group: the user's group.
         by_ratio: its parameters by their ratio.
+        old: how the group in its place was split in the last step, whose lists and dicts go on; None where it was
+            not.
+        shares: whether lists and dicts need no copies, because no step writes into them.
         watched: whether to note if the learning rates are read.
 
     Attributes:
@@ -249,15 +265,29 @@ class _Split:
         shown: the groups that the step sees.
     """
 
-    def __init__(self, group: Group, by_ratio: Mapping[Ratio, list[Tensor]], watched: bool = False) -> None:
+    def __init__(
+        self,
+        group: Group,
+        by_ratio: Mapping[Ratio, list[Tensor]],
+        old: _Split | None = None,
+        *,
+        shares: bool = False,
+        watched: bool = False,
+    ) -> None:
         self.group = group
+        self._shares, self._watched = shares, watched
         self.scales_decay = any(isinstance(ratio, Scale) for ratio in by_ratio)
         self.whole = set(by_ratio) <= {1.0}
         self._ratios = list(by_ratio)
         self._params = list(group["params"])
+        # The user's lists and dicts, as the groups of the step had them last.
+        self._containers: dict[str, Any] = {}
         self.shown = [group]
         if not self.whole:
+            self._note_containers(group.keys())
             self.shown = [self._scaled(ratio, params) for ratio, params in by_ratio.items()]
+            if old is not None:
+                self._inherit(old)
         self._given = [_Snapshot(shown) for shown in self.shown]
         self._users = _Snapshot(group)
         if watched and not self.whole:
@@ -266,12 +296,13 @@ class _Split:
     def still_of(self, group: Group) -> bool:
         """Return whether this is how `group` is split now too, provided that the ratios are the same.
 
-        Never where the group holds tensors, whose copies are made anew.
+        Never where the group holds tensors, whose copies are made anew, nor where it was watched, which makes
+        groups slow to read.
 
         Args:
             group: one of the user's groups, as it is now.
         """
-        if group is not self.group or group.keys() != self.shown[0].keys():
+        if self._watched or group is not self.group or group.keys() != self.shown[0].keys():
             return False
         if any(isinstance(value, Tensor) for value in group.values()):
             return False
@@ -284,8 +315,12 @@ class _Split:
         if self.whole:
             return
         changed = self._users.changes(self.group) & self.group.keys()
+        for key in self._containers.keys() & self.group.keys():
+            if not _same(self.group[key], self._containers[key]):
+                changed.add(key)
         if not changed:
             return
+        self._note_containers(changed)
         for shown, given, ratio in zip(self.shown, self._given, self._ratios, strict=True):
             for key in changed:
                 value = self._own(key, self.group[key], ratio)
@@ -300,6 +335,55 @@ class _Split:
             written |= given.changes(shown)
         return written
 
+    def _note_containers(self, keys: Iterable[str]) -> None:
+        """Note what the user's lists and dicts hold.
+
+        Args:
+            keys: the keys whose values are new.
+        """
+        for key in keys:
+            self._containers.pop(key, None)
+            if not self._shares and _is_container(key, self.group[key]):
+                self._containers[key] = _copied(self.group[key])
+
+    def hand_over_containers(self, written: set[str]) -> None:
+        """Write into the user's lists and dicts what the step wrote into its own.
+
+        The user gets those of ratio 1, which a step without ratios would have written, or else those of the first
+        group. Of a dict, the user gets all entries.
+
+        Args:
+            written: keys that have other values than the step was given, which the user has already.
+        """
+        first = self._ratios.index(1.0) if 1.0 in self._ratios else 0
+        ordered = [self.shown[first], *self.shown[:first], *self.shown[first + 1 :]]
+        for key in self._containers.keys() - written:
+            value = ordered[0][key]
+            if isinstance(value, dict):
+                value = {name: entry for shown in reversed(ordered) for name, entry in shown[key].items()}
+            if not _same(value, self._containers[key]):
+                self._containers[key] = _copied(value)
+                _fill(self.group[key], _copied(value))
+
+    def _inherit(self, old: _Split) -> None:
+        """Let each group go on with the lists and dicts that the first of its parameters had in the last step.
+
+        Args:
+            old: how the group in its place was split then; not used where the user has changed the group since.
+        """
+        if not self._containers or old.whole or old.group is not self.group:
+            return
+        before = {id(parameter): shown for shown in old.shown for parameter in shown["params"]}
+        for key, value in self._containers.items():
+            if key not in old._containers or not _same(value, old._containers[key]):
+                continue
+            for shown in self.shown:
+                last = before.get(id(shown["params"][0]), self.group)[key]
+                if isinstance(value, dict):
+                    shown[key].update(_copied(last))
+                else:
+                    shown[key] = _copied(last)
+
     def _scaled(self, ratio: Ratio, params: list[Tensor]) -> Group:
         """Return the group that a step sees in place of the user's, for the parameters of one ratio.
 
@@ -308,10 +392,13 @@ class _Split:
             params: the parameters of the user's group that have it.
         """
         own = {key: self._own(key, value, ratio) for key, value in self.group.items()}
+        names = own.get("param_names")
+        if isinstance(names, list) and len(names) == len(self._params):
+            by_id = dict(zip(map(id, self._params), names, strict=True))
+            own["param_names"] = [by_id[id(parameter)] for parameter in params]
         return own | {"params": params}
 
-    @staticmethod
-    def _own(key: str, value: Any, ratio: Ratio) -> Any:
+    def _own(self, key: str, value: Any, ratio: Ratio) -> Any:
         """Return the value of one key in a group of the step.
 
         Args:
@@ -320,7 +407,7 @@ class _Split:
             ratio: the ratio of the parameters in the group of the step.
 
         Returns:
-            The scaled value where the ratio scales it; else the value itself, or a copy of a tensor.
+            The scaled value where the ratio scales it; else the value itself, or a copy of a tensor, list or dict.
         """
         if key == "lr":
             return value * as_scale(ratio).lr
@@ -328,7 +415,7 @@ class _Split:
             return value * ratio.decay
         if isinstance(value, Tensor):
             return value.clone()
-        return value
+        return _copied(value) if key in self._containers else value
 
 
 class _Merged:
@@ -389,7 +476,7 @@ class _Snapshot:
         for key, version in self._versions.items():
             if values[key]._version != version:
                 written.add(key)
-        return written - {"params"}
+        return written.difference(_OF_PARAMETERS)
 
 
 def _by_ratio(group: Group, ratios: Mapping[int, Ratio]) -> dict[Ratio, list[Tensor]]:
@@ -424,9 +511,52 @@ def _store(group: Group, key: str, value: Any) -> None:
 
 
 def _same(first: object, second: object) -> bool:
-    """Return whether two values of a group are equal; tensors are if all their entries are."""
+    """Return whether two values of a group are equal; tensors, lists and dicts are if all their entries are."""
     if first is second:
         return True
     if isinstance(first, Tensor) and isinstance(second, Tensor):
         return first.shape == second.shape and bool((first == second).all())
-    return not isinstance(first, Tensor) and bool(first == second)
+    if isinstance(first, dict) and isinstance(second, dict):
+        return first.keys() == second.keys() and all(_same(first[key], second[key]) for key in first)
+    if isinstance(first, _LISTS) and isinstance(second, _LISTS):
+        return len(first) == len(second) and all(map(_same, first, second))
+    if isinstance(first, Tensor):
+        return False
+    try:
+        return bool(first == second)
+    except (TypeError, ValueError, RuntimeError):  # arrays, which compare entry by entry
+        return False
+
+
+def _is_container(key: str, value: object) -> bool:
+    """Return whether each group of a step needs its own copy of a value: lists, and dicts with names as keys.
+
+    Others, with parameters as keys say, hold what is a parameter's own, and all groups share them.
+    """
+    if isinstance(value, dict):
+        return all(isinstance(name, str) for name in value)
+    return key not in _OF_PARAMETERS and isinstance(value, (list, deque))
+
+
+def _copied(value: Any) -> Any:
+    """Return a copy of a list or dict, of those inside it and of numbers in tensors.
+
+    Objects of other types, and larger tensors, stay the same ones: they may be a model's, or as large.
+    """
+    if isinstance(value, Tensor) and value.dim() == 0 and not value.requires_grad:
+        return value.clone()
+    if not isinstance(value, (list, dict, deque)):
+        return value
+    own = copy.copy(value)  # of the same class, a defaultdict say
+    for key, entry in list(own.items() if isinstance(own, dict) else enumerate(own)):
+        own[key] = _copied(entry)
+    return own
+
+
+def _fill(mine: Any, value: Any) -> None:
+    """Give a list or dict of the user's, which stays the same object, the entries of another one."""
+    mine.clear()
+    if isinstance(mine, dict):
+        mine.update(value)
+    else:
+        mine.extend(value)

@@ -269,7 +269,8 @@ class ShowsResults:
             optimizer: one of the trainer's optimizers.
 
         Returns:
-            A `StepGroup` for each learning rate of each of the optimizer's own groups.
+            A `StepGroup` for each learning rate of each of the optimizer's own groups. After training, when the
+            optimizer steps without ratios, one of ratio 1 for each group; `parameter_ratios` has the last ones.
 
         Raises:
             RuntimeError: before training, and in a copy of the callback, which has no optimizer.

@@ -141,6 +141,21 @@ class PairsByData(ByData, PairsWithObjects):
     pass
 
 
+class PairsWithMomentumOfItsGroup(Plain):
+    """A list in the group, with a tensor for each of its parameters."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, lr)
+        for group in self.param_groups:
+            group["momentum"] = [torch.zeros_like(p) for p in group["params"]]
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for p, momentum in zip(group["params"], group["momentum"], strict=False):
+                if p.grad is not None and p.shape == momentum.shape:
+                    p.data.sub_(group["lr"] * momentum.mul_(0.9).add_(p.grad))
+
+
 class CachedGroups(Plain):
     def __init__(self, params: Any, lr: float = 0.1) -> None:
         super().__init__(params, lr)
@@ -215,6 +230,7 @@ BAD = [
     PairsByIndex,
     PairsWithObjects,
     PairsByData,
+    PairsWithMomentumOfItsGroup,
     CachedGroups,
     CachedGroupsByData,
     CachedRates,

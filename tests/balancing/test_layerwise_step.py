@@ -238,8 +238,45 @@ class CountingInPlace(torch.optim.SGD):
         return super().step(closure)
 
 
+class CountingInList(torch.optim.SGD):
+    """Counts in a list, as a number and as a tensor."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, lr=lr)
+        for group in self.param_groups:
+            group["counter"] = [0, [torch.zeros(())]]
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            group["counter"][0] += 1
+            group["counter"][1][0] += 1
+        return super().step(closure)
+
+
+class CountingInDict(torch.optim.SGD):
+    """Counts in a dict that is empty at first."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, lr=lr)
+        for group in self.param_groups:
+            group["counter"] = {}
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            group["counter"]["steps"] = group["counter"].get("steps", 0) + 1
+        return super().step(closure)
+
+
 @UNTESTED
-@pytest.mark.parametrize(("cls", "expected"), [(Counting, 1003), (CountingInPlace, 3)])
+@pytest.mark.parametrize(
+    ("cls", "expected"),
+    [
+        (Counting, 1003),
+        (CountingInPlace, 3),
+        (CountingInList, [3, [torch.tensor(3.0)]]),
+        (CountingInDict, {"steps": 3}),
+    ],
+)
 def test_group_state_written_by_step_reaches_the_user(cls: Any, expected: int) -> None:
     params = make_params()
     optimizer = cls(params, lr=0.1)
@@ -249,8 +286,142 @@ def test_group_state_written_by_step_reaches_the_user(cls: Any, expected: int) -
         set_grads(params, step)
         optimizer.step()
     assert optimizer.param_groups[0]["counter"] == expected
-    if isinstance(counter, Tensor):
+    if counter is not None:
         assert optimizer.param_groups[0]["counter"] is counter
+
+
+class CachesItsStepSize(Optimizer):
+    """Keeps the step size for parameters of one age in a list of its group, as RAdam of several packages does."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": 0.01})
+        for group in self.param_groups:
+            self.prepare(group)
+
+    def prepare(self, group: dict[str, Any]) -> None:
+        group["buffer"] = [[None, None] for _ in range(10)]
+
+    def step_size(self, group: dict[str, Any], age: int) -> float:
+        cached = group["buffer"][age % 10]
+        if cached[0] != age:
+            cached[:] = age, group["lr"] / (1 + age)
+        return float(cached[1])
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self.state[p]["age"] = self.state[p].get("age", 0) + 1
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.sub_(self.step_size(group, self.state[p]["age"]) * p.grad)
+
+
+class CachesInDict(CachesItsStepSize):
+    """By name, in a dict that is empty at first."""
+
+    def prepare(self, group: dict[str, Any]) -> None:
+        group["buffer"] = {}
+
+    def step_size(self, group: dict[str, Any], age: int) -> float:
+        if group["buffer"].get("age") != age:
+            group["buffer"].update(age=age, size=group["lr"] / (1 + age))
+        return float(group["buffer"]["size"])
+
+
+class SumsRates(CachesItsStepSize):
+    """Keeps the sum of all rates in a list: it has to last from one step to the next."""
+
+    def prepare(self, group: dict[str, Any]) -> None:
+        group["sums"] = [0.0] * len(group["params"])
+
+    def step_size(self, group: dict[str, Any], age: int) -> float:
+        group["sums"][0] += group["lr"]
+        return float(group["sums"][0])
+
+
+class MomentumByParameter(CachesItsStepSize):
+    """Keeps the momentum in a dict of the group, with the parameters as keys; it is empty at first."""
+
+    def prepare(self, group: dict[str, Any]) -> None:
+        group["momentum"] = {}
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    momentum = group["momentum"].setdefault(p, torch.zeros_like(p))
+                    p.sub_(group["lr"] * momentum.mul_(0.9).add_(p.grad))
+
+
+@UNTESTED
+@pytest.mark.parametrize("cls", [CachesItsStepSize, CachesInDict, SumsRates, MomentumByParameter])
+@pytest.mark.parametrize("ones", [True, False], ids=["some of ratio 1", "none of ratio 1"])
+def test_lists_and_dicts_in_groups_are_those_of_groups_built_by_hand(cls: Any, ones: bool) -> None:
+    """With ratios that change, of which two become one, and steps in which a parameter has no gradient."""
+    ours, theirs = make_params(5), make_params(5)
+    optimizer, by_hand = cls(ours, lr=0.1), cls([{"params": [p]} for p in theirs], lr=0.1)
+    stepper = LayerwiseStep(optimizer)
+    ratios = [0.5, 1.0 if ones else 0.7, 1.7, 1.3, 0.9]
+    for step in range(12):
+        if step == 4:
+            ratios = [0.6, 1.0 if ones else 0.7, 1.1, 1.2, 0.8]
+        if step == 8 and cls is not SumsRates:  # whose sum is one for a group
+            ratios = [0.6, 1.0 if ones else 0.7, 0.6, 0.6, 0.8]
+        stepper.ratios = {id(p): ratio for p, ratio in zip(ours, ratios, strict=True)}
+        for group, ratio in zip(by_hand.param_groups, ratios, strict=True):
+            group["lr"] = 0.1 * ratio
+        for params, stepped in ((ours, optimizer), (theirs, by_hand)):
+            set_grads(params, step)
+            if step in (2, 6):
+                params[3].grad = None
+            stepped.step()
+    assert_same_state(ours, theirs)
+
+
+class ScalesByList(torch.optim.SGD):
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, lr=lr)
+        self.param_groups[0]["scales"] = [1.0, 1.0]
+        self.seen: list[float] = []
+
+    def step(self, closure: Any = None) -> Any:
+        self.seen += [group["scales"][0] for group in self.param_groups]
+        return super().step(closure)
+
+
+@UNTESTED
+def test_a_list_that_the_user_writes_in_place_reaches_the_step() -> None:
+    params = make_params()
+    optimizer = ScalesByList(params, lr=0.1)
+    attach(optimizer, params)
+    for step in range(5):
+        set_grads(params, step)
+        optimizer.param_groups[0]["scales"][0] = float(step)
+        optimizer.step()
+    assert optimizer.seen == [float(step) for step in range(5) for _ in range(3)]
+
+
+@UNTESTED
+def test_names_in_a_group_are_those_of_its_parameters() -> None:
+    """Torch has them there where an optimizer is built from named parameters."""
+    seen: list[tuple[list[int], list[str]]] = []
+
+    class Recorder(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            seen.extend((list(map(id, g["params"])), g["param_names"]) for g in self.param_groups)
+            return super().step(closure)
+
+    params, names = make_params(), ["a", "b", "c", "d"]
+    optimizer = Recorder(params, lr=0.1)
+    optimizer.param_groups[0]["param_names"] = names
+    attach(optimizer, params)
+    set_grads(params, 0)
+    optimizer.step()
+    a, b, c, d = map(id, params)
+    assert seen == [([a], ["a"]), ([b, d], ["b", "d"]), ([c], ["c"])]
+    assert optimizer.param_groups[0]["param_names"] is names == ["a", "b", "c", "d"]
 
 
 @UNTESTED
@@ -399,6 +570,28 @@ def test_wrappers_scale_once(wrap: Callable[[Any], Optimizer]) -> None:
         for _ in range(3):
             optimizer.step(closure)
     assert [[lrs[id(p)] for p in params] for lrs in seen] == [[0.05, 0.1, 0.1 * 1.7, 0.1]] * 3
+
+
+@UNTESTED
+def test_a_class_that_lists_its_subclasses_sees_none() -> None:
+    listed: list[str] = []
+
+    class Registered(torch.optim.SGD):
+        def __init_subclass__(cls, *, name: str) -> None:
+            assert name not in listed
+            listed.append(name)
+
+    class Mine(Registered, name="mine"):
+        pass
+
+    params = make_params()
+    optimizer = Mine(params, lr=0.1)
+    attach(optimizer, params)
+    set_grads(params, 0)
+    with spy_on_updates("SGD") as seen:
+        optimizer.step()
+    assert [seen[0][id(p)] for p in params] == [0.1 * ratio for ratio in (*RATIOS, 1.0)]
+    assert listed == ["mine"]
 
 
 # The split of a step is kept for the next
@@ -968,7 +1161,7 @@ def test_zero_is_refused_by_name() -> None:
 def test_second_attachment_is_refused_until_the_first_lets_go() -> None:
     optimizer = torch.optim.SGD(make_net().parameters(), lr=0.1)
     first = LayerwiseStep(optimizer)
-    with pytest.raises(ValueError, match="already has layer-wise learning rates: use one"):
+    with pytest.raises(ValueError, match=r"already has layer-wise learning rates: use one .* detach\(\)"):
         LayerwiseStep(optimizer)
     first.detach()
     first.detach()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -249,9 +250,42 @@ def test_detach_gives_the_optimizer_back() -> None:
     train(plain, [other])
     assert_same_weights(net, plain)
     assert balancer.ratios != dict.fromkeys(LAYERS, 1.0)
-    with pytest.raises(RuntimeError, match=r"detach\(\)"):
-        balancer.step()
+    for call in (balancer.step, lambda: balancer.load_state_dict(balancer.state_dict())):
+        with pytest.raises(RuntimeError, match=r"detach\(\)"):
+            call()
+    (group,) = balancer.param_groups(optimizer)
+    assert (group.ratio, group.lr) == (1.0, 0.1)
     assert TempBalance(net, optimizer, assign_func="tb_linear_map").report is not balancer.report
+
+
+def test_an_optimizer_that_was_dropped_without_detach_is_in_nobodys_way() -> None:
+    """It lives on until Python collects garbage, and the model may be trained on before that."""
+    net = make_net()
+
+    def phase() -> None:
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        TempBalance(net, optimizer, assign_func="tb_linear_map")
+        train(net, [optimizer], 1)
+
+    gc.disable()
+    try:
+        phase()
+        with spy_on_updates("SGD") as seen:
+            train(net, [torch.optim.SGD(net.parameters(), lr=0.1)], 1)
+    finally:
+        gc.enable()
+    assert [set(lrs.values()) for lrs in seen] == [{0.1}] * 3
+
+
+def test_an_optimizer_that_is_kept_without_detach_is_named() -> None:
+    net = make_net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    balancer = TempBalance(net, optimizer, assign_func="tb_linear_map")
+    other = torch.optim.SGD(net.parameters(), lr=0.1)
+    with pytest.raises(RuntimeError, match=r"to train on without ratios, detach\(\) it"):
+        train(net, [other], 1)
+    balancer.detach()
+    train(net, [other], 1)
 
 
 def test_several_optimizers() -> None:

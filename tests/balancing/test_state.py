@@ -146,6 +146,19 @@ def test_a_copy_keeps_report_and_ratios(copied: Callable[[Any], Any], used: bool
             call()
 
 
+@pytest.mark.parametrize("copied", [by_pickle, copy.deepcopy])
+def test_a_copy_of_the_optimizer_steps_without_ratios(copied: Callable[[Any], Any]) -> None:
+    net, optimizer, balancer = make_balancer()
+    assert balancer.ratios["2"] != 1
+    copied_net, copied_optimizer = copied((net, optimizer))
+    for p in copied_net.parameters():
+        p.grad = torch.ones_like(p)
+    before = copied_net[2].weight.detach().clone()
+    copied_optimizer.step()
+    assert float((before - copied_net[2].weight.detach()).mean()) == pytest.approx(0.1, rel=1e-3)
+    assert TempBalance(copied_net, copied_optimizer, assign_func="tb_linear_map").ratios
+
+
 def test_a_copy_of_a_copy() -> None:
     _, _, balancer = make_balancer()
     other = by_pickle(copy.deepcopy(balancer))

@@ -236,6 +236,16 @@ def test_what_is_shown_is_what_is_used() -> None:
     assert shown[::2] == shown[1::2] == by_name
 
 
+def test_after_training_the_groups_are_those_of_steps_without_ratios() -> None:
+    """The optimizer has none any more; what they were last is still to be read."""
+    balance, module = FARMSTempBalance(assign_func="tb_linear_map"), module_for("SGD", "ExponentialLR")
+    trainer = fit(module, [balance])
+    (optimizer,) = trainer.optimizers
+    groups = balance.param_groups(optimizer)
+    assert [(group.ratio, group.lr) for group in groups] == [(1, own["lr"]) for own in optimizer.param_groups]
+    assert len(set(balance.parameter_ratios(module).values())) > 2
+
+
 def test_nothing_to_show_before_training() -> None:
     balance, module = FARMSTempBalance(assign_func="tb_linear_map"), Module()
     assert balance.report is None
