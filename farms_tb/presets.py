@@ -122,6 +122,9 @@ def with_preset(
     for cls in (SpectrumOptions, RatioOptions, ScheduleOptions):
         own = without_defaults(cls, own)
     of_preset = dict(PRESETS[preset].options)
+    if own.get("unit") == "block":
+        # Norms have the ratio of their block then.
+        of_preset.pop("norms", None)
     if any(own.get(name) is not None for name in _SPACING):
         for name in _SPACING:
             of_preset.pop(name, None)

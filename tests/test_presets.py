@@ -131,7 +131,6 @@ def test_when_to_measure_replaces_all_that_the_preset_says_of_it(
     [
         ("llr", {"lr_max_ratio": 0.9}, r"preset='llr' sets lr_min_ratio=1\.0: give lr_min_ratio, too"),
         ("llr", {"start": 0.5}, r"preset='llr' sets until=0\.2: give until, too"),
-        ("llr", {"unit": "block"}, "preset='llr' sets norms='base': give norms, too"),
         ("model_balancing", {"assign_func": "noise_aware"}, "sets unit='block': give unit, too"),
     ],
 )
@@ -140,6 +139,16 @@ def test_what_contradicts_the_preset_is_told_from_what_was_given(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         FARMSTempBalance(preset=preset, **given)
+
+
+@pytest.mark.parametrize("all_options", [False, True])
+@pytest.mark.parametrize("preset", ["llr", "alphadecay"])
+def test_blocks_have_norms_of_their_own_ratio_whatever_the_preset_says(preset: Preset, all_options: bool) -> None:
+    everything = as_plain(SpectrumOptions(), RatioOptions(), ScheduleOptions(), LoggingOptions())
+    given = {**(everything if all_options else {}), "unit": "block"}
+    ratios = FARMSTempBalance(preset=preset, **given).options.ratios
+    assert (ratios.unit, ratios.norms) == ("block", "follow")
+    assert ratios.assign_func == PRESETS[preset].options["assign_func"]
 
 
 def test_a_contradiction_of_the_users_own_is_not_the_presets() -> None:

@@ -43,7 +43,7 @@ class Assignment:
         followed: the layers whose ratio each parameter takes: its owners, and for the parameters of a
             normalisation layer with `norms="follow"` the layer that feeds it. With `unit="block"` a parameter of
             no layer that is inside a block follows the block, by its path.
-        packed: the layers that each parameter with the matrices of several holds, as q, k and v of attention.
+        packed: the layers of each parameter that holds several, as q, k and v of attention or gates of an LSTM.
         held_by: the layers that hold the matrix of each layer that has none of its own: the embedding for a tied
             head, or the other way round.
         excluded: the layers that `exclude` and `exclude_heads` leave out.
@@ -81,7 +81,7 @@ def assign(model: nn.Module, options: RatioOptions, *, embeddings: bool, adapter
     layers = checked_layers(model, embeddings=embeddings, adapters=adapters)
     _warn_of_adapters(model, layers)
     check_patterns(layers, "exclude", options.exclude)
-    packed, held_by = packed_layers(model, layers), _held_by(model, layers)
+    packed, held_by = packed_layers(layers), _held_by(model, layers)
     of_layers, of_parameters = fixed_ratios(model, layers, options.fixed_pairs, held_by)
     owners: dict[str, tuple[str, ...]] = {}
     for layer in layers:

@@ -19,7 +19,13 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from farms_tb.balancing.assignment import block_leaders, members, ratios_of_parameters, trained_layers
+from farms_tb.balancing.assignment import (
+    block_leaders,
+    members,
+    ratios_of_parameters,
+    trained_layers,
+    with_shared_ratios,
+)
 from farms_tb.balancing.measured_model import MeasuredModel
 from farms_tb.balancing.optimizers import BalancedOptimizers
 from farms_tb.balancing.ratio_warnings import RatioWarnings
@@ -205,7 +211,9 @@ class LayerBalancer:
         if changes or others:
             consequence = "" if fits else ", measuring anew"
             warn_once(f"{changed}{consequence}: {'; '.join([*changes, *others])}", self._measured.model)
-        self._mapped = {name: saved.ratios.get(name, 1.0) for name in names}
+        ratios = {name: saved.ratios.get(name, 1.0) for name in names}
+        # Earlier versions saved what the map gave each of the layers that share a matrix.
+        self._mapped = with_shared_ratios(ratios, self._measured.assignment, self.ratio_options)
         # Those of the measurement, since other layers may be trained by now. Earlier versions did not save them.
         present = block_leaders(self._measured.assignment, self._members())
         self._leaders = saved.leaders if fits and saved.leaders else present

@@ -44,7 +44,7 @@ class RatioWarnings:
             mapped: the ratios that follow from it.
             initial: whether these may be initial weights, whose alphas are all noise: then that is no warning.
         """
-        self._about_missing(report, mapped.missing)
+        self._about_missing(report, mapped)
         if not self._maps_nothing:
             self._about_few_layers(mapped)
         self._about_large_ratio(mapped.ratios)
@@ -66,18 +66,20 @@ class RatioWarnings:
             self._about_sampling_noise(list(records.values()))
             self._about_single_matrix(records, mapped)
 
-    def _about_missing(self, report: Report, missing: Sequence[str]) -> None:
+    def _about_missing(self, report: Report, mapped: MappedRatios) -> None:
         """Name the layers that take part and have no value to map, with the reason of each.
 
         Args:
             report: the measurement.
-            missing: names of these layers.
+            mapped: what followed from it.
         """
-        new = self._new(missing)
+        new = self._new(mapped.missing)
         if not new:
             return
         reasons = "; ".join(f"{name}: {_reason(report.layers[name])}" for name in new)
         kept = f"keep the base {self._scaled}"
+        if any(mapped.ratios[name] != 1.0 for name in new):
+            kept += ", or count as 1 in the mean ratio of the layers that are one parameter with them"
         if self._options.permute is not None:
             kept = "are dealt a ratio all the same"
         self._warn(f"layers with no {self._options.metric} {kept}: {reasons}")

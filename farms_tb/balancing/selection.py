@@ -6,7 +6,6 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from farms_tb.printable import printable
 from farms_tb.weights.blocks import blocks_of
@@ -69,17 +68,16 @@ def check_patterns(layers: Sequence[Layer], argument: str, patterns: Iterable[st
             raise ValueError(f"{argument}={pattern!r} matches no layer; the layers are {_listed(layers)}")
 
 
-def packed_layers(model: nn.Module, layers: Sequence[Layer]) -> dict[str, tuple[str, ...]]:
-    """Return the layers whose matrices are one parameter, as q, k and v of attention can be, by its name.
+def packed_layers(layers: Sequence[Layer]) -> dict[str, tuple[str, ...]]:
+    """Return the layers whose matrices are one parameter, by its name: q, k and v of attention, gates of an LSTM.
 
     Args:
-        model: the model.
-        layers: its layers.
+        layers: the layers of a model.
     """
     owners: dict[str, tuple[str, ...]] = {}
-    for layer, matrices in _matrices_of_layers(model, layers).items():
-        for matrix in sorted(matrices):
-            owners[matrix] = (*owners.get(matrix, ()), layer)
+    for layer in layers:
+        for matrix in layer.matrices:
+            owners[matrix] = (*owners.get(matrix, ()), layer.name)
     return {matrix: together for matrix, together in owners.items() if len(together) > 1}
 
 
@@ -97,8 +95,8 @@ def check_packed(packed: Mapping[str, Sequence[str]], argument: str, named: Mapp
     for matrix, together in packed.items():
         if len({named.get(layer) for layer in together}) > 1:
             raise ValueError(
-                f"{argument} names a part of {', '.join(together)}, which are one parameter, {matrix}, and take "
-                "steps together: name all of them, or their module"
+                f"{argument} names a part of {', '.join(map(printable, together))}, which are one parameter, "
+                f"{printable(matrix)}, and take steps together: name all of them, or their module"
             )
 
 
@@ -124,7 +122,7 @@ def fixed_ratios(
     """
     of_layers: dict[str, float] = {}
     of_parameters: dict[str, float] = {}
-    matrices = _matrices_of_layers(model, layers)
+    matrices = {layer.name: set(layer.matrices) for layer in layers}
     for pattern, ratio in fixed:
         named = set(layers_matching(layers, pattern))
         named = named.union(*(held_by.get(name, ()) for name in named))
@@ -138,13 +136,6 @@ def fixed_ratios(
         of_layers = dict.fromkeys(sorted(matched), ratio) | of_layers
         of_parameters = dict.fromkeys(sorted(parameters), ratio) | of_parameters
     return of_layers, of_parameters
-
-
-def _matrices_of_layers(model: nn.Module, layers: Sequence[Layer]) -> dict[str, set[str]]:
-    """Return the names of the parameters with two or more dimensions that each layer has, by its name."""
-    parameters = named_parameters(model).items()
-    matrices = {name for name, parameter in parameters if not is_lazy(parameter) and parameter.ndim > 1}
-    return {layer.name: matrices.intersection(layer.parameters) for layer in layers}
 
 
 def _held_by_these_alone(names: Collection[str], matrices: Mapping[str, set[str]]) -> set[str]:

@@ -263,7 +263,7 @@ class Schedule:
         Args:
             state: holds what `state_dict` returned, in this version or an earlier one.
         """
-        saved = _phases_of(state)
+        saved = _phases_of(state, self.options)
         return [
             f"{name} was {saved[name]!r} and is {getattr(self.options, name)!r}"
             for name in _PHASES
@@ -278,7 +278,7 @@ class Schedule:
         """
         # Up to version 0.1 ratios applied from the beginning.
         self.started = state.get("started", 0)
-        self._start = _phases_of(state)["start"]
+        self._start = _phases_of(state, self.options)["start"]
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Set the clock to where a checkpoint says.
@@ -299,10 +299,14 @@ class Schedule:
         return parsed_time(name, present) == parsed_time(name, saved)
 
 
-def _phases_of(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of `_PHASES` that a saved clock had. Those it does not know were at their defaults."""
-    defaults = as_plain(ScheduleOptions())
-    return {name: state.get(name, defaults[name]) for name in _PHASES}
+def _phases_of(state: Mapping[str, Any], present: ScheduleOptions) -> dict[str, Any]:
+    """Return the options of `_PHASES` that a saved clock had.
+
+    Version 0.1 had none of them, which is what their defaults say. Where a later clock does not know them, the
+    present ones are assumed.
+    """
+    unknown = as_plain(present if "started" in state else ScheduleOptions())
+    return {name: state.get(name, unknown[name]) for name in _PHASES}
 
 
 def check_saved_clock(state: object) -> None:
@@ -318,7 +322,7 @@ def check_saved_clock(state: object) -> None:
         value = state.get(name, -1 if name in ("final_step", "started") else None)
         if not _is_step(value):
             raise damaged_state(f"{name} must be an integer of at least -1, got {value!r:.60}")
-    phases = _phases_of(state)
+    phases = _phases_of(state, ScheduleOptions())
     try:
         parsed_time("start", phases["start"])
         parsed_time("until", phases["until"])

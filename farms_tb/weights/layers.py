@@ -46,6 +46,7 @@ class Layer:
         kind: `"real"`, `"spectral"`, or `""` where there is no stack.
         shape: (K, R, C) of the stack; empty where there is none.
         parameters: names of the parameters that take this layer's learning-rate ratio.
+        matrices: names of those that its matrices are computed from: its weight, and not a bias for each expert.
         problem: why the layer has no spectrum; empty where it has one.
         has_rule: whether the module's type is one that holds matrices.
         sampling: that of the stack.
@@ -60,6 +61,7 @@ class Layer:
     kind: str = ""
     shape: tuple[int, ...] = ()
     parameters: tuple[str, ...] = ()
+    matrices: tuple[str, ...] = ()
     problem: str = ""
     has_rule: bool = True
     sampling: Sampling = "blocks"
@@ -358,22 +360,27 @@ def _module_layers(
         path,
         module,
         parameters=tuple(free.values()),
+        matrices=tuple(name for key, name in free.items() if _may_hold_matrices(parameters[key])),
         problem=problem,
         adapters=adapters,
         is_adapted=_is_whole(module, adapters),
     )
     if not stacks:
         return [whole]
-    owned = _parameters_of_stacks(module, stacks, free)
+    made_of = [_made_of(module, stack.parameter) for stack in stacks]
     layers = []
-    for index, stack in enumerate(stacks):
+    for index, (stack, own) in enumerate(zip(stacks, made_of, strict=True)):
+        # A parameter that some stacks are made of belongs to these alone; what no stack names, a bias say, to all.
+        of_others = set().union(*made_of) - own
+        named = tuple(name for key, name in free.items() if key in own)
         layer = replace(
             whole,
             name=".".join(filter(None, (base, stack.part))) or "weight",
             index=index,
             kind=stack.kind,
             shape=tuple(stack.matrices.shape),
-            parameters=owned[index],
+            parameters=tuple(name for key, name in free.items() if key not in of_others),
+            matrices=named or whole.matrices,
             problem=stack_problem(stack) or problem,
             sampling=stack.sampling,
         )
@@ -410,24 +417,19 @@ def _own_parameters(module: nn.Module, adapters: Adapters) -> dict[int, nn.Param
     return found
 
 
-def _parameters_of_stacks(
-    module: nn.Module, stacks: list[MatrixStack], free: dict[int, str]
-) -> list[tuple[str, ...]]:
-    """Return the names of the parameters that belong to each stack of a module.
-
-    A parameter that some stacks are made of belongs to these alone; what no stack names, a bias say, to all.
+def _made_of(module: nn.Module, weight: str) -> set[int]:
+    """Return the parameters that a weight of a module is computed from, by their identity.
 
     Args:
         module: the module.
-        stacks: its stacks.
-        free: names of the parameters that belong to no other layer, by their identity.
+        weight: name of the weight in the module; empty where a rule names none.
     """
-    made_of = [id(module._parameters.get(stack.parameter)) for stack in stacks]
-    owned = []
-    for own in made_of:
-        of_others = set(made_of) - {own}
-        owned.append(tuple(name for key, name in free.items() if key not in of_others))
-    return owned
+    # The parameter of that name, or those that torch's hooks compute it from: pruning, weight_norm.
+    found = [module._parameters.get(name) for name in (weight, f"{weight}_orig", f"{weight}_g", f"{weight}_v")]
+    parametrized = getattr(module, "parametrizations", {})
+    if weight in parametrized:
+        found += parametrized[weight].parameters()
+    return {id(parameter) for parameter in found if parameter is not None}
 
 
 def _read_or_refuse(module: nn.Module, adapters: Adapters) -> tuple[list[MatrixStack], str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -104,10 +105,24 @@ class TestFixed:
 
     def test_attention_with_weights_of_their_own_is_named_by_part(self) -> None:
         """Keys of another width: q, k and v are parameters, and only their bias is one."""
-        model = nn.Sequential(nn.MultiheadAttention(16, 2, kdim=24, vdim=24), nn.Linear(16, 16), nn.Linear(16, 24))
+        attention = nn.MultiheadAttention(16, 2, kdim=24, vdim=24, add_bias_kv=True)
+        model = nn.Sequential(attention, nn.Linear(16, 16), nn.Linear(16, 24))
         balancer = balance(model, fixed={"0.q": 4.0})
         assert balancer.ratios["0.q"] == balancer.parameter_ratios()["0.q_proj_weight"] == 4
         assert balancer.ratios["0.k"] == balancer.parameter_ratios()["0.k_proj_weight"] < 2
+
+    def test_experts_with_a_bias_each_are_named_by_part(self) -> None:
+        """As in gpt-oss: two stacks of matrices, and a row of biases for each, which is no matrix."""
+        transformers = pytest.importorskip("transformers")
+        experts = transformers.models.gpt_oss.modeling_gpt_oss.GptOssExperts
+        config = transformers.GptOssConfig(hidden_size=16, intermediate_size=24, num_local_experts=4)
+        model = nn.Sequential(nn.Linear(16, 16), experts(config), nn.Linear(16, 24))
+        for parameter in model.parameters():
+            nn.init.normal_(parameter)
+        balancer = balance(model, fixed={"*down_proj": 4.0})
+        by_parameter = balancer.parameter_ratios()
+        assert balancer.ratios["1.down_proj"] == by_parameter["1.down_proj"] == 4
+        assert balancer.ratios["1.gate_up_proj"] == by_parameter["1.gate_up_proj"] < 2
 
     @pytest.mark.parametrize("embeddings", [False, True])
     @pytest.mark.parametrize("named", ["lm_head", "*embed*"])
@@ -183,6 +198,39 @@ class TestTied:
         assert ratios["0.q"] == ratios["0.k"] == ratios["0.v"] == balancer.parameter_ratios()["0.in_proj_weight"]
         assert ratios["0.q"] == pytest.approx(mean)
         assert len({alone[f"0.{part}"] for part in "qkv"}) == 3
+
+    @pytest.mark.parametrize("wrap", [None, nn.utils.weight_norm, nn.utils.parametrizations.weight_norm], ids=str)
+    @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+    def test_the_gates_of_a_weight_have_one_ratio(self, wrap: Callable[..., Any] | None) -> None:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.LSTM(16, 16), nn.Linear(16, 16))
+        if wrap is not None:
+            wrap(model[0], "weight_hh_l0")
+        balancer = balance(model)
+        of_weights: dict[str, set[float]] = {}
+        for name, ratio in (balancer.ratios | balancer.parameter_ratios()).items():
+            for weight in ("weight_ih_l0", "weight_hh_l0"):
+                if weight in name:
+                    of_weights.setdefault(weight, set()).add(ratio)
+        assert [len(ratios) for ratios in of_weights.values()] == [1, 1]
+        assert of_weights["weight_ih_l0"] != of_weights["weight_hh_l0"]
+
+    def test_a_part_without_an_alpha_counts_as_1(self) -> None:
+        model = packed_attention()
+        with torch.no_grad():
+            model[0].in_proj_weight[:16] = 0  # type: ignore[index, union-attr]
+        with pytest.warns(UserWarning, match=r"no alpha.* count as 1 in the mean .*0\.q"):
+            balancer = balance(model)
+        assert balancer.ratios["0.q"] == balancer.parameter_ratios()["0.in_proj_weight"] != 1
+
+    def test_ratios_of_an_earlier_version_are_shown_as_they_step(self) -> None:
+        balancer = balance(packed_attention())
+        expected, state = balancer.ratios, balancer.state_dict()
+        shared = expected["0.q"]
+        state["ratios"] |= {"0.q": shared - 0.1, "0.k": shared + 0.05, "0.v": shared + 0.05}
+        balancer.load_state_dict(state)
+        assert balancer.ratios == pytest.approx(expected)
+        assert balancer.ratios["0.q"] == balancer.ratios["0.v"]
 
 
 class TestHeads:

@@ -379,6 +379,26 @@ def test_start_until_and_ramp_are_those_of_the_resumed_run(
     assert again.ratios == balance.ratios
 
 
+def test_a_clock_that_does_not_know_the_phases_had_the_present_ones(
+    checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    """Warnings are errors here."""
+    checkpoint = torch.load(checkpoints["balanced"], weights_only=True)
+    saved = checkpoint["callbacks"]["FARMSTempBalance"]
+    for name in ("start", "until", "ramp_steps"):
+        del saved[name]
+    torch.save(checkpoint, tmp_path / "old.ckpt")
+    balance = FARMSTempBalance(assign_func="tb_linear_map", start="3 steps", ramp_steps=2)
+    seen: list[dict[str, float]] = []
+
+    class Look(Callback):
+        def on_train_batch_start(self, *_: Any) -> None:
+            seen.append(balance.ratios)
+
+    train([balance, Look()], tmp_path / "old.ckpt")
+    assert seen[0] == saved["balancer"]["ratios"]
+
+
 def test_phases_and_options_changed_are_one_warning(checkpoints: dict[str, Path]) -> None:
     """The ramp goes on from where ratios began to apply, also where they are measured anew."""
     balance = FARMSTempBalance(lr_min_ratio=0.9, ramp_steps=14, assign_func="tb_linear_map")
