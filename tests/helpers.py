@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import struct
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,6 +22,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 
 from farms_tb.balancing import foreach_update as merged_update
+from farms_tb.weights.layers import find_layers, own_matrices
 
 EPOCHS, BATCHES, BATCH_SIZE = 3, 4, 4
 
@@ -263,3 +265,10 @@ def read_wandb_file(path: Path) -> list[Any]:
             records.append(wandb_internal_pb2.Record.FromString(whole))
             whole = b""
     return records
+
+
+def sharing(net: nn.Module) -> set[str]:
+    """Return the layers with a matrix that other layers have, too: tied ones, and parts of one module."""
+    own = {layer.name: set(map(id, own_matrices(layer))) for layer in find_layers(net, embeddings=True)}
+    number = Counter(matrix for matrices in own.values() for matrix in matrices)
+    return {name for name, matrices in own.items() if any(number[matrix] > 1 for matrix in matrices)}

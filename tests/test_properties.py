@@ -19,6 +19,7 @@ from farms_tb import MatrixStack, TempBalance, layer_matrices
 from farms_tb.options import MAPS, AssignFunc, SpectrumOptions
 from farms_tb.report import LayerRecord
 from farms_tb.spectra.permutation_null import weight_record
+from tests.helpers import sharing
 
 MANY = settings(
     max_examples=max(200, settings().max_examples),
@@ -275,19 +276,20 @@ def test_any_model_any_options(data: Any) -> None:
         documented = ["has no layer that can be analysed"] + ["matches no layer"] * bool(patterns)
         assert any(words in str(error) for words in documented)  # noqa: PT017
         return
-    check_ratios(balancer, options)
+    check_ratios(balancer, net, options)
     check_excluded(balancer, net, ruled, options)
     check_groups(balancer, net, optimizer)
     check_state(balancer, net)
     if max(balancer.ratios.values()) < 1000:
         check_step(balancer, net, optimizer, plain=name.startswith("SGD"))
         balancer.step()
-        check_ratios(balancer, options)
+        check_ratios(balancer, net, options)
 
 
-def check_ratios(balancer: TempBalance, options: dict[str, Any]) -> None:
+def check_ratios(balancer: TempBalance, net: nn.Module, options: dict[str, Any]) -> None:
     """Finite, inside the bounds of the map, and 1 where there is no metric."""
     low, high = bounds(options, len(balancer.ratios))
+    shared = sharing(net)
     slack = 1 + 1e-12
     assert balancer.ratios.keys() == balancer.report.layers.keys()
     for name, ratio in balancer.ratios.items():
@@ -295,7 +297,7 @@ def check_ratios(balancer: TempBalance, options: dict[str, Any]) -> None:
         assert type(ratio) is float
         assert ratio == 1 or low / slack <= ratio <= high * slack, (name, ratio)
         mapped = MAPS[options["assign_func"]].takes == "nothing" or record.metric(options["metric"]) is not None
-        assert ratio == 1 or (mapped and record.kind in options["balance"])
+        assert ratio == 1 or (mapped and record.kind in options["balance"]) or name in shared
         check_record(record)
     event(f"{'some' if set(balancer.ratios.values()) - {1.0} else 'no'} layers balanced")
 

@@ -211,7 +211,7 @@ def _parameters_inside(model: nn.Module, blocks: Collection[str]) -> dict[str, t
 
 
 def with_shared_ratios(
-    ratios: Mapping[str, float], assignment: Assignment, options: RatioOptions
+    ratios: Mapping[str, float], assignment: Assignment, options: RatioOptions, counted: Collection[str]
 ) -> dict[str, float]:
     """Return ratios of layers as their matrices are stepped with: layers that share a matrix have one ratio.
 
@@ -222,10 +222,12 @@ def with_shared_ratios(
         ratios: ratio of each layer by name.
         assignment: which layers share what.
         options: `ratio_levels` is used.
+        counted: the layers whose ratios count in a mean. A layer without an alpha has none to add.
     """
     shared = dict(ratios)
     for names in assignment.packed.values():
-        shared.update(dict.fromkeys(names, ratio_of_parameter(names, ratios, options)))
+        having = [name for name in names if name in counted] or names
+        shared.update(dict.fromkeys(names, ratio_of_parameter(having, ratios, options)))
     for name, holders in assignment.held_by.items():
         if name in shared:
             shared[name] = ratio_of_parameter(holders, shared, options)

@@ -213,7 +213,7 @@ class LayerBalancer:
             warn_once(f"{changed}{consequence}: {'; '.join([*changes, *others])}", self._measured.model)
         ratios = {name: saved.ratios.get(name, 1.0) for name in names}
         # Earlier versions saved what the map gave each of the layers that share a matrix.
-        self._mapped = with_shared_ratios(ratios, self._measured.assignment, self.ratio_options)
+        self._mapped = with_shared_ratios(ratios, self._measured.assignment, self.ratio_options, names)
         # Those of the measurement, since other layers may be trained by now. Earlier versions did not save them.
         present = block_leaders(self._measured.assignment, self._members())
         self._leaders = saved.leaders if fits and saved.leaders else present

@@ -79,7 +79,7 @@ class RatioWarnings:
         reasons = "; ".join(f"{name}: {_reason(report.layers[name])}" for name in new)
         kept = f"keep the base {self._scaled}"
         if any(mapped.ratios[name] != 1.0 for name in new):
-            kept += ", or count as 1 in the mean ratio of the layers that are one parameter with them"
+            kept += ", or have the mean ratio of the layers that are one parameter with them"
         if self._options.permute is not None:
             kept = "are dealt a ratio all the same"
         self._warn(f"layers with no {self._options.metric} {kept}: {reasons}")

@@ -124,8 +124,8 @@ def ratios_of_report(
         balanced[kind] = [name for name in names if name not in without]
     if options.normalize == "mean":
         mapped = _with_mean_one(report, mapped)
-    ratios = {**dict.fromkeys(report.layers, 1.0), **mapped, **assignment.fixed_layers}
-    ratios = with_shared_ratios(ratios, assignment, options)
+    chosen = {**mapped, **assignment.fixed_layers}
+    ratios = with_shared_ratios({**dict.fromkeys(report.layers, 1.0), **chosen}, assignment, options, chosen)
     return MappedRatios(ratios, missing, balanced, numbers, _summary(kinds, mapped, options))
 
 

@@ -215,13 +215,17 @@ class TestTied:
         assert [len(ratios) for ratios in of_weights.values()] == [1, 1]
         assert of_weights["weight_ih_l0"] != of_weights["weight_hh_l0"]
 
-    def test_a_part_without_an_alpha_counts_as_1(self) -> None:
+    def test_a_part_without_an_alpha_has_the_mean_of_the_others(self) -> None:
         model = packed_attention()
         with torch.no_grad():
             model[0].in_proj_weight[:16] = 0  # type: ignore[index, union-attr]
-        with pytest.warns(UserWarning, match=r"no alpha.* count as 1 in the mean .*0\.q"):
+        with pytest.warns(UserWarning, match=r"no alpha.* mean ratio of the layers that are one parameter.*0\.q"):
             balancer = balance(model)
-        assert balancer.ratios["0.q"] == balancer.parameter_ratios()["0.in_proj_weight"] != 1
+        assert balancer.report is not None
+        alphas = {name: alpha for name, alpha in balancer.report.alphas.items() if alpha is not None}
+        alone = lr_ratios(alphas, assign_func="tb_linear_map")
+        mean = (alone["0.k"] + alone["0.v"]) / 2
+        assert balancer.ratios["0.q"] == balancer.parameter_ratios()["0.in_proj_weight"] == pytest.approx(mean)
 
     def test_ratios_of_an_earlier_version_are_shown_as_they_step(self) -> None:
         balancer = balance(packed_attention())
