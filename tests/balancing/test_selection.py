@@ -199,7 +199,11 @@ class TestTied:
         assert ratios["0.q"] == pytest.approx(mean)
         assert len({alone[f"0.{part}"] for part in "qkv"}) == 3
 
-    @pytest.mark.parametrize("wrap", [None, nn.utils.weight_norm, nn.utils.parametrizations.weight_norm], ids=str)
+    @pytest.mark.parametrize(
+        "wrap",
+        [None, nn.utils.weight_norm, nn.utils.parametrizations.weight_norm],
+        ids=["plain", "hooks", "parametrized"],
+    )
     @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
     def test_the_gates_of_a_weight_have_one_ratio(self, wrap: Callable[..., Any] | None) -> None:
         torch.manual_seed(0)
