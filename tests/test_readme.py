@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import csv
 import re
 import subprocess
 import sys
@@ -57,6 +58,36 @@ def test_links_lead_to_files(page: str) -> None:
     assert links
     for link in links:
         assert (ROOT / link).exists(), f"{page}: {link}"
+
+
+class TestTasks:
+    """What pages say of all tasks together is what the page of the tasks has measured."""
+
+    page = (ROOT / "docs" / "results" / "tasks" / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(
+        r"^\| ([^|]+) \| (\d+) \| ([^|]+%\)) \| [^|]+ \| (\d+) \| (\d+) \|$",
+        page.partition("With the rates of the searches in all tasks:")[0],
+        flags=re.MULTILINE,
+    )
+
+    def test_the_table_of_the_readme(self) -> None:
+        shown = re.findall(r"^\| [^|]+ \| (\d+) \| ([^|]+%\)) \| (\d+) \| (\d+) \|$", README, flags=re.MULTILINE)
+        assert len(shown) == 5
+        assert set(shown) <= {row[1:] for row in self.rows}
+
+    @pytest.mark.parametrize(
+        "page", ["README.md", "docs/index.md", "docs/limits.md", "docs/results/tasks/README.md"]
+    )
+    def test_counts(self, page: str) -> None:
+        text = " ".join((ROOT / page).read_text(encoding="utf-8").split())
+        with (ROOT / "docs" / "results" / "tasks" / "tasks.csv").open(encoding="utf-8", newline="") as file:
+            tasks = {row["task"] for row in csv.DictReader(file)}
+        maps = [row for row in self.rows if row[0].startswith(("papers' maps", "shrunk effects"))]
+        assert len(maps) == 5
+        expected = {"small tasks": len(tasks), "comparisons": sum(int(row[1]) for row in maps)}
+        said = re.findall(r"(\d+) (small tasks|comparisons)", text)
+        assert said
+        assert all(int(count) == expected[what] for count, what in said)
 
 
 # How the table calls what a test is skipped without.
