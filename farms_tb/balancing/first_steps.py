@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from farms_tb.balancing.optimizer_checks import TORCH_OPTIMIZERS, Group, all_parameters, incompatible
-from farms_tb.balancing.split_groups import WatchedGroup
 from farms_tb.balancing.targets import Ratio
+from farms_tb.balancing.watched_group import WatchedGroup
 
 _MOST_STEPS = 10
 """So many steps that move something are checked, if some group never has a gradient."""

@@ -8,27 +8,21 @@ next step while it holds.
 
 from __future__ import annotations
 
-import copy
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from numbers import Real
 from operator import is_
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from farms_tb.balancing.foreach_update import RULES, merged_update
+from farms_tb.balancing.group_values import MISSING, Snapshot, copied, equal, fill, is_container, store
 from farms_tb.balancing.optimizer_checks import TORCH_OPTIMIZERS, Group, incompatible
 from farms_tb.balancing.targets import Ratio, Scale, as_scale
-
-_MISSING = object()
-_LISTS = (list, tuple, deque)
-_OF_PARAMETERS = ("params", "param_names")
-"""Lists in a group with an entry for each of its parameters."""
+from farms_tb.balancing.watched_group import WatchedGroup
 
 
 @dataclass(frozen=True)
@@ -72,51 +66,6 @@ def split_groups(optimizer: Optimizer, ratios: Mapping[int, Ratio]) -> list[Spli
             own_decay = decay * scale.decay if has_decay else None
             found.append(SplitGroup(index, params, scale.lr, lr * scale.lr if has_lr else None, own_decay))
     return found
-
-
-class WatchedGroup(dict[str, Any]):
-    """A param group that knows whether its learning rate was read.
-
-    Copies of all values (`dict(group)`, `{**group}`) count as reading it. Copies are plain dicts.
-
-    Attributes:
-        lr_was_read: whether it was.
-    """
-
-    lr_was_read = False
-
-    def __getitem__(self, key: str) -> Any:
-        self.lr_was_read |= key == "lr"
-        return super().__getitem__(key)
-
-    def get(self, key: str, default: Any = None) -> Any:
-        """Return the value of `key`, or `default`."""
-        self.lr_was_read |= key == "lr"
-        return super().get(key, default)
-
-    def __iter__(self) -> Iterator[str]:
-        # Python copies a dict past `__getitem__` unless its class defines `__iter__`.
-        return super().__iter__()
-
-    def items(self) -> Any:
-        """Return all keys and values."""
-        self.lr_was_read = True
-        return super().items()
-
-    def values(self) -> Any:
-        """Return all values."""
-        self.lr_was_read = True
-        return super().values()
-
-    def copy(self) -> dict[str, Any]:
-        """Return a plain dict of the same values."""
-        return dict(self)
-
-    def __or__(self, other: Any) -> Any:
-        return dict(self) | other
-
-    def __ror__(self, other: Any) -> Any:
-        return other | dict(self)
 
 
 class ShownGroups:
@@ -234,11 +183,11 @@ class ShownGroups:
         if "weight_decay" in written and split.scales_decay:
             raise incompatible(self._optimizer, "wrote group['weight_decay']")
         for key in written:
-            first, *others = (shown.get(key, _MISSING) for shown in split.shown)
-            if not all(_same(first, other) for other in others):
+            first, *others = (shown.get(key, MISSING) for shown in split.shown)
+            if not all(equal(first, other) for other in others):
                 deed = f"keeps group[{key!r}], which depends on the learning rate,"
                 raise incompatible(self._optimizer, deed)
-            _store(split.group, key, first)
+            store(split.group, key, first)
         split.hand_over_containers(written)
 
 
@@ -288,8 +237,8 @@ class _Split:
             self.shown = [self._scaled(ratio, params) for ratio, params in by_ratio.items()]
             if old is not None:
                 self._inherit(old)
-        self._given = [_Snapshot(shown) for shown in self.shown]
-        self._users = _Snapshot(group)
+        self._given = [Snapshot(shown) for shown in self.shown]
+        self._users = Snapshot(group)
         if watched and not self.whole:
             self.shown = [WatchedGroup(shown) for shown in self.shown]
 
@@ -316,7 +265,7 @@ class _Split:
             return
         changed = self._users.changes(self.group) & self.group.keys()
         for key in self._containers.keys() & self.group.keys():
-            if not _same(self.group[key], self._containers[key]):
+            if not equal(self.group[key], self._containers[key]):
                 changed.add(key)
         if not changed:
             return
@@ -326,7 +275,7 @@ class _Split:
                 value = self._own(key, self.group[key], ratio)
                 shown[key] = value
                 given.update(key, value)
-        self._users = _Snapshot(self.group)
+        self._users = Snapshot(self.group)
 
     def written_by_step(self) -> set[str]:
         """Return the keys of the groups of the step that differ from what the step was given."""
@@ -343,8 +292,8 @@ class _Split:
         """
         for key in keys:
             self._containers.pop(key, None)
-            if not self._shares and _is_container(key, self.group[key]):
-                self._containers[key] = _copied(self.group[key])
+            if not self._shares and is_container(key, self.group[key]):
+                self._containers[key] = copied(self.group[key])
 
     def hand_over_containers(self, written: set[str]) -> None:
         """Write into the user's lists and dicts what the step wrote into its own.
@@ -361,9 +310,9 @@ class _Split:
             value = ordered[0][key]
             if isinstance(value, dict):
                 value = {name: entry for shown in reversed(ordered) for name, entry in shown[key].items()}
-            if not _same(value, self._containers[key]):
-                self._containers[key] = _copied(value)
-                _fill(self.group[key], _copied(value))
+            if not equal(value, self._containers[key]):
+                self._containers[key] = copied(value)
+                fill(self.group[key], copied(value))
 
     def _inherit(self, old: _Split) -> None:
         """Let each group go on with the lists and dicts that the first of its parameters had in the last step.
@@ -375,14 +324,14 @@ class _Split:
             return
         before = {id(parameter): shown for shown in old.shown for parameter in shown["params"]}
         for key, value in self._containers.items():
-            if key not in old._containers or not _same(value, old._containers[key]):
+            if key not in old._containers or not equal(value, old._containers[key]):
                 continue
             for shown in self.shown:
                 last = before.get(id(shown["params"][0]), self.group)[key]
                 if isinstance(value, dict):
-                    shown[key].update(_copied(last))
+                    shown[key].update(copied(last))
                 else:
-                    shown[key] = _copied(last)
+                    shown[key] = copied(last)
 
     def _scaled(self, ratio: Ratio, params: list[Tensor]) -> Group:
         """Return the group that a step sees in place of the user's, for the parameters of one ratio.
@@ -415,7 +364,7 @@ class _Split:
             return value * ratio.decay
         if isinstance(value, Tensor):
             return value.clone()
-        return _copied(value) if key in self._containers else value
+        return copied(value) if key in self._containers else value
 
 
 class _Merged:
@@ -430,55 +379,6 @@ class _Merged:
         """Do nothing: the update reads the user's group itself."""
 
 
-class _Snapshot:
-    """The values of a group at some time but for its parameters, with the versions of the tensors among them.
-
-    Values are compared by identity: a value that was replaced counts as written even if it is equal.
-    """
-
-    def __init__(self, group: Group) -> None:
-        self._values = dict(group)
-        self._versions: dict[str, int] = {}
-        for key, value in group.items():
-            if isinstance(value, Tensor):
-                self._versions[key] = value._version
-
-    def update(self, key: str, value: Any) -> None:
-        """Note a new value.
-
-        Args:
-            key: the key that was written.
-            value: its value now.
-        """
-        self._values[key] = value
-        self._versions.pop(key, None)
-        if isinstance(value, Tensor):
-            self._versions[key] = value._version
-
-    def changes(self, group: Group) -> set[str]:
-        """Return the keys that were written, added or removed since.
-
-        Args:
-            group: the group as it is now.
-
-        Returns:
-            The keys; never that of the parameters.
-        """
-        values = self._values
-        same = group.keys() == values.keys() and all(map(is_, group.values(), values.values()))
-        if same and not self._versions:
-            # Nearly always. It has to be fast: a step has as many groups as there are ratios.
-            return set()
-        written = group.keys() - values.keys()
-        for key, value in values.items():
-            if group.get(key, _MISSING) is not value:
-                written.add(key)
-        for key, version in self._versions.items():
-            if values[key]._version != version:
-                written.add(key)
-        return written.difference(_OF_PARAMETERS)
-
-
 def _by_ratio(group: Group, ratios: Mapping[int, Ratio]) -> dict[Ratio, list[Tensor]]:
     """Return the parameters of a group by their ratio, in the order of the user's.
 
@@ -490,73 +390,3 @@ def _by_ratio(group: Group, ratios: Mapping[int, Ratio]) -> dict[Ratio, list[Ten
     for parameter in group["params"]:
         by_ratio.setdefault(ratios.get(id(parameter), 1.0), []).append(parameter)
     return by_ratio
-
-
-def _store(group: Group, key: str, value: Any) -> None:
-    """Set the user's value; a tensor of the user's stays the same tensor.
-
-    Args:
-        group: the user's group.
-        key: the key that a step wrote into its own groups.
-        value: what it wrote; `_MISSING` where it removed the key.
-    """
-    mine = group.get(key)
-    if value is _MISSING:
-        group.pop(key, None)
-    elif isinstance(mine, Tensor) and isinstance(value, Tensor) and mine.shape == value.shape:
-        with torch.no_grad():
-            mine.copy_(value)
-    else:
-        group[key] = value
-
-
-def _same(first: object, second: object) -> bool:
-    """Return whether two values of a group are equal; tensors, lists and dicts are if all their entries are."""
-    if first is second:
-        return True
-    if isinstance(first, Tensor) and isinstance(second, Tensor):
-        return first.shape == second.shape and bool((first == second).all())
-    if isinstance(first, dict) and isinstance(second, dict):
-        return first.keys() == second.keys() and all(_same(first[key], second[key]) for key in first)
-    if isinstance(first, _LISTS) and isinstance(second, _LISTS):
-        return len(first) == len(second) and all(map(_same, first, second))
-    if isinstance(first, Tensor):
-        return False
-    try:
-        return bool(first == second)
-    except (TypeError, ValueError, RuntimeError):  # arrays, which compare entry by entry
-        return False
-
-
-def _is_container(key: str, value: object) -> bool:
-    """Return whether each group of a step needs its own copy of a value: lists, and dicts with names as keys.
-
-    Others, with parameters as keys say, hold what is a parameter's own, and all groups share them.
-    """
-    if isinstance(value, dict):
-        return all(isinstance(name, str) for name in value)
-    return key not in _OF_PARAMETERS and isinstance(value, (list, deque))
-
-
-def _copied(value: Any) -> Any:
-    """Return a copy of a list or dict, of those inside it and of numbers in tensors.
-
-    Objects of other types, and larger tensors, stay the same ones: they may be a model's, or as large.
-    """
-    if isinstance(value, Tensor) and value.dim() == 0 and not value.requires_grad:
-        return value.clone()
-    if not isinstance(value, (list, dict, deque)):
-        return value
-    own = copy.copy(value)  # of the same class, a defaultdict say
-    for key, entry in list(own.items() if isinstance(own, dict) else enumerate(own)):
-        own[key] = _copied(entry)
-    return own
-
-
-def _fill(mine: Any, value: Any) -> None:
-    """Give a list or dict of the user's, which stays the same object, the entries of another one."""
-    mine.clear()
-    if isinstance(mine, dict):
-        mine.update(value)
-    else:
-        mine.extend(value)
