@@ -340,6 +340,11 @@ TABLES: Mapping[str, ArmTable | SettingTable | PairTable] = {
         Cell("controls/newsgroups_lora_5", "newsgroups_minilm_5_lora"),
         {"off": "plain AdamW", "model_balancing": "Model Balancing, one rate a block"},
     ),
+    "messages, 10 %, LoRA": ArmTable(
+        "controls",
+        Cell("controls/newsgroups_lora_10", "newsgroups_minilm_10_lora"),
+        {"off": "plain AdamW", "model_balancing": "Model Balancing, one rate a block"},
+    ),
     "SmolLM2": ArmTable(
         "controls",
         Cell("controls/smollm2", "smollm2_wikipedia_short"),

@@ -140,6 +140,12 @@ TASKS = (
         {"whole": "model_balancing"},
     ),
     Task(
+        "MiniLM with LoRA, 1,129 messages",
+        "controls/newsgroups_lora_10",
+        "newsgroups_minilm_10_lora",
+        {"whole": "model_balancing"},
+    ),
+    Task(
         "SmolLM2, 10,240 tokens",
         "controls/smollm2",
         "smollm2_wikipedia_short",
@@ -276,11 +282,13 @@ def summary(rows: Sequence[Row]) -> str:
         rows: as from `compare` of `TASKS`.
     """
     others = compare([task for task in TASKS if not task.name.startswith("language model")])
+    without_lora = compare([task for task in TASKS if "LoRA" not in task.name])
     parts = {
         "Ratios on the layers that alpha says, against the same on the wrong layers": placement(TASKS),
         "Of these, where the two have the same base rate": placement(TASKS, same_rate=True),
         "Shrunk effects, where they change the rates at all": where_it_acts("shrinkage", TASKS),
         "Papers' maps, FARMS, without the language models": _over_tasks(others, "farms"),
+        "Papers' maps, whole matrices, without LoRA": _over_tasks(without_lora, "whole"),
     }
     paragraphs = [table(rows)]
     paragraphs += [f"{what}: {in_words(found)}, {found.cells} tasks." for what, found in parts.items() if found]
