@@ -5,12 +5,9 @@ A new interpreter needs four to ten seconds of a core to import torch and Lightn
 
 from __future__ import annotations
 
-import atexit
 import multiprocessing
 import os
 import random
-import runpy
-import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -58,27 +55,6 @@ def start(
     return process
 
 
-def run_script(path: Path, folder: Path, environment: Mapping[str, str], seconds: float) -> tuple[int | None, str]:
-    """Run a script as `python path` does, except that the packages of `PRELOADED` are imported already.
-
-    Args:
-        path: the script.
-        folder: where it runs.
-        environment: all environment variables.
-        seconds: longest time it may take.
-
-    Returns:
-        Its exit code, None where it was stopped after that time, and what it printed.
-    """
-    printed = folder.with_name(f"{folder.name}.txt")
-    process = start(_run_script, (path, folder), environment, printed)
-    try:
-        process.join(seconds)
-        return process.exitcode, printed.read_text(encoding="utf-8", errors="replace")
-    finally:
-        process.kill()
-
-
 def _begin(
     function: Callable[..., None], arguments: tuple[Any, ...], environment: dict[str, str], printed: Path
 ) -> None:
@@ -92,13 +68,3 @@ def _begin(
     for seed in (random.seed, numpy.random.seed, torch.seed):
         seed()  # forks would draw the same numbers
     function(*arguments)
-
-
-def _run_script(path: Path, folder: Path) -> None:
-    os.chdir(folder)
-    sys.argv = [str(path)]
-    sys.path.insert(0, str(path.parent))
-    try:
-        runpy.run_path(str(path), run_name="__main__")
-    finally:
-        atexit._run_exitfuncs()  # which the processes of multiprocessing leave out

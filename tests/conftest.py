@@ -9,8 +9,6 @@ from hypothesis import settings
 from farms_tb import warnings as warning
 from recipes.real.files import missing
 
-# Scripts, which test_faults.py runs in processes of their own: to look for doctests would be to run them here.
-collect_ignore_glob = ["faults/*.py"]
 torch.set_num_threads(1)
 # A shell starts commands in the background deaf to Ctrl-C, and what the tests start would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

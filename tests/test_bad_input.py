@@ -26,6 +26,8 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"balance": "real"}, TypeError, r"balance must be a sequence of strings, got 'real'"),
     ({"exclude": "net.0"}, TypeError, r"exclude must be a sequence of strings, got 'net.0'"),
     ({"exclude": [1]}, TypeError, r"exclude must be a sequence of strings, got \[1\]"),
+    ({"exclude": None}, TypeError, r"exclude must be a sequence of strings, got None"),
+    ({"exclude": 3}, TypeError, r"exclude must be a sequence of strings, got 3"),
     ({"exclude_first": 1}, TypeError, r"exclude_first must be True or False, got 1 of type int"),
     ({"exclude_last": "no"}, TypeError, r"exclude_last must be True or False, got 'no' of type str"),
     ({"filter_zeros": None}, TypeError, r"filter_zeros must be True or False, got None"),
@@ -90,6 +92,7 @@ def test_wrong_options_of_the_callback(options: Any, error: type[Exception], mes
         (lambda net: nn.ReLU(), None, ValueError, "ReLU has no layer that can be analysed"),
         (lambda net: net, [], ValueError, "there is no optimizer: .*analyze\\(model\\) measures without one"),
         (lambda net: net, 0.1, TypeError, "need a torch.optim.Optimizer, got float"),
+        (lambda net: net, "sgd", TypeError, "need a torch.optim.Optimizer, got str"),
         (lambda net: make_net(), None, ValueError, "none of the model's layers has a parameter in the optimizer"),
         (
             lambda net: nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 8)),

@@ -150,21 +150,26 @@ def test_looking_for_the_width_of_a_layer_computes_nothing() -> None:
     assert ParametrizedBias.computed == 0
 
 
-def test_norms_of_language_models_follow() -> None:
-    transformers = pytest.importorskip("transformers")
-    small: dict[str, Any] = {"vocab_size": 60, "num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 32}
-    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**small, intermediate_size=48))
-    gpt2 = transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(
-            n_layer=2, n_embd=32, n_head=2, n_positions=16, vocab_size=60, bos_token_id=0, eos_token_id=0
-        )
-    )
-    for net, norm, layer in (
-        (llama, "model.layers.0.post_attention_layernorm", "model.layers.0.mlp.down_proj"),
-        (gpt2, "transformer.h.0.ln_2", "transformer.h.0.attn.c_proj"),
-    ):
-        balancer = balanced(net)
-        assert balancer.parameter_ratios()[f"{norm}.weight"] == balancer.ratios[layer] != 1
+SMALL = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 32, "intermediate_size": 48}
+GPT2 = {"n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": 16, "bos_token_id": 0, "eos_token_id": 0}
+T5 = {"d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 2, "num_heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("model", "config", "norm", "layer"),
+    [
+        ("LlamaForCausalLM", SMALL, "model.layers.0.post_attention_layernorm", "model.layers.0.mlp.down_proj"),
+        ("MistralForCausalLM", SMALL, "model.layers.0.post_attention_layernorm", "model.layers.0.mlp.down_proj"),
+        ("GPT2LMHeadModel", GPT2, "transformer.h.0.ln_2", "transformer.h.0.attn.c_proj"),
+        ("BertForMaskedLM", SMALL, "bert.encoder.layer.0.output.LayerNorm", "bert.encoder.layer.0.output.dense"),
+        ("T5Model", T5, "encoder.block.0.layer.1.layer_norm", "encoder.block.0.layer.1.DenseReluDense.wo"),
+    ],
+    ids=["Llama", "Mistral", "GPT-2", "BERT", "T5"],
+)
+def test_norms_of_language_models_follow(model: str, config: dict[str, int], norm: str, layer: str) -> None:
+    cls = getattr(pytest.importorskip("transformers"), model)
+    balancer = balanced(cls(cls.config_class(vocab_size=60, **config)))
+    assert balancer.parameter_ratios()[f"{norm}.weight"] == balancer.ratios[layer] != 1
 
 
 # The first and the last layer

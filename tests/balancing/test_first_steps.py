@@ -156,6 +156,33 @@ class PairsWithMomentumOfItsGroup(Plain):
                     p.data.sub_(group["lr"] * momentum.mul_(0.9).add_(p.grad))
 
 
+class PairsWithMomentum(Plain):
+    """A list of its own, with a tensor for each parameter."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, lr)
+        self.momentum: list[Any] = [torch.zeros_like(p) for group in self.param_groups for p in group["params"]]
+
+    def tensors(self) -> list[Tensor]:
+        return self.momentum
+
+    def step(self, closure: Any = None) -> Any:
+        params = [(p, group["lr"]) for group in self.param_groups for p in group["params"]]
+        for (p, lr), momentum in zip(params, self.tensors(), strict=True):
+            p.data.sub_(lr * momentum.mul_(0.9).add_(p.grad))
+
+
+class PairsWithMomentumOfGroups(PairsWithMomentum):
+    """Such a list in a list, for the one group that it is built with."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, lr)
+        self.momentum = [self.momentum]
+
+    def tensors(self) -> list[Tensor]:
+        return self.momentum[0]  # type: ignore[no-any-return]
+
+
 class CachedGroups(Plain):
     def __init__(self, params: Any, lr: float = 0.1) -> None:
         super().__init__(params, lr)
@@ -267,6 +294,17 @@ def test_optimizers_that_do_not_are_refused_at_the_first_step(cls: Any) -> None:
     net, optimizer, _ = balanced(cls)
     set_grads(net.parameters())
     with pytest.raises(RuntimeError, match=r"lr_min_ratio|pass all"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("cls", [PairsWithMomentumOfItsGroup, PairsWithMomentum, PairsWithMomentumOfGroups])
+def test_momentum_in_lists_is_refused_where_layers_have_one_shape(cls: Any) -> None:
+    """Every layer would move at its rate, by the momentum of another one."""
+    net = nn.Sequential(*[nn.Linear(12, 12, bias=False) for _ in range(5)])
+    optimizer = cls(net.parameters())
+    TempBalance(net, optimizer, assign_func="tb_linear_map")
+    set_grads(net.parameters())
+    with pytest.raises(RuntimeError, match="pairs its parameters with a list of its own, 'momentum'"):
         optimizer.step()
 
 
@@ -431,6 +469,34 @@ def test_optimizers_in_lists_and_dicts_are_found(holder: str) -> None:
     assert [group.group for group in balancer.param_groups(optimizer)].count(0) > 1
 
 
+class WithoutInit(Optimizer):
+    """Never calls the constructor of its base class, and shows the groups of those that it holds."""
+
+    def __init__(self, *inner: Optimizer) -> None:
+        self.inner = list(inner)
+
+    @property
+    def param_groups(self) -> Any:  # type: ignore[override]
+        return [group for optimizer in self.inner for group in optimizer.param_groups]
+
+    def step(self, closure: Any = None) -> Any:
+        for optimizer in self.inner:
+            optimizer.step()
+
+
+def test_a_wrapper_needs_no_constructor_of_its_base_class() -> None:
+    net = make_net()
+    optimizer = WithoutInit(SGD(net.parameters(), lr=0.1))
+    balancer = TempBalance(net, optimizer, assign_func="tb_linear_map")
+    params = list(net.parameters())
+    before = [p.detach().clone() for p in params]
+    set_grads(params)
+    optimizer.step()
+    claimed = list(balancer.parameter_ratios().values())
+    assert effective_ratios(params, before, 0.1) == pytest.approx(claimed, rel=1e-3)
+    assert {0.5, 1.5} <= set(claimed)
+
+
 def test_an_optimizer_that_refers_to_its_wrapper_ends() -> None:
     net = make_net()
     inner = SGD(net.parameters(), lr=0.1)
@@ -593,9 +659,9 @@ def test_weights_that_are_loaded_are_no_training() -> None:
 @pytest.mark.parametrize("nesterov", [True, False])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize("maximize", [True, False])
-@pytest.mark.parametrize("foreach", [None, False])
+@pytest.mark.parametrize("way", [{}, {"foreach": False}, {"fused": True}], ids=str)
 def test_sgd_leaves_gradients_as_they_were(
-    nesterov: bool, weight_decay: float, maximize: bool, foreach: bool | None
+    nesterov: bool, weight_decay: float, maximize: bool, way: dict[str, Any]
 ) -> None:
     net = make_net()
     optimizer = SGD(
@@ -605,7 +671,7 @@ def test_sgd_leaves_gradients_as_they_were(
         nesterov=nesterov,
         weight_decay=weight_decay,
         maximize=maximize,
-        foreach=foreach,
+        **way,
     )
     TempBalance(net, optimizer, assign_func="tb_linear_map")
     check_gradients(net, optimizer)
@@ -679,8 +745,9 @@ def test_refused_to_balance_but_measured(key: str) -> None:
     make, message = REFUSED[key]
     net = make_net()
     optimizer = make(net.parameters())
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as caught:
         TempBalance(net, optimizer, assign_func="tb_linear_map")
+    assert type(optimizer).__name__ in str(caught.value)
     balancer = TempBalance(net, optimizer, lr_min_ratio=1, lr_max_ratio=1)
     balancer.step()
     (group,) = balancer.param_groups(optimizer)
@@ -692,8 +759,12 @@ def test_transformers_adafactor_chooses_its_own_rate() -> None:
     optimization = pytest.importorskip("transformers.optimization")
     net = make_net()
     optimizer = optimization.Adafactor(net.parameters())
-    with pytest.raises(ValueError, match="relative_step=False"):
+    with pytest.raises(ValueError, match=r"Adafactor has lr=None.*relative_step=False"):
         TempBalance(net, optimizer, assign_func="tb_linear_map")
+    TempBalance(net, optimizer, lr_min_ratio=1, lr_max_ratio=1).step()
+    set_grads(net.parameters())
+    optimizer.step()
+    net = make_net()
     TempBalance(
         net,
         optimization.Adafactor(net.parameters(), lr=1e-3, relative_step=False, scale_parameter=False),
@@ -706,5 +777,6 @@ def test_bounds_of_one_turn_every_map_off(assign_func: Any) -> None:
     net = make_net()
     optimizer = torch.optim.LBFGS(net.parameters())
     balancer = TempBalance(net, optimizer, assign_func=assign_func, lr_min_ratio=1, lr_max_ratio=1)
+    optimizer.step(lambda: sum(p.square().sum() for p in net.parameters()))
     assert set(balancer.ratios.values()) == {1.0}
     assert not optimizer._optimizer_step_pre_hooks

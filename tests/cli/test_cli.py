@@ -343,6 +343,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["analyze", "openai-community/gpt2"], "hf download openai-community/gpt2"),
     (["analyze", "https://huggingface.co/gpt2"], "is an address: download"),
     (["compare", NET, "https://huggingface.co/gpt2"], "is an address: download"),
+    (["analyze", "s3://bucket/model.pt"], "is an address: download"),
     (["analyze", "README.md"], "cannot read README.md: no checkpoint, or one that is empty, cut short or damaged"),
     (["analyze", "conf"], "conf is a directory without a .safetensors file"),
     (

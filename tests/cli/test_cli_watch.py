@@ -80,6 +80,15 @@ def test_in_order_of_depth_once_a_checkpoint_tells_it(tmp_path: Path) -> None:
     assert list(rows_of(once(tmp_path))) == ["0", "2", "10"]
 
 
+@pytest.mark.parametrize(
+    "state", [None, [1], {"ratios": 3}, {"report": [1]}, {"report": {"a": 3}}, {"options": ()}]
+)
+def test_a_damaged_state_hides_no_curve(tmp_path: Path, state: Any) -> None:
+    (tmp_path / "metrics.csv").write_text(HEADER + LINES[0])
+    torch.save({"callbacks": {"FARMSTempBalance": {"balancer": state}}}, tmp_path / "last.ckpt")
+    assert list(rows_of(once(tmp_path))) == ["0", "2", "10"]
+
+
 def test_nothing_there_yet(tmp_path: Path) -> None:
     assert "no alpha yet" in words(once(tmp_path))
     assert "later: not there yet" in words(once(tmp_path / "later"))

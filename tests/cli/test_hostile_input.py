@@ -18,9 +18,9 @@ from typer.testing import CliRunner, Result
 
 from farms_tb.cli.app import app
 
-EVIL = "\x1b]0;pwned\x07\x1b[2J\x1b]52;c;cm0gLXJm\x07\x9b2J"
+EVIL = "\x1b]0;pwned\x07\x1b[2J\x1b]52;c;cm0gLXJm\x07\x9b2J\x1b]8;;http:x\x1b\\\x9d0;x\x9c\u202e\b"
 NET = "tests.cli.test_cli:net"
-SEQUENCES = ("\x1b]0;pwned", "\x1b]52;", "\x1b[2J", "\x9b2J")
+SEQUENCES = ("\x1b]", "\x1b[2J", "\x1b\\", "\x9b", "\x9c", "\x9d", "\x07", "\u202e", "\b")
 
 
 def run(*arguments: Any) -> Result:

@@ -107,6 +107,18 @@ def test_half_a_line_is_no_row(tmp_path: Path) -> None:
     assert read_rows(metrics) == []
 
 
+def test_a_file_cut_after_any_byte_keeps_its_whole_lines(tmp_path: Path) -> None:
+    metrics = tmp_path / "metrics.csv"
+    whole = "epoch,step,farms/alpha/größe\r\n0,10,2.5\r\n1,20,2.75\r\n".encode()
+    metrics.write_bytes(whole)
+    rows = read_rows(metrics)
+    assert [row["farms/alpha/größe"] for row in rows] == ["2.5", "2.75"]
+    for length in range(len(whole)):
+        metrics.write_bytes(whole[:length])
+        forget_rows_after(metrics, 100)
+        assert read_rows(metrics) == rows[: max(0, whole[:length].count(b"\n") - 1)]
+
+
 class _Net(LightningModule):
     def __init__(self) -> None:
         super().__init__()
@@ -139,6 +151,36 @@ def test_a_checkpoint_that_could_not_be_written_leaves_the_one_before(tmp_path: 
     assert [file.name for file in tmp_path.iterdir()] == [f"{kind}.ckpt"]
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_a_kill_before_a_checkpoint_has_its_name_leaves_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a killed process leaves is what is there when the rename begins."""
+    rename, left = Path.replace, []
+
+    def killed(source: Path, target: Path) -> Path:
+        if left:
+            raise SystemExit("killed")
+        left.append(target)
+        return rename(source, target)
+
+    def fit(**options: Any) -> None:
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        trainer = Trainer(max_epochs=3, accelerator="cpu", callbacks=[LastCheckpoint(tmp_path)], **quiet)
+        trainer.fit(_Net(), DataLoader(torch.randn(8, 30), 4), **options)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", killed)
+        with pytest.raises(SystemExit, match="killed"):
+            fit()
+    assert left == [tmp_path / "last.ckpt"]
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["epoch"] == 0
+    (part,) = tmp_path.glob(".*.part")
+    part.rename(tmp_path / ".last.ckpt.1.part")  # the process that resumes has another number than the killed one
+    fit(ckpt_path=tmp_path / "last.ckpt")
+    assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
+
+
 def test_the_best_checkpoint_is_found_by_lightnings_key() -> None:
     """Checkpoints of earlier releases, made with Lightning's class, keep their best score."""
     assert BestCheckpoint(monitor="loss").state_key.startswith("ModelCheckpoint{")
@@ -157,6 +199,20 @@ def test_no_flipped_bit_in_a_cache_is_used_or_ends_the_run(tmp_path: Path) -> No
             found = load_or_make(path, {"v": 1}, lambda: data)
             assert found.keys() == data.keys()
             assert all(np.array_equal(found[name], data[name]) for name in data)
+
+
+@pytest.mark.parametrize("damage", ["empty", "short", "almost whole", "archive of nothing", "array"])
+def test_what_is_no_whole_cache_is_made_again(tmp_path: Path, damage: str) -> None:
+    path, data = tmp_path / "x.npz", {"a": np.arange(40.0)}
+    write_arrays(path, {"v": 1}, data)
+    if damage == "array":
+        with path.open("wb") as file:
+            np.save(file, data["a"])
+    elif damage == "archive of nothing":
+        path.write_bytes(b"PK\x05\x06" + bytes(18))
+    else:
+        path.write_bytes(path.read_bytes()[: {"empty": 0, "short": 30, "almost whole": -1}[damage]])
+    assert np.array_equal(load_or_make(path, {"v": 1}, lambda: data)["a"], data["a"])
 
 
 def test_a_resumed_run_goes_on_under_the_id_of_its_wandb_run(

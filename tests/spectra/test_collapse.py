@@ -15,6 +15,14 @@ def linear(weight):
     return layer
 
 
+def convolution(weight):
+    """A convolution with this matrix at each of its nine places, but for the signs of its rows."""
+    layer = nn.Conv2d(*reversed(weight.shape), 3, bias=False).to(weight.dtype)
+    signs = torch.randint(0, 2, (len(weight), 1, 3, 3)) * 2 - 1
+    layer.weight.data = weight[..., None, None] * signs
+    return layer
+
+
 def planted(singular, size=64):
     """A matrix of these singular values and random singular vectors, in float64."""
     left, right = (torch.linalg.qr(torch.randn(size, size, dtype=torch.float64)).Q for _ in "ab")
@@ -26,9 +34,9 @@ def record_of(weight):
     return record
 
 
-def collapsed(size=64):
+def collapsed(size=64, directions=1):
     singular = torch.logspace(-2, -7, size, dtype=torch.float64)
-    singular[0] = 1
+    singular[:directions] = 1
     return planted(singular, size)
 
 
@@ -44,6 +52,13 @@ class TestCollapse:
         assert record.alpha < 1.3
         assert record.tail_floor < COLLAPSED
         assert (record.rank_99, record.num_eigenvalues) == (1, 64)
+
+    @pytest.mark.parametrize("directions", [1, 2])
+    @pytest.mark.parametrize("make", [linear, convolution])
+    def test_linear_layers_and_convolutions_are_marked(self, make, directions):
+        (record,) = analyze(make(collapsed(directions=directions).float())).layers.values()
+        assert record.status.startswith("collapsed")
+        assert record.rank_99 == directions * record.shape[0]
 
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
     def test_random_and_trained_layers_are_not_marked(self, dtype):
@@ -101,9 +116,11 @@ class TestRoundingErrors:
         assert record.alpha is None
         assert record.status.startswith("low rank")
 
+    @pytest.mark.parametrize("make", [linear, convolution])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    def test_a_product_of_thin_matrices(self, dtype):
-        record = record_of(torch.randn(192, 4, dtype=dtype) @ torch.randn(4, 192, dtype=dtype))
+    def test_a_product_of_thin_matrices(self, dtype, make):
+        weight = torch.randn(192, 4, dtype=dtype) @ torch.randn(4, 192, dtype=dtype)
+        (record,) = analyze(make(weight)).layers.values()
         assert record.status.startswith("low rank")
 
     @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16])

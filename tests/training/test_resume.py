@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -416,9 +417,17 @@ def test_phases_and_options_changed_are_one_warning(checkpoints: dict[str, Path]
 
 
 @pytest.mark.parametrize(
-    ("entry", "value"), [("start", "soon"), ("until", None), ("ramp_steps", -1), ("ramp_steps", "1")]
+    ("entry", "value"),
+    [
+        ("start", "soon"),
+        ("until", None),
+        ("ramp_steps", -1),
+        ("ramp_steps", "1"),
+        *((name, "x") for name in ("epoch", "step", "measurements", "final_step", "started", "begun")),
+        ("begun", 3),
+    ],
 )
-def test_damaged_phases_are_refused_by_name(
+def test_a_damaged_clock_is_refused_by_name(
     entry: str, value: Any, checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
     saved = torch.load(checkpoints["balanced"], weights_only=True)
@@ -426,6 +435,26 @@ def test_damaged_phases_are_refused_by_name(
     torch.save(saved, tmp_path / "damaged.ckpt")
     balance = FARMSTempBalance(assign_func="tb_linear_map")
     with pytest.raises(ValueError, match=f"saved state of farms_tb is damaged: {entry} must"):
+        train([balance], tmp_path / "damaged.ckpt", enable_checkpointing=False)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda state: state.pop("balancer"), "is damaged: expected a dict with balancer"),
+        (lambda state: state.update(balancer=[1]), "not a state of farms_tb"),
+        (lambda state: state["balancer"].update(ratios=[1]), "is damaged: ratios must be a dict"),
+    ],
+    ids=["gone", "a list", "a list of ratios"],
+)
+def test_a_damaged_balancer_is_refused(
+    damage: Callable[[dict[str, Any]], Any], message: str, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    saved = torch.load(checkpoints["balanced"], weights_only=True)
+    damage(saved["callbacks"]["FARMSTempBalance"])
+    torch.save(saved, tmp_path / "damaged.ckpt")
+    balance = FARMSTempBalance(assign_func="tb_linear_map")
+    with pytest.raises(ValueError, match=message):
         train([balance], tmp_path / "damaged.ckpt", enable_checkpointing=False)
 
 

@@ -183,7 +183,7 @@ def test_x_axis_and_prefix(tmp_path: Path, options: dict[str, Any], axis: str) -
 
 ODD_NAMES = [
     *("q*k", "ends*", "*", "a b", "ü\"'[x]<y>", "a/b", "a:b", "?", "\\", "{}", "%s", "**"),
-    *("\ud800", "\x1b[2J"),
+    *("\ud800", "\x1b[2J", "$\\x$"),
 ]
 
 

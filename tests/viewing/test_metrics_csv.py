@@ -25,10 +25,13 @@ def written(folder: Path, text: str) -> Path:
         ("0,inf,2,1\n", "step 'inf'"),
         ("0,1e300,2,1\n", "step '1e300'"),
         ("0,x,2,1\n", "step 'x'"),
+        ("0," + "9" * 5000 + ",2,1\n", "step '…999"),
         ("0,0,nan,1\n", "'nan' as alpha of 'a'"),
         ("0,0,-inf,1\n", "'-inf' as alpha of 'a'"),
         ("0,0,two,1\n", "'two' as alpha of 'a'"),
         ("0,0,\x1b[2J,1\n", r"\x1b"),
+        ("0,0,\0,1\n", "line 2"),
+        ("0,0,\udcff\udcfe,1\n", "'\ufffd\ufffd' as alpha"),
         ("0,0,2," + "1" * 200_000 + "\n", "line 2"),
         ("0,0," + "9" * 5000 + ",1\n", "'…999"),
     ],
@@ -104,6 +107,11 @@ def test_any_name_is_read(tmp_path: Path, name: str) -> None:
     found = read_metrics(path)
     assert set(found.history.alpha) == {name, "b.9", "b.10"}
     assert found.history.layers.index("b.9") < found.history.layers.index("b.10")
+
+
+def test_of_two_columns_of_one_name_the_last_counts(tmp_path: Path) -> None:
+    path = written(tmp_path, "epoch,step,farms/alpha/a,farms/alpha/a\n0,0,2,3\n")
+    assert read_metrics(path).history.alpha["a"].values == (3,)
 
 
 def test_names_of_two_lines(tmp_path: Path) -> None:

@@ -331,11 +331,12 @@ def test_any_name_can_be_drawn(farms: Report, full: Report, tmp_path: Path, suff
 
 
 def test_names_are_shown_as_they_are(tmp_path: Path) -> None:
-    curves = dict.fromkeys(("_orig_mod.0", "$x$"), Curve((0.0, 1.0), (0, 5), (2.0, 1.5)))
-    figure = plot_alpha_curves(History(curves, layers=tuple(curves)), tmp_path / "plot.svg")
-    assert len(figure.axes[0].get_legend().get_texts()) == 2
-    assert "_orig_mod.0</text>" in (tmp_path / "plot.svg").read_text()
-    assert "$x$</text>" in (tmp_path / "plot.svg").read_text()
+    names = ("_orig_mod.0", "$x$", "$\\x$", "back\\slash", "{a}_^", "a$b", "$$")
+    curves = dict.fromkeys(names, Curve((0.0, 1.0), (0, 5), (2.0, 1.5)))
+    figure = plot_alpha_curves(History(curves, layers=names), tmp_path / "plot.svg")
+    assert len(figure.axes[0].get_legend().get_texts()) == len(names)
+    shown = (tmp_path / "plot.svg").read_text()
+    assert [name for name in names if f"{name}</text>" not in shown] == []
 
 
 def test_titles_are_shown_as_they_are(farms: Report, full: Report, metrics: Path, tmp_path: Path) -> None:
@@ -368,20 +369,22 @@ def test_letters_that_the_font_lacks(farms: Report, full: Report, tmp_path: Path
 
 
 def test_a_full_disk_leaves_no_half_picture(metrics: Path, tmp_path: Path) -> None:
-    """In a process whose files may not grow beyond 15 kB."""
+    """In a process whose files may not grow beyond 5 kB."""
     code = f"""
 import resource
-resource.setrlimit(resource.RLIMIT_FSIZE, (15000, 15000))
+from functools import partial
+resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
 from farms_tb.viewing.page import write_page
 from farms_tb.viewing.plots import save_all
-for write in (lambda: save_all({str(tmp_path)!r}, suffix=".svg"), lambda: write_page({str(tmp_path)!r})):
+draw = [partial(save_all, {str(tmp_path)!r}, suffix=suffix) for suffix in (".svg", ".pdf", ".png")]
+for write in (*draw, partial(write_page, {str(tmp_path)!r})):
     try:
         write()
     except OSError as error:
         print("refused", error)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
-    assert done.stdout.count("refused") == 2, done
+    assert done.stdout.count("refused") == 4, done
     assert list(metrics.parent.glob("figures/*")) == []
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["metrics.csv"]
 

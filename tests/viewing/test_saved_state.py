@@ -57,7 +57,7 @@ def test_damaged_parts(tmp_path: Path, change: dict[str, Any], part: str) -> Non
     assert write_page(run).exists()
 
 
-@pytest.mark.parametrize("state", [[1], "x", 3])
+@pytest.mark.parametrize("state", [[1], "x", 3, None])
 def test_a_state_that_is_none(tmp_path: Path, state: Any) -> None:
     run = run_with(tmp_path, callbacks=callbacks(state))
     assert "balancer" in run.missing[0]

@@ -164,30 +164,37 @@ def test_flipped_bytes(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.pt", "old.pt", "a.safetensors"])
-@pytest.mark.parametrize("change", ["cut", "rewritten", "deleted"])
+@pytest.mark.parametrize("change", ["cut", "rewritten", "of another model", "deleted"])
 def test_files_that_change_while_they_are_read(name: str, change: str, tmp_path: Path) -> None:
+    def save(size: int) -> None:
+        held = {f"{size}.{number}.weight": torch.randn(size, size) for number in range(4)}
+        if name == "a.safetensors":
+            save_file(held, tmp_path / "new")
+        else:
+            torch.save(held, tmp_path / "new", _use_new_zipfile_serialization=name == "a.pt")
+        path.write_bytes((tmp_path / "new").read_bytes())
+
     path = tmp_path / name
-    held = {f"{number}.weight": torch.randn(40, 40) for number in range(4)}
-    if name == "a.safetensors":
-        save_file(held, path)
-    else:
-        torch.save(held, path, _use_new_zipfile_serialization=name == "a.pt")
+    save(40)
     layers = stored_layers(stored_tensors(path))
     next(layers)
     if change == "cut":
         os.truncate(path, 100)
     elif change == "rewritten":
         path.write_bytes(bytes(path.stat().st_size + 1))
+    elif change == "of another model":
+        save(50)
     else:
         path.unlink()
     with pytest.raises(FileNotFoundError if change == "deleted" else ValueError, match=name):
         list(layers)
 
 
-def test_time_grows_with_the_number_of_tensors_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("save", [save_file, torch.save])
+def test_time_grows_with_the_number_of_tensors_alone(save: Callable[..., None], tmp_path: Path) -> None:
     def reading(number: int) -> float:
-        path = tmp_path / f"{number}.safetensors"
-        save_file({f"layer.{i}.weight": torch.randn(6, 6) for i in range(number)}, path)
+        path = tmp_path / ("a.safetensors" if save is save_file else "a.pt")
+        save({f"layer.{i}.weight": torch.randn(6, 6) for i in range(number)}, path)
         return min(seconds(lambda: list(stored_layers(stored_tensors(path)))) for _ in range(3))
 
     assert reading(8000) < 8 * reading(2000)  # 16 if each tensor parsed the header
@@ -280,8 +287,9 @@ def test_values_are_those_that_torch_reads(tmp_path: Path) -> None:
 
 
 def test_formats_that_are_not_read_name_the_way_out(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="URL: download"):
-        analyze_checkpoint("https://example.org/model.safetensors")
+    for address in ("https://example.org/model.safetensors", "s3://bucket/model.pt"):
+        with pytest.raises(ValueError, match="URL: download"):
+            analyze_checkpoint(address)
     (tmp_path / "__0_0.distcp").touch()
     with pytest.raises(ValueError, match="dcp_to_torch"):
         analyze_checkpoint(tmp_path)
@@ -292,6 +300,21 @@ def test_formats_that_are_not_read_name_the_way_out(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"diffusers .*unet"):
         analyze_checkpoint(pipeline)
     assert list(analyze_checkpoint(pipeline / "unet").layers) == ["a"]
+
+
+OTHER_FORMATS = {
+    "HDF5": b"\x89HDF\r\n\x1a\n",
+    "numpy": b"\x93NUMPY\x01\0",
+    "ONNX": b"\x08\x08\x12\x07pytorch",
+    "GGUF": b"GGUF\x03\0\0\0",
+}
+
+
+@pytest.mark.parametrize("name", OTHER_FORMATS)
+def test_other_formats_are_known_by_their_first_bytes(name: str, tmp_path: Path) -> None:
+    (tmp_path / "file.bin").write_bytes(OTHER_FORMATS[name] + bytes(100))
+    with pytest.raises((ValueError, ImportError), match=rf"file\.bin.* an? {name} "):
+        analyze_checkpoint(tmp_path / "file.bin")
 
 
 @pytest.mark.parametrize("name", ["adapter_model.bin", "adapter_model.safetensors"])
