@@ -415,8 +415,9 @@ class RatioOptions:
             `"spectral"` ones, or both. The others are measured and keep ratio 1.
         collapsed: `"leave_out"` keeps layers whose spectrum has collapsed out of the map, at ratio 1: their alpha
             is small, but not because they are well trained. `"keep"` maps them like any other, as in the papers.
-        norms: `"follow"` gives a normalisation layer the ratio of the layer that feeds it, `"base"` ratio 1, which
-            `unit="block"` refuses.
+        norms: `"follow"` gives a normalisation layer the ratio of the layer before it: of `conv1` for `bn1`, else
+            of the last one registered before it with as many outputs; `"base"` ratio 1, which `unit="block"`
+            refuses.
         favor: which layers get the larger ratios: `"large_alpha"`, as in the papers, those that have learnt less;
             `"small_alpha"` those that have learnt more. `"depth"` and `"constant"` look at neither.
         normalize: `"mean"` divides the mapped ratios by their mean, in which a layer weighs as much as it has

@@ -30,7 +30,7 @@ from farms_tb import (
 )
 from farms_tb import warnings as warning
 from farms_tb.balancing import layerwise_step
-from farms_tb.balancing.norms import norm_feeders
+from farms_tb.balancing.norms import layers_before_norms
 from farms_tb.training import metrics as logs
 from farms_tb.weights.layers import find_layers
 from farms_tb.weights.values import NO_VALUES
@@ -105,7 +105,7 @@ def calls(function: Callable[[], Any]) -> Counter[str]:
 
 
 def unfed_norms(layers: int) -> nn.Sequential:
-    """Norms as wide as no layer: the search for the layer that feeds each must not walk over all."""
+    """Norms as wide as no layer: the search for the layer that each follows must not walk over all."""
     return nn.Sequential(*[part for _ in range(layers) for part in (nn.Linear(8, 8), nn.LayerNorm(5))])
 
 
@@ -113,7 +113,7 @@ def unfed_norms(layers: int) -> nn.Sequential:
     "work",
     [
         lambda net: find_layers(net),
-        lambda net: norm_feeders(net, find_layers(net)),
+        lambda net: layers_before_norms(net, find_layers(net)),
         lambda net: TempBalance(net, torch.optim.SGD(net.parameters(), lr=0.1), assign_func="tb_linear_map"),
     ],
     ids=["layers", "norms", "balance"],
@@ -132,7 +132,7 @@ def test_norms_follow_the_nearest_layer_of_any_of_their_widths() -> None:
     model = nn.Sequential(
         nn.Linear(4, 6), nn.Linear(6, 8), nn.LayerNorm((6, 8)), nn.Linear(8, 6), nn.LayerNorm((8, 6))
     )
-    assert norm_feeders(model, find_layers(model)) == {"2": "1", "4": "3"}
+    assert layers_before_norms(model, find_layers(model)) == {"2": "1", "4": "3"}
 
 
 def held(*roots: object) -> int:

@@ -2,8 +2,8 @@
 
 A layer (`farms_tb.weights.layers.Layer`) has matrices and so an alpha and a ratio. A parameter takes the ratio of
 the layer that it is part of: weight and bias alike. A matrix has one ratio, whatever layers share it: what leaves
-one of them out leaves out all. Norms may follow the layer that feeds them, or the block that
-they are in. All other parameters keep ratio 1.
+one of them out leaves out all. Norms may follow the layer before them, or the block that they are in. All other
+parameters keep ratio 1.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from statistics import fmean
 
 from torch import nn
 
-from farms_tb.balancing.norms import norm_feeders
+from farms_tb.balancing.norms import layers_before_norms
 from farms_tb.balancing.selection import (
     blocks_of_layers,
     check_packed,
@@ -41,7 +41,7 @@ class Assignment:
         layers: the layers, in order of registration.
         owners: the layers that each parameter is part of. The packed q, k and v of attention have three.
         followed: the layers whose ratio each parameter takes: its owners, and for the parameters of a
-            normalisation layer with `norms="follow"` the layer that feeds it. With `unit="block"` a parameter of
+            normalisation layer with `norms="follow"` the layer before it. With `unit="block"` a parameter of
             no layer that is inside a block follows the block, by its path.
         packed: the layers of each parameter that holds several, as q, k and v of attention or gates of an LSTM.
         held_by: the layers that hold the matrix of each layer that has none of its own: the embedding for a tied
@@ -311,8 +311,8 @@ def _norm_parameters(model: nn.Module, layers: Sequence[Layer]) -> dict[str, tup
         by_module[layer.module_name] = (*by_module.get(layer.module_name, ()), layer.name)
     modules = {clean_name(raw): module for raw, module in model.named_modules()}
     followed: dict[str, tuple[str, ...]] = {}
-    for norm, feeder in norm_feeders(model, layers).items():
+    for norm, before in layers_before_norms(model, layers).items():
         prefix = f"{norm}." if norm else ""
         for own in modules[norm]._parameters:
-            followed[prefix + own] = by_module[feeder]
+            followed[prefix + own] = by_module[before]
     return followed

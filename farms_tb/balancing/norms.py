@@ -1,4 +1,4 @@
-"""Which layer feeds each normalisation layer, whose learning-rate ratio the norm then takes.
+"""Which layer comes before each normalisation layer, whose learning-rate ratio the norm then takes.
 
 Norms are told by what they are, and never called: a forward pass of a user's module may update statistics, draw
 random numbers, run hooks or wait for other processes. `is_norm` states the rule.
@@ -30,29 +30,31 @@ _NORM_WIDTHS = ("num_features", "num_channels")
 _NORM_CLASS = re.compile("norm(?!al$)", re.IGNORECASE)
 
 
-def norm_feeders(model: nn.Module, layers: Sequence[Layer]) -> dict[str, str]:
-    """Find the layer that feeds each normalisation layer.
+def layers_before_norms(model: nn.Module, layers: Sequence[Layer]) -> dict[str, str]:
+    """Find the layer that each normalisation layer follows.
 
     By name, as the papers do (`bn1` follows `conv1` of the same module); failing that, the nearest layer
-    registered before the norm whose output is as wide as the norm.
+    registered before the norm whose output is as wide as the norm. That is the layer that feeds it where modules
+    are registered in the order in which they run. Llama registers both norms of a block behind its feed-forward
+    part: they follow its last layer.
 
     Args:
         model: the model.
         layers: its layers, as `find_layers` lists them.
 
     Returns:
-        Path of the norm to path of the module of the layer it follows. A norm that no layer feeds is left out.
+        Path of the norm to path of the module of the layer it follows; norms without such a layer are left out.
 
     Example:
         >>> from farms_tb.weights.layers import find_layers
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2))
-        >>> norm_feeders(model, find_layers(model))
+        >>> layers_before_norms(model, find_layers(model))
         {'1': '0'}
     """
     modules = {layer.module_name: layer.module for layer in layers if layer.kind}
-    feeders: dict[str, str] = {}
+    followed: dict[str, str] = {}
     # By the number of its output channels, the layer registered last.
-    nearest: dict[int, _Feeder] = {}
+    nearest: dict[int, _Placed] = {}
     for position, (raw, module) in enumerate(unwrap(model).named_modules()):
         path = clean_name(raw)
         if path in modules:
@@ -60,10 +62,10 @@ def norm_feeders(model: nn.Module, layers: Sequence[Layer]) -> dict[str, str]:
             if width is not None:
                 nearest[width] = position, path
         elif is_norm(module):
-            feeder = _feeder(path, module, modules, nearest)
-            if feeder is not None:
-                feeders[path] = feeder
-    return feeders
+            before = _layer_before(path, module, modules, nearest)
+            if before is not None:
+                followed[path] = before
+    return followed
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -85,12 +87,14 @@ def is_norm(module: nn.Module) -> bool:
     return any(_NORM_CLASS.search(cls.__name__) for cls in classes)
 
 
-_Feeder = tuple[int, str]
+_Placed = tuple[int, str]
 """Position of a layer among all modules, and its path."""
 
 
-def _feeder(path: str, norm: nn.Module, modules: dict[str, nn.Module], nearest: dict[int, _Feeder]) -> str | None:
-    """Return the path of the layer that feeds a norm; None where there is none.
+def _layer_before(
+    path: str, norm: nn.Module, modules: dict[str, nn.Module], nearest: dict[int, _Placed]
+) -> str | None:
+    """Return the path of the layer that a norm follows; None where there is none.
 
     Args:
         path: path of the norm.
@@ -104,8 +108,8 @@ def _feeder(path: str, norm: nn.Module, modules: dict[str, nn.Module], nearest: 
     as_wide = [nearest[width] for width in _norm_widths(norm) if width in nearest]
     if not as_wide:
         return None
-    _, feeder = max(as_wide)
-    return feeder
+    _, path_before = max(as_wide)
+    return path_before
 
 
 def _sibling(path: str) -> str:

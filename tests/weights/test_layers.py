@@ -10,7 +10,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.nn.utils import parametrizations, parametrize
 
 from farms_tb import MatrixStack, NoSpectrumError, TempBalance, analyze, layer_matrices
-from farms_tb.balancing.norms import norm_feeders
+from farms_tb.balancing.norms import layers_before_norms
 from farms_tb.weights.layers import find_layers, read_stacks, unwrap
 
 
@@ -127,12 +127,12 @@ class TestFindLayers:
     )
     def test_compiled_and_checkpointed_parts_keep_their_names(self, wrap):
         model = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), nn.Linear(4, 3))
-        before, feeders = owned(model), norm_feeders(model, find_layers(model))
+        before, followed = owned(model), layers_before_norms(model, find_layers(model))
         model[0] = wrap(model[0])
         model[1] = wrap(model[1])
         assert owned(wrap(model)) == before
         assert owned(model) == before
-        assert norm_feeders(model, find_layers(model)) == feeders == {"0.1": "0.0"}
+        assert layers_before_norms(model, find_layers(model)) == followed == {"0.1": "0.0"}
 
     def test_a_name_that_ends_like_a_wrapper_stays(self):
         model = nn.ModuleDict({"pre_orig_mod": nn.ModuleDict({"fc": nn.Linear(4, 6)})})
@@ -359,7 +359,7 @@ class TestSideEffects:
 class TestNormFeeders:
     @staticmethod
     def feeders(model):
-        return norm_feeders(model, find_layers(model))
+        return layers_before_norms(model, find_layers(model))
 
     def test_by_name_in_a_residual_block(self):
         class Block(nn.Module):
