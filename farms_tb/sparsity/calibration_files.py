@@ -15,8 +15,6 @@ from farms_tb.options import check_integer
 from farms_tb.sparsity.calibration import calibration_batches, tokens_of_text
 from farms_tb.weights.safetensors_files import in_safetensors
 
-__all__ = ["CalibrationFile", "batches_of_file", "check_length", "holds_ids"]
-
 _IDS = "input_ids"
 _LENGTH = 2048
 

@@ -26,8 +26,6 @@ from farms_tb.sparsity.prune_report import PrunedLayer
 from farms_tb.sparsity.sequential import Block
 from farms_tb.weights.config import json_object
 
-__all__ = ["Checkpoint", "file_digest", "note_run", "open_checkpoint"]
-
 _RUN = "run.json"
 _DIGEST = 32
 """Bytes of the digest at the start of a block's file."""

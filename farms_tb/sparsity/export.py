@@ -18,8 +18,6 @@ from farms_tb.printable import printable
 from farms_tb.sparsity.plan import SparsityPlan
 from farms_tb.sparsity.prunable import planned_weights
 
-__all__ = ["to_llm_compressor", "to_torchao"]
-
 
 def to_llm_compressor(plan: SparsityPlan, model: nn.Module) -> dict[str, list[Any]]:
     """Return a plan as arguments of llm-compressor's `WandaPruningModifier` or `SparseGPTModifier`.

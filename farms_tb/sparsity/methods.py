@@ -24,16 +24,6 @@ from farms_tb.sparsity.prunable import Layout, PrunableWeight, from_matrix, to_m
 from farms_tb.sparsity.sparsegpt import DAMPING, block_counts, inverse_factor, sparsegpt
 from farms_tb.sparsity.statistics import InputStatistics
 
-__all__ = [
-    "PruneTarget",
-    "Pruned",
-    "Structure",
-    "check_groups",
-    "prune_targets",
-    "prune_weight",
-    "smallest_entries",
-]
-
 Structure = Literal["unstructured", "2:4", "4:8", "mixed:8"]
 
 _FIXED: Mapping[str, tuple[int, int]] = {"2:4": (2, 4), "4:8": (4, 8)}

@@ -16,8 +16,6 @@ from farms_tb.sparsity.prunable import PrunableWeight, named_weights, to_matrix
 from farms_tb.sparsity.sequential import Block, planned_blocks, visit_blocks
 from farms_tb.sparsity.statistics import InputStatistics
 
-__all__ = ["outlier_shares"]
-
 
 def outlier_shares(
     model: nn.Module, blocks: Mapping[str, str], calibration: Iterable[Batch], factor: float = 5.0

@@ -31,8 +31,6 @@ from farms_tb.sparsity.student import half_width, standard_error
 from farms_tb.warnings import warn_once
 from farms_tb.weights.layers import unwrap
 
-__all__ = ["Perplexity", "PerplexityComparison", "perplexity"]
-
 
 @dataclass(frozen=True, eq=False)
 class Perplexity:

@@ -26,8 +26,6 @@ from farms_tb.weights.stacks import MatrixStack
 from farms_tb.weights.stored import StoredTensor
 from farms_tb.weights.stored_layers import stored_layers
 
-__all__ = ["StoredLayer", "StoredModel", "check_finite", "check_oriented", "planned_tensors", "pruned_files"]
-
 _NOT_QUANTISED = "prune the model in 16 or 32 bits, then quantise it"
 
 

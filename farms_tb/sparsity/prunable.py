@@ -29,17 +29,6 @@ from farms_tb.weights.layers import Layer, find_layers, read_stacks, unwrap
 from farms_tb.weights.names import EMBEDDING, Renaming, clean_name, renaming
 from farms_tb.weights.stored import span
 
-__all__ = [
-    "Layout",
-    "PrunableWeight",
-    "from_matrix",
-    "named_weights",
-    "plan_for_names",
-    "planned_weights",
-    "refusal",
-    "to_matrix",
-]
-
 Layout = Literal["linear", "transposed", "convolution", "rows"]
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

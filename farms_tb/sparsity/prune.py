@@ -33,8 +33,6 @@ from farms_tb.sparsity.sparsegpt import DAMPING
 from farms_tb.sparsity.statistics import InputStatistics, relative_output_error
 from farms_tb.warnings import warn_once
 
-__all__ = ["prune"]
-
 
 def prune(
     model: nn.Module,

@@ -49,8 +49,6 @@ from farms_tb.sparsity.transformers_models import (
 from farms_tb.sparsity.unfinished import UnfinishedFolder, check_output, open_unfinished
 from farms_tb.weights.files import INDEX, part_of_each
 
-__all__ = ["PreparedRun", "PruneWish", "prepare", "prune_files"]
-
 Progress = Callable[[str, int, int], None]
 """Called with what is done, how much of it is finished, and how much there is."""
 

@@ -29,8 +29,6 @@ from farms_tb.sparsity.prunable import PrunableWeight
 from farms_tb.sparsity.statistics import InputStatistics, observed
 from farms_tb.weights.layers import unwrap
 
-__all__ = ["Block", "planned_blocks", "visit_blocks"]
-
 
 @dataclass(frozen=True)
 class Block:

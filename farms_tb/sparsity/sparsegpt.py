@@ -17,15 +17,6 @@ from torch import Tensor
 
 from farms_tb.sparsity.masks import pruned_count, smallest
 
-__all__ = [
-    "BLOCK_COLUMNS",
-    "DAMPING",
-    "InverseFactor",
-    "block_counts",
-    "inverse_factor",
-    "sparsegpt",
-]
-
 BLOCK_COLUMNS = 128
 """Columns whose mask is chosen together."""
 

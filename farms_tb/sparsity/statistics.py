@@ -18,8 +18,6 @@ from torch import Tensor, nn
 from farms_tb.sparsity.prunable import PrunableWeight
 from farms_tb.weights.norms import frobenius_norm
 
-__all__ = ["SAMPLE", "InputStatistics", "layer_inputs", "observed", "relative_output_error"]
-
 SAMPLE = 512
 """Inputs of each matrix that are kept, evenly spread, to measure the error of its output."""
 

@@ -15,8 +15,6 @@ from farms_tb.missing import cannot_import
 from farms_tb.printable import printable
 from farms_tb.weights.names import first_few
 
-__all__ = ["context_length", "load_config", "load_model", "load_tokenizer", "vocabulary_of"]
-
 
 def _transformers() -> Any:
     """Import the library, without its messages and progress bars.

@@ -34,8 +34,6 @@ from farms_tb.sparsity.prune_report import PrunedLayer
 if TYPE_CHECKING:
     from filelock import BaseFileLock
 
-__all__ = ["UnfinishedFolder", "check_output", "open_unfinished"]
-
 _LOCK = ".lock"
 
 

@@ -14,8 +14,6 @@ from farms_tb.options import check_integer
 from farms_tb.sparsity.calibration import without_network
 from farms_tb.sparsity.evaluating import evaluating
 
-__all__ = ["PAPER_TASKS", "TaskAccuracy", "zero_shot"]
-
 PAPER_TASKS = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 """The seven tasks of the pruning papers, which report the mean of their accuracies."""
 
