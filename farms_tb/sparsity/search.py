@@ -104,15 +104,16 @@ def searched(
     differences = confirmed[best] - confirmed[uniform]
     difference, error = float(np.mean(differences)), standard_error(differences)
     is_better = difference < -error * t_quantile(len(confirming) - 1)
+    winner = best if is_better else uniform
     found = {
-        "coefficients": dict(zip(directions, best if is_better else uniform, strict=True)),
+        "coefficients": dict(zip(directions, winner, strict=True)),
         "evaluations": len(values),
         "difference": difference if is_better else 0.0,
         "difference_error": error if is_better else 0.0,
         "prune_method": method,
     }
     note = _note(len(values), method, (difference, error), is_better)
-    plan = plan_of(best if is_better else uniform)
+    plan = plan_of(winner)
     return replace(
         plan, epsilon=_half_width(plan), options={**plan.options, "search": found}, notes=(*plan.notes, note)
     )
