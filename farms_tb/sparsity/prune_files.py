@@ -23,7 +23,7 @@ import farms_tb
 from farms_tb.options import check_choice, check_integer
 from farms_tb.printable import printable
 from farms_tb.sparsity.calibration import Batch, batch_bytes, check_vocabulary
-from farms_tb.sparsity.calibration_files import CalibrationFile, batches_of_file, check_length, holds_ids
+from farms_tb.sparsity.calibration_files import CalibrationFile, batches_of_file
 from farms_tb.sparsity.methods import Structure, smallest_entries
 from farms_tb.sparsity.options import PRUNE_METHODS, PruneMethod
 from farms_tb.sparsity.other_files import FolderFiles, files_of_folder
@@ -157,10 +157,7 @@ def _calibration(wish: PruneWish) -> tuple[list[dict[str, Tensor]], Any]:
             "FILE, a text or token ids, or use --method magnitude"
         )
     config = load_config(wish.folder)
-    longest = context_length(config)
-    check_length(wish.calibration.length, longest)  # Before a tokenizer is loaded.
-    tokenizer = None if holds_ids(wish.calibration.path) else load_tokenizer(wish.folder)
-    batches = batches_of_file(wish.calibration, tokenizer, longest)
+    batches = batches_of_file(wish.calibration, partial(load_tokenizer, wish.folder), context_length(config))
     for batch in batches:
         check_vocabulary("calibration", batch["input_ids"], vocabulary_of(config))
     return batches, config
