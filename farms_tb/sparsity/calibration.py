@@ -342,12 +342,7 @@ def tensor_bytes(tensor: Tensor) -> bytes:
 
 
 def _text_of(path: str | PathLike[str]) -> str:
-    """Return the text of a file.
-
-    Raises:
-        OSError: it cannot be read.
-        ValueError: it is no text in UTF-8.
-    """
+    """Return the text of a file in UTF-8."""
     try:
         return Path(path).read_text("utf-8")
     except UnicodeDecodeError as error:

@@ -77,11 +77,7 @@ def batches_of_file(
 
 
 def _check_rows(tokens: int, file: CalibrationFile, longest: int | None) -> None:
-    """Refuse sequences in a file that have another length than the user asks for, or are longer than the context.
-
-    Raises:
-        ValueError: their length is another one, or too long.
-    """
+    """Refuse sequences in a file of another length than the user asks for, or longer than the context."""
     cut = "pass ids (tokens,), which are cut by --length"
     if file.length not in (None, tokens):
         raise ValueError(
@@ -96,11 +92,7 @@ def _check_rows(tokens: int, file: CalibrationFile, longest: int | None) -> None
 
 
 def _ids(path: Path) -> Tensor:
-    """Read the ids in a file.
-
-    Raises:
-        OSError, ValueError: see `batches_of_file`.
-    """
+    """Return the ids in a file."""
     held = _held(path)
     if isinstance(held, Mapping):
         held = held.get(_IDS, next(iter(held.values())) if len(held) == 1 else held)
@@ -118,11 +110,7 @@ def _ids(path: Path) -> Tensor:
 
 
 def _held(path: Path) -> Any:
-    """Return what a file holds; nothing in it is executed.
-
-    Raises:
-        OSError, ValueError: see `batches_of_file`.
-    """
+    """Return what a file holds; nothing in it is executed."""
     if path.suffix == ".safetensors":
         return {tensor.key: tensor.read() for tensor in in_safetensors(path)}
     try:

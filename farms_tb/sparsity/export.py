@@ -75,11 +75,7 @@ def to_torchao(plan: SparsityPlan, model: nn.Module) -> list[dict[str, Any]]:
 
 
 def _shares(plan: SparsityPlan, model: nn.Module) -> dict[str, float]:
-    """Return the sparsity of each planned module by its name in the model, in the order of the model.
-
-    Raises:
-        ValueError: a planned weight is not that of a Linear.
-    """
+    """Return the sparsity of each planned Linear by its name in the model, in the order of the model."""
     weights = planned_weights(model, plan)
     other = next((weight for weight in weights if not isinstance(weight.module, nn.Linear)), None)
     if other is not None:

@@ -160,11 +160,7 @@ def _checked_blocks(
 
 
 def _given(blocks: Mapping[str, str], shapes: Mapping[str, object]) -> dict[str, str]:
-    """Return the blocks of a mapping; a layer whose block is None or empty takes no part.
-
-    Raises:
-        ValueError: it names a layer without a shape.
-    """
+    """Return the blocks of a mapping; a layer whose block is None or empty takes no part."""
     unknown = [name for name in blocks if name not in shapes]
     if unknown:
         raise ValueError(f"blocks names {unknown[0]!r}, which sizes does not: pass the size of each layer")

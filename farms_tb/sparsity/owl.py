@@ -58,11 +58,7 @@ def _share(block: Block, statistics: Mapping[str, InputStatistics], factor: floa
 
 
 def _scores(weight: PrunableWeight, statistics: InputStatistics) -> Tensor:
-    """Return the Wanda scores of a weight as a vector.
-
-    Raises:
-        ValueError: no input of the weight was seen.
-    """
+    """Return the Wanda scores of a weight as a vector."""
     if statistics.squared_norms is None:
         raise ValueError(
             f"the calibration data show no inputs of {printable(weight.name)}: leave it out of `blocks`, or pass "

@@ -236,11 +236,7 @@ def _layout(tensor: StoredTensor, stack: MatrixStack) -> Layout:
 
 
 def _check_prunable(layer: StoredLayer) -> None:
-    """Refuse a layer whose entries are no plain numbers, or that is no matrix.
-
-    Raises:
-        ValueError: the layer is quantised, complex, or no matrix.
-    """
+    """Refuse a layer whose entries are no plain numbers, or that is no matrix."""
     dtype = layer.tensor.dtype
     if not layer.tensor.problem and not dtype.is_complex and (dtype.itemsize == 1 or not dtype.is_floating_point):
         raise ValueError(f"{printable(layer.name)} is quantised ({dtype}) and cannot be pruned: {_NOT_QUANTISED}")
@@ -254,11 +250,7 @@ def _check_prunable(layer: StoredLayer) -> None:
 
 
 def _check_untied(layer: StoredLayer, tensors: Sequence[StoredTensor]) -> None:
-    """Refuse a weight that the model uses in a second place, by what its `config.json` says.
-
-    Raises:
-        ValueError: the weight is tied.
-    """
+    """Refuse a weight that the model uses in a second place, by what its `config.json` says."""
     head = layer.tensor.facts.tied_head
     others = [one.key for one in tensors if one.identity == layer.tensor.identity and one.key != layer.tensor.key]
     if head and f".{layer.name}".endswith(f".{head}") and not others:

@@ -193,13 +193,7 @@ def _report(
 
 
 def _apply(block: Block, chosen: Mapping[str, Pruned], in_place: bool) -> None:
-    """Write the chosen weights, and zeros or masks.
-
-    Args:
-        block: the block.
-        chosen: mask and corrected entries of each of its weights, by name.
-        in_place: whether to write zeros, rather than to add masks.
-    """
+    """Write the corrected weights of a block, and zeros where `in_place`, else masks."""
     masks: dict[tuple[nn.Module, str], Tensor] = {}
     for weight in block.weights:
         result, stored = chosen[weight.name], weight.tensor
@@ -217,13 +211,7 @@ def _apply(block: Block, chosen: Mapping[str, Pruned], in_place: bool) -> None:
 
 
 def _warn_of(layers: Mapping[str, PrunedLayer], method: PruneMethod, model: nn.Module) -> None:
-    """Warn of matrices that could not be pruned as asked for, or of which the data say too little.
-
-    Args:
-        layers: what is reported of each; their `method` and `damping` tell what was done.
-        method: what was asked for.
-        model: the model, about which it is warned.
-    """
+    """Warn of matrices that could not be pruned as asked for, or of which the data say too little."""
     unseen = [name for name, layer in layers.items() if layer.method != method]
     if unseen:
         warn_once(f"{_named(unseen)} pruned by magnitude: the calibration data show none of their inputs", model)

@@ -75,14 +75,9 @@ def _sum(total: Tensor | None, summand: Tensor) -> Tensor:
 
 
 def _places(number: int, sample: int, call: int) -> list[int]:
-    """Return which inputs of a call are kept: evenly spread, and others in each call.
+    """Return which inputs of a call, counted from 0, are kept: evenly spread, and others in each call.
 
     The first token of a sequence often has inputs unlike all others, so it must not stand for more than its share.
-
-    Args:
-        number: inputs of the call.
-        sample: how many to keep.
-        call: number of the call, from 0.
     """
     kept = min(sample, number)
     shift = (0.5 + call * _GOLDEN) % 1
@@ -90,14 +85,7 @@ def _places(number: int, sample: int, call: int) -> list[int]:
 
 
 def _summary(inputs: Tensor, hessian: bool, sample: int, call: int) -> _Summary:
-    """Return the sums over one call's inputs.
-
-    Args:
-        inputs: `(groups, n, in)`, any floating dtype.
-        hessian: whether X^T X is needed.
-        sample: inputs to keep.
-        call: number of the call, from 0.
-    """
+    """Return the sums over one call's inputs `(groups, n, in)`, and `sample` of them; calls count from 0."""
     values = inputs.float()
     number = values.shape[1]
     chosen = torch.tensor(_places(number, sample, call), device=values.device, dtype=torch.long)

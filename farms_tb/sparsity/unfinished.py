@@ -242,15 +242,7 @@ def _remove_cut_files(folder: Path) -> None:
 
 
 def _check_room(folder: Path, size: int) -> None:
-    """Refuse a disk without room.
-
-    Args:
-        folder: a folder on the disk.
-        size: bytes that will be written.
-
-    Raises:
-        OSError: there is no room.
-    """
+    """Refuse a disk that has no room for `size` more bytes in a folder."""
     disk = shutil.disk_usage(folder)
     # Some network file systems say that they have no size at all.
     if disk.total and disk.free < size:

@@ -100,15 +100,7 @@ def zero_shot(
 
 
 def _check_known(tasks: Sequence[str], manager: Any) -> None:
-    """Refuse tasks that there are not, and groups of tasks.
-
-    Args:
-        tasks: names of tasks.
-        manager: the `TaskManager` of `lm-eval` that knows them.
-
-    Raises:
-        ValueError: a task is not known, or is a group.
-    """
+    """Refuse tasks that the `TaskManager` of `lm-eval` does not know, and groups of tasks."""
     unknown = [task for task in tasks if task not in manager.all_subtasks]
     if unknown and unknown[0] in manager.all_tasks:
         raise ValueError(
@@ -122,11 +114,7 @@ def _check_known(tasks: Sequence[str], manager: Any) -> None:
 
 
 def _accuracy_of(task: str, found: Any) -> TaskAccuracy:
-    """Return the accuracy of one task from the results of `simple_evaluate`.
-
-    Raises:
-        ValueError: it has none.
-    """
+    """Return the accuracy of one task from the results of `simple_evaluate`."""
     metrics = found["results"][task]
     if "acc,none" not in metrics:
         measured = ", ".join(sorted(name for name in metrics if "," in name))
