@@ -205,9 +205,6 @@ def _in_depth(blocks: Mapping[str, str]) -> tuple[str, ...]:
 
     Blocks of one list go by their numbers, `layers.2` before `layers.10` in whatever order the layers come. Lists,
     blocks without a number, and the layers of one block keep the order in which they come.
-
-    Args:
-        blocks: name of the block of each layer; empty for none.
     """
     first: dict[str, int] = {}
     for position, block in enumerate(blocks.values()):

@@ -22,7 +22,6 @@ from farms_tb.sparsity.plan import SparsityPlan
 from farms_tb.sparsity.prunable import Layout, plan_for_names, refusal
 from farms_tb.weights.files import files_of_weights, stored_tensors
 from farms_tb.weights.gguf_files import is_gguf
-from farms_tb.weights.stacks import MatrixStack
 from farms_tb.weights.stored import StoredTensor
 from farms_tb.weights.stored_layers import stored_layers
 
@@ -223,16 +222,12 @@ def _layers(tensor: StoredTensor) -> Iterator[StoredLayer]:
         yield StoredLayer(
             name,
             tensor,
-            layout=_layout(tensor, layer),
+            # A plain matrix (out, in): no part of a parameter, convolution or expert.
+            layout="linear" if len(tensor.shape) == 2 and not layer.part else "rows",
             part=place,
             parts=len(found),
             stack=tuple(layer.matrices.shape),
         )
-
-
-def _layout(tensor: StoredTensor, stack: MatrixStack) -> Layout:
-    """Return whether a layer is a plain matrix (out, in): no part of a parameter, convolution or expert."""
-    return "linear" if len(tensor.shape) == 2 and not stack.part else "rows"
 
 
 def _check_prunable(layer: StoredLayer) -> None:

@@ -183,7 +183,8 @@ def open_unfinished(output: Path, facts: Mapping[str, Sequence[bytes]], size: in
         for part in ("blocks", "layers", "model"):
             (folder / part).mkdir(exist_ok=True)
         note_run(folder, facts)
-        _remove_cut_files(folder)
+        for cut in folder.rglob(".*.part"):  # what a process that was killed had begun to write
+            cut.unlink()
         unfinished.remove_damaged()
         written = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         _check_room(folder, size - written)
@@ -233,12 +234,6 @@ def _remove_leftover(folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         if lock is not None:
             lock.release()
-
-
-def _remove_cut_files(folder: Path) -> None:
-    """Remove what a process that was killed had begun to write."""
-    for file in folder.rglob(".*.part"):
-        file.unlink()
 
 
 def _check_room(folder: Path, size: int) -> None:
