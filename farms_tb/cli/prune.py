@@ -131,11 +131,7 @@ def _say_what_is_copied(run: PreparedRun) -> None:
 
 
 def _carried_out(run: PreparedRun) -> PruneReport:
-    """Prune, with a progress bar.
-
-    Raises:
-        typer.Exit: it was stopped, or the input turned out to be wrong.
-    """
+    """Prune, with a progress bar."""
     with (
         _endings(run),
         progress_bar(Console(stderr=True), 1) as show,
@@ -155,11 +151,7 @@ def _carried_out(run: PreparedRun) -> PruneReport:
 
 @contextmanager
 def _endings(run: PreparedRun) -> Iterator[None]:
-    """Turn what can stop a run into a message and an exit code.
-
-    Raises:
-        typer.Exit: it was stopped.
-    """
+    """Turn what can stop a run into a message and an exit code."""
     state = run.unfinished.folder
     try:
         yield

@@ -126,17 +126,7 @@ def sparsity(
 
 
 def _check_before_measuring(method: Method, model: str, output: Path | None) -> None:
-    """Refuse what would fail after the measurement.
-
-    Args:
-        method: how to allocate.
-        model: what is measured, which the plan must not replace.
-        output: where the plan goes; None for nowhere.
-
-    Raises:
-        ValueError: the method needs data, or the file is neither JSON nor CSV, cannot be written or is one of
-            the model's.
-    """
+    """Refuse what would fail after the measurement, and an output that would replace the model."""
     if method in ("owl", "search"):
         raise ValueError(f"--method {method} needs calibration data: use farms_tb.sparsity.allocate in Python")
     if output is None:
@@ -163,11 +153,7 @@ def _report(source: Source, request: MeasureRequest, method: Method) -> Report:
 
 
 def _unmeasured(source: Source) -> Mapping[str, LayerRecord]:
-    """Return a record of each layer's kind and shape; one tensor is in memory at a time.
-
-    Raises:
-        ValueError: a file of several is damaged.
-    """
+    """Return a record of each layer's kind and shape; one tensor is in memory at a time."""
     if source.note:
         say(source.note)
     if source.damaged:
@@ -183,14 +169,7 @@ def _unmeasured(source: Source) -> Mapping[str, LayerRecord]:
 
 
 def _plan(report: Report, target: float, blocks: Sequence[str] | None, options: dict[str, Any]) -> SparsityPlan:
-    """Return the plan; what it warns of is in its notes.
-
-    Args:
-        report: the layers.
-        target: the sparsity over all of them.
-        blocks: patterns of the blocks; none to find them.
-        options: those of the allocation.
-    """
+    """Return the plan; what it warns of is in its notes."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         return plan_from_report(report, target, blocks=blocks or None, **options)

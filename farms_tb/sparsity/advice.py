@@ -63,8 +63,9 @@ def compare_with_depth(plan: SparsityPlan) -> DepthComparison:
         filling = Filling(sizes, plan.total, *plan.bounds)
     lines = [filling.proportional(line(order, plan.epsilon)) for order in (positions, -positions)]
     found = np.array(list(plan.sparsity.values()))
+    means = np.bincount(positions, weights=found) / np.bincount(positions)
     return DepthComparison(
-        correlation=_correlation(_means(found, positions)),
+        correlation=_correlation(means),
         from_uniform=_distance(found, np.full(len(found), plan.total), sizes),
         from_line=min(_distance(found, other, sizes) for other in lines),
     )
@@ -73,12 +74,6 @@ def compare_with_depth(plan: SparsityPlan) -> DepthComparison:
 def _depths(plan: SparsityPlan) -> np.ndarray:
     """Return the depth of each layer of a plan, `(n,)` integers."""
     return depths(list(plan.layers), [layer.block for layer in plan.layers.values()])
-
-
-def _means(values: Floats, positions: np.ndarray) -> Floats:
-    """Return the mean of values at each position, `(positions,)`."""
-    means: Floats = np.bincount(positions, weights=values) / np.bincount(positions)
-    return means
 
 
 def _distance(first: Floats, second: Floats, sizes: Floats) -> float:

@@ -153,14 +153,7 @@ def _scaled(layers: Layers) -> Layers:
 def _sparsities(
     layers: Layers, filling: Filling, options: SparsityOptions, outliers: Mapping[str, float] | None
 ) -> Floats:
-    """Return the sparsity of each layer by the chosen method.
-
-    Args:
-        layers: the layers, their alphas scaled and without outliers.
-        filling: target and bounds.
-        options: the method and its options.
-        outliers: share of outliers of each unit by name, for OWL.
-    """
+    """Return the sparsity of each layer by the chosen method; alphas come scaled and without those left out."""
     if options.compat is not None:
         return _as_research_code(layers, filling.target, options)
     if options.method == "owl":
@@ -185,22 +178,11 @@ def _ratios(layers: Layers, options: SparsityOptions) -> Floats:
 
 
 def _owl_offsets(layers: Layers, outliers: Mapping[str, float] | None, half_width: float) -> Floats:
-    """Return how far each layer's sparsity lies from that of the block with the fewest outliers.
+    """Return how far each layer's sparsity lies from that of the block with the fewest outliers, `(n,)`.
 
-    With D_b the share of outliers of block b, the offset is -2 lambda (D_b - min D) / (max D - min D). OWL shifts
-    the plain mean of the blocks to the target; here it is the mean weighted by size, so that the target is met
-    where blocks differ in size.
-
-    Args:
-        layers: the layers.
-        outliers: D by the name of the unit.
-        half_width: lambda.
-
-    Returns:
-        `(n,)` offsets.
-
-    Raises:
-        ValueError: there are no outliers, or not of every unit.
+    With D_b the share of outliers of block b and lambda the half-width, the offset of its layers is
+    -2 lambda (D_b - min D) / (max D - min D). OWL shifts the plain mean of the blocks to the target; here it is
+    the mean weighted by size, so that the target is met where blocks differ in size.
     """
     shares = numbers("outliers", outliers or {}, layers.unit_names, at_least=0)
     if np.isnan(shares).any():
@@ -214,18 +196,10 @@ def _owl_offsets(layers: Layers, outliers: Mapping[str, float] | None, half_widt
 
 
 def _as_research_code(layers: Layers, target: float, options: SparsityOptions) -> Floats:
-    """Return the sparsities of AlphaPruning's code, or of FARMS's, which cuts those above 1.
+    """Return the sparsities of AlphaPruning's code, which may be above 1, or of FARMS's, which cuts those.
 
     Both scale ratios so that the mean weighted by size is the target, without bounds. FARMS's code then sets what
     is above 1 to 0.998, or to 0.99999 where the target is exactly 0.7, and does not scale the others again.
-
-    Args:
-        layers: the layers.
-        target: the sparsity over all of them.
-        options: epsilon, granularity and whose code.
-
-    Returns:
-        `(n,)` sparsities, which may be above 1 with `compat="alphapruning"`.
     """
     mapped = ratios.by_alpha(layers, options.epsilon)
     sparsities: Floats = mapped * target * layers.sizes.sum() / np.dot(layers.sizes, mapped)

@@ -27,23 +27,6 @@ from farms_tb.missing import cannot_import
 from farms_tb.options import check_integer
 from farms_tb.weights.layers import unwrap
 
-__all__ = [
-    "Batch",
-    "batch_bytes",
-    "calibration_batches",
-    "check_vocabulary",
-    "checked_batches",
-    "dataset_texts",
-    "document_batches",
-    "random_tokens",
-    "tensor_bytes",
-    "text_of_value",
-    "tokens_of_text",
-    "tokens_of_texts",
-    "vocabulary_size",
-    "without_network",
-]
-
 Batch = Mapping[str, Any]
 """Keyword arguments of one call of the model."""
 
@@ -359,12 +342,7 @@ def tensor_bytes(tensor: Tensor) -> bytes:
 
 
 def _text_of(path: str | PathLike[str]) -> str:
-    """Return the text of a file.
-
-    Raises:
-        OSError: it cannot be read.
-        ValueError: it is no text in UTF-8.
-    """
+    """Return the text of a file in UTF-8."""
     try:
         return Path(path).read_text("utf-8")
     except UnicodeDecodeError as error:

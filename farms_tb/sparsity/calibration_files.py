@@ -15,8 +15,6 @@ from farms_tb.options import check_integer
 from farms_tb.sparsity.calibration import calibration_batches, tokens_of_text
 from farms_tb.weights.safetensors_files import in_safetensors
 
-__all__ = ["CalibrationFile", "batches_of_file", "check_length", "holds_ids"]
-
 _IDS = "input_ids"
 _LENGTH = 2048
 
@@ -45,19 +43,15 @@ class CalibrationFile:
         check_integer("seed", self.seed, at_least=0)
 
 
-def holds_ids(path: Path) -> bool:
-    """Return whether a file holds ids, and not text, by the end of its name."""
-    return path.suffix in (".pt", ".pth", ".safetensors")
-
-
 def batches_of_file(
-    file: CalibrationFile, tokenizer: Callable[..., Any] | None, longest: int | None = None
+    file: CalibrationFile, load_tokenizer: Callable[[], Callable[..., Any]], longest: int | None
 ) -> list[dict[str, Tensor]]:
     """Read calibration data.
 
     Args:
         file: the file.
-        tokenizer: for text, see `farms_tb.sparsity.calibration.tokens_of_text`.
+        load_tokenizer: called for text alone, after the length was checked; returns a tokenizer, see
+            `farms_tb.sparsity.calibration.tokens_of_text`.
         longest: tokens that the model was made for at most; None where that is not known.
 
     Returns:
@@ -68,12 +62,13 @@ def batches_of_file(
         ValueError: it is neither text nor ids, is too short, or holds sequences that are longer than `longest` or
             of another length than `file` asks for.
     """
-    check_length(file.length, longest)
-    if not holds_ids(file.path):
-        assert tokenizer is not None
-        ids = tokens_of_text(file.path, tokenizer)
-    else:
-        ids = _ids(file.path)
+    if file.length is not None and longest is not None and file.length > longest:
+        raise ValueError(
+            f"calibration sequences of {file.length} tokens are longer than the context of the model: pass "
+            f"--length {longest} or less"
+        )
+    holds_ids = file.path.suffix in (".pt", ".pth", ".safetensors")
+    ids = _ids(file.path) if holds_ids else tokens_of_text(file.path, load_tokenizer())
     length = file.length or min(_LENGTH, longest or _LENGTH)
     if ids.ndim == 2:
         _check_rows(ids.shape[1], file, longest)
@@ -81,29 +76,8 @@ def batches_of_file(
     return calibration_batches(ids.flatten(), number=file.sequences, length=length, seed=file.seed)
 
 
-def check_length(length: int | None, longest: int | None) -> None:
-    """Refuse sequences that are longer than the context of the model.
-
-    Args:
-        length: tokens of a sequence that the user asks for; None where the model decides.
-        longest: tokens that the model was made for at most; None where that is not known.
-
-    Raises:
-        ValueError: they are longer.
-    """
-    if length is not None and longest is not None and length > longest:
-        raise ValueError(
-            f"calibration sequences of {length} tokens are longer than the context of the model: pass "
-            f"--length {longest} or less"
-        )
-
-
 def _check_rows(tokens: int, file: CalibrationFile, longest: int | None) -> None:
-    """Refuse sequences in a file that have another length than the user asks for, or are longer than the context.
-
-    Raises:
-        ValueError: their length is another one, or too long.
-    """
+    """Refuse sequences in a file of another length than the user asks for, or longer than the context."""
     cut = "pass ids (tokens,), which are cut by --length"
     if file.length not in (None, tokens):
         raise ValueError(
@@ -118,11 +92,7 @@ def _check_rows(tokens: int, file: CalibrationFile, longest: int | None) -> None
 
 
 def _ids(path: Path) -> Tensor:
-    """Read the ids in a file.
-
-    Raises:
-        OSError, ValueError: see `batches_of_file`.
-    """
+    """Return the ids in a file."""
     held = _held(path)
     if isinstance(held, Mapping):
         held = held.get(_IDS, next(iter(held.values())) if len(held) == 1 else held)
@@ -140,11 +110,7 @@ def _ids(path: Path) -> Tensor:
 
 
 def _held(path: Path) -> Any:
-    """Return what a file holds; nothing in it is executed.
-
-    Raises:
-        OSError, ValueError: see `batches_of_file`.
-    """
+    """Return what a file holds; nothing in it is executed."""
     if path.suffix == ".safetensors":
         return {tensor.key: tensor.read() for tensor in in_safetensors(path)}
     try:

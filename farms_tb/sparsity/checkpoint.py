@@ -26,8 +26,6 @@ from farms_tb.sparsity.prune_report import PrunedLayer
 from farms_tb.sparsity.sequential import Block
 from farms_tb.weights.config import json_object
 
-__all__ = ["Checkpoint", "file_digest", "note_run", "open_checkpoint"]
-
 _RUN = "run.json"
 _DIGEST = 32
 """Bytes of the digest at the start of a block's file."""
@@ -159,11 +157,7 @@ def note_run(folder: Path, facts: Mapping[str, Sequence[bytes]]) -> None:
 
 
 def _check_same_run(path: Path, run: Mapping[str, str]) -> None:
-    """Refuse to go on with the state of another run.
-
-    Raises:
-        ValueError: there is such, or the file does not say which run it is.
-    """
+    """Refuse to go on with the state of another run, or with one that does not say whose it is."""
     if not path.is_file():
         return
     found = json_object(path)

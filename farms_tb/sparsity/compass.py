@@ -44,7 +44,7 @@ def compass_search(
             if len(values) >= evaluations:
                 return values
             values[point] = function(point)
-        nearest = min((point for point in _neighbours(best, step)), key=values.__getitem__)
+        nearest = min(_neighbours(best, step), key=values.__getitem__)
         if values[nearest] < values[best]:
             best = nearest
         else:

@@ -18,8 +18,6 @@ from farms_tb.printable import printable
 from farms_tb.sparsity.plan import SparsityPlan
 from farms_tb.sparsity.prunable import planned_weights
 
-__all__ = ["to_llm_compressor", "to_torchao"]
-
 
 def to_llm_compressor(plan: SparsityPlan, model: nn.Module) -> dict[str, list[Any]]:
     """Return a plan as arguments of llm-compressor's `WandaPruningModifier` or `SparseGPTModifier`.
@@ -77,11 +75,7 @@ def to_torchao(plan: SparsityPlan, model: nn.Module) -> list[dict[str, Any]]:
 
 
 def _shares(plan: SparsityPlan, model: nn.Module) -> dict[str, float]:
-    """Return the sparsity of each planned module by its name in the model, in the order of the model.
-
-    Raises:
-        ValueError: a planned weight is not that of a Linear.
-    """
+    """Return the sparsity of each planned Linear by its name in the model, in the order of the model."""
     weights = planned_weights(model, plan)
     other = next((weight for weight in weights if not isinstance(weight.module, nn.Linear)), None)
     if other is not None:

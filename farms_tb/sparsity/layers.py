@@ -160,11 +160,7 @@ def _checked_blocks(
 
 
 def _given(blocks: Mapping[str, str], shapes: Mapping[str, object]) -> dict[str, str]:
-    """Return the blocks of a mapping; a layer whose block is None or empty takes no part.
-
-    Raises:
-        ValueError: it names a layer without a shape.
-    """
+    """Return the blocks of a mapping; a layer whose block is None or empty takes no part."""
     unknown = [name for name in blocks if name not in shapes]
     if unknown:
         raise ValueError(f"blocks names {unknown[0]!r}, which sizes does not: pass the size of each layer")
@@ -209,9 +205,6 @@ def _in_depth(blocks: Mapping[str, str]) -> tuple[str, ...]:
 
     Blocks of one list go by their numbers, `layers.2` before `layers.10` in whatever order the layers come. Lists,
     blocks without a number, and the layers of one block keep the order in which they come.
-
-    Args:
-        blocks: name of the block of each layer; empty for none.
     """
     first: dict[str, int] = {}
     for position, block in enumerate(blocks.values()):

@@ -18,17 +18,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-__all__ = [
-    "magnitude_mask",
-    "mixed_counts",
-    "n_of_m_mask",
-    "pruned_count",
-    "row_counts",
-    "smallest",
-    "wanda_mask",
-    "wanda_scores",
-]
-
 
 def pruned_count(entries: int, sparsity: float) -> int:
     """Return how many of `entries` are pruned: the integer nearest to `entries * sparsity`, halves upwards.

@@ -24,16 +24,6 @@ from farms_tb.sparsity.prunable import Layout, PrunableWeight, from_matrix, to_m
 from farms_tb.sparsity.sparsegpt import DAMPING, block_counts, inverse_factor, sparsegpt
 from farms_tb.sparsity.statistics import InputStatistics
 
-__all__ = [
-    "PruneTarget",
-    "Pruned",
-    "Structure",
-    "check_groups",
-    "prune_targets",
-    "prune_weight",
-    "smallest_entries",
-]
-
 Structure = Literal["unstructured", "2:4", "4:8", "mixed:8"]
 
 _FIXED: Mapping[str, tuple[int, int]] = {"2:4": (2, 4), "4:8": (4, 8)}
@@ -85,7 +75,12 @@ def prune_targets(plan: SparsityPlan, structure: Structure) -> dict[str, PruneTa
     Raises:
         ValueError: a planned sparsity is above 1, or is not what a fixed structure gives.
     """
-    _check_range(plan)
+    for name, share in plan.sparsity.items():
+        if share > 1:  # as plans made with `compat` may have
+            raise ValueError(
+                f"the plan says {share:.4g} for {name!r}: a sparsity is at most 1. Make the plan without compat, "
+                "or with a smaller epsilon"
+            )
     if structure == "unstructured":
         return {name: PruneTarget(share) for name, share in plan.sparsity.items()}
     if structure in _FIXED:
@@ -101,39 +96,22 @@ def prune_targets(plan: SparsityPlan, structure: Structure) -> dict[str, PruneTa
     return _mixed(plan)
 
 
-def _check_range(plan: SparsityPlan) -> None:
-    """Refuse sparsities above 1, which plans made with `compat` may have.
-
-    Raises:
-        ValueError: a sparsity is above 1.
-    """
-    for name, share in plan.sparsity.items():
-        if share > 1:
-            raise ValueError(
-                f"the plan says {share:.4g} for {name!r}: a sparsity is at most 1. Make the plan without compat, "
-                "or with a smaller epsilon"
-            )
-
-
 def _mixed(plan: SparsityPlan) -> dict[str, PruneTarget]:
     """Return N of each 8 for every matrix, the same for all matrices that share their sparsity."""
     groups: dict[str, list[str]] = {}
     for name in plan.layers:
         groups.setdefault(plan.unit_of(name), []).append(name)
-    shares = {group: _mean_sparsity(plan, names) for group, names in groups.items()}
     sizes = {group: sum(plan.layers[name].size for name in names) for group, names in groups.items()}
+    shares = {}
+    for group, names in groups.items():
+        layers = [plan.layers[name] for name in names]
+        shares[group] = sum(layer.size * layer.sparsity for layer in layers) / sizes[group]
     counts = mixed_counts(shares, sizes, _MIXED_GROUP)
     targets = {}
     for group, names in groups.items():
         structure = (counts[group], _MIXED_GROUP)
         targets.update({name: PruneTarget(counts[group] / _MIXED_GROUP, structure) for name in names})
     return targets
-
-
-def _mean_sparsity(plan: SparsityPlan, names: list[str]) -> float:
-    """Return the sparsity of some layers together, weighted by their sizes."""
-    layers = [plan.layers[name] for name in names]
-    return sum(layer.size * layer.sparsity for layer in layers) / sum(layer.size for layer in layers)
 
 
 def check_groups(name: str, shape: tuple[int, ...], layout: Layout, target: PruneTarget) -> None:

@@ -9,8 +9,6 @@ from pathlib import Path
 
 from farms_tb.weights.files import ENDINGS, INDEX
 
-__all__ = ["REPORT", "FolderFiles", "files_of_folder"]
-
 REPORT = "sparsity.json"
 """What was done to each layer; a folder with it is the output of a pruning."""
 

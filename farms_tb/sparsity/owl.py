@@ -16,8 +16,6 @@ from farms_tb.sparsity.prunable import PrunableWeight, named_weights, to_matrix
 from farms_tb.sparsity.sequential import Block, planned_blocks, visit_blocks
 from farms_tb.sparsity.statistics import InputStatistics
 
-__all__ = ["outlier_shares"]
-
 
 def outlier_shares(
     model: nn.Module, blocks: Mapping[str, str], calibration: Iterable[Batch], factor: float = 5.0
@@ -60,11 +58,7 @@ def _share(block: Block, statistics: Mapping[str, InputStatistics], factor: floa
 
 
 def _scores(weight: PrunableWeight, statistics: InputStatistics) -> Tensor:
-    """Return the Wanda scores of a weight as a vector.
-
-    Raises:
-        ValueError: no input of the weight was seen.
-    """
+    """Return the Wanda scores of a weight as a vector."""
     if statistics.squared_norms is None:
         raise ValueError(
             f"the calibration data show no inputs of {printable(weight.name)}: leave it out of `blocks`, or pass "

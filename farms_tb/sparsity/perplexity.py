@@ -31,8 +31,6 @@ from farms_tb.sparsity.student import half_width, standard_error
 from farms_tb.warnings import warn_once
 from farms_tb.weights.layers import unwrap
 
-__all__ = ["Perplexity", "PerplexityComparison", "perplexity"]
-
 
 @dataclass(frozen=True, eq=False)
 class Perplexity:
@@ -206,15 +204,7 @@ def perplexity(
 
 
 def _segments(tokens: Tensor | Sequence[int], length: int) -> Tensor:
-    """Cut a text into segments.
-
-    Returns:
-        int64 `(segments, length)` on the CPU; the tail that fills no segment is dropped.
-
-    Raises:
-        TypeError: the tokens are no integers.
-        ValueError: there are several texts, or the text is too short.
-    """
+    """Cut a text into segments, int64 `(segments, length)` on the CPU; the tail that fills none is dropped."""
     ids = torch.as_tensor(tokens).detach().cpu()
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise TypeError(f"tokens must be integers, got {ids.dtype}: pass the ids of a tokenizer")
@@ -234,11 +224,7 @@ def _segments(tokens: Tensor | Sequence[int], length: int) -> Tensor:
 
 
 def _check_positions(model: nn.Module, length: int) -> None:
-    """Refuse segments that are longer than a model of `transformers` has positions.
-
-    Raises:
-        ValueError: the segments are too long.
-    """
+    """Refuse segments that are longer than a model of `transformers` has positions."""
     positions = getattr(getattr(unwrap(model), "config", None), "max_position_embeddings", None)
     if isinstance(positions, int) and 0 < positions < length:
         raise ValueError(
@@ -248,11 +234,7 @@ def _check_positions(model: nn.Module, length: int) -> None:
 
 
 def _losses(model: nn.Module, ids: Tensor) -> list[float]:
-    """Return the mean negative log likelihood of each of some segments, ids `(segments, length)`.
-
-    Raises:
-        ValueError: the model returns no logits for them.
-    """
+    """Return the mean negative log likelihood of each of some segments, ids `(segments, length)`."""
     parameter = next(model.parameters(), None)
     device = ids.device if parameter is None else parameter.device
     output = model(input_ids=ids.to(device))

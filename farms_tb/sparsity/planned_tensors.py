@@ -22,11 +22,8 @@ from farms_tb.sparsity.plan import SparsityPlan
 from farms_tb.sparsity.prunable import Layout, plan_for_names, refusal
 from farms_tb.weights.files import files_of_weights, stored_tensors
 from farms_tb.weights.gguf_files import is_gguf
-from farms_tb.weights.stacks import MatrixStack
 from farms_tb.weights.stored import StoredTensor
 from farms_tb.weights.stored_layers import stored_layers
-
-__all__ = ["StoredLayer", "StoredModel", "check_finite", "check_oriented", "planned_tensors", "pruned_files"]
 
 _NOT_QUANTISED = "prune the model in 16 or 32 bits, then quantise it"
 
@@ -225,24 +222,16 @@ def _layers(tensor: StoredTensor) -> Iterator[StoredLayer]:
         yield StoredLayer(
             name,
             tensor,
-            layout=_layout(tensor, layer),
+            # A plain matrix (out, in): no part of a parameter, convolution or expert.
+            layout="linear" if len(tensor.shape) == 2 and not layer.part else "rows",
             part=place,
             parts=len(found),
             stack=tuple(layer.matrices.shape),
         )
 
 
-def _layout(tensor: StoredTensor, stack: MatrixStack) -> Layout:
-    """Return whether a layer is a plain matrix (out, in): no part of a parameter, convolution or expert."""
-    return "linear" if len(tensor.shape) == 2 and not stack.part else "rows"
-
-
 def _check_prunable(layer: StoredLayer) -> None:
-    """Refuse a layer whose entries are no plain numbers, or that is no matrix.
-
-    Raises:
-        ValueError: the layer is quantised, complex, or no matrix.
-    """
+    """Refuse a layer whose entries are no plain numbers, or that is no matrix."""
     dtype = layer.tensor.dtype
     if not layer.tensor.problem and not dtype.is_complex and (dtype.itemsize == 1 or not dtype.is_floating_point):
         raise ValueError(f"{printable(layer.name)} is quantised ({dtype}) and cannot be pruned: {_NOT_QUANTISED}")
@@ -256,11 +245,7 @@ def _check_prunable(layer: StoredLayer) -> None:
 
 
 def _check_untied(layer: StoredLayer, tensors: Sequence[StoredTensor]) -> None:
-    """Refuse a weight that the model uses in a second place, by what its `config.json` says.
-
-    Raises:
-        ValueError: the weight is tied.
-    """
+    """Refuse a weight that the model uses in a second place, by what its `config.json` says."""
     head = layer.tensor.facts.tied_head
     others = [one.key for one in tensors if one.identity == layer.tensor.identity and one.key != layer.tensor.key]
     if head and f".{layer.name}".endswith(f".{head}") and not others:

@@ -29,17 +29,6 @@ from farms_tb.weights.layers import Layer, find_layers, read_stacks, unwrap
 from farms_tb.weights.names import EMBEDDING, Renaming, clean_name, renaming
 from farms_tb.weights.stored import span
 
-__all__ = [
-    "Layout",
-    "PrunableWeight",
-    "from_matrix",
-    "named_weights",
-    "plan_for_names",
-    "planned_weights",
-    "refusal",
-    "to_matrix",
-]
-
 Layout = Literal["linear", "transposed", "convolution", "rows"]
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -162,11 +151,7 @@ def named_weights(model: nn.Module, blocks: Mapping[str, str]) -> list[PrunableW
 
 
 def _layers(model: nn.Module) -> dict[str, Layer]:
-    """Return the layers of a model by name.
-
-    Raises:
-        TypeError: it is no module.
-    """
+    """Return the layers of a model by name."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     return {layer.name: layer for layer in find_layers(model)}
@@ -239,16 +224,7 @@ def _bytes(parameter: nn.Parameter) -> tuple[str, int, int, nn.Parameter]:
 
 
 def _weights(model: nn.Module, layers: Mapping[str, Layer], blocks: Mapping[str, str]) -> list[PrunableWeight]:
-    """Return some layers of a model as weights to prune.
-
-    Args:
-        model: the model.
-        layers: its layers by name.
-        blocks: path of the block of each layer to return, by name.
-
-    Raises:
-        ValueError: a weight cannot be replaced entry by entry, see `planned_weights`.
-    """
+    """Return the layers that `blocks` names as weights to prune; what is refused is said at `planned_weights`."""
     owners = _owners(unwrap(model))
     weights = []
     for name, block in blocks.items():
@@ -274,11 +250,7 @@ def refusal(name: str, problem: str) -> str:
 
 
 def _check_plain(weight: PrunableWeight) -> None:
-    """Refuse a weight that is no ordinary parameter.
-
-    Raises:
-        ValueError: see `planned_weights`.
-    """
+    """Refuse a weight that is no ordinary parameter."""
     stored = weight.module._parameters.get(weight.parameter)
     if stored is None:
         raise ValueError(
@@ -295,11 +267,7 @@ def _check_plain(weight: PrunableWeight) -> None:
 
 
 def _check_untied(weight: PrunableWeight, owners: Mapping[int, list[str]]) -> None:
-    """Refuse a weight that another module uses, too: the same parameter, or its memory.
-
-    Raises:
-        ValueError: see `planned_weights`.
-    """
+    """Refuse a weight that another module uses, too: the same parameter, or its memory."""
     shared = owners[id(weight.module._parameters[weight.parameter])]
     if len(shared) > 1:
         others = ", ".join(name for name in shared if not name.startswith(f"{weight.name}."))

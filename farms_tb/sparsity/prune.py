@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
@@ -32,8 +31,6 @@ from farms_tb.sparsity.sequential import Block, planned_blocks, visit_blocks
 from farms_tb.sparsity.sparsegpt import DAMPING
 from farms_tb.sparsity.statistics import InputStatistics, relative_output_error
 from farms_tb.warnings import warn_once
-
-__all__ = ["prune"]
 
 
 def prune(
@@ -104,7 +101,6 @@ def prune(
     for weight in weights:
         check_groups(weight.name, tuple(weight.tensor.shape), weight.layout, targets[weight.name])
     batches = checked_batches(model, calibration, required=PRUNE_METHODS[method].needs_inputs)
-    run = _Run(method, targets, in_place)
     start = time.perf_counter()
     with evaluating(model):
         blocks = planned_blocks(model, weights)
@@ -114,57 +110,22 @@ def prune(
             saved = open_checkpoint(Path(checkpoint), facts, weights, model, batches)
             layers = _taken_over(saved, blocks, in_place)
         done = {block.path for block in blocks if block.weights[0].name in layers}
+        if progress is not None:
+            progress(len(done), len(blocks))
         visits = _visit(model, blocks, done, batches, method)
-        for block, statistics in _told(visits, len(done), len(blocks), progress):
-            layers.update(_prune_block(block, statistics, run, saved))
+        for finished, (block, statistics) in enumerate(visits, len(done) + 1):
+            layers.update(_prune_block(block, statistics, targets, method, in_place, saved))
+            if progress is not None:
+                progress(finished, len(blocks))
     in_order = {weight.name: layers[weight.name] for weight in weights}
     if batches:
         _warn_of(in_order, method, model)
     return PruneReport(in_order, method, structure, time.perf_counter() - start)
 
 
-@dataclass(frozen=True)
-class _Run:
-    """What is the same for all blocks of a run.
-
-    Attributes:
-        method: how entries are chosen.
-        targets: how each matrix is to be pruned, by name.
-        in_place: whether zeros are written, rather than masks added.
-    """
-
-    method: PruneMethod
-    targets: Mapping[str, PruneTarget]
-    in_place: bool
-
-
-_Visit = tuple[Block, Mapping[str, InputStatistics]]
-"""A block and statistics of its inputs."""
-
-
-def _told(
-    visits: Iterable[_Visit], finished: int, total: int, progress: Callable[[int, int], None] | None
-) -> Iterator[_Visit]:
-    """Yield blocks, and tell the progress before the first and after each.
-
-    Args:
-        visits: the blocks that are left.
-        finished: number of the others.
-        total: number of all.
-        progress: see `prune`.
-    """
-    if progress is None:
-        yield from visits
-        return
-    progress(finished, total)
-    for number, visit in enumerate(visits, finished + 1):
-        yield visit
-        progress(number, total)
-
-
 def _visit(
     model: nn.Module, blocks: Sequence[Block], done: set[str], batches: Sequence[Batch], method: PruneMethod
-) -> Iterator[_Visit]:
+) -> Iterator[tuple[Block, Mapping[str, InputStatistics]]]:
     """Yield the blocks that are not pruned yet, with statistics of their inputs if there are calibration data."""
     if batches:
         return visit_blocks(model, blocks, batches, hessian=PRUNE_METHODS[method].needs_hessian, done=done)
@@ -183,7 +144,12 @@ def _taken_over(saved: Checkpoint, blocks: Sequence[Block], in_place: bool) -> d
 
 
 def _prune_block(
-    block: Block, statistics: Mapping[str, InputStatistics], run: _Run, saved: Checkpoint | None
+    block: Block,
+    statistics: Mapping[str, InputStatistics],
+    targets: Mapping[str, PruneTarget],
+    method: PruneMethod,
+    in_place: bool,
+    saved: Checkpoint | None,
 ) -> dict[str, PrunedLayer]:
     """Prune the weights of a block, and report of each."""
     chosen: dict[str, Pruned] = {}
@@ -191,11 +157,11 @@ def _prune_block(
     for weight in block.weights:
         start = time.perf_counter()
         of_inputs = statistics.get(weight.name)
-        result = prune_weight(weight, run.targets[weight.name], run.method, of_inputs)
+        result = prune_weight(weight, targets[weight.name], method, of_inputs)
         seconds = time.perf_counter() - start
         chosen[weight.name] = result
-        reported[weight.name] = _report(weight, run.targets[weight.name], result, of_inputs, seconds)
-    _apply(block, chosen, run.in_place)
+        reported[weight.name] = _report(weight, targets[weight.name], result, of_inputs, seconds)
+    _apply(block, chosen, in_place)
     if saved is not None:
         saved.write(block, chosen, reported)
     return reported
@@ -227,13 +193,7 @@ def _report(
 
 
 def _apply(block: Block, chosen: Mapping[str, Pruned], in_place: bool) -> None:
-    """Write the chosen weights, and zeros or masks.
-
-    Args:
-        block: the block.
-        chosen: mask and corrected entries of each of its weights, by name.
-        in_place: whether to write zeros, rather than to add masks.
-    """
+    """Write the corrected weights of a block, and zeros where `in_place`, else masks."""
     masks: dict[tuple[nn.Module, str], Tensor] = {}
     for weight in block.weights:
         result, stored = chosen[weight.name], weight.tensor
@@ -251,13 +211,7 @@ def _apply(block: Block, chosen: Mapping[str, Pruned], in_place: bool) -> None:
 
 
 def _warn_of(layers: Mapping[str, PrunedLayer], method: PruneMethod, model: nn.Module) -> None:
-    """Warn of matrices that could not be pruned as asked for, or of which the data say too little.
-
-    Args:
-        layers: what is reported of each; their `method` and `damping` tell what was done.
-        method: what was asked for.
-        model: the model, about which it is warned.
-    """
+    """Warn of matrices that could not be pruned as asked for, or of which the data say too little."""
     unseen = [name for name, layer in layers.items() if layer.method != method]
     if unseen:
         warn_once(f"{_named(unseen)} pruned by magnitude: the calibration data show none of their inputs", model)

@@ -23,7 +23,7 @@ import farms_tb
 from farms_tb.options import check_choice, check_integer
 from farms_tb.printable import printable
 from farms_tb.sparsity.calibration import Batch, batch_bytes, check_vocabulary
-from farms_tb.sparsity.calibration_files import CalibrationFile, batches_of_file, check_length, holds_ids
+from farms_tb.sparsity.calibration_files import CalibrationFile, batches_of_file
 from farms_tb.sparsity.methods import Structure, smallest_entries
 from farms_tb.sparsity.options import PRUNE_METHODS, PruneMethod
 from farms_tb.sparsity.other_files import FolderFiles, files_of_folder
@@ -48,8 +48,6 @@ from farms_tb.sparsity.transformers_models import (
 )
 from farms_tb.sparsity.unfinished import UnfinishedFolder, check_output, open_unfinished
 from farms_tb.weights.files import INDEX, part_of_each
-
-__all__ = ["PreparedRun", "PruneWish", "prepare", "prune_files"]
 
 Progress = Callable[[str, int, int], None]
 """Called with what is done, how much of it is finished, and how much there is."""
@@ -146,11 +144,7 @@ def _size(wish: PruneWish, stored: StoredModel) -> int:
 
 
 def _calibration(wish: PruneWish) -> tuple[list[dict[str, Tensor]], Any]:
-    """Return calibration data and the configuration of the model; neither where weights are streamed.
-
-    Raises:
-        ValueError, OSError, ImportError: see `prepare`.
-    """
+    """Return calibration data and the configuration of the model; neither where weights are streamed."""
     if wish.calibration is None:
         if not PRUNE_METHODS[wish.method].needs_inputs:
             return [], None
@@ -159,10 +153,7 @@ def _calibration(wish: PruneWish) -> tuple[list[dict[str, Tensor]], Any]:
             "FILE, a text or token ids, or use --method magnitude"
         )
     config = load_config(wish.folder)
-    longest = context_length(config)
-    check_length(wish.calibration.length, longest)  # Before a tokenizer is loaded.
-    tokenizer = None if holds_ids(wish.calibration.path) else load_tokenizer(wish.folder)
-    batches = batches_of_file(wish.calibration, tokenizer, longest)
+    batches = batches_of_file(wish.calibration, partial(load_tokenizer, wish.folder), context_length(config))
     for batch in batches:
         check_vocabulary("calibration", batch["input_ids"], vocabulary_of(config))
     return batches, config
@@ -222,12 +213,7 @@ def _stream(run: PreparedRun, progress: Progress) -> dict[str, PrunedLayer]:
 
 
 def _prune_stored(layer: StoredLayer, weight: Tensor) -> PrunedLayer:
-    """Make entries of a layer zero, by magnitude.
-
-    Args:
-        layer: the layer.
-        weight: its weight, which is changed.
-    """
+    """Make entries of a layer's weight zero, in place, by magnitude."""
     start = time.perf_counter()
     weight.masked_fill_(smallest_entries(weight, layer.layout, layer.target), 0)
     return PrunedLayer(
@@ -277,16 +263,7 @@ def _with_model(run: PreparedRun, progress: Progress) -> Mapping[str, PrunedLaye
 
 
 def _check_same_weights(folder: Path, stored: StoredModel, weights: Mapping[str, PrunableWeight]) -> None:
-    """Check that the loaded model has the planned weights that are to be written again; one is read at a time.
-
-    Args:
-        folder: where transformers has found the model.
-        stored: the files.
-        weights: the weights of the model by name.
-
-    Raises:
-        ValueError: it holds them in another shape, or has those of another file.
-    """
+    """Refuse a loaded model whose planned weights are not those of the files; one is read at a time."""
     for layers in stored.by_tensor.values():
         whole = layers[0].tensor.read()
         for layer in layers:
@@ -306,13 +283,7 @@ def _check_same_weights(folder: Path, stored: StoredModel, weights: Mapping[str,
 
 
 def _write(run: PreparedRun, change: Callable[[StoredLayer, Tensor], PrunedLayer], progress: Progress) -> None:
-    """Write the files of weights that are not written yet.
-
-    Args:
-        run: the run.
-        change: changes the weight of a layer in place, and returns what was done to it.
-        progress: told the number of written layers.
-    """
+    """Write the files of weights that are not written yet; `change` alters a layer's weight in place."""
     planned = run.stored.by_tensor
     metadata = _metadata(run)
     part_of = part_of_each(run.wish.model)

@@ -9,8 +9,6 @@ from typing import Any
 
 from farms_tb.printable import printable
 
-__all__ = ["PruneReport", "PrunedLayer"]
-
 
 @dataclass(frozen=True)
 class PrunedLayer:

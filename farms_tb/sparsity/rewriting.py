@@ -17,8 +17,6 @@ from torch import Tensor
 from farms_tb.weights.safetensors_files import DTYPES, Header, read_header
 from farms_tb.weights.stored import OpenedFile
 
-__all__ = ["rewrite"]
-
 _ALIGNMENT = 8
 """Bytes; the format wants tensors to begin at a multiple."""
 

@@ -104,15 +104,16 @@ def searched(
     differences = confirmed[best] - confirmed[uniform]
     difference, error = float(np.mean(differences)), standard_error(differences)
     is_better = difference < -error * t_quantile(len(confirming) - 1)
+    winner = best if is_better else uniform
     found = {
-        "coefficients": dict(zip(directions, best if is_better else uniform, strict=True)),
+        "coefficients": dict(zip(directions, winner, strict=True)),
         "evaluations": len(values),
         "difference": difference if is_better else 0.0,
         "difference_error": error if is_better else 0.0,
         "prune_method": method,
     }
     note = _note(len(values), method, (difference, error), is_better)
-    plan = plan_of(best if is_better else uniform)
+    plan = plan_of(winner)
     return replace(
         plan, epsilon=_half_width(plan), options={**plan.options, "search": found}, notes=(*plan.notes, note)
     )
@@ -150,11 +151,7 @@ def model_loss(model: nn.Module, batch: Batch) -> float:
 
 
 def _predicted(batch: Batch, ids: Tensor) -> Tensor:
-    """Return which tokens after the first are predicted, boolean `(N, T - 1)`: those that follow one, no padding.
-
-    Raises:
-        ValueError: there are none.
-    """
+    """Return which tokens after the first are predicted, `(N, T - 1)`: those that follow one, no padding."""
     mask = batch.get("attention_mask")
     known = mask.bool() if isinstance(mask, Tensor) and mask.shape == ids.shape else torch.ones_like(ids).bool()
     predicted = known[:, 1:] & known[:, :-1]
@@ -189,11 +186,7 @@ def _losses(model: nn.Module, batches: Sequence[Batch]) -> Floats:
 
 
 def _split(batches: Sequence[Batch]) -> tuple[Sequence[Batch], Sequence[Batch], Sequence[Batch]]:
-    """Deal batches in turn to their purposes: pruning, choosing among candidates, confirming the winner.
-
-    Raises:
-        ValueError: there are too few.
-    """
+    """Deal batches in turn to their purposes: pruning, choosing among candidates, confirming the winner."""
     if len(batches) < FEWEST_BATCHES:
         raise ValueError(
             f"method='search' needs at least {FEWEST_BATCHES} batches of calibration, got {len(batches)}: half of "

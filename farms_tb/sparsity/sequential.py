@@ -29,8 +29,6 @@ from farms_tb.sparsity.prunable import PrunableWeight
 from farms_tb.sparsity.statistics import InputStatistics, observed
 from farms_tb.weights.layers import unwrap
 
-__all__ = ["Block", "planned_blocks", "visit_blocks"]
-
 
 @dataclass(frozen=True)
 class Block:
@@ -237,14 +235,7 @@ def _captured(traces: _Traces, known: Known, block: Block, place: int) -> list[A
 
 
 def _capture(model: nn.Module, batch: Batch, block: Block, traced: Sequence[_Call]) -> list[Arguments]:
-    """Run the model for the arguments that a block gets; no further than to its only call.
-
-    Args:
-        model: the model.
-        batch: keyword arguments for it.
-        block: the block.
-        traced: its calls in a pass of this batch, as they were traced.
-    """
+    """Run the model for the arguments that a block gets; no further than to its call, where one was traced."""
     calls: list[Arguments] = []
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -17,15 +17,6 @@ from torch import Tensor
 
 from farms_tb.sparsity.masks import pruned_count, smallest
 
-__all__ = [
-    "BLOCK_COLUMNS",
-    "DAMPING",
-    "InverseFactor",
-    "block_counts",
-    "inverse_factor",
-    "sparsegpt",
-]
-
 BLOCK_COLUMNS = 128
 """Columns whose mask is chosen together."""
 
@@ -73,7 +64,7 @@ def block_counts(rows: int, columns: int, sparsity: float, before: int = 0) -> l
     return [after - earlier for earlier, after in pairwise(totals)]
 
 
-def inverse_factor(hessian: Tensor, damping: float = DAMPING) -> InverseFactor:
+def inverse_factor(hessian: Tensor) -> InverseFactor:
     """Damp a Hessian, invert it and return the upper Cholesky factor of the inverse.
 
     The work is done in float32, and again in float64 where that fails. Where that fails too, the damping is raised
@@ -82,7 +73,6 @@ def inverse_factor(hessian: Tensor, damping: float = DAMPING) -> InverseFactor:
     Args:
         hessian: X X^T `(in, in)`, any floating dtype. A common factor changes nothing. Features that are zero in
             every input get the mean diagonal of the others, where the authors' code puts 1 whatever their scale.
-        damping: added to the diagonal, as a share of its mean over features that are not always zero.
 
     Returns:
         The factor, and the damping that it took.
@@ -93,6 +83,7 @@ def inverse_factor(hessian: Tensor, damping: float = DAMPING) -> InverseFactor:
     if not hessian.isfinite().all():
         raise ValueError("the Hessian is not finite: the calibration inputs hold NaN or inf")
     dead = hessian.diagonal() == 0
+    damping = DAMPING
     while damping <= _MOST_DAMPING:
         for dtype in (torch.float32, torch.float64):
             factor = _factor(hessian.to(dtype), dead, damping)

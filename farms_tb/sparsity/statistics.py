@@ -18,8 +18,6 @@ from torch import Tensor, nn
 from farms_tb.sparsity.prunable import PrunableWeight
 from farms_tb.weights.norms import frobenius_norm
 
-__all__ = ["SAMPLE", "InputStatistics", "layer_inputs", "observed", "relative_output_error"]
-
 SAMPLE = 512
 """Inputs of each matrix that are kept, evenly spread, to measure the error of its output."""
 
@@ -77,14 +75,9 @@ def _sum(total: Tensor | None, summand: Tensor) -> Tensor:
 
 
 def _places(number: int, sample: int, call: int) -> list[int]:
-    """Return which inputs of a call are kept: evenly spread, and others in each call.
+    """Return which inputs of a call, counted from 0, are kept: evenly spread, and others in each call.
 
     The first token of a sequence often has inputs unlike all others, so it must not stand for more than its share.
-
-    Args:
-        number: inputs of the call.
-        sample: how many to keep.
-        call: number of the call, from 0.
     """
     kept = min(sample, number)
     shift = (0.5 + call * _GOLDEN) % 1
@@ -92,14 +85,7 @@ def _places(number: int, sample: int, call: int) -> list[int]:
 
 
 def _summary(inputs: Tensor, hessian: bool, sample: int, call: int) -> _Summary:
-    """Return the sums over one call's inputs.
-
-    Args:
-        inputs: `(groups, n, in)`, any floating dtype.
-        hessian: whether X^T X is needed.
-        sample: inputs to keep.
-        call: number of the call, from 0.
-    """
+    """Return the sums over one call's inputs `(groups, n, in)`, and `sample` of them; calls count from 0."""
     values = inputs.float()
     number = values.shape[1]
     chosen = torch.tensor(_places(number, sample, call), device=values.device, dtype=torch.long)
@@ -154,48 +140,6 @@ def _patches(module: Any, inputs: Tensor) -> Tensor:
     return grouped.permute(1, 0, 3, 4, 2).reshape(module.groups, batch * positions, -1)
 
 
-class _Observer:
-    """Adds the inputs of each call of some layers to their statistics.
-
-    Layers that are called with the same tensor one after the other, q, k and v for example, share the work.
-
-    Attributes:
-        statistics: of each weight by name.
-    """
-
-    def __init__(self, weights: Sequence[PrunableWeight], hessian: bool, calls: int) -> None:
-        self.statistics = {weight.name: InputStatistics() for weight in weights}
-        self._hessian = hessian
-        self._calls = max(calls, 1)
-        self._last: tuple[Any, _Summary] | None = None
-
-    def see(
-        self, weight: PrunableWeight, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> None:
-        """Add one call of a weight's module; a hook."""
-        self.statistics[weight.name].add(self._summary_of(weight, args, kwargs))
-
-    def _summary_of(self, weight: PrunableWeight, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Summary:
-        """Return the sums over a call's inputs; those of the call before where the input is the same tensor."""
-        is_plain = len(args) == 1 and not kwargs and weight.layout in ("linear", "transposed")
-        source = args[0] if is_plain else None
-        if self._last is not None and source is not None:
-            (seen, version), summary = self._last
-            if seen is source and version == source._version:
-                return summary
-        call, sample = self._next_sample(self.statistics[weight.name])
-        summary = _summary(layer_inputs(weight, args, kwargs), self._hessian, sample, call)
-        self._last = None if source is None else ((source, source._version), summary)
-        return summary
-
-    def _next_sample(self, statistics: InputStatistics) -> tuple[int, int]:
-        """Return the number of a layer's next call, and how many inputs to keep of it: `SAMPLE` of all calls."""
-        call = len(statistics.samples)
-        before, after = (-(-SAMPLE * number // self._calls) for number in (call, call + 1))
-        # A layer may be called more often than its block: nothing is kept then.
-        return call, after - before if call < self._calls else 0
-
-
 @contextmanager
 def observed(
     weights: Sequence[PrunableWeight], *, hessian: bool, calls: int
@@ -210,13 +154,37 @@ def observed(
     Yields:
         The statistics of each weight by name, which grow with every call.
     """
-    observer = _Observer(weights, hessian, calls)
+    statistics = {weight.name: InputStatistics() for weight in weights}
+    calls = max(calls, 1)
+    # Layers that are called with the same tensor one after the other, q, k and v for example, share the work.
+    last: tuple[Tensor, int, _Summary] | None = None
+
+    def see(weight: PrunableWeight, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        nonlocal last
+        is_plain = len(args) == 1 and not kwargs and weight.layout in ("linear", "transposed")
+        source = args[0] if is_plain else None
+        if last is not None and last[0] is source and last[1] == source._version:
+            summary = last[2]
+        else:
+            call, sample = _next_sample(statistics[weight.name], calls)
+            summary = _summary(layer_inputs(weight, args, kwargs), hessian, sample, call)
+            last = None if source is None else (source, source._version, summary)
+        statistics[weight.name].add(summary)
+
     with ExitStack() as hooks:
         for weight in weights:
             if weight.has_inputs:
-                see = partial(observer.see, weight)
-                hooks.callback(weight.module.register_forward_pre_hook(see, with_kwargs=True).remove)
-        yield observer.statistics
+                hook = partial(see, weight)
+                hooks.callback(weight.module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        yield statistics
+
+
+def _next_sample(statistics: InputStatistics, calls: int) -> tuple[int, int]:
+    """Return the number of a layer's next call, and how many inputs to keep of it: `SAMPLE` of all calls."""
+    call = len(statistics.samples)
+    before, after = (-(-SAMPLE * number // calls) for number in (call, call + 1))
+    # A layer may be called more often than its block: nothing is kept then.
+    return call, after - before if call < calls else 0
 
 
 def relative_output_error(dense: Tensor, pruned: Tensor, statistics: InputStatistics) -> float | None:

@@ -15,15 +15,9 @@ from farms_tb.missing import cannot_import
 from farms_tb.printable import printable
 from farms_tb.weights.names import first_few
 
-__all__ = ["context_length", "load_config", "load_model", "load_tokenizer", "vocabulary_of"]
-
 
 def _transformers() -> Any:
-    """Import the library, without its messages and progress bars.
-
-    Raises:
-        ImportError: it is not installed.
-    """
+    """Import the library, without its messages and progress bars."""
     try:
         transformers: Any = importlib.import_module("transformers")
     except Exception as error:  # what a broken installation raises is anything
@@ -56,11 +50,7 @@ def load_config(folder: Path) -> Any:
 
 
 def _check_takes_tokens(cls: Any, config: Any) -> None:
-    """Refuse a model that cannot be run on the ids of tokens alone.
-
-    Raises:
-        ValueError: it needs other inputs.
-    """
+    """Refuse a model that cannot be run on the ids of tokens alone."""
     takes_ids = "input_ids" in inspect.signature(cls.forward).parameters
     if not takes_ids or config.is_encoder_decoder:
         raise ValueError(
@@ -70,11 +60,7 @@ def _check_takes_tokens(cls: Any, config: Any) -> None:
 
 
 def _architecture(library: Any, config: Any, folder: Path) -> Any:
-    """Return the class that a configuration names.
-
-    Raises:
-        ValueError: it names none that is known.
-    """
+    """Return the class that a configuration names."""
     names = config.architectures or [None]
     found = getattr(library, names[0], None) if names[0] else None
     if found is None:

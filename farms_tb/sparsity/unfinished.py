@@ -34,8 +34,6 @@ from farms_tb.sparsity.prune_report import PrunedLayer
 if TYPE_CHECKING:
     from filelock import BaseFileLock
 
-__all__ = ["UnfinishedFolder", "check_output", "open_unfinished"]
-
 _LOCK = ".lock"
 
 
@@ -185,7 +183,8 @@ def open_unfinished(output: Path, facts: Mapping[str, Sequence[bytes]], size: in
         for part in ("blocks", "layers", "model"):
             (folder / part).mkdir(exist_ok=True)
         note_run(folder, facts)
-        _remove_cut_files(folder)
+        for cut in folder.rglob(".*.part"):  # what a process that was killed had begun to write
+            cut.unlink()
         unfinished.remove_damaged()
         written = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         _check_room(folder, size - written)
@@ -237,22 +236,8 @@ def _remove_leftover(folder: Path) -> None:
             lock.release()
 
 
-def _remove_cut_files(folder: Path) -> None:
-    """Remove what a process that was killed had begun to write."""
-    for file in folder.rglob(".*.part"):
-        file.unlink()
-
-
 def _check_room(folder: Path, size: int) -> None:
-    """Refuse a disk without room.
-
-    Args:
-        folder: a folder on the disk.
-        size: bytes that will be written.
-
-    Raises:
-        OSError: there is no room.
-    """
+    """Refuse a disk that has no room for `size` more bytes in a folder."""
     disk = shutil.disk_usage(folder)
     # Some network file systems say that they have no size at all.
     if disk.total and disk.free < size:

@@ -14,8 +14,6 @@ from farms_tb.options import check_integer
 from farms_tb.sparsity.calibration import without_network
 from farms_tb.sparsity.evaluating import evaluating
 
-__all__ = ["PAPER_TASKS", "TaskAccuracy", "zero_shot"]
-
 PAPER_TASKS = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 """The seven tasks of the pruning papers, which report the mean of their accuracies."""
 
@@ -102,15 +100,7 @@ def zero_shot(
 
 
 def _check_known(tasks: Sequence[str], manager: Any) -> None:
-    """Refuse tasks that there are not, and groups of tasks.
-
-    Args:
-        tasks: names of tasks.
-        manager: the `TaskManager` of `lm-eval` that knows them.
-
-    Raises:
-        ValueError: a task is not known, or is a group.
-    """
+    """Refuse tasks that the `TaskManager` of `lm-eval` does not know, and groups of tasks."""
     unknown = [task for task in tasks if task not in manager.all_subtasks]
     if unknown and unknown[0] in manager.all_tasks:
         raise ValueError(
@@ -124,11 +114,7 @@ def _check_known(tasks: Sequence[str], manager: Any) -> None:
 
 
 def _accuracy_of(task: str, found: Any) -> TaskAccuracy:
-    """Return the accuracy of one task from the results of `simple_evaluate`.
-
-    Raises:
-        ValueError: it has none.
-    """
+    """Return the accuracy of one task from the results of `simple_evaluate`."""
     metrics = found["results"][task]
     if "acc,none" not in metrics:
         measured = ", ".join(sorted(name for name in metrics if "," in name))
