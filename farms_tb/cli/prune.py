@@ -131,22 +131,24 @@ def _say_what_is_copied(run: PreparedRun) -> None:
 
 
 def _carried_out(run: PreparedRun) -> PruneReport:
-    """Prune, with a progress bar."""
-    with (
-        _endings(run),
-        progress_bar(Console(stderr=True), 1) as show,
-        warnings.catch_warnings(record=True) as caught,
-    ):
-        warnings.simplefilter("always", UserWarning)
+    """Prune, with a progress bar; what is warned of is said below it, of a run that was stopped, too."""
+    caught: list[warnings.WarningMessage] = []
+    with _endings(run):
+        try:
+            with (
+                progress_bar(Console(stderr=True), 1) as show,
+                warnings.catch_warnings(record=True) as caught,
+            ):
+                warnings.simplefilter("always", UserWarning)
 
-        def progress(what: str, done: int, total: int) -> None:
-            show(description=what, completed=done, total=total)
+                def progress(what: str, done: int, total: int) -> None:
+                    show(description=what, completed=done, total=total)
 
-        report = prune_files(run, progress)
-    for warning in caught:
-        if issubclass(warning.category, UserWarning):
-            say(str(warning.message), style="yellow")
-    return report
+                return prune_files(run, progress)
+        finally:
+            for warning in caught:
+                if issubclass(warning.category, UserWarning):
+                    say(str(warning.message), style="yellow")
 
 
 @contextmanager

@@ -132,7 +132,8 @@ def check_groups(name: str, shape: tuple[int, ...], layout: Layout, target: Prun
     no_groups = f"{name} cannot be pruned in groups of {m}"
     way_out = "Leave it out of the plan, or use structure='unstructured'"
     if layout == "rows":
-        raise ValueError(f"{no_groups}: which of its entries share an output is not known. {way_out}")
+        unknown = "it is a part of a larger parameter, or which of its entries share an output is not known"
+        raise ValueError(f"{no_groups}: {unknown}. {way_out}")
     # Next to each other in a convolution's matrix are the input channels of one kernel position.
     inputs = shape[0 if layout == "transposed" else 1]
     if inputs % m:

@@ -225,7 +225,11 @@ def _segments(tokens: Tensor | Sequence[int], length: int) -> Tensor:
 
 def _check_positions(model: nn.Module, length: int) -> None:
     """Refuse segments that are longer than a model of `transformers` has positions."""
-    positions = getattr(getattr(unwrap(model), "config", None), "max_position_embeddings", None)
+    config = getattr(unwrap(model), "config", None)
+    # A model of text and images has the positions of its text in a part of its configuration.
+    if (text_config := getattr(config, "get_text_config", None)) is not None:
+        config = text_config()
+    positions = getattr(config, "max_position_embeddings", None)
     if isinstance(positions, int) and 0 < positions < length:
         raise ValueError(
             f"length={length} is more than the {positions} positions of {type(unwrap(model)).__name__}: pass "

@@ -262,7 +262,7 @@ def _plan_of(values: dict[str, Any]) -> SparsityPlan:
     """Return the plan that decoded JSON holds.
 
     Args:
-        values: fields by name; those of newer minor versions are ignored.
+        values: fields by name; unknown ones are ignored.
 
     Raises:
         KeyError, TypeError, ValueError: something is missing or wrong; the message names the field.

@@ -1,4 +1,4 @@
-"""The quantile of Student's t distribution, for intervals of means over few pairs."""
+"""Standard errors and intervals of means over few values, by Student's t distribution."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -831,6 +832,20 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, what: str, number: int) -> None:
         return prune_files(prepared, told)
 
     monkeypatch.setattr(farms_tb.cli.prune, "prune_files", stopped)
+
+
+def test_a_run_that_is_stopped_says_what_it_has_warned_of(
+    monkeypatch: pytest.MonkeyPatch, plan: Path, dense: Path, tmp_path: Path
+) -> None:
+    def stopped(*_: Any) -> Any:
+        warnings.warn("a matrix was odd", UserWarning, stacklevel=2)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("farms_tb.cli.prune.prune_files", stopped)
+    done = run(dense, "--plan", plan, "-o", tmp_path / "out")
+    assert done.exit_code == 130
+    assert "Interrupted" in done.stderr
+    assert "a matrix was odd" in done.stderr
 
 
 @pytest.mark.parametrize("method", ["magnitude", "sparsegpt"])

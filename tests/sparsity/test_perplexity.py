@@ -2,6 +2,7 @@
 
 import math
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -151,6 +152,10 @@ def test_what_cannot_be_evaluated_is_refused_before_the_model_runs():
     assert model.seen == []
     with pytest.raises(ValueError, match="64 positions of GPT2LMHeadModel"):
         perplexity(gpt2(), text(), length=65)
+    several = Bigram()
+    several.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(max_position_embeddings=16))
+    with pytest.raises(ValueError, match="16 positions of Bigram"):
+        perplexity(several, text(), length=17)
 
 
 class Wrapped(nn.Module):
