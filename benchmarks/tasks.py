@@ -108,6 +108,12 @@ TASKS = (
         },
     ),
     Task(
+        "FNO, 225 Darcy flow, published regime",
+        "controls/darcy_beta100_40",
+        "darcy_beta100_fno_40",
+        {"whole": "full_s1"},
+    ),
+    Task(
         "UNet, 225 Darcy flow, published regime",
         "controls/darcy_beta100_unet",
         "darcy_beta100_unet_40",
