@@ -1,6 +1,7 @@
 """Each test starts from one seed, with nothing warned about yet."""
 
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,3 +40,16 @@ def skip(items, marker, reason):
 def fresh():
     torch.manual_seed(0)
     warning._said.clear()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def nothing_is_left():
+    """Tests write into folders of their own, and not where Lightning writes when it is told no folder."""
+    before = left_by_lightning()
+    yield
+    assert left_by_lightning() == before
+
+
+def left_by_lightning():
+    """Return what is in the folders that Lightning makes in the working directory."""
+    return [path for name in ("checkpoints", "lightning_logs") for path in sorted(Path(name).glob("**/*"))]

@@ -12,7 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, LambdaCallback, ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.callbacks import (
+    Callback,
+    Checkpoint,
+    LambdaCallback,
+    ModelCheckpoint,
+    OnExceptionCheckpoint,
+)
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
@@ -67,8 +73,9 @@ class Fails(Callback):
 
 
 def train(callbacks: Any, ckpt_path: Any = None, **options: Any) -> tuple[Resumable, Any]:
-    module = Resumable()
-    trainer = make_trainer(callbacks, **{"max_epochs": EPOCHS, "enable_checkpointing": True, **options})
+    """Train, with no other checkpoints than those of the callbacks."""
+    module, saves = Resumable(), any(isinstance(callback, Checkpoint) for callback in callbacks)
+    trainer = make_trainer(callbacks, **{"max_epochs": EPOCHS, "enable_checkpointing": saves, **options})
     validation = make_data(1) if "val_check_interval" in options else None
     trainer.fit(module, make_data(), validation, ckpt_path=ckpt_path)
     return module, trainer
@@ -109,7 +116,7 @@ def finish_and_compare(
 ) -> None:
     """Resume from `path`: weights, ratios, report and what is logged from there on are those of the whole run."""
     resumed_balance, resumed_logger = FARMSTempBalance(**{"assign_func": "tb_linear_map", **clock}), Recorder()
-    resumed, _ = train([resumed_balance], path, logger=resumed_logger, enable_checkpointing=False, **options)
+    resumed, _ = train([resumed_balance], path, logger=resumed_logger, **options)
     assert_same_weights(resumed, module)
     assert resumed_balance.ratios == balance.ratios
     assert resumed_balance.report == balance.report
@@ -139,7 +146,7 @@ def test_from_a_checkpoint(stop: str, clock: dict[str, Any], tmp_path: Path) -> 
 @pytest.mark.parametrize("first", [True, False])
 def test_after_an_exception(first: bool, clock: dict[str, Any], tmp_path: Path) -> None:
     balance, logger = FARMSTempBalance(**{"assign_func": "tb_linear_map", **clock}), Recorder()
-    module, _ = train([balance], logger=logger, enable_checkpointing=False)
+    module, _ = train([balance], logger=logger)
     broken = [FARMSTempBalance(**{"assign_func": "tb_linear_map", **clock}), Fails()]
     with pytest.raises(ZeroDivisionError, match="planned"):
         train([*(broken if first else broken[::-1]), OnExceptionCheckpoint(tmp_path, "broken")])
@@ -154,7 +161,7 @@ def test_after_sigterm(tmp_path: Path) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
     balance, logger = FARMSTempBalance(assign_func="tb_linear_map"), Recorder()
-    module, _ = train([balance], logger=logger, enable_checkpointing=False)
+    module, _ = train([balance], logger=logger)
     stop = LambdaCallback(on_train_batch_start=terminate)
     with pytest.raises(SIGTERMException):
         train([FARMSTempBalance(assign_func="tb_linear_map"), stop, OnExceptionCheckpoint(tmp_path, "terminated")])
@@ -182,7 +189,7 @@ def test_after_sigkill(tmp_path: Path) -> None:
     )
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
     balance, logger = FARMSTempBalance(assign_func="tb_linear_map"), Recorder()
-    module, _ = train([balance], logger=logger, enable_checkpointing=False)
+    module, _ = train([balance], logger=logger)
     finish_and_compare({}, tmp_path / "epoch=2-step=10.ckpt", module, balance, logger)
 
 
@@ -191,8 +198,8 @@ def test_after_the_last_epoch(clock: dict[str, Any], tmp_path: Path) -> None:
     """A finished run that is saved and given more epochs is the longer run, also while it measures."""
     options = {"assign_func": "tb_linear_map", **clock}
     balance, logger = FARMSTempBalance(**options), Recorder()
-    module, _ = train([balance], logger=logger, enable_checkpointing=False)
-    _, trainer = train([FARMSTempBalance(**options)], enable_checkpointing=False, max_epochs=2)
+    module, _ = train([balance], logger=logger)
+    _, trainer = train([FARMSTempBalance(**options)], max_epochs=2)
     trainer.save_checkpoint(tmp_path / "end.ckpt")
     finish_and_compare(clock, tmp_path / "end.ckpt", module, balance, logger)
 
@@ -207,10 +214,10 @@ def test_killed_after_the_last_step(clock: dict[str, Any], tmp_path: Path) -> No
 
 
 def test_resumed_after_the_end_logs_nothing_more(tmp_path: Path) -> None:
-    _, trainer = train([FARMSTempBalance(assign_func="tb_linear_map")], enable_checkpointing=False)
+    _, trainer = train([FARMSTempBalance(assign_func="tb_linear_map")])
     trainer.save_checkpoint(tmp_path / "end.ckpt")
     logger, balance = Recorder(), FARMSTempBalance(assign_func="tb_linear_map")
-    train([balance], tmp_path / "end.ckpt", enable_checkpointing=False, logger=logger)
+    train([balance], tmp_path / "end.ckpt", logger=logger)
     assert not logger.rows
 
 
@@ -221,12 +228,8 @@ def test_state_of_a_version_with_a_budget(checkpoints: dict[str, Path], tmp_path
     state |= {"passed": [1, 4], "overhead": {"timings": [["training", 0, 0, 1.0]]}}
     del state["final_step"]
     torch.save(saved, tmp_path / "old.ckpt")
-    one, _ = train(
-        [FARMSTempBalance(assign_func="tb_linear_map")], tmp_path / "old.ckpt", enable_checkpointing=False
-    )
-    other, _ = train(
-        [FARMSTempBalance(assign_func="tb_linear_map")], checkpoints["balanced"], enable_checkpointing=False
-    )
+    one, _ = train([FARMSTempBalance(assign_func="tb_linear_map")], tmp_path / "old.ckpt")
+    other, _ = train([FARMSTempBalance(assign_func="tb_linear_map")], checkpoints["balanced"])
     assert_same_weights(one, other)
 
 
@@ -275,14 +278,14 @@ def test_optimizer_and_scheduler_states_are_those_of_a_plain_run(checkpoints: di
 
 
 def test_callback_removed_with_ratios_of_one(checkpoints: dict[str, Path]) -> None:
-    plain, _ = train([], enable_checkpointing=False)
-    resumed, _ = train([], checkpoints["ones"], enable_checkpointing=False)
+    plain, _ = train([])
+    resumed, _ = train([], checkpoints["ones"])
     assert_same_weights(resumed, plain)
 
 
 def test_callback_removed_is_said_by_lightning(checkpoints: dict[str, Path]) -> None:
     with pytest.warns(UserWarning, match="FARMSTempBalance"):
-        train([], checkpoints["balanced"], enable_checkpointing=False)
+        train([], checkpoints["balanced"])
 
 
 def test_callback_added(checkpoints: dict[str, Path]) -> None:
@@ -294,15 +297,13 @@ def test_callback_added(checkpoints: dict[str, Path]) -> None:
         def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
             first.append((trainer.global_step, dict(balance.ratios)))
 
-    train([balance, Look()], checkpoints["plain"], enable_checkpointing=False)
+    train([balance, Look()], checkpoints["plain"])
     assert first[0][0] == 6
     assert {0.5, 1.5} <= set(first[0][1].values())
 
 
 def test_order_of_callbacks_does_not_matter(checkpoints: dict[str, Path]) -> None:
-    one, _ = train(
-        [FARMSTempBalance(assign_func="tb_linear_map")], checkpoints["balanced"], enable_checkpointing=False
-    )
+    one, _ = train([FARMSTempBalance(assign_func="tb_linear_map")], checkpoints["balanced"])
     other, _ = train(
         [Callback(), FARMSTempBalance(assign_func="tb_linear_map")],
         checkpoints["balanced"],
@@ -324,14 +325,14 @@ def test_options_changed(checkpoints: dict[str, Path]) -> None:
         r"other settings, measuring anew: lr_min_ratio was 0.5 and is 0.9; exclude was \[\] and is \['net.5'\]$"
     )
     with pytest.warns(UserWarning, match=message):
-        train([balance, Look()], checkpoints["balanced"], enable_checkpointing=False)
+        train([balance, Look()], checkpoints["balanced"])
     assert first[0][0] == 6
     assert sorted(first[0][1].values()) == [0.9, 1, 1, 1, 1.5]
 
 
 def test_clock_and_logging_may_change_silently(checkpoints: dict[str, Path]) -> None:
     balance = FARMSTempBalance(every_n_steps=2, log=False, assign_func="tb_linear_map")
-    train([balance], checkpoints["balanced"], enable_checkpointing=False)
+    train([balance], checkpoints["balanced"])
 
 
 @pytest.mark.parametrize(
@@ -376,7 +377,7 @@ def test_start_until_and_ramp_are_those_of_the_resumed_run(
         assert [step for step, row in logger.rows if "farms/alpha_mean" in row] == measured
     # What was resumed with them has them: warnings are errors here.
     again = FARMSTempBalance(assign_func="tb_linear_map", **options)
-    train([again], tmp_path / "epoch=1-step=7.ckpt", enable_checkpointing=False)
+    train([again], tmp_path / "epoch=1-step=7.ckpt")
     assert again.ratios == balance.ratios
 
 
@@ -411,7 +412,7 @@ def test_phases_and_options_changed_are_one_warning(checkpoints: dict[str, Path]
 
     message = "measuring anew: lr_min_ratio was 0.5 and is 0.9; ramp_steps was 0 and is 14$"
     with pytest.warns(UserWarning, match=message) as warned:
-        train([balance, Look()], checkpoints["balanced"], enable_checkpointing=False)
+        train([balance, Look()], checkpoints["balanced"])
     assert len([one for one in warned if "other settings" in str(one.message)]) == 1
     assert max(first[0].values()) == pytest.approx(1.25)  # the seventh of 14 steps
 
@@ -435,7 +436,7 @@ def test_a_damaged_clock_is_refused_by_name(
     torch.save(saved, tmp_path / "damaged.ckpt")
     balance = FARMSTempBalance(assign_func="tb_linear_map")
     with pytest.raises(ValueError, match=f"saved state of farms_tb is damaged: {entry} must"):
-        train([balance], tmp_path / "damaged.ckpt", enable_checkpointing=False)
+        train([balance], tmp_path / "damaged.ckpt")
 
 
 @pytest.mark.parametrize(
@@ -455,7 +456,7 @@ def test_a_damaged_balancer_is_refused(
     torch.save(saved, tmp_path / "damaged.ckpt")
     balance = FARMSTempBalance(assign_func="tb_linear_map")
     with pytest.raises(ValueError, match=message):
-        train([balance], tmp_path / "damaged.ckpt", enable_checkpointing=False)
+        train([balance], tmp_path / "damaged.ckpt")
 
 
 def test_a_layer_resized_on_loading_is_measured_anew(tmp_path: Path) -> None:
