@@ -469,6 +469,18 @@ def test_optimizers_in_lists_and_dicts_are_found(holder: str) -> None:
     assert [group.group for group in balancer.param_groups(optimizer)].count(0) > 1
 
 
+def assert_moves_as_claimed(net: nn.Module, optimizer: Optimizer) -> None:
+    """Balance a step without momentum at a rate of 0.1: each weight moves by its ratio, and ratios differ."""
+    balancer = TempBalance(net, optimizer, assign_func="tb_linear_map")
+    params = list(net.parameters())
+    before = [p.detach().clone() for p in params]
+    set_grads(params)
+    optimizer.step()
+    claimed = list(balancer.parameter_ratios().values())
+    assert effective_ratios(params, before, 0.1) == pytest.approx(claimed, rel=1e-3)
+    assert {0.5, 1.5} <= set(claimed)
+
+
 class WithoutInit(Optimizer):
     """Never calls the constructor of its base class, and shows the groups of those that it holds."""
 
@@ -487,14 +499,7 @@ class WithoutInit(Optimizer):
 def test_a_wrapper_needs_no_constructor_of_its_base_class() -> None:
     net = make_net()
     optimizer = WithoutInit(SGD(net.parameters(), lr=0.1))
-    balancer = TempBalance(net, optimizer, assign_func="tb_linear_map")
-    params = list(net.parameters())
-    before = [p.detach().clone() for p in params]
-    set_grads(params)
-    optimizer.step()
-    claimed = list(balancer.parameter_ratios().values())
-    assert effective_ratios(params, before, 0.1) == pytest.approx(claimed, rel=1e-3)
-    assert {0.5, 1.5} <= set(claimed)
+    assert_moves_as_claimed(net, optimizer)
 
 
 def test_an_optimizer_that_refers_to_its_wrapper_ends() -> None:
@@ -587,13 +592,7 @@ def test_a_step_that_was_assigned_to_the_class_works() -> None:
     optimizer = Patched(net.parameters(), lr=0.1)
     Patched.step = Plain.__dict__["step"]  # type: ignore[method-assign]
     Patched.move = Plain.move  # type: ignore[attr-defined]
-    balancer = TempBalance(net, optimizer, assign_func="tb_linear_map")
-    params = list(net.parameters())
-    before = [p.detach().clone() for p in params]
-    set_grads(params)
-    optimizer.step()
-    claimed = list(balancer.parameter_ratios().values())
-    assert effective_ratios(params, before, 0.1) == pytest.approx(claimed, rel=1e-3)
+    assert_moves_as_claimed(net, optimizer)
 
 
 # An optimizer that is exchanged
