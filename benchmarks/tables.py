@@ -309,7 +309,12 @@ TABLES: Mapping[str, ArmTable | SettingTable | PairTable] = {
     "Darcy flow, UNet": ArmTable(
         "controls",
         Cell("controls/darcy_beta100_unet", "darcy_beta100_unet_40"),
-        {"off": "plain Adam", "full_s1": "TempBalance, s = 1", "shrinkage": "map of shrunk effects"},
+        {
+            "off": "plain Adam",
+            "full_s1": "TempBalance, s = 1",
+            "full_s1_permuted": "its ratios on the wrong layers",
+            "shrinkage": "map of shrunk effects",
+        },
     ),
     "messages": ArmTable(
         "controls",

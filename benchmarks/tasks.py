@@ -117,7 +117,7 @@ TASKS = (
         "UNet, 225 Darcy flow, published regime",
         "controls/darcy_beta100_unet",
         "darcy_beta100_unet_40",
-        {"whole": "full_s1", "shrinkage": "shrinkage"},
+        {"whole": "full_s1", "shuffled": "full_s1_permuted", "shrinkage": "shrinkage"},
     ),
     Task("MiniLM, 113 messages", "controls/newsgroups", "newsgroups_minilm_1", _BLOCKS),
     Task(
