@@ -69,16 +69,7 @@ class Contrast:
 
 
 def mediation(cells: Mapping[str, Records], arms: Sequence[str], baseline: str) -> list[Mediation]:
-    """Return what each arm did, cell by cell.
-
-    Args:
-        cells: The finished runs by cell.
-        arms: The arms to show, in this order.
-        baseline: The arm that the others are compared with.
-
-    Returns:
-        The arms with final runs whose ratios are known; results of version 0.1 have none.
-    """
+    """Return what each arm with final runs did, cell by cell; results of version 0.1 do not know the ratios."""
     found = []
     for name, records in cells.items():
         runs = final_runs(records)
@@ -104,10 +95,7 @@ def contrasts(rows: Sequence[Mediation], cells: Mapping[str, Records]) -> list[C
 
     Where their errors differ, it matters which layer has which ratio. Where they do not, it does not matter, if
     the two arms give their ratios to different layers, as an arm and its permutation do; that is not looked at.
-
-    Args:
-        rows: What each arm did. Arms without any spread gave every layer the same, and are compared with none.
-        cells: The finished runs by cell.
+    Arms without any spread gave every layer the same, and are compared with none.
     """
     found: list[Contrast] = []
     for name, records in cells.items():

@@ -5,11 +5,11 @@ So a study that was stopped goes on where it was, and the number of processes de
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain
 
+from recipes.study.pairs import search_error
 from recipes.study.records import Job, Record
 
 __all__ = ["ArmPlan", "Search", "Tuning", "plan_arm", "tune"]
@@ -71,32 +71,10 @@ class Search:
     seeds: int
     extend: int
 
-    @property
-    def lrs(self) -> list[float]:
-        """The learning rates to begin with, ascending."""
-        return [_tidy(self.lr * multiple) for multiple in self.grid]
-
     def jobs(self, lr: float) -> list[Job]:
         """Return the runs that try one learning rate."""
         seeds = range(TUNE_SEEDS_START + 1, TUNE_SEEDS_START + self.seeds + 1)
         return [Job(self.arm, "tune", seed, lr) for seed in seeds]
-
-    def missing(self, lrs: Iterable[float], finished: Mapping[Job, Record]) -> tuple[Job, ...]:
-        """Return the runs that are not finished of those that try some learning rates."""
-        jobs = chain.from_iterable(map(self.jobs, lrs))
-        return _missing(jobs, finished)
-
-    def score(self, lr: float, finished: Mapping[Job, Record]) -> float:
-        """Return the mean log validation error of a learning rate; infinite where a run diverged.
-
-        Args:
-            lr: A learning rate of which no run is missing.
-            finished: The runs so far.
-        """
-        records = [finished[job] for job in self.jobs(lr)]
-        if any(record.status == "diverged" for record in records):
-            return math.inf
-        return math.fsum(record.log_error("val") for record in records) / len(records)
 
 
 def tune(search: Search, finished: Mapping[Job, Record]) -> Tuning:
@@ -104,31 +82,22 @@ def tune(search: Search, finished: Mapping[Job, Record]) -> Tuning:
 
     A learning rate under which a run diverged is out. Where the best is at an end of the grid, the grid grows
     there by one, in the step of its last two, at most `extend` times at each end. Where all diverged it grows
-    downwards, and in the end the smallest is taken.
-
-    Args:
-        search: What is tried.
-        finished: The runs so far.
-
-    Returns:
-        The chosen learning rate, or the runs that are needed to go on.
+    downwards, and in the end the smallest is taken. Where runs are missing, they are returned in its place.
     """
-    lrs = search.lrs
+    lrs = [_tidy(search.lr * multiple) for multiple in search.grid]
     if len(lrs) == 1:
         return Tuning(tuple(lrs), missing=(), best=lrs[0], scores=())
     below = above = search.extend
     while True:
-        missing = search.missing(lrs, finished)
+        missing = _missing(chain.from_iterable(map(search.jobs, lrs)), finished)
         if missing:
             return Tuning(tuple(lrs), missing, best=None, scores=())
-        scores = [search.score(lr, finished) for lr in lrs]
+        scores = [search_error([finished[job] for job in search.jobs(lr)]) for lr in lrs]
         best = scores.index(min(scores))
-        at_lower_end = best == 0
-        at_upper_end = best == len(lrs) - 1
-        if at_lower_end and below > 0:
+        if best == 0 and below > 0:
             below -= 1
             lrs.insert(0, _tidy(lrs[0] ** 2 / lrs[1]))
-        elif at_upper_end and above > 0:
+        elif best == len(lrs) - 1 and above > 0:
             above -= 1
             lrs.append(_tidy(lrs[-1] ** 2 / lrs[-2]))
         else:
@@ -148,18 +117,15 @@ def _tidy(lr: float) -> float:
 def plan_arm(search: Search, seeds: int, finished: Mapping[Job, Record]) -> ArmPlan:
     """Plan the search for an arm's learning rate and, once that is found, the arm's final runs.
 
+    While the search goes on, its runs alone can be started: the final ones need its result.
+
     Args:
         search: How the learning rate is searched for.
-        seeds: Final runs.
+        seeds: Number of final runs.
         finished: The runs so far, of this arm and maybe others.
-
-    Returns:
-        The plan. While the search goes on, its runs alone can be started: the final ones need its result.
     """
     tuning = tune(search, finished)
-    searching = len(tuning.lrs) * search.seeds
-    if len(tuning.lrs) == 1:
-        searching = 0
+    searching = len(tuning.lrs) * search.seeds if len(tuning.lrs) > 1 else 0
     total = searching + seeds
     if tuning.best is None:
         return ArmPlan(tuning, tuning.missing, searching - len(tuning.missing), total)

@@ -137,17 +137,19 @@ class Record:
         """The run that this is the result of."""
         return Job(self.arm, self.phase, self.seed, self.lr)
 
+    @property
+    def diverged(self) -> bool:
+        """Whether a loss or a score at the end was not finite."""
+        return self.status == "diverged"
+
     def error(self, which: Score) -> float:
         """Return the error, smaller is better: 1 - score for one of `SHARES`, else the score itself.
 
         A run that diverged has learnt nothing at its end, and counts as such. Its best and its lowest scores are
         those of the epochs before, where it has some.
-
-        Args:
-            which: The score.
         """
         score = float(getattr(self, which))
-        if self.status == "diverged" and not math.isfinite(score):
+        if self.diverged and not math.isfinite(score):
             return self.blind_error
         if self.metric in SHARES:
             return 1.0 - score
@@ -157,9 +159,6 @@ class Record:
         """Return the log of the error.
 
         To a share of n samples 1/(2n) is added: half a sample, so that no error at all has a log too.
-
-        Args:
-            which: The score.
 
         Raises:
             RecipeError: The error is 0 where it has no smallest value, so that no ratio to it exists.
@@ -177,13 +176,7 @@ class Record:
 
 
 def read_records(folder: Path) -> dict[Job, Record]:
-    """Read the finished runs of a cell.
-
-    Args:
-        folder: The cell's folder.
-
-    Returns:
-        The finished runs; none where there is no file yet.
+    """Read the finished runs of a cell from its folder; none where there is no file yet.
 
     Raises:
         RecipeError: The file is not one of `write_records`, or holds runs of several cells.
@@ -202,9 +195,6 @@ def read_records(folder: Path) -> dict[Job, Record]:
 
 def read_file(path: Path) -> list[Record]:
     """Read a file of finished runs, which may be those of several cells.
-
-    Args:
-        path: The file.
 
     Raises:
         RecipeError: The file is not one of `write_records`.
@@ -239,24 +229,13 @@ def _read_record(row: dict[str, str]) -> Record:
 
 
 def write_records(folder: Path, records: Iterable[Record]) -> None:
-    """Write all finished runs of a cell, in an order that does not depend on who finished first.
-
-    Args:
-        folder: The cell's folder.
-        records: All runs that are to be in the file, in any order.
-    """
+    """Write all finished runs of a cell to its folder, in an order that does not depend on who finished first."""
     ordered = sorted(records, key=lambda record: (record.experiment, record.phase != "tune", *record.job))
     write_rows(folder / RESULTS_FILE, [asdict(record) for record in ordered], [f.name for f in fields(Record)])
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]], columns: list[str]) -> None:
-    """Write a CSV in one step; NaN becomes "nan", None an empty cell.
-
-    Args:
-        path: The file; its folder must exist.
-        rows: The rows, by the names of the columns.
-        columns: The columns, in order.
-    """
+    """Write a CSV in one step; NaN becomes "nan", None an empty cell."""
     with atomic_path(path) as part, part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()

@@ -11,8 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import mean, stdev
 
-from recipes.study.pairs import FinalRuns, Records, final_ratios, final_runs, pairs
-from recipes.study.records import Record
+from recipes.study.pairs import FinalRuns, Records, final_pairs, final_ratios, final_runs
 from recipes.study.statistics import Effect, TaskEffect, effect_over_tasks, holm, pooled_effect
 
 __all__ = ["POOLED", "Row", "mean_effect", "summarise"]
@@ -85,14 +84,9 @@ def summarise(cells: Mapping[str, Records], arms: Sequence[str], baseline: str) 
     return rows
 
 
-def _pairs(runs: FinalRuns, arm: str, baseline: str) -> list[tuple[Record, Record]]:
-    """Return the runs of the arm, each with the baseline's of the same seed, by ascending seed."""
-    return pairs(runs.get(arm, {}), runs.get(baseline, {}))
-
-
 def _cells_with_pairs(cells: Iterable[FinalRuns], arm: str, baseline: str) -> int:
     """Return the number of cells with a seed for which both an arm and the baseline are done."""
-    return sum(bool(_pairs(runs, arm, baseline)) for runs in cells)
+    return sum(bool(final_pairs(runs, arm, baseline)) for runs in cells)
 
 
 def mean_effect(cells: Iterable[Mapping[int, float]]) -> Effect | None:
@@ -102,16 +96,14 @@ def mean_effect(cells: Iterable[Mapping[int, float]]) -> Effect | None:
         cells: For each cell the comparison of each seed; cells without one are left out.
     """
     with_pairs = list(filter(None, cells))
-    if not with_pairs:
-        return None
-    return pooled_effect(with_pairs)
+    return pooled_effect(with_pairs) if with_pairs else None
 
 
 def _difference(runs: FinalRuns, arm: str, baseline: str) -> Effect | None:
     """Return the mean difference of the test errors in one cell; None for the baseline, or without any pair."""
     if arm == baseline:
         return None
-    found = _pairs(runs, arm, baseline)
+    found = final_pairs(runs, arm, baseline)
     return mean_effect([{own.seed: own.error("test") - other.error("test") for own, other in found}])
 
 
@@ -119,35 +111,14 @@ def _overhead(cells: Iterable[FinalRuns], arm: str, baseline: str) -> float:
     """Return seconds of the callback for each second of the baseline's training; NaN without any pair."""
     callback = training = 0.0
     for runs in cells:
-        for own, other in _pairs(runs, arm, baseline):
+        for own, other in final_pairs(runs, arm, baseline):
             callback += own.callback_seconds
             training += other.train_seconds
-    if training == 0:
-        return math.nan
-    return callback / training
-
-
-def _diverged(runs: Iterable[Record]) -> int:
-    """Count the runs whose loss or score at the end was not finite."""
-    return sum(run.status == "diverged" for run in runs)
-
-
-def _deviation(errors: Sequence[float]) -> float:
-    """Return the standard deviation over seeds; NaN for a single one."""
-    if len(errors) == 1:
-        return math.nan
-    return stdev(errors)
+    return callback / training if training else math.nan
 
 
 def _cell_row(name: str, cell: FinalRuns, arm: str, baseline: str) -> Row:
-    """Return the row of one arm in one cell; its p-value is corrected later, with those of the other arms.
-
-    Args:
-        name: Name of the cell.
-        cell: The final runs of the cell.
-        arm: An arm that has some.
-        baseline: The arm that it is compared with.
-    """
+    """Return the row of one arm in one cell; its p-value is corrected later, with those of the other arms."""
     runs = list(cell[arm].values())
     errors = [run.error("test") for run in runs]
     return Row(
@@ -156,9 +127,9 @@ def _cell_row(name: str, cell: FinalRuns, arm: str, baseline: str) -> Row:
         error=runs[0].metric,
         lr=runs[0].lr,
         runs=len(runs),
-        diverged=_diverged(runs),
+        diverged=sum(run.diverged for run in runs),
         error_mean=mean(errors),
-        error_sd=_deviation(errors),
+        error_sd=stdev(errors) if len(errors) > 1 else math.nan,
         effect=mean_effect([final_ratios(cell, arm, baseline, "test")]),
         p_holm=math.nan,
         overhead=_overhead([cell], arm, baseline),
@@ -176,7 +147,7 @@ def _pooled_row(cells: Sequence[FinalRuns], arm: str, baseline: str) -> Row:
         error="",
         lr=math.nan,
         runs=len(runs),
-        diverged=_diverged(runs),
+        diverged=sum(run.diverged for run in runs),
         error_mean=math.nan,
         error_sd=math.nan,
         effect=mean_effect(ratios),

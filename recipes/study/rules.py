@@ -17,9 +17,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 from recipes.study.pairs import Records, TuningRuns, final_ratios, final_runs, log_ratios, pairs, tuning_runs
-from recipes.study.records import Record
 from recipes.study.report import POOLED, mean_effect
 from recipes.study.statistics import Effect
 
@@ -126,13 +126,8 @@ def _papers_rule(tried: TuningRuns, own_lr: float, arm: str, baseline: str) -> t
     if arm not in tried or baseline not in tried:
         return nothing
     untuned = min(tried[baseline], key=lambda lr: abs(math.log(lr / own_lr)))
-    lr = min(tried[arm], key=lambda lr: _mean_lowest(tried[arm][lr]))
+    lr = min(tried[arm], key=lambda lr: fmean(run.log_error("lowest_test") for run in tried[arm][lr].values()))
     ratios = log_ratios(pairs(tried[arm][lr], tried[baseline][untuned]), "lowest_test")
     if len(ratios) < 2:
         return nothing
     return lr, untuned, ratios
-
-
-def _mean_lowest(runs: Mapping[int, Record]) -> float:
-    """Return the mean log of the lowest test error of runs."""
-    return math.fsum(run.log_error("lowest_test") for run in runs.values()) / len(runs)

@@ -104,12 +104,7 @@ class RateRange:
 
 
 def curves(cells: Mapping[str, Records], arms: Sequence[str]) -> list[Curve]:
-    """Return the curves of arms for which more than one rate was tried.
-
-    Args:
-        cells: The finished runs by cell.
-        arms: The arms to show, in this order.
-    """
+    """Return the curves of arms for which more than one rate was tried, in the order of `arms` in each cell."""
     found = []
     for name, records in cells.items():
         tried = tuning_runs(records)
@@ -123,11 +118,8 @@ def curves(cells: Mapping[str, Records], arms: Sequence[str]) -> list[Curve]:
 def _point(lr: float, runs: Sequence[Record]) -> Point:
     """Return the point of the runs of one rate."""
     logs = [run.log_error("val") for run in runs]
-    diverged = sum(run.status == "diverged" for run in runs)
-    deviation = math.nan
-    if len(logs) > 1:
-        deviation = stdev(logs) / math.sqrt(len(logs))
-    return Point(lr, len(runs), diverged, mean(logs), deviation)
+    error = stdev(logs) / math.sqrt(len(logs)) if len(logs) > 1 else math.nan
+    return Point(lr, len(runs), sum(run.diverged for run in runs), mean(logs), error)
 
 
 def rate_range(curve: Curve) -> RateRange:
@@ -135,25 +127,17 @@ def rate_range(curve: Curve) -> RateRange:
 
     Between two tried rates, log error is taken as linear in log rate. Where the curve leaves the 5 % and comes
     back, the range ends where it leaves.
-
-    Args:
-        curve: The curve.
     """
     points = curve.points
     best = points.index(curve.best)
     limit = curve.best.log_error + math.log1p(TOLERANCE)
-    low = _end([points[index] for index in range(best, -1, -1)], limit)
-    high = _end([points[index] for index in range(best, len(points))], limit)
+    low = _end(points[best::-1], limit)
+    high = _end(points[best:], limit)
     return RateRange(low or points[0].lr, high or points[-1].lr, low is None, high is None)
 
 
 def _end(outwards: Sequence[Point], limit: float) -> float | None:
-    """Return the rate at which the log error first passes a limit; None where it never does.
-
-    Args:
-        outwards: Points from the best one outwards; the first is below the limit.
-        limit: The limit.
-    """
+    """Return the rate at which the log error first passes a limit, going outwards; None where it never does."""
     for inner, outer in pairwise(outwards):
         if outer.log_error > limit:
             share = (limit - inner.log_error) / (outer.log_error - inner.log_error)
@@ -162,14 +146,10 @@ def _end(outwards: Sequence[Point], limit: float) -> float | None:
 
 
 def compare_ranges(own: Curve, baseline: Curve) -> int:
-    """Return 1 where the range of an arm is wider than the baseline's, -1 where it is narrower, else 0.
+    """Return 1 where the range of an arm is wider than the baseline's in its cell, -1 where narrower, else 0.
 
     The ranges have no interval, but are no finer than the rates tried: a difference counts where it is larger
     than the step between those, whatever lies beyond the ends of the grid.
-
-    Args:
-        own: The curve of the arm.
-        baseline: The curve of the baseline in the same cell.
     """
     step = max(own.step, baseline.step)
     mine, other = rate_range(own), rate_range(baseline)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 import numpy as np
 from scipy import stats
@@ -71,8 +72,8 @@ def pooled_effect(cells: Sequence[Mapping[int, float]]) -> Effect:
     if not cells or not all(cells):
         raise ValueError("pooled_effect needs at least one log ratio in every cell")
     pairs = sum(map(len, cells))
-    means = [math.fsum(cell.values()) / len(cell) for cell in cells]
-    mean = math.fsum(means) / len(cells)
+    means = [fmean(cell.values()) for cell in cells]
+    mean = fmean(means)
     smallest = min(map(len, cells))
     if smallest < 2:
         return Effect(mean, math.nan, math.nan, math.nan, pairs)
@@ -89,12 +90,7 @@ def pooled_effect(cells: Sequence[Mapping[int, float]]) -> Effect:
 
 
 def _residuals(cells: Sequence[Mapping[int, float]], means: Sequence[float]) -> dict[int, float]:
-    """Return each seed's residuals, added up over the cells that have it: the sum over c in `pooled_effect`.
-
-    Args:
-        cells: For each cell the log ratio of each seed, two seeds at least.
-        means: The mean log ratio of each cell.
-    """
+    """Return each seed's residuals, added up over the cells that have it: the sum over c in `pooled_effect`."""
     residuals: dict[int, float] = {}
     for cell, centre in zip(cells, means, strict=True):
         n = len(cell)
@@ -182,12 +178,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
         The adjusted ones in the same order: below 0.05 is significant at a family-wise error rate of 5 per cent.
     """
     p = np.asarray(p_values, dtype=float)
-    adjusted = np.full(len(p), math.nan)
-    tests = int(np.count_nonzero(~np.isnan(p)))
-    smallest_first = np.argsort(p, kind="stable")[:tests]  # NaN is sorted to the end
-    highest = 0.0
-    for rank, index in enumerate(smallest_first):
-        corrected = (tests - rank) * float(p[index])
-        highest = max(highest, min(1.0, corrected))
-        adjusted[index] = highest
+    order = np.argsort(p, kind="stable")  # NaN comes last, and so changes nothing before it
+    tests = np.count_nonzero(~np.isnan(p))
+    corrected = (tests - np.arange(len(p))) * p[order]
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.maximum.accumulate(np.minimum(corrected, 1.0))
     return [float(value) for value in adjusted]
