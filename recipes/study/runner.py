@@ -29,10 +29,11 @@ from recipes.study.cells import Cell, Study
 from recipes.study.engines import make_engine
 from recipes.study.one_run import run_quietly
 from recipes.study.plan import ArmPlan, Search, Tuning, plan_arm
+from recipes.study.programs import load_program
 from recipes.study.records import Job, Record, read_records, write_records
-from recipes.study.settings import check_cell, check_settings, keep_settings, locked
+from recipes.study.settings import check_settings, keep_settings, locked
 
-__all__ = ["arm_plan", "run_study", "show_plan"]
+__all__ = ["arm_plan", "check_cell", "run_study", "show_plan"]
 
 Results = dict[str, dict[Job, Record]]
 """The finished runs, by name of the cell."""
@@ -45,14 +46,7 @@ _WITH_DIGITS = re.compile(r"\S*\d\S*")
 
 
 def run_study(study: Study, console: Console) -> Results:
-    """Do every run that is not done yet.
-
-    Args:
-        study: The study.
-        console: Where progress is shown.
-
-    Returns:
-        All finished runs of each cell.
+    """Do every run that is not done yet; return all finished runs of each cell.
 
     Raises:
         RecipeError: A setting, a folder or a run is at fault, or another process is at work in the folder.
@@ -71,6 +65,17 @@ def run_study(study: Study, console: Console) -> Results:
     return results
 
 
+def check_cell(cell: Cell) -> None:
+    """Build every arm once, and throw it away: a mistake shows before time is spent.
+
+    Raises:
+        RecipeError: A part refuses its settings, or two parts do not fit.
+    """
+    program = load_program(cell.options.program)
+    for cfg in cell.arms.values():
+        program.build_once(cfg)
+
+
 def arm_plan(cell: Cell, arm: str, finished: Mapping[Job, Record]) -> ArmPlan:
     """Return what an arm of a cell needs, by the runs that are finished."""
     options = cell.options
@@ -80,10 +85,6 @@ def arm_plan(cell: Cell, arm: str, finished: Mapping[Job, Record]) -> ArmPlan:
 
 def show_plan(study: Study, console: Console) -> None:
     """Print what is left to do and, by the runs that are finished, what it will cost; begin nothing.
-
-    Args:
-        study: The study.
-        console: Where to print.
 
     Raises:
         RecipeError: The study would be refused, as a folder holds results of other settings.
@@ -215,13 +216,7 @@ class _Progress:
         )
 
     def _keep(self, name: str, job: Job, facts: dict[str, object]) -> None:
-        """Write a finished run, plan its arm again, and print the learning rate where this run has decided it.
-
-        Args:
-            name: Name of the cell.
-            job: The run.
-            facts: What the run has found, the fields of `Record` that are not in `job`.
-        """
+        """Write a finished run, plan its arm again, and print the learning rate where this run has decided it."""
         cell = self._cells[name]
         record = Record(experiment=name, **job._asdict(), **facts, config=cell.fingerprint(job.arm))  # type: ignore[arg-type]
         self._results[name][job] = record
@@ -235,19 +230,12 @@ class _Progress:
             self._console.print(found, highlight=False, soft_wrap=True)
 
     def _tell(self, name: str, arm: str, messages: list[str]) -> None:
-        """Show each warning once an arm, whatever layers and numbers it names.
-
-        Args:
-            name: Name of the cell.
-            arm: The arm.
-            messages: The callback's warnings in one run; hundreds of runs may give the same.
-        """
+        """Show each of the callback's warnings once an arm, whatever layers and numbers it names."""
         for message in messages:
             key = (name, arm, _WITH_DIGITS.sub("", message))
-            if key in self._said:
-                continue
-            self._said.add(key)
-            warn(self._console, f"{name} {arm}: {message}")
+            if key not in self._said:  # hundreds of runs may give the same
+                self._said.add(key)
+                warn(self._console, f"{name} {arm}: {message}")
 
     def _total(self) -> int:
         """Return the number of runs in all, as far as is known: a search for a learning rate may grow."""
@@ -276,15 +264,7 @@ class _Progress:
 
 
 def _tuned(tuning: Tuning) -> str:
-    """Say which learning rate was chosen, and the validation error (geometric mean) of each that was tried.
-
-    Args:
-        tuning: A search that is over.
-    """
-    tried = []
-    for lr, score in zip(tuning.lrs, tuning.scores, strict=True):
-        error = "diverged"
-        if not math.isinf(score):
-            error = f"{math.exp(score):.4g}"
-        tried.append(f"{lr:g}: {error}")
+    """Say which learning rate was chosen, and the validation error (geometric mean) of each that was tried."""
+    errors = ["diverged" if math.isinf(score) else f"{math.exp(score):.4g}" for score in tuning.scores]
+    tried = [f"{lr:g}: {error}" for lr, error in zip(tuning.lrs, errors, strict=True)]
     return f"lr {tuning.best:g} (validation error of each: {', '.join(tried)})"

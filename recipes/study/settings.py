@@ -23,10 +23,9 @@ from recipes.errors import RecipeError
 from recipes.old_names import current_settings
 from recipes.study.cells import Cell
 from recipes.study.pairs import Records
-from recipes.study.programs import load_program
 from recipes.study.records import read_records
 
-__all__ = ["SETTINGS_FILE", "check_cell", "check_settings", "keep_settings", "locked"]
+__all__ = ["SETTINGS_FILE", "check_settings", "keep_settings", "locked"]
 
 SETTINGS_FILE = "settings.yaml"
 _SHOWN = 8
@@ -36,31 +35,11 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
 _EVALUATIONS = "study.evaluations"  # releases before 0.2 did not note it
 
 
-def check_cell(cell: Cell) -> None:
-    """Build every arm once, and throw it away: a mistake shows before time is spent.
-
-    Args:
-        cell: The cell.
-
-    Raises:
-        RecipeError: A part refuses its settings, or two parts do not fit.
-    """
-    program = load_program(cell.options.program)
-    for cfg in cell.arms.values():
-        program.build_once(cfg)
-
-
 @contextmanager
 def locked(cell: Cell) -> Iterator[None]:
     """Make the cell's folder and keep other studies out; the system frees the lock of a process that is killed.
 
     Where the file system has no locks nothing is kept out.
-
-    Args:
-        cell: The cell.
-
-    Yields:
-        Nothing; the folder is locked until the block ends.
 
     Raises:
         RecipeError: The folder can't be written, or another process is at work there.
@@ -83,10 +62,7 @@ def locked(cell: Cell) -> Iterator[None]:
 
 
 def keep_settings(cell: Cell) -> None:
-    """Note in the cell's folder what the results depend on, or compare with what is noted.
-
-    Args:
-        cell: The cell; its folder is locked.
+    """Note in the cell's folder, which is locked, what the results depend on, or compare with what is noted.
 
     Raises:
         RecipeError: The folder can't be written, or holds results of other settings.
@@ -106,14 +82,10 @@ def keep_settings(cell: Cell) -> None:
 def check_settings(cell: Cell) -> None:
     """Compare the cell's settings with those of the finished runs in its folder, if any.
 
-    Args:
-        cell: The cell.
-
     Raises:
         RecipeError: The folder holds results of other settings, or of settings that can't be told.
     """
-    path = cell.folder / SETTINGS_FILE
-    records = read_records(cell.folder)
+    path, records = cell.folder / SETTINGS_FILE, read_records(cell.folder)
     if not records:
         return
     noted: dict[str, Any] = {}
@@ -125,16 +97,7 @@ def check_settings(cell: Cell) -> None:
 
 
 def _check_fingerprints(cell: Cell, records: Records, noted: Collection[str]) -> None:
-    """Refuse results of arms whose settings are not noted, unless their fingerprint is that of this command's.
-
-    Args:
-        cell: The cell.
-        records: The finished runs in its folder.
-        noted: The arms whose settings are noted.
-
-    Raises:
-        RecipeError: The fingerprint of a run is another one.
-    """
+    """Refuse results of arms whose settings are not noted, unless their fingerprint is that of this command's."""
     for record in records.values():
         arm = record.arm
         if arm in noted or arm not in cell.arms or record.config == cell.fingerprint(arm):
@@ -169,28 +132,15 @@ def _unwritable(error: OSError) -> RecipeError:
 
 
 def _check_same(cell: Cell, saved: dict[str, Any], done: set[str]) -> None:
-    """Compare the study's settings, and those of the arms that have finished runs.
-
-    Args:
-        cell: The cell, with the settings of this command.
-        saved: What is noted in its folder, as `Cell.identity` gives it.
-        done: The arms with finished runs.
-
-    Raises:
-        RecipeError: They differ; the message names at most `_SHOWN` settings.
-    """
+    """Compare what is noted with this command's: the study's settings, and those of arms with finished runs."""
     now = cell.identity()
     new = _flat(now["study"], "study")
     old = {_EVALUATIONS: new[_EVALUATIONS], **_flat(saved["study"], "study")}
     for arm in done & now["arms"].keys() & saved["arms"].keys():
         old.update(_flat(saved["arms"][arm], arm))
         new.update(_flat(now["arms"][arm], arm))
-    changes = []
-    for name in {**old, **new}:
-        before = old.get(name, _UNSET)
-        after = new.get(name, _UNSET)
-        if before != after:
-            changes.append(f"{name} was {before} and is {after}")
+    both = {name: (old.get(name, _UNSET), new.get(name, _UNSET)) for name in {**old, **new}}
+    changes = [f"{name} was {before} and is {after}" for name, (before, after) in both.items() if before != after]
     if not changes:
         return
     shown = "; ".join(changes[:_SHOWN])

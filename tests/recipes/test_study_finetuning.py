@@ -21,7 +21,7 @@ from recipes.finetune.__main__ import main as finetune_main
 from recipes.study.__main__ import main
 from recipes.study.cells import Cell, load_study
 from recipes.study.records import Job, Record, read_records
-from recipes.study.settings import check_cell
+from recipes.study.runner import check_cell
 from tests.recipes.tiny_language import made_task, reviews, write_model, write_rows, write_sst2
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT
