@@ -133,8 +133,7 @@ class Course(Callback):
 def planned_epochs(trainer: Trainer) -> int:
     """Return how many epochs a run has, by `max_epochs` or `max_steps`, whichever ends it first.
 
-    Args:
-        trainer: Lightning's, in training; of a run without end, the epochs until now count.
+    Of a run without end the epochs until now count.
     """
     steps = trainer.estimated_stepping_batches
     if math.isinf(steps):

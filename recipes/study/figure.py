@@ -42,46 +42,25 @@ def draw_effects(rows: Sequence[Row], baseline: str, styles: Mapping[str, Style]
     """Draw every arm's change with its interval, cell by cell, those over all cells lowest.
 
     Two cells are too few for a sample of tasks: their intervals would set the scale of the figure.
-
-    Args:
-        rows: The findings; rows without an effect are left out.
-        baseline: The arm that the others are compared with.
-        styles: How arms are drawn.
-        path: Where the figure goes.
     """
     bars = [_Bar(row.cell, row.arm, row.effect) for row in rows if row.effect is not None]
     bars += [_Bar(TASKS, row.arm, row.over_tasks) for row in rows if row.over_tasks and row.over_tasks.cells > 2]
     figure = new_figure(7.5, _height(bars))
-    axes = figure.add_subplot()
-    _draw_bars(axes, _grouped(bars), styles)
-    figure.supxlabel(_label(baseline), fontsize=10)
-    _name_arms(figure, bars, styles)
+    _draw_bars(figure.add_subplot(), bars, styles)
+    _finish(figure, bars, baseline, styles)
     save(figure, path)
 
 
 def draw_rules(rows: Sequence[RuleRow], baseline: str, styles: Mapping[str, Style], path: Path) -> None:
-    """Draw every arm's change by each rule, one panel a rule.
-
-    Args:
-        rows: The effects by rule.
-        baseline: The arm that the others are compared with.
-        styles: How arms are drawn.
-        path: Where the figure goes.
-    """
+    """Draw every arm's change by each rule, one panel a rule."""
     panels = {rule: [_Bar(row.cell, row.arm, row.effects[rule]) for row in rows] for rule in RULES}
     figure = new_figure(10, _height(panels["last"]))
     every_axes = figure.subplots(1, len(RULES), sharex=True, sharey=True)
     for (rule, bars), axes in zip(panels.items(), every_axes, strict=True):
-        _draw_bars(axes, _grouped(bars), styles)
+        _draw_bars(axes, bars, styles)
         axes.set_title(RULES[rule], fontsize=10)
-    figure.supxlabel(_label(baseline), fontsize=10)
-    _name_arms(figure, panels["last"], styles)
+    _finish(figure, panels["last"], baseline, styles)
     save(figure, path)
-
-
-def _label(baseline: str) -> str:
-    """Return what the horizontal axis shows."""
-    return f"change of the test error against {baseline}, % (95% interval, paired by seed); left is better"
 
 
 def _height(bars: Sequence[_Bar]) -> float:
@@ -97,13 +76,10 @@ def _single(bars: Sequence[_Bar]) -> bool:
     return len({bar.group for bar in bars}) == 1
 
 
-def _grouped(bars: Sequence[_Bar]) -> list[_Bar]:
-    """Return the rows in the groups that they are drawn in: cells, or arms where there is one cell."""
-    return [replace(bar, group=bar.arm) for bar in bars] if _single(bars) else list(bars)
-
-
-def _name_arms(figure: Any, bars: Sequence[_Bar], styles: Mapping[str, Style]) -> None:
-    """Name the cell where there is one, as the rows name the arms then; else the arms in a legend."""
+def _finish(figure: Any, bars: Sequence[_Bar], baseline: str, styles: Mapping[str, Style]) -> None:
+    """Say what is drawn; name the cell where there is one, as the rows name the arms then, else the arms."""
+    label = f"change of the test error against {baseline}, % (95% interval, paired by seed); left is better"
+    figure.supxlabel(label, fontsize=10)
     if _single(bars):
         figure.suptitle(bars[0].group, fontsize=10)
     else:
@@ -111,7 +87,11 @@ def _name_arms(figure: Any, bars: Sequence[_Bar], styles: Mapping[str, Style]) -
 
 
 def _draw_bars(axes: Any, bars: Sequence[_Bar], styles: Mapping[str, Style]) -> None:
-    """Draw the rows of a panel downwards, with a gap between the groups and grey behind those over all cells."""
+    """Draw the rows of a panel downwards, with a gap between the groups and grey behind those over all cells.
+
+    The groups are the cells, or the arms where there is one cell.
+    """
+    bars = [replace(bar, group=bar.arm) for bar in bars] if _single(bars) else bars
     gap = _GAP if len({bar.group for bar in bars}) < len(bars) else 0.0  # groups of one row need none
     top = 0.0  # of the next group; rows have height 1
     middles = []
@@ -133,14 +113,7 @@ def _draw_bars(axes: Any, bars: Sequence[_Bar], styles: Mapping[str, Style]) -> 
 
 
 def _draw_bar(axes: Any, y: float, bar: _Bar, style: Style) -> None:
-    """Draw the mean and, where there is one, the interval of a row, in per cent.
-
-    Args:
-        axes: Where to draw.
-        y: Height of the row.
-        bar: The row.
-        style: Style of its arm; means over tasks have hollow markers.
-    """
+    """Draw the mean and, where there is one, the interval of a row, in per cent; means over tasks are hollow."""
     if bar.interval is None:
         return
     axes.errorbar(
@@ -166,11 +139,7 @@ def _to_ends(interval: Effect | TaskEffect) -> list[list[float]] | None:
 def draw_mediation(rows: Sequence[Mediation], baseline: str, styles: Mapping[str, Style], path: Path) -> None:
     """Draw a line of two panels for each cell: effect over mean ratio, and over the spread of the ratios.
 
-    Args:
-        rows: What each arm did. The baseline is drawn as no effect.
-        baseline: The arm that the others are compared with.
-        styles: How arms are drawn.
-        path: Where the figure goes.
+    The baseline is drawn as no effect.
     """
     shown = [row for row in rows if row.effect is not None or row.arm == baseline]
     cells = list(dict.fromkeys(row.cell for row in shown))

@@ -26,11 +26,6 @@ def draw_sensitivity(found: Sequence[Curve], styles: Mapping[str, Style], path: 
     """Draw a panel for each cell, with a line for each arm and, at its foot, the range within 5 % of its best.
 
     A cell with many arms has a panel for each of them, with the cell's first arm for comparison.
-
-    Args:
-        found: At least one curve.
-        styles: How arms are drawn.
-        path: Where the figure goes.
     """
     panels = _panels(found)
     lines = math.ceil(len(panels) / _COLUMNS)
@@ -96,11 +91,7 @@ def _draw_panel(axes: Any, found: Sequence[Curve], styles: Mapping[str, Style]) 
 def _draw_curve(axes: Any, curve: Curve, style: Style, aside: float) -> None:
     """Draw the geometric mean over seeds with one standard error; rates with diverged runs have hollow markers.
 
-    Args:
-        axes: Where to draw.
-        curve: The curve.
-        style: Style of its arm.
-        aside: What the rates are multiplied by, so that the error bars of several arms are not on each other.
+    All rates are multiplied by `aside`, so that the error bars of several arms are not on each other.
     """
     factor = unit_of(curve.metric).factor
     rates = [aside * point.lr for point in curve.points]
@@ -122,14 +113,7 @@ def _make_room_below(axes: Any, share: float) -> None:
 
 
 def _draw_range(axes: Any, curve: Curve, height: float, style: Style) -> None:
-    """Draw the range of rates within 5 %, with an arrow where it may go on.
-
-    Args:
-        axes: Where to draw.
-        curve: The curve.
-        height: Height of the bar, as a share of the panel.
-        style: Style of its arm.
-    """
+    """Draw the range of rates within 5 % at a height, a share of the panel, with an arrow where it may go on."""
     span = rate_range(curve)
     where = axes.get_xaxis_transform()
     axes.plot([span.low, span.high], [height, height], color=style.colour, linewidth=3, transform=where, zorder=2)

@@ -38,12 +38,7 @@ class Style:
 
 
 def arm_styles(arms: Sequence[str], baseline: str) -> dict[str, Style]:
-    """Return the style of each arm; the baseline is black.
-
-    Args:
-        arms: The arms of the study. From the eleventh on colours come again, with other markers.
-        baseline: The arm that the others are compared with.
-    """
+    """Return the style of each arm; the baseline is black. From the eleventh on colours come again."""
     styles = {baseline: Style("#000000", "D")}
     for place, arm in enumerate(arm for arm in arms if arm != baseline):
         turn, colour = divmod(place, len(_COLOURS))
@@ -52,12 +47,7 @@ def arm_styles(arms: Sequence[str], baseline: str) -> dict[str, Style]:
 
 
 def plain_axes(axes: Any, grid: str) -> None:
-    """Draw a grid for reading values, and leave out what carries no information.
-
-    Args:
-        axes: What is drawn in.
-        grid: "x", "y" or "both".
-    """
+    """Draw a grid along "x", "y" or "both" for reading values, and leave out what carries no information."""
     axes.grid(axis=grid, color="0.9", linewidth=0.6, zorder=0)
     axes.set_axisbelow(True)
     for side in ("top", "right"):
@@ -65,29 +55,18 @@ def plain_axes(axes: Any, grid: str) -> None:
 
 
 def add_legend(figure: Any, styles: Mapping[str, Style], line: Literal["-", ""]) -> None:
-    """Write the arms above the axes, as many in a line as have room.
-
-    Args:
-        figure: The figure.
-        styles: The arms that are shown.
-        line: Style of the line through the markers, "" for none.
-    """
+    """Write the arms above the axes, as many in a line as have room; `line` is drawn through the markers."""
     from matplotlib.lines import Line2D
 
-    handles = [
-        Line2D(
-            [], [], color=style.colour, marker=style.marker, linestyle=line, markersize=5, label=_in_legend(arm)
+    handles = []
+    for arm, style in styles.items():
+        label = f" {arm}" if arm.startswith("_") else arm  # matplotlib leaves out labels that begin with it
+        handles.append(
+            Line2D([], [], color=style.colour, marker=style.marker, linestyle=line, markersize=5, label=label)
         )
-        for arm, style in styles.items()
-    ]
     entry = 0.7 + 0.085 * max(map(len, styles), default=0)  # inches: marker and gaps, letters
     columns = max(1, min(len(handles), int(figure.get_figwidth() / entry)))
     figure.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False)
-
-
-def _in_legend(arm: str) -> str:
-    """Return the label of an arm: matplotlib leaves those that begin with `_` out of legends."""
-    return f" {arm}" if arm.startswith("_") else arm
 
 
 def save(figure: Any, path: Path) -> None:

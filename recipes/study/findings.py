@@ -88,14 +88,7 @@ class Part:
 def find(
     cells: Mapping[str, Records], own_lrs: Mapping[str, float], arms: Sequence[str], baseline: str
 ) -> Findings:
-    """Make what can be made of the runs that are finished.
-
-    Args:
-        cells: The finished runs by cell.
-        own_lrs: The baseline's own learning rate in each cell, before tuning.
-        arms: The arms to show, in this order.
-        baseline: The arm that the others are compared with.
-    """
+    """Make what can be made of the runs that are finished; see `summarise` and `effects_by_rule`."""
     mediators = mediation(cells, arms, baseline)
     return Findings(
         tuple(arms),
@@ -121,16 +114,9 @@ def show(findings: Findings, console: Console) -> None:
 
 
 def write(findings: Findings, folder: Path) -> list[str]:
-    """Write the CSVs and the figures of everything that was found.
+    """Write the CSVs and the figures of everything that was found; return their names.
 
     Files of an earlier report that this one does not have are removed, since they would look like a part of it.
-
-    Args:
-        findings: What was found.
-        folder: The folder, which must exist.
-
-    Returns:
-        The names of the files.
     """
     parts = [part for part in _parts(findings) if part.table]
     for part in parts:
@@ -199,13 +185,17 @@ def _effect_line(row: Row) -> Line:
 
 def _effect_row(row: Row) -> Columns:
     """Return the columns of `effects.csv`; effects are log ratios there, as in the other CSVs."""
-    own = {name: value for name, value in vars(row).items() if name not in ("effect", "difference", "over_tasks")}
     return {
-        **own,
+        **_fields(row, without=("effect", "difference", "over_tasks")),
         **effect_columns("effect", row.effect, ("mean", "low", "high", "p", "pairs")),
         **effect_columns("difference", row.difference),
         **effect_columns("tasks", row.over_tasks, ("mean", "low", "high", "tau", "cells")),
     }
+
+
+def _fields(row: Row | Mediation | Contrast, without: Sequence[str]) -> Columns:
+    """Return the fields of a row without its effects, which have several columns each."""
+    return {name: value for name, value in vars(row).items() if name not in without}
 
 
 def _over_tasks(found: Findings) -> Part:
@@ -335,11 +325,7 @@ def _mediation(found: Findings) -> Part:
     ]
     columns = [
         {
-            "cell": row.cell,
-            "arm": row.arm,
-            "lr": row.lr,
-            "mean_ratio": row.mean_ratio,
-            "ratio_sd": row.ratio_sd,
+            **_fields(row, without=["effect"]),
             "mean_lr": row.mean_lr,
             **effect_columns("effect", row.effect, ("mean", "low", "high", "pairs")),
         }
@@ -366,10 +352,7 @@ def _contrasts(found: Findings) -> Part:
     ]
     columns = [
         {
-            "cell": row.cell,
-            "first": row.first,
-            "second": row.second,
-            "p_holm": row.p_holm,
+            **_fields(row, without=["effect"]),
             **effect_columns("effect", row.effect, ("mean", "low", "high", "p", "pairs")),
         }
         for row in found.contrasts

@@ -69,14 +69,7 @@ def _check_rate_and_seed(cfg: DictConfig) -> None:
 
 
 def metric_of(cfg: DictConfig) -> str:
-    """Return the name of the score that is compared, that of `training.metric_for_best_model`.
-
-    Args:
-        cfg: The composed settings.
-
-    Raises:
-        RecipeError: It has no error of blind guessing.
-    """
+    """Return the name of the score that is compared; one without an error of blind guessing is refused."""
     metric = str(cfg.training.metric_for_best_model).removeprefix("eval_")
     if metric not in SHARES:
         raise RecipeError(
@@ -102,15 +95,7 @@ def uses_gpu(cfg: DictConfig) -> bool:
 
 
 def train(cfg: DictConfig, evaluations: int) -> Trained:
-    """Train, then validate and test.
-
-    Args:
-        cfg: All settings of the run.
-        evaluations: See `recipes.study.one_run.run_once`.
-
-    Raises:
-        RecipeError: A part refuses its settings, or a data file is at fault.
-    """
+    """Train, then validate and test; see `recipes.study.one_run.run_once`."""
     with _quiet(), _temporary_folder(cfg) as own:
         balancer = build_balancer(cfg)
         examples = _read(cfg)
@@ -197,11 +182,7 @@ class _Course(TrainerCallback):
 
 
 def _read(cfg: DictConfig) -> Examples:
-    """Read the examples.
-
-    Raises:
-        RecipeError: A data file is at fault, or what is predicted are no classes.
-    """
+    """Read the examples; what is predicted must be classes."""
     examples: Examples = build(cfg, "data").read()
     if not examples.classes:
         raise RecipeError(

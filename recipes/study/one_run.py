@@ -102,11 +102,7 @@ def _callback_warnings() -> Iterator[list[str]]:
 
 
 def run_quietly(arguments: tuple[dict[str, Any], int]) -> tuple[dict[str, Any], list[str]]:
-    """Do a run in a process of an engine: on one thread, with nothing printed.
-
-    Args:
-        arguments: Those of `run_once`.
-    """
+    """Do a run in a process of an engine: `run_once` on one thread, with nothing printed."""
     torch.set_num_threads(1)
     quiet_lightning(logging.ERROR)
     with contextlib.redirect_stdout(io.StringIO()):

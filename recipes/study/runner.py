@@ -209,8 +209,9 @@ class _Progress:
         for other, its in rest:
             warn(self._console, f"the run {other} failed: {its.failure}")
         more = f", and {len(rest)} more, named above" if rest else ""
-        others = "Other runs are left, as study.minutes has passed" if self._time_is_up() else ""
-        others = others or "Runs that do not depend on it are done"
+        others = "Runs that do not depend on it are done"
+        if self._time_is_up():
+            others = "Other runs are left, as study.minutes has passed"
         raise RecipeError(
             f"the run {key} failed{more}: {outcome.failure}. {others}; repeat the command to try again"
         )

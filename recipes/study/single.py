@@ -37,16 +37,7 @@ _FOLLOWING = ("optimizer", "scheduler", "model")
 
 
 def prepare(cfg: DictConfig) -> None:
-    """Check the settings of an arm, and let its runs log nothing; see `recipes.study.programs`.
-
-    Args:
-        cfg: The composed settings; they may work alone, and not in a study.
-
-    Raises:
-        RecipeError: They can't work, the learning rate stays as it is when the study changes `lr`, a run would not
-            train or have no score, it would need several processes, or nothing says what a network scores that has
-            learnt nothing.
-    """
+    """Check the settings of an arm, which may work alone and not in a study, and let its runs log nothing."""
     check_config(cfg)
     metric = metric_of(cfg)
     _check_rate(cfg)
@@ -125,14 +116,7 @@ def uses_gpu(cfg: DictConfig) -> bool:
 
 
 def metric_of(cfg: DictConfig) -> str:
-    """Return the name of the score that is compared, that of `task.monitor`.
-
-    Args:
-        cfg: The composed settings.
-
-    Raises:
-        RecipeError: It is none that this program has.
-    """
+    """Return the name of the score that is compared; one without an error of blind guessing is refused."""
     metric = str(cfg.task.monitor).removeprefix("val/")
     # Of other tasks a loss has no error of blind guessing.
     if metric not in _METRICS or (metric == "loss" and cfg.model._target_ != "recipes.tasks.LanguageModel"):
@@ -174,16 +158,7 @@ def make_trainer(cfg: DictConfig, parts: Parts, *more: Callback) -> tuple[Traine
 
 
 def train(cfg: DictConfig, evaluations: int) -> Trained:
-    """Train, then validate and test.
-
-    Args:
-        cfg: All settings of the run.
-        evaluations: See `recipes.study.one_run.run_once`.
-
-    Raises:
-        RecipeError: A part refuses its settings, or the data have not exactly one loader for validation and one
-            for the test.
-    """
+    """Train, then validate and test; see `recipes.study.one_run.run_once`."""
     parts = build_parts(cfg)
     ratios, weights = Ratios(parts.balancer), Weights(evaluations)
     trainer, clock = make_trainer(cfg, parts, _OneLoader(), Course(ratios, weights))
@@ -211,12 +186,7 @@ class _OneLoader(Callback):
 def _samples(data: LightningDataModule, split: str) -> int:
     """Return the number of validation or test samples.
 
-    Args:
-        data: The data, set up.
-        split: "val" or "test".
-
-    Raises:
-        RecipeError: There is not one loader of them, but several or none, so that a score has no name or no value.
+    Refuses data with several loaders of them, or none, where a score has no name or no value.
     """
     loader = getattr(data, f"{split}_dataloader")()
     dataset = getattr(loader, "dataset", None)
@@ -237,12 +207,10 @@ def _evaluate(trainer: Trainer, parts: Parts) -> dict[str, float]:
 
 def _blind_error(cfg: DictConfig) -> float:
     """Return the error of a network that has learnt nothing; see `recipes.study.records.METRICS`."""
-    metric, error = metric_of(cfg), 1.0
+    metric = metric_of(cfg)
     if metric == "accuracy":
-        error = 1.0 - 1.0 / cfg.task.out_channels
-    elif metric == "loss":
-        error = math.log(cfg.task.out_channels)
-    return error
+        return 1.0 - 1.0 / float(cfg.task.out_channels)
+    return math.log(cfg.task.out_channels) if metric == "loss" else 1.0
 
 
 def _times(clock: SimpleProfiler) -> dict[str, float]:

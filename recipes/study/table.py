@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -72,10 +71,6 @@ def write_table(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         rows: At least one row; all have the columns of the first. NaN and None are numbers that are missing.
         path: The file; its folder must exist.
     """
-    table = [{name: None if _is_nan(value) else value for name, value in row.items()} for row in rows]
+    # NaN alone is not equal to itself.
+    table = [{name: value if value == value else None for name, value in row.items()} for row in rows]
     write_rows(path, table, list(table[0]))
-
-
-def _is_nan(value: Any) -> bool:
-    """Return whether a value is a number that is missing."""
-    return isinstance(value, float) and math.isnan(value)

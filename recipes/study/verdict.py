@@ -38,14 +38,8 @@ ENOUGH_SEEDS = 5
 def verdict(rows: Sequence[Row], baseline: str) -> str:
     """Say what the pooled rows show, and the rows of each cell whose arms have no pooled one.
 
-    With fewer than five seeds in a cell a study proves nothing, and the text says that first.
-
-    Args:
-        rows: The findings, cell by cell; the pooled ones last.
-        baseline: The arm that the others are compared with.
-
-    Returns:
-        A sentence or more.
+    With fewer than five seeds in a cell a study proves nothing, and the text says that first. Rows come cell by
+    cell, the pooled ones last.
     """
     compared = [row for row in rows if row.effect is not None]
     if not compared:
@@ -62,20 +56,19 @@ def verdict(rows: Sequence[Row], baseline: str) -> str:
     return f"{_warning_of_few_seeds(compared)}{' '.join(sentences)}"
 
 
+def _of(row: Row) -> Effect:
+    """Return the effect of a row that has one."""
+    assert row.effect is not None
+    return row.effect
+
+
 def _fewest_pairs(rows: Sequence[Row]) -> int:
     """Return the pairs of the row with the fewest; pooled rows have those of all cells, and are not looked at."""
-    return min(row.effect.pairs for row in rows if row.effect is not None and row.cell != POOLED)
+    return min(_of(row).pairs for row in rows if row.cell != POOLED)
 
 
 def _warning_of_few_seeds(rows: Sequence[Row]) -> str:
-    """Return the sentence for a study whose smallest cell has too few pairs.
-
-    Args:
-        rows: The rows with an effect, of all cells.
-
-    Returns:
-        The sentence, which ends in a space; empty where every cell has enough pairs.
-    """
+    """Return the sentence, with a space behind it, for a study whose smallest cell has too few pairs; else ""."""
     fewest = _fewest_pairs(rows)
     if fewest >= ENOUGH_SEEDS:
         return ""
@@ -97,8 +90,7 @@ def _significant(shown: Sequence[Row], rows: Sequence[Row]) -> list[Row]:
         shown: The rows with an effect of one cell, or the pooled ones.
         rows: The rows with an effect, of all cells: a pooled effect rests on the smallest cell.
     """
-    found = [row for row in shown if row.p_holm < SIGNIFICANT]  # NaN is not
-    return [row for row in found if _enough(row, rows)]
+    return [row for row in shown if row.p_holm < SIGNIFICANT and _enough(row, rows)]  # NaN is not below
 
 
 def _enough(row: Row, rows: Sequence[Row]) -> bool:
@@ -113,7 +105,7 @@ def _finding(found: Sequence[Row], baseline: str) -> str:
     """Name the arms that differ from the baseline beyond the noise."""
     if not found:
         return f"no arm can be said to differ from {baseline} beyond the noise (5%, Holm)."
-    named = [f"{row.arm} has {_change(row.effect.mean)}{_in_unit(row)}" for row in found if row.effect is not None]
+    named = [f"{row.arm} has {_change(_of(row).mean)}{_in_unit(row)}" for row in found]
     return f"compared with {baseline}, {', '.join(named)} error, beyond the noise (5%, Holm)."
 
 
@@ -137,15 +129,7 @@ def _in_unit(row: Row) -> str:
 
 
 def ruled_out(rows: Sequence[Row], baseline: str) -> list[str]:
-    """Say for each cell, and for all together, how large an effect the intervals leave possible.
-
-    Args:
-        rows: The findings.
-        baseline: The arm that the others are compared with.
-
-    Returns:
-        A sentence a cell; none for a cell without an interval.
-    """
+    """Say for each cell with an interval, and for all cells, how large an effect the intervals leave possible."""
     compared = [row for row in rows if row.effect is not None]
     known = [row for row in compared if not math.isnan(_of(row).low)]
     sentences = []
@@ -171,19 +155,8 @@ def _limits(rows: Sequence[Row]) -> str:
     return f"{gains}, and {losses}"
 
 
-def _of(row: Row) -> Effect:
-    """Return the effect of a row that has one."""
-    assert row.effect is not None
-    return row.effect
-
-
 def _size(row: Row, end: str) -> str:
-    """Return how far an end of an interval is from no effect, with the arm.
-
-    Args:
-        row: A row with an effect.
-        end: "low" or "high".
-    """
+    """Return how far an end of an interval, "low" or "high", is from no effect, with the arm."""
     size = _size_in_percent(getattr(row.effect, end))
     unit = unit_of(row.error)
     if unit.name and row.difference is not None:
@@ -192,11 +165,7 @@ def _size(row: Row, end: str) -> str:
 
 
 def about_tasks(rows: Sequence[Row]) -> str:
-    """Say whether effects would hold for other tasks; empty with a single cell.
-
-    Args:
-        rows: The findings.
-    """
+    """Say whether effects would hold for other tasks; empty with a single cell."""
     compared = [row for row in rows if row.effect is not None]
     pooled = [row for row in compared if row.over_tasks is not None]
     if not pooled:
@@ -231,12 +200,7 @@ def _over_tasks(row: Row) -> str:
 def about_rules(rows: Sequence[RuleRow], baseline: str) -> str:
     """Say how much of a gain the papers' rule makes, by the pooled rows or, without these, in each cell.
 
-    Args:
-        rows: The effects by rule, cell by cell; the pooled ones last.
-        baseline: The arm that the others are compared with.
-
-    Returns:
-        One to three sentences, a cell where nothing is pooled; empty without an effect by the papers' rule.
+    Rows come cell by cell, the pooled ones last. The text is empty without an effect by the papers' rule.
     """
     found = [row for row in rows if row.effects["papers"] is not None]
     pooled = [row for row in found if row.cell == POOLED]
@@ -249,12 +213,7 @@ def about_rules(rows: Sequence[RuleRow], baseline: str) -> str:
 
 
 def _papers_gain(rows: Sequence[RuleRow], baseline: str) -> str:
-    """Say how much of a gain the papers' rule makes in one cell, or over all; empty without another arm.
-
-    Args:
-        rows: The effects by rule of one cell, or the pooled ones, all with one by the papers' rule.
-        baseline: The arm that the others are compared with.
-    """
+    """Say how much of a gain the papers' rule makes in one cell, or over all; empty without another arm."""
     gains = {row.arm: row.effects["papers"].mean for row in rows if row.effects["papers"] is not None}
     of_baseline = gains.pop(baseline, None)
     if not gains:
@@ -271,12 +230,7 @@ def _papers_gain(rows: Sequence[RuleRow], baseline: str) -> str:
 
 
 def about_ranges(found: Sequence[Curve], baseline: str) -> str:
-    """Say whether balancing forgives a badly chosen learning rate; empty without curves to compare.
-
-    Args:
-        found: The curves of all cells.
-        baseline: The arm that the others are compared with.
-    """
+    """Say whether balancing forgives a badly chosen learning rate; empty without curves to compare."""
     of_baseline = {curve.cell: curve for curve in found if curve.arm == baseline}
     others = [curve for curve in found if curve.arm != baseline and curve.cell in of_baseline]
     if not others:
@@ -294,13 +248,7 @@ def about_ranges(found: Sequence[Curve], baseline: str) -> str:
 
 
 def _widths(by_arm: dict[str, list[Curve]], baselines: dict[str, Curve], baseline: str) -> str:
-    """Return the width of each arm's range, next to the baseline's over the same cells.
-
-    Args:
-        by_arm: The curves of each arm.
-        baselines: The baseline's curve in each cell.
-        baseline: The baseline.
-    """
+    """Return the width of each arm's range, next to the baseline's over the same cells."""
     arms_of: dict[tuple[str, ...], list[str]] = {}
     for arm, own in by_arm.items():
         arms_of.setdefault(tuple(curve.cell for curve in own), []).append(arm)
@@ -313,12 +261,7 @@ def _widths(by_arm: dict[str, list[Curve]], baselines: dict[str, Curve], baselin
 
 
 def _over(cells: Sequence[str], everywhere: bool) -> str:
-    """Return over which cells widths are means; empty where there is no other cell than theirs.
-
-    Args:
-        cells: The cells.
-        everywhere: Whether these are all.
-    """
+    """Return over which cells widths are means; empty where there is no other cell than theirs."""
     names = f"{len(cells)} cells" if everywhere else ", ".join(cells)
     if len(cells) > 1:
         return f" (geometric means over {names})"
@@ -341,30 +284,17 @@ def _width(found: Sequence[Curve]) -> str:
 
 
 def _told_apart(by_arm: dict[str, list[Curve]], baselines: dict[str, Curve], direction: int) -> str:
-    """Name the arms whose range differs from the baseline's, with the number of cells where there are several.
-
-    Args:
-        by_arm: The curves of each arm.
-        baselines: The baseline's curve in each cell.
-        direction: 1 for the arms with a wider range, -1 for those with a narrower one.
-    """
+    """Name the arms whose range is wider (`direction` 1) or narrower (-1) than the baseline's."""
     named = []
     for arm, own in by_arm.items():
         count = sum(compare_ranges(curve, baselines[curve.cell]) == direction for curve in own)
-        if count and len(baselines) > 1:
-            named.append(f"{arm} (in {count} of {len(own)} cells)")
-        elif count:
-            named.append(arm)
+        if count:
+            named.append(f"{arm} (in {count} of {len(own)} cells)" if len(baselines) > 1 else arm)
     return ", ".join(named) or "none"
 
 
 def about_contrasts(found: Sequence[Contrast]) -> str:
-    """Say whether it matters which layer has which ratio.
-
-    Args:
-        found: Arms with the same base rate, mean ratio and spread; those with fewer than five seeds are not looked
-            at.
-    """
+    """Say whether it matters which layer has which ratio; contrasts of fewer than five seeds are not looked at."""
     known = [contrast for contrast in found if contrast.effect.pairs >= ENOUGH_SEEDS]
     alike = "the same base rate, mean ratio and spread"
     if not known:
