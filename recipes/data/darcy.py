@@ -106,16 +106,7 @@ class DarcyData(SplitData):
         return (1, self.spec.resolution, self.spec.resolution)
 
     def _load(self, split: str) -> Arrays:
-        """Read one split from its cache file, or make it.
-
-        The file's name stands for all settings of its data: other settings have files of their own.
-
-        Args:
-            split: One of `SPLITS`.
-
-        Returns:
-            Under "a" the coefficients, under "u" the solutions, both float32 (N, n, n).
-        """
+        """Read one split from its cache file, whose name stands for all settings of its data, or make it."""
         count = self.sizes[split]
         description: dict[str, Any] = {**asdict(self.spec), "split": split, "count": count, "version": 1}
         tag = hashlib.sha256(json.dumps(description).encode()).hexdigest()[:10]
@@ -130,15 +121,9 @@ class DarcyData(SplitData):
 
     def make_splits(self) -> dict[str, TensorDataset]:
         """Load and scale all three splits."""
-        coefficients, solutions = {}, {}
-        for split in SPLITS:
-            arrays = self._load(split)
-            coefficients[split] = torch.from_numpy(arrays["a"])[:, None]
-            solutions[split] = torch.from_numpy(arrays["u"])[:, None]
-        mean = coefficients["train"].mean()
-        deviation = coefficients["train"].std().clamp_min(1e-6)  # they may all have one value
-        scale = solutions["train"].square().mean().sqrt()
-        return {
-            split: TensorDataset((coefficients[split] - mean) / deviation, solutions[split] / scale)
-            for split in SPLITS
-        }
+        arrays = {split: self._load(split) for split in SPLITS}
+        fields = {split: [torch.from_numpy(own[name])[:, None] for name in "au"] for split, own in arrays.items()}
+        coefficient, solution = fields["train"]
+        mean, deviation = coefficient.mean(), coefficient.std().clamp_min(1e-6)  # they may all have one value
+        scale = solution.square().mean().sqrt()
+        return {split: TensorDataset((a - mean) / deviation, u / scale) for split, (a, u) in fields.items()}

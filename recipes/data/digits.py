@@ -39,7 +39,7 @@ class DigitsData(SplitData):
     """
 
     kind = "images"
-    num_classes = 10
+    num_classes = CLASSES
 
     def __init__(
         self,

@@ -17,11 +17,7 @@ __all__ = ["KNOWN_TEXTS", "Documents", "file_states", "text_files"]
 
 
 def _wikipedia() -> list[str]:
-    """Return the articles of the English Wikipedia that `make real` brings, 2.3 MB.
-
-    Raises:
-        RecipeError: They are not there, or are others.
-    """
+    """Return the articles of the English Wikipedia that `make real` brings, 2.3 MB."""
     return wikipedia("calibration") + wikipedia("evaluation")
 
 
@@ -130,11 +126,7 @@ def file_states(files: Iterable[Path]) -> list[tuple[str, int, int]]:
 
 
 def _text_of(file: Path) -> str:
-    """Return the text of a file.
-
-    Raises:
-        RecipeError: It is no text in UTF-8.
-    """
+    """Return the text of a file."""
     try:
         return file.read_text("utf-8")
     except UnicodeDecodeError as error:

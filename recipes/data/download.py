@@ -134,19 +134,8 @@ def _progress_bars(console: Console) -> Progress:
 
 
 def _check_space(files: Sequence[DataFile], folder: Path) -> None:
-    """Compare what is still to come with the free space; a download that was begun has a part of it.
-
-    Args:
-        files: The files that are not there yet.
-        folder: Where they go.
-
-    Raises:
-        RecipeError: They do not fit.
-    """
-    needed = 0
-    for file in files:
-        part = _part(folder / file.file_name)
-        needed += file.size - _size(part)
+    """Refuse a disk without room for what is still to come; a download that was begun has a part of it."""
+    needed = sum(file.size - _size(_part(folder / file.file_name)) for file in files)
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise RecipeError(
@@ -162,41 +151,23 @@ def _part(path: Path) -> Path:
 
 def _size(path: Path) -> int:
     """Return the bytes of a file, 0 where there is none."""
-    if not path.exists():
-        return 0
-    return path.stat().st_size
+    return path.stat().st_size if path.exists() else 0
 
 
 def _checksum(path: Path, progress: Progress) -> str:
-    """Return the MD5 checksum of a file, in hexadecimal.
+    """Return the MD5 checksum of a file, in hexadecimal, with a bar for the reading.
 
     MD5 is what the server publishes; it finds damage, and is no protection from forgery.
-
-    Args:
-        path: The file; it is read in blocks, since it may be larger than the memory.
-        progress: Gets a bar of its own for the reading.
     """
     digest = hashlib.md5(usedforsecurity=False)
-    bar = progress.add_task("checking", total=path.stat().st_size)
-    with path.open("rb") as file:
-        while block := file.read(BLOCK):
+    with progress.open(path, "rb", description="checking") as file:
+        while block := file.read(BLOCK):  # a file may be larger than the memory
             digest.update(block)
-            progress.advance(bar, len(block))
-    progress.remove_task(bar)
     return digest.hexdigest()
 
 
 def _check_present(path: Path, file: DataFile, progress: Progress) -> None:
-    """Refuse a file of the right name and other content, such as one that the generator has made.
-
-    Args:
-        path: The file that is there.
-        file: What it should be.
-        progress: Shows the bar.
-
-    Raises:
-        RecipeError: The checksums differ; the file is left alone.
-    """
+    """Refuse a file of the right name and other content, such as one that the generator has made."""
     found = _checksum(path, progress)
     if found != file.md5:
         raise RecipeError(
@@ -225,11 +196,7 @@ class _Download:
         self.bar = progress.add_task("fetching", total=file.size)
 
     def run(self) -> None:
-        """Fetch, check, rename.
-
-        Raises:
-            RecipeError: The server does not send the file, or its checksum is wrong.
-        """
+        """Fetch, check, rename."""
         self._fetch()
         found = _checksum(self.part, self.progress)
         if found != self.file.md5:
@@ -241,11 +208,7 @@ class _Download:
         self.part.replace(self.path)
 
     def _fetch(self) -> None:
-        """Attempt until the last byte is there, or attempts bring nothing any more.
-
-        Raises:
-            RecipeError: `ATTEMPTS` in a row have brought nothing, or another attempt would not help.
-        """
+        """Attempt until the last byte is there, or `ATTEMPTS` in a row have brought nothing."""
         failures = 0  # attempts in a row that have brought nothing
         most = _size(self.part)
         while True:
@@ -266,12 +229,7 @@ class _Download:
             time.sleep(FIRST_PAUSE * 2 ** max(failures - 1, 0))
 
     def _attempt(self, start: int) -> None:
-        """Ask for the bytes from `start` on, and keep what comes.
-
-        Raises:
-            _DroppedError: Not all of them came; another attempt may help.
-            RecipeError: Another attempt would not help.
-        """
+        """Ask for the bytes from `start` on, and keep what comes; a `_DroppedError` says that not all came."""
         request = Request(self.file.url, headers={"User-Agent": "farms_tb"})
         if start:
             request.add_header("Range", f"bytes={start}-")
@@ -292,22 +250,11 @@ class _Download:
             self._receive(response, start)
 
     def _refused(self, error: HTTPError, start: int) -> None:
-        """Sort out what another attempt may solve; return where nothing is missing any more.
-
-        Args:
-            error: The server's answer. 416 means that it has no byte from `start` on: the part is whole, or longer
-                than the file.
-            start: Number of bytes that were there already.
-
-        Raises:
-            _DroppedError: Another attempt may help.
-            RecipeError: It would not.
-        """
+        """Sort out what another attempt may solve; return where nothing is missing any more."""
         with error:
-            nothing_from_start_on = error.code == 416 and start > 0
-            if nothing_from_start_on and error.headers.get("Content-Range") == f"bytes */{start}":
-                return
-            if nothing_from_start_on:
+            if error.code == 416 and start > 0:  # no byte from there on: the part is whole, or longer than the file
+                if error.headers.get("Content-Range") == f"bytes */{start}":
+                    return
                 self.part.unlink()
                 raise _DroppedError(f"there was more of it than the server has, {start} bytes")
             if error.code in BUSY:
@@ -315,20 +262,9 @@ class _Download:
             raise RecipeError(f"{self.file.url}: the server answers {error.code} {error.reason}")
 
     def _receive(self, response: http.client.HTTPResponse, start: int) -> None:
-        """Write the body of an answer to the part.
-
-        Args:
-            response: The answer.
-            start: Number of bytes to keep; 0 where the answer is the whole file.
-
-        Raises:
-            _DroppedError: The connection broke; what has come is kept.
-            RecipeError: The part can't be written.
-        """
+        """Write the body of an answer to the part, behind its first `start` bytes."""
         length = response.headers.get("Content-Length")
-        total = None
-        if length is not None:
-            total = start + int(length)
+        total = None if length is None else start + int(length)
         self.progress.update(self.bar, completed=start, total=total)
         try:
             with self.part.open("ab" if start else "wb") as out:
@@ -346,11 +282,7 @@ class _Download:
 
 
 def _read(response: http.client.HTTPResponse) -> bytes:
-    """Read the next bytes of a body; none at its end.
-
-    Raises:
-        _DroppedError: The connection broke. The disk has OSErrors too, so that only the reading is looked at here.
-    """
+    """Read the next bytes of a body, apart from the writing: an OSError of the disk is no broken connection."""
     try:
         return response.read(BLOCK)
     except (OSError, http.client.HTTPException) as error:

@@ -126,21 +126,12 @@ class ImageSet:
 
 
 def _cifar(title: str, kind: type[datasets.CIFAR10], classes: int, scaling: tuple[Channels, Channels]) -> ImageSet:
-    """Return CIFAR-10 or CIFAR-100.
-
-    Args:
-        title: Name of the set, for messages.
-        kind: torchvision's class that reads it, which also knows the archive and its checksum.
-        classes: Number of classes.
-        scaling: Mean and standard deviation of the training images by channel, for values in [0, 1].
-    """
+    """Return CIFAR-10 or CIFAR-100; torchvision's class reads it, and knows the archive and its checksum."""
 
     def fetch(data_dir: Path, download: bool) -> None:
-        """Download, check and unpack; torchvision does all three where they are needed."""
-        kind(str(data_dir), download=download)
+        kind(str(data_dir), download=download)  # downloads, checks and unpacks where that is needed
 
     def read(data_dir: Path, train: bool) -> tuple[Any, Any]:
-        """Read the pixels, (N, H, W, 3), and the labels of one split."""
         dataset = kind(str(data_dir), train=train)
         return dataset.data, dataset.targets
 
@@ -152,15 +143,12 @@ def _svhn() -> ImageSet:
     """Return SVHN without its extra training images, as the papers use it."""
 
     def fetch(data_dir: Path, download: bool) -> None:
-        """Download and check both files."""
         for split in ("train", "test"):
             datasets.SVHN(str(data_dir), split, download=download)
 
     def read(data_dir: Path, train: bool) -> tuple[Any, Any]:
-        """Read the pixels, (N, H, W, 3), and the labels of one split; torchvision has the channels first."""
-        split = {True: "train", False: "test"}[train]
-        dataset = datasets.SVHN(str(data_dir), split)
-        return dataset.data.transpose(0, 2, 3, 1), dataset.labels
+        dataset = datasets.SVHN(str(data_dir), "train" if train else "test")
+        return dataset.data.transpose(0, 2, 3, 1), dataset.labels  # torchvision has the channels first
 
     archives = tuple(Archive(*datasets.SVHN.split_list[split]) for split in ("train", "test"))
     scaling = (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)

@@ -139,18 +139,7 @@ class ImageData(SplitData):
         }
 
     def _drawn(self, indices: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Draw `train_size` of the images, stratified by class.
-
-        Args:
-            indices: The images that are not held out, int64 (M,).
-            labels: Labels of all training images, int64 (N,).
-
-        Returns:
-            Those to train on, int64 (train_size,); all M without a `train_size`.
-
-        Raises:
-            RecipeError: There are fewer, or so few left over that a class lacks one.
-        """
+        """Draw `train_size` of the images that are not held out, int64 (M,), stratified by class; all without it."""
         if self.train_size is None or self.train_size == len(indices):
             return indices
         try:

@@ -15,7 +15,12 @@ import torch
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-__all__ = ["EpochShuffle", "SplitData", "evaluation_loader", "training_loader"]
+__all__ = ["EpochShuffle", "SplitData", "epoch_generator", "training_loader"]
+
+
+def epoch_generator(seed: int, epoch: int) -> torch.Generator:
+    """Return a generator whose draws depend on seed and epoch alone."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + epoch)
 
 
 class EpochShuffle(Sampler[int]):
@@ -42,8 +47,7 @@ class EpochShuffle(Sampler[int]):
         return self.size
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        yield from torch.randperm(self.size, generator=generator).tolist()
+        yield from torch.randperm(self.size, generator=epoch_generator(self.seed, self.epoch)).tolist()
 
 
 def training_loader(
@@ -68,27 +72,6 @@ def training_loader(
         batch_size=batch_size,
         sampler=EpochShuffle(size, seed),
         drop_last=size > batch_size and size % batch_size == 1,
-        collate_fn=collate_fn,
-        num_workers=num_workers,
-        persistent_workers=num_workers > 0,
-        pin_memory=torch.cuda.is_available(),
-    )
-
-
-def evaluation_loader(
-    dataset: Dataset[Any], batch_size: int, num_workers: int = 0, collate_fn: Callable[[Any], Any] | None = None
-) -> DataLoader[Any]:
-    """Return a loader of all samples in order, the last batch as small as it comes.
-
-    Args:
-        dataset: The validation or test samples.
-        batch_size: Samples a batch.
-        num_workers: Processes that read samples; with 0 the training process reads them itself.
-        collate_fn: Makes a batch from a list of samples; None for torch's own.
-    """
-    return DataLoader(
-        dataset,
-        batch_size=batch_size,
         collate_fn=collate_fn,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
@@ -151,7 +134,12 @@ class SplitData(LightningDataModule, ABC):
         return self._evaluation_loader("test")
 
     def _evaluation_loader(self, split: str) -> DataLoader[Any]:
-        """Return the batches of a split in order."""
-        return evaluation_loader(
-            self.datasets[split], self.evaluation_batch_size, self.num_workers, self.collate_fn
+        """Return the batches of a split in order, the last one as small as it comes."""
+        return DataLoader(
+            self.datasets[split],
+            batch_size=self.evaluation_batch_size,
+            collate_fn=self.collate_fn,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
         )

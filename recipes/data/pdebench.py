@@ -225,14 +225,7 @@ class _PDEBenchData(SplitData):
 
     @abstractmethod
     def _check_layout(self, shapes: Shapes) -> None:
-        """Refuse datasets that are of another layout, or too small for the options.
-
-        Args:
-            shapes: Shape of each dataset in the file, by name.
-
-        Raises:
-            RecipeError: They do not fit; the message names the file and what was expected.
-        """
+        """Refuse datasets, given by their shapes, that are of another layout or too small for the options."""
 
     @cached_property
     def _shapes(self) -> Shapes:
@@ -279,15 +272,13 @@ class _PDEBenchData(SplitData):
         """Open the splits; read them where they fit in `memory_gb`."""
         splits = self._split()
         needed = self._sample_bytes() * sum(map(len, splits.values()))
-        fits = needed <= self.options.memory_gb * 1e9
-        datasets: dict[str, Dataset[Any]] = {
+        samples = {
             split: _Samples(self.reader, indices, self.select, self.pair) for split, indices in splits.items()
         }
-        if fits:
-            for split, samples in datasets.items():
-                datasets[split] = in_memory(samples, f"Reading {split} samples")
+        if needed <= self.options.memory_gb * 1e9:
             self.num_workers = 0
-        return datasets
+            return {split: in_memory(own, f"Reading {split} samples") for split, own in samples.items()}
+        return dict(samples)
 
 
 class PDEBenchDarcy(_PDEBenchData):

@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from recipes.data.digits import DigitsData
+from recipes.data.loaders import epoch_generator
 from recipes.values import Range
 
 __all__ = ["RepeatedDigits"]
@@ -36,7 +37,7 @@ class _ShuffledPasses(Sampler[list[int]]):
         return self.passes * -(-self.size // self.batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        generator = epoch_generator(self.seed, self.epoch)
         for _ in range(self.passes):
             order = torch.randperm(self.size, generator=generator).tolist()
             for start in range(0, self.size, self.batch_size):

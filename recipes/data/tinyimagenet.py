@@ -43,26 +43,21 @@ def prepare(data_dir: Path, download: bool) -> None:
         RuntimeError: The archive is missing or damaged, and may not be or was not downloaded whole.
         RecipeError: The folder is there but not as it ships.
     """
-    caches = [_cache(data_dir, train=True), _cache(data_dir, train=False)]
-    decoded = all(cache.exists() for cache in caches)
+    decoded = all(_cache(data_dir, train).exists() for train in _SPLITS)
     unpacked = (data_dir / FOLDER).is_dir()
     if not unpacked and not decoded:
         _fetch(data_dir, download)
         _unpack(data_dir)
-    read(data_dir, train=True)
-    read(data_dir, train=False)
+    for train in _SPLITS:
+        read(data_dir, train)
 
 
 def _fetch(data_dir: Path, download: bool) -> None:
-    """Make sure that the archive is there and whole.
-
-    Raises:
-        RuntimeError: It is not; `recipes.data.image_sets` tells the user what to do.
-    """
+    """Make sure that the archive is there and whole."""
     if download:
         download_url(URL, str(data_dir), ARCHIVE, MD5)
     if not check_integrity(str(data_dir / ARCHIVE), MD5):
-        raise RuntimeError("no whole archive")
+        raise RuntimeError("no whole archive")  # `recipes.data.image_sets` tells the user what to do
 
 
 def _unpack(data_dir: Path) -> None:
@@ -97,15 +92,7 @@ def read(data_dir: Path, train: bool) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _decode(folder: Path, train: bool) -> Arrays:
-    """Decode every image of one split, on all cores: 100 000 of them take half a minute.
-
-    Args:
-        folder: The unpacked archive.
-        train: Training images, else the validation images.
-
-    Returns:
-        Under "images" uint8 (N, 64, 64, 3), under "labels" int64 (N,).
-    """
+    """Decode every image of one split, on all cores: 100 000 of them take half a minute."""
     paths, labels = zip(*samples(folder, train), strict=True)
     images = np.empty((len(paths), SIDE, SIDE, 3), dtype=np.uint8)
     with ThreadPoolExecutor() as pool:
@@ -116,17 +103,7 @@ def _decode(folder: Path, train: bool) -> Arrays:
 
 
 def _pixels(path: Path) -> np.ndarray:
-    """Decode one image.
-
-    Args:
-        path: Its file.
-
-    Returns:
-        Pixels uint8 (64, 64, 3), red, green and blue.
-
-    Raises:
-        RecipeError: The file is damaged, or the image has another size.
-    """
+    """Decode one image: uint8 (64, 64, 3), red, green and blue."""
     try:
         with Image.open(path) as image:
             pixels = np.asarray(image.convert("RGB"))  # some are grey
@@ -188,18 +165,7 @@ def _training_samples(folder: Path, labels: dict[str, int]) -> list[tuple[Path, 
 
 
 def _validation_samples(folder: Path, labels: dict[str, int]) -> list[tuple[Path, int]]:
-    """List the images of `val` in the order of their annotations, wherever below that folder they are.
-
-    Args:
-        folder: The folder `val` of the unpacked archive.
-        labels: Label of each class, by its name in `wnids.txt`.
-
-    Returns:
-        Paths and labels.
-
-    Raises:
-        RecipeError: An image or the list of annotations is missing, or the list names an unknown class.
-    """
+    """List the images of `val` in the order of their annotations, wherever below that folder they are."""
     file = folder / "val_annotations.txt"
     listed = _annotations(file)
     found = {path.name: path for path in folder.rglob("*.JPEG")}

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from farms_tb.atomic_write import atomic_path
 from recipes.console import make_console
 from recipes.data.documents import Documents, file_states
-from recipes.data.loaders import EpochShuffle, SplitData
+from recipes.data.loaders import EpochShuffle, SplitData, epoch_generator
 from recipes.errors import RecipeError
 from recipes.real import smollm2_folder
 from recipes.values import Range
@@ -51,8 +51,7 @@ class PartShuffle(EpochShuffle):
 
     def __iter__(self) -> Iterator[int]:
         passes, part = divmod(self.epoch, self.parts)
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + passes)
-        order = torch.randperm(self.size, generator=generator)
+        order = torch.randperm(self.size, generator=epoch_generator(self.seed, passes))
         yield from order[part * len(self) : (part + 1) * len(self)].tolist()
 
 
