@@ -44,17 +44,7 @@ def random_wave(rng: np.random.Generator, x: np.ndarray) -> np.ndarray:
 
 
 def _rescaled(rng: np.random.Generator, wave: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Scale a wave to [b, b + m] with m and b log-uniform in [low, high].
-
-    Args:
-        rng: Source of m and b.
-        wave: Values of any range, shape (n,).
-        low: Lower end for m and b, above 0.
-        high: Upper end for both.
-
-    Returns:
-        The wave with minimum b and maximum b + m, shape (n,).
-    """
+    """Scale a wave, shape (n,), to [b, b + m] with m and b drawn log-uniformly from [low, high]."""
     height, base = np.exp(rng.uniform(np.log(low), np.log(high), 2))
     return np.asarray(base + height * (wave - wave.min()) / np.ptp(wave))
 

@@ -165,17 +165,7 @@ class PartFile:
             ) from error
 
     def _check(self, settings: Settings) -> dict[str, int]:
-        """Compare the settings with those in the file.
-
-        Args:
-            settings: What the samples of this run depend on.
-
-        Returns:
-            Where each data set begins in the file, in bytes.
-
-        Raises:
-            RecipeError: The settings differ, or the file is none of this generator.
-        """
+        """Compare the settings with those in the file, and return where each data set begins in it, in bytes."""
         try:
             with h5py.File(self.path, "r", locking=False) as file:
                 found = {name: _plain(value) for name, value in file.attrs.items()}
@@ -192,9 +182,6 @@ class PartFile:
 
         A file that ends where its HDF5 part does lost the record in `finish`, and was stopped before it got its
         name: it is complete.
-
-        Raises:
-            RecipeError: The file ends in something else.
         """
         file = self._file.fileno()
         # Bytes 40 to 47 of the superblock, version 0: where HDF5's own part of the file ends.
@@ -210,14 +197,9 @@ class PartFile:
         return end, np.frombuffer(done, dtype=np.uint8).copy()
 
     def _check_space(self, spec: Spec, present: int) -> None:
-        """Compare what the disk has left with what the samples take, in float32.
+        """Refuse a disk without room for the samples, in float32.
 
-        Args:
-            spec: Gives the data sets.
-            present: Bytes of the file that are on the disk already; a file with holes has fewer than its size.
-
-        Raises:
-            RecipeError: The disk has too little space left.
+        `present` bytes of the file are on the disk already; a file with holes has fewer than its size.
         """
         numbers = sum(math.prod(shape) for shape in spec.fields.values())
         needed = 4 * self.samples * numbers - present
@@ -230,31 +212,16 @@ class PartFile:
 
 
 def _write_at(file: int, offset: int, data: bytes) -> None:
-    """Write all bytes at a place of an open file.
-
-    Args:
-        file: The file's descriptor.
-        offset: The place, in bytes.
-        data: What is written; the system may take less of it at a time.
-    """
+    """Write all bytes at a place of an open file."""
     rest = memoryview(data)
-    while rest:
+    while rest:  # the system may take less of it at a time
         written = os.pwrite(file, rest, offset)
         rest = rest[written:]
         offset += written
 
 
 def _check_settings(path: Path, found: Settings, settings: Settings) -> None:
-    """Refuse to go on with a file of other settings.
-
-    Args:
-        path: The file, for the message.
-        found: The settings in the file.
-        settings: The settings now.
-
-    Raises:
-        RecipeError: They differ; the message names those that do.
-    """
+    """Refuse to go on with a file of other settings, and name those that differ."""
     names = [name for name in {**settings, **found} if settings.get(name) != found.get(name)]
     if not names:
         return
@@ -268,20 +235,13 @@ def _check_settings(path: Path, found: Settings, settings: Settings) -> None:
 
 def _plain(value: Any) -> Any:
     """Return an attribute of an HDF5 file as a number or text of Python: h5py returns numbers as NumPy scalars."""
-    if isinstance(value, np.generic):
-        return value.item()
-    return value
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _lay_out(file: h5py.File, name: str, shape: tuple[int, ...]) -> None:
     """Make a float32 data set that has its place in the file, in one piece, before anything is written to it.
 
     Neither fill values nor times are written: the file of a run is bitwise the same whenever it was begun.
-
-    Args:
-        file: The file, open for writing.
-        name: Name of the data set.
-        shape: Its shape, first axis by sample.
     """
     layout = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     layout.set_layout(h5py.h5d.CONTIGUOUS)

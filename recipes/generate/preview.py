@@ -62,15 +62,7 @@ def _ends(centres: np.ndarray) -> tuple[float, float]:
 
 
 def _draw_field(figure: Figure, axis: Axes, values: np.ndarray, name: str, extent: Extent) -> None:
-    """Draw one field with its colour bar; velocity in two colours that meet at zero.
-
-    Args:
-        figure: The figure.
-        axis: Where to draw.
-        values: The field, (vertical, horizontal).
-        name: Name of the field in the file, which decides the colours.
-        extent: Left, right, lower and upper edge.
-    """
+    """Draw one field, (vertical, horizontal), with its colour bar; velocity in two colours that meet at zero."""
     limits = {}
     if name == "Vx":
         limit = np.abs(values).max()

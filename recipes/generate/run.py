@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import cast
 
@@ -93,23 +94,12 @@ def recorded_settings(spec: Spec, samples: int) -> Settings:
         spec: Which samples.
         samples: How many.
     """
-    kinds = {known: name for name, known in KINDS.items()}
-    kind = kinds[type(spec)]
+    (kind,) = (name for name, known in KINDS.items() if known is type(spec))
     return {"generator": f"recipes.generate {kind}, version {VERSION}", **asdict(spec), "samples": samples}
 
 
 def _write_all(spec: Spec, part: PartFile, missing: list[int], workers: int) -> Iterator[int]:
-    """Make and write the samples that are missing.
-
-    Args:
-        spec: Which samples.
-        part: The file that they are written to.
-        missing: Their numbers, ascending.
-        workers: The largest number of processes.
-
-    Yields:
-        The number of samples of each batch that has been written.
-    """
+    """Make and write the samples that are missing; yield the number of samples of each batch that is written."""
     if not missing:
         return
     share = math.ceil(len(missing) / workers)
@@ -126,34 +116,18 @@ def _ranges(indices: Sequence[int], longest: int) -> Iterator[range]:
     >>> list(_ranges([0, 1, 2, 5, 6], 2))
     [range(0, 2), range(2, 3), range(5, 7)]
     """
-    run = range(0)
-    for index in indices:
-        if index == run.stop and 0 < len(run) < longest:
-            run = range(run.start, index + 1)
-            continue
-        if run:
-            yield run
-        run = range(index, index + 1)
-    if run:
-        yield run
+    for _, run in groupby(enumerate(indices), lambda pair: pair[1] - pair[0]):  # the same for consecutive ones
+        numbers = [index for _, index in run]
+        end = numbers[-1] + 1
+        for start in range(numbers[0], end, longest):
+            yield range(start, min(start + longest, end))
 
 
 def _make_samples(spec: Spec, tasks: Sequence[range], workers: int) -> Iterator[tuple[range, Arrays]]:
-    """Make samples in worker processes of one thread each.
+    """Make samples in worker processes of one thread each, and yield each task with its samples as they get done.
 
     The solvers' libraries would start a thread for each core, in every process. With one thread each the processes
     share the cores, and a sample is bitwise the same whichever process makes it.
-
-    Args:
-        spec: Makes them.
-        tasks: Numbers of the samples, a range a task.
-        workers: Number of processes.
-
-    Yields:
-        Each task with its samples, in the order in which they get done.
-
-    Raises:
-        RecipeError: A worker was killed.
     """
     waiting = list(tasks)
     with LocalEngine(workers) as engine:
