@@ -162,7 +162,9 @@ def load_study(overrides: Sequence[str]) -> Study:
 
 def _cells_of(value: Any) -> dict[str, Any]:
     """Return the cells of the study's file, each with the settings that differ for it."""
-    cells: dict[str, Any] = value or {}  # the line "cells:" with nothing below it
+    cells = value or {}  # the line "cells:" with nothing below it
+    if not isinstance(cells, dict):
+        raise RecipeError(f"study.cells must be experiments by name such as {{darcy_fno: {{}}}}, got {value!r}")
     for name, own in cells.items():
         if not (own is None or isinstance(own, dict)):
             raise RecipeError(f"study.cells.{name} must be settings by name such as {{seeds: 20}}, got {own!r}")

@@ -84,6 +84,11 @@ class Options:
 
     def _check_variants(self) -> None:
         """Refuse variants that are no lists of settings that an arm can have, or take the name of another arm."""
+        if not isinstance(self.variants, Mapping):
+            raise RecipeError(
+                "study.variants must be arms by name such as {slow: [balancing=farms,balancing.lr_max_ratio=1]}, "
+                f"got {self.variants!r}"
+            )
         for name, settings in self.variants.items():
             _check_name("study.variants", name)
             if name in ARMS:
