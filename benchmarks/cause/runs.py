@@ -13,7 +13,7 @@ from torch import nn
 from benchmarks.models import settings
 from recipes.console import quiet_lightning
 from recipes.parts import Parts, build_parts
-from recipes.study.single import make_trainer
+from recipes.study.training import make_trainer
 
 __all__ = ["FACTOR", "SETTINGS", "TYPES", "matrices_of", "train"]
 

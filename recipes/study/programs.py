@@ -25,7 +25,7 @@ from recipes.errors import RecipeError
 
 __all__ = ["PROGRAMS", "load_program", "program_of"]
 
-PROGRAMS = {"train": "recipes.study.single", "finetune": "recipes.study.finetuning"}
+PROGRAMS = {"train": "recipes.study.training", "finetune": "recipes.study.finetuning"}
 """The module of each program. A program has the name of its settings in `conf/` and of its command."""
 
 
