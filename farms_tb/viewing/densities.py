@@ -47,19 +47,13 @@ def esd_density(histogram: EsdHistogram) -> Density:
         The edges of the bins `(n + 1,)` and the density in each `(n,)`.
     """
     counts = np.asarray(histogram.counts, dtype=float)
-    while _can_be_halved(counts):
+    while len(counts) > 8 and len(counts) % 2 == 0 and counts.sum() < EIGENVALUES_PER_BIN * len(counts):
         counts = counts.reshape(-1, 2).sum(-1)
     # One eigenvalue alone, or all equal, would have a bin of no width.
     high = max(histogram.high, histogram.low + 1e-3)
     edges = 10.0 ** np.linspace(histogram.low, high, len(counts) + 1)
     shares = counts / counts.sum()
     return Density(edges, shares / np.diff(edges))
-
-
-def _can_be_halved(counts: Array) -> bool:
-    """Return whether bins are to be merged in twos: there are enough, and they hold too few eigenvalues each."""
-    too_empty = counts.sum() < EIGENVALUES_PER_BIN * len(counts)
-    return bool(too_empty) and len(counts) > 8 and len(counts) % 2 == 0
 
 
 def tail_density(record: LayerRecord) -> Density | None:

@@ -15,7 +15,7 @@ from farms_tb.balancing.verdict_warnings import MOST, PATIENCE
 from farms_tb.printable import printable
 from farms_tb.report import LayerRecord, Report
 from farms_tb.verdicts import RANDOM_Z_OF_FEW, Verdict
-from farms_tb.viewing.history import Curve, History
+from farms_tb.viewing.history import History
 from farms_tb.viewing.names import shortened
 from farms_tb.weights.names import first_few
 
@@ -81,10 +81,7 @@ def diagnose(report: Report) -> list[str]:
     for name, record in report.layers.items():
         if record.verdict is not None:
             by_verdict[record.verdict][name] = record
-    found = []
-    for verdict, say in _SENTENCES.items():
-        if by_verdict[verdict]:
-            found.append(say(by_verdict[verdict], report.layers))
+    found = [say(by_verdict[verdict], report.layers) for verdict, say in _SENTENCES.items() if by_verdict[verdict]]
     dead = {name: record for name, record in report.layers.items() if _dead_side(record)[0] >= DEAD_SHARE}
     if dead:
         found.append(_about_dead_rows(dead))
@@ -242,7 +239,11 @@ def _left_behind(history: History) -> dict[str, int]:
 
     Layers without a learning rate are not trained, and stay as they are.
     """
-    scores = {name: _by_step(curve) for name, curve in history.z.items() if name in history.lr}
+    scores = {
+        name: dict(zip(curve.steps, curve.values, strict=True))
+        for name, curve in history.z.items()
+        if name in history.lr
+    }
     steps = sorted(set().union(*scores.values()), reverse=True)
     waiting = set(scores)
     counts: Counter[str] = Counter()
@@ -254,8 +255,3 @@ def _left_behind(history: History) -> dict[str, int]:
         waiting &= random
         counts.update(waiting)
     return {name: counts[name] for name in scores if counts[name] >= PATIENCE}
-
-
-def _by_step(curve: Curve) -> dict[int, float]:
-    """Return the values of a curve by optimizer step."""
-    return dict(zip(curve.steps, curve.values, strict=True))

@@ -9,7 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-__all__ = ["Curve", "History"]
+__all__ = ["LARGEST_EXACT", "Curve", "History"]
+
+LARGEST_EXACT = 2**53
+"""Whole numbers beyond it are not exact in the floating-point numbers of the page and the pictures."""
 
 
 class Curve(NamedTuple):

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from farms_tb.viewing.history import Curve, History
+from farms_tb.viewing.history import LARGEST_EXACT, Curve, History
 from farms_tb.viewing.names import in_order, shortened
 from farms_tb.weights.names import natural_order
 
@@ -32,9 +32,6 @@ FURTHER = ("effect", "z", "rank_share")
 """What is logged as well where it is known."""
 
 _KEY = re.compile(rf"farms/(?P<quantity>{'|'.join(QUANTITIES + FURTHER)})/(?P<layer>.+)", re.DOTALL)
-
-_LARGEST_STEP = 2**53
-"""Whole numbers beyond it are no longer exact in the page's and the pictures' floating-point numbers."""
 
 
 class _When(NamedTuple):
@@ -114,32 +111,27 @@ def read_metrics(path: Path, layers: Sequence[str] = ()) -> MetricsFile:
     for row in _rows(path, left_out):
         _add_measurements(points, row, left_out)
         _add_others(others, row)
-    names = _by_depth(set().union(*(points[quantity] for quantity in QUANTITIES)), layers)
-    curves = {quantity: _curves(values, names) for quantity, values in points.items()}
+    by_name = sorted(set().union(*(points[quantity] for quantity in QUANTITIES)), key=natural_order)
+    names = tuple(in_order(by_name, layers))
+    curves = {
+        quantity: {name: _curve(values[name]) for name in names if name in values}
+        for quantity, values in points.items()
+    }
     history = History(**curves, layers=names)
     logged = {column: _curve(values) for column, values in others.items()}
     return MetricsFile(history, tuple(_problems(path, left_out)), logged)
 
 
 def _add_others(points: dict[str, dict[_When, float]], row: _Row) -> None:
-    """Add what else was logged in a row; a row that does not say when adds nothing.
-
-    Args:
-        points: the values so far, by column and time.
-        row: the row.
-    """
+    """Add what else was logged in a row, by column and time; a row that does not say when adds nothing."""
     when = _when(row.cells)
     if when is None:
         return
     for column, text in row.cells.items():
         value = _finite(text)
-        if value is not None and _is_of_the_user(column):
+        is_other = column not in ("", "epoch", "step") and not column.startswith("farms/")
+        if value is not None and is_other:
             points.setdefault(column, {})[when] = value
-
-
-def _is_of_the_user(column: str) -> bool:
-    """Return whether a column is neither the callback's nor the time of a row."""
-    return column not in ("", "epoch", "step") and not column.startswith("farms/")
 
 
 def has_measurements(path: Path) -> bool:
@@ -161,10 +153,7 @@ def _rows(path: Path, left_out: list[str]) -> Iterator[_Row]:
     """Yield the rows of a file that have a cell for each column.
 
     Each line is parsed on its own: for one reader of all, a stray quote would make one cell of all lines after it.
-
-    Args:
-        path: the file.
-        left_out: gets a few words on each line that is no row.
+    `left_out` gets a few words on each line that is no row.
     """
     with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
         lines = _whole_lines(file)
@@ -195,12 +184,9 @@ def _parsed(text: str, columns: int) -> tuple[list[str], str]:
 
 
 def _add_measurements(points: _Points, row: _Row, left_out: list[str]) -> None:
-    """Add the measurements in a row.
+    """Add the measurements in a row; `left_out` gets a few words on everything that is no finite number.
 
-    Args:
-        points: the values so far, by quantity, layer and time; a later row of equal time replaces an earlier one.
-        row: the row; one without values in the callback's columns adds nothing.
-        left_out: gets a few words on everything that is no finite number.
+    A later row of equal time replaces an earlier one.
     """
     cells = _filled_cells(row.cells)
     if not cells:
@@ -231,17 +217,12 @@ def _filled_cells(row: Mapping[str, str]) -> dict[tuple[str, str], str]:
 
 
 def _when(row: Mapping[str, str]) -> _When | None:
-    """Return when a row was measured.
+    """Return when a row was measured; None where the step is no number, or too large to be exact.
 
-    Args:
-        row: the cells by column; one without a step counts as of step 0.
-
-    Returns:
-        Its epoch, NaN where the row does not say, and its step; None where the step is no number, or too large to
-        be exact.
+    A row without a step counts as of step 0.
     """
     step = _finite(row.get("step") or "0")
-    if step is None or abs(step) > _LARGEST_STEP:
+    if step is None or abs(step) > LARGEST_EXACT:
         return None
     epoch = _finite(row.get("epoch", ""))
     if epoch is None:
@@ -255,9 +236,7 @@ def _finite(text: str) -> float | None:
         value = float(text)
     except ValueError:
         return None
-    if not math.isfinite(value):
-        return None
-    return value
+    return value if math.isfinite(value) else None
 
 
 def _quoted(text: str) -> str:
@@ -268,33 +247,13 @@ def _quoted(text: str) -> str:
 def _problems(path: Path, left_out: Sequence[str]) -> Iterator[str]:
     """Yield a sentence for each kind of thing that was left out of a file."""
     if left_out:
-        examples = left_out[0]
-        others = len(left_out) - 1
-        if others:
-            examples += f" and {others} more"
-        yield f"{path.name} has cells that hold no finite number, or broken lines, left out here: {examples}."
+        more = f" and {len(left_out) - 1} more" if len(left_out) > 1 else ""
+        yield (
+            f"{path.name} has cells that hold no finite number, or broken lines, left out here: "
+            f"{left_out[0]}{more}."
+        )
     if not path.read_bytes().endswith(b"\n"):
         yield f"{path.name} ends in half a line, which is left out: the run seems to be writing it."
-
-
-def _by_depth(names: Iterable[str], layers: Sequence[str]) -> tuple[str, ...]:
-    """Order `names` as in `layers`; those that are not in it come last, by name."""
-    by_name = sorted(names, key=natural_order)
-    return tuple(in_order(by_name, layers))
-
-
-def _curves(values: Mapping[str, Mapping[_When, float]], names: Sequence[str]) -> dict[str, Curve]:
-    """Return the curves of one quantity.
-
-    Args:
-        values: its values by layer and time; not every layer need have some.
-        names: names of all layers, in the order that the curves get.
-    """
-    curves = {}
-    for name in names:
-        if name in values:
-            curves[name] = _curve(values[name])
-    return curves
 
 
 def _curve(points: Mapping[_When, float]) -> Curve:

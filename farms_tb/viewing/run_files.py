@@ -88,40 +88,25 @@ def _find_metrics(folder: Path) -> Path | None:
     if own in found:
         return own
     _refuse_several(folder, [path.parent for path in found])
-    if not found:
-        return None
-    return found[0]
+    return found[0] if found else None
 
 
 def _checkpoints_of(root: Path, checkpoints: Iterable[Path]) -> list[Path]:
-    """Return those of some checkpoints that are of the run in `root`.
+    """Return those of some checkpoints that are of the run in `root`, in the same order.
 
     Some loggers keep checkpoints apart from the metrics: without any in the run's own folder, those elsewhere are
-    taken if only one run can be meant.
-
-    Args:
-        root: the folder that holds the run's `metrics.csv`.
-        checkpoints: all checkpoints of the folder that was asked for, the newest first.
-
-    Returns:
-        The run's checkpoints, in the same order; none where they could be of several runs.
+    taken if only one run can be meant, which is not another one with metrics of its own.
     """
-    possible = [path for path in checkpoints if _may_belong(path, root)]
+    by_run = {path: _run_of(path) for path in checkpoints}
+    possible = [path for path, run in by_run.items() if run == root or not (run / METRICS_FILE).exists()]
     own = [path for path in possible if path.is_relative_to(root)]
     if own:
         return own
-    runs = {_run_of(path) for path in possible}
-    if len(runs) > 1:
-        return []
-    return possible
+    return possible if len({by_run[path] for path in possible}) == 1 else []
 
 
 def _refuse_several(folder: Path, runs: Iterable[Path]) -> None:
-    """Refuse to choose between runs.
-
-    Args:
-        folder: the folder that was asked for.
-        runs: the folders of the runs in it, the newest first; one may be named more than once.
+    """Refuse to choose between the runs in a folder; `runs` are their folders, the newest first, maybe repeated.
 
     Raises:
         SeveralRunsError: there is more than one; the message lists them.
@@ -139,27 +124,14 @@ def _refuse_several(folder: Path, runs: Iterable[Path]) -> None:
 
 def _written(run: Path) -> str:
     """Return when something was last written in a run's folder, in local time."""
-    newest = 0.0
-    for path in (run, *run.iterdir()):
-        modified = _modified(path)
-        if modified is not None:
-            newest = max(newest, modified)
+    newest = max(_modified(path) or 0.0 for path in (run, *run.iterdir()))
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(newest))
 
 
 def _run_of(checkpoint: Path) -> Path:
     """Return the folder of a checkpoint's run: Lightning keeps checkpoints in a folder `checkpoints` of it."""
     folder = checkpoint.parent
-    if folder.name == "checkpoints":
-        return folder.parent
-    return folder
-
-
-def _may_belong(checkpoint: Path, root: Path) -> bool:
-    """Return whether a checkpoint is not another run's, which has metrics of its own."""
-    run = _run_of(checkpoint)
-    has_own_metrics = (run / METRICS_FILE).exists()
-    return run == root or not has_own_metrics
+    return folder.parent if folder.name == "checkpoints" else folder
 
 
 def _newest_first(paths: Iterable[Path]) -> list[Path]:
@@ -175,30 +147,22 @@ def _newest_first(paths: Iterable[Path]) -> list[Path]:
 def _last_first(checkpoints: Sequence[Path]) -> list[Path]:
     """Sort the checkpoints of one run by their optimizer steps, as far as they say them.
 
-    Times of writing alone are not enough: a run that was copied has those of the copy, in any order.
-
-    Args:
-        checkpoints: the newest first; of those with equal steps the newest stays first.
-
-    Returns:
-        The same files; in the given order where there are very many, or where one of them does not say its step,
-        as one that is being written.
+    Times of writing alone are not enough: a run that was copied has those of the copy, in any order. They decide
+    where there are very many checkpoints, where one does not say its step, as one that is being written, and
+    between equal steps.
     """
     if len(checkpoints) > _MOST_COMPARED:
         return list(checkpoints)
-    steps = {path: _steps_of(path) for path in checkpoints}
-    known = {path: step for path, step in steps.items() if step is not None}
-    if len(known) < len(checkpoints):
-        return list(checkpoints)
-    return sorted(checkpoints, key=known.__getitem__, reverse=True)
-
-
-def _steps_of(checkpoint: Path) -> int | None:
-    """Return the optimizer steps of a checkpoint; None where it cannot be read or does not say them."""
-    try:
-        return read_state(checkpoint).step
-    except (ValueError, OSError):
-        return None
+    steps: dict[Path, int] = {}
+    for path in checkpoints:
+        try:
+            step = read_state(path).step
+        except (ValueError, OSError):
+            step = None
+        if step is None:
+            return list(checkpoints)
+        steps[path] = step
+    return sorted(checkpoints, key=steps.__getitem__, reverse=True)
 
 
 def _modified(path: Path) -> float | None:

@@ -32,7 +32,7 @@ from farms_tb.viewing.saved_state import SavedState, newest_state, read_state
 __all__ = ["Curve", "History", "RunFolder", "as_run_folder", "read_history", "read_run_folder"]
 
 _ESDS: tuple[Esd, Esd] = ("farms", "full")
-"""The two kinds of measurement that are compared."""
+"""The two kinds of measurement, in this order."""
 
 
 @dataclass(frozen=True)
@@ -180,17 +180,12 @@ def _read_weights(path: Path, null: bool, key: str | None) -> RunFolder:
 def _measure_newest(
     files: RunFiles, null: bool, key: str | None, problems: list[str]
 ) -> tuple[Report | None, Report | None, SavedState, str]:
-    """Measure the last checkpoint that can be read.
-
-    Args:
-        files: where the run's files lie.
-        null: also measure the permutation null, unless the checkpoint holds it.
-        key: where the weights lie in a checkpoint; None to find them.
-        problems: gets a sentence for what is missing, and for what is wrong with newer checkpoints.
+    """Measure the last checkpoint that can be read; see `read_run_folder` for `null` and `key`.
 
     Returns:
         The measurements by FARMS windows and of whole matrices, the callback's state in the checkpoint, and what
-        was measured, in words; without weights no measurements, an empty state and no words.
+        was measured, in words; without weights no measurements, an empty state and no words. `problems` gets a
+        sentence for what is missing, and for what is wrong with newer checkpoints.
     """
     if not files.checkpoints:
         problems.append("No checkpoint (*.ckpt) yet, so no spectra and no full-matrix alphas.")
@@ -207,29 +202,15 @@ def _measure_newest(
         if state.damaged:
             parts = ", ".join(state.damaged)
             problems.append(f"The callback's state in {name} is damaged, what is affected is left out: {parts}.")
-        return farms, full, state, _in_words(name, state)
+        when = state.at()
+        return farms, full, state, f"{name} ({when})" if when else name
     return None, None, SavedState(), ""
 
 
-def _in_words(checkpoint: str, state: SavedState) -> str:
-    """Return the name of a checkpoint, with its epoch and step where it holds them."""
-    when = state.at()
-    if not when:
-        return checkpoint
-    return f"{checkpoint} ({when})"
-
-
 def _measure_both(path: Path, state: SavedState, null: bool, key: str | None) -> list[Report]:
-    """Measure a checkpoint by FARMS windows and as whole matrices, with the run's other options.
+    """Measure a checkpoint by FARMS windows and as whole matrices, with the options that its state holds.
 
-    Args:
-        path: the checkpoint.
-        state: the callback's state in it, for the options and the permutation nulls that the run measured.
-        null: also measure the permutation null, unless the state holds it for these options.
-        key: where the weights lie in the checkpoint; None to find them.
-
-    Returns:
-        The two measurements, in the order of `_ESDS`.
+    Permutation nulls that the run measured by these options are not measured again.
     """
     reports = []
     for esd in _ESDS:

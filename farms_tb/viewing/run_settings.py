@@ -56,23 +56,13 @@ def read_summary(files: RunFiles, problems: list[str]) -> dict[str, Any]:
     except (ValueError, RecursionError):
         problems.append(f"{SUMMARY_FILE} is no JSON, or half written: it is left out.")
         return {}
-    if not isinstance(summary, dict):
-        return {}
-    return summary
+    return summary if isinstance(summary, dict) else {}
 
 
 def _read_own(path: Path, folder: Path, problems: list[str]) -> bytes | None:
-    """Read a file of a run.
+    """Return the content of a file; None where there is none, it cannot be read, or a link leads out of `folder`.
 
     The page shows the content, and no link in somebody else's folder may bring a file of the reader's into it.
-
-    Args:
-        path: the file.
-        folder: the folder that was asked for, outside of which nothing is read.
-        problems: gets a sentence where the file is there and cannot be used.
-
-    Returns:
-        Its content; None where there is no such file, it cannot be read, or a link leads out of the folder.
     """
     if not path.is_file():
         return None

@@ -14,12 +14,10 @@ from typing import Any
 
 from farms_tb.options import SpectrumOptions, as_plain
 from farms_tb.spectra.permutation_null import PermutationNull
+from farms_tb.viewing.history import LARGEST_EXACT
 from farms_tb.weights.torch_files import open_torch_file
 
 __all__ = ["SavedState", "newest_state", "read_state"]
-
-_LARGEST_COUNT = 2**53
-"""Whole numbers from here on are no longer exact in the page's floating-point numbers."""
 
 
 @dataclass(frozen=True)
@@ -61,18 +59,12 @@ class SavedState:
             own = as_plain(SpectrumOptions(**self.spectrum_options))
         except (TypeError, ValueError):  # options that no run can have had
             return {}
-        if options != own:
-            return {}
-        return self.nulls
+        return self.nulls if options == own else {}
 
     def at(self) -> str:
         """Return the time of the checkpoint in words, `"epoch 3, step 12"`; empty where it is not known."""
-        words = []
-        if self.epoch is not None:
-            words.append(f"epoch {self.epoch}")
-        if self.step is not None:
-            words.append(f"step {self.step}")
-        return ", ".join(words)
+        counts = {"epoch": self.epoch, "step": self.step}
+        return ", ".join(f"{name} {count}" for name, count in counts.items() if count is not None)
 
 
 def read_state(checkpoint: Path) -> SavedState:
@@ -98,11 +90,12 @@ def read_state(checkpoint: Path) -> SavedState:
     options = _mapping(state, "options", damaged)
     ratios = _mapping(state, "ratios", damaged)
     report = _mapping(state, "report", damaged)
+    last_epoch = _count(loaded, "epoch")
     return SavedState(
         options={name: value for name, value in options.items() if _is_text(name)},
         layers=tuple(filter(_is_text, ratios)),
         nulls=dict(_nulls(report, damaged)),
-        epoch=_completed_epochs(loaded),
+        epoch=None if last_epoch is None else last_epoch + 1,  # Lightning counts from 0
         step=_count(loaded, "global_step"),
         damaged=tuple(damaged),
     )
@@ -123,16 +116,7 @@ def newest_state(checkpoints: Sequence[Path]) -> SavedState:
 
 
 def _mapping(state: Mapping[str, Any], key: str, damaged: list[str]) -> Mapping[Any, Any]:
-    """Return a part of the callback's state.
-
-    Args:
-        state: the whole, or a part that holds this one.
-        key: name of the part.
-        damaged: gets the name where the part is no dict.
-
-    Returns:
-        The part; an empty one where it is missing or damaged.
-    """
+    """Return a part of the callback's state; one that is no dict is left empty, and named in `damaged`."""
     found = state.get(key, {})
     if isinstance(found, Mapping):
         return found
@@ -141,15 +125,7 @@ def _mapping(state: Mapping[str, Any], key: str, damaged: list[str]) -> Mapping[
 
 
 def _nulls(report: Mapping[Any, Any], damaged: list[str]) -> Iterator[tuple[str, PermutationNull]]:
-    """Yield the permutation null of each layer that has one, up to the first record that is damaged.
-
-    Args:
-        report: the records of the layers, by name.
-        damaged: gets a name for what is wrong with a record.
-
-    Yields:
-        Name of the layer and its permutation null, whose standard deviations are positive.
-    """
+    """Yield the permutation null of each layer that has one, up to the first record that is damaged."""
     for name, record in report.items():
         if not (_is_text(name) and isinstance(record, Mapping)):
             damaged.append("report")
@@ -180,17 +156,7 @@ def _count(checkpoint: Mapping[Any, Any], key: str) -> int | None:
     value = checkpoint.get(key)
     if not isinstance(value, int) or isinstance(value, bool):
         return None
-    if value not in range(_LARGEST_COUNT):
-        return None
-    return value
-
-
-def _completed_epochs(checkpoint: Mapping[Any, Any]) -> int | None:
-    """Return the number of completed epochs; Lightning saves the index of the last one."""
-    index = _count(checkpoint, "epoch")
-    if index is None:
-        return None
-    return index + 1
+    return value if value in range(LARGEST_EXACT) else None
 
 
 def _is_finite(value: object) -> bool:
