@@ -72,11 +72,12 @@ def content_of(run: RunFolder) -> dict[str, Any]:
         Plain values: no NaN, no infinity, no number that JSON lacks.
     """
     when = _times(run.history)
+    of_weights = [] if run.farms is None else diagnose(run.farms)
     return {
         "title": run.title,
         "facts": _facts(run),
         "missing": list(run.missing),
-        "diagnosis": _what_to_look_at(run),
+        "diagnosis": [*diagnose_training(run.history, run.farms), *of_weights],
         "weights": run.weights,
         "esd": str(run.options.get("esd", "farms")),
         "by_step": run.history.by_step,
@@ -88,12 +89,6 @@ def content_of(run: RunFolder) -> dict[str, Any]:
         "options": _options_in_words(run.options),
         "settings": run.settings,
     }
-
-
-def _what_to_look_at(run: RunFolder) -> list[str]:
-    """Return what the curves and the weights say, in sentences."""
-    of_weights = [] if run.farms is None else diagnose(run.farms)
-    return [*diagnose_training(run.history, run.farms), *of_weights]
 
 
 def _times(history: History) -> list[_When]:
@@ -132,22 +127,11 @@ def _score(value: float) -> str:
 
 
 def _layer(name: str, run: RunFolder, when: Sequence[_When]) -> dict[str, Any]:
-    """Return all that the page shows of one layer.
-
-    Args:
-        name: the layer's name.
-        run: the run; the layer may have been logged, measured or both.
-        when: all times of the run, for its curves.
-    """
-    not_measured = LayerRecord(status=NOT_MEASURED)
-    farms = _record(run.farms, name) or not_measured
-    full = _record(run.full, name) or LayerRecord()
-    return {"name": name, **_metrics(farms, full), **_curves(name, run, when), "esd": _spectra(name, run)}
-
-
-def _record(report: Report | None, name: str) -> LayerRecord | None:
-    """Return a layer's record; None where it was not measured."""
-    return None if report is None else report.layers.get(name)
+    """Return all that the page shows of one layer, which was logged, measured or both."""
+    farms = {} if run.farms is None else run.farms.layers
+    full = {} if run.full is None else run.full.layers
+    metrics = _metrics(farms.get(name, LayerRecord(status=NOT_MEASURED)), full.get(name, LayerRecord()))
+    return {"name": name, **metrics, **_curves(name, run, when), "esd": _spectra(name, run)}
 
 
 def _metrics(farms: LayerRecord, full: LayerRecord) -> dict[str, Any]:
@@ -160,10 +144,11 @@ def _metrics(farms: LayerRecord, full: LayerRecord) -> dict[str, Any]:
     bias = None
     if farms.alpha is not None and full.alpha is not None:
         bias = full.alpha - farms.alpha
+    reasons = [record.status for record in (farms, full) if record.status != OK]
     return {
         "kind": farms.kind,
         "shape": list(farms.shape),
-        "status": _status(farms, full),
+        "status": "; ".join(dict.fromkeys(reasons)) or OK,
         "farms": _number(farms.alpha),
         "error": _number(farms.alpha_error),
         "full": _number(full.alpha),
@@ -178,21 +163,10 @@ def _metrics(farms: LayerRecord, full: LayerRecord) -> dict[str, Any]:
         "effect": _number(farms.effect),
         "effect_error": _number(farms.effect_error),
         "rank_share": _number(farms.rank_share),
-        "num_spikes": _known(full.num_spikes, farms.num_spikes),
-        "num_traps": _number(_known(full.num_traps, farms.num_traps)),
-        "verdict": "" if farms.verdict is None else str(farms.verdict),
+        "num_spikes": farms.num_spikes if full.num_spikes is None else full.num_spikes,
+        "num_traps": _number(farms.num_traps if full.num_traps is None else full.num_traps),
+        "verdict": str(farms.verdict or ""),
     }
-
-
-def _known(*values: float | None) -> float | None:
-    """Return the first of several values that is known; None where none is."""
-    return next((value for value in values if value is not None), None)
-
-
-def _status(farms: LayerRecord, full: LayerRecord) -> str:
-    """Return why a layer lacks an alpha; a reason that both measurements give is named once."""
-    reasons = [record.status for record in (farms, full) if record.status != OK]
-    return "; ".join(dict.fromkeys(reasons)) or OK
 
 
 def _curves(name: str, run: RunFolder, when: Sequence[_When]) -> dict[str, Any]:
@@ -216,14 +190,7 @@ def _other_time(curve: Curve, run: RunFolder) -> str:
     """Return a note where the weights that were measured are of another time than the end of the curve.
 
     Steps decide where they are known: an epoch that a checkpoint interrupts counts as complete in the checkpoint,
-    and not in the curve.
-
-    Args:
-        curve: the layer's alphas, at least one.
-        run: the run, for the time of its weights.
-
-    Returns:
-        The note; empty where both are of one time, or the time of the weights is not known.
+    and not in the curve. There is no note where both are of one time, or the time of the weights is not known.
     """
     epoch, step = curve.epochs[-1], curve.steps[-1]
     if run.weights_step == step:
@@ -264,10 +231,6 @@ def _spectrum(record: LayerRecord, report: Report) -> dict[str, Any]:
 
     The Marchenko-Pastur law stands elsewhere, once for all layers of one aspect ratio, for a mean eigenvalue of 1;
     the page scales it by `mean`.
-
-    Args:
-        record: a layer's record, with a histogram.
-        report: the measurement that the record is part of, for its options.
     """
     assert record.histogram is not None  # spectra of others are not drawn
     edges, density = esd_density(record.histogram)
@@ -302,16 +265,14 @@ def _aspect(record: LayerRecord, report: Report) -> str:
 
 def _laws(run: RunFolder) -> dict[str, Any]:
     """Return the Marchenko-Pastur law of mean 1 for each aspect ratio in use."""
-    laws: dict[str, Any] = {}
-    for report in _reports(run):
-        for record in report.layers.values():
-            if record.histogram is None:
-                continue
-            aspect = _aspect(record, report)
-            if aspect not in laws:
-                law = marchenko_pastur(1.0, float(aspect))
-                laws[aspect] = {"x": _numbers(law.x), "y": _numbers(law.y)}
-    return laws
+    aspects = dict.fromkeys(
+        _aspect(record, report)
+        for report in _reports(run)
+        for record in report.layers.values()
+        if record.histogram is not None
+    )
+    laws = {aspect: marchenko_pastur(1.0, float(aspect)) for aspect in aspects}
+    return {aspect: {"x": _numbers(law.x), "y": _numbers(law.y)} for aspect, law in laws.items()}
 
 
 def _options_in_words(options: Mapping[str, Any]) -> dict[str, str]:
