@@ -115,8 +115,18 @@ def left_out(runs: Runs) -> list[str]:
     """
     sentences = []
     for picture in _PICTURES.values():
-        sentences += _without_data(picture, runs)
-        sentences += _not_common(picture, runs)
+        data = picture.data(runs)
+        lacking = [name for name in runs if name not in data]
+        if data and lacking:
+            sentences.append(f"Without {picture.called}, and left out of pictures of these: {listed(lacking)}.")
+        not_common = in_some_runs(data)
+        if len(data) < 2 or not not_common:
+            continue
+        if in_every_run(data):
+            sentence = f"Left out are {picture.of} that only some of the runs have: {listed(not_common)}."
+        else:
+            sentence = f"The runs have no {picture.of} in common, only some of them have {listed(not_common)}."
+        sentences.append(sentence)
     return list(dict.fromkeys(sentences))
 
 
@@ -125,23 +135,3 @@ def _can_be_drawn(name: str, runs: Runs) -> bool:
     picture = _PICTURES[name]
     data = picture.data(runs)
     return len(data) > 1 and (not picture.common or bool(in_every_run(data)))
-
-
-def _without_data(picture: _Picture, runs: Runs) -> list[str]:
-    """Say which runs lack the data of a picture; nothing where all have them or none."""
-    data = picture.data(runs)
-    lacking = [name for name in runs if name not in data]
-    if not data or not lacking:
-        return []
-    return [f"Without {picture.called}, and left out of pictures of these: {listed(lacking)}."]
-
-
-def _not_common(picture: _Picture, runs: Runs) -> list[str]:
-    """Say which layers or metrics only some of the runs have."""
-    data = picture.data(runs)
-    names = in_some_runs(data)
-    if len(data) < 2 or not names:
-        return []
-    if in_every_run(data):
-        return [f"Left out are {picture.of} that only some of the runs have: {listed(names)}."]
-    return [f"The runs have no {picture.of} in common, only some of them have {listed(names)}."]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,7 +34,6 @@ from farms_tb.viewing.plots.style import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from matplotlib.image import AxesImage
 
 RATIO = "learning rate / scheduler's learning rate"
 
@@ -110,21 +108,32 @@ def plot_ratio_map(history: History, path: PathLike | None = None, *, title: str
         ImportError: matplotlib is not installed.
         ValueError: the history has no ratio.
     """
+    from matplotlib.colors import LogNorm
+
     _check_any(history.ratio)
-    table = _ratio_table(history)
-    figure = new_figure(7.5, 1.2 + min(0.19 * len(table.names), 8.0))
+    when, ratios = _ratio_table(history)
+    figure = new_figure(7.5, 1.2 + min(0.19 * len(ratios), 8.0))
     axes = figure.add_subplot()
     axes.set_facecolor("0.85")
     axes.grid(False)
-    limit = min(table.widest, WIDEST_RATIO)
-    image = _draw_map(axes, table, limit)
-    axes.set_yticks(**name_ticks(table.names))
-    shown = spread(len(table.when), 12)
-    axes.set_xticks(shown, [f"{table.when[index]:.12g}" for index in shown])
+    positive = ratios[np.isfinite(ratios) & (ratios > 0)]
+    widest = float(max([1.05, *positive, *(1 / positive)]))  # At least 1.05, so that there is a scale.
+    limit = min(widest, WIDEST_RATIO)
+    image = axes.imshow(
+        np.ma.masked_invalid(ratios).clip(1 / limit, limit),
+        norm=LogNorm(1 / limit, limit),
+        cmap=DIVERGING,
+        aspect="auto",
+        interpolation="nearest",
+    )
+    axes.set_yticks(**name_ticks(list(history.ratio)))
+    shown = spread(len(when), 12)
+    axes.set_xticks(shown, [f"{when[index]:.12g}" for index in shown])
     axes.set_xlabel(time_label(history.by_step))
     axes.set_ylabel("layer, by depth")
     axes.set_title(heading(title))
-    extend: Any = "both" if table.exceeds(WIDEST_RATIO) else "neither"
+    beyond = widest > WIDEST_RATIO or (ratios <= 0).any()
+    extend: Any = "both" if beyond else "neither"
     bar = figure.colorbar(image, ax=axes, label=RATIO, extend=extend, pad=0.02)
     ticks = [limit**power for power in (-1, -0.5, 0, 0.5, 1)]
     bar.set_ticks(ticks, labels=[f"{tick:.2g}" for tick in ticks])
@@ -132,74 +141,17 @@ def plot_ratio_map(history: History, path: PathLike | None = None, *, title: str
     return save(figure, path)
 
 
-@dataclass(frozen=True)
-class _RatioTable:
-    """The learning-rate ratios of a history as one array.
-
-    Attributes:
-        names: names of the layers, one for each row.
-        when: time of each measurement in steps or epochs, one for each column, ascending.
-        ratios: the ratios `(layers, measurements)`; NaN where a layer has none at that time.
-    """
-
-    names: list[str]
-    when: list[float]
-    ratios: NDArray[np.float64]
-
-    @property
-    def widest(self) -> float:
-        """The largest factor between a ratio and 1, either way; at least 1.05, so that there is a scale."""
-        positive = self.ratios[np.isfinite(self.ratios) & (self.ratios > 0)]
-        return float(max([1.05, *positive, *(1 / positive)]))
-
-    def exceeds(self, factor: float) -> bool:
-        """Whether some ratio is further from 1 than by this factor; a ratio of 0 is, by any factor."""
-        return self.widest > factor or bool((self.ratios <= 0).any())
-
-
-def _ratio_table(history: History) -> _RatioTable:
-    """Return the ratios of all layers at all times that any layer was measured at."""
-    points = {name: _by_time(history, curve) for name, curve in history.ratio.items()}
-    when = sorted(set().union(*points.values()))
-    ratios = np.full((len(points), len(when)), math.nan)
-    for row, found in enumerate(points.values()):
-        for column, time in enumerate(when):
-            ratios[row, column] = found.get(time, math.nan)
-    return _RatioTable(list(points), when, ratios)
-
-
-def _by_time(history: History, curve: Curve) -> dict[float, float]:
-    """Return a curve's values by the time that the pictures of its run show."""
-    times = curve.times(history.by_step)
-    return dict(zip(times, curve.values, strict=True))
-
-
-def _draw_map(axes: Axes, table: _RatioTable, limit: float) -> AxesImage:
-    """Draw the ratios as coloured cells, from 1 / limit to limit; cells without a ratio stay transparent."""
-    from matplotlib.colors import LogNorm
-
-    return axes.imshow(
-        np.ma.masked_invalid(table.ratios).clip(1 / limit, limit),
-        norm=LogNorm(1 / limit, limit),
-        cmap=DIVERGING,
-        aspect="auto",
-        interpolation="nearest",
-    )
+def _ratio_table(history: History) -> tuple[list[float], NDArray[np.float64]]:
+    """Return all times that any layer was measured at, n of them, and the ratios `(layers, n)`, NaN for none."""
+    by_time = [
+        dict(zip(curve.times(history.by_step), curve.values, strict=True)) for curve in history.ratio.values()
+    ]
+    when = sorted(set().union(*by_time))
+    return when, np.array([[found.get(time, math.nan) for time in when] for found in by_time])
 
 
 def _draw_curves(history: History, curves: Mapping[str, Curve]) -> tuple[Figure, Axes]:
-    """Draw one line for each layer, and explain their colours.
-
-    Args:
-        history: the run, for the depth of its layers and the kind of time.
-        curves: what to draw, alphas or ratios, by layer.
-
-    Returns:
-        The figure and its axes, which have no label of values yet.
-
-    Raises:
-        ValueError: there are no curves.
-    """
+    """Draw one line for each layer, and explain their colours; the axes have no label of values yet."""
     from matplotlib.ticker import MaxNLocator
 
     _check_any(curves)
@@ -209,7 +161,9 @@ def _draw_curves(history: History, curves: Mapping[str, Curve]) -> tuple[Figure,
     axes = figure.add_subplot()
     for index, (name, curve) in enumerate(curves.items()):
         times = curve.times(history.by_step)
-        markers = _markers(index, len(times)) if with_legend else _marker_of_short(len(times))
+        # Of one or two points a line alone would show little or nothing.
+        dots = {"marker": "o" if len(times) < 3 else ""}
+        markers = _markers(index, len(times)) if with_legend else dots
         axes.plot(times, curve.values, color=colours[name], label=plain(name), **markers)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel(time_label(history.by_step))
@@ -225,11 +179,6 @@ def _markers(index: int, points: int) -> dict[str, Any]:
     """
     every = max(1, points // 8)
     return {"marker": MARKERS[index % len(MARKERS)], "markevery": (index % every, every)}
-
-
-def _marker_of_short(points: int) -> dict[str, Any]:
-    """Return dots for curves of one or two points, of which a line alone would show little or nothing."""
-    return {"marker": "o" if points < 3 else ""}
 
 
 def _check_any(curves: Mapping[str, Curve]) -> None:

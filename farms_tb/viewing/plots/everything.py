@@ -95,12 +95,11 @@ def save_all(
     if title is None:
         title = run.title
     drawable = _drawable(run, title)
-    chosen = pictures
-    if chosen is None:
-        chosen = list(drawable)
-    _check_drawable(run, drawable, chosen)
-    if layers:
-        _check_drawable(run, drawable, ["esd"])
+    chosen = drawable if pictures is None else pictures
+    for name in (*chosen, *(["esd"] if layers else [])):
+        if name not in drawable:
+            reasons = " ".join(not_drawn(run)) or "The table of the layers says why: farms-tb analyze."
+            raise ValueError(f"{run.path} has no data for the picture {name!r}. {reasons}")
     wanted = {name: drawable[name] for name in chosen}
     wanted.update(_spectra(run, layers))
     return save_pictures(wanted, folder, suffix)
@@ -142,14 +141,6 @@ def save_pictures(wanted: Mapping[str, _Draw], folder: Path, suffix: str) -> lis
     return saved
 
 
-def _check_drawable(run: RunFolder, drawable: dict[str, _Draw], wanted: Sequence[str]) -> None:
-    """Raise a ValueError where a run has no data for a picture; it says what is missing."""
-    impossible = [name for name in wanted if name not in drawable]
-    if impossible:
-        reasons = " ".join(not_drawn(run)) or "The table of the layers says why: farms-tb analyze."
-        raise ValueError(f"{run.path} has no data for the picture {impossible[0]!r}. {reasons}")
-
-
 def _spectra(run: RunFolder, layers: Sequence[str]) -> dict[str, _Draw]:
     """Return what draws each of these layers' spectra, after a check that all are there."""
     if run.farms is None or not layers:
@@ -164,11 +155,7 @@ def _spectra(run: RunFolder, layers: Sequence[str]) -> dict[str, _Draw]:
 
 
 def _output_folder(run: RunFolder, output_dir: PathLike | None) -> Path:
-    """Return the folder that the pictures go to.
-
-    Args:
-        run: the run, in whose folder they go by default.
-        output_dir: the folder that the user names; None for the default.
+    """Return the folder that the pictures go to: what the user names, or one in the run's folder.
 
     Raises:
         ValueError: `figures` in the run folder is a link. The folder may come from somebody else, and such a link

@@ -80,14 +80,7 @@ def _draw_alphas(
     positions: Mapping[str, int],
     colours: Mapping[str, tuple[float, ...]],
 ) -> None:
-    """Draw a point with an error bar for each layer, and a faint line through them.
-
-    Args:
-        axes: where to draw.
-        measured: records of the layers that have an alpha.
-        positions: place of every layer on the horizontal axis.
-        colours: colour of every layer.
-    """
+    """Draw a point with an error bar for each layer that has an alpha, and a faint line through them."""
     places = [positions[name] for name in measured]
     alphas = [record.alpha for record in measured.values()]
     axes.plot(places, alphas, color="0.8", linewidth=0.8)  # type: ignore[arg-type]
@@ -181,7 +174,7 @@ def plot_full_against_farms(
         linewidth=0.5,
     )
     bar = figure.colorbar(dots, ax=axes, label="aspect ratio of the layer, long / short side", pad=0.02)
-    ticks = _powers_of_two(widest)
+    ticks = [2.0**exponent for exponent in range(12) if 2.0**exponent <= widest]
     bar.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks])
     bar.minorticks_off()
     axes.legend(loc="lower right")
@@ -192,12 +185,7 @@ def plot_full_against_farms(
 
 
 def _pairs(farms: Report, full: Report) -> list[tuple[float, float, float]]:
-    """Return both alphas of each layer that has both, and its aspect ratio, long side / short side.
-
-    Args:
-        farms: measurement by FARMS windows.
-        full: measurement of whole matrices.
-    """
+    """Return both alphas of each layer that has both, and its aspect ratio, long side / short side."""
     pairs = []
     for name, record in farms.layers.items():
         whole = full.layers.get(name)
@@ -206,9 +194,3 @@ def _pairs(farms: Report, full: Report) -> list[tuple[float, float, float]]:
         sides = record.shape[1:]
         pairs.append((record.alpha, whole.alpha, max(sides) / min(sides)))
     return pairs
-
-
-def _powers_of_two(largest: float) -> list[float]:
-    """Return 1, 2, 4, ... up to a number, but no more than twelve."""
-    powers = [2.0**exponent for exponent in range(12)]
-    return [power for power in powers if power <= largest]

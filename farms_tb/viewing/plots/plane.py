@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from farms_tb.report import LayerRecord, Report
+from farms_tb.report import Report
 from farms_tb.verdicts import Verdict
 from farms_tb.viewing.plots.style import FAINT, PathLike, heading, new_figure, save, styled
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 MARKS = {
@@ -48,7 +47,20 @@ def plot_effect_plane(report: Report, path: PathLike | None = None, *, title: st
     axes = figure.add_subplot()
     axes.axvline(0.0, color=FAINT, linewidth=1.0, linestyle="--", zorder=1, label="random weights")
     for verdict, (marker, colour) in MARKS.items():
-        _draw(axes, [record for record in found if record.verdict is verdict], marker, colour, str(verdict))
+        records = [record for record in found if record.verdict is verdict]
+        if not records:
+            continue
+        axes.errorbar(
+            [record.effect for record in records],  # type: ignore[arg-type]
+            [record.rank_share for record in records],  # type: ignore[arg-type]
+            xerr=[record.effect_error or 0.0 for record in records],
+            color=colour,
+            marker=marker,
+            linestyle="",
+            elinewidth=0.8,
+            alpha=0.8,
+            label=str(verdict),
+        )
     axes.set_ylim(0.0, 1.05)
     axes.set_xlabel("effect: alpha minus that of shuffled entries")
     axes.set_ylabel("share of directions with 99 % of the energy")
@@ -60,20 +72,3 @@ def plot_effect_plane(report: Report, path: PathLike | None = None, *, title: st
 def with_effect(report: Report) -> list[str]:
     """Return the names of the layers that have a place in the plane."""
     return [name for name, record in report.layers.items() if record.effect is not None and record.rank_share]
-
-
-def _draw(axes: Axes, records: list[LayerRecord], marker: str, colour: str, label: str) -> None:
-    """Draw the layers of one verdict, with the standard errors of their effects; nothing without layers."""
-    if not records:
-        return
-    axes.errorbar(
-        [record.effect for record in records],  # type: ignore[arg-type]
-        [record.rank_share for record in records],  # type: ignore[arg-type]
-        xerr=[record.effect_error or 0.0 for record in records],
-        color=colour,
-        marker=marker,
-        linestyle="",
-        elinewidth=0.8,
-        alpha=0.8,
-        label=label,
-    )

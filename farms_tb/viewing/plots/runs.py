@@ -57,7 +57,6 @@ _LABELS: dict[Quantity, str] = {
     "alpha": "power-law exponent alpha",
     "effect": "effect: alpha minus that of shuffled entries",
 }
-_ERRORS: dict[Quantity, str] = {"alpha": "alpha_error", "effect": "effect_error"}
 
 
 @styled
@@ -211,12 +210,7 @@ def logged_by(runs: Runs) -> dict[str, Mapping[str, Curve]]:
 
 
 def records_with(runs: Runs, quantity: Quantity) -> dict[str, dict[str, LayerRecord]]:
-    """Return the records of layers that have a metric by run and layer, of the runs that have any.
-
-    Args:
-        runs: the runs by name.
-        quantity: the metric.
-    """
+    """Return the records of layers that have a metric by run and layer, of the runs that have any."""
     found = {}
     for name, run in runs.items():
         layers = {} if run.farms is None else run.farms.layers
@@ -261,14 +255,7 @@ def _plot_over_layers(
     summarise: Callable[[Sequence[float]], float],
     label: str,
 ) -> Figure:
-    """Draw one line for each run: a summary of its layers at each time.
-
-    Args:
-        runs: all runs by name.
-        curves: what is summarised, by run and layer.
-        summarise: returns the summary of the layers' values of one time.
-        label: of the vertical axis.
-    """
+    """Draw one line for each run: at each time, what `summarise` makes of its layers' values."""
     if not curves:
         raise ValueError(f"no run has logged what to draw: {label}")
     looks = run_looks(list(runs))
@@ -376,17 +363,9 @@ def _draw_by_depth(
     quantity: Quantity,
     look: Mapping[str, Any],
 ) -> None:
-    """Draw the layers of one run, with standard errors where they are known.
-
-    Args:
-        axes: where to draw.
-        places: place of each layer on the horizontal axis.
-        records: the layers' records, which have the metric.
-        quantity: the metric.
-        look: colour, marker, line and label of the run.
-    """
+    """Draw the layers of one run, with standard errors where they are known."""
     values = [getattr(record, quantity) for record in records]
-    errors = [getattr(record, _ERRORS[quantity]) or 0.0 for record in records]
+    errors = [getattr(record, f"{quantity}_error") or 0.0 for record in records]
     axes.errorbar(places, values, errors, linewidth=0.8, elinewidth=1.0, capsize=1.5, **look)
 
 

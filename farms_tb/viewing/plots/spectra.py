@@ -113,7 +113,10 @@ def plot_esds(
     for axes in panels[len(chosen) :]:
         axes.set_axis_off()
     for place, (axes, name) in enumerate(zip(panels, chosen, strict=False)):
-        _draw_small(axes, report, name)
+        _draw_esd(axes, report, name)
+        axes.set_title(plain(name, 32), fontsize=7)
+        axes.tick_params(labelsize=6)
+        axes.minorticks_off()  # hundreds of them would take most of the time of drawing
         if place + columns >= len(chosen):
             axes.set_xlabel("eigenvalue", fontsize=7)
     figure.suptitle(heading(title), x=0.01, ha="left", fontsize=10)
@@ -121,14 +124,6 @@ def plot_esds(
     figure.supylabel(f"density{left_out}", fontsize=9)
     _add_common_legend(figure, columns)
     return save(figure, path)
-
-
-def _draw_small(axes: Axes, report: Report, name: str) -> None:
-    """Draw one layer's spectrum as one of many."""
-    _draw_esd(axes, report, name)
-    axes.set_title(plain(name, 32), fontsize=7)
-    axes.tick_params(labelsize=6)
-    axes.minorticks_off()  # hundreds of them would take most of the time of drawing
 
 
 def _add_common_legend(figure: Figure, columns: int) -> None:
@@ -143,10 +138,7 @@ def _add_common_legend(figure: Figure, columns: int) -> None:
 def _draw_esd(axes: Axes, report: Report, name: str) -> None:
     """Draw one layer's histogram, its tail where one was fitted, and the law of random weights.
 
-    Args:
-        axes: where to draw; they get logarithmic scales, limits and labels for a legend.
-        report: the measurement.
-        name: name of a layer with a histogram.
+    The axes get logarithmic scales, limits and labels for a legend.
     """
     record = report.layers[name]
     assert record.histogram is not None  # those without are not drawn
@@ -174,13 +166,9 @@ def _draw_esd(axes: Axes, report: Report, name: str) -> None:
 
 
 def _draw_marks(axes: Axes, marks: Outliers, record: LayerRecord, floor: float) -> None:
-    """Draw the edge of random weights as a line, and a mark below the bars for each spike and each trap.
+    """Draw the edge of random weights as a line, and a mark for each spike and each trap.
 
-    Args:
-        axes: where to draw.
-        marks: what to mark.
-        record: the layer's record, for the numbers of spikes and traps.
-        floor: where the bars end.
+    They lie below `floor`, where the bars end.
     """
     axes.axvline(marks.edge, color=RANDOM, linewidth=0.8, linestyle="-.", label="edge of random weights")
     if marks.spikes:
@@ -196,14 +184,7 @@ def _draw_marks(axes: Axes, marks: Outliers, record: LayerRecord, floor: float) 
 
 
 def _draw_law(axes: Axes, record: LayerRecord, report: Report, lowest: float) -> None:
-    """Draw the Marchenko-Pastur law of the layer's mean eigenvalue, where there is one above 0.
-
-    Args:
-        axes: where to draw.
-        record: the layer's record, for its mean eigenvalue.
-        report: the measurement, for the aspect ratio of its matrices.
-        lowest: the smallest eigenvalue to draw.
-    """
+    """Draw the Marchenko-Pastur law of the layer's mean eigenvalue, where there is one above 0."""
     mean_eigenvalue = record.norm_stable_rank
     if not mean_eigenvalue:
         return

@@ -212,17 +212,12 @@ def explain_colours(figure: Figure, axes: Axes, colours: Mapping[str, Colour]) -
         axes: where a line with a label was drawn for each layer.
         colours: colour of each layer, in order of depth.
     """
-    if len(colours) <= MAX_LEGEND:
-        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), title="layer, by depth")
-    else:
-        _add_depth_bar(figure, axes, colours)
-
-
-def _add_depth_bar(figure: Figure, axes: Axes, colours: Mapping[str, Colour]) -> None:
-    """Add a bar with the colours of all layers, from the input at its top to the output, and eight names."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import ListedColormap, NoNorm
 
+    if len(colours) <= MAX_LEGEND:
+        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), title="layer, by depth")
+        return
     names = list(colours)
     shown = spread(len(names), 8)
     mappable = ScalarMappable(norm=NoNorm(), cmap=ListedColormap(list(colours.values())))
