@@ -26,9 +26,8 @@ from farms_tb.cli.arguments import (
     Strict,
     takes_spectrum_options,
 )
-from farms_tb.cli.exit_codes import finish
 from farms_tb.cli.measuring import COLUMNS, Measured, MeasureRequest, checked_device, measure, null_is_quick
-from farms_tb.cli.messages import complaints, say
+from farms_tb.cli.messages import complaints, finish, say
 from farms_tb.cli.output import Result, chosen_format, emit
 from farms_tb.cli.sources import Source, open_source
 from farms_tb.cli.tables import Column, Row, sort_rows
@@ -110,7 +109,8 @@ def analyze(
     with complaints():
         form = chosen_format(output_format, output, inputs=(model, against, base))
         device = checked_device(device)
-        _check_column(sort)
+        if sort is not None and sort not in COLUMNS:
+            raise ValueError(f"--sort {sort}: the columns are {', '.join(COLUMNS)}")
         source = open_source(model, pretrained=pretrained, key=key, base=base, options=options)
         other = None if against is None else _open_other(against, against_key, pretrained, options)
     request = MeasureRequest(options, full and options.esd == "farms", bool(null), tuple(patterns or ()), device)
@@ -141,7 +141,7 @@ def _result(
         model: what the user called it.
         found: its layers.
         against: what the user called the model to compare it with; None for none.
-        compared: the layers of that.
+        compared: the layers of that; None where there is none, or measuring was interrupted before.
         options: how alpha was measured.
     """
     rows = found.rows()
@@ -180,12 +180,6 @@ def _open_other(against: str, key: str | None, pretrained: bool, options: Spectr
         return open_source(against, pretrained=pretrained and not Path(against).exists(), key=key, options=options)
     except ValueError as error:  # --key is for the other file
         raise ValueError(str(error).replace("--key", "--against-key")) from error
-
-
-def _check_column(sort: str | None) -> None:
-    """Raise a ValueError where there is no such column to sort by; None sorts by nothing."""
-    if sort is not None and sort not in COLUMNS:
-        raise ValueError(f"--sort {sort}: the columns are {', '.join(COLUMNS)}")
 
 
 def _summary(rows: Sequence[Row]) -> str:

@@ -57,16 +57,6 @@ Output = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="Where eigenvalues are computed: cpu, cuda, cuda:1.")]
 Strict = Annotated[bool, typer.Option("--strict", help="Exit with 1 where some layer has no alpha.")]
-RunFolderArgument = Annotated[
-    Path, typer.Argument(metavar="RUN_FOLDER", help="Where the run writes its metrics.csv.", show_default=False)
-]
-RunArgument = Annotated[
-    Path,
-    typer.Argument(
-        metavar="RUN", help="The folder of a run, finished or not; or a file of weights.", show_default=False
-    ),
-]
-
 
 _PRESET = inspect.Parameter(
     "preset",
@@ -133,15 +123,12 @@ def _options_of(cls: type) -> Iterator[inspect.Parameter]:
 def _described_attributes(cls: type) -> dict[str, str]:
     """Return what a class's docstring says of each attribute, with `other_option` written as --other-option."""
     attributes = (inspect.getdoc(cls) or "").partition("Attributes:\n")[2]
-    described = {}
-    for name, text in re.findall(r"^ {4}(\w+): (.+(?:\n {5}.+)*)", attributes, flags=re.MULTILINE):
-        described[name] = _as_help(text)
-    return described
+    found = re.findall(r"^ {4}(\w+): (.+(?:\n {5}.+)*)", attributes, flags=re.MULTILINE)
+    return {name: _as_help(text) for name, text in found}
 
 
 def _as_help(text: str) -> str:
     """Return a few words of a docstring as help: one line, which names options as one types them."""
     one_line = " ".join(text.split())
-    one_line = re.sub(r"`(\w+)`", lambda match: "--" + match[1].replace("_", "-"), one_line)
-    one_line = one_line.replace("`", "")
+    one_line = re.sub(r"`(\w+)`", lambda match: "--" + match[1].replace("_", "-"), one_line).replace("`", "")
     return one_line[0].upper() + one_line[1:]

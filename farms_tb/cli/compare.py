@@ -26,9 +26,8 @@ from farms_tb.cli.arguments import (
     takes_spectrum_options,
 )
 from farms_tb.cli.differences import NO_DIFFERENCE, weight_differences
-from farms_tb.cli.exit_codes import finish
 from farms_tb.cli.measuring import Measured, MeasureRequest, Reading, checked_device, measure
-from farms_tb.cli.messages import EXIT_INTERRUPTED, complaints, say
+from farms_tb.cli.messages import EXIT_INTERRUPTED, complaints, finish, say
 from farms_tb.cli.output import Result, chosen_format, emit
 from farms_tb.cli.pairing import Pair, changes, paired
 from farms_tb.cli.sources import Source, open_source
@@ -102,7 +101,7 @@ def compare(
     with complaints():
         emit(result, form, output)
     if not any(pair.in_both for pair in pairs):
-        some_a, some_b = (_first_names(part) for part in found)
+        some_a, some_b = (", ".join(list(part.records)[:3]) or "none" for part in found)
         say(f"No layer has the same name in both: {some_a} in A, {some_b} in B.")
     finish(parts, rows, "change", strict)
 
@@ -113,17 +112,8 @@ def _with_difference(row: Row, difference: Row) -> Row:
     return {**row, **difference, "status": "; ".join(reasons) or OK}
 
 
-def _first_names(measured: Measured) -> str:
-    """Return the names of the first three layers of a model."""
-    return ", ".join(list(measured.records)[:3]) or "none"
-
-
 def _measure_all(sources: Sequence[Source], request: MeasureRequest) -> list[Measured]:
     """Measure models one after the other.
-
-    Args:
-        sources: the models.
-        request: what is measured of each.
 
     Raises:
         typer.Exit: Ctrl-C, since half a comparison is of no use.
@@ -165,7 +155,8 @@ def _open_both(
     sources = []
     for model, other, own_key in zip(models, reversed(models), keys, strict=True):
         if adapter_folder(model) is not None:
-            own_base = base or (other if _is_base(other) else None)
+            other_is_base = Path(other).exists() and adapter_folder(other) is None
+            own_base = base or (other if other_is_base else None)
             sources.append(open_source(model, key=own_key, base=own_base, options=options))
         elif Path(model).exists():
             sources.append(open_source(model, key=own_key, options=options))
@@ -182,8 +173,3 @@ def _takes_key(model: str) -> bool:
         return takes_key(model)
     except (FileNotFoundError, ValueError):
         return True  # the folder of a run, or what opening it refuses
-
-
-def _is_base(model: str) -> bool:
-    """Return whether it is a file of weights that an adapter can be merged onto."""
-    return Path(model).exists() and adapter_folder(model) is None

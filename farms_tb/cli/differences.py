@@ -51,11 +51,6 @@ def weight_differences(sources: Sequence[Source], pairs: Iterable[Pair], request
     Both models are read once more, side by side: where their layers come in the same order, one weight of each is
     in memory at a time.
 
-    Args:
-        sources: the two models.
-        pairs: the layers of both; those of one alone are left out.
-        request: what is measured, and on which device.
-
     Returns:
         What was measured until Ctrl-C or until reading failed; weights of different shapes are left out.
     """

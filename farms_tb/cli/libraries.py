@@ -37,7 +37,7 @@ def model_by_name(name: str, pretrained: bool) -> nn.Module:
     searched, failed = [], ""
     for library in filter(find_spec, LIBRARIES):
         try:
-            known = _names(library)
+            known = _models_of(library).list_models()
         except ImportError as error:
             failed += f"; {error}"
             continue
@@ -63,47 +63,33 @@ def model_of_library(library: str, name: str, pretrained: bool) -> nn.Module:
         ImportError: the library is not installed, or fails when it is imported.
         ValueError: it knows no such model, or cannot make it.
     """
-    if name.partition(".")[0] not in _names(library):
+    if name.partition(".")[0] not in _models_of(library).list_models():
         raise ValueError(f"{library} knows no model {name!r}{_similar(name, [library])}")
-    make = _from_torchvision if library == "torchvision" else _from_timm
     try:
-        return make(name, pretrained)
+        model: nn.Module
+        if library == "torchvision":
+            model = _models_of(library).get_model(name, weights="DEFAULT" if pretrained else None)
+        else:
+            model = _models_of(library).create_model(name, pretrained=pretrained)
     except Exception as error:
         raise ValueError(f"{library} cannot make {name!r}: {type(error).__name__}: {error}") from error
-
-
-def _from_torchvision(name: str, pretrained: bool) -> nn.Module:
-    from torchvision.models import get_model
-
-    model: nn.Module = get_model(name, weights="DEFAULT" if pretrained else None)
     return model
 
 
-def _from_timm(name: str, pretrained: bool) -> nn.Module:
-    import timm
-
-    model: nn.Module = timm.create_model(name, pretrained=pretrained)
-    return model
-
-
-def _names(library: str) -> list[str]:
-    """Return the names of all models of a library.
+def _models_of(library: str) -> Any:
+    """Return the module of a library's models, which lists and makes them by name.
 
     Raises:
         ImportError: it is not installed, or fails when it is imported.
     """
     try:
-        module: Any = importlib.import_module("torchvision.models" if library == "torchvision" else "timm")
+        return importlib.import_module("torchvision.models" if library == "torchvision" else "timm")
     except Exception as error:  # of a torchvision for another torch: RuntimeError
         raise ImportError(cannot_import(f"a model of {library}", error, f"pip install {library}")) from error
-    names: list[str] = module.list_models()
-    return names
 
 
 def _similar(name: str, libraries: Iterable[str]) -> str:
     """Return a question that names the most similar models; nothing where none is similar."""
-    known: dict[str, None] = {}
-    for library in libraries:
-        known.update(dict.fromkeys(_names(library)))
+    known = dict.fromkeys(name for library in libraries for name in _models_of(library).list_models())
     found = get_close_matches(name, known, n=3)
     return f"; did you mean {' or '.join(found)}?" if found else ""

@@ -28,8 +28,6 @@ from farms_tb.weights.files import ENDINGS
 
 Format = Literal["table", "csv", "json", "parquet"]
 
-FORMATS: tuple[Format, ...] = get_args(Format)
-
 _FILES_OF_RUNS = ("metrics.csv", "config.yaml", "hparams.yaml", "summary.json")
 """What loggers and recipes write into the folder of a run."""
 
@@ -53,7 +51,9 @@ def chosen_format(form: Format | None, output: Path | None, inputs: Iterable[str
         ValueError: it cannot be written there.
         ImportError: it needs a package that is not installed.
     """
-    chosen = _format_of(output) if form is None else form
+    chosen = form or "table"
+    if form is None and output is not None:
+        chosen = next((known for known in get_args(Format) if output.suffix.lower() == f".{known}"), "table")
     if chosen == "parquet":
         if output is None:
             raise ValueError("Parquet is no text for a terminal: pass --output FILE")
@@ -64,16 +64,6 @@ def chosen_format(form: Format | None, output: Path | None, inputs: Iterable[str
     if output is not None:
         check_output(output, inputs)
     return chosen
-
-
-def _format_of(output: Path | None) -> Format:
-    """Return the format that the ending of a file names; a table for any other ending, and for stdout."""
-    if output is None:
-        return "table"
-    for known in FORMATS:
-        if output.suffix.lower() == f".{known}":
-            return known
-    return "table"
 
 
 def check_output(output: Path, inputs: Iterable[str | None] = ()) -> None:
@@ -105,10 +95,7 @@ def check_output(output: Path, inputs: Iterable[str | None] = ()) -> None:
 def _belongs_to(output: Path, path: Path) -> bool:
     """Return whether a file of this name is one of a run's or a model's own.
 
-    Args:
-        output: the file.
-        path: what is read: a folder, whose files lie at any depth in it, or a file of weights, which has some of
-            the model next to it.
+    A folder that is read has them at any depth, a file of weights has some of the model next to it.
     """
     folder = output.parent.resolve()  # A link of the file's name is replaced itself, not what it leads to.
     if path.is_dir():
@@ -205,8 +192,7 @@ def _as_csv(rows: Sequence[Row], keys: Sequence[str]) -> str:
     text = StringIO()
     writer = csv.DictWriter(text, keys, lineterminator="\n")
     writer.writeheader()
-    for row in rows:
-        writer.writerow(_with_text(row, printable))
+    writer.writerows(_with_text(row, printable) for row in rows)
     return text.getvalue()
 
 

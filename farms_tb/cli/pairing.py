@@ -102,12 +102,8 @@ def changes(pairs: Iterable[Pair]) -> list[Row]:
     independently.
     """
     rows = [_row(pair) for pair in pairs]
-    return sorted(rows, key=_size_of_change, reverse=True)
-
-
-def _size_of_change(row: Row) -> float:
-    """Return what rows are sorted by; less than any change for a row without one."""
-    return -1.0 if row["change"] is None else abs(row["change"])
+    # Any size is more than the -1 of a row without a change.
+    return sorted(rows, key=lambda row: -1.0 if row["change"] is None else abs(row["change"]), reverse=True)
 
 
 def _row(pair: Pair) -> Row:

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from farms_tb.cli.arguments import Key, Null, RunArgument
+from farms_tb.cli.arguments import Key, Null
 from farms_tb.cli.messages import complaints, say
 from farms_tb.cli.output import check_output
 from farms_tb.printable import printable
@@ -19,7 +19,12 @@ from farms_tb.viewing.run_folder import read_run_folder
 
 
 def report(
-    run_folder: RunArgument,
+    run_folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN", help="The folder of a run, finished or not; or a file of weights.", show_default=False
+        ),
+    ],
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Default: report.html in the run folder.")
     ] = None,

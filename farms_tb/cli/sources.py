@@ -110,16 +110,17 @@ spectral-convolution layers can, others by farms_tb.layer_matrices.register
 def _open_file(path: Path, key: str | None, embeddings: bool) -> Source:
     """Open a file or a directory of weights, or the last checkpoint of a run.
 
-    Args:
-        path: what the user named.
-        key: where the weights lie in it; None to find them.
-        embeddings: whether lookup tables are measured.
+    Raises:
+        ValueError: there are several runs, or none has a checkpoint; for the others see `open_source`.
     """
     note = ""
     if _is_run_folder(path):
-        checkpoint = _last_checkpoint(path)
-        note = f"{path} is the folder of a run: measuring its last checkpoint, {checkpoint.relative_to(path)}"
-        path = checkpoint
+        checkpoints = find_run(path).checkpoints
+        if not checkpoints:
+            raise ValueError(f"{path} is the folder of a run without a checkpoint (*.ckpt): there are no weights")
+        newest = checkpoints[0].relative_to(path)
+        note = f"{path} is the folder of a run: measuring its last checkpoint, {newest}"
+        path = checkpoints[0]
     damaged: list[str] = []
     read = partial(stored_layers, embeddings=embeddings)
     return Source(stored_tensors(path, damaged, key=key), read, damaged, note)
@@ -131,7 +132,7 @@ def _open_adapter(path: Path, key: str | None, base: str | None, options: Spectr
     Args:
         path: the folder, or the file of weights in it.
         key: where the weights lie in the base file.
-        base: that file; None to list the adapter's own matrices.
+        base: that file; None for the adapter's own matrices.
         options: which layers are measured.
 
     Raises:
@@ -154,18 +155,6 @@ def _is_run_folder(path: Path) -> bool:
     if not path.is_dir() or any(path.glob("*.safetensors*")) or any(path.glob("*.bin*")):
         return False
     return any(path.rglob("*.ckpt")) or any(path.rglob(METRICS_FILE))
-
-
-def _last_checkpoint(folder: Path) -> Path:
-    """Return the last checkpoint of a run.
-
-    Raises:
-        ValueError: there are several runs, or none has a checkpoint.
-    """
-    checkpoints = find_run(folder).checkpoints
-    if not checkpoints:
-        raise ValueError(f"{folder} is the folder of a run without a checkpoint (*.ckpt): there are no weights")
-    return checkpoints[0]
 
 
 def _model_layers(layers: Iterable[Layer]) -> Iterator[tuple[str, MatrixStack | LayerRecord]]:

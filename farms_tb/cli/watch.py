@@ -21,7 +21,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from farms_tb.cli.arguments import Filter, RunFolderArgument
+from farms_tb.cli.arguments import Filter
 from farms_tb.cli.messages import complaints
 from farms_tb.cli.tables import number
 from farms_tb.printable import printable
@@ -45,7 +45,10 @@ _WIDEST_NAME = 32
 
 
 def watch(
-    run_folder: RunFolderArgument,
+    run_folder: Annotated[
+        Path,
+        typer.Argument(metavar="RUN_FOLDER", help="Where the run writes its metrics.csv.", show_default=False),
+    ],
     ratio: Annotated[bool, typer.Option("--ratio", help="Learning-rate ratios instead of alphas.")] = False,
     patterns: Filter = None,
     every: Annotated[float, typer.Option(metavar="SECONDS", min=0.1, help="How often to look.")] = 1.0,
@@ -90,13 +93,7 @@ class Shown:
 
 
 def _follow(shown: Shown, console: Console, every: float) -> None:
-    """Show the curves anew until Ctrl-C, on a screen of their own, as pagers have.
-
-    Args:
-        shown: what is watched.
-        console: a terminal; it keeps the last state when this ends.
-        every: seconds between two looks at the file.
-    """
+    """Show the curves anew until Ctrl-C, on a screen of their own, as pagers have."""
     last: RenderableType = ""
     layers: Sequence[str] = ()
     try:
@@ -131,15 +128,12 @@ def view(shown: Shown, console: Console, *, crop: bool, layers: Sequence[str] = 
     chosen = {name: curve for name, curve in curves.items() if shown.takes(name)}
     if not chosen:
         return Text(f"{shown.place}: {_why_nothing(shown, curves)}", style="dim")
-    if not crop:
-        problems = [Text(printable(problem), style="dim") for problem in metrics.problems]
-        return Group(_heading(shown, chosen), _table(chosen, shown.quantity, console), *problems)
-    fit = max(1, console.height - _OTHER_LINES)
+    fit = max(1, console.height - _OTHER_LINES) if crop else len(chosen)
     table = _table(dict(list(chosen.items())[:fit]), shown.quantity, console)
-    if len(chosen) <= fit:
-        return Group(_heading(shown, chosen), table)
-    more = Text(f"and {len(chosen) - fit} more layers: choose by --filter", style="dim")
-    return Group(_heading(shown, chosen), table, more)
+    notes = [] if crop else list(map(printable, metrics.problems))
+    if len(chosen) > fit:
+        notes.append(f"and {len(chosen) - fit} more layers: choose by --filter")
+    return Group(_heading(shown, chosen), table, *(Text(note, style="dim") for note in notes))
 
 
 def _read(run_folder: Path, layers: Sequence[str]) -> MetricsFile:
@@ -170,9 +164,7 @@ def _why_nothing(shown: Shown, curves: Mapping[str, Curve]) -> str:
 def _heading(shown: Shown, curves: Mapping[str, Curve]) -> Text:
     """Return the lines above the table: the folder, the time of the last measurement, the span of the values.
 
-    Args:
-        shown: what is watched.
-        curves: all curves that the filter takes, at least one, also those that do not fit the screen.
+    They are about all curves that the filter takes, also those that do not fit the screen.
     """
     last = max(curves.values(), key=lambda curve: curve.steps[-1])
     low, high = _range(curves.values())
@@ -197,10 +189,7 @@ def _value(value: float, signed: bool = False) -> str:
 def _table(curves: Mapping[str, Curve], quantity: Quantity, console: Console) -> Table:
     """Return a line for each layer: its curve, on one scale for all, its first and its last value.
 
-    Args:
-        curves: the layers to show.
-        quantity: what the curves are, for the heading.
-        console: for its width, and for the characters it has.
+    The console says how wide the curves may be, and of which characters.
     """
     low, high = _range(curves.values())
     names = {name: printable(name) for name in curves}
