@@ -24,12 +24,7 @@ _NO_LIBRARY = "there is no torchvision or timm here to look for a model of this 
 def model_by_name(name: str, pretrained: bool) -> nn.Module:
     """Return the model of this name in the first installed library that knows it.
 
-    Args:
-        name: as the library lists it.
-        pretrained: load the library's weights, which may download them.
-
-    Returns:
-        The model, with random weights unless `pretrained`.
+    Its weights are random unless `pretrained`, which may download them.
 
     Raises:
         ValueError: no installed library knows it; the message names similar ones.

@@ -48,11 +48,7 @@ class MeasureRequest:
     device: str = "cpu"
 
     def takes(self, name: str) -> bool:
-        """Return whether a layer is to be measured.
-
-        Args:
-            name: its name, with the prefixes of wrappers.
-        """
+        """Return whether a layer is to be measured, by its name with the prefixes of wrappers."""
         if not self.patterns:
             return True
         bare = without_wrappers(name)
@@ -142,13 +138,7 @@ COLUMNS = tuple(Measured(records={"": LayerRecord()}).rows()[0])
 
 
 def checked_device(name: str) -> str:
-    """Check that torch can use a device.
-
-    Args:
-        name: as torch spells it, `"cuda:1"`.
-
-    Returns:
-        The name.
+    """Return the name of a device, `"cuda:1"`, after a check that torch can use it.
 
     Raises:
         ValueError: torch has no such device here.
@@ -161,12 +151,7 @@ def checked_device(name: str) -> str:
 
 
 def null_is_quick(source: Source, request: MeasureRequest) -> bool:
-    """Return whether the permutation nulls of layers of these shapes take less than a minute on one core.
-
-    Args:
-        source: the model; nothing is read.
-        request: what is measured.
-    """
+    """Return whether the permutation nulls of layers of these shapes take less than a minute on one core."""
     items = [item for item in source.items if request.takes(item.name if isinstance(item, Layer) else item.path)]
     return sum(null_seconds(stack, request.options) for stack in _without_values(items)) < QUICK_NULLS
 
@@ -187,13 +172,7 @@ def _without_values(items: Sequence[Any]) -> Iterator[MatrixStack]:
 def measure(source: Source, request: MeasureRequest, console: Console) -> Measured:
     """Measure the layers of a source; Ctrl-C and a file that breaks off keep what was measured.
 
-    Args:
-        source: the model.
-        request: what is measured.
-        console: where the progress bar goes, if it is a terminal.
-
-    Returns:
-        What was measured, and why it is not all, if so.
+    The console gets a progress bar, if it is a terminal.
     """
     if source.note:
         say(source.note)
@@ -210,10 +189,6 @@ def measure(source: Source, request: MeasureRequest, console: Console) -> Measur
 @contextmanager
 def progress_bar(console: Console, total: int) -> Iterator[Callable[..., None]]:
     """Show a progress bar where the console is a terminal.
-
-    Args:
-        console: where it goes.
-        total: how many items will be read.
 
     Yields:
         What updates the bar, with the arguments of `rich.progress.Progress.update`.

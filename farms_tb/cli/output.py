@@ -67,12 +67,7 @@ def chosen_format(form: Format | None, output: Path | None, inputs: Iterable[str
 
 
 def check_output(output: Path, inputs: Iterable[str | None] = ()) -> None:
-    """Raise a ValueError where a file cannot be made, or would replace weights; one that is there is not touched.
-
-    Args:
-        output: the file.
-        inputs: what is read, None for nothing.
-    """
+    """Raise a ValueError where a file cannot be made, or would replace weights or another file that is read."""
     if output.is_dir():
         raise ValueError(f"cannot write {output}: it is a folder")
     if output.name.endswith(ENDINGS):
@@ -131,11 +126,6 @@ def emit(result: Result, form: Format, output: Path | None) -> None:
 
     An incomplete one goes into a file of another name, `a.partial.csv` for `a.csv`: a script that waits for the
     file must not take a part for all.
-
-    Args:
-        result: what was found.
-        form: the format.
-        output: the file; None for stdout.
 
     Raises:
         typer.Exit: the file cannot be written, as the disk has filled up, say; the result is printed instead.

@@ -51,10 +51,6 @@ class Pair(NamedTuple):
 def paired(a: Mapping[str, LayerRecord], b: Mapping[str, LayerRecord]) -> list[Pair]:
     """Pair the layers of two models by name, then those whose names differ in prefixes of wrappers alone.
 
-    Args:
-        a: record of each layer of the first model.
-        b: record of each layer of the second model.
-
     Returns:
         The layers of A in their order, then those that are in B alone.
     """

@@ -67,10 +67,6 @@ class Column:
 def decimals_of(value: float | None, digits: int) -> int:
     """Return the decimals with which a number has so many significant digits; many for 0 and None.
 
-    Args:
-        value: the number, which need not be known.
-        digits: significant digits, at least 1.
-
     Example:
         >>> decimals_of(0.031, 2), decimals_of(0.31, 2), decimals_of(31.0, 2)
         (3, 2, 0)
@@ -82,11 +78,6 @@ def decimals_of(value: float | None, digits: int) -> int:
 
 def number(value: float, decimals: int, signed: bool = False) -> str:
     """Return a number with fixed decimals; what rounds to zero has no sign.
-
-    Args:
-        value: the number.
-        decimals: digits behind the point.
-        signed: give positive numbers a plus sign.
 
     Example:
         >>> number(-0.0004, 3), number(0.25, 2, signed=True), number(0.0, 2, signed=True)
@@ -196,13 +187,7 @@ def _table(columns: Sequence[Column], rows: Sequence[Row], status: Mapping[str, 
 
 
 def sort_rows(rows: Sequence[Row], column: str, reverse: bool) -> list[Row]:
-    """Sort by a column; rows without a value come last, whatever the direction.
-
-    Args:
-        rows: the rows, which all have the column.
-        column: a key of the rows.
-        reverse: the largest value first.
-    """
+    """Sort by a column; rows without a value come last, whatever the direction."""
     with_value = [row for row in rows if row[column] not in (None, "")]
     without = [row for row in rows if row[column] in (None, "")]
     with_value.sort(key=lambda row: row[column], reverse=reverse)

@@ -23,12 +23,7 @@ SUMMARY_FILE = "summary.json"
 def read_settings(files: RunFiles, problems: list[str]) -> str:
     """Return the text of the first file of settings, in the folder that was asked for or in the run's own.
 
-    Args:
-        files: where the run's files lie.
-        problems: gets a sentence for each file that is there and cannot be used.
-
-    Returns:
-        The text; empty where there is none. Nothing is raised for files that are damaged or links to elsewhere.
+    It is empty where there is none. `problems` gets a sentence for each file that is there and cannot be used.
     """
     for place in dict.fromkeys((files.folder, files.root)):
         for name in SETTINGS_FILES:
@@ -41,12 +36,8 @@ def read_settings(files: RunFiles, problems: list[str]) -> str:
 def read_summary(files: RunFiles, problems: list[str]) -> dict[str, Any]:
     """Return the scores of a run, the content of its `summary.json`.
 
-    Args:
-        files: where the run's files lie.
-        problems: gets a sentence where the file is there and cannot be used.
-
-    Returns:
-        The scores; none where there is no file of them, or it holds something else than a dict.
+    There are none where there is no such file, or it holds something else than a dict. `problems` gets a sentence
+    where it is there and cannot be used.
     """
     content = _read_own(files.folder / SUMMARY_FILE, files.folder, problems)
     if content is None:

@@ -47,13 +47,10 @@ class SavedState:
         return {name: self.options[name] for name in names if name in self.options}
 
     def nulls_by(self, options: Mapping[str, Any]) -> Mapping[str, PermutationNull]:
-        """Return the permutation nulls if the run measured them by these options; else none: they differ.
+        """Return the permutation nulls by layer, if the run measured them by these options; else none.
 
         Args:
-            options: the plain values of `SpectrumOptions`, which may hold more.
-
-        Returns:
-            Each layer's permutation null, by the layer's name.
+            options: plain values, as `as_plain(SpectrumOptions(...))` returns them.
         """
         try:
             own = as_plain(SpectrumOptions(**self.spectrum_options))
@@ -102,11 +99,7 @@ def read_state(checkpoint: Path) -> SavedState:
 
 
 def newest_state(checkpoints: Sequence[Path]) -> SavedState:
-    """Return the state in the first of several checkpoints that can be read; an empty one where none can.
-
-    Args:
-        checkpoints: the checkpoints of a run, the newest first.
-    """
+    """Return the state in the first of several checkpoints that can be read; an empty one where none can."""
     for path in checkpoints:
         try:
             return read_state(path)

@@ -80,9 +80,6 @@ def unique_names(paths: Sequence[Path]) -> list[str]:
 def in_every_run(values: Mapping[str, Mapping[str, _Value]]) -> list[str]:
     """Return the names, of layers say, that every run has, in the order of the first run.
 
-    Args:
-        values: what each run has, by the run's name.
-
     Example:
         >>> in_every_run({"a": {"conv": 1, "fc": 2}, "b": {"fc": 3, "conv": 4, "head": 5}})
         ['conv', 'fc']

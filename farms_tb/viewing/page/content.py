@@ -63,14 +63,7 @@ _When = tuple[float, int]
 
 
 def content_of(run: RunFolder) -> dict[str, Any]:
-    """Return all that the page shows.
-
-    Args:
-        run: what is known of the run.
-
-    Returns:
-        Plain values: no NaN, no infinity, no number that JSON lacks.
-    """
+    """Return all that the page shows: plain values, no NaN, no infinity, no number that JSON lacks."""
     when = _times(run.history)
     of_weights = [] if run.farms is None else diagnose(run.farms)
     return {

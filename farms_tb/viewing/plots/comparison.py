@@ -108,11 +108,7 @@ def save_comparison(
 
 
 def left_out(runs: Runs) -> list[str]:
-    """Return a sentence for each thing that pictures of several runs do not show, though some run has it.
-
-    Args:
-        runs: the runs by name.
-    """
+    """Return a sentence for each thing that pictures of several runs do not show, though some run has it."""
     sentences = []
     for picture in _PICTURES.values():
         data = picture.data(runs)

@@ -106,11 +106,7 @@ def save_all(
 
 
 def not_drawn(run: RunFolder) -> list[str]:
-    """Return a sentence for each thing that there are no pictures of.
-
-    Args:
-        run: the run, whose own `missing` comes first.
-    """
+    """Return a sentence for each thing that there are no pictures of, those of `run.missing` first."""
     sentences = list(run.missing)
     if run.farms is None or run.full is None:
         return sentences
@@ -122,16 +118,7 @@ def not_drawn(run: RunFolder) -> list[str]:
 
 
 def save_pictures(wanted: Mapping[str, _Draw], folder: Path, suffix: str) -> list[Path]:
-    """Draw pictures into a folder.
-
-    Args:
-        wanted: what draws each picture, by its name.
-        folder: where they go; made where it is not there.
-        suffix: the ending of the files, `".png"`.
-
-    Returns:
-        Their paths.
-    """
+    """Draw pictures, by their names, into a folder, which is made where it is not there; return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     saved = []
     for name, draw in wanted.items():
