@@ -24,7 +24,7 @@ from torch import Tensor
 from farms_tb.printable import printable
 from farms_tb.weights.config import json_object
 from farms_tb.weights.files import listed_tensors, stored_tensors, tensors_in
-from farms_tb.weights.low_rank import LowRankUpdate, merged
+from farms_tb.weights.low_rank import LowRankUpdate, fits, merged
 from farms_tb.weights.names import Renaming, renaming
 from farms_tb.weights.stored import ModelFacts, StoredTensor
 from farms_tb.weights.stored_layers import values_of
@@ -140,13 +140,7 @@ def _renamed(tensors: list[StoredTensor], rename: Renaming) -> list[StoredTensor
 
 
 def _put_wholes(found: dict[str, StoredTensor], wholes: Sequence[StoredTensor], settings: _Settings) -> None:
-    """Put tensors in the place of those of the same names.
-
-    Args:
-        found: the tensors of the base by their keys; changed in place.
-        wholes: the tensors that were trained as a whole.
-        settings: whether those that are tied in the base still are.
-    """
+    """Put tensors that were trained as a whole in the place of those of the same keys in the base, `found`."""
     for tensor in wholes:
         known = found.get(tensor.key, tensor)
         # The file's own identities may be those of other tensors in the base file.
@@ -155,12 +149,7 @@ def _put_wholes(found: dict[str, StoredTensor], wholes: Sequence[StoredTensor], 
 
 
 def _put_below(found: dict[str, StoredTensor], below: Sequence[StoredTensor]) -> None:
-    """Put the weights that adapters are for in the place of those of the base, under all names that these have.
-
-    Args:
-        found: the tensors of the base by their keys; changed in place.
-        below: what PEFT saved as `...base_layer.weight`.
-    """
+    """Put what PEFT saved as `...base_layer.weight` in the place of the base's, under all names that this has."""
     for tensor in below:
         for key in _names_of(found, tensor.key):
             known = found.get(key, tensor)
@@ -260,12 +249,8 @@ def _settings(path: Path) -> _Settings:
 def _refuse_changed_base(path: Path, init: object) -> None:
     """Refuse an adapter for a weight that its initialisation changed: B A is no part of what the base file has.
 
-    Args:
-        path: of the config, for the message.
-        init: its `init_lora_weights`.
-
     Raises:
-        ValueError: the initialisation is such a one.
+        ValueError: `init`, the config's `init_lora_weights`, is such a one.
     """
     if isinstance(init, str) and init.lower().startswith(_CHANGING_INITS):
         raise ValueError(
@@ -326,32 +311,20 @@ def _merged(base: StoredTensor, layer: str, parts: Parts, settings: _Settings) -
     _check_parts(layer, parts)
     if base.problem or not base.has_numbers:
         return base
-    first, second = parts["A"].shape, parts["B"].shape
-    rank = math.prod(second[1:])
-    product, shape = (*second[:1], math.prod(first[1:])), (*base.shape[:1], math.prod(base.shape[1:]))
+    left, right = parts["B"].shape, parts["A"].shape
     is_table = "embedding" in parts["A"].name
-    is_transposed = is_table or (settings.transposed and product == shape[::-1])
-    if is_transposed:
-        shape = shape[::-1]
-    if product != shape or first[:1] != (rank,) or rank == 0:
+    is_transposed = is_table or (settings.transposed and fits(base.shape, left, right, transposed=True))
+    if not fits(base.shape, left, right, transposed=is_transposed):
         raise ValueError(
-            f"the adapter of {layer!r} does not fit the weight of shape {base.shape}: B has the shape {second}, A "
-            f"{first}"
+            f"the adapter of {layer!r} does not fit the weight of shape {base.shape}: B has the shape {left}, A "
+            f"{right}"
         )
-    read = partial(_read, base, parts, settings.scaling(layer, rank), is_transposed)
+    read = partial(_read, base, parts, settings.scaling(layer, right[0]), is_transposed)
     return replace(base, read=read, identity=("adapter", base.identity), dtype=torch.float32)
 
 
 def _check_parts(layer: str, parts: Parts) -> None:
-    """Check that both matrices of an adapter are there.
-
-    Args:
-        layer: the layer's name, for the message.
-        parts: the stored tensors of the adapter.
-
-    Raises:
-        ValueError: A or B is missing, or some tensor cannot be read.
-    """
+    """Raise a ValueError where A or B of an adapter is missing, or some part of it cannot be read."""
     problems = [part.problem for part in parts.values() if part.problem]
     if problems or not {"A", "B"} <= parts.keys():
         found = "; ".join(problems) or f"only {sorted(parts)}"
@@ -359,21 +332,8 @@ def _check_parts(layer: str, parts: Parts) -> None:
 
 
 def _read(base: StoredTensor, parts: Parts, scaling: float, transposed: bool) -> Tensor:
-    """Read a weight, its A and its B, and return the sum.
-
-    Args:
-        base: the weight.
-        parts: the stored tensors of the adapter, DoRA's magnitude among them where there is one.
-        scaling: factor on the product of B and A.
-        transposed: whether the weight is stored as (in, out).
-
-    Returns:
-        A tensor of the weight's shape, in single precision or a higher one.
-    """
-    left, right = dense(parts["B"].read()).flatten(1), dense(parts["A"].read()).flatten(1)
-    magnitude = dense(parts["magnitude_vector"].read()).flatten() if "magnitude_vector" in parts else None
-    if transposed:
-        update = LowRankUpdate(right.mT, left.mT, scaling, magnitude, outputs=1)
-    else:
-        update = LowRankUpdate(left, right, scaling, magnitude)
+    """Read a weight and its adapter, and return the sum, in single precision or a higher one."""
+    left, right = dense(parts["B"].read()), dense(parts["A"].read())
+    magnitude = dense(parts["magnitude_vector"].read()) if "magnitude_vector" in parts else None
+    update = LowRankUpdate.of_adapter(left, right, scaling, magnitude, transposed=transposed)
     return merged(values_of(base), [update])[0]

@@ -11,7 +11,6 @@ computed into memory of its own, one weight at a time.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from farms_tb.options import Adapters
-from farms_tb.weights.low_rank import LowRankUpdate, change_of_merged, merged
+from farms_tb.weights.low_rank import LowRankUpdate, change_of_merged, fits, merged
 from farms_tb.weights.matrices import layer_matrices
 from farms_tb.weights.stacks import MatrixStack, NoSpectrumError
 from farms_tb.weights.values import dense, reading, weight_of
@@ -33,33 +32,21 @@ _DISABLED = "its adapters are merged and disabled: unmerge them first, model.unm
 
 
 def is_adapted(module: nn.Module) -> bool:
-    """Return whether it is a layer of PEFT, of whatever kind, that adapts another one inside it.
-
-    Args:
-        module: any module. Whether its adapters are switched on does not matter.
-    """
+    """Return whether it is a layer of PEFT, of whatever kind, on or off, that adapts another one inside it."""
     return isinstance(getattr(module, "base_layer", None), nn.Module) and hasattr(module, "active_adapters")
 
 
 def base_of(module: nn.Module) -> nn.Module:
-    """Return the layer inside a layer of PEFT, also where several are around each other.
-
-    Args:
-        module: any module; one without adapters is returned as it is.
-    """
+    """Return the layer inside a layer of PEFT, or inside several; a module without adapters as it is."""
     while is_adapted(module):
         module = module._modules["base_layer"]  # type: ignore[assignment]
     return module
 
 
 def adapter_problem(module: nn.Module, adapters: Adapters) -> str:
-    """Say why a layer with adapters has no weight that could be measured; empty where it has one.
+    """Say why a layer, with adapters or without, has no weight that could be measured; empty where it has one.
 
     No values are read, but for a parametrized weight, which is computed to know its shape.
-
-    Args:
-        module: any layer, with adapters or without.
-        adapters: what is to be measured.
     """
     if adapters == "separate":
         return ""
@@ -109,15 +96,7 @@ def adapted_stacks(module: nn.Module, adapters: Adapters) -> list[MatrixStack]:
 
 @dataclass(frozen=True)
 class _Adapter:
-    """One adapter of a layer, whose values are not read yet.
-
-    Attributes:
-        left: B `(out, r)`, and of a convolution `(out, r, 1, ...)`.
-        right: A `(r, in)`, and of a convolution `(r, in, *kernel)`.
-        scaling: factor on their product.
-        magnitude: DoRA's, with one entry for each output; None for LoRA.
-        transposed: whether the weight is stored as (in, out).
-    """
+    """One adapter of a layer, whose values are not read yet; see `LowRankUpdate.of_adapter`."""
 
     left: Tensor
     right: Tensor
@@ -125,25 +104,11 @@ class _Adapter:
     magnitude: Tensor | None
     transposed: bool
 
-    def fits(self, shape: tuple[int, ...]) -> bool:
-        """Return whether the product of B and A has as many rows and columns as a weight.
-
-        Args:
-            shape: that of the weight, as it is stored; of a convolution with its kernel.
-        """
-        rows, columns = self.left.shape[0], math.prod(self.right.shape[1:])
-        if self.transposed:
-            rows, columns = columns, rows
-        rank = math.prod(self.left.shape[1:])
-        return (rows, columns) == (shape[0], math.prod(shape[1:])) and rank == self.right.shape[0]
-
     def read(self) -> LowRankUpdate:
         """Return the values; gathering sharded ones is a collective call."""
-        left, right = dense(self.left).flatten(1), dense(self.right).flatten(1)
-        magnitude = None if self.magnitude is None else dense(self.magnitude).flatten()
-        if self.transposed:
-            return LowRankUpdate(right.mT, left.mT, self.scaling, magnitude, outputs=1)
-        return LowRankUpdate(left, right, self.scaling, magnitude)
+        left, right = dense(self.left), dense(self.right)
+        magnitude = None if self.magnitude is None else dense(self.magnitude)
+        return LowRankUpdate.of_adapter(left, right, self.scaling, magnitude, transposed=self.transposed)
 
 
 def _applied(module: nn.Module) -> list[_Adapter]:
@@ -158,7 +123,7 @@ def _applied(module: nn.Module) -> list[_Adapter]:
     shape = _shape(getattr(base, _weight_name(base)))
     found = list(_adapters(module))
     for name, adapter in found:
-        if not adapter.fits(shape):
+        if not fits(shape, adapter.left.shape, adapter.right.shape, transposed=adapter.transposed):
             raise NoSpectrumError(
                 f"its adapter {name!r} does not fit the weight of shape {shape}: B has the shape "
                 f"{tuple(adapter.left.shape)}, A {tuple(adapter.right.shape)}. Measure with adapters='separate'"
@@ -189,12 +154,9 @@ def _adapters(module: nn.Module) -> Iterator[tuple[str, _Adapter]]:
 
 
 def _entry(module: nn.Module, attribute: str, name: str) -> Tensor | None:
-    """Return the tensor of one adapter, or the weight of its layer; None where there is none.
+    """Return the tensor that a layer keeps for an adapter under `"lora_A"`, or the weight of a layer there.
 
-    Args:
-        module: the layer with adapters.
-        attribute: where it keeps such tensors, by adapter: `"lora_A"`.
-        name: name of the adapter.
+    None where there is none.
 
     Raises:
         NoSpectrumError: what the layer keeps there is neither a tensor nor a layer.
@@ -210,15 +172,7 @@ def _entry(module: nn.Module, attribute: str, name: str) -> Tensor | None:
 
 
 def _check_variant(module: nn.Module, name: str) -> None:
-    """Refuse an adapter that is a variant of LoRA whose weight is another one.
-
-    Args:
-        module: the layer with adapters.
-        name: name of the adapter.
-
-    Raises:
-        NoSpectrumError: the adapter is an unknown variant.
-    """
+    """Raise NoSpectrumError for an adapter that is an unknown variant of LoRA, whose weight is another one."""
     variants = getattr(module, "lora_variant", {})
     variant = type(variants[name]).__name__ if name in variants else ""
     if variant and not variant.startswith(_KNOWN_VARIANTS):
@@ -259,13 +213,7 @@ def _shape(weight: Any) -> tuple[int, ...]:
 
 
 def _with_weight(base: nn.Module, name: str, weight: Tensor) -> nn.Module:
-    """Return a copy of a layer that shares all with it but for one weight.
-
-    Args:
-        base: the layer, which stays as it is.
-        name: name of its weight.
-        weight: the other weight, of the same shape.
-    """
+    """Return a copy of a layer that shares all with it but for one weight."""
     if parametrize.is_parametrized(base):
         # It refuses to be copied, and its class computes the weight anew: that of before has a plain one.
         cls: Any = parametrize.type_before_parametrizations(base)
@@ -279,12 +227,7 @@ def _with_weight(base: nn.Module, name: str, weight: Tensor) -> nn.Module:
 
 
 def _unknown(module: nn.Module, variant: str = "") -> str:
-    """Return the problem of an adapter that is no LoRA.
-
-    Args:
-        module: the layer with the adapter.
-        variant: name of the variant of LoRA that it is.
-    """
+    """Return the problem of an adapter that is no LoRA, or a variant of it."""
     kind = f"{type(module).__module__}.{type(module).__qualname__}"
     return (
         f"an adapter of an unknown kind ({kind}{variant and ', '}{variant}): of PEFT, LoRA and DoRA are known. "

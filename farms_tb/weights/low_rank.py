@@ -12,6 +12,7 @@ flattened to (first, all others).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -40,6 +41,25 @@ class LowRankUpdate:
     magnitude: Tensor | None = None
     outputs: int = 0
 
+    @classmethod
+    def of_adapter(
+        cls, left: Tensor, right: Tensor, scaling: float, magnitude: Tensor | None, *, transposed: bool
+    ) -> LowRankUpdate:
+        """Return what an adapter of PEFT adds to a weight that is flattened to two dimensions.
+
+        Args:
+            left: B `(out, r)`, and of a convolution `(out, r, 1, ...)`.
+            right: A `(r, in)`, and of a convolution `(r, in, *kernel)`.
+            scaling: factor on their product.
+            magnitude: DoRA's, with one entry for each output; None for LoRA.
+            transposed: whether the weight is stored as (in, out).
+        """
+        left, right = left.flatten(1), right.flatten(1)
+        magnitude = None if magnitude is None else magnitude.flatten()
+        if transposed:
+            return cls(right.mT, left.mT, scaling, magnitude, outputs=1)
+        return cls(left, right, scaling, magnitude)
+
     def applied_to(self, weight: Tensor, base: Tensor) -> Tensor:
         """Return the weight after this update; nothing is changed in place.
 
@@ -61,6 +81,22 @@ class LowRankUpdate:
 
     def _added_to(self, weight: Tensor) -> Tensor:
         return torch.addmm(weight, self.left, self.right, alpha=self.scaling)
+
+
+def fits(weight: Sequence[int], left: Sequence[int], right: Sequence[int], *, transposed: bool) -> bool:
+    """Return whether the product of B and A has as many rows and columns as a weight.
+
+    Args:
+        weight: shape of the weight, as it is stored; of a convolution with its kernel.
+        left: shape of B.
+        right: shape of A.
+        transposed: whether the weight is stored as (in, out).
+    """
+    product = [*left[:1], math.prod(right[1:])]
+    rank = math.prod(left[1:])
+    if transposed:
+        product.reverse()
+    return rank > 0 and list(right[:1]) == [rank] and product == [*weight[:1], math.prod(weight[1:])]
 
 
 def merged(weight: Tensor, updates: Sequence[LowRankUpdate]) -> tuple[Tensor, Tensor]:
