@@ -32,11 +32,7 @@ ALONGSIDE_QUANTISED = (*SCALES, "qzeros", "g_idx", "weight_g_idx", "weight_zero_
 
 
 def scale_names(parameter: str) -> tuple[str, ...]:
-    """Return the names that the scales of a quantised parameter may have.
-
-    Args:
-        parameter: its name in its module.
-    """
+    """Return the names that the scales of a quantised parameter may have, by its own name in its module."""
     return (*SCALES, f"{parameter}_scale", f"{parameter}_scale_inv")
 
 
@@ -44,12 +40,12 @@ def are_codes(parameter: str, siblings: Collection[str]) -> bool:
     """Return whether integers of this name are a quantised weight, and not a table of indices or a mask.
 
     Args:
-        parameter: their name in the module; MXFP4 has `..._blocks`.
+        parameter: their name in the module.
         siblings: names of all tensors of the module.
     """
     if parameter in ALONGSIDE_QUANTISED:
         return False
-    if parameter in QUANTISED or parameter.endswith("_blocks"):
+    if parameter in QUANTISED or parameter.endswith("_blocks"):  # the latter in MXFP4
         return True
     return any(name in siblings for name in scale_names(parameter))
 
@@ -60,25 +56,18 @@ WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")
 _WRAPPED_PART = re.compile(rf"(?<![^.])(?:{'|'.join(WRAPPED)})(?:\.|$)")
 _EMBEDDING_WORDS = ("emb", "wte", "wpe")
 _EMBEDDING_NAMES = ("shared", "codebook", "relative_attention_bias", "iou_token", "mask_tokens", "obj_score_token")
-_EXPERTS = re.compile(r"(?<![a-zA-Z])(experts?|exps|moe)(?![a-z])|(Experts?|MoE|Moe)(?![a-z])")
-_ONE_EXPERT = re.compile(r"(?<![a-z])experts?\.\d+\.", re.IGNORECASE)
 _NOT_EMBEDDING_WORDS = ("proj", "patch", "out", "head", "dense", "linear", "class")
 
 
 def clean_name(name: str) -> str:
-    """Drop what `torch.compile` and activation checkpointing add to the paths of modules and parameters.
-
-    Args:
-        name: a path, as `named_modules` or `named_parameters` gives it.
-    """
+    """Drop what `torch.compile` and activation checkpointing add to the path of a module or parameter."""
     return _WRAPPED_PART.sub("", name).removesuffix(".") if "_" in name else name
 
 
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters of a model by their clean names, in order of registration.
 
-    Args:
-        model: any module. A parameter that several of its modules share comes once, by its first name.
+    A parameter that several modules share comes once, by its first name.
     """
     return {clean_name(name): parameter for name, parameter in model.named_parameters()}
 
@@ -92,17 +81,11 @@ def layer_name(path: str, parameter: str) -> str:
     """
     if not path:
         return parameter
-    if parameter == "weight":
-        return path
-    return f"{path}.{parameter}"
+    return path if parameter == "weight" else f"{path}.{parameter}"
 
 
 def no_rule(parameter: str) -> str:
-    """Return the problem of a parameter whose layer type is unknown.
-
-    Args:
-        parameter: its name in its module.
-    """
+    """Return the problem of a parameter whose layer type is unknown."""
     return (
         f"no rule for the type of {parameter!r}: add one with farms_tb.layer_matrices.register, use analyze(model)"
     )
@@ -125,9 +108,6 @@ def is_embedding_name(path: str) -> bool:
 
     `tok_emb` and `embeds.0` are embeddings, `patch_embed.proj` is none. GPT-NeoX's head is called `embed_out`, and
     several vision models project patches by a linear `patch_embed`.
-
-    Args:
-        path: path of the module, such as `encoder.tok_emb`.
     """
     words = [part.lower() for part in path.split(".") if not part.isdecimal()]
     own = words[-1] if words else ""
@@ -136,31 +116,6 @@ def is_embedding_name(path: str) -> bool:
     if own in _EMBEDDING_NAMES:
         return True
     return any(word in own for word in _EMBEDDING_WORDS)
-
-
-def is_experts_name(path: str) -> bool:
-    """Return whether a weight of three dimensions at this path holds one matrix an expert.
-
-    Whole words count: `mlp.experts.w1`, `block_sparse_moe.input_linear` and `ffn_up_exps` do, `memoed` does not.
-
-    Args:
-        path: path of the weight.
-    """
-    return _EXPERTS.search(path) is not None
-
-
-def is_in_one_expert(path: str) -> bool:
-    """Return whether a path leads into one of several experts, each a module of its own: `experts.0.conv`.
-
-    Args:
-        path: path of a module.
-    """
-    return _ONE_EXPERT.search(f"{path}.") is not None
-
-
-def last_name(path: str) -> str:
-    """Return the last part of a path, in lower case."""
-    return path.rpartition(".")[2].lower()
 
 
 def natural_order(name: str) -> list[list[tuple[int, int, str]]]:
@@ -175,16 +130,15 @@ def natural_order(name: str) -> list[list[tuple[int, int, str]]]:
     """
     key = []
     for part in name.split("."):
-        pieces = []
+        words_and_digits = []
         for index, piece in enumerate(re.split(r"([0-9]+)", part)):
-            is_number = index % 2 == 1
-            if is_number:
+            if index % 2 == 0:
+                words_and_digits.append((0, 0, piece))
+            else:
                 # Of two numbers without leading zeros the longer one is larger; int() refuses very long ones.
                 digits = piece.lstrip("0")
-                pieces.append((1, len(digits), digits))
-            else:
-                pieces.append((0, 0, piece))
-        key.append(pieces)
+                words_and_digits.append((1, len(digits), digits))
+        key.append(words_and_digits)
     return key
 
 

@@ -37,9 +37,6 @@ from farms_tb.weights.names import (
     QUANTISED,
     are_codes,
     is_embedding_name,
-    is_experts_name,
-    is_in_one_expert,
-    last_name,
     layer_name,
     no_rule,
     quantised,
@@ -58,6 +55,11 @@ LONGEST_KERNEL = 31
 _ATTENTION_PARTS = {f"{part}_proj_weight": part for part in "qkv"}
 _RECURRENT = re.compile(r"weight_(ih|hh|hr)(_l\d+(_reverse)?)?")
 
+# Whole words in a path: `mlp.experts.w1`, `block_sparse_moe.input_linear` and `ffn_up_exps`, but not `memoed`.
+_EXPERTS = re.compile(r"(?<![a-zA-Z])(experts?|exps|moe)(?![a-z])|(Experts?|MoE|Moe)(?![a-z])")
+# One of several experts that are modules of their own: `experts.0.conv`.
+_ONE_EXPERT = re.compile(r"(?<![a-z])experts?\.\d+\.", re.IGNORECASE)
+
 
 def may_be_layer(stored: StoredTensor) -> bool:
     """Return whether a report lists the tensor, measured or with a reason.
@@ -68,11 +70,9 @@ def may_be_layer(stored: StoredTensor) -> bool:
         return False
     if stored.problem:
         return True
-    if not stored.has_numbers and not _holds_codes(stored):
+    if not (stored.has_numbers or _holds_codes(stored)):
         return False
-    if matrix_dims(stored.shape) > 1:
-        return True
-    return stored.name == "weight" and _has_one_row(stored)
+    return matrix_dims(stored.shape) > 1 or (stored.name == "weight" and _has_one_row(stored))
 
 
 def _belongs_to_another(stored: StoredTensor) -> bool:
@@ -128,20 +128,13 @@ def stored_layers(
 def _layers(
     stored: StoredTensor, measured: dict[object, str], embeddings: bool
 ) -> Iterator[tuple[str, MatrixStack | LayerRecord]]:
-    """Yield the layers of one tensor.
-
-    Args:
-        stored: the tensor.
-        measured: identities of the tensors that have a spectrum, and their layers' names; this one is added.
-        embeddings: as in `stored_layers`.
-    """
+    """Yield the layers of one tensor, which is added to `measured`, names of layers by identities of tensors."""
     name = _name(stored)
     if stored.identity in measured:
         yield name, LayerRecord(status=f"tied to {measured[stored.identity]!r}")
         return
     try:
-        layout = _layout(stored, embeddings)
-        found = layout(values_of(stored))
+        found = _layout(stored, embeddings)(values_of(stored))
     except NoSpectrumError as error:
         yield name, LayerRecord(status=str(error))
         return
@@ -166,11 +159,8 @@ def _layout(stored: StoredTensor, embeddings: bool) -> Layout:
     """Return what makes matrices of the tensor, by its name and shape.
 
     A new layer type whose name tells what it is gets a function like `_attention`, added to the tuple of rules
-    below: it returns a layout, None for a tensor of another type, or raises for one that holds no matrix.
-
-    Args:
-        stored: the tensor; its values are not read.
-        embeddings: whether lookup tables are measured.
+    below: it returns a layout, None for a tensor of another type, or raises for one that holds no matrix. The
+    tensor's values are not read.
 
     Raises:
         NoSpectrumError: it is none, or cannot be told to be one.
@@ -246,12 +236,7 @@ def _recurrent(stored: StoredTensor) -> Layout | None:
 
 
 def _number_of_gates(stored: StoredTensor, kind: str) -> int:
-    """Return the number of gates below each other in a weight; 0 where it is not known.
-
-    Args:
-        stored: the weight.
-        kind: `"ih"`, `"hh"` or `"hr"`, the part of its name.
-    """
+    """Return the number of gates in a weight, 0 where it is not known; `kind` is the part `"ih"` of its name."""
     if kind == "hr":
         return 1
     if stored.name.replace(kind, "hr", 1) in stored.siblings:
@@ -276,10 +261,9 @@ def _fourier(stored: StoredTensor) -> Layout | None:
 
 def _stacked_experts(stored: StoredTensor) -> Layout | None:
     """Return whether it is a stack of experts, by a word of the path or their number in `config.json`."""
-    if len(stored.shape) != 3 or "conv" in last_name(stored.path) or _has_another_use(stored):
+    if len(stored.shape) != 3 or "conv" in _module_name(stored) or _has_another_use(stored):
         return None
-    known_number = stored.shape[0] == stored.facts.experts
-    if known_number or is_experts_name(stored.key):
+    if stored.shape[0] == stored.facts.experts or _EXPERTS.search(stored.key):
         return lambda weight: stacks.experts(weight, stored.name)
     return None
 
@@ -288,7 +272,8 @@ def _has_another_use(stored: StoredTensor) -> bool:
     """Return whether a tensor below experts is none of their weights: a convolution, bias or embedding."""
     if stored.name == "weight":
         # Experts have a bias each, (experts, out) together; that of a convolution is (out,).
-        return is_in_one_expert(stored.path) or stored.shape_of("bias") == stored.shape[:1]
+        in_one_expert = _ONE_EXPERT.search(f"{stored.path}.") is not None
+        return in_one_expert or stored.shape_of("bias") == stored.shape[:1]
     return "bias" in stored.name or is_embedding_name(stored.name)
 
 
@@ -301,13 +286,16 @@ def _is_norm(stored: StoredTensor) -> bool:
     """Return whether it is a norm over several dimensions: by one shape of weight and bias, or by name."""
     if len(stored.shape) > 1 and stored.shape_of("bias") == stored.shape:
         return True
-    called_norm = re.fullmatch(r"(\w*norm|ln)(_?\d+)?", last_name(stored.path))
+    called_norm = re.fullmatch(r"(\w*norm|ln)(_?\d+)?", _module_name(stored))
     return called_norm is not None and len(stored.shape) > 2
 
 
 def _is_conv1d(stored: StoredTensor) -> bool:
     """Return whether it is a convolution (out, in, kernel), no bilinear form (out, in, in) or stack."""
-    own = last_name(stored.path)
-    if "conv" in own:
-        return True
-    return stored.shape[2] <= LONGEST_KERNEL and "bilinear" not in own
+    name = _module_name(stored)
+    return "conv" in name or (stored.shape[2] <= LONGEST_KERNEL and "bilinear" not in name)
+
+
+def _module_name(stored: StoredTensor) -> str:
+    """Return the last part of the module's path, in lower case."""
+    return stored.path.rpartition(".")[2].lower()
