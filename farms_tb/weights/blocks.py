@@ -70,13 +70,7 @@ def name_in_block(name: str, block: str) -> str:
 
 
 def split_number(path: str) -> tuple[str, int]:
-    """Split a path before the number that it ends in.
-
-    Args:
-        path: of a block, say.
-
-    Returns:
-        What comes before the number, and the number; the whole path and -1 where it ends in none.
+    """Split a path before the number that it ends in; -1 stands for none.
 
     Example:
         >>> split_number("model.layers.12"), split_number("encoder_layer_3"), split_number("head")
@@ -121,10 +115,8 @@ def _starts(name: str) -> Iterator[str]:
 
 
 def _numbered_paths(name: str) -> Iterator[str]:
-    """Yield the paths that lead to a layer and end in a number, the shortest first."""
-    for path in _starts(name):
-        if split_number(path)[1] >= 0:
-            yield path
+    """Return the paths that lead to a layer and end in a number, the shortest first."""
+    return (path for path in _starts(name) if split_number(path)[1] >= 0)
 
 
 @dataclass
@@ -147,9 +139,7 @@ class _List:
 
     def rank(self) -> tuple[int, int, str]:
         """Return what the longest list has most of: members, then entries; then the last path in the alphabet."""
-        entries = 0
-        for member in self.members.values():
-            entries += sum(map(math.prod, member.values()))
+        entries = sum(math.prod(shape) for member in self.members.values() for shape in member.values())
         return len(self.members), entries, self.path
 
     def is_repeated(self) -> bool:

@@ -40,22 +40,13 @@ _MAX_SIZE = 10_000_000
 
 
 def facts_of(folder: Path) -> ModelFacts:
-    """Read a folder's `config.json`.
-
-    Args:
-        folder: where the weights are.
-
-    Returns:
-        The facts; none where there is no such file, or one that is no JSON object.
-    """
+    """Return what a folder's `config.json` tells; nothing where there is none, or one that is no JSON object."""
     try:
         config = json_object(folder / "config.json") or {}
     except OSError:
         config = {}
-    text = config
     nested = config.get("text_config")  # A model of several modalities has one for each.
-    if isinstance(nested, dict):
-        text = {**config, **nested}
+    text = {**config, **nested} if isinstance(nested, dict) else config
     return ModelFacts(_number_of_experts(text), _tied_head(config, text))
 
 
@@ -74,42 +65,26 @@ def json_object(path: Path) -> dict[str, Any] | None:
 
 def _number_of_experts(text: dict[str, Any]) -> int:
     """Return the experts of a mixture by the first of their names; 0 where none is there."""
-    for name in _EXPERTS:
-        number = text.get(name)
-        if isinstance(number, int):
-            return max(number, 0)
-    return 0
+    numbers = (text.get(name) for name in _EXPERTS)
+    return max(0, next((number for number in numbers if isinstance(number, int)), 0))
 
 
 def _tied_head(config: dict[str, Any], text: dict[str, Any]) -> str:
-    """Return the name of the head that shares the embedding's weight; empty where none does.
-
-    Args:
-        config: the file's content.
-        text: the same, with what it says of the language model.
-    """
+    """Return the name of the head that shares the embedding's weight; empty where none does."""
     tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings"))
     architectures = config.get("architectures")
     if tied is not True or not isinstance(architectures, list):
         return ""
     names = [name for name in architectures if isinstance(name, str)]
-    for name in names:
-        head = _HEADS.get(name, "lm_head" if name.endswith(_WITH_LM_HEAD) else "")
-        if head:
-            return head
-    return ""
+    heads = (_HEADS.get(name, "lm_head" if name.endswith(_WITH_LM_HEAD) else "") for name in names)
+    return next(filter(None, heads), "")
 
 
 def with_tied_head(tensors: Sequence[StoredTensor], head: str) -> list[StoredTensor]:
     """Add the language model's head where only the embedding that it shares its weight with is stored.
 
-    Args:
-        tensors: the tensors of the model.
-        head: the head's name; empty where it has a weight of its own.
-
-    Returns:
-        The tensors, and the head as a second name of the embedding's weight where there is exactly one embedding
-        of words.
+    The head, whose name is empty where it has a weight of its own, is a second name of the embedding's weight.
+    None is added unless there is exactly one embedding of words.
     """
     found = list(tensors)
     if not head or any(f".{tensor.key}".endswith(f".{head}.weight") for tensor in tensors):

@@ -78,19 +78,7 @@ def stored_tensors(
 
 
 def tensors_in(path: Path, damaged: list[str] | None = None, *, key: str | None = None) -> list[StoredTensor]:
-    """List all tensors in a file, also vectors and others that are no layers.
-
-    Args:
-        path: the file.
-        damaged: as in `stored_tensors`.
-        key: as in `stored_tensors`.
-
-    Returns:
-        The tensors in the order of a torch file, else sorted by name.
-
-    Raises:
-        FileNotFoundError, ValueError, ImportError: see `farms_tb.analyze_checkpoint`.
-    """
+    """List all tensors in a file, as `stored_tensors` does, also vectors and others that are no layers."""
     if key is not None and not takes_key(path):
         raise ValueError(f"{printable(path)} takes no key: its tensors lie side by side, not in dicts by name")
     is_index = path.name.endswith(INDEX)
@@ -104,9 +92,6 @@ def tensors_in(path: Path, damaged: list[str] | None = None, *, key: str | None 
 def takes_key(path: str | PathLike[str]) -> bool:
     """Return whether a file can hold several state dicts, by torch.save, of which a key chooses one.
 
-    Args:
-        path: see `farms_tb.analyze_checkpoint`.
-
     Raises:
         FileNotFoundError, ValueError: there is none, or several that no index belongs to.
     """
@@ -114,13 +99,7 @@ def takes_key(path: str | PathLike[str]) -> bool:
 
 
 def files_of_weights(path: str | PathLike[str]) -> list[Path]:
-    """List the files that `stored_tensors` reads for a path.
-
-    Args:
-        path: see `farms_tb.analyze_checkpoint`.
-
-    Returns:
-        The parts that an index names, sorted by name; else the one file.
+    """List the files that `stored_tensors` reads: the parts that an index names, sorted by name, or the one file.
 
     Raises:
         FileNotFoundError, ValueError: there is none, or several that no index belongs to.
@@ -153,10 +132,11 @@ def tensors_of_state_dict(state_dict: Mapping[str, Any]) -> list[StoredTensor]:
     Raises:
         TypeError: it holds no tensor by name.
     """
-    found = []
-    for key, value in state_dict.items():
-        if isinstance(key, str) and isinstance(value, Tensor):
-            found.append(stored_in_memory(key, value))
+    found = [
+        stored_in_memory(key, value)
+        for key, value in state_dict.items()
+        if isinstance(key, str) and isinstance(value, Tensor)
+    ]
     if not found:
         kind = type(state_dict).__name__
         raise TypeError(f"expected a torch.nn.Module, got {kind}, and no state dict: it holds no tensor by name")
@@ -215,10 +195,6 @@ def _without_weights(folder: Path) -> str:
 
 def _in_parts(index: Path, damaged: list[str] | None) -> list[StoredTensor]:
     """List the tensors of a checkpoint in several files; of those in two, the one that the index names.
-
-    Args:
-        index: the index, which names the file of each tensor.
-        damaged: as in `stored_tensors`.
 
     Raises:
         FileNotFoundError: a file is not there.
@@ -282,13 +258,7 @@ def _in_file(path: Path, key: str | None = None) -> Iterator[StoredTensor]:
 
 
 def _state_dict(loaded: Any, path: Path, key: str | None) -> Mapping[str, Any]:
-    """Return the tensors by name in what a file holds.
-
-    Args:
-        loaded: the file's content.
-        path: where it is, for messages.
-        key: where in the content the tensors are; None to take them from one of the usual places, or from
-            the only one.
+    """Return the tensors by name in what a file holds: under a key, in one of the usual places, or the only ones.
 
     Raises:
         ValueError: there are none, or several dicts of tensors.
@@ -340,11 +310,7 @@ def _candidates(
 
 
 def _possible(candidates: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Return the names of the dicts that may be the weights, one where it can be told which.
-
-    Args:
-        candidates: all dicts of tensors by name.
-    """
+    """Return the names of the dicts of tensors that may be the weights, one where it can be told which."""
     for usual in (*_STATE_DICT_KEYS, ""):
         if usual in candidates:
             # A loss next to the weights, or scores within them, make no second state dict: those have no matrices.

@@ -58,24 +58,15 @@ def in_gguf(path: Path) -> Iterator[StoredTensor]:
 
 
 def _tensor(file: OpenedFile, entry: Any) -> StoredTensor:
-    """Return one tensor of a file.
-
-    Args:
-        file: the file.
-        entry: a `gguf.ReaderTensor`, whose order of dimensions is the reverse of torch's.
-    """
+    """Return the tensor that a `gguf.ReaderTensor` stands for."""
     name, kind = str(entry.name), entry.tensor_type
-    shape = tuple(int(size) for size in reversed(entry.shape.tolist()))
+    shape = tuple(int(size) for size in reversed(entry.shape.tolist()))  # the reverse of torch's order
     read = partial(_read, file, (int(entry.data_offset), int(entry.n_bytes)), kind, shape)
     return StoredTensor(name, shape, read, name, problem=_problem(kind))
 
 
 def _problem(kind: Any) -> str:
-    """Return why tensors of a type have no numbers that can be measured; empty where they have.
-
-    Args:
-        kind: the type, a `gguf.GGMLQuantizationType`.
-    """
+    """Return why tensors of a `gguf.GGMLQuantizationType` have no numbers to measure; empty where they have."""
     import gguf
 
     if kind.name in _PLAIN or hasattr(gguf.quants, kind.name):
@@ -84,16 +75,13 @@ def _problem(kind: Any) -> str:
 
 
 def _read(file: OpenedFile, place: tuple[int, int], kind: Any, shape: tuple[int, ...]) -> Tensor:
-    """Read one tensor.
+    """Read one tensor in its own floating type, or in float32 where it was quantised.
 
     Args:
         file: the file.
         place: position of its first byte, and the number of its bytes.
         kind: its type, a `gguf.GGMLQuantizationType`.
         shape: its shape, in torch's order.
-
-    Returns:
-        A tensor of that shape, in its own floating type, or in float32 where it was quantised.
     """
     import gguf
     import numpy as np

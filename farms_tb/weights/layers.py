@@ -75,20 +75,12 @@ class Layer:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Return the user's module inside the wrappers of `torch.compile`, checkpointing, DDP and Lightning Fabric.
-
-    Args:
-        model: any module, in any number of wrappers.
-    """
+    """Return the user's module inside the wrappers of `torch.compile`, checkpointing, DDP and Lightning Fabric."""
     return list(wrappers(model))[-1]
 
 
 def wrappers(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield a module and what it wraps, from the outermost wrapper to the user's module.
-
-    Args:
-        model: any module, in any number of wrappers.
-    """
+    """Yield a module and what it wraps, from the outermost wrapper to the user's module."""
     yield model
     names = [*WRAPPED, "_forward_module"]  # the last is Lightning Fabric's
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
@@ -97,7 +89,7 @@ def wrappers(model: nn.Module) -> Iterator[nn.Module]:
         inner = getattr(model, name, None)
         if isinstance(inner, nn.Module):
             yield from wrappers(inner)
-            return
+            break
 
 
 def find_layers(model: nn.Module, *, embeddings: bool = False, adapters: Adapters = "separate") -> list[Layer]:
@@ -168,13 +160,7 @@ def checked_layers(
 
 
 def _nothing_to_measure(model: nn.Module, layers: Sequence[Layer], is_planned: bool) -> ValueError:
-    """Return the error for a model of which no layer can be measured.
-
-    Args:
-        model: the model.
-        layers: its layers, each with a problem.
-        is_planned: whether some of them would be measured if they had values.
-    """
+    """Return the error for a model of which no layer can be measured, or could be if it had values."""
     name = type(model).__name__
     if is_planned:
         return ValueError(
@@ -189,11 +175,7 @@ def _nothing_to_measure(model: nn.Module, layers: Sequence[Layer], is_planned: b
 
 
 def has_adapters(layer: Layer) -> bool:
-    """Return whether a layer is one with its adapters, of whatever kind.
-
-    Args:
-        layer: what `find_layers` returned; adapters that cannot be measured count as well.
-    """
+    """Return whether a layer is one with its adapters, of whatever kind, whether they can be measured or not."""
     return layer.is_adapted or bool(adapter_problem(layer.module, layer.adapters))
 
 
@@ -201,10 +183,7 @@ def _with_unique_names(layers: list[Layer]) -> list[Layer]:
     """Return layers of which no two have one name: they would silently overwrite each other in a report.
 
     A part of a module, the `q` of attention, may be called as a layer in it is. That layer goes by its weight's
-    name then, `attn.q.weight`, as in a file.
-
-    Args:
-        layers: the layers, each after those of the modules that it is in.
+    name then, `attn.q.weight`, as in a file: layers come after those of the modules that they are in.
 
     Raises:
         ValueError: a registered rule gave two weights one name.
@@ -225,15 +204,9 @@ def _with_unique_names(layers: list[Layer]) -> list[Layer]:
 
 
 def read_stacks(module: nn.Module, adapters: Adapters = "separate") -> list[MatrixStack]:
-    """Return the module's weights as matrices, without side effects on the module.
+    """Return a layer's weights as matrices, one stack for each, at least one, without side effects on the module.
 
-    Args:
-        module: a layer.
-        adapters: what is read of a layer with adapters.
-
-    Returns:
-        One stack for each weight, at least one. Without a history of gradients; views of the weights where
-        nothing has to be computed.
+    They have no history of gradients, and are views of the weights where nothing has to be computed.
 
     Raises:
         NoSpectrumError: the module holds no matrix; the message says why.
@@ -250,9 +223,6 @@ def read_layers(layers: Sequence[Layer]) -> Iterator[tuple[Layer, MatrixStack | 
 
     The weights of a module are read when its first layer is asked for, and let go with its last one: those that
     have to be gathered or computed take memory.
-
-    Args:
-        layers: what `find_layers` returned.
 
     Yields:
         Each layer that has matrices, with its stack `(K, R, C)`, or with the error that reading it raised. Layers
@@ -279,48 +249,29 @@ def _is_wrapper(module: nn.Module) -> bool:
 
 
 def _is_whole(module: nn.Module, adapters: Adapters) -> bool:
-    """Return whether a layer and its adapters are one layer; a rule that a user registers comes first.
-
-    Args:
-        module: any layer.
-        adapters: what is measured of layers with adapters; with `"separate"` their parts are layers.
-    """
+    """Return whether a layer and its adapters are one layer; a rule that a user registers comes first."""
     return adapters != "separate" and is_adapted(module) and not has_rule(module)
 
 
 def _problem_of_adapters(module: nn.Module, adapters: Adapters, embeddings: bool) -> str:
-    """Say why a layer with adapters cannot be measured; empty for layers without adapters.
-
-    Args:
-        module: a layer.
-        adapters: what is to be measured.
-        embeddings: whether lookup tables are measured.
-    """
-    if not _is_whole(module, adapters):
-        return adapter_problem(module, adapters)
+    """Say why a layer with adapters cannot be measured; empty for layers without adapters."""
     base = base_of(module)
-    if has_rule(base, embeddings=embeddings):
+    if not _is_whole(module, adapters) or has_rule(base, embeddings=embeddings):
         return adapter_problem(module, adapters)
-    if isinstance(base, (nn.Embedding, nn.EmbeddingBag)):
-        return EMBEDDING
-    return no_rule("base_layer")
+    return EMBEDDING if isinstance(base, (nn.Embedding, nn.EmbeddingBag)) else no_rule("base_layer")
 
 
 def _own_modules(module: nn.Module, adapters: Adapters) -> Iterator[nn.Module]:
-    """Yield `module` and its descendants, but for those below a descendant that is a layer itself.
+    """Yield a layer and its descendants, but for those below a descendant that is a layer itself.
 
-    Args:
-        module: a layer. To one with adapters belong all modules of the adapters, and those of the layer inside.
-        adapters: what is measured of layers with adapters.
+    To a layer with adapters belong all modules of the adapters, and those of the layer inside.
     """
     yield module
     is_whole = _is_whole(module, adapters)
     for name, child in module.named_children():
         if is_whole and name != "base_layer":
             yield from child.modules()
-            continue
-        is_layer_itself = has_rule(child) or _is_whole(child, adapters)
-        if is_whole or not is_layer_itself:
+        elif is_whole or not (has_rule(child) or _is_whole(child, adapters)):
             yield from _own_modules(child, adapters)
 
 
@@ -337,7 +288,7 @@ def _module_layers(
     Args:
         path: path of the module.
         module: the module.
-        adapters: what is measured of layers with adapters.
+        adapters: what is measured of a layer with adapters.
         problem: why the module's adapters rule a measurement out; empty where they do not.
         names: names of the model's parameters by their identity.
         claimed: names of the layers that parameters belong to, by the parameters' identity; those of this module
@@ -368,32 +319,26 @@ def _module_layers(
     if not stacks:
         return [whole]
     made_of = [_made_of(module, stack.parameter) for stack in stacks]
-    layers = []
-    for index, (stack, own) in enumerate(zip(stacks, made_of, strict=True)):
-        # A parameter that some stacks are made of belongs to these alone; what no stack names, a bias say, to all.
-        of_others = set().union(*made_of) - own
-        named = tuple(name for key, name in free.items() if key in own)
-        layer = replace(
+    of_any = set().union(*made_of)
+    return [
+        replace(
             whole,
             name=".".join(filter(None, (base, stack.part))) or "weight",
             index=index,
             kind=stack.kind,
             shape=tuple(stack.matrices.shape),
-            parameters=tuple(name for key, name in free.items() if key not in of_others),
-            matrices=named or whole.matrices,
+            # A parameter that some stacks are made of belongs to these alone; what no stack names, a bias, to all.
+            parameters=tuple(name for key, name in free.items() if key in own or key not in of_any),
+            matrices=tuple(name for key, name in free.items() if key in own) or whole.matrices,
             problem=stack_problem(stack) or problem,
             sampling=stack.sampling,
         )
-        layers.append(layer)
-    return layers
+        for index, (stack, own) in enumerate(zip(stacks, made_of, strict=True))
+    ]
 
 
 def own_matrices(layer: Layer) -> list[nn.Parameter]:
-    """Return the parameters with matrices that a layer computes with, those that other layers share included.
-
-    Args:
-        layer: one that `find_layers` returned.
-    """
+    """Return the parameters with matrices that a layer computes with, those that other layers share included."""
     if layer.has_rule:
         own = list(_own_parameters(layer.module, layer.adapters).values())
     else:
@@ -403,27 +348,17 @@ def own_matrices(layer: Layer) -> list[nn.Parameter]:
 
 
 def _own_parameters(module: nn.Module, adapters: Adapters) -> dict[int, nn.Parameter]:
-    """Return the parameters of a module, and of its descendants that are no layers, by their identity.
-
-    Args:
-        module: a layer.
-        adapters: what is measured of layers with adapters.
-    """
-    found = {}
-    for part in _own_modules(module, adapters):
-        for parameter in part._parameters.values():
-            if parameter is not None:
-                found[id(parameter)] = parameter
-    return found
+    """Return the parameters of a layer, and of its descendants that are no layers, by their identity."""
+    return {
+        id(parameter): parameter
+        for part in _own_modules(module, adapters)
+        for parameter in part._parameters.values()
+        if parameter is not None
+    }
 
 
 def _made_of(module: nn.Module, weight: str) -> set[int]:
-    """Return the parameters that a weight of a module is computed from, by their identity.
-
-    Args:
-        module: the module.
-        weight: name of the weight in the module; empty where a rule names none.
-    """
+    """Return the identities of the parameters that a weight is computed from; none where its name is empty."""
     # The parameter of that name, or those that torch's hooks compute it from: pruning, weight_norm.
     found = [module._parameters.get(name) for name in (weight, f"{weight}_orig", f"{weight}_g", f"{weight}_v")]
     parametrized = getattr(module, "parametrizations", {})
@@ -433,12 +368,7 @@ def _made_of(module: nn.Module, weight: str) -> set[int]:
 
 
 def _read_or_refuse(module: nn.Module, adapters: Adapters) -> tuple[list[MatrixStack], str]:
-    """Return the module's stacks, or why there are none: of an odd layer, a rule may raise anything.
-
-    Args:
-        module: a layer.
-        adapters: what is read of a layer with adapters.
-    """
+    """Return the module's stacks, or why there are none: of an odd layer, a rule may raise anything."""
     try:
         return read_stacks(module, adapters), ""
     except NoSpectrumError as error:
@@ -449,12 +379,7 @@ def _read_or_refuse(module: nn.Module, adapters: Adapters) -> tuple[list[MatrixS
 
 
 def _layers_without_rule(path: str, module: nn.Module) -> list[Layer]:
-    """List the matrices of a module whose type is unknown, or that is a lookup table.
-
-    Args:
-        path: path of the module.
-        module: the module, whose descendants are not looked at.
-    """
+    """List the matrices of a module, without its descendants, whose type is unknown or that is a lookup table."""
     is_lookup = isinstance(module, (nn.Embedding, nn.EmbeddingBag)) or is_embedding_name(path)
     layers = []
     for own, parameter in module._parameters.items():
@@ -470,12 +395,7 @@ def _layers_without_rule(path: str, module: nn.Module) -> list[Layer]:
 
 
 def _quantised_layers(path: str, module: nn.Module) -> list[Layer]:
-    """List the weights of a quantised layer that are no parameters: buffers of codes, or packed by torch.ao.
-
-    Args:
-        path: path of the module.
-        module: a module whose type is unknown.
-    """
+    """List the weights of a quantised layer that are no parameters: buffers of codes, or packed by torch.ao."""
     layers = []
     if _is_packed(module):
         # A linear layer keeps them in a module of its own, a convolution in itself.
@@ -495,26 +415,19 @@ def _quantised_layers(path: str, module: nn.Module) -> list[Layer]:
 
 def _is_packed(module: nn.Module) -> bool:
     """Return whether torch.ao has packed a quantised weight of the module into an object of its kernels."""
-    for name, value in vars(module).items():
-        if isinstance(value, torch.ScriptObject) and (name.startswith("_packed") or name == "param"):
-            return True
-    return False
+    return any(
+        isinstance(value, torch.ScriptObject) and (name.startswith("_packed") or name == "param")
+        for name, value in vars(module).items()
+    )
 
 
 def _may_hold_matrices(parameter: Tensor) -> bool:
     """Return whether a parameter or buffer is no vector; one that waits for its first batch has no shape yet."""
-    if is_lazy(parameter):
-        return False
-    return parameter.is_nested or matrix_dims(parameter.shape) > 1
+    return not is_lazy(parameter) and (parameter.is_nested or matrix_dims(parameter.shape) > 1)
 
 
 def _tied(parameters: dict[int, nn.Parameter], claimed: dict[int, str]) -> str:
-    """Say which layer shares a weight with these parameters; empty for none. A shared bias is no tie.
-
-    Args:
-        parameters: those of a layer, by their identity.
-        claimed: names of the layers that parameters belong to, by the parameters' identity.
-    """
+    """Say which layer shares a weight with these parameters; empty for none. A shared bias is no tie."""
     for key, parameter in parameters.items():
         if key in claimed and _may_hold_matrices(parameter):
             return f"tied to {claimed[key]!r}"

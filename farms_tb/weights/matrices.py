@@ -54,9 +54,7 @@ def layer_matrices(module: nn.Module) -> list[MatrixStack]:
         torch.Size([9, 8, 4])
     """
     rule = _rule_by_name(module)
-    if rule is None:
-        return []
-    return rule(module)
+    return [] if rule is None else rule(module)
 
 
 def has_rule(module: nn.Module, *, embeddings: bool = False) -> bool:
@@ -107,19 +105,17 @@ def _register_name(pattern: str, dimensions: int = 0) -> Callable[[Rule], Rule]:
 def _rule_by_name(module: nn.Module) -> Rule | None:
     names = [f"{cls.__module__}.{cls.__qualname__}" for cls in type(module).__mro__]
     for named in _NAMED_RULES:
-        known = any(map(named.pattern.fullmatch, names))
-        if known and _holds(module, named.dimensions):
+        if any(map(named.pattern.fullmatch, names)) and _holds(module, named.dimensions):
             return named.rule
     return None
 
 
 def _holds(module: nn.Module, dimensions: int) -> bool:
-    """Return whether a module itself has a `weight`, or a stack of any name, of so many dimensions."""
+    """Return whether a module has the parameter that a rule asks for, see `_NamedRule.dimensions`."""
     if dimensions == 0:
         return True
-    own: list[nn.Parameter | None] = [module._parameters.get("weight")]
-    if dimensions == 3:
-        own = list(module._parameters.values())
+    parameters = module._parameters
+    own = parameters.values() if dimensions == 3 else [parameters.get("weight")]
     return any(parameter is not None and parameter.ndim == dimensions for parameter in own)
 
 
@@ -173,10 +169,8 @@ def _gates(module: Any, number: int) -> list[MatrixStack]:
     names = getattr(module, "_flat_weights_names", ("weight_ih", "weight_hh"))
     found = []
     for name in names:
-        if "_hr" in name:
-            found += stacks.gates(weight_of(module, name), 1, name)
-        elif name.startswith("weight"):
-            found += stacks.gates(weight_of(module, name), number, name)
+        if name.startswith("weight"):
+            found += stacks.gates(weight_of(module, name), 1 if "_hr" in name else number, name)
     return found
 
 

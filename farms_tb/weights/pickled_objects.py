@@ -160,13 +160,7 @@ def _numbers(found: Any) -> tuple[int, ...]:
 
 
 def _unread(dtype: Any, size: Any, problem: str) -> TorchTensor:
-    """Note a tensor that cannot be read.
-
-    Args:
-        dtype: the type of its entries, as the pickle gives it.
-        size: its shape, as the pickle gives it.
-        problem: why it cannot be read, the status of its layer.
-    """
+    """Note a tensor that cannot be read, for the given reason, by its type and shape as the pickle gives them."""
     if not isinstance(dtype, torch.dtype):
         raise pickle.UnpicklingError("a tensor without a type")
     return TorchTensor(_numbers(size), dtype, problem=problem)

@@ -104,19 +104,15 @@ def read_header(file: OpenedFile) -> Header:
 
 
 def _check_offsets(offsets: list[tuple[int, ...]], size: int) -> None:
-    """Check that tensors fill a file without overlap and gap, as the format demands.
+    """Raise a ValueError where tensors do not fill a file without overlap and gap, as the format demands.
 
     Args:
         offsets: first byte and the byte after the last of each tensor, counted from the end of the header.
         size: bytes behind the header.
-
-    Raises:
-        ValueError: they do not.
     """
     end = 0
     for begin, stop in sorted(offsets):
-        are_positions = isinstance(begin, int) and isinstance(stop, int)
-        if not are_positions or begin != end or stop < begin:
+        if not isinstance(begin, int) or not isinstance(stop, int) or begin != end or stop < begin:
             raise ValueError("its tensors do not lie one after the other")
         end = stop
     if end != size:
@@ -124,16 +120,9 @@ def _check_offsets(offsets: list[tuple[int, ...]], size: int) -> None:
 
 
 def _tensor(file: OpenedFile, start: int, key: str, entry: Mapping[str, Any]) -> StoredTensor:
-    """Return one tensor of a file.
+    """Return one tensor of a file, with a problem where its shape or type is none that can be read.
 
-    Args:
-        file: the file.
-        start: position of the byte behind the header.
-        key: the tensor's name.
-        entry: the header's entry, `{"dtype": ..., "shape": ..., "data_offsets": ...}`.
-
-    Returns:
-        The tensor, with a problem where its shape or type is none that can be read.
+    Its place, which its entry in the header names, is counted from `start`.
 
     Raises:
         ValueError: the shape is none, or does not fit its bytes.

@@ -153,10 +153,7 @@ def packed_attention(weight: Tensor) -> list[MatrixStack]:
     Raises:
         NoSpectrumError: the weight has other than two dimensions.
     """
-    found = []
-    for part, matrix in zip("qkv", _checked(weight, 2).chunk(3), strict=True):
-        found += linear(matrix, part, "in_proj_weight")
-    return found
+    return _chunks(weight, ["q", "k", "v"], "in_proj_weight")
 
 
 def gates(weight: Tensor, number: int, parameter: str) -> list[MatrixStack]:
@@ -173,11 +170,7 @@ def gates(weight: Tensor, number: int, parameter: str) -> list[MatrixStack]:
     Raises:
         NoSpectrumError: the weight has other than two dimensions.
     """
-    found = []
-    for gate, matrix in zip(GATES[number], _checked(weight, 2).chunk(number), strict=True):
-        part = f"{parameter}.{gate}".strip(".")
-        found += linear(matrix, part, parameter)
-    return found
+    return _chunks(weight, [f"{parameter}.{gate}".strip(".") for gate in GATES[number]], parameter)
 
 
 def experts(weight: Tensor, parameter: str = "") -> list[MatrixStack]:
@@ -208,12 +201,16 @@ def fourier_modes(weight: Tensor) -> list[MatrixStack]:
     return [MatrixStack(weight.flatten(2).permute(2, 0, 1))]
 
 
-def _checked(weight: Tensor, ndim: int) -> Tensor:
-    """Return the weight.
+def _chunks(weight: Tensor, parts: list[str], parameter: str) -> list[MatrixStack]:
+    """Return the matrices that a weight holds, one for each part, one below the other."""
+    found = []
+    for part, matrix in zip(parts, _checked(weight, 2).chunk(len(parts)), strict=True):
+        found += linear(matrix, part, parameter)
+    return found
 
-    Raises:
-        NoSpectrumError: it has other than `ndim` dimensions.
-    """
+
+def _checked(weight: Tensor, ndim: int) -> Tensor:
+    """Return the weight, or raise NoSpectrumError where it has other than `ndim` dimensions."""
     if weight.ndim != ndim:
         raise NoSpectrumError(f"a weight of shape {tuple(weight.shape)}: expected {ndim} dimensions")
     return weight

@@ -78,15 +78,13 @@ class StoredTensor:
 
     def shape_of(self, sibling: str) -> tuple[int, ...]:
         """Return the shape of another tensor of the module; empty where there is none."""
-        if sibling not in self.siblings:
-            return ()
-        return self.siblings[sibling].shape
+        return self.siblings[sibling].shape if sibling in self.siblings else ()
 
     @property
     def has_numbers(self) -> bool:
         """Whether its entries are real or complex numbers of at least 8 bits."""
-        numbers = self.dtype.is_floating_point or self.dtype.is_complex
-        return numbers and "float4" not in str(self.dtype)
+        is_number = self.dtype.is_floating_point or self.dtype.is_complex
+        return is_number and "float4" not in str(self.dtype)
 
 
 def with_siblings(tensors: Iterable[StoredTensor], facts: ModelFacts) -> list[StoredTensor]:
@@ -192,12 +190,9 @@ def span(shape: Sequence[int], stride: Sequence[int]) -> int:
         shape: its shape, without 0.
         stride: its strides, in entries.
     """
-    last = sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
-    return last + 1
+    return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
 
 
 def shape_problem(shape: tuple[int, ...]) -> str:
     """Say that a shape has more dimensions than any layer's; empty where it has not."""
-    if len(shape) > MAX_DIMS:
-        return f"a tensor of {len(shape)} dimensions"
-    return ""
+    return f"a tensor of {len(shape)} dimensions" if len(shape) > MAX_DIMS else ""

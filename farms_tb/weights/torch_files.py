@@ -87,13 +87,7 @@ class TorchFile:
 
 
 def open_torch_file(path: Path) -> TorchFile:
-    """Read the structure of a file by `torch.save`, of any version of torch.
-
-    Args:
-        path: the file.
-
-    Returns:
-        Its content; entries of tensors are read later, one tensor at a time.
+    """Read the structure of a file by `torch.save`, of any version of torch; entries of tensors are read later.
 
     Raises:
         ValueError: it is no such file, or cut short or damaged, or holds a program or a whole module.
@@ -144,18 +138,14 @@ def _open_zip(file: OpenedFile, opened: BinaryIO) -> TorchFile:
             raise ValueError("numbers in big-endian order")
         content = Interpreter(io.BytesIO(_small(archive, records[f"{root}data.pkl"]))).load()
     data = f"{root}data/"
-    storages = {}
-    for name, info in records.items():
-        if name.startswith(data):
-            storages[name.removeprefix(data)] = _record(file, info)
+    storages = {
+        name.removeprefix(data): _record(file, info) for name, info in records.items() if name.startswith(data)
+    }
     return TorchFile(content, file, storages)
 
 
 def _root(records: Iterable[str]) -> str:
     """Return the folder inside a zip file that holds `data.pkl`, with a slash at its end.
-
-    Args:
-        records: names of all records.
 
     Raises:
         RefusedError: the folder holds code as well (TorchScript).
@@ -171,15 +161,7 @@ def _root(records: Iterable[str]) -> str:
 
 
 def _small(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
-    """Read a record that is not compressed: a small file must not become a large one.
-
-    Args:
-        archive: the zip file.
-        info: which of its records.
-
-    Raises:
-        ValueError: it is compressed.
-    """
+    """Read a record, or raise a ValueError if it is compressed: a small file must not become a large one."""
     if info.compress_type != zipfile.ZIP_STORED:
         raise ValueError(f"{info.filename} is compressed")
     return archive.read(info)
@@ -225,17 +207,9 @@ def _open_legacy(file: OpenedFile, opened: BinaryIO) -> TorchFile:
 
 
 def tensors_of(state_dict: Mapping[Any, Any], where: TorchFile) -> Iterator[StoredTensor]:
-    """Yield the tensors of a state dict in the file; nothing is read.
-
-    Args:
-        state_dict: what the file holds, or a dict in it; items that are no tensor by name are left out.
-        where: the file.
-    """
+    """Yield the tensors, by name, of a dict in the file; nothing is read, and other items are left out."""
     for key, tensor in state_dict.items():
-        if not (isinstance(key, str) and isinstance(tensor, TorchTensor)):
-            continue
-        identity: object = key
-        if tensor.storage is not None:
-            identity = (where.file.path, tensor)
-        read = partial(where.read, tensor)
-        yield StoredTensor(key, tensor.shape, read, identity, tensor.dtype, where.problem(tensor))
+        if isinstance(key, str) and isinstance(tensor, TorchTensor):
+            identity = key if tensor.storage is None else (where.file.path, tensor)
+            read = partial(where.read, tensor)
+            yield StoredTensor(key, tensor.shape, read, identity, tensor.dtype, where.problem(tensor))

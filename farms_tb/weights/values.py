@@ -38,11 +38,7 @@ def unreadable(parameters: Iterable[Tensor]) -> str:
     Args:
         parameters: the weights of one layer; the first with a problem counts.
     """
-    for parameter in parameters:
-        problem = _problem(parameter)
-        if problem:
-            return problem
-    return ""
+    return next(filter(None, map(_problem, parameters)), "")
 
 
 def _problem(parameter: Tensor) -> str:
@@ -63,11 +59,7 @@ def _problem(parameter: Tensor) -> str:
 
 
 def matrix_dims(shape: Iterable[int]) -> int:
-    """Count the dimensions of more than one entry: a vector in any disguise has at most one.
-
-    Args:
-        shape: sizes of all dimensions.
-    """
+    """Count the dimensions of more than one entry: a vector in any disguise has at most one."""
     return sum(size > 1 for size in shape)
 
 
@@ -116,20 +108,22 @@ def reading(module: nn.Module) -> Iterator[None]:
     Args:
         module: a layer; the one inside of a layer with adapters may be parametrized as well.
     """
-    parametrized = [part for part in module.modules() if parametrize.is_parametrized(part)]
-    changed = []
-    for owner in parametrized:
-        parts = owner.parametrizations.modules()  # type: ignore[operator,union-attr]
-        changed += [part for part in parts if part.training]
+    training = [
+        part
+        for owner in module.modules()
+        if parametrize.is_parametrized(owner)
+        for part in owner.parametrizations.modules()  # type: ignore[operator,union-attr]
+        if part.training
+    ]
     cached, parametrize._cache_enabled = parametrize._cache_enabled, 0
-    for part in changed:
+    for part in training:
         part.training = False
     try:
         with torch.no_grad():
             yield
     finally:
         parametrize._cache_enabled = cached
-        for part in changed:
+        for part in training:
             part.training = True
 
 
@@ -179,15 +173,11 @@ def _is_int8(weight: Any) -> bool:
 def _from_int8(module: nn.Module, weight: Any) -> Tensor:
     """Return the values of a weight that bitsandbytes has quantised to 8 bits: codes * largest of the row / 127.
 
-    Args:
-        module: its layer, which takes the scales over when it is first called.
-        weight: integers `(out, in)`.
-
     Raises:
         NoSpectrumError: there are no scales.
     """
     largest = getattr(weight, "SCB", None)
-    if largest is None:
+    if largest is None:  # The layer takes them over when it is first called.
         largest = getattr(getattr(module, "state", None), "SCB", None)
     if not isinstance(largest, Tensor):
         raise NoSpectrumError(quantised(weight.dtype))
@@ -196,11 +186,7 @@ def _from_int8(module: nn.Module, weight: Any) -> Tensor:
 
 
 def is_plain(weight: Tensor) -> bool:
-    """Return whether every operation works as on a `torch.Tensor`: its class overrides none.
-
-    Args:
-        weight: any tensor.
-    """
+    """Return whether every operation works as on a `torch.Tensor`: its class overrides none."""
     return type(weight).__torch_dispatch__ is Tensor.__torch_dispatch__
 
 
@@ -210,13 +196,13 @@ def _dequantised(weight: Tensor) -> Tensor:
     Raises:
         NoSpectrumError: it does not know how to dequantise, or gives something else than plain values.
     """
-    name = type(weight).__name__
+    problem = f"weights of type {type(weight).__name__}: dequantise the model first"
     try:
         values: Tensor = weight.detach().dequantize()
     except Exception as error:
-        raise NoSpectrumError(f"weights of type {name}: dequantise the model first") from error
+        raise NoSpectrumError(problem) from error
     if not (isinstance(values, Tensor) and is_plain(values) and values.shape == weight.shape):
-        raise NoSpectrumError(f"weights of type {name}: dequantise the model first")
+        raise NoSpectrumError(problem)
     return values
 
 
@@ -236,16 +222,13 @@ def scaled(weight: Tensor, scale: Tensor) -> Tensor:
     Raises:
         NoSpectrumError: the shape of `scale` does not tell the size of the blocks.
     """
-    if scale.ndim != weight.ndim:
+    sizes = [block_size(size, blocks) for size, blocks in zip(weight.shape, scale.shape, strict=False)]
+    if scale.ndim != weight.ndim or 0 in sizes:
         raise NoSpectrumError(quantised(weight.dtype, block_scales=True))
-    values = weight.float()
     factors = scale.float()
-    for dim, (size, blocks) in enumerate(zip(weight.shape, scale.shape, strict=True)):
-        entries = block_size(size, blocks)
-        if entries == 0:
-            raise NoSpectrumError(quantised(weight.dtype, block_scales=True))
-        factors = factors.repeat_interleave(entries, dim).narrow(dim, 0, size)
-    return values * factors
+    for dim, entries in enumerate(sizes):
+        factors = factors.repeat_interleave(entries, dim).narrow(dim, 0, weight.shape[dim])
+    return weight.float() * factors
 
 
 def block_size(size: int, blocks: int) -> int:
