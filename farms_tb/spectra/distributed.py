@@ -46,14 +46,10 @@ def current_team() -> Team | None:
 
 
 def layers_of_this_process(layers: Sequence[Layer], cost: Callable[[Layer], int], team: Team | None) -> set[str]:
-    """Return the names of the layers that fall to this process.
+    """Return the names of the layers that fall to this process; all where it is alone.
 
-    The costliest layer first, each goes to the process that has least to do; every process works this out alike.
-
-    Args:
-        layers: all layers, the same on every process.
-        cost: what a layer costs, the same on every process.
-        team: the processes; None where this one is alone, and takes all.
+    The costliest layer first, each goes to the process that has least to do. Every process works this out alike,
+    from the same layers and costs.
     """
     if team is None:
         return {layer.name for layer in layers}
@@ -68,11 +64,7 @@ def layers_of_this_process(layers: Sequence[Layer], cost: Callable[[Layer], int]
 
 
 def results_of_all(team: Team | None, work: Callable[[], dict[str, Result]]) -> dict[str, Result]:
-    """Do this process's part of some work, and return what all processes found.
-
-    Args:
-        team: the processes; None where this one is alone.
-        work: returns what this process finds, by layer.
+    """Do this process's part of some work, and return what all processes found, by layer.
 
     Raises:
         RuntimeError: the work failed on some process; raised on every one, so that none waits for another.

@@ -22,15 +22,7 @@ def esd_histograms(found: Sequence[Samples], options: SpectrumOptions, threads: 
     """Return the ESD of each layer, of eigenvalues in double precision.
 
     A histogram shows the smallest eigenvalues as well, which single precision does not know. The samples stay as
-    they are: alpha must not depend on what is logged.
-
-    Args:
-        found: the solved samples of the layers.
-        options: how alpha is measured.
-        threads: number of threads on the CPU.
-
-    Returns:
-        One histogram a layer; None where no eigenvalue is positive.
+    they are: alpha must not depend on what is logged. None stands for a layer without a positive eigenvalue.
     """
     tables, chunks = [], []
     for samples in found:

@@ -61,13 +61,9 @@ def measure_stacks(
 
 @torch.no_grad()
 def measure_alphas(stacks: Sequence[MatrixStack], options: SpectrumOptions) -> list[LayerRecord]:
-    """Measure stacks as `measure_stacks` does, without standard errors and metrics of the whole matrices.
+    """Measure stacks `(K, R, C)` as `measure_stacks` does, without standard errors and metrics of whole matrices.
 
     These take from a quarter to half of the time, and a permutation null does without them.
-
-    Args:
-        stacks: `(K, R, C)` each.
-        options: how alpha is measured.
     """
     with single_threaded_torch(options.threads) as threads:
         layers, records = prepare_stacks(stacks, options, threads)
@@ -110,13 +106,7 @@ def measure(
 
 
 def report_of(records: Mapping[str, LayerRecord], layers: Sequence[Layer], options: SpectrumOptions) -> Report:
-    """Put the records of the layers that were measured in order, between those that have a problem.
-
-    Args:
-        records: the records by layer, in any order.
-        layers: all layers, in the order of the report.
-        options: how alpha was measured, which the report says.
-    """
+    """Return a report of all layers in their order, those that were not measured among them with the reason."""
     every = {
         layer.name: records.get(layer.name)
         or LayerRecord(status=layer.problem or "not measured", kind=layer.kind, shape=layer.shape)

@@ -41,13 +41,7 @@ ENERGY = 0.99
 def layer_records(
     found: Sequence[Samples], alpha_errors: Sequence[float], options: SpectrumOptions
 ) -> list[LayerRecord]:
-    """Return the record of each layer, but for its kind, shape, histogram and the metrics of whole matrices.
-
-    Args:
-        found: the fitted samples of the layers.
-        alpha_errors: the standard error of each layer's alpha.
-        options: how alpha was measured.
-    """
+    """Return the record of each layer, but for its kind, shape, histogram and the metrics of whole matrices."""
     roundings = [tail_is_rounding(samples, options.xmin_pos) for samples in found]
     problems = [_problem(samples, rounding, options) for samples, rounding in zip(found, roundings, strict=True)]
     return [_layer_record(*of_layer) for of_layer in zip(found, problems, alpha_errors, strict=True)]

@@ -128,10 +128,7 @@ def measure_nulls(
 def null_of_stack(stack: MatrixStack, options: SpectrumOptions, *, traps: bool = True) -> PermutationNull | None:
     """Measure the permutation null of one layer; None where too few of its shuffles have an alpha.
 
-    Args:
-        stack: the layer's matrices.
-        options: how alpha is measured.
-        traps: also count the outliers of the shuffles, which needs their whole matrices.
+    With `traps` the outliers of the shuffles are counted, too, which needs their whole matrices.
     """
     generator = torch.Generator("cpu").manual_seed(SEED)
     draws = draws_for(stack)
@@ -150,12 +147,7 @@ def null_of_stack(stack: MatrixStack, options: SpectrumOptions, *, traps: bool =
 
 
 def _null_of(records: Sequence[LayerRecord], traps: Sequence[Sequence[float]]) -> PermutationNull | None:
-    """Return the permutation null that shuffled layers make; None where too few have an alpha.
-
-    Args:
-        records: that of each shuffled layer.
-        traps: the outliers of each, in units of `LayerRecord.spectral_norm`; empty where they are not known.
-    """
+    """Return the permutation null of shuffled layers and their outliers; None where too few have an alpha."""
     alpha = mean_and_std([record.alpha for record in records if record.alpha is not None])
     if alpha is None:
         return None
@@ -193,18 +185,12 @@ def with_shared_deviations(nulls: Mapping[str, PermutationNull], report: Report)
 
     It depends on little else than the shape. A map of z-scores takes the mean of all estimates there are, rather
     than hand the error of each, 13 to 27 %, on to the learning-rate ratios.
-
-    Args:
-        nulls: the permutation nulls by layer.
-        report: the records of these layers.
     """
+    shapes = {name: _shape(report.layers[name]) for name in nulls}
     variances: dict[Hashable, list[float]] = {}
     for name, null in nulls.items():
-        variances.setdefault(_shape(report.layers[name]), []).append(null.std**2)
-    return {
-        name: replace(null, std=math.sqrt(fmean(variances[_shape(report.layers[name])])))
-        for name, null in nulls.items()
-    }
+        variances.setdefault(shapes[name], []).append(null.std**2)
+    return {name: replace(null, std=math.sqrt(fmean(variances[shapes[name]]))) for name, null in nulls.items()}
 
 
 def _shape(record: LayerRecord) -> Hashable:
@@ -213,12 +199,7 @@ def _shape(record: LayerRecord) -> Hashable:
 
 
 def with_nulls(report: Report, nulls: Mapping[str, PermutationNull]) -> Report:
-    """Return the report with the permutation null of these layers.
-
-    Args:
-        report: the measurement.
-        nulls: the permutation nulls by layer; those of layers that the report does not hold are left out.
-    """
+    """Return the report with permutation nulls, but for those of layers that it does not hold."""
     records = dict(report.layers)
     for name, null in nulls.items():
         if name in records:
@@ -280,12 +261,7 @@ def null_seconds(stack: MatrixStack, options: SpectrumOptions, *, traps: bool = 
 
 
 def shuffled(stack: MatrixStack, generator: torch.Generator) -> MatrixStack:
-    """Return the stack with all its entries in random order.
-
-    Args:
-        stack: the layer's matrices `(K, R, C)`.
-        generator: of the CPU; no other random state is touched.
-    """
+    """Return the stack with all its entries in random order, by a generator of the CPU."""
     entries = stack.matrices.detach().flatten()
     if entries.element_size() == 1:
         entries = entries.float()  # torch before 2.7 cannot index eight-bit floats

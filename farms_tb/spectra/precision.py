@@ -73,8 +73,8 @@ def first_level(windows: Windows, largest: float, options: SpectrumOptions) -> i
     """Return the position in `PRECISIONS` of the fastest one that is worth a try for a layer.
 
     Args:
-        windows: those of the layer.
-        largest: largest absolute value of its weights.
+        windows: the layer's windows.
+        largest: largest absolute value of the layer's weights.
         options: how alpha is measured.
     """
     reasons_for_double = (

@@ -41,24 +41,17 @@ class PreparedLayer:
 def prepare_stacks(
     stacks: Sequence[MatrixStack], options: SpectrumOptions, threads: int
 ) -> tuple[dict[int, PreparedLayer], dict[int, LayerRecord]]:
-    """Cut the windows of each stack; or make its record where there is nothing to solve.
-
-    Args:
-        stacks: `(K, R, C)` each, on any device, also the meta device.
-        options: how alpha is measured.
-        threads: number of threads on the CPU.
+    """Cut the windows of each stack `(K, R, C)`; or make its record where there is nothing to solve.
 
     Returns:
         The layers that have windows to solve, and the records of all others; each by the position of the stack.
     """
     in_solvable_types = [solvable(stack) for stack in stacks]
-    windows = [windows_of(stack, options) for stack in in_solvable_types]
     largest = _largest_entries([stack.matrices for stack in in_solvable_types], threads)
     layers: dict[int, PreparedLayer] = {}
     records: dict[int, LayerRecord] = {}
     for place, stack in enumerate(in_solvable_types):
-        stored_as = stacks[place].matrices.dtype
-        found = _prepared(stack, windows[place], largest[place], stored_as, options)
+        found = _prepared(stack, largest[place], stacks[place].matrices.dtype, options)
         if isinstance(found, PreparedLayer):
             layers[place] = found
         else:
@@ -82,12 +75,7 @@ def solvable(stack: MatrixStack) -> MatrixStack:
 
 
 def _largest_entries(weights: Sequence[Tensor], threads: int) -> list[float]:
-    """Return the largest absolute value of each weight, NaN where it holds NaN or has no values.
-
-    Args:
-        weights: tensors of any shape, on any device.
-        threads: number of threads on the CPU.
-    """
+    """Return the largest absolute value of each weight, NaN where it holds NaN or has no values."""
     if not all(weight.is_cpu for weight in weights):
         threads = 1
     largest = map_on_threads(_largest_entry, weights, threads)
@@ -108,17 +96,17 @@ def _largest_entry(matrices: Tensor) -> Tensor:
 
 
 def _prepared(
-    stack: MatrixStack, windows: Windows | None, largest: float, stored_as: torch.dtype, options: SpectrumOptions
+    stack: MatrixStack, largest: float, stored_as: torch.dtype, options: SpectrumOptions
 ) -> PreparedLayer | LayerRecord:
     """Return what is solved of one stack, of a type that can be solved; or its record where nothing is.
 
     Args:
         stack: `(K, R, C)`.
-        windows: its windows; None where none fits.
         largest: largest absolute value of an entry; NaN where some entry is NaN, or where there are no values.
         stored_as: type of the weight before it was made solvable.
         options: how alpha is measured.
     """
+    windows = windows_of(stack, options)
     if stack.matrices.is_meta and windows is not None:
         return _planned(windows, options)
     if not stack.matrices.is_meta and not math.isfinite(largest):
@@ -149,11 +137,7 @@ def _planned(windows: Windows, options: SpectrumOptions) -> LayerRecord:
 def _safe_exponent(dtype: torch.dtype, largest: float) -> int:
     """Return the exponent e of the 2^e to divide weights by, so that squares stay within the range of float64.
 
-    It is 0 for types of a smaller range.
-
-    Args:
-        dtype: type of the weights.
-        largest: largest absolute value of an entry, finite and above 0.
+    It is 0 for types of a smaller range. The largest absolute value of an entry is finite and above 0.
     """
     if dtype not in (torch.float64, torch.complex128):
         return 0

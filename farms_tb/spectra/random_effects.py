@@ -83,12 +83,7 @@ def shrunk_effects(effects: Sequence[float], errors: Sequence[float]) -> ShrunkE
 
 
 def _paule_mandel(positions: Sequence[float], variances: Sequence[float]) -> float:
-    """Return tau^2 for effects between 0 and 1, by bisection.
-
-    Args:
-        positions: d_i of each layer.
-        variances: se_i^2 of each.
-    """
+    """Return tau^2 for effects d_i between 0 and 1 of variances se_i^2, by bisection."""
     certain = min(variances) == 0  # the left side is infinite at tau^2 = 0
     if not certain and _excess(positions, variances, 0.0) <= 0:
         return 0.0

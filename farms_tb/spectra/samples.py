@@ -61,8 +61,8 @@ class Samples:
 
 
 @dataclass
-class _Windows:
-    """The windows of a layer while they are solved.
+class _Unsolved:
+    """A layer while its windows are solved.
 
     Attributes:
         layer: the layer.
@@ -80,10 +80,7 @@ class _Windows:
 def solve_layers(layers: Sequence[PreparedLayer], options: SpectrumOptions, threads: int) -> list[Samples]:
     """Solve the windows of several layers together, and fit their samples.
 
-    Args:
-        layers: the layers; no result depends on which other layers are solved with it.
-        options: how alpha is measured.
-        threads: number of threads on the CPU.
+    No result depends on which other layers are solved with it.
     """
     unsolved = [_unsolved(layer, options) for layer in layers]
     _solve_pilots(unsolved, options, threads)
@@ -91,24 +88,23 @@ def solve_layers(layers: Sequence[PreparedLayer], options: SpectrumOptions, thre
     left = dict(enumerate(unsolved))
     while left:
         _solve(list(left.values()), options, threads)
-        for place, windows in left.items():
-            found[place] = _fitted(windows, options)
-            windows.todo = _imprecise(found[place], options)
-            windows.levels[windows.todo] += 1
-        left = {place: windows for place, windows in left.items() if len(windows.todo)}
+        for place, one in left.items():
+            found[place] = _fitted(one, options)
+            one.todo = _imprecise(found[place], options)
+            one.levels[one.todo] += 1
+        left = {place: one for place, one in left.items() if len(one.todo)}
     return [found[place] for place in range(len(layers))]
 
 
-def _unsolved(layer: PreparedLayer, options: SpectrumOptions) -> _Windows:
-    """Return the windows of a layer, all of them to be solved at the first level that is worth a try."""
+def _unsolved(layer: PreparedLayer, options: SpectrumOptions) -> _Unsolved:
+    """Return a layer, all windows of which are to be solved at the first level that is worth a try."""
     values = np.full((layer.windows.number, layer.windows.size), np.nan)
     levels = np.full(len(values), first_level(layer.windows, layer.largest, options), dtype=np.int8)
-    return _Windows(
-        layer, EigenvalueTable(layer.windows, layer.stack.eigenvalue_scale, values), levels, np.arange(len(values))
-    )
+    table = EigenvalueTable(layer.windows, layer.stack.eigenvalue_scale, values)
+    return _Unsolved(layer, table, levels, np.arange(len(values)))
 
 
-def _solve_pilots(unsolved: Sequence[_Windows], options: SpectrumOptions, threads: int) -> None:
+def _solve_pilots(unsolved: Sequence[_Unsolved], options: SpectrumOptions, threads: int) -> None:
     """Solve the first window of larger layers, and set the levels of the others by it."""
     pilots = [one for one in unsolved if one.levels[0] == FLOAT32 and len(one.todo) >= PILOT_WINDOWS]
     for one in pilots:
@@ -122,7 +118,7 @@ def _solve_pilots(unsolved: Sequence[_Windows], options: SpectrumOptions, thread
             one.levels[:] = FLOAT64
 
 
-def _solve(unsolved: Sequence[_Windows], options: SpectrumOptions, threads: int) -> None:
+def _solve(unsolved: Sequence[_Unsolved], options: SpectrumOptions, threads: int) -> None:
     """Solve the windows that are to do, each at its level."""
     chunks = []
     for one in unsolved:
@@ -133,7 +129,7 @@ def _solve(unsolved: Sequence[_Windows], options: SpectrumOptions, threads: int)
     solve_chunks(chunks, options.memory_bytes, threads, options.solver)
 
 
-def _fitted(solved: _Windows, options: SpectrumOptions) -> Samples:
+def _fitted(solved: _Unsolved, options: SpectrumOptions) -> Samples:
     """Pool, sort and fit the samples of a layer of which all windows are solved."""
     layer, table = solved.layer, solved.table
     # NumPy's sort is more than ten times as fast as torch's, which computes the permutation as well.
@@ -146,21 +142,12 @@ def _fitted(solved: _Windows, options: SpectrumOptions) -> Samples:
 
 def _imprecise(samples: Samples, options: SpectrumOptions) -> Index:
     """Return the windows that are not precise enough, ascending: they are solved again at the next level."""
-    smallest = _lowest_that_counts(samples, options)
-    alpha = samples.fit.alpha.numpy()
-    imprecise = imprecise_windows(samples.table.values, samples.levels, smallest, alpha, options)
-    return np.flatnonzero(imprecise)
-
-
-def _lowest_that_counts(samples: Samples, options: SpectrumOptions) -> Array:
-    """Return the smallest eigenvalue `(S,)` of each sample that has a say in alpha.
-
-    That is where the tail begins, or a cutoff near which there are eigenvalues: there a rounding error decides
-    whether an eigenvalue is kept.
-    """
+    # Near a cutoff a rounding error decides whether an eigenvalue is kept: there, too, they have to be precise.
     cutoff = _cutoff(samples.pooled, samples.layer.exponent, options)
     near = samples.pooled[:, 0] < 2 * cutoff
-    return np.where(near, np.minimum(samples.xmin, cutoff), samples.xmin)
+    lowest = np.where(near, np.minimum(samples.xmin, cutoff), samples.xmin)
+    alpha = samples.fit.alpha.numpy()
+    return np.flatnonzero(imprecise_windows(samples.table.values, samples.levels, lowest, alpha, options))
 
 
 def first_kept(pooled: Array, exponent: int, options: SpectrumOptions) -> Index:

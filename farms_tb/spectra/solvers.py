@@ -40,13 +40,8 @@ _CPU_WORK = 3 * 10**7
 def fastest_solver(device: torch.device, dtype: torch.dtype, size: int, threads: int) -> str:
     """Return the name of the solver that is the fastest for matrices of this device, type and size.
 
-    Sizes up to the next power of two share a choice: a model may have a hundred sizes.
-
-    Args:
-        device: where the matrices are.
-        dtype: their type.
-        size: of a matrix.
-        threads: number of threads on which the CPU would solve for the device.
+    Sizes up to the next power of two share a choice: a model may have a hundred sizes. The threads are those on
+    which the CPU would solve for the device.
     """
     return _choice(device, dtype, 1 << max(4, (size - 1).bit_length()), threads)
 

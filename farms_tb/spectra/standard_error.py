@@ -28,37 +28,20 @@ FEW_WINDOWS = 4
 def alpha_errors(found: Sequence[Samples], options: SpectrumOptions, threads: int) -> list[float]:
     """Return the standard error of each layer's alpha, the mean of the alphas of S independent samples.
 
-    Args:
-        found: the fitted samples of the layers.
-        options: how alpha was measured.
-        threads: number of threads on the CPU.
-
-    Returns:
-        One standard error a layer; NaN where a sample has no alpha.
+    It is NaN where a sample has no alpha.
     """
     quarters = _solve_quarters(found, options, threads)
-    pieces = [quarters.get(place, samples.table.values) for place, samples in enumerate(found)]
-    first = [_first_kept(own, samples) for own, samples in zip(pieces, found, strict=True)]
-    fits = [
-        fit_power_law(torch.from_numpy(own), options.fit, options.xmin_pos, start, distance=False)
-        for own, start in zip(pieces, first, strict=True)
-    ]
-    return [
-        _alpha_error(samples, fits[place].alpha.numpy(), place in quarters) for place, samples in enumerate(found)
-    ]
+    return [_alpha_error(samples, quarters.get(place), options) for place, samples in enumerate(found)]
 
 
-def _alpha_error(samples: Samples, alphas: Array, of_quarters: bool) -> float:
-    """Return the standard error of the alpha of one layer.
-
-    Args:
-        samples: the fitted samples of the layer.
-        alphas: `(S * P,)`, alpha of each window, or of each quarter of the first window of a sample.
-        of_quarters: whether they are of quarters.
-    """
-    of_pieces = alphas.reshape(len(samples.pooled), -1)
+def _alpha_error(samples: Samples, quarters: Array | None, options: SpectrumOptions) -> float:
+    """Return the standard error of a layer's alpha, by its windows, or by quarters `(4 S, v)` of the first."""
+    pieces = samples.table.values if quarters is None else quarters
+    first = _first_kept(pieces, samples)
+    fit = fit_power_law(torch.from_numpy(pieces), options.fit, options.xmin_pos, first, distance=False)
+    of_pieces = fit.alpha.numpy().reshape(len(samples.pooled), -1)
     independent = samples.layer.independent
-    if of_quarters:
+    if quarters is not None:
         independent *= of_pieces.shape[1]
     variances = alpha_variances(samples.fit.alpha.numpy(), _tail_lengths(samples), of_pieces, independent)
     return math.sqrt(variances.sum()) / len(variances)

@@ -18,7 +18,8 @@ Source: FARMS, Hu et al., ICML 2025, arXiv 2506.06280.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
@@ -34,18 +35,20 @@ class Windows:
         view: `(*lead, h, w)`, a view of the weight: W = prod(lead) windows of h rows and w columns.
         samples: number of samples S that the windows form, 1 or the length of the first dimension. The windows, in
             the order of `lead`, are S runs of equal length, and the eigenvalues of a run are pooled.
-        number: number of windows W.
-        size: number of eigenvalues of a window, min(h, w).
     """
 
     view: Tensor
     samples: int
-    number: int = field(init=False)
-    size: int = field(init=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "number", math.prod(self.view.shape[:-2]))
-        object.__setattr__(self, "size", min(self.view.shape[-2:]))
+    @cached_property
+    def number(self) -> int:
+        """Number of windows W."""
+        return math.prod(self.view.shape[:-2])
+
+    @cached_property
+    def size(self) -> int:
+        """Number of eigenvalues of a window, min(h, w)."""
+        return min(self.view.shape[-2:])
 
 
 def windows_of(stack: MatrixStack, options: SpectrumOptions) -> Windows | None:
@@ -68,11 +71,7 @@ def windows_of(stack: MatrixStack, options: SpectrumOptions) -> Windows | None:
 
 
 def first_windows(windows: Windows) -> Tensor:
-    """Return the first window of each sample, `(S, h, w)`: a view.
-
-    Args:
-        windows: those of a layer, `(*lead, h, w)` in S samples.
-    """
+    """Return the first window of each sample, `(S, h, w)`: a view."""
     first = windows.view[: windows.samples]
     while first.ndim > 3:
         first = first[:, 0]
@@ -80,13 +79,9 @@ def first_windows(windows: Windows) -> Tensor:
 
 
 def quarters_of(windows: Windows) -> Windows:
-    """Cut the first window of each sample in four, which do not overlap.
+    """Cut the first window of each sample in four, which do not overlap: `(S, 2, 2, h // 2, w // 2)`, a view.
 
-    Args:
-        windows: those of a layer, `(*lead, h, w)` in S samples.
-
-    Returns:
-        `(S, 2, 2, h // 2, w // 2)`, also in S samples: a view. An odd row or column at the end is left out.
+    An odd row or column at the end is left out.
     """
     quarters = first_windows(windows)
     height, width = windows.view.shape[-2:]
