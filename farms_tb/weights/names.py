@@ -54,7 +54,8 @@ def are_codes(parameter: str, siblings: Collection[str]) -> bool:
 WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")
 # Whole parts of a path alone: `pre_orig_mod.fc` is a name of the user's.
 _WRAPPED_PART = re.compile(rf"(?<![^.])(?:{'|'.join(WRAPPED)})(?:\.|$)")
-_EMBEDDING_WORDS = ("emb", "wte", "wpe")
+# In names of embeddings, but not in `member`, `ensemble` and `assembly`.
+_EMBEDDING_WORDS = re.compile(r"emb(?!er|l[ey])|wte|wpe")
 _EMBEDDING_NAMES = ("shared", "codebook", "relative_attention_bias", "iou_token", "mask_tokens", "obj_score_token")
 _NOT_EMBEDDING_WORDS = ("proj", "patch", "out", "head", "dense", "linear", "class")
 
@@ -113,9 +114,7 @@ def is_embedding_name(path: str) -> bool:
     own = words[-1] if words else ""
     if any(word in own for word in _NOT_EMBEDDING_WORDS):
         return False
-    if own in _EMBEDDING_NAMES:
-        return True
-    return any(word in own for word in _EMBEDDING_WORDS)
+    return own in _EMBEDDING_NAMES or _EMBEDDING_WORDS.search(own) is not None
 
 
 def natural_order(name: str) -> list[list[tuple[int, int, str]]]:

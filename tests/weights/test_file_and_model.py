@@ -138,6 +138,9 @@ def look_alikes() -> nn.Module:
             "word_embeddings": nn.Embedding(20, 8),
             "embed_out": nn.Linear(8, 20, bias=False),
             "patch_embed": nn.Linear(12, 8),
+            "ensemble": nn.ModuleList([nn.Linear(12, 8, bias=False)]),
+            "member": nn.Linear(12, 8, bias=False),
+            "assembly": nn.Linear(12, 8, bias=False),
             "separate": nn.MultiheadAttention(16, 2, kdim=12, vdim=8),
         }
     )
