@@ -74,6 +74,8 @@ class LayerwiseStep:
         self._first_steps, self._unseen = FirstSteps(optimizer), UnseenSteps(optimizer)
         # While a step runs and once it has asked for its groups: those that it sees.
         self._shown: ShownGroups | None = None
+        # Whether the present step was handed the view.
+        self._handed = False
         # How the last step's groups were split, and by which ratios.
         self._kept: list[Any] = []
         self._kept_ratios: Mapping[int, Ratio] = {}
@@ -172,7 +174,7 @@ class LayerwiseStep:
             return None
         self.steps += 1
         # A step that raised never came to its end.
-        self._shown = None
+        self._shown, self._handed = None, False
         # Asked here, where it is known: later, parts of a compiled step run without the compiler.
         self._compiled = torch.compiler.is_compiling()
         capturing, active = _is_capturing(), self.is_active
@@ -185,6 +187,7 @@ class LayerwiseStep:
             self._first_steps.begin(active)
         if not active:
             return None
+        self._handed = True
         return _with_view(self._view, args, kwargs, self._refresh)
 
     def _has_new_parameters(self) -> bool:
@@ -198,10 +201,21 @@ class LayerwiseStep:
             self._shown.refresh()
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        """Check what the step did, and carry over to the user's groups what it wrote."""
+        """Check what the step did, and carry over to the user's groups what it wrote.
+
+        Raises:
+            RuntimeError: a pre-hook that ran later put the optimizer back in place of the view, or the step did
+                what cannot be combined with layer-wise learning rates.
+        """
         if optimizer is self._view:
             return
         shown, self._shown = self._shown, None
+        if self._handed and not self._compiled and args[0] is not self._view:
+            raise RuntimeError(
+                f"a step pre-hook of this {type(optimizer).__name__} put another optimizer into the arguments of "
+                "the step, so layer-wise learning rates had no effect: return args[0] as it came, or register the "
+                "hook before balancing begins"
+            )
         if not self._compiled:
             self._first_steps.end(None if shown is None else shown.groups)
         if shown is not None:

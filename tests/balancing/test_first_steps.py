@@ -582,6 +582,23 @@ def test_a_step_that_is_wrapped_works() -> None:
     assert len(calls) == 3
 
 
+def test_a_hook_that_takes_the_ratios_away_is_refused() -> None:
+    """What a pre-hook returns are the arguments of the step, the optimizer with the ratios among them."""
+    net = make_net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    # Before the balancer: it hands its own on.
+    optimizer.register_step_pre_hook(lambda own, args, kwargs: ((optimizer, *args[1:]), kwargs))
+    TempBalance(net, optimizer, assign_func="tb_linear_map")
+    set_grads(net.parameters())
+    optimizer.step()
+    hands_on = optimizer.register_step_pre_hook(lambda own, args, kwargs: (args, kwargs))
+    optimizer.step()
+    hands_on.remove()
+    optimizer.register_step_pre_hook(lambda own, args, kwargs: ((own, *args[1:]), kwargs))
+    with pytest.raises(RuntimeError, match=r"pre-hook of this SGD.*args\[0\]"):
+        optimizer.step()
+
+
 def test_a_step_that_was_assigned_to_the_class_works() -> None:
     """As packages do that speed up torch's optimizers."""
 
