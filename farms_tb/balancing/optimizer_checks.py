@@ -26,7 +26,7 @@ _WAY_OUT = "Use another optimizer, or lr_min_ratio=lr_max_ratio=1 to measure onl
 
 
 def unwrapped_optimizer(optimizer: Any) -> Any:
-    """Return the torch optimizer inside Lightning's `LightningOptimizer`; any other object as it is.
+    """Return the optimizer inside Lightning's `LightningOptimizer`; any other object as it is.
 
     Args:
         optimizer: what a user gave as an optimizer.
@@ -34,7 +34,7 @@ def unwrapped_optimizer(optimizer: Any) -> Any:
     if isinstance(optimizer, Optimizer):
         return optimizer
     inner = getattr(optimizer, "_optimizer", None)
-    return inner if isinstance(inner, Optimizer) else optimizer
+    return inner if hasattr(inner, "param_groups") else optimizer
 
 
 def stepping_optimizers(optimizer: Optimizer) -> Iterator[Optimizer]:

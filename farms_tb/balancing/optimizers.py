@@ -6,7 +6,7 @@ Lookahead). Those that really move parameters get a `LayerwiseStep` each, and al
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -33,26 +33,24 @@ class BalancedOptimizers:
     Args:
         optimizers: the optimizers; those that they wrap are found.
         options: what the ratios scale. Where they are all 1 by the options alone, the optimizers are left alone,
-            whatever they are.
+            whatever they are: only their `param_groups` are read.
         renew: called before a step of an optimizer that holds a parameter without a ratio, to `apply` them anew.
 
     Raises:
-        TypeError: not a torch optimizer.
+        TypeError: not a torch optimizer, nor, where ratios are all 1, another object with `param_groups`.
         ValueError: no optimizer.
     """
 
     def __init__(self, optimizers: Sequence[Any], options: RatioOptions, renew: Callable[[], None]) -> None:
         if not optimizers:
             raise ValueError(f"there is no optimizer: {_WAY_OUT}")
+        self._options, self._renew = options, renew
         self._optimizers: list[Optimizer] = []
         for optimizer in map(unwrapped_optimizer, optimizers):
-            if not isinstance(optimizer, Optimizer):
-                kind = type(optimizer).__name__
-                raise TypeError(f"layer-wise learning rates need a torch.optim.Optimizer, got {kind}")
-            for stepping in stepping_optimizers(optimizer):
+            self._check_type(optimizer)
+            for stepping in _stepping(optimizer):
                 if not _is_among(stepping, self._optimizers):
                     self._optimizers.append(stepping)
-        self._options, self._renew = options, renew
         self._steps: list[LayerwiseStep] = []
 
     def attach(self, layers: Sequence[Layer]) -> None:
@@ -142,7 +140,7 @@ class BalancedOptimizers:
         if len(self._optimizers) == 1:
             return pausing
         for optimizer in self._optimizers:
-            state = vars(optimizer).get("state", {})
+            state = getattr(optimizer, "__dict__", {}).get("state", {})
             params = all_parameters(optimizer.param_groups)
             if isinstance(state, Mapping) and not any(parameter.requires_grad for parameter in params):
                 pausing.update(id(parameter) for parameter in params if parameter in state)
@@ -166,14 +164,37 @@ class BalancedOptimizers:
             groups += split_groups(one, ratios.get(id(one), {}))
         return groups
 
+    def _check_type(self, optimizer: Any) -> None:
+        """Raise for what cannot be stepped, or read, as an optimizer.
+
+        Args:
+            optimizer: what a user gave.
+
+        Raises:
+            TypeError: not a torch optimizer; only measured, an object without `param_groups`.
+        """
+        is_readable = self._options.only_measures and hasattr(optimizer, "param_groups")
+        if is_readable or isinstance(optimizer, Optimizer):
+            return
+        kind = type(optimizer).__name__
+        raise TypeError(
+            f"layer-wise learning rates need a torch.optim.Optimizer, got {kind}. To measure only, with "
+            "lr_min_ratio=lr_max_ratio=1, any object with param_groups will do"
+        )
+
     def _inside(self, optimizer: Any) -> list[Optimizer]:
         """Return those of the optimizers that step when a user's optimizer does."""
-        own = list(stepping_optimizers(unwrapped_optimizer(optimizer)))
+        own = list(_stepping(unwrapped_optimizer(optimizer)))
         return [one for one in self._optimizers if _is_among(one, own)]
 
     def _held(self) -> set[int]:
         """Return the `id` of each parameter that some optimizer holds."""
         return set(map(id, self.parameters()))
+
+
+def _stepping(optimizer: Any) -> Iterable[Any]:
+    """Return the optimizers that step when a user's does; of another class than torch's it is taken as one."""
+    return stepping_optimizers(optimizer) if isinstance(optimizer, Optimizer) else [optimizer]
 
 
 def _is_among(optimizer: Optimizer, others: Sequence[Optimizer]) -> bool:

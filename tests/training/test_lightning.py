@@ -1104,6 +1104,33 @@ def test_no_optimizer_is_refused(preset: Any) -> None:
         )
 
 
+class Optimizable:
+    """All that Lightning asks of an optimizer: the attributes of torch's, and not its class."""
+
+    def __init__(self, params: Any) -> None:
+        self._sgd = torch.optim.SGD(params, lr=0.1, momentum=0.9)
+        self.param_groups, self.defaults, self.state = self._sgd.param_groups, self._sgd.defaults, self._sgd.state
+        self.step, self.zero_grad = self._sgd.step, self._sgd.zero_grad
+        self.state_dict, self.load_state_dict = self._sgd.state_dict, self._sgd.load_state_dict
+
+
+def test_an_optimizer_that_is_none_of_torchs_is_measured_only() -> None:
+    with pytest.raises(TypeError, match=r"got Optimizable.*measure only"):
+        fit(Module(Optimizable), [FARMSTempBalance(assign_func="tb_linear_map")])
+    plain, measured = Module(Optimizable), Module(Optimizable)
+    fit(plain)
+    balance, shown = FARMSTempBalance(preset="monitor"), []
+    note = LambdaCallback(
+        on_train_batch_start=lambda trainer, module, *_: shown.extend(balance.param_groups(module.optimizers()))
+    )
+    fit(measured, [balance, note])
+    assert_same_weights(measured, plain)
+    assert balance.report is not None
+    assert balance.report.layers == analyze(measured).layers
+    assert len(shown) == STEPS
+    assert {(group.ratio, group.lr) for group in shown} == {(1, 0.1)}
+
+
 def test_foreign_parameters_are_refused() -> None:
     other = [nn.Parameter(torch.zeros(3))]
     module = Module(lambda params: torch.optim.SGD(other, lr=0.1))
