@@ -133,9 +133,12 @@ class FARMSTrainerCallback(ShowsResults, TrainerCallback, ExportableState):
     ) -> None:
         self._set_up(preset, options, spectrum=spectrum, ratios=ratios, schedule=schedule, logging=logging)
         self._epoch = -1
+        # Whether the final weights were measured, because the Trainer was about to stop.
+        self._is_finished = False
 
     def detach(self) -> None:
         """Leave the optimizer as it was found: needed only after an error in training. Safe to call twice."""
+        self._is_finished = False
         self._session.stop()
 
     def state(self) -> dict[str, Any]:
@@ -261,6 +264,8 @@ class FARMSTrainerCallback(ShowsResults, TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         """Measure if it is time, and log."""
+        if self._is_finished:  # another callback has taken the stop back: a step follows
+            self._is_finished, self._session.running = False, True
         with self._detached_after_error():
             found = self._session.measure_if_due(self._moment(state))
         for measurement in found:
@@ -274,7 +279,7 @@ class FARMSTrainerCallback(ShowsResults, TrainerCallback, ExportableState):
         if not self._session.running:
             return control
         # What is logged below calls `on_log` of this callback too.
-        self._session.running = False
+        self._is_finished, self._session.running = True, False
         with self._detached_after_error():
             found = self._session.finish(self._moment(state))
         for measurement in found:

@@ -296,6 +296,36 @@ def test_final_report_after_an_early_stop(tmp_path: Path, options: dict[str, Any
     assert not trainer.optimizer.optimizer._optimizer_step_pre_hooks
 
 
+class TakesStopBack(TrainerCallback):
+    """Want two epochs at least, whoever stops the training before."""
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        if state.global_step < 2 * STEPS:
+            control.should_training_stop = False
+        return control
+
+
+class StopAtOnce(TrainerCallback):
+    """Stop when the first epoch is over."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        if state.global_step == STEPS:
+            control.should_training_stop = True
+        return control
+
+
+def test_training_that_goes_on_after_all_is_measured(tmp_path: Path) -> None:
+    callback, probe = FARMSTrainerCallback(assign_func="tb_linear_map"), Probe()
+    model, trainer = train(tmp_path, StopAtOnce(), callback, TakesStopBack(), probe)
+    assert trainer.state.global_step == EPOCHS * STEPS
+    # At the end of the first epoch the weights might have been the final ones.
+    assert [step for step, _ in probe.measured] == [0, 4, 4, 8, 12]
+    assert callback.report == analyze(model)
+    other = FARMSTrainerCallback(assign_func="tb_linear_map")
+    undisturbed, _ = train(tmp_path, other)
+    assert_same_weights(model, undisturbed)
+
+
 # What it logs
 
 
