@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from farms_tb.balancing.assignment import (
+    Assignment,
     block_leaders,
     members,
     ratios_of_parameters,
@@ -157,7 +158,7 @@ class LayerBalancer:
         Raises:
             ValueError: the optimizer is not one of these.
         """
-        return step_groups(self._measured.model, self._measured.assignment, self._optimizers.groups(optimizer))
+        return step_groups(self._measured.model, self._assignment_now(), self._optimizers.groups(optimizer))
 
     def layer_lrs(self) -> dict[str, float]:
         """Return the current learning rate of each layer that is trained."""
@@ -238,9 +239,10 @@ class LayerBalancer:
         self._leaders = block_leaders(assignment, by_kind)
         mapped = ratios_of_report(report, by_kind, self.ratio_options, assignment)
         self._mapped, self.summary = mapped.ratios, mapped.summary.at(self.strength)
+        trained = self.trained_layers()  # of the report: to apply the ratios finds the layers of now
         self._optimizers.apply_measured(self._scales(), self._measured.model)
         self._ratio_warnings.warn(report, mapped, initial=initial)
-        self._verdict_warnings.warn(report, self.trained_layers(), mapped.missing)
+        self._verdict_warnings.warn(report, trained, mapped.missing)
         return report
 
     def _members(self) -> dict[Kind, list[str]]:
@@ -263,8 +265,17 @@ class LayerBalancer:
     def _ratios_of(self, parameters: dict[str, nn.Parameter]) -> dict[str, float]:
         """Return the current ratio of each of the model's parameters by name."""
         ratios = self._mapped | {block: self._mapped[leader] for block, leader in self._leaders.items()}
-        mapped = ratios_of_parameters(parameters, self._measured.assignment, ratios, self.ratio_options)
+        mapped = ratios_of_parameters(parameters, self._assignment_now(), ratios, self.ratio_options)
         return weakened(mapped, self.strength)
+
+    def _assignment_now(self) -> Assignment:
+        """Return which parameter follows which layer; while an optimizer has ratios, as the model is now.
+
+        Between two measurements a parameter may get another name, where its layer is parametrized or pruned.
+        """
+        if self._optimizers.are_attached:
+            self._measured.follow_model()
+        return self._measured.assignment
 
     def _trained(self) -> dict[str, nn.Parameter]:
         """Return the parameters that an optimizer trains now, by name."""

@@ -66,6 +66,8 @@ class MeasuredModel:
         self._nulls: dict[str, tuple[Hashable, PermutationNull]] = {}
         self.assignment = self._assigned()
         self._signature = _signature(model, self.assignment.layers)
+        # Those of the measurement that was begun last.
+        self._at_begin = self.assignment, self._signature
 
     def measure(self, histogram: bool = False) -> Report:
         """Measure every layer now, on all processes together where shared.
@@ -87,6 +89,7 @@ class MeasuredModel:
             histogram: count the ESD of each layer too.
         """
         self.follow_model()
+        self._at_begin = self.assignment, self._signature
         layers, team = self.assignment.layers, self._team()
         self._begun = BackgroundMeasurement(layers, self._spectrum_options, histogram=histogram, team=team)
 
@@ -99,6 +102,8 @@ class MeasuredModel:
         report, self._begun = self.begun_report(), None
         if report is None:
             raise RuntimeError("no measurement was begun: call begin_update() before finish_update()")
+        # The report is of the layers of then. The next to follow the model finds those of now.
+        self.assignment, self._signature = self._at_begin
         if self.compares:
             report = self._with_nulls(report)
         return report
@@ -122,6 +127,7 @@ class MeasuredModel:
             begun: a measurement that was begun and not yet finished.
         """
         self._nulls, self._begun = {}, begun
+        self._at_begin = self.assignment, self._signature
         if report is None:
             return
         for name, shape in self._shapes(report).items():

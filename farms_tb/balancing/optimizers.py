@@ -113,6 +113,11 @@ class BalancedOptimizers:
             step.detach()
         self._steps = []
 
+    @property
+    def are_attached(self) -> bool:
+        """Whether some optimizer steps with ratios, until `detach`."""
+        return bool(self._steps)
+
     def parameters(self) -> list[Tensor]:
         """Return every parameter that some optimizer holds."""
         return all_parameters(group for optimizer in self._optimizers for group in optimizer.param_groups)

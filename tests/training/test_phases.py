@@ -7,13 +7,23 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, LambdaCallback
+from torch import nn
+from torch.nn.utils import prune
 from torch.utils.data import DataLoader, IterableDataset
 
 from farms_tb import FARMSTempBalance
 from farms_tb.options import LoggingOptions, ScheduleOptions
 from farms_tb.training.schedule import RunLength, Schedule
-from tests.helpers import LIGHTNING_NOISE, Module, Recorder, fit, make_data, make_trainer
+from tests.helpers import (
+    LIGHTNING_NOISE,
+    Module,
+    Recorder,
+    fit,
+    make_data,
+    make_trainer,
+    spy_on_updates,
+)
 
 pytestmark = LIGHTNING_NOISE
 LAYERS = ("net.2", "net.5", "net.7")
@@ -77,6 +87,41 @@ def test_ratios_grow_in_a_straight_line() -> None:
     for strength, now, largest in zip(strengths, ratios, moved, strict=True):
         assert now == pytest.approx({name: 1 + strength * (ratio - 1) for name, ratio in final.items()})
         assert largest == pytest.approx(max(now.values()))
+
+
+NEW_NAMES: dict[str, Any] = {
+    "prune": lambda layer: prune.l1_unstructured(layer, "weight", amount=0.2),
+    "spectral_norm": nn.utils.parametrizations.spectral_norm,
+}
+
+
+@pytest.mark.parametrize("how", NEW_NAMES)
+@pytest.mark.parametrize("clock", [{"every_n_epochs": 3}, {"every_n_steps": 3, "lag_steps": 2}], ids=str)
+def test_a_weight_that_gets_another_name_keeps_its_ratio_while_ratios_grow(
+    clock: dict[str, Any], how: str
+) -> None:
+    """Its parameter stays the same object; growing ratios are given out anew before each step."""
+    balance = FARMSTempBalance(assign_func="tb_linear_map", ramp_steps=10, **clock)
+    module = Module(lambda params: torch.optim.SGD(params, lr=0.1))
+    layer = module.net.get_submodule("5")
+    weight, expected = layer.weight, list[float]()
+
+    def rename(trainer: Any, *_: Any) -> None:
+        if trainer.global_step == 4:
+            NEW_NAMES[how](layer)
+
+    def note(*_: Any) -> None:
+        ratio = balance.ratios["net.5"]
+        expected.append(0.1 * ratio)
+        (name,) = (name for name, parameter in module.named_parameters() if parameter is weight)
+        assert balance.parameter_ratios(module)[name] == ratio
+        assert "net.5" in {layer for group in balance.param_groups(module.optimizers()) for layer in group.layers}
+
+    watch = LambdaCallback(on_train_batch_start=rename, on_before_optimizer_step=note)
+    with spy_on_updates("SGD") as seen:
+        fit(module, [balance, watch])
+    assert [lrs[id(weight)] for lrs in seen] == expected
+    assert len(set(expected)) >= 10, "no ratio grew: the test shows nothing"
 
 
 @pytest.mark.parametrize(
