@@ -265,18 +265,19 @@ def _state_dict(loaded: Any, path: Path, key: str | None) -> Mapping[str, Any]:
     """
     candidates = dict(_candidates(loaded, set()))
     if key is not None:
-        if key not in candidates:
+        found = candidates.get(key, _under(loaded, key))
+        if found is None:
             raise ValueError(
                 f"{printable(path)} holds no state dict under key={key!r}, but under: {_names(candidates)}"
             )
-        return candidates[key]
+        return found
     possible = _possible(candidates)
     if len(possible) == 1:
         return candidates[possible[0]]
     if possible:
-        found = _names(possible)
+        names = _names(possible)
         raise ValueError(
-            f"{printable(path)} holds several state dicts, choose one by --key, in Python by key=: {found}"
+            f"{printable(path)} holds several state dicts, choose one by --key, in Python by key=: {names}"
         )
     raise ValueError(
         f"{printable(path)} holds no state dict: expected tensors by name, alone or as {_STATE_DICT_KEYS[0]!r}, "
@@ -300,13 +301,39 @@ def _candidates(
     if not isinstance(held, dict) or depth > _DEPTH or id(held) in seen:
         return
     seen.add(id(held))
-    if any(isinstance(value, TorchTensor) for value in held.values()):
+    if _has_tensors(held):
         yield where, held
-    for key, value in held.items():
+    for key, value in _searched(held):
+        yield from _candidates(value, seen, f"{where}.{key}".strip("."), depth + 1)
+
+
+def _under(held: Any, key: str) -> Mapping[str, Any] | None:
+    """Return the dict of tensors under a key, whose parts may have dots in them; None where there is no such dict.
+
+    One that is saved under several keys is found by each, while `_candidates` names it once.
+    """
+    if not key:
+        return held if isinstance(held, dict) and _has_tensors(held) else None
+    for first, value in _searched(held):
+        if f"{key}.".startswith(f"{first}."):
+            found = _under(value, key[len(first) + 1 :])
+            if found is not None:
+                return found
+    return None
+
+
+def _searched(held: Any) -> Iterator[tuple[str, dict[Any, Any]]]:
+    """Yield the dicts within a dict that may be a state dict, or hold one, by their keys."""
+    for key, value in held.items() if isinstance(held, dict) else ():
         if not (isinstance(value, dict) and isinstance(key, str)) or len(key) > _MAX_KEY:
             continue
         if not _OPTIMIZER.search(key) and not key.endswith("_extra_state"):
-            yield from _candidates(value, seen, f"{where}.{key}".strip("."), depth + 1)
+            yield key, value
+
+
+def _has_tensors(held: Mapping[Any, Any]) -> bool:
+    """Return whether a dict holds a tensor."""
+    return any(isinstance(value, TorchTensor) for value in held.values())
 
 
 def _possible(candidates: Mapping[str, Mapping[str, Any]]) -> list[str]:

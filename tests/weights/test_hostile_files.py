@@ -267,6 +267,17 @@ def test_several_dicts_of_weights_ask_for_a_key(tmp_path: Path) -> None:
         stored_tensors(path, key="ema")
 
 
+def test_weights_that_are_saved_twice_are_found_by_either_key(tmp_path: Path) -> None:
+    """As an average of the weights is that has not begun."""
+    path, weights = tmp_path / "gan.pt", {"a.weight": torch.randn(9, 9)}
+    torch.save({"net": weights, "ema.0": {"module": weights}, "critic": {"b.weight": torch.randn(9, 9)}}, path)
+    for key in ("net", "ema.0.module"):
+        assert [tensor.key for tensor in stored_tensors(path, key=key)] == ["a.weight"]
+    for key in ("", "ema", "ema.0", "ema.0.module.a", "optimizer"):
+        with pytest.raises(ValueError, match=r"no state dict under key=.*'net', 'critic'"):
+            stored_tensors(path, key=key)
+
+
 def test_values_are_those_that_torch_reads(tmp_path: Path) -> None:
     """Views, strides and types; a storage that several tensors share."""
     storage = torch.randn(100)
