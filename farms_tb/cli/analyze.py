@@ -26,8 +26,9 @@ from farms_tb.cli.arguments import (
     Strict,
     takes_spectrum_options,
 )
+from farms_tb.cli.exit_codes import finish
 from farms_tb.cli.measuring import COLUMNS, Measured, MeasureRequest, checked_device, measure, null_is_quick
-from farms_tb.cli.messages import complaints, finish, say
+from farms_tb.cli.messages import complaints, say
 from farms_tb.cli.output import Result, chosen_format, emit
 from farms_tb.cli.sources import Source, open_source
 from farms_tb.cli.tables import Column, Row, sort_rows

@@ -13,7 +13,7 @@ import typer
 import farms_tb
 from farms_tb.cli.analyze import analyze
 from farms_tb.cli.compare import compare
-from farms_tb.cli.messages import EXIT_CODES_HELP
+from farms_tb.cli.exit_codes import EXIT_CODES_HELP
 from farms_tb.cli.plot import plot
 from farms_tb.cli.prune import EXIT_CODES_OF_PRUNING, prune
 from farms_tb.cli.report import report

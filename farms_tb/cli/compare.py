@@ -26,8 +26,9 @@ from farms_tb.cli.arguments import (
     takes_spectrum_options,
 )
 from farms_tb.cli.differences import NO_DIFFERENCE, weight_differences
+from farms_tb.cli.exit_codes import finish
 from farms_tb.cli.measuring import Measured, MeasureRequest, Reading, checked_device, measure
-from farms_tb.cli.messages import EXIT_INTERRUPTED, complaints, finish, say
+from farms_tb.cli.messages import EXIT_INTERRUPTED, complaints, say
 from farms_tb.cli.output import Result, chosen_format, emit
 from farms_tb.cli.pairing import Pair, changes, paired
 from farms_tb.cli.sources import Source, open_source
