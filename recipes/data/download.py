@@ -252,7 +252,7 @@ class _Download:
     def _refused(self, error: HTTPError, start: int) -> None:
         """Sort out what another attempt may solve; return where nothing is missing any more."""
         with error:
-            if error.code == 416 and start > 0:  # no byte from there on: the part is whole, or longer than the file
+            if error.code == 416 and start > 0:  # no byte from there on: the part is whole or too long
                 if error.headers.get("Content-Range") == f"bytes */{start}":
                     return
                 self.part.unlink()

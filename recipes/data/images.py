@@ -139,7 +139,7 @@ class ImageData(SplitData):
         }
 
     def _drawn(self, indices: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Draw `train_size` of the images that are not held out, int64 (M,), stratified by class; all without it."""
+        """Draw `train_size` of the images that are not held out, int64 (M,), stratified by class, or all."""
         if self.train_size is None or self.train_size == len(indices):
             return indices
         try:
