@@ -14,7 +14,7 @@ from pathlib import Path
 
 from benchmarks.published import BASELINE, RESULTS, published_runs
 from benchmarks.results import markdown_table, replace_between
-from recipes.study.report import Row, summarise
+from recipes.study.effects import Row, summarise
 from recipes.study.units import percent, unit_of
 
 END_OF_TABLE = "<!-- end of table -->"

@@ -19,10 +19,10 @@ from typing import Any
 from benchmarks.published import BASELINE, RESULTS, published_runs
 from benchmarks.results import GREEN, ORANGE, Value, markdown_table, publish, write_csv
 from farms_tb.viewing.plots.style import new_figure
+from recipes.study.effects import POOLED, Row, summarise
 from recipes.study.figure_style import plain_axes, save
 from recipes.study.pairs import FinalRuns, final_ratios, final_runs
 from recipes.study.records import Job, Record
-from recipes.study.report import POOLED, Row, summarise
 from recipes.study.statistics import TaskEffect, effect_over_tasks
 from recipes.study.units import percent
 

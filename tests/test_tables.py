@@ -11,8 +11,8 @@ import pytest
 from benchmarks import tables
 from benchmarks.published import published_runs
 from benchmarks.tables import END_OF_TABLE, TABLES, ArmTable, Cell, PairTable, SettingTable
+from recipes.study.effects import summarise
 from recipes.study.records import Job, Record, write_records
-from recipes.study.report import summarise
 from tests.recipes.study_records import final_run
 
 ROOT = Path(__file__).parents[1]

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from farms_tb.viewing.plots.style import new_figure
+from recipes.study.effects import POOLED, Row
 from recipes.study.figure_style import Style, add_legend, plain_axes, save
 from recipes.study.mediation import Mediation
-from recipes.study.report import POOLED, Row
 from recipes.study.rules import RULES, RuleRow
 from recipes.study.statistics import Effect, TaskEffect
 from recipes.study.units import percent

@@ -16,12 +16,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from recipes.study.effects import Row, summarise
 from recipes.study.figure import draw_effects, draw_mediation, draw_rules
 from recipes.study.figure_sensitivity import draw_sensitivity
 from recipes.study.figure_style import Style, arm_styles
 from recipes.study.mediation import Contrast, Mediation, contrasts, mediation
 from recipes.study.pairs import Records
-from recipes.study.report import Row, summarise
 from recipes.study.rules import RULES, RuleRow, effects_by_rule
 from recipes.study.sensitivity import Curve, curves, rate_range
 from recipes.study.table import Line, effect_columns, terminal_table, write_table

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 from statistics import mean
 
+from recipes.study.effects import mean_effect
 from recipes.study.pairs import FinalRuns, Records, final_ratios, final_runs
-from recipes.study.report import mean_effect
 from recipes.study.statistics import Effect, holm
 
 __all__ = ["Contrast", "Mediation", "contrasts", "mediation"]

@@ -19,8 +19,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+from recipes.study.effects import POOLED, mean_effect
 from recipes.study.pairs import Records, TuningRuns, final_ratios, final_runs, log_ratios, pairs, tuning_runs
-from recipes.study.report import POOLED, mean_effect
 from recipes.study.statistics import Effect
 
 __all__ = ["RULES", "RuleRow", "effects_by_rule"]

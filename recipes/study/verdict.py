@@ -13,8 +13,8 @@ from itertools import groupby
 from operator import attrgetter
 from statistics import mean
 
+from recipes.study.effects import POOLED, Row
 from recipes.study.mediation import Contrast
-from recipes.study.report import POOLED, Row
 from recipes.study.rules import RuleRow
 from recipes.study.sensitivity import Curve, compare_ranges, rate_range
 from recipes.study.statistics import Effect

@@ -24,7 +24,7 @@ from recipes.data.cache import load_or_make, write_arrays
 from recipes.loggers import RunFolderCSVLogger, forget_rows_after, read_rows
 from recipes.study.__main__ import main as study
 from recipes.study.cells import load_study
-from recipes.study.report import Row
+from recipes.study.effects import Row
 from recipes.study.settings import SETTINGS_FILE, keep_settings
 from recipes.study.statistics import Effect
 from recipes.study.verdict import verdict

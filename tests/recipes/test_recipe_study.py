@@ -25,10 +25,10 @@ from recipes.engine import Outcome
 from recipes.errors import RecipeError
 from recipes.study.__main__ import main
 from recipes.study.cells import Cell, load_study
+from recipes.study.effects import POOLED, Row, summarise
 from recipes.study.one_run import run_once
 from recipes.study.plan import Search, Tuning, plan_arm, tune
 from recipes.study.records import Job, Record, read_records, write_records
-from recipes.study.report import POOLED, Row, summarise
 from recipes.study.runner import run_study, show_plan
 from recipes.study.settings import SETTINGS_FILE, keep_settings, locked
 from recipes.study.statistics import Effect, holm, pooled_effect

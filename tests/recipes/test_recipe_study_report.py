@@ -23,11 +23,11 @@ from recipes.config import CONFIG_DIR
 from recipes.errors import RecipeError
 from recipes.study.__main__ import main
 from recipes.study.cells import load_study
+from recipes.study.effects import POOLED, Row, summarise
 from recipes.study.figure_style import arm_styles
 from recipes.study.findings import Findings, find, show, write
 from recipes.study.mediation import contrasts, mediation
 from recipes.study.records import METRICS, RESULTS_FILE, SHARES, Job, Record, read_records, write_records
-from recipes.study.report import POOLED, Row, summarise
 from recipes.study.rules import RuleRow, effects_by_rule
 from recipes.study.sensitivity import Curve, compare_ranges, curves, rate_range
 from recipes.study.settings import keep_settings, locked

@@ -1,4 +1,4 @@
-"""What a study found, from the records alone: a row for each arm of each cell.
+"""Effect of every arm against the baseline, from the records alone: a row for each arm of each cell.
 
 Nothing here trains or reads settings, so a report of a study that is still going on, or of one that was copied
 from another machine, is the same computation as that of a finished one.
