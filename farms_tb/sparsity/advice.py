@@ -14,6 +14,7 @@ import numpy as np
 
 from farms_tb.sparsity.filling import Filling, Floats
 from farms_tb.sparsity.layers import depths
+from farms_tb.sparsity.options import ALPHA_METHODS
 from farms_tb.sparsity.plan import SparsityPlan
 from farms_tb.sparsity.ratios import line
 from farms_tb.weights.names import first_few
@@ -106,7 +107,7 @@ def notes_of(plan: SparsityPlan, left_out: Collection[str]) -> tuple[str, ...]:
         left_out: names of the layers whose alphas took no part.
     """
     notes = list(_on_total(plan))
-    if plan.method in ("alpha", "shuffled", "shrinkage", "search"):
+    if plan.method in ALPHA_METHODS:
         notes += _on_alphas(plan, left_out)
     found = list(plan.sparsity.values())
     is_uniform = max(found) - min(found) < 1e-12

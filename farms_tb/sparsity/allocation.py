@@ -25,7 +25,7 @@ from farms_tb.sparsity.advice import notes_of
 from farms_tb.sparsity.calibration import Batch
 from farms_tb.sparsity.filling import Filling, Floats
 from farms_tb.sparsity.layers import Layers, Sizes, checked_layers, numbers
-from farms_tb.sparsity.options import SparsityKeywords, SparsityOptions
+from farms_tb.sparsity.options import ALPHA_METHODS, SparsityKeywords, SparsityOptions
 from farms_tb.sparsity.plan import PlannedLayer, SparsityPlan
 from farms_tb.sparsity.search import searched
 from farms_tb.sparsity.shrinkage import by_shrinkage
@@ -134,20 +134,19 @@ def check_target(target: float, options: SparsityOptions) -> None:
         )
 
 
-def _left_out(layers: Layers, options: SparsityOptions) -> np.ndarray:
-    """Return the alphas that take no part: of outliers, where the method maps alphas."""
-    maps_alphas = options.method in ("alpha", "shuffled", "shrinkage", "search")
-    if not maps_alphas or options.compat is not None:
-        return np.zeros(len(layers.names), dtype=bool)
-    return ratios.wild(layers.alphas)
-
-
 def _scaled(layers: Layers) -> Layers:
     """Return layers whose largest alpha or error is 1, so that no square overflows; all maps are relative."""
     largest = max(np.nanmax(np.abs(values), initial=0.0) for values in (layers.alphas, layers.errors))
     if largest == 0:
         return layers
     return replace(layers, alphas=layers.alphas / largest, errors=layers.errors / largest)
+
+
+def _left_out(layers: Layers, options: SparsityOptions) -> np.ndarray:
+    """Return the alphas that take no part: of outliers, where the method maps alphas."""
+    if options.method not in ALPHA_METHODS or options.compat is not None:
+        return np.zeros(len(layers.names), dtype=bool)
+    return ratios.wild(layers.alphas)
 
 
 def _sparsities(
@@ -210,9 +209,8 @@ def _as_research_code(layers: Layers, target: float, options: SparsityOptions) -
 
 def _plan(layers: Layers, target: float, options: SparsityOptions, sparsities: Floats) -> SparsityPlan:
     """Return the plan that records everything, alphas that took no part included."""
-    planned = {}
-    for index, name in enumerate(layers.names):
-        planned[name] = PlannedLayer(
+    planned = {
+        name: PlannedLayer(
             size=int(layers.sizes[index]),
             sparsity=float(sparsities[index]),
             block=layers.blocks[index],
@@ -220,6 +218,8 @@ def _plan(layers: Layers, target: float, options: SparsityOptions, sparsities: F
             alpha_error=_or_none(layers.errors[index]),
             shape=layers.shapes[index],
         )
+        for index, name in enumerate(layers.names)
+    }
     return SparsityPlan(
         layers=planned,
         target=float(target),

@@ -12,6 +12,9 @@ Granularity = Literal["block", "matrix", "mixed"]
 Compat = Literal["farms", "alphapruning"]
 PruneMethod = Literal["magnitude", "wanda", "sparsegpt"]
 
+ALPHA_METHODS: tuple[Method, ...] = ("alpha", "shuffled", "shrinkage", "search")
+"""The methods of allocation that go by alphas."""
+
 
 class PruneTraits(NamedTuple):
     """What a way of pruning needs, and what it does.

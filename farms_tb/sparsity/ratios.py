@@ -15,6 +15,9 @@ from numpy.typing import NDArray
 from farms_tb.sparsity.filling import Floats
 from farms_tb.sparsity.layers import Layers
 
+MAD = 1.4826
+"""Standard deviation of a Gaussian over its median absolute deviation."""
+
 WILD = 8.0
 """Robust z-score beyond which an alpha says more of its fit than of its layer.
 
@@ -111,7 +114,7 @@ def shuffled(ratios: Floats, layers: Layers, seed: int) -> Floats:
 def wild(alphas: Floats) -> NDArray[np.bool_]:
     """Return the alphas that are far from all others.
 
-    The robust z-score of an alpha is its distance from the median, over 1.4826 times the median of all distances.
+    The robust z-score of an alpha is its distance from the median, over `MAD` times the median of all distances.
 
     Args:
         alphas: `(n,)`, NaN for none.
@@ -119,12 +122,10 @@ def wild(alphas: Floats) -> NDArray[np.bool_]:
     Returns:
         `(n,)` booleans: whether the z-score is beyond `WILD`. None where more than half of the alphas are equal.
     """
-    known = alphas[np.isfinite(alphas)]
-    if not len(known):
+    known = np.isfinite(alphas)
+    if not known.any():
         return np.zeros(len(alphas), dtype=bool)
-    distances = np.abs(alphas - np.median(known))
-    scale = 1.4826 * np.median(distances[np.isfinite(alphas)])
-    if scale == 0:
-        return np.zeros(len(alphas), dtype=bool)
-    far: NDArray[np.bool_] = np.nan_to_num(distances) > WILD * scale
+    distances = np.abs(alphas - np.median(alphas[known]))
+    scale = MAD * np.median(distances[known])
+    far: NDArray[np.bool_] = (scale > 0) & (np.nan_to_num(distances) > WILD * scale)
     return far

@@ -24,14 +24,13 @@ import numpy as np
 
 from farms_tb.sparsity.filling import Floats
 from farms_tb.sparsity.layers import Layers
+from farms_tb.sparsity.ratios import MAD
 from farms_tb.spectra.random_effects import shrunk_effects
 
 _FURTHEST = 3.0
 """Standard deviations beyond which an effect inside a block is winsorised."""
 _TINY = 1e-200
 """A variance that counts as 0: fractions of smaller ones have no floating-point numbers."""
-_MAD = 1.4826
-"""Standard deviation of a Gaussian over its median absolute deviation."""
 
 
 def by_shrinkage(layers: Layers, epsilon: float) -> Floats:
@@ -80,13 +79,8 @@ def _role_medians(layers: Layers) -> Floats:
 def _spread_within(residuals: Floats, members: Sequence[np.ndarray]) -> float:
     """Return the robust standard deviation of effects around the median of their unit, over all units.
 
-    Args:
-        residuals: `(n,)` effects of the matrices, NaN for none.
-        members: which matrices each unit has.
-
-    Returns:
-        1.4826 times the median absolute deviation over the units with several effects, corrected for the medians,
-        which n matrices pull towards themselves: sqrt(n / (n - 1)) for n the mean number. 0 without such units.
+    `MAD` times the median absolute deviation over the units with several effects, corrected for the medians, which
+    n matrices pull towards themselves: sqrt(n / (n - 1)) for n the mean number. 0 without such units.
     """
     deviations = []
     for unit in members:
@@ -97,16 +91,11 @@ def _spread_within(residuals: Floats, members: Sequence[np.ndarray]) -> float:
         return 0.0
     together = np.concatenate(deviations)
     count = len(together) / len(deviations)
-    return float(_MAD * np.median(together) * np.sqrt(count / (count - 1)))
+    return float(MAD * np.median(together) * np.sqrt(count / (count - 1)))
 
 
 def _effect(residuals: Floats, variances: Floats) -> tuple[float, float]:
-    """Return the effect of one unit and its standard error; NaN and 0 where no matrix has an alpha.
-
-    Args:
-        residuals: `(n,)` effects of its matrices, NaN for none.
-        variances: `(n,)` their variances.
-    """
+    """Return the effect of a unit and its standard error, from those of its matrices; NaN and 0 without alphas."""
     known = np.isfinite(residuals)
     if not known.any():
         return np.nan, 0.0
