@@ -19,13 +19,11 @@ from farms_tb.printable import printable
 from farms_tb.report import LayerRecord
 from farms_tb.sparsity.methods import PruneTarget, Structure, check_groups, prune_targets
 from farms_tb.sparsity.plan import SparsityPlan
-from farms_tb.sparsity.prunable import Layout, plan_for_names, refusal
+from farms_tb.sparsity.prunable import NOT_QUANTISED, Layout, check_intact, plan_for_names, refusal
 from farms_tb.weights.files import files_of_weights, stored_tensors
 from farms_tb.weights.gguf_files import is_gguf
 from farms_tb.weights.stored import StoredTensor
 from farms_tb.weights.stored_layers import stored_layers
-
-_NOT_QUANTISED = "prune the model in 16 or 32 bits, then quantise it"
 
 
 @dataclass(frozen=True)
@@ -114,7 +112,7 @@ def pruned_files(path: str | PathLike[str]) -> list[Path]:
     files = files_of_weights(path)
     for file in files:
         if is_gguf(file):
-            raise ValueError(f"{printable(file)} is GGUF, which holds quantised weights: {_NOT_QUANTISED}")
+            raise ValueError(f"{printable(file)} is GGUF, which holds quantised weights: {NOT_QUANTISED}")
         if file.suffix != ".safetensors":
             raise ValueError(
                 f"{printable(file)} is no safetensors file, and only those are written: load the model in "
@@ -200,10 +198,7 @@ def check_finite(model: StoredModel, progress: Callable[[int, int], None]) -> No
     for layers in model.by_tensor.values():
         whole = layers[0].tensor.read()
         for layer in layers:
-            if not layer.view(whole).isfinite().all():
-                raise ValueError(
-                    f"{printable(layer.name)} holds NaN or inf and cannot be pruned: load intact weights"
-                )
+            check_intact(layer.name, layer.view(whole))
         number += len(layers)
         progress(number, len(model.layers))
 
@@ -234,7 +229,7 @@ def _check_prunable(layer: StoredLayer) -> None:
     """Refuse a layer whose entries are no plain numbers, or that is no matrix."""
     dtype = layer.tensor.dtype
     if not layer.tensor.problem and not dtype.is_complex and (dtype.itemsize == 1 or not dtype.is_floating_point):
-        raise ValueError(f"{printable(layer.name)} is quantised ({dtype}) and cannot be pruned: {_NOT_QUANTISED}")
+        raise ValueError(f"{printable(layer.name)} is quantised ({dtype}) and cannot be pruned: {NOT_QUANTISED}")
     if layer.problem:
         raise ValueError(refusal(layer.name, layer.problem))
     if math.prod(layer.stack) != math.prod(layer.shape) or dtype.is_complex:

@@ -31,6 +31,8 @@ from farms_tb.weights.stored import span
 
 Layout = Literal["linear", "transposed", "convolution", "rows"]
 
+NOT_QUANTISED = "prune the model in 16 or 32 bits, then quantise it"
+
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -120,10 +122,7 @@ def planned_weights(model: nn.Module, plan: SparsityPlan) -> list[PrunableWeight
     weights = _weights(model, layers, {name: one.block for name, one in plan.layers.items() if name in layers})
     plan.check_fits({name: layer.shape for name, layer in layers.items() if layer.shape})
     for weight in weights:
-        if not weight.tensor.isfinite().all():
-            raise ValueError(
-                f"{printable(weight.name)} holds NaN or inf and cannot be pruned: load intact weights"
-            )
+        check_intact(weight.name, weight.tensor)
     return weights
 
 
@@ -179,6 +178,100 @@ def plan_for_names(plan: SparsityPlan, names: Mapping[str, object]) -> SparsityP
     return replace(plan, layers=layers)
 
 
+def _weights(model: nn.Module, layers: Mapping[str, Layer], blocks: Mapping[str, str]) -> list[PrunableWeight]:
+    """Return the layers that `blocks` names as weights to prune; what is refused is said at `planned_weights`."""
+    owners = _owners(unwrap(model))
+    weights = []
+    for name, block in blocks.items():
+        if layers[name].problem:
+            raise ValueError(refusal(name, layers[name].problem))
+        weight = _weight(layers[name], block)
+        _check_plain(weight)
+        _check_untied(weight, owners)
+        weights.append(weight)
+    return weights
+
+
+def _weight(layer: Layer, block: str) -> PrunableWeight:
+    """Return a layer of the model as a weight to prune."""
+    parameters = [stack.parameter or "weight" for stack in read_stacks(layer.module)]
+    parameter = parameters[layer.index]
+    return PrunableWeight(
+        name=layer.name,
+        module=layer.module,
+        parameter=parameter,
+        layout=_layout(layer.module),
+        groups=layer.module.groups if isinstance(layer.module, _CONVOLUTIONS) else 1,
+        part=parameters[: layer.index].count(parameter),
+        parts=parameters.count(parameter),
+        block=block or layer.module_name,
+    )
+
+
+def _layout(module: nn.Module) -> Layout:
+    """Return how the weight of a module is stored."""
+    if isinstance(module, nn.Linear):
+        return "linear"
+    if isinstance(module, _CONVOLUTIONS):
+        return "convolution"
+    names = {f"{cls.__module__}.{cls.__qualname__}" for cls in type(module).__mro__}
+    if "transformers.pytorch_utils.Conv1D" in names:
+        return "transposed"
+    return "rows"
+
+
+def refusal(name: str, problem: str) -> str:
+    """Return the message that refuses a layer.
+
+    Args:
+        name: of the layer.
+        problem: why it has no matrices to measure, and so none to prune.
+    """
+    # A plan of it comes from a measurement that had embeddings=True, which the problem asks for.
+    reason = "embeddings are not pruned" if problem == EMBEDDING else problem
+    return f"{printable(name)} cannot be pruned: {reason}. Leave it out of the plan"
+
+
+def check_intact(name: str, weight: Tensor) -> None:
+    """Refuse a weight that holds NaN or inf.
+
+    Args:
+        name: of the layer, for the message.
+        weight: of any shape and dtype.
+
+    Raises:
+        ValueError: it does.
+    """
+    if not weight.isfinite().all():
+        raise ValueError(f"{printable(name)} holds NaN or inf and cannot be pruned: load intact weights")
+
+
+def _check_plain(weight: PrunableWeight) -> None:
+    """Refuse a weight that is no ordinary parameter."""
+    stored = weight.module._parameters.get(weight.parameter)
+    if stored is None:
+        raise ValueError(
+            f"{printable(weight.name)} cannot be pruned: its {weight.parameter} is computed from other tensors "
+            "(parametrized, or masked by torch.nn.utils.prune). Make it plain first: "
+            "parametrize.remove_parametrizations(module, 'weight') or prune.remove(module, 'weight')"
+        )
+    if type(stored.data) is not Tensor or stored.element_size() == 1:
+        kind = type(stored.data).__name__ if type(stored.data) is not Tensor else str(stored.dtype)
+        raise ValueError(f"{printable(weight.name)} is quantised ({kind}) and cannot be pruned: {NOT_QUANTISED}")
+
+
+def _check_untied(weight: PrunableWeight, owners: Mapping[int, list[str]]) -> None:
+    """Refuse a weight that another module uses, too: the same parameter, or its memory."""
+    shared = owners[id(weight.module._parameters[weight.parameter])]
+    if len(shared) > 1:
+        others = ", ".join(name for name in shared if not name.startswith(f"{weight.name}."))
+        raise ValueError(
+            f"{printable(weight.name)} is tied to {printable(others)}: pruning one prunes the other. Leave it out "
+            "of the plan, or untie it: give the module a copy, module.weight = "
+            "nn.Parameter(module.weight.detach().clone())"
+        )
+
+
 def _owners(model: nn.Module) -> dict[int, list[str]]:
     """Return the names of each parameter by its identity: more than one where modules share it, or its memory."""
     owners: dict[int, list[str]] = {}
@@ -221,86 +314,3 @@ def _bytes(parameter: nn.Parameter) -> tuple[str, int, int, nn.Parameter]:
     first = parameter.data_ptr()
     after = first + span(parameter.shape, parameter.stride()) * parameter.element_size()
     return str(parameter.device), first, after, parameter
-
-
-def _weights(model: nn.Module, layers: Mapping[str, Layer], blocks: Mapping[str, str]) -> list[PrunableWeight]:
-    """Return the layers that `blocks` names as weights to prune; what is refused is said at `planned_weights`."""
-    owners = _owners(unwrap(model))
-    weights = []
-    for name, block in blocks.items():
-        if layers[name].problem:
-            raise ValueError(refusal(name, layers[name].problem))
-        weight = _weight(layers[name], block)
-        _check_plain(weight)
-        _check_untied(weight, owners)
-        weights.append(weight)
-    return weights
-
-
-def refusal(name: str, problem: str) -> str:
-    """Return the message that refuses a layer.
-
-    Args:
-        name: of the layer.
-        problem: why it has no matrices to measure, and so none to prune.
-    """
-    # A plan of it comes from a measurement that had embeddings=True, which the problem asks for.
-    reason = "embeddings are not pruned" if problem == EMBEDDING else problem
-    return f"{printable(name)} cannot be pruned: {reason}. Leave it out of the plan"
-
-
-def _check_plain(weight: PrunableWeight) -> None:
-    """Refuse a weight that is no ordinary parameter."""
-    stored = weight.module._parameters.get(weight.parameter)
-    if stored is None:
-        raise ValueError(
-            f"{printable(weight.name)} cannot be pruned: its {weight.parameter} is computed from other tensors "
-            "(parametrized, or masked by torch.nn.utils.prune). Make it plain first: "
-            "parametrize.remove_parametrizations(module, 'weight') or prune.remove(module, 'weight')"
-        )
-    if type(stored.data) is not Tensor or stored.element_size() == 1:
-        kind = type(stored.data).__name__ if type(stored.data) is not Tensor else str(stored.dtype)
-        raise ValueError(
-            f"{printable(weight.name)} is quantised ({kind}) and cannot be pruned: prune the model in 16 or 32 "
-            "bits, then quantise it"
-        )
-
-
-def _check_untied(weight: PrunableWeight, owners: Mapping[int, list[str]]) -> None:
-    """Refuse a weight that another module uses, too: the same parameter, or its memory."""
-    shared = owners[id(weight.module._parameters[weight.parameter])]
-    if len(shared) > 1:
-        others = ", ".join(name for name in shared if not name.startswith(f"{weight.name}."))
-        raise ValueError(
-            f"{printable(weight.name)} is tied to {printable(others)}: pruning one prunes the other. Leave it out "
-            "of the plan, or untie it: give the module a copy, module.weight = "
-            "nn.Parameter(module.weight.detach().clone())"
-        )
-
-
-def _weight(layer: Layer, block: str) -> PrunableWeight:
-    """Return a layer of the model as a weight to prune."""
-    parameters = [stack.parameter or "weight" for stack in read_stacks(layer.module)]
-    parameter = parameters[layer.index]
-    return PrunableWeight(
-        name=layer.name,
-        module=layer.module,
-        parameter=parameter,
-        layout=_layout(layer.module),
-        groups=layer.module.groups if isinstance(layer.module, _CONVOLUTIONS) else 1,
-        part=parameters[: layer.index].count(parameter),
-        parts=parameters.count(parameter),
-        block=block or layer.module_name,
-    )
-
-
-def _layout(module: nn.Module) -> Layout:
-    """Return how the weight of a module is stored."""
-    if isinstance(module, nn.Linear):
-        return "linear"
-    if isinstance(module, _CONVOLUTIONS):
-        return "convolution"
-    names = {f"{cls.__module__}.{cls.__qualname__}" for cls in type(module).__mro__}
-    if "transformers.pytorch_utils.Conv1D" in names:
-        return "transposed"
-    return "rows"
