@@ -184,11 +184,11 @@ def _advance(
     """Run a block after it was changed, for what it returns to later blocks, and drop what none of them needs."""
     for place, of_batch in enumerate(calls):
         needed = traces.needed(place, later)
-        traced = traces.calls(place, block)
         # A block is not run twice with an object, a cache for example, that it may write into.
-        if len(traced) == 1 and traced[0].is_direct and needed & set(traced[0].outputs):
-            outputs = _run(block, of_batch, traced)
-            known[place].update(zip(traced[0].outputs, _tensors(outputs[0]), strict=True))
+        call = traces.direct_call(place, block)
+        if call is not None and needed & set(call.outputs):
+            (output,) = _run(block, of_batch, [call])
+            known[place].update(zip(call.outputs, _tensors(output), strict=True))
         known[place] = {token: tensor for token, tensor in known[place].items() if token in needed}
 
 
@@ -203,16 +203,12 @@ def _run(block: Block, calls: Sequence[Arguments], traced: Sequence[_Call]) -> l
 
 
 def _arguments(traces: _Traces, known: list[Known], block: Block) -> list[list[Arguments]]:
-    """Return the arguments of a block's calls, for each batch.
-
-    They are put together of tensors at hand where all are known, else captured from the model.
-    """
+    """Return the arguments of a block's calls, for each batch: tensors at hand if all are, else captured."""
     found = []
     for place in range(len(traces.batches)):
-        traced = traces.calls(place, block)
-        needed = traced[0].needed if len(traced) == 1 and traced[0].is_direct else set()
-        if needed and needed <= known[place].keys():
-            found.append([traced[0].arguments(known[place])])
+        call = traces.direct_call(place, block)
+        if call is not None and call.needed and call.needed <= known[place].keys():
+            found.append([call.arguments(known[place])])
         else:
             found.append(_captured(traces, known[place], block, place))
     return found
@@ -220,16 +216,16 @@ def _arguments(traces: _Traces, known: list[Known], block: Block) -> list[list[A
 
 def _captured(traces: _Traces, known: Known, block: Block, place: int) -> list[Arguments]:
     """Run the model on one batch for the arguments that a block gets, and note the tensors among them."""
-    batch = traces.batches[place]
-    calls = _capture(traces.model, batch, block, traces.calls(place, block))
-    traced = traces.calls(place, block)
+    batch, traced = traces.batches[place], traces.calls(place, block)
+    calls = _capture(traces.model, batch, block, traced)
     if len(traced) != len(calls) or not all(map(_matches, traced, calls)):
         # A mask of ones is often dropped by the model, one with zeros is not: equal shapes are no proof.
         traces.renew(place)
         known.clear()
-        calls = _capture(traces.model, batch, block, traces.calls(place, block))
+        traced = traces.calls(place, block)
+        calls = _capture(traces.model, batch, block, traced)
     if len(calls) == 1:
-        pairs = zip(traces.calls(place, block)[0].leaves, pytree.tree_leaves(calls[0]), strict=True)
+        pairs = zip(traced[0].leaves, pytree.tree_leaves(calls[0]), strict=True)
         known.update((token, leaf) for token, leaf in pairs if isinstance(token, _Token))
     return calls
 
@@ -295,13 +291,15 @@ class _Traces:
         """Return how a block is called in the pass of a batch."""
         return self.of_batches[place].get(block.path, [])
 
+    def direct_call(self, place: int, block: Block) -> _Call | None:
+        """Return the call of a block in the pass of a batch, if it is the only one and can be repeated."""
+        calls = self.calls(place, block)
+        return calls[0] if len(calls) == 1 and calls[0].is_direct else None
+
     def needed(self, place: int, blocks: Sequence[Block]) -> set[_Token]:
         """Return the tensors that blocks are given in the pass of a batch, in calls that can be repeated."""
-        needed: set[_Token] = set()
-        for block in blocks:
-            for call in self.calls(place, block):
-                needed |= call.needed if call.is_direct else set()
-        return needed
+        calls = (call for block in blocks for call in self.calls(place, block) if call.is_direct)
+        return {token for call in calls for token in call.needed}
 
     def renew(self, place: int) -> None:
         """Trace one batch by itself: it is not called like the others of its shape."""
@@ -346,6 +344,18 @@ def _matches(call: _Call, arguments: Arguments) -> bool:
     return True
 
 
+def _trace(model: nn.Module, blocks: Sequence[Block], batch: Batch) -> Trace:
+    """Run the model on a batch and note how it calls each block."""
+    tracer = _Tracer()
+    with ExitStack() as hooks:
+        for block in blocks:
+            before, after = partial(tracer.before, block.path), partial(tracer.after, block.path)
+            hooks.callback(block.module.register_forward_pre_hook(before, with_kwargs=True).remove)
+            hooks.callback(block.module.register_forward_hook(after).remove)
+        model(**batch)
+    return tracer.trace
+
+
 class _Tracer:
     """Notes the calls of blocks in one forward pass, and which tensors are the same."""
 
@@ -365,10 +375,10 @@ class _Tracer:
     def after(self, path: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Note what it returned, and whether it wrote into what it was given."""
         structure, leaves, tokens = self._open.pop()
-        changed = False
-        for leaf, token in zip(leaves, tokens, strict=True):
-            if isinstance(leaf, Tensor) and self._tokens.get((id(leaf), leaf._version)) != token:
-                changed = True
+        changed = any(
+            isinstance(leaf, Tensor) and self._tokens.get((id(leaf), leaf._version)) != token
+            for leaf, token in zip(leaves, tokens, strict=True)
+        )
         outputs = tuple(self._token(tensor) for tensor in _tensors(output))
         self.trace[path].append(_Call(structure, tuple(tokens), outputs, changed))
 
@@ -379,15 +389,3 @@ class _Tracer:
             self._alive.append(tensor)
             self._tokens[key] = _Token(len(self._tokens))
         return self._tokens[key]
-
-
-def _trace(model: nn.Module, blocks: Sequence[Block], batch: Batch) -> Trace:
-    """Run the model on a batch and note how it calls each block."""
-    tracer = _Tracer()
-    with ExitStack() as hooks:
-        for block in blocks:
-            before, after = partial(tracer.before, block.path), partial(tracer.after, block.path)
-            hooks.callback(block.module.register_forward_pre_hook(before, with_kwargs=True).remove)
-            hooks.callback(block.module.register_forward_hook(after).remove)
-        model(**batch)
-    return tracer.trace

@@ -27,23 +27,6 @@ _GOLDEN = (5**0.5 - 1) / 2
 _ATTENTION_INPUTS = ("query", "key", "value")
 
 
-@dataclass(frozen=True)
-class _Summary:
-    """What one call of a layer adds to the statistics.
-
-    Attributes:
-        squared_norms: sum of the squares of each feature, `(groups, in)`, float32.
-        hessian: X^T X, `(groups, in, in)`, float32; None where it is not needed.
-        sample: some of the inputs, `(groups, n, in)`, float32.
-        inputs: how many inputs there were.
-    """
-
-    squared_norms: Tensor
-    hessian: Tensor | None
-    sample: Tensor
-    inputs: int
-
-
 @dataclass
 class InputStatistics:
     """Sums over the inputs of one matrix.
@@ -72,72 +55,6 @@ class InputStatistics:
 def _sum(total: Tensor | None, summand: Tensor) -> Tensor:
     """Add a float32 tensor to a sum in float64, in place where there is one."""
     return summand.double() if total is None else total.add_(summand)
-
-
-def _places(number: int, sample: int, call: int) -> list[int]:
-    """Return which inputs of a call, counted from 0, are kept: evenly spread, and others in each call.
-
-    The first token of a sequence often has inputs unlike all others, so it must not stand for more than its share.
-    """
-    kept = min(sample, number)
-    shift = (0.5 + call * _GOLDEN) % 1
-    return [int((place + shift) * number / kept) for place in range(kept)]
-
-
-def _summary(inputs: Tensor, hessian: bool, sample: int, call: int) -> _Summary:
-    """Return the sums over one call's inputs `(groups, n, in)`, and `sample` of them; calls count from 0."""
-    values = inputs.float()
-    number = values.shape[1]
-    chosen = torch.tensor(_places(number, sample, call), device=values.device, dtype=torch.long)
-    with torch.autocast(values.device.type, enabled=False):  # sums over many inputs leave the range of float16
-        products = values.mT @ values if hessian else None
-    return _Summary(values.square().sum(1), products, values[:, chosen], number)
-
-
-def layer_inputs(weight: PrunableWeight, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
-    """Return what a weight's matrix is multiplied with in one call of its module.
-
-    Args:
-        weight: the weight.
-        args: positional arguments of the call.
-        kwargs: keyword arguments of the call.
-
-    Returns:
-        The inputs `(groups, n, in)`: n tokens, or positions of the output of a convolution.
-    """
-    if isinstance(weight.module, nn.MultiheadAttention):
-        named = dict(zip(_ATTENTION_INPUTS, args, strict=False)) | dict(kwargs)
-        attended: Tensor = named[_ATTENTION_INPUTS["qkv".index(weight.name[-1])]]
-        return attended.flatten(0, -2)[None]
-    inputs: Tensor = args[0] if args else next(iter(kwargs.values()))
-    if weight.layout == "convolution":
-        return _patches(weight.module, inputs)
-    return inputs.flatten(0, -2)[None]
-
-
-def _patches(module: Any, inputs: Tensor) -> Tensor:
-    """Return the patches that a convolution multiplies its weight with.
-
-    Args:
-        module: the convolution, with d spatial dimensions.
-        inputs: `(batch, in, *space)`, or one without a batch, `(in, *space)`.
-
-    Returns:
-        A tensor `(groups, batch * positions, kernel * in / groups)`, columns in the order of `to_matrix`.
-    """
-    if inputs.ndim == len(module.kernel_size) + 1:
-        inputs = inputs[None]
-    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    patches = nn.functional.pad(inputs, module._reversed_padding_repeated_twice, mode=mode)
-    dims = len(module.kernel_size)
-    for dim in range(dims):
-        span = module.dilation[dim] * (module.kernel_size[dim] - 1) + 1
-        patches = patches.unfold(2 + dim, span, module.stride[dim])[..., :: module.dilation[dim]]
-    # Now (batch, in, *positions, *kernel).
-    patches = patches.flatten(2 + dims).flatten(2, 1 + dims)
-    batch, channels, positions, kernel = patches.shape
-    grouped = patches.reshape(batch, module.groups, channels // module.groups, positions, kernel)
-    return grouped.permute(1, 0, 3, 4, 2).reshape(module.groups, batch * positions, -1)
 
 
 @contextmanager
@@ -185,6 +102,84 @@ def _next_sample(statistics: InputStatistics, calls: int) -> tuple[int, int]:
     before, after = (-(-SAMPLE * number // calls) for number in (call, call + 1))
     # A layer may be called more often than its block: nothing is kept then.
     return call, after - before if call < calls else 0
+
+
+def layer_inputs(weight: PrunableWeight, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    """Return what a weight's matrix is multiplied with in one call of its module.
+
+    Args:
+        weight: the weight.
+        args: positional arguments of the call.
+        kwargs: keyword arguments of the call.
+
+    Returns:
+        The inputs `(groups, n, in)`: n tokens, or positions of the output of a convolution.
+    """
+    if isinstance(weight.module, nn.MultiheadAttention):
+        named = dict(zip(_ATTENTION_INPUTS, args, strict=False)) | dict(kwargs)
+        attended: Tensor = named[_ATTENTION_INPUTS["qkv".index(weight.name[-1])]]
+        return attended.flatten(0, -2)[None]
+    inputs: Tensor = args[0] if args else next(iter(kwargs.values()))
+    if weight.layout == "convolution":
+        return _patches(weight.module, inputs)
+    return inputs.flatten(0, -2)[None]
+
+
+def _patches(module: Any, inputs: Tensor) -> Tensor:
+    """Return the patches that a convolution multiplies its weight with, columns in the order of `to_matrix`.
+
+    Of inputs `(batch, in, *space)` or `(in, *space)`: `(groups, batch * positions, kernel * in / groups)`.
+    """
+    if inputs.ndim == len(module.kernel_size) + 1:
+        inputs = inputs[None]
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    patches = nn.functional.pad(inputs, module._reversed_padding_repeated_twice, mode=mode)
+    dims = len(module.kernel_size)
+    for dim in range(dims):
+        span = module.dilation[dim] * (module.kernel_size[dim] - 1) + 1
+        patches = patches.unfold(2 + dim, span, module.stride[dim])[..., :: module.dilation[dim]]
+    # Now (batch, in, *positions, *kernel).
+    patches = patches.flatten(2 + dims).flatten(2, 1 + dims)
+    batch, channels, positions, kernel = patches.shape
+    grouped = patches.reshape(batch, module.groups, channels // module.groups, positions, kernel)
+    return grouped.permute(1, 0, 3, 4, 2).reshape(module.groups, batch * positions, -1)
+
+
+@dataclass(frozen=True)
+class _Summary:
+    """What one call of a layer adds to the statistics.
+
+    Attributes:
+        squared_norms: sum of the squares of each feature, `(groups, in)`, float32.
+        hessian: X^T X, `(groups, in, in)`, float32; None where it is not needed.
+        sample: some of the inputs, `(groups, n, in)`, float32.
+        inputs: how many inputs there were.
+    """
+
+    squared_norms: Tensor
+    hessian: Tensor | None
+    sample: Tensor
+    inputs: int
+
+
+def _summary(inputs: Tensor, hessian: bool, sample: int, call: int) -> _Summary:
+    """Return the sums over one call's inputs `(groups, n, in)`, and `sample` of them; calls count from 0."""
+    values = inputs.float()
+    number = values.shape[1]
+    chosen = torch.tensor(_places(number, sample, call), device=values.device, dtype=torch.long)
+    with torch.autocast(values.device.type, enabled=False):  # sums over many inputs leave the range of float16
+        products = values.mT @ values if hessian else None
+    return _Summary(values.square().sum(1), products, values[:, chosen], number)
+
+
+def _places(number: int, sample: int, call: int) -> list[int]:
+    """Return which inputs of a call, counted from 0, are kept: evenly spread, and others in each call.
+
+    The first token of a sequence often has inputs unlike all others, so it must not stand for more than its share.
+    """
+    kept = min(sample, number)
+    shift = (0.5 + call * _GOLDEN) % 1
+    return [int((place + shift) * number / kept) for place in range(kept)]
 
 
 def relative_output_error(dense: Tensor, pruned: Tensor, statistics: InputStatistics) -> float | None:
