@@ -51,6 +51,14 @@ def tokens_of_text(path: str | PathLike[str] | Sequence[str | PathLike[str]], to
     return tokens_of_texts([_text_of(each) for each in paths], tokenizer, name=", ".join(map(str, paths)))
 
 
+def _text_of(path: str | PathLike[str]) -> str:
+    """Return the text of a file in UTF-8."""
+    try:
+        return Path(path).read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8: {error}") from error
+
+
 def tokens_of_texts(texts: Iterable[str], tokenizer: Tokenizer, name: str = "the text") -> Tensor:
     """Tokenise texts as a whole, joined by two newlines: with the lines of WikiText-2 this is what the papers do.
 
@@ -69,10 +77,15 @@ def tokens_of_texts(texts: Iterable[str], tokenizer: Tokenizer, name: str = "the
     if isinstance(texts, str):
         raise TypeError("texts must be several texts, got one: pass [text]")
     text = "\n\n".join(texts)
-    ids = torch.as_tensor(tokenizer(text)["input_ids"], dtype=torch.int64).flatten()
+    ids = _ids_of(text, tokenizer)
     if not text.strip() or len(ids) == 0:
         raise ValueError(f"{name} is empty: expected text for calibration")
     return ids
+
+
+def _ids_of(text: str, tokenizer: Tokenizer) -> Tensor:
+    """Return the ids of a text, int64 `(tokens,)`: some tokenizers return a batch of one text, or lists."""
+    return torch.as_tensor(tokenizer(text)["input_ids"], dtype=torch.int64).flatten()
 
 
 def dataset_texts(name: str, *, split: str, config: str | None = None, column: str = "text") -> Sequence[str]:
@@ -214,7 +227,7 @@ def document_batches(
     generator = torch.Generator().manual_seed(seed)
     batches: list[dict[str, Tensor]] = []
     for place in torch.randperm(len(texts), generator=generator).tolist():
-        ids = torch.as_tensor(tokenizer(texts[place])["input_ids"], dtype=torch.int64).flatten()
+        ids = _ids_of(texts[place], tokenizer)
         if len(ids) <= length:
             continue
         start = int(torch.randint(len(ids) - length, (), generator=generator))
@@ -273,23 +286,28 @@ def checked_batches(model: nn.Module, calibration: Iterable[Batch] | None, *, re
         )
     size = vocabulary_size(model)
     for batch in batches:
-        if not isinstance(batch, Mapping):
-            raise TypeError(
-                f"calibration must be an iterable of dicts of keyword arguments for the model, got a batch of "
-                f"type {type(batch).__name__}; for a model that takes one tensor x, wrap it: {{'x': tensor}}"
-            )
-        if batch.get("use_cache") or batch.get("past_key_values") is not None:
-            raise ValueError(
-                "a batch of calibration asks for a cache of keys and values, which would grow with each call: "
-                "leave use_cache and past_key_values out of the batches"
-            )
-        ids = batch.get("input_ids")
-        if isinstance(ids, Tensor):
-            check_vocabulary("calibration", ids, size)
+        _check_batch(batch, size)
     parameter = next(model.parameters(), None)
     if parameter is None:
         return batches
     return [pytree.tree_map_only(Tensor, partial(_usable, parameter.device), dict(batch)) for batch in batches]
+
+
+def _check_batch(batch: Batch, size: int | None) -> None:
+    """Refuse a batch that a model with a vocabulary of `size` tokens cannot take."""
+    if not isinstance(batch, Mapping):
+        raise TypeError(
+            f"calibration must be an iterable of dicts of keyword arguments for the model, got a batch of "
+            f"type {type(batch).__name__}; for a model that takes one tensor x, wrap it: {{'x': tensor}}"
+        )
+    if batch.get("use_cache") or batch.get("past_key_values") is not None:
+        raise ValueError(
+            "a batch of calibration asks for a cache of keys and values, which would grow with each call: "
+            "leave use_cache and past_key_values out of the batches"
+        )
+    ids = batch.get("input_ids")
+    if isinstance(ids, Tensor):
+        check_vocabulary("calibration", ids, size)
 
 
 def _usable(device: torch.device, tensor: Tensor) -> Tensor:
@@ -339,11 +357,3 @@ def text_of_value(value: object) -> str:
 def tensor_bytes(tensor: Tensor) -> bytes:
     """Return the content of a tensor of any type."""
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-
-
-def _text_of(path: str | PathLike[str]) -> str:
-    """Return the text of a file in UTF-8."""
-    try:
-        return Path(path).read_text("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text in UTF-8: {error}") from error

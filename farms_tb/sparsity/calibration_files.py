@@ -94,8 +94,10 @@ def _check_rows(tokens: int, file: CalibrationFile, longest: int | None) -> None
 def _ids(path: Path) -> Tensor:
     """Return the ids in a file."""
     held = _held(path)
-    if isinstance(held, Mapping):
-        held = held.get(_IDS, next(iter(held.values())) if len(held) == 1 else held)
+    if isinstance(held, Mapping) and _IDS in held:
+        held = held[_IDS]
+    elif isinstance(held, Mapping) and len(held) == 1:
+        (held,) = held.values()
     is_ids = isinstance(held, Tensor) and held.dtype in (torch.int64, torch.int32, torch.int16, torch.uint8)
     if not is_ids or held.ndim not in (1, 2):
         kind = f"{held.dtype} of shape {tuple(held.shape)}" if isinstance(held, Tensor) else type(held).__name__

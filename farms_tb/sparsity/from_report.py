@@ -66,27 +66,24 @@ def plan_from_report(
     if not isinstance(report, Report):
         raise TypeError(f"report must be what farms_tb.analyze returned, got {type(report).__name__}")
     found = _blocks(report, blocks)
-    planned, dense = _divided(report, found)
+    members = {name: record for name, record in report.layers.items() if not found or name in found}
+    planned = {name: record for name, record in members.items() if _can_be_pruned(record)}
+    dense = {name: record for name, record in members.items() if name not in planned}
     if not planned:
         raise ValueError("no layer can be pruned" + _reasons(dense or report.layers))
-    alphas = {name: _usable_alpha(record, chosen) for name, record in planned.items()}
-    shapes = {name: record.shape for name, record in planned.items()}
-    errors = {name: record.alpha_error for name, record in planned.items()}
     plan = allocate(
-        alphas,
-        shapes,
+        {name: _usable_alpha(record, chosen) for name, record in planned.items()},
+        {name: record.shape for name, record in planned.items()},
         target,
-        blocks={name: found[name] for name in shapes if name in found} or blocks,
-        errors=errors,
+        blocks={name: found[name] for name in planned if name in found} or blocks,
+        errors={name: record.alpha_error for name, record in planned.items()},
         outliers=outliers,
         model=model,
         calibration=calibration,
         **options,
     )
-    notes = list(plan.notes)
-    if dense:
-        notes.append(f"these stay dense:{_reasons(dense)}")
-    return replace(plan, options={**plan.options, **report.options}, notes=tuple(notes))
+    notes = (*plan.notes, f"these stay dense:{_reasons(dense)}") if dense else plan.notes
+    return replace(plan, options={**plan.options, **report.options}, notes=notes)
 
 
 def _blocks(report: Report, blocks: Mapping[str, str] | BlockRule | None) -> Mapping[str, str]:
@@ -94,26 +91,6 @@ def _blocks(report: Report, blocks: Mapping[str, str] | BlockRule | None) -> Map
     if isinstance(blocks, Mapping):
         return blocks
     return blocks_of({name: record.shape for name, record in report.layers.items()}, blocks)
-
-
-Records = dict[str, LayerRecord]
-
-
-def _divided(report: Report, blocks: Mapping[str, str]) -> tuple[Records, Records]:
-    """Return the layers to plan, and those in the same blocks that stay dense.
-
-    Args:
-        report: all layers.
-        blocks: the block of each layer that is in one; empty where there are none, and every layer counts.
-    """
-    planned: Records = {}
-    dense: Records = {}
-    for name, record in report.layers.items():
-        if blocks and name not in blocks:
-            continue
-        group = planned if _can_be_pruned(record) else dense
-        group[name] = record
-    return planned, dense
 
 
 def _can_be_pruned(record: LayerRecord) -> bool:

@@ -101,17 +101,14 @@ def _mixed(plan: SparsityPlan) -> dict[str, PruneTarget]:
     groups: dict[str, list[str]] = {}
     for name in plan.layers:
         groups.setdefault(plan.unit_of(name), []).append(name)
-    sizes = {group: sum(plan.layers[name].size for name in names) for group, names in groups.items()}
-    shares = {}
+    sizes, shares = {}, {}
     for group, names in groups.items():
         layers = [plan.layers[name] for name in names]
+        sizes[group] = sum(layer.size for layer in layers)
         shares[group] = sum(layer.size * layer.sparsity for layer in layers) / sizes[group]
     counts = mixed_counts(shares, sizes, _MIXED_GROUP)
-    targets = {}
-    for group, names in groups.items():
-        structure = (counts[group], _MIXED_GROUP)
-        targets.update({name: PruneTarget(counts[group] / _MIXED_GROUP, structure) for name in names})
-    return targets
+    targets = {group: PruneTarget(n / _MIXED_GROUP, (n, _MIXED_GROUP)) for group, n in counts.items()}
+    return {name: targets[plan.unit_of(name)] for name in plan.layers}
 
 
 def check_groups(name: str, shape: tuple[int, ...], layout: Layout, target: PruneTarget) -> None:

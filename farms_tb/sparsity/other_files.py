@@ -53,19 +53,21 @@ def files_of_folder(model: Path) -> FolderFiles:
     left_out: list[str] = []
     other_models: dict[str, None] = {}
     for file in sorted(_visible_files(model)):
-        name = file.relative_to(model)
-        of_module = any(name.is_relative_to(module) for module in modules)
-        other = None if of_module else _other_model(model, name)
+        path = file.relative_to(model)
+        name = path.as_posix()
+        of_module = any(path.is_relative_to(module) for module in modules)
+        other = None if of_module else _other_model(model, path)
         if other is not None:
             other_models[other] = None
-        elif name.as_posix() == REPORT:  # of the pruning that made this model
+        elif name == REPORT:  # of the pruning that made this model
             continue
-        elif _holds_weights(file) and not of_module:
-            left_out.append(name.as_posix())
+        elif not _holds_weights(file):
+            copied[name] = file
+        elif of_module:
+            copied[name] = file
+            unpruned.append(name)
         else:
-            copied[name.as_posix()] = file
-            if _holds_weights(file):
-                unpruned.append(name.as_posix())
+            left_out.append(name)
     return FolderFiles(copied, unpruned, left_out, tuple(other_models))
 
 
@@ -80,26 +82,21 @@ def _modules(model: Path) -> list[str]:
     return [path for path in paths if isinstance(path, str) and Path(path).parts]
 
 
-def _other_model(model: Path, name: Path) -> str | None:
+def _other_model(model: Path, file: Path) -> str | None:
     """Return the folder in a model's folder in which a file is part of another model; None where it is not.
 
     Checkpoints of a trainer are such, and outputs of earlier prunings.
     """
-    for folder in list(name.parents)[-2::-1]:  # From the outermost; the last parent is the model's folder itself.
+    for folder in list(file.parents)[-2::-1]:  # From the outermost; the last parent is the model's folder itself.
         if folder.name.startswith("checkpoint-") or (model / folder / REPORT).is_file():
             return f"{folder.as_posix()}/"
     return None
 
 
 def _visible_files(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
-    """Yield the files in a folder and in the folders in it, hidden ones left out; links are followed.
-
-    Args:
-        folder: the folder.
-        above: the folders that lead to it, without links. A link to one of them is a loop.
-    """
+    """Yield the files in a folder and in the folders in it, hidden ones left out; links are followed."""
     resolved = folder.resolve()
-    if resolved in above:
+    if resolved in above:  # a loop: a link to a folder that leads here
         return
     for path in folder.iterdir():
         if path.name.startswith("."):

@@ -197,11 +197,13 @@ class SparsityPlan:
 
     def to_json(self) -> str:
         """Return the plan as JSON, floats in full."""
-        values: dict[str, Any] = {"format": FORMAT, "version": VERSION}
-        for name in _PLAN_FIELDS:
-            values[name] = getattr(self, name)
-        values["total"] = self.total
-        values["layers"] = [{"name": name, **asdict(layer)} for name, layer in self.layers.items()]
+        values = {
+            "format": FORMAT,
+            "version": VERSION,
+            **{name: getattr(self, name) for name in _PLAN_FIELDS},
+            "total": self.total,
+            "layers": [{"name": name, **asdict(layer)} for name, layer in self.layers.items()],
+        }
         return json.dumps(values, indent=1, allow_nan=False) + "\n"
 
     @classmethod
@@ -259,10 +261,7 @@ def _same_shape(layer: PlannedLayer, shape: Sequence[int]) -> bool:
 
 
 def _plan_of(values: dict[str, Any]) -> SparsityPlan:
-    """Return the plan that decoded JSON holds.
-
-    Args:
-        values: fields by name; unknown ones are ignored.
+    """Return the plan that decoded JSON holds; unknown fields are ignored.
 
     Raises:
         KeyError, TypeError, ValueError: something is missing or wrong; the message names the field.

@@ -101,6 +101,7 @@ def prune(
     for weight in weights:
         check_groups(weight.name, tuple(weight.tensor.shape), weight.layout, targets[weight.name])
     batches = checked_batches(model, calibration, required=PRUNE_METHODS[method].needs_inputs)
+    show = progress or (lambda finished, blocks: None)
     start = time.perf_counter()
     with evaluating(model):
         blocks = planned_blocks(model, weights)
@@ -110,13 +111,11 @@ def prune(
             saved = open_checkpoint(Path(checkpoint), facts, weights, model, batches)
             layers = _taken_over(saved, blocks, in_place)
         done = {block.path for block in blocks if block.weights[0].name in layers}
-        if progress is not None:
-            progress(len(done), len(blocks))
+        show(len(done), len(blocks))
         visits = _visit(model, blocks, done, batches, method)
         for finished, (block, statistics) in enumerate(visits, len(done) + 1):
             layers.update(_prune_block(block, statistics, targets, method, in_place, saved))
-            if progress is not None:
-                progress(finished, len(blocks))
+            show(finished, len(blocks))
     in_order = {weight.name: layers[weight.name] for weight in weights}
     if batches:
         _warn_of(in_order, method, model)

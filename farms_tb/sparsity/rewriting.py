@@ -60,11 +60,9 @@ def rewrite(
 def _moved_up(
     kept: Mapping[str, Mapping[str, Any]], in_order: Sequence[tuple[str, Mapping[str, Any]]]
 ) -> dict[str, Mapping[str, Any]]:
-    """Return the entries of a header with tensors one after the other, as the format wants them.
+    """Return entries of a header, in its order, with tensors one after the other, as the format wants them.
 
-    Args:
-        kept: the entries by name, in the order of the header.
-        in_order: the same in the order of the tensors.
+    `in_order` are the same entries in the order of the tensors.
     """
     moved, at = dict(kept), 0
     for name, entry in in_order:

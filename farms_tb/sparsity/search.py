@@ -82,8 +82,10 @@ def searched(
     confirmed: dict[Point, Floats] = {}
 
     def plan_of(point: Point) -> SparsityPlan:
-        combined = 1 + sum(c * direction for c, direction in zip(point, directions.values(), strict=True))
-        return make_plan(filling.proportional(np.maximum(combined, 0.0) * np.ones(len(layers.names))))
+        shift = np.zeros(len(layers.names))
+        for c, direction in zip(point, directions.values(), strict=True):
+            shift += c * direction
+        return make_plan(filling.proportional(np.maximum(1 + shift, 0.0)))
 
     def loss_of(point: Point) -> float:
         """Return the mean loss of a candidate, infinity where it is not finite; note what confirms it."""

@@ -149,12 +149,7 @@ def _prune_block(
 ) -> None:
     """Prune a block of columns from left to right, in place, and correct all columns to its right.
 
-    Args:
-        weight: `(out, in)`, float32.
-        mask: which entries are pruned; filled for these columns where there is a structure.
-        inverse: the factor of the inverse Hessian.
-        columns: the block.
-        structure: `(n, m)`, or None where the mask is given.
+    With a structure, the mask of these columns is filled, too; without, it is given.
     """
     factor = inverse.factor[columns, columns]
     block, block_mask = weight[:, columns], mask[:, columns]
@@ -162,9 +157,8 @@ def _prune_block(
     for column in range(block.shape[1]):
         if structure is not None and column % structure[1] == 0:
             group = slice(column, column + structure[1])
-            scores = _scores(
-                block[:, group], inverse, slice(columns.start + group.start, columns.start + group.stop)
-            )
+            of_group = slice(columns.start + group.start, columns.start + group.stop)
+            scores = _scores(block[:, group], inverse, of_group)
             block_mask[:, group] = smallest(scores, structure[0])
         pruned = torch.where(block_mask[:, column], block[:, column], 0.0)
         errors[:, column] = pruned / factor[column, column]

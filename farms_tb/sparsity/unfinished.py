@@ -149,16 +149,18 @@ def check_output(output: Path) -> None:
             f"{output / 'pruned'} for example"
         )
     is_link = output.is_symlink()
-    if output.is_dir() and not is_link and not any(output.iterdir()):
+    is_folder = output.is_dir() and not is_link
+    is_free = not any(output.iterdir()) if is_folder else not (output.exists() or is_link)
+    if is_free:
         return
-    if output.exists() or is_link:
+    if is_folder and (output / REPORT).is_file():
+        kind = "a pruned model"
+        _remove_leftover(UnfinishedFolder(output.absolute()).folder)
+    elif is_folder:
+        kind = "a folder with other content"
+    else:
         kind = "a link" if is_link else "no folder"
-        if output.is_dir() and not is_link:
-            kind = "a folder with other content"
-            if (output / REPORT).is_file():
-                kind = "a pruned model"
-                _remove_leftover(UnfinishedFolder(output.absolute()).folder)
-        raise ValueError(f"{output} exists and is {kind}: pass a new folder, or delete it first")
+    raise ValueError(f"{output} exists and is {kind}: pass a new folder, or delete it first")
 
 
 def open_unfinished(output: Path, facts: Mapping[str, Sequence[bytes]], size: int) -> UnfinishedFolder:
