@@ -11,7 +11,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -330,14 +330,12 @@ def _as_json(run: PreparedRun, report: PruneReport) -> str:
             "sequences": len(run.batches),
             "tokens": sum(batch["input_ids"].numel() for batch in run.batches),
         }
-    rows = []
-    for name, layer in report.layers.items():
-        values = asdict(layer)
-        del values["seconds"]
+    rows = report.rows()
+    for row in rows:
+        del row["seconds"]
         # NaN, the error of an output that is not finite, is no JSON.
-        if not math.isfinite(layer.output_error or 0.0):
-            values["output_error"] = None
-        rows.append({"layer": name, **values})
+        if not math.isfinite(row["output_error"] or 0.0):
+            row["output_error"] = None
     content = {
         "farms_tb": farms_tb.__version__,
         "method": wish.method,

@@ -19,9 +19,10 @@ would pass one time in six.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -106,18 +107,21 @@ def searched(
     differences = confirmed[best] - confirmed[uniform]
     difference, error = float(np.mean(differences)), standard_error(differences)
     is_better = difference < -error * t_quantile(len(confirming) - 1)
-    winner = best if is_better else uniform
+    if not is_better:
+        best, difference, error = uniform, 0.0, 0.0
     found = {
-        "coefficients": dict(zip(directions, winner, strict=True)),
+        "coefficients": dict(zip(directions, best, strict=True)),
         "evaluations": len(values),
-        "difference": difference if is_better else 0.0,
-        "difference_error": error if is_better else 0.0,
+        "difference": difference,
+        "difference_error": error,
         "prune_method": method,
     }
-    note = _note(len(values), method, (difference, error), is_better)
-    plan = plan_of(winner)
+    plan = plan_of(best)
     return replace(
-        plan, epsilon=_half_width(plan), options={**plan.options, "search": found}, notes=(*plan.notes, note)
+        plan,
+        epsilon=_half_width(plan),
+        options={**plan.options, "search": found},
+        notes=(*plan.notes, _note(found, is_better)),
     )
 
 
@@ -221,10 +225,11 @@ def _half_width(plan: SparsityPlan) -> float:
     return 0.0 if high == low else (high - low) / (high + low)
 
 
-def _note(evaluations: int, method: str, difference: tuple[float, float], is_better: bool) -> str:
+def _note(found: Mapping[str, Any], is_better: bool) -> str:
     """Return what the search cost and found, as a sentence."""
-    mean, error = difference
-    cost = f"search pruned the model {evaluations} times by {method}"
-    if is_better:
-        return f"{cost}: the loss is {-mean:.4f} ± {error:.4f} below uniform, on batches that took no part in it"
-    return f"{cost}: no allocation was better than uniform on batches that took no part in it, so this is uniform"
+    cost = f"search pruned the model {found['evaluations']} times by {found['prune_method']}"
+    apart = "on batches that took no part in it"
+    if not is_better:
+        return f"{cost}: no allocation was better than uniform {apart}, so this is uniform"
+    gain = f"{-found['difference']:.4f} ± {found['difference_error']:.4f}"
+    return f"{cost}: the loss is {gain} below uniform, {apart}"
