@@ -59,9 +59,10 @@ def compare_with_depth(plan: SparsityPlan) -> DepthComparison:
     """
     positions = _depths(plan)
     sizes = np.array([layer.size for layer in plan.layers.values()], dtype=np.float64)
-    filling = Filling(sizes, plan.total, 0.0, 1.0)
-    if plan.bounds[0] <= plan.total <= plan.bounds[1]:
-        filling = Filling(sizes, plan.total, *plan.bounds)
+    low, high = plan.bounds
+    if not low <= plan.total <= high:  # as in plans made with `compat`, which have no bounds
+        low, high = 0.0, 1.0
+    filling = Filling(sizes, plan.total, low, high)
     lines = [filling.proportional(line(order, plan.epsilon)) for order in (positions, -positions)]
     found = np.array(list(plan.sparsity.values()))
     means = np.bincount(positions, weights=found) / np.bincount(positions)
