@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from farms_tb.options import check_integer
+from farms_tb.printable import printable
 from farms_tb.sparsity.calibration import calibration_batches, tokens_of_text
 from farms_tb.weights.safetensors_files import in_safetensors
 
@@ -117,6 +117,8 @@ def _held(path: Path) -> Any:
         return {tensor.key: tensor.read() for tensor in in_safetensors(path)}
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # a damaged file makes torch.load fail in any way
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"cannot read calibration data in {path}: {reason:.200}") from error
+        raise ValueError(f"cannot read calibration data in {path}: {printable(reason):.200}") from error

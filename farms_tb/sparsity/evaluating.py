@@ -1,13 +1,14 @@
-"""Run a model for its activations, every layer called as a module."""
+"""Run a model for its activations, every layer called as a module, and the data left as they are."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 
 @contextmanager
@@ -36,6 +37,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
         for config in configs:
             config.use_cache = True
+
+
+def call_on_copy(model: nn.Module, batch: Mapping[str, Any]) -> Any:
+    """Call a model with copies of the tensors of a batch: some models write into what they are given.
+
+    Args:
+        model: called with the batch as keyword arguments.
+        batch: tensors, and other values, which are passed as they are.
+
+    Returns:
+        What the model returns.
+    """
+    return model(**pytree.tree_map_only(Tensor, torch.clone, dict(batch)))
 
 
 def _uncompiled(model: nn.Module) -> AbstractContextManager[Any]:

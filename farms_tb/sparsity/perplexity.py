@@ -26,7 +26,7 @@ from torch.nn import functional
 
 from farms_tb.options import check_integer
 from farms_tb.sparsity.calibration import check_vocabulary, vocabulary_size
-from farms_tb.sparsity.evaluating import evaluating
+from farms_tb.sparsity.evaluating import call_on_copy, evaluating
 from farms_tb.sparsity.student import half_width, standard_error
 from farms_tb.warnings import warn_once
 from farms_tb.weights.layers import unwrap
@@ -241,7 +241,7 @@ def _losses(model: nn.Module, ids: Tensor) -> list[float]:
     """Return the mean negative log likelihood of each of some segments, ids `(segments, length)`."""
     parameter = next(model.parameters(), None)
     device = ids.device if parameter is None else parameter.device
-    output = model(input_ids=ids.to(device))
+    output = call_on_copy(model, {"input_ids": ids.to(device)})
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if not isinstance(logits, Tensor) or logits.ndim != 3 or logits.shape[:2] != ids.shape:
         raise ValueError(

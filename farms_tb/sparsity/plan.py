@@ -60,9 +60,9 @@ class PlannedLayer:
         if self.alpha_error is not None:
             check_number("alpha_error", self.alpha_error)
         _check_type("shape", self.shape, (list, tuple), "a list of sizes, empty where they are not known")
+        object.__setattr__(self, "shape", tuple(map(plain_value, self.shape)))
         for size in self.shape:
             check_integer("shape", size, 1)
-        object.__setattr__(self, "shape", tuple(self.shape))
 
 
 @dataclass(frozen=True)
@@ -257,7 +257,20 @@ def _same_shape(layer: PlannedLayer, shape: Sequence[int]) -> bool:
     if not layer.shape:
         return True
     sides, planned = (sorted(size for size in sizes if size > 1) for sizes in (shape, layer.shape))
-    return sides == planned or len(shape) > 3
+    return sides == planned or len(shape) > 3 or _differ_by_groups(shape, layer.shape)
+
+
+def _differ_by_groups(shape: Sequence[int], other: Sequence[int]) -> bool:
+    """Return whether two stacks (K, R, C) may be one convolution, whose groups a file does not tell.
+
+    G groups make G K matrices of it, with R or C, whichever the groups divide, smaller by G.
+    """
+    if not len(shape) == len(other) == 3:
+        return False
+    (matrices, *whole), (of_groups, *divided) = sorted((shape, other), key=lambda stack: stack[0])
+    groups, rest = divmod(of_groups, matrices)
+    rows, columns = whole
+    return not rest and sorted(divided) in (sorted((rows / groups, columns)), sorted((rows, columns / groups)))
 
 
 def _plan_of(values: dict[str, Any]) -> SparsityPlan:

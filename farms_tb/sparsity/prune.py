@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
 from farms_tb.options import check_choice
+from farms_tb.printable import printable
 from farms_tb.sparsity.calibration import Batch, checked_batches
 from farms_tb.sparsity.checkpoint import Checkpoint, open_checkpoint
 from farms_tb.sparsity.evaluating import evaluating
@@ -233,5 +234,5 @@ def _warn_of(layers: Mapping[str, PrunedLayer], method: PruneMethod, model: nn.M
 def _named(names: Sequence[str]) -> str:
     """Return how many layers there are with the name of the first, as the subject of a sentence."""
     if len(names) == 1:
-        return f"{names[0]} is"
-    return f"{len(names)} layers ({names[0]}, ...) are"
+        return f"{printable(names[0])} is"
+    return f"{len(names)} layers ({printable(names[0])}, ...) are"

@@ -32,7 +32,7 @@ from torch.nn import functional
 from farms_tb.sparsity import ratios
 from farms_tb.sparsity.calibration import Batch, checked_batches
 from farms_tb.sparsity.compass import Point, compass_search
-from farms_tb.sparsity.evaluating import evaluating
+from farms_tb.sparsity.evaluating import call_on_copy, evaluating
 from farms_tb.sparsity.filling import Filling, Floats
 from farms_tb.sparsity.layers import Layers
 from farms_tb.sparsity.options import PRUNE_METHODS, SparsityOptions
@@ -140,7 +140,7 @@ def model_loss(model: nn.Module, batch: Batch) -> float:
     Raises:
         ValueError: the model returns neither a loss nor such logits, or all tokens are padding.
     """
-    output = model(**batch)
+    output = call_on_copy(model, batch)
     loss = getattr(output, "loss", None)
     if loss is not None:
         return float(loss)

@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 
 from farms_tb.printable import printable
 from farms_tb.sparsity.calibration import Batch, tensor_bytes, text_of_value
+from farms_tb.sparsity.evaluating import call_on_copy
 from farms_tb.sparsity.prunable import PrunableWeight
 from farms_tb.sparsity.statistics import InputStatistics, observed
 from farms_tb.weights.layers import unwrap
@@ -235,7 +236,8 @@ def _capture(model: nn.Module, batch: Batch, block: Block, traced: Sequence[_Cal
     calls: list[Arguments] = []
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if any(call.changes_inputs for call in traced):
+        # The block may write into its inputs, and the model into them between this call and the next.
+        if len(traced) != 1 or traced[0].changes_inputs:
             args, kwargs = pytree.tree_map_only(Tensor, torch.clone, (args, kwargs))
         calls.append((args, kwargs))
         if len(traced) == 1:
@@ -243,7 +245,7 @@ def _capture(model: nn.Module, batch: Batch, block: Block, traced: Sequence[_Cal
 
     handle = block.module.register_forward_pre_hook(before, with_kwargs=True)
     try:
-        model(**batch)
+        call_on_copy(model, batch)
     except _Stop:
         pass
     finally:
@@ -352,7 +354,7 @@ def _trace(model: nn.Module, blocks: Sequence[Block], batch: Batch) -> Trace:
             before, after = partial(tracer.before, block.path), partial(tracer.after, block.path)
             hooks.callback(block.module.register_forward_pre_hook(before, with_kwargs=True).remove)
             hooks.callback(block.module.register_forward_hook(after).remove)
-        model(**batch)
+        call_on_copy(model, batch)
     return tracer.trace
 
 

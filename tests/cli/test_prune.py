@@ -498,6 +498,7 @@ WANDA = ("--method", "wanda", "--calibration", "ids.pt", "--length", "32")
         (as_it_is, ("--method", "wanda", "--calibration", "numbers.pt"), ["ids of tokens"]),
         (as_it_is, ("--method", "wanda", "--calibration", "absent.pt"), ["absent.pt"]),
         (as_it_is, ("--method", "wanda", "--calibration", "empty.pt"), ["empty.pt"]),
+        (as_it_is, ("--method", "wanda", "--calibration", "short_pickle.pt"), ["cannot read", "short_pickle.pt"]),
         (as_it_is, ("--calibration", "damaged.safetensors"), ["damaged.safetensors", "cut short or damaged"]),
         (as_it_is, ("--method", "wanda", "--calibration", "text.txt"), ["tokenizer", "token ids"]),
         (as_it_is, (*WANDA, "--sequences", "0"), ["sequences"]),
@@ -524,6 +525,7 @@ def test_bad_input_is_refused_and_leaves_nothing(
     torch.save(torch.arange(96).view(4, 24) % VOCABULARY, "rows.pt")
     Path("text.txt").write_text("some words")
     Path("empty.pt").touch()
+    Path("short_pickle.pt").write_bytes(b"junk")
     Path("damaged.safetensors").write_bytes(b"x" * 100)
     folder = shutil.copytree(dense, tmp_path / "changed")
     change(folder)

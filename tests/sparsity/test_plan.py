@@ -10,8 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
-from farms_tb.sparsity import PlannedLayer, SparsityPlan, allocate
+from farms_tb import analyze, analyze_checkpoint
+from farms_tb.sparsity import PlannedLayer, SparsityPlan, allocate, plan_from_report, prune
 
 SHAPES = {f"layers.{b}.{name}": (1, 8 + b, 4) for b in range(3) for name in ("q", "u\nd")}
 ALPHAS = {name: 2.0 + index / 10 for index, name in enumerate(SHAPES)}
@@ -147,6 +150,26 @@ def test_a_plan_fits_its_model_alone(plan: SparsityPlan) -> None:
         plan.check_fits({**SHAPES, "layers.0.q": (1, 8, 5)})
     with pytest.raises(ValueError, match="another model"):
         plan.check_fits({**SHAPES, "layers.0.q": (1, 16, 2)})
+
+
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
+@pytest.mark.parametrize(("inputs", "outputs", "groups"), [(16, 16, 4), (16, 32, 2), (64, 8, 2)])
+def test_a_plan_of_a_file_fits_a_grouped_convolution(
+    kind: type[nn.Module], inputs: int, outputs: int, groups: int, tmp_path: Path
+) -> None:
+    """A file does not tell the groups of its convolutions, so that it has other matrices than the model."""
+    model = nn.Sequential(kind(inputs, outputs, 3, groups=groups), nn.Flatten(), nn.Linear(64, 48))
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    of_model, of_file = analyze(model), analyze_checkpoint(tmp_path / "model.pt")
+    shapes = {name: layer.shape for name, layer in of_model.layers.items()}
+    for report in (of_model, of_file):
+        plan = plan_from_report(report, 0.5, method="uniform", granularity="matrix")
+        plan.check_fits(shapes)
+        prune(model, plan, "magnitude", in_place=True)
+        assert int((model[0].weight == 0).sum()) == model[0].weight.numel() // 2
+    matrices, rows, columns = of_file.layers["0"].shape
+    with pytest.raises(ValueError, match="another model"):
+        plan.check_fits({**shapes, "0": (matrices, 2 * rows, columns // 2)})
 
 
 def test_sizes_alone_and_convolutions() -> None:

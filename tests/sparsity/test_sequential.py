@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -98,6 +99,22 @@ class WithContext(nn.Module):
         return x
 
 
+class InPlace(nn.Module):
+    """Writes into its inputs, inside of a block and between two calls of one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(Block() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, twice, last = self.layers
+        x = first(x.add_(1.0))
+        x = x.add_(twice(x))
+        x = x.add_(twice(x))
+        return last(x)
+
+
 class Counted(Decoder):
     """A number that comes of the tokens is passed to all blocks but the first."""
 
@@ -154,13 +171,15 @@ def squared_norms(model: nn.Module, batches: Sequence[dict[str, Any]]) -> dict[s
         (Scaled(), scaled_batches()),
         (WithContext(), token_batches()),
         (Counted(), token_batches()),
+        (InPlace(), scaled_batches()),
     ],
 )
 def test_batches_of_one_shape_that_are_called_differently(
     model: nn.Module, batches: list[dict[str, Tensor]], first: int
 ) -> None:
     batches = batches[first:] + batches[:first]
-    expected = squared_norms(model, batches)
+    expected = squared_norms(model, copy.deepcopy(batches))
+    before = copy.deepcopy(batches)
     blocks = planned_blocks(model, planned_weights(model, uniform_plan(model, 0.5)))
     seen = {}
     with evaluating(model):
@@ -171,6 +190,8 @@ def test_batches_of_one_shape_that_are_called_differently(
         of_blocks = seen[name]
         assert of_blocks is not None
         torch.testing.assert_close(of_blocks[0].double(), norms, rtol=1e-5, atol=1e-8)
+    for batch, unchanged in zip(batches, before, strict=True):
+        assert all(torch.equal(batch[key], value) for key, value in unchanged.items())
 
 
 @pytest.mark.parametrize("make", [llama, gpt2])
