@@ -306,6 +306,11 @@ TABLES: Mapping[str, ArmTable | SettingTable | PairTable] = {
         Cell("controls/darcy_beta100_40", "darcy_beta100_fno_40"),
         {"off": "plain Adam", "full_s1": "TempBalance, s = 1"},
     ),
+    "Darcy flow, 450 samples": ArmTable(
+        "controls",
+        Cell("controls/darcy_beta100_20", "darcy_beta100_fno_20"),
+        {"off": "plain Adam", "full_s1": "TempBalance, s = 1"},
+    ),
     "Darcy flow, UNet": ArmTable(
         "controls",
         Cell("controls/darcy_beta100_unet", "darcy_beta100_unet_40"),

@@ -114,6 +114,12 @@ TASKS = (
         {"whole": "full_s1"},
     ),
     Task(
+        "FNO, 450 Darcy flow, half of the epochs",
+        "controls/darcy_beta100_20",
+        "darcy_beta100_fno_20",
+        {"whole": "full_s1"},
+    ),
+    Task(
         "UNet, 225 Darcy flow, published regime",
         "controls/darcy_beta100_unet",
         "darcy_beta100_unet_40",
