@@ -106,12 +106,7 @@ def assign(model: nn.Module, options: RatioOptions, *, embeddings: bool, adapter
 
 
 def _held_by(model: nn.Module, layers: Sequence[Layer]) -> dict[str, tuple[str, ...]]:
-    """Return which layers hold the matrices of each layer that holds none itself, as of a tied head.
-
-    Args:
-        model: the model.
-        layers: its layers.
-    """
+    """Return which layers hold the matrices of each layer that holds none itself, as of a tied head."""
     parameters = named_parameters(model)
     holders: dict[int, list[str]] = {}
     for layer in layers:
@@ -279,11 +274,6 @@ def _first_and_last(
 
     They are those of the layers that are trained: excluding a layer that is frozen would change nothing. A weight
     that is shared with another layer counts for both.
-
-    Args:
-        layers: all layers.
-        options: `exclude_first` and `exclude_last` are used.
-        trained: the parameters that are trained, by name.
     """
     if not (options.exclude_first or options.exclude_last):
         return set()

@@ -104,17 +104,10 @@ class FirstSteps:
     def _check_group(self, group: Group, written: bool, touched: bool) -> None:
         """Raise where a group was moved without its learning rate, or left out while others moved.
 
-        Args:
-            group: a group that the step saw.
-            written: whether the step wrote one of its parameters.
-            touched: whether the step wrote one of its parameters, or the state of one.
-
-        Raises:
-            RuntimeError: it was.
+        `written` tells whether the step wrote one of its parameters, `touched` counts the state of one too.
         """
         if written:
-            lr_was_read = not isinstance(group, WatchedGroup) or group.lr_was_read
-            if not lr_was_read:
+            if isinstance(group, WatchedGroup) and not group.lr_was_read:
                 raise incompatible(self._optimizer, "moved parameters without reading the lr of their param group")
         elif not touched and any(_must_move(parameter, group) for parameter in candidates(group)):
             raise incompatible(self._optimizer, "left out param groups")
@@ -165,11 +158,7 @@ class Traces:
         return any(self._written(parameter) for parameter in candidates(group))
 
     def _touched(self, parameter: Tensor) -> bool:
-        """Return whether a step has written a parameter or its state since.
-
-        Args:
-            parameter: the parameter, as it is now. One that was not there before counts as not written.
-        """
+        """Return whether a step has written a parameter or its state since."""
         if id(parameter) not in self._marks:
             return False  # a closure has added it
         return self._marks[id(parameter)] != self._mark(parameter) or self._written(parameter)
@@ -237,11 +226,8 @@ def _must_move(parameter: Tensor, group: Group) -> bool:
 
     Not where the gradient or the learning rate is 0, nor where a thousandth of their product is lost in the
     rounding of the parameter: 0.001 * |lr * gradient| > eps * |parameter| for some entry.
-
-    Args:
-        parameter: the parameter, as it is now.
-        group: the group that the step saw. Its `lr` is read without a watched group noticing.
     """
+    # Read past `WatchedGroup`, which would count this as the step's reading.
     grad, lr = parameter.grad, float(dict.__getitem__(group, "lr"))
     if grad is None or lr == 0 or not parameter.is_floating_point():
         return False
@@ -266,13 +252,7 @@ def _check_paired_lists(optimizer: Optimizer) -> None:
 
 
 def _are_lrs(value: object, groups: Sequence[Group], default: object) -> bool:
-    """Return whether a list holds a learning rate of each group.
-
-    Args:
-        value: an attribute of the optimizer.
-        groups: its param groups.
-        default: its default learning rate.
-    """
+    """Return whether an attribute of the optimizer is a list with a learning rate of each group."""
     if not isinstance(value, (list, tuple)) or not value:
         return False
     if len(value) != len(groups):
@@ -294,13 +274,7 @@ def _check_tensor_lists(optimizer: Optimizer) -> None:
 
 
 def _check_pairs(optimizer: Optimizer, params: Sequence[Tensor], values: Mapping[str, Any]) -> None:
-    """Raise where one of some values is a list with a tensor for each of some parameters, and none is their list.
-
-    Args:
-        optimizer: the optimizer.
-        params: the parameters.
-        values: the values by name.
-    """
+    """Raise where a value is a list with a tensor for each parameter, and none is the list of the parameters."""
     if len(params) < 2:
         return
     lists = {name: _tensors_in(value) for name, value in values.items()}

@@ -225,13 +225,9 @@ class LayerwiseStep:
 def _with_view(
     view: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any], after_closure: Callable[[], None]
 ) -> tuple[Any, Any]:
-    """Return the arguments of a step with a view in place of the optimizer.
+    """Return the arguments of a step with a view in place of the optimizer, which comes first.
 
-    Args:
-        view: the view.
-        args: the positional arguments of the step, the optimizer first.
-        kwargs: its arguments by name.
-        after_closure: called after each call of the closure, if the step has one.
+    If the step has a closure, `after_closure` is called after each call of it.
     """
     _, *rest = args
     if rest and callable(rest[0]):
@@ -242,12 +238,7 @@ def _with_view(
 
 
 def _followed_by(closure: Callable[[], Any], after: Callable[[], None]) -> Callable[[], Any]:
-    """Return a closure that calls another function after each call.
-
-    Args:
-        closure: the user's closure, whose result is returned.
-        after: the other function.
-    """
+    """Return a closure that calls another function after each call of the user's, whose result it returns."""
 
     def both() -> Any:
         result = closure()
@@ -258,11 +249,9 @@ def _followed_by(closure: Callable[[], Any], after: Callable[[], None]) -> Calla
 
 
 def _make_view(optimizer: Optimizer, groups: property) -> Optimizer:
-    """Return an object that is `optimizer` in all but its `param_groups`.
+    """Return an object that is `optimizer` in all but its `param_groups`, which are a property.
 
-    Args:
-        optimizer: the optimizer. The object shares its attributes, so what a step assigns the optimizer has too.
-        groups: the property in place of `param_groups`.
+    The object shares its attributes, so what a step assigns the optimizer has too.
     """
     cls = type(optimizer)
     names = {
@@ -379,12 +368,7 @@ def _active_steps() -> list[LayerwiseStep]:
 
 
 def _shares_parameters(optimizer: Optimizer, step: LayerwiseStep) -> bool:
-    """Return whether an optimizer holds a parameter that an attached one balances.
-
-    Args:
-        optimizer: any optimizer.
-        step: what is attached to the other one.
-    """
+    """Return whether an optimizer holds a parameter that another one, which has `step` attached, balances."""
     return not parameter_ids(optimizer).isdisjoint(parameter_ids(step.optimizer))
 
 

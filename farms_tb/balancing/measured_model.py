@@ -196,10 +196,6 @@ def _signature(model: nn.Module, layers: Sequence[Layer]) -> list[tuple[str, int
 
     A lazy parameter stays the same object when it gets values, a parameter that is parametrized when it gets
     another name, and a weight when adapters are merged into it.
-
-    Args:
-        model: the model.
-        layers: its layers, as they were found last.
     """
     signature: list[tuple[str, int, bool] | str] = []
     for name, parameter in model.named_parameters():

@@ -94,14 +94,7 @@ _Placed = tuple[int, str]
 def _layer_before(
     path: str, norm: nn.Module, modules: dict[str, nn.Module], nearest: dict[int, _Placed]
 ) -> str | None:
-    """Return the path of the layer that a norm follows; None where there is none.
-
-    Args:
-        path: path of the norm.
-        norm: the norm.
-        modules: the modules of all layers by path.
-        nearest: for each number of output channels, the layer registered last before the norm.
-    """
+    """Return the path of the layer that a norm follows, see `layers_before_norms`; None where there is none."""
     sibling = _sibling(path)
     if sibling in modules:
         return sibling

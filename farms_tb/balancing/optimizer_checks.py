@@ -50,12 +50,7 @@ def stepping_optimizers(optimizer: Optimizer) -> Iterator[Optimizer]:
 
 
 def _stepping(optimizer: Optimizer, seen: set[int]) -> Iterator[Optimizer]:
-    """Yield as `stepping_optimizers` does, but for those that were seen: wrappers may refer to each other.
-
-    Args:
-        optimizer: the optimizer.
-        seen: the `id` of each optimizer that was looked at; those that are looked at now are added.
-    """
+    """Yield as `stepping_optimizers` does, but for those whose `id` was seen: wrappers may refer to each other."""
     seen.add(id(optimizer))
     inner = [wrapped for wrapped in _optimizers_among(vars(optimizer).values()) if id(wrapped) not in seen]
     for wrapped in inner:
@@ -90,12 +85,7 @@ def parameter_ids(optimizer: Optimizer) -> set[int]:
 
 
 def _optimizers_among(values: Iterable[Any], depth: int = 3) -> Iterator[Optimizer]:
-    """Yield the optimizers among values, and in the lists, tuples and dicts among them.
-
-    Args:
-        values: any objects.
-        depth: so many lists and dicts inside each other are opened.
-    """
+    """Yield the optimizers among values, and in lists, tuples and dicts among them, `depth` inside each other."""
     for value in values:
         if isinstance(value, Optimizer):
             yield value
@@ -167,16 +157,7 @@ def _warn_if_untested(optimizer: Optimizer) -> None:
 
 
 def _check_lr(name: str, index: int, group: Group) -> None:
-    """Raise where a group has no number as its lr.
-
-    Args:
-        name: name of the optimizer's class.
-        index: which of its groups it is.
-        group: the group.
-
-    Raises:
-        ValueError: its lr is missing, None, or neither a number nor a tensor.
-    """
+    """Raise where the lr of a group is missing, None, or neither a number nor a tensor."""
     if "lr" not in group:
         raise ValueError(f"param group {index} of {name} has no 'lr' to scale. {_WAY_OUT}")
     lr = group["lr"]

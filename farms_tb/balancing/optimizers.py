@@ -170,14 +170,7 @@ class BalancedOptimizers:
         return groups
 
     def _check_type(self, optimizer: Any) -> None:
-        """Raise for what cannot be stepped, or read, as an optimizer.
-
-        Args:
-            optimizer: what a user gave.
-
-        Raises:
-            TypeError: not a torch optimizer; only measured, an object without `param_groups`.
-        """
+        """Raise for what is no torch optimizer; where it is only measured, for what has no `param_groups`."""
         is_readable = self._options.only_measures and hasattr(optimizer, "param_groups")
         if is_readable or isinstance(optimizer, Optimizer):
             return

@@ -134,11 +134,7 @@ def ratios_from(
 
 
 def _known(alphas: Mapping[str, float | None]) -> dict[str, float]:
-    """Return the alphas of the layers that have one.
-
-    Raises:
-        ValueError: one is infinite.
-    """
+    """Return the alphas of the layers that have one; raise where one is infinite."""
     known = {}
     for name, alpha in alphas.items():
         if alpha is None or math.isnan(alpha):
@@ -150,15 +146,7 @@ def _known(alphas: Mapping[str, float | None]) -> dict[str, float]:
 
 
 def _errors_of(names: Iterable[str], errors: Mapping[str, float]) -> list[float]:
-    """Return the standard errors of layers.
-
-    Args:
-        names: names of the layers.
-        errors: standard error of each.
-
-    Raises:
-        ValueError: one is missing, negative, infinite or NaN.
-    """
+    """Return the standard errors of layers by their names; raise where one is missing or no error."""
     found = []
     for name in names:
         error = errors.get(name, math.nan)
@@ -223,15 +211,7 @@ def _to_levels(ratios: Sequence[float], levels: int) -> list[float]:
 
 
 def _check_domain(alphas: Mapping[str, float], assign_func: AssignFunc) -> None:
-    """Check that the map is defined for every alpha: that a root or a logarithm of it is positive.
-
-    Args:
-        alphas: alpha of each layer by name.
-        assign_func: the map.
-
-    Raises:
-        ValueError: it is not; the message names the layer.
-    """
+    """Raise where the map is not defined for an alpha: where no root or logarithm of it is positive."""
     bound = MAPS[assign_func].above
     for name, alpha in alphas.items():
         if not alpha > bound:

@@ -168,12 +168,7 @@ def _permuted(ratios: Mapping[str, float], seed: int) -> dict[str, float]:
 
 
 def _units(names: Iterable[str], blocks: Mapping[str, str] | None) -> dict[str, list[str]]:
-    """Return the layers of each unit: a layer, or the block that layers are in.
-
-    Args:
-        names: layers that take part.
-        blocks: the block of each of them; None where layers are units by themselves.
-    """
+    """Return the layers of each unit: the block that they are in, or without blocks each layer by itself."""
     units: dict[str, list[str]] = {}
     for name in names:
         units.setdefault(name if blocks is None else blocks[name], []).append(name)
@@ -183,12 +178,8 @@ def _units(names: Iterable[str], blocks: Mapping[str, str] | None) -> dict[str, 
 def _estimates(records: Mapping[str, LayerRecord], options: RatioOptions) -> dict[str, Estimate]:
     """Return what is mapped of each layer: its effect, its z-score or its metric, as the map needs.
 
-    Layers that have no alpha are left out, and those whose small alpha comes of a collapsed spectrum; none is by
-    the static maps, which look at no alpha.
-
-    Args:
-        records: record of each layer by name.
-        options: the map, the metric, and what becomes of collapsed layers.
+    Layers that have no alpha are left out, and with `collapsed="leave_out"` those whose small alpha comes of a
+    collapsed spectrum; none is by the static maps, which look at no alpha.
     """
     if MAPS[options.assign_func].takes == "nothing":
         return {name: Estimate(0.0, None) for name in records}
@@ -226,15 +217,10 @@ def _effects(records: Mapping[str, LayerRecord]) -> dict[str, Estimate]:
 
 
 def _mean(estimates: Sequence[Estimate], options: RatioOptions) -> Estimate:
-    """Return the mean of the estimates of a unit's layers, one or more.
+    """Return the mean of the estimates of a unit's layers; one alone is returned as it is.
 
-    Args:
-        estimates: e_i is the standard error of the value of layer i.
-        options: `block_mean` is used.
-
-    Returns:
-        The plain mean of the values, whose error is sqrt(sum of e_i^2) / n. With `block_mean="weighted"`, where
-        every layer has an error above 0, see `_weighted_mean`. One estimate alone is returned as it is.
+    The error of the plain mean is sqrt(sum of e_i^2) / n, where e_i are those of the n layers. With
+    `block_mean="weighted"`, where every layer has an error above 0, see `_weighted_mean`.
     """
     if len(estimates) == 1:
         return estimates[0]
@@ -256,12 +242,7 @@ def _weighted_mean(values: Sequence[float], errors: Sequence[float]) -> Estimate
 
 
 def _with_mean_one(report: Report, ratios: Mapping[str, float]) -> dict[str, float]:
-    """Divide ratios by their mean, in which a layer weighs as much as its matrices have entries.
-
-    Args:
-        report: the measurement, whose records hold the shapes.
-        ratios: ratios of the balanced layers by name; not all of them 0.
-    """
+    """Divide ratios by their mean, in which a layer weighs as much as its matrices have entries."""
     sizes = {name: math.prod(report.layers[name].shape) for name in ratios}
     total = math.fsum(sizes[name] * ratio for name, ratio in ratios.items())
     if total == 0:

@@ -139,12 +139,7 @@ def fixed_ratios(
 
 
 def _held_by_these_alone(names: Collection[str], matrices: Mapping[str, set[str]]) -> set[str]:
-    """Return the matrices of some layers that no other layer has a part of, as q, k and v of attention have.
-
-    Args:
-        names: of these layers.
-        matrices: those of every layer.
-    """
+    """Return the matrices of these layers that no other layer has a part of, as q, k and v of attention have."""
     held: set[str] = set()
     of_others: set[str] = set()
     for layer, own in matrices.items():
@@ -193,7 +188,7 @@ def heads(model: nn.Module, layers: Sequence[Layer]) -> list[str]:
     Raises:
         ValueError: no module is a transformers model, which says by `base_model_prefix` where its base model is.
     """
-    wholes = {}
+    wholes = {}  # the name of the base model in each model, by the path of the model
     for path, module in model.named_modules():
         prefix = getattr(module, "base_model_prefix", None)
         if isinstance(prefix, str):
@@ -207,12 +202,7 @@ def heads(model: nn.Module, layers: Sequence[Layer]) -> list[str]:
 
 
 def _is_head(name: str, wholes: Mapping[str, str]) -> bool:
-    """Return whether a module is inside a model, and outside of its base model.
-
-    Args:
-        name: path of the module.
-        wholes: path of each transformers model, and the name of the base model in it.
-    """
+    """Return whether a module is inside a transformers model, and outside of its base model."""
     for path, prefix in wholes.items():
         inside = f"{path}." if path else ""
         if prefix and name.startswith(inside) and not name.startswith(f"{inside}{prefix}."):

@@ -59,11 +59,7 @@ class VerdictWarnings:
             )
 
     def _lagging(self, compared: dict[str, LayerRecord]) -> list[str]:
-        """Return the layers that have been random for some measurements while most others were not.
-
-        Args:
-            compared: the records of the trained layers that have a permutation null, by name.
-        """
+        """Return the layers that have been random for some measurements while most others were not."""
         random = [name for name, record in compared.items() if record.verdict is Verdict.RANDOM]
         others_have_learnt = len(compared) - len(random) > MOST * len(compared)
         counts: Counter[str] = Counter()

@@ -195,16 +195,9 @@ class ShowsResults:
     _how_to_begin = "train first"
 
     def _set_up(self, preset: Preset | None, keywords: Mapping[str, Any], **objects: Any) -> None:
-        """Make options and session out of what a user gave the callback.
+        """Make options and session out of what a user gave: a preset, options by name, and objects of options.
 
-        Args:
-            preset: the published method, whose options the keywords override.
-            keywords: options by name.
-            **objects: the objects of options, by the names that `CallbackOptions` has for them; None for defaults.
-
-        Raises:
-            TypeError: an object of another class, or a value of the wrong type.
-            ValueError: a value out of range, or a preset together with an object.
+        The objects go by the names that `CallbackOptions` has for them; None stands for the defaults.
         """
         named = with_preset(preset, objects, keywords)
         self.preset = preset
