@@ -29,9 +29,6 @@ _MOST_SKIPPED = 100
 class FirstSteps:
     """Checks the first steps of one optimizer, and again when it is shown more groups than before.
 
-    Args:
-        optimizer: the optimizer.
-
     Attributes:
         pending: whether the next step has to be checked.
     """
@@ -142,19 +139,11 @@ class Traces:
         return any(self.group_touched(group) for group in self._groups)
 
     def group_touched(self, group: Group) -> bool:
-        """Return whether a step has written any parameter of a group that has a gradient, or its state.
-
-        Args:
-            group: one of the user's groups, or one that the step saw.
-        """
+        """Return whether a step has written any parameter of a group that has a gradient, or its state."""
         return any(self._touched(parameter) for parameter in candidates(group))
 
     def group_written(self, group: Group) -> bool:
-        """Return whether a step has written any parameter of a group that has a gradient.
-
-        Args:
-            group: one of the user's groups, or one that the step saw.
-        """
+        """Return whether a step has written any parameter of a group that has a gradient."""
         return any(self._written(parameter) for parameter in candidates(group))
 
     def _touched(self, parameter: Tensor) -> bool:
@@ -212,11 +201,7 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def candidates(group: Group) -> list[Tensor]:
-    """Return the parameters of a group that a step should move: those that have a gradient.
-
-    Args:
-        group: the group; a watched one does not notice.
-    """
+    """Return the parameters of a group that a step should move: those that have a gradient."""
     params: list[Tensor] = dict.__getitem__(group, "params")
     return [p for p in params if p.requires_grad and p.grad is not None]
 
@@ -258,6 +243,15 @@ def _are_lrs(value: object, groups: Sequence[Group], default: object) -> bool:
     if len(value) != len(groups):
         return False
     return all(_is_lr(number, group, default) for number, group in zip(value, groups, strict=True))
+
+
+def _is_lr(number: object, group: Group, default: object) -> bool:
+    """Return whether a number is a learning rate that a group has, had at the start, or has by default."""
+    if isinstance(number, bool) or not isinstance(number, (int, float)):
+        return False
+    rates = (group.get("lr"), group.get("initial_lr"), default)
+    # Numbers alone: tensors compare by value, too, and may be on a GPU.
+    return number in [rate for rate in rates if isinstance(rate, (int, float))]
 
 
 def _check_tensor_lists(optimizer: Optimizer) -> None:
@@ -304,18 +298,3 @@ def _tensors_in(value: object) -> list[Tensor]:
     if not all(isinstance(entry, Tensor) for entry in flat):
         return []
     return flat
-
-
-def _is_lr(number: object, group: Group, default: object) -> bool:
-    """Return whether a number is a learning rate that a group has, had at the start, or has by default.
-
-    Args:
-        number: an entry of a list.
-        group: the param group with the same index.
-        default: the default learning rate of the optimizer.
-    """
-    if isinstance(number, bool) or not isinstance(number, (int, float)):
-        return False
-    rates = (group.get("lr"), group.get("initial_lr"), default)
-    # Numbers alone: tensors compare by value, too, and may be on a GPU.
-    return number in [rate for rate in rates if isinstance(rate, (int, float))]

@@ -258,15 +258,14 @@ def _make_view(optimizer: Optimizer, groups: property) -> Optimizer:
         "param_groups": groups,
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
-        "is_view_of_layerwise_step": True,
     }
-    view: Optimizer = object.__new__(type(cls.__name__, (_Unannounced, cls), names))
+    view: Optimizer = object.__new__(type(cls.__name__, (_View, cls), names))
     view.__dict__ = optimizer.__dict__
     return view
 
 
-class _Unannounced:
-    """Keeps the class of a view from classes that list their subclasses in `__init_subclass__`."""
+class _View:
+    """Marks the class of a view, and keeps it from classes that list their subclasses in `__init_subclass__`."""
 
     __slots__ = ()
 
@@ -287,14 +286,10 @@ class _OtherSteps:
         # For optimizers during a step: how many steps of attached ones came before, and their parameters then.
         self._begun: WeakKeyDictionary[Optimizer, tuple[int, Traces]] = WeakKeyDictionary()
         # Optimizers that were found not to move what is balanced, and by which attached ones.
-        self._right: WeakKeyDictionary[Optimizer, WeakSet[LayerwiseStep]] = WeakKeyDictionary()
+        self._harmless: WeakKeyDictionary[Optimizer, WeakSet[LayerwiseStep]] = WeakKeyDictionary()
 
     def watch_if(self, any_attached: bool) -> None:
-        """Begin to look, or cease.
-
-        Args:
-            any_attached: whether any optimizer has layer-wise learning rates now.
-        """
+        """Begin to look, or cease where no optimizer has layer-wise learning rates any more."""
         if any_attached and not self._handles:
             self._handles = [
                 register_optimizer_step_pre_hook(self._before_step),
@@ -313,7 +308,7 @@ class _OtherSteps:
         wraps_attached = any(inner in _attached for inner in stepping_optimizers(optimizer))
         shares_parameters = any(_shares_parameters(optimizer, step) for step in active)
         if wraps_attached or not shares_parameters:
-            self._note_as_right(optimizer, active)
+            self._note_as_harmless(optimizer, active)
         else:
             self._begun[optimizer] = _number_of_steps(active), Traces(optimizer)
 
@@ -323,7 +318,7 @@ class _OtherSteps:
             return
         steps, traces = self._begun.pop(optimizer)
         if _number_of_steps(_active_steps()) > steps:
-            self._note_as_right(optimizer, _active_steps())
+            self._note_as_harmless(optimizer, _active_steps())
         elif traces.any_touched() and self._conflicts(optimizer):
             raise RuntimeError(
                 f"this {type(optimizer).__name__} moves parameters that have layer-wise learning rates in another "
@@ -343,15 +338,15 @@ class _OtherSteps:
         gc.collect()
         return any(_shares_parameters(optimizer, step) for step in _active_steps())
 
-    def _note_as_right(self, optimizer: Optimizer, active: list[LayerwiseStep]) -> None:
-        self._right.setdefault(optimizer, WeakSet()).update(active)
+    def _note_as_harmless(self, optimizer: Optimizer, active: list[LayerwiseStep]) -> None:
+        self._harmless.setdefault(optimizer, WeakSet()).update(active)
 
     def _is_known(self, optimizer: Optimizer) -> bool:
-        """Return whether an optimizer need not be looked at: it has ratios itself, or was found right."""
-        if optimizer in _attached or getattr(type(optimizer), "is_view_of_layerwise_step", False):
+        """Return whether an optimizer need not be looked at: it has ratios itself, or was found harmless."""
+        if optimizer in _attached or isinstance(optimizer, _View):
             return True
-        right = self._right.get(optimizer, ())
-        return all(step in right for step in _active_steps())
+        harmless_to = self._harmless.get(optimizer, ())
+        return all(step in harmless_to for step in _active_steps())
 
 
 _other_steps = _OtherSteps()

@@ -41,7 +41,7 @@ class SplitGroup:
     params: list[Tensor]
     ratio: float
     lr: float | Tensor | None
-    weight_decay: float | Tensor | None = None
+    weight_decay: float | Tensor | None
 
 
 def split_groups(optimizer: Optimizer, ratios: Mapping[int, Ratio]) -> list[SplitGroup]:
@@ -56,16 +56,16 @@ def split_groups(optimizer: Optimizer, ratios: Mapping[int, Ratio]) -> list[Spli
     """
     found = []
     for index, group in enumerate(optimizer.param_groups):
-        lr: Any = group.get("lr")
-        # Without a number (None: the optimizer chooses by itself) there is nothing to scale.
-        has_lr = isinstance(lr, (Real, Tensor))
-        decay: Any = group.get("weight_decay")
-        has_decay = isinstance(decay, (Real, Tensor))
         for ratio, params in _by_ratio(group, ratios).items():
             scale = as_scale(ratio)
-            own_decay = decay * scale.decay if has_decay else None
-            found.append(SplitGroup(index, params, scale.lr, lr * scale.lr if has_lr else None, own_decay))
+            lr, decay = _times(group.get("lr"), scale.lr), _times(group.get("weight_decay"), scale.decay)
+            found.append(SplitGroup(index, params, scale.lr, lr, decay))
     return found
+
+
+def _times(value: Any, factor: float) -> Any:
+    """Return a scaled value; None where it is no number, as an lr that the optimizer chooses by itself."""
+    return value * factor if isinstance(value, (Real, Tensor)) else None
 
 
 class ShownGroups:
@@ -88,11 +88,11 @@ class ShownGroups:
         self,
         optimizer: Optimizer,
         ratios: Mapping[int, Ratio],
-        kept: Sequence[_Split | None] = (),
+        kept: Sequence[_Split | None],
         *,
-        same_ratios: bool = False,
-        compiled: bool = False,
-        watched: bool = False,
+        same_ratios: bool,
+        compiled: bool,
+        watched: bool,
     ) -> None:
         self._optimizer, self._ratios = optimizer, ratios
         self._same_ratios, self._compiled, self._watched = same_ratios, compiled, watched
@@ -156,11 +156,11 @@ class ShownGroups:
         update = None if self._compiled else merged_update(self._optimizer, group, self._ratios)
         if update is not None:
             return _Merged(group, update)
-        if old is None or not self._same_ratios or not old.still_of(group):
-            by_ratio = _by_ratio(group, self._ratios)
-            return _Split(group, by_ratio, old, shares=self._writes_nothing(), watched=self._watched)
-        old.follow_user()
-        return old
+        if old is not None and self._same_ratios and old.still_of(group):
+            old.follow_user()
+            return old
+        by_ratio = _by_ratio(group, self._ratios)
+        return _Split(group, by_ratio, old, shares=self._writes_nothing(), watched=self._watched)
 
     def _write_back(self, split: _Split) -> None:
         """Carry what the step wrote into its groups over to the user's group.
@@ -208,10 +208,10 @@ class _Split:
         self,
         group: Group,
         by_ratio: Mapping[Ratio, list[Tensor]],
-        old: _Split | None = None,
+        old: _Split | None,
         *,
-        shares: bool = False,
-        watched: bool = False,
+        shares: bool,
+        watched: bool,
     ) -> None:
         self.group = group
         self._shares, self._watched = shares, watched

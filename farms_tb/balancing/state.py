@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from numbers import Real
 from typing import Any, TypeGuard
 
@@ -46,16 +46,13 @@ class BalancerState:
 
     options: dict[str, Any]
     ratios: dict[str, float]
-    report: Report | None = None
-    begun: Report | None = None
-    leaders: dict[str, str] = field(default_factory=dict)
+    report: Report | None
+    begun: Report | None
+    leaders: dict[str, str]
 
 
 def write_state(state: BalancerState) -> dict[str, Any]:
     """Return a state as plain values, which `torch.load` reads with `weights_only=True`.
-
-    Args:
-        state: what the run continues from.
 
     Returns:
         The dict of version 2, see this module. Histograms are left out.
@@ -101,11 +98,6 @@ def read_state(plain: object) -> BalancerState:
 
 def changed_settings(state: BalancerState, options: Mapping[str, Any], layers: Sequence[Layer]) -> list[str]:
     """Say in what a saved state has other options or layers than the present run.
-
-    Args:
-        state: the saved state.
-        options: the present options by name.
-        layers: the present layers.
 
     Returns:
         A clause for each option that changes results and has another value, for the layers that are new or gone,
@@ -264,15 +256,11 @@ def _is_number(value: object) -> TypeGuard[float]:
 
 
 def _is_number_or_none(value: object) -> bool:
-    """Return whether a value is a finite number or None."""
     return value is None or _is_number(value)
 
 
 def _is_count(value: object) -> bool:
-    """Return whether a value is an integer of at least 0."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        return False
-    return value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _is_count_or_none(value: object) -> bool:
