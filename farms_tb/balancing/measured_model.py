@@ -77,10 +77,7 @@ class MeasuredModel:
         """
         self.follow_model()
         layers, team = self.assignment.layers, self._team()
-        report = measure(layers, self._spectrum_options, histogram=histogram, team=team)
-        if self.compares:
-            report = self._with_nulls(report)
-        return report
+        return self._compared(measure(layers, self._spectrum_options, histogram=histogram, team=team))
 
     def begin(self, histogram: bool = False) -> None:
         """Begin to measure the weights as they are now, in the background.
@@ -104,9 +101,7 @@ class MeasuredModel:
             raise RuntimeError("no measurement was begun: call begin_update() before finish_update()")
         # The report is of the layers of then. The next to follow the model finds those of now.
         self.assignment, self._signature = self._at_begin
-        if self.compares:
-            report = self._with_nulls(report)
-        return report
+        return self._compared(report)
 
     def begun_report(self) -> Report | None:
         """Wait for the measurement that was begun, if any. It stays begun."""
@@ -148,8 +143,10 @@ class MeasuredModel:
     def _team(self) -> Team | None:
         return current_team() if self._share else None
 
-    def _with_nulls(self, report: Report) -> Report:
-        """Add the permutation null of each layer, and measure those that are missing."""
+    def _compared(self, report: Report) -> Report:
+        """Where layers are compared, add the permutation null of each, and measure those that are missing."""
+        if not self.compares:
+            return report
         # Once for each layer, from the first weights that have an alpha: its permutation null stays as long as the
         # layer has its shape. Those of layers that are gone go with them.
         shapes = self._shapes(report)

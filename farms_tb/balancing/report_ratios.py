@@ -122,7 +122,7 @@ def ratios_of_report(
     balanced = {kind: [name for name in names if name not in without] for kind, names in members.items()}
     units = {kind: one.units for kind, one in kinds.items()}
     if options.normalize == "mean":
-        mapped = _with_mean_one(report, mapped)
+        mapped = _with_weighted_mean_one(report, mapped)
     chosen = {**mapped, **assignment.fixed_layers}
     ratios = with_shared_ratios({**dict.fromkeys(report.layers, 1.0), **chosen}, assignment, options, chosen)
     return MappedRatios(ratios, missing, balanced, units, _summary(kinds, mapped, options))
@@ -235,7 +235,7 @@ def _weighted_mean(values: Sequence[float], errors: Sequence[float]) -> Estimate
     return Estimate(weighted / math.fsum(weights), 1 / math.sqrt(math.fsum(weights)))
 
 
-def _with_mean_one(report: Report, ratios: Mapping[str, float]) -> dict[str, float]:
+def _with_weighted_mean_one(report: Report, ratios: Mapping[str, float]) -> dict[str, float]:
     """Divide ratios by their mean, in which a layer weighs as much as its matrices have entries."""
     sizes = {name: math.prod(report.layers[name].shape) for name in ratios}
     total = math.fsum(sizes[name] * ratio for name, ratio in ratios.items())
