@@ -9,7 +9,7 @@ parameters keep ratio 1.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from statistics import fmean
 
 from torch import nn
@@ -22,6 +22,7 @@ from farms_tb.balancing.selection import (
     fixed_ratios,
     heads,
     layers_matching,
+    names_by,
     packed_layers,
 )
 from farms_tb.options import Adapters, Kind, RatioOptions
@@ -55,12 +56,12 @@ class Assignment:
     layers: Sequence[Layer]
     owners: Owners
     followed: Owners
-    packed: Owners = field(default_factory=dict)
-    held_by: Owners = field(default_factory=dict)
-    excluded: frozenset[str] = frozenset()
-    fixed_layers: Mapping[str, float] = field(default_factory=dict)
-    fixed_parameters: Mapping[str, float] = field(default_factory=dict)
-    blocks: Mapping[str, str] | None = None
+    packed: Owners
+    held_by: Owners
+    excluded: frozenset[str]
+    fixed_layers: Mapping[str, float]
+    fixed_parameters: Mapping[str, float]
+    blocks: Mapping[str, str] | None
 
 
 def assign(model: nn.Module, options: RatioOptions, *, embeddings: bool, adapters: Adapters) -> Assignment:
@@ -83,47 +84,23 @@ def assign(model: nn.Module, options: RatioOptions, *, embeddings: bool, adapter
     check_patterns(layers, "exclude", options.exclude)
     packed, held_by = packed_layers(layers), _held_by(model, layers)
     of_layers, of_parameters = fixed_ratios(model, layers, options.fixed_pairs, held_by)
-    owners: dict[str, tuple[str, ...]] = {}
-    for layer in layers:
-        for parameter in layer.parameters:
-            owners[parameter] = (*owners.get(parameter, ()), layer.name)
-    followed = dict(owners)
-    if options.norms == "follow":
-        # A parameter that is shared with a layer stays with it.
-        followed = {**_norm_parameters(model, layers), **owners}
+    owners = names_by(layers, lambda layer: layer.parameters)
     excluded = {name for pattern in options.exclude for name in layers_matching(layers, pattern)}
     check_packed(packed, "exclude", dict.fromkeys(excluded, 1.0))
     check_packed(packed, "fixed", of_layers)
     if options.exclude_heads:
         excluded.update(heads(model, layers))
-    blocks = None
+    blocks, followed = None, {}
     if options.unit == "block":
         blocks = blocks_of_layers(layers, options.blocks)
-        followed = {**_parameters_inside(model, set(blocks.values())), **owners}
+        followed = _parameters_inside(model, set(blocks.values()))
+    elif options.norms == "follow":
+        followed = _norm_parameters(model, layers)
+    # A parameter that is shared with a layer stays with it.
+    followed |= owners
     return Assignment(
         layers, owners, followed, packed, held_by, frozenset(excluded), of_layers, of_parameters, blocks
     )
-
-
-def _held_by(model: nn.Module, layers: Sequence[Layer]) -> dict[str, tuple[str, ...]]:
-    """Return which layers hold the matrices of each layer that holds none itself, as of a tied head.
-
-    Args:
-        model: the model.
-        layers: its layers.
-    """
-    parameters = named_parameters(model)
-    holders: dict[int, list[str]] = {}
-    for layer in layers:
-        for name in layer.parameters:
-            holders.setdefault(id(parameters[name]), []).append(layer.name)
-    found = {}
-    for layer in layers:
-        of_matrices = [holders.get(id(matrix), []) for matrix in own_matrices(layer)]
-        names = dict.fromkeys(name for own in of_matrices for name in own)
-        if names and layer.name not in names:
-            found[layer.name] = tuple(names)
-    return found
 
 
 def _warn_of_adapters(model: nn.Module, layers: Sequence[Layer]) -> None:
@@ -138,13 +115,43 @@ def _warn_of_adapters(model: nn.Module, layers: Sequence[Layer]) -> None:
         )
 
 
-def trained_layers(layers: Sequence[Layer], trained: Mapping[str, nn.Parameter]) -> list[Layer]:
-    """Return the layers that have a parameter which is trained, in their order.
+def _held_by(model: nn.Module, layers: Sequence[Layer]) -> dict[str, tuple[str, ...]]:
+    """Return which layers hold the matrices of each layer that holds none itself, as of a tied head."""
+    parameters = named_parameters(model)
+    holders = names_by(layers, lambda layer: [id(parameters[name]) for name in layer.parameters])
+    found = {}
+    for layer in layers:
+        of_matrices = [holders.get(id(matrix), ()) for matrix in own_matrices(layer)]
+        names = dict.fromkeys(name for own in of_matrices for name in own)
+        if names and layer.name not in names:
+            found[layer.name] = tuple(names)
+    return found
 
-    Args:
-        layers: the layers of the model.
-        trained: the parameters that an optimizer trains, by name.
-    """
+
+def _norm_parameters(model: nn.Module, layers: Sequence[Layer]) -> dict[str, tuple[str, ...]]:
+    """Return the layers that the parameters of each normalisation layer follow."""
+    by_module = names_by(layers, lambda layer: [layer.module_name])
+    modules = {clean_name(raw): module for raw, module in model.named_modules()}
+    followed: dict[str, tuple[str, ...]] = {}
+    for norm, before in layers_before_norms(model, layers).items():
+        prefix = f"{norm}." if norm else ""
+        for own in modules[norm]._parameters:
+            followed[prefix + own] = by_module[before]
+    return followed
+
+
+def _parameters_inside(model: nn.Module, blocks: Collection[str]) -> dict[str, tuple[str, ...]]:
+    """Return the block that each parameter inside of one follows."""
+    followed: dict[str, tuple[str, ...]] = {}
+    for name in named_parameters(model):
+        for block in blocks:
+            if name.startswith(f"{block}."):
+                followed[name] = (block,)
+    return followed
+
+
+def trained_layers(layers: Sequence[Layer], trained: Mapping[str, nn.Parameter]) -> list[Layer]:
+    """Return the layers that have a parameter which is trained, in their order."""
     return [layer for layer in layers if not trained.keys().isdisjoint(layer.parameters)]
 
 
@@ -180,6 +187,33 @@ def members(
     return taking_part
 
 
+def _first_and_last(
+    layers: Sequence[Layer], options: RatioOptions, trained: Mapping[str, nn.Parameter]
+) -> set[str]:
+    """Return the names of the layers that `exclude_first` and `exclude_last` mean.
+
+    They are those of the layers that are trained: excluding a layer that is frozen would change nothing. A weight
+    that is shared with another layer counts for both.
+    """
+    if not (options.exclude_first or options.exclude_last):
+        return set()
+    ids = set(map(id, trained.values()))
+    with_matrices = [layer for layer in layers if layer.has_rule]
+    own = [layer.module_name for layer in with_matrices if _is_trained(layer, ids)]
+    ends: set[str] = set()
+    if options.exclude_first:
+        ends.update(own[:1])
+    if options.exclude_last:
+        ends.update(own[-1:])
+    # By module, because the parts of one module (q, k and v) are excluded together.
+    return {layer.name for layer in with_matrices if layer.module_name in ends}
+
+
+def _is_trained(layer: Layer, trained: Collection[int]) -> bool:
+    """Return whether the module of a layer has a parameter that is trained."""
+    return any(id(parameter) in trained for parameter in layer.module.parameters())
+
+
 def block_leaders(assignment: Assignment, taking_part: Mapping[Kind, Sequence[str]]) -> dict[str, str]:
     """Return for each block one layer that has its ratio; empty with `unit="layer"`.
 
@@ -198,16 +232,6 @@ def block_leaders(assignment: Assignment, taking_part: Mapping[Kind, Sequence[st
         if layer.name in balanced:
             leaders.setdefault(assignment.blocks[layer.name], layer.name)
     return leaders
-
-
-def _parameters_inside(model: nn.Module, blocks: Collection[str]) -> dict[str, tuple[str, ...]]:
-    """Return the block that each parameter inside of one follows."""
-    followed: dict[str, tuple[str, ...]] = {}
-    for name in named_parameters(model):
-        for block in blocks:
-            if name.startswith(f"{block}."):
-                followed[name] = (block,)
-    return followed
 
 
 def with_shared_ratios(
@@ -270,49 +294,3 @@ def ratios_of_parameters(
     followed = assignment.followed
     found = {name: ratio_of_parameter(followed.get(name, ()), ratios, options) for name in names}
     return found | dict(assignment.fixed_parameters)
-
-
-def _first_and_last(
-    layers: Sequence[Layer], options: RatioOptions, trained: Mapping[str, nn.Parameter]
-) -> set[str]:
-    """Return the names of the layers that `exclude_first` and `exclude_last` mean.
-
-    They are those of the layers that are trained: excluding a layer that is frozen would change nothing. A weight
-    that is shared with another layer counts for both.
-
-    Args:
-        layers: all layers.
-        options: `exclude_first` and `exclude_last` are used.
-        trained: the parameters that are trained, by name.
-    """
-    if not (options.exclude_first or options.exclude_last):
-        return set()
-    ids = set(map(id, trained.values()))
-    with_matrices = [layer for layer in layers if layer.has_rule]
-    own = [layer.module_name for layer in with_matrices if _is_trained(layer, ids)]
-    ends: set[str] = set()
-    if options.exclude_first:
-        ends.update(own[:1])
-    if options.exclude_last:
-        ends.update(own[-1:])
-    # By module, because the parts of one module (q, k and v) are excluded together.
-    return {layer.name for layer in with_matrices if layer.module_name in ends}
-
-
-def _is_trained(layer: Layer, trained: Collection[int]) -> bool:
-    """Return whether the module of a layer has a parameter that is trained."""
-    return any(id(parameter) in trained for parameter in layer.module.parameters())
-
-
-def _norm_parameters(model: nn.Module, layers: Sequence[Layer]) -> dict[str, tuple[str, ...]]:
-    """Return the layers that the parameters of each normalisation layer follow."""
-    by_module: dict[str, tuple[str, ...]] = {}
-    for layer in layers:
-        by_module[layer.module_name] = (*by_module.get(layer.module_name, ()), layer.name)
-    modules = {clean_name(raw): module for raw, module in model.named_modules()}
-    followed: dict[str, tuple[str, ...]] = {}
-    for norm, before in layers_before_norms(model, layers).items():
-        prefix = f"{norm}." if norm else ""
-        for own in modules[norm]._parameters:
-            followed[prefix + own] = by_module[before]
-    return followed

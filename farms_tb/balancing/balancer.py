@@ -162,7 +162,7 @@ class LayerBalancer:
 
     def layer_lrs(self) -> dict[str, float]:
         """Return the current learning rate of each layer that is trained."""
-        return lrs_of_layers(self._measured.assignment, self.param_groups(), self._trained())
+        return lrs_of_layers(self.layers, self.param_groups(), self._trained())
 
     def trained_layers(self) -> list[str]:
         """Return the names of the layers with a parameter that an optimizer trains: frozen ones do not count."""

@@ -29,9 +29,6 @@ _MOST_SKIPPED = 100
 class FirstSteps:
     """Checks the first steps of one optimizer, and again when it is shown more groups than before.
 
-    Args:
-        optimizer: the optimizer.
-
     Attributes:
         pending: whether the next step has to be checked.
     """
@@ -104,17 +101,10 @@ class FirstSteps:
     def _check_group(self, group: Group, written: bool, touched: bool) -> None:
         """Raise where a group was moved without its learning rate, or left out while others moved.
 
-        Args:
-            group: a group that the step saw.
-            written: whether the step wrote one of its parameters.
-            touched: whether the step wrote one of its parameters, or the state of one.
-
-        Raises:
-            RuntimeError: it was.
+        `written` tells whether the step wrote one of its parameters, `touched` counts the state of one too.
         """
         if written:
-            lr_was_read = not isinstance(group, WatchedGroup) or group.lr_was_read
-            if not lr_was_read:
+            if isinstance(group, WatchedGroup) and not group.lr_was_read:
                 raise incompatible(self._optimizer, "moved parameters without reading the lr of their param group")
         elif not touched and any(_must_move(parameter, group) for parameter in candidates(group)):
             raise incompatible(self._optimizer, "left out param groups")
@@ -149,27 +139,15 @@ class Traces:
         return any(self.group_touched(group) for group in self._groups)
 
     def group_touched(self, group: Group) -> bool:
-        """Return whether a step has written any parameter of a group that has a gradient, or its state.
-
-        Args:
-            group: one of the user's groups, or one that the step saw.
-        """
+        """Return whether a step has written any parameter of a group that has a gradient, or its state."""
         return any(self._touched(parameter) for parameter in candidates(group))
 
     def group_written(self, group: Group) -> bool:
-        """Return whether a step has written any parameter of a group that has a gradient.
-
-        Args:
-            group: one of the user's groups, or one that the step saw.
-        """
+        """Return whether a step has written any parameter of a group that has a gradient."""
         return any(self._written(parameter) for parameter in candidates(group))
 
     def _touched(self, parameter: Tensor) -> bool:
-        """Return whether a step has written a parameter or its state since.
-
-        Args:
-            parameter: the parameter, as it is now. One that was not there before counts as not written.
-        """
+        """Return whether a step has written a parameter or its state since."""
         if id(parameter) not in self._marks:
             return False  # a closure has added it
         return self._marks[id(parameter)] != self._mark(parameter) or self._written(parameter)
@@ -223,11 +201,7 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def candidates(group: Group) -> list[Tensor]:
-    """Return the parameters of a group that a step should move: those that have a gradient.
-
-    Args:
-        group: the group; a watched one does not notice.
-    """
+    """Return the parameters of a group that a step should move: those that have a gradient."""
     params: list[Tensor] = dict.__getitem__(group, "params")
     return [p for p in params if p.requires_grad and p.grad is not None]
 
@@ -237,11 +211,8 @@ def _must_move(parameter: Tensor, group: Group) -> bool:
 
     Not where the gradient or the learning rate is 0, nor where a thousandth of their product is lost in the
     rounding of the parameter: 0.001 * |lr * gradient| > eps * |parameter| for some entry.
-
-    Args:
-        parameter: the parameter, as it is now.
-        group: the group that the step saw. Its `lr` is read without a watched group noticing.
     """
+    # Read past `WatchedGroup`, which would count this as the step's reading.
     grad, lr = parameter.grad, float(dict.__getitem__(group, "lr"))
     if grad is None or lr == 0 or not parameter.is_floating_point():
         return False
@@ -266,18 +237,21 @@ def _check_paired_lists(optimizer: Optimizer) -> None:
 
 
 def _are_lrs(value: object, groups: Sequence[Group], default: object) -> bool:
-    """Return whether a list holds a learning rate of each group.
-
-    Args:
-        value: an attribute of the optimizer.
-        groups: its param groups.
-        default: its default learning rate.
-    """
+    """Return whether an attribute of the optimizer is a list with a learning rate of each group."""
     if not isinstance(value, (list, tuple)) or not value:
         return False
     if len(value) != len(groups):
         return False
     return all(_is_lr(number, group, default) for number, group in zip(value, groups, strict=True))
+
+
+def _is_lr(number: object, group: Group, default: object) -> bool:
+    """Return whether a number is a learning rate that a group has, had at the start, or has by default."""
+    if isinstance(number, bool) or not isinstance(number, (int, float)):
+        return False
+    rates = (group.get("lr"), group.get("initial_lr"), default)
+    # Numbers alone: tensors compare by value, too, and may be on a GPU.
+    return number in [rate for rate in rates if isinstance(rate, (int, float))]
 
 
 def _check_tensor_lists(optimizer: Optimizer) -> None:
@@ -294,13 +268,7 @@ def _check_tensor_lists(optimizer: Optimizer) -> None:
 
 
 def _check_pairs(optimizer: Optimizer, params: Sequence[Tensor], values: Mapping[str, Any]) -> None:
-    """Raise where one of some values is a list with a tensor for each of some parameters, and none is their list.
-
-    Args:
-        optimizer: the optimizer.
-        params: the parameters.
-        values: the values by name.
-    """
+    """Raise where a value is a list with a tensor for each parameter, and none is the list of the parameters."""
     if len(params) < 2:
         return
     lists = {name: _tensors_in(value) for name, value in values.items()}
@@ -330,18 +298,3 @@ def _tensors_in(value: object) -> list[Tensor]:
     if not all(isinstance(entry, Tensor) for entry in flat):
         return []
     return flat
-
-
-def _is_lr(number: object, group: Group, default: object) -> bool:
-    """Return whether a number is a learning rate that a group has, had at the start, or has by default.
-
-    Args:
-        number: an entry of a list.
-        group: the param group with the same index.
-        default: the default learning rate of the optimizer.
-    """
-    if isinstance(number, bool) or not isinstance(number, (int, float)):
-        return False
-    rates = (group.get("lr"), group.get("initial_lr"), default)
-    # Numbers alone: tensors compare by value, too, and may be on a GPU.
-    return number in [rate for rate in rates if isinstance(rate, (int, float))]

@@ -97,12 +97,9 @@ def _are_alike(params: Tensors, grads: Tensors) -> bool:
 
 
 def _states(optimizer: Optimizer, params: Tensors, names: Sequence[str]) -> dict[str, list[Tensor]] | None:
-    """Return the state of all parameters, a list for each name; None where some state is missing or on a GPU.
+    """Return a list for each name, `exp_avg` say, with the state of all parameters; None where some is missing.
 
-    Args:
-        optimizer: the optimizer.
-        params: the parameters.
-        names: the names of the state that each needs, such as `exp_avg`.
+    None as well where the step counters are on a GPU.
     """
     by_parameter = [optimizer.state.get(p, {}) for p in params]
     states: dict[str, list[Tensor]] = {}
@@ -126,16 +123,7 @@ def _update(
     grads: Tensors,
     states: Mapping[str, Tensors],
 ) -> None:
-    """Move the parameters of one group, in chunks.
-
-    Args:
-        rule: how the optimizer's class moves parameters.
-        group: the options.
-        ratios: learning-rate ratio of each parameter.
-        params: the parameters, which are written.
-        grads: their gradients, which are only read.
-        states: the state of the parameters by name, in the order in which the rule takes it; it is written.
-    """
+    """Write the parameters of one group and their states, which are in the order of the rule, chunk by chunk."""
     lrs = [group["lr"] * ratio for ratio in ratios]
     for chunk in _chunks(params):
         own = grads[chunk]

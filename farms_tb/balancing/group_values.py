@@ -38,26 +38,14 @@ class Snapshot:
                 self._versions[key] = value._version
 
     def update(self, key: str, value: Any) -> None:
-        """Note a new value.
-
-        Args:
-            key: the key that was written.
-            value: its value now.
-        """
+        """Note the value that was written under a key."""
         self._values[key] = value
         self._versions.pop(key, None)
         if isinstance(value, Tensor):
             self._versions[key] = value._version
 
     def changes(self, group: Group) -> set[str]:
-        """Return the keys that were written, added or removed since.
-
-        Args:
-            group: the group as it is now.
-
-        Returns:
-            The keys; never that of the parameters.
-        """
+        """Return the keys that were written, added or removed since; never that of the parameters."""
         values = self._values
         identical = group.keys() == values.keys() and all(map(is_, group.values(), values.values()))
         if identical and not self._versions:

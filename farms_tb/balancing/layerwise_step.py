@@ -225,13 +225,9 @@ class LayerwiseStep:
 def _with_view(
     view: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any], after_closure: Callable[[], None]
 ) -> tuple[Any, Any]:
-    """Return the arguments of a step with a view in place of the optimizer.
+    """Return the arguments of a step with a view in place of the optimizer, which comes first.
 
-    Args:
-        view: the view.
-        args: the positional arguments of the step, the optimizer first.
-        kwargs: its arguments by name.
-        after_closure: called after each call of the closure, if the step has one.
+    If the step has a closure, `after_closure` is called after each call of it.
     """
     _, *rest = args
     if rest and callable(rest[0]):
@@ -242,12 +238,7 @@ def _with_view(
 
 
 def _followed_by(closure: Callable[[], Any], after: Callable[[], None]) -> Callable[[], Any]:
-    """Return a closure that calls another function after each call.
-
-    Args:
-        closure: the user's closure, whose result is returned.
-        after: the other function.
-    """
+    """Return a closure that calls another function after each call of the user's, whose result it returns."""
 
     def both() -> Any:
         result = closure()
@@ -258,26 +249,23 @@ def _followed_by(closure: Callable[[], Any], after: Callable[[], None]) -> Calla
 
 
 def _make_view(optimizer: Optimizer, groups: property) -> Optimizer:
-    """Return an object that is `optimizer` in all but its `param_groups`.
+    """Return an object that is `optimizer` in all but its `param_groups`, which are a property.
 
-    Args:
-        optimizer: the optimizer. The object shares its attributes, so what a step assigns the optimizer has too.
-        groups: the property in place of `param_groups`.
+    The object shares its attributes, so what a step assigns the optimizer has too.
     """
     cls = type(optimizer)
     names = {
         "param_groups": groups,
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
-        "is_view_of_layerwise_step": True,
     }
-    view: Optimizer = object.__new__(type(cls.__name__, (_Unannounced, cls), names))
+    view: Optimizer = object.__new__(type(cls.__name__, (_View, cls), names))
     view.__dict__ = optimizer.__dict__
     return view
 
 
-class _Unannounced:
-    """Keeps the class of a view from classes that list their subclasses in `__init_subclass__`."""
+class _View:
+    """Marks the class of a view, and keeps it from classes that list their subclasses in `__init_subclass__`."""
 
     __slots__ = ()
 
@@ -298,14 +286,10 @@ class _OtherSteps:
         # For optimizers during a step: how many steps of attached ones came before, and their parameters then.
         self._begun: WeakKeyDictionary[Optimizer, tuple[int, Traces]] = WeakKeyDictionary()
         # Optimizers that were found not to move what is balanced, and by which attached ones.
-        self._right: WeakKeyDictionary[Optimizer, WeakSet[LayerwiseStep]] = WeakKeyDictionary()
+        self._harmless: WeakKeyDictionary[Optimizer, WeakSet[LayerwiseStep]] = WeakKeyDictionary()
 
     def watch_if(self, any_attached: bool) -> None:
-        """Begin to look, or cease.
-
-        Args:
-            any_attached: whether any optimizer has layer-wise learning rates now.
-        """
+        """Begin to look, or cease where no optimizer has layer-wise learning rates any more."""
         if any_attached and not self._handles:
             self._handles = [
                 register_optimizer_step_pre_hook(self._before_step),
@@ -324,7 +308,7 @@ class _OtherSteps:
         wraps_attached = any(inner in _attached for inner in stepping_optimizers(optimizer))
         shares_parameters = any(_shares_parameters(optimizer, step) for step in active)
         if wraps_attached or not shares_parameters:
-            self._note_as_right(optimizer, active)
+            self._note_as_harmless(optimizer, active)
         else:
             self._begun[optimizer] = _number_of_steps(active), Traces(optimizer)
 
@@ -334,7 +318,7 @@ class _OtherSteps:
             return
         steps, traces = self._begun.pop(optimizer)
         if _number_of_steps(_active_steps()) > steps:
-            self._note_as_right(optimizer, _active_steps())
+            self._note_as_harmless(optimizer, _active_steps())
         elif traces.any_touched() and self._conflicts(optimizer):
             raise RuntimeError(
                 f"this {type(optimizer).__name__} moves parameters that have layer-wise learning rates in another "
@@ -354,15 +338,15 @@ class _OtherSteps:
         gc.collect()
         return any(_shares_parameters(optimizer, step) for step in _active_steps())
 
-    def _note_as_right(self, optimizer: Optimizer, active: list[LayerwiseStep]) -> None:
-        self._right.setdefault(optimizer, WeakSet()).update(active)
+    def _note_as_harmless(self, optimizer: Optimizer, active: list[LayerwiseStep]) -> None:
+        self._harmless.setdefault(optimizer, WeakSet()).update(active)
 
     def _is_known(self, optimizer: Optimizer) -> bool:
-        """Return whether an optimizer need not be looked at: it has ratios itself, or was found right."""
-        if optimizer in _attached or getattr(type(optimizer), "is_view_of_layerwise_step", False):
+        """Return whether an optimizer need not be looked at: it has ratios itself, or was found harmless."""
+        if optimizer in _attached or isinstance(optimizer, _View):
             return True
-        right = self._right.get(optimizer, ())
-        return all(step in right for step in _active_steps())
+        harmless_to = self._harmless.get(optimizer, ())
+        return all(step in harmless_to for step in _active_steps())
 
 
 _other_steps = _OtherSteps()
@@ -379,12 +363,7 @@ def _active_steps() -> list[LayerwiseStep]:
 
 
 def _shares_parameters(optimizer: Optimizer, step: LayerwiseStep) -> bool:
-    """Return whether an optimizer holds a parameter that an attached one balances.
-
-    Args:
-        optimizer: any optimizer.
-        step: what is attached to the other one.
-    """
+    """Return whether an optimizer holds a parameter that another one, which has `step` attached, balances."""
     return not parameter_ids(optimizer).isdisjoint(parameter_ids(step.optimizer))
 
 

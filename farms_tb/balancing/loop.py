@@ -149,11 +149,7 @@ class TempBalance:
             self._balancer.update()
 
     def _check_attached(self, call: str) -> None:
-        """Raise if the optimizers were given back.
-
-        Args:
-            call: what was called.
-        """
+        """Raise if the optimizers were given back before this call."""
         if self._detached:
             raise RuntimeError(
                 f"{call} after detach(): the optimizers step without ratios. Make a new TempBalance"

@@ -77,10 +77,7 @@ class MeasuredModel:
         """
         self.follow_model()
         layers, team = self.assignment.layers, self._team()
-        report = measure(layers, self._spectrum_options, histogram=histogram, team=team)
-        if self.compares:
-            report = self._with_nulls(report)
-        return report
+        return self._compared(measure(layers, self._spectrum_options, histogram=histogram, team=team))
 
     def begin(self, histogram: bool = False) -> None:
         """Begin to measure the weights as they are now, in the background.
@@ -104,9 +101,7 @@ class MeasuredModel:
             raise RuntimeError("no measurement was begun: call begin_update() before finish_update()")
         # The report is of the layers of then. The next to follow the model finds those of now.
         self.assignment, self._signature = self._at_begin
-        if self.compares:
-            report = self._with_nulls(report)
-        return report
+        return self._compared(report)
 
     def begun_report(self) -> Report | None:
         """Wait for the measurement that was begun, if any. It stays begun."""
@@ -148,8 +143,10 @@ class MeasuredModel:
     def _team(self) -> Team | None:
         return current_team() if self._share else None
 
-    def _with_nulls(self, report: Report) -> Report:
-        """Add the permutation null of each layer, and measure those that are missing."""
+    def _compared(self, report: Report) -> Report:
+        """Where layers are compared, add the permutation null of each, and measure those that are missing."""
+        if not self.compares:
+            return report
         # Once for each layer, from the first weights that have an alpha: its permutation null stays as long as the
         # layer has its shape. Those of layers that are gone go with them.
         shapes = self._shapes(report)
@@ -196,10 +193,6 @@ def _signature(model: nn.Module, layers: Sequence[Layer]) -> list[tuple[str, int
 
     A lazy parameter stays the same object when it gets values, a parameter that is parametrized when it gets
     another name, and a weight when adapters are merged into it.
-
-    Args:
-        model: the model.
-        layers: its layers, as they were found last.
     """
     signature: list[tuple[str, int, bool] | str] = []
     for name, parameter in model.named_parameters():

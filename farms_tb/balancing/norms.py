@@ -7,7 +7,7 @@ random numbers, run hooks or wait for other processes. `is_norm` states the rule
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -75,9 +75,6 @@ def is_norm(module: nn.Module) -> bool:
     where it, or a class it derives from, has "norm" in its name, and where the module has one or two parameters,
     all vectors of one length: the scale and the shift of each channel. A shape such as `(1, C, 1, 1)` is a vector
     as well. Modules with submodules are no norms.
-
-    Args:
-        module: any module.
     """
     if isinstance(module, _TORCH_NORMS):
         return True
@@ -94,14 +91,7 @@ _Placed = tuple[int, str]
 def _layer_before(
     path: str, norm: nn.Module, modules: dict[str, nn.Module], nearest: dict[int, _Placed]
 ) -> str | None:
-    """Return the path of the layer that a norm follows; None where there is none.
-
-    Args:
-        path: path of the norm.
-        norm: the norm.
-        modules: the modules of all layers by path.
-        nearest: for each number of output channels, the layer registered last before the norm.
-    """
+    """Return the path of the layer that a norm follows, see `layers_before_norms`; None where there is none."""
     sibling = _sibling(path)
     if sibling in modules:
         return sibling
@@ -139,10 +129,9 @@ def _is_vector(parameter: Tensor) -> bool:
 
 def _output_width(module: nn.Module) -> int | None:
     """Return the number of output channels of a layer: by its attributes, or the length of its bias."""
-    for attribute in _OUTPUT_WIDTHS:
-        width = getattr(module, attribute, None)
-        if isinstance(width, int):
-            return width
+    width = _width(module, _OUTPUT_WIDTHS)
+    if width is not None:
+        return width
     # Not `module.bias`, which would compute a bias that is parametrized.
     bias = module._parameters.get("bias")
     return bias.numel() if bias is not None and not is_lazy(bias) and bias.ndim == 1 else None
@@ -150,12 +139,17 @@ def _output_width(module: nn.Module) -> int | None:
 
 def _norm_widths(norm: nn.Module) -> set[int]:
     """Return the numbers of channels that the input of a norm may have."""
-    for attribute in _NORM_WIDTHS:
-        width = getattr(norm, attribute, None)
-        if isinstance(width, int):
-            return {width}
+    width = _width(norm, _NORM_WIDTHS)
+    if width is not None:
+        return {width}
     shape = getattr(norm, "normalized_shape", None)
     if isinstance(shape, (tuple, list, torch.Size)):
         return set(shape)
     channels = _channels(norm)
     return set() if channels is None else {channels}
+
+
+def _width(module: nn.Module, attributes: Iterable[str]) -> int | None:
+    """Return the first of these attributes of a module that is an integer; None where there is none."""
+    values = (getattr(module, attribute, None) for attribute in attributes)
+    return next((value for value in values if isinstance(value, int)), None)

@@ -26,11 +26,7 @@ _WAY_OUT = "Use another optimizer, or lr_min_ratio=lr_max_ratio=1 to measure onl
 
 
 def unwrapped_optimizer(optimizer: Any) -> Any:
-    """Return the optimizer inside Lightning's `LightningOptimizer`; any other object as it is.
-
-    Args:
-        optimizer: what a user gave as an optimizer.
-    """
+    """Return the optimizer inside Lightning's `LightningOptimizer`; any other object as it is."""
     if isinstance(optimizer, Optimizer):
         return optimizer
     inner = getattr(optimizer, "_optimizer", None)
@@ -42,20 +38,12 @@ def stepping_optimizers(optimizer: Optimizer) -> Iterator[Optimizer]:
 
     Wrapped optimizers are its attributes, or in lists and dicts among them. An optimizer that wraps another one
     and also moves parameters of its own comes after those it wraps. Each comes once.
-
-    Args:
-        optimizer: the optimizer that the training loop steps.
     """
     yield from _stepping(optimizer, set())
 
 
 def _stepping(optimizer: Optimizer, seen: set[int]) -> Iterator[Optimizer]:
-    """Yield as `stepping_optimizers` does, but for those that were seen: wrappers may refer to each other.
-
-    Args:
-        optimizer: the optimizer.
-        seen: the `id` of each optimizer that was looked at; those that are looked at now are added.
-    """
+    """Yield as `stepping_optimizers` does, but for those whose `id` was seen: wrappers may refer to each other."""
     seen.add(id(optimizer))
     inner = [wrapped for wrapped in _optimizers_among(vars(optimizer).values()) if id(wrapped) not in seen]
     for wrapped in inner:
@@ -69,11 +57,7 @@ def _stepping(optimizer: Optimizer, seen: set[int]) -> Iterator[Optimizer]:
 
 
 def all_parameters(groups: Iterable[Group]) -> list[Tensor]:
-    """Return the parameters of param groups, in order.
-
-    Args:
-        groups: the groups of an optimizer.
-    """
+    """Return the parameters of param groups, in order."""
     params: list[Tensor] = []
     for group in groups:
         params += group["params"]
@@ -81,21 +65,12 @@ def all_parameters(groups: Iterable[Group]) -> list[Tensor]:
 
 
 def parameter_ids(optimizer: Optimizer) -> set[int]:
-    """Return the `id` of each parameter in the param groups of an optimizer.
-
-    Args:
-        optimizer: the optimizer, whose groups may grow during training.
-    """
+    """Return the `id` of each parameter in the param groups of an optimizer, which may grow during training."""
     return set(map(id, all_parameters(optimizer.param_groups)))
 
 
 def _optimizers_among(values: Iterable[Any], depth: int = 3) -> Iterator[Optimizer]:
-    """Yield the optimizers among values, and in the lists, tuples and dicts among them.
-
-    Args:
-        values: any objects.
-        depth: so many lists and dicts inside each other are opened.
-    """
+    """Yield the optimizers among values, and in lists, tuples and dicts among them, `depth` inside each other."""
     for value in values:
         if isinstance(value, Optimizer):
             yield value
@@ -114,9 +89,6 @@ def _is_state(mapping: Mapping[Any, Any]) -> bool:
 
 def check_optimizer(optimizer: Optimizer) -> None:
     """Raise where layer-wise learning rates cannot work, warn where they are untested.
-
-    Args:
-        optimizer: the optimizer; not changed.
 
     Raises:
         TypeError: not a torch optimizer.
@@ -153,30 +125,21 @@ def _warn_if_untested(optimizer: Optimizer) -> None:
     name = type(optimizer).__name__
     if isinstance(optimizer, torch.optim.Rprop):
         message = "Rprop uses its lr for the first step alone: ratios have no effect after it"
-        warn_once(message, type(optimizer))
     elif isinstance(optimizer, torch.optim.Adafactor):
         message = (
             "torch's Adafactor steps with 1 / sqrt(step) where that is below its lr: layers whose rates are above "
             "it all step alike, so that ratios have less and less effect. A smaller lr puts this off: with 1e-3 "
             "it begins after a million steps"
         )
-        warn_once(message, type(optimizer))
-    elif not type(optimizer).__module__.startswith("torch.optim"):
+    elif type(optimizer).__module__.startswith("torch.optim"):
+        return
+    else:
         message = f"layer-wise learning rates are untested with {name}: check callback.param_groups(optimizer)"
-        warn_once(message, type(optimizer))
+    warn_once(message, type(optimizer))
 
 
 def _check_lr(name: str, index: int, group: Group) -> None:
-    """Raise where a group has no number as its lr.
-
-    Args:
-        name: name of the optimizer's class.
-        index: which of its groups it is.
-        group: the group.
-
-    Raises:
-        ValueError: its lr is missing, None, or neither a number nor a tensor.
-    """
+    """Raise where the lr of a group is missing, None, or neither a number nor a tensor."""
     if "lr" not in group:
         raise ValueError(f"param group {index} of {name} has no 'lr' to scale. {_WAY_OUT}")
     lr = group["lr"]
@@ -204,11 +167,7 @@ def incompatible(optimizer: Optimizer, deed: str) -> RuntimeError:
 
 
 def captured(optimizer: Optimizer) -> RuntimeError:
-    """Return the error for a step that is part of a CUDA graph.
-
-    Args:
-        optimizer: the optimizer.
-    """
+    """Return the error for a step that is part of a CUDA graph."""
     return RuntimeError(
         f"{type(optimizer).__name__}.step() was captured in a CUDA graph, which would go on with the learning "
         "rates of that moment: leave the step out of the graph (capture forward and backward alone, as "

@@ -54,10 +54,7 @@ class BalancedOptimizers:
         self._steps: list[LayerwiseStep] = []
 
     def attach(self, layers: Sequence[Layer]) -> None:
-        """Make the optimizers step with the ratios, from now on and until `detach`.
-
-        Args:
-            layers: the layers that are balanced.
+        """Make the optimizers step with the ratios of these layers, from now on and until `detach`.
 
         Raises:
             ValueError: no layer has a parameter in an optimizer, or an optimizer cannot have layer-wise learning
@@ -88,14 +85,10 @@ class BalancedOptimizers:
             step.ratios = ratios
 
     def apply_measured(self, ratios: Mapping[int, Ratio], model: nn.Module) -> None:
-        """Let the next steps use the ratios of a new measurement.
+        """Let the next steps use the ratios of a new measurement, as in `apply`.
 
         Warns, once for the model, where its weights were trained since the measurement before by steps that did
         not have layer-wise learning rates.
-
-        Args:
-            ratios: as in `apply`.
-            model: what the warning is about.
         """
         missed = [step.optimizer for step in self._steps if step.replace_ratios(ratios)]
         for optimizer in missed:
@@ -123,33 +116,13 @@ class BalancedOptimizers:
         return all_parameters(group for optimizer in self._optimizers for group in optimizer.param_groups)
 
     def trained(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-        """Return those of a model's parameters that some optimizer trains now.
+        """Return those of a model's parameters that some optimizer trains now, by name.
 
-        Args:
-            parameters: the parameters by name.
-
-        Returns:
-            Those that an optimizer holds and that are not frozen, or only for the turn of another one, by name.
+        That is, those that it holds and that are not frozen, or only for the turn of another one.
         """
         held, pausing = self._held(), self._pausing()
         own = {name: parameter for name, parameter in parameters.items() if id(parameter) in held}
         return {name: one for name, one in own.items() if one.requires_grad or id(one) in pausing}
-
-    def _pausing(self) -> set[int]:
-        """Return the `id` of each parameter that is frozen while its optimizer waits for its turn.
-
-        Loops with several optimizers, as for a GAN, freeze one network for the step of the other, and a batch may
-        end so. Then all parameters of an optimizer are frozen, and it has stepped them before: they have a state.
-        """
-        pausing: set[int] = set()
-        if len(self._optimizers) == 1:
-            return pausing
-        for optimizer in self._optimizers:
-            state = getattr(optimizer, "__dict__", {}).get("state", {})
-            params = all_parameters(optimizer.param_groups)
-            if isinstance(state, Mapping) and not any(parameter.requires_grad for parameter in params):
-                pausing.update(id(parameter) for parameter in params if parameter in state)
-        return pausing
 
     def groups(self, optimizer: Any = None) -> list[SplitGroup]:
         """Return the groups that a step sees now.
@@ -170,14 +143,7 @@ class BalancedOptimizers:
         return groups
 
     def _check_type(self, optimizer: Any) -> None:
-        """Raise for what cannot be stepped, or read, as an optimizer.
-
-        Args:
-            optimizer: what a user gave.
-
-        Raises:
-            TypeError: not a torch optimizer; only measured, an object without `param_groups`.
-        """
+        """Raise for what is no torch optimizer; where it is only measured, for what has no `param_groups`."""
         is_readable = self._options.only_measures and hasattr(optimizer, "param_groups")
         if is_readable or isinstance(optimizer, Optimizer):
             return
@@ -195,6 +161,22 @@ class BalancedOptimizers:
     def _held(self) -> set[int]:
         """Return the `id` of each parameter that some optimizer holds."""
         return set(map(id, self.parameters()))
+
+    def _pausing(self) -> set[int]:
+        """Return the `id` of each parameter that is frozen while its optimizer waits for its turn.
+
+        Loops with several optimizers, as for a GAN, freeze one network for the step of the other, and a batch may
+        end so. Then all parameters of an optimizer are frozen, and it has stepped them before: they have a state.
+        """
+        if len(self._optimizers) == 1:
+            return set()
+        pausing: set[int] = set()
+        for optimizer in self._optimizers:
+            state = getattr(optimizer, "__dict__", {}).get("state", {})
+            params = all_parameters(optimizer.param_groups)
+            if isinstance(state, Mapping) and not any(parameter.requires_grad for parameter in params):
+                pausing.update(id(parameter) for parameter in params if parameter in state)
+        return pausing
 
 
 def _stepping(optimizer: Any) -> Iterable[Any]:

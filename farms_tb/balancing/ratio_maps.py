@@ -106,11 +106,6 @@ def ratios_from(
 ) -> dict[str, float]:
     """Map alphas as `lr_ratios` does, with options that are checked already.
 
-    Args:
-        alphas: alpha of each layer; None or NaN where a layer has none.
-        options: the map and its options.
-        errors: standard error of each alpha, which the map of shrunk effects uses.
-
     Raises:
         ValueError: an alpha that is infinite, or that the map cannot map.
     """
@@ -134,11 +129,7 @@ def ratios_from(
 
 
 def _known(alphas: Mapping[str, float | None]) -> dict[str, float]:
-    """Return the alphas of the layers that have one.
-
-    Raises:
-        ValueError: one is infinite.
-    """
+    """Return the alphas of the layers that have one; raise where one is infinite."""
     known = {}
     for name, alpha in alphas.items():
         if alpha is None or math.isnan(alpha):
@@ -149,16 +140,23 @@ def _known(alphas: Mapping[str, float | None]) -> dict[str, float]:
     return known
 
 
+def _check_domain(alphas: Mapping[str, float], assign_func: AssignFunc) -> None:
+    """Raise where the map is not defined for an alpha: where no root or logarithm of it is positive."""
+    bound = MAPS[assign_func].above
+    for name, alpha in alphas.items():
+        if not alpha > bound:
+            raise ValueError(f"{assign_func} needs alphas above {bound:g}, got {alpha!r} for {name!r}")
+
+
+def _reflected(alphas: Sequence[float]) -> list[float]:
+    """Return max + min - a of each alpha a, which turns their order round and stays in their range."""
+    # Halves, because a sum of two huge values would overflow, as may a rounding above the largest.
+    low, high = min(alphas) / 2, max(alphas) / 2
+    return [2 * min(max(low + (high - alpha / 2), low), high) for alpha in alphas]
+
+
 def _errors_of(names: Iterable[str], errors: Mapping[str, float]) -> list[float]:
-    """Return the standard errors of layers.
-
-    Args:
-        names: names of the layers.
-        errors: standard error of each.
-
-    Raises:
-        ValueError: one is missing, negative, infinite or NaN.
-    """
+    """Return the standard errors of layers by their names; raise where one is missing or no error."""
     found = []
     for name in names:
         error = errors.get(name, math.nan)
@@ -169,73 +167,6 @@ def _errors_of(names: Iterable[str], errors: Mapping[str, float]) -> list[float]
             )
         found.append(error)
     return found
-
-
-def _reflected(alphas: Sequence[float]) -> list[float]:
-    """Return max + min - a of each alpha a, which turns their order round and stays in their range."""
-    # Halves, because a sum of two huge values would overflow, as may a rounding above the largest.
-    low, high = min(alphas) / 2, max(alphas) / 2
-    return [2 * min(max(low + (high - alpha / 2), low), high) for alpha in alphas]
-
-
-def noise_lambda(z_scores: Sequence[float]) -> float:
-    """Return lambda = max(0, 1 - 1 / Var(z)), the share of the variance of z-scores that noise does not explain.
-
-    The z-scores of random layers have variance 1. Var(z) is the unbiased sample variance.
-
-    Args:
-        z_scores: z-score of each layer.
-
-    Returns:
-        A number from 0 to 1; 0 for fewer than two layers.
-
-    Example:
-        >>> noise_lambda([-2.0, 0.0, 2.0])
-        0.75
-    """
-    largest = max(map(abs, z_scores), default=0.0)
-    if len(z_scores) < 2 or largest == 0:
-        return 0.0
-    # Scaled by the largest, because squares of huge values would overflow.
-    scaled = [z / largest for z in z_scores]
-    mean = fmean(scaled)
-    variance = math.fsum((z - mean) ** 2 for z in scaled) / (len(scaled) - 1) * largest * largest
-    if variance <= 1:
-        return 0.0
-    return 1 - 1 / variance
-
-
-def _to_levels(ratios: Sequence[float], levels: int) -> list[float]:
-    """Round each ratio to the nearest of L equally spaced levels; where two are equally near, to the larger.
-
-    The levels are low + (high - low) * k / (L - 1) for k = 0, ..., L - 1. `low` and `high` are the smallest and
-    the largest of the ratios, not those that the options allow: the noise-aware map keeps ratios together where
-    they do not differ beyond noise, and levels further apart would separate them again.
-    """
-    low, high = min(ratios), max(ratios)
-    if low == high:
-        return list(ratios)
-    rounded = []
-    for ratio in ratios:
-        position = math.floor((ratio - low) / (high - low) * (levels - 1) + 0.5) / (levels - 1)
-        rounded.append(min(max(low * (1 - position) + high * position, low), high))
-    return rounded
-
-
-def _check_domain(alphas: Mapping[str, float], assign_func: AssignFunc) -> None:
-    """Check that the map is defined for every alpha: that a root or a logarithm of it is positive.
-
-    Args:
-        alphas: alpha of each layer by name.
-        assign_func: the map.
-
-    Raises:
-        ValueError: it is not; the message names the layer.
-    """
-    bound = MAPS[assign_func].above
-    for name, alpha in alphas.items():
-        if not alpha > bound:
-            raise ValueError(f"{assign_func} needs alphas above {bound:g}, got {alpha!r} for {name!r}")
 
 
 def _linear_map(alphas: Sequence[float], options: RatioOptions) -> list[float]:
@@ -289,6 +220,33 @@ def _sigmoid(alphas: Sequence[float], options: RatioOptions) -> list[float]:
     return ratios
 
 
+def noise_lambda(z_scores: Sequence[float]) -> float:
+    """Return lambda = max(0, 1 - 1 / Var(z)), the share of the variance of z-scores that noise does not explain.
+
+    The z-scores of random layers have variance 1. Var(z) is the unbiased sample variance.
+
+    Args:
+        z_scores: z-score of each layer.
+
+    Returns:
+        A number from 0 to 1; 0 for fewer than two layers.
+
+    Example:
+        >>> noise_lambda([-2.0, 0.0, 2.0])
+        0.75
+    """
+    largest = max(map(abs, z_scores), default=0.0)
+    if len(z_scores) < 2 or largest == 0:
+        return 0.0
+    # Scaled by the largest, because squares of huge values would overflow.
+    scaled = [z / largest for z in z_scores]
+    mean = fmean(scaled)
+    variance = math.fsum((z - mean) ** 2 for z in scaled) / (len(scaled) - 1) * largest * largest
+    if variance <= 1:
+        return 0.0
+    return 1 - 1 / variance
+
+
 def _noise_aware(z_scores: Sequence[float], options: RatioOptions) -> list[float]:
     """Return r_i^lambda, r_i the linear map of the z-scores and lambda their `noise_lambda`."""
     share = noise_lambda(z_scores)
@@ -328,6 +286,23 @@ def _shrinkage(effects: Sequence[float], errors: Sequence[float], options: Ratio
         return [middle] * len(effects)
     ratios = [middle + reach * ((effect - shrunk.mean) / furthest) for effect in shrunk.effects]
     return [min(max(ratio, low), high) for ratio in ratios]
+
+
+def _to_levels(ratios: Sequence[float], levels: int) -> list[float]:
+    """Round each ratio to the nearest of L equally spaced levels; where two are equally near, to the larger.
+
+    The levels are low + (high - low) * k / (L - 1) for k = 0, ..., L - 1. `low` and `high` are the smallest and
+    the largest of the ratios, not those that the options allow: the noise-aware map keeps ratios together where
+    they do not differ beyond noise, and levels further apart would separate them again.
+    """
+    low, high = min(ratios), max(ratios)
+    if low == high:
+        return list(ratios)
+    rounded = []
+    for ratio in ratios:
+        position = math.floor((ratio - low) / (high - low) * (levels - 1) + 0.5) / (levels - 1)
+        rounded.append(min(max(low * (1 - position) + high * position, low), high))
+    return rounded
 
 
 _MAPS: dict[AssignFunc, Callable[[Sequence[float], RatioOptions], list[float]]] = {

@@ -52,12 +52,8 @@ class RatioWarnings:
             self._about_noise(report, mapped)
 
     def _about_noise(self, report: Report, mapped: MappedRatios) -> None:
-        """Warn where differences of alpha that ratios follow are sampling noise, or the bias of a small layer.
-
-        Args:
-            report: the measurement.
-            mapped: the ratios that follow from it; each kind of layer is looked at by itself.
-        """
+        """Warn where differences of alpha that ratios follow are sampling noise, or the bias of a small layer."""
+        # Each kind of layer is balanced, and so looked at, by itself.
         for names in mapped.balanced.values():
             ratios = {mapped.ratios[name] for name in names}
             if len(ratios) < 2:
@@ -67,12 +63,7 @@ class RatioWarnings:
             self._about_single_matrix(records, mapped)
 
     def _about_missing(self, report: Report, mapped: MappedRatios) -> None:
-        """Name the layers that take part and have no value to map, with the reason of each.
-
-        Args:
-            report: the measurement.
-            mapped: what followed from it.
-        """
+        """Name the layers that take part and have no value to map, with the reason of each."""
         new = self._new(mapped.missing)
         if not new:
             return
@@ -118,12 +109,7 @@ class RatioWarnings:
             )
 
     def _about_single_matrix(self, records: dict[str, LayerRecord], mapped: MappedRatios) -> None:
-        """Warn where the largest alpha is that of a single matrix among stacks of several, and so biased upwards.
-
-        Args:
-            records: the balanced layers of one kind by name.
-            mapped: the ratios, whose mean the warning tells.
-        """
+        """Warn where the largest alpha is that of a single matrix among stacks, and so biased upwards."""
         top = max(records, key=lambda name: records[name].alpha or 0.0)
         some_are_stacks = not all(map(_is_single, records.values()))
         is_biased = _is_single(records[top]) and some_are_stacks

@@ -81,12 +81,14 @@ class _MappedKind:
     """The layers of one kind, real or complex weights, after the map.
 
     Attributes:
-        estimates: what was mapped, by unit: a layer or a block.
+        units: how many layers, or blocks, take part.
+        estimates: what was mapped of each unit that has it.
         ratios: ratio of each layer that gets one.
         missing: layers of the units without an estimate.
     """
 
-    estimates: dict[str, Estimate]
+    units: int
+    estimates: list[Estimate]
     ratios: dict[str, float]
     missing: list[str]
 
@@ -109,36 +111,29 @@ def ratios_of_report(
         ValueError: a metric that the map cannot map.
     """
     kinds: dict[Kind, _MappedKind] = {}
-    numbers: dict[Kind, int] = {}
     mapped: dict[str, float] = {}
     missing: list[str] = []
-    balanced: dict[Kind, list[str]] = {}
     for kind, names in members.items():
-        units = _units(names, assignment.blocks)
-        numbers[kind] = len(units)
-        estimates = _estimates({name: report.layers[name] for name in names}, options)
-        kinds[kind] = _mapped_kind(units, estimates, options)
+        records = {name: report.layers[name] for name in names}
+        kinds[kind] = _mapped_kind(records, assignment.blocks, options)
         mapped |= kinds[kind].ratios
         missing += kinds[kind].missing
-        without = set(kinds[kind].missing)
-        balanced[kind] = [name for name in names if name not in without]
+    without = set(missing)
+    balanced = {kind: [name for name in names if name not in without] for kind, names in members.items()}
+    units = {kind: one.units for kind, one in kinds.items()}
     if options.normalize == "mean":
-        mapped = _with_mean_one(report, mapped)
+        mapped = _with_weighted_mean_one(report, mapped)
     chosen = {**mapped, **assignment.fixed_layers}
     ratios = with_shared_ratios({**dict.fromkeys(report.layers, 1.0), **chosen}, assignment, options, chosen)
-    return MappedRatios(ratios, missing, balanced, numbers, _summary(kinds, mapped, options))
+    return MappedRatios(ratios, missing, balanced, units, _summary(kinds, mapped, options))
 
 
 def _mapped_kind(
-    units: Mapping[str, list[str]], estimates: Mapping[str, Estimate], options: RatioOptions
+    records: Mapping[str, LayerRecord], blocks: Mapping[str, str] | None, options: RatioOptions
 ) -> _MappedKind:
-    """Map the units of one kind.
-
-    Args:
-        units: the layers of each unit.
-        estimates: what is mapped of each layer that has it.
-        options: the map.
-    """
+    """Map the layers of one kind that take part, or the blocks that they are in."""
+    units = _units(records, blocks)
+    estimates = _estimates(records, options)
     known: dict[str, Estimate] = {}
     missing: list[str] = []
     for unit, layers in units.items():
@@ -156,7 +151,7 @@ def _mapped_kind(
     ratios = {}
     for unit, ratio in of_units.items():
         ratios.update(dict.fromkeys(units[unit], ratio))
-    return _MappedKind(known, ratios, missing)
+    return _MappedKind(len(units), list(known.values()), ratios, missing)
 
 
 def _permuted(ratios: Mapping[str, float], seed: int) -> dict[str, float]:
@@ -168,12 +163,7 @@ def _permuted(ratios: Mapping[str, float], seed: int) -> dict[str, float]:
 
 
 def _units(names: Iterable[str], blocks: Mapping[str, str] | None) -> dict[str, list[str]]:
-    """Return the layers of each unit: a layer, or the block that layers are in.
-
-    Args:
-        names: layers that take part.
-        blocks: the block of each of them; None where layers are units by themselves.
-    """
+    """Return the layers of each unit: the block that they are in, or without blocks each layer by itself."""
     units: dict[str, list[str]] = {}
     for name in names:
         units.setdefault(name if blocks is None else blocks[name], []).append(name)
@@ -183,22 +173,17 @@ def _units(names: Iterable[str], blocks: Mapping[str, str] | None) -> dict[str, 
 def _estimates(records: Mapping[str, LayerRecord], options: RatioOptions) -> dict[str, Estimate]:
     """Return what is mapped of each layer: its effect, its z-score or its metric, as the map needs.
 
-    Layers that have no alpha are left out, and those whose small alpha comes of a collapsed spectrum; none is by
-    the static maps, which look at no alpha.
-
-    Args:
-        records: record of each layer by name.
-        options: the map, the metric, and what becomes of collapsed layers.
+    Layers that have no alpha are left out, and with `collapsed="leave_out"` those whose small alpha comes of a
+    collapsed spectrum; none is by the static maps, which look at no alpha.
     """
-    if MAPS[options.assign_func].takes == "nothing":
+    takes = MAPS[options.assign_func].takes
+    if takes == "nothing":
         return {name: Estimate(0.0, None) for name in records}
     if options.collapsed == "leave_out":
         records = {name: record for name, record in records.items() if not record.collapsed}
-    takes = MAPS[options.assign_func].takes
-    compares = options.compares_with_random
-    if compares and takes == "effect":
+    if options.compares_with_random and takes == "effect":
         return _effects(records)
-    if compares:
+    if options.compares_with_random:
         values = {name: record.z_score for name, record in records.items()}
     else:
         values = {name: record.metric(options.metric) for name, record in records.items()}
@@ -226,15 +211,10 @@ def _effects(records: Mapping[str, LayerRecord]) -> dict[str, Estimate]:
 
 
 def _mean(estimates: Sequence[Estimate], options: RatioOptions) -> Estimate:
-    """Return the mean of the estimates of a unit's layers, one or more.
+    """Return the mean of the estimates of a unit's layers; one alone is returned as it is.
 
-    Args:
-        estimates: e_i is the standard error of the value of layer i.
-        options: `block_mean` is used.
-
-    Returns:
-        The plain mean of the values, whose error is sqrt(sum of e_i^2) / n. With `block_mean="weighted"`, where
-        every layer has an error above 0, see `_weighted_mean`. One estimate alone is returned as it is.
+    The error of the plain mean is sqrt(sum of e_i^2) / n, where e_i are those of the n layers. With
+    `block_mean="weighted"`, where every layer has an error above 0, see `_weighted_mean`.
     """
     if len(estimates) == 1:
         return estimates[0]
@@ -255,13 +235,8 @@ def _weighted_mean(values: Sequence[float], errors: Sequence[float]) -> Estimate
     return Estimate(weighted / math.fsum(weights), 1 / math.sqrt(math.fsum(weights)))
 
 
-def _with_mean_one(report: Report, ratios: Mapping[str, float]) -> dict[str, float]:
-    """Divide ratios by their mean, in which a layer weighs as much as its matrices have entries.
-
-    Args:
-        report: the measurement, whose records hold the shapes.
-        ratios: ratios of the balanced layers by name; not all of them 0.
-    """
+def _with_weighted_mean_one(report: Report, ratios: Mapping[str, float]) -> dict[str, float]:
+    """Divide ratios by their mean, in which a layer weighs as much as its matrices have entries."""
     sizes = {name: math.prod(report.layers[name].shape) for name in ratios}
     total = math.fsum(sizes[name] * ratio for name, ratio in ratios.items())
     if total == 0:
@@ -273,19 +248,13 @@ def _with_mean_one(report: Report, ratios: Mapping[str, float]) -> dict[str, flo
 def _summary(
     kinds: Mapping[Kind, _MappedKind], mapped: Mapping[str, float], options: RatioOptions
 ) -> RatioSummary:
-    """Say what the map made of the estimates, each kind of layer apart.
-
-    Args:
-        kinds: what was mapped, by kind. A kind without estimates has no entry in the summary.
-        mapped: the ratios that came of it.
-        options: the map.
-    """
+    """Say what the map made of the estimates, of each kind that has any; `mapped` are the ratios of all kinds."""
     # The mean over all kinds together: of the layers, not of the kinds.
     mean_ratio = fmean(mapped.values()) if mapped else None
-    known = {kind: list(one.estimates.values()) for kind, one in kinds.items() if one.estimates}
-    values = {kind: [one.value for one in own] for kind, own in known.items()}
     if not options.compares_with_random:
         return RatioSummary(mean_ratio)
+    known = {kind: one.estimates for kind, one in kinds.items() if one.estimates}
+    values = {kind: [one.value for one in own] for kind, own in known.items()}
     if MAPS[options.assign_func].takes == "z-score":
         return RatioSummary(mean_ratio, {kind: noise_lambda(own) for kind, own in values.items()})
     tau: dict[Kind, float] = {}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import TypeVar
 
 from torch import nn
 
@@ -11,6 +12,8 @@ from farms_tb.printable import printable
 from farms_tb.weights.blocks import blocks_of
 from farms_tb.weights.layers import Layer
 from farms_tb.weights.names import clean_name, named_parameters
+
+_K = TypeVar("_K", bound=Hashable)
 
 
 def matches(name: str, pattern: str) -> bool:
@@ -26,24 +29,15 @@ def matches(name: str, pattern: str) -> bool:
 
 
 def layers_matching(layers: Sequence[Layer], pattern: str) -> list[str]:
-    """Return the names of the layers that a pattern matches.
+    """Return the names of the layers that a pattern matches, see `matches`.
 
     The name of a module that holds several weights, such as `attention` or `lstm`, stands for all of them.
-
-    Args:
-        layers: the layers of a model.
-        pattern: as in `matches`.
     """
     return [layer.name for layer in layers if matches(layer.name, pattern) or matches(layer.module_name, pattern)]
 
 
 def parameters_matching(model: nn.Module, pattern: str) -> list[str]:
-    """Return the names of the parameters that a pattern matches, or whose module it matches.
-
-    Args:
-        model: the model.
-        pattern: as in `matches`.
-    """
+    """Return the names of the parameters that a pattern matches, see `matches`, or whose module it matches."""
     found = []
     for name in named_parameters(model):
         module = name.rpartition(".")[0]
@@ -53,31 +47,29 @@ def parameters_matching(model: nn.Module, pattern: str) -> list[str]:
 
 
 def check_patterns(layers: Sequence[Layer], argument: str, patterns: Iterable[str]) -> None:
-    """Raise where a pattern matches no layer.
-
-    Args:
-        layers: the layers of the model.
-        argument: name of the option, for the message.
-        patterns: its patterns.
-
-    Raises:
-        ValueError: the message lists the layers.
-    """
+    """Raise a ValueError that lists the layers where a pattern of an option, `argument`, matches none."""
     for pattern in patterns:
         if not layers_matching(layers, pattern):
             raise ValueError(f"{argument}={pattern!r} matches no layer; the layers are {_listed(layers)}")
 
 
-def packed_layers(layers: Sequence[Layer]) -> dict[str, tuple[str, ...]]:
-    """Return the layers whose matrices are one parameter, by its name: q, k and v of attention, gates of an LSTM.
+def names_by(layers: Sequence[Layer], keys: Callable[[Layer], Iterable[_K]]) -> dict[_K, tuple[str, ...]]:
+    """Return the names of the layers that have each key, in the order of the layers.
 
     Args:
         layers: the layers of a model.
+        keys: returns the keys of a layer, the names of its parameters for example.
     """
-    owners: dict[str, tuple[str, ...]] = {}
+    names: dict[_K, tuple[str, ...]] = {}
     for layer in layers:
-        for matrix in layer.matrices:
-            owners[matrix] = (*owners.get(matrix, ()), layer.name)
+        for key in keys(layer):
+            names[key] = (*names.get(key, ()), layer.name)
+    return names
+
+
+def packed_layers(layers: Sequence[Layer]) -> dict[str, tuple[str, ...]]:
+    """Return the layers whose matrices are one parameter, by its name: q, k and v of attention say."""
+    owners = names_by(layers, lambda layer: layer.matrices)
     return {matrix: together for matrix, together in owners.items() if len(together) > 1}
 
 
@@ -139,12 +131,7 @@ def fixed_ratios(
 
 
 def _held_by_these_alone(names: Collection[str], matrices: Mapping[str, set[str]]) -> set[str]:
-    """Return the matrices of some layers that no other layer has a part of, as q, k and v of attention have.
-
-    Args:
-        names: of these layers.
-        matrices: those of every layer.
-    """
+    """Return the matrices of these layers that no other layer has a part of, as q, k and v of attention have."""
     held: set[str] = set()
     of_others: set[str] = set()
     for layer, own in matrices.items():
@@ -193,7 +180,7 @@ def heads(model: nn.Module, layers: Sequence[Layer]) -> list[str]:
     Raises:
         ValueError: no module is a transformers model, which says by `base_model_prefix` where its base model is.
     """
-    wholes = {}
+    wholes = {}  # the name of the base model in each model, by the path of the model
     for path, module in model.named_modules():
         prefix = getattr(module, "base_model_prefix", None)
         if isinstance(prefix, str):
@@ -207,12 +194,7 @@ def heads(model: nn.Module, layers: Sequence[Layer]) -> list[str]:
 
 
 def _is_head(name: str, wholes: Mapping[str, str]) -> bool:
-    """Return whether a module is inside a model, and outside of its base model.
-
-    Args:
-        name: path of the module.
-        wholes: path of each transformers model, and the name of the base model in it.
-    """
+    """Return whether a module is inside a transformers model, and outside of its base model."""
     for path, prefix in wholes.items():
         inside = f"{path}." if path else ""
         if prefix and name.startswith(inside) and not name.startswith(f"{inside}{prefix}."):

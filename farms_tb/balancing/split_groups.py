@@ -41,7 +41,7 @@ class SplitGroup:
     params: list[Tensor]
     ratio: float
     lr: float | Tensor | None
-    weight_decay: float | Tensor | None = None
+    weight_decay: float | Tensor | None
 
 
 def split_groups(optimizer: Optimizer, ratios: Mapping[int, Ratio]) -> list[SplitGroup]:
@@ -56,16 +56,16 @@ def split_groups(optimizer: Optimizer, ratios: Mapping[int, Ratio]) -> list[Spli
     """
     found = []
     for index, group in enumerate(optimizer.param_groups):
-        lr: Any = group.get("lr")
-        # Without a number (None: the optimizer chooses by itself) there is nothing to scale.
-        has_lr = isinstance(lr, (Real, Tensor))
-        decay: Any = group.get("weight_decay")
-        has_decay = isinstance(decay, (Real, Tensor))
         for ratio, params in _by_ratio(group, ratios).items():
             scale = as_scale(ratio)
-            own_decay = decay * scale.decay if has_decay else None
-            found.append(SplitGroup(index, params, scale.lr, lr * scale.lr if has_lr else None, own_decay))
+            lr, decay = _times(group.get("lr"), scale.lr), _times(group.get("weight_decay"), scale.decay)
+            found.append(SplitGroup(index, params, scale.lr, lr, decay))
     return found
+
+
+def _times(value: Any, factor: float) -> Any:
+    """Return a scaled value; None where it is no number, as an lr that the optimizer chooses by itself."""
+    return value * factor if isinstance(value, (Real, Tensor)) else None
 
 
 class ShownGroups:
@@ -88,11 +88,11 @@ class ShownGroups:
         self,
         optimizer: Optimizer,
         ratios: Mapping[int, Ratio],
-        kept: Sequence[_Split | None] = (),
+        kept: Sequence[_Split | None],
         *,
-        same_ratios: bool = False,
-        compiled: bool = False,
-        watched: bool = False,
+        same_ratios: bool,
+        compiled: bool,
+        watched: bool,
     ) -> None:
         self._optimizer, self._ratios = optimizer, ratios
         self._same_ratios, self._compiled, self._watched = same_ratios, compiled, watched
@@ -152,30 +152,20 @@ class ShownGroups:
         self.groups[:] = [group for part in self._parts for group in part.shown]
 
     def _part(self, group: Group, old: _Split | None) -> _Split | _Merged:
-        """Return what stands for one of the user's groups, where possible the split of the last step.
-
-        Args:
-            group: the user's group.
-            old: how the group in its place was split in the last step; None where it was not.
-        """
+        """Return what stands for one of the user's groups, where possible its split of the last step, `old`."""
         update = None if self._compiled else merged_update(self._optimizer, group, self._ratios)
         if update is not None:
             return _Merged(group, update)
-        if old is None or not self._same_ratios or not old.still_of(group):
-            by_ratio = _by_ratio(group, self._ratios)
-            return _Split(group, by_ratio, old, shares=self._writes_nothing(), watched=self._watched)
-        old.follow_user()
-        return old
+        if old is not None and self._same_ratios and old.still_of(group):
+            old.follow_user()
+            return old
+        by_ratio = _by_ratio(group, self._ratios)
+        return _Split(group, by_ratio, old, shares=self._writes_nothing(), watched=self._watched)
 
     def _write_back(self, split: _Split) -> None:
         """Carry what the step wrote into its groups over to the user's group.
 
-        Args:
-            split: the user's group and those that the step saw in its place.
-
-        Raises:
-            RuntimeError: the step wrote the learning rate or the scaled weight decay, or wrote values that differ
-                between groups of different ratios.
+        Raise where it wrote the learning rate or the scaled weight decay, or values that differ between ratios.
         """
         written = split.written_by_step()
         if "lr" in written:
@@ -218,10 +208,10 @@ class _Split:
         self,
         group: Group,
         by_ratio: Mapping[Ratio, list[Tensor]],
-        old: _Split | None = None,
+        old: _Split | None,
         *,
-        shares: bool = False,
-        watched: bool = False,
+        shares: bool,
+        watched: bool,
     ) -> None:
         self.group = group
         self._shares, self._watched = shares, watched
@@ -284,17 +274,6 @@ class _Split:
             written |= given.changes(shown)
         return written
 
-    def _note_containers(self, keys: Iterable[str]) -> None:
-        """Note what the user's lists and dicts hold.
-
-        Args:
-            keys: the keys whose values are new.
-        """
-        for key in keys:
-            self._containers.pop(key, None)
-            if not self._shares and is_container(key, self.group[key]):
-                self._containers[key] = copied(self.group[key])
-
     def hand_over_containers(self, written: set[str]) -> None:
         """Write into the user's lists and dicts what the step wrote into its own.
 
@@ -314,11 +293,17 @@ class _Split:
                 self._containers[key] = copied(value)
                 fill(self.group[key], copied(value))
 
+    def _note_containers(self, keys: Iterable[str]) -> None:
+        """Note what the user's lists and dicts hold, of those keys whose values are new."""
+        for key in keys:
+            self._containers.pop(key, None)
+            if not self._shares and is_container(key, self.group[key]):
+                self._containers[key] = copied(self.group[key])
+
     def _inherit(self, old: _Split) -> None:
         """Let each group go on with the lists and dicts that the first of its parameters had in the last step.
 
-        Args:
-            old: how the group in its place was split then; not used where the user has changed the group since.
+        Not with those that the user has changed since.
         """
         if not self._containers or old.whole or old.group is not self.group:
             return
@@ -334,12 +319,7 @@ class _Split:
                     shown[key] = copied(last)
 
     def _scaled(self, ratio: Ratio, params: list[Tensor]) -> Group:
-        """Return the group that a step sees in place of the user's, for the parameters of one ratio.
-
-        Args:
-            ratio: the ratio.
-            params: the parameters of the user's group that have it.
-        """
+        """Return the group that a step sees in place of the user's, for the parameters of one ratio."""
         own = {key: self._own(key, value, ratio) for key, value in self.group.items()}
         names = own.get("param_names")
         if isinstance(names, list) and len(names) == len(self._params):
@@ -348,16 +328,7 @@ class _Split:
         return own | {"params": params}
 
     def _own(self, key: str, value: Any, ratio: Ratio) -> Any:
-        """Return the value of one key in a group of the step.
-
-        Args:
-            key: the key.
-            value: its value in the user's group.
-            ratio: the ratio of the parameters in the group of the step.
-
-        Returns:
-            The scaled value where the ratio scales it; else the value itself, or a copy of a tensor, list or dict.
-        """
+        """Return what a group of the step has of a user's value: scaled, the value itself, or a copy."""
         if key == "lr":
             return value * as_scale(ratio).lr
         if key == "weight_decay" and isinstance(ratio, Scale):
@@ -380,12 +351,7 @@ class _Merged:
 
 
 def _by_ratio(group: Group, ratios: Mapping[int, Ratio]) -> dict[Ratio, list[Tensor]]:
-    """Return the parameters of a group by their ratio, in the order of the user's.
-
-    Args:
-        group: the user's group.
-        ratios: ratio of a parameter by its `id`; 1 where there is none.
-    """
+    """Return the parameters of a group by their ratio, in the order of the user's."""
     by_ratio: dict[Ratio, list[Tensor]] = {}
     for parameter in group["params"]:
         by_ratio.setdefault(ratios.get(id(parameter), 1.0), []).append(parameter)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from numbers import Real
 from typing import Any, TypeGuard
 
@@ -46,16 +46,13 @@ class BalancerState:
 
     options: dict[str, Any]
     ratios: dict[str, float]
-    report: Report | None = None
-    begun: Report | None = None
-    leaders: dict[str, str] = field(default_factory=dict)
+    report: Report | None
+    begun: Report | None
+    leaders: dict[str, str]
 
 
 def write_state(state: BalancerState) -> dict[str, Any]:
     """Return a state as plain values, which `torch.load` reads with `weights_only=True`.
-
-    Args:
-        state: what the run continues from.
 
     Returns:
         The dict of version 2, see this module. Histograms are left out.
@@ -102,11 +99,6 @@ def read_state(plain: object) -> BalancerState:
 def changed_settings(state: BalancerState, options: Mapping[str, Any], layers: Sequence[Layer]) -> list[str]:
     """Say in what a saved state has other options or layers than the present run.
 
-    Args:
-        state: the saved state.
-        options: the present options by name.
-        layers: the present layers.
-
     Returns:
         A clause for each option that changes results and has another value, for the layers that are new or gone,
         and for each layer of another shape; empty where there are none.
@@ -122,12 +114,7 @@ def changed_settings(state: BalancerState, options: Mapping[str, Any], layers: S
 
 
 def _changed_options(state: BalancerState, options: Mapping[str, Any]) -> list[str]:
-    """Say which options have another value now. Those that change no result do not count.
-
-    Args:
-        state: the saved state, whose options may be those of an earlier version.
-        options: the present options by name.
-    """
+    """Say which options have another value now. Those that change no result do not count."""
     # An option that the checkpoint does not know yet had no effect: it was at its default.
     saved = as_plain(SpectrumOptions(), RatioOptions()) | state.options
     changes = []
@@ -141,10 +128,8 @@ def _changed_options(state: BalancerState, options: Mapping[str, Any]) -> list[s
 def _changed_shapes(state: BalancerState, layers: Sequence[Layer]) -> list[str]:
     """Say which layers have another shape now, or other numbers, real or complex: metrics do not compare then.
 
-    Args:
-        state: the saved state.
-        layers: the present layers. Those that had no shape when they were measured, as lazy ones before their
-            first batch, or that have none now, are no change.
+    Layers that had no shape when they were measured, as lazy ones before their first batch, or that have none now,
+    are no change.
     """
     # What was begun to be measured is later than the report: layers may have been replaced between the two.
     records = {
@@ -176,13 +161,7 @@ def _plain_records(report: Report | None) -> dict[str, dict[str, Any]]:
 
 
 def _read_report(plain: object, entry: str, options: dict[str, Any]) -> Report | None:
-    """Check and read the records of a report; None where there are none.
-
-    Args:
-        plain: the saved records by name.
-        entry: where they are in the state, for messages.
-        options: the saved options.
-    """
+    """Check and read the records of a report, measured with the saved options; None where there are none."""
     records = {name: _read_record(record, f"{entry}[{name!r}]") for name, record in _named(plain, entry).items()}
     if not records:
         return None
@@ -193,15 +172,7 @@ def _read_report(plain: object, entry: str, options: dict[str, Any]) -> Report |
 
 
 def _read_record(plain: object, entry: str) -> LayerRecord:
-    """Check and read the record of one layer.
-
-    Args:
-        plain: what the state holds.
-        entry: where it is in the state, for messages.
-
-    Raises:
-        ValueError: it is no record, or a damaged one.
-    """
+    """Check and read the record of one layer."""
     # Up to version 0.1 a record had what is drawn as well, always None.
     record = {name: value for name, value in _named(plain, entry).items() if name not in DRAWN}
     unknown = sorted(set(record) - {field.name for field in fields(LayerRecord)})
@@ -219,15 +190,7 @@ def _read_record(plain: object, entry: str) -> LayerRecord:
 
 
 def _check_fields(record: Mapping[str, Any], entry: str) -> None:
-    """Check the fields of a record against the types of `LayerRecord`.
-
-    Args:
-        record: the record.
-        entry: where it is in the state, for messages.
-
-    Raises:
-        ValueError: a field has another type, or a value out of range.
-    """
+    """Raise where a field of a record is not of its type in `LayerRecord`, or out of range."""
     types = {field.name: str(field.type) for field in fields(LayerRecord)}
     for name, value in record.items():
         expected, fits = _FIELD_TYPES[types[name]]
@@ -240,11 +203,7 @@ def _check_fields(record: Mapping[str, Any], entry: str) -> None:
 
 
 def _check_version(version: object) -> None:
-    """Check the version of a state.
-
-    Raises:
-        ValueError: it is no version, or one of a newer farms_tb.
-    """
+    """Raise where the version of a state is none, or one of a newer farms_tb."""
     if isinstance(version, bool) or not isinstance(version, int) or version < 1:
         raise damaged_state(f"its version must be an integer of at least 1, got {version!r}")
     if version > STATE_VERSION:
@@ -252,37 +211,21 @@ def _check_version(version: object) -> None:
 
 
 def _named(value: object, entry: str) -> dict[str, Any]:
-    """Return a dict with strings as keys; `entry` names it in messages.
-
-    Raises:
-        ValueError: `value` is none.
-    """
+    """Return a dict with strings as keys, or raise for anything else."""
     if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
         raise damaged_state(f"{entry} must be a dict with names as keys, got {value!r:.60}")
     return value
 
 
 def _ratio(value: object, entry: str) -> float:
-    """Return a learning-rate ratio; `entry` names it in messages.
-
-    Raises:
-        ValueError: `value` is no finite number of at least 0.
-    """
+    """Return a learning-rate ratio, or raise for what is no finite number of at least 0."""
     if not _is_number(value) or value < 0:
         raise damaged_state(f"{entry} must be a finite number of at least 0, got {value!r:.60}")
     return float(value)
 
 
 def _check_bound(ratios: dict[str, float], options: dict[str, Any]) -> None:
-    """Check ratios against the bound that the saved options set, if they set one.
-
-    Args:
-        ratios: ratio of each layer by name.
-        options: the options that they were saved with.
-
-    Raises:
-        ValueError: a ratio is larger.
-    """
+    """Raise where a ratio is above the bound that the options it was saved with set, if they set one."""
     is_free = options.get("normalize") is not None or options.get("fixed")
     bounded = [name for name, traits in MAPS.items() if traits.bounded]
     if is_free or options.get("assign_func") not in bounded:
@@ -313,15 +256,11 @@ def _is_number(value: object) -> TypeGuard[float]:
 
 
 def _is_number_or_none(value: object) -> bool:
-    """Return whether a value is a finite number or None."""
     return value is None or _is_number(value)
 
 
 def _is_count(value: object) -> bool:
-    """Return whether a value is an integer of at least 0."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        return False
-    return value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _is_count_or_none(value: object) -> bool:

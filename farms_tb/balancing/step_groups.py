@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
 from farms_tb.balancing.assignment import Assignment, Owners
 from farms_tb.balancing.split_groups import SplitGroup
+from farms_tb.weights.layers import Layer
 from farms_tb.weights.names import named_parameters
 
 _NOT_IN_MODEL = "(not in the model)"
@@ -61,11 +62,13 @@ def step_groups(model: nn.Module, assignment: Assignment, groups: Sequence[Split
     return found
 
 
-def lrs_of_layers(assignment: Assignment, groups: Sequence[StepGroup], trained: Iterable[str]) -> dict[str, float]:
+def lrs_of_layers(
+    layers: Sequence[Layer], groups: Sequence[StepGroup], trained: Container[str]
+) -> dict[str, float]:
     """Return the learning rate of each layer: that of the first of its parameters that is trained.
 
     Args:
-        assignment: the layers, and which parameters are theirs.
+        layers: the layers of the model.
         groups: all groups that the optimizers step with.
         trained: names of the parameters that are trained.
 
@@ -73,10 +76,9 @@ def lrs_of_layers(assignment: Assignment, groups: Sequence[StepGroup], trained: 
         Learning rate by the layer's name, in the order of the layers. Layers that are not trained are left out.
     """
     lrs = {name: group.lr for group in groups if group.lr is not None for name in group.parameters}
-    is_trained = set(trained)
     found: dict[str, float] = {}
-    for layer in assignment.layers:
-        own = [name for name in layer.parameters if name in lrs and name in is_trained]
+    for layer in layers:
+        own = [name for name in layer.parameters if name in lrs and name in trained]
         if own:
             found[layer.name] = lrs[own[0]]
     return found

@@ -21,9 +21,6 @@ class UnseenSteps:
 
     An optimizer that is exchanged for something without torch's hooks, or that steps during the backward pass,
     moves its parameters without the learning rates of their layers.
-
-    Args:
-        optimizer: the optimizer.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:

@@ -43,12 +43,10 @@ class VerdictWarnings:
             named: names of layers whose status another warning gives.
         """
         records = {name: report.layers[name] for name in trained}
-        collapsed = [name for name, record in records.items() if record.collapsed]
+        for name, record in records.items():
+            if record.collapsed and name not in named:
+                self._warn(name, f"{name} has {record.status}. A smaller weight decay may help, or fewer units")
         compared = {name: record for name, record in records.items() if record.z_score is not None}
-        for name in collapsed:
-            if name not in named:
-                status = records[name].status
-                self._warn(name, f"{name} has {status}. A smaller weight decay may help, or fewer units")
         if not compared:
             return
         for name in self._lagging(compared):
@@ -59,11 +57,7 @@ class VerdictWarnings:
             )
 
     def _lagging(self, compared: dict[str, LayerRecord]) -> list[str]:
-        """Return the layers that have been random for some measurements while most others were not.
-
-        Args:
-            compared: the records of the trained layers that have a permutation null, by name.
-        """
+        """Return the layers that have been random for some measurements while most others were not."""
         random = [name for name, record in compared.items() if record.verdict is Verdict.RANDOM]
         others_have_learnt = len(compared) - len(random) > MOST * len(compared)
         counts: Counter[str] = Counter()

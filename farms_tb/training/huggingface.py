@@ -360,14 +360,7 @@ def _define_wandb_axes(keys: Iterable[str], run_log: RunLog) -> None:
 
 
 def _run(options: CallbackOptions, args: TrainingArguments, state: TrainerState, **kwargs: Any) -> Run:
-    """Describe the run that begins, from what the Trainer gives its callbacks.
-
-    Args:
-        options: what the callback was asked for.
-        args: the Trainer's arguments.
-        state: where training stands.
-        **kwargs: the objects that the Trainer passes to every event: `model`, `optimizer`, `train_dataloader`.
-    """
+    """Describe the run that begins, from the objects that the Trainer passes to every event."""
     model, first, loader = kwargs["model"], kwargs["optimizer"], kwargs.get("train_dataloader")
 
     def optimizers() -> list[Optimizer]:

@@ -118,8 +118,7 @@ class FARMSTempBalance(ShowsResults, Callback):
         if stage != "fit":
             return
         self._session.expect_run()
-        others = [callback for callback in trainer.callbacks if isinstance(callback, FARMSTempBalance)]  # type: ignore[attr-defined]
-        if len(others) > 1:
+        if sum(isinstance(callback, FARMSTempBalance) for callback in _callbacks(trainer)) > 1:
             raise ValueError("the trainer has two FARMSTempBalance callbacks: keep one")
         for cls in type(trainer.strategy).__mro__:
             reason = _REFUSED_STRATEGIES.get(cls.__name__)
@@ -171,16 +170,6 @@ class FARMSTempBalance(ShowsResults, Callback):
         """Detach from the optimizers."""
         self._stop(trainer)
 
-    def _finish(self, trainer: Trainer, *, anew: bool = False) -> None:
-        """Measure the final weights, log them, and detach from the optimizers."""
-        self._log(trainer, self._session.finish(_moment(trainer), anew=anew))
-        self._session.stop()
-
-    def _stop(self, trainer: Trainer) -> None:
-        """Detach where training ends; another trainer may validate with the same callbacks meanwhile."""
-        if trainer.state.fn == "fit":
-            self._session.stop()
-
     def state_dict(self) -> dict[str, Any]:
         """Return ratios, report and clock as plain values, for the checkpoint.
 
@@ -216,6 +205,16 @@ class FARMSTempBalance(ShowsResults, Callback):
             self._log(trainer, found)
             self._publish(trainer, pl_module)
 
+    def _finish(self, trainer: Trainer, *, anew: bool = False) -> None:
+        """Measure the final weights, log them, and detach from the optimizers."""
+        self._log(trainer, self._session.finish(_moment(trainer), anew=anew))
+        self._session.stop()
+
+    def _stop(self, trainer: Trainer) -> None:
+        """Detach where training ends; another trainer may validate with the same callbacks meanwhile."""
+        if trainer.state.fn == "fit":
+            self._session.stop()
+
     def _log(self, trainer: Trainer, measurements: list[Measurement]) -> None:
         if not self._session.logs:
             return
@@ -236,7 +235,7 @@ class FARMSTempBalance(ShowsResults, Callback):
 
 def _length(trainer: Trainer) -> RunLength:
     """Return how many steps of the clock an epoch and the run have, as far as the trainer knows."""
-    if _any_is(trainer.callbacks, "GradientAccumulationScheduler"):  # type: ignore[attr-defined]
+    if _any_is(_callbacks(trainer), "GradientAccumulationScheduler"):
         return RunLength()  # epochs of different lengths
     batches, steps = trainer.num_training_batches, trainer.estimated_stepping_batches
     per_epoch = None if math.isinf(batches) else math.ceil(batches / trainer.accumulate_grad_batches)
@@ -251,8 +250,7 @@ def _adds_an_epoch(trainer: Trainer) -> bool:
     """Return whether averaged weights get an epoch without steps at the end, for the statistics of batch norms."""
     if trainer.max_epochs == -1:
         return False
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    averaging = [callback for callback in callbacks if _any_is([callback], "StochasticWeightAveraging")]
+    averaging = [callback for callback in _callbacks(trainer) if _any_is([callback], "StochasticWeightAveraging")]
     return any(getattr(callback, "_model_contains_batch_norm", False) for callback in averaging)
 
 
@@ -268,9 +266,15 @@ def _moment(trainer: Trainer) -> Moment:
 
 def _weights_change_later(trainer: Trainer, callback: Callback) -> bool:
     """Return whether a callback that comes later in the list puts averages into the module when training ends."""
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    callbacks = _callbacks(trainer)
     later = callbacks[callbacks.index(callback) :] if callback in callbacks else []
     return _any_is(later, *_AVERAGING_CALLBACKS)
+
+
+def _callbacks(trainer: Trainer) -> list[Callback]:
+    """Return all callbacks of a trainer, in its order."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return callbacks
 
 
 def _any_is(callbacks: list[Callback], *names: str) -> bool:

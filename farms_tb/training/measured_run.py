@@ -8,7 +8,7 @@ A run is measured when it begins, whenever the schedule says, and once more when
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch.optim import Optimizer
@@ -45,7 +45,7 @@ class MeasuredRun:
 
     Attributes:
         run: the run.
-        balancer: what measures and balances; it is attached until `detach`.
+        balancer: what measures and balances; it is attached until its `detach`.
         run_log: what the run remembers for its logs.
         logs: whether this process logs.
     """
@@ -57,6 +57,7 @@ class MeasuredRun:
         self.run_log = RunLog(options.logging.x_axis or ("step" if options.schedule.by_steps else "epoch"))
         self.logs = options.logging.log and run.is_rank_zero
         self.run, self._options = run, options
+        self._has_tables = options.logging.table_every_n is not None
         self._cost = MeasuringCost()
         self._background: Background | None = None
         # Optimizer steps done when the final weights were measured, -1 before.
@@ -188,10 +189,6 @@ class MeasuredRun:
             step, table = state["begun"]
             self._background = Background(step, table)
 
-    def detach(self) -> None:
-        """Leave the optimizers as they were found; report and ratios stay."""
-        self.balancer.detach()
-
     def results(self) -> Results:
         """Return report and ratios without the model, to be pickled or handed to another process."""
         return Results(self.balancer.report, dict(self.balancer.ratios), self.balancer.parameter_ratios())
@@ -206,7 +203,7 @@ class MeasuredRun:
     def _measure_now(self, now: Moment) -> Measurement:
         with self._cost.measurement():
             self.balancer.update(histogram=self._schedule.wants_histogram())
-        return self._remembered(self._measurement(now, table=self._schedule.wants_table(), lrs=self.logs))
+        return self._measurement(now, table=self._schedule.wants_table())
 
     def _apply_background(self, now: Moment) -> list[Measurement]:
         """Wait for the measurement in the background, if there is one, and apply its ratios."""
@@ -215,39 +212,30 @@ class MeasuredRun:
         table, self._background = self._background.table, None
         with self._cost.measurement():
             self.balancer.finish_update()
-        return [self._remembered(self._measurement(now, table=table, lrs=self.logs))]
+        return [self._measurement(now, table=table)]
 
     def _measure_final_weights(self, now: Moment) -> Measurement:
         self.balancer.measure()
-        table = self._options.logging.table_every_n is not None
-        measurement = self._measurement(now, table=table, lrs=False)
-        # The final weights take no further step: ratios logged with them would be made up.
-        return self._remembered(replace(measurement, ratios={}, summary={}))
+        return self._measurement(now, table=self._has_tables, final=True)
 
-    def _measurement(self, now: Moment, *, table: bool, lrs: bool) -> Measurement:
-        """Describe the latest measurement, for the logs.
+    def _measurement(self, now: Moment, *, table: bool, final: bool = False) -> Measurement:
+        """Describe the latest measurement for the logs, and keep it for the pictures of the run.
 
-        Args:
-            now: when.
-            table: whether table and pictures are logged too.
-            lrs: whether learning rates are.
+        The final weights take no further step: ratios logged with them would be made up.
         """
         balancer = self.balancer
         assert balancer.report is not None
-        return Measurement(
+        measurement = Measurement(
             balancer.report,
-            ratios=dict(balancer.ratios),
-            lrs=balancer.layer_lrs() if lrs else {},
-            summary=summary_row(balancer.summary),
+            ratios={} if final else dict(balancer.ratios),
+            lrs=balancer.layer_lrs() if self.logs and not final else {},
+            summary={} if final else summary_row(balancer.summary),
             epoch=now.logged_epoch,
             step=now.logged_step,
             trained=frozenset(balancer.trained_layers()),
             table=table,
         )
-
-    def _remembered(self, measurement: Measurement) -> Measurement:
-        """Keep a measurement for the pictures of the run, where there are any, and return it."""
-        if self.logs and self._options.logging.table_every_n is not None:
+        if self.logs and self._has_tables:
             self.run_log.add(measurement)
         return measurement
 

@@ -163,12 +163,7 @@ class RunLog:
 
 
 def warn_of_many_layers(number: int, model: object) -> None:
-    """Warn, once for each model, where it has too many layers to log each.
-
-    Args:
-        number: how many layers the model has.
-        model: the model, which tells one warning from another.
-    """
+    """Warn, once for each model, where the number of its layers is too large to log each."""
     if number > MAX_LOGGED_LAYERS:
         warn_once(
             f"the model has {number} layers: with more than {MAX_LOGGED_LAYERS}, only what sums them up is logged "
@@ -245,15 +240,9 @@ def verdict_shares(report: Report, trained: Container[str] | None = None) -> dic
 def _alphas_to_summarize(report: Report, trained: Container[str] | None) -> list[float]:
     """Return the alphas of the layers that a summary is about, see `alpha_summary`."""
     measured = {name: alpha for name, alpha in report.alphas.items() if alpha is not None}
-    chosen = list(measured)
-    if trained is not None:
-        chosen = [name for name in measured if name in trained]
-    if not chosen:
-        chosen = list(measured)
+    chosen = [name for name in measured if trained is None or name in trained] or list(measured)
     real = [name for name in chosen if report.layers[name].kind == "real"]
-    if real:
-        chosen = real
-    return [measured[name] for name in chosen]
+    return [measured[name] for name in real or chosen]
 
 
 def measurement_row(
@@ -334,10 +323,6 @@ def table(measurement: Measurement) -> list[list[Any]]:
 
 def pictures(report: Report, history: History) -> dict[str, Figure]:
     """Draw what there is data for.
-
-    Args:
-        report: the latest measurement.
-        history: the curves so far.
 
     Returns:
         Figures by the keys they are logged under; empty where matplotlib is not installed.

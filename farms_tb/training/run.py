@@ -57,4 +57,4 @@ class Run:
     loggers: Iterable[object]
     is_rank_zero: bool
     known_length: bool
-    length: Callable[[], RunLength] = RunLength
+    length: Callable[[], RunLength]

@@ -88,13 +88,7 @@ class Period:
             )
 
     def reached(self, time: Time, epoch: int, step: int) -> bool:
-        """Return whether a point of the run, `start` or `until`, has come.
-
-        Args:
-            time: the point.
-            epoch: epochs completed.
-            step: optimizer steps done.
-        """
+        """Return whether `start` or `until` has come when so many epochs and optimizer steps are done."""
         if time.unit == "epochs":
             return epoch >= time.amount
         at = self._in_steps(time)
@@ -163,8 +157,9 @@ class Schedule:
             `ramp_steps` steps.
         """
         if self._period.reached(self._period.start, epoch, step):
-            self.started = step if self.started < 0 else self.started
-        elif not self._has("start", self._start):
+            if self.started < 0:
+                self.started = step
+        elif not self._is_still("start", self._start):
             # Ratios that had begun to apply go on, unless this run is to begin later.
             self.started = -1
         self._start = self.options.start
@@ -221,22 +216,13 @@ class Schedule:
         return self.measurements % every == 0
 
     def tick(self, epoch: int, step: int) -> None:
-        """Note that a measurement was made.
-
-        Args:
-            epoch: epochs completed.
-            step: optimizer steps done.
-        """
+        """Note that a measurement was made when so many epochs and optimizer steps were done."""
         self.epoch, self.step = epoch, step
         self.measurements += 1
         self.anew = False
 
     def warn_of_endless_epoch(self, about: object) -> None:
-        """Warn, once a run, that a first epoch that may never end is measured at its start only.
-
-        Args:
-            about: the run, which tells one warning from another.
-        """
+        """Warn, once for each run, that a first epoch that may never end is measured at its start only."""
         if self.options.by_steps or self.measurements != 1:
             return
         warn_once(
@@ -267,7 +253,7 @@ class Schedule:
         return [
             f"{name} was {saved[name]!r} and is {getattr(self.options, name)!r}"
             for name in _PHASES
-            if not self._has(name, saved[name])
+            if not self._is_still(name, saved[name])
         ]
 
     def load_started(self, state: Mapping[str, Any]) -> None:
@@ -281,17 +267,13 @@ class Schedule:
         self._start = _phases_of(state, self.options)["start"]
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Set the clock to where a checkpoint says.
-
-        Args:
-            state: holds what `state_dict` returned; other keys are left alone.
-        """
+        """Set the clock to where a checkpoint says."""
         self.epoch = state["epoch"]
         self.step = state["step"]
         self.measurements = state["measurements"]
         self.load_started(state)
 
-    def _has(self, name: str, saved: Any) -> bool:
+    def _is_still(self, name: str, saved: Any) -> bool:
         """Return whether an option of `_PHASES` is what it was; "1 epoch" and "1 epochs" are one time."""
         present = getattr(self.options, name)
         if name == "ramp_steps":
@@ -317,9 +299,10 @@ def check_saved_clock(state: object) -> None:
     """
     if not isinstance(state, Mapping) or "balancer" not in state:
         raise damaged_state("expected a dict with balancer, epoch, step and measurements")
+    # Checkpoints of earlier versions do not have these two.
+    clock = {"final_step": -1, "started": -1, **state}
     for name in ("epoch", "step", "measurements", "final_step", "started"):
-        # Checkpoints of earlier versions do not have the last two.
-        value = state.get(name, -1 if name in ("final_step", "started") else None)
+        value = clock.get(name)
         if not _is_step(value):
             raise damaged_state(f"{name} must be an integer of at least -1, got {value!r:.60}")
     phases = _phases_of(state, ScheduleOptions())

@@ -75,9 +75,6 @@ class BalancingSession:
     def start(self, run: Run) -> None:
         """Attach to the optimizers, which are set up and restored by now, and apply the restored ratios.
 
-        Args:
-            run: what the trainer tells about the run that begins.
-
         Raises:
             ValueError: the model has no layer to balance, or the saved state is not one of this package.
         """
@@ -95,28 +92,11 @@ class BalancingSession:
             raise
 
     def measure_if_due(self, now: Moment) -> list[Measurement]:
-        """Measure and balance if it is time, see `MeasuredRun.measure_if_due`; nothing outside of a run.
-
-        Args:
-            now: when, before the next batch.
-
-        Returns:
-            What there is to log, in this order; empty where it is not time.
-        """
-        if not self.running:
-            return []
-        return self.current.measure_if_due(now)
+        """Measure and balance if it is time, see `MeasuredRun.measure_if_due`; nothing outside of a run."""
+        return self.current.measure_if_due(now) if self.running else []
 
     def finish(self, now: Moment, *, anew: bool = False) -> list[Measurement]:
-        """Measure the final weights, after the last step, and hand the results to a parent process that waits.
-
-        Args:
-            now: when training ended.
-            anew: also where weights were measured after the last step: they may be others since.
-
-        Returns:
-            What there is to log; empty where the final weights were measured before.
-        """
+        """Measure the final weights, see `MeasuredRun.finish`, and hand the results to a parent that waits."""
         found = self.current.finish(now, anew=anew)
         if self.current.run.is_rank_zero:
             self._handover.send(self.current.results())
@@ -126,7 +106,7 @@ class BalancingSession:
         """Leave the optimizers as they were found; reports and ratios stay. Safe to call twice."""
         self.running = False
         if self.run is not None:
-            self.run.detach()
+            self.run.balancer.detach()
 
     def restore(self) -> None:
         """Apply the saved ratios that wait for training, and set the clock to where it was.
@@ -192,19 +172,12 @@ class ShowsResults:
     options: CallbackOptions
     preset: Preset | None
     _session: BalancingSession
-    _how_to_begin = "train first"
+    _how_to_begin: str
 
     def _set_up(self, preset: Preset | None, keywords: Mapping[str, Any], **objects: Any) -> None:
-        """Make options and session out of what a user gave the callback.
+        """Make options and session out of what a user gave: a preset, options by name, and objects of options.
 
-        Args:
-            preset: the published method, whose options the keywords override.
-            keywords: options by name.
-            **objects: the objects of options, by the names that `CallbackOptions` has for them; None for defaults.
-
-        Raises:
-            TypeError: an object of another class, or a value of the wrong type.
-            ValueError: a value out of range, or a preset together with an object.
+        The objects go by the names that `CallbackOptions` has for them; None stands for the defaults.
         """
         named = with_preset(preset, objects, keywords)
         self.preset = preset
@@ -220,17 +193,13 @@ class ShowsResults:
     def report(self) -> Report | None:
         """The latest measurement; after training, of the final weights. None before training."""
         shown = self._session.shown()
-        if shown is None:
-            return None
-        return shown.report
+        return None if shown is None else shown.report
 
     @property
     def ratios(self) -> dict[str, float]:
         """Active learning-rate ratio of each layer by name; empty before training."""
         shown = self._session.shown()
-        if shown is None:
-            return {}
-        return dict(shown.ratios)
+        return {} if shown is None else dict(shown.ratios)
 
     def settings(self) -> str:
         """Return which options are active and where they come from, to be printed.

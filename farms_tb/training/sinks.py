@@ -46,13 +46,7 @@ def class_names(logger: object) -> set[str]:
 
 
 def warn_of_unseen_media(options: LoggingOptions, loggers: Iterable[object], about: object) -> None:
-    """Warn, once, that no logger of this run shows what the options ask for.
-
-    Args:
-        options: what to log.
-        loggers: the trainer's loggers or reporters.
-        about: the run.
-    """
+    """Warn, once a run, that none of its loggers or reporters shows what the options ask for."""
     names = set[str]().union(*(class_names(logger) for logger in loggers))
     if options.histogram_every_n is not None and not names & SHOWS_HISTOGRAMS:
         warn_once(
@@ -69,31 +63,14 @@ def warn_of_unseen_media(options: LoggingOptions, loggers: Iterable[object], abo
 
 
 def media_to_show(sinks: Iterable[object], measurement: Measurement, run_log: RunLog) -> Media | None:
-    """Make the table and the pictures of a measurement, if it has any and somebody shows them.
-
-    Args:
-        sinks: the trainer's loggers or reporters.
-        measurement: what is logged.
-        run_log: what the run remembers.
-
-    Returns:
-        Table and pictures; None where making them would be for nothing.
-    """
-    if not measurement.table:
-        return None
-    if not any(class_names(sink) & SHOWS_MEDIA for sink in sinks):
+    """Make the table and the pictures of a measurement; None where no logger or reporter shows them."""
+    if not measurement.table or not any(class_names(sink) & SHOWS_MEDIA for sink in sinks):
         return None
     return run_log.media(measurement)
 
 
 def log_measurement(loggers: Iterable[Any], measurement: Measurement, run_log: RunLog) -> None:
-    """Log one measurement with Lightning loggers of any kind; to be called on rank zero.
-
-    Args:
-        loggers: the trainer's loggers.
-        measurement: what to log.
-        run_log: what the run remembers.
-    """
+    """Log one measurement with Lightning loggers of any kind; to be called on rank zero."""
     loggers = list(loggers)
     media = media_to_show(loggers, measurement, run_log)
     for logger in loggers:
@@ -104,7 +81,8 @@ def log_measurement(loggers: Iterable[Any], measurement: Measurement, run_log: R
             logger.log_metrics(measurement.row(by_depth=True), step=measurement.step)
             tensorboard_media(logger.experiment, measurement, media, _prefix(logger))
         elif "MLFlowLogger" in names:
-            row = {_mlflow_key(key): value for key, value in measurement.row().items()}
+            # MLflow refuses keys that are no normal paths, such as `a//b` of a layer `/b`.
+            row = {posixpath.normpath(key): value for key, value in measurement.row().items()}
             logger.log_metrics(row, step=measurement.step)
             with_media_if_written(logger, media, partial(_mlflow_media, logger, measurement))
         else:
@@ -112,13 +90,7 @@ def log_measurement(loggers: Iterable[Any], measurement: Measurement, run_log: R
 
 
 def with_media_if_written(logger: object, media: Media | None, log: Callable[[Media | None], _T]) -> _T:
-    """Log with table and pictures, or without where their files cannot be written: that must not end a training.
-
-    Args:
-        logger: what the warning is about.
-        media: table and pictures; None for neither.
-        log: logs everything, given these.
-    """
+    """Log with table and pictures, or without where they cannot be written: that must not end a training."""
     try:
         return log(media)
     except OSError as error:
@@ -260,11 +232,6 @@ def _short(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     return str(value).replace("|", r"\|")
-
-
-def _mlflow_key(key: str) -> str:
-    """Return a key that MLflow accepts: it refuses paths that are not normal, such as `a//b` of a layer `/b`."""
-    return posixpath.normpath(key)
 
 
 def _mlflow_media(logger: Any, measurement: Measurement, media: Media | None) -> None:
