@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -59,19 +60,17 @@ class _Logged:
     def of(cls, keys: Iterable[str]) -> _Logged | None:
         """Sort the keys of a run; None where nothing of the callback is among them."""
         metrics = sorted(keys)
+        matches = {key: match for key in metrics if (match := _KEY.fullmatch(key))}
+        if not matches:
+            return None
         layers: dict[str, dict[str, str]] = {metric: {} for metric in _SECTIONS}
         aggregates: dict[str, str] = {}
-        prefix: str | None = None
-        for key in metrics:
-            match = _KEY.fullmatch(key)
-            if match is None:
-                continue
-            if prefix is None:
-                prefix = match["prefix"]
-            group = aggregates if match["metric"] is None else layers[match["metric"]]
-            group[key] = match["name"]
-        if prefix is None:
-            return None
+        # The logger's prefix. Other metrics of the user may look alike, such as `my_farms/area`.
+        prefix = Counter(match["prefix"] for match in matches.values()).most_common(1)[0][0]
+        for key, match in matches.items():
+            if match["prefix"] == prefix:
+                group = aggregates if match["metric"] is None else layers[match["metric"]]
+                group[key] = match["name"]
         possible = [f"{prefix}{name}" for name in (TABLE, *_PICTURES)]
         media = [key for key in possible if key in aggregates]
         for key in media:
@@ -83,9 +82,9 @@ class _Logged:
 def build_workspace(path: str, keys: Iterable[str], *, x_axis: XAxis = "epoch") -> Workspace:
     """Build the workspace of a run, without saving it: `build_workspace(...).save()` sends it to W&B.
 
-    Sections: the aggregates; alpha, ratio, learning rate, z-score and ESD, each with a panel for a layer in order
-    of depth, the first three and the z-score behind one panel of all layers; the table and the pictures. What was
-    not logged is left out.
+    Sections: the aggregates; each metric of a layer, such as alpha, with a panel for a layer in order of depth,
+    and, but for the ESD, one of all layers before them; the table and the pictures. What was not logged is left
+    out.
 
     Args:
         path: `entity/project/run_id`.

@@ -45,18 +45,31 @@ def sections(keys: Iterable[str], **options: Any) -> dict[str, list[Any]]:
     return {section["name"]: section["panels"] for section in found}
 
 
+def shown_in(found: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """The configuration of each panel, without its random id."""
+    return {name: [panel["config"] for panel in panels] for name, panels in found.items()}
+
+
 def test_every_section_has_its_panels_in_order_of_depth(keys: set[str]) -> None:
     found = sections(keys)
-    assert list(found) == ["mean over layers", "alpha", "ratio", "learning rate", "ESD", "table and pictures"]
+    each = ["alpha", "ratio", "learning rate", "rank share"]
+    assert list(found) == ["mean over layers", *each, "ESD", "table and pictures"]
     titles = {name: [panel["config"].get("chartTitle") for panel in panels] for name, panels in found.items()}
     assert titles["mean over layers"] == ["alpha_mean", "alpha_std", "ratio_mean"]
-    for name in ("alpha", "ratio", "learning rate"):
+    for name in each:
         assert titles[name] == [f"{name} of every layer", *LAYERS]
     assert titles["ESD"] == LAYERS
     table, *pictures = found["table and pictures"]
     assert "'farms/report'" in str(table["config"])
     media = [panel["config"]["mediaKeys"] for panel in pictures]
     assert media == [["farms/alpha_curves"], ["farms/ratio_map"], ["farms/alpha_by_depth"]]
+
+
+@pytest.mark.parametrize("prefix", ["", "train/"])
+def test_a_metric_of_the_user_that_looks_alike_changes_nothing(keys: set[str], prefix: str) -> None:
+    own = {f"{prefix}{key}" for key in keys}
+    with_others = {*own, "a_farms/area", "z_farms_alpha/03_north"}
+    assert shown_in(sections(with_others)) == shown_in(sections(own))
 
 
 def test_one_panel_has_every_layer(keys: set[str]) -> None:
