@@ -141,8 +141,10 @@ def checked_device(name: str) -> str:
     """Return the name of a device, `"cuda:1"`, after a check that torch can use it.
 
     Raises:
-        ValueError: torch has no such device here.
+        ValueError: torch has no such device here, or one without values.
     """
+    if name.partition(":")[0] == "meta":
+        raise ValueError("--device meta: no values are there to measure. Choose cpu, or cuda where there is a GPU")
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as error:

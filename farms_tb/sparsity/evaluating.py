@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -29,7 +30,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         config.use_cache = False
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.no_grad(), _uncompiled(model):
+        with torch.no_grad(), _uncompiled():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
@@ -52,9 +53,9 @@ def call_on_copy(model: nn.Module, batch: Mapping[str, Any]) -> Any:
     return model(**pytree.tree_map_only(Tensor, torch.clone, dict(batch)))
 
 
-def _uncompiled(model: nn.Module) -> AbstractContextManager[Any]:
-    """Let the compiled modules of a model run as they are written; without any, torch's compiler is not loaded."""
-    if all(getattr(module, "_compiled_call_impl", None) is None for module in model.modules()):
+def _uncompiled() -> AbstractContextManager[Any]:
+    """Let what is compiled, in whichever way, run as it is written; where torch's compiler is loaded at all."""
+    if "torch._dynamo" not in sys.modules:
         return nullcontext()
     as_written: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
     return as_written

@@ -145,7 +145,7 @@ def prune_weight(
     Args:
         weight: the weight.
         target: how many entries, and in which structure.
-        method: how they are chosen. Where no input was seen, by magnitude.
+        method: how they are chosen. Where no input was seen, or all are zero, by magnitude.
         statistics: of its inputs; for SparseGPT with a Hessian. None for magnitude.
 
     Returns:
@@ -154,9 +154,11 @@ def prune_weight(
     Raises:
         ValueError: the inputs hold NaN or inf.
     """
-    if not PRUNE_METHODS[method].needs_inputs or statistics is None or statistics.squared_norms is None:
+    norms = None if statistics is None else statistics.squared_norms
+    # All norms are zero, and so all scores, of an expert that no token was sent to, and behind a dead ReLU.
+    if not PRUNE_METHODS[method].needs_inputs or statistics is None or norms is None or not norms.any():
         return Pruned(smallest_entries(weight.tensor, weight.layout, target))
-    if not statistics.squared_norms.isfinite().all():
+    if not norms.isfinite().all():
         raise ValueError(
             f"the inputs of {printable(weight.name)} hold NaN or inf: check the calibration data and the dtype"
         )

@@ -49,7 +49,8 @@ def prune(
 
     Of each matrix exactly round(n * sparsity) of its n entries are pruned; those of equal score in the order of
     their index. Entries that were zero before and are not among these stay zero: a matrix that was sparser than
-    the plan has more zeros than planned. The blocks of the plan are pruned one after the other, each with
+    the plan has more zeros than planned. SparseGPT alone gives them values, as it corrects all entries that it
+    does not prune. The blocks of the plan are pruned one after the other, each with
     statistics of the inputs that it gets from the blocks before it, pruned already. Any architecture works: the
     arguments of the blocks are captured from the model's own forward pass. Same model, plan and calibration
     data: same masks.
@@ -214,7 +215,9 @@ def _warn_of(layers: Mapping[str, PrunedLayer], method: PruneMethod, model: nn.M
     """Warn of matrices that could not be pruned as asked for, or of which the data say too little."""
     unseen = [name for name, layer in layers.items() if layer.method != method]
     if unseen:
-        warn_once(f"{_named(unseen)} pruned by magnitude: the calibration data show none of their inputs", model)
+        warn_once(
+            f"{_named(unseen)} pruned by magnitude: the calibration data show no inputs, or only zeros", model
+        )
     raised = [name for name, layer in layers.items() if layer.damping is not None and layer.damping > DAMPING]
     if raised:
         warn_once(

@@ -118,11 +118,11 @@ def layer_inputs(weight: PrunableWeight, args: Sequence[Any], kwargs: Mapping[st
     if isinstance(weight.module, nn.MultiheadAttention):
         named = dict(zip(_ATTENTION_INPUTS, args, strict=False)) | dict(kwargs)
         attended: Tensor = named[_ATTENTION_INPUTS["qkv".index(weight.name[-1])]]
-        return attended.flatten(0, -2)[None]
+        return attended.reshape(-1, attended.shape[-1])[None]
     inputs: Tensor = args[0] if args else next(iter(kwargs.values()))
     if weight.layout == "convolution":
         return _patches(weight.module, inputs)
-    return inputs.flatten(0, -2)[None]
+    return inputs.reshape(-1, inputs.shape[-1])[None]  # a single vector `(in,)`, too
 
 
 def _patches(module: Any, inputs: Tensor) -> Tensor:

@@ -364,7 +364,7 @@ def _held(loaded: Any) -> str:
         found = usual[0] if usual else loaded
     if isinstance(found, Mapping):
         keys = [repr(key) for key in list(found)[:5] if isinstance(key, (str, int))]
-        return f"a dict with {', '.join(keys)}"
+        return f"a dict with {', '.join(keys)}" if keys else "a dict without names"
     if isinstance(found, TorchTensor):
         return "Tensor"
     return type(found).__name__

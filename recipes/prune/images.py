@@ -48,7 +48,7 @@ class ImageTask:
             raise RecipeError("model.path is missing: pass a file of the network's weights (.pth, .safetensors)")
         self._make, self._path = model["net"], Path(model["path"])
         self._calibration, self._images = calibration, images
-        self._evaluation = self._loader("evaluation", evaluation, seed=0)
+        self._evaluation, self._classes = self._loader("evaluation", evaluation, seed=0)
 
     def load(self) -> nn.Module:
         """Return the network with the weights of the file, in evaluation mode and on the CPU.
@@ -72,7 +72,8 @@ class ImageTask:
         """
         with torch.device("meta"):
             argument = next(iter(inspect.signature(self._make().forward).parameters))
-        return [{argument: images} for images, _ in self._loader("calibration", self._calibration, seed)]
+        batches, _ = self._loader("calibration", self._calibration, seed)
+        return [{argument: images} for images, _ in batches]
 
     def score(self, model: nn.Module) -> Score:
         """Return the share of evaluation images whose class gets the largest output.
@@ -80,7 +81,7 @@ class ImageTask:
         An image with an output that is NaN counts as a miss; a warning says how many there are.
 
         Raises:
-            RecipeError: a label is beyond the network's outputs.
+            RecipeError: there are more or fewer folders than outputs, so that their numbers are not the classes.
         """
         device = next(model.parameters()).device
         hits: list[Tensor] = []
@@ -88,10 +89,11 @@ class ImageTask:
         with torch.inference_mode():
             for images, labels in self._evaluation:
                 outputs = model(images.to(device)).cpu()
-                if int(labels.max()) >= outputs.shape[1]:
+                if len(self._classes) != outputs.shape[1]:
                     raise RecipeError(
-                        f"evaluation.path has more classes than the network has outputs, {outputs.shape[1]}: each "
-                        "folder must be a class that it was trained for"
+                        f"evaluation.path has {len(self._classes)} folders and the network {outputs.shape[1]} "
+                        "outputs: folders in the order of their names are the classes that it was trained for, an "
+                        "empty folder for each that has no images"
                     )
                 unknown = outputs.isnan().any(1)  # which argmax takes for the largest
                 hits.append((outputs.argmax(1) == labels) & ~unknown)
@@ -104,8 +106,8 @@ class ImageTask:
         error = (accuracy * (1 - accuracy) / len(samples)) ** 0.5
         return Score("accuracy", accuracy, error, samples.numpy())
 
-    def _loader(self, section: str, data: Mapping[str, Any], seed: int) -> DataLoader[Any]:
-        """Return batches of a folder of images, as many as asked for, drawn by a seed."""
+    def _loader(self, section: str, data: Mapping[str, Any], seed: int) -> tuple[DataLoader[Any], list[str]]:
+        """Return batches of so many images of a folder, drawn by a seed, and the names of its classes."""
         if data["path"] is None:
             raise RecipeError(f"{section}.path is missing: pass a folder with a folder of images for each class")
         options = self._images
@@ -116,12 +118,14 @@ class ImageTask:
             transforms.Normalize(options["mean"], options["std"]),
         ]
         try:
-            found = ImageFolder(data["path"], transforms.Compose(steps))
+            found = ImageFolder(data["path"], transforms.Compose(steps), allow_empty=True)
         except FileNotFoundError as error:
             raise RecipeError(f"{section}.path: {error}") from error
+        if not found:
+            raise RecipeError(f"{section}.path: {data['path']} has folders, and no images in them")
         order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))
         chosen = Subset(found, order[: data["number"]].tolist())
-        return DataLoader(chosen, options["batch_size"], num_workers=options["workers"])
+        return DataLoader(chosen, options["batch_size"], num_workers=options["workers"]), found.classes
 
 
 def _weights(path: Path) -> dict[str, Tensor]:

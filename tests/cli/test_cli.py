@@ -371,6 +371,7 @@ MISTAKES: list[tuple[list[str], str]] = [
         "--sort size: the columns are layer, shape, verdict, alpha, ",
     ),
     (["analyze", NET, "--device", "fast"], "--device fast: Expected one of cpu, cuda"),
+    (["analyze", NET, "--device", "meta"], "--device meta: no values"),
     (
         ["analyze", NET, "--format", "parquet"],
         "--output FILE",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -238,6 +239,30 @@ def test_outputs_that_are_nan_are_misses(folder: Path, tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="6 of 6 images have outputs that are NaN"):
         score = instantiate(cfg.task, _convert_="all").score(_Nan())
     assert score.value == 0
+
+
+class _First(nn.Module):
+    """Two outputs; says that every image is of the first class."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outputs = nn.Parameter(torch.tensor([1.0, 0.0]))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.outputs.expand(len(images), 2)
+
+
+def test_a_class_without_images_keeps_its_number(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("timm")
+    shutil.copytree(folder / "images/dogs", tmp_path / "some/dogs")
+    cfg = settings(*images(folder, tmp_path, "vit_base"), f"evaluation.path={tmp_path / 'some'}")
+    with pytest.raises(RecipeError, match=r"1 folders .* 2 outputs.*empty folder"):
+        instantiate(cfg.task, _convert_="all").score(_First())
+    (tmp_path / "some/cats").mkdir()
+    assert instantiate(cfg.task, _convert_="all").score(_First()).value == 0
+    shutil.rmtree(tmp_path / "some/dogs")
+    with pytest.raises(RecipeError, match=r"evaluation\.path: .* no images"):
+        list(compare_arms(cfg))
 
 
 def test_a_folder_with_results_of_other_settings_is_left_alone(folder: Path, tmp_path: Path) -> None:

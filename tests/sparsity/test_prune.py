@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -135,16 +135,59 @@ def test_encoders_of_torch_are_seen_layer_by_layer() -> None:
     assert torch.backends.mha.get_fastpath_enabled()
 
 
-def test_compiled_blocks_are_seen_layer_by_layer() -> None:
-    written, compiled = small_encoder(), small_encoder()
-    for block in compiled.layers:
+def compile_in_place(model: nn.Module) -> None:
+    for block in model.layers:
         block.compile(backend="eager")
+
+
+def compile_as_wrappers(model: nn.Module) -> None:
+    for index, block in enumerate(model.layers):
+        model.layers[index] = torch.compile(block, backend="eager")
+
+
+def compile_forward(model: nn.Module) -> None:
+    for block in model.layers:
+        block.forward = torch.compile(block.forward, backend="eager")
+
+
+@pytest.mark.parametrize("compile_blocks", [compile_in_place, compile_as_wrappers, compile_forward])
+def test_compiled_blocks_are_seen_layer_by_layer(compile_blocks: Callable[[nn.Module], None]) -> None:
+    written, compiled = small_encoder(), small_encoder()
+    compile_blocks(compiled)
     batches = [{"src": torch.randn(3, 9, 16)}]
     for model in (written, compiled):
         report = prune(model, plan_of_feed_forward(model), "wanda", calibration=batches)
         assert {layer.method for layer in report.layers.values()} == {"wanda"}
     for one, other in zip(written.parameters(), compiled.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+class Experts(nn.Module):
+    """No token is sent to the first expert, and nothing but zeros to the second; the third gets a vector."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(64, 64) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        empty, zeros, vector = self.layers
+        none = empty(x[:0]).sum()
+        result: Tensor = x + zeros(0 * x) + vector(x[0]) + none
+        return result
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+@pytest.mark.filterwarnings("ignore:calibration is short", "ignore:the Hessians")
+def test_layers_that_see_no_inputs_or_zeros_are_pruned_by_magnitude(method: Any) -> None:
+    model, expected = Experts(), Experts()
+    plan = SparsityPlan({f"layers.{i}": PlannedLayer(64 * 64, 0.5) for i in range(3)}, 0.5, "uniform")
+    prune(expected, plan, "magnitude")
+    with pytest.warns(UserWarning, match=r"2 layers .*by magnitude"):
+        report = prune(model, plan, method, calibration=[{"x": torch.randn(80, 64)}])
+    assert [layer.method for layer in report.layers.values()] == ["magnitude", "magnitude", method]
+    for index in (0, 1):
+        assert torch.equal(model.layers[index].weight, expected.layers[index].weight)
 
 
 def test_half_precision_of_the_surroundings_does_not_reach_the_sums() -> None:

@@ -358,7 +358,7 @@ def test_files_that_are_no_checkpoint(write: Any, name: str, tmp_path: Path) -> 
     [
         (torch.zeros(9, 9), "expected tensors by name, alone or as 'state_dict', got Tensor"),
         ([1, 2], "got list"),
-        ({}, "got a dict with "),
+        ({}, "got a dict without names"),
         ({"epoch": 3, "loss": 0.5}, "got a dict with 'epoch', 'loss'"),
         ({"state_dict": {"epoch": 3}}, "got a dict with 'epoch'"),
     ],
