@@ -59,7 +59,7 @@ def _share(block: Block, statistics: Mapping[str, InputStatistics], factor: floa
 
 def _scores(weight: PrunableWeight, statistics: InputStatistics) -> Tensor:
     """Return the Wanda scores of a weight as a vector."""
-    if statistics.squared_norms is None:
+    if statistics.squared_norms is None or not statistics.inputs:
         raise ValueError(
             f"the calibration data show no inputs of {printable(weight.name)}: leave it out of `blocks`, or pass "
             "data that reach it"

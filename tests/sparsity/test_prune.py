@@ -18,6 +18,7 @@ from torch.nn.utils import prune as torch_prune
 from farms_tb.sparsity import PlannedLayer, SparsityPlan, prune
 from farms_tb.sparsity.masks import pruned_count
 from farms_tb.sparsity.options import PRUNE_METHODS, PruneMethod
+from farms_tb.sparsity.owl import outlier_shares
 from tests.reference.pruning import prune_blocks
 from tests.sparsity.models import ARCHITECTURES, VOCABULARY, llama, plan_of, token_batches, uniform_plan
 
@@ -188,6 +189,17 @@ def test_layers_that_see_no_inputs_or_zeros_are_pruned_by_magnitude(method: Any)
     assert [layer.method for layer in report.layers.values()] == ["magnitude", "magnitude", method]
     for index in (0, 1):
         assert torch.equal(model.layers[index].weight, expected.layers[index].weight)
+
+
+def test_shares_of_outliers_need_inputs() -> None:
+    """Of an expert that no token is sent to, the norm of its inputs is unknown, and that of its block with it."""
+    blocks = {f"layers.{index}": "" for index in range(3)}
+    batches = [{"x": torch.randn(80, 64)}]
+    with pytest.raises(ValueError, match=r"no inputs of layers\.0"):
+        outlier_shares(Experts(), blocks, batches)
+    del blocks["layers.0"]
+    of_zeros, share = outlier_shares(Experts(), blocks, batches, factor=1.5).values()
+    assert of_zeros == 0 < share < 1
 
 
 def test_half_precision_of_the_surroundings_does_not_reach_the_sums() -> None:
