@@ -258,6 +258,11 @@ def _check_plain(weight: PrunableWeight) -> None:
     if type(stored.data) is not Tensor or stored.element_size() == 1:
         kind = type(stored.data).__name__ if type(stored.data) is not Tensor else str(stored.dtype)
         raise ValueError(f"{printable(weight.name)} is quantised ({kind}) and cannot be pruned: {NOT_QUANTISED}")
+    if stored.is_inference():
+        raise ValueError(
+            f"{printable(weight.name)} was made in torch.inference_mode and cannot be changed: load the model "
+            "outside of it"
+        )
 
 
 def _check_untied(weight: PrunableWeight, owners: Mapping[int, list[str]]) -> None:

@@ -463,6 +463,13 @@ def test_bad_input_changes_nothing(change: Any, calibration: Any, options: dict[
         assert torch.equal(value.nan_to_num(), before[key].nan_to_num())
 
 
+def test_a_model_of_inference_mode_is_refused() -> None:
+    with torch.inference_mode():
+        model = llama()
+    with pytest.raises(ValueError, match=r"inference_mode.*load the model"):
+        prune(model, plan_of(model), "magnitude")
+
+
 def test_weights_next_to_each_other_in_memory_are_pruned() -> None:
     """As in files that are mapped into memory, and in flat parameters."""
     memory = torch.randn(3, 8, 8)
