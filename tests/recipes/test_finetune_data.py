@@ -110,6 +110,28 @@ def test_columns_and_labels_that_are_missing_are_named(tmp_path: Path) -> None:
         TaskData("sst2", tmp_path).read()
 
 
+@pytest.mark.filterwarnings("ignore:Exception ignored in. <_io.FileIO:pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("ending", [".csv", ".tsv"])
+def test_words_that_look_like_no_value_are_read_as_they_stand(ending: str, tmp_path: Path) -> None:
+    texts = ["null", "NA", "n/a", "nan", "None", "007", "", "unlabelled"]
+    labels = ["NA", "None", "null", "NA", "None", "null", "NA", ""]
+    rows = [{"text": text, "label": label} for text, label in zip(texts, labels, strict=True)]
+    for split in ("train", "validation", "test"):
+        write_rows(tmp_path / "domain" / "scierc" / f"{split}{ending}", rows)
+    found = TaskData("scierc", tmp_path).read()
+    assert found.classes == ("NA", "None", "null")
+    assert [row["text"] for row in found.test] == texts[:-1]
+    assert [found.classes[row["label"]] for row in found.test] == labels[:-1]
+
+
+def test_a_text_that_is_null_is_refused(tmp_path: Path) -> None:
+    write_sst2(tmp_path)
+    rows = [{"sentence": "a", "label": 1}, {"sentence": None, "label": 0}]
+    write_rows(tmp_path / "glue" / "sst2" / "validation.jsonl", rows)
+    with pytest.raises(RecipeError, match=r"sst2/validation\.jsonl: the column sentence is null"):
+        TaskData("sst2", tmp_path).read()
+
+
 def test_nothing_is_read_from_the_hub_unless_told(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"data\.hub=true"):
         TaskData("sst2", tmp_path).read()
