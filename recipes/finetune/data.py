@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from recipes.errors import RecipeError
+from recipes.finetune.checks import check_score
 from recipes.finetune.draw import Draw, check_fraction, draw_apart, draw_stratified
 from recipes.finetune.reading import Row, Source, read_split
 from recipes.finetune.tasks import TASKS, Task
@@ -69,7 +70,8 @@ class RealTexts:
         score: the score by which the best epoch is chosen, `accuracy` or `macro_f1`.
 
     Raises:
-        RecipeError: the name is unknown, or a number is out of range; on reading, the files are not there.
+        RecipeError: the name or the score is unknown, or a number is out of range; on reading, the files are not
+            there.
     """
 
     def __init__(
@@ -86,6 +88,8 @@ class RealTexts:
             raise RecipeError(f"data.name must be one of {', '.join(_REAL)}, got {name}")
         check_fraction(fraction)
         Range(0).check("data.val_size", val_size)
+        Range(1, null=True).check("data.test_size", test_size)
+        check_score("data.score", score, "classes")
         self.name = name
         self.fraction, self.val_size, self.test_size = fraction, val_size, test_size
         self.draw, self.seed = draw, seed

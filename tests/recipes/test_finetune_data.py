@@ -191,6 +191,18 @@ def test_a_fraction_of_the_run_warms_up(more: tuple[str, ...], warmup: int, tmp_
     assert _arguments(cfg, 100 * cfg.training.per_device_train_batch_size).warmup_steps == warmup
 
 
+@pytest.mark.parametrize("option", ["world_size", "train_batch_size"])
+def test_the_warm_up_counts_the_steps_of_all_devices(
+    option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two processes, or one with two GPUs, take half of the steps."""
+    cfg = settings("experiment=model_balancing/glue", f"training.output_dir={tmp_path}", "training.use_cpu=true")
+    batch = cfg.training.per_device_train_batch_size
+    twice = 2 if option == "world_size" else 2 * batch
+    monkeypatch.setattr(f"transformers.TrainingArguments.{option}", property(lambda args: twice))
+    assert _arguments(cfg, 100 * batch).warmup_steps == 30
+
+
 @pytest.mark.parametrize(("task", "fraction", "arm", "expected"), PUBLISHED)
 def test_published_numbers(task: str, fraction: str, arm: str, expected: tuple[float | None, ...]) -> None:
     experiment = f"experiment=model_balancing/{TASKS[task].group}"
