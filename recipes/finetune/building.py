@@ -128,8 +128,8 @@ def _steps(args: transformers.TrainingArguments, examples: int) -> int:
     """Return how many optimizer steps the Trainer will take over so many examples, on all devices together."""
     if args.max_steps > 0:
         return args.max_steps
-    batches = examples / (args.train_batch_size * args.world_size)
-    batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
+    batch: int = args.train_batch_size * args.world_size
+    batches = examples // batch if args.dataloader_drop_last else math.ceil(examples / batch)
     return math.ceil(args.num_train_epochs * math.ceil(batches / args.gradient_accumulation_steps))
 
 

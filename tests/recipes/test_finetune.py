@@ -301,6 +301,21 @@ def test_evaluations_take_all_examples_where_training_drops_the_last_batch(
     assert facts["test"]["test/accuracy"] * 20 == pytest.approx(round(facts["test"]["test/accuracy"] * 20))
 
 
+def test_a_question_longer_than_the_input_ends_in_a_sentence(
+    finetune: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The tokenizer itself stops at the first of these lengths with an error, at the second with a panic."""
+    made_task(tmp_path / "data", "squad")
+    squad = ("experiment=model_balancing/squad", "data.fraction=0.5", *SMALL, *OFF, "training.num_train_epochs=1")
+    for length in (6, 8):
+        with pytest.raises(SystemExit, match="2"):
+            finetune("run", *squad, f"model.length={length}")
+        error = capsys.readouterr().err
+        assert f"model.length={length} leaves too little of the text next to a question of 4 tokens" in error
+        assert "at least 10" in error
+    assert finetune("run", *squad, "model.length=10")["epochs"] == 1
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [
@@ -351,6 +366,7 @@ def test_lora_without_peft_names_the_extra(
         (("data.task=sst3",), "data.task must be one of sst2, mnli"),
         (("data.task=rte",), "put the files of rte"),
         (("data.fraction=0",), "data.fraction must be above 0"),
+        (("data.fraction=1/0",), "data.fraction must be above 0 and .* such as 0.05 or 1/20, got 1/0"),
         (("data.fraction=null",), "data.fraction must be above 0"),
         (("data.val_size=81",), "data.val_size=81 asks for more"),
         (("data.fraction=1", "data.val_size=null"), "no example is left to choose"),

@@ -72,6 +72,11 @@ def test_files_of_every_format_hold_the_same(ending: str, tmp_path: Path) -> Non
     assert found == TaskData("sst2", tmp_path / "other", fraction=0.25, val_size=8).read()
 
 
+def test_a_fraction_is_a_decimal_number_or_a_quotient(tmp_path: Path) -> None:
+    write_sst2(tmp_path, train=40)
+    assert TaskData("sst2", tmp_path, fraction="1/4").read() == TaskData("sst2", tmp_path, fraction=0.25).read()
+
+
 def test_parquet_files_hold_the_same(tmp_path: Path) -> None:
     import datasets
 
@@ -178,6 +183,7 @@ PUBLISHED = [
     ("qnli", "0.0005", "off", (2e-5, 4, None, None)),
     ("qnli", "0.0005", "model_balancing", (3e-5, 8, 1.25, 1.25)),
     ("qnli", "0.05", "model_balancing", (3e-5, 32, 2, 1)),
+    ("qnli", "1/20", "model_balancing", (3e-5, 32, 2, 1)),
     ("stsb", "0.2", "model_balancing", (2e-5, 16, 0.5, 0.5)),
     ("stsb", "0.3", "model_balancing", (2e-5, 16, 1, 1)),
     ("squad", "0.01", "model_balancing", (2e-5, 24, 1, 1)),
