@@ -7,6 +7,7 @@
 - `encoding`, `heads`, `spans`: from examples to the inputs of a network, and from its outputs to scores;
 - `network`: a trained model from a folder, whole or with LoRA;
 - `records`: the curves in `metrics.csv`;
+- `checks`: settings of the Trainer that would spoil the choice of the best epoch;
 - `building`: the parts of a run, from settings;
 - `run`: one run from settings to summary.
 """

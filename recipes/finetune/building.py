@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 import transformers
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
 
 from recipes.config import build
@@ -30,21 +32,43 @@ class Run:
     Attributes:
         model: the network with its head.
         trainer: Hugging Face's Trainer, with callbacks.
+        train: the examples to train on.
         val: the validation examples.
         test: the test examples.
     """
 
     model: nn.Module
     trainer: transformers.Trainer
+    train: Encoded
     val: Encoded
     test: Encoded
 
 
 class _Trainer(transformers.Trainer):
-    """A Trainer whose evaluations leave the random numbers of the training alone.
+    """A Trainer whose evaluations take all examples, and leave the random numbers of the training alone.
 
     To begin with a data loader draws a number, so dropout would depend on how often the network was evaluated.
     """
+
+    def get_eval_dataloader(self, *args: Any, **options: Any) -> DataLoader[Any]:
+        """Return the loader of the validation examples."""
+        with self._keeping_last():
+            return super().get_eval_dataloader(*args, **options)
+
+    def get_test_dataloader(self, *args: Any, **options: Any) -> DataLoader[Any]:
+        """Return the loader of the examples to predict."""
+        with self._keeping_last():
+            return super().get_test_dataloader(*args, **options)
+
+    @contextlib.contextmanager
+    def _keeping_last(self) -> Iterator[None]:
+        """Leave `dataloader_drop_last`, which transformers applies to every loader, to the training."""
+        drop_last = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = False
+        try:
+            yield
+        finally:
+            self.args.dataloader_drop_last = drop_last
 
     def evaluation_loop(self, *args: Any, **options: Any) -> EvalLoopOutput:
         """Evaluate, and put the random number generators back."""
@@ -87,20 +111,26 @@ def build_run(cfg: DictConfig, examples: Examples, callbacks: Sequence[Any]) -> 
         callbacks=list(callbacks),
     )
     trainer.remove_callback(transformers.PrinterCallback)
-    return Run(model, trainer, val, test)
+    return Run(model, trainer, train, val, test)
 
 
 def _arguments(cfg: DictConfig, examples: int) -> transformers.TrainingArguments:
     """Build the Trainer's arguments; a `warmup_steps` below 1 is the fraction of the run that warms up."""
-    options: Mapping[str, Any] = OmegaConf.to_container(cfg.training, resolve=True)  # type: ignore[assignment]
-    batch = options["per_device_train_batch_size"] * options.get("gradient_accumulation_steps", 1)
-    warmup = options["warmup_steps"]
-    if 0 < warmup < 1:  # only the latest transformers takes a fraction
-        steps = options["num_train_epochs"] * math.ceil(examples / batch)
-        if options.get("max_steps", -1) > 0:
-            steps = options["max_steps"]
-        warmup = math.ceil(warmup * steps)
-    return build(cfg, "training", warmup_steps=warmup)  # type: ignore[no-any-return]
+    warmup = cfg.training.warmup_steps
+    if not 0 < warmup < 1:
+        return build(cfg, "training")  # type: ignore[no-any-return]
+    args: transformers.TrainingArguments = build(cfg, "training", warmup_steps=0)
+    args.warmup_steps = math.ceil(warmup * _steps(args, examples))  # only the latest transformers takes a fraction
+    return args
+
+
+def _steps(args: transformers.TrainingArguments, examples: int) -> int:
+    """Return how many optimizer steps the Trainer will take over so many examples, on all devices together."""
+    if args.max_steps > 0:
+        return args.max_steps
+    batch: int = args.train_batch_size * args.world_size
+    batches = examples // batch if args.dataloader_drop_last else math.ceil(examples / batch)
+    return math.ceil(args.num_train_epochs * math.ceil(batches / args.gradient_accumulation_steps))
 
 
 def score(trainer: transformers.Trainer, encoded: Encoded, prefix: str) -> dict[str, float]:

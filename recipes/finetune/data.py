@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Literal
 
 from recipes.errors import RecipeError
-from recipes.finetune.draw import Draw, check_fraction, draw_apart, draw_stratified
+from recipes.finetune.checks import check_score
+from recipes.finetune.draw import Draw, draw_apart, draw_stratified, read_fraction
 from recipes.finetune.reading import Row, Source, read_split
 from recipes.finetune.tasks import TASKS, Task
 from recipes.real import LabelledTexts, newsgroups20, reuters8
@@ -61,7 +62,7 @@ class RealTexts:
 
     Args:
         name: `newsgroups20` or `reuters8`.
-        fraction: fraction of the training documents that is trained on.
+        fraction: fraction of the training documents that is trained on, such as 0.05 or "1/20".
         val_size: other training documents, to choose the best epoch on.
         test_size: test documents, the same in every run; None for all.
         draw: `stratified` by the seed, or the `first` documents.
@@ -69,13 +70,14 @@ class RealTexts:
         score: the score by which the best epoch is chosen, `accuracy` or `macro_f1`.
 
     Raises:
-        RecipeError: the name is unknown, or a number is out of range; on reading, the files are not there.
+        RecipeError: the name or the score is unknown, or a number is out of range; on reading, the files are not
+            there.
     """
 
     def __init__(
         self,
         name: str = "newsgroups20",
-        fraction: float = 0.01,
+        fraction: float | str = 0.01,
         val_size: int = 200,
         test_size: int | None = None,
         draw: Draw = "stratified",
@@ -84,10 +86,11 @@ class RealTexts:
     ) -> None:
         if name not in _REAL:
             raise RecipeError(f"data.name must be one of {', '.join(_REAL)}, got {name}")
-        check_fraction(fraction)
         Range(0).check("data.val_size", val_size)
+        Range(1, null=True).check("data.test_size", test_size)
+        check_score("data.score", score, "classes")
         self.name = name
-        self.fraction, self.val_size, self.test_size = fraction, val_size, test_size
+        self.fraction, self.val_size, self.test_size = read_fraction(fraction), val_size, test_size
         self.draw, self.seed = draw, seed
         self.task = Task("real", "{text}", score=score)
 
@@ -119,7 +122,7 @@ class TaskData:
         folder: holds `<benchmark>/<task>/<split>*.jsonl`, or `.json`, `.csv`, `.tsv`, `.parquet`: splits are
             `train`, `validation` (or `dev`; of MNLI `validation_matched`) and, of the domain tasks, `test`.
         hub: read from the Hugging Face hub instead, which downloads what is not in its cache.
-        fraction: fraction of the training examples that is trained on.
+        fraction: fraction of the training examples that is trained on, such as 0.05 or "1/20".
         val_size: other training examples, to choose the best epoch on, where no published split serves; None for
             1000, or all that are left over where they are fewer.
         draw: `stratified` by the seed, or the `first` examples, as the authors do.
@@ -134,17 +137,16 @@ class TaskData:
         task: str,
         folder: str | Path,
         hub: bool = False,
-        fraction: float = 1.0,
+        fraction: float | str = 1.0,
         val_size: int | None = None,
         draw: Draw = "stratified",
         seed: int = 0,
     ) -> None:
         if task not in TASKS:
             raise RecipeError(f"data.task must be one of {', '.join(TASKS)}, got {task}")
-        check_fraction(fraction)
         self.task = TASKS[task]
         self.source = Source(task, Path(folder), hub)
-        self.fraction, self.val_size = fraction, val_size
+        self.fraction, self.val_size = read_fraction(fraction), val_size
         self.draw, self.seed = draw, seed
 
     def read(self) -> Examples:

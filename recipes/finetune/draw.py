@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Literal, get_args
 
 import numpy as np
@@ -10,19 +12,26 @@ from numpy.typing import NDArray
 
 from recipes.errors import RecipeError
 
-__all__ = ["Draw", "check_fraction", "draw_apart", "draw_stratified"]
+__all__ = ["Draw", "draw_apart", "draw_stratified", "read_fraction"]
 
 Draw = Literal["stratified", "first"]
 
 
-def check_fraction(fraction: float) -> None:
-    """Refuse a fraction of the training examples that is out of range.
+def read_fraction(fraction: float | str) -> float:
+    """Return a fraction of the training examples as a number; text such as "1/20" is understood.
 
     Raises:
         RecipeError: it is no number above 0 and at most 1.
     """
-    if not isinstance(fraction, int | float) or not 0 < fraction <= 1:
-        raise RecipeError(f"data.fraction must be above 0 and at most 1, got {fraction}")
+    number = fraction
+    if isinstance(fraction, str):
+        with contextlib.suppress(ValueError, ZeroDivisionError):
+            number = float(Fraction(fraction))
+    if not isinstance(number, int | float) or not 0 < number <= 1:
+        raise RecipeError(
+            f"data.fraction must be above 0 and at most 1, a number such as 0.05 or 1/20, got {fraction}"
+        )
+    return number
 
 
 def draw_apart(strata: Sequence[int], fraction: float, held_out: int, seed: int, draw: Draw) -> list[list[int]]:
@@ -42,7 +51,7 @@ def draw_apart(strata: Sequence[int], fraction: float, held_out: int, seed: int,
     Raises:
         RecipeError: the fraction is not in (0, 1], or too few examples are left over.
     """
-    check_fraction(fraction)
+    read_fraction(fraction)
     if draw not in get_args(Draw):
         raise RecipeError(f"data.draw must be one of {', '.join(get_args(Draw))}, got {draw}")
     number = max(1, round(fraction * len(strata)))

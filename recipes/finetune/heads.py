@@ -27,12 +27,14 @@ class Head:
         auto_class: name of the class of transformers that builds the network.
         peft_type: what PEFT calls the task.
         encode: turns examples into inputs.
+        scores: names of the scores that what it encodes is given.
         is_padded: whether all inputs have the same length already.
     """
 
     auto_class: str
     peft_type: str
     encode: Callable[[Sequence[Row], Task, Tokens], Encoded]
+    scores: tuple[str, ...]
     is_padded: bool = False
 
 
@@ -95,10 +97,14 @@ def _first(outputs: Any) -> NDArray[np.floating]:
     return np.asarray(outputs[0] if isinstance(outputs, tuple) else outputs)
 
 
+_OF_CLASSES = ("accuracy", "macro_f1", "matthews")
+
 HEADS: dict[Kind, Head] = {
-    "classes": Head("AutoModelForSequenceClassification", "SEQ_CLS", _encode_classes),
-    "number": Head("AutoModelForSequenceClassification", "SEQ_CLS", _encode_numbers),
-    "choice": Head("AutoModelForMultipleChoice", "SEQ_CLS", _encode_choices, is_padded=True),
-    "span": Head("AutoModelForQuestionAnswering", "QUESTION_ANS", encode_spans, is_padded=True),
+    "classes": Head("AutoModelForSequenceClassification", "SEQ_CLS", _encode_classes, _OF_CLASSES),
+    "number": Head("AutoModelForSequenceClassification", "SEQ_CLS", _encode_numbers, ("pearson", "spearman")),
+    "choice": Head("AutoModelForMultipleChoice", "SEQ_CLS", _encode_choices, _OF_CLASSES, is_padded=True),
+    "span": Head(
+        "AutoModelForQuestionAnswering", "QUESTION_ANS", encode_spans, ("exact_match", "f1"), is_padded=True
+    ),
 }
 """The head of each kind of task."""

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from omegaconf import OmegaConf
 
 from recipes.errors import RecipeError
+from recipes.finetune.draw import read_fraction
 from recipes.finetune.tasks import TASKS
 
 __all__ = ["published", "register_resolver"]
@@ -73,22 +74,23 @@ _STRENGTHS = {
 _OTHER_STRENGTH = (1.0, 1.0)
 
 
-def published(name: str, task: str, fraction: float, arm: str) -> float | int | str:
+def published(name: str, task: str, fraction: float | str, arm: str) -> float | int | str:
     """Return a setting of the paper; the resolver `${published:...}` of the configs.
 
     Args:
         name: `learning_rate`, `batch_size`, `sigmoid_min`, `sigmoid_max`, or `score`, by which the best epoch is
             chosen.
         task: name of the task.
-        fraction: fraction of the training examples. Those that the paper has not run get the numbers of the
-            benchmark, and strength 1.
+        fraction: fraction of the training examples, such as 0.05 or "1/20". Those that the paper has not
+            run get the numbers of the benchmark, and strength 1.
         arm: name of the arm: QNLI's learning rates and batches differ between the plain arm and the others.
 
     Raises:
-        RecipeError: the task is unknown.
+        RecipeError: the task is unknown, or the fraction out of range.
     """
     if task not in TASKS:
         raise RecipeError(f"data.task must be one of {', '.join(TASKS)}, got {task}")
+    fraction = read_fraction(fraction)
     training = _GROUPS[TASKS[task].group]
     if task == "qnli" and fraction in _QNLI:
         training = _QNLI[fraction][arm != "off"]

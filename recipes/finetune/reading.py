@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Formatter
@@ -19,12 +19,13 @@ Row = Mapping[str, Any]
 _HUB = {"glue": "nyu-mll/glue", "superglue": "aps/super_glue", "squad": "rajpurkar/squad"}
 """The data set of the hub that holds a benchmark, one configuration a task."""
 
+_AS_IT_STANDS = {"keep_default_na": False, "na_values": [""]}  # pandas takes "NA" and "null" for nothing, too
 _READERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".jsonl": ("from_json", {}),
     ".json": ("from_json", {}),
     ".parquet": ("from_parquet", {}),
-    ".csv": ("from_csv", {}),
-    ".tsv": ("from_csv", {"sep": "\t", "quoting": 3}),  # GLUE's files do not quote
+    ".csv": ("from_csv", _AS_IT_STANDS),
+    ".tsv": ("from_csv", {**_AS_IT_STANDS, "sep": "\t", "quoting": 3}),  # GLUE's files do not quote
 }
 """What reads each kind of file."""
 
@@ -59,17 +60,20 @@ class Source:
 def read_split(source: Source, split: str) -> list[Row]:
     """Return the examples of a split, without those that have no label.
 
+    An empty cell of a table (CSV or TSV) is an empty text, or no label.
+
     Args:
         source: where to read.
         split: `train`, `validation` or `test`, or what else the split is called.
 
     Raises:
-        RecipeError: the split, a column or every label is missing, or the hub does not answer.
+        RecipeError: the split, a column, a text or every label is missing, or the hub does not answer.
     """
     import datasets
 
     datasets.disable_progress_bars()
-    found = _from_hub(source, split) if source.hub else _from_files(source, split)
+    files = [] if source.hub else _files(source, split)
+    found = _from_files(source, files) if files else _from_hub(source, split)
     columns = _columns(source.task)
     missing = [column for column in columns if column not in found.column_names]
     if missing:
@@ -82,14 +86,24 @@ def read_split(source: Source, split: str) -> list[Row]:
         rows = [row for row in rows if row["label"] not in _NO_LABEL]
     if not rows:
         raise RecipeError(f"{source.name}: the split {split} has no labelled example")
+    if any(_is_table(file) for file in files):
+        return [{name: "" if value is None else value for name, value in row.items()} for row in rows]
+    place = " ".join(map(str, files)) or f"{source.name}: the split {split}"
+    for column in columns:
+        if any(row[column] is None for row in rows):
+            raise RecipeError(f'{place}: the column {column} is null in an example; write "" for an empty text')
     return rows
 
 
 def _columns(task: Task) -> list[str]:
     """Return the columns that a task needs."""
+    return [*_text_columns(task), "answers" if task.kind == "span" else "label"]
+
+
+def _text_columns(task: Task) -> list[str]:
+    """Return the columns that the network reads."""
     texts = "".join((task.text, task.pair, *task.choices))
-    names = [name for _, name, _, _ in Formatter().parse(texts) if name]
-    return [*names, "answers" if task.kind == "span" else "label"]
+    return [name for _, name, _, _ in Formatter().parse(texts) if name]
 
 
 def _from_hub(source: Source, split: str) -> Any:
@@ -109,19 +123,36 @@ def _from_hub(source: Source, split: str) -> Any:
         ) from error
 
 
-def _from_files(source: Source, split: str) -> Any:
-    """Read a split from local files, which `datasets` keeps in a cache next to them."""
-    import datasets
+def _files(source: Source, split: str) -> list[Path]:
+    """Return the files of a split, all of one format.
 
+    Raises:
+        RecipeError: there is none.
+    """
     folder = source.folder / source.task.group / source.own_name
     names = (split, "dev") if split == "validation" else (split,)
     for name in names:
-        for ending, (reader, options) in _READERS.items():
-            files = sorted(map(str, folder.glob(f"{name}*{ending}")))
+        for ending in _READERS:
+            files = sorted(folder.glob(f"{name}*{ending}"))
             if files:
-                read = getattr(datasets.Dataset, reader)
-                return read(files, cache_dir=str(folder / ".cache"), **options)
+                return files
     raise RecipeError(
         f"{folder} has no file {split}* that ends in {', '.join(_READERS)}; put the files of {source.name} there, "
         "or allow the download with data.hub=true"
     )
+
+
+def _is_table(file: Path) -> bool:
+    """Return whether a file is CSV or TSV, whose cells are words without a type."""
+    return _READERS[file.suffix][0] == "from_csv"
+
+
+def _from_files(source: Source, files: Sequence[Path]) -> Any:
+    """Read local files, which `datasets` keeps in a cache next to them."""
+    import datasets
+
+    reader, options = _READERS[files[0].suffix]
+    if _is_table(files[0]):
+        options = {**options, "converters": dict.fromkeys(_text_columns(source.task), str)}  # "007" is no number
+    read = getattr(datasets.Dataset, reader)
+    return read(list(map(str, files)), cache_dir=str(files[0].parent / ".cache"), **options)

@@ -25,6 +25,7 @@ from recipes.config import build, build_balancer, check_resumed_config, check_va
 from recipes.console import make_console, warn
 from recipes.errors import RecipeError
 from recipes.finetune.building import Run, build_run, score
+from recipes.finetune.checks import check_batch, check_score, check_training
 from recipes.finetune.data import Examples
 from recipes.finetune.network import load_weights
 from recipes.finetune.records import MetricsCallback, RatesCallback, epochs_begun
@@ -134,11 +135,14 @@ def _finetune_in(folder: Path, cfg: DictConfig, checkpoint: Path | None) -> dict
     transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
+    check_training(cfg)
     balancer = build_balancer(cfg)
     examples: Examples = build(cfg, "data").read()
+    check_score("training.metric_for_best_model", cfg.training.metric_for_best_model, examples.task.kind)
     rates = RatesCallback(balancer)
     balancing = [] if balancer is None else [balancer]
     run = build_run(cfg, examples, [*balancing, rates, MetricsCallback(folder)])
+    check_batch(run.trainer.args, len(run.train.features))
     save_config(cfg, folder)
     sizes = (
         f"{len(examples.train)} examples to train on, {len(examples.val)} to choose, {len(examples.test)} to test"

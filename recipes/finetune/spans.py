@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import string
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from recipes.errors import RecipeError
 from recipes.finetune.encoding import Encoded, Scores, Tokens
 from recipes.finetune.reading import Row
 from recipes.finetune.tasks import Task
@@ -26,14 +28,18 @@ def encode_spans(rows: Sequence[Row], task: Task, tokens: Tokens) -> Encoded:
     """Encode questions with a text each, in windows; the labels are the first and last token of the answer.
 
     A window without the answer is labelled with its first token, which stands for no answer.
+
+    Raises:
+        RecipeError: a question leaves no room for the text.
     """
+    _check_questions(rows, task, tokens)
     windows = tokens(
         rows,
         task.text,
         task.pair,
         truncation="only_second",
         padding="max_length",
-        stride=min(_STRIDE, tokens.length // 4),
+        stride=_stride(tokens.length),
         return_overflowing_tokens=True,
         return_offsets_mapping=True,
     )
@@ -59,6 +65,26 @@ def encode_spans(rows: Sequence[Row], task: Task, tokens: Tokens) -> Encoded:
         return _span_scores(found, answers)
 
     return Encoded(features, score)
+
+
+def _stride(length: int) -> int:
+    """Return how many tokens neighbouring windows of such a length share."""
+    return min(_STRIDE, length // 4)
+
+
+def _check_questions(rows: Sequence[Row], task: Task, tokens: Tokens) -> None:
+    """Refuse a length that the longest question fills, up to the tokens that windows share."""
+    questions = [task.text.format(**row).strip() for row in rows]
+    found = tokens.tokenizer(questions, add_special_tokens=False, verbose=False)["input_ids"]
+    longest = max(map(len, found))
+    taken = longest + tokens.tokenizer.num_special_tokens_to_add(pair=True)
+    if tokens.length - taken > _stride(tokens.length):
+        return
+    enough = next(length for length in itertools.count(taken) if length - taken > _stride(length))
+    raise RecipeError(
+        f"model.length={tokens.length} leaves too little of the text next to a question of {longest} tokens; "
+        f"set it to at least {enough}"
+    )
 
 
 _Inside = Sequence[tuple[int, int] | None]

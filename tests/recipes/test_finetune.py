@@ -289,6 +289,48 @@ def test_every_kind_of_task_trains(task: str, finetune: Command, tmp_path: Path)
     assert facts["monitor"] == f"val/{TASKS[task].score}"
 
 
+def test_evaluations_take_all_examples_where_training_drops_the_last_batch(
+    finetune: Command, tmp_path: Path
+) -> None:
+    write_sst2(tmp_path / "data")
+    brief = (*SST2, *OFF, "training.num_train_epochs=1", "training.per_device_train_batch_size=9")
+    batches = ("training.per_device_eval_batch_size=7", "+training.dataloader_drop_last=true")
+    facts = finetune("run", *brief, *batches)
+    assert facts["steps"] == 8, "of 80 examples, 72 are trained on"
+    assert facts["best_score"] * 30 == pytest.approx(round(facts["best_score"] * 30))
+    assert facts["test"]["test/accuracy"] * 20 == pytest.approx(round(facts["test"]["test/accuracy"] * 20))
+
+
+def test_a_question_longer_than_the_input_ends_in_a_sentence(
+    finetune: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The tokenizer itself stops at the first of these lengths with an error, at the second with a panic."""
+    made_task(tmp_path / "data", "squad")
+    squad = ("experiment=model_balancing/squad", "data.fraction=0.5", *SMALL, *OFF, "training.num_train_epochs=1")
+    for length in (6, 8):
+        with pytest.raises(SystemExit, match="2"):
+            finetune("run", *squad, f"model.length={length}")
+        error = capsys.readouterr().err
+        assert f"model.length={length} leaves too little of the text next to a question of 4 tokens" in error
+        assert "at least 10" in error
+    assert finetune("run", *squad, "model.length=10")["epochs"] == 1
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("data.score=f1", "data.score must be one of accuracy, macro_f1, matthews, loss, got f1"),
+        ("data.test_size=0", "data.test_size must be null or a whole number of at least 1, got 0"),
+    ],
+)
+def test_bad_settings_of_documents_end_in_a_sentence(
+    override: str, words: str, finetune: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        finetune("run", "experiment=newsgroups_minilm", override)
+    assert words in capsys.readouterr().err
+
+
 @pytest.mark.real
 @pytest.mark.parametrize("name", ["newsgroups20", "reuters8"])
 def test_real_documents(name: str, finetune: Command) -> None:
@@ -324,6 +366,7 @@ def test_lora_without_peft_names_the_extra(
         (("data.task=sst3",), "data.task must be one of sst2, mnli"),
         (("data.task=rte",), "put the files of rte"),
         (("data.fraction=0",), "data.fraction must be above 0"),
+        (("data.fraction=1/0",), "data.fraction must be above 0 and .* such as 0.05 or 1/20, got 1/0"),
         (("data.fraction=null",), "data.fraction must be above 0"),
         (("data.val_size=81",), "data.val_size=81 asks for more"),
         (("data.fraction=1", "data.val_size=null"), "no example is left to choose"),
@@ -331,6 +374,21 @@ def test_lora_without_peft_names_the_extra(
         (("model.path=/no/model",), "model.hub=true"),
         (("model.lora.rank=2", "model.lora.targets=[nothing]"), "model.lora: .*target_modules"),
         (("training.eval_strategy=sometimes",), "training: .*sometimes"),
+        (("+training.load_best_model_at_end=true",), "the recipe itself loads the best epoch"),
+        (("training.save_strategy=no",), "set it to epoch, as training.eval_strategy is, or to best"),
+        (("training.save_strategy=steps",), "set it to epoch, as training.eval_strategy is, or to best"),
+        (("training.eval_strategy=no",), "set epoch or steps"),
+        (
+            ("training.eval_strategy=steps", "training.save_strategy=steps", "+training.save_steps=7"),
+            "save_steps=7 does not save at every training.eval_steps=1; set both to the same",
+        ),
+        (("training.metric_for_best_model=f1",), "must be one of accuracy, macro_f1, matthews, loss, got f1"),
+        (("+training.prediction_loss_only=true",), "prediction_loss_only=True: leave it out; .* needs the pred"),
+        (("+training.batch_eval_metrics=true",), "batch_eval_metrics=True: leave it out"),
+        (
+            ("+training.dataloader_drop_last=true", "training.per_device_train_batch_size=81"),
+            "a batch has 81 examples, there are 80",
+        ),
         (("ckpt_path=/no/checkpoint-4",), "no whole checkpoint"),
         (("balancing.esd=fll", "balancing=farms"), "balancing: esd must be one of"),
         (("balancing.exclude=[nowhere]", "balancing=farms"), "balancing: .*nowhere"),

@@ -72,6 +72,11 @@ def test_files_of_every_format_hold_the_same(ending: str, tmp_path: Path) -> Non
     assert found == TaskData("sst2", tmp_path / "other", fraction=0.25, val_size=8).read()
 
 
+def test_a_fraction_is_a_decimal_number_or_a_quotient(tmp_path: Path) -> None:
+    write_sst2(tmp_path, train=40)
+    assert TaskData("sst2", tmp_path, fraction="1/4").read() == TaskData("sst2", tmp_path, fraction=0.25).read()
+
+
 def test_parquet_files_hold_the_same(tmp_path: Path) -> None:
     import datasets
 
@@ -107,6 +112,28 @@ def test_columns_and_labels_that_are_missing_are_named(tmp_path: Path) -> None:
         TaskData("sst2", tmp_path).read()
     write_rows(tmp_path / "glue" / "sst2" / "validation.jsonl", [{"sentence": "a", "label": 7}])
     with pytest.raises(RecipeError, match="labels that no training example has"):
+        TaskData("sst2", tmp_path).read()
+
+
+@pytest.mark.filterwarnings("ignore:Exception ignored in. <_io.FileIO:pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("ending", [".csv", ".tsv"])
+def test_words_that_look_like_no_value_are_read_as_they_stand(ending: str, tmp_path: Path) -> None:
+    texts = ["null", "NA", "n/a", "nan", "None", "007", "", "unlabelled"]
+    labels = ["NA", "None", "null", "NA", "None", "null", "NA", ""]
+    rows = [{"text": text, "label": label} for text, label in zip(texts, labels, strict=True)]
+    for split in ("train", "validation", "test"):
+        write_rows(tmp_path / "domain" / "scierc" / f"{split}{ending}", rows)
+    found = TaskData("scierc", tmp_path).read()
+    assert found.classes == ("NA", "None", "null")
+    assert [row["text"] for row in found.test] == texts[:-1]
+    assert [found.classes[row["label"]] for row in found.test] == labels[:-1]
+
+
+def test_a_text_that_is_null_is_refused(tmp_path: Path) -> None:
+    write_sst2(tmp_path)
+    rows = [{"sentence": "a", "label": 1}, {"sentence": None, "label": 0}]
+    write_rows(tmp_path / "glue" / "sst2" / "validation.jsonl", rows)
+    with pytest.raises(RecipeError, match=r"sst2/validation\.jsonl: the column sentence is null"):
         TaskData("sst2", tmp_path).read()
 
 
@@ -156,6 +183,7 @@ PUBLISHED = [
     ("qnli", "0.0005", "off", (2e-5, 4, None, None)),
     ("qnli", "0.0005", "model_balancing", (3e-5, 8, 1.25, 1.25)),
     ("qnli", "0.05", "model_balancing", (3e-5, 32, 2, 1)),
+    ("qnli", "1/20", "model_balancing", (3e-5, 32, 2, 1)),
     ("stsb", "0.2", "model_balancing", (2e-5, 16, 0.5, 0.5)),
     ("stsb", "0.3", "model_balancing", (2e-5, 16, 1, 1)),
     ("squad", "0.01", "model_balancing", (2e-5, 24, 1, 1)),
@@ -167,6 +195,18 @@ PUBLISHED = [
 def test_a_fraction_of_the_run_warms_up(more: tuple[str, ...], warmup: int, tmp_path: Path) -> None:
     cfg = settings("experiment=model_balancing/glue", f"training.output_dir={tmp_path}", *more)
     assert _arguments(cfg, 100 * cfg.training.per_device_train_batch_size).warmup_steps == warmup
+
+
+@pytest.mark.parametrize("option", ["world_size", "train_batch_size"])
+def test_the_warm_up_counts_the_steps_of_all_devices(
+    option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two processes, or one with two GPUs, take half of the steps."""
+    cfg = settings("experiment=model_balancing/glue", f"training.output_dir={tmp_path}", "training.use_cpu=true")
+    batch = cfg.training.per_device_train_batch_size
+    twice = 2 if option == "world_size" else 2 * batch
+    monkeypatch.setattr(f"transformers.TrainingArguments.{option}", property(lambda args: twice))
+    assert _arguments(cfg, 100 * batch).warmup_steps == 30
 
 
 @pytest.mark.parametrize(("task", "fraction", "arm", "expected"), PUBLISHED)
