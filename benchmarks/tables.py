@@ -309,7 +309,11 @@ TABLES: Mapping[str, ArmTable | SettingTable | PairTable] = {
     "Darcy flow, 450 samples": ArmTable(
         "controls",
         Cell("controls/darcy_beta100_20", "darcy_beta100_fno_20"),
-        {"off": "plain Adam", "full_s1": "TempBalance, s = 1"},
+        {
+            "off": "plain Adam",
+            "full_s1": "TempBalance, s = 1",
+            "full_s1_permuted": "its ratios on the wrong layers",
+        },
     ),
     "Darcy flow, UNet": ArmTable(
         "controls",

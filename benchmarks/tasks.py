@@ -117,7 +117,7 @@ TASKS = (
         "FNO, 450 Darcy flow, half of the epochs",
         "controls/darcy_beta100_20",
         "darcy_beta100_fno_20",
-        {"whole": "full_s1"},
+        {"whole": "full_s1", "shuffled": "full_s1_permuted"},
     ),
     Task(
         "UNet, 225 Darcy flow, published regime",
