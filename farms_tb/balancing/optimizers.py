@@ -143,7 +143,7 @@ class BalancedOptimizers:
         return groups
 
     def _check_type(self, optimizer: Any) -> None:
-        """Raise for what is no torch optimizer; where it is only measured, for what has no `param_groups`."""
+        """Raise a `TypeError` unless it is a torch optimizer or, to measure only, has `param_groups`."""
         is_readable = self._options.only_measures and hasattr(optimizer, "param_groups")
         if is_readable or isinstance(optimizer, Optimizer):
             return

@@ -218,7 +218,7 @@ def _named(value: object, entry: str) -> dict[str, Any]:
 
 
 def _ratio(value: object, entry: str) -> float:
-    """Return a learning-rate ratio, or raise for what is no finite number of at least 0."""
+    """Return a learning-rate ratio; raise a `ValueError` unless it is a finite number of at least 0."""
     if not _is_number(value) or value < 0:
         raise damaged_state(f"{entry} must be a finite number of at least 0, got {value!r:.60}")
     return float(value)

@@ -54,7 +54,8 @@ def call_on_copy(model: nn.Module, batch: Mapping[str, Any]) -> Any:
 
 
 def _uncompiled() -> AbstractContextManager[Any]:
-    """Let what is compiled, in whichever way, run as it is written; where torch's compiler is loaded at all."""
+    """Let compiled modules and functions run as they are written."""
+    # Nothing is compiled before torch's compiler is loaded, which takes a second.
     if "torch._dynamo" not in sys.modules:
         return nullcontext()
     as_written: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
