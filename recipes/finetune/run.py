@@ -158,6 +158,13 @@ def _finetune_in(folder: Path, cfg: DictConfig, checkpoint: Path | None) -> dict
             balancer.detach()
     layers = measure_layers(run.model, cfg, rates.last)  # of the last epoch's weights
     _save_last_weights(run, balancer, folder)
+    if run.trainer.state.best_model_checkpoint is None:
+        score_name = run.trainer.args.metric_for_best_model
+        warn(
+            console,
+            f"no epoch is the best one, as none was evaluated or each had {score_name} nan: test/ has the scores of "
+            "the last epoch's weights",
+        )
     scores = _test(run)
     facts = run_facts(cfg, run.model, _training(run), scores, started)
     finish(folder, facts, layers)

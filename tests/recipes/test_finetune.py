@@ -94,6 +94,16 @@ def test_a_run_leaves_scores_curves_and_weights(arm: tuple[str, ...], finetune: 
     assert (tmp_path / "run" / "report.html").exists()
 
 
+def test_without_a_best_epoch_the_last_one_is_tested_and_the_run_says_so(
+    finetune: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_sst2(tmp_path / "data")
+    facts = finetune("run", *SST2, *OFF, "training.num_train_epochs=1", "+training.eval_delay=2")
+    assert facts["best_checkpoint"] is None
+    assert facts["test"]["test/accuracy"] == facts["test"]["test_last/accuracy"]
+    assert "no epoch is the best one" in capsys.readouterr().out
+
+
 def test_a_block_has_one_ratio(finetune: Command, tmp_path: Path) -> None:
     write_sst2(tmp_path / "data")
     facts = finetune("run", *SST2, *BALANCED, "training.num_train_epochs=1")
