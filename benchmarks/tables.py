@@ -194,18 +194,12 @@ _FASHION_RESNET = Cell("controls/fashion", "fashion_resnet18_1000")
 _FASHION_VIT = Cell("controls/fashion", "fashion_vit_1000")
 _IMAGES = {
     "full": "TempBalance, whole matrices",
-    "full_permuted": "its ratios on the wrong layers",
-    "shrinkage": "map of shrunk effects",
-    "small_alpha": "the same, small alphas faster",
-    "embedding_head_faster": "no alpha: patch and position embedding and head 5",
-}
-_FASHION = {
-    "full": "TempBalance, whole matrices",
     "full_reversed": "the same, reversed",
     "full_permuted": "its ratios on the wrong layers",
     "shrinkage": "map of shrunk effects",
     "small_alpha": "the same, small alphas faster",
 }
+_PATCHES_5 = {"embedding_head_faster": "no alpha: patch and position embedding and head 5"}
 _ENDS_5 = "no alpha: embedding and head 5"
 _MESSAGES = {
     "off": "plain AdamW",
@@ -273,22 +267,20 @@ TABLES: Mapping[str, ArmTable | SettingTable | PairTable] = {
         },
     ),
     "digits at the rates of the search": ArmTable(
-        "controls", Cell("controls/digits_vit", "digits_vit_300"), {"off": "plain AdamW", **_IMAGES}
+        "controls",
+        Cell("controls/digits_vit", "digits_vit_300"),
+        {"off": "plain AdamW", **_IMAGES, **_PATCHES_5},
     ),
-    "digits at one rate": ArmTable("controls", _VIT, {"off": "plain AdamW", **_IMAGES}),
+    "digits at one rate": ArmTable("controls", _VIT, {"off": "plain AdamW", **_IMAGES, **_PATCHES_5}),
     "FashionMNIST, ResNet-18": ArmTable(
         "controls",
         _FASHION_RESNET,
-        {"off": "plain SGD", **_FASHION, "ends_faster": "no alpha: first convolution and last layer 5"},
+        {"off": "plain SGD", **_IMAGES, "ends_faster": "no alpha: first convolution and last layer 5"},
     ),
     "FashionMNIST, transformer": ArmTable(
         "controls",
         _FASHION_VIT,
-        {
-            "off": "plain AdamW",
-            **_FASHION,
-            "embedding_head_faster": "no alpha: patch and position embedding and head 5",
-        },
+        {"off": "plain AdamW", **_IMAGES, **_PATCHES_5},
     ),
     "Darcy flow": ArmTable(
         "controls",
