@@ -33,3 +33,15 @@ def published_runs(
     if missing:
         raise ValueError(f"{folder} has no final runs of {cell} for {', '.join(missing)}")
     return runs
+
+
+def published_search(folder: str, cell: str, results: Path = RESULTS) -> dict[Job, Record]:
+    """Return the runs of a cell that tried learning rates.
+
+    Args:
+        folder: of its `results.csv`, below `results`.
+        cell: its name there.
+        results: folder of all results.
+    """
+    records = read_file(results / folder / RESULTS_FILE)
+    return {record.job: record for record in records if record.experiment == cell and record.phase == "tune"}

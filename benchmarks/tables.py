@@ -12,9 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.published import BASELINE, RESULTS, published_runs
+from benchmarks.published import BASELINE, RESULTS, published_runs, published_search
 from benchmarks.results import markdown_table, replace_between
 from recipes.study.effects import Row, summarise
+from recipes.study.sensitivity import curves
 from recipes.study.units import percent, unit_of
 
 END_OF_TABLE = "<!-- end of table -->"
@@ -150,11 +151,57 @@ class PairTable:
         return markdown_table(lines)
 
 
+@dataclass(frozen=True)
+class TriesTable:
+    """The baseline's search with the rates that were tried at first and with more, a line a cell.
+
+    Attributes:
+        page: folder of the page, below `docs/results`.
+        more: folder of the runs at the other rates, below `docs/results`.
+        cells: the cells by what they are, in words.
+    """
+
+    page: str
+    more: str
+    cells: Mapping[str, Cell]
+
+    def markdown(self, results: Path) -> str:
+        """Return the table.
+
+        Args:
+            results: folder of all results.
+        """
+        return markdown_table([self._line(words, cell, results) for words, cell in self.cells.items()])
+
+    def _line(self, words: str, cell: Cell, results: Path) -> dict[str, str]:
+        """Return the line of one cell."""
+        first = published_search(cell.folder, cell.name, results)
+        searches = {"first": first, "all": {**first, **published_search(self.more, cell.name, results)}}
+        line = {"task": words}
+        for title, runs in searches.items():
+            (curve,) = curves({cell.name: runs}, [BASELINE])
+            best = curve.best
+            line[f"{title} rates"] = str(len(curve.points))
+            line[f"best of {title}: rate, error"] = f"{best.lr:g}, {shown_error(curve.metric, best.error)}"
+        line["seeds a rate"] = str(best.seeds)
+        return line
+
+
 def level(row: Row) -> str:
     """Return the mean error: a share in per cent, others as they are."""
-    if unit_of(row.error).name == "points":
-        return f"{100 * row.error_mean:.1f} %"
-    return f"{row.error_mean:.3f}"
+    return shown_error(row.error, row.error_mean)
+
+
+def shown_error(metric: str, error: float) -> str:
+    """Return an error: a share in per cent, others as they are.
+
+    Args:
+        metric: what the error is, "accuracy" for example.
+        error: its value.
+    """
+    if unit_of(metric).name == "points":
+        return f"{100 * error:.1f} %"
+    return f"{error:.3f}"
 
 
 def change(row: Row, unit: str = "") -> str:
@@ -207,8 +254,9 @@ _MESSAGES = {
     "shrinkage": "map of shrunk effects, by layer",
     "last_faster": "no alpha: last block 2.3, the others 0.83",
 }
+_BLOCKS_REVERSED = {"reversed": "Model Balancing, reversed"}
 
-TABLES: Mapping[str, ArmTable | SettingTable | PairTable] = {
+TABLES: Mapping[str, ArmTable | SettingTable | PairTable | TriesTable] = {
     "language model": ArmTable(
         "controls",
         _LM,
@@ -322,14 +370,18 @@ TABLES: Mapping[str, ArmTable | SettingTable | PairTable] = {
         Cell("controls/newsgroups", "newsgroups_minilm_1"),
         {
             **_MESSAGES,
-            "reversed": "Model Balancing, reversed",
+            **_BLOCKS_REVERSED,
             "permuted": "Model Balancing's ratios on the wrong blocks",
             "head_faster": "no alpha: head twice as fast",
         },
     ),
-    "messages, 5 %": ArmTable("controls", Cell("controls/newsgroups_5", "newsgroups_minilm_5"), _MESSAGES),
+    "messages, 5 %": ArmTable(
+        "controls", Cell("controls/newsgroups_5", "newsgroups_minilm_5"), {**_MESSAGES, **_BLOCKS_REVERSED}
+    ),
     "messages, 5 %, at one rate": ArmTable(
-        "controls", Cell("controls/newsgroups_5_one_rate", "newsgroups_minilm_5"), _MESSAGES
+        "controls",
+        Cell("controls/newsgroups_5_one_rate", "newsgroups_minilm_5"),
+        {**_MESSAGES, **_BLOCKS_REVERSED},
     ),
     "messages, 10 %": ArmTable(
         "controls",
@@ -355,6 +407,17 @@ TABLES: Mapping[str, ArmTable | SettingTable | PairTable] = {
         "controls",
         Cell("controls/newsgroups_lora_10", "newsgroups_minilm_10_lora"),
         {"off": "plain AdamW", "model_balancing": "Model Balancing, one rate a block"},
+    ),
+    "twice the tries": TriesTable(
+        "controls",
+        "controls/twice_the_tries",
+        {
+            "language model, 0.07 million parameters": Cell("controls/variations", "tiny_lm_mini"),
+            "language model, 0.86 million": _LM_BIG,
+            "transformer, 300 digits": Cell("controls/digits_vit", "digits_vit_300"),
+            "transformer, 1,000 FashionMNIST": _FASHION_VIT,
+            "MiniLM, 113 messages": Cell("controls/newsgroups", "newsgroups_minilm_1"),
+        },
     ),
     "SmolLM2": ArmTable(
         "controls",

@@ -10,7 +10,7 @@ for each method and task, `tasks.png` and the table of `README.md`.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -85,7 +85,7 @@ TASKS = (
         "transformer, 300 digits",
         "controls/digits_vit_one_rate",
         "digits_vit_300",
-        {"whole": "full", "shuffled": "full_permuted", **_SHRUNK, "ends": "embedding_head_faster"},
+        {**_WHOLE, **_SHRUNK, "ends": "embedding_head_faster"},
         searched="controls/digits_vit",
     ),
     Task(
@@ -130,7 +130,7 @@ TASKS = (
         "MiniLM, 565 messages",
         "controls/newsgroups_5_one_rate",
         "newsgroups_minilm_5",
-        {"whole": "model_balancing", "shrinkage": "shrinkage"},
+        {"whole": "model_balancing", "reversed": "reversed", "shrinkage": "shrinkage"},
         searched="controls/newsgroups_5",
     ),
     Task(
@@ -219,11 +219,36 @@ def placement(tasks: Sequence[Task], results: Path = RESULTS, *, same_rate: bool
     Returns:
         The log ratio of the errors, right layers against wrong ones, over the tasks; None with fewer than two.
     """
+    return _over(tasks, lambda task: task.shuffles, "shuffled", results, same_rate)
+
+
+def direction(tasks: Sequence[Task], results: Path = RESULTS, *, same_rate: bool = False) -> TaskEffect | None:
+    """Return what it changes that layers with large alphas learn faster, and not those with small ones.
+
+    Args:
+        tasks: the tasks; those without a reversed map are left out.
+        results: folder of all results.
+        same_rate: leave out the tasks in which the two have base rates of their own, too.
+
+    Returns:
+        The log ratio of the errors, papers' direction against the other, over the tasks; None with fewer than two.
+    """
+
+    def reversed_map(task: Task) -> str:
+        return "whole" if "whole" in task.arms else "farms"
+
+    return _over(tasks, reversed_map, "reversed", results, same_rate)
+
+
+def _over(
+    tasks: Sequence[Task], method_of: Callable[[Task], str], other: str, results: Path, same_rate: bool
+) -> TaskEffect | None:
+    """Return how the error by each task's method differs from that by another one, over the tasks with both."""
     cells = []
     for task in tasks:
-        runs = final_runs(runs_of(task, results))
-        if "shuffled" in runs and not (same_rate and _rate(runs, task.shuffles) != _rate(runs, "shuffled")):
-            cells.append(final_ratios(runs, task.shuffles, "shuffled", "test"))
+        runs, method = final_runs(runs_of(task, results)), method_of(task)
+        if other in runs and not (same_rate and _rate(runs, method) != _rate(runs, other)):
+            cells.append(final_ratios(runs, method, other, "test"))
     return effect_over_tasks(cells)
 
 
@@ -298,6 +323,8 @@ def summary(rows: Sequence[Row]) -> str:
     parts = {
         "Ratios on the layers that alpha says, against the same on the wrong layers": placement(TASKS),
         "Of these, where the two have the same base rate": placement(TASKS, same_rate=True),
+        "Papers' maps, in their direction against the same reversed": direction(TASKS),
+        "Of these, too, where the two have the same base rate": direction(TASKS, same_rate=True),
         "Shrunk effects, where they change the rates at all": where_it_acts("shrinkage", TASKS),
         "Papers' maps, FARMS, without the language models": _over_tasks(others, "farms"),
         "Papers' maps, whole matrices, without LoRA": _over_tasks(without_lora, "whole"),

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import tables
 from benchmarks.published import published_runs
-from benchmarks.tables import END_OF_TABLE, TABLES, ArmTable, Cell, PairTable, SettingTable
+from benchmarks.tables import END_OF_TABLE, TABLES, ArmTable, Cell, PairTable, SettingTable, TriesTable
 from recipes.study.effects import summarise
 from recipes.study.records import Job, Record, write_records
 from tests.recipes.study_records import final_run
@@ -87,6 +87,16 @@ class TestPairTable:
         cell = publish_runs(tmp_path, "loss", {"off": [9.0, 9.0], "full": [2.0, 2.1], "shrinkage": [1.9, 2.1]})
         table = PairTable("page", "shrinkage", "change", {"here": (cell, "full")}).markdown(tmp_path)
         assert cells_of(table.splitlines()[-1])[2].startswith("-0.050 nats (")
+
+
+class TestTriesTable:
+    def test_more_rates_may_change_the_best_one(self, tmp_path: Path) -> None:
+        for folder, errors in (("first", {0.1: 0.3, 0.2: 0.4}), ("more", {0.14: 0.25})):
+            (tmp_path / folder).mkdir()
+            runs = [final_run("off", 1, error, phase="tune", lr=lr) for lr, error in errors.items()]
+            write_records(tmp_path / folder, runs)
+        table = TriesTable("page", "more", {"here": Cell("first", "cell")}).markdown(tmp_path)
+        assert cells_of(table.splitlines()[-1]) == ["here", "2", "0.1, 0.300", "3", "0.14, 0.250", "1"]
 
 
 class TestPublished:

@@ -11,7 +11,18 @@ from pathlib import Path
 import pytest
 
 from benchmarks import tasks
-from benchmarks.tasks import METHODS, SEARCHED, TASKS, Task, compare, placement, runs_of, summary, where_it_acts
+from benchmarks.tasks import (
+    METHODS,
+    SEARCHED,
+    TASKS,
+    Task,
+    compare,
+    direction,
+    placement,
+    runs_of,
+    summary,
+    where_it_acts,
+)
 from recipes.study.records import write_records
 from tests.recipes.study_records import final_run
 
@@ -86,6 +97,21 @@ class TestPlacement:
         cells = [Task(name, name, "cell", arms, "farms") for name in ("one", "two", "other rate")]
         counts = [placement(cells, tmp_path, same_rate=same_rate) for same_rate in (False, True)]
         assert [found.cells for found in counts if found] == [3, 2]
+
+
+class TestDirection:
+    def test_compares_each_tasks_map_with_the_same_reversed(self, tmp_path: Path) -> None:
+        publish_runs(tmp_path, "one", "cell", {"off": [0.9, 0.9], "full": [0.2, 0.3], "full_reversed": [0.4, 0.4]})
+        publish_runs(
+            tmp_path, "two", "cell", {"off": [0.9, 0.9], "farms": [0.2, 0.3], "farms_reversed": [0.4, 0.4]}
+        )
+        tasks = [
+            Task("whole matrices", "one", "cell", {"whole": "full", "reversed": "full_reversed"}),
+            Task("FARMS alone", "two", "cell", {"farms": "farms", "reversed": "farms_reversed"}),
+        ]
+        found = direction(tasks, tmp_path)
+        assert found is not None
+        assert found.mean == pytest.approx((math.log(0.5) + math.log(0.75)) / 2)
 
 
 class TestWhereItActs:
