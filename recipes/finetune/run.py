@@ -162,8 +162,8 @@ def _finetune_in(folder: Path, cfg: DictConfig, checkpoint: Path | None) -> dict
         score_name = run.trainer.args.metric_for_best_model
         warn(
             console,
-            f"no epoch is the best one, as none was evaluated or each had {score_name} nan: test/ has the scores of "
-            "the last epoch's weights",
+            f"no epoch is the best one, as none was evaluated or each had {score_name} nan: test/ has the scores "
+            "of the last epoch's weights",
         )
     scores = _test(run)
     facts = run_facts(cfg, run.model, _training(run), scores, started)
