@@ -103,7 +103,8 @@ def with_preset(
 
     Args:
         preset: its name; None for no preset.
-        objects: the objects of options that the user gave, by argument.
+        objects: the objects of options that the user gave, by argument; one of logging, of which no preset says
+            anything, goes with every preset.
         keywords: the options that the user gave by name. Where all of a class are there, as LightningCLI and Hydra
             pass them, those at their defaults do not override.
 
@@ -115,7 +116,7 @@ def with_preset(
     if preset is None:
         return dict(keywords)
     check_choice("preset", preset, Preset)
-    given = [argument for argument, value in objects.items() if value is not None]
+    given = [argument for argument, value in objects.items() if value is not None and argument != "logging"]
     if given:
         raise ValueError(f"preset={preset!r} and {given[0]}= both choose options: give single options by name")
     own = dict(keywords)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 from typing import Any, get_args
 
 import pytest
@@ -178,6 +179,15 @@ def test_mistakes() -> None:
         FARMSTempBalance(preset="lrr")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="preset='llr' and ratios= both choose options"):
         FARMSTempBalance(preset="llr", ratios=RatioOptions())
+
+
+def test_options_of_logging_go_with_every_preset() -> None:
+    callback = FARMSTempBalance(preset="llr", logging=LoggingOptions(verdicts=True))
+    assert callback.options.logging.verdicts
+    assert callback.options.ratios.lr_max_ratio == 5
+    assert not any(
+        field.name in published.options for field in fields(LoggingOptions) for published in PRESETS.values()
+    )
 
 
 def test_settings_say_what_is_active_and_who_says_so() -> None:
