@@ -254,6 +254,12 @@ _MESSAGES = {
     "shrinkage": "map of shrunk effects, by layer",
     "last_faster": "no alpha: last block 2.3, the others 0.83",
 }
+_LORA = {
+    "off": "plain AdamW",
+    "model_balancing": "Model Balancing, one rate a block",
+    "reversed": "the same, reversed",
+    "permuted": "its ratios on the wrong blocks",
+}
 _BLOCKS_REVERSED = {"reversed": "Model Balancing, reversed"}
 
 TABLES: Mapping[str, ArmTable | SettingTable | PairTable | TriesTable] = {
@@ -388,20 +394,9 @@ TABLES: Mapping[str, ArmTable | SettingTable | PairTable | TriesTable] = {
         Cell("controls/newsgroups_10", "newsgroups_minilm_10"),
         {"off": "plain AdamW", "model_balancing": "Model Balancing, one rate a block"},
     ),
-    "messages, LoRA": ArmTable(
-        "controls",
-        Cell("controls/newsgroups_lora", "newsgroups_minilm_1_lora"),
-        {
-            "off": "plain AdamW",
-            "model_balancing": "Model Balancing, one rate a block",
-            "reversed": "the same, reversed",
-            "permuted": "its ratios on the wrong blocks",
-        },
-    ),
+    "messages, LoRA": ArmTable("controls", Cell("controls/newsgroups_lora", "newsgroups_minilm_1_lora"), _LORA),
     "messages, 5 %, LoRA": ArmTable(
-        "controls",
-        Cell("controls/newsgroups_lora_5", "newsgroups_minilm_5_lora"),
-        {"off": "plain AdamW", "model_balancing": "Model Balancing, one rate a block"},
+        "controls", Cell("controls/newsgroups_lora_5", "newsgroups_minilm_5_lora"), _LORA
     ),
     "messages, 10 %, LoRA": ArmTable(
         "controls",

@@ -62,7 +62,8 @@ class Task:
 _WHOLE = {"whole": "full", "reversed": "full_reversed", "shuffled": "full_permuted"}
 _SHRUNK = {"shrinkage": "shrinkage", "small_alpha": "small_alpha"}
 _SMALL = {"whole": "full", "farms": "farms", "shuffled": "placebo"}
-_BLOCKS = {"whole": "model_balancing", "reversed": "reversed", "shuffled": "permuted", "shrinkage": "shrinkage"}
+_LORA = {"whole": "model_balancing", "reversed": "reversed", "shuffled": "permuted"}
+_BLOCKS = {**_LORA, "shrinkage": "shrinkage"}
 _LANGUAGE = {"farms": "farms", "reversed": "farms_reversed", "ends": "embedding_head_faster", **_SHRUNK}
 _LANGUAGE["shuffled"] = "small_alpha_permuted"
 
@@ -143,13 +144,13 @@ TASKS = (
         "MiniLM with LoRA, 113 messages",
         "controls/newsgroups_lora",
         "newsgroups_minilm_1_lora",
-        {"whole": "model_balancing", "reversed": "reversed", "shuffled": "permuted"},
+        _LORA,
     ),
     Task(
         "MiniLM with LoRA, 565 messages",
         "controls/newsgroups_lora_5",
         "newsgroups_minilm_5_lora",
-        {"whole": "model_balancing"},
+        _LORA,
     ),
     Task(
         "MiniLM with LoRA, 1,129 messages",
