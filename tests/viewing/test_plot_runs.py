@@ -218,3 +218,13 @@ def test_any_name_can_be_drawn(reports: list[Report], tmp_path: Path, suffix: st
     if suffix == ".svg":
         assert "$x$</text>" in saved[0].read_text()
         assert "_orig_mod.0</text>" in saved[0].read_text()
+
+
+def test_runs_and_layers_whose_names_end_alike_are_told_apart() -> None:
+    rest = "optimizer.weight_decay=0.0001,model.width=64,data.beta=100,seed=1"
+    layers = [f"decoder.layers.{index}.multihead_attention.output_projection" for index in range(3)]
+    runs = {f"optimizer.lr={lr},{rest}": a_run(layers) for lr in (0.1, 0.01)}
+    figure = plot_alpha_by_layer(runs)
+    assert len(set(panels(figure))) == 3
+    assert [label.split("…")[0] for label in legend(figure)] == ["optimizer.lr=0.1", "optimizer.lr=0.01"]
+    assert legend(plot_mean_alpha(runs)) == legend(figure)

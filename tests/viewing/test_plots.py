@@ -404,3 +404,25 @@ def test_pngs_are_fit_for_print(metrics: Path, tmp_path: Path) -> None:
     header = (tmp_path / "plot.png").read_bytes()[16:24]
     width, _ = struct.unpack(">II", header)
     assert width > 280 * figure.get_size_inches()[0]
+
+
+ALIKE = (
+    *(f"decoder.layers.{index}.multihead_cross_attention.output_projection" for index in (9, 10, 11)),
+    "vision_tower." * 5 + "decoder.layers.10.multihead_cross_attention.output_projection",
+)
+"""Names whose last 32 letters are the same, and of two the last 60."""
+
+
+def test_layers_whose_names_end_alike_are_told_apart(farms: Report) -> None:
+    curve = Curve((0.0, 1.0), (0, 5), (2.0, 1.5))
+    history = History(dict.fromkeys(ALIKE, curve), dict.fromkeys(ALIKE, curve), layers=ALIKE)
+    report = Report(dict.fromkeys(ALIKE, farms.layers["1"]), farms.options)
+    panels = [axes.get_title(loc="left") for axes in plot_esds(report).axes if axes.axison]
+    legend = [text.get_text() for text in plot_alpha_curves(history).axes[0].get_legend().get_texts()]
+    rows = [text.get_text() for text in plot_ratio_map(history).axes[0].get_yticklabels()]
+    places = [text.get_text() for text in plot_alpha_by_depth(report).axes[0].get_xticklabels()]
+    for labels in (panels, legend, rows, places):
+        assert len(set(labels)) == len(ALIKE)
+    many = [f"layers.{index}.{'x' * 80}" for index in range(40)]
+    bar = plot_alpha_curves(History(dict.fromkeys(many, curve), layers=tuple(many))).axes[1]
+    assert len({text.get_text() for text in bar.get_yticklabels()}) == 8

@@ -24,7 +24,7 @@ from farms_tb.viewing.plots.style import (
     heading,
     name_ticks,
     new_figure,
-    plain,
+    plain_names,
     save,
     spread,
     styled,
@@ -159,12 +159,13 @@ def _draw_curves(history: History, curves: Mapping[str, Curve]) -> tuple[Figure,
     colours = depth_colours(history.layers or tuple(curves))
     figure = new_figure(9.0 if with_legend else 8.0, 4.8)
     axes = figure.add_subplot()
+    labels = plain_names(list(curves))
     for index, (name, curve) in enumerate(curves.items()):
         times = curve.times(history.by_step)
         # Of one or two points a line alone would show little or nothing.
         dots = {"marker": "o" if len(times) < 3 else ""}
         markers = _markers(index, len(times)) if with_legend else dots
-        axes.plot(times, curve.values, color=colours[name], label=plain(name), **markers)
+        axes.plot(times, curve.values, color=colours[name], label=labels[index], **markers)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel(time_label(history.by_step))
     explain_colours(figure, axes, {name: colours[name] for name in curves})

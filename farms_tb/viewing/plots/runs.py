@@ -20,7 +20,7 @@ from farms_tb.viewing.plots.style import (
     heading,
     name_ticks,
     new_figure,
-    plain,
+    plain_names,
     save,
     spread,
     styled,
@@ -183,7 +183,7 @@ def plot_runs_by_depth(
         shift = 0.5 * ((place + 0.5) / len(found) - 0.5)
         shown = [records[name] for name in names]
         places = [index + shift for index in range(len(names))]
-        _draw_by_depth(axes, places, shown, quantity, {**looks[run], "label": plain(run)})
+        _draw_by_depth(axes, places, shown, quantity, looks[run])
     if quantity == "effect":
         axes.axhline(0.0, color=FAINT, linewidth=1.0, linestyle="--", zorder=1)
     axes.set_xticks(**name_ticks(names), rotation=45, ha="right", rotation_mode="anchor")
@@ -227,7 +227,7 @@ def check_number_of_runs(runs: int) -> None:
 
 
 def run_looks(names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Return colour, marker and kind of line of each run, as arguments of `Axes.plot`.
+    """Return colour, marker, kind of line and label of each run, as arguments of `Axes.plot`.
 
     Args:
         names: names of all runs, those that are not drawn included: a run looks the same in every picture.
@@ -244,8 +244,9 @@ def run_looks(names: Sequence[str]) -> dict[str, dict[str, Any]]:
             "markerfacecolor": "none",
             "markersize": 5.0,
             "linestyle": LINES[index // len(COLOURS)],
+            "label": label,
         }
-        for index, name in enumerate(names)
+        for index, (name, label) in enumerate(zip(names, plain_names(names), strict=True))
     }
 
 
@@ -265,7 +266,7 @@ def _plot_over_layers(
     axes = figure.add_subplot()
     for run, by_layer in curves.items():
         line = over_layers([by_layer[layer] for layer in common or by_layer], summarise)
-        _draw_line(axes, line, by_step, {**looks[run], "label": plain(run)})
+        _draw_line(axes, line, by_step, looks[run])
     _set_time_axis(axes, by_step)
     axes.set_xlabel(time_label(by_step))
     axes.set_ylabel(label)
@@ -324,10 +325,11 @@ def _plot_panels(
     rows = math.ceil(len(shown) / columns)
     figure = new_figure(max(4.5, 2.3 * columns + 0.4), 1.8 * rows + 0.6 + _legend_height(curves))
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=one_scale).flat
+    titles = plain_names(shown, 32)
     for place, (axes, name) in enumerate(zip(grid, shown, strict=False)):
         for run, by_name in curves.items():
-            _draw_line(axes, by_name[name], by_step, {**looks[run], "label": plain(run)})
-        axes.set_title(plain(name, 32), fontsize=7)
+            _draw_line(axes, by_name[name], by_step, looks[run])
+        axes.set_title(titles[place], fontsize=7)
         axes.tick_params(labelsize=6, labelbottom=True)
         _set_time_axis(axes, by_step)
         if not one_scale:
@@ -390,7 +392,7 @@ def _set_time_axis(axes: Axes, by_step: bool) -> None:
 
 def _legend_columns(names: Sequence[str]) -> int:
     """Return the number of columns of a legend: the longer the names, the fewer."""
-    longest = max(len(plain(name)) for name in names)
+    longest = max(map(len, plain_names(names)))
     return max(1, min(len(names), 4, 72 // (longest + 8)))
 
 

@@ -29,6 +29,7 @@ from farms_tb.viewing.plots.style import (
     heading,
     new_figure,
     plain,
+    plain_names,
     save,
     spread,
     styled,
@@ -112,9 +113,10 @@ def plot_esds(
     panels = figure.subplots(rows, columns, squeeze=False).flat
     for axes in panels[len(chosen) :]:
         axes.set_axis_off()
+    labels = plain_names(chosen, 32)
     for place, (axes, name) in enumerate(zip(panels, chosen, strict=False)):
         _draw_esd(axes, report, name)
-        axes.set_title(plain(name, 32), fontsize=7)
+        axes.set_title(labels[place], fontsize=7)
         axes.tick_params(labelsize=6)
         axes.minorticks_off()  # hundreds of them would take most of the time of drawing
         if place + columns >= len(chosen):

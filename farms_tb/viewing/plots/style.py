@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from farms_tb.atomic_write import atomic_path
 from farms_tb.missing import cannot_import
-from farms_tb.viewing.names import shortened
+from farms_tb.viewing.names import shortened, told_apart
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -124,8 +124,18 @@ def plain(name: str, most: int = 60) -> str:
         >>> plain("$x$"), plain("_orig_mod.0")
         ('\\$x\\$', ' _orig_mod.0')
     """
-    shown = shortened(name, most).replace("$", r"\$")
-    return f" {shown}" if shown.startswith("_") else shown
+    return plain_names([name], most)[0]
+
+
+def plain_names(names: Sequence[str], most: int = 60) -> list[str]:
+    """Return names that are shown together as `plain` does, and cut so that they can be told apart.
+
+    Args:
+        names: names of layers or runs.
+        most: characters to keep of each.
+    """
+    shown = [label.replace("$", r"\$") for label in told_apart(names, most)]
+    return [f" {label}" if label.startswith("_") else label for label in shown]
 
 
 def heading(title: str) -> str:
@@ -150,7 +160,8 @@ def name_ticks(names: Sequence[str]) -> dict[str, Any]:
         names: names of the layers, which lie at 0, 1, 2, ... on the axis.
     """
     shown = spread(len(names), MAX_NAMES)
-    return {"ticks": shown, "labels": [plain(names[index]) for index in shown], "fontsize": "x-small"}
+    labels = plain_names(names)
+    return {"ticks": shown, "labels": [labels[index] for index in shown], "fontsize": "x-small"}
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -222,7 +233,8 @@ def explain_colours(figure: Figure, axes: Axes, colours: Mapping[str, Colour]) -
     shown = spread(len(names), 8)
     mappable = ScalarMappable(norm=NoNorm(), cmap=ListedColormap(list(colours.values())))
     bar = figure.colorbar(mappable, ax=axes, ticks=shown, label="layer, by depth", pad=0.02)
-    bar.ax.set_yticklabels([plain(names[index]) for index in shown], fontsize="x-small")
+    labels = plain_names(names)
+    bar.ax.set_yticklabels([labels[index] for index in shown], fontsize="x-small")
     bar.ax.invert_yaxis()
 
 
