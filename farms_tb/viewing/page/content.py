@@ -1,8 +1,8 @@
 """What the page of a run shows, as plain values for JSON; the scripts draw them and names each by the same key.
 
 Numbers are rounded to five digits, and None stands for what JSON has no number for. A measurement is told by its
-time, completed epochs and optimizer steps: all curves of a run share one list of times, and have a value or None
-at each of them.
+time, completed epochs and optimizer steps, which are exact: all curves of a run share one list of times, and have
+a value or None at each of them.
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ _When = tuple[float, int]
 def content_of(run: RunFolder) -> dict[str, Any]:
     """Return all that the page shows: plain values, no NaN, no infinity, no number that JSON lacks."""
     when = _times(run.history)
+    epochs = [None if math.isnan(epoch) else epoch for epoch, _ in when]
     of_weights = [] if run.farms is None else diagnose(run.farms)
     return {
         "title": run.title,
@@ -74,7 +75,7 @@ def content_of(run: RunFolder) -> dict[str, Any]:
         "weights": run.weights,
         "esd": str(run.options.get("esd", "farms")),
         "by_step": run.history.by_step,
-        "when": {"epoch": _numbers(epoch for epoch, _ in when), "step": [step for _, step in when]},
+        "when": {"epoch": epochs, "step": [step for _, step in when]},
         "layers": [_layer(name, run, when) for name in run.layers],
         "laws": _laws(run),
         "words": WORDS,
