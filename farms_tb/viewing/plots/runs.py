@@ -387,7 +387,8 @@ def _by_step(runs: Runs) -> bool:
 def _set_time_axis(axes: Axes, by_step: bool) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=4 if by_step else 8, integer=True, steps=[1, 2, 5, 10]))
+    most = 4 if by_step else 8
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=most, integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
 
 
 def _legend_columns(names: Sequence[str]) -> int:
@@ -405,4 +406,7 @@ def _legend_height(runs: Mapping[str, object]) -> float:
 def _explain_runs(figure: Figure) -> None:
     """Put one legend for all panels below them."""
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=_legend_columns(labels))
+    # Kinds of line, which tell more runs apart than there are colours, are seen on long lines alone.
+    length = 4.5 if len(labels) > len(COLOURS) else 2.0
+    columns = _legend_columns(labels)
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, handlelength=length)
