@@ -87,9 +87,8 @@ def content_of(run: RunFolder) -> dict[str, Any]:
 
 def _times(history: History) -> list[_When]:
     """Return when any layer was measured, in the order of steps."""
-    times: set[_When] = set()
-    for curve in (*history.alpha.values(), *history.ratio.values(), *history.lr.values()):
-        times.update(_points(curve))
+    curves = (*history.alpha.values(), *history.ratio.values(), *history.lr.values())
+    times = {point for curve in curves for point in _points(curve)}
     return sorted(times, key=lambda time: (time[1], time[0]))
 
 
@@ -104,11 +103,9 @@ def _facts(run: RunFolder) -> list[str]:
     if run.weights:
         facts.append(f"spectra of {run.weights}")
     scores = run.summary.get("test")
-    if not isinstance(scores, Mapping):
-        return facts
-    for name, value in scores.items():
-        if isinstance(value, (int, float)):
-            facts.append(f"{name} {_score(value)}")
+    if isinstance(scores, Mapping):
+        numbers = {name: value for name, value in scores.items() if isinstance(value, (int, float))}
+        facts += [f"{name} {_score(value)}" for name, value in numbers.items()]
     return facts
 
 
@@ -135,9 +132,7 @@ def _metrics(farms: LayerRecord, full: LayerRecord) -> dict[str, Any]:
         farms: the layer's record by FARMS windows; one without values where it was not measured.
         full: the same of the whole matrix.
     """
-    bias = None
-    if farms.alpha is not None and full.alpha is not None:
-        bias = full.alpha - farms.alpha
+    bias = None if farms.alpha is None or full.alpha is None else full.alpha - farms.alpha
     reasons = [record.status for record in (farms, full) if record.status != OK]
     return {
         "kind": farms.kind,
@@ -271,13 +266,11 @@ def _laws(run: RunFolder) -> dict[str, Any]:
 
 def _options_in_words(options: Mapping[str, Any]) -> dict[str, str]:
     """Return the callback's options as text, those that are None left out."""
-    words = {}
-    for name, value in options.items():
-        if isinstance(value, (list, tuple)):
-            words[name] = ", ".join(map(str, value))
-        elif value is not None:
-            words[name] = str(value)
-    return words
+    return {
+        name: ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+        for name, value in options.items()
+        if value is not None
+    }
 
 
 def _numbers(values: Iterable[float]) -> list[float | None]:

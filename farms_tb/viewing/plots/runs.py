@@ -17,8 +17,8 @@ from farms_tb.viewing.plots.style import (
     FAINT,
     MARKERS,
     PathLike,
+    depth_axes,
     heading,
-    name_ticks,
     new_figure,
     plain_names,
     save,
@@ -125,9 +125,10 @@ def plot_alpha_by_layer(runs: Runs, path: PathLike | None = None, *, title: str 
         ImportError: matplotlib is not installed.
         ValueError: no run has logged alphas, they have no layer in common, or there are more than 28 runs.
     """
-    label, by_step = "power-law exponent alpha", _by_step(runs)
-    figure = _plot_panels(runs, alphas_of(runs), label, called="layers", by_step=by_step, one_scale=True)
-    figure.suptitle(heading(title), x=0.01, ha="left", fontsize=10)
+    label = _LABELS["alpha"]
+    figure = _plot_panels(
+        runs, alphas_of(runs), label, title, called="layers", by_step=_by_step(runs), one_scale=True
+    )
     return save(figure, path)
 
 
@@ -148,8 +149,7 @@ def plot_metrics(runs: Runs, path: PathLike | None = None, *, title: str = "") -
         ValueError: the runs have no such metric in common, or there are more than 28 runs.
     """
     label = "logged values"
-    figure = _plot_panels(runs, logged_by(runs), label, called="metrics", by_step=True, one_scale=False)
-    figure.suptitle(heading(title), x=0.01, ha="left", fontsize=10)
+    figure = _plot_panels(runs, logged_by(runs), label, title, called="metrics", by_step=True, one_scale=False)
     return save(figure, path)
 
 
@@ -176,18 +176,16 @@ def plot_runs_by_depth(
     looks = run_looks(list(runs))
     found = records_with(runs, quantity)
     names = _checked_common(found)
-    figure = new_figure(max(4.5, min(9.0, 1.2 + 0.3 * len(names))), 4.4 + _legend_height(found))
-    axes = figure.add_subplot()
+    figure, axes = depth_axes(names, _legend_height(found))
     for place, (run, records) in enumerate(found.items()):
         # Side by side, so that one run's error bars do not hide another's.
         shift = 0.5 * ((place + 0.5) / len(found) - 0.5)
-        shown = [records[name] for name in names]
         places = [index + shift for index in range(len(names))]
-        _draw_by_depth(axes, places, shown, quantity, looks[run])
+        values = [getattr(records[name], quantity) for name in names]
+        errors = [getattr(records[name], f"{quantity}_error") or 0.0 for name in names]
+        axes.errorbar(places, values, errors, linewidth=0.8, elinewidth=1.0, capsize=1.5, **looks[run])
     if quantity == "effect":
         axes.axhline(0.0, color=FAINT, linewidth=1.0, linestyle="--", zorder=1)
-    axes.set_xticks(**name_ticks(names), rotation=45, ha="right", rotation_mode="anchor")
-    axes.set_xlim(-0.6, len(names) - 0.4)
     axes.set_ylabel(_LABELS[quantity])
     axes.set_title(heading(title))
     _explain_runs(figure)
@@ -303,6 +301,7 @@ def _plot_panels(
     runs: Runs,
     curves: Mapping[str, Mapping[str, Curve]],
     label: str,
+    title: str,
     *,
     called: str,
     by_step: bool,
@@ -314,6 +313,7 @@ def _plot_panels(
         runs: all runs by name.
         curves: what to draw, by run and name.
         label: of the vertical axes.
+        title: a heading for all panels.
         called: what a panel stands for, in the plural.
         by_step: whether the horizontal axes are in optimizer steps, instead of completed epochs.
         one_scale: whether the vertical axes are the same, instead of each fitting its panel.
@@ -340,6 +340,7 @@ def _plot_panels(
         axes.set_axis_off()
     left_out = f" ({len(shown)} of {len(names)} {called})" if len(shown) < len(names) else ""
     figure.supylabel(label + left_out, fontsize=9)
+    figure.suptitle(heading(title), x=0.01, ha="left", fontsize=10)
     _explain_runs(figure)
     return figure
 
@@ -356,19 +357,6 @@ def _draw_line(axes: Axes, curve: Curve, by_step: bool, look: Mapping[str, Any])
     """Draw one run's curve, with its marker at about six points."""
     times = curve.times(by_step)
     axes.plot(times, curve.values, markevery=max(1, len(times) // 6), **look)
-
-
-def _draw_by_depth(
-    axes: Axes,
-    places: Sequence[float],
-    records: Sequence[LayerRecord],
-    quantity: Quantity,
-    look: Mapping[str, Any],
-) -> None:
-    """Draw the layers of one run, with standard errors where they are known."""
-    values = [getattr(record, quantity) for record in records]
-    errors = [getattr(record, f"{quantity}_error") or 0.0 for record in records]
-    axes.errorbar(places, values, errors, linewidth=0.8, elinewidth=1.0, capsize=1.5, **look)
 
 
 def _checked_common(values: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -399,8 +387,7 @@ def _legend_columns(names: Sequence[str]) -> int:
 
 def _legend_height(runs: Mapping[str, object]) -> float:
     """Return the height of the legend below the axes, in inches."""
-    names = list(runs)
-    return 0.17 * math.ceil(len(names) / _legend_columns(names)) if names else 0.0
+    return 0.17 * math.ceil(len(runs) / _legend_columns(list(runs))) if runs else 0.0
 
 
 def _explain_runs(figure: Figure) -> None:

@@ -153,15 +153,30 @@ def time_label(by_step: bool) -> str:
     return "optimizer steps" if by_step else "completed epochs"
 
 
-def name_ticks(names: Sequence[str]) -> dict[str, Any]:
+def name_ticks(names: Sequence[str], most: int = MAX_NAMES) -> dict[str, Any]:
     """Return ticks of an axis along the layers, as arguments of `Axes.set_xticks`; of many layers some are named.
 
     Args:
         names: names of the layers, which lie at 0, 1, 2, ... on the axis.
+        most: how many are named.
     """
-    shown = spread(len(names), MAX_NAMES)
+    shown = spread(len(names), most)
     labels = plain_names(names)
     return {"ticks": shown, "labels": [labels[index] for index in shown], "fontsize": "x-small"}
+
+
+def depth_axes(names: Sequence[str], more_height: float = 0.0) -> tuple[Figure, Axes]:
+    """Return a figure with axes whose horizontal one runs along the layers, which lie at 0, 1, 2, ...
+
+    Args:
+        names: names of the layers, by depth.
+        more_height: room for a legend below the axes, in inches.
+    """
+    figure = new_figure(max(4.5, min(9.0, 1.2 + 0.3 * len(names))), 4.4 + more_height)
+    axes = figure.add_subplot()
+    axes.set_xticks(**name_ticks(names), rotation=45, ha="right", rotation_mode="anchor")
+    axes.set_xlim(-0.6, len(names) - 0.4)
+    return figure, axes
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -229,12 +244,9 @@ def explain_colours(figure: Figure, axes: Axes, colours: Mapping[str, Colour]) -
     if len(colours) <= MAX_LEGEND:
         axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), title="layer, by depth")
         return
-    names = list(colours)
-    shown = spread(len(names), 8)
     mappable = ScalarMappable(norm=NoNorm(), cmap=ListedColormap(list(colours.values())))
-    bar = figure.colorbar(mappable, ax=axes, ticks=shown, label="layer, by depth", pad=0.02)
-    labels = plain_names(names)
-    bar.ax.set_yticklabels([labels[index] for index in shown], fontsize="x-small")
+    bar = figure.colorbar(mappable, ax=axes, label="layer, by depth", pad=0.02)
+    bar.set_ticks(**name_ticks(list(colours), 8))
     bar.ax.invert_yaxis()
 
 
