@@ -496,3 +496,16 @@ def test_axes_of_narrow_spectra_have_numbers(esd: Any) -> None:
     for axes in figure.axes:
         for axis in (axes.xaxis, axes.yaxis):
             assert len(shown_labels(axis)) >= 2
+
+
+def test_long_titles_are_no_wider_than_the_picture(farms: Report, tmp_path: Path) -> None:
+    """Folders of Hydra's sweeps, whose names are the titles, hold all that was overridden."""
+    title = "multirun/" + ",".join(f"model.option_{index}={index / 8}" for index in range(8))
+    for plot in (partial(plot_esd, farms, "1"), partial(plot_esds, farms), partial(plot_alpha_by_depth, farms)):
+        figure = plot(title=title)
+        figure.draw_without_rendering()
+        text = figure.get_suptitle() or figure.axes[0].get_title(loc="left")
+        assert text.replace("\n", "") == title
+        picture = figure.get_tightbbox()
+        assert picture is not None
+        assert picture.width <= figure.get_size_inches()[0] + 0.3

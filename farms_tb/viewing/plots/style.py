@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
@@ -37,6 +38,9 @@ MAX_NAMES = 40
 
 LONGEST_TITLE = 200
 """Characters of a title that are kept, the last ones: a picture that grows with its title could not be saved."""
+
+_TITLE_LINE = re.compile(r".{1,49}(?:[\s/,]|$)|.{1,50}")
+"""As much of a title as fits the narrowest pictures, up to the last blank, slash or comma where there is one."""
 
 _STYLE: dict[Any, Any] = {
     "font.size": 9.0,
@@ -139,13 +143,15 @@ def plain_names(names: Sequence[str], most: int = 60) -> list[str]:
 
 
 def heading(title: str) -> str:
-    r"""Return a title as text that matplotlib shows as it is; line breaks stay.
+    r"""Return a title as text that matplotlib shows as it is; line breaks stay, and longer lines are broken.
 
     Example:
         >>> heading("lr $x$\nseed 1")
         'lr \\$x\\$\nseed 1'
     """
-    return shortened(title, LONGEST_TITLE, keep="\n").replace("$", r"\$")
+    lines = shortened(title, LONGEST_TITLE, keep="\n").split("\n")
+    broken = ["\n".join(_TITLE_LINE.findall(line)) for line in lines]
+    return "\n".join(broken).replace("$", r"\$")
 
 
 def time_label(by_step: bool) -> str:
