@@ -276,17 +276,7 @@ class Report:
 
     def __str__(self) -> str:
         """Return a table: a row a layer; `rank 99 %` is the share of directions that hold 99 % of the energy."""
-        header = (
-            "layer",
-            "K x R x C",
-            "alpha",
-            "KS",
-            "alpha_hat",
-            "spec. norm",
-            "rank 99 %",
-            "N",
-            "status",
-        )
+        header = ("layer", "K x R x C", "alpha", "KS", "alpha_hat", "spec. norm", "rank 99 %", "N", "status")
         table: list[tuple[str, ...]] = [header]
         for name, r in self.layers.items():
             metrics = map(_short, (r.alpha, r.ks_distance, r.alpha_hat, r.spectral_norm))
@@ -305,10 +295,8 @@ def _short(value: float | None) -> str:
 
 
 def _line(cells: tuple[str, ...], widths: list[int]) -> str:
-    """Align names and reasons to the left, numbers to the right."""
-    last = len(cells) - 1
-    aligned = [
-        cell.ljust(width) if column in (0, last) else cell.rjust(width)
-        for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
-    ]
+    """Align names and reasons, which come first and last, to the left, and numbers to the right."""
+    aligned = [cell.rjust(width) for cell, width in zip(cells, widths, strict=True)]
+    aligned[0] = cells[0].ljust(widths[0])
+    aligned[-1] = cells[-1]
     return "  ".join(aligned).rstrip()

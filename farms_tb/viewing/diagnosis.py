@@ -120,8 +120,8 @@ def _about_collapsed(records: Records, layers: Records) -> str:
 
 
 def _about_random(records: Records, layers: Records) -> str:
-    unlike = {Verdict.TRAINED, Verdict.COLLAPSED, Verdict.LOW_RANK, Verdict.OUTLIERS, Verdict.NO_POWER_LAW}
-    others = sum(record.verdict in unlike for record in layers.values())
+    alike = (None, Verdict.RANDOM, Verdict.NOT_MEASURED)
+    others = sum(record.verdict not in alike for record in layers.values())
     if not others:
         return (
             f"No layer can be told from random weights ({len(records)} measured): the model is untrained, or was "

@@ -208,12 +208,11 @@ def _add_measurements(points: _Points, row: _Row, left_out: list[str]) -> None:
 
 def _filled_cells(row: Mapping[str, str]) -> dict[tuple[str, str], str]:
     """Return the cells of a row that the callback has filled, by quantity and layer."""
-    cells = {}
-    for column, text in row.items():
-        match = _KEY.fullmatch(column)
-        if match and text:
-            cells[match["quantity"], match["layer"]] = text
-    return cells
+    return {
+        (match["quantity"], match["layer"]): text
+        for column, text in row.items()
+        if text and (match := _KEY.fullmatch(column))
+    }
 
 
 def _when(row: Mapping[str, str]) -> _When | None:
@@ -225,9 +224,7 @@ def _when(row: Mapping[str, str]) -> _When | None:
     if step is None or abs(step) > LARGEST_EXACT:
         return None
     epoch = _finite(row.get("epoch", ""))
-    if epoch is None:
-        epoch = math.nan
-    return _When(epoch, int(step))
+    return _When(math.nan if epoch is None else epoch, int(step))
 
 
 def _finite(text: str) -> float | None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from farms_tb.analysis import analyze_checkpoint
-from farms_tb.options import Esd, SpectrumOptions, as_plain
+from farms_tb.options import SpectrumOptions, as_plain
 from farms_tb.report import Report
 from farms_tb.spectra.permutation_null import with_nulls
 from farms_tb.viewing.history import Curve, History
@@ -30,9 +30,6 @@ from farms_tb.viewing.run_settings import read_settings, read_summary
 from farms_tb.viewing.saved_state import SavedState, newest_state, read_state
 
 __all__ = ["Curve", "History", "RunFolder", "as_run_folder", "read_history", "read_run_folder"]
-
-_ESDS: tuple[Esd, Esd] = ("farms", "full")
-"""The two kinds of measurement, in this order."""
 
 
 @dataclass(frozen=True)
@@ -172,8 +169,7 @@ def read_run_folder(
 
 def _read_weights(path: Path, null: bool, key: str | None) -> RunFolder:
     """Measure a file of weights, which need not come from a run, with the default options."""
-    farms = _measure(path, SpectrumOptions(esd="farms"), null, key)
-    full = _measure(path, SpectrumOptions(esd="full"), null, key)
+    farms, full = _measure_both(path, SavedState(), null, key)
     return RunFolder(path.parent, farms=farms, full=full, options=farms.options, weights=path.name, name=path.name)
 
 
@@ -213,16 +209,11 @@ def _measure_both(path: Path, state: SavedState, null: bool, key: str | None) ->
     Permutation nulls that the run measured by these options are not measured again.
     """
     reports = []
-    for esd in _ESDS:
-        options = SpectrumOptions(**{**state.spectrum_options, "esd": esd})
-        shuffle = null and not state.nulls_by(as_plain(options))
-        reports.append(_measure(path, options, shuffle, key))
+    for esd in ("farms", "full"):
+        options = as_plain(SpectrumOptions(**{**state.spectrum_options, "esd": esd}))
+        shuffle = null and not state.nulls_by(options)
+        reports.append(analyze_checkpoint(path, **options, histogram=True, null=shuffle, key=key))
     return reports
-
-
-def _measure(path: Path, options: SpectrumOptions, null: bool, key: str | None) -> Report:
-    """Measure a file of weights, with the histograms that the pictures of spectra are drawn from."""
-    return analyze_checkpoint(path, **as_plain(options), histogram=True, null=null, key=key)
 
 
 def _no_run(folder: Path, problems: Sequence[str]) -> str:

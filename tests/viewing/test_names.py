@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from farms_tb.printable import printable
-from farms_tb.viewing.names import file_name, shortened
+from farms_tb.viewing.names import file_name, shortened, told_apart
 from farms_tb.weights.names import natural_order
 
 
@@ -59,3 +59,33 @@ def test_file_names_are_names_of_files() -> None:
     evil = file_name("a\x1b[2J\ud800")
     assert evil.isprintable()
     assert evil != file_name("a_[2J_")
+
+
+def test_long_names_are_told_apart() -> None:
+    sides = ("in", "out")
+    layers = [f"decoder.layers.{i}.cross_attention.{side}_projection" for i in (0, 1, 10) for side in sides]
+    shown = told_apart(layers, 32)
+    assert len(set(shown)) == len(layers)
+    assert max(map(len, shown)) <= 32
+    assert shown[1] == "…coder.layers.0…n.out_projection"
+    assert told_apart([f"layers.{index}.self_attention.proj" for index in (10, 20)], 20) == [
+        f"layers.{index}…ntion.proj" for index in (10, 20)
+    ]
+
+
+def test_names_of_three_differences_are_told_apart() -> None:
+    runs = [
+        f"optimizer.lr={lr},optimizer.weight_decay=0.0001,model.width={width},trainer.max_epochs=50,seed={seed}"
+        for lr in (0.1, 0.01)
+        for width in (32, 64)
+        for seed in (1, 2)
+    ]
+    assert len(set(told_apart(runs))) == len(runs)
+
+
+def test_names_that_need_no_telling_apart_stay_as_they_are() -> None:
+    names = ["stem", "stem", "a" * 100, "\x1b", "\\x1b", "9" * 5000, "9" * 4999, ""]
+    shown = told_apart(names, 32)
+    assert shown[:5] == ["stem", "stem", "…" + "a" * 31, "\\x1b", "\\x1b"]
+    assert shown[5] != shown[6]
+    assert told_apart([]) == []

@@ -752,3 +752,44 @@ def test_five_hundred_layers(view: Any, tmp_path: Path) -> None:
     # The fastest of three: the machine may be busy.
     assert min(tab.evaluate(choose.format(index)) for index in (100, 200, 300)) < 2000
     assert tab.inner_text("#detail h2") == "layer.300"
+
+
+def test_times_of_long_runs_are_shown_in_full(view: Any, tmp_path: Path) -> None:
+    """One layer, measured at steps and epochs that differ in their last digit alone."""
+    times = range(1_234_567, 1_234_570)
+    curves = {"a": Curve(tuple(map(float, times)), tuple(times), (1.0, 1.02, 1.04))}
+    page = write_page(RunFolder(tmp_path, History(curves, curves, layers=("a",))))
+    assert content(page)["when"]["epoch"] == list(times)
+    tab = view(page)
+    tab.get_by_text("map", exact=True).click()
+    tab.get_by_text("ratio", exact=True).first.click()
+    for axis in ("steps", "epochs"):
+        tab.get_by_text(axis, exact=True).click()
+        assert tab.locator("#curves .column").all_text_contents() == list(map(str, times))
+    canvas = tab.locator("#curves canvas").bounding_box()
+    tab.mouse.move(canvas["x"] + canvas["width"] / 2, canvas["y"] + 5)
+    assert tab.inner_text("#tip") == "a\nepoch 1234568: ratio 1.02"
+    low, _, high, _ = tab.locator("#curves .ramp > *").all_inner_texts()
+    assert (low, high) == ("1/1.05", "1.05")
+
+
+def test_narrow_spectra_have_axes_with_numbers(view: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 64), nn.Linear(40, 41))
+    farms, full = (analyze(net, esd=esd, histogram=True) for esd in ("farms", "full"))
+    tab = view(write_page(RunFolder(tmp_path, farms=farms, full=full)))
+    for row in tab.locator("tbody tr").all():
+        row.click()
+        for esd in ("FARMS windows", "whole matrix"):
+            tab.get_by_text(esd, exact=True).click()
+            for anchor, title in (("middle", "eigenvalue"), ("end", None)):
+                labels = tab.locator(f"#spectrum text[text-anchor={anchor}]:not([transform])").all_text_contents()
+                assert len([label for label in labels if label != title]) >= 2
+
+
+def test_sentences_with_long_names_fit_a_phone(view: Any, tmp_path: Path) -> None:
+    records = {"block_with_a_long_name_" * 3 + name: record for name, record in SPREAD.items()}
+    tab = view(write_page(RunFolder(tmp_path, farms=Report(records, {"esd": "farms"}))))
+    tab.set_viewport_size({"width": 390, "height": 800})
+    assert tab.evaluate("(({scrollWidth, clientWidth}) => scrollWidth - clientWidth)(document.body)") == 0
+    assert tab.locator("#diagnosis").evaluate("card => card.scrollWidth - card.clientWidth") == 0

@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -218,3 +219,36 @@ def test_any_name_can_be_drawn(reports: list[Report], tmp_path: Path, suffix: st
     if suffix == ".svg":
         assert "$x$</text>" in saved[0].read_text()
         assert "_orig_mod.0</text>" in saved[0].read_text()
+
+
+def test_runs_and_layers_whose_names_end_alike_are_told_apart() -> None:
+    rest = "optimizer.weight_decay=0.0001,model.width=64,data.beta=100,seed=1"
+    layers = [f"decoder.layers.{index}.multihead_attention.output_projection" for index in range(3)]
+    runs = {f"optimizer.lr={lr},{rest}": a_run(layers) for lr in (0.1, 0.01)}
+    figure = plot_alpha_by_layer(runs)
+    assert len(set(panels(figure))) == 3
+    assert [label.split("…")[0] for label in legend(figure)] == ["optimizer.lr=0.1", "optimizer.lr=0.01"]
+    assert legend(plot_mean_alpha(runs)) == legend(figure)
+
+
+def test_one_measurement_is_drawn_at_its_epoch() -> None:
+    first = {name: Curve((0.0,), (0,), (2.0,)) for name in LAYERS}
+    runs = {name: a_run(history=History(first, first, layers=LAYERS)) for name in "ab"}
+    for plot in (plot_mean_alpha, plot_alpha_by_layer):
+        figure = plot(runs)
+        figure.draw_without_rendering()
+        axis = figure.axes[0].xaxis
+        low, high = axis.get_view_interval()
+        assert [tick.get_loc() for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high] == [0]
+
+
+def test_the_legend_shows_the_kinds_of_line() -> None:
+    """A line in the legend is long enough for a whole dash on either side of its marker."""
+    figure = plot_mean_alpha({str(index): a_run() for index in range(MAX_RUNS)})
+    (found,) = figure.legends
+    lines = found.get_lines()
+    assert {line.get_linestyle() for line in lines} == {"-", "--", ":", "-."}
+    dash_and_gap = 3.7 + 1.6  # of `--`, in widths of the line
+    for line in lines:
+        length = float(np.ptp(line.get_xdata()))  # in points
+        assert (length - line.get_markersize()) / 2 > 1.5 * dash_and_gap * line.get_linewidth()

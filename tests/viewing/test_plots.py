@@ -6,7 +6,7 @@ import csv
 import struct
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from torch import nn
 pytest.importorskip("matplotlib")
 
 import matplotlib
+from matplotlib.axis import Axis
 from matplotlib.container import ErrorbarContainer
 
 from farms_tb import LayerRecord, Report, analyze
@@ -177,7 +178,7 @@ def test_ratio_map_is_centred_at_1_and_logarithmic(tmp_path: Path) -> None:
     assert shown[2].tolist() == pytest.approx([0.1, 10])  # the end of the scale, which a ratio of 0 needs
     assert shown.mask[3].tolist() == [True, False]
     assert [text.get_text() for text in axes.get_yticklabels()] == list(curves)
-    assert [text.get_text() for text in bar.get_yticklabels()] == ["0.1", "0.32", "1", "3.2", "10"]
+    assert [text.get_text() for text in bar.get_yticklabels()] == ["0.1", "0.316", "1", "3.16", "10"]
 
 
 def test_ratio_map_names_every_step_in_full() -> None:
@@ -404,3 +405,107 @@ def test_pngs_are_fit_for_print(metrics: Path, tmp_path: Path) -> None:
     header = (tmp_path / "plot.png").read_bytes()[16:24]
     width, _ = struct.unpack(">II", header)
     assert width > 280 * figure.get_size_inches()[0]
+
+
+ALIKE = (
+    *(f"decoder.layers.{index}.multihead_cross_attention.output_projection" for index in (9, 10, 11)),
+    "vision_tower." * 5 + "decoder.layers.10.multihead_cross_attention.output_projection",
+)
+"""Names whose last 32 letters are the same, and of two the last 60."""
+
+
+def test_layers_whose_names_end_alike_are_told_apart(farms: Report) -> None:
+    curve = Curve((0.0, 1.0), (0, 5), (2.0, 1.5))
+    history = History(dict.fromkeys(ALIKE, curve), dict.fromkeys(ALIKE, curve), layers=ALIKE)
+    report = Report(dict.fromkeys(ALIKE, farms.layers["1"]), farms.options)
+    panels = [axes.get_title(loc="left") for axes in plot_esds(report).axes if axes.axison]
+    legend = [text.get_text() for text in plot_alpha_curves(history).axes[0].get_legend().get_texts()]
+    rows = [text.get_text() for text in plot_ratio_map(history).axes[0].get_yticklabels()]
+    places = [text.get_text() for text in plot_alpha_by_depth(report).axes[0].get_xticklabels()]
+    for labels in (panels, legend, rows, places):
+        assert len(set(labels)) == len(ALIKE)
+    many = [f"layers.{index}.{'x' * 80}" for index in range(40)]
+    bar = plot_alpha_curves(History(dict.fromkeys(many, curve), layers=tuple(many))).axes[1]
+    assert len({text.get_text() for text in bar.get_yticklabels()}) == 8
+
+
+def ratio_history(times: Sequence[float], *ratios: float, steps: Sequence[int] | None = None) -> History:
+    """The ratios of some layers, the same at all times."""
+    curves = {
+        f"layer.{index}": Curve(tuple(times), tuple(steps or range(len(times))), (ratio,) * len(times))
+        for index, ratio in enumerate(ratios)
+    }
+    return History(ratio=curves, layers=tuple(curves))
+
+
+@pytest.mark.parametrize("largest", [1.0, 1.03, 1.08, 1.2, 2.0, 9.9])
+def test_ratio_map_labels_its_colours_with_their_ratios(largest: float) -> None:
+    bar = plot_ratio_map(ratio_history([0.0, 1.0], 1.0, largest)).axes[1]
+    labels = [text.get_text() for text in bar.get_yticklabels()]
+    assert len(set(labels)) == len(labels)
+    assert [float(label) for label in labels] == pytest.approx(bar.get_yticks().tolist(), rel=5e-3)
+
+
+@pytest.mark.parametrize("layers", [1, 4, 60])
+def test_ratio_map_is_as_high_as_its_labels(layers: int) -> None:
+    figure = plot_ratio_map(ratio_history([0.0, 1.0], *[1.0] * layers))
+    figure.draw_without_rendering()
+    axes, bar = figure.axes
+    assert bar.yaxis.label.get_window_extent().height <= 1.05 * axes.get_window_extent().height
+
+
+@pytest.mark.parametrize("name", ["a", "model.layers.0.self_attention.attention.output_projection.dense"])
+@pytest.mark.parametrize("first", [0, 999, 10_000_000])
+def test_times_of_the_ratio_map_do_not_overlap(name: str, first: int) -> None:
+    steps = tuple(range(first, first + 40))
+    history = History(ratio={name: Curve((0.0,) * 40, steps, (1.0,) * 40)}, layers=(name,))
+    figure = plot_ratio_map(history)
+    figure.draw_without_rendering()
+    labels = figure.axes[0].get_xticklabels()
+    assert len(labels) == 12
+    turned = labels[0].get_rotation() != 0
+    size = labels[0].get_window_extent()
+    # Turned by 45 degrees, labels need the room of their lines alone.
+    room = size.height / 2 if turned else size.width
+    places = [label.get_position()[0] for label in labels]
+    shown = figure.axes[0].transData.transform([(place, 0) for place in places])[:, 0]
+    needed = labels[0].get_fontsize() * figure.dpi / 72 * 1.3 if turned else room
+    assert np.diff(shown).min() > needed
+
+
+def shown_labels(axis: Axis) -> list[str]:
+    """Labels of the ticks that lie within the axis."""
+    low, high = axis.get_view_interval()
+    return [tick.label1.get_text() for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
+
+
+@pytest.mark.parametrize("plot", [plot_alpha_curves, plot_ratio_curves])
+def test_one_measurement_is_drawn_at_its_epoch(plot: Any) -> None:
+    first = {"a": Curve((0.0,), (0,), (2.0,))}
+    axes = plot(History(first, first, layers=("a",))).axes[0]
+    axes.figure.draw_without_rendering()
+    assert shown_labels(axes.xaxis) == ["0"]
+
+
+@pytest.mark.parametrize("esd", ["farms", "full"])
+def test_axes_of_narrow_spectra_have_numbers(esd: Any) -> None:
+    torch.manual_seed(0)
+    report = analyze(nn.Sequential(nn.Linear(3, 64), nn.Linear(40, 41)), esd=esd, histogram=True)
+    figure = plot_esds(report)
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            assert len(shown_labels(axis)) >= 2
+
+
+def test_long_titles_are_no_wider_than_the_picture(farms: Report, tmp_path: Path) -> None:
+    """Folders of Hydra's sweeps, whose names are the titles, hold all that was overridden."""
+    title = "multirun/" + ",".join(f"model.option_{index}={index / 8}" for index in range(8))
+    for plot in (partial(plot_esd, farms, "1"), partial(plot_esds, farms), partial(plot_alpha_by_depth, farms)):
+        figure = plot(title=title)
+        figure.draw_without_rendering()
+        text = figure.get_suptitle() or figure.axes[0].get_title(loc="left")
+        assert text.replace("\n", "") == title
+        picture = figure.get_tightbbox()
+        assert picture is not None
+        assert picture.width <= figure.get_size_inches()[0] + 0.3

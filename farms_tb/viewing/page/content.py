@@ -1,8 +1,8 @@
 """What the page of a run shows, as plain values for JSON; the scripts draw them and names each by the same key.
 
 Numbers are rounded to five digits, and None stands for what JSON has no number for. A measurement is told by its
-time, completed epochs and optimizer steps: all curves of a run share one list of times, and have a value or None
-at each of them.
+time, completed epochs and optimizer steps, which are exact: all curves of a run share one list of times, and have
+a value or None at each of them.
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ _When = tuple[float, int]
 def content_of(run: RunFolder) -> dict[str, Any]:
     """Return all that the page shows: plain values, no NaN, no infinity, no number that JSON lacks."""
     when = _times(run.history)
+    epochs = [None if math.isnan(epoch) else epoch for epoch, _ in when]
     of_weights = [] if run.farms is None else diagnose(run.farms)
     return {
         "title": run.title,
@@ -74,7 +75,7 @@ def content_of(run: RunFolder) -> dict[str, Any]:
         "weights": run.weights,
         "esd": str(run.options.get("esd", "farms")),
         "by_step": run.history.by_step,
-        "when": {"epoch": _numbers(epoch for epoch, _ in when), "step": [step for _, step in when]},
+        "when": {"epoch": epochs, "step": [step for _, step in when]},
         "layers": [_layer(name, run, when) for name in run.layers],
         "laws": _laws(run),
         "words": WORDS,
@@ -86,9 +87,8 @@ def content_of(run: RunFolder) -> dict[str, Any]:
 
 def _times(history: History) -> list[_When]:
     """Return when any layer was measured, in the order of steps."""
-    times: set[_When] = set()
-    for curve in (*history.alpha.values(), *history.ratio.values(), *history.lr.values()):
-        times.update(_points(curve))
+    curves = (*history.alpha.values(), *history.ratio.values(), *history.lr.values())
+    times = {point for curve in curves for point in _points(curve)}
     return sorted(times, key=lambda time: (time[1], time[0]))
 
 
@@ -103,11 +103,9 @@ def _facts(run: RunFolder) -> list[str]:
     if run.weights:
         facts.append(f"spectra of {run.weights}")
     scores = run.summary.get("test")
-    if not isinstance(scores, Mapping):
-        return facts
-    for name, value in scores.items():
-        if isinstance(value, (int, float)):
-            facts.append(f"{name} {_score(value)}")
+    if isinstance(scores, Mapping):
+        numbers = {name: value for name, value in scores.items() if isinstance(value, (int, float))}
+        facts += [f"{name} {_score(value)}" for name, value in numbers.items()]
     return facts
 
 
@@ -134,9 +132,7 @@ def _metrics(farms: LayerRecord, full: LayerRecord) -> dict[str, Any]:
         farms: the layer's record by FARMS windows; one without values where it was not measured.
         full: the same of the whole matrix.
     """
-    bias = None
-    if farms.alpha is not None and full.alpha is not None:
-        bias = full.alpha - farms.alpha
+    bias = None if farms.alpha is None or full.alpha is None else full.alpha - farms.alpha
     reasons = [record.status for record in (farms, full) if record.status != OK]
     return {
         "kind": farms.kind,
@@ -270,13 +266,11 @@ def _laws(run: RunFolder) -> dict[str, Any]:
 
 def _options_in_words(options: Mapping[str, Any]) -> dict[str, str]:
     """Return the callback's options as text, those that are None left out."""
-    words = {}
-    for name, value in options.items():
-        if isinstance(value, (list, tuple)):
-            words[name] = ", ".join(map(str, value))
-        elif value is not None:
-            words[name] = str(value)
-    return words
+    return {
+        name: ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+        for name, value in options.items()
+        if value is not None
+    }
 
 
 def _numbers(values: Iterable[float]) -> list[float | None]:

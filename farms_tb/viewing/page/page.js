@@ -55,6 +55,8 @@ function number(value, digits = 3) {
   if (value !== 0 && (Math.abs(value) < 1e-3 || Math.abs(value) >= 1e5)) return value.toExponential(digits - 1);
   return String(Number(value.toPrecision(Math.max(digits, Math.trunc(Math.abs(value)).toString().length))));
 }
+/** Epochs or steps: whole numbers in full, so that those of long runs can be told apart. */
+const time = (value) => (Number.isInteger(value) ? String(value) : number(value, 6));
 /** Fixed decimals; what rounds to zero has no minus sign. */
 function decimal(value, decimals) {
   if (!known(value)) return "–";
@@ -103,7 +105,10 @@ function decadeTicks(low, high, wanted) {
   const step = Math.max(1, Math.ceil((to - from + 1) / wanted));
   const ticks = [];
   for (let p = from; p <= to; p += step) ticks.push([10 ** p, `10${[...String(p)].map((c) => SUPERSCRIPTS[c]).join("")}`]);
-  return ticks;
+  if (ticks.length > 1) return ticks;
+  // Of less than two decades: 1, 2 and 5 times their powers, or, where there is hardly a difference, equal steps.
+  const between = [from - 1, from].flatMap((p) => [1, 2, 5].map((m) => m * 10 ** p)).filter((v) => low <= v && v <= high);
+  return between.length > 1 ? between.map((v) => [v, number(v)]) : niceTicks(low, high, wanted + 2);
 }
 function scale(low, high, from, to, log = false) {
   const f = log ? Math.log10 : (x) => x;
@@ -174,7 +179,7 @@ function local(root, event) {
 // ---- curves ----------------------------------------------------------------------------------------------------
 
 const axisTitle = () => (state.axis === "step" ? "optimizer steps" : "completed epochs");
-const when = (i) => `${state.axis === "step" ? "step" : "epoch"} ${number(data.when[state.axis][i], 6)}`;
+const when = (i) => `${state.axis === "step" ? "step" : "epoch"} ${time(data.when[state.axis][i])}`;
 const describe = (layer, quantity, i) => `${layer.name}\n${when(i)}: ${QUANTITIES[quantity].label} ${number(layer[quantity][i], 4)}`;
 const range = (values) => values.reduce(([low, high], v) => (known(v) ? [Math.min(low, v), Math.max(high, v)] : [low, high]), [Infinity, -Infinity]);
 
@@ -318,7 +323,7 @@ function mapChart(place, shown, quantity) {
   for (const column of spread(columns.length, Math.floor(width / 70))) {
     const x = left + (column + 0.5) * width / columns.length;
     root.append(svg("line", { class: "frame", x1: x, x2: x, y1: bottom, y2: bottom + 4 }),
-      svg("text", { class: "column", x, y: bottom + 16, "text-anchor": "middle" }, number(data.when[state.axis][columns[column]], 6)));
+      svg("text", { class: "column", x, y: bottom + 16, "text-anchor": "middle" }, time(data.when[state.axis][columns[column]])));
   }
   root.append(svg("text", { x: left + width / 2, y: bottom + 32, "text-anchor": "middle" }, axisTitle()));
   place.append(root, canvas, el("p", { class: "ramp quiet" }, el("span", null, ends.low),
@@ -333,7 +338,7 @@ function mapColours(rows, quantity) {
     const widest = Math.max(1.05, range(values.filter((v) => v > 0).map((v) => Math.max(v, 1 / v)))[1]);
     return {
       shade: (v) => colour(DIVERGING, 0.5 + Math.log(Math.max(v, 1e-9)) / Math.log(widest) / 2),
-      ends: { low: `1/${number(widest, 2)}`, high: number(widest, 2), colours: [0, 0.25, 0.5, 0.75, 1].map((t) => colour(DIVERGING, t)), words: "1, the scheduler's rate, in the middle" },
+      ends: { low: `1/${number(widest)}`, high: number(widest), colours: [0, 0.25, 0.5, 0.75, 1].map((t) => colour(DIVERGING, t)), words: "1, the scheduler's rate, in the middle" },
     };
   }
   const [low, high] = range(values);

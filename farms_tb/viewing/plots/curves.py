@@ -24,7 +24,7 @@ from farms_tb.viewing.plots.style import (
     heading,
     name_ticks,
     new_figure,
-    plain,
+    plain_names,
     save,
     spread,
     styled,
@@ -112,7 +112,8 @@ def plot_ratio_map(history: History, path: PathLike | None = None, *, title: str
 
     _check_any(history.ratio)
     when, ratios = _ratio_table(history)
-    figure = new_figure(7.5, 1.2 + min(0.19 * len(ratios), 8.0))
+    # Of few layers higher than their names need: the label of the colours is long.
+    figure = new_figure(7.5, 1.2 + min(max(0.19 * len(ratios), 2.2), 8.0))
     axes = figure.add_subplot()
     axes.set_facecolor("0.85")
     axes.grid(False)
@@ -128,7 +129,10 @@ def plot_ratio_map(history: History, path: PathLike | None = None, *, title: str
     )
     axes.set_yticks(**name_ticks(list(history.ratio)))
     shown = spread(len(when), 12)
-    axes.set_xticks(shown, [f"{when[index]:.12g}" for index in shown])
+    times = [f"{when[index]:.12g}" for index in shown]
+    axes.set_xticks(shown, times)
+    if max(map(len, times)) > 3:  # too long to stand side by side
+        axes.tick_params("x", rotation=45)
     axes.set_xlabel(time_label(history.by_step))
     axes.set_ylabel("layer, by depth")
     axes.set_title(heading(title))
@@ -136,7 +140,7 @@ def plot_ratio_map(history: History, path: PathLike | None = None, *, title: str
     extend: Any = "both" if beyond else "neither"
     bar = figure.colorbar(image, ax=axes, label=RATIO, extend=extend, pad=0.02)
     ticks = [limit**power for power in (-1, -0.5, 0, 0.5, 1)]
-    bar.set_ticks(ticks, labels=[f"{tick:.2g}" for tick in ticks])
+    bar.set_ticks(ticks, labels=[f"{tick:.3g}" for tick in ticks])
     bar.minorticks_off()
     return save(figure, path)
 
@@ -159,13 +163,14 @@ def _draw_curves(history: History, curves: Mapping[str, Curve]) -> tuple[Figure,
     colours = depth_colours(history.layers or tuple(curves))
     figure = new_figure(9.0 if with_legend else 8.0, 4.8)
     axes = figure.add_subplot()
+    labels = plain_names(list(curves))
     for index, (name, curve) in enumerate(curves.items()):
         times = curve.times(history.by_step)
         # Of one or two points a line alone would show little or nothing.
         dots = {"marker": "o" if len(times) < 3 else ""}
         markers = _markers(index, len(times)) if with_legend else dots
-        axes.plot(times, curve.values, color=colours[name], label=plain(name), **markers)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.plot(times, curve.values, color=colours[name], label=labels[index], **markers)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.set_xlabel(time_label(history.by_step))
     explain_colours(figure, axes, {name: colours[name] for name in curves})
     return figure, axes

@@ -6,7 +6,7 @@ Both are drawn from a `Report`, as `analyze` and `analyze_checkpoint` return it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from farms_tb.report import LayerRecord, Report
@@ -14,10 +14,11 @@ from farms_tb.verdicts import Verdict
 from farms_tb.viewing.plots.plane import MARKS
 from farms_tb.viewing.plots.style import (
     FAINT,
+    Colour,
     PathLike,
+    depth_axes,
     depth_colours,
     heading,
-    name_ticks,
     new_figure,
     save,
     styled,
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 
 _MARKERS = {"real": "o", "spectral": "D"}
 _KINDS = {"real": "real weights", "spectral": "complex spectral weights"}
+
+_Measured = Mapping[int, LayerRecord]
+"""The layers that have an alpha, by their places on the axis."""
 
 
 @styled
@@ -52,60 +56,50 @@ def plot_alpha_by_depth(report: Report, path: PathLike | None = None, *, title: 
         ValueError: no layer has an alpha.
     """
     names = list(report.layers)
-    measured = {name: record for name, record in report.layers.items() if record.alpha is not None}
+    records = report.layers.values()
+    measured = {place: record for place, record in enumerate(records) if record.alpha is not None}
     if not measured:
         raise ValueError("the report holds no alpha: print(report) says why")
-    width = 1.2 + 0.3 * len(names)
-    figure = new_figure(max(4.5, min(9.0, width)), 4.4)
-    axes = figure.add_subplot()
-    positions = {name: index for index, name in enumerate(names)}
-    _draw_alphas(axes, measured, positions, depth_colours(names))
-    _draw_null_band(axes, measured, positions)
-    _mark_verdicts(axes, measured, positions)
+    figure, axes = depth_axes(names)
+    _draw_alphas(axes, measured, list(depth_colours(names).values()))
+    _draw_null_band(axes, measured)
+    _mark_verdicts(axes, measured)
     _explain_kinds(axes, measured)
-    axes.set_xticks(**name_ticks(names), rotation=45, ha="right", rotation_mode="anchor")
-    axes.set_xlim(-0.6, len(names) - 0.4)
     axes.set_ylabel("power-law exponent alpha")
     axes.set_title(heading(title))
     _, labels = axes.get_legend_handles_labels()
     if labels:
         # Above the axes, where it covers no layer; below them are the names.
-        figure.legend(loc="outside upper right", ncols=3 if width > 6 else 1)
+        figure.legend(loc="outside upper right", ncols=3 if len(names) > 16 else 1)
     return save(figure, path)
 
 
-def _draw_alphas(
-    axes: Axes,
-    measured: Mapping[str, LayerRecord],
-    positions: Mapping[str, int],
-    colours: Mapping[str, tuple[float, ...]],
-) -> None:
-    """Draw a point with an error bar for each layer that has an alpha, and a faint line through them."""
-    places = [positions[name] for name in measured]
+def _draw_alphas(axes: Axes, measured: _Measured, colours: Sequence[Colour]) -> None:
+    """Draw a point with an error bar for each layer, in its colour, and a faint line through them."""
     alphas = [record.alpha for record in measured.values()]
-    axes.plot(places, alphas, color="0.8", linewidth=0.8)  # type: ignore[arg-type]
-    for name, record in measured.items():
+    axes.plot(list(measured), alphas, color="0.8", linewidth=0.8)  # type: ignore[arg-type]
+    for place, record in measured.items():
         axes.errorbar(
-            positions[name],
+            place,
             record.alpha,  # type: ignore[arg-type]
             record.alpha_error,
-            color=colours[name],
+            color=colours[place],
             marker=_MARKERS[record.kind],
             capsize=2,
         )
 
 
-def _mark_verdicts(axes: Axes, measured: Mapping[str, LayerRecord], positions: Mapping[str, int]) -> None:
+def _mark_verdicts(axes: Axes, measured: _Measured) -> None:
     """Mark the layers that ask for a look: those with a verdict other than trained."""
     for verdict, (marker, colour) in MARKS.items():
-        places = [positions[name] for name, record in measured.items() if record.verdict is verdict]
-        alphas = [record.alpha for record in measured.values() if record.verdict is verdict]
-        if not places or verdict is Verdict.TRAINED:
+        alphas = {place: record.alpha for place, record in measured.items() if record.verdict is verdict}
+        if not alphas or verdict is Verdict.TRAINED:
             continue
-        axes.scatter(places, alphas, s=70, c=colour, marker=marker, zorder=3, label=str(verdict))  # type: ignore[arg-type]
+        places, heights = list(alphas), list(alphas.values())
+        axes.scatter(places, heights, s=70, c=colour, marker=marker, zorder=3, label=str(verdict))  # type: ignore[arg-type]
 
 
-def _explain_kinds(axes: Axes, measured: Mapping[str, LayerRecord]) -> None:
+def _explain_kinds(axes: Axes, measured: _Measured) -> None:
     """Add the markers of real and complex weights to the legend where there are both."""
     kinds = {record.kind for record in measured.values()}
     if len(kinds) < 2:
@@ -114,22 +108,18 @@ def _explain_kinds(axes: Axes, measured: Mapping[str, LayerRecord]) -> None:
         axes.plot([], [], color=FAINT, marker=_MARKERS[kind], linestyle="", label=label)
 
 
-def _draw_null_band(axes: Axes, measured: Mapping[str, LayerRecord], positions: Mapping[str, int]) -> None:
+def _draw_null_band(axes: Axes, measured: _Measured) -> None:
     """Draw a grey band of each layer's permutation null, where it is known.
 
     The band is the mean +- two standard deviations of the alphas of the same entries in random order, which about
     95 % of layers without any structure would fall into.
     """
-    places, bottoms, heights = [], [], []
-    for name, record in measured.items():
-        if record.null is not None:
-            mean, std = record.null
-            places.append(positions[name])
-            bottoms.append(mean - 2 * std)
-            heights.append(4 * std)
-    if places:
+    nulls = {place: record.null for place, record in measured.items() if record.null is not None}
+    if nulls:
+        bottoms = [mean - 2 * std for mean, std in nulls.values()]
+        heights = [4 * std for _, std in nulls.values()]
         label = "random weights, mean ± 2 sd"
-        axes.bar(places, heights, 0.8, bottoms, color="0.85", zorder=0.5, label=label)
+        axes.bar(list(nulls), heights, 0.8, bottoms, color="0.85", zorder=0.5, label=label)
 
 
 @styled

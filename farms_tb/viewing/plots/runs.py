@@ -17,10 +17,10 @@ from farms_tb.viewing.plots.style import (
     FAINT,
     MARKERS,
     PathLike,
+    depth_axes,
     heading,
-    name_ticks,
     new_figure,
-    plain,
+    plain_names,
     save,
     spread,
     styled,
@@ -125,9 +125,10 @@ def plot_alpha_by_layer(runs: Runs, path: PathLike | None = None, *, title: str 
         ImportError: matplotlib is not installed.
         ValueError: no run has logged alphas, they have no layer in common, or there are more than 28 runs.
     """
-    label, by_step = "power-law exponent alpha", _by_step(runs)
-    figure = _plot_panels(runs, alphas_of(runs), label, called="layers", by_step=by_step, one_scale=True)
-    figure.suptitle(heading(title), x=0.01, ha="left", fontsize=10)
+    label = _LABELS["alpha"]
+    figure = _plot_panels(
+        runs, alphas_of(runs), label, title, called="layers", by_step=_by_step(runs), one_scale=True
+    )
     return save(figure, path)
 
 
@@ -148,8 +149,7 @@ def plot_metrics(runs: Runs, path: PathLike | None = None, *, title: str = "") -
         ValueError: the runs have no such metric in common, or there are more than 28 runs.
     """
     label = "logged values"
-    figure = _plot_panels(runs, logged_by(runs), label, called="metrics", by_step=True, one_scale=False)
-    figure.suptitle(heading(title), x=0.01, ha="left", fontsize=10)
+    figure = _plot_panels(runs, logged_by(runs), label, title, called="metrics", by_step=True, one_scale=False)
     return save(figure, path)
 
 
@@ -176,18 +176,16 @@ def plot_runs_by_depth(
     looks = run_looks(list(runs))
     found = records_with(runs, quantity)
     names = _checked_common(found)
-    figure = new_figure(max(4.5, min(9.0, 1.2 + 0.3 * len(names))), 4.4 + _legend_height(found))
-    axes = figure.add_subplot()
+    figure, axes = depth_axes(names, _legend_height(found))
     for place, (run, records) in enumerate(found.items()):
         # Side by side, so that one run's error bars do not hide another's.
         shift = 0.5 * ((place + 0.5) / len(found) - 0.5)
-        shown = [records[name] for name in names]
         places = [index + shift for index in range(len(names))]
-        _draw_by_depth(axes, places, shown, quantity, {**looks[run], "label": plain(run)})
+        values = [getattr(records[name], quantity) for name in names]
+        errors = [getattr(records[name], f"{quantity}_error") or 0.0 for name in names]
+        axes.errorbar(places, values, errors, linewidth=0.8, elinewidth=1.0, capsize=1.5, **looks[run])
     if quantity == "effect":
         axes.axhline(0.0, color=FAINT, linewidth=1.0, linestyle="--", zorder=1)
-    axes.set_xticks(**name_ticks(names), rotation=45, ha="right", rotation_mode="anchor")
-    axes.set_xlim(-0.6, len(names) - 0.4)
     axes.set_ylabel(_LABELS[quantity])
     axes.set_title(heading(title))
     _explain_runs(figure)
@@ -227,7 +225,7 @@ def check_number_of_runs(runs: int) -> None:
 
 
 def run_looks(names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Return colour, marker and kind of line of each run, as arguments of `Axes.plot`.
+    """Return colour, marker, kind of line and label of each run, as arguments of `Axes.plot`.
 
     Args:
         names: names of all runs, those that are not drawn included: a run looks the same in every picture.
@@ -244,8 +242,9 @@ def run_looks(names: Sequence[str]) -> dict[str, dict[str, Any]]:
             "markerfacecolor": "none",
             "markersize": 5.0,
             "linestyle": LINES[index // len(COLOURS)],
+            "label": label,
         }
-        for index, name in enumerate(names)
+        for index, (name, label) in enumerate(zip(names, plain_names(names), strict=True))
     }
 
 
@@ -265,7 +264,7 @@ def _plot_over_layers(
     axes = figure.add_subplot()
     for run, by_layer in curves.items():
         line = over_layers([by_layer[layer] for layer in common or by_layer], summarise)
-        _draw_line(axes, line, by_step, {**looks[run], "label": plain(run)})
+        _draw_line(axes, line, by_step, looks[run])
     _set_time_axis(axes, by_step)
     axes.set_xlabel(time_label(by_step))
     axes.set_ylabel(label)
@@ -302,6 +301,7 @@ def _plot_panels(
     runs: Runs,
     curves: Mapping[str, Mapping[str, Curve]],
     label: str,
+    title: str,
     *,
     called: str,
     by_step: bool,
@@ -313,6 +313,7 @@ def _plot_panels(
         runs: all runs by name.
         curves: what to draw, by run and name.
         label: of the vertical axes.
+        title: a heading for all panels.
         called: what a panel stands for, in the plural.
         by_step: whether the horizontal axes are in optimizer steps, instead of completed epochs.
         one_scale: whether the vertical axes are the same, instead of each fitting its panel.
@@ -324,10 +325,11 @@ def _plot_panels(
     rows = math.ceil(len(shown) / columns)
     figure = new_figure(max(4.5, 2.3 * columns + 0.4), 1.8 * rows + 0.6 + _legend_height(curves))
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=one_scale).flat
+    titles = plain_names(shown, 32)
     for place, (axes, name) in enumerate(zip(grid, shown, strict=False)):
         for run, by_name in curves.items():
-            _draw_line(axes, by_name[name], by_step, {**looks[run], "label": plain(run)})
-        axes.set_title(plain(name, 32), fontsize=7)
+            _draw_line(axes, by_name[name], by_step, looks[run])
+        axes.set_title(titles[place], fontsize=7)
         axes.tick_params(labelsize=6, labelbottom=True)
         _set_time_axis(axes, by_step)
         if not one_scale:
@@ -338,6 +340,7 @@ def _plot_panels(
         axes.set_axis_off()
     left_out = f" ({len(shown)} of {len(names)} {called})" if len(shown) < len(names) else ""
     figure.supylabel(label + left_out, fontsize=9)
+    figure.suptitle(heading(title), x=0.01, ha="left", fontsize=10)
     _explain_runs(figure)
     return figure
 
@@ -356,19 +359,6 @@ def _draw_line(axes: Axes, curve: Curve, by_step: bool, look: Mapping[str, Any])
     axes.plot(times, curve.values, markevery=max(1, len(times) // 6), **look)
 
 
-def _draw_by_depth(
-    axes: Axes,
-    places: Sequence[float],
-    records: Sequence[LayerRecord],
-    quantity: Quantity,
-    look: Mapping[str, Any],
-) -> None:
-    """Draw the layers of one run, with standard errors where they are known."""
-    values = [getattr(record, quantity) for record in records]
-    errors = [getattr(record, f"{quantity}_error") or 0.0 for record in records]
-    axes.errorbar(places, values, errors, linewidth=0.8, elinewidth=1.0, capsize=1.5, **look)
-
-
 def _checked_common(values: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Return the names that all runs have; raise a ValueError where there are none."""
     names = in_every_run(values)
@@ -385,22 +375,25 @@ def _by_step(runs: Runs) -> bool:
 def _set_time_axis(axes: Axes, by_step: bool) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=4 if by_step else 8, integer=True, steps=[1, 2, 5, 10]))
+    most = 4 if by_step else 8
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=most, integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
 
 
 def _legend_columns(names: Sequence[str]) -> int:
     """Return the number of columns of a legend: the longer the names, the fewer."""
-    longest = max(len(plain(name)) for name in names)
+    longest = max(map(len, plain_names(names)))
     return max(1, min(len(names), 4, 72 // (longest + 8)))
 
 
 def _legend_height(runs: Mapping[str, object]) -> float:
     """Return the height of the legend below the axes, in inches."""
-    names = list(runs)
-    return 0.17 * math.ceil(len(names) / _legend_columns(names)) if names else 0.0
+    return 0.17 * math.ceil(len(runs) / _legend_columns(list(runs))) if runs else 0.0
 
 
 def _explain_runs(figure: Figure) -> None:
     """Put one legend for all panels below them."""
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=_legend_columns(labels))
+    # Kinds of line, which tell more runs apart than there are colours, are seen on long lines alone.
+    length = 4.5 if len(labels) > len(COLOURS) else 2.0
+    columns = _legend_columns(labels)
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, handlelength=length)

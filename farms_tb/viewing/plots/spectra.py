@@ -29,6 +29,7 @@ from farms_tb.viewing.plots.style import (
     heading,
     new_figure,
     plain,
+    plain_names,
     save,
     spread,
     styled,
@@ -112,11 +113,12 @@ def plot_esds(
     panels = figure.subplots(rows, columns, squeeze=False).flat
     for axes in panels[len(chosen) :]:
         axes.set_axis_off()
+    labels = plain_names(chosen, 32)
     for place, (axes, name) in enumerate(zip(panels, chosen, strict=False)):
         _draw_esd(axes, report, name)
-        axes.set_title(plain(name, 32), fontsize=7)
+        axes.set_title(labels[place], fontsize=7)
         axes.tick_params(labelsize=6)
-        axes.minorticks_off()  # hundreds of them would take most of the time of drawing
+        _set_ticks(axes)
         if place + columns >= len(chosen):
             axes.set_xlabel("eigenvalue", fontsize=7)
     figure.suptitle(heading(title), x=0.01, ha="left", fontsize=10)
@@ -124,6 +126,23 @@ def plot_esds(
     figure.supylabel(f"density{left_out}", fontsize=9)
     _add_common_legend(figure, columns)
     return save(figure, path)
+
+
+def _set_ticks(axes: Axes) -> None:
+    """Leave the ticks at powers of ten, or, where fewer than two of these are seen, put others between them."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.minorticks_off()  # hundreds of them would take most of the time of drawing
+    for axis in (axes.xaxis, axes.yaxis):
+        low, high = axis.get_view_interval()
+        powers = range(math.floor(math.log10(low)), math.floor(math.log10(high)) + 1)
+        if sum(low <= 10.0**power <= high for power in powers) > 1:
+            continue
+        ticks = [factor * 10.0**power for power in powers for factor in (1, 2, 5)]
+        seen = [tick for tick in ticks if low <= tick <= high]
+        if len(seen) < 2:
+            seen = [tick for tick in MaxNLocator(4).tick_values(low, high) if low <= tick <= high]
+        axis.set_ticks(seen, labels=[f"{tick:g}" for tick in seen])
 
 
 def _add_common_legend(figure: Figure, columns: int) -> None:

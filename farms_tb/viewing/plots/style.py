@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from farms_tb.atomic_write import atomic_path
 from farms_tb.missing import cannot_import
-from farms_tb.viewing.names import shortened
+from farms_tb.viewing.names import shortened, told_apart
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,6 +38,9 @@ MAX_NAMES = 40
 
 LONGEST_TITLE = 200
 """Characters of a title that are kept, the last ones: a picture that grows with its title could not be saved."""
+
+_TITLE_LINE = re.compile(r".{1,49}(?:[\s/,]|$)|.{1,50}")
+"""As much of a title as fits the narrowest pictures, up to the last blank, slash or comma where there is one."""
 
 _STYLE: dict[Any, Any] = {
     "font.size": 9.0,
@@ -124,18 +128,30 @@ def plain(name: str, most: int = 60) -> str:
         >>> plain("$x$"), plain("_orig_mod.0")
         ('\\$x\\$', ' _orig_mod.0')
     """
-    shown = shortened(name, most).replace("$", r"\$")
-    return f" {shown}" if shown.startswith("_") else shown
+    return plain_names([name], most)[0]
+
+
+def plain_names(names: Sequence[str], most: int = 60) -> list[str]:
+    """Return names that are shown together as `plain` does, and cut so that they can be told apart.
+
+    Args:
+        names: names of layers or runs.
+        most: characters to keep of each.
+    """
+    shown = [label.replace("$", r"\$") for label in told_apart(names, most)]
+    return [f" {label}" if label.startswith("_") else label for label in shown]
 
 
 def heading(title: str) -> str:
-    r"""Return a title as text that matplotlib shows as it is; line breaks stay.
+    r"""Return a title as text that matplotlib shows as it is; line breaks stay, and longer lines are broken.
 
     Example:
         >>> heading("lr $x$\nseed 1")
         'lr \\$x\\$\nseed 1'
     """
-    return shortened(title, LONGEST_TITLE, keep="\n").replace("$", r"\$")
+    lines = shortened(title, LONGEST_TITLE, keep="\n").split("\n")
+    broken = ["\n".join(_TITLE_LINE.findall(line)) for line in lines]
+    return "\n".join(broken).replace("$", r"\$")
 
 
 def time_label(by_step: bool) -> str:
@@ -143,14 +159,30 @@ def time_label(by_step: bool) -> str:
     return "optimizer steps" if by_step else "completed epochs"
 
 
-def name_ticks(names: Sequence[str]) -> dict[str, Any]:
+def name_ticks(names: Sequence[str], most: int = MAX_NAMES) -> dict[str, Any]:
     """Return ticks of an axis along the layers, as arguments of `Axes.set_xticks`; of many layers some are named.
 
     Args:
         names: names of the layers, which lie at 0, 1, 2, ... on the axis.
+        most: how many are named.
     """
-    shown = spread(len(names), MAX_NAMES)
-    return {"ticks": shown, "labels": [plain(names[index]) for index in shown], "fontsize": "x-small"}
+    shown = spread(len(names), most)
+    labels = plain_names(names)
+    return {"ticks": shown, "labels": [labels[index] for index in shown], "fontsize": "x-small"}
+
+
+def depth_axes(names: Sequence[str], more_height: float = 0.0) -> tuple[Figure, Axes]:
+    """Return a figure with axes whose horizontal one runs along the layers, which lie at 0, 1, 2, ...
+
+    Args:
+        names: names of the layers, by depth.
+        more_height: room for a legend below the axes, in inches.
+    """
+    figure = new_figure(max(4.5, min(9.0, 1.2 + 0.3 * len(names))), 4.4 + more_height)
+    axes = figure.add_subplot()
+    axes.set_xticks(**name_ticks(names), rotation=45, ha="right", rotation_mode="anchor")
+    axes.set_xlim(-0.6, len(names) - 0.4)
+    return figure, axes
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -218,11 +250,9 @@ def explain_colours(figure: Figure, axes: Axes, colours: Mapping[str, Colour]) -
     if len(colours) <= MAX_LEGEND:
         axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), title="layer, by depth")
         return
-    names = list(colours)
-    shown = spread(len(names), 8)
     mappable = ScalarMappable(norm=NoNorm(), cmap=ListedColormap(list(colours.values())))
-    bar = figure.colorbar(mappable, ax=axes, ticks=shown, label="layer, by depth", pad=0.02)
-    bar.ax.set_yticklabels([plain(names[index]) for index in shown], fontsize="x-small")
+    bar = figure.colorbar(mappable, ax=axes, label="layer, by depth", pad=0.02)
+    bar.set_ticks(**name_ticks(list(colours), 8))
     bar.ax.invert_yaxis()
 
 
