@@ -43,6 +43,20 @@ def base_of(module: nn.Module) -> nn.Module:
     return module
 
 
+def unused_copies(module: nn.Module, adapters: Adapters) -> list[nn.Module]:
+    """Return which copies of a layer that PEFT trains as a whole (`modules_to_save`) the network does not use.
+
+    There is the layer as it was, and a copy for each adapter. Of any other module, none is returned.
+    """
+    original, copies = getattr(module, "original_module", None), getattr(module, "modules_to_save", None)
+    if adapters == "separate" or not (isinstance(original, nn.Module) and isinstance(copies, nn.ModuleDict)):
+        return []
+    is_off = adapters == "base" or getattr(module, "disable_adapters", False)
+    active = [] if is_off else _active(module)
+    used = copies[active[0]] if active and all(name in copies for name in active) else original
+    return [copied for copied in (original, *copies.values()) if copied is not used]
+
+
 def adapter_problem(module: nn.Module, adapters: Adapters) -> str:
     """Say why a layer, with adapters or without, has no weight that could be measured; empty where it has one.
 
@@ -185,6 +199,11 @@ def _applied_names(module: nn.Module) -> list[str]:
         return list(module.merged_adapters)  # type: ignore[arg-type]
     if getattr(module, "disable_adapters", False):
         return []
+    return _active(module)
+
+
+def _active(module: nn.Module) -> list[str]:
+    """Return the names of the active adapters of a layer of PEFT, on or off."""
     active: Any = module.active_adapters
     return [active] if isinstance(active, str) else list(active)
 
