@@ -404,7 +404,9 @@ def _quantised_layers(path: str, module: nn.Module) -> list[Layer]:
         # A linear layer keeps them in a module of its own, a convolution in itself.
         name = f".{path}".removesuffix("._packed_params").strip(".")
         layers.append(Layer(name or "weight", path, module, problem=PACKED, has_rule=False))
-    siblings = {name for name, tensor in (module._parameters | module._buffers).items() if tensor is not None}
+    # Those of a scripted module are no dicts.
+    tensors = [*module._parameters.items(), *module._buffers.items()]
+    siblings = {name for name, tensor in tensors if tensor is not None}
     filling = next((name for name in QUANTISED if name in siblings), "")
     for own, buffer in module._buffers.items():
         if buffer is None or buffer.is_floating_point() or buffer.is_complex():
