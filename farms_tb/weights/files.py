@@ -17,9 +17,9 @@ from torch import Tensor
 
 from farms_tb.printable import printable
 from farms_tb.weights.config import facts_of, with_tied_head
-from farms_tb.weights.gguf_files import in_gguf, is_gguf
+from farms_tb.weights.gguf_files import in_gguf, is_gguf, parts_of
 from farms_tb.weights.names import first_few, natural_order
-from farms_tb.weights.pickled_objects import TorchTensor
+from farms_tb.weights.pickled_objects import Skipped, TorchTensor
 from farms_tb.weights.safetensors_files import in_safetensors
 from farms_tb.weights.stored import ModelFacts, StoredTensor, stored_in_memory, with_siblings
 from farms_tb.weights.stored_layers import may_be_layer
@@ -153,23 +153,26 @@ def _file_at(path: Path) -> Path:
     """Return the file that a path stands for: itself, or the weights in a directory.
 
     Raises:
-        FileNotFoundError, ValueError: there is none, or there are several.
+        FileNotFoundError, ValueError: there is none, there are several, or it is a pipe.
     """
     file = _weights_in(path) if path.is_dir() else path
     if not file.is_file():
+        if file.exists():
+            raise ValueError(f"{printable(file)} is a pipe or a device, expected a file: save the weights to one")
         raise FileNotFoundError(f"no such file: {printable(file)}")
     return file
 
 
 def _weights_in(folder: Path) -> Path:
-    """Return the one index, or else the one file of weights, in a directory.
+    """Return the one index, or else the one file of weights, in a directory; the first of a GGUF that was split.
 
     Raises:
+        FileNotFoundError: a part of such a GGUF is missing.
         ValueError: there is none, or several; the message says what there is, and how it can be read.
     """
     for pattern in _IN_FOLDER:
         found = sorted(folder.glob(pattern))
-        if len(found) == 1:
+        if found and parts_of(found[0]) == found:
             return found[0]
         if found:
             names = first_few([file.name for file in found])
@@ -360,8 +363,14 @@ def _held(loaded: Any) -> str:
     """Describe what lies where a state dict was expected."""
     found = loaded
     if isinstance(loaded, dict):
-        usual = [loaded[name] for name in _STATE_DICT_KEYS if name in loaded]
-        found = usual[0] if usual else loaded
+        usual = next((name for name in _STATE_DICT_KEYS if name in loaded), None)
+        found = loaded if usual is None else loaded[usual]
+        if isinstance(found, Skipped):  # Ultralytics, for one, saves the whole model.
+            return (
+                f"as {usual!r} an object of {printable(found.full_name)}, and loading that could run anything: "
+                "save its state_dict() instead; or, if you trust the file, load it yourself with torch.load(path, "
+                "weights_only=False) and call analyze(model)"
+            )
     if isinstance(found, Mapping):
         keys = [repr(key) for key in list(found)[:5] if isinstance(key, (str, int))]
         return f"a dict with {', '.join(keys)}" if keys else "a dict without names"
