@@ -161,8 +161,10 @@ def null_is_quick(source: Source, request: MeasureRequest) -> bool:
 def _without_values(items: Sequence[Any]) -> Iterator[MatrixStack]:
     """Yield what each item will be measured as, by its shape alone: of a file, the layer's kind is a guess."""
     for item in items:
+        if item.problem or 0 in item.shape:  # Of these, a file may claim any size.
+            continue
         if isinstance(item, Layer):
-            if item.kind and not item.problem:
+            if item.kind:
                 yield MatrixStack(torch.empty(item.shape, device="meta"), item.sampling)
         elif len(item.shape) == 2:
             yield MatrixStack(torch.empty(1, *item.shape, device="meta"), "grid")
