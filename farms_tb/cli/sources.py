@@ -11,7 +11,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -215,8 +215,9 @@ def _from_function(module: str, function: str) -> nn.Module:
     folder = str(Path.cwd())
     sys.path.insert(0, folder)
     try:
-        make = getattr(importlib.import_module(module), function)
-        made: nn.Module = make()
+        with redirect_stdout(sys.stderr):  # Standard output is for the result alone, JSON for one.
+            make = getattr(importlib.import_module(module), function)
+            made: nn.Module = make()
     except (Exception, SystemExit) as error:  # a script that reads its arguments ends the process
         raise ValueError(f"{module}:{function}() failed: {type(error).__name__}: {error}") from error
     finally:
