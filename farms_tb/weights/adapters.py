@@ -241,6 +241,7 @@ def _with_weight(base: nn.Module, name: str, weight: Tensor) -> nn.Module:
     else:
         copied = copy.copy(base)
     copied.__dict__.pop(name, None)
+    copied.__dict__["_forward_pre_hooks"] = {}  # One of them may compute the weight anew.
     copied.__dict__["_parameters"] = {**base._parameters, name: nn.Parameter(weight, requires_grad=False)}
     return copied
 

@@ -185,6 +185,18 @@ def test_a_parametrized_base_is_measured_and_stays_as_it_is(adapters: Any) -> No
     assert [name for name in before if not torch.equal(before[name], after[name])] == []
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+def test_a_base_whose_weight_a_hook_computes_is_measured_with_its_adapter() -> None:
+    net = linear_net()
+    nn.utils.weight_norm(net[0])
+    model = adapted(net, target_modules=["0"])
+    expected = analyze(adapted(linear_net(), target_modules=["0"])).layers[f"{PREFIX}0"]
+    found = analyze(model).layers[f"{PREFIX}0"]
+    assert found.adapter_change == pytest.approx(expected.adapter_change, rel=1e-4)
+    assert found.alpha == pytest.approx(expected.alpha, rel=1e-4)
+    assert analyze(model, adapters="base").layers[f"{PREFIX}0"].alpha != pytest.approx(expected.alpha, rel=1e-4)
+
+
 def test_the_change_is_the_norm_of_the_product_against_that_of_the_weight() -> None:
     model = adapted(linear_net(), target_modules=["2"])
     model.add_adapter("second", peft.LoraConfig(r=3, init_lora_weights=False, target_modules=["2"]))
