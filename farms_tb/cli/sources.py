@@ -127,13 +127,9 @@ def _open_file(path: Path, key: str | None, embeddings: bool) -> Source:
 
 
 def _open_adapter(path: Path, key: str | None, base: str | None, options: SpectrumOptions) -> Source:
-    """Open the folder of an adapter, merged onto the weights that it is for where these are known.
+    """Open the folder of an adapter, or the file in it, merged onto the weights in `base`, under `key` there.
 
-    Args:
-        path: the folder, or the file of weights in it.
-        key: where the weights lie in the base file.
-        base: that file; None for the adapter's own matrices.
-        options: which layers are measured.
+    Without a base, the layers are the adapter's own matrices.
 
     Raises:
         ValueError: see `farms_tb.weights.adapter_files.tensors_with_adapter`.

@@ -293,13 +293,8 @@ def _candidates(
 ) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yield the dicts of tensors within a dict, by their keys joined with dots.
 
-    An optimizer's are none, and neither is the further state of a module, which is part of a state dict.
-
-    Args:
-        held: what is searched.
-        seen: identities of the dicts that were searched: a hostile file may hold one in many places.
-        where: the keys that lead here.
-        depth: how many there are.
+    An optimizer's are none, and neither is the further state of a module, which is part of a state dict. `seen`
+    has the identities of the dicts that were searched: a hostile file may hold one in many places.
     """
     if not isinstance(held, dict) or depth > _DEPTH or id(held) in seen:
         return
@@ -334,9 +329,9 @@ def _searched(held: Any) -> Iterator[tuple[str, dict[Any, Any]]]:
             yield key, value
 
 
-def _has_tensors(held: Mapping[Any, Any]) -> bool:
-    """Return whether a dict holds a tensor."""
-    return any(isinstance(value, TorchTensor) for value in held.values())
+def _has_tensors(held: Mapping[Any, Any], least_dims: int = 0) -> bool:
+    """Return whether a dict holds a tensor of so many dimensions or more."""
+    return any(isinstance(value, TorchTensor) and len(value.shape) >= least_dims for value in held.values())
 
 
 def _possible(candidates: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -345,13 +340,8 @@ def _possible(candidates: Mapping[str, Mapping[str, Any]]) -> list[str]:
         if usual in candidates:
             # A loss next to the weights, or scores within them, make no second state dict: those have no matrices.
             within = [name for name in candidates if name == usual or not usual or name.startswith(f"{usual}.")]
-            return [name for name in within if _has_matrix(candidates[name])] or [usual]
+            return [name for name in within if _has_tensors(candidates[name], least_dims=2)] or [usual]
     return list(candidates)
-
-
-def _has_matrix(held: Mapping[str, Any]) -> bool:
-    """Return whether a dict holds a tensor of two dimensions or more."""
-    return any(isinstance(value, TorchTensor) and len(value.shape) > 1 for value in held.values())
 
 
 def _names(candidates: Iterable[str]) -> str:

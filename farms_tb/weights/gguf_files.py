@@ -106,11 +106,7 @@ def _problem(kind: Any) -> str:
 def _read(file: OpenedFile, place: tuple[int, int], kind: Any, shape: tuple[int, ...]) -> Tensor:
     """Read one tensor in its own floating type, or in float32 where it was quantised.
 
-    Args:
-        file: the file.
-        place: position of its first byte, and the number of its bytes.
-        kind: its type, a `gguf.GGMLQuantizationType`.
-        shape: its shape, in torch's order.
+    `place` is the position of its first byte and the number of its bytes, `shape` is in torch's order.
     """
     import gguf
     import numpy as np

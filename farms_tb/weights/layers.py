@@ -291,11 +291,10 @@ def _module_layers(
     Args:
         path: path of the module.
         module: the module.
-        adapters: what is measured of a layer with adapters.
+        adapters: see `find_layers`.
         problem: why the module's adapters rule a measurement out; empty where they do not.
-        names: names of the model's parameters by their identity.
-        claimed: names of the layers that parameters belong to, by the parameters' identity; those of this module
-            are added.
+        names: of the model's parameters, by identity.
+        claimed: names of the layers that parameters belong to, by identity; those of this module are added.
     """
     # Inside of a layer with adapters there may be another one, the output projection of attention.
     base = path if adapters == "separate" else path.replace(".base_layer.", ".")
