@@ -138,12 +138,8 @@ def _result(
 ) -> Result:
     """Return the table of a model, with what it says of the model as a whole.
 
-    Args:
-        model: what the user called it.
-        found: its layers.
-        against: what the user called the model to compare it with; None for none.
-        compared: the layers of that; None where there is none, or measuring was interrupted before.
-        options: how alpha was measured.
+    `model` and `against` are what the user called the models, `found` and `compared` their layers; of the second
+    there are none where measuring was interrupted before.
     """
     rows = found.rows()
     complete = not (found.stopped or (compared is not None and compared.stopped))

@@ -114,11 +114,7 @@ def _with_difference(row: Row, difference: Row) -> Row:
 
 
 def _measure_all(sources: Sequence[Source], request: MeasureRequest) -> list[Measured]:
-    """Measure models one after the other.
-
-    Raises:
-        typer.Exit: Ctrl-C, since half a comparison is of no use.
-    """
+    """Measure models one after the other; Ctrl-C ends the command, since half a comparison is of no use."""
     found = []
     for source in sources:
         measured = measure(source, request, Console(stderr=True))
@@ -134,12 +130,8 @@ def _open_both(
 ) -> list[Source]:
     """Open two models; of a file, an adapter and a model by name, each takes the option that is for it.
 
-    Args:
-        models: what the user named as A and B.
-        options: which layers are measured.
-        pretrained: for those that are no files, see `open_source`.
-        key: for those that are files.
-        base: for those that are adapters; None for the other of the two models.
+    `pretrained` is for models by name, `key` for files, and `base` for adapters, whose base is the other of the
+    two models where none is given.
 
     Raises:
         ValueError: there is a key and no file, or a base and no adapter; for the others see `open_source`.
@@ -154,13 +146,14 @@ def _open_both(
     if keys == [None, None]:
         keys = [key, key]  # neither takes one, which opening them says
     sources = []
-    for model, other, own_key in zip(models, reversed(models), keys, strict=True):
-        if adapter_folder(model) is not None:
-            other_is_base = Path(other).exists() and adapter_folder(other) is None
-            own_base = base or (other if other_is_base else None)
-            sources.append(open_source(model, key=own_key, base=own_base, options=options))
-        elif Path(model).exists():
-            sources.append(open_source(model, key=own_key, options=options))
+    for side, model in enumerate(models):
+        other = 1 - side
+        if are_adapters[side]:
+            other_is_base = are_files[other] and not are_adapters[other]
+            own_base = base or (models[other] if other_is_base else None)
+            sources.append(open_source(model, key=keys[side], base=own_base, options=options))
+        elif are_files[side]:
+            sources.append(open_source(model, key=keys[side], options=options))
         else:
             sources.append(open_source(model, pretrained=pretrained, options=options))
     return sources

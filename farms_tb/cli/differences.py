@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import reduce
 from itertools import zip_longest
 
 import torch
@@ -89,9 +90,9 @@ def _attempt(first: MatrixStack, second: MatrixStack, request: MeasureRequest) -
 
 def _difference(first: MatrixStack, second: MatrixStack, request: MeasureRequest) -> Row:
     """Return what is known of the difference of two weights of one shape."""
+    types = (stack.matrices.dtype for stack in (first, second))
     # Types of eight bits have no common type with others.
-    widened = [torch.promote_types(_widened(stack.matrices.dtype), torch.float32) for stack in (first, second)]
-    dtype = torch.promote_types(*widened)
+    dtype = reduce(torch.promote_types, (own for own in types if own.itemsize > 1), torch.float32)
     before, after = (stack.matrices.to(request.device, dtype) for stack in (first, second))
     change = after - before
     size, distance = float(frobenius_norm(before)), float(frobenius_norm(change))
@@ -108,11 +109,6 @@ def _difference(first: MatrixStack, second: MatrixStack, request: MeasureRequest
         "difference_rank": whole.rank_99,
         "difference_alpha": None if is_rounding else windows.alpha,
     }
-
-
-def _widened(dtype: torch.dtype) -> torch.dtype:
-    """Return single precision for a type of eight bits."""
-    return torch.float32 if dtype.itemsize == 1 else dtype
 
 
 def _rounding_edge(*stacks: MatrixStack) -> float:

@@ -161,8 +161,10 @@ def null_is_quick(source: Source, request: MeasureRequest) -> bool:
 def _without_values(items: Sequence[Any]) -> Iterator[MatrixStack]:
     """Yield what each item will be measured as, by its shape alone: of a file, the layer's kind is a guess."""
     for item in items:
+        if item.problem or 0 in item.shape:  # Of these, a file may claim any size.
+            continue
         if isinstance(item, Layer):
-            if item.kind and not item.problem:
+            if item.kind:
                 yield MatrixStack(torch.empty(item.shape, device="meta"), item.sampling)
         elif len(item.shape) == 2:
             yield MatrixStack(torch.empty(1, *item.shape, device="meta"), "grid")
@@ -221,28 +223,19 @@ def _measure_layer(found: Measured, name: str, weight: MatrixStack | LayerRecord
     if isinstance(weight, LayerRecord):
         found.records[name] = weight
         return
-    try:
-        stack = replace(weight, matrices=weight.matrices.to(request.device))
-    except FAILURES as error:
-        found.records[name] = _failed(weight, error)
-        return
-    record = _attempt(stack, request.options, request.null)
+    record = _attempt(weight, request.device, request.options, request.null)
     if request.full and record.status == OK:
-        found.full[name] = _attempt(stack, replace(request.options, esd="full"))
+        found.full[name] = _attempt(weight, request.device, replace(request.options, esd="full"))
     found.records[name] = record
 
 
-def _attempt(stack: MatrixStack, options: SpectrumOptions, null: bool = False) -> LayerRecord:
+def _attempt(weight: MatrixStack, device: str, options: SpectrumOptions, null: bool = False) -> LayerRecord:
     """Measure one layer; where that fails, return a record that says why."""
     try:
+        stack = replace(weight, matrices=weight.matrices.to(device))
         return weight_record(stack, options, null=null)
     except FAILURES as error:
-        return _failed(stack, error)
-
-
-def _failed(stack: MatrixStack, error: BaseException) -> LayerRecord:
-    """Return the record of a layer whose measurement has raised an error."""
-    return LayerRecord(status=failure(error), kind=stack.kind, shape=tuple(stack.matrices.shape))
+        return LayerRecord(status=failure(error), kind=weight.kind, shape=tuple(weight.matrices.shape))
 
 
 FAILURES = (RuntimeError, MemoryError)

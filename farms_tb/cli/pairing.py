@@ -20,10 +20,6 @@ _WRAPPERS = ("module.", "model.", "_orig_mod.")
 """What DataParallel and DDP, Lightning modules and `torch.compile` put before the names of a model's layers."""
 
 
-_ABSENT = LayerRecord()
-"""Stands for a layer that a model does not have."""
-
-
 class Pair(NamedTuple):
     """A layer in two models.
 
@@ -104,7 +100,7 @@ def changes(pairs: Iterable[Pair]) -> list[Row]:
 
 def _row(pair: Pair) -> Row:
     """Return what `compare` shows of one layer; None where a model has no such layer, or no alpha for it."""
-    a, b = pair.a or _ABSENT, pair.b or _ABSENT
+    a, b = pair.a or LayerRecord(), pair.b or LayerRecord()
     change = error = None
     if a.alpha is not None and b.alpha is not None:
         change = b.alpha - a.alpha

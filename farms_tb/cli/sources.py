@@ -11,7 +11,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -127,13 +127,9 @@ def _open_file(path: Path, key: str | None, embeddings: bool) -> Source:
 
 
 def _open_adapter(path: Path, key: str | None, base: str | None, options: SpectrumOptions) -> Source:
-    """Open the folder of an adapter, merged onto the weights that it is for where these are known.
+    """Open the folder of an adapter, or the file in it, merged onto the weights in `base`, under `key` there.
 
-    Args:
-        path: the folder, or the file of weights in it.
-        key: where the weights lie in the base file.
-        base: that file; None for the adapter's own matrices.
-        options: which layers are measured.
+    Without a base, the layers are the adapter's own matrices.
 
     Raises:
         ValueError: see `farms_tb.weights.adapter_files.tensors_with_adapter`.
@@ -215,8 +211,9 @@ def _from_function(module: str, function: str) -> nn.Module:
     folder = str(Path.cwd())
     sys.path.insert(0, folder)
     try:
-        make = getattr(importlib.import_module(module), function)
-        made: nn.Module = make()
+        with redirect_stdout(sys.stderr):  # Standard output is for the result alone, JSON for one.
+            make = getattr(importlib.import_module(module), function)
+            made: nn.Module = make()
     except (Exception, SystemExit) as error:  # a script that reads its arguments ends the process
         raise ValueError(f"{module}:{function}() failed: {type(error).__name__}: {error}") from error
     finally:

@@ -138,9 +138,8 @@ def _widest_that_fits(console: Console, columns: Sequence[Column], rows: Sequenc
     in_full = dict(zip(reasons, reasons, strict=True))
     notes = {reason: f"[{index}]" for index, reason in enumerate(reasons, 1)}
     fewer = [needed[:number] for number in range(len(needed), 1, -1)]
-    foldable = max(
-        0, max((len(printable(str(row.get("layer", "")))) for row in rows), default=0) - _NARROWEST_NAME
-    )
+    longest = max((len(printable(str(row.get("layer", "")))) for row in rows), default=0)
+    foldable = max(0, longest - _NARROWEST_NAME)
     layouts = [(shown, in_full, 0), (shown, notes, 0), (needed, notes, 0)]
     layouts += [(columns, notes, foldable) for columns in fewer]
     unlimited = console.options.update(width=sys.maxsize)
@@ -160,11 +159,8 @@ def _has_values(column: Column, rows: Sequence[Row]) -> bool:
 def _table(columns: Sequence[Column], rows: Sequence[Row], status: Mapping[str, str]) -> Table:
     """Return a table.
 
-    Args:
-        columns: its columns.
-        rows: its rows.
-        status: what stands in the last column for each reason why a layer has no alpha; without reasons there is
-            no such column.
+    `status` has what stands in the last column for each reason why a layer has no alpha; without reasons there is
+    no such column.
     """
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     for column in columns:

@@ -43,7 +43,10 @@ _VARIANTS = (
 """Entries of the config that are set where the adapter is a variant of LoRA that adds something else."""
 
 _CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""How `init_lora_weights` begins where the initialisation took A and B out of the base weight."""
+"""How `init_lora_weights` begins where the initialisation took A and B out of the base weight.
+
+B A is no part of what the base file has then.
+"""
 
 _WEIGHTS = ("weight", "in_proj_weight", "qweight", "weight_packed")
 """Names of the weight of a layer that an adapter may be for; the last two are those of quantised ones."""
@@ -160,12 +163,9 @@ def _put_below(found: dict[str, StoredTensor], below: Sequence[StoredTensor]) ->
 def _put_adapters(
     found: dict[str, StoredTensor], adapters: Mapping[str, tuple[str, Parts]], settings: _Settings
 ) -> None:
-    """Add adapters to their weights, under all names that these have.
+    """Add adapters to their weights in `found`, under all names that these have.
 
-    Args:
-        found: the tensors of the base by their keys; changed in place.
-        adapters: for the key of each weight, the name of its layer in the adapter's folder, and the parts.
-        settings: how they are added.
+    `adapters` has, for the key of each weight, the name of its layer in the adapter's folder, and the parts.
 
     Raises:
         ValueError: an adapter does not fit its weight.
@@ -193,11 +193,7 @@ def _names_of(found: Mapping[str, StoredTensor], key: str) -> list[str]:
 
 
 def _weights_of(folder: Path) -> Path:
-    """Return the file of the adapter's weights.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
+    """Return the file of the adapter's weights, or raise FileNotFoundError."""
     for name in ("adapter_model.safetensors", "adapter_model.bin"):
         if (folder / name).is_file():
             return folder / name
@@ -205,11 +201,7 @@ def _weights_of(folder: Path) -> Path:
 
 
 def _settings(path: Path) -> _Settings:
-    """Read an `adapter_config.json`.
-
-    Raises:
-        ValueError: it is damaged, or of another kind of adapter than LoRA.
-    """
+    """Read an `adapter_config.json`, or raise a ValueError where it is damaged, or not that of a plain LoRA."""
     config = json_object(path)
     if config is None:
         raise ValueError(f"{printable(path)} is damaged: expected a JSON object")
@@ -224,7 +216,14 @@ def _settings(path: Path) -> _Settings:
             f"{printable(path)}: a variant of LoRA ({printable(variants[0])}) that is not known here: merge it in "
             "PEFT first"
         )
-    _refuse_changed_base(path, config.get("init_lora_weights"))
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and init.lower().startswith(_CHANGING_INITS):
+        raise ValueError(
+            f"{printable(path)}: init_lora_weights={init!r:.40} changed the weights of the base, expected an "
+            "adapter for the base as it is: after training, call merge_and_unload() in PEFT and save the model; "
+            "of PiSSA, OLoRA and CorDA, save_pretrained(..., path_initial_model_for_weight_conversion=...) makes "
+            "a LoRA"
+        )
     patterns = config.get("alpha_pattern") or {}
     alphas = [config.get("lora_alpha"), *(patterns.values() if isinstance(patterns, dict) else [None])]
     if not all(_is_number(alpha) for alpha in alphas):
@@ -244,21 +243,6 @@ def _settings(path: Path) -> _Settings:
         transposed=config.get("fan_in_fan_out") is True,
         tied=config.get("ensure_weight_tying") is True,
     )
-
-
-def _refuse_changed_base(path: Path, init: object) -> None:
-    """Refuse an adapter for a weight that its initialisation changed: B A is no part of what the base file has.
-
-    Raises:
-        ValueError: `init`, the config's `init_lora_weights`, is such a one.
-    """
-    if isinstance(init, str) and init.lower().startswith(_CHANGING_INITS):
-        raise ValueError(
-            f"{printable(path)}: init_lora_weights={init!r:.40} changed the weights of the base, expected an "
-            "adapter for the base as it is: after training, call merge_and_unload() in PEFT and save the model; "
-            "of PiSSA, OLoRA and CorDA, save_pretrained(..., path_initial_model_for_weight_conversion=...) makes "
-            "a LoRA"
-        )
 
 
 def _is_number(value: object) -> bool:

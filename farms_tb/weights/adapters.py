@@ -11,8 +11,9 @@ computed into memory of its own, one weight at a time.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -41,6 +42,20 @@ def base_of(module: nn.Module) -> nn.Module:
     while is_adapted(module):
         module = module._modules["base_layer"]  # type: ignore[assignment]
     return module
+
+
+def unused_copies(module: nn.Module, adapters: Adapters) -> list[nn.Module]:
+    """Return which copies of a layer that PEFT trains as a whole (`modules_to_save`) the network does not use.
+
+    There is the layer as it was, and a copy for each adapter. Of any other module, none is returned.
+    """
+    original, copies = getattr(module, "original_module", None), getattr(module, "modules_to_save", None)
+    if adapters == "separate" or not (isinstance(original, nn.Module) and isinstance(copies, nn.ModuleDict)):
+        return []
+    is_off = adapters == "base" or getattr(module, "disable_adapters", False)
+    active = [] if is_off else _active(module)
+    used = copies[active[0]] if active and all(name in copies for name in active) else original
+    return [copied for copied in (original, *copies.values()) if copied is not used]
 
 
 def adapter_problem(module: nn.Module, adapters: Adapters) -> str:
@@ -86,7 +101,7 @@ def adapted_stacks(module: nn.Module, adapters: Adapters) -> list[MatrixStack]:
         return layer_matrices(base)
     name = _weight_name(base)
     weight = weight_of(base, name)
-    updates = [adapter.read() for adapter in applied]
+    updates = [read() for read in applied]
     if _is_merged(module):
         change = change_of_merged(weight, updates)
     else:
@@ -94,25 +109,16 @@ def adapted_stacks(module: nn.Module, adapters: Adapters) -> list[MatrixStack]:
     return [replace(stack, adapter_change=change) for stack in layer_matrices(_with_weight(base, name, weight))]
 
 
-@dataclass(frozen=True)
-class _Adapter:
-    """One adapter of a layer, whose values are not read yet; see `LowRankUpdate.of_adapter`."""
-
-    left: Tensor
-    right: Tensor
-    scaling: float
-    magnitude: Tensor | None
-    transposed: bool
-
-    def read(self) -> LowRankUpdate:
-        """Return the values; gathering sharded ones is a collective call."""
-        left, right = dense(self.left), dense(self.right)
-        magnitude = None if self.magnitude is None else dense(self.magnitude)
-        return LowRankUpdate.of_adapter(left, right, self.scaling, magnitude, transposed=self.transposed)
+def _update(
+    left: Tensor, right: Tensor, scaling: float, magnitude: Tensor | None, *, transposed: bool
+) -> LowRankUpdate:
+    """Read what an adapter adds, see `LowRankUpdate.of_adapter`; gathering sharded values is a collective call."""
+    magnitude = None if magnitude is None else dense(magnitude)
+    return LowRankUpdate.of_adapter(dense(left), dense(right), scaling, magnitude, transposed=transposed)
 
 
-def _applied(module: nn.Module) -> list[_Adapter]:
-    """Return the adapters of a layer that are merged into its weight, or else those that the network applies.
+def _applied(module: nn.Module) -> list[Callable[[], LowRankUpdate]]:
+    """Return what reads each adapter of a layer that is merged into its weight, or else that the network applies.
 
     Raises:
         NoSpectrumError: one of them is no LoRA or DoRA, or does not fit the weight.
@@ -121,45 +127,33 @@ def _applied(module: nn.Module) -> list[_Adapter]:
     if module._modules["base_layer"] is not base or hasattr(module, "parameter_name"):
         raise NoSpectrumError(_unknown(module))
     shape = _shape(getattr(base, _weight_name(base)))
-    found = list(_adapters(module))
-    for name, adapter in found:
-        if not fits(shape, adapter.left.shape, adapter.right.shape, transposed=adapter.transposed):
-            raise NoSpectrumError(
-                f"its adapter {name!r} does not fit the weight of shape {shape}: B has the shape "
-                f"{tuple(adapter.left.shape)}, A {tuple(adapter.right.shape)}. Measure with adapters='separate'"
-            )
-    return [adapter for _, adapter in found]
-
-
-def _adapters(module: nn.Module) -> Iterator[tuple[str, _Adapter]]:
-    """Yield name and matrices of each adapter that is merged, or else of those that are active.
-
-    Raises:
-        NoSpectrumError: one of them is no LoRA or DoRA.
-    """
     # AdaLoRA, whose product has a third factor, is derived from LoRA's layer.
     if not all(hasattr(module, name) for name in ("lora_A", "lora_B", "scaling")) or hasattr(module, "lora_E"):
         raise NoSpectrumError(_unknown(module))
     is_table = len(getattr(module, "lora_embedding_A", ())) > 0
     prefix = "lora_embedding_" if is_table else "lora_"
     is_transposed = is_table or bool(getattr(module, "fan_in_fan_out", False))
+    found: list[Callable[[], LowRankUpdate]] = []
     for name in _applied_names(module):
         left, right = _entry(module, f"{prefix}B", name), _entry(module, f"{prefix}A", name)
         if left is None or right is None:
             continue  # An adapter of other layers.
         _check_variant(module, name)
+        if not fits(shape, left.shape, right.shape, transposed=is_transposed):
+            raise NoSpectrumError(
+                f"its adapter {name!r} does not fit the weight of shape {shape}: B has the shape "
+                f"{tuple(left.shape)}, A {tuple(right.shape)}. Measure with adapters='separate'"
+            )
         magnitude = _entry(module, "lora_magnitude_vector", name)
         scaling = float(module.scaling[name])  # type: ignore[index,operator]
-        yield name, _Adapter(left, right, scaling, magnitude, is_transposed)
+        found.append(partial(_update, left, right, scaling, magnitude, transposed=is_transposed))
+    return found
 
 
 def _entry(module: nn.Module, attribute: str, name: str) -> Tensor | None:
     """Return the tensor that a layer keeps for an adapter under `"lora_A"`, or the weight of a layer there.
 
-    None where there is none.
-
-    Raises:
-        NoSpectrumError: what the layer keeps there is neither a tensor nor a layer.
+    None where there is none; NoSpectrumError where it is neither a tensor nor a layer.
     """
     parts = getattr(module, attribute, None)
     if parts is None or name not in parts:
@@ -185,6 +179,11 @@ def _applied_names(module: nn.Module) -> list[str]:
         return list(module.merged_adapters)  # type: ignore[arg-type]
     if getattr(module, "disable_adapters", False):
         return []
+    return _active(module)
+
+
+def _active(module: nn.Module) -> list[str]:
+    """Return the names of the active adapters of a layer of PEFT, on or off."""
     active: Any = module.active_adapters
     return [active] if isinstance(active, str) else list(active)
 
@@ -195,11 +194,7 @@ def _is_merged(module: nn.Module) -> bool:
 
 
 def _weight_name(base: nn.Module) -> str:
-    """Return the name of the weight that adapters change.
-
-    Raises:
-        NoSpectrumError: the layer has none.
-    """
+    """Return the name of the weight that adapters change, or raise NoSpectrumError where the layer has none."""
     for name in ("weight", "in_proj_weight"):
         if isinstance(getattr(base, name, None), Tensor):
             return name
@@ -222,6 +217,7 @@ def _with_weight(base: nn.Module, name: str, weight: Tensor) -> nn.Module:
     else:
         copied = copy.copy(base)
     copied.__dict__.pop(name, None)
+    copied.__dict__["_forward_pre_hooks"] = {}  # One of them may compute the weight anew.
     copied.__dict__["_parameters"] = {**base._parameters, name: nn.Parameter(weight, requires_grad=False)}
     return copied
 

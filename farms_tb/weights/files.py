@@ -17,9 +17,9 @@ from torch import Tensor
 
 from farms_tb.printable import printable
 from farms_tb.weights.config import facts_of, with_tied_head
-from farms_tb.weights.gguf_files import in_gguf, is_gguf
+from farms_tb.weights.gguf_files import in_gguf, is_gguf, parts_of
 from farms_tb.weights.names import first_few, natural_order
-from farms_tb.weights.pickled_objects import TorchTensor
+from farms_tb.weights.pickled_objects import Skipped, TorchTensor
 from farms_tb.weights.safetensors_files import in_safetensors
 from farms_tb.weights.stored import ModelFacts, StoredTensor, stored_in_memory, with_siblings
 from farms_tb.weights.stored_layers import may_be_layer
@@ -153,23 +153,26 @@ def _file_at(path: Path) -> Path:
     """Return the file that a path stands for: itself, or the weights in a directory.
 
     Raises:
-        FileNotFoundError, ValueError: there is none, or there are several.
+        FileNotFoundError, ValueError: there is none, there are several, or it is a pipe.
     """
     file = _weights_in(path) if path.is_dir() else path
     if not file.is_file():
+        if file.exists():
+            raise ValueError(f"{printable(file)} is a pipe or a device, expected a file: save the weights to one")
         raise FileNotFoundError(f"no such file: {printable(file)}")
     return file
 
 
 def _weights_in(folder: Path) -> Path:
-    """Return the one index, or else the one file of weights, in a directory.
+    """Return the one index, or else the one file of weights, in a directory; the first of a GGUF that was split.
 
     Raises:
+        FileNotFoundError: a part of such a GGUF is missing.
         ValueError: there is none, or several; the message says what there is, and how it can be read.
     """
     for pattern in _IN_FOLDER:
         found = sorted(folder.glob(pattern))
-        if len(found) == 1:
+        if found and parts_of(found[0]) == found:
             return found[0]
         if found:
             names = first_few([file.name for file in found])
@@ -290,13 +293,8 @@ def _candidates(
 ) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yield the dicts of tensors within a dict, by their keys joined with dots.
 
-    An optimizer's are none, and neither is the further state of a module, which is part of a state dict.
-
-    Args:
-        held: what is searched.
-        seen: identities of the dicts that were searched: a hostile file may hold one in many places.
-        where: the keys that lead here.
-        depth: how many there are.
+    An optimizer's are none, and neither is the further state of a module, which is part of a state dict. `seen`
+    has the identities of the dicts that were searched: a hostile file may hold one in many places.
     """
     if not isinstance(held, dict) or depth > _DEPTH or id(held) in seen:
         return
@@ -331,9 +329,9 @@ def _searched(held: Any) -> Iterator[tuple[str, dict[Any, Any]]]:
             yield key, value
 
 
-def _has_tensors(held: Mapping[Any, Any]) -> bool:
-    """Return whether a dict holds a tensor."""
-    return any(isinstance(value, TorchTensor) for value in held.values())
+def _has_tensors(held: Mapping[Any, Any], least_dims: int = 0) -> bool:
+    """Return whether a dict holds a tensor of so many dimensions or more."""
+    return any(isinstance(value, TorchTensor) and len(value.shape) >= least_dims for value in held.values())
 
 
 def _possible(candidates: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -342,13 +340,8 @@ def _possible(candidates: Mapping[str, Mapping[str, Any]]) -> list[str]:
         if usual in candidates:
             # A loss next to the weights, or scores within them, make no second state dict: those have no matrices.
             within = [name for name in candidates if name == usual or not usual or name.startswith(f"{usual}.")]
-            return [name for name in within if _has_matrix(candidates[name])] or [usual]
+            return [name for name in within if _has_tensors(candidates[name], least_dims=2)] or [usual]
     return list(candidates)
-
-
-def _has_matrix(held: Mapping[str, Any]) -> bool:
-    """Return whether a dict holds a tensor of two dimensions or more."""
-    return any(isinstance(value, TorchTensor) and len(value.shape) > 1 for value in held.values())
 
 
 def _names(candidates: Iterable[str]) -> str:
@@ -360,8 +353,14 @@ def _held(loaded: Any) -> str:
     """Describe what lies where a state dict was expected."""
     found = loaded
     if isinstance(loaded, dict):
-        usual = [loaded[name] for name in _STATE_DICT_KEYS if name in loaded]
-        found = usual[0] if usual else loaded
+        usual = next((name for name in _STATE_DICT_KEYS if name in loaded), None)
+        found = loaded if usual is None else loaded[usual]
+        if isinstance(found, Skipped):  # Ultralytics, for one, saves the whole model.
+            return (
+                f"as {usual!r} an object of {printable(found.full_name)}, and loading that could run anything: "
+                "save its state_dict() instead; or, if you trust the file, load it yourself with torch.load(path, "
+                "weights_only=False) and call analyze(model)"
+            )
     if isinstance(found, Mapping):
         keys = [repr(key) for key in list(found)[:5] if isinstance(key, (str, int))]
         return f"a dict with {', '.join(keys)}" if keys else "a dict without names"

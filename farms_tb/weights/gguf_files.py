@@ -6,6 +6,7 @@ are listed; their entries are read here through ordinary file handles (see `farm
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -16,10 +17,15 @@ from torch import Tensor
 
 from farms_tb.missing import cannot_import
 from farms_tb.printable import printable
+from farms_tb.weights.names import first_few
 from farms_tb.weights.stored import OpenedFile, StoredTensor
 
 _PLAIN = {"F32": "float32", "F16": "float16", "F64": "float64"}
 """NumPy's names of the types that are not quantised."""
+
+
+_SPLIT = re.compile(r"(.+-)\d{5}-of-(\d{5})\.gguf")
+"""Names of the files into which llama.cpp splits a large model."""
 
 
 def is_gguf(path: Path) -> bool:
@@ -28,13 +34,40 @@ def is_gguf(path: Path) -> bool:
         return path.suffix == ".gguf" or file.read(4) == b"GGUF"
 
 
-def in_gguf(path: Path) -> Iterator[StoredTensor]:
-    """Yield the tensors of a file; nothing is read but its header.
+def parts_of(path: Path) -> list[Path]:
+    """Return all files of a model that was split, of which `path` is one; else that file alone.
 
     Raises:
+        FileNotFoundError: one of them is not there.
+    """
+    split = _SPLIT.fullmatch(path.name)
+    if split is None:
+        return [path]
+    parts = [path.with_name(f"{split[1]}{number:05}-of-{split[2]}.gguf") for number in range(1, int(split[2]) + 1)]
+    missing = [part.name for part in parts if not part.is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{printable(path)} is a part of a model, of which others lack: {first_few(missing)}"
+        )
+    return parts
+
+
+def in_gguf(path: Path) -> Iterator[StoredTensor]:
+    """Yield the tensors of a file, or of all files into which the model was split; only headers are read.
+
+    Raises:
+        FileNotFoundError: one of several files is not there.
         ImportError: the package gguf is not installed.
         ValueError: no GGUF file, one that is cut short or damaged, or one without tensors.
     """
+    found = [tensor for part in parts_of(path) for tensor in _in_part(part)]
+    if not found:
+        raise ValueError(f"{printable(path)} is a GGUF file that holds no tensors")
+    yield from found
+
+
+def _in_part(path: Path) -> list[StoredTensor]:
+    """List the tensors of one file. The first one of several may hold none. Raises as `in_gguf`."""
     try:
         import gguf  # type: ignore[import-not-found,unused-ignore]
     except Exception as error:  # what a broken installation raises is anything
@@ -50,11 +83,7 @@ def in_gguf(path: Path) -> Iterator[StoredTensor]:
             f"cannot read {printable(path)}: no GGUF file, or one that is cut short or damaged "
             f"({printable(error):.200})"
         ) from error
-    if not entries:
-        raise ValueError(f"{printable(path)} is a GGUF file that holds no tensors")
-    found = [_tensor(file, entry) for entry in entries]
-    del entries  # views of the mapped file
-    yield from found
+    return [_tensor(file, entry) for entry in entries]
 
 
 def _tensor(file: OpenedFile, entry: Any) -> StoredTensor:
@@ -77,11 +106,7 @@ def _problem(kind: Any) -> str:
 def _read(file: OpenedFile, place: tuple[int, int], kind: Any, shape: tuple[int, ...]) -> Tensor:
     """Read one tensor in its own floating type, or in float32 where it was quantised.
 
-    Args:
-        file: the file.
-        place: position of its first byte, and the number of its bytes.
-        kind: its type, a `gguf.GGMLQuantizationType`.
-        shape: its shape, in torch's order.
+    `place` is the position of its first byte and the number of its bytes, `shape` is in torch's order.
     """
     import gguf
     import numpy as np

@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from farms_tb.options import Adapters
 from farms_tb.printable import printable
-from farms_tb.weights.adapters import adapted_stacks, adapter_problem, base_of, is_adapted
+from farms_tb.weights.adapters import adapted_stacks, adapter_problem, base_of, is_adapted, unused_copies
 from farms_tb.weights.matrices import has_rule, layer_matrices
 from farms_tb.weights.names import (
     EMBEDDING,
@@ -113,18 +113,19 @@ def find_layers(model: nn.Module, *, embeddings: bool = False, adapters: Adapter
     names = {id(parameter): name for name, parameter in named_parameters(model).items()}
     claimed: dict[int, str] = {}  # The layers that parameters belong to.
     inside: set[int] = set()  # Modules whose parameters belong to a layer above them.
-    adapted: set[int] = set()  # Those of them that are part of a layer with adapters.
+    skipped: set[int] = set()  # Those of them that are part of a layer with adapters, and copies of no use.
     layers: list[Layer] = []
     for path, module in model.named_modules():
         path = clean_name(path)
-        if _is_wrapper(module) or id(module) in adapted:
+        if _is_wrapper(module) or id(module) in skipped:
             continue
+        skipped |= {id(part) for unused in unused_copies(module, adapters) for part in unused.modules()}
         is_whole = _is_whole(module, adapters)
         if is_whole or has_rule(module, embeddings=embeddings):
             own = {id(child) for child in _own_modules(module, adapters)}
             inside |= own
             if is_whole:
-                adapted |= own
+                skipped |= own
             problem = _problem_of_adapters(module, adapters, embeddings)
             layers.extend(_module_layers(path, module, adapters, problem, names, claimed))
         elif id(module) not in inside:
@@ -168,6 +169,8 @@ def _nothing_to_measure(model: nn.Module, layers: Sequence[Layer], is_planned: b
             "model.to_empty(device=...), and load or initialise its weights"
         )
     reasons = "".join(f"\n  {printable(layer.name)}: {printable(layer.problem)}" for layer in layers[:10])
+    if isinstance(model, (torch.jit.ScriptModule, torch.fx.GraphModule)):
+        reasons += "\nA scripted or exported model has no types of layers: call analyze(model.state_dict())"
     return ValueError(
         f"{name} has no layer that can be analysed; linear, convolution, attention and spectral-convolution "
         "layers can, others by farms_tb.layer_matrices.register" + reasons
@@ -288,11 +291,10 @@ def _module_layers(
     Args:
         path: path of the module.
         module: the module.
-        adapters: what is measured of a layer with adapters.
+        adapters: see `find_layers`.
         problem: why the module's adapters rule a measurement out; empty where they do not.
-        names: names of the model's parameters by their identity.
-        claimed: names of the layers that parameters belong to, by the parameters' identity; those of this module
-            are added.
+        names: of the model's parameters, by identity.
+        claimed: names of the layers that parameters belong to, by identity; those of this module are added.
     """
     # Inside of a layer with adapters there may be another one, the output projection of attention.
     base = path if adapters == "separate" else path.replace(".base_layer.", ".")
@@ -401,7 +403,9 @@ def _quantised_layers(path: str, module: nn.Module) -> list[Layer]:
         # A linear layer keeps them in a module of its own, a convolution in itself.
         name = f".{path}".removesuffix("._packed_params").strip(".")
         layers.append(Layer(name or "weight", path, module, problem=PACKED, has_rule=False))
-    siblings = {name for name, tensor in (module._parameters | module._buffers).items() if tensor is not None}
+    # Those of a scripted module are no dicts.
+    tensors = [*module._parameters.items(), *module._buffers.items()]
+    siblings = {name for name, tensor in tensors if tensor is not None}
     filling = next((name for name in QUANTISED if name in siblings), "")
     for own, buffer in module._buffers.items():
         if buffer is None or buffer.is_floating_point() or buffer.is_complex():

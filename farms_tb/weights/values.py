@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from farms_tb.weights.names import quantised, scale_names
 from farms_tb.weights.stacks import NoSpectrumError
@@ -140,7 +142,7 @@ def weight_of(module: nn.Module, name: str = "weight") -> Tensor:
     Raises:
         NoSpectrumError: the module has no such weight, or one without plain values.
     """
-    stored = getattr(module, name, None)
+    stored = _current(module, name)
     if _is_int8(stored):
         return _from_int8(module, stored)
     weight = dense(stored)
@@ -151,6 +153,23 @@ def weight_of(module: nn.Module, name: str = "weight") -> Tensor:
         if isinstance(scale, Tensor) and scale.numel() > 1:
             return scaled(weight, dense(scale))
     return weight
+
+
+def _current(module: nn.Module, name: str) -> Any:
+    """Return a weight as the next forward pass would use it; None where the module has none of this name.
+
+    The hooks of `torch.nn.utils` for weight norm, spectral norm and pruning set the attribute in each forward
+    pass. After a step of the optimizer, or when weights were loaded, it still has the values of the pass before.
+    """
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, WeightNorm) and hook.name == name:
+            return hook.compute_weight(module)
+        if isinstance(hook, SpectralNorm) and hook.name == name:
+            return hook.compute_weight(module, do_power_iteration=False)
+        if isinstance(hook, prune.BasePruningMethod) and hook._tensor_name == name:
+            masked: Tensor = hook.apply_mask(module)  # type: ignore[no-untyped-call]
+            return masked
+    return getattr(module, name, None)
 
 
 def _is_int4(weight: Any) -> bool:

@@ -174,6 +174,17 @@ def test_functions_of_the_working_directory(tmp_path: Path, monkeypatch: pytest.
     assert sys.path == before
 
 
+def talking() -> nn.Module:
+    print("loading the weights")
+    return net()
+
+
+def test_what_a_function_prints_is_no_part_of_the_result() -> None:
+    result = run("analyze", "tests.cli.test_cli:talking", "--format", "json")
+    assert len(json.loads(result.stdout)["layers"]) == 5
+    assert "loading the weights" in result.stderr
+
+
 def moving() -> nn.Module:
     os.chdir("elsewhere")
     return net()

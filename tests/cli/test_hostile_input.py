@@ -103,6 +103,30 @@ def test_any_name_can_be_written(tmp_path: Path, name: str, form: str) -> None:
         assert json.loads((tmp_path / "out").read_text())["layers"][0]["layer"] == name
 
 
+@pytest.mark.parametrize("shape", [(2**31, 2**31), (2**30, 2**30, 2)], ids=["matrix", "convolution"])
+def test_a_tensor_that_claims_to_be_huge_is_listed(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    held = {"a.weight": torch.randn(20, 20), "b.weight": torch.ones(1).expand(shape)}
+    torch.save(held, tmp_path / "m.pt")
+    result = run("analyze", tmp_path / "m.pt", "--format", "json")
+    assert result.exit_code == 0, result.output
+    measured, huge = json.loads(result.stdout)["layers"]
+    assert measured["alpha"]
+    assert "damaged" in huge["status"]
+
+
+def test_an_empty_tensor_that_claims_huge_sides_is_listed(tmp_path: Path) -> None:
+    entries = {
+        "a.weight": {"dtype": "F32", "shape": [0, 2**62, 2**62], "data_offsets": [0, 0]},
+        "b.weight": {"dtype": "F32", "shape": [20, 20], "data_offsets": [0, 1600]},
+    }
+    header = json.dumps(entries).encode()
+    content = len(header).to_bytes(8, "little") + header + torch.randn(400).numpy().tobytes()
+    (tmp_path / "m.safetensors").write_bytes(content)
+    result = run("analyze", tmp_path / "m.safetensors", "--format", "json")
+    assert result.exit_code == 0, result.output
+    assert [row["alpha"] is None for row in json.loads(result.stdout)["layers"]] == [True, False]
+
+
 def make_run(folder: Path, alpha: float = 2.0) -> Path:
     folder.mkdir(parents=True)
     (folder / "metrics.csv").write_text(f"epoch,step,farms/alpha/a\n0,0,{alpha}\n")

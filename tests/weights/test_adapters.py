@@ -114,6 +114,22 @@ def test_the_sum_is_what_the_network_computes() -> None:
         assert torch.allclose(inputs @ stack[0].mT, expected, atol=1e-12)
 
 
+def test_of_copies_that_were_trained_as_a_whole_the_active_one_is_measured() -> None:
+    model = adapted(linear_net(), target_modules=["0"], modules_to_save=["4"])
+    model.add_adapter("other", peft.LoraConfig(r=4, target_modules=["0"], modules_to_save=["4"]))
+    for copy_of_4 in model.base_model.model[4].modules_to_save.values():
+        nn.init.normal_(copy_of_4.weight)
+    expected = analyze(copy.deepcopy(model).merge_and_unload()).alphas
+    names = ["0", "2", "4.modules_to_save.default"]
+    assert dict(zip(names, expected.values(), strict=True)) == pytest.approx(alphas(analyze(model)), rel=2e-6)
+    model.set_adapter("other")
+    assert list(alphas(analyze(model))) == ["0", "2", "4.modules_to_save.other"]
+    with model.disable_adapter():
+        assert list(alphas(analyze(model))) == ["0", "2", "4.original_module"]
+    assert list(alphas(analyze(model, adapters="base"))) == ["0", "2", "4.original_module"]
+    assert len(analyze(model, adapters="separate").layers) == 9
+
+
 def _stacks(model: nn.Module) -> list[Tensor]:
     from farms_tb.weights.layers import read_layers
 
@@ -167,6 +183,18 @@ def test_a_parametrized_base_is_measured_and_stays_as_it_is(adapters: Any) -> No
     assert found == pytest.approx(analyze(plain).alphas["weight"], rel=1e-6)
     after = model.state_dict()
     assert [name for name in before if not torch.equal(before[name], after[name])] == []
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+def test_a_base_whose_weight_a_hook_computes_is_measured_with_its_adapter() -> None:
+    net = linear_net()
+    nn.utils.weight_norm(net[0])
+    model = adapted(net, target_modules=["0"])
+    expected = analyze(adapted(linear_net(), target_modules=["0"])).layers[f"{PREFIX}0"]
+    found = analyze(model).layers[f"{PREFIX}0"]
+    assert found.adapter_change == pytest.approx(expected.adapter_change, rel=1e-4)
+    assert found.alpha == pytest.approx(expected.alpha, rel=1e-4)
+    assert analyze(model, adapters="base").layers[f"{PREFIX}0"].alpha != pytest.approx(expected.alpha, rel=1e-4)
 
 
 def test_the_change_is_the_norm_of_the_product_against_that_of_the_weight() -> None:

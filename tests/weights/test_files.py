@@ -291,6 +291,18 @@ def test_a_whole_module_is_refused_by_name(tmp_path: Path) -> None:
         analyze_checkpoint(tmp_path / "model.pt")
 
 
+def test_a_whole_module_in_a_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
+    torch.save({"epoch": 3, "model": nn.Linear(8, 8), "ema": None}, tmp_path / "yolo.pt")
+    with pytest.raises(ValueError, match=r"yolo.pt .*'model'.* torch.nn.modules.linear.Linear.*state_dict"):
+        analyze_checkpoint(tmp_path / "yolo.pt")
+
+
+def test_a_pipe_is_refused_by_what_it_is(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match=r"pipe is a pipe or a device.* save"):
+        analyze_checkpoint(tmp_path / "pipe")
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit")
 def test_torchscript_is_refused(tmp_path: Path) -> None:
     torch.jit.script(nn.Linear(8, 8)).save(str(tmp_path / "model.pt"))

@@ -338,6 +338,27 @@ def test_adapters(name: str, tmp_path: Path) -> None:
     assert list(analyze_checkpoint(tmp_path).layers) == ["base.q.lora_A", "base.q.lora_B"]
 
 
+def split_gguf(folder: Path) -> list[Path]:
+    """Write three layers to a file each, as llama.cpp splits large models."""
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(folder / "model.gguf", "llama", split_max_tensors=1)
+    for number in range(3):
+        writer.add_tensor(f"blk.{number}.attn_q.weight", torch.randn(64, 32).numpy())
+    for write in ("write_header_to_file", "write_kv_data_to_file", "write_tensors_to_file", "close"):
+        getattr(writer, write)()
+    return sorted(folder.glob("*.gguf"))
+
+
+def test_all_files_of_a_split_gguf_are_read(tmp_path: Path) -> None:
+    parts = split_gguf(tmp_path)
+    for path in (tmp_path, *parts):
+        assert list(analyze_checkpoint(path).layers) == [f"blk.{number}.attn_q" for number in range(3)]
+    parts[1].unlink()
+    for path in (tmp_path, parts[0]):
+        with pytest.raises(FileNotFoundError, match=r"model-00002-of-00003\.gguf"):
+            analyze_checkpoint(path)
+
+
 def test_gguf(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     weight = torch.randn(64, 32)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils import parametrizations, parametrize, prune
 
 from farms_tb import MatrixStack, NoSpectrumError, TempBalance, analyze, layer_matrices
 from farms_tb.balancing.norms import layers_before_norms
@@ -292,6 +292,48 @@ class TestProblems:
             ValueError, match=r"two weights called 'weight': .* Twins must give each its own `part`"
         ):
             find_layers(Twins(4, 4))
+
+
+HOOKS = {
+    "weight_norm": nn.utils.weight_norm,
+    "spectral_norm": nn.utils.spectral_norm,
+    "pruning": lambda layer: prune.l1_unstructured(layer, "weight", amount=0.5),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+class TestWeightsThatHooksCompute:
+    """Such hooks set the attribute `weight` in the forward pass: before the next one it is out of date."""
+
+    @staticmethod
+    def read(layer):
+        return read_stacks(layer)[0].matrices[0]
+
+    @pytest.mark.parametrize("hook", HOOKS)
+    def test_weights_that_were_loaded_are_measured(self, hook):
+        loaded, trained = (HOOKS[hook](nn.Linear(32, 32)).eval() for _ in range(2))
+        for layer in (loaded, trained):
+            layer(torch.ones(2, 32))
+        loaded.load_state_dict(trained.state_dict())
+        found = self.read(loaded)
+        loaded(torch.ones(2, 32))
+        assert torch.equal(found, loaded.weight)
+        assert torch.equal(found, self.read(trained))
+        assert analyze(loaded).alphas == analyze(trained).alphas
+
+    def test_the_power_iteration_stays_as_it_is(self):
+        layer = nn.utils.spectral_norm(nn.Linear(32, 32))
+        before = state(layer)
+        self.read(layer)
+        assert_same_state(layer, before)
+
+    def test_gates_of_a_recurrent_layer(self):
+        layer = nn.utils.weight_norm(nn.LSTM(6, 5), "weight_hh_l0")
+        with torch.no_grad():
+            layer.weight_hh_l0_g.mul_(3)
+        found = torch.cat([stack.matrices[0] for stack in read_stacks(layer) if "hh" in stack.part])
+        layer(torch.ones(2, 6))
+        assert torch.equal(found, layer.weight_hh_l0)
 
 
 class TestSideEffects:

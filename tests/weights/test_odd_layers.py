@@ -147,6 +147,14 @@ def test_several_codes_of_one_module_have_names_of_their_own() -> None:
     assert set(analyze(net).layers) == {"up", "up.qweight", "head"}
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_a_scripted_model_is_refused_with_the_way_out() -> None:
+    scripted = torch.jit.script(nn.Sequential(nn.Linear(20, 30), nn.ReLU()))
+    with pytest.raises(ValueError, match=r"0: no rule .*\n.*state_dict"):
+        analyze(scripted)
+    assert analyze(scripted.state_dict()).layers["0"].alpha
+
+
 @pytest.mark.filterwarnings("ignore:Sparse ... tensor support is in beta")
 @pytest.mark.parametrize("kind", ODD)
 def test_is_listed_and_the_others_are_measured(kind: str) -> None:
