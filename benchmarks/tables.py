@@ -367,6 +367,7 @@ TABLES: Mapping[str, ArmTable | SettingTable | PairTable | TriesTable] = {
         {
             "off": "plain Adam",
             "full_s1": "TempBalance, s = 1",
+            "full_s1_reversed": "the same, reversed",
             "full_s1_permuted": "its ratios on the wrong layers",
             "shrinkage": "map of shrunk effects",
         },

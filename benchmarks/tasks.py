@@ -63,6 +63,12 @@ _WHOLE = {"whole": "full", "reversed": "full_reversed", "shuffled": "full_permut
 _SHRUNK = {"shrinkage": "shrinkage", "small_alpha": "small_alpha"}
 _SMALL = {"whole": "full", "farms": "farms", "shuffled": "placebo"}
 _LORA = {"whole": "model_balancing", "reversed": "reversed", "shuffled": "permuted"}
+_DARCY = {
+    "whole": "full_s1",
+    "reversed": "full_s1_reversed",
+    "shuffled": "full_s1_permuted",
+    "shrinkage": "shrinkage",
+}
 _BLOCKS = {**_LORA, "shrinkage": "shrinkage"}
 _LANGUAGE = {"farms": "farms", "reversed": "farms_reversed", "ends": "embedding_head_faster", **_SHRUNK}
 _LANGUAGE["shuffled"] = "small_alpha_permuted"
@@ -101,12 +107,7 @@ TASKS = (
         "FNO, 50 Darcy flow, published regime",
         "controls/darcy_beta100",
         "darcy_beta100_fno_180",
-        {
-            "whole": "full_s1",
-            "reversed": "full_s1_reversed",
-            "shuffled": "full_s1_permuted",
-            "shrinkage": "shrinkage",
-        },
+        _DARCY,
     ),
     Task(
         "FNO, 225 Darcy flow, published regime",
@@ -124,7 +125,7 @@ TASKS = (
         "UNet, 225 Darcy flow, published regime",
         "controls/darcy_beta100_unet",
         "darcy_beta100_unet_40",
-        {"whole": "full_s1", "shuffled": "full_s1_permuted", "shrinkage": "shrinkage"},
+        _DARCY,
     ),
     Task("MiniLM, 113 messages", "controls/newsgroups", "newsgroups_minilm_1", _BLOCKS),
     Task(
