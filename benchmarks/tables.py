@@ -402,7 +402,7 @@ TABLES: Mapping[str, ArmTable | SettingTable | PairTable | TriesTable] = {
     "messages, 10 %, LoRA": ArmTable(
         "controls",
         Cell("controls/newsgroups_lora_10", "newsgroups_minilm_10_lora"),
-        {"off": "plain AdamW", "model_balancing": "Model Balancing, one rate a block"},
+        {arm: words for arm, words in _LORA.items() if arm != "permuted"},
     ),
     "twice the tries": TriesTable(
         "controls",

@@ -157,7 +157,7 @@ TASKS = (
         "MiniLM with LoRA, 1,129 messages",
         "controls/newsgroups_lora_10",
         "newsgroups_minilm_10_lora",
-        {"whole": "model_balancing"},
+        {"whole": "model_balancing", "reversed": "reversed"},
     ),
     Task(
         "SmolLM2, 10,240 tokens",
