@@ -254,12 +254,12 @@ _MESSAGES = {
     "shrinkage": "map of shrunk effects, by layer",
     "last_faster": "no alpha: last block 2.3, the others 0.83",
 }
-_LORA = {
+_DIRECTIONS = {
     "off": "plain AdamW",
     "model_balancing": "Model Balancing, one rate a block",
     "reversed": "the same, reversed",
-    "permuted": "its ratios on the wrong blocks",
 }
+_LORA = {**_DIRECTIONS, "permuted": "its ratios on the wrong blocks"}
 _BLOCKS_REVERSED = {"reversed": "Model Balancing, reversed"}
 
 TABLES: Mapping[str, ArmTable | SettingTable | PairTable | TriesTable] = {
@@ -393,7 +393,7 @@ TABLES: Mapping[str, ArmTable | SettingTable | PairTable | TriesTable] = {
     "messages, 10 %": ArmTable(
         "controls",
         Cell("controls/newsgroups_10", "newsgroups_minilm_10"),
-        {"off": "plain AdamW", "model_balancing": "Model Balancing, one rate a block"},
+        _DIRECTIONS,
     ),
     "messages, LoRA": ArmTable("controls", Cell("controls/newsgroups_lora", "newsgroups_minilm_1_lora"), _LORA),
     "messages, 5 %, LoRA": ArmTable(
@@ -402,7 +402,7 @@ TABLES: Mapping[str, ArmTable | SettingTable | PairTable | TriesTable] = {
     "messages, 10 %, LoRA": ArmTable(
         "controls",
         Cell("controls/newsgroups_lora_10", "newsgroups_minilm_10_lora"),
-        {arm: words for arm, words in _LORA.items() if arm != "permuted"},
+        _DIRECTIONS,
     ),
     "twice the tries": TriesTable(
         "controls",

@@ -139,7 +139,7 @@ TASKS = (
         "MiniLM, 1,129 messages",
         "controls/newsgroups_10",
         "newsgroups_minilm_10",
-        {"whole": "model_balancing"},
+        {"whole": "model_balancing", "reversed": "reversed"},
     ),
     Task(
         "MiniLM with LoRA, 113 messages",
