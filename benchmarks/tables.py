@@ -260,7 +260,10 @@ _DIRECTIONS = {
     "reversed": "the same, reversed",
 }
 _LORA = {**_DIRECTIONS, "permuted": "its ratios on the wrong blocks"}
-_BLOCKS_REVERSED = {"reversed": "Model Balancing, reversed"}
+_BLOCKS_CONTROLS = {
+    "reversed": "Model Balancing, reversed",
+    "permuted": "Model Balancing's ratios on the wrong blocks",
+}
 
 TABLES: Mapping[str, ArmTable | SettingTable | PairTable | TriesTable] = {
     "language model": ArmTable(
@@ -377,18 +380,17 @@ TABLES: Mapping[str, ArmTable | SettingTable | PairTable | TriesTable] = {
         Cell("controls/newsgroups", "newsgroups_minilm_1"),
         {
             **_MESSAGES,
-            **_BLOCKS_REVERSED,
-            "permuted": "Model Balancing's ratios on the wrong blocks",
+            **_BLOCKS_CONTROLS,
             "head_faster": "no alpha: head twice as fast",
         },
     ),
     "messages, 5 %": ArmTable(
-        "controls", Cell("controls/newsgroups_5", "newsgroups_minilm_5"), {**_MESSAGES, **_BLOCKS_REVERSED}
+        "controls", Cell("controls/newsgroups_5", "newsgroups_minilm_5"), {**_MESSAGES, **_BLOCKS_CONTROLS}
     ),
     "messages, 5 %, at one rate": ArmTable(
         "controls",
         Cell("controls/newsgroups_5_one_rate", "newsgroups_minilm_5"),
-        {**_MESSAGES, **_BLOCKS_REVERSED},
+        {**_MESSAGES, **_BLOCKS_CONTROLS},
     ),
     "messages, 10 %": ArmTable(
         "controls",

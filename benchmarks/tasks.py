@@ -132,7 +132,7 @@ TASKS = (
         "MiniLM, 565 messages",
         "controls/newsgroups_5_one_rate",
         "newsgroups_minilm_5",
-        {"whole": "model_balancing", "reversed": "reversed", "shrinkage": "shrinkage"},
+        _BLOCKS,
         searched="controls/newsgroups_5",
     ),
     Task(
