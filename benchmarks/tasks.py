@@ -221,7 +221,7 @@ def placement(tasks: Sequence[Task], results: Path = RESULTS, *, same_rate: bool
     Returns:
         The log ratio of the errors, right layers against wrong ones, over the tasks; None with fewer than two.
     """
-    return _over(tasks, lambda task: task.shuffles, "shuffled", results, same_rate)
+    return _compared(tasks, lambda task: task.shuffles, "shuffled", results, same_rate)
 
 
 def direction(tasks: Sequence[Task], results: Path = RESULTS, *, same_rate: bool = False) -> TaskEffect | None:
@@ -239,10 +239,10 @@ def direction(tasks: Sequence[Task], results: Path = RESULTS, *, same_rate: bool
     def reversed_map(task: Task) -> str:
         return "whole" if "whole" in task.arms else "farms"
 
-    return _over(tasks, reversed_map, "reversed", results, same_rate)
+    return _compared(tasks, reversed_map, "reversed", results, same_rate)
 
 
-def _over(
+def _compared(
     tasks: Sequence[Task], method_of: Callable[[Task], str], other: str, results: Path, same_rate: bool
 ) -> TaskEffect | None:
     """Return how the error by each task's method differs from that by another one, over the tasks with both."""
