@@ -248,6 +248,13 @@ _IMAGES = {
 }
 _PATCHES_5 = {"embedding_head_faster": "no alpha: patch and position embedding and head 5"}
 _ENDS_5 = "no alpha: embedding and head 5"
+_DARCY_DIRECTIONS = {
+    "off": "plain Adam",
+    "full_s1": "TempBalance, s = 1",
+    "full_s1_reversed": "the same, reversed",
+}
+_DARCY_CONTROLS = {**_DARCY_DIRECTIONS, "full_s1_permuted": "its ratios on the wrong layers"}
+_DARCY = {**_DARCY_CONTROLS, "shrinkage": "map of shrunk effects"}
 _MESSAGES = {
     "off": "plain AdamW",
     "model_balancing": "Model Balancing, one rate a block",
@@ -339,17 +346,7 @@ TABLES: Mapping[str, ArmTable | SettingTable | PairTable | TriesTable] = {
         _FASHION_VIT,
         {"off": "plain AdamW", **_IMAGES, **_PATCHES_5},
     ),
-    "Darcy flow": ArmTable(
-        "controls",
-        Cell("controls/darcy_beta100", "darcy_beta100_fno_180"),
-        {
-            "off": "plain Adam",
-            "full_s1": "TempBalance, s = 1",
-            "full_s1_reversed": "the same, reversed",
-            "full_s1_permuted": "its ratios on the wrong layers",
-            "shrinkage": "map of shrunk effects",
-        },
-    ),
+    "Darcy flow": ArmTable("controls", Cell("controls/darcy_beta100", "darcy_beta100_fno_180"), _DARCY),
     "Darcy flow, 225 samples": ArmTable(
         "controls",
         Cell("controls/darcy_beta100_40", "darcy_beta100_fno_40"),
@@ -364,17 +361,7 @@ TABLES: Mapping[str, ArmTable | SettingTable | PairTable | TriesTable] = {
             "full_s1_permuted": "its ratios on the wrong layers",
         },
     ),
-    "Darcy flow, UNet": ArmTable(
-        "controls",
-        Cell("controls/darcy_beta100_unet", "darcy_beta100_unet_40"),
-        {
-            "off": "plain Adam",
-            "full_s1": "TempBalance, s = 1",
-            "full_s1_reversed": "the same, reversed",
-            "full_s1_permuted": "its ratios on the wrong layers",
-            "shrinkage": "map of shrunk effects",
-        },
-    ),
+    "Darcy flow, UNet": ArmTable("controls", Cell("controls/darcy_beta100_unet", "darcy_beta100_unet_40"), _DARCY),
     "messages": ArmTable(
         "controls",
         Cell("controls/newsgroups", "newsgroups_minilm_1"),
@@ -412,6 +399,10 @@ TABLES: Mapping[str, ArmTable | SettingTable | PairTable | TriesTable] = {
         {
             "language model, 0.07 million parameters": Cell("controls/variations", "tiny_lm_mini"),
             "language model, 0.86 million": _LM_BIG,
+            "0.23 million, half of the steps": Cell("controls/variations", "tiny_lm_small_200_steps"),
+            "0.23 million, Python's standard library as text": Cell("controls/variations", "tiny_lm_small_python"),
+            "0.23 million, no weight decay": Cell("controls/variations", "tiny_lm_small_no_decay"),
+            "0.23 million, no warm-up": Cell("controls/variations", "tiny_lm_small_no_warmup"),
             "transformer, 300 digits": Cell("controls/digits_vit", "digits_vit_300"),
             "transformer, 1,000 FashionMNIST": _FASHION_VIT,
             "MiniLM, 113 messages": Cell("controls/newsgroups", "newsgroups_minilm_1"),
