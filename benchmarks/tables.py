@@ -350,7 +350,7 @@ TABLES: Mapping[str, ArmTable | SettingTable | PairTable | TriesTable] = {
     "Darcy flow, 225 samples": ArmTable(
         "controls",
         Cell("controls/darcy_beta100_40", "darcy_beta100_fno_40"),
-        {"off": "plain Adam", "full_s1": "TempBalance, s = 1"},
+        _DARCY_DIRECTIONS,
     ),
     "Darcy flow, 450 samples": ArmTable(
         "controls",
