@@ -45,6 +45,9 @@ _DEPTH = 4
 _MAX_KEY = 1000
 """Characters of a key that may lead to a state dict: a hostile file may have one long key in many dicts."""
 
+_ALONGSIDE = (".csv", ".yaml", ".json", ".html")
+"""Ends of the names of other files in the folder of a run or a model: `metrics.csv`, `config.json`."""
+
 _OTHER_FORMATS = {
     b"\x89HDF": "an HDF5 file (Keras)",
     b"\x93NUM": "a numpy array",
@@ -248,6 +251,8 @@ def _in_file(path: Path, key: str | None = None) -> Iterator[StoredTensor]:
         return in_gguf(path)
     if path.suffix == ".safetensors":
         return in_safetensors(path)
+    if path.suffix in _ALONGSIDE:
+        raise ValueError(f"{printable(path)} holds no weights: pass the folder of the run or the model")
     with path.open("rb") as file:
         start = file.read(4)
     for magic, name in _OTHER_FORMATS.items():

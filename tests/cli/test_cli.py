@@ -401,6 +401,15 @@ MISTAKES: list[tuple[list[str], str]] = [
 ]
 
 
+@pytest.mark.parametrize("name", ["metrics.csv", "hparams.yaml", "config.json", "report.html"])
+def test_a_file_next_to_the_weights_is_not_called_damaged(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("epoch,farms/alpha/net.0,step\n0,2.1,0\n")
+    for command in ("analyze", "report", "plot"):
+        result = run(command, tmp_path / name)
+        assert result.exit_code == 2
+        assert f"{name} holds no weights: pass the folder of the run or the model" in result.stderr
+
+
 @pytest.mark.parametrize(("arguments", "words"), MISTAKES, ids=[" ".join(arguments) for arguments, _ in MISTAKES])
 def test_mistakes(arguments: list[str], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(Path(__file__).parents[2])
