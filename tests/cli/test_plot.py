@@ -119,7 +119,8 @@ def test_no_picture_replaces_another(tmp_path: Path) -> None:
     layers = ("x", "full_x", "full", "a/b", "a_b")
     torch.save({f"{layer}.weight": torch.randn(60, 40) for layer in layers}, tmp_path / "w.pt")
     chosen = [argument for layer in layers for argument in ("--layer", layer)]
-    done = run("plot", tmp_path / "w.pt", "--null", "--only", "esd_full", *chosen, "-o", tmp_path, "--format", "svg")
+    wanted = ("--null", "--only", "esd_full", *chosen, "--format", "svg")
+    done = run("plot", tmp_path / "w.pt", *wanted, "-o", tmp_path)
     drawn = names(done.stdout)
     assert len(set(drawn)) == len(drawn) == 1 + 2 * len(layers), done.output
     assert drawn[:4] == ["esd_full.svg", "esd_x.svg", "esd_full_x.svg", "esd_full_x_2.svg"]

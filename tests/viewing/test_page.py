@@ -240,6 +240,15 @@ def names(tab: Any) -> list[str]:
     return found
 
 
+def test_one_layer_is_not_called_layers(view: Any, tmp_path: Path) -> None:
+    run = made_up_run(tmp_path, ["conv"])
+    page = write_page(run)
+    assert content(page)["facts"][0] == "1 layer"
+    tab = view(page)
+    assert tab.inner_text("#count") == "1 layer"
+    assert "of 1 layer over training" in str(tab.locator("#curves svg").get_attribute("aria-label"))
+
+
 def test_click_on_a_layer_shows_its_spectrum(view: Any, trained: Path, tmp_path: Path) -> None:
     tab = view(write_page(trained, tmp_path / "page.html"))
     assert tab.locator("#detail").is_hidden()
