@@ -20,7 +20,7 @@ from farms_tb.weights.config import facts_of, with_tied_head
 from farms_tb.weights.gguf_files import in_gguf, is_gguf, parts_of
 from farms_tb.weights.names import first_few, natural_order
 from farms_tb.weights.pickled_objects import Skipped, TorchTensor
-from farms_tb.weights.safetensors_files import in_safetensors
+from farms_tb.weights.safetensors_files import in_safetensors, is_safetensors
 from farms_tb.weights.stored import ModelFacts, StoredTensor, stored_in_memory, with_siblings
 from farms_tb.weights.stored_layers import may_be_layer
 from farms_tb.weights.torch_files import open_torch_file, tensors_of
@@ -86,7 +86,7 @@ def tensors_in(path: Path, damaged: list[str] | None = None, *, key: str | None 
         raise ValueError(f"{printable(path)} takes no key: its tensors lie side by side, not in dicts by name")
     is_index = path.name.endswith(INDEX)
     found = _in_parts(path, damaged) if is_index else list(_in_file(path, key))
-    if path.suffix in (".safetensors", ".json"):
+    if is_index or is_safetensors(path):
         # Neither safetensors nor parts of a checkpoint have an order of their own.
         found.sort(key=lambda tensor: natural_order(tensor.key))
     return found
@@ -98,7 +98,8 @@ def takes_key(path: str | PathLike[str]) -> bool:
     Raises:
         FileNotFoundError, ValueError: there is none, or several that no index belongs to.
     """
-    return not _file_at(Path(path)).name.endswith((INDEX, ".safetensors", ".gguf"))
+    path = _file_at(Path(path))
+    return not (path.name.endswith(INDEX) or is_safetensors(path) or is_gguf(path))
 
 
 def files_of_weights(path: str | PathLike[str]) -> list[Path]:
@@ -249,7 +250,7 @@ def _in_file(path: Path, key: str | None = None) -> Iterator[StoredTensor]:
     """Return the tensors of a file, whose format is known by its ending or first bytes."""
     if is_gguf(path):
         return in_gguf(path)
-    if path.suffix == ".safetensors":
+    if is_safetensors(path):
         return in_safetensors(path)
     if path.suffix in _ALONGSIDE:
         raise ValueError(f"{printable(path)} holds no weights: pass the folder of the run or the model")

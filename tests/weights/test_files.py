@@ -140,6 +140,23 @@ def test_safetensors_are_sorted_by_numbers_within_names(tmp_path: Path) -> None:
     assert list(analyze_checkpoint(tmp_path).layers) == names
 
 
+@pytest.mark.parametrize("name", ["0a1b2c3d4e5f", "model.bin"])
+def test_safetensors_without_their_ending(name: str, tmp_path: Path) -> None:
+    """As in the folder of blobs of a Hugging Face cache."""
+    model = nn.Sequential(*(nn.Linear(24, 24) for _ in range(12)))
+    file = save_safetensors(model, tmp_path)
+    expected = analyze_checkpoint(file)
+    path = file.rename(tmp_path / name)
+    found = analyze_checkpoint(path)
+    assert found == expected
+    assert list(found.layers) == list(expected.layers)
+    with pytest.raises(ValueError, match=f"{name} takes no key"):
+        analyze_checkpoint(path, key="ema")
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=rf"cannot read .*{name}: no safetensors file, or one that is cut short"):
+        analyze_checkpoint(path)
+
+
 def test_options_arrive_and_agree_with_analyze(tmp_path: Path) -> None:
     model = mixed()
     options: dict[str, Any] = {"esd": "full", "fit": "goodness-of-fit", "min_eigenvalues": 9}
