@@ -141,6 +141,14 @@ def test_what_json_has_no_number_for(tmp_path: Path) -> None:
     assert layer["ks"] is None
 
 
+def test_times_without_an_epoch_come_first(tmp_path: Path) -> None:
+    lines = [f"{epoch},{step},2\n" for step in range(20) for epoch in (step + 1, "", step)]
+    (tmp_path / "metrics.csv").write_text("epoch,step,farms/alpha/a\n" + "".join(lines))
+    when = content(write_page(tmp_path))["when"]
+    assert when["step"] == [step for step in range(20) for _ in range(3)]
+    assert when["epoch"] == [epoch for step in range(20) for epoch in (None, step, step + 1)]
+
+
 def test_the_stable_rank_is_the_matrixs_own(trained: Path, tmp_path: Path) -> None:
     run = read_run_folder(trained)
     assert run.full is not None

@@ -87,10 +87,10 @@ def content_of(run: RunFolder) -> dict[str, Any]:
 
 
 def _times(history: History) -> list[_When]:
-    """Return when any layer was measured, in the order of steps."""
+    """Return when any layer was measured, in the order of steps; of one step those without an epoch first."""
     curves = (*history.alpha.values(), *history.ratio.values(), *history.lr.values())
     times = {point for curve in curves for point in _points(curve)}
-    return sorted(times, key=lambda time: (time[1], time[0]))
+    return sorted(times, key=lambda time: (time[1], -math.inf if math.isnan(time[0]) else time[0]))
 
 
 def _points(curve: Curve) -> Iterator[_When]:
