@@ -39,6 +39,9 @@ _IN_FOLDER = (
     *(f"*.safetensors{INDEX}", "*.safetensors", f"*.bin{INDEX}"),
     *("pytorch_model.bin", "adapter_model.bin", "*.gguf"),
 )
+_ARRAY = re.compile(r"numpy\..*\.(_reconstruct|_frombuffer)$")
+"""The functions that a pickled numpy array names."""
+
 _DEPTH = 4
 """Dicts within dicts that are searched for a state dict."""
 
@@ -369,7 +372,9 @@ def _held(loaded: Any) -> str:
             )
     if isinstance(found, Mapping):
         keys = [repr(key) for key in list(found)[:5] if isinstance(key, (str, int))]
-        return f"a dict with {', '.join(keys)}" if keys else "a dict without names"
+        arrays = any(isinstance(value, Skipped) and _ARRAY.match(value.full_name) for value in found.values())
+        hint = ". Save its numpy arrays as tensors, by torch.from_numpy(array)" if arrays else ""
+        return f"a dict with {', '.join(keys)}{hint}" if keys else "a dict without names"
     if isinstance(found, TorchTensor):
         return "Tensor"
     return type(found).__name__

@@ -390,6 +390,7 @@ def test_files_that_are_no_checkpoint(write: Any, name: str, tmp_path: Path) -> 
         ({}, "got a dict without names"),
         ({"epoch": 3, "loss": 0.5}, "got a dict with 'epoch', 'loss'"),
         ({"state_dict": {"epoch": 3}}, "got a dict with 'epoch'"),
+        ({"fc.weight": np.zeros((9, 9))}, "got a dict with 'fc.weight'. Save its numpy arrays as tensors"),
     ],
 )
 def test_files_without_a_state_dict(held: Any, words: str, tmp_path: Path) -> None:
