@@ -28,7 +28,7 @@ from farms_tb.balancing.selection import (
 from farms_tb.options import Adapters, Kind, RatioOptions
 from farms_tb.warnings import warn_once
 from farms_tb.weights.layers import Layer, checked_layers, has_adapters, own_matrices
-from farms_tb.weights.names import clean_name, named_parameters
+from farms_tb.weights.names import clean_name, counted, named_parameters
 
 Owners = Mapping[str, tuple[str, ...]]
 """Names of the layers that a parameter belongs to, by the parameter's name."""
@@ -109,7 +109,7 @@ def _warn_of_adapters(model: nn.Module, layers: Sequence[Layer]) -> None:
     if unclear:
         first = unclear[0]
         warn_once(
-            f"{len(unclear)} layers have adapters that cannot be measured, and keep ratio 1. The first is "
+            f"ratio 1 is kept by {counted(len(unclear), 'layer')} whose adapters cannot be measured. The first is "
             f"{first.name}: {first.problem}",
             model,
         )

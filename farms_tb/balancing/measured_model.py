@@ -29,6 +29,7 @@ from farms_tb.spectra.permutation_null import (
 from farms_tb.warnings import warn_once
 from farms_tb.weights.adapters import adapter_problem
 from farms_tb.weights.layers import Layer
+from farms_tb.weights.names import counted
 
 LONG_NULLS = 60.0
 """Seconds of one core beyond which the measurement of shuffled layers is announced."""
@@ -180,8 +181,9 @@ class MeasuredModel:
         on_processor = all(parameter.device.type == "cpu" for parameter in self.model.parameters())
         if not on_processor or seconds < LONG_NULLS:
             return
+        layers = counted(len(missing), "layer")
         warn_once(
-            f"to compare {len(missing)} layers with random ones, their shuffled entries are measured once, now: "
+            f"to compare {layers} with random ones, their shuffled entries are measured once, now: "
             f"about {math.ceil(seconds / 60)} min of one CPU core. preset='farms' maps alphas without that, and "
             "preset='monitor' maps nothing",
             self.model,

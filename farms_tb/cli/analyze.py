@@ -35,6 +35,7 @@ from farms_tb.cli.tables import Column, Row, sort_rows
 from farms_tb.options import SpectrumOptions, as_plain
 from farms_tb.verdicts import Verdict
 from farms_tb.viewing.diagnosis import ModelSummary, diagnose, summarise
+from farms_tb.weights.names import counted
 
 VERDICT_STYLES: dict[str, str] = {
     Verdict.TRAINED: "green",
@@ -182,7 +183,7 @@ def _open_other(against: str, key: str | None, pretrained: bool, options: Spectr
 def _summary(rows: Sequence[Row]) -> str:
     """Return how many layers have an alpha, and the span of the alphas."""
     alphas = [row["alpha"] for row in rows if row["alpha"] is not None]
-    counts = f"{len(alphas)} of {len(rows)} layers have an alpha"
+    counts = f"{len(alphas)} of {counted(len(rows), 'layer')} with an alpha"
     if not alphas:
         return counts
     return f"{counts}, {min(alphas):.2f} to {max(alphas):.2f}"

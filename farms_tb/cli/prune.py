@@ -26,6 +26,7 @@ from farms_tb.sparsity.calibration_files import CalibrationFile
 from farms_tb.sparsity.methods import Structure
 from farms_tb.sparsity.options import PruneMethod
 from farms_tb.sparsity.prune_files import PreparedRun, PruneWish, prepare, prune_files
+from farms_tb.weights.names import counted
 
 _COLUMNS = (
     Column("layer", "layer"),
@@ -182,6 +183,6 @@ def _print(report: PruneReport, output: Path) -> None:
     rows.append({"layer": "total", "size": size, "planned": planned, "sparsity": report.sparsity, "status": OK})
     title = (
         f"{output}: {report.method}, {report.structure}; {report.sparsity:.6f} of {size:,} entries of "
-        f"{len(report.layers)} layers are zero ({report.seconds:.1f} s)"
+        f"{counted(len(report.layers), 'layer')} are zero ({report.seconds:.1f} s)"
     )
     print_table(Console(), title, _COLUMNS, rows)

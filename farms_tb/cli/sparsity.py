@@ -26,6 +26,7 @@ from farms_tb.sparsity import SparsityOptions, SparsityPlan, compare_with_depth,
 from farms_tb.sparsity.allocation import check_target
 from farms_tb.sparsity.options import Compat, Granularity, Method
 from farms_tb.weights.adapter_files import adapter_folder
+from farms_tb.weights.names import counted
 
 _DEFAULT = SparsityOptions()
 _COLUMNS = (
@@ -188,10 +189,10 @@ def _summary(plan: SparsityPlan) -> str:
     """Return two lines: what is pruned in all, and how the plan compares with those that need no alphas."""
     found = compare_with_depth(plan)
     entries = sum(layer.size for layer in plan.layers.values())
-    blocks = f", {len(plan.blocks)} blocks" if plan.blocks else ""
+    blocks = f", {counted(len(plan.blocks), 'block')}" if plan.blocks else ""
     depth = "none, all are equal" if found.correlation is None else f"{found.correlation:+.2f}"
     return (
-        f"total sparsity {plan.total:.6f} of {entries:,} entries ({len(plan.layers)} layers{blocks})\n"
+        f"total sparsity {plan.total:.6f} of {entries:,} entries ({counted(len(plan.layers), 'layer')}{blocks})\n"
         f"correlation with depth {depth}; mean distance from uniform {found.from_uniform:.4f}, "
         f"from a straight line in depth {found.from_line:.4f}"
     )

@@ -30,6 +30,7 @@ from farms_tb.viewing.metrics_csv import MetricsFile, read_metrics
 from farms_tb.viewing.run_files import find_run
 from farms_tb.viewing.saved_state import newest_state
 from farms_tb.viewing.several_runs import listed
+from farms_tb.weights.names import counted
 
 Quantity = Literal["alpha", "ratio"]
 
@@ -132,7 +133,7 @@ def view(shown: Shown, console: Console, *, crop: bool, layers: Sequence[str] = 
     table = _table(dict(list(chosen.items())[:fit]), shown.quantity, console)
     notes = [] if crop else list(map(printable, metrics.problems))
     if len(chosen) > fit:
-        notes.append(f"and {len(chosen) - fit} more layers: choose by --filter")
+        notes.append(f"and {counted(len(chosen) - fit, 'more layer')}: choose by --filter")
     return Group(_heading(shown, chosen), table, *(Text(note, style="dim") for note in notes))
 
 
@@ -171,7 +172,7 @@ def _heading(shown: Shown, curves: Mapping[str, Curve]) -> Text:
     when = f"step {last.steps[-1]}"
     if not math.isnan(last.epochs[-1]):
         when = f"epoch {last.epochs[-1]:g}, {when}"
-    summary = f"{shown.quantity} of {len(curves)} layers, {_value(low)} to {_value(high)}"
+    summary = f"{shown.quantity} of {counted(len(curves), 'layer')}, {_value(low)} to {_value(high)}"
     return Text.assemble((shown.place, "bold"), f"\n{when}: {summary}")
 
 

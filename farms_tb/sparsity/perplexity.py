@@ -30,6 +30,7 @@ from farms_tb.sparsity.evaluating import call_on_copy, evaluating
 from farms_tb.sparsity.student import half_width, standard_error
 from farms_tb.warnings import warn_once
 from farms_tb.weights.layers import unwrap
+from farms_tb.weights.names import counted
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +101,8 @@ class Perplexity:
         return PerplexityComparison(self.segments - other.segments)
 
     def __str__(self) -> str:
-        return f"{self.value:.4g} ± {self.error:.2g} ({len(self.segments)} segments of {self.length} tokens)"
+        segments = counted(len(self.segments), "segment")
+        return f"{self.value:.4g} ± {self.error:.2g} ({segments} of {self.length} tokens)"
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,6 +19,7 @@ from typing import Any
 from farms_tb.atomic_write import write_text_atomically
 from farms_tb.options import check_choice, check_integer, check_number, make_plain, plain_value
 from farms_tb.sparsity.options import Granularity
+from farms_tb.weights.names import counted
 
 FORMAT = "farms_tb sparsity plan"
 VERSION = 1
@@ -155,8 +156,8 @@ class SparsityPlan:
         missing = [name for name in self.layers if name not in shapes]
         if missing:
             raise ValueError(
-                f"the plan was made for another model: it has no layer {missing[0]!r} ({len(missing)} of "
-                f"{len(self.layers)} layers are missing); make a plan of this model"
+                f"the plan was made for another model: it has no layer {missing[0]!r} (of "
+                f"{counted(len(self.layers), 'layer')} it lacks {len(missing)}); make a plan of this model"
             )
         other = [name for name, layer in self.layers.items() if not _same_shape(layer, shapes[name])]
         if other:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from farms_tb.printable import printable
+from farms_tb.weights.names import counted
 
 
 @dataclass(frozen=True)
@@ -73,5 +74,5 @@ class PruneReport:
         for name, layer in zip(names, self.layers.values(), strict=True):
             error = "" if layer.output_error is None else f"{layer.output_error:12.4f}"
             lines.append(f"{name:{width}}  {layer.sparsity:8.4f}  {error}".rstrip())
-        lines.append(f"{len(self.layers)} layers, {self.sparsity:.2%} zeros, {self.seconds:.1f} s")
+        lines.append(f"{counted(len(self.layers), 'layer')}, {self.sparsity:.2%} zeros, {self.seconds:.1f} s")
         return "\n".join(lines)

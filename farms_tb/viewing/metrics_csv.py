@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from farms_tb.viewing.history import LARGEST_EXACT, Curve, History
 from farms_tb.viewing.names import in_order, shortened
-from farms_tb.weights.names import natural_order
+from farms_tb.weights.names import counted, natural_order
 
 __all__ = ["METRICS_FILE", "MetricsFile", "has_measurements", "read_history", "read_metrics"]
 
@@ -179,7 +179,7 @@ def _parsed(text: str, columns: int) -> tuple[list[str], str]:
         return [], str(error)
     if not rows or len(rows[0]) != columns:
         found = len(rows[0]) if rows else 0
-        return [], f"{found} cells in place of {columns}"
+        return [], f"{counted(found, 'cell')} in place of {columns}"
     return rows[0], ""
 
 

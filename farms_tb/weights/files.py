@@ -20,7 +20,7 @@ from farms_tb.weights.config import facts_of, with_tied_head
 from farms_tb.weights.gguf_files import in_gguf, is_gguf, parts_of
 from farms_tb.weights.names import first_few, natural_order
 from farms_tb.weights.pickled_objects import Skipped, TorchTensor
-from farms_tb.weights.safetensors_files import in_safetensors
+from farms_tb.weights.safetensors_files import in_safetensors, is_safetensors
 from farms_tb.weights.stored import ModelFacts, StoredTensor, stored_in_memory, with_siblings
 from farms_tb.weights.stored_layers import may_be_layer
 from farms_tb.weights.torch_files import open_torch_file, tensors_of
@@ -39,11 +39,17 @@ _IN_FOLDER = (
     *(f"*.safetensors{INDEX}", "*.safetensors", f"*.bin{INDEX}"),
     *("pytorch_model.bin", "adapter_model.bin", "*.gguf"),
 )
+_ARRAY = re.compile(r"numpy\..*\.(_reconstruct|_frombuffer)$")
+"""The functions that a pickled numpy array names."""
+
 _DEPTH = 4
 """Dicts within dicts that are searched for a state dict."""
 
 _MAX_KEY = 1000
 """Characters of a key that may lead to a state dict: a hostile file may have one long key in many dicts."""
+
+_ALONGSIDE = (".csv", ".yaml", ".json", ".html")
+"""Ends of the names of other files in the folder of a run or a model: `metrics.csv`, `config.json`."""
 
 _OTHER_FORMATS = {
     b"\x89HDF": "an HDF5 file (Keras)",
@@ -83,7 +89,7 @@ def tensors_in(path: Path, damaged: list[str] | None = None, *, key: str | None 
         raise ValueError(f"{printable(path)} takes no key: its tensors lie side by side, not in dicts by name")
     is_index = path.name.endswith(INDEX)
     found = _in_parts(path, damaged) if is_index else list(_in_file(path, key))
-    if path.suffix in (".safetensors", ".json"):
+    if is_index or is_safetensors(path):
         # Neither safetensors nor parts of a checkpoint have an order of their own.
         found.sort(key=lambda tensor: natural_order(tensor.key))
     return found
@@ -95,7 +101,8 @@ def takes_key(path: str | PathLike[str]) -> bool:
     Raises:
         FileNotFoundError, ValueError: there is none, or several that no index belongs to.
     """
-    return not _file_at(Path(path)).name.endswith((INDEX, ".safetensors", ".gguf"))
+    path = _file_at(Path(path))
+    return not (path.name.endswith(INDEX) or is_safetensors(path) or is_gguf(path))
 
 
 def files_of_weights(path: str | PathLike[str]) -> list[Path]:
@@ -246,8 +253,10 @@ def _in_file(path: Path, key: str | None = None) -> Iterator[StoredTensor]:
     """Return the tensors of a file, whose format is known by its ending or first bytes."""
     if is_gguf(path):
         return in_gguf(path)
-    if path.suffix == ".safetensors":
+    if is_safetensors(path):
         return in_safetensors(path)
+    if path.suffix in _ALONGSIDE:
+        raise ValueError(f"{printable(path)} holds no weights: pass the folder of the run or the model")
     with path.open("rb") as file:
         start = file.read(4)
     for magic, name in _OTHER_FORMATS.items():
@@ -363,7 +372,9 @@ def _held(loaded: Any) -> str:
             )
     if isinstance(found, Mapping):
         keys = [repr(key) for key in list(found)[:5] if isinstance(key, (str, int))]
-        return f"a dict with {', '.join(keys)}" if keys else "a dict without names"
+        arrays = any(isinstance(value, Skipped) and _ARRAY.match(value.full_name) for value in found.values())
+        hint = ". Save its numpy arrays as tensors, by torch.from_numpy(array)" if arrays else ""
+        return f"a dict with {', '.join(keys)}{hint}" if keys else "a dict without names"
     if isinstance(found, TorchTensor):
         return "Tensor"
     return type(found).__name__

@@ -188,6 +188,16 @@ def renaming(names: Collection[str], known: Collection[str]) -> Renaming | None:
     return fitting[0] if fitting else None
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun, which is of the kind that takes an s.
+
+    Example:
+        >>> counted(1, "layer"), counted(1200, "layer")
+        ('1 layer', '1200 layers')
+    """
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def first_few(names: Sequence[str], most: int = 5) -> str:
     """Return names in one line, as `printable` shows them: the first few, and how many more there are.
 

@@ -62,6 +62,15 @@ class Header:
     start: int
 
 
+def is_safetensors(path: Path) -> bool:
+    """Return whether a file is of this format, by its ending or first bytes: a cache may drop endings."""
+    if path.suffix == ".safetensors":
+        return True
+    with path.open("rb") as file:
+        length, brace = file.read(8), file.read(1)
+    return brace == b"{" and int.from_bytes(length, "little") <= MAX_HEADER
+
+
 def in_safetensors(path: Path) -> Iterator[StoredTensor]:
     """Yield the tensors of a file; nothing is read but its header.
 

@@ -22,6 +22,7 @@ from rich.markup import escape
 from rich.progress import TextColumn
 from rich.table import Table
 
+from farms_tb.weights.names import counted
 from recipes.console import progress_bar, warn
 from recipes.engine import Engine, Outcome
 from recipes.errors import RecipeError
@@ -168,8 +169,8 @@ class _Progress:
         self._raise_failures()
         left = self._total() - self._done()
         if left:
-            minutes = self._study.resources.minutes
-            warn(self._console, f"stopped by study.minutes={minutes}: {left} runs are left; repeat to go on")
+            stopped = f"stopped by study.minutes={self._study.resources.minutes}"
+            warn(self._console, f"{stopped}: {counted(left, 'run')} left; repeat to go on")
 
     def _hand_out(self, engine: Engine) -> bool:
         """Begin as many runs as there is room for, and return whether any is going on."""

@@ -348,6 +348,24 @@ def test_exit_codes(weights: Path, tmp_path: Path) -> None:
     assert run("--version").stdout == f"{__import__('farms_tb').__version__}\n"
 
 
+@pytest.mark.parametrize(
+    ("words", "arguments"),
+    [
+        ("1 of 1 layer with an alpha", ["analyze", "{}/one.pt"]),
+        ("entries (1 layer)", ["sparsity", "{}/one.pt", "--target", "0.5", "--granularity", "matrix"]),
+        ("alpha of 1 layer, 2.100 to 2.200", ["watch", "{}"]),
+        ("(1 cell in place of 3)", ["watch", "{}"]),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*straight line")
+def test_one_layer_is_not_called_layers(words: str, arguments: list[str], tmp_path: Path) -> None:
+    torch.save({"fc.weight": torch.randn(60, 40)}, tmp_path / "one.pt")
+    (tmp_path / "metrics.csv").write_text("epoch,farms/alpha/fc,step\n0,2.1,0\n0\n1,2.2,5\n")
+    result = run(*(argument.format(tmp_path) for argument in arguments))
+    assert result.exit_code == 0, result.output
+    assert words in " ".join(result.stdout.split())
+
+
 MISTAKES: list[tuple[list[str], str]] = [
     (["analyze", "weights.pt"], "no such file: weights.pt"),
     (["analyze", "folder/weights"], "no such file: folder/weights"),
@@ -399,6 +417,15 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["plot", "no/such/run", "--only", "alphas"], "there is no picture 'alphas': there are alpha, lr_ratio, "),
     (["plot", "README.md"], "cannot read README.md: no checkpoint"),
 ]
+
+
+@pytest.mark.parametrize("name", ["metrics.csv", "hparams.yaml", "config.json", "report.html"])
+def test_a_file_next_to_the_weights_is_not_called_damaged(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("epoch,farms/alpha/net.0,step\n0,2.1,0\n")
+    for command in ("analyze", "report", "plot"):
+        result = run(command, tmp_path / name)
+        assert result.exit_code == 2
+        assert f"{name} holds no weights: pass the folder of the run or the model" in result.stderr
 
 
 @pytest.mark.parametrize(("arguments", "words"), MISTAKES, ids=[" ".join(arguments) for arguments, _ in MISTAKES])

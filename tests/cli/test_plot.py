@@ -114,6 +114,19 @@ def test_a_layer_with_its_whole_matrix(runs: list[Path], tmp_path: Path) -> None
     assert names(done.stdout) == ["esd_net.2.png", "esd_full_net.2.png"]
 
 
+def test_no_picture_replaces_another(tmp_path: Path) -> None:
+    """The picture of a layer `full_x` would have the name of that of `x` as a whole matrix."""
+    layers = ("x", "full_x", "full", "a/b", "a_b")
+    torch.save({f"{layer}.weight": torch.randn(60, 40) for layer in layers}, tmp_path / "w.pt")
+    chosen = [argument for layer in layers for argument in ("--layer", layer)]
+    wanted = ("--null", "--only", "esd_full", *chosen, "--format", "svg")
+    done = run("plot", tmp_path / "w.pt", *wanted, "-o", tmp_path)
+    drawn = names(done.stdout)
+    assert len(set(drawn)) == len(drawn) == 1 + 2 * len(layers), done.output
+    assert drawn[:4] == ["esd_full.svg", "esd_x.svg", "esd_full_x.svg", "esd_full_x_2.svg"]
+    assert ">full_x</text>" in (tmp_path / "esd_full_x_2.svg").read_text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -753,7 +753,7 @@ def test_no_run_is_begun_when_the_time_is_up(
     main(_tiny(tmp_path, "study.minutes=1e-9"))
     assert not engine.begun
     printed = capsys.readouterr()
-    assert "study.minutes=1e-09: 12 runs are left" in printed.out + printed.err
+    assert "study.minutes=1e-09: 12 runs left" in printed.out + printed.err
     GlobalHydra.instance().clear()
     main(_tiny(tmp_path, "study.minutes=60"))
     assert len(_results(tmp_path)) == 12

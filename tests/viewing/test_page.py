@@ -141,6 +141,14 @@ def test_what_json_has_no_number_for(tmp_path: Path) -> None:
     assert layer["ks"] is None
 
 
+def test_times_without_an_epoch_come_first(tmp_path: Path) -> None:
+    lines = [f"{epoch},{step},2\n" for step in range(20) for epoch in (step + 1, "", step)]
+    (tmp_path / "metrics.csv").write_text("epoch,step,farms/alpha/a\n" + "".join(lines))
+    when = content(write_page(tmp_path))["when"]
+    assert when["step"] == [step for step in range(20) for _ in range(3)]
+    assert when["epoch"] == [epoch for step in range(20) for epoch in (None, step, step + 1)]
+
+
 def test_the_stable_rank_is_the_matrixs_own(trained: Path, tmp_path: Path) -> None:
     run = read_run_folder(trained)
     assert run.full is not None
@@ -238,6 +246,15 @@ def names(tab: Any) -> list[str]:
     """Layers of the table as they stand."""
     found: list[str] = tab.locator("tbody tr:visible td:nth-child(3)").all_inner_texts()
     return found
+
+
+def test_one_layer_is_not_called_layers(view: Any, tmp_path: Path) -> None:
+    run = made_up_run(tmp_path, ["conv"])
+    page = write_page(run)
+    assert content(page)["facts"][0] == "1 layer"
+    tab = view(page)
+    assert tab.inner_text("#count") == "1 layer"
+    assert "of 1 layer over training" in str(tab.locator("#curves svg").get_attribute("aria-label"))
 
 
 def test_click_on_a_layer_shows_its_spectrum(view: Any, trained: Path, tmp_path: Path) -> None:

@@ -140,6 +140,23 @@ def test_safetensors_are_sorted_by_numbers_within_names(tmp_path: Path) -> None:
     assert list(analyze_checkpoint(tmp_path).layers) == names
 
 
+@pytest.mark.parametrize("name", ["0a1b2c3d4e5f", "model.bin"])
+def test_safetensors_without_their_ending(name: str, tmp_path: Path) -> None:
+    """As in the folder of blobs of a Hugging Face cache."""
+    model = nn.Sequential(*(nn.Linear(24, 24) for _ in range(12)))
+    file = save_safetensors(model, tmp_path)
+    expected = analyze_checkpoint(file)
+    path = file.rename(tmp_path / name)
+    found = analyze_checkpoint(path)
+    assert found == expected
+    assert list(found.layers) == list(expected.layers)
+    with pytest.raises(ValueError, match=f"{name} takes no key"):
+        analyze_checkpoint(path, key="ema")
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=rf"cannot read .*{name}: no safetensors file, or one that is cut short"):
+        analyze_checkpoint(path)
+
+
 def test_options_arrive_and_agree_with_analyze(tmp_path: Path) -> None:
     model = mixed()
     options: dict[str, Any] = {"esd": "full", "fit": "goodness-of-fit", "min_eigenvalues": 9}
@@ -373,6 +390,7 @@ def test_files_that_are_no_checkpoint(write: Any, name: str, tmp_path: Path) -> 
         ({}, "got a dict without names"),
         ({"epoch": 3, "loss": 0.5}, "got a dict with 'epoch', 'loss'"),
         ({"state_dict": {"epoch": 3}}, "got a dict with 'epoch'"),
+        ({"fc.weight": np.zeros((9, 9))}, "got a dict with 'fc.weight'. Save its numpy arrays as tensors"),
     ],
 )
 def test_files_without_a_state_dict(held: Any, words: str, tmp_path: Path) -> None:

@@ -210,7 +210,7 @@ def test_quantised_weights_that_can_be_dequantised_are_measured() -> None:
         (lambda: torch.randn(2000).as_strided((50, 50, 6, 6), (1, 1, 1, 1)), "damaged: it claims 90000 entries"),
         (lambda: torch.empty(20, 30, device="meta"), "on the meta device"),
         (lambda: torch.zeros(20, 30, dtype=torch.int8), "torch.int8"),
-        (lambda: torch.quantize_per_tensor(torch.randn(20, 30), 0.1, 0, torch.qint8), "quantised weights"),
+        (lambda: torch.quantize_per_tensor(torch.randn(20, 30), 0.1, 0, torch.qint8), "weights (torch.qint8)"),
         (lambda: torch.zeros(0, 30), "empty"),
         (lambda: torch.zeros(20, 0), "empty"),
     ],

@@ -23,6 +23,7 @@ from farms_tb.viewing.diagnosis import diagnose, diagnose_training
 from farms_tb.viewing.history import Curve, History
 from farms_tb.viewing.run_folder import RunFolder
 from farms_tb.viewing.words import METRICS, VERDICTS
+from farms_tb.weights.names import counted
 
 __all__ = ["content_of"]
 
@@ -86,10 +87,10 @@ def content_of(run: RunFolder) -> dict[str, Any]:
 
 
 def _times(history: History) -> list[_When]:
-    """Return when any layer was measured, in the order of steps."""
+    """Return when any layer was measured, in the order of steps; of one step those without an epoch first."""
     curves = (*history.alpha.values(), *history.ratio.values(), *history.lr.values())
     times = {point for curve in curves for point in _points(curve)}
-    return sorted(times, key=lambda time: (time[1], time[0]))
+    return sorted(times, key=lambda time: (time[1], -math.inf if math.isnan(time[0]) else time[0]))
 
 
 def _points(curve: Curve) -> Iterator[_When]:
@@ -99,7 +100,7 @@ def _points(curve: Curve) -> Iterator[_When]:
 
 def _facts(run: RunFolder) -> list[str]:
     """Return what stands below the title: how many layers, which weights, the scores of the test."""
-    facts = [f"{len(run.layers)} layers"]
+    facts = [counted(len(run.layers), "layer")]
     if run.weights:
         facts.append(f"spectra of {run.weights}")
     scores = run.summary.get("test")

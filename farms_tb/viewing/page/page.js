@@ -57,6 +57,7 @@ function number(value, digits = 3) {
 }
 /** Epochs or steps: whole numbers in full, so that those of long runs can be told apart. */
 const time = (value) => (Number.isInteger(value) ? String(value) : number(value, 6));
+const layersInWords = (count) => `${count} ${count === 1 ? "layer" : "layers"}`;
 /** Fixed decimals; what rounds to zero has no minus sign. */
 function decimal(value, decimals) {
   if (!known(value)) return "–";
@@ -200,7 +201,7 @@ function curveChart(place, shown, quantity, height, main) {
   let [first, last] = range(xs);
   if (first === last) [first, last] = [first - 0.5, last + 0.5];
   const x = Object.assign(scale(first, last, MARGIN.left, width - MARGIN.right), { whole: xs.every((v) => !known(v) || Number.isInteger(v)) });
-  const root = frame(width, height, `${title} of ${shown.length} layers over training`);
+  const root = frame(width, height, `${title} of ${layersInWords(shown.length)} over training`);
   // Hundreds of faint lines add up to a strong ground.
   root.style.setProperty("--dim", Math.max(0.03, Math.min(0.16, 4 / shown.length)));
   drawAxes(root, width, height, x, y, axisTitle(), main ? title : QUANTITIES[quantity].label);
@@ -314,7 +315,7 @@ function mapChart(place, shown, quantity) {
   };
   pointed(canvas, (event, place) => { const at = place && cell(place); tip(event, at && describe(at[0], quantity, at[1])); });
   canvas.addEventListener("click", (event) => { const at = cell(local(canvas, event)); if (at) choose(at[0]); });
-  const root = frame(whole, height + MARGIN.top + MARGIN.bottom, `Axes of the map: ${rows.length} layers, ${axisTitle()}`);
+  const root = frame(whole, height + MARGIN.top + MARGIN.bottom, `Axes of the map: ${layersInWords(rows.length)}, ${axisTitle()}`);
   for (const row of spread(rows.length, Math.floor(height / 13))) {
     root.append(svg("text", { class: "row", x: left - 6, y: MARGIN.top + (row + 0.5) * height / rows.length + 4, "text-anchor": "end" },
       labels[row]));
@@ -581,7 +582,7 @@ function filterRows() {
     layer.row.hidden = !words.every((word) => layer.name.toLowerCase().includes(word));
     listed += !layer.row.hidden;
   }
-  byId("count").textContent = listed === layers.length ? `${listed} layers` : `${listed} of ${layers.length} layers`;
+  byId("count").textContent = listed === layers.length ? layersInWords(listed) : `${listed} of ${layersInWords(layers.length)}`;
 }
 
 // ---- settings ----------------------------------------------------------------------------------------------------

@@ -75,7 +75,7 @@ function depthChart(place) {
   const pad = (high - low) * 0.05 || 0.1;
   const y = scale(low - pad, high + pad, bottom, MARGIN.top);
   const x = Object.assign(scale(0.4, layers.length + 0.6, MARGIN.left, width - MARGIN.right), { whole: true });
-  const root = frame(width, VERDICT_CHART_HEIGHT, `alpha of ${shown.length} layers by depth`);
+  const root = frame(width, VERDICT_CHART_HEIGHT, `alpha of ${layersInWords(shown.length)} by depth`);
   drawAxes(root, width, VERDICT_CHART_HEIGHT, x, y, "layer, from the input to the output", "alpha");
   const at = (layer) => x(layer.index + 1);
   const half = Math.min(12, (x(2) - x(1)) / 2);
@@ -100,7 +100,7 @@ function planeChart(place) {
   const pad = (high - low) * 0.06 || 0.1;
   const x = scale(low - pad, high + pad, MARGIN.left, width - MARGIN.right);
   const y = scale(0, 1.06, bottom, MARGIN.top);
-  const root = frame(width, VERDICT_CHART_HEIGHT, `effect against rank share of ${shown.length} layers`);
+  const root = frame(width, VERDICT_CHART_HEIGHT, `effect against rank share of ${layersInWords(shown.length)}`);
   drawAxes(root, width, VERDICT_CHART_HEIGHT, x, y, "effect: alpha minus that of shuffled entries", "rank share");
   root.append(svg("line", { class: "base", x1: x(0), x2: x(0), y1: MARGIN.top, y2: bottom }));
   for (const layer of shown) {

@@ -6,7 +6,7 @@ a mistake costs no time and leaves no half-filled folder.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -101,7 +101,8 @@ def save_all(
             reasons = " ".join(not_drawn(run)) or "The table of the layers says why: farms-tb analyze."
             raise ValueError(f"{run.path} has no data for the picture {name!r}. {reasons}")
     wanted = {name: drawable[name] for name in chosen}
-    wanted.update(_spectra(run, layers))
+    for name, draw in _spectra(run, layers):
+        wanted[_unused(name, wanted)] = draw
     return save_pictures(wanted, folder, suffix)
 
 
@@ -128,17 +129,24 @@ def save_pictures(wanted: Mapping[str, _Draw], folder: Path, suffix: str) -> lis
     return saved
 
 
-def _spectra(run: RunFolder, layers: Sequence[str]) -> dict[str, _Draw]:
-    """Return what draws each of these layers' spectra, after a check that all are there."""
+def _spectra(run: RunFolder, layers: Sequence[str]) -> Iterator[tuple[str, _Draw]]:
+    """Yield a name and what draws it for each of these layers' spectra, after a check that all are there."""
     if run.farms is None or not layers:
-        return {}
+        return
     with_histogram(run.farms, layers)
-    found: dict[str, _Draw] = {}
-    for layer in layers:
-        found[f"esd_{file_name(layer)}"] = partial(plot_esd, run.farms, layer)
+    for layer in dict.fromkeys(layers):
+        yield f"esd_{file_name(layer)}", partial(plot_esd, run.farms, layer)
         if run.full is not None and layer in with_outliers(run.full):
-            found[f"esd_full_{file_name(layer)}"] = partial(plot_esd, run.full, layer)
-    return found
+            yield f"esd_full_{file_name(layer)}", partial(plot_esd, run.full, layer)
+
+
+def _unused(name: str, taken: Container[str]) -> str:
+    """Return a picture's name, with a number where another has it: `x` as a whole matrix, a layer `full_x`."""
+    unused, number = name, 1
+    while unused in taken:
+        number += 1
+        unused = f"{name}_{number}"
+    return unused
 
 
 def _output_folder(run: RunFolder, output_dir: PathLike | None) -> Path:
