@@ -130,17 +130,6 @@ class BalancingSession:
         if self.run is not None:
             self.run.settle()
 
-    def missed_final_weights(self, step: int) -> bool:
-        """Return whether a run was interrupted after its last step and before its final weights were measured.
-
-        Args:
-            step: optimizer steps done, by the trainer's count.
-        """
-        if self.running or self.restored is None:
-            return False
-        measured_at: int = self.restored.get("final_step", -1)
-        return measured_at != step
-
     def shown(self) -> LayerBalancer | Results | None:
         """Return what has report and ratios; after training in child processes, theirs. None before training."""
         received = None if self.running else self._handover.receive()
