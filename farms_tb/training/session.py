@@ -217,8 +217,9 @@ class ShowsResults:
         if shown is None:
             raise self._nothing_to_show()
         ratios = shown.parameter_ratios()
-        inner = {id(parameter): clean_name(name) for name, parameter in unwrap(model).named_parameters()}
-        return {name: ratios.get(inner[id(parameter)], 1.0) for name, parameter in model.named_parameters()}
+        # In the same order, with the wrapper and without it.
+        inner = [clean_name(name) for name, _ in unwrap(model).named_parameters()]
+        return {name: ratios.get(own, 1.0) for (name, _), own in zip(model.named_parameters(), inner, strict=True)}
 
     def param_groups(self, optimizer: Optimizer) -> list[StepGroup]:
         """Return the groups that `optimizer` really steps with: their layers, parameters, ratio and lr.
