@@ -571,7 +571,8 @@ class ScheduleOptions:
             for the first measurement and for that of the final weights. Needs memory for a copy of the layers'
             weights; models on the CPU are measured at once, with the same results. 0 waits at each measurement.
         measurements_per_epoch: measure this many times an epoch, at equal numbers of optimizer steps, instead of
-            once.
+            once. Every epoch is taken to be as long as the one in which the run began or was resumed: where
+            dataloaders grow or shrink, use `every_n_steps`.
         start: when ratios begin to apply: a fraction of the run from 0 to 1, `"2 epochs"` or `"500 steps"`. Before
             it layers are measured and logged, and every ratio is 1.
         until: when measuring ends, likewise: from then on the last ratios stay, and only the final weights are

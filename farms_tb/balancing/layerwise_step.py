@@ -62,8 +62,8 @@ class LayerwiseStep:
         if optimizer in _attached:
             raise ValueError(
                 f"this {type(optimizer).__name__} already has layer-wise learning rates: use one FARMSTempBalance "
-                "or TempBalance, and detach() an earlier TempBalance first. If that one is lost, make a new "
-                "optimizer"
+                "or TempBalance, and first detach() an earlier TempBalance, or FARMSTrainerCallback after an "
+                "error. If that one is lost, make a new optimizer"
             )
         self.optimizer = optimizer
         self.steps = 0

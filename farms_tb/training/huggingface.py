@@ -87,8 +87,9 @@ class FARMSTrainerCallback(ShowsResults, TrainerCallback, ExportableState):
     `restore_callback_states_from_checkpoint`. That flag also brings back the options of the checkpoint, in a new
     callback that takes this one's place: look for it in `trainer.callback_handler.callbacks`.
 
-    The Trainer does not tell callbacks of an error. After one, the next `train()` starts cleanly; to step the
-    optimizer in any other way, call `detach()` first.
+    The Trainer does not tell callbacks of an error. After one, the next `train()` with this callback starts
+    cleanly. Before you remove the callback, put another one in its place or step the optimizer yourself, call
+    `detach()`: until then every step of the optimizer has the last ratios.
 
     Source of the method: TempBalance, Zhou et al., NeurIPS 2023, arXiv 2312.00359; FARMS, Hu et al., ICML 2025,
     arXiv 2506.06280.

@@ -154,13 +154,15 @@ class FARMSTempBalance(ShowsResults, Callback):
 
         Those that a later callback has averaged in its `on_train_end`, and those of a run that was killed, and
         resumed, after its last step: Lightning then finds nothing left to train, and calls no event of training.
+        Where they were measured before the checkpoint, its report and ratios are shown.
         """
         if not trainer.limit_train_batches:
             return
-        if self._session.missed_final_weights(_moment(trainer).step):
+        averaged = self._session.running and _weights_change_later(trainer, self)
+        if self._session.restored is not None:
             self.on_train_start(trainer, pl_module)
         if self._session.running:
-            self._finish(trainer, anew=_weights_change_later(trainer, self))
+            self._finish(trainer, anew=averaged)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Detach from the optimizers."""

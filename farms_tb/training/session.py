@@ -130,17 +130,6 @@ class BalancingSession:
         if self.run is not None:
             self.run.settle()
 
-    def missed_final_weights(self, step: int) -> bool:
-        """Return whether a run was interrupted after its last step and before its final weights were measured.
-
-        Args:
-            step: optimizer steps done, by the trainer's count.
-        """
-        if self.running or self.restored is None:
-            return False
-        measured_at: int = self.restored.get("final_step", -1)
-        return measured_at != step
-
     def shown(self) -> LayerBalancer | Results | None:
         """Return what has report and ratios; after training in child processes, theirs. None before training."""
         received = None if self.running else self._handover.receive()
@@ -228,8 +217,9 @@ class ShowsResults:
         if shown is None:
             raise self._nothing_to_show()
         ratios = shown.parameter_ratios()
-        inner = {id(parameter): clean_name(name) for name, parameter in unwrap(model).named_parameters()}
-        return {name: ratios.get(inner[id(parameter)], 1.0) for name, parameter in model.named_parameters()}
+        # In the same order, with the wrapper and without it.
+        inner = [clean_name(name) for name, _ in unwrap(model).named_parameters()]
+        return {name: ratios.get(own, 1.0) for (name, _), own in zip(model.named_parameters(), inner, strict=True)}
 
     def param_groups(self, optimizer: Optimizer) -> list[StepGroup]:
         """Return the groups that `optimizer` really steps with: their layers, parameters, ratio and lr.

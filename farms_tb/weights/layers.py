@@ -6,7 +6,7 @@ listed with the reason: one odd layer never costs the measurement of the others.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -110,13 +110,16 @@ def find_layers(model: nn.Module, *, embeddings: bool = False, adapters: Adapter
         ValueError: a registered rule gave two weights the same name.
     """
     model = unwrap(model)
-    names = {id(parameter): name for name, parameter in named_parameters(model).items()}
+    known = named_parameters(model)
+    # Listed once, and last: PEFT's attention makes its weights anew, as other parameters, whenever modules or
+    # parameters are listed.
+    modules = [(clean_name(path), module) for path, module in model.named_modules()]
+    names = _names_of_parameters(modules, known)
     claimed: dict[int, str] = {}  # The layers that parameters belong to.
     inside: set[int] = set()  # Modules whose parameters belong to a layer above them.
     skipped: set[int] = set()  # Those of them that are part of a layer with adapters, and copies of no use.
     layers: list[Layer] = []
-    for path, module in model.named_modules():
-        path = clean_name(path)
+    for path, module in modules:
         if _is_wrapper(module) or id(module) in skipped:
             continue
         skipped |= {id(part) for unused in unused_copies(module, adapters) for part in unused.modules()}
@@ -131,6 +134,16 @@ def find_layers(model: nn.Module, *, embeddings: bool = False, adapters: Adapter
         elif id(module) not in inside:
             layers.extend(_layers_without_rule(path, module))
     return _with_unique_names(layers)
+
+
+def _names_of_parameters(modules: Sequence[tuple[str, nn.Module]], known: Container[str]) -> dict[int, str]:
+    """Return the name of each parameter by its identity, as far as the model knows it by that name."""
+    return {
+        id(parameter): name
+        for path, module in modules
+        for own, parameter in module._parameters.items()
+        if parameter is not None and (name := f"{path}.{own}".strip(".")) in known
+    }
 
 
 def checked_layers(

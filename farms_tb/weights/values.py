@@ -112,7 +112,7 @@ def reading(module: nn.Module) -> Iterator[None]:
     """
     training = [
         part
-        for owner in module.modules()
+        for owner in _descendants(module)
         if parametrize.is_parametrized(owner)
         for part in owner.parametrizations.modules()  # type: ignore[operator,union-attr]
         if part.training
@@ -127,6 +127,13 @@ def reading(module: nn.Module) -> Iterator[None]:
         parametrize._cache_enabled = cached
         for part in training:
             part.training = True
+
+
+def _descendants(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield a module and all below it. Not by `modules()`, where PEFT's attention makes its weights anew."""
+    yield module
+    for child in module.children():
+        yield from _descendants(child)
 
 
 def weight_of(module: nn.Module, name: str = "weight") -> Tensor:

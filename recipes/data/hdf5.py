@@ -53,6 +53,13 @@ class SampleReader:
         with self._open() as file:
             return {key: self._shape(file, key) for key in self.keys}
 
+    def made_by(self) -> dict[str, Any]:
+        """Read which settings `recipes.generate` made the file with; the generator is None for files of others."""
+        with self._open() as file:
+            if "generator" not in file.attrs:
+                return {"generator": None}
+            return {name: np.asarray(value).item() for name, value in file.attrs.items()}
+
     def read(self, key: str, index: int, select: tuple[slice, ...]) -> np.ndarray:
         """Read a part of one sample.
 

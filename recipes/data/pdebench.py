@@ -247,6 +247,11 @@ class _PDEBenchData(SplitData):
         """Points along each axis of space that are used."""
         return tuple(side // self.options.every_point for side in self._space(self._shapes))
 
+    @property
+    def made_by(self) -> dict[str, Any]:
+        """What the file says of how it was made, which a study notes."""
+        return self.reader.made_by()
+
     def _split(self) -> dict[str, list[int]]:
         """Which samples of the file are for what; see `split_samples`."""
         total = next(iter(self._shapes.values()))[0]

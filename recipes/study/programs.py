@@ -4,7 +4,8 @@ Each is a module with the functions that a study needs of it. `cfg` are the comp
 can't work are refused with a `RecipeError`.
 
 - `prepare(cfg)` checks them without building anything, and lets the arm's runs log and keep nothing;
-- `build_once(cfg)` builds the parts of a run and throws them away: a mistake shows before time is spent;
+- `build_once(cfg)` builds the parts of a run and throws them away: a mistake shows before time is spent. Returns
+  what the data file says of how it was made, None for other data;
 - `uses_gpu(cfg)` says whether a run may train on a GPU;
 - `metric_of(cfg)` names the score that is compared, by the setting `METRIC_SETTING`;
 - `train(cfg, evaluations)` trains and scores one run, see `recipes.study.one_run`.

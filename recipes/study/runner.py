@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Mapping
 from datetime import timedelta
 from statistics import mean
-from typing import cast
+from typing import Any, cast
 
 from rich.console import Console
 from rich.markup import escape
@@ -52,29 +52,30 @@ def run_study(study: Study, console: Console) -> Results:
     Raises:
         RecipeError: A setting, a folder or a run is at fault, or another process is at work in the folder.
     """
-    for cell in study.cells:
-        check_cell(cell)
+    made_by = {cell.name: check_cell(cell) for cell in study.cells}
     with contextlib.ExitStack() as stack:
         for cell in study.cells:
             stack.enter_context(locked(cell))
         for cell in study.cells:  # once all folders are this command's
             check_settings(cell)
         for cell in study.cells:
-            keep_settings(cell)
+            keep_settings(cell, made_by[cell.name])
         results = {cell.name: read_records(cell.folder) for cell in study.cells}
         _Progress(study, results, console).run()
     return results
 
 
-def check_cell(cell: Cell) -> None:
+def check_cell(cell: Cell) -> dict[str, Any]:
     """Build every arm once, and throw it away: a mistake shows before time is spent.
+
+    Returns:
+        By arm, what its data file says of how it was made; None for other data.
 
     Raises:
         RecipeError: A part refuses its settings, or two parts do not fit.
     """
     program = load_program(cell.options.program)
-    for cfg in cell.arms.values():
-        program.build_once(cfg)
+    return {arm: program.build_once(cfg) for arm, cfg in cell.arms.items()}
 
 
 def arm_plan(cell: Cell, arm: str, finished: Mapping[Job, Record]) -> ArmPlan:

@@ -8,9 +8,10 @@ of an arm without a finished run may change: they may be the reason why there is
 from __future__ import annotations
 
 import errno
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -61,18 +62,28 @@ def locked(cell: Cell) -> Iterator[None]:
         yield
 
 
-def keep_settings(cell: Cell) -> None:
+def keep_settings(cell: Cell, made_by: Mapping[str, Any] = MappingProxyType({})) -> None:
     """Note in the cell's folder, which is locked, what the results depend on, or compare with what is noted.
 
+    Args:
+        cell: The cell.
+        made_by: By arm, what its data file says of how it was made; None for other data.
+
     Raises:
-        RecipeError: The folder can't be written, or holds results of other settings.
+        RecipeError: The folder can't be written, or holds results of other settings, or of another data file.
     """
     path = cell.folder / SETTINGS_FILE
+    files = {arm: noted for arm, noted in made_by.items() if noted}
     now = cell.identity()
     check_settings(cell)
     try:
         if path.exists():
-            now["arms"] = {**_read_settings(path)["arms"], **now["arms"]}
+            saved = _read_settings(path)
+            _check_files(cell, saved["made_by"], files)
+            now["arms"] = {**saved["arms"], **now["arms"]}
+            files = {**saved["made_by"], **files}
+        if files:
+            now["made_by"] = files
         with atomic_path(path) as part:
             OmegaConf.save(OmegaConf.create(now), part)
     except OSError as error:
@@ -118,7 +129,8 @@ def _read_settings(path: Path) -> dict[str, Any]:
     try:
         saved: Any = OmegaConf.to_container(OmegaConf.load(path))
         arms = {str(arm): current_settings(settings) for arm, settings in saved["arms"].items()}
-        return {"study": dict(saved["study"]), "arms": arms}
+        # Studies of earlier releases did not note how data files were made.
+        return {"study": dict(saved["study"]), "arms": arms, "made_by": dict(saved.get("made_by", {}))}
     except (YAMLError, OmegaConfBaseException, LookupError, TypeError, ValueError, AttributeError) as error:
         raise RecipeError(
             f"{path} is not a file of a study ({type(error).__name__}); bring the right one back, or choose "
@@ -139,8 +151,7 @@ def _check_same(cell: Cell, saved: dict[str, Any], done: set[str]) -> None:
     for arm in done & now["arms"].keys() & saved["arms"].keys():
         old.update(_flat(saved["arms"][arm], arm))
         new.update(_flat(now["arms"][arm], arm))
-    both = {name: (old.get(name, _UNSET), new.get(name, _UNSET)) for name in {**old, **new}}
-    changes = [f"{name} was {before} and is {after}" for name, (before, after) in both.items() if before != after]
+    changes = _changes(old, new)
     if not changes:
         return
     shown = "; ".join(changes[:_SHOWN])
@@ -150,6 +161,23 @@ def _check_same(cell: Cell, saved: dict[str, Any], done: set[str]) -> None:
         f"the results in {cell.folder} come from other settings: {shown}. "
         "Go back to those, or choose another study.folder"
     )
+
+
+def _check_files(cell: Cell, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuse a data file that was made in another way, under the same name, since an arm had its first run."""
+    for arm in {record.arm for record in read_records(cell.folder).values()} & saved.keys() & now.keys():
+        changes = _changes(saved[arm], now[arm])
+        if changes:
+            raise RecipeError(
+                f"the results of {arm} in {cell.folder} come from a data file that was made in another way: "
+                f"{'; '.join(changes)}. Make it again as it was, or choose another study.folder"
+            )
+
+
+def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Say which settings differ."""
+    both = {name: (old.get(name, _UNSET), new.get(name, _UNSET)) for name in {**old, **new}}
+    return [f"{name} was {before} and is {after}" for name, (before, after) in both.items() if before != after]
 
 
 def _flat(value: Any, path: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from typing import Any
 
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.profilers import SimpleProfiler
@@ -105,9 +106,11 @@ def _check_classes(cfg: DictConfig, metric: str) -> None:
     )
 
 
-def build_once(cfg: DictConfig) -> None:
+def build_once(cfg: DictConfig) -> dict[str, Any] | None:
     """Build the parts of a run and throw them away; see `recipes.study.programs`."""
-    make_trainer(cfg, build_parts(cfg))
+    parts = build_parts(cfg)
+    make_trainer(cfg, parts)
+    return getattr(parts.data, "made_by", None)
 
 
 def uses_gpu(cfg: DictConfig) -> bool:

@@ -13,16 +13,21 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import psutil
 import pytest
 from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
 from rich.console import Console
 from scipy import stats
 
 from recipes.config import CONFIG_DIR, build_balancer
 from recipes.engine import Outcome
 from recipes.errors import RecipeError
+from recipes.generate.darcy import DarcySpec
+from recipes.generate.run import Job as MakeData
+from recipes.generate.run import generate
 from recipes.study.__main__ import main
 from recipes.study.cells import Cell, load_study
 from recipes.study.effects import POOLED, Row, summarise
@@ -757,6 +762,44 @@ def test_no_run_is_begun_when_the_time_is_up(
     GlobalHydra.instance().clear()
     main(_tiny(tmp_path, "study.minutes=60"))
     assert len(_results(tmp_path)) == 12
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_data_file_that_was_made_anew_in_another_way_is_refused(
+    tmp_path: Path, engine: _Recorder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, settings = tmp_path / "darcy.hdf5", tmp_path / "study/darcy_beta100_fno_20" / SETTINGS_FILE
+    study = ["experiment=study/darcy_beta100_fno_20", f"data.path={path}", f"study.folder={tmp_path}/study"]
+    study += ['study.arms=["off",farms]', "study.grid=[1]", "study.tune_seeds=1", "study.extend=0"]
+
+    def make(**options: Any) -> None:
+        spec = DarcySpec(resolution=32, **options)
+        generate(spec, MakeData(path, samples=40, workers=1, overwrite=True), Console(quiet=True))
+
+    def go_on(seeds: int) -> None:
+        GlobalHydra.instance().clear()
+        main([*study, f"study.seeds={seeds}"])
+
+    make()
+    go_on(1)
+    make()
+    go_on(2)
+    done = len(engine.begun)
+    make(beta=10.0)
+    with pytest.raises(SystemExit):
+        go_on(3)
+    assert re.search(r"data file.*beta was 1\.0 and is 10\.0", " ".join(capsys.readouterr().err.split()))
+    with h5py.File(path, "a") as file:  # as one of PDEBench's own
+        file.attrs.clear()
+    with pytest.raises(SystemExit):
+        go_on(3)
+    assert "generator was recipes.generate darcy" in " ".join(capsys.readouterr().err.split())
+    assert len(engine.begun) == done
+    noted = OmegaConf.load(settings)
+    assert noted.pop("made_by").off.beta == 1.0
+    OmegaConf.save(noted, settings)  # as earlier releases wrote it
+    go_on(3)
+    assert len(engine.begun) == done + 2
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from farms_tb import FARMSTempBalance, TempBalance, analyze
-from tests.helpers import LIGHTNING_NOISE, Module, assert_same_weights, fit
+from tests.helpers import LIGHTNING_NOISE, Module, assert_same_weights, fit, spy_on_updates
 
 peft = pytest.importorskip("peft")
 
@@ -83,6 +84,47 @@ def test_every_trained_part_of_a_layer_steps_at_one_rate(use_dora: bool) -> None
                 # B is zero at first, and A has no gradient then.
                 assert rate == pytest.approx(LR * own.copy().pop(), rel=1e-2) or rate == 0
     assert any(rate not in (0, pytest.approx(LR)) for rate in module.moved[-1].values())
+
+
+class Encoder(nn.Module):
+    """Two layers with attention of torch's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(6, 2, 24, dropout=0.0, batch_first=True)
+        self.layers = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layers(x[:, None])[:, 0])
+
+
+def test_attention_of_torch_steps_at_the_rates_of_its_layers() -> None:
+    """PEFT makes its weights anew, as other parameters, whenever the model's modules or parameters are listed."""
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=2, target_modules=["self_attn", "linear1"], init_lora_weights=False)
+    balance = FARMSTempBalance(**ALL)
+    module = Module(sgd, net=peft.get_peft_model(Encoder(), config))
+    with spy_on_updates("SGD") as updates:
+        fit(module, [balance])
+    ratios = balance.parameter_ratios(module)
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    assert {names[key]: lr for key, lr in updates[-1].items()} == {
+        name: LR * ratios[name] for name in map(names.get, updates[-1])
+    }
+    for index in (0, 1):
+        path = f"net.base_model.model.layers.layers.{index}"
+        packed = statistics.mean(balance.ratios[f"{path}.self_attn.{part}"] for part in "qkv")
+        own = {
+            f"{path}.self_attn": packed,
+            f"{path}.self_attn.base_layer.out_proj": balance.ratios[f"{path}.self_attn.out_proj"],
+            f"{path}.linear1": balance.ratios[f"{path}.linear1"],
+        }
+        for part, ratio in own.items():
+            assert ratios[f"{part}.lora_A.default.weight"] == pytest.approx(ratio)
+            assert ratios[f"{part}.lora_B.default.weight"] == pytest.approx(ratio)
+    assert len(set(ratios.values())) > 3
+    assert len(balance.ratios) == 2 * 6 + 1
 
 
 def test_final_report_is_that_of_the_merged_model() -> None:

@@ -693,6 +693,21 @@ def test_detach_after_an_error(tmp_path: Path) -> None:
     assert callback.ratios
 
 
+def test_a_callback_put_in_place_of_one_that_an_error_stopped(tmp_path: Path) -> None:
+    first, second = (FARMSTrainerCallback(assign_func="tb_linear_map") for _ in range(2))
+    trainer = make_trainer(tmp_path, first, Failing())
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.remove_callback(first)
+    trainer.add_callback(second)
+    with pytest.raises(ValueError, match=r"detach\(\) .*FARMSTrainerCallback"):
+        trainer.train()
+    first.detach()
+    trainer.train()
+    assert balanced_layers(second)
+    assert not trainer.optimizer.optimizer._optimizer_step_pre_hooks
+
+
 def test_a_measurement_that_fails_lets_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("no memory")

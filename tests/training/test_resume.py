@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import (
     LambdaCallback,
     ModelCheckpoint,
     OnExceptionCheckpoint,
+    StochasticWeightAveraging,
 )
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import nn
@@ -213,12 +214,27 @@ def test_killed_after_the_last_step(clock: dict[str, Any], tmp_path: Path) -> No
     finish_and_compare(clock, tmp_path / "epoch=3-step=16.ckpt", module, balance, logger)
 
 
-def test_resumed_after_the_end_logs_nothing_more(tmp_path: Path) -> None:
-    _, trainer = train([FARMSTempBalance(assign_func="tb_linear_map")])
+@pytest.mark.parametrize("averages", [False, True])
+@pytest.mark.parametrize("used", [False, True])
+def test_resumed_after_the_end_shows_the_report_and_logs_nothing_more(
+    used: bool, averages: bool, tmp_path: Path
+) -> None:
+    """Lightning finds nothing left to train; a callback that comes later may have averaged the final weights."""
+    finished, options = FARMSTempBalance(assign_func="tb_linear_map"), {"assign_func": "tb_linear_map"}
+    _, trainer = train([finished])
     trainer.save_checkpoint(tmp_path / "end.ckpt")
-    logger, balance = Recorder(), FARMSTempBalance(assign_func="tb_linear_map")
-    train([balance], tmp_path / "end.ckpt", logger=logger)
+    logger, balance = Recorder(), FARMSTempBalance(**options)
+    if used:
+        train([balance], max_epochs=1)
+        assert balance.report != finished.report
+    later = [StochasticWeightAveraging(swa_lrs=0.05)] if averages else []
+    module, trainer = train([balance, *later], tmp_path / "end.ckpt", logger=logger)
     assert not logger.rows
+    assert balance.report == finished.report
+    assert balance.ratios == finished.ratios
+    assert balance.parameter_ratios(module)["net.5.weight"] == balance.ratios["net.5"] != 1
+    assert_same_state(balance.state_dict(), finished.state_dict())
+    assert not trainer.optimizers[0]._optimizer_step_pre_hooks
 
 
 def test_state_of_a_version_with_a_budget(checkpoints: dict[str, Path], tmp_path: Path) -> None:

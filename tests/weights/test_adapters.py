@@ -228,6 +228,23 @@ def test_attention() -> None:
     assert sum("lora_" in name for name in owned["out_proj"]) == 2
 
 
+@pytest.mark.parametrize("adapters", ["merged", "base", "separate"])
+def test_attention_in_every_layer_of_an_encoder(adapters: Any) -> None:
+    """PEFT makes the weights of attention anew, as other parameters, at each `named_modules()`."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(24, 2, 48, batch_first=True)
+    model = adapted(nn.TransformerEncoder(layer, 8, enable_nested_tensor=False), target_modules=["self_attn"])
+    for _ in range(3):
+        report = analyze(model, adapters=adapters)
+        assert {record.status for record in report.layers.values()} == {"ok"}
+        assert len(report.layers) == 8 * (6 if adapters != "separate" else 10)
+        base = {name for layer in find_layers(model, adapters=adapters) for name in layer.parameters}
+        assert base == {name for name, _ in model.named_parameters() if "norm" not in name}
+        for layer in find_layers(model, adapters=adapters):
+            inside = layer.module_name.rpartition(".base_layer.out_proj")[0] or layer.module_name
+            assert all(name.startswith(f"{inside}.") for name in layer.parameters), layer.name
+
+
 def test_a_half_precision_base_is_measured_without_rounding_the_sum() -> None:
     model = adapted(linear_net().bfloat16())
     layer = model.base_model.model[2]
