@@ -109,7 +109,7 @@ def _warn_of_adapters(model: nn.Module, layers: Sequence[Layer]) -> None:
     if unclear:
         first = unclear[0]
         warn_once(
-            f"ratio 1 is kept by {counted(len(unclear), 'layer')} whose adapters cannot be measured. The first is "
+            f"ratio 1 for {counted(len(unclear), 'layer')} with adapters that cannot be measured. The first is "
             f"{first.name}: {first.problem}",
             model,
         )
