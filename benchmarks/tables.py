@@ -355,11 +355,7 @@ TABLES: Mapping[str, ArmTable | SettingTable | PairTable | TriesTable] = {
     "Darcy flow, 450 samples": ArmTable(
         "controls",
         Cell("controls/darcy_beta100_20", "darcy_beta100_fno_20"),
-        {
-            "off": "plain Adam",
-            "full_s1": "TempBalance, s = 1",
-            "full_s1_permuted": "its ratios on the wrong layers",
-        },
+        _DARCY_CONTROLS,
     ),
     "Darcy flow, UNet": ArmTable("controls", Cell("controls/darcy_beta100_unet", "darcy_beta100_unet_40"), _DARCY),
     "messages": ArmTable(

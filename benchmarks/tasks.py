@@ -113,13 +113,13 @@ TASKS = (
         "FNO, 225 Darcy flow, published regime",
         "controls/darcy_beta100_40",
         "darcy_beta100_fno_40",
-        {"whole": "full_s1"},
+        {"whole": "full_s1", "reversed": "full_s1_reversed"},
     ),
     Task(
         "FNO, 450 Darcy flow, half of the epochs",
         "controls/darcy_beta100_20",
         "darcy_beta100_fno_20",
-        {"whole": "full_s1", "shuffled": "full_s1_permuted"},
+        {"whole": "full_s1", "reversed": "full_s1_reversed", "shuffled": "full_s1_permuted"},
     ),
     Task(
         "UNet, 225 Darcy flow, published regime",
