@@ -350,7 +350,7 @@ TABLES: Mapping[str, ArmTable | SettingTable | PairTable | TriesTable] = {
     "Darcy flow, 225 samples": ArmTable(
         "controls",
         Cell("controls/darcy_beta100_40", "darcy_beta100_fno_40"),
-        _DARCY_DIRECTIONS,
+        {**_DARCY_DIRECTIONS, "full_s1_reversed_permuted": "the reversed ratios on the wrong layers"},
     ),
     "Darcy flow, 450 samples": ArmTable(
         "controls",

@@ -113,7 +113,8 @@ TASKS = (
         "FNO, 225 Darcy flow, published regime",
         "controls/darcy_beta100_40",
         "darcy_beta100_fno_40",
-        {"whole": "full_s1", "reversed": "full_s1_reversed"},
+        {"whole": "full_s1", "reversed": "full_s1_reversed", "shuffled": "full_s1_reversed_permuted"},
+        "reversed",
     ),
     Task(
         "FNO, 450 Darcy flow, half of the epochs",
