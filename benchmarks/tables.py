@@ -234,11 +234,15 @@ def p_value(row: Row) -> str:
     return "< 0.001" if row.p_holm < 0.001 else f"{row.p_holm:.3f}"
 
 
-_LM = Cell("controls/tiny_lm_small", "tiny_lm_small")
+_MODELS = "controls/language_models"
+_IMAGE_TASKS = "controls/images"
+_FLOW = "controls/darcy_flow"
+_TUNING = "controls/fine_tuning"
+_LM = Cell(f"{_MODELS}/tiny_lm_small", "tiny_lm_small")
 _LM_BIG = Cell("direction/tiny_lm", "tiny_lm_400")
-_VIT = Cell("controls/digits_vit_one_rate", "digits_vit_300")
-_FASHION_RESNET = Cell("controls/fashion", "fashion_resnet18_1000")
-_FASHION_VIT = Cell("controls/fashion", "fashion_vit_1000")
+_VIT = Cell(f"{_IMAGE_TASKS}/digits_vit_one_rate", "digits_vit_300")
+_FASHION_RESNET = Cell(f"{_IMAGE_TASKS}/fashion", "fashion_resnet18_1000")
+_FASHION_VIT = Cell(f"{_IMAGE_TASKS}/fashion", "fashion_vit_1000")
 _IMAGES = {
     "full": "TempBalance, whole matrices",
     "full_reversed": "the same, reversed",
@@ -274,7 +278,7 @@ _BLOCKS_CONTROLS = {
 
 TABLES: Mapping[str, ArmTable | SettingTable | PairTable | TriesTable] = {
     "language model": ArmTable(
-        "controls",
+        _MODELS,
         _LM,
         {
             "off": "plain AdamW",
@@ -300,7 +304,7 @@ TABLES: Mapping[str, ArmTable | SettingTable | PairTable | TriesTable] = {
         },
     ),
     "variations": SettingTable(
-        "controls",
+        _MODELS,
         "AdamW or SGD",
         {
             "embedding_head_faster": "embedding and head 5",
@@ -308,59 +312,59 @@ TABLES: Mapping[str, ArmTable | SettingTable | PairTable | TriesTable] = {
         },
         {
             "as above, 0.23 million parameters": _LM,
-            "0.07 million parameters": Cell("controls/variations", "tiny_lm_mini"),
+            "0.07 million parameters": Cell(f"{_MODELS}/variations", "tiny_lm_mini"),
             "0.86 million parameters": _LM_BIG,
-            "half of the steps": Cell("controls/variations", "tiny_lm_small_200_steps"),
-            "twice the steps": Cell("controls/variations", "tiny_lm_small_800_steps"),
-            "Python's standard library as text": Cell("controls/variations", "tiny_lm_small_python"),
-            "no weight decay": Cell("controls/variations", "tiny_lm_small_no_decay"),
-            "no warm-up": Cell("controls/variations", "tiny_lm_small_no_warmup"),
-            "SGD with momentum, no decay": Cell("controls/variations", "tiny_lm_small_sgd"),
+            "half of the steps": Cell(f"{_MODELS}/variations", "tiny_lm_small_200_steps"),
+            "twice the steps": Cell(f"{_MODELS}/variations", "tiny_lm_small_800_steps"),
+            "Python's standard library as text": Cell(f"{_MODELS}/variations", "tiny_lm_small_python"),
+            "no weight decay": Cell(f"{_MODELS}/variations", "tiny_lm_small_no_decay"),
+            "no warm-up": Cell(f"{_MODELS}/variations", "tiny_lm_small_no_warmup"),
+            "SGD with momentum, no decay": Cell(f"{_MODELS}/variations", "tiny_lm_small_sgd"),
         },
     ),
     "finer rates": SettingTable(
-        "controls",
+        _MODELS,
         "AdamW",
         {
             "small_alpha": "small alphas faster",
             "small_alpha_permuted": "the same ratios on the wrong layers",
         },
         {
-            "as above, 400 steps": Cell("controls/finer", "tiny_lm_small"),
-            "twice the steps, 800": Cell("controls/finer", "tiny_lm_small_800_steps"),
+            "as above, 400 steps": Cell(f"{_MODELS}/finer", "tiny_lm_small"),
+            "twice the steps, 800": Cell(f"{_MODELS}/finer", "tiny_lm_small_800_steps"),
         },
     ),
     "digits at the rates of the search": ArmTable(
-        "controls",
-        Cell("controls/digits_vit", "digits_vit_300"),
+        _IMAGE_TASKS,
+        Cell(f"{_IMAGE_TASKS}/digits_vit", "digits_vit_300"),
         {"off": "plain AdamW", **_IMAGES, **_PATCHES_5},
     ),
-    "digits at one rate": ArmTable("controls", _VIT, {"off": "plain AdamW", **_IMAGES, **_PATCHES_5}),
+    "digits at one rate": ArmTable(_IMAGE_TASKS, _VIT, {"off": "plain AdamW", **_IMAGES, **_PATCHES_5}),
     "FashionMNIST, ResNet-18": ArmTable(
-        "controls",
+        _IMAGE_TASKS,
         _FASHION_RESNET,
         {"off": "plain SGD", **_IMAGES, "ends_faster": "no alpha: first convolution and last layer 5"},
     ),
     "FashionMNIST, transformer": ArmTable(
-        "controls",
+        _IMAGE_TASKS,
         _FASHION_VIT,
         {"off": "plain AdamW", **_IMAGES, **_PATCHES_5},
     ),
-    "Darcy flow": ArmTable("controls", Cell("controls/darcy_beta100", "darcy_beta100_fno_180"), _DARCY),
+    "Darcy flow": ArmTable(_FLOW, Cell(f"{_FLOW}/darcy_beta100", "darcy_beta100_fno_180"), _DARCY),
     "Darcy flow, 225 samples": ArmTable(
-        "controls",
-        Cell("controls/darcy_beta100_40", "darcy_beta100_fno_40"),
+        _FLOW,
+        Cell(f"{_FLOW}/darcy_beta100_40", "darcy_beta100_fno_40"),
         {**_DARCY_DIRECTIONS, "full_s1_reversed_permuted": "the reversed ratios on the wrong layers"},
     ),
     "Darcy flow, 450 samples": ArmTable(
-        "controls",
-        Cell("controls/darcy_beta100_20", "darcy_beta100_fno_20"),
+        _FLOW,
+        Cell(f"{_FLOW}/darcy_beta100_20", "darcy_beta100_fno_20"),
         _DARCY_CONTROLS,
     ),
-    "Darcy flow, UNet": ArmTable("controls", Cell("controls/darcy_beta100_unet", "darcy_beta100_unet_40"), _DARCY),
+    "Darcy flow, UNet": ArmTable(_FLOW, Cell(f"{_FLOW}/darcy_beta100_unet", "darcy_beta100_unet_40"), _DARCY),
     "messages": ArmTable(
-        "controls",
-        Cell("controls/newsgroups", "newsgroups_minilm_1"),
+        _TUNING,
+        Cell(f"{_TUNING}/newsgroups", "newsgroups_minilm_1"),
         {
             **_MESSAGES,
             **_BLOCKS_CONTROLS,
@@ -368,45 +372,47 @@ TABLES: Mapping[str, ArmTable | SettingTable | PairTable | TriesTable] = {
         },
     ),
     "messages, 5 %": ArmTable(
-        "controls", Cell("controls/newsgroups_5", "newsgroups_minilm_5"), {**_MESSAGES, **_BLOCKS_CONTROLS}
+        _TUNING, Cell(f"{_TUNING}/newsgroups_5", "newsgroups_minilm_5"), {**_MESSAGES, **_BLOCKS_CONTROLS}
     ),
     "messages, 5 %, at one rate": ArmTable(
-        "controls",
-        Cell("controls/newsgroups_5_one_rate", "newsgroups_minilm_5"),
+        _TUNING,
+        Cell(f"{_TUNING}/newsgroups_5_one_rate", "newsgroups_minilm_5"),
         {**_MESSAGES, **_BLOCKS_CONTROLS},
     ),
     "messages, 10 %": ArmTable(
-        "controls",
-        Cell("controls/newsgroups_10", "newsgroups_minilm_10"),
+        _TUNING,
+        Cell(f"{_TUNING}/newsgroups_10", "newsgroups_minilm_10"),
         _DIRECTIONS,
     ),
-    "messages, LoRA": ArmTable("controls", Cell("controls/newsgroups_lora", "newsgroups_minilm_1_lora"), _LORA),
+    "messages, LoRA": ArmTable(_TUNING, Cell(f"{_TUNING}/newsgroups_lora", "newsgroups_minilm_1_lora"), _LORA),
     "messages, 5 %, LoRA": ArmTable(
-        "controls", Cell("controls/newsgroups_lora_5", "newsgroups_minilm_5_lora"), _LORA
+        _TUNING, Cell(f"{_TUNING}/newsgroups_lora_5", "newsgroups_minilm_5_lora"), _LORA
     ),
     "messages, 10 %, LoRA": ArmTable(
-        "controls",
-        Cell("controls/newsgroups_lora_10", "newsgroups_minilm_10_lora"),
+        _TUNING,
+        Cell(f"{_TUNING}/newsgroups_lora_10", "newsgroups_minilm_10_lora"),
         _DIRECTIONS,
     ),
     "twice the tries": TriesTable(
         "controls",
         "controls/twice_the_tries",
         {
-            "language model, 0.07 million parameters": Cell("controls/variations", "tiny_lm_mini"),
+            "language model, 0.07 million parameters": Cell(f"{_MODELS}/variations", "tiny_lm_mini"),
             "language model, 0.86 million": _LM_BIG,
-            "0.23 million, half of the steps": Cell("controls/variations", "tiny_lm_small_200_steps"),
-            "0.23 million, Python's standard library as text": Cell("controls/variations", "tiny_lm_small_python"),
-            "0.23 million, no weight decay": Cell("controls/variations", "tiny_lm_small_no_decay"),
-            "0.23 million, no warm-up": Cell("controls/variations", "tiny_lm_small_no_warmup"),
-            "transformer, 300 digits": Cell("controls/digits_vit", "digits_vit_300"),
+            "0.23 million, half of the steps": Cell(f"{_MODELS}/variations", "tiny_lm_small_200_steps"),
+            "0.23 million, Python's standard library as text": Cell(
+                f"{_MODELS}/variations", "tiny_lm_small_python"
+            ),
+            "0.23 million, no weight decay": Cell(f"{_MODELS}/variations", "tiny_lm_small_no_decay"),
+            "0.23 million, no warm-up": Cell(f"{_MODELS}/variations", "tiny_lm_small_no_warmup"),
+            "transformer, 300 digits": Cell(f"{_IMAGE_TASKS}/digits_vit", "digits_vit_300"),
             "transformer, 1,000 FashionMNIST": _FASHION_VIT,
-            "MiniLM, 113 messages": Cell("controls/newsgroups", "newsgroups_minilm_1"),
+            "MiniLM, 113 messages": Cell(f"{_TUNING}/newsgroups", "newsgroups_minilm_1"),
         },
     ),
     "SmolLM2": ArmTable(
-        "controls",
-        Cell("controls/smollm2", "smollm2_wikipedia_short"),
+        _MODELS,
+        Cell(f"{_MODELS}/smollm2", "smollm2_wikipedia_short"),
         {
             "off": "plain AdamW",
             "full": "TempBalance, whole matrices",
@@ -465,12 +471,12 @@ TABLES: Mapping[str, ArmTable | SettingTable | PairTable | TriesTable] = {
         "shrunk effects against the papers' map (95 %)",
         {
             "language model, 0.86 million parameters": (_LM_BIG, "farms"),
-            "[language model, 0.23 million](../controls/README.md)": (_LM, "farms"),
+            "[language model, 0.23 million](../controls/language_models/README.md)": (_LM, "farms"),
             "ResNet-18, 100 digits": (Cell("direction/images_and_fields", "digits_resnet18_100"), "full"),
             "FNO, 50 Darcy samples": (Cell("direction/images_and_fields", "darcy_fno_50"), "full"),
-            "[vision transformer, 300 digits](../controls/README.md), both at 8e-3": (_VIT, "full"),
-            "[ResNet-18, 1,000 FashionMNIST](../controls/README.md)": (_FASHION_RESNET, "full"),
-            "[vision transformer, 1,000 FashionMNIST](../controls/README.md)": (_FASHION_VIT, "full"),
+            "[vision transformer, 300 digits](../controls/images/README.md), both at 8e-3": (_VIT, "full"),
+            "[ResNet-18, 1,000 FashionMNIST](../controls/images/README.md)": (_FASHION_RESNET, "full"),
+            "[vision transformer, 1,000 FashionMNIST](../controls/images/README.md)": (_FASHION_VIT, "full"),
         },
     ),
 }

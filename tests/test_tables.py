@@ -108,8 +108,8 @@ class TestPublished:
 
     def test_every_place_for_a_table_has_one(self) -> None:
         found = {
-            (page.parent.name, name)
-            for page in RESULTS.glob("*/README.md")
+            (page.parent.relative_to(RESULTS).as_posix(), name)
+            for page in RESULTS.glob("**/README.md")
             for name in re.findall(r"<!-- table (.*) -->", page.read_text(encoding="utf-8"))
         }
         assert found == {(table.page, name) for name, table in TABLES.items()}
