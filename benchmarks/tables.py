@@ -416,8 +416,9 @@ TABLES: Mapping[str, ArmTable | SettingTable | PairTable | TriesTable] = {
         {
             "off": "plain AdamW",
             "full": "TempBalance, whole matrices",
-            "slower": "no alpha: all layers 0.893, the mean of its ratios",
-            "full_permuted": "its ratios on the wrong layers",
+            "full_reversed": "the same, reversed",
+            "slower": "no alpha: all layers 0.893, the mean of the ratios of `full`",
+            "full_permuted": "the ratios of `full` on the wrong layers",
         },
     ),
     "cause": ArmTable(

@@ -164,7 +164,7 @@ TASKS = (
         "SmolLM2, 10,240 tokens",
         "controls/language_models/smollm2",
         "smollm2_wikipedia_short",
-        {"whole": "full", "shuffled": "full_permuted"},
+        _WHOLE,
     ),
     Task(
         "language model, 0.07 million",
