@@ -408,6 +408,7 @@ TABLES: Mapping[str, ArmTable | SettingTable | PairTable | TriesTable] = {
             "transformer, 300 digits": Cell(f"{_IMAGE_TASKS}/digits_vit", "digits_vit_300"),
             "transformer, 1,000 FashionMNIST": _FASHION_VIT,
             "MiniLM, 113 messages": Cell(f"{_TUNING}/newsgroups", "newsgroups_minilm_1"),
+            "SmolLM2, 10,240 tokens": Cell(f"{_MODELS}/smollm2", "smollm2_wikipedia_short"),
         },
     ),
     "SmolLM2": ArmTable(
