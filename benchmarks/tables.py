@@ -409,6 +409,8 @@ TABLES: Mapping[str, ArmTable | SettingTable | PairTable | TriesTable] = {
             "transformer, 1,000 FashionMNIST": _FASHION_VIT,
             "MiniLM, 113 messages": Cell(f"{_TUNING}/newsgroups", "newsgroups_minilm_1"),
             "SmolLM2, 10,240 tokens": Cell(f"{_MODELS}/smollm2", "smollm2_wikipedia_short"),
+            "FNO, 225 Darcy flow": Cell(f"{_FLOW}/darcy_beta100_40", "darcy_beta100_fno_40"),
+            "FNO, 450 Darcy flow": Cell(f"{_FLOW}/darcy_beta100_20", "darcy_beta100_fno_20"),
         },
     ),
     "SmolLM2": ArmTable(
