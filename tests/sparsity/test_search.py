@@ -179,6 +179,30 @@ def test_the_loss_of_a_model_is_taken_where_it_returns_one(trained: nn.Module) -
     assert search(model, calibration=with_labels).sparsity == search(trained).sparsity
 
 
+class WithSign(LanguageModel):
+    """Returns a loss that is smaller the worse it predicts, where its batch has a sign of -1."""
+
+    def forward(self, input_ids: Tensor, sign: Tensor) -> Any:  # type: ignore[override]
+        logits = super().forward(input_ids)
+        return SimpleNamespace(
+            loss=sign * functional.cross_entropy(logits[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten())
+        )
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_winner_that_loses_on_the_other_batches_is_not_taken(trained: nn.Module, sign: int) -> None:
+    model = WithSign()
+    model.load_state_dict(trained.state_dict())
+    confirming = range(3, 16, 4)
+    signed = [
+        {**batch, "sign": torch.tensor(sign if index in confirming else 1)}
+        for index, batch in enumerate(batches(16))
+    ]
+    plan = search(model, calibration=signed)
+    assert any(plan.options["search"]["coefficients"].values()) == (sign == 1)
+    assert (set(plan.sparsity.values()) == {0.9}) == (sign == -1)
+
+
 class Failing(LanguageModel):
     """Fails at the first batch after it has been pruned."""
 
