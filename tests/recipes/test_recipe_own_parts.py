@@ -51,10 +51,11 @@ def folder(tmp_path: Path) -> Path:
     text = (ROOT / "docs/recipes.md").read_text(encoding="utf-8")
     section = text.partition(SECTION)[2].partition("\n## ")[0]
     for block in re.findall(r"```(?:python|yaml)\n(.*?)```", section, re.DOTALL):
-        name, _, content = block.partition("\n")
-        file = tmp_path / name.removeprefix("# ")
+        name = re.search(r"^# (\S+\.(?:py|yaml))$", block, re.MULTILINE)
+        assert name, block
+        file = tmp_path / name[1]
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(content, encoding="utf-8")
+        file.write_text(block, encoding="utf-8")
     return tmp_path
 
 
@@ -76,6 +77,7 @@ def test_the_documented_files_train_from_an_empty_folder(folder: Path) -> None:
     summary = json.loads((folder / "run/summary.json").read_text(encoding="utf-8"))
     assert (summary["name"], summary["arm"], summary["epochs"]) == ("waves", "full", 5)
     assert "test/nrmse" in summary["test"]
+    assert {row["ratio"] for row in summary["layers"]} >= {0.5, 1.9}
     assert "lr_max_ratio: 1.9" in (folder / "run/config.yaml").read_text(encoding="utf-8")
 
 
