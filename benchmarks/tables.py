@@ -356,6 +356,15 @@ TABLES: Mapping[str, ArmTable | SettingTable | PairTable | TriesTable] = {
         Cell(f"{_FLOW}/darcy_beta100_40", "darcy_beta100_fno_40"),
         {**_DARCY_DIRECTIONS, "full_s1_reversed_permuted": "the reversed ratios on the wrong layers"},
     ),
+    "Darcy flow, 225 samples, by name": ArmTable(
+        _FLOW,
+        Cell(f"{_FLOW}/darcy_beta100_40", "darcy_beta100_fno_40"),
+        {
+            "off": "plain Adam",
+            "head_slower": "no alpha: head 0.32",
+            "skips_faster": "no alpha: skip convolutions 3",
+        },
+    ),
     "Darcy flow, 450 samples": ArmTable(
         _FLOW,
         Cell(f"{_FLOW}/darcy_beta100_20", "darcy_beta100_fno_20"),
