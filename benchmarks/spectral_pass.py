@@ -138,7 +138,11 @@ def tables(rows: Sequence[Mapping[str, Value]]) -> str:
     ]
     ratios = [
         {"network": str(row["network"]), "rounds": str(row["rounds"])}
-        | {WAYS[way][0]: f"{row[f'{way}_ratio']:.1f}" if way in row else "" for way in ways if way != "analyze"}
+        | {
+            WAYS[way][0]: f"{row[f'{way}_ratio']:.1f}" if way in row else ""
+            for way in ways
+            if way not in ("analyze", "entries")
+        }
         for row in rows
     ]
     return (
