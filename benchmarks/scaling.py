@@ -178,7 +178,7 @@ def tables(parts: Mapping[str, Sequence[Mapping[str, Value]]]) -> str:
             {
                 "processes": str(number),
                 "processor time of each, ms": ", ".join(f"{1e3 * each:.0f}" for each in taken),
-                "the longest, of that of one": f"{max(taken) / alone:.2f}",
+                "longest / one process": f"{max(taken) / alone:.2f}",
             }
             for number, taken, alone in _by_number(parts["processes"])
         ]
